@@ -1,0 +1,74 @@
+"""sft: supervised fine-tuning of large language models on PaddlePaddle, one plugin a technique.
+
+The names below are the whole public API for plugin authors and Python users. Importing this package
+imports neither paddle nor paddlenlp.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sft.errors import SftError, UsageError
+from sft.options import option
+from sft.plugins import API_VERSION, Plugin, hookimpl, hookspec, single
+from sft.seams import (
+    AdapterFiles,
+    AdapterMerger,
+    AttentionBackend,
+    Batch,
+    DataCollator,
+    Example,
+    ParallelStrategy,
+    ParameterGroup,
+    Quantizer,
+    Turn,
+)
+
+if TYPE_CHECKING:
+    from sft.models.layers import Target, target_layers
+    from sft.running import Run, Summary, run
+
+__version__ = "0.1.0"
+
+# Loaded on first use: they stay out of `sft --help`.
+_LAZY = {
+    "Run": "sft.running",
+    "Summary": "sft.running",
+    "run": "sft.running",
+    "Target": "sft.models.layers",
+    "target_layers": "sft.models.layers",
+}
+
+__all__ = [
+    "API_VERSION",
+    "AdapterFiles",
+    "AdapterMerger",
+    "AttentionBackend",
+    "Batch",
+    "DataCollator",
+    "Example",
+    "ParallelStrategy",
+    "ParameterGroup",
+    "Plugin",
+    "Quantizer",
+    "Run",
+    "SftError",
+    "Summary",
+    "Target",
+    "Turn",
+    "UsageError",
+    "hookimpl",
+    "hookspec",
+    "option",
+    "run",
+    "single",
+    "target_layers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'sft' has no attribute {name!r}")

@@ -1,0 +1,92 @@
+"""Adapter folders after a run: finding the plugin that reads one, loading it over a base, merging it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft import runtime
+from sft.data.tokenizer import Tokenizer
+from sft.errors import UsageError
+from sft.models.source import find_model
+from sft.plugins import Plugins, requests
+from sft.settings import build
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``adapter_config.json`` of an adapter folder; :class:`UsageError` if it is none."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} holds no adapter (no adapter_config.json); give the folder that a run wrote.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} is not valid JSON ({error}); copy the adapter again.") from error
+    if not isinstance(values, dict) or not values.get("peft_type"):
+        raise UsageError(f"{path} names no peft_type, so it is not an adapter's config.")
+    return values
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Config and tensors of an adapter folder in PEFT's layout, as they stand in the files."""
+    import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
+    from safetensors.numpy import load_file
+
+    config = read_config(folder)
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UsageError(f"{folder} has no adapter_model.safetensors; save the adapter with safe serialization.")
+    try:
+        return config, load_file(str(path))
+    except Exception as error:
+        raise UsageError(f"{path} is not a readable safetensors file ({error}); copy it again.") from error
+
+
+def plugins_for(folder: Path) -> Plugins:
+    """The plugins whose metadata says that they read the adapter in ``folder``, started."""
+    kind = str(read_config(folder)["peft_type"])
+    names = requests("adapter").get(kind)
+    if not names:
+        known = ", ".join(requests("adapter")) or "none"
+        raise UsageError(f"{folder} is a {kind} adapter, which no installed plugin reads (installed: {known}).")
+    active = Plugins.load(names)
+    active.start(build({}, active).options)
+    return active
+
+
+def merge(model: str, adapter: Path, output: Path, say: Callable[[str], None]) -> int:
+    """Write ``model`` with ``adapter`` folded in to ``output`` (Hugging Face layout); the number of merged tensors."""
+    plugins = plugins_for(adapter)
+    runtime.require_paddle()
+    folder = find_model(model)
+    tokenizer = Tokenizer(folder)
+    if output.exists() and (output.is_file() or any(output.iterdir())):
+        raise UsageError(f"{output} already exists and is not empty; choose another place or remove it.")
+    say(runtime.prepare())
+
+    from sft.models.loading import open_model
+    from sft.models.saving import write_merged
+
+    return write_merged(output, open_model(folder), plugins.hook.sft_adapter_merger(folder=adapter), tokenizer)
+
+
+def load_for_inference(model: str, adapter: Path | None, say: Callable[[str], None]) -> tuple[Any, Tokenizer]:
+    """A model, with an adapter over it if one is given, and its tokenizer."""
+    plugins = plugins_for(adapter) if adapter is not None else None
+    runtime.require_paddle()
+    folder = find_model(model)
+    tokenizer = Tokenizer(folder)
+    say(runtime.prepare())
+
+    from sft.models.loading import load_model, open_model
+
+    loaded = load_model(open_model(folder))
+    if plugins is not None:
+        plugins.hook.sft_import_adapter(model=loaded, folder=adapter)
+    loaded.eval()
+    return loaded, tokenizer

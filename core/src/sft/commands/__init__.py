@@ -1,0 +1,85 @@
+"""The command line: one small module for each command, loaded when it is typed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from sft.errors import SftError, UsageError
+
+COMMANDS = {
+    "run": "Fine-tune a model.",
+    "demo": "Fine-tune the tiny embedded model and show what it learned.",
+    "merge": "Fold an adapter into its base model.",
+    "generate": "Answer prompts with a model, with or without an adapter.",
+    "plugins": "List the installed plugins.",
+}
+
+
+class _Commands(click.Group):
+    """Knows the commands by name; imports the module of the one that is typed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from sft.plugins import requests
+
+        return [*COMMANDS, *sorted(requests("command"))]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in COMMANDS:
+            return importlib.import_module(f"sft.commands.{name}").command
+        return super().get_command(ctx, name) or self._from_plugin(name)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            raise UsageError(f"There is no command {args[0]!r}; `sft --help` lists the commands.") from error
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from sft.plugins import requests
+
+        rows = list(COMMANDS.items())
+        rows += [(name, f"from plugin {', '.join(names)}") for name, names in sorted(requests("command").items())]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def _from_plugin(self, name: str) -> click.Command | None:
+        from sft.plugins import Plugins, requests
+        from sft.settings import build
+
+        plugins = requests("command").get(name)
+        if not plugins:
+            return None
+        active = Plugins.load(plugins)
+        active.start(build({}, active).options)
+        active.hook.sft_commands(cli=self)
+        return self.commands.get(name)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sft-core", prog_name="sft")
+def cli() -> None:
+    """Supervised fine-tuning of large language models on PaddlePaddle; every technique is a plugin.
+
+    Start with `sft demo`, then `sft run --help`.
+    """
+
+
+def main() -> None:
+    """The console script: errors that a user can cure are one line, with exit code 2."""
+    try:
+        cli.main(standalone_mode=False)
+    except SftError as error:
+        _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"sft: {message}", err=True)
+    sys.exit(code)

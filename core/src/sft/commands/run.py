@@ -1,0 +1,126 @@
+"""``sft run [SETTINGS.json|.yaml] [--plugin NAME …] [--name value …]``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sft.errors import UsageError
+from sft.options import Option, options_of
+from sft.plugins import Plugins, choose
+from sft.settings import GROUPS, core_options, normalise, read_file
+
+
+@click.command(
+    name="run",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def command(arguments: tuple[str, ...]) -> None:
+    """Fine-tune a model."""
+    wants_help = any(argument in ("--help", "-h") for argument in arguments)
+    values = collect([argument for argument in arguments if argument not in ("--help", "-h")])
+    if wants_help:
+        click.echo(help_text(values))
+        return
+    from sft.running import run
+
+    report(run(values))
+
+
+def collect(arguments: list[str]) -> dict[str, Any]:
+    """The settings file's values overridden by the command line's; the last one given counts, plugins add up."""
+    path: str | None = None
+    given: dict[str, Any] = {}
+    plugins: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            if path is not None:
+                raise UsageError(f"Unexpected {argument!r}; settings are given as --name value.")
+            path = argument
+            continue
+        name, equals, value = argument[2:].partition("=")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        if name == "plugin":
+            plugins += value.split(",")
+        else:
+            given[name.replace("-", "_")] = value
+    values = normalise(read_file(Path(path))) if path is not None else {}
+    of_file = values.pop("plugin", [])
+    if isinstance(of_file, str):
+        of_file = of_file.split(",")
+    values.update(given)
+    if of_file or plugins:
+        values["plugin"] = [*of_file, *plugins] if isinstance(of_file, list) else of_file
+    return values
+
+
+def help_text(values: dict[str, Any]) -> str:
+    """Every setting of the core and of the requested plugins, under its heading."""
+    names, _ = choose(values, core_options())
+    active = Plugins.load(names)
+    lines = [
+        "Usage: sft run [SETTINGS.json|.yaml] [--plugin NAME ...] [--name value ...]",
+        "",
+        "Fine-tune a model. Without an adapter plugin all parameters train. Names may have dashes or underscores.",
+        "",
+        "  --plugin NAME  switch a plugin on (repeatable; no:NAME switches it off); its settings then show here",
+    ]
+    for group, cls in GROUPS.items():
+        lines += ["", f"{group.capitalize()} arguments: {(cls.__doc__ or '').strip()}"]
+        lines += [_row(option) for option in options_of(cls).values()]
+    for plugin in active:
+        lines += ["", f"Plugin {plugin.name} ({active.origin(plugin.name)}): {plugin.summary}"]
+        if plugin.Options is not None:
+            lines += [_row(option) for option in options_of(plugin.Options).values()]
+    if not names:
+        lines += ["", "With --plugin NAME its settings are listed too; `sft plugins` lists the plugins."]
+    return "\n".join(lines)
+
+
+def _row(option: Option) -> str:
+    kind = "true|false" if option.is_flag else "|".join(option.choices or ()) or _kind(option)
+    default = (
+        "unset" if option.default in (None, []) else str(option.default).lower() if option.is_flag else option.default
+    )
+    return f"  --{option.name} {kind}  [{default}]\n      {option.help}"
+
+
+def _kind(option: Option) -> str:
+    if option.is_list:
+        return "A,B,…"
+    return {int: "N", float: "X", str: "TEXT"}.get(next(k for k in option.kinds if k is not type(None)), "VALUE")
+
+
+def report(summary: Any) -> None:
+    """The end of a run, in a few lines."""
+    lines = ["", f"done: {summary.steps} steps ({summary.epochs:.2f} epochs) in {summary.seconds:.1f} s"]
+    lines.append(f"  train loss  {_fall(summary.train_loss_first, summary.train_loss_last)}")
+    if summary.eval_loss_after is not None:
+        lines.append(f"  dev loss    {_fall(summary.eval_loss_before, summary.eval_loss_after)}")
+    lines.append(f"  trained     {summary.trainable_parameters:,} of {summary.total_parameters:,} parameters")
+    lines.append(
+        f"  tokens      {summary.tokens:,} ({summary.target_tokens:,} targets, {summary.padding_tokens:,} padding)"
+    )
+    lines.append(f"  peak memory {summary.peak_memory_mib:,} MiB")
+    lines.append(f"  written to  {summary.output_dir}")
+    for sample in summary.samples:
+        lines += [
+            "",
+            f"prompt: {sample['prompt']}",
+            f"  before: {sample['before']}",
+            f"  after:  {sample['after']}",
+        ]
+    click.echo("\n".join(lines))
+
+
+def _fall(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return "not measured"
+    return f"{before:.4f} -> {after:.4f} ({after - before:+.4f})"

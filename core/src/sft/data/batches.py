@@ -1,0 +1,113 @@
+"""From examples to batches, and from a seed to the order in which a run reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from sft.data.encoding import IGNORED, Encoded
+from sft.seams import Batch, DataCollator, Example
+
+
+class PaddedCollator:
+    """One record a row, padded on the right to the longest row of its batch."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def rows(self, lengths: np.ndarray, rng: np.random.Generator | None) -> list[tuple[int, ...]]:
+        order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
+        return [(int(index),) for index in order]
+
+    def batch(self, rows: Sequence[Sequence[Example]]) -> Batch:
+        return assemble(rows, self.pad_id)
+
+
+def assemble(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
+    """Put the examples of each row one after the other and pad rows on the right to the longest of them.
+
+    Positions begin at 0 in each example. With several examples in a row, ``startend_row_indices`` keeps them
+    apart (FlashMask, arXiv 2410.01359, causal form), and each padding token is a document of its own, so that
+    no row of the attention matrix is empty.
+    """
+    width = max(sum(len(example.input_ids) for example in row) for row in rows)
+    shape = (len(rows), width)
+    input_ids = np.full(shape, pad_id, np.int64)
+    labels = np.full(shape, IGNORED, np.int64)
+    position_ids = np.zeros(shape, np.int64)
+    ends = np.tile(np.arange(1, width + 1, dtype=np.int32), (len(rows), 1))
+    lengths = []
+    for number, row in enumerate(rows):
+        start = 0
+        for example in row:
+            stop = start + len(example.input_ids)
+            input_ids[number, start:stop] = example.input_ids
+            labels[number, start:stop] = example.labels
+            position_ids[number, start:stop] = np.arange(stop - start)
+            ends[number, start:stop] = stop
+            start = stop
+        lengths.append(tuple(len(example.input_ids) for example in row))
+    packed = any(len(row) > 1 for row in rows)
+    indices = ends[:, None, :, None] if packed else None
+    return Batch(input_ids, labels, position_ids, indices, tuple(lengths))
+
+
+def make_batches(data: Encoded, collator: DataCollator, rows: Sequence[Sequence[int]], batch_size: int) -> list[Batch]:
+    """Rows of record numbers → batches of at most ``batch_size`` rows, in order."""
+    return [
+        collator.batch([[data[index] for index in row] for row in rows[start : start + batch_size]])
+        for start in range(0, len(rows), batch_size)
+    ]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows belong to which optimizer step: a pure function of data, collator, seed and step number.
+
+    The global batch of a step holds the same rows in the same order however many processes share it, and a
+    run resumes in the middle of an epoch by asking for the next step.
+    """
+
+    data: Encoded
+    collator: DataCollator
+    seed: int
+    rows_per_step: int
+    epochs: float
+    max_steps: int
+    """-1: ``epochs`` decides."""
+
+    @cached_property
+    def total_steps(self) -> int:
+        """``max_steps``, or the steps of ``epochs`` passes (a fraction of the last one rounded up)."""
+        if self.max_steps > 0:
+            return self.max_steps
+        whole, part = int(self.epochs), self.epochs - int(self.epochs)
+        steps = sum(self._steps_in(epoch) for epoch in range(whole))
+        return max(1, steps + (math.ceil(part * self._steps_in(whole)) if part else 0))
+
+    def iterate(self, start: int = 0) -> Iterator[tuple[int, float, list[tuple[int, ...]]]]:
+        """Endless (step from 1, epochs done after it, its rows), beginning after step ``start``."""
+        step, epoch = 0, 0
+        while True:
+            rows = self._rows(epoch)
+            steps = math.ceil(len(rows) / self.rows_per_step)
+            for index in range(steps):
+                step += 1
+                if step > start:
+                    chosen = rows[index * self.rows_per_step : (index + 1) * self.rows_per_step]
+                    yield step, epoch + (index + 1) / steps, chosen
+            epoch += 1
+
+    def epochs_after(self, step: int) -> float:
+        """Passes over the data that are done after ``step``."""
+        return next(self.iterate(step - 1))[1] if step else 0.0
+
+    def _rows(self, epoch: int) -> list[tuple[int, ...]]:
+        return self.collator.rows(self.data.lengths, np.random.default_rng([self.seed, epoch]))
+
+    def _steps_in(self, epoch: int) -> int:
+        return math.ceil(len(self._rows(epoch)) / self.rows_per_step)

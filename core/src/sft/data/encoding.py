@@ -1,0 +1,249 @@
+"""From turns to token ids and labels: what the model reads, and on which tokens it is trained.
+
+A conversation goes through the model's chat template where there is one; without one, source, target and
+end-of-text follow each other. Only the text of training turns, with the token that ends the turn, is a
+target. Labels are shifted here, once: position i of a row is trained to predict its token i + 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sft.data.tokenizer import Tokenizer
+from sft.errors import UsageError
+from sft.seams import Example, Turn
+
+IGNORED = -100
+
+
+@dataclass
+class Counts:
+    """What became of the records; part of every run's report, so that nothing is dropped in silence."""
+
+    records: int = 0
+    dropped: int = 0
+    """Records left without a target by ``src_length`` and ``max_length``."""
+    turns_dropped: int = 0
+    prompts_truncated: int = 0
+    targets_truncated: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+
+
+@dataclass
+class Encoded:
+    """A data set in three flat arrays: record i is ``ids[offsets[i]:offsets[i + 1]]``, trained where ``trained``."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+    offsets: np.ndarray
+    counts: Counts = field(default_factory=Counts)
+    _fingerprint: str = ""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens that each record puts into a row: one less than it has, because labels are shifted."""
+        return np.diff(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Example:
+        ids = self.ids[self.offsets[index] : self.offsets[index + 1]].astype(np.int64)
+        trained = self.trained[self.offsets[index] : self.offsets[index + 1]]
+        return Example(ids[:-1], np.where(trained[1:], ids[1:], IGNORED))
+
+    def fingerprint(self) -> str:
+        """Changes whenever a token, a target or the order of the records does."""
+        if not self._fingerprint:
+            digest = hashlib.sha256()
+            for array in (self.ids, self.trained, self.offsets):
+                digest.update(np.ascontiguousarray(array).data)
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    def report(self) -> dict[str, int]:
+        return asdict(self.counts)
+
+
+def encode(
+    conversations: Iterable[list[Turn]],
+    tokenizer: Tokenizer,
+    src_length: int,
+    max_length: int,
+    group: int = 256,
+) -> Encoded:
+    """Encode every conversation. A conversation that is too long loses its oldest turns first, then the
+    beginning of its prompt (``src_length``), then the end of its answer (``max_length``); all are counted."""
+    encoder = _Encoder(tokenizer, src_length, max_length)
+    ids: list[np.ndarray] = []
+    trained: list[np.ndarray] = []
+    counts = encoder.counts
+    pending: list[list[Turn]] = []
+
+    def flush() -> None:
+        for tokens, targets in encoder.encode(pending):
+            counts.records += 1
+            if not any(targets[1:]):
+                counts.dropped += 1
+                continue
+            counts.tokens += len(tokens) - 1
+            counts.target_tokens += sum(targets[1:])
+            ids.append(np.asarray(tokens, np.int32))
+            trained.append(np.asarray(targets, bool))
+        pending.clear()
+
+    for conversation in conversations:
+        pending.append(conversation)
+        if len(pending) == group:
+            flush()
+    flush()
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in ids])]).astype(np.int64)
+    if not ids:
+        return Encoded(np.zeros(0, np.int32), np.zeros(0, bool), offsets, counts)
+    return Encoded(np.concatenate(ids), np.concatenate(trained), offsets, counts)
+
+
+def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
+    """Ids of a conversation that the model is to answer: exactly what training shows before a target."""
+    if tokenizer.chat_template is not None:
+        return tokenizer.with_bos(tokenizer.encode(tokenizer.render(turns, add_generation_prompt=True)))
+    ids: list[int] = []
+    for turn in turns:
+        ids += tokenizer.encode(turn.content)
+        if turn.role == "assistant":
+            ids.append(tokenizer.eos_ids[0])
+    return tokenizer.with_bos(ids)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Text that is tokenised as a whole, and the character ranges in it that are targets."""
+
+    text: str
+    targets: tuple[tuple[int, int], ...]
+
+
+class _Encoder:
+    def __init__(self, tokenizer: Tokenizer, src_length: int, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.src_length = src_length
+        self.max_length = max_length
+        self.counts = Counts()
+
+    def encode(self, conversations: list[list[Turn]]) -> list[tuple[list[int], list[bool]]]:
+        encoded = self._tokenize(conversations)
+        return [self._fit(turns, *tokens) for turns, tokens in zip(conversations, encoded, strict=True)]
+
+    def _tokenize(self, conversations: list[list[Turn]]) -> list[tuple[list[int], list[bool]]]:
+        pieces = [self._pieces(turns) for turns in conversations]
+        found = iter(self.tokenizer.encode_spans([piece.text for group in pieces for piece in group]))
+        encoded = []
+        for group in pieces:
+            ids: list[int] = []
+            trained: list[bool] = []
+            for piece in group:
+                tokens, spans = next(found)
+                ids += tokens
+                trained += _mark(spans, piece.targets)
+            fixed = self.tokenizer.with_bos(ids)
+            added = len(fixed) - len(ids)
+            encoded.append((fixed, [False] * added + trained if added >= 0 else trained[-added:]))
+        return encoded
+
+    def _fit(self, turns: list[Turn], ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:
+        turns = list(turns)
+        while len(ids) > self.max_length or _prompt_length(trained) > self.src_length:
+            shorter = _without_oldest(turns)
+            if shorter is None:
+                break
+            self.counts.turns_dropped += len(turns) - len(shorter)
+            turns = shorter
+            ((ids, trained),) = self._tokenize([turns])
+        prompt = _prompt_length(trained)
+        if prompt > self.src_length:
+            self.counts.prompts_truncated += 1
+            keeps_bos = int(self.tokenizer.bos_id is not None and ids[0] == self.tokenizer.bos_id)
+            cut = prompt - self.src_length + keeps_bos
+            ids, trained = ids[:keeps_bos] + ids[cut:], trained[:keeps_bos] + trained[cut:]
+        if len(ids) > self.max_length:
+            self.counts.targets_truncated += 1
+            ids, trained = ids[: self.max_length], trained[: self.max_length]
+        return ids, trained
+
+    def _pieces(self, turns: list[Turn]) -> list[_Piece]:
+        return self._templated(turns) if self.tokenizer.chat_template is not None else self._plain(turns)
+
+    def _plain(self, turns: list[Turn]) -> list[_Piece]:
+        """No template: the prompt as it is, the answer, end-of-text. Tokenised apart, as generation does."""
+        pieces = []
+        for turn in turns:
+            text = turn.content + (self.tokenizer.eos_token if turn.role == "assistant" else "")
+            pieces.append(_Piece(text, ((0, len(text)),) if turn.trains else ()))
+        return pieces
+
+    def _templated(self, turns: list[Turn]) -> list[_Piece]:
+        """The template's own text; a target is what it adds to the text that generation would start from."""
+        text = self.tokenizer.render(turns)
+        targets = []
+        for index, turn in enumerate(turns):
+            if not turn.trains:
+                continue
+            before = self.tokenizer.render(turns[:index], add_generation_prompt=True)
+            until = self.tokenizer.render(turns[: index + 1])
+            if not (until.startswith(before) and text.startswith(until)):
+                raise UsageError(
+                    f"The chat template of {self.tokenizer.folder} rewrites earlier turns, so the text of turn "
+                    f"{index + 1} cannot be told from its prompt; use conversations of one question and one answer."
+                )
+            end = self._end_of_turn(until)
+            if end is None and index + 1 == len(turns):
+                until += self.tokenizer.eos_token
+                text, end = until, len(until)
+            targets.append((len(before), end if end is not None else len(until)))
+        return [_Piece(text[: targets[-1][1]], tuple(targets))]
+
+    def _end_of_turn(self, text: str) -> int | None:
+        """Where the special token that ends ``text`` ends, white space after it left out; None without one."""
+        stripped = text.rstrip()
+        for token in self._special_tokens():
+            if stripped.endswith(token):
+                return len(stripped)
+        return None
+
+    def _special_tokens(self) -> list[str]:
+        if not hasattr(self, "_specials"):
+            added: dict[int, Any] = self.tokenizer.backend.get_added_tokens_decoder()
+            self._specials = [token.content for token in added.values() if token.special]
+        return self._specials
+
+
+def _mark(spans: list[tuple[int, int]], targets: tuple[tuple[int, int], ...]) -> list[bool]:
+    """Tokens with at least one character in a target; one that reaches over its beginning belongs to it."""
+    if not targets:
+        return [False] * len(spans)
+    starts = np.fromiter((span[0] for span in spans), np.int64, len(spans))
+    ends = np.fromiter((span[1] for span in spans), np.int64, len(spans))
+    marked = np.zeros(len(spans), bool)
+    for start, end in targets:
+        marked |= (starts < end) & (ends > start)
+    return [bool(mark) for mark in marked]
+
+
+def _prompt_length(trained: list[bool]) -> int:
+    """Tokens before the first target."""
+    return trained.index(True) if True in trained else len(trained)
+
+
+def _without_oldest(turns: list[Turn]) -> list[Turn] | None:
+    """The conversation without its oldest question and answer (a system turn stays); None if one is left."""
+    head = 1 if turns and turns[0].role == "system" else 0
+    following = [index for index in range(head + 1, len(turns)) if turns[index].role == "user"]
+    if not following or not any(turn.trains for turn in turns[following[0] :]):
+        return None
+    return turns[:head] + turns[following[0] :]

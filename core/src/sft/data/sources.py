@@ -1,0 +1,114 @@
+"""From ``dataset_name_or_path`` to records: which files, which lines, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft.errors import UsageError
+
+SUFFIXES = (".json", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One object of a data file and where it stands."""
+
+    value: dict[str, Any]
+    path: Path
+    line: int
+
+    @property
+    def place(self) -> str:
+        return f"{self.path}, line {self.line}"
+
+
+def find_files(dataset: Path, split: str) -> list[Path]:
+    """Files of ``split`` ("train" or "dev"): ``DIR/train.json[l]``, else ``DIR/train/*.json[l]`` in name order.
+
+    A dataset that is one file is its own training split and has no dev split. A missing dev split is an empty
+    list; a missing training split is an error.
+    """
+    if not dataset.exists():
+        raise UsageError(f"Data {dataset} does not exist; give dataset_name_or_path an existing folder or file.")
+    if dataset.is_file():
+        return [dataset] if split == "train" else []
+    single = [dataset / f"{split}{suffix}" for suffix in SUFFIXES if (dataset / f"{split}{suffix}").is_file()]
+    if len(single) > 1:
+        raise UsageError(f"{single[0]} and {single[1].name} both exist; keep one of them.")
+    folder = dataset / split
+    files = sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES) if folder.is_dir() else []
+    if single and files:
+        raise UsageError(f"{single[0]} and {folder}/ both hold {split} data; keep one of them.")
+    if split == "train" and not (single or files):
+        raise UsageError(
+            f"{dataset} has no training data; it needs train.json, train.jsonl or train/*.json with one "
+            "JSON object on each line."
+        )
+    return single or files
+
+
+def read(files: list[Path]) -> Iterator[Record]:
+    """The records of ``files``: one JSON object a line, or a whole file that is one JSON array. Blank lines pass."""
+    for path in files:
+        count = 0
+        for record in _read_file(path):
+            count += 1
+            yield record
+        if not count:
+            raise UsageError(f"{path} is empty; it needs at least one JSON object on a line.")
+
+
+def _read_file(path: Path) -> Iterator[Record]:
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            first = stream.read(1)
+            while first.isspace():
+                first = stream.read(1)
+            stream.seek(0)
+            if first == "[":
+                yield from _read_array(path, stream.read())
+                return
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UsageError(
+                        f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}); "
+                        "each line must hold one JSON object."
+                    ) from error
+                yield Record(_object(value, path, number), path, number)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it.") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
+
+
+def _read_array(path: Path, text: str) -> Iterator[Record]:
+    decoder = json.JSONDecoder()
+    position, line, seen = text.index("[") + 1, 1, 0
+    while True:
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        line += text.count("\n", seen, position)
+        seen = position
+        if position < len(text) and text[position] == "]":
+            return
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise UsageError(
+                f"{path}, line {error.lineno} is not JSON ({error.msg}); correct the array there."
+            ) from error
+        yield Record(_object(value, path, line), path, line)
+
+
+def _object(value: Any, path: Path, line: int) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f'{path}, line {line} holds {type(value).__name__}, not a JSON object like {{"src": …}}.')
+    return value

@@ -1,0 +1,184 @@
+"""The model's tokenizer: ``tokenizer.json`` through the ``tokenizers`` library, and its chat template in Jinja."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sft.errors import UsageError
+from sft.seams import Turn
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class Tokenizer:
+    """Text ↔ token ids exactly as ``tokenizer.json`` says, special tokens, and the chat template if there is one."""
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        self.folder = folder
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise UsageError(
+                f"{folder} has no tokenizer.json; write one with transformers: "
+                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
+            )
+        try:
+            self.backend = Backend.from_file(str(path))
+        except Exception as error:
+            raise UsageError(f"{path} cannot be read by the tokenizers library ({error}); replace it.") from error
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.config = _read_json(folder / "tokenizer_config.json")
+        declared = {**_read_json(folder / "special_tokens_map.json"), **self.config}
+        self.special = {key: _text(declared[key]) for key in _SPECIAL if declared.get(key)}
+        model = {**_read_json(folder / "config.json"), **_read_json(folder / "generation_config.json")}
+        self.eos_ids = self._eos_ids(model)
+        self.bos_id = self._id("bos_token")
+        self.adds_bos = self.bos_id is not None and self.backend.encode("a").ids[:1] == [self.bos_id]
+        """Whether the tokenizer itself begins a text with BOS."""
+        pad = self._id("pad_token")
+        self.pad_id = pad if pad is not None else (self.eos_ids[0] if self.eos_ids else 0)
+        self.chat_template = self._find_template()
+        self._compiled: Any = None
+
+    # --- ids ------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text`` alone; special tokens that stand in the text are recognised, none is added."""
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """For each text its ids and, for each id, the range of characters that it stands for."""
+        found = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(list(one.ids), list(one.offsets)) for one in found]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
+
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """Exactly one BOS where the tokenizer or the template puts one: the second goes, a missing one comes."""
+        if self.bos_id is None:
+            return ids
+        while ids[:2] == [self.bos_id, self.bos_id]:
+            ids = ids[1:]
+        return [self.bos_id, *ids] if self.adds_bos and ids[:1] != [self.bos_id] else ids
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def eos_token(self) -> str:
+        return self.special["eos_token"] if "eos_token" in self.special else self.backend.id_to_token(self.eos_ids[0])
+
+    # --- chat -----------------------------------------------------------------------------------------------
+
+    def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
+        """The conversation as the chat template writes it (sandboxed Jinja, as Hugging Face renders it)."""
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            return str(
+                self._template().render(
+                    messages=messages,
+                    add_generation_prompt=add_generation_prompt,
+                    tools=None,
+                    documents=None,
+                    **self.special,
+                )
+            )
+        except Exception as error:
+            cause = " ".join(str(error).split())
+            raise UsageError(
+                f"The chat template of {self.folder} cannot write a conversation of "
+                f"{', '.join(turn.role for turn in turns)}: {cause}."
+            ) from error
+
+    def save(self, folder: Path) -> None:
+        """Copy the tokenizer's files unchanged."""
+        for name in FILES:
+            source = self.folder / name
+            if source.is_file() and source.resolve() != (folder / name).resolve():
+                shutil.copyfile(source, folder / name)
+
+    # --- reading the files ----------------------------------------------------------------------------------
+
+    def _id(self, name: str) -> int | None:
+        text = self.special.get(name)
+        return self.backend.token_to_id(text) if text is not None else None
+
+    def _eos_ids(self, model: dict[str, Any]) -> list[int]:
+        """The tokenizer's EOS first, then those that the model's generation config also ends on."""
+        ids: list[int] = []
+        if self._id("eos_token") is not None:
+            ids.append(int(self._id("eos_token") or 0))
+        declared = model.get("eos_token_id")
+        for value in declared if isinstance(declared, list) else [declared]:
+            if isinstance(value, int) and value not in ids:
+                ids.append(value)
+        if not ids:
+            raise UsageError(f"{self.folder} names no end-of-text token; set eos_token in its tokenizer_config.json.")
+        return ids
+
+    def _find_template(self) -> str | None:
+        path = self.folder / "chat_template.jinja"
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        found = self.config.get("chat_template")
+        if isinstance(found, list):
+            named = {entry["name"]: entry["template"] for entry in found}
+            found = named.get("default") or next(iter(named.values()), None)
+        return found if isinstance(found, str) else None
+
+    def _template(self) -> Any:
+        if self._compiled is None:
+            from jinja2 import TemplateSyntaxError
+            from jinja2.ext import loopcontrols
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+            environment.filters["tojson"] = _tojson
+            environment.globals["raise_exception"] = _raise
+            environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+            try:
+                self._compiled = environment.from_string(self.chat_template or "")
+            except TemplateSyntaxError as error:
+                raise UsageError(f"The chat template of {self.folder} is not valid Jinja ({error}).") from error
+        return self._compiled
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)
+
+
+def _text(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} is not valid JSON ({error}); correct or replace it.") from error
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,95 @@
+"""Files that are complete or not there: whatever stops the process, a reader never sees half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sft.errors import UsageError
+
+STAGING = ".staging-"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` in one step."""
+    staging = path.with_name(f"{STAGING}{path.name}")
+    with staging.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(staging, path)
+    _sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def staged_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name ``folder`` in one step when the block ends well, else vanishes.
+
+    Raises :class:`UsageError` if ``folder`` already holds something.
+    """
+    if (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
+        raise UsageError(f"{folder} already exists and is not empty; choose another place or remove it.")
+    staging = folder.with_name(f"{STAGING}{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for path in staging.iterdir():
+            _sync(path)
+        _sync(staging)
+        if folder.is_dir():
+            folder.rmdir()
+        os.rename(staging, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def publish(folder: Path) -> Iterator[Path]:
+    """A folder to fill, whose files move into ``folder`` at the end, each replacing its namesake in one step."""
+    staging = folder / f"{STAGING}result"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for path in sorted(staging.iterdir()):
+            _sync(path)
+            os.replace(path, folder / path.name)
+        _sync(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no half of it is ever found under its name."""
+    doomed = folder.with_name(f"{STAGING}removed-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a stopped process left unfinished in ``folder``."""
+    for path in folder.glob(f"{STAGING}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

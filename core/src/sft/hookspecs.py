@@ -1,0 +1,158 @@
+"""Every hook, in the order in which a run calls them. Reading this page explains the framework.
+
+``@hookspec``: all active plugins may answer, and are called in ascending ``order``. ``@single``: at most one
+active plugin may implement it; two are refused before anything heavy happens, naming both. A hook that
+refuses something raises :class:`sft.UsageError` with the cause and the cure in one sentence.
+
+Objects that cross a hook are described in ``seams.py``; ``run`` is :class:`sft.Run`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.plugins import hookspec, single
+
+if TYPE_CHECKING:
+    import click
+
+    from sft.running import Run, Summary
+    from sft.seams import (
+        AdapterFiles,
+        AdapterMerger,
+        AttentionBackend,
+        DataCollator,
+        ParallelStrategy,
+        ParameterGroup,
+        Quantizer,
+        Turn,
+    )
+
+# --- the command line ---------------------------------------------------------------------------------------
+
+
+@hookspec
+def sft_commands(cli: click.Group) -> None:
+    """Add click commands to ``cli``. Called when a command that the plugin's metadata names is typed."""
+
+
+# --- settings resolved, nothing heavy done ------------------------------------------------------------------
+
+
+@hookspec
+def sft_check(run: Run) -> None:
+    """Refuse settings that do not go together. Neither data nor weights have been touched; keep it instant."""
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def sft_record_format(record: dict[str, Any]) -> list[Turn] | None:
+    """The turns of one record of a data file, or None if it is not in this plugin's format.
+
+    Asked before the core's own formats. Raise ``ValueError`` with the reason for a record that is in the
+    format but wrong: the core adds file and line.
+    """
+
+
+@single
+def sft_collator(run: Run) -> DataCollator:
+    """Which records share a row, and how rows become batches. Without one: a record a row, padded on the right."""
+
+
+# --- the model ----------------------------------------------------------------------------------------------
+
+
+@single
+def sft_parallel_strategy(run: Run) -> ParallelStrategy:
+    """How several processes share the run. Without one: a single process."""
+
+
+@hookspec
+def sft_model_config(run: Run, config: Any) -> None:
+    """Change the model's config (paddlenlp ``PretrainedConfig``) in place; no layer has been built."""
+
+
+@single
+def sft_quantizer(run: Run) -> Quantizer:
+    """What stands for Linear layers of the transformer blocks while weights stream in. Without one: float32."""
+
+
+@single
+def sft_attention_backend(run: Run, config: Any) -> AttentionBackend:
+    """How attention is computed in training and evaluation. Without one: paddle's scaled_dot_product_attention."""
+
+
+@hookspec
+def sft_adapt_model(run: Run, model: Any) -> None:
+    """The adapter seam: weights are in place; replace or wrap layers, and set what trains (``stop_gradient``).
+
+    The layers to adapt come from :func:`sft.target_layers`. When no active plugin implements this hook, all
+    parameters train.
+    """
+
+
+@hookspec
+def sft_parameter_groups(run: Run, groups: list[ParameterGroup]) -> None:
+    """Change the optimizer's groups in place. Every trainable parameter must be in exactly one afterwards."""
+
+
+# --- events of a run ----------------------------------------------------------------------------------------
+
+
+@hookspec
+def sft_restore(run: Run, state: dict[str, Any]) -> None:
+    """Take back what this plugin's :func:`sft_state` gave when the checkpoint was written."""
+
+
+@hookspec
+def sft_run_started(run: Run) -> None:
+    """Everything is in place (``run.model``, ``run.tokenizer``); the first step is next."""
+
+
+@hookspec
+def sft_step_ended(run: Run, record: dict[str, Any]) -> None:
+    """An optimizer step is done. ``record`` has ``step``, ``epoch``, ``loss`` (mean over target tokens),
+    ``learning_rate``, ``grad_norm``, ``tokens``, ``target_tokens``, ``padding_tokens`` of this step."""
+
+
+@hookspec
+def sft_evaluated(run: Run, record: dict[str, Any]) -> None:
+    """An evaluation is done. ``record`` has ``step``, ``epoch``, ``eval_loss``, ``eval_seconds``, ``eval_tokens``."""
+
+
+@hookspec
+def sft_state(run: Run) -> dict[str, Any]:
+    """What this plugin needs to go on from a checkpoint: JSON values and numpy arrays by name."""
+
+
+@hookspec
+def sft_checkpoint_saved(run: Run, folder: Path) -> None:
+    """``folder`` is complete under its final name."""
+
+
+@hookspec
+def sft_run_ended(run: Run, summary: Summary) -> None:
+    """The result has been written to ``run.output_dir``."""
+
+
+# --- adapters on disk ---------------------------------------------------------------------------------------
+
+
+@single
+def sft_export_adapter(run: Run, model: Any) -> AdapterFiles:
+    """The trained adapter in the PEFT layout, loadable over the original base. Without one: the whole model is
+    written."""
+
+
+@single
+def sft_import_adapter(model: Any, folder: Path) -> bool:
+    """Adapt ``model`` with the adapter in ``folder``, for inference. Called for folders whose ``peft_type`` the
+    plugin's metadata names; return True."""
+
+
+@single
+def sft_adapter_merger(folder: Path) -> AdapterMerger:
+    """What folds the adapter in ``folder`` into base weights."""

@@ -1,0 +1,59 @@
+"""The model families whose weights, seams and logits are verified. Another one is refused, not guessed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sft.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Family:
+    """How PaddleNLP's classes of one ``model_type`` relate to Hugging Face's names and settings."""
+
+    model_type: str
+    config_class: str
+    model_class: str
+    prefix: str
+    """The backbone's name in paddle; Hugging Face calls it ``model``."""
+    rope_types: tuple[str, ...]
+    """Rotary scalings that PaddleNLP's class computes as Hugging Face does."""
+
+    def to_hf(self, name: str) -> str:
+        """A parameter's paddle name → its Hugging Face name."""
+        return "model." + name[len(self.prefix) + 1 :] if name.startswith(self.prefix + ".") else name
+
+    def to_paddle(self, name: str) -> str:
+        """A parameter's Hugging Face name → its paddle name."""
+        return self.prefix + "." + name[len("model.") :] if name.startswith("model.") else name
+
+    @staticmethod
+    def is_transposed(name: str, dimensions: int) -> bool:
+        """Whether the two layouts hold this tensor transposed: every matrix but the embedding is a Linear's."""
+        return dimensions == 2 and not name.endswith("embed_tokens.weight")
+
+    def classes(self) -> tuple[Any, Any]:
+        """PaddleNLP's config and causal-LM classes (imports paddle)."""
+        from paddlenlp import transformers
+
+        return getattr(transformers, self.config_class), getattr(transformers, self.model_class)
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "LlamaConfig", "LlamaForCausalLM", "llama", ("default", "linear", "llama3")),
+        Family("qwen2", "Qwen2Config", "Qwen2ForCausalLM", "qwen2", ("default",)),
+    )
+}
+
+
+def family_of(config: dict[str, Any], where: Any) -> Family:
+    """The family of a ``config.json``; :class:`UsageError` with those there are, if it is none of them."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise UsageError(
+            f"{where}: model_type {model_type!r} has not been verified here; use one of {', '.join(FAMILIES)}."
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,91 @@
+"""The layers of a model that techniques work on, and how one layer takes another's place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sft.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A Linear of a transformer block: its name as Hugging Face has it, its place, and the layer itself."""
+
+    name: str
+    """For example ``model.layers.0.self_attn.q_proj``."""
+    parent: Any
+    attribute: str
+    layer: Any
+    in_features: int
+    out_features: int
+
+    def replace(self, layer: Any) -> None:
+        """Put ``layer`` in this place."""
+        setattr(self.parent, self.attribute, layer)
+
+
+def target_layers(model: Any, patterns: Sequence[str] | None = None) -> list[Target]:
+    """Linear layers of the transformer blocks, in the model's order; never the embedding or lm_head.
+
+    ``patterns`` narrows them: a plain name (``q_proj``) matches the last part of a layer's name, anything else
+    is a regular expression that must match the whole name. A pattern that matches nothing is a
+    :class:`UsageError` that lists what there is.
+    """
+    found = _linears(model)
+    if not patterns:
+        return found
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matched = {target.name for target in found if _matches(pattern, target.name)}
+        if not matched:
+            kinds = ", ".join(dict.fromkeys(target.attribute for target in found))
+            raise UsageError(
+                f"Target {pattern!r} matches no layer; this model has {kinds} in each block "
+                f"(for example {found[0].name})."
+            )
+        chosen |= matched
+    return [target for target in found if target.name in chosen]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if re.fullmatch(r"\w+", pattern):
+        return name.rsplit(".", 1)[-1] == pattern
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise UsageError(f"Target {pattern!r} is not a valid regular expression ({error}).") from error
+
+
+def _linears(model: Any) -> list[Target]:
+    from sft.models.families import FAMILIES
+
+    family = FAMILIES[model.config.model_type]
+    targets = []
+    for path, parent in model.named_sublayers():
+        if not path.startswith(f"{family.prefix}.layers."):
+            continue
+        for attribute, layer in parent.named_children():
+            features = linear_features(layer)
+            if features is not None:
+                name = family.to_hf(f"{path}.{attribute}")
+                targets.append(Target(name, parent, attribute, layer, *features))
+    return targets
+
+
+def linear_features(layer: Any) -> tuple[int, int] | None:
+    """(in, out) of a layer that is a Linear, or stands for one (a quantized layer says so itself); else None."""
+    import paddle
+
+    if isinstance(layer, paddle.nn.Linear):
+        return int(layer.weight.shape[0]), int(layer.weight.shape[1])
+    if hasattr(layer, "dequantize"):
+        return int(layer.in_features), int(layer.out_features)
+    return None
+
+
+def trainable(model: Any) -> dict[str, Any]:
+    """Structured name → parameter, of those that train; tied parameters appear once."""
+    return {name: parameter for name, parameter in model.named_parameters() if not parameter.stop_gradient}

@@ -1,0 +1,136 @@
+"""Building a model and streaming its weights in, one tensor at a time; a quantizer may stand in for its Linears."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft.errors import UsageError
+from sft.models.config import paddle_config, read_config
+from sft.models.families import Family
+from sft.models.layers import Target, target_layers
+from sft.models.source import Weights
+
+
+@dataclass
+class ModelSource:
+    """A model directory whose config has been read and checked; no weight has been touched."""
+
+    folder: Path
+    values: dict[str, Any]
+    family: Family
+    config: Any
+
+
+def open_model(folder: Path) -> ModelSource:
+    """Read and check ``config.json``; see :func:`sft.models.config.paddle_config` for what is refused."""
+    values = read_config(folder)
+    family, config = paddle_config(values, folder)
+    return ModelSource(folder, values, family, config)
+
+
+def load_model(source: ModelSource, quantizer: Any | None = None) -> Any:
+    """The float32 model, or with ``quantizer`` the model whose quantized Linears never existed in float.
+
+    Raises :class:`UsageError` naming the tensors that are missing, left over, or of another shape.
+    """
+    model = _build(source)
+    fill(model, source, quantizer)
+    _share_rotary_tables(model)
+    model.eval()
+    return model
+
+
+def fill(model: Any, source: ModelSource, quantizer: Any | None = None) -> None:
+    """Stream the weights of ``source.folder`` into ``model``; raises as :func:`load_model` does."""
+    weights = Weights(source.folder, source.family)
+    stored = {_paddle_name(name, weights, source.family): name for name in weights}
+    if quantizer is not None:
+        for target in target_layers(model):
+            _quantize(target, quantizer, weights, stored, source)
+    expected = dict(model.named_parameters())
+    if source.config.tie_word_embeddings:
+        stored.pop("lm_head.weight", None)  # some writers store the tied matrix twice
+    stored = {name: original for name, original in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+    _compare(set(expected), set(stored), source)
+    for name, parameter in expected.items():
+        parameter.set_value(_read(stored[name], parameter.shape, weights, source))
+
+
+def _build(source: ModelSource) -> Any:
+    """The model with unallocated parameters."""
+    import paddle
+    from paddlenlp.transformers.model_utils import no_init_weights
+
+    _, model_class = source.family.classes()
+    with _quiet(), no_init_weights(), paddle.LazyGuard():
+        return model_class(source.config)
+
+
+def _quantize(target: Target, quantizer: Any, weights: Weights, stored: dict[str, str], source: ModelSource) -> None:
+    name = source.family.to_paddle(target.name)
+    original = stored.get(f"{name}.weight")
+    if original is None:
+        return  # reported with everything else that is missing
+    shape = [target.in_features, target.out_features]
+    weight = _read(original, shape, weights, source)
+    bias_name = stored.get(f"{name}.bias")
+    bias = weights.read(bias_name) if bias_name is not None else None
+    layer = quantizer.quantize(name, weight, bias)
+    if layer is not None:
+        target.replace(layer)
+        stored.pop(f"{name}.weight")
+        stored.pop(f"{name}.bias", None)
+
+
+def _paddle_name(name: str, weights: Weights, family: Family) -> str:
+    return family.to_paddle(name) if weights.layout == "hf" else name
+
+
+def _read(name: str, shape: list[int], weights: Weights, source: ModelSource) -> Any:
+    import numpy as np
+
+    array = weights.read(name)
+    if weights.layout == "hf" and source.family.is_transposed(name, array.ndim):
+        array = np.ascontiguousarray(array.T)
+    if list(array.shape) != list(shape):
+        raise UsageError(
+            f"{source.folder}: tensor {name} has shape {list(weights.shape(name))}, which does not fit config.json."
+        )
+    return array
+
+
+def _compare(expected: set[str], stored: set[str], source: ModelSource) -> None:
+    for names, what in ((expected - stored, "lacks"), (stored - expected, "holds unknown")):
+        if names:
+            shown = sorted(source.family.to_hf(name) for name in names)
+            more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+            raise UsageError(
+                f"{source.folder} {what} tensors {', '.join(shown[:3])}{more}; weights and config.json do not "
+                "belong together."
+            )
+
+
+def _share_rotary_tables(model: Any) -> None:
+    """PaddleNLP gives every layer its own copy of the same cos/sin tables: one is enough."""
+    first = None
+    for layer in model.sublayers():
+        if hasattr(layer, "rotary_emb"):
+            first = first or layer.rotary_emb
+            layer.rotary_emb = first
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """PaddleNLP logs each class it builds; a run says what matters itself."""
+    from paddlenlp.utils.log import logger
+
+    level = logger.logLevel
+    logger.set_level("ERROR")
+    try:
+        yield
+    finally:
+        logger.set_level(level)

@@ -1,0 +1,157 @@
+"""Typed options: how a dataclass field becomes a setting, and how a raw value is checked against it.
+
+The core's argument groups and every plugin's ``Options`` are plain dataclasses whose fields are made by
+:func:`option`; this module knows how to read them, nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from sft.errors import UsageError
+
+_TRUE = {"true", "1", "yes", "on"}
+_FALSE = {"false", "0", "no", "off"}
+_NONE = {"none", "null", ""}
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A dataclass field that is a setting.
+
+    ``help`` is one line, with units. ``choices`` lists the accepted strings; ``minimum`` and ``maximum``
+    are inclusive bounds, ``above`` is an exclusive lower bound.
+    """
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One setting as the command line and the documentation see it."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    choices: tuple[str, ...] | None
+    minimum: float | None
+    above: float | None
+    maximum: float | None
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The accepted Python types; ``NoneType`` among them when the setting may be unset."""
+        if typing.get_origin(self.type) in (typing.Union, types.UnionType):
+            return typing.get_args(self.type)
+        return (self.type,)
+
+    @property
+    def is_flag(self) -> bool:
+        return bool in self.kinds
+
+    @property
+    def is_list(self) -> bool:
+        return any(typing.get_origin(kind) is list for kind in self.kinds)
+
+
+def options_of(cls: type) -> dict[str, Option]:
+    """The settings that a dataclass declares, by name, in order."""
+    hints = typing.get_type_hints(cls)
+    found = {}
+    for field in dataclasses.fields(cls):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        bounds = {key: field.metadata.get(key) for key in ("choices", "minimum", "above", "maximum")}
+        found[field.name] = Option(field.name, hints[field.name], default, field.metadata.get("help", ""), **bounds)
+    return found
+
+
+def convert(option: Option, value: Any) -> Any:
+    """Check ``value`` (from a file or, as a string, from the command line) and return it in the option's type.
+
+    Raises :class:`UsageError` naming the setting, the value and what is accepted.
+    """
+    kinds = option.kinds
+    if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in _NONE)):
+        return None
+    for kind in kinds:
+        converted = _convert(kind, value)
+        if converted is not _REFUSED:
+            break
+    else:
+        raise UsageError(f"{option.name}: expected {_describe(option)}, got {value!r}.")
+    if option.choices and converted not in option.choices:
+        raise UsageError(f"{option.name}: expected one of {', '.join(option.choices)}, got {value!r}.")
+    too_low = option.minimum is not None and converted < option.minimum
+    too_low = too_low or (option.above is not None and converted <= option.above)
+    if too_low or (option.maximum is not None and converted > option.maximum):
+        raise UsageError(f"{option.name}: expected {_describe(option)}, got {value!r}.")
+    return converted
+
+
+_REFUSED = object()
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    if kind is type(None):
+        return _REFUSED
+    if typing.get_origin(kind) is list:
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return list(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else _REFUSED
+    if kind is bool:
+        if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
+            return value.lower() in _TRUE
+        return value if isinstance(value, bool) else _REFUSED
+    if isinstance(value, bool):
+        return _REFUSED
+    if kind is str:
+        return value if isinstance(value, str) else _REFUSED
+    if not isinstance(value, (int, float, str)):
+        return _REFUSED
+    try:
+        number = float(value)
+    except ValueError:
+        return _REFUSED
+    if number != number or number in (float("inf"), float("-inf")):
+        return _REFUSED
+    if kind is int:
+        # An integer that a double cannot hold (a seed, say) must not pass through float.
+        exact = int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else value
+        if isinstance(exact, int):
+            return exact
+        return int(number) if number.is_integer() else _REFUSED
+    return number
+
+
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _describe(option: Option) -> str:
+    words = [
+        "a comma-separated list" if typing.get_origin(kind) is list else _NAMES.get(kind, "none")
+        for kind in option.kinds
+    ]
+    text = " or ".join(words)
+    if option.minimum is not None:
+        text += f" of at least {option.minimum:g}"
+    if option.above is not None:
+        text += f" above {option.above:g}"
+    if option.maximum is not None:
+        text += f"{' and' if option.minimum is not None or option.above is not None else ''}"
+        text += f" at most {option.maximum:g}"
+    return text

@@ -1,0 +1,333 @@
+"""Plugins: what is installed (metadata alone), what is requested, and the set that is active in one run.
+
+Two entry-point groups are read, neither of which imports anything:
+
+``sft.plugins``
+    ``NAME = module:object``, a plugin: a subclass of :class:`Plugin`, or a module with the same attributes.
+``sft.requests``
+    ``KIND.WHAT = module:object`` (the same object), a second way of asking for it: ``setting.X`` (setting X
+    is on), ``setting.X.VALUE`` (setting X has that value), ``adapter.TYPE`` (an adapter folder of that
+    ``peft_type`` is opened), ``command.X`` (``sft X`` is typed).
+
+A plugin called ``some-name`` is also requested by ``--plugin some-name`` and by the setting ``some_name: true``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pluggy
+
+from sft.errors import UsageError
+
+API_VERSION = 1
+
+hookspec = pluggy.HookspecMarker("sft")
+hookimpl = pluggy.HookimplMarker("sft")
+
+
+def single(function: Any) -> Any:
+    """Mark a hook specification that at most one active plugin may implement; its caller gets one result."""
+    function.sft_single = True
+    return hookspec(firstresult=True)(function)
+
+
+class Plugin:
+    """Base of a plugin: subclass it, set the attributes, implement hooks with ``@sft.hookimpl``.
+
+    One instance is made for each run, with that run's ``Options``; keep the run's state on ``self``.
+    """
+
+    name: ClassVar[str]
+    """The name it is requested by; equal to the entry point's."""
+    summary: ClassVar[str] = ""
+    reference: ClassVar[str] = ""
+    """The paper or document that defines the technique."""
+    api_version: ClassVar[int] = API_VERSION
+    requires: ClassVar[tuple[str, ...]] = ()
+    conflicts: ClassVar[tuple[str, ...]] = ()
+    order: ClassVar[int] = 0
+    """Hooks that all plugins answer are called in ascending order, then in the order of the requests."""
+    Options: ClassVar[type | None] = None
+    """A dataclass of :func:`sft.option` fields: the settings that the plugin adds."""
+    hookspecs: Any = None
+    """A module or class with hook specifications that this plugin publishes for its refinements."""
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A plugin as its distribution's metadata declares it; nothing has been imported."""
+
+    name: str
+    entry: EntryPoint
+
+    @property
+    def distribution(self) -> str:
+        return self.entry.dist.name if self.entry.dist else "unknown"
+
+    @property
+    def version(self) -> str:
+        return self.entry.dist.version if self.entry.dist else "unknown"
+
+    @property
+    def origin(self) -> str:
+        return f"{self.distribution} {self.version}"
+
+
+def canonical(name: str) -> str:
+    """Plugin names are the same with ``-`` and ``_``, in upper and lower case."""
+    return name.strip().replace("_", "-").lower()
+
+
+def installed() -> dict[str, list[Installed]]:
+    """Every declared plugin by name; more than one under a name is a conflict, reported when it is requested."""
+    found: dict[str, list[Installed]] = {}
+    for entry in entry_points(group="sft.plugins"):
+        item = Installed(canonical(entry.name), entry)
+        same = found.setdefault(item.name, [])
+        # A path that stands twice in sys.path lists its distributions twice.
+        if all((item.origin, entry.value) != (other.origin, other.entry.value) for other in same):
+            same.append(item)
+    return dict(sorted(found.items()))
+
+
+def requests(kind: str) -> dict[str, list[str]]:
+    """Of one ``KIND``: ``WHAT`` → names of the plugins that it requests."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, items in installed().items():
+        for item in items:
+            names.setdefault((item.distribution, item.entry.value), []).append(name)
+    found: dict[str, list[str]] = {}
+    for entry in entry_points(group="sft.requests"):
+        head, _, what = entry.name.partition(".")
+        distribution = entry.dist.name if entry.dist else "unknown"
+        if head == kind:
+            for name in names.get((distribution, entry.value), []):
+                if name not in found.setdefault(what, []):
+                    found[what].append(name)
+    return found
+
+
+def choose(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+    """Which plugins ``values`` request, in order, and the values that are left for the settings.
+
+    ``known`` holds names of the core's settings, which are never taken for a plugin's.
+    """
+    left = dict(values)
+    known = set(known)
+    wanted: list[str] = []
+    asked = left.pop("plugin", [])
+    if isinstance(asked, str):
+        asked = asked.split(",")
+    if not isinstance(asked, list) or not all(isinstance(name, str) for name in asked):
+        raise UsageError(f"plugin: expected a name or a list of names, got {asked!r}.")
+    for name in installed():
+        key = name.replace("-", "_")
+        if key in left and key not in known and _switch(key, left.pop(key)):
+            wanted.append(name)
+    by_setting = _setting_requests()
+    for key, cases in by_setting.items():
+        if key in left:
+            wanted += _requested_by(key, left[key], cases)
+    off: set[str] = set()
+    for name in asked:
+        if name.strip().lower().startswith("no:"):
+            off.add(canonical(name.strip()[3:]))
+        elif name.strip():
+            wanted.append(canonical(name))
+    chosen = [name for name in dict.fromkeys(wanted) if name not in off]
+    for key, cases in by_setting.items():
+        # A switch that is off belongs to nobody who is there to read it.
+        if not any(name in chosen for names in cases.values() for name in names) and key not in known:
+            left.pop(key, None)
+    return chosen, left
+
+
+def _setting_requests() -> dict[str, dict[str, list[str]]]:
+    """Setting → value that requests ("" for any that is on) → plugins."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for what, names in requests("setting").items():
+        key, _, needed = what.partition(".")
+        found.setdefault(key, {}).setdefault(needed.lower(), []).extend(names)
+    return found
+
+
+def _requested_by(key: str, value: Any, cases: dict[str, list[str]]) -> list[str]:
+    if not _is_on(value):
+        return []
+    names = [*cases.get("", []), *cases.get(str(value).lower(), [])]
+    if not names:
+        raise UsageError(f"{key}: expected one of {', '.join(cases)}, got {value!r}.")
+    return names
+
+
+def _switch(key: str, value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "on", "off", "1", "0"):
+        return value.lower() in ("true", "yes", "on", "1")
+    if not isinstance(value, bool):
+        raise UsageError(f"{key}: expected true or false (it switches plugin {canonical(key)}), got {value!r}.")
+    return value
+
+
+def _is_on(value: Any) -> bool:
+    """A switch is on when true; a degree or factor when it is not -1, 0 or 1; a name when it is not empty."""
+    text = str(value).strip().lower()
+    if text in ("", "none", "null", "false", "off", "no"):
+        return False
+    try:
+        return text == "true" or float(text) not in (-1.0, 0.0, 1.0)
+    except ValueError:
+        return True
+
+
+class Plugins:
+    """The active plugins of one run: classes first (``load``), instances when the settings are known (``start``)."""
+
+    def __init__(self, classes: dict[str, Any], origins: dict[str, str]) -> None:
+        self._classes = classes
+        self._origins = origins
+        self.manager = pluggy.PluginManager("sft")
+
+    @classmethod
+    def load(cls, names: Sequence[str], extra: Iterable[Any] = ()) -> Plugins:
+        """Import the requested plugins and check what they declare; ``extra`` are plugin classes given directly."""
+        classes: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        for plugin in extra:
+            classes[plugin.name] = plugin
+            origins[plugin.name] = f"given directly as {getattr(plugin, '__qualname__', plugin.__name__)}"
+        available = installed()
+        for name in names:
+            if name not in classes:
+                item = _find(name, available)
+                classes[name], origins[name] = _import(item), item.origin
+        ordered = dict(sorted(classes.items(), key=lambda pair: getattr(pair[1], "order", 0)))
+        plugins = cls(ordered, origins)
+        plugins._check_declarations()
+        return plugins
+
+    def start(self, options: Mapping[str, Any]) -> None:
+        """Make the instances, publish their hooks and register them; refuse two providers of a single seam."""
+        from sft import hookspecs
+
+        self.manager.add_hookspecs(hookspecs)
+        for plugin in self._classes.values():
+            published = getattr(plugin, "hookspecs", None)
+            if published is not None:
+                self.manager.add_hookspecs(published)
+        # pluggy calls the last one registered first.
+        for name, plugin in reversed(self._classes.items()):
+            instance = plugin if isinstance(plugin, ModuleType) else plugin(options.get(name))
+            try:
+                self.manager.register(instance, name=name)
+            except pluggy.PluginValidationError as error:
+                raise UsageError(f"Plugin {name} ({self.origin(name)}) does not fit the hooks: {error}.") from error
+        try:
+            self.manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise UsageError(
+                f"A plugin implements a hook that no active plugin publishes ({error}); "
+                "upgrade it, or add the plugin that it refines."
+            ) from error
+        self._check_single()
+
+    @property
+    def hook(self) -> Any:
+        return self.manager.hook
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._classes)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The active plugin classes or modules, in calling order."""
+        return iter(self._classes.values())
+
+    def origin(self, name: str) -> str:
+        """Distribution and version of an active plugin."""
+        return self._origins[name]
+
+    def inactive(self) -> list[str]:
+        return [name for name in installed() if name not in self._classes]
+
+    def ask(self, name: str, hook: str, **arguments: Any) -> Any:
+        """Call ``hook`` of one plugin alone; None when it does not implement it."""
+        others = [plugin for other, plugin in self.manager.list_name_plugin() if other != name]
+        results = self.manager.subset_hook_caller(hook, remove_plugins=others)(**arguments)
+        return results[0] if isinstance(results, list) and results else (results or None)
+
+    def provider(self, hook: str) -> str | None:
+        """The name of the plugin that implements ``hook``, where one does."""
+        for implementation in getattr(self.hook, hook).get_hookimpls():
+            return str(implementation.plugin_name)
+        return None
+
+    def _check_declarations(self) -> None:
+        for name, plugin in self._classes.items():
+            for needed in map(canonical, getattr(plugin, "requires", ())):
+                if needed not in self._classes:
+                    raise UsageError(
+                        f"Plugin {name} refines {needed}, which is not active; add --plugin {needed} "
+                        f"or leave {name} out."
+                    )
+            for other in map(canonical, getattr(plugin, "conflicts", ())):
+                if other in self._classes:
+                    raise UsageError(
+                        f"Plugins {name} ({self.origin(name)}) and {other} ({self.origin(other)}) cannot "
+                        "work together; leave one of them out."
+                    )
+
+    def _check_single(self) -> None:
+        for name in vars(self.hook):
+            caller = getattr(self.hook, name)
+            if name.startswith("_") or not getattr(getattr(caller.spec, "function", None), "sft_single", False):
+                continue
+            providers = [implementation.plugin_name for implementation in caller.get_hookimpls()]
+            if len(providers) > 1:
+                listed = " and ".join(f"{p} ({self.origin(p)})" for p in reversed(providers))
+                raise UsageError(f"Plugins {listed} both provide {name}, which has one place; leave one out.")
+
+
+def _find(name: str, available: Mapping[str, list[Installed]]) -> Installed:
+    items = available.get(name, [])
+    if not items:
+        close = difflib.get_close_matches(name, available, n=1)
+        hint = f"did you mean {close[0]}?" if close else "pip install the distribution that provides it."
+        listed = ", ".join(available) or "none"
+        raise UsageError(f"Plugin {name} is not installed (installed: {listed}); {hint}")
+    if len(items) > 1:
+        listed = " and ".join(f"{item.origin} ({item.entry.value})" for item in items)
+        raise UsageError(f"Plugin {name} is provided twice, by {listed}; pip uninstall one of them.")
+    return items[0]
+
+
+def _import(item: Installed) -> Any:
+    try:
+        plugin = item.entry.load()
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(
+            f"Plugin {item.name} of {item.origin} cannot be imported ({cause}); "
+            f"pip install --upgrade --force-reinstall {item.distribution}, or leave the plugin out."
+        ) from error
+    declared = getattr(plugin, "name", None)
+    if not isinstance(declared, str) or canonical(declared) != item.name:
+        raise UsageError(
+            f"Plugin {item.name} of {item.origin} names itself {declared!r}; its entry point and its name differ: "
+            f"pip install --upgrade {item.distribution}."
+        )
+    version = getattr(plugin, "api_version", API_VERSION)
+    if version != API_VERSION:
+        raise UsageError(
+            f"Plugin {item.name} of {item.origin} is written for plugin API {version}, and this sft has "
+            f"{API_VERSION}; install versions of sft-core and {item.distribution} that go together."
+        )
+    return plugin

@@ -1,0 +1,192 @@
+"""A run, from settings to result: ``sft.run(...)`` and the :class:`Run` that hooks receive."""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sft import assembly, runtime
+from sft.data.encoding import Encoded
+from sft.data.sources import find_files
+from sft.data.tokenizer import Tokenizer
+from sft.errors import UsageError
+from sft.files import publish, write_json
+from sft.models.source import find_model
+from sft.plugins import Plugins, choose
+from sft.seams import DataCollator, ParallelStrategy, Turn
+from sft.settings import Settings, build, core_options, normalise, read_file
+from sft.training.checkpoint import find_checkpoint
+
+
+@dataclass
+class Summary:
+    """What a run did and learned, in numbers. Losses are nats per target token."""
+
+    output_dir: Path
+    steps: int
+    epochs: float
+    seconds: float
+    train_loss_first: float | None
+    train_loss_last: float | None
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    trainable_parameters: int
+    total_parameters: int
+    tokens: int
+    target_tokens: int
+    padding_tokens: int
+    peak_memory_mib: int
+    data: dict[str, dict[str, int]] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    """``prompt``, ``before``, ``after`` and the ``reference`` answer of each sample prompt."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "output_dir": str(self.output_dir)}
+
+
+class Run:
+    """One run. Plugins find here what they need; two runs in one process share nothing."""
+
+    model: Any
+    """The paddle model, from ``sft_adapt_model`` on."""
+    source: Any
+    """Where the model came from: ``folder``, ``values`` (config.json), ``family``, ``config``."""
+    tokenizer: Tokenizer
+    train_data: Encoded
+    dev_data: Encoded | None = None
+    collator: DataCollator
+    strategy: ParallelStrategy
+
+    def __init__(self, settings: Settings, plugins: Plugins, say: Callable[[str], None]) -> None:
+        self.settings = settings
+        self.plugins = plugins
+        self.hook = plugins.hook
+        self.say = say
+        self.before: dict[str, Any] = {}
+        self.evaluation: dict[str, Any] = {}
+        self.dev_turns: list[list[Turn]] = []
+
+    def rng(self, name: str) -> np.random.Generator:
+        """Random numbers that depend on the run's seed and ``name`` alone, not on what was drawn before."""
+        return np.random.default_rng([self.settings.training.seed, zlib.crc32(name.encode())])
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(str(self.settings.training.output_dir))
+
+    @property
+    def exports_adapter(self) -> bool:
+        """Whether the result is an adapter; if not, it is the whole model."""
+        return self.plugins.provider("sft_export_adapter") is not None
+
+    @property
+    def eval_steps(self) -> int:
+        return self.settings.training.eval_steps or self.settings.training.logging_steps
+
+    def write_result(self, folder: Path) -> None:
+        """What a user loads afterwards: the adapter in PEFT layout or the whole model, and the tokenizer."""
+        from safetensors.numpy import save_file
+
+        from sft.models.saving import write_model
+
+        if not self.exports_adapter:
+            write_model(folder, self.model, self.source, self.tokenizer)
+            return
+        files = self.hook.sft_export_adapter(run=self, model=self.model)
+        write_json(folder / "adapter_config.json", files.config)
+        save_file(files.tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+        self.tokenizer.save(folder)
+
+
+def run(
+    settings: Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    plugins: Iterable[type] = (),
+    say: Callable[[str], None] | None = None,
+) -> Summary:
+    """Fine-tune a model: what ``sft run`` does, with settings by name (or the path of a settings file).
+
+    ``plugins`` adds plugin classes that no installed distribution provides. ``say`` receives the lines that the
+    command line prints (by default they are printed). Raises :class:`sft.UsageError` for everything that the
+    command line answers with exit code 2, before anything has been written.
+    """
+    values = read_file(Path(settings)) if isinstance(settings, (str, os.PathLike)) else settings
+    current = prepare(normalise(values), plugins, say or _print)
+    return execute(current)
+
+
+def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str], None]) -> Run:
+    """Resolve plugins and settings and run every check that is instant; nothing heavy is imported."""
+    names, left = choose(values, core_options())
+    active = Plugins.load(names, extra)
+    settings = build(left, active)
+    active.start(settings.options)
+    current = Run(settings, active, say)
+    given = settings.flat()
+    for name in ("model_name_or_path", "dataset_name_or_path", "output_dir"):
+        if not given[name]:
+            raise UsageError(f"{name} is not set; add --{name} VALUE or put it into the settings file.")
+    assembly.check_output(current)
+    active.hook.sft_check(run=current)
+    return current
+
+
+def execute(run: Run) -> Summary:
+    """Data, model, training, result. The run directory appears only when training is about to begin."""
+    started = time.time()
+    dataset = Path(str(run.settings.data.dataset_name_or_path)).expanduser()
+    train_files, dev_files = find_files(dataset, "train"), find_files(dataset, "dev")
+    runtime.require_paddle()
+    folder = find_model(str(run.settings.model.model_name_or_path))
+    run.tokenizer = Tokenizer(folder)
+    assembly.read_data(run, train_files, dev_files)
+    run.say(runtime.prepare())
+    assembly.load_model(run, folder)
+    optimizer = assembly.make_optimizer(run)
+    schedule = assembly.make_schedule(run)
+    training = run.settings.training
+    source = find_checkpoint(training.resume_from_checkpoint, run.output_dir)
+    state = assembly.check_resumable(run, schedule, source) if source is not None else None
+
+    from sft.training import checkpoint
+    from sft.training.journal import Journal
+    from sft.training.loop import train
+    from sft.training.progress import Display
+
+    assembly.open_output(run, resuming=state is not None)
+    journal = Journal(run.output_dir / "metrics.jsonl")
+    record = {"status": "running", **assembly.describe(run)}
+    write_json(run.output_dir / "run.json", record)
+    start = 0
+    if source is not None and state is not None:
+        checkpoint.load(run, optimizer, source, state)
+        journal.rewind(state["journal"], state["step"])
+        start, run.before = state["step"], state["before"]
+        run.say(f"resuming from {source} after step {start}")
+    else:
+        run.before = assembly.measure(run, 0, 0.0, journal)
+    run.hook.sft_run_started(run=run)
+    display = Display(schedule.total_steps, start, bar=not training.disable_tqdm)
+    try:
+        steps = train(run, optimizer, schedule, journal, display, start)
+    finally:
+        display.close()
+    epochs = schedule.epochs_after(steps)
+    after = assembly.measure(run, steps, epochs, journal)
+    summary = assembly.summarise(run, journal, steps, epochs, after, time.time() - started)
+    with publish(run.output_dir) as staging:
+        run.write_result(staging)
+    write_json(run.output_dir / "run.json", {**record, "status": "finished", "result": summary.as_dict()})
+    run.hook.sft_run_ended(run=run, summary=summary)
+    return summary
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,163 @@
+"""The protocols behind the hooks of ``hookspecs.py``: what a plugin hands to the core, and what the core asks of it.
+
+Shapes: B rows, S tokens in a row, H query heads, K key/value heads, D head size. The data path is numpy;
+tensors are paddle's. A technique of the adapter seam has no object of its own: it answers
+``sft_adapt_model`` and, if it has weights to keep, the three hooks about adapter folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation; ``trains`` says whether its text is a target."""
+
+    role: str
+    content: str
+    trains: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    """One encoded record. ``input_ids`` int64 [n]; ``labels`` int64 [n], already shifted, -100 = no target."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a collator makes of rows, each of which is one or several documents and then padding.
+
+    ``input_ids``, ``labels`` (already shifted, -100 where nothing is learned) and ``position_ids`` (from 0 in
+    each document) are int64 [B, S]. ``startend_row_indices`` is int32 [B, 1, S, 1] in FlashMask's causal form
+    (query rows from that index on do not see the key), or None when every row holds one document, which
+    causal attention alone describes. ``lengths`` are the document lengths of each row, without padding.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    startend_row_indices: np.ndarray | None
+    lengths: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(sum(row) for row in self.lengths)
+
+    @property
+    def padding_tokens(self) -> int:
+        return int(self.input_ids.size) - self.tokens
+
+    @property
+    def target_tokens(self) -> int:
+        return int((self.labels != -100).sum())
+
+
+class DataCollator(Protocol):
+    """Decides which records share a row, and makes batches of rows."""
+
+    def rows(self, lengths: np.ndarray, rng: np.random.Generator | None) -> list[tuple[int, ...]]:
+        """Record numbers of each row of one pass over the data, in training order.
+
+        ``lengths`` int64 [records] in tokens. ``rng`` shuffles; None keeps the data's order (evaluation).
+        Every record must appear exactly once.
+        """
+        ...
+
+    def batch(self, rows: Sequence[Sequence[Example]]) -> Batch:
+        """Rows of examples → a batch."""
+        ...
+
+
+class AttentionBackend(Protocol):
+    """Computes attention in every decoder layer while training and evaluating (generation keeps the model's own)."""
+
+    packed: bool
+    """Whether ``startend_row_indices`` are honoured; if not, rows of several documents are refused."""
+
+    def attend(self, query: Any, key: Any, value: Any, startend_row_indices: Any | None) -> Any:
+        """Causal attention, scaled by 1/√D. query [B, S, H, D]; key, value [B, S, K, D] → [B, S, H, D].
+
+        ``startend_row_indices`` int32 [B, 1, S, 1] or None as in :class:`Batch`.
+        """
+        ...
+
+
+class Quantizer(Protocol):
+    """Stands in for Linear layers while weights stream in, so that no float copy of the model ever exists."""
+
+    def quantize(self, name: str, weight: np.ndarray, bias: np.ndarray | None) -> Any | None:
+        """The layer that stands for Linear ``name`` (the model's own dotted name), or None to keep it as it is.
+
+        ``weight`` float32 [in, out] (Paddle's layout), ``bias`` float32 [out]. The returned paddle Layer maps
+        [..., in] → [..., out] and offers ``dequantize() -> Tensor [in, out]``, for merging.
+        """
+        ...
+
+
+class ParallelStrategy(Protocol):
+    """Where this process stands among all that share the run, and the operations that need the others."""
+
+    data_rank: int
+    data_world: int
+    is_main: bool
+    """Whether this process writes the run directory."""
+
+    def wrap(self, model: Any) -> Any:
+        """The model as this strategy trains it; called once, after it has been adapted."""
+        ...
+
+    def backward(self, model: Any, batches: Sequence[Batch], loss_scale: float) -> float:
+        """Forward and backward over this process's micro-batches; returns their summed, unscaled loss.
+
+        Gradients are those of ``loss_scale`` × (sum of the target tokens' losses) over all data ranks.
+        """
+        ...
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The element-wise sum over all data ranks."""
+        ...
+
+    def clip(self, parameters: Sequence[Any], max_norm: float) -> float:
+        """Scale gradients so that their global norm is at most ``max_norm`` (0: never); the norm before that."""
+        ...
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters that share an optimizer setting; ``learning_rate`` multiplies the schedule's."""
+
+    name: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Structured parameter name → paddle Parameter."""
+    learning_rate: float = 1.0
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter as Hugging Face PEFT stores it: the config, and tensors in PEFT's names and layout ([out, in])."""
+
+    config: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+
+
+class AdapterMerger(Protocol):
+    """Folds an adapter folder into base weights, one tensor at a time."""
+
+    def merge(self, name: str, weight: np.ndarray) -> np.ndarray:
+        """``name`` is the tensor's Hugging Face name; ``weight`` float32 [out, in]; returns the merged weight."""
+        ...
+
+    def unused(self) -> list[str]:
+        """Adapter tensors that no base weight has asked for; the core makes them an error."""
+        ...

@@ -1,0 +1,205 @@
+"""The settings of a run: four argument groups with PaddleNLP's names, and each active plugin's options.
+
+They are read from a JSON or YAML file, overridden by ``--name value``, checked, and never guessed: a name
+that nobody declares is an error with a suggestion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.errors import UsageError
+from sft.options import Option, convert, option, options_of
+
+if TYPE_CHECKING:
+    from sft.plugins import Plugins
+
+
+@dataclasses.dataclass
+class ModelArguments:
+    """Which model is fine-tuned."""
+
+    model_name_or_path: str | None = option(
+        None, "model directory (Hugging Face or Paddle layout) or hub name; required"
+    )
+
+
+@dataclasses.dataclass
+class DataArguments:
+    """What it learns from."""
+
+    dataset_name_or_path: str | None = option(
+        None, "DIR with train.json[l] or train/*.json[l] (dev likewise), or one file; required"
+    )
+    src_length: int = option(1024, "longest prompt, tokens", minimum=1)
+    max_length: int = option(2048, "longest record (prompt and answer together), tokens", minimum=2)
+
+
+@dataclasses.dataclass
+class GenerationArguments:
+    """How answers are drawn, where a run shows some."""
+
+    num_samples: int = option(
+        0,
+        "dev (else train) prompts to answer before and after training, shown and kept in run.json",
+        minimum=0,
+    )
+    max_new_tokens: int = option(128, "longest generated answer, tokens", minimum=1)
+    top_k: int = option(1, "draw from the k likeliest tokens; 1 is greedy, 0 is no limit", minimum=0)
+    top_p: float = option(1.0, "draw from the likeliest tokens of this joint probability", above=0, maximum=1)
+    temperature: float = option(1.0, "divides the logits before a draw", above=0)
+
+
+@dataclasses.dataclass
+class TrainingArguments:
+    """How it is trained."""
+
+    output_dir: str | None = option(None, "where everything of this run is written; required")
+    overwrite_output_dir: bool = option(False, "replace the run that output_dir holds")
+    do_eval: bool | None = option(None, "measure the dev loss before and after training; unset: when there is dev data")
+    per_device_train_batch_size: int = option(8, "rows in a micro-batch", minimum=1)
+    gradient_accumulation_steps: int = option(1, "micro-batches in an optimizer step", minimum=1)
+    per_device_eval_batch_size: int = option(8, "rows in an evaluation batch", minimum=1)
+    num_train_epochs: float = option(3.0, "passes over the data, unless max_steps is set", above=0)
+    max_steps: int = option(-1, "optimizer steps; -1: num_train_epochs decides", minimum=-1)
+    learning_rate: float = option(5e-5, "peak learning rate", minimum=0)
+    lr_scheduler_type: str = option(
+        "linear", "shape of the decay after warm-up", choices=("linear", "cosine", "constant")
+    )
+    warmup_steps: int = option(0, "steps of linear warm-up; above 0 it overrides warmup_ratio", minimum=0)
+    warmup_ratio: float = option(0.0, "share of all steps spent on warm-up", minimum=0, maximum=1)
+    weight_decay: float = option(0.0, "AdamW's decoupled decay; biases and norms get none", minimum=0)
+    adam_beta1: float = option(0.9, "AdamW's decay of the first moment", minimum=0, maximum=1)
+    adam_beta2: float = option(0.999, "AdamW's decay of the second moment", minimum=0, maximum=1)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
+    max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0: no clipping", minimum=0)
+    logging_steps: int = option(500, "steps between lines; the first and the last are always logged", minimum=1)
+    evaluation_strategy: str = option("no", "when to evaluate on the way", choices=("no", "steps", "epoch"))
+    eval_steps: int | None = option(None, "steps between evaluations; unset: logging_steps", minimum=1)
+    save_strategy: str = option("no", "when to write checkpoints", choices=("no", "steps", "epoch"))
+    save_steps: int = option(500, "steps between checkpoints", minimum=1)
+    save_total_limit: int | None = option(None, "checkpoints to keep; unset: all", minimum=1)
+    resume_from_checkpoint: str | None = option(
+        None, "a checkpoint folder, or auto: the newest in output_dir (a fresh start if there is none)"
+    )
+    disable_tqdm: bool = option(False, "plain lines instead of a progress bar")
+    seed: int = option(42, "seed of shuffling, initialisation and dropout", minimum=0, maximum=2**31 - 1)
+
+
+GROUPS: dict[str, type] = {
+    "model": ModelArguments,
+    "data": DataArguments,
+    "generation": GenerationArguments,
+    "training": TrainingArguments,
+}
+
+
+@dataclasses.dataclass
+class Settings:
+    """The resolved settings of a run: the four groups, and the active plugins' options by plugin name."""
+
+    model: ModelArguments
+    data: DataArguments
+    generation: GenerationArguments
+    training: TrainingArguments
+    plugin: tuple[str, ...] = ()
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its name, as a settings file would hold it."""
+        values: dict[str, Any] = {"plugin": list(self.plugin)}
+        for part in (self.model, self.data, self.generation, self.training, *self.options.values()):
+            values.update(dataclasses.asdict(part))
+        return values
+
+
+def core_options() -> dict[str, Option]:
+    """The core's settings by name."""
+    return {name: found for group in GROUPS.values() for name, found in options_of(group).items()}
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A flat settings file: JSON (``.json``) or YAML (``.yaml``, ``.yml``)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"Settings file {path} cannot be read ({error}); give the path of a JSON or YAML file."
+        ) from error
+    try:
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            values = yaml.safe_load(text)
+        elif path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            raise UsageError(f"Settings file {path} is neither .json nor .yaml; rename it after what it holds.")
+    except ValueError as error:
+        raise UsageError(f"Settings file {path} is not valid JSON ({error}); correct it there.") from error
+    except Exception as error:
+        if isinstance(error, UsageError):
+            raise
+        place = " ".join(str(error).split())
+        raise UsageError(f"Settings file {path} is not valid YAML ({place}); correct it there.") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"Settings file {path} must hold one object of names and values.")
+    return values
+
+
+def normalise(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Setting names with underscores, whatever they were written with; a name given twice is an error."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = str(name).replace("-", "_")
+        if key in found:
+            raise UsageError(f"Setting {key} is given twice; keep one of them.")
+        found[key] = value
+    return found
+
+
+def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
+    """Check ``values`` (names already normalised, plugin requests taken out) against core and active plugins.
+
+    Raises :class:`UsageError` for the first unknown name or wrong value.
+    """
+    owners: dict[str, str] = dict.fromkeys(core_options(), "the core")
+    classes: dict[str, type] = {}
+    for plugin in plugins:
+        if plugin.Options is None:
+            continue
+        classes[plugin.name] = plugin.Options
+        for name in options_of(plugin.Options):
+            if name in owners:
+                raise UsageError(
+                    f"Setting {name} is declared by both {owners[name]} and plugin {plugin.name} "
+                    f"({plugins.origin(plugin.name)}); switch one of them off with --plugin no:NAME."
+                )
+            owners[name] = f"plugin {plugin.name}"
+    for name in values:
+        if name not in owners:
+            raise UsageError(unknown_setting(name, owners, plugins.inactive()))
+
+    def fill(cls: type) -> Any:
+        declared = options_of(cls)
+        return cls(**{name: convert(declared[name], values[name]) for name in declared if name in values})
+
+    groups = {key: fill(cls) for key, cls in GROUPS.items()}
+    options = {name: fill(cls) for name, cls in classes.items()}
+    return Settings(**groups, plugin=tuple(plugins.names), options=options)
+
+
+def unknown_setting(name: str, known: Iterable[str], inactive: Iterable[str]) -> str:
+    """The sentence for a name that nobody declares, with what the user most likely meant."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    if close:
+        return f"Unknown setting {name}; did you mean {close[0]}?"
+    for plugin in sorted(inactive, key=len, reverse=True):
+        if name.startswith(plugin.replace("-", "_").split("_")[0] + "_"):
+            return f"Unknown setting {name}; if it belongs to plugin {plugin}, add --plugin {plugin}."
+    return f"Unknown setting {name}; `sft run --help` lists the settings (with --plugin NAME, the plugin's too)."

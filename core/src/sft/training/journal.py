@@ -1,0 +1,98 @@
+"""What a run writes down as it goes: ``metrics.jsonl``, one line a logged step or evaluation."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sft.files import write_text
+from sft.runtime import peak_memory_mib
+
+
+@dataclass
+class Window:
+    """Sums over the steps since the line before."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    target_tokens: int = 0
+    padding_tokens: int = 0
+
+
+@dataclass
+class Journal:
+    """Appends to ``metrics.jsonl``. Its state travels in checkpoints, so a resumed run writes the same lines."""
+
+    path: Path
+    window: Window = field(default_factory=Window)
+    total: Window = field(default_factory=Window)
+    first_loss: float | None = None
+    last_loss: float | None = None
+    _since: float = field(default_factory=time.monotonic)
+
+    def add(self, loss_sum: float, tokens: int, target_tokens: int, padding_tokens: int) -> None:
+        """Count one step; ``loss_sum`` is over its target tokens."""
+        for sums in (self.window, self.total):
+            sums.loss += loss_sum
+            sums.tokens += tokens
+            sums.target_tokens += target_tokens
+            sums.padding_tokens += padding_tokens
+
+    def step_line(self, step: int, epoch: float, learning_rate: float, grad_norm: float) -> dict[str, Any]:
+        """Write the line of a logged step; loss is the mean over all target tokens since the line before."""
+        now = time.monotonic()
+        line = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            "loss": self.window.loss / max(1, self.window.target_tokens),
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "seconds": round(now - self._since, 3),
+            "tokens": self.window.tokens,
+            "target_tokens": self.window.target_tokens,
+            "padding_tokens": self.window.padding_tokens,
+            "peak_memory_mib": peak_memory_mib(),
+        }
+        self._since, self.window = now, Window()
+        self.first_loss = line["loss"] if self.first_loss is None else self.first_loss
+        self.last_loss = line["loss"]
+        self.write(line)
+        return line
+
+    def write(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def start(self) -> None:
+        """The clock of the next line starts now."""
+        self._since = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "window": asdict(self.window),
+            "total": asdict(self.total),
+            "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
+        }
+
+    def rewind(self, state: dict[str, Any], step: int) -> None:
+        """Go back to a checkpoint: restore the sums and drop the lines that were written after ``step``."""
+        self.window, self.total = Window(**state["window"]), Window(**state["total"])
+        self.first_loss, self.last_loss = state["first_loss"], state["last_loss"]
+        kept = [line for line in _lines(self.path) if line["step"] <= step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics file; a half-written last line is left out."""
+    lines = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                continue
+    return lines

@@ -1,0 +1,1 @@
+"""LoRA and its refinements as sft plugins, one module a technique."""

@@ -1,0 +1,138 @@
+"""Plugin ``lora``: low-rank adaptation (arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sft
+from sft import UsageError
+from sft_peft_lora import hooks
+
+if TYPE_CHECKING:
+    from sft import AdapterFiles, AdapterMerger, Run, Target
+
+
+@dataclass
+class LoraOptions:
+    lora_rank: int = sft.option(8, "rank r of the update", minimum=1)
+    lora_alpha: float | None = sft.option(None, "α; the update is scaled by α/r; unset: 2·r", above=0)
+    lora_dropout: float = sft.option(0.0, "dropout on the update's input, training only", minimum=0, maximum=0.99)
+    lora_target_modules: list[str] = sft.option(
+        [], "layer names (q_proj) or regular expressions over whole names; unset: every Linear of the blocks"
+    )
+    lora_path: str | None = sft.option(None, "start from the adapter in this folder (its rank and targets count)")
+
+
+class Lora(sft.Plugin):
+    """y = x·W + s·dropout(x)·A·B with W frozen, A Kaiming-uniform, B zero, s = α/r, on every target Linear."""
+
+    name = "lora"
+    summary = "Low-rank adapters beside frozen Linear layers (LoRA)."
+    reference = "arXiv 2106.09685"
+    Options = LoraOptions
+    hookspecs = hooks
+
+    def __init__(self, options: LoraOptions) -> None:
+        super().__init__(options)
+        self.layers: dict[str, Any] = {}
+        """The adapted layers by their target's Hugging Face name."""
+
+    @sft.hookimpl
+    def sft_check(self, run: Run) -> None:
+        if self.options.lora_path is None:
+            return
+        if not (Path(self.options.lora_path) / "adapter_config.json").is_file():
+            raise UsageError(f"lora_path {self.options.lora_path} holds no adapter (no adapter_config.json).")
+
+    @sft.hookimpl
+    def sft_adapt_model(self, run: Run, model: Any) -> None:
+        options = self.options
+        if options.lora_path is not None:
+            self._adapt_from(model, Path(options.lora_path), run.hook)
+        else:
+            rank, alpha = options.lora_rank, self._alpha(run.hook, options.lora_rank)
+            scaling = _scaling(run.hook, rank, alpha)
+            self.alpha, self.scaling = alpha, scaling
+            for target in sft.target_layers(model, options.lora_target_modules):
+                layer = self._wrap(target, rank, scaling)
+                rng = run.rng(target.name)
+                if not run.hook.lora_initialize(layer=layer, name=target.name, rng=rng):
+                    initialize(layer, rng)
+        run.say(f"lora: {len(self.layers)} layers, rank {self._rank}, scaling {self.scaling:g}")
+
+    @sft.hookimpl
+    def sft_export_adapter(self, run: Run, model: Any) -> AdapterFiles:
+        from sft_peft_lora.files import adapter_files
+
+        pairs = {}
+        for name, layer in self.layers.items():
+            pairs[name] = run.hook.lora_export(layer=layer) or (layer.lora_A.numpy(), layer.lora_B.numpy())
+        base = str(run.settings.model.model_name_or_path)
+        return adapter_files(pairs, self.alpha, self.scaling, base, self.options.lora_dropout)
+
+    @sft.hookimpl
+    def sft_import_adapter(self, model: Any, folder: Path) -> bool:
+        self._adapt_from(model, folder, None)
+        return True
+
+    @sft.hookimpl
+    def sft_adapter_merger(self, folder: Path) -> AdapterMerger:
+        from sft_peft_lora.files import LoraMerger
+
+        return LoraMerger(folder)
+
+    # --- the parts ------------------------------------------------------------------------------------------
+
+    @property
+    def _rank(self) -> int:
+        return int(next(iter(self.layers.values())).rank)
+
+    def _alpha(self, hook: Any, rank: int) -> float:
+        if self.options.lora_alpha is not None:
+            return float(self.options.lora_alpha)
+        provided = hook.lora_default_alpha(rank=rank)
+        return float(provided) if provided is not None else 2.0 * rank
+
+    def _wrap(self, target: Target, rank: int, scaling: float) -> Any:
+        from sft_peft_lora.layer import LoraLinear
+
+        layer = LoraLinear(
+            target.layer, target.in_features, target.out_features, rank, scaling, self.options.lora_dropout
+        )
+        target.replace(layer)
+        self.layers[target.name] = layer
+        return layer
+
+    def _adapt_from(self, model: Any, folder: Path, hook: Any) -> None:
+        """Adapt ``model`` with the pairs of an adapter folder; every pair must find its layer, and fit it."""
+        from sft_peft_lora.files import LoraFolder
+
+        adapter = LoraFolder(folder)
+        targets = {target.name: target for target in sft.target_layers(model)}
+        for name, (a, b) in adapter.pairs.items():
+            target = targets.get(name)
+            if target is None or (target.in_features, target.out_features) != (a.shape[0], b.shape[1]):
+                raise UsageError(f"The adapter in {folder} has weights for {name}, which do not fit this model.")
+            layer = self._wrap(target, a.shape[1], adapter.scaling(name))
+            layer.lora_A.set_value(a)
+            layer.lora_B.set_value(b)
+        scalings = {layer.scaling for layer in self.layers.values()}
+        ranks = {layer.rank for layer in self.layers.values()}
+        if hook is not None and (len(scalings) > 1 or len(ranks) > 1):
+            raise UsageError(f"The adapter in {folder} has several ranks or scalings; training needs one of each.")
+        self.scaling = scalings.pop()
+        self.alpha = float(adapter.config.get("lora_alpha", self.scaling * self._rank))
+
+
+def _scaling(hook: Any, rank: int, alpha: float) -> float:
+    provided = hook.lora_scaling(rank=rank, alpha=alpha)
+    return float(provided) if provided is not None else alpha / rank
+
+
+def initialize(layer: Any, rng: Any) -> None:
+    """A from U(-1/√in, 1/√in) (Kaiming-uniform with a = √5), B zero: the adapted model begins as its base."""
+    bound = 1.0 / math.sqrt(layer.in_features)
+    layer.lora_A.set_value(rng.uniform(-bound, bound, (layer.in_features, layer.rank)).astype("float32"))

@@ -125,7 +125,7 @@ def _convert(kind: Any, value: Any) -> Any:
         return _REFUSED
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return _REFUSED
     if number != number or number in (float("inf"), float("-inf")):
         return _REFUSED
@@ -138,13 +138,14 @@ def _convert(kind: Any, value: Any) -> Any:
     return number
 
 
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_NAMES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def _describe(option: Option) -> str:
     words = [
-        "a comma-separated list" if typing.get_origin(kind) is list else _NAMES.get(kind, "none")
+        "a comma-separated list" if typing.get_origin(kind) is list else _NAMES[kind]
         for kind in option.kinds
+        if kind is not type(None)
     ]
     text = " or ".join(words)
     if option.minimum is not None:
@@ -154,4 +155,4 @@ def _describe(option: Option) -> str:
     if option.maximum is not None:
         text += f"{' and' if option.minimum is not None or option.above is not None else ''}"
         text += f" at most {option.maximum:g}"
-    return text
+    return text + (", or none" if type(None) in option.kinds else "")

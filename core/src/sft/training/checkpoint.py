@@ -56,9 +56,11 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
-    if state.get("format") != FORMAT:
-        raise UsageError(f"{folder} was written by another version of sft (format {state.get('format')}).")
-    return dict(state)
+    if not isinstance(state, dict) or "format" not in state:
+        raise UsageError(f"{path} is not the state of a run; resume from another checkpoint.")
+    if state["format"] != FORMAT:
+        raise UsageError(f"{folder} was written by another version of sft (format {state['format']}).")
+    return state
 
 
 def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:

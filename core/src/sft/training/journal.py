@@ -70,6 +70,10 @@ class Journal:
         """The clock of the next line starts now."""
         self._since = time.monotonic()
 
+    def pause(self, seconds: float) -> None:
+        """Leave time that was not spent on training out of the next line."""
+        self._since += seconds
+
     def state(self) -> dict[str, Any]:
         return {
             "window": asdict(self.window),

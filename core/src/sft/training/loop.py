@@ -69,6 +69,7 @@ def train(run: Run, optimizer: Optimizer, schedule: Schedule, journal: Journal, 
         if run.dev_data is not None and _due(settings.evaluation_strategy, run.eval_steps, step, epoch):
             evaluation = evaluate(run, step, epoch)
             journal.write(evaluation)
+            journal.pause(evaluation["eval_seconds"])
             display.evaluation(evaluation)
         if _due(settings.save_strategy, settings.save_steps, step, epoch) and strategy.is_main:
             checkpoint.save(run, optimizer, state_after(run, schedule, journal, step, epoch))

@@ -1,0 +1,28 @@
+"""A third-party plugin, as docs/plugins.md shows it."""
+
+from dataclasses import dataclass
+
+import sft
+
+
+@dataclass
+class LastBlocksOptions:
+    last_blocks: int = sft.option(1, "transformer blocks at the end that train", minimum=1)
+
+
+class LastBlocks(sft.Plugin):
+    """Trains the last transformer blocks and nothing else."""
+
+    name = "last-blocks"
+    summary = "Train the last transformer blocks alone."
+    conflicts = ("lora",)
+    Options = LastBlocksOptions
+
+    @sft.hookimpl
+    def sft_adapt_model(self, run, model):
+        first = model.config.num_hidden_layers - self.options.last_blocks
+        for parameter in model.parameters():
+            parameter.stop_gradient = True
+        for target in sft.target_layers(model):
+            if int(target.name.split(".")[2]) >= first:
+                target.layer.weight.stop_gradient = False

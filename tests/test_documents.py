@@ -1,0 +1,107 @@
+"""What README, docs and examples show is what works."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import sft
+from sft.options import options_of
+from sft.plugins import Plugins
+from sft.settings import core_options
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_readme_python_runs_as_shown(tmp_path: Path) -> None:
+    (code,) = blocks("README.md", "python")
+    assert '"output_dir": "out"' in code
+    code = code.replace('"output_dir": "out"', f'"output_dir": {str(tmp_path / "out")!r}')
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(float, done.stdout.split()[-2:])
+    assert after < before
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md", "docs/tutorial.md"])
+def test_commands_in_documents_name_real_settings(page: str) -> None:
+    known = {*core_options(), *options_of(next(iter(Plugins.load(["lora"]))).Options), "plugin", "help"}
+    known |= {"lora_path", "output_path", "prompt"}  # of merge and generate
+    commands = " ".join(blocks(page, "bash"))
+    assert "sft run" in commands
+    for name in re.findall(r"--([a-z_]+)", commands):
+        assert name in known, f"{page} shows --{name}"
+
+
+def test_chinese_readme_shows_the_same_code() -> None:
+    for language in ("bash", "python"):
+        ours, theirs = (
+            [re.sub(r"#.*", "", block) for block in blocks(page, language)] for page in ("README.md", "README_zh.md")
+        )
+        assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "README_zh.md", "docs/tutorial.md", "docs/plugins.md", "CONTRIBUTING.md"]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_reference_pages_are_current() -> None:
+    done = subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["lora.json", "full.yaml"])
+def test_examples_run_as_they_stand(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "examples" / name).read_text(encoding="utf-8")
+    values: dict[str, Any] = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
+    summary = sft.run(
+        {**values, "output_dir": str(tmp_path / "out"), "max_steps": 3, "eval_steps": 2}, say=lambda _: None
+    )
+    assert summary.steps == 3
+    assert summary.eval_loss_after is not None
+    assert summary.eval_loss_before is not None
+    assert summary.eval_loss_after < summary.eval_loss_before
+
+
+def test_plugin_of_the_guide_is_the_example_and_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ROOT / "examples" / "third_party_plugin" / "src"
+    assert blocks("docs/plugins.md", "python")[0] in (folder / "sft_last_blocks.py").read_text(encoding="utf-8")
+    monkeypatch.syspath_prepend(str(folder))
+    from sft_last_blocks import LastBlocks
+
+    demo = ROOT / "core" / "src" / "sft" / "demo"
+    said: list[str] = []
+    summary = sft.run(
+        {
+            "model_name_or_path": str(demo / "model"),
+            "dataset_name_or_path": str(demo / "data"),
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 2,
+            "max_length": 128,
+            "last_blocks": 2,
+            "do_eval": False,
+        },
+        plugins=[LastBlocks],
+        say=said.append,
+    )
+    config = json.loads((demo / "model" / "config.json").read_text(encoding="utf-8"))
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    assert summary.trainable_parameters == 2 * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)

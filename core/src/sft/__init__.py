@@ -25,6 +25,7 @@ from sft.seams import (
 )
 
 if TYPE_CHECKING:
+    from sft.adapters import read_adapter
     from sft.models.layers import Target, target_layers
     from sft.running import Run, Summary, run
 
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Run": "sft.running",
     "Summary": "sft.running",
+    "read_adapter": "sft.adapters",
     "run": "sft.running",
     "Target": "sft.models.layers",
     "target_layers": "sft.models.layers",
@@ -60,6 +62,7 @@ __all__ = [
     "hookimpl",
     "hookspec",
     "option",
+    "read_adapter",
     "run",
     "single",
     "target_layers",

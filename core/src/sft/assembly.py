@@ -39,8 +39,10 @@ def check_output(run: Run) -> None:
         find_checkpoint(training.resume_from_checkpoint, run.output_dir)
         return
     if training.resume_from_checkpoint is not None:
-        unfinished = _status(run.output_dir) != "finished"
-        if find_checkpoint(training.resume_from_checkpoint, run.output_dir) is not None or unfinished:
+        source = find_checkpoint(training.resume_from_checkpoint, run.output_dir)
+        if source is None and _status(run.output_dir) != "finished":  # it was stopped before its first checkpoint
+            return
+        if source is not None and source.parent.resolve() == run.output_dir.resolve():
             return
     raise UsageError(
         f"output_dir {run.output_dir} already holds a run; choose another folder, continue it with "
@@ -191,11 +193,12 @@ def check_resumable(run: Run, schedule: Schedule, source: Path) -> dict[str, Any
     return state
 
 
-def open_output(run: Run, resuming: bool) -> None:
-    """The run directory, with nothing of an older run in it unless that run goes on."""
+def open_output(run: Run, source: Path | None) -> None:
+    """The run directory, with nothing of an older run in it unless that run goes on from ``source``."""
     run.output_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run.output_dir)
-    if resuming or not holds_run(run.output_dir):
+    goes_on = source is not None and source.parent.resolve() == run.output_dir.resolve()
+    if goes_on or not holds_run(run.output_dir):
         return
     for folder in checkpoints(run.output_dir):
         remove_folder(folder)

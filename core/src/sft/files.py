@@ -43,7 +43,7 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-        for path in staging.iterdir():
+        for path in staging.rglob("*"):
             _sync(path)
         _sync(staging)
         if folder.is_dir():

@@ -138,12 +138,12 @@ def _convert(kind: Any, value: Any) -> Any:
     return number
 
 
-_NAMES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def _describe(option: Option) -> str:
     words = [
-        "a comma-separated list" if typing.get_origin(kind) is list else _NAMES[kind]
+        "a comma-separated list" if typing.get_origin(kind) is list else _NAMES.get(kind, "a value")
         for kind in option.kinds
         if kind is not type(None)
     ]

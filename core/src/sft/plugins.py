@@ -202,8 +202,9 @@ class Plugins:
         classes: dict[str, Any] = {}
         origins: dict[str, str] = {}
         for plugin in extra:
-            classes[plugin.name] = plugin
-            origins[plugin.name] = f"given directly as {getattr(plugin, '__qualname__', plugin.__name__)}"
+            given = canonical(plugin.name)
+            classes[given] = plugin
+            origins[given] = f"given directly as {getattr(plugin, '__qualname__', plugin.__name__)}"
         available = installed()
         for name in names:
             if name not in classes:
@@ -229,12 +230,15 @@ class Plugins:
             try:
                 self.manager.register(instance, name=name)
             except pluggy.PluginValidationError as error:
-                raise UsageError(f"Plugin {name} ({self.origin(name)}) does not fit the hooks: {error}.") from error
+                cause = " ".join(str(error).split())
+                raise UsageError(f"Plugin {name} ({self.origin(name)}) does not fit the hooks: {cause}.") from error
         try:
             self.manager.check_pending()
         except pluggy.PluginValidationError as error:
+            name = str(self.manager.get_name(error.plugin))
+            cause = str(error).partition(" in plugin ")[0]
             raise UsageError(
-                f"A plugin implements a hook that no active plugin publishes ({error}); "
+                f"Plugin {name} ({self.origin(name)}) implements a hook that no active plugin publishes ({cause}); "
                 "upgrade it, or add the plugin that it refines."
             ) from error
         self._check_single()
@@ -247,9 +251,9 @@ class Plugins:
     def names(self) -> list[str]:
         return list(self._classes)
 
-    def __iter__(self) -> Iterator[Any]:
-        """The active plugin classes or modules, in calling order."""
-        return iter(self._classes.values())
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Names and classes (or modules) of the active plugins, in calling order."""
+        return iter(self._classes.items())
 
     def origin(self, name: str) -> str:
         """Distribution and version of an active plugin."""

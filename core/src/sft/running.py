@@ -160,14 +160,14 @@ def execute(run: Run) -> Summary:
     from sft.training.loop import train
     from sft.training.progress import Display
 
-    assembly.open_output(run, resuming=state is not None)
+    assembly.open_output(run, source)
     journal = Journal(run.output_dir / "metrics.jsonl")
     record = {"status": "running", **assembly.describe(run)}
     write_json(run.output_dir / "run.json", record)
     start = 0
     if source is not None and state is not None:
         checkpoint.load(run, optimizer, source, state)
-        journal.rewind(state["journal"], state["step"])
+        journal.rewind(state["journal"], state["step"], source.parent / "metrics.jsonl")
         start, run.before = state["step"], state["before"]
         run.say(f"resuming from {source} after step {start}")
     else:

@@ -170,17 +170,18 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
     """
     owners: dict[str, str] = dict.fromkeys(core_options(), "the core")
     classes: dict[str, type] = {}
-    for plugin in plugins:
-        if plugin.Options is None:
+    for owner, plugin in plugins:
+        declared = getattr(plugin, "Options", None)
+        if declared is None:
             continue
-        classes[plugin.name] = plugin.Options
-        for name in options_of(plugin.Options):
+        classes[owner] = declared
+        for name in options_of(declared):
             if name in owners:
                 raise UsageError(
-                    f"Setting {name} is declared by both {owners[name]} and plugin {plugin.name} "
-                    f"({plugins.origin(plugin.name)}); switch one of them off with --plugin no:NAME."
+                    f"Setting {name} is declared by both {owners[name]} and plugin {owner} "
+                    f"({plugins.origin(owner)}); switch one of them off with --plugin no:NAME."
                 )
-            owners[name] = f"plugin {plugin.name}"
+            owners[name] = f"plugin {owner}"
     for name in values:
         if name not in owners:
             raise UsageError(unknown_setting(name, owners, plugins.inactive()))

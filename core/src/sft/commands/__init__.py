@@ -59,13 +59,16 @@ class _Commands(click.Group):
         return self.commands.get(name)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sft-core", prog_name="sft")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Supervised fine-tuning of large language models on PaddlePaddle; every technique is a plugin.
 
     Start with `sft demo`, then `sft run --help`.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def main() -> None:

@@ -75,10 +75,11 @@ def help_text(values: dict[str, Any]) -> str:
     for group, cls in GROUPS.items():
         lines += ["", f"{group.capitalize()} arguments: {(cls.__doc__ or '').strip()}"]
         lines += [_row(option) for option in options_of(cls).values()]
-    for plugin in active:
-        lines += ["", f"Plugin {plugin.name} ({active.origin(plugin.name)}): {plugin.summary}"]
-        if plugin.Options is not None:
-            lines += [_row(option) for option in options_of(plugin.Options).values()]
+    for name, plugin in active:
+        lines += ["", f"Plugin {name} ({active.origin(name)}): {getattr(plugin, 'summary', '')}"]
+        declared = getattr(plugin, "Options", None)
+        if declared is not None:
+            lines += [_row(option) for option in options_of(declared).values()]
     if not names:
         lines += ["", "With --plugin NAME its settings are listed too; `sft plugins` lists the plugins."]
     return "\n".join(lines)

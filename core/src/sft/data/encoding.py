@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -201,26 +200,12 @@ class _Encoder:
                     f"The chat template of {self.tokenizer.folder} rewrites earlier turns, so the text of turn "
                     f"{index + 1} cannot be told from its prompt; use conversations of one question and one answer."
                 )
-            end = self._end_of_turn(until)
+            end = self.tokenizer.end_of_turn(until)
             if end is None and index + 1 == len(turns):
                 until += self.tokenizer.eos_token
                 text, end = until, len(until)
             targets.append((len(before), end if end is not None else len(until)))
         return [_Piece(text[: targets[-1][1]], tuple(targets))]
-
-    def _end_of_turn(self, text: str) -> int | None:
-        """Where the special token that ends ``text`` ends, white space after it left out; None without one."""
-        stripped = text.rstrip()
-        for token in self._special_tokens():
-            if stripped.endswith(token):
-                return len(stripped)
-        return None
-
-    def _special_tokens(self) -> list[str]:
-        if not hasattr(self, "_specials"):
-            added: dict[int, Any] = self.tokenizer.backend.get_added_tokens_decoder()
-            self._specials = [token.content for token in added.values() if token.special]
-        return self._specials
 
 
 def _mark(spans: list[tuple[int, int]], targets: tuple[tuple[int, int], ...]) -> list[bool]:

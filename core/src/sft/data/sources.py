@@ -84,7 +84,7 @@ def _read_file(path: Path) -> Iterator[Record]:
                     ) from error
                 yield Record(_object(value, path, number), path, number)
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it.") from error
+        raise UsageError(f"{path}, line {_not_utf8(path)} is not UTF-8 text ({error.reason}); convert it.") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
 
@@ -98,6 +98,10 @@ def _read_array(path: Path, text: str) -> Iterator[Record]:
         line += text.count("\n", seen, position)
         seen = position
         if position < len(text) and text[position] == "]":
+            rest = text[position + 1 :].lstrip()
+            if rest:
+                line = text.count("\n", 0, len(text) - len(rest)) + 1
+                raise UsageError(f"{path}, line {line} is not JSON (text after the end of the array); remove it.")
             return
         try:
             value, position = decoder.raw_decode(text, position)
@@ -106,6 +110,16 @@ def _read_array(path: Path, text: str) -> Iterator[Record]:
                 f"{path}, line {error.lineno} is not JSON ({error.msg}); correct the array there."
             ) from error
         yield Record(_object(value, path, line), path, line)
+
+
+def _not_utf8(path: Path) -> int:
+    """The line that holds the first byte that is not UTF-8 (a decoder's own count begins anew in each buffer)."""
+    content = path.read_bytes()
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        content = content[: error.start]
+    return content.count(b"\n") + 1
 
 
 def _object(value: Any, path: Path, line: int) -> dict[str, Any]:

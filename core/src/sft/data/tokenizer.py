@@ -6,6 +6,7 @@ import datetime
 import json
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ class Tokenizer:
         pad = self._id("pad_token")
         self.pad_id = pad if pad is not None else (self.eos_ids[0] if self.eos_ids else 0)
         self.chat_template = self._find_template()
+        added = self.backend.get_added_tokens_decoder().values()
+        self._special_texts = tuple(token.content for token in added if token.special)
         self._compiled: Any = None
 
     # --- ids ------------------------------------------------------------------------------------------------
@@ -108,6 +111,22 @@ class Tokenizer:
                 f"The chat template of {self.folder} cannot write a conversation of "
                 f"{', '.join(turn.role for turn in turns)}: {cause}."
             ) from error
+
+    def end_of_turn(self, text: str) -> int | None:
+        """Where the special token that ends ``text`` ends, white space after it left out; None without one."""
+        stripped = text.rstrip()
+        return len(stripped) if stripped.endswith(self._special_texts) else None
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Tokens on which an answer ends: the end-of-text tokens, and the one that ends a turn of the template."""
+        ids = list(self.eos_ids)
+        if self.chat_template is not None:
+            text = self.render([Turn("user", "a"), Turn("assistant", "b")])
+            end = self.end_of_turn(text)
+            last = self.encode(text[:end])[-1] if end is not None else ids[0]
+            ids += [last] if last not in ids else []
+        return ids
 
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files unchanged."""

@@ -33,14 +33,14 @@ def answer(model: Any, tokenizer: Tokenizer, turns: Sequence[Turn], generation: 
             top_p=generation.top_p,
             temperature=generation.temperature,
             bos_token_id=tokenizer.bos_id,
-            eos_token_id=tokenizer.eos_ids,
+            eos_token_id=tokenizer.stop_ids,
             pad_token_id=tokenizer.pad_id,
         )
     if was_training:
         model.train()
     tokens = [int(token) for token in found[0].numpy()]
     for index, token in enumerate(tokens):
-        if token in tokenizer.eos_ids:
+        if token in tokenizer.stop_ids:
             tokens = tokens[:index]
             break
     return tokenizer.decode(tokens, skip_special_tokens=True).strip()

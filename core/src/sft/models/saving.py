@@ -94,6 +94,8 @@ def write_merged(folder: Path, source: ModelSource, merger: AdapterMerger, token
         for original in weights:
             if original.endswith("rotary_emb.inv_freq"):
                 continue
+            if original == "lm_head.weight" and source.config.tie_word_embeddings:
+                continue  # some writers store the tied matrix twice
             stored = weights.read_stored(original)
             name = original if weights.layout == "hf" else source.family.to_hf(original)
             if weights.layout == "paddle" and source.family.is_transposed(original, stored.ndim):

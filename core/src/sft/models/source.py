@@ -71,12 +71,15 @@ class Weights:
 
     def read_stored(self, name: str) -> np.ndarray:
         """One tensor in the file's layout and dtype (bfloat16 as ``ml_dtypes`` has it)."""
-        import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
+        import ml_dtypes
         import numpy as np
 
         if name in self._pickled:
-            return np.asarray(self._pickled[name])
-        return np.asarray(self._open(self._where[name]).get_tensor(name))
+            array = np.asarray(self._pickled[name])
+        else:
+            array = np.asarray(self._open(self._where[name]).get_tensor(name))
+        # paddle has no bfloat16 in numpy: its files, and PaddleNLP's safetensors, say uint16 for the same bits.
+        return array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
 
     def read(self, name: str) -> np.ndarray:
         """One tensor as float32, in the file's layout."""

@@ -82,11 +82,11 @@ class Journal:
             "last_loss": self.last_loss,
         }
 
-    def rewind(self, state: dict[str, Any], step: int) -> None:
-        """Go back to a checkpoint: restore the sums and drop the lines that were written after ``step``."""
+    def rewind(self, state: dict[str, Any], step: int, written: Path) -> None:
+        """Go back to a checkpoint: restore the sums, and keep the lines of ``written`` up to ``step``."""
         self.window, self.total = Window(**state["window"]), Window(**state["total"])
         self.first_loss, self.last_loss = state["first_loss"], state["last_loss"]
-        kept = [line for line in _lines(self.path) if line["step"] <= step]
+        kept = [line for line in _lines(written) if line["step"] <= step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 

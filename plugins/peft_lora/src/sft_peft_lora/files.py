@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sft import AdapterFiles, UsageError
-from sft.adapters import read_adapter
+from sft import AdapterFiles, UsageError, read_adapter
 
 PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(PREFIX) + r"(?P<target>.+)\.lora_(?P<half>[AB])\.weight")

@@ -1,0 +1,76 @@
+# Everything is installed into .venv, at the versions in constraints.txt.
+#   make PYTHON=python3.12 ...   uses that Python for .venv (after `make clean`, if there is a .venv)
+#   make DEVICE=gpu ...          installs Paddle for GPUs instead of CPUs; give it each time, or export it.
+#                                PyPI lacks that build: name Paddle's own index in PIP_EXTRA_INDEX_URL.
+#   make ARGS="-k lora" test     passes more arguments to pytest, the demo or the benchmarks
+
+DEVICE ?= cpu
+ARGS ?=
+BIN := .venv/bin
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+MANIFESTS := constraints.txt pyproject.toml core/pyproject.toml $(PLUGINS:%=%/pyproject.toml)
+
+# The Pythons to try when none is given. Plain python3 comes first: it is what its user expects.
+PYTHON ?=
+PYTHONS := $(or $(PYTHON),python3 python3.12 python3.11 python3.10)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format bench docs clean
+
+help: ## Say what each target does
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/installed-$(DEVICE) ## Install, then run the demo
+	$(BIN)/sft demo $(ARGS)
+
+test: .venv/installed-test ## Run the tests, without the slow ones
+	$(BIN)/pytest $(ARGS)
+
+# pytest exits with 5 when there is no such test, which is no failure here.
+test-slow: .venv/installed-test ## Run the slow tests
+	$(BIN)/pytest -m slow $(ARGS) || [ $$? -eq 5 ]
+
+lint: .venv/installed-dev ## Check style (ruff) and types (mypy)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/installed-dev ## Put the code into the house format
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+bench: .venv/installed-$(DEVICE) ## Run the benchmarks
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+docs: .venv/installed-$(DEVICE) ## Generate the reference pages in docs/
+	$(BIN)/python docs/generate.py
+
+clean: ## Remove .venv and all caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each candidate is tried by really making the environment: a command of that name may exist and
+# yet not run (a version manager's shim), or run and lack the venv module.
+.venv/bin/pip:
+	@for python in $(PYTHONS); do \
+	    $$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1 \
+	        && $$python -m venv --clear .venv >/dev/null 2>&1 && exit 0; \
+	done; \
+	rm -rf .venv; \
+	echo "No Python 3.10, 3.11 or 3.12 that can make a virtual environment (tried: $(PYTHONS)); give one with PYTHON=/path/to/python." >&2; \
+	exit 2
+
+# One pip command, so that pip takes the parts from here and not from an index. The other build of
+# Paddle goes first: both install the same package, and neither works on top of the other.
+.venv/installed-cpu .venv/installed-gpu: .venv/installed-%: $(MANIFESTS) | .venv/bin/pip
+	@echo "Installing sft, its plugins and Paddle ($*) into .venv: about two minutes."
+	@rm -f .venv/installed-*
+	@$(BIN)/pip uninstall --quiet --disable-pip-version-check --yes $(if $(filter gpu,$*),paddlepaddle,paddlepaddle-gpu) 2>/dev/null
+	@$(PIP_INSTALL) -e core $(PLUGINS:%=-e %) -e ".[all,$*]"
+	@touch $@
+
+.venv/installed-test .venv/installed-dev: .venv/installed-%: .venv/installed-$(DEVICE)
+	@echo "Installing the $* tools into .venv."
+	@$(PIP_INSTALL) -e ".[$*]"
+	@touch $@

@@ -20,7 +20,7 @@ def settings_page() -> str:
     for group, cls in GROUPS.items():
         lines += [f"## {group.capitalize()} arguments", "", (cls.__doc__ or "").strip(), "", *_table(cls)]
     own = [name for name, items in installed().items() if items[0].distribution.startswith("sft-")]
-    for plugin in Plugins.load(own):
+    for _, plugin in Plugins.load(own):
         if plugin.Options is not None:
             lines += [f"## Plugin `{plugin.name}`", "", plugin.summary, "", *_table(plugin.Options)]
     return "\n".join(lines)

@@ -36,7 +36,7 @@ def test_readme_python_runs_as_shown(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md", "docs/tutorial.md"])
 def test_commands_in_documents_name_real_settings(page: str) -> None:
-    known = {*core_options(), *options_of(next(iter(Plugins.load(["lora"]))).Options), "plugin", "help"}
+    known = {*core_options(), *options_of(next(iter(Plugins.load(["lora"])))[1].Options), "plugin", "help"}
     known |= {"lora_path", "output_path", "prompt"}  # of merge and generate
     commands = " ".join(blocks(page, "bash"))
     assert "sft run" in commands
@@ -95,7 +95,7 @@ def test_plugin_of_the_guide_is_the_example_and_works(tmp_path: Path, monkeypatc
             "output_dir": str(tmp_path / "out"),
             "max_steps": 2,
             "max_length": 128,
-            "last_blocks": 2,
+            "blocks": 2,
             "do_eval": False,
         },
         plugins=[LastBlocks],

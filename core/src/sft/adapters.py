@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import runtime
+from sft.activation import requests
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.models.source import find_model
-from sft.plugins import Plugins, requests
+from sft.plugins import Plugins
 from sft.settings import build
 
 if TYPE_CHECKING:

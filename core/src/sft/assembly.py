@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -31,9 +32,12 @@ if TYPE_CHECKING:
 def check_output(run: Run) -> None:
     """Refuse an output folder in which this run would destroy something."""
     training = run.settings.training
-    if run.output_dir.exists() and not run.output_dir.is_dir():
-        raise UsageError(f"output_dir {run.output_dir} is a file; give a folder.")
-    if run.output_dir.resolve() == Path(str(run.settings.model.model_name_or_path)).resolve():
+    existing = next(path for path in (run.output_dir, *run.output_dir.parents) if path.exists())
+    if not existing.is_dir():
+        raise UsageError(f"output_dir {run.output_dir}: {existing} is a file; give a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"output_dir {run.output_dir}: {existing} is not writable; give another folder.")
+    if run.output_dir.resolve() == Path(str(run.settings.model.model_name_or_path)).expanduser().resolve():
         raise UsageError(f"output_dir {run.output_dir} is the model's own folder, which would be overwritten.")
     if not holds_run(run.output_dir) or training.overwrite_output_dir:
         find_checkpoint(training.resume_from_checkpoint, run.output_dir)
@@ -110,8 +114,8 @@ def load_model(run: Run, folder: Path) -> None:
     from sft.models.layers import trainable
     from sft.training.strategy import SingleProcess
 
-    run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess()
     run.collator = run.hook.sft_collator(run=run) or PaddedCollator(run.tokenizer.pad_id)
+    run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess()
     run.source = loading.open_model(folder)
     run.hook.sft_model_config(run=run, config=run.source.config)
     if run.tokenizer.vocab_size > run.source.config.vocab_size:
@@ -125,9 +129,10 @@ def load_model(run: Run, folder: Path) -> None:
             f"The longest record has {longest} tokens and {folder} reads {run.source.config.max_position_embeddings} "
             "(max_position_embeddings); set max_length to at most that."
         )
+    quantizer = run.hook.sft_quantizer(run=run)
     backend = run.hook.sft_attention_backend(run=run, config=run.source.config) or attention.DefaultAttention()
     _check_packing(run, backend)
-    run.model = loading.load_model(run.source, run.hook.sft_quantizer(run=run))
+    run.model = loading.load_model(run.source, quantizer)
     attention.install(run.model, backend)
     if run.exports_adapter:  # what is exported is the adapter, so the base must stay what it is
         for parameter in run.model.parameters():

@@ -1,15 +1,7 @@
-"""Plugins: what is installed (metadata alone), what is requested, and the set that is active in one run.
+"""Plugins: the base class, what is installed (metadata alone), and the set that is active in one run.
 
-Two entry-point groups are read, neither of which imports anything:
-
-``sft.plugins``
-    ``NAME = module:object``, a plugin: a subclass of :class:`Plugin`, or a module with the same attributes.
-``sft.requests``
-    ``KIND.WHAT = module:object`` (the same object), a second way of asking for it: ``setting.X`` (setting X
-    is on), ``setting.X.VALUE`` (setting X has that value), ``adapter.TYPE`` (an adapter folder of that
-    ``peft_type`` is opened), ``command.X`` (``sft X`` is typed).
-
-A plugin called ``some-name`` is also requested by ``--plugin some-name`` and by the setting ``some_name: true``.
+A plugin is an entry point ``NAME = module:object`` in the group ``sft.plugins``; the object is a subclass of
+:class:`Plugin`, or a module with the same attributes. ``activation.py`` decides which of them a run requests.
 """
 
 from __future__ import annotations
@@ -99,95 +91,6 @@ def installed() -> dict[str, list[Installed]]:
     return dict(sorted(found.items()))
 
 
-def requests(kind: str) -> dict[str, list[str]]:
-    """Of one ``KIND``: ``WHAT`` → names of the plugins that it requests."""
-    names: dict[tuple[str, str], list[str]] = {}
-    for name, items in installed().items():
-        for item in items:
-            names.setdefault((item.distribution, item.entry.value), []).append(name)
-    found: dict[str, list[str]] = {}
-    for entry in entry_points(group="sft.requests"):
-        head, _, what = entry.name.partition(".")
-        distribution = entry.dist.name if entry.dist else "unknown"
-        if head == kind:
-            for name in names.get((distribution, entry.value), []):
-                if name not in found.setdefault(what, []):
-                    found[what].append(name)
-    return found
-
-
-def choose(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
-    """Which plugins ``values`` request, in order, and the values that are left for the settings.
-
-    ``known`` holds names of the core's settings, which are never taken for a plugin's.
-    """
-    left = dict(values)
-    known = set(known)
-    wanted: list[str] = []
-    asked = left.pop("plugin", [])
-    if isinstance(asked, str):
-        asked = asked.split(",")
-    if not isinstance(asked, list) or not all(isinstance(name, str) for name in asked):
-        raise UsageError(f"plugin: expected a name or a list of names, got {asked!r}.")
-    for name in installed():
-        key = name.replace("-", "_")
-        if key in left and key not in known and _switch(key, left.pop(key)):
-            wanted.append(name)
-    by_setting = _setting_requests()
-    for key, cases in by_setting.items():
-        if key in left:
-            wanted += _requested_by(key, left[key], cases)
-    off: set[str] = set()
-    for name in asked:
-        if name.strip().lower().startswith("no:"):
-            off.add(canonical(name.strip()[3:]))
-        elif name.strip():
-            wanted.append(canonical(name))
-    chosen = [name for name in dict.fromkeys(wanted) if name not in off]
-    for key, cases in by_setting.items():
-        # A switch that is off belongs to nobody who is there to read it.
-        if not any(name in chosen for names in cases.values() for name in names) and key not in known:
-            left.pop(key, None)
-    return chosen, left
-
-
-def _setting_requests() -> dict[str, dict[str, list[str]]]:
-    """Setting → value that requests ("" for any that is on) → plugins."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for what, names in requests("setting").items():
-        key, _, needed = what.partition(".")
-        found.setdefault(key, {}).setdefault(needed.lower(), []).extend(names)
-    return found
-
-
-def _requested_by(key: str, value: Any, cases: dict[str, list[str]]) -> list[str]:
-    if not _is_on(value):
-        return []
-    names = [*cases.get("", []), *cases.get(str(value).lower(), [])]
-    if not names:
-        raise UsageError(f"{key}: expected one of {', '.join(cases)}, got {value!r}.")
-    return names
-
-
-def _switch(key: str, value: Any) -> bool:
-    if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "on", "off", "1", "0"):
-        return value.lower() in ("true", "yes", "on", "1")
-    if not isinstance(value, bool):
-        raise UsageError(f"{key}: expected true or false (it switches plugin {canonical(key)}), got {value!r}.")
-    return value
-
-
-def _is_on(value: Any) -> bool:
-    """A switch is on when true; a degree or factor when it is not -1, 0 or 1; a name when it is not empty."""
-    text = str(value).strip().lower()
-    if text in ("", "none", "null", "false", "off", "no"):
-        return False
-    try:
-        return text == "true" or float(text) not in (-1.0, 0.0, 1.0)
-    except ValueError:
-        return True
-
-
 class Plugins:
     """The active plugins of one run: classes first (``load``), instances when the settings are known (``start``)."""
 
@@ -220,10 +123,14 @@ class Plugins:
         from sft import hookspecs
 
         self.manager.add_hookspecs(hookspecs)
-        for plugin in self._classes.values():
+        for name, plugin in self._classes.items():
             published = getattr(plugin, "hookspecs", None)
-            if published is not None:
+            if published is None:
+                continue
+            try:
                 self.manager.add_hookspecs(published)
+            except ValueError as error:
+                raise UsageError(f"Plugin {name} ({self.origin(name)}) cannot publish its hooks: {error}.") from error
         # pluggy calls the last one registered first.
         for name, plugin in reversed(self._classes.items()):
             instance = plugin if isinstance(plugin, ModuleType) else plugin(options.get(name))

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from sft import assembly, runtime
+from sft.activation import choose
 from sft.data.encoding import Encoded
 from sft.data.sources import find_files
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import publish, write_json
 from sft.models.source import find_model
-from sft.plugins import Plugins, choose
+from sft.plugins import Plugins
 from sft.seams import DataCollator, ParallelStrategy, Turn
 from sft.settings import Settings, build, core_options, normalise, read_file
 from sft.training.checkpoint import find_checkpoint
@@ -79,7 +80,7 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
-        return Path(str(self.settings.training.output_dir))
+        return Path(str(self.settings.training.output_dir)).expanduser()
 
     @property
     def exports_adapter(self) -> bool:
@@ -133,6 +134,8 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
     for name in ("model_name_or_path", "dataset_name_or_path", "output_dir"):
         if not given[name]:
             raise UsageError(f"{name} is not set; add --{name} VALUE or put it into the settings file.")
+    if settings.training.max_steps == 0:
+        raise UsageError("max_steps is 0, so nothing would be trained; give -1 to let num_train_epochs decide.")
     assembly.check_output(current)
     active.hook.sft_check(run=current)
     return current
@@ -160,15 +163,16 @@ def execute(run: Run) -> Summary:
     from sft.training.loop import train
     from sft.training.progress import Display
 
+    if source is not None and state is not None:
+        checkpoint.load(run, optimizer, source, state)
     assembly.open_output(run, source)
     journal = Journal(run.output_dir / "metrics.jsonl")
     record = {"status": "running", **assembly.describe(run)}
     write_json(run.output_dir / "run.json", record)
     start = 0
     if source is not None and state is not None:
-        checkpoint.load(run, optimizer, source, state)
-        journal.rewind(state["journal"], state["step"], source.parent / "metrics.jsonl")
-        start, run.before = state["step"], state["before"]
+        journal.rewind(state["journal"], source.parent / "metrics.jsonl")
+        start, run.before, run.evaluation = state["step"], state["before"], state["evaluation"]
         run.say(f"resuming from {source} after step {start}")
     else:
         run.before = assembly.measure(run, 0, 0.0, journal)

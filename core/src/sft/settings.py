@@ -135,9 +135,10 @@ def read_file(path: Path) -> dict[str, Any]:
         if path.suffix in (".yaml", ".yml"):
             import yaml
 
+            _refuse_repeated_keys(yaml.compose(text))
             values = yaml.safe_load(text)
         elif path.suffix == ".json":
-            values = json.loads(text)
+            values = json.loads(text, object_pairs_hook=_unique)
         else:
             raise UsageError(f"Settings file {path} is neither .json nor .yaml; rename it after what it holds.")
     except ValueError as error:
@@ -150,6 +151,21 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"Settings file {path} must hold one object of names and values.")
     return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON and YAML let the last of several equal names win in silence."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"Setting {name} is given twice; keep one of them.")
+    return dict(pairs)
+
+
+def _refuse_repeated_keys(node: Any) -> None:
+    """``node`` is YAML's tree of a whole file."""
+    if isinstance(getattr(node, "value", None), list) and getattr(node, "id", "") == "mapping":
+        _unique([(str(key.value), None) for key, _ in node.value])
 
 
 def normalise(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,6 +191,11 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
         if declared is None:
             continue
         classes[owner] = declared
+        if owner.replace("-", "_") in options_of(declared):
+            raise UsageError(
+                f"Plugin {owner} ({plugins.origin(owner)}) has an option of its own name, which is its switch; "
+                "upgrade the plugin."
+            )
         for name in options_of(declared):
             if name in owners:
                 raise UsageError(

@@ -7,7 +7,7 @@ import sft
 
 @dataclass
 class LastBlocksOptions:
-    last_blocks: int = sft.option(1, "transformer blocks at the end that train", minimum=1)
+    blocks: int = sft.option(1, "transformer blocks at the end that train", minimum=1)
 
 
 class LastBlocks(sft.Plugin):
@@ -20,7 +20,7 @@ class LastBlocks(sft.Plugin):
 
     @sft.hookimpl
     def sft_adapt_model(self, run, model):
-        first = model.config.num_hidden_layers - self.options.last_blocks
+        first = model.config.num_hidden_layers - self.options.blocks
         for parameter in model.parameters():
             parameter.stop_gradient = True
         for target in sft.target_layers(model):

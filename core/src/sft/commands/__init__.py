@@ -23,7 +23,7 @@ class _Commands(click.Group):
     """Knows the commands by name; imports the module of the one that is typed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        from sft.plugins import requests
+        from sft.activation import requests
 
         return [*COMMANDS, *sorted(requests("command"))]
 
@@ -39,7 +39,7 @@ class _Commands(click.Group):
             raise UsageError(f"There is no command {args[0]!r}; `sft --help` lists the commands.") from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from sft.plugins import requests
+        from sft.activation import requests
 
         rows = list(COMMANDS.items())
         rows += [(name, f"from plugin {', '.join(names)}") for name, names in sorted(requests("command").items())]
@@ -47,7 +47,8 @@ class _Commands(click.Group):
             formatter.write_dl(rows)
 
     def _from_plugin(self, name: str) -> click.Command | None:
-        from sft.plugins import Plugins, requests
+        from sft.activation import requests
+        from sft.plugins import Plugins
         from sft.settings import build
 
         plugins = requests("command").get(name)

@@ -6,7 +6,8 @@ import json
 
 import click
 
-from sft.plugins import installed, requests
+from sft.activation import requests
+from sft.plugins import installed
 
 
 @click.command(name="plugins")
@@ -14,7 +15,7 @@ from sft.plugins import installed, requests
 def command(as_json: bool) -> None:
     """List the installed plugins. None of them is imported."""
     ways: dict[str, list[str]] = {}
-    for kind in ("setting", "adapter", "command"):
+    for kind in ("setting", "value", "number", "adapter", "command"):
         for what, names in requests(kind).items():
             for name in names:
                 ways.setdefault(name, []).append(f"{kind} {what}")

@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
+from sft.activation import choose
 from sft.errors import UsageError
 from sft.options import Option, options_of
-from sft.plugins import Plugins, choose
+from sft.plugins import Plugins
 from sft.settings import GROUPS, core_options, normalise, read_file
 
 

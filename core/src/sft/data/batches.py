@@ -87,7 +87,8 @@ class Schedule:
             return self.max_steps
         whole, part = int(self.epochs), self.epochs - int(self.epochs)
         steps = sum(self._steps_in(epoch) for epoch in range(whole))
-        return max(1, steps + (math.ceil(part * self._steps_in(whole)) if part else 0))
+        # Rounded first: 1.1 - 1 is a little more than 0.1, which would cost a step too many.
+        return max(1, steps + (math.ceil(round(part * self._steps_in(whole), 6)) if part else 0))
 
     def iterate(self, start: int = 0) -> Iterator[tuple[int, float, list[tuple[int, ...]]]]:
         """Endless (step from 1, epochs done after it, its rows), beginning after step ``start``."""

@@ -82,9 +82,10 @@ def paddle_config(values: dict[str, Any], where: Any) -> tuple[Family, Any]:
 
 
 def _refuse_ignored(values: dict[str, Any], family: Family, where: Any) -> None:
-    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
-    if not isinstance(heads, int) or not isinstance(hidden, int):
-        raise UsageError(f"{where}: config.json lacks hidden_size or num_attention_heads; it is not complete.")
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if not isinstance(values.get(name), int) or values[name] < 1:
+            raise UsageError(f"{where}: config.json must give {name} as a whole number, not {values.get(name)!r}.")
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
     ignored = {
         "head_dim": values.get("head_dim") not in (None, hidden // heads),
         "attention_bias": family.model_type == "llama" and bool(values.get("attention_bias")),

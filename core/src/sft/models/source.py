@@ -90,7 +90,12 @@ class Weights:
     def _files(self) -> list[Path]:
         for index in ("model.safetensors.index.json", "model_state.pdparams.index.json"):
             if (self.folder / index).is_file():
-                names = json.loads((self.folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+                try:
+                    names = json.loads((self.folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise UsageError(
+                        f"{self.folder / index} is not an index of weights ({error}); replace it."
+                    ) from error
                 files = [self.folder / name for name in dict.fromkeys(names)]
                 missing = [path.name for path in files if not path.is_file()]
                 if missing:

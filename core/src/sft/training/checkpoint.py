@@ -41,7 +41,7 @@ def find_checkpoint(request: str | None, output_dir: Path) -> Path | None:
     if request.lower() in ("auto", "true"):
         found = checkpoints(output_dir)
         return found[-1] if found else None
-    path = Path(request)
+    path = Path(request).expanduser()
     if not (path / "trainer" / "state.json").is_file():
         raise UsageError(
             f"{path} is not a checkpoint of sft (no trainer/state.json); give a checkpoint-N folder or auto."

@@ -31,6 +31,8 @@ class Journal:
     total: Window = field(default_factory=Window)
     first_loss: float | None = None
     last_loss: float | None = None
+    lines: int = 0
+    """Lines in the file."""
     _since: float = field(default_factory=time.monotonic)
 
     def add(self, loss_sum: float, tokens: int, target_tokens: int, padding_tokens: int) -> None:
@@ -65,6 +67,7 @@ class Journal:
     def write(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
+        self.lines += 1
 
     def start(self) -> None:
         """The clock of the next line starts now."""
@@ -80,13 +83,15 @@ class Journal:
             "total": asdict(self.total),
             "first_loss": self.first_loss,
             "last_loss": self.last_loss,
+            "lines": self.lines,
         }
 
-    def rewind(self, state: dict[str, Any], step: int, written: Path) -> None:
-        """Go back to a checkpoint: restore the sums, and keep the lines of ``written`` up to ``step``."""
+    def rewind(self, state: dict[str, Any], written: Path) -> None:
+        """Go back to a checkpoint: restore the sums, and keep the lines that ``written`` had by then."""
         self.window, self.total = Window(**state["window"]), Window(**state["total"])
         self.first_loss, self.last_loss = state["first_loss"], state["last_loss"]
-        kept = [line for line in _lines(written) if line["step"] <= step]
+        kept = _lines(written)[: state["lines"]]
+        self.lines = len(kept)
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 

@@ -94,6 +94,7 @@ def state_after(run: Run, schedule: Schedule, journal: Journal, step: int, epoch
         },
         "journal": journal.state(),
         "before": run.before,
+        "evaluation": run.evaluation,
         "settings": run.settings.flat(),
     }
 

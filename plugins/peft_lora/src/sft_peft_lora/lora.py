@@ -44,14 +44,14 @@ class Lora(sft.Plugin):
     def sft_check(self, run: Run) -> None:
         if self.options.lora_path is None:
             return
-        if not (Path(self.options.lora_path) / "adapter_config.json").is_file():
+        if not (Path(self.options.lora_path).expanduser() / "adapter_config.json").is_file():
             raise UsageError(f"lora_path {self.options.lora_path} holds no adapter (no adapter_config.json).")
 
     @sft.hookimpl
     def sft_adapt_model(self, run: Run, model: Any) -> None:
         options = self.options
         if options.lora_path is not None:
-            self._adapt_from(model, Path(options.lora_path), run.hook)
+            self._adapt_from(model, Path(options.lora_path).expanduser(), run.hook)
         else:
             rank, alpha = options.lora_rank, self._alpha(run.hook, options.lora_rank)
             scaling = _scaling(run.hook, rank, alpha)

@@ -1,0 +1,121 @@
+"""Which plugins a run, an adapter folder or a typed command requests, decided from metadata alone.
+
+Beside ``--plugin NAME`` and the setting ``name: true``, a distribution may declare other ways of asking for a
+plugin, as entry points in the group ``sft.requests`` that name the same object as the plugin's own:
+
+=====================  ======================================================================================
+``setting.X``          setting X is true (a switch of another name; nobody else reads X)
+``value.X.V``          setting X has the value V; X belongs to the plugin's options
+``number.X``           setting X is a number other than -1, 0 and 1 (a degree, a factor); likewise
+``adapter.TYPE``       an adapter folder of that ``peft_type`` is opened
+``command.X``          ``sft X`` is typed
+=====================  ======================================================================================
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from sft.errors import UsageError
+from sft.plugins import canonical, installed
+
+_TRUE = ("true", "yes", "on", "1")
+_FALSE = ("false", "no", "off", "0")
+_NOTHING = ("", "none", "null", *_FALSE)
+
+
+def requests(kind: str) -> dict[str, list[str]]:
+    """Of one kind of request, what is asked for → names of the plugins that answer."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, items in installed().items():
+        for item in items:
+            names.setdefault((item.distribution, item.entry.value), []).append(name)
+    found: dict[str, list[str]] = {}
+    for entry in entry_points(group="sft.requests"):
+        head, _, what = entry.name.partition(".")
+        distribution = entry.dist.name if entry.dist else "unknown"
+        if head == kind:
+            for name in names.get((distribution, entry.value), []):
+                if name not in found.setdefault(what, []):
+                    found[what].append(name)
+    return found
+
+
+def choose(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+    """Which plugins ``values`` request, in order, and the values that are left for the settings.
+
+    ``known`` holds names of the core's settings, which are never taken for a plugin's switch.
+    """
+    left = dict(values)
+    asked = _asked(left.pop("plugin", []))
+    wanted: list[str] = []
+    for key, names in _switches().items():
+        if key in left and key not in set(known) and _switch(key, left.pop(key), names):
+            wanted += names
+    numbers, cases = requests("number"), _value_requests()
+    for key in [key for key in left if key in numbers or key in cases]:
+        wanted += _by_value(key, left[key], numbers.get(key, []), cases.get(key, {}))
+    off = {canonical(name[3:]) for name in asked if name.lower().startswith("no:")}
+    for name in sorted(off - set(installed())):
+        raise UsageError(f"Plugin {name}, which no:{name} switches off, is not installed{_close(name)}")
+    wanted += [canonical(name) for name in asked if not name.lower().startswith("no:")]
+    chosen = [name for name in dict.fromkeys(wanted) if name not in off]
+    for key in {*numbers, *cases} - set(known):
+        # A value that requests nothing belongs to nobody who is there to read it.
+        readers = [*numbers.get(key, []), *(name for names in cases.get(key, {}).values() for name in names)]
+        if not any(name in chosen for name in readers):
+            left.pop(key, None)
+    return chosen, left
+
+
+def _asked(value: Any) -> list[str]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"plugin: expected a name or a list of names, got {value!r}.")
+    return [name.strip() for name in names if name.strip()]
+
+
+def _switches() -> dict[str, list[str]]:
+    """Setting → plugins: each plugin's own name, and its ``setting.X``."""
+    found = {name.replace("-", "_"): [name] for name in installed()}
+    for key, names in requests("setting").items():
+        found[key] = list(dict.fromkeys([*found.get(key, []), *names]))
+    return found
+
+
+def _value_requests() -> dict[str, dict[str, list[str]]]:
+    found: dict[str, dict[str, list[str]]] = {}
+    for what, names in requests("value").items():
+        key, _, needed = what.partition(".")
+        found.setdefault(key, {}).setdefault(needed.lower(), []).extend(names)
+    return found
+
+
+def _switch(key: str, value: Any, names: list[str]) -> bool:
+    text = str(value).lower()
+    if not isinstance(value, (bool, str)) or text not in (*_TRUE, *_FALSE):
+        raise UsageError(f"{key}: expected true or false (it switches plugin {', '.join(names)}), got {value!r}.")
+    return text in _TRUE
+
+
+def _by_value(key: str, value: Any, by_number: list[str], cases: dict[str, list[str]]) -> list[str]:
+    text = str(value).strip().lower()
+    if by_number:
+        try:
+            return by_number if float(text) not in (-1.0, 0.0, 1.0) else []
+        except ValueError:
+            if not cases and text not in _NOTHING:
+                raise UsageError(f"{key}: expected a number, got {value!r}.") from None
+    if text in cases:
+        return cases[text]
+    if text not in _NOTHING:
+        raise UsageError(f"{key}: expected one of {', '.join(sorted(cases))}, got {value!r}.")
+    return []
+
+
+def _close(name: str) -> str:
+    close = difflib.get_close_matches(name, installed(), n=1)
+    return f"; did you mean no:{close[0]}?" if close else "."

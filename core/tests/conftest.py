@@ -1,0 +1,130 @@
+"""What several test files share: the model fixtures, small runs, and distributions as pip would install them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def models() -> Path:
+    """The folder of the tiny model directories; each has its own reference values."""
+    return Path(__file__).parent / "fixtures" / "models"
+
+
+@pytest.fixture(scope="session")
+def paddle() -> Any:
+    """paddle, imported as a run imports it."""
+    from sft import runtime
+
+    runtime.prepare()
+    return importlib.import_module("paddle")
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 30 train and 7 dev records, whose prompts and answers differ much in length."""
+    garments = ["coat", "shirt", "dress", "skirt", "shoes", "jacket", "sweater"]
+    lines = []
+    for number in range(37):
+        garment = garments[number % 7]
+        source = f"type#{garment}" + "*warm" * (number % 3)
+        lines.append(json.dumps({"src": source, "tgt": f"A {garment}" + " for you" * (number % 5) + "."}))
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "train.json").write_text("\n".join(lines[:30]))
+    (folder / "dev.json").write_text("\n".join(lines[30:]))
+    return folder
+
+
+@pytest.fixture
+def train(paddle: Any, models: Path, dataset: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Run ``sft.run`` quietly with small settings; ``output_dir`` is a name in the test's own folder."""
+    import sft
+
+    def run(output_dir: str = "out", plugins: tuple[type, ...] = (), say: Any = None, **settings: Any) -> sft.Summary:
+        defaults = {
+            "model_name_or_path": str(models / "llama-tied-gqa"),
+            "dataset_name_or_path": str(dataset),
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "output_dir": str(tmp_path / output_dir),
+        }
+        return sft.run({**defaults, **settings}, plugins=plugins, say=say or (lambda text: None))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def metrics() -> Callable[..., list[dict[str, Any]]]:
+    """The lines of a run's metrics.jsonl, without what differs from run to run if ``same`` is asked for."""
+
+    def read(folder: Path, same: bool = False) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        vary = {"seconds", "eval_seconds", "peak_memory_mib"} if same else set()
+        return [{key: value for key, value in line.items() if key not in vary} for line in lines]
+
+    return read
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that Python searches for modules and distributions; for a subprocess it is the PYTHONPATH."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+@pytest.fixture
+def distribute(site: Path) -> Iterator[Callable[..., None]]:
+    """Install a distribution into ``site``: metadata, and one module named after it.
+
+    ``plugins`` and ``requests`` map what the entry points are called to an object of the module.
+    """
+    modules = []
+
+    def install(
+        distribution: str,
+        source: str,
+        plugins: Mapping[str, str],
+        requests: Mapping[str, str] | None = None,
+        version: str = "1.0",
+    ) -> None:
+        module = distribution.replace("-", "_")
+        modules.append(module)
+        (site / f"{module}.py").write_text(textwrap.dedent(source), encoding="utf-8")
+        info = site / f"{module}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        lines = []
+        for group, entries in (("sft.plugins", plugins), ("sft.requests", requests or {})):
+            lines.append(f"[{group}]")
+            lines += [f"{name} = {module}" + (f":{target}" if target else "") for name, target in entries.items()]
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+        importlib.invalidate_caches()
+
+    yield install
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def sft_command(site: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Type ``sft ...`` in a process of its own, which finds what is installed in ``site``."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-c", "from sft.commands import main; main()", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(site)}
+        return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=site.parent, timeout=60)
+
+    return run

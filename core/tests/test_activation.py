@@ -1,0 +1,219 @@
+"""Requests: every way of asking for a plugin, by its name, by settings, and by commands."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import sft
+from sft.activation import choose, requests
+from sft.settings import core_options
+
+Distribute = Callable[..., None]
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+# Choosing imports nothing, so these plugins need not even be importable.
+BROKEN = "raise RuntimeError('imported')"
+
+
+@pytest.fixture
+def tools(distribute: Distribute) -> None:
+    """Two plugins that only their names request, and three that share the setting ``grind_algo``."""
+    distribute("sft-test-tools", BROKEN, {"big-saw": "Saw", "Drill_Bit": "Drill"})
+    distribute(
+        "sft-test-grinders",
+        BROKEN,
+        {"fine": "Fine", "coarse": "Coarse", "polish": "Polish"},
+        {
+            "value.grind_algo.fine4": "Fine",
+            "value.grind_algo.Coarse8": "Coarse",
+            "setting.use_polish": "Polish",
+            "number.polish_degree": "Polish",
+        },
+    )
+
+
+def chosen(**values: Any) -> tuple[list[str], dict[str, Any]]:
+    return choose(values, core_options())
+
+
+def refusal(**values: Any) -> str:
+    with pytest.raises(sft.UsageError) as caught:
+        chosen(**values)
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("tools")
+class TestByName:
+    def test_nothing_is_active_because_it_is_installed(self) -> None:
+        assert chosen(seed=1) == ([], {"seed": 1})
+
+    @pytest.mark.parametrize("name", ["big-saw", "big_saw", "Big-Saw", " big-saw "])
+    def test_spelling(self, name: str) -> None:
+        assert chosen(plugin=[name]) == (["big-saw"], {})
+
+    @pytest.mark.parametrize("name", ["drill-bit", "drill_bit", "Drill_Bit"])
+    def test_spelling_of_the_entry_point(self, name: str) -> None:
+        assert chosen(plugin=name) == (["drill-bit"], {})
+
+    @pytest.mark.parametrize("plugin", [["fine", "big-saw", "fine"], "fine,big-saw", "fine, big_saw,"])
+    def test_several_in_the_order_of_the_request(self, plugin: Any) -> None:
+        assert chosen(plugin=plugin)[0] == ["fine", "big-saw"]
+
+    @pytest.mark.parametrize("plugin", [["no:fine", "fine"], "fine,no:fine", ["fine", "NO:Fine"], ["no:fine"]])
+    def test_no_wins_wherever_it_stands(self, plugin: Any) -> None:
+        assert chosen(plugin=plugin)[0] == []
+
+    def test_what_cannot_be_switched_off(self) -> None:
+        assert refusal(plugin="no:coars") == (
+            "Plugin coars, which no:coars switches off, is not installed; did you mean no:coarse?"
+        )
+
+    def test_an_unknown_name_is_kept_for_the_error(self) -> None:
+        assert chosen(plugin=["nothing-like-it"])[0] == ["nothing-like-it"]
+
+    @pytest.mark.parametrize("plugin", [3, None, {"fine": True}, ["fine", 3]])
+    def test_what_is_no_list_of_names(self, plugin: Any) -> None:
+        assert refusal(plugin=plugin) == f"plugin: expected a name or a list of names, got {plugin!r}."
+
+
+@pytest.mark.usefixtures("tools")
+class TestByOwnSetting:
+    @pytest.mark.parametrize("value", [True, "true", "True", "yes", "on", "1"])
+    def test_on(self, value: Any) -> None:
+        assert chosen(big_saw=value, seed=1) == (["big-saw"], {"seed": 1})
+
+    @pytest.mark.parametrize("value", [False, "false", "no", "off", "0"])
+    def test_off(self, value: Any) -> None:
+        assert chosen(big_saw=value, seed=1) == ([], {"seed": 1})
+
+    @pytest.mark.parametrize("value", [3, "maybe", None, ""])
+    def test_neither(self, value: Any) -> None:
+        assert refusal(big_saw=value) == (
+            f"big_saw: expected true or false (it switches plugin big-saw), got {value!r}."
+        )
+
+    def test_off_by_name_wins(self) -> None:
+        assert chosen(big_saw=True, plugin="no:big_saw") == ([], {})
+
+    def test_off_by_setting_does_not_undo_the_name(self) -> None:
+        assert chosen(big_saw=False, plugin="big-saw")[0] == ["big-saw"]
+
+
+@pytest.mark.usefixtures("tools")
+class TestByOtherSettings:
+    def test_kinds_are_read_from_metadata(self) -> None:
+        assert requests("setting")["use_polish"] == ["polish"]
+        assert requests("adapter").get("use_polish") is None
+
+    @pytest.mark.parametrize(("value", "on"), [(True, True), ("true", True), ("1", True), (False, False), ("0", False)])
+    def test_a_switch_of_another_name(self, value: Any, on: bool) -> None:
+        assert chosen(use_polish=value) == (["polish"] if on else [], {})
+
+    @pytest.mark.parametrize("value", [None, "", "anything", 2])
+    def test_a_switch_is_true_or_false(self, value: Any) -> None:
+        assert refusal(use_polish=value) == (
+            f"use_polish: expected true or false (it switches plugin polish), got {value!r}."
+        )
+
+    @pytest.mark.parametrize("value", [2, "0.5", 16.0, "-3"])
+    def test_a_number_that_does_something(self, value: Any) -> None:
+        assert chosen(polish_degree=value) == (["polish"], {"polish_degree": value})
+
+    @pytest.mark.parametrize("value", [0, 1, -1, "1", "0.0", None, "none", ""])
+    def test_a_number_that_does_nothing_is_taken_away_when_nobody_is_there_to_read_it(self, value: Any) -> None:
+        assert chosen(polish_degree=value) == ([], {})
+
+    def test_a_number_is_left_for_the_plugin_that_is_there(self) -> None:
+        assert chosen(polish_degree=1, plugin="polish") == (["polish"], {"polish_degree": 1})
+
+    def test_what_is_no_number(self) -> None:
+        assert refusal(polish_degree="high") == "polish_degree: expected a number, got 'high'."
+
+    @pytest.mark.parametrize(
+        ("value", "plugin"), [("fine4", "fine"), ("FINE4", "fine"), ("coarse8", "coarse"), ("Coarse8", "coarse")]
+    )
+    def test_the_value_decides(self, value: str, plugin: str) -> None:
+        assert chosen(grind_algo=value) == ([plugin], {"grind_algo": value})
+
+    def test_a_value_that_nobody_knows(self) -> None:
+        message = refusal(grind_algo="fine5")
+        assert message.startswith("grind_algo: expected one of ")
+        assert set(message.partition("one of ")[2].partition(", got ")[0].split(", ")) == {"fine4", "coarse8"}
+        assert message.endswith(", got 'fine5'.")
+
+    @pytest.mark.parametrize("value", [None, "none", "", False])
+    def test_no_value(self, value: Any) -> None:
+        assert chosen(grind_algo=value) == ([], {})
+
+    def test_off_by_name_takes_the_setting_too(self) -> None:
+        assert chosen(grind_algo="fine4", plugin="no:fine") == ([], {})
+
+    def test_a_name_and_a_value_ask_once(self) -> None:
+        assert chosen(grind_algo="fine4", plugin="fine")[0] == ["fine"]
+
+
+def test_a_setting_of_the_core_is_never_taken_for_a_plugins(distribute: Distribute) -> None:
+    distribute("sft-test-seed", BROKEN, {"seed": "Seed"}, {"number.max_steps": "Seed"})
+    assert chosen(seed=3, max_steps=-1) == ([], {"seed": 3, "max_steps": -1})
+
+
+def test_requests_without_a_plugin_of_the_same_object_ask_for_nothing(distribute: Distribute) -> None:
+    distribute("sft-test-lost", BROKEN, {"lost": "Lost"}, {"setting.find_me": "Other"})
+    assert "find_me" not in requests("setting")
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+GREETER = """
+    import click
+    import sft
+
+    class Greeter(sft.Plugin):
+        name = "greeter"
+
+        @sft.hookimpl
+        def sft_commands(self, cli):
+            @cli.command(name="greet")
+            @click.argument("who")
+            def greet(who):
+                click.echo(f"hello {who}")
+"""
+
+
+def test_a_command_of_a_plugin(distribute: Distribute, sft_command: Command) -> None:
+    distribute("sft-test-greeter", GREETER, {"greeter": "Greeter"}, {"command.greet": "Greeter"})
+    done = sft_command("greet", "you")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "hello you\n", "")
+
+
+def test_help_lists_commands_of_plugins_unimported(distribute: Distribute, sft_command: Command) -> None:
+    distribute("sft-test-broken", BROKEN, {"broken": "Broken"}, {"command.break": "Broken"})
+    done = sft_command("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "from plugin broken" in done.stdout
+    done = sft_command("break")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("sft: Plugin broken of sft-test-broken 1.0 cannot be imported (RuntimeError: imp")
+
+
+def test_a_command_that_its_plugin_does_not_add(distribute: Distribute, sft_command: Command) -> None:
+    source = "import sft\nclass Idle(sft.Plugin):\n    name = 'idle'\n"
+    distribute("sft-test-idle", source, {"idle": "Idle"}, {"command.idle": "Idle"})
+    done = sft_command("idle")
+    assert (done.returncode, done.stderr) == (2, "sft: There is no command 'idle'; `sft --help` lists the commands.\n")
+
+
+def test_an_unknown_command(sft_command: Command) -> None:
+    done = sft_command("rnu")
+    assert (done.returncode, done.stderr) == (2, "sft: There is no command 'rnu'; `sft --help` lists the commands.\n")
+
+
+def test_no_command_shows_the_help(sft_command: Command) -> None:
+    done = sft_command()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == sft_command("--help").stdout
+    assert done.stdout.startswith("Usage: ")

@@ -1,0 +1,254 @@
+"""Attention: the default backend against the formula in float64, packed rows, and what installing leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sft
+from sft.data.batches import assemble
+from sft.data.tokenizer import Tokenizer
+from sft.seams import Example
+
+PADDED_DOCUMENTS = [[(0, 3), (3, 5), (5, 6), (6, 7)], [(0, 4), (4, 6), (6, 7)]]
+"""Two packed rows of 7: documents of 3 and 2, then of 4 and 2; each padding token is a document of its own."""
+
+
+def dense_attention(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, seen: np.ndarray, upstream: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """softmax(Q Kᵀ / √D) V in float64, and the gradients of q, k, v. [B, S, H, D]; ``seen`` bool [B, S, S]."""
+    groups = query.shape[2] // key.shape[2]
+    q, g = (tensor.astype(np.float64).transpose(0, 2, 1, 3) for tensor in (query, upstream))
+    k, v = (tensor.astype(np.float64).transpose(0, 2, 1, 3).repeat(groups, axis=1) for tensor in (key, value))
+    scale = 1 / np.sqrt(query.shape[-1])
+    scores = np.where(seen[:, None], q @ k.swapaxes(-1, -2) * scale, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    d_weights = g @ v.swapaxes(-1, -2)
+    d_scores = weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True)) * scale
+
+    def ungrouped(gradient: np.ndarray) -> np.ndarray:
+        batch, heads, length, size = gradient.shape
+        return gradient.reshape(batch, heads // groups, groups, length, size).sum(2)
+
+    found = (
+        weights @ v,
+        d_scores @ k,
+        ungrouped(d_scores.swapaxes(-1, -2) @ q),
+        ungrouped(weights.swapaxes(-1, -2) @ g),
+    )
+    return tuple(tensor.transpose(0, 2, 1, 3) for tensor in found)
+
+
+def packed_mask(documents: list[list[tuple[int, int]]], length: int) -> np.ndarray:
+    """Query i sees key j when j <= i and both are in one document."""
+    seen = np.zeros((len(documents), length, length), bool)
+    for row, spans in zip(seen, documents, strict=True):
+        for start, stop in spans:
+            row[start:stop, start:stop] = np.tril(np.ones((stop - start, stop - start), bool))
+    return seen
+
+
+def packed_indices(documents: list[list[tuple[int, int]]], length: int) -> np.ndarray:
+    """FlashMask's causal form: for each key, the first query row that no longer sees it."""
+    indices = np.zeros((len(documents), 1, length, 1), np.int32)
+    for row, spans in zip(indices, documents, strict=True):
+        for start, stop in spans:
+            row[0, start:stop, 0] = stop
+    return indices
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
+def test_the_default_backend_is_softmax_attention(paddle: Any, packed: bool, heads: int, kv_heads: int) -> None:
+    """Value and gradients; numbers of size 1 in float32, so 1e-5 is some 50 roundings."""
+    from sft.models.attention import DefaultAttention
+
+    batch, length, size = 2, 7, 8
+    generator = np.random.default_rng(heads)
+    shapes = [(batch, length, h, size) for h in (heads, kv_heads, kv_heads, heads)]
+    query, key, value, upstream = (generator.standard_normal(shape).astype(np.float32) for shape in shapes)
+    seen = packed_mask(PADDED_DOCUMENTS if packed else [[(0, length)]] * batch, length)
+    indices = paddle.to_tensor(packed_indices(PADDED_DOCUMENTS, length)) if packed else None
+    tensors = [paddle.to_tensor(array, stop_gradient=False) for array in (query, key, value)]
+    out = DefaultAttention().attend(*tensors, indices)
+    (out * paddle.to_tensor(upstream)).sum().backward()
+
+    expected = dense_attention(query, key, value, seen, upstream)
+    found = (out.numpy(), *(tensor.grad.numpy() for tensor in tensors))
+    for name, one, other in zip(("output", "query", "key", "value"), found, expected, strict=True):
+        assert one.shape == other.shape, name
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=0, err_msg=name)
+
+
+def test_the_dense_mask_is_the_documents(paddle: Any) -> None:
+    from sft.models.attention import dense_mask
+
+    mask = dense_mask(paddle.to_tensor(packed_indices(PADDED_DOCUMENTS, 7))).numpy()
+    assert mask.shape == (2, 1, 7, 7)
+    np.testing.assert_array_equal(mask[:, 0] == 0, packed_mask(PADDED_DOCUMENTS, 7))
+    assert (mask[mask != 0] <= -1e29).all()
+
+
+# --- through whole models -----------------------------------------------------------------------------------
+
+
+class Counting:
+    """The default backend, counting its calls and what it was given."""
+
+    packed = True
+
+    def __init__(self, factor: float = 1.0) -> None:
+        from sft.models.attention import DefaultAttention
+
+        self.own, self.factor, self.calls = DefaultAttention(), factor, 0
+        self.shapes: set[tuple[tuple[int, ...], ...]] = set()
+        self.indices: list[Any] = []
+
+    def attend(self, query: Any, key: Any, value: Any, startend_row_indices: Any) -> Any:
+        self.calls += 1
+        self.shapes.add(tuple(tuple(tensor.shape) for tensor in (query, key, value)))
+        self.indices.append(startend_row_indices)
+        return self.own.attend(query, key, value, startend_row_indices) * self.factor
+
+
+def load(folder: Path, backend: Any = None) -> Any:
+    from sft.models.attention import install
+    from sft.models.loading import load_model, open_model
+
+    model = load_model(open_model(folder))
+    if backend is not None:
+        install(model, backend)
+    return model
+
+
+def logits_of(model: Any, rows: list[list[np.ndarray]], indices: bool = True) -> np.ndarray:
+    """Logits [B, S, V] of documents packed into rows, through the installed backend."""
+    import paddle
+
+    from sft.models.attention import hidden_states
+
+    batch = assemble([[Example(ids, np.full_like(ids, -100)) for ids in row] for row in rows], pad_id=0)
+    found = batch.startend_row_indices if indices else None
+    with paddle.no_grad():
+        hidden = hidden_states(
+            model,
+            paddle.to_tensor(batch.input_ids),
+            paddle.to_tensor(batch.position_ids),
+            None if found is None else paddle.to_tensor(found),
+        )
+        return model.lm_head(hidden).numpy()
+
+
+def own_logits(model: Any, ids: np.ndarray) -> np.ndarray:
+    """Logits [S, V] of one document through PaddleNLP's own forward."""
+    import paddle
+
+    row = paddle.to_tensor(ids[None])
+    with paddle.no_grad():
+        found = model(input_ids=row, attention_mask=paddle.ones_like(row))
+    return (found[0] if isinstance(found, tuple) else found).numpy()[0]
+
+
+@pytest.mark.parametrize("case", ["llama-untied", "llama-tied-gqa", "llama3-scaled", "qwen2-untied"])
+def test_documents_in_a_packed_row_compute_what_they_compute_alone(paddle: Any, models: Path, case: str) -> None:
+    """Against PaddleNLP's own forward of each document. 5e-5 is five times the float32 noise at logits of up to 7."""
+    from sft.models.attention import DefaultAttention
+
+    generator = np.random.default_rng(3)
+    rows = [[generator.integers(3, 128, size) for size in sizes] for sizes in ((5, 9), (3, 4, 6), (8,))]
+    own = load(models / case)
+    model = load(models / case, DefaultAttention())
+    packed, mixed = logits_of(model, rows), logits_of(model, rows, indices=False)
+    for number, row in enumerate(rows):
+        start = 0
+        for place, ids in enumerate(row):
+            alone = own_logits(own, ids)
+            found = packed[number, start : start + len(ids)]
+            np.testing.assert_allclose(found, alone, atol=5e-5, rtol=0)
+            if place:  # without the indices a later document sees the one before it
+                assert np.abs(mixed[number, start : start + len(ids)] - alone).max() > 0.1
+            start += len(ids)
+
+
+def test_padding_after_a_document_changes_nothing(paddle: Any, models: Path) -> None:
+    from sft.models.attention import DefaultAttention
+
+    generator = np.random.default_rng(4)
+    short, long = generator.integers(3, 128, 5), generator.integers(3, 128, 12)
+    model = load(models / "llama-tied-gqa", DefaultAttention())
+    together = logits_of(model, [[short], [long]])
+    np.testing.assert_allclose(together[0, :5], own_logits(model, short), atol=5e-5, rtol=0)
+    np.testing.assert_allclose(together[1], own_logits(model, long), atol=5e-5, rtol=0)
+
+
+def test_a_backend_gets_grouped_heads_as_they_are(paddle: Any, models: Path) -> None:
+    """4 query and 2 key/value heads of 8; one call a layer; None where causality says everything."""
+    backend = Counting()
+    model = load(models / "llama-tied-gqa", backend)
+    ids = np.arange(3, 9)
+    logits_of(model, [[ids]])
+    assert backend.calls == 2
+    assert backend.shapes == {((1, 6, 4, 8), (1, 6, 2, 8), (1, 6, 2, 8))}
+    assert backend.indices == [None, None]
+    backend.indices.clear()
+    logits_of(model, [[ids, ids]])
+    assert [list(indices.shape) for indices in backend.indices] == [[1, 1, 12, 1]] * 2
+    assert backend.indices[0].numpy().ravel().tolist() == [6] * 6 + [12] * 6
+
+
+def test_two_models_in_one_process_keep_their_own_backends(paddle: Any, models: Path) -> None:
+    ids = np.arange(3, 20)
+    first, second = Counting(), Counting(factor=0.5)
+    plain = load(models / "llama-tied-gqa")
+    one, other = load(models / "llama-tied-gqa", first), load(models / "llama-tied-gqa", second)
+    found = [logits_of(model, [[ids]])[0] for model in (one, other, one)]
+    assert (first.calls, second.calls) == (4, 2)
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_allclose(found[0], own_logits(plain, ids), atol=5e-5, rtol=0)
+    assert np.abs(found[1] - found[0]).max() > 0.1
+    assert (first.calls, second.calls) == (4, 2)  # a model without a backend called neither
+
+
+@pytest.mark.parametrize("case", ["llama-tied-gqa", "llama3-scaled", "qwen2-untied"])
+def test_generation_is_the_same_after_installing(paddle: Any, models: Path, case: str) -> None:
+    """Bit by bit: generation keeps PaddleNLP's own attention, with its key/value cache, and never asks the backend."""
+    from sft.models.attention import install
+
+    model = load(models / case)
+    tokenizer = Tokenizer(models / case)
+    prompt = paddle.to_tensor([tokenizer.encode("Hello there, how are you?")])
+    backend = Counting(factor=0.0)
+
+    def generated() -> tuple[np.ndarray, np.ndarray]:
+        with paddle.no_grad():
+            ids, scores = model.generate(
+                input_ids=prompt,
+                attention_mask=paddle.ones_like(prompt),
+                max_new_tokens=12,
+                decode_strategy="greedy_search",
+                eos_token_id=-1,
+                pad_token_id=0,
+                bos_token_id=0,
+            )
+        return ids.numpy(), scores.numpy()
+
+    before, logits = generated(), own_logits(model, prompt.numpy()[0])
+    install(model, backend)
+    after = generated()
+    assert before[0].shape == (1, 12)
+    np.testing.assert_array_equal(after[0], before[0])
+    np.testing.assert_array_equal(after[1], before[1])
+    np.testing.assert_array_equal(own_logits(model, prompt.numpy()[0]), logits)
+    assert backend.calls == 0
+
+
+def test_a_model_without_the_seam_is_refused(paddle: Any) -> None:
+    from sft.models.attention import DefaultAttention, install
+
+    with pytest.raises(sft.UsageError, match="Linear has no attention seam that sft knows"):
+        install(paddle.nn.Linear(2, 2), DefaultAttention())

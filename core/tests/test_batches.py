@@ -1,0 +1,232 @@
+"""Batches: how rows are laid out and padded, and which rows belong to which step of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sft import Example
+from sft.assembly import make_schedule
+from sft.data.batches import PaddedCollator, Schedule, assemble, make_batches
+from sft.data.encoding import Encoded
+from sft.settings import TrainingArguments
+
+PAD = 99
+
+
+def example(*ids: int) -> Example:
+    """Every token of it is learned: position i predicts ids[i] + 1."""
+    return Example(np.array(ids, np.int64), np.array(ids, np.int64) + 1)
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+
+def test_one_document_a_row_is_padded_on_the_right() -> None:
+    batch = assemble([[example(1, 2, 3)], [example(4)]], PAD)
+    assert batch.input_ids.tolist() == [[1, 2, 3], [4, PAD, PAD]]
+    assert batch.labels.tolist() == [[2, 3, 4], [5, -100, -100]]
+    assert batch.position_ids.tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert batch.startend_row_indices is None
+    assert batch.lengths == ((3,), (1,))
+    assert (batch.tokens, batch.padding_tokens, batch.target_tokens) == (4, 2, 4)
+
+
+def test_documents_of_3_and_2_in_a_row_of_7() -> None:
+    batch = assemble([[example(1, 2, 3), example(4, 5)], [example(6, 7, 8, 9, 10, 11, 12)]], PAD)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, PAD, PAD], [6, 7, 8, 9, 10, 11, 12]]
+    assert batch.labels.tolist() == [[2, 3, 4, 5, 6, -100, -100], [7, 8, 9, 10, 11, 12, 13]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]]
+    assert batch.startend_row_indices is not None
+    assert batch.startend_row_indices.shape == (2, 1, 7, 1)
+    assert batch.startend_row_indices[0, 0, :, 0].tolist() == [3, 3, 3, 5, 5, 6, 7]
+    assert batch.startend_row_indices[1, 0, :, 0].tolist() == [7] * 7
+    assert batch.lengths == ((3, 2), (7,))
+    assert (batch.tokens, batch.padding_tokens) == (12, 2)
+
+
+def test_the_indices_describe_attention_within_each_document() -> None:
+    lengths = [[2, 3, 1], [4], [1, 1]]
+    rows = [[example(*range(n)) for n in row] for row in lengths]
+    batch = assemble(rows, PAD)
+    assert batch.startend_row_indices is not None
+    width = batch.input_ids.shape[1]
+    for number, row in enumerate(lengths):
+        ends = batch.startend_row_indices[number, 0, :, 0]
+        query, key = np.mgrid[:width, :width]
+        seen = (key <= query) & (query < ends[key])
+        # Documents by number; every padding token is one of its own.
+        document = np.concatenate([np.repeat(np.arange(len(row)), row), 100 + np.arange(width - sum(row))])
+        assert (seen == ((key <= query) & (document[query] == document[key]))).all()
+        assert seen.any(axis=1).all()
+
+
+def test_types() -> None:
+    batch = assemble([[example(1), example(2)]], PAD)
+    assert {a.dtype for a in (batch.input_ids, batch.labels, batch.position_ids)} == {np.dtype(np.int64)}
+    assert batch.startend_row_indices is not None
+    assert batch.startend_row_indices.dtype == np.int32
+
+
+def test_a_pad_token_that_is_also_an_answers_end_stays_a_label() -> None:
+    batch = assemble([[Example(np.array([1, 2]), np.array([-100, PAD]))], [example(1, 2, 3)]], PAD)
+    assert batch.labels[0].tolist() == [-100, PAD, -100]
+    assert batch.target_tokens == 4
+
+
+# --- the collator of a run without plugins ------------------------------------------------------------------
+
+
+def test_a_record_a_row() -> None:
+    collator = PaddedCollator(PAD)
+    assert collator.rows(np.array([5, 3, 9]), None) == [(0,), (1,), (2,)]
+    shuffled = collator.rows(np.arange(1, 51), np.random.default_rng(0))
+    assert sorted(shuffled) == [(index,) for index in range(50)]
+    assert shuffled != sorted(shuffled)
+
+
+def data(records: int, length: int = 4) -> Encoded:
+    """Records of ``length`` tokens each, all of them learned."""
+    total = records * length
+    return Encoded(
+        np.arange(total, dtype=np.int32), np.ones(total, bool), np.arange(0, total + 1, length, dtype=np.int64)
+    )
+
+
+def test_batches_of_rows() -> None:
+    batches = make_batches(data(5), PaddedCollator(PAD), [(4,), (0,), (2,)], 2)
+    assert [batch.input_ids.tolist() for batch in batches] == [[[16, 17, 18], [0, 1, 2]], [[8, 9, 10]]]
+    assert batches[0].labels.tolist() == [[17, 18, 19], [1, 2, 3]]
+    assert make_batches(data(5), PaddedCollator(PAD), [], 2) == []
+
+
+# --- the schedule -------------------------------------------------------------------------------------------
+
+
+def schedule(
+    records: int = 10, rows_per_step: int = 4, epochs: float = 1.0, max_steps: int = -1, seed: int = 42
+) -> Any:
+    return Schedule(data(records), PaddedCollator(PAD), seed, rows_per_step, epochs, max_steps)
+
+
+def steps(plan: Schedule, number: int, start: int = 0) -> list[tuple[int, float, list[tuple[int, ...]]]]:
+    return list(islice(plan.iterate(start), number))
+
+
+def order(plan: Schedule, epoch: int, per_epoch: int = 3) -> list[int]:
+    """Record numbers of an epoch in the order in which they are trained."""
+    found = steps(plan, per_epoch, start=epoch * per_epoch)
+    return [record for _, _, rows in found for row in rows for record in row]
+
+
+def test_steps_are_numbered_from_1_and_the_last_one_of_an_epoch_may_be_smaller() -> None:
+    found = steps(schedule(), 6)
+    assert [step for step, _, _ in found] == [1, 2, 3, 4, 5, 6]
+    assert [len(rows) for _, _, rows in found] == [4, 4, 2, 4, 4, 2]
+    assert [epoch for _, epoch, _ in found] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    assert [epoch for _, epoch, _ in found if float(epoch).is_integer()] == [1.0, 2.0]
+
+
+def test_every_record_is_read_once_an_epoch_in_another_order() -> None:
+    orders = [order(schedule(), epoch) for epoch in range(4)]
+    for found in orders:
+        assert sorted(found) == list(range(10))
+    assert len({tuple(found) for found in orders}) == 4
+
+
+def test_the_order_depends_on_the_seed_alone() -> None:
+    assert order(schedule(), 1) == order(schedule(epochs=9, max_steps=2), 1)
+    assert order(schedule(seed=1), 0) != order(schedule(seed=2), 0)
+    # Independent of what else draws random numbers.
+    first = order(schedule(), 0)
+    np.random.default_rng(42).random(100)
+    assert order(schedule(), 0) == first
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 7])
+def test_going_on_after_a_step_gives_what_would_have_followed(start: int) -> None:
+    assert steps(schedule(), 9 - start, start) == steps(schedule(), 9)[start:]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "expected"),
+    [
+        (1, -1, 3),
+        (3, -1, 9),
+        (0.5, -1, 2),
+        (0.01, -1, 1),
+        (1.34, -1, 5),
+        (2.5, -1, 8),
+        (3, 4, 4),
+        (1, 100, 100),
+        (0.01, 1, 1),
+    ],
+)
+def test_total_steps(epochs: float, max_steps: int, expected: int) -> None:
+    # 10 records, 4 rows a step: 3 steps an epoch.
+    assert schedule(epochs=epochs, max_steps=max_steps).total_steps == expected
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(1.1, 11), (2.2, 22), (0.3, 3), (2.9, 29), (1.11, 12)])
+def test_fractions_of_epochs_are_not_off_by_a_step(epochs: float, expected: int) -> None:
+    assert schedule(records=10, rows_per_step=1, epochs=epochs).total_steps == expected
+
+
+def test_epochs_after_a_step() -> None:
+    plan = schedule()
+    assert [plan.epochs_after(step) for step in (0, 3, 6)] == [0.0, 1.0, 2.0]
+    assert plan.epochs_after(4) == pytest.approx(4 / 3)
+
+
+class TwosOrThrees:
+    """Two or three records a row, as the epoch's random numbers say: epochs differ in their number of rows."""
+
+    def rows(self, lengths: np.ndarray, rng: np.random.Generator | None) -> list[tuple[int, ...]]:
+        assert rng is not None
+        order = rng.permutation(len(lengths))
+        size = 2 + int(rng.integers(2))
+        return [tuple(map(int, order[start : start + size])) for start in range(0, len(order), size)]
+
+    def batch(self, rows: Sequence[Sequence[Example]]) -> Any:
+        return assemble(rows, PAD)
+
+
+def test_total_steps_where_epochs_differ_in_rows() -> None:
+    plan = Schedule(data(12), TwosOrThrees(), 7, 1, 6, -1)
+    per_epoch: dict[int, int] = {}
+    for _, epoch, _ in islice(plan.iterate(), plan.total_steps):
+        number = int(np.ceil(epoch))
+        per_epoch[number] = per_epoch.get(number, 0) + 1
+    assert set(per_epoch.values()) == {4, 6}
+    assert sorted(per_epoch) == [1, 2, 3, 4, 5, 6]
+    assert plan.epochs_after(plan.total_steps) == 6
+
+
+def plan_of(world: int, **training: Any) -> Schedule:
+    """The schedule that a run of ``world`` processes makes."""
+    run: Any = SimpleNamespace(
+        settings=SimpleNamespace(training=TrainingArguments(**training)),
+        strategy=SimpleNamespace(data_world=world),
+        train_data=data(50),
+        collator=PaddedCollator(PAD),
+    )
+    return make_schedule(run)
+
+
+def test_a_step_reads_the_same_rows_however_many_processes_share_it() -> None:
+    plans = [
+        plan_of(1, per_device_train_batch_size=8, gradient_accumulation_steps=1),
+        plan_of(1, per_device_train_batch_size=1, gradient_accumulation_steps=8),
+        plan_of(2, per_device_train_batch_size=2, gradient_accumulation_steps=2),
+        plan_of(4, per_device_train_batch_size=2, gradient_accumulation_steps=1),
+    ]
+    expected = steps(plans[0], 10)
+    assert [len(rows) for _, _, rows in expected] == [8, 8, 8, 8, 8, 8, 2, 8, 8, 8]
+    for plan in plans[1:]:
+        assert steps(plan, 10) == expected
+        assert plan.total_steps == plans[0].total_steps == 21

@@ -1,0 +1,81 @@
+"""The page of hooks: each is documented, typed, and called by the core with all it promises."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import sft
+from sft import hookspecs
+from sft.plugins import Plugins
+
+HOOKS = {name: value for name, value in vars(hookspecs).items() if name.startswith("sft_")}
+
+
+def calls_in_core() -> dict[str, list[list[str]]]:
+    """Hook → keyword arguments of each ``….hook.HOOK(…)`` and ``….ask(NAME, "HOOK", …)`` in the core's code."""
+    found: dict[str, list[list[str]]] = {}
+    for path in Path(sft.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            name = node.func.attr
+            if name == "ask":
+                name = str(getattr(node.args[1], "value", ""))
+            found.setdefault(name, []).append([str(keyword.arg) for keyword in node.keywords])
+    return found
+
+
+CALLS = calls_in_core()
+SINGLE = {
+    "sft_collator",
+    "sft_parallel_strategy",
+    "sft_quantizer",
+    "sft_attention_backend",
+    "sft_export_adapter",
+    "sft_import_adapter",
+    "sft_adapter_merger",
+}
+
+
+def test_there_are_hooks() -> None:
+    assert len(HOOKS) >= 18
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_is_documented_and_typed(name: str) -> None:
+    function = HOOKS[name]
+    assert (inspect.getdoc(function) or "").strip(), "a hook without a docstring"
+    signature = inspect.signature(function)
+    assert signature.return_annotation is not inspect.Signature.empty
+    for argument in signature.parameters.values():
+        assert argument.annotation is not inspect.Parameter.empty, argument.name
+        assert argument.default is inspect.Parameter.empty, argument.name
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_the_core_calls_the_hook_with_all_that_it_promises(name: str) -> None:
+    calls = CALLS.get(name, [])
+    assert calls, "no code of the core calls this hook"
+    for arguments in calls:
+        assert arguments == list(inspect.signature(HOOKS[name]).parameters)
+
+
+def test_single_hooks() -> None:
+    plugins = Plugins.load([])
+    plugins.start({})
+    callers = {name: getattr(plugins.hook, name) for name in HOOKS}
+    assert {name for name, caller in callers.items() if hasattr(caller.spec.function, "sft_single")} == SINGLE
+    # With no provider, a single hook gives its caller None, not an empty list.
+    assert plugins.hook.sft_collator(run=None) is None
+    assert plugins.hook.sft_state(run=None) == []
+
+
+def test_the_whole_public_api_is_there() -> None:
+    for name in sft.__all__:
+        assert getattr(sft, name) is not None
+    with pytest.raises(AttributeError, match="module 'sft' has no attribute 'nothing'"):
+        _ = sft.nothing

@@ -1,0 +1,283 @@
+"""The optimizer: AdamW as its paper has it, Hugging Face's schedules, and state under structured names."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sft
+from sft.seams import ParameterGroup
+from sft.settings import TrainingArguments
+
+SHAPES = {"block.weight": (4, 3), "block.bias": (3,), "head.weight": (3, 5)}
+
+
+def adamw(
+    value: np.ndarray, gradients: list[np.ndarray], rates: list[float], decay: float, training: TrainingArguments
+) -> np.ndarray:
+    """Decoupled weight decay (arXiv 1711.05101, algorithm 2) in float64, η_t α given as one rate a step."""
+    beta1, beta2 = training.adam_beta1, training.adam_beta2
+    value = value.astype(np.float64)
+    first, second = np.zeros_like(value), np.zeros_like(value)
+    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        gradient = gradient.astype(np.float64)
+        first = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * gradient**2
+        corrected, spread = first / (1 - beta1**step), second / (1 - beta2**step)
+        value = value - rate * (corrected / (np.sqrt(spread) + training.adam_epsilon) + decay * value)
+    return value
+
+
+def parameters_of(paddle: Any, seed: int = 0) -> dict[str, Any]:
+    """New parameters of the same values; paddle gives them names that have not been used before."""
+    generator = np.random.default_rng(seed)
+    made = {}
+    for name, shape in SHAPES.items():
+        made[name] = paddle.create_parameter(shape, "float32")
+        made[name].set_value(generator.standard_normal(shape).astype(np.float32))
+    return made
+
+
+def gradients_of(steps: int, seed: int = 1) -> dict[str, list[np.ndarray]]:
+    generator = np.random.default_rng(seed)
+    return {
+        name: [generator.standard_normal(shape).astype(np.float32) for _ in range(steps)]
+        for name, shape in SHAPES.items()
+    }
+
+
+def apply(
+    paddle: Any, optimizer: Any, gradients: dict[str, list[np.ndarray]], steps: range, rates: list[float]
+) -> None:
+    """Steps whose gradients are given: that of Σ p·g is g."""
+    for step in steps:
+        loss = paddle.add_n(
+            [(p * paddle.to_tensor(gradients[name][step])).sum() for name, p in optimizer.parameters.items()]
+        )
+        loss.backward()
+        optimizer.step(rates[step])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"adam_beta1": 0.8, "adam_beta2": 0.95},
+        {"adam_epsilon": 0.05},
+        {"weight_decay": 0.1},
+        {"weight_decay": 0.3, "adam_epsilon": 0.01, "adam_beta1": 0.5, "adam_beta2": 0.6},
+    ],
+    ids=["plain", "betas", "epsilon", "decay", "all"],
+)
+def test_steps_are_those_of_the_paper(paddle: Any, settings: dict[str, float]) -> None:
+    """Steps of 0.01 to 0.05 at values of up to 3: an epsilon or a decay in the wrong place is off by 1e-4 and more."""
+    from sft.training.optimizer import Optimizer, default_groups
+
+    training = TrainingArguments(**settings)
+    rates = [0.01, 0.05, 0.02, 0.0, 0.03]
+    parameters, gradients = parameters_of(paddle), gradients_of(len(rates))
+    start = {name: parameter.numpy() for name, parameter in parameters.items()}
+    optimizer = Optimizer(default_groups(parameters, training.weight_decay), training)
+    apply(paddle, optimizer, gradients, range(len(rates)), rates)
+    for name, parameter in parameters.items():
+        decay = training.weight_decay if len(SHAPES[name]) > 1 else 0.0
+        expected = adamw(start[name], gradients[name], rates, decay, training)
+        np.testing.assert_allclose(parameter.numpy(), expected, atol=2e-6, rtol=0, err_msg=name)
+        assert np.abs(parameter.numpy() - start[name]).max() > 0.01
+
+
+def test_a_groups_learning_rate_multiplies_the_schedules(paddle: Any) -> None:
+    """The decay too goes with the group's rate, as in every framework's parameter groups."""
+    from sft.training.optimizer import Optimizer
+
+    training = TrainingArguments(adam_epsilon=1e-3)
+    rates = [0.01, 0.02, 0.01]
+    parameters, gradients = parameters_of(paddle), gradients_of(len(rates))
+    start = {name: parameter.numpy() for name, parameter in parameters.items()}
+    scales = {"block.weight": 16.0, "block.bias": 1.0, "head.weight": 0.0}
+    decays = {"block.weight": 0.1, "block.bias": 0.2, "head.weight": 0.3}
+    groups = [ParameterGroup(name, {name: parameters[name]}, scales[name], decays[name]) for name in SHAPES]
+    apply(paddle, Optimizer(groups, training), gradients, range(len(rates)), rates)
+    for name, parameter in parameters.items():
+        scaled = [rate * scales[name] for rate in rates]
+        expected = adamw(start[name], gradients[name], scaled, decays[name], training)
+        np.testing.assert_allclose(parameter.numpy(), expected, atol=5e-6, rtol=0, err_msg=name)
+    np.testing.assert_array_equal(parameters["head.weight"].numpy(), start["head.weight"])
+
+
+def test_gradients_are_cleared_by_a_step(paddle: Any) -> None:
+    from sft.training.optimizer import Optimizer, default_groups
+
+    parameters = parameters_of(paddle)
+    optimizer = Optimizer(default_groups(parameters, 0.0), TrainingArguments())
+    apply(paddle, optimizer, gradients_of(1), range(1), [0.1])
+    assert all(p.grad is None or not p.grad.numpy().any() for p in parameters.values())
+
+
+# --- groups -------------------------------------------------------------------------------------------------
+
+
+def test_matrices_decay_and_vectors_do_not(paddle: Any) -> None:
+    from sft.training.optimizer import default_groups
+
+    groups = default_groups(parameters_of(paddle), 0.1)
+    assert [(g.name, list(g.parameters), g.learning_rate, g.weight_decay) for g in groups] == [
+        ("decay", ["block.weight", "head.weight"], 1.0, 0.1),
+        ("no_decay", ["block.bias"], 1.0, 0.0),
+    ]
+
+
+def test_there_is_no_empty_group(paddle: Any) -> None:
+    from sft.training.optimizer import default_groups
+
+    parameters = parameters_of(paddle)
+    assert [g.name for g in default_groups({"block.weight": parameters["block.weight"]}, 0.1)] == ["decay"]
+    assert [g.name for g in default_groups({"block.bias": parameters["block.bias"]}, 0.1)] == ["no_decay"]
+
+
+def test_a_parameter_in_two_groups_is_named(paddle: Any) -> None:
+    from sft.training.optimizer import check_groups, default_groups
+
+    parameters = parameters_of(paddle)
+    groups = default_groups(parameters, 0.1)
+    check_groups(groups, parameters)
+    groups[1].parameters["head.weight"] = parameters["head.weight"]
+    with pytest.raises(sft.UsageError, match=r"Parameter head\.weight is in 2 optimizer groups"):
+        check_groups(groups, parameters)
+
+
+def test_a_parameter_in_no_group_is_named(paddle: Any) -> None:
+    from sft.training.optimizer import check_groups, default_groups
+
+    parameters = parameters_of(paddle)
+    groups = default_groups(parameters, 0.1)
+    del groups[0].parameters["block.weight"]
+    with pytest.raises(sft.UsageError, match=r"Parameter block\.weight is in 0 optimizer groups"):
+        check_groups(groups, parameters)
+
+
+# --- the schedule -------------------------------------------------------------------------------------------
+
+# transformers' schedules multiply the peak rate of optimizer step n by f(n - 1), with w warm-up steps of T:
+#   f(s) = s / w                                    while s < w, and after that
+#   linear    (T - s) / (T - w)                     get_linear_schedule_with_warmup
+#   cosine    (1 + cos(π (s - w) / (T - w))) / 2    get_cosine_schedule_with_warmup
+#   constant  1                                     get_constant_schedule_with_warmup
+WARM = [0.0, 0.25, 0.5, 0.75]
+SCHEDULES = {
+    ("linear", 4): [*WARM, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6],
+    ("cosine", 4): [*WARM, 1.0, (2 + math.sqrt(3)) / 4, 0.75, 0.5, 0.25, (2 - math.sqrt(3)) / 4],
+    ("constant", 4): [*WARM, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0],
+    ("linear", 0): [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1],
+    ("constant", 0): [1.0] * 10,
+}
+
+
+@pytest.mark.parametrize(("kind", "warmup"), SCHEDULES)
+def test_schedules_are_hugging_faces(kind: str, warmup: int) -> None:
+    from sft.training.optimizer import learning_rate
+
+    training = TrainingArguments(learning_rate=3e-4, lr_scheduler_type=kind, warmup_steps=warmup)
+    found = [learning_rate(step, 10, training) for step in range(1, 11)]
+    assert found == pytest.approx([3e-4 * factor for factor in SCHEDULES[kind, warmup]], rel=1e-12, abs=1e-18)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_a_decay_would_reach_zero_after_the_last_step(kind: str) -> None:
+    from sft.training.optimizer import learning_rate
+
+    training = TrainingArguments(learning_rate=1.0, lr_scheduler_type=kind)
+    assert learning_rate(11, 10, training) == pytest.approx(0.0, abs=1e-15)
+    assert learning_rate(15, 10, training) == pytest.approx(0.0, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("steps", "ratio", "warmup"), [(0, 0.4, 4), (0, 0.31, 4), (3, 0.9, 3), (0, 0.0, 0), (0, 1.0, 10)]
+)
+def test_warm_up_by_ratio_is_rounded_up_and_steps_win(steps: int, ratio: float, warmup: int) -> None:
+    from sft.training.optimizer import learning_rate
+
+    training = TrainingArguments(
+        learning_rate=1.0, lr_scheduler_type="constant", warmup_steps=steps, warmup_ratio=ratio
+    )
+    found = [learning_rate(step, 10, training) for step in range(1, 11)]
+    assert found == pytest.approx([min(1.0, step / warmup) if warmup else 1.0 for step in range(10)], rel=1e-12)
+
+
+def test_warm_up_longer_than_the_run_never_reaches_the_peak() -> None:
+    from sft.training.optimizer import learning_rate
+
+    training = TrainingArguments(learning_rate=1.0, lr_scheduler_type="cosine", warmup_steps=100)
+    assert [learning_rate(step, 3, training) for step in (1, 2, 3)] == pytest.approx([0.0, 0.01, 0.02])
+
+
+# --- state --------------------------------------------------------------------------------------------------
+
+
+def test_state_has_structured_names_and_no_others(paddle: Any) -> None:
+    from sft.training.optimizer import Optimizer, default_groups
+
+    optimizer = Optimizer(default_groups(parameters_of(paddle), 0.1), TrainingArguments())
+    apply(paddle, optimizer, gradients_of(1), range(1), [0.1])
+    kinds = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
+    assert set(optimizer.state()) == {f"{name}.{kind}" for name in SHAPES for kind in kinds}
+
+
+def test_a_fresh_optimizer_goes_on_bit_by_bit(paddle: Any) -> None:
+    """In another process paddle names parameters otherwise; here the second set is named otherwise too."""
+    from sft.training.optimizer import Optimizer, default_groups
+
+    training = TrainingArguments(weight_decay=0.1)
+    rates = [0.01, 0.02, 0.03, 0.02, 0.01]
+    gradients = gradients_of(len(rates))
+    first = parameters_of(paddle)
+    one = Optimizer(default_groups(first, training.weight_decay), training)
+    apply(paddle, one, gradients, range(3), rates)
+    state = {name: array.copy() for name, array in one.state().items()}
+
+    second = parameters_of(paddle, seed=9)
+    assert {p.name for p in first.values()}.isdisjoint({p.name for p in second.values()})
+    for name, parameter in second.items():
+        parameter.set_value(first[name].numpy())
+    other = Optimizer(default_groups(second, training.weight_decay), training)
+    other.load(state)
+    for name, array in other.state().items():
+        assert array.tobytes() == state[name].tobytes(), name
+
+    apply(paddle, one, gradients, range(3, 5), rates)
+    apply(paddle, other, gradients, range(3, 5), rates)
+    for name in SHAPES:
+        assert first[name].numpy().tobytes() == second[name].numpy().tobytes(), name
+    assert {n: a.tobytes() for n, a in one.state().items()} == {n: a.tobytes() for n, a in other.state().items()}
+
+
+def test_state_matters(paddle: Any) -> None:
+    """The control of the test above: without the state the next steps are others."""
+    from sft.training.optimizer import Optimizer, default_groups
+
+    training, rates, gradients = TrainingArguments(), [0.01, 0.02, 0.03], gradients_of(3)
+    first = parameters_of(paddle)
+    one = Optimizer(default_groups(first, 0.0), training)
+    apply(paddle, one, gradients, range(2), rates)
+    second = parameters_of(paddle)
+    for name, parameter in second.items():
+        parameter.set_value(first[name].numpy())
+    apply(paddle, one, gradients, range(2, 3), rates)
+    apply(paddle, Optimizer(default_groups(second, 0.0), training), gradients, range(2, 3), rates)
+    assert all(np.abs(first[name].numpy() - second[name].numpy()).max() > 1e-3 for name in SHAPES)
+
+
+def test_state_of_other_parameters_is_an_error(paddle: Any) -> None:
+    from sft.training.optimizer import Optimizer, default_groups
+
+    parameters = parameters_of(paddle)
+    optimizer = Optimizer(default_groups(parameters, 0.0), TrainingArguments())
+    apply(paddle, optimizer, gradients_of(1), range(1), [0.1])
+    state = optimizer.state()
+    state["other.weight.moment1"] = state.pop("block.weight.moment1")
+    fresh = Optimizer(default_groups(parameters_of(paddle), 0.0), TrainingArguments())
+    with pytest.raises(sft.SftError, match=r"first difference: block\.weight\.moment1"):
+        fresh.load(state)

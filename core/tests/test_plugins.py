@@ -1,0 +1,471 @@
+"""Plugins: listing, loading, and every way in which one can be missing, broken or in another's way."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sft
+from sft.plugins import Plugins, installed
+from sft.running import prepare
+from sft.settings import build
+
+Distribute = Callable[..., None]
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+PLUGIN = """
+    import sft
+
+    class Tool(sft.Plugin):
+        name = "{name}"
+        {body}
+"""
+
+
+def plugin(name: str, body: str = "") -> str:
+    return PLUGIN.format(name=name, body=body)
+
+
+def active(*names: str, extra: tuple[Any, ...] = (), options: dict[str, Any] | None = None) -> Plugins:
+    plugins = Plugins.load(names, extra)
+    plugins.start(options or {})
+    return plugins
+
+
+def refusal(*names: str, extra: tuple[Any, ...] = ()) -> str:
+    with pytest.raises(sft.UsageError) as caught:
+        active(*names, extra=extra)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- listing ------------------------------------------------------------------------------------------------
+
+
+def test_listing_names_plugin_and_distribution(distribute: Distribute, sft_command: Command) -> None:
+    distribute("sft-test-tool", plugin("tool"), {"tool": "Tool"}, {"setting.use_tool": "Tool"}, version="2.3")
+    done = sft_command("plugins")
+    assert done.returncode == 0
+    assert re.search(r"^tool +sft-test-tool 2\.3  \(also requested by setting use_tool\)$", done.stdout, re.MULTILINE)
+    rows = [json.loads(line) for line in sft_command("plugins", "--json").stdout.splitlines()]
+    assert {
+        "name": "tool",
+        "distribution": "sft-test-tool",
+        "version": "2.3",
+        "also_requested_by": ["setting use_tool"],
+    } in rows
+
+
+MARKED = """
+    import pathlib
+    pathlib.Path({marker!r}).write_text("imported")
+"""
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("plugins",), ("run", "--help"), ("run",), ("run", "--x", "1")])
+def test_what_is_not_requested_is_not_imported(
+    distribute: Distribute, sft_command: Command, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    marker = tmp_path / "marker"
+    source = MARKED.format(marker=str(marker)) + plugin("marked")
+    distribute("sft-test-marked", source, {"marked": "Tool"}, {"command.mark": "Tool", "setting.mark": "Tool"})
+    sft_command(*arguments)
+    assert not marker.exists()
+
+
+def test_what_is_requested_is_imported(distribute: Distribute, sft_command: Command, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    distribute("sft-test-marked", MARKED.format(marker=str(marker)) + plugin("marked"), {"marked": "Tool"})
+    assert sft_command("run", "--plugin", "marked", "--help").returncode == 0
+    assert marker.exists()
+
+
+def test_listing_in_process_loads_no_module(distribute: Distribute) -> None:
+    distribute("sft-test-tool", plugin("tool"), {"tool": "Tool"})
+    assert [item.origin for item in installed()["tool"]] == ["sft-test-tool 1.0"]
+    assert "sft_test_tool" not in sys.modules
+    active("tool")
+    assert "sft_test_tool" in sys.modules
+
+
+def test_a_path_that_python_searches_twice_lists_once(
+    distribute: Distribute, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distribute("sft-test-tool", plugin("tool"), {"tool": "Tool"})
+    monkeypatch.syspath_prepend(site)
+    assert sys.path.count(str(site)) == 2
+    assert len(installed()["tool"]) == 1
+
+
+def test_a_broken_plugin_that_is_not_requested_disturbs_nothing(distribute: Distribute, sft_command: Command) -> None:
+    distribute("sft-test-broken", "import no_such_module", {"broken": "Tool"}, {"command.broken": "Tool"})
+    distribute("sft-test-tool", plugin("tool"), {"tool": "Tool"})
+    for arguments in (("--help",), ("plugins",), ("run", "--help"), ("run", "--plugin", "tool", "--help")):
+        done = sft_command(*arguments)
+        assert (done.returncode, done.stderr) == (0, ""), arguments
+    done = sft_command("run", "--plugin", "tool")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("sft: model_name_or_path is not set;")
+
+
+# --- what cannot be loaded ----------------------------------------------------------------------------------
+
+
+def test_missing(distribute: Distribute) -> None:
+    distribute("sft-test-tool", plugin("sharpener"), {"sharpener": "Tool"})
+    message = refusal("sharpner")
+    assert message.startswith("Plugin sharpner is not installed (installed: ")
+    assert "sharpener" in message.partition("(installed: ")[2].partition(")")[0].split(", ")
+    assert message.endswith("; did you mean sharpener?")
+    assert refusal("xyz").endswith("; pip install the distribution that provides it.")
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise OSError('two\\nlines')", "OSError: two lines"),
+        ("def f(:", "SyntaxError: "),
+        ("value = 1", "AttributeError: module 'sft_test_broken' has no attribute 'Tool'"),
+    ],
+)
+def test_a_failing_import_names_distribution_version_cause_and_cure(
+    distribute: Distribute, source: str, cause: str
+) -> None:
+    distribute("sft-test-broken", source, {"broken": "Tool"}, version="0.4")
+    message = refusal("broken")
+    assert message.startswith(f"Plugin broken of sft-test-broken 0.4 cannot be imported ({cause}")
+    assert message.endswith("; pip install --upgrade --force-reinstall sft-test-broken, or leave the plugin out.")
+
+
+def test_a_plugin_of_two_distributions_names_both(distribute: Distribute) -> None:
+    distribute("sft-test-one", "1 / 0", {"tool": "Tool"}, version="1.1")
+    distribute("sft-test-two", "1 / 0", {"tool": "Tool"}, version="2.2")
+    message = refusal("tool")
+    assert message.startswith("Plugin tool is provided twice, by sft-test-")
+    assert "sft-test-one 1.1 (sft_test_one:Tool)" in message
+    assert "sft-test-two 2.2 (sft_test_two:Tool)" in message
+    assert message.endswith("pip uninstall one of them.")
+
+
+def test_another_api_version(distribute: Distribute) -> None:
+    distribute("sft-test-old", plugin("old", "api_version = 0"), {"old": "Tool"})
+    message = refusal("old")
+    assert message.startswith("Plugin old of sft-test-old 1.0 is written for plugin API 0, and this sft has 1;")
+    assert message.endswith("install versions of sft-core and sft-test-old that go together.")
+
+
+@pytest.mark.parametrize(
+    ("source", "declared"), [(plugin("other"), "'other'"), ("class Tool: pass", "None"), ("Tool = 3", "None")]
+)
+def test_a_name_that_differs_from_the_entry_point(distribute: Distribute, source: str, declared: str) -> None:
+    distribute("sft-test-tool", source, {"tool": "Tool"})
+    assert refusal("tool").startswith(f"Plugin tool of sft-test-tool 1.0 names itself {declared};")
+
+
+# --- plugins that need or exclude each other ----------------------------------------------------------------
+
+
+class Base(sft.Plugin):
+    name = "base"
+
+
+class Refinement(sft.Plugin):
+    name = "refinement"
+    requires = ("base",)
+
+
+class Rival(sft.Plugin):
+    name = "rival"
+    conflicts = ("base",)
+
+
+def test_requires() -> None:
+    assert refusal(extra=(Refinement,)) == (
+        "Plugin refinement refines base, which is not active; add --plugin base or leave refinement out."
+    )
+    assert active(extra=(Refinement, Base)).names == ["refinement", "base"]
+
+
+@pytest.mark.parametrize("pair", [(Base, Rival), (Rival, Base)])
+def test_conflicts(pair: tuple[type, type]) -> None:
+    message = refusal(extra=pair)
+    assert message.startswith("Plugins rival (given directly as Rival) and base (given directly as Base) cannot work")
+    assert active(extra=(Rival,)).names == ["rival"]
+
+
+def test_two_providers_of_a_single_seam_name_both_distributions(distribute: Distribute) -> None:
+    body = "sft_collator = sft.hookimpl(lambda self, run: 1 / 0)"
+    distribute("sft-test-one", plugin("one", body), {"one": "Tool"}, version="1.1")
+    distribute("sft-test-two", plugin("two", body), {"two": "Tool"}, version="2.2")
+    assert refusal("one", "two") == (
+        "Plugins one (sft-test-one 1.1) and two (sft-test-two 2.2) both provide sft_collator, which has one place; "
+        "leave one out."
+    )
+    assert active("one").provider("sft_collator") == "one"
+    assert active("two").provider("sft_collator") == "two"
+    assert active().provider("sft_collator") is None
+
+
+def test_the_conflict_comes_before_model_and_data_are_looked_at(distribute: Distribute, tmp_path: Path) -> None:
+    body = "sft_quantizer = sft.hookimpl(lambda self, run: 1 / 0)"
+    for number in ("one", "two"):
+        distribute(f"sft-test-{number}", plugin(number, body), {number: "Tool"})
+    values = {"plugin": ["one", "two"], "model_name_or_path": "missing", "dataset_name_or_path": "missing"}
+    with pytest.raises(sft.UsageError, match="both provide sft_quantizer"):
+        prepare({**values, "output_dir": str(tmp_path / "out")}, (), print)
+
+
+def test_an_unknown_hook() -> None:
+    class Typo(sft.Plugin):
+        name = "typo"
+
+        @sft.hookimpl
+        def sft_chek(self, run: Any) -> None: ...
+
+    message = refusal(extra=(Typo,))
+    assert message.startswith("Plugin typo (given directly as ")
+    assert "implements a hook that no active plugin publishes (unknown hook 'sft_chek'); upgrade it" in message
+
+
+def test_a_wrong_argument() -> None:
+    class Wrong(sft.Plugin):
+        name = "wrong"
+
+        @sft.hookimpl
+        def sft_check(self, run: Any, weather: Any) -> None: ...
+
+    message = refusal(extra=(Wrong,))
+    assert message.startswith("Plugin wrong (given directly as ")
+    assert "does not fit the hooks" in message
+    assert "sft_check" in message
+    assert "weather" in message
+
+
+def test_fewer_arguments_are_fine() -> None:
+    calls = []
+
+    class Short(sft.Plugin):
+        name = "short"
+
+        @sft.hookimpl
+        def sft_step_ended(self, record: Any) -> None:
+            calls.append(record)
+
+    active(extra=(Short,)).hook.sft_step_ended(run=None, record={"step": 1})
+    assert calls == [{"step": 1}]
+
+
+# --- the order of calls -------------------------------------------------------------------------------------
+
+
+def recorder(name: str, order: int, calls: list[str]) -> type:
+    class Recorder(sft.Plugin):
+        @sft.hookimpl
+        def sft_check(self, run: Any) -> None:
+            calls.append(self.name)
+
+    Recorder.name, Recorder.order = name, order
+    return Recorder
+
+
+@pytest.mark.parametrize(
+    ("requested", "called"),
+    [
+        ([("a", 0), ("b", 0), ("c", 0)], ["a", "b", "c"]),
+        ([("c", 0), ("b", 0), ("a", 0)], ["c", "b", "a"]),
+        ([("a", 5), ("b", -5), ("c", 0)], ["b", "c", "a"]),
+        ([("a", 5), ("b", 0), ("c", 5), ("d", 0)], ["b", "d", "a", "c"]),
+    ],
+)
+def test_order_then_request(requested: list[tuple[str, int]], called: list[str]) -> None:
+    calls: list[str] = []
+    plugins = active(extra=tuple(recorder(name, order, calls) for name, order in requested))
+    plugins.hook.sft_check(run=None)
+    assert calls == called == plugins.names
+
+
+# --- published hooks ----------------------------------------------------------------------------------------
+
+
+class Publisher(sft.Plugin):
+    name = "base"
+
+    class hookspecs:  # noqa: N801
+        @sft.single
+        def base_factor(self, rank: int) -> float:
+            """A factor that refinements may change."""
+
+        @sft.hookspec
+        def base_seen(self, name: str) -> str:
+            """Everybody may answer."""
+
+
+def doubler(called: str) -> type:
+    class Doubler(sft.Plugin):
+        requires = ("base",)
+
+        @sft.hookimpl
+        def base_factor(self, rank: int) -> float:
+            return 2.0 * rank
+
+    Doubler.name = called
+    return Doubler
+
+
+def test_a_plugin_publishes_hooks_for_its_refinements() -> None:
+    assert active(extra=(Publisher,)).hook.base_factor(rank=3) is None
+    assert active(extra=(Publisher, doubler("doubler"))).hook.base_factor(rank=3) == 6.0
+    assert active(extra=(doubler("doubler"), Publisher)).hook.base_factor(rank=3) == 6.0
+
+
+def test_a_refinement_without_what_it_refines() -> None:
+    assert "refines base, which is not active" in refusal(extra=(doubler("doubler"),))
+
+    class Careless(sft.Plugin):
+        name = "careless"
+
+        @sft.hookimpl
+        def base_factor(self, rank: int) -> float:
+            return 0.0
+
+    assert "unknown hook 'base_factor'" in refusal(extra=(Careless,))
+
+
+def test_a_published_single_hook_has_one_place_too() -> None:
+    message = refusal(extra=(Publisher, doubler("first"), doubler("second")))
+    assert message.startswith("Plugins first (")
+    assert " and second (" in message
+    assert "both provide base_factor" in message
+
+
+def test_a_hook_is_published_once() -> None:
+    class Copy(sft.Plugin):
+        name = "copy"
+        hookspecs = Publisher.hookspecs
+
+    message = refusal(extra=(Publisher, Copy))
+    assert message.startswith("Plugin copy (given directly as ")
+    assert "cannot publish its hooks: " in message
+    assert "'base_factor'" in message
+
+
+# --- kinds of plugins ---------------------------------------------------------------------------------------
+
+
+def test_a_module_is_a_plugin(distribute: Distribute) -> None:
+    source = """
+        import sft
+
+        name = "as-module"
+        calls = []
+
+        @sft.hookimpl
+        def sft_check(run):
+            calls.append(run)
+    """
+    distribute("sft-test-module", source, {"as-module": ""})
+    plugins = active("as-module")
+    assert build({}, plugins).options == {}
+    plugins.hook.sft_check(run="a run")
+    assert sys.modules["sft_test_module"].calls == ["a run"]
+
+
+def test_help_of_a_module_plugin(distribute: Distribute, sft_command: Command) -> None:
+    distribute("sft-test-module", "name = 'as-module'", {"as-module": ""})
+    done = sft_command("run", "--plugin", "as-module", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Plugin as-module (sft-test-module 1.0)" in done.stdout
+
+
+def test_a_module_given_directly() -> None:
+    module = types.ModuleType("given")
+    module.name = "given"
+    assert active(extra=(module,)).origin("given") == "given directly as given"
+
+
+@dataclass
+class ToolOptions:
+    tool_size: int = sft.option(1, "a size", minimum=1)
+
+
+class Tool(sft.Plugin):
+    name = "My_Tool"
+    Options = ToolOptions
+
+
+def test_options_reach_a_plugin_whose_name_is_spelled_in_another_way(distribute: Distribute) -> None:
+    source = """
+        from dataclasses import dataclass
+        import sft
+
+        @dataclass
+        class ToolOptions:
+            tool_size: int = sft.option(1, "a size")
+
+        class Tool(sft.Plugin):
+            name = "My_Tool"
+            Options = ToolOptions
+
+            @sft.hookimpl
+            def sft_state(self, run):
+                return {"size": self.options.tool_size}
+    """
+    distribute("sft-test-tool", source, {"my-tool": "Tool"})
+    plugins = Plugins.load(["my-tool"])
+    plugins.start(build({"tool_size": 7}, plugins).options)
+    assert plugins.ask("my-tool", "sft_state", run=None) == {"size": 7}
+
+
+def test_a_class_given_directly_stands_for_the_installed_one(distribute: Distribute) -> None:
+    distribute("sft-test-tool", "1 / 0", {"my-tool": "Tool"})
+    plugins = active("my-tool", extra=(Tool,))
+    assert plugins.names == ["my-tool"]
+    assert plugins.origin("my-tool") == "given directly as Tool"
+    assert "my-tool" not in plugins.inactive()
+
+
+class Stateful(sft.Plugin):
+    name = "stateful"
+    Options = ToolOptions
+
+    @sft.hookimpl
+    def sft_state(self, run: Any) -> dict[str, Any]:
+        return {"size": self.options.tool_size, "self": id(self)}
+
+
+class AlsoStateful(sft.Plugin):
+    name = "also-stateful"
+
+    @sft.hookimpl
+    def sft_state(self, run: Any) -> dict[str, Any]:
+        return {"also": True}
+
+
+def test_one_plugin_alone_is_asked() -> None:
+    plugins = active(extra=(Stateful, AlsoStateful, Base), options={"stateful": ToolOptions(3)})
+    assert plugins.ask("also-stateful", "sft_state", run=None) == {"also": True}
+    assert plugins.ask("stateful", "sft_state", run=None)["size"] == 3
+    assert plugins.ask("base", "sft_state", run=None) is None
+
+
+def test_two_sets_in_one_process_are_independent() -> None:
+    one = active(extra=(Stateful,), options={"stateful": ToolOptions(1)})
+    two = active(extra=(Stateful, AlsoStateful), options={"stateful": ToolOptions(2)})
+    (of_one,) = one.hook.sft_state(run=None)
+    of_two = two.ask("stateful", "sft_state", run=None)
+    assert (of_one["size"], of_two["size"]) == (1, 2)
+    assert of_one["self"] != of_two["self"]
+    assert len(two.hook.sft_state(run=None)) == 2
+    assert len(active().hook.sft_state(run=None)) == 0

@@ -1,0 +1,330 @@
+"""Model directories that sft writes: bit by bit what was in memory, in the form that Hugging Face's libraries read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import sft
+from sft.data.tokenizer import Tokenizer
+from sft.models.config import hf_config, paddle_config
+
+CASES = ("llama-untied", "llama-tied-gqa", "llama3-scaled", "qwen2-untied", "qwen2-tied-sharded")
+
+
+@pytest.fixture
+def tokenizer(models: Path) -> Tokenizer:
+    return Tokenizer(models / "llama-tied-gqa")
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        for name, tensor in load_file(path).items():
+            assert name not in found, f"{name} is in two files"
+            found[name] = tensor
+    return found
+
+
+def assert_same_tensors(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Names, shapes, dtypes and every bit."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype), name
+        assert found[name].tobytes() == tensor.tobytes(), name
+
+
+def in_float32(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+
+
+class Merger:
+    """Adds ``shift`` to the tensors named; ``lost`` is what it says it could not place."""
+
+    def __init__(self, shift: dict[str, float] | None = None, lost: tuple[str, ...] = ()) -> None:
+        self.shift = shift or {}
+        self.lost = list(lost)
+        self.seen: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+
+    def merge(self, name: str, weight: np.ndarray) -> np.ndarray:
+        self.seen[name] = (weight.dtype, weight.shape)
+        return weight + np.float32(self.shift[name]) if name in self.shift else weight
+
+    def unused(self) -> list[str]:
+        return self.lost
+
+
+# --- whole models -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_written_model_has_the_tensors_of_the_original_files(
+    paddle: Any, models: Path, tmp_path: Path, tokenizer: Tokenizer, case: str
+) -> None:
+    from sft.models.loading import load_model, open_model
+    from sft.models.saving import write_model
+
+    source = open_model(models / case)
+    write_model(tmp_path, load_model(source), source, tokenizer)
+    assert_same_tensors(tensors_of(tmp_path), in_float32(tensors_of(models / case)))
+    assert config_of(tmp_path)["torch_dtype"] == "float32"
+
+
+@pytest.mark.parametrize("case", ["llama-tied-gqa", "llama-untied", "qwen2-untied"])
+def test_a_written_model_loads_bit_for_bit(
+    paddle: Any, models: Path, tmp_path: Path, tokenizer: Tokenizer, case: str
+) -> None:
+    from sft.models.loading import load_model, open_model
+    from sft.models.saving import write_model
+
+    source = open_model(models / case)
+    model = load_model(source)
+    generator = np.random.default_rng(0)
+    for parameter in model.parameters():
+        parameter.set_value(generator.standard_normal(parameter.shape).astype(np.float32))
+    write_model(tmp_path, model, source, tokenizer)
+    again = load_model(open_model(tmp_path))
+    expected = {name: parameter.numpy() for name, parameter in model.named_parameters()}
+    assert_same_tensors({name: parameter.numpy() for name, parameter in again.named_parameters()}, expected)
+
+
+def test_tokenizer_and_generation_config_travel_with_the_model(
+    paddle: Any, models: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    from sft.models.loading import load_model, open_model
+    from sft.models.saving import write_model
+
+    case = models / "llama-tied-gqa"
+    source = open_model(case)
+    write_model(tmp_path, load_model(source), source, tokenizer)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / name).read_bytes() == (case / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+# --- shards -------------------------------------------------------------------------------------------------
+
+
+def test_a_small_limit_gives_shards_and_an_index_that_load(paddle: Any, models: Path, tmp_path: Path) -> None:
+    from sft.models.loading import load_model, open_model
+    from sft.models.saving import model_tensors, write_tensors
+
+    case, limit = models / "llama-untied", 20_000
+    source = open_model(case)
+    total = write_tensors(tmp_path, model_tensors(load_model(source), source), shard_bytes=limit)
+
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    held = {name: list(load_file(tmp_path / name)) for name in files}
+    assert index["weight_map"] == {tensor: name for name, tensors in held.items() for tensor in tensors}
+    original = tensors_of(case)
+    assert index["metadata"]["total_size"] == total == sum(tensor.nbytes for tensor in original.values())
+    for name in files:
+        assert sum(tensor.nbytes for tensor in load_file(tmp_path / name).values()) <= limit
+    assert_same_tensors(tensors_of(tmp_path), original)
+
+    shutil.copy(case / "config.json", tmp_path)
+    again = load_model(open_model(tmp_path))
+    expected = {name: parameter.numpy() for name, parameter in load_model(source).named_parameters()}
+    assert_same_tensors({name: parameter.numpy() for name, parameter in again.named_parameters()}, expected)
+
+
+def test_a_tensor_beyond_the_limit_gets_a_file_of_its_own(tmp_path: Path) -> None:
+    from sft.models.saving import write_tensors
+
+    tensors = {"a": np.zeros(2, np.float32), "large": np.ones(100, np.float32), "z": np.zeros(3, np.float32)}
+    write_tensors(tmp_path, iter(tensors.items()), shard_bytes=16)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert [list(load_file(path)) for path in files] == [["a"], ["large"], ["z"]]
+
+
+def test_one_shard_has_no_number_and_no_index(tmp_path: Path) -> None:
+    from sft.models.saving import write_tensors
+
+    tensors = {"a": np.zeros(2, np.float32), "b": np.ones(2, np.float32)}
+    assert write_tensors(tmp_path, iter(tensors.items()), shard_bytes=16) == 16
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_shards_are_written_while_tensors_still_stream(tmp_path: Path) -> None:
+    """At most one shard is in memory: by the time a later tensor is asked for, earlier shards are files."""
+    from sft.models.saving import write_tensors
+
+    on_disk = []
+
+    def stream() -> Any:
+        for number in range(6):
+            on_disk.append(len(list(tmp_path.glob("*.safetensors"))))
+            yield str(number), np.full(4, number, np.float32)
+
+    write_tensors(tmp_path, stream(), shard_bytes=32)
+    assert on_disk == [0, 0, 0, 1, 1, 2]
+
+
+# --- merged models ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merging_nothing_copies_every_bit(
+    paddle: Any, models: Path, tmp_path: Path, tokenizer: Tokenizer, case: str
+) -> None:
+    from sft.models.loading import open_model
+    from sft.models.saving import write_merged
+
+    merger = Merger()
+    changed = write_merged(tmp_path / "merged", open_model(models / case), merger, tokenizer)
+    original = tensors_of(models / case)
+    assert changed == 0
+    assert_same_tensors(tensors_of(tmp_path / "merged"), original)
+    assert merger.seen == {name: (np.dtype(np.float32), tensor.shape) for name, tensor in original.items()}
+    expected = {"float32": "float32", "bfloat16": "bfloat16"}[str(next(iter(original.values())).dtype)]
+    assert config_of(tmp_path / "merged")["torch_dtype"] == expected
+
+
+def test_a_merged_weight_is_computed_in_float32_and_rounded_once(
+    paddle: Any, models: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    from sft.models.loading import open_model
+    from sft.models.saving import write_merged
+
+    case, name = models / "qwen2-tied-sharded", "model.layers.1.self_attn.v_proj.weight"
+    shift = 0.01
+    changed = write_merged(tmp_path / "merged", open_model(case), Merger({name: shift}), tokenizer)
+    original = tensors_of(case)
+    expected = dict(original)
+    expected[name] = (original[name].astype(np.float32) + np.float32(shift)).astype(ml_dtypes.bfloat16)
+    assert changed == 1
+    assert expected[name].tobytes() != original[name].tobytes()
+    assert_same_tensors(tensors_of(tmp_path / "merged"), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_in_paddles_layout_is_written_in_hugging_faces(
+    paddle: Any, models: Path, tmp_path: Path, tokenizer: Tokenizer, dtype: str
+) -> None:
+    from sft.models.loading import load_model, open_model
+    from sft.models.saving import write_merged
+
+    case = models / "qwen2-tied-sharded"  # exact in bfloat16
+    base = tmp_path / "base"
+    base.mkdir()
+    shutil.copy(case / "config.json", base)
+    state = {name: value.astype(dtype) for name, value in load_model(open_model(case)).state_dict().items()}
+    paddle.save(state, str(base / "model_state.pdparams"))
+    name = "model.layers.0.mlp.down_proj.weight"
+    merger = Merger({name: 1.0})
+    write_merged(tmp_path / "merged", open_model(base), merger, tokenizer)
+    written = tensors_of(tmp_path / "merged")
+    assert "lm_head.weight" in state  # paddle's state_dict has the tied matrix twice, here it comes once
+    expected = in_float32(tensors_of(case))
+    expected[name] = expected[name] + np.float32(1.0)
+    stored = np.dtype(np.float32) if dtype == "float32" else np.dtype(ml_dtypes.bfloat16)
+    assert_same_tensors(written, {key: tensor.astype(stored) for key, tensor in expected.items()})
+    assert merger.seen[name] == (np.dtype(np.float32), (32, 48))
+    assert config_of(tmp_path / "merged")["torch_dtype"] == dtype
+
+
+def test_an_adapter_of_another_model_leaves_nothing_behind(
+    paddle: Any, models: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    from sft.models.loading import open_model
+    from sft.models.saving import write_merged
+
+    merger = Merger(lost=("model.layers.7.mlp.up_proj",))
+    with pytest.raises(sft.UsageError, match=r"no place for \(model\.layers\.7\.mlp\.up_proj\)"):
+        write_merged(tmp_path / "merged", open_model(models / "llama-untied"), merger, tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_something_is_not_merged_into(
+    paddle: Any, models: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    from sft.models.loading import open_model
+    from sft.models.saving import write_merged
+
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(sft.UsageError, match="already exists and is not empty"):
+        write_merged(tmp_path, open_model(models / "llama-untied"), Merger(), tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("case", ["llama-untied", "llama-tied-gqa"])
+def test_paddlenlp_itself_loads_a_merged_folder(
+    paddle: Any, models: Path, tmp_path: Path, tokenizer: Tokenizer, case: str
+) -> None:
+    """Logits against transformers': float32 noise between the two is 1e-5, another theta moves them by 0.05."""
+    from paddlenlp.transformers import LlamaForCausalLM
+
+    from sft.models.loading import open_model
+    from sft.models.saving import write_merged
+
+    folder = tmp_path / "merged"
+    write_merged(folder, open_model(models / case), Merger(), tokenizer)
+    model = LlamaForCausalLM.from_pretrained(str(folder), convert_from_torch=True, dtype="float32")
+    model.eval()
+    found = load_file(models / case / "reference.safetensors")
+    ids = paddle.to_tensor(found["input_ids"])
+    with paddle.no_grad():
+        logits = model(input_ids=ids, attention_mask=paddle.ones_like(ids))
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    np.testing.assert_allclose(logits.numpy(), found["logits"], atol=1e-4, rtol=0)
+
+
+# --- config.json --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_that_is_written_means_the_same_when_it_is_read(paddle: Any, models: Path, case: str) -> None:
+    values = config_of(models / case)
+    written = json.loads(json.dumps(hf_config(values, "float32")))
+    assert paddle_config(written, "here")[1].to_dict() == paddle_config(values, "here")[1].to_dict()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_written_config_keeps_what_transformers_reads(models: Path, case: str) -> None:
+    """Everything of the original but the dtype, and the rotary settings for transformers 4 and 5 alike."""
+    values = config_of(models / case)
+    written = hf_config(values, "float32")
+    rotary = {"rope_theta", "rope_scaling", "rope_parameters", "rope_scaling_type", "rope_scaling_factor"}
+    for key in set(values) - rotary - {"dtype", "torch_dtype", "quantization_config", "paddlenlp_version"}:
+        assert written[key] == values[key], key
+    assert written["architectures"] == ["LlamaForCausalLM" if case.startswith("llama") else "Qwen2ForCausalLM"]
+    assert written["torch_dtype"] == "float32"
+    # transformers 4 and PaddleNLP read the theta at top level, transformers 5 in rope_parameters.
+    theta = values.get("rope_theta") or values["rope_parameters"]["rope_theta"]
+    assert written["rope_theta"] == theta
+    if "rope_parameters" in values:
+        assert written["rope_parameters"] == values["rope_parameters"]
+    if case == "llama3-scaled":
+        assert written["rope_scaling"] == {k: v for k, v in values["rope_parameters"].items() if k != "rope_theta"}
+    else:
+        assert not written.get("rope_scaling")
+
+
+def test_paddlenlps_spelling_of_a_linear_scaling_becomes_hugging_faces(paddle: Any, models: Path) -> None:
+    values = {**config_of(models / "llama-untied"), "rope_scaling_type": "linear", "rope_scaling_factor": 4.0}
+    written = hf_config(values, "bfloat16")
+    assert written["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert not {"rope_scaling_type", "rope_scaling_factor"} & set(written)
+    config = paddle_config(written, "here")[1]
+    assert (config.rope_scaling_type, config.rope_scaling_factor) == ("linear", 4.0)

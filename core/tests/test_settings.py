@@ -1,0 +1,282 @@
+"""Settings: PaddleNLP's names and defaults, files, the command line's merge, and names that nobody declares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sft
+from sft.activation import choose
+from sft.commands.run import collect
+from sft.plugins import Plugins
+from sft.settings import Settings, build, core_options, normalise, read_file
+
+# What the section "精调参数介绍" of PaddleNLP's llm/docs/finetune.md gives as defaults of the names that sft has.
+# do_eval is not among them: unset means "when there is dev data" here (docs/decisions/0002-settings.md).
+DOCUMENTED = {
+    "model_name_or_path": None,
+    "dataset_name_or_path": None,
+    "src_length": 1024,
+    "max_length": 2048,
+    "top_k": 1,
+    "top_p": 1.0,
+    "output_dir": None,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "per_device_eval_batch_size": 8,
+    "num_train_epochs": 3,
+    "learning_rate": 5e-5,
+    "warmup_steps": 0,
+    "logging_steps": 500,
+    "evaluation_strategy": "no",
+    "save_strategy": "no",
+    "disable_tqdm": False,
+    "save_total_limit": None,
+}
+# Names that only the class reference (paddlenlp.trainer.TrainingArguments) has.
+OF_THE_TRAINER = {
+    "overwrite_output_dir": False,
+    "max_steps": -1,
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.0,
+    "weight_decay": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "eval_steps": None,
+    "save_steps": 500,
+    "resume_from_checkpoint": None,
+    "seed": 42,
+}
+
+
+@dataclass
+class FirstOptions:
+    first_rank: int = sft.option(8, "a rank", minimum=1)
+
+
+class First(sft.Plugin):
+    name = "first"
+    Options = FirstOptions
+
+
+class Twin(sft.Plugin):
+    name = "twin"
+    Options = FirstOptions
+
+
+def built(values: dict[str, Any], *plugins: type) -> Settings:
+    return build(values, Plugins.load([], plugins))
+
+
+@pytest.mark.parametrize(("name", "default"), sorted({**DOCUMENTED, **OF_THE_TRAINER}.items()))
+def test_defaults_are_paddlenlps(name: str, default: Any) -> None:
+    assert core_options()[name].default == default
+    assert built({}).flat()[name] == default
+
+
+def test_every_setting_has_one_line_of_help() -> None:
+    for option in core_options().values():
+        assert option.help, option.name
+        assert "\n" not in option.help, option.name
+        assert not option.help.endswith("."), option.name
+
+
+def test_values_reach_their_group() -> None:
+    settings = built(
+        {"src_length": "16", "learning_rate": "3e-4", "seed": 7, "top_p": 0.5, "model_name_or_path": "m"}, First
+    )
+    assert settings.data.src_length == 16
+    assert settings.training.learning_rate == 3e-4
+    assert settings.training.seed == 7
+    assert settings.generation.top_p == 0.5
+    assert settings.model.model_name_or_path == "m"
+    assert settings.options["first"] == FirstOptions(8)
+    assert settings.plugin == ("first",)
+
+
+def test_a_tilde_in_output_dir_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    run = sft.Run(built({"output_dir": "~/runs/one"}), Plugins.load([]), print)
+    assert run.output_dir == Path("/somewhere/runs/one")
+
+
+def test_flat_settings_can_be_given_again() -> None:
+    settings = built({"first_rank": "3", "max_steps": "5", "eval_steps": 2}, First)
+    flat = settings.flat()
+    assert flat["plugin"] == ["first"]
+    assert flat["first_rank"] == 3
+    names, left = choose({**flat, "plugin": []}, core_options())
+    assert names == []
+    assert built(json.loads(json.dumps(left)), First) == settings
+
+
+# --- names --------------------------------------------------------------------------------------------------
+
+
+def test_dashes_are_underscores() -> None:
+    assert normalise({"learning-rate": 1, "max_steps": 2}) == {"learning_rate": 1, "max_steps": 2}
+
+
+def test_a_name_written_in_both_ways_is_given_twice() -> None:
+    with pytest.raises(sft.UsageError, match=r"^Setting max_steps is given twice; keep one of them\.$"):
+        normalise({"max-steps": 1, "max_steps": 2})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("max_lenght", "max_length"),
+        ("save_step", "save_steps"),
+        ("frist_rank", "first_rank"),
+    ],
+)
+def test_an_unknown_name_gets_a_suggestion(wrong: str, right: str) -> None:
+    with pytest.raises(sft.UsageError, match=f"^Unknown setting {wrong}; did you mean {right}\\?$"):
+        built({wrong: 1}, First)
+
+
+def test_an_unknown_name_without_a_neighbour_says_where_the_names_are() -> None:
+    with pytest.raises(sft.UsageError, match=r"^Unknown setting zzz; `sft run --help` lists the settings"):
+        built({"zzz": 1})
+
+
+def test_a_setting_of_an_inactive_plugin_names_the_plugin(distribute: Callable[..., None]) -> None:
+    distribute("sft-test-blur", "raise RuntimeError('imported')", {"blur-image": "Blur"})
+    with pytest.raises(sft.UsageError, match=r"^Unknown setting blur_width; .* add --plugin blur-image\.$"):
+        built({"blur_width": 1})
+
+
+def test_the_unknown_name_is_reported_before_wrong_values() -> None:
+    with pytest.raises(sft.UsageError, match="learning_rat;"):
+        built({"learning_rate": "fast", "learning_rat": 1})
+
+
+def test_a_setting_of_two_plugins_is_refused_naming_both() -> None:
+    with pytest.raises(sft.UsageError) as caught:
+        built({}, First, Twin)
+    assert str(caught.value).startswith("Setting first_rank is declared by both plugin first and plugin twin ")
+    assert "--plugin no:NAME" in str(caught.value)
+
+
+def test_a_setting_of_the_core_cannot_be_declared_again() -> None:
+    @dataclass
+    class Options:
+        seed: int = sft.option(1, "another seed")
+
+    with pytest.raises(sft.UsageError, match=r"^Setting seed is declared by both the core and plugin twin "):
+        built({}, type("Other", (sft.Plugin,), {"name": "twin", "Options": Options}))
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def written(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("s.json", '{"learning_rate": 3e-4, "plugin": ["first"], "eval_steps": null, "do_eval": true}'),
+        ("s.yaml", "learning_rate: 3e-4\nplugin: [first]\neval_steps:\ndo_eval: true\n"),
+        ("s.yml", "learning_rate: 0.0003\nplugin:\n  - first\neval_steps: null\ndo_eval: yes\n"),
+    ],
+)
+def test_json_and_yaml_mean_the_same(tmp_path: Path, name: str, text: str) -> None:
+    values = read_file(written(tmp_path, name, text))
+    assert values.pop("plugin") == ["first"]
+    settings = built(values)
+    # YAML 1.1 reads 3e-4, which has no dot, as text.
+    assert settings.training.learning_rate == 3e-4
+    assert settings.training.eval_steps is None
+    assert settings.training.do_eval is True
+
+
+def test_files_are_utf8(tmp_path: Path) -> None:
+    assert read_file(written(tmp_path, "s.json", '{"output_dir": "输出"}')) == {"output_dir": "输出"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("s.json", '{"seed": 1,}', "is not valid JSON ("),
+        ("s.json", "", "is not valid JSON ("),
+        ("s.json", '["seed"]', "must hold one object of names and values."),
+        ("s.yaml", "seed: [1\nmax_steps: 2\n", "is not valid YAML ("),
+        ("s.yaml", "seed: 1\n\tmax_steps: 2\n", "is not valid YAML ("),
+        ("s.yaml", "", "must hold one object of names and values."),
+        ("s.yaml", "just text", "must hold one object of names and values."),
+        ("s.toml", "seed = 1", "is neither .json nor .yaml; rename it after what it holds."),
+    ],
+)
+def test_a_broken_file_is_one_sentence_with_its_path(tmp_path: Path, name: str, text: str, message: str) -> None:
+    path = written(tmp_path, name, text)
+    with pytest.raises(sft.UsageError) as caught:
+        read_file(path)
+    assert str(caught.value).startswith(f"Settings file {path} {message}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ['{"seed": 1,\n "max_steps": }', "seed: 1\nmax_steps: ]\n"])
+def test_a_broken_file_names_the_line(tmp_path: Path, text: str) -> None:
+    path = written(tmp_path, "s.json" if text.startswith("{") else "s.yaml", text)
+    with pytest.raises(sft.UsageError, match=r"line 2\b"):
+        read_file(path)
+
+
+def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
+    (tmp_path / "latin.json").write_bytes('{"output_dir": "é"}'.encode("latin-1"))
+    (tmp_path / "folder.json").mkdir()
+    for name in ("missing.json", "latin.json", "folder.json"):
+        with pytest.raises(sft.UsageError) as caught:
+            read_file(tmp_path / name)
+        assert str(caught.value).startswith(f"Settings file {tmp_path / name} cannot be read (")
+
+
+# --- the command line ---------------------------------------------------------------------------------------
+
+
+def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "s.json", '{"max-steps": 5, "seed": 1, "plugin": "a,b"}')
+    values = collect([str(path), "--max_steps", "7", "--plugin", "c"])
+    assert values == {"max_steps": "7", "seed": 1, "plugin": ["a", "b", "c"]}
+
+
+def test_the_file_may_come_after_settings(tmp_path: Path) -> None:
+    path = written(tmp_path, "s.json", '{"seed": 1}')
+    assert collect(["--max_steps", "7", str(path)]) == {"seed": 1, "max_steps": "7"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--learning-rate", "1e-4"], {"learning_rate": "1e-4"}),
+        (["--learning_rate=1e-4"], {"learning_rate": "1e-4"}),
+        (["--output_dir=a=b"], {"output_dir": "a=b"}),
+        (["--max_steps", "-1"], {"max_steps": "-1"}),
+        (["--disable_tqdm"], {"disable_tqdm": "true"}),
+        (["--disable_tqdm", "--seed", "1"], {"disable_tqdm": "true", "seed": "1"}),
+        (["--seed", "1", "--seed", "2"], {"seed": "2"}),
+        (["--eval_steps="], {"eval_steps": ""}),
+        (["--plugin", "a,b", "--plugin", "no:c"], {"plugin": ["a", "b", "no:c"]}),
+        ([], {}),
+    ],
+)
+def test_arguments(arguments: list[str], expected: dict[str, Any]) -> None:
+    assert collect(arguments) == expected
+
+
+def test_a_second_positional_argument_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "s.json", "{}")
+    with pytest.raises(sft.UsageError, match=r"^Unexpected 'extra'; settings are given as --name value\.$"):
+        collect([str(path), "extra"])

@@ -1,0 +1,218 @@
+"""Sources: which files of a data set are read, which records they hold, and where a wrong one stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sft
+from sft.data.sources import find_files, read
+
+LINE = '{"src": "a", "tgt": "b"}'
+
+
+def put(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(LINE + "\n", encoding="utf-8")
+
+
+def found(folder: Path, split: str) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in find_files(folder, split)]
+
+
+# --- which files --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "dev"),
+    [
+        (["train.json"], ["train.json"], []),
+        (["train.jsonl"], ["train.jsonl"], []),
+        (["train.json", "dev.json"], ["train.json"], ["dev.json"]),
+        (["train.json", "dev.jsonl"], ["train.json"], ["dev.jsonl"]),
+        (["train/b.json", "train/a.jsonl", "train/10.json"], ["train/10.json", "train/a.jsonl", "train/b.json"], []),
+        (["train.json", "dev/2.json", "dev/1.json"], ["train.json"], ["dev/1.json", "dev/2.json"]),
+        (["train.json", "test.json", "train/readme.md", "notes.txt"], ["train.json"], []),
+    ],
+)
+def test_splits_of_a_folder(tmp_path: Path, names: list[str], train: list[str], dev: list[str]) -> None:
+    put(tmp_path, *names)
+    assert found(tmp_path, "train") == train
+    assert found(tmp_path, "dev") == dev
+
+
+@pytest.mark.parametrize("name", ["any.json", "any.jsonl", "data.txt"])
+def test_one_file_is_the_training_data(tmp_path: Path, name: str) -> None:
+    put(tmp_path, name)
+    assert find_files(tmp_path / name, "train") == [tmp_path / name]
+    assert find_files(tmp_path / name, "dev") == []
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train.json", "train.jsonl"], r"train\.json and train\.jsonl both exist; keep one of them"),
+        (["train.json", "train/1.json"], r"train\.json and .*train/ both hold train data; keep one of them"),
+        (["dev.json"], "has no training data; it needs train.json, train.jsonl or train/"),
+        (["train/readme.md"], "has no training data; it needs train.json, train.jsonl or train/"),
+    ],
+)
+def test_unclear_folders_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
+    put(tmp_path, *names)
+    with pytest.raises(sft.UsageError, match=message):
+        find_files(tmp_path, "train")
+
+
+def test_a_doubled_dev_split_is_refused_too(tmp_path: Path) -> None:
+    put(tmp_path, "train.json", "dev.json", "dev/1.json")
+    with pytest.raises(sft.UsageError, match="both hold dev data"):
+        find_files(tmp_path, "dev")
+
+
+def test_missing_data(tmp_path: Path) -> None:
+    with pytest.raises(sft.UsageError, match=r"^Data .*nowhere does not exist; give dataset_name_or_path"):
+        find_files(tmp_path / "nowhere", "train")
+
+
+# --- which records ------------------------------------------------------------------------------------------
+
+
+def records(folder: Path, content: str | bytes) -> list[tuple[int, Any]]:
+    """Line and value of each record of a file with this content."""
+    path = folder / "train.json"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return [(record.line, record.value) for record in read([path])]
+
+
+def refusal(folder: Path, content: str | bytes) -> str:
+    """What a file with this content is refused with, without the folder's name."""
+    with pytest.raises(sft.UsageError) as caught:
+        records(folder, content)
+    message = str(caught.value)
+    assert message.startswith(f"{folder}/train.json")
+    assert "\n" not in message
+    return message.removeprefix(f"{folder}/")
+
+
+def test_one_object_a_line(tmp_path: Path) -> None:
+    assert records(tmp_path, '{"a": 1}\n{"b": "你好"}\n') == [(1, {"a": 1}), (2, {"b": "你好"})]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '\n\n{"a": 1}\n  \n\t\n{"b": 2}',
+        '\r\n\r\n{"a": 1}\r\n\r\n\r\n{"b": 2}\r\n',
+        '\ufeff\n\n{"a": 1}\n\n\n{"b": 2}\n\n',
+    ],
+)
+def test_blank_lines_line_ends_and_a_byte_order_mark(tmp_path: Path, content: str) -> None:
+    assert records(tmp_path, content) == [(3, {"a": 1}), (6, {"b": 2})]
+
+
+def test_a_byte_order_mark_before_the_first_record(tmp_path: Path) -> None:
+    assert records(tmp_path, b'\xef\xbb\xbf{"a": 1}\n') == [(1, {"a": 1})]
+    assert records(tmp_path, b'\xef\xbb\xbf[{"a": 1}]') == [(1, {"a": 1})]
+
+
+def test_other_line_separators_of_unicode_end_no_line(tmp_path: Path) -> None:
+    assert records(tmp_path, '{"a": "x\u2028y\x85z"}\n{"b": 2}\n') == [(1, {"a": "x\u2028y\x85z"}), (2, {"b": 2})]
+
+
+@pytest.mark.parametrize("indent", [None, 0, 2])
+def test_an_array(tmp_path: Path, indent: int | None) -> None:
+    values = [{"src": "a ] b", "tgt": ["[1]", "c"]}, {"x": {}}, {"src": "\\n\n"}]
+    assert [value for _, value in records(tmp_path, json.dumps(values, indent=indent))] == values
+
+
+def test_lines_of_an_array(tmp_path: Path) -> None:
+    assert records(tmp_path, '[\n{"a": 1},\n\n  {"b":\n 2}, {"c": 3}\n]\n') == [
+        (2, {"a": 1}),
+        (4, {"b": 2}),
+        (5, {"c": 3}),
+    ]
+
+
+def test_several_files_are_read_in_order(tmp_path: Path) -> None:
+    (tmp_path / "1.json").write_text('{"a": 1}\n{"a": 2}\n')
+    (tmp_path / "2.jsonl").write_text('[{"a": 3}]')
+    found = list(read([tmp_path / "1.json", tmp_path / "2.jsonl"]))
+    assert [record.value["a"] for record in found] == [1, 2, 3]
+    assert found[1].place == f"{tmp_path / '1.json'}, line 2"
+
+
+def test_reading_is_lazy(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text('{"a": 1}\nbroken\n')
+    stream: Iterable[Any] = read([tmp_path / "train.json"])
+    assert next(iter(stream)).value == {"a": 1}
+
+
+# --- what is wrong ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["", "\n \n", "\ufeff", "[]", " [ ] \n"])
+def test_an_empty_file(tmp_path: Path, content: str) -> None:
+    assert refusal(tmp_path, content) == "train.json is empty; it needs at least one JSON object on a line."
+
+
+def test_one_empty_file_of_several(tmp_path: Path) -> None:
+    put(tmp_path, "1.json")
+    (tmp_path / "2.json").write_text("")
+    with pytest.raises(sft.UsageError, match=r"2\.json is empty"):
+        list(read([tmp_path / "1.json", tmp_path / "2.json"]))
+
+
+def test_line_17_is_not_json(tmp_path: Path) -> None:
+    content = f"{LINE}\n" * 16 + '{"src": "a", "tgt": }\n' + f"{LINE}\n"
+    assert refusal(tmp_path, content) == (
+        "train.json, line 17 is not JSON (Expecting value at column 21); each line must hold one JSON object."
+    )
+
+
+def test_blank_lines_count(tmp_path: Path) -> None:
+    assert refusal(tmp_path, f"\n{LINE}\n\n\n{{").startswith("train.json, line 5 is not JSON (")
+
+
+@pytest.mark.parametrize("line", [LINE + LINE, LINE + ",", "{'src': 'a'}"])
+def test_a_line_with_more_or_less_than_an_object(tmp_path: Path, line: str) -> None:
+    assert refusal(tmp_path, f"{LINE}\n{line}\n").startswith("train.json, line 2 is not JSON (")
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"), [('["a", "b"]', "list"), ('"text"', "str"), ("3", "int"), ("null", "NoneType")]
+)
+def test_a_line_that_is_no_object(tmp_path: Path, line: str, kind: str) -> None:
+    message = refusal(tmp_path, f"{LINE}\n{line}\n")
+    assert message == f'train.json, line 2 holds {kind}, not a JSON object like {{"src": …}}.'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"[\n{LINE},\n3\n]", "train.json, line 3 holds int, not a JSON object"),
+        (f"[\n{LINE},\n{{]\n", "train.json, line 3 is not JSON ("),
+        (f"[\n{LINE},\n{LINE}\n", "train.json, line 4 is not JSON ("),
+        (f"[{LINE}]\n[{LINE}]\n", "train.json, line 2 is not JSON ("),
+        (f"[\n{LINE}\n]\n\n{LINE}\n", "train.json, line 5 is not JSON ("),
+    ],
+)
+def test_arrays_that_are_wrong(tmp_path: Path, content: str, message: str) -> None:
+    assert refusal(tmp_path, content).startswith(message)
+
+
+@pytest.mark.parametrize("before", [1, 5000])
+def test_not_utf8(tmp_path: Path, before: int) -> None:
+    content = f"{LINE}\n".encode() * before + '{"src": "é"}\n'.encode("latin-1")
+    assert refusal(tmp_path, content).startswith(f"train.json, line {before + 1} is not UTF-8 text (")
+
+
+def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "train.json").mkdir()
+    with pytest.raises(sft.UsageError, match=r"train\.json cannot be read \(Is a directory\)"):
+        list(read([tmp_path / "train.json"]))

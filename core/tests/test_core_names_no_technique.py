@@ -40,7 +40,7 @@ NAMES = re.compile(rf"(?<![a-z0-9])([a-z0-9]+[-_])*({'|'.join(TECHNIQUES)})([-_]
 ALLOWED = {
     "commands/shared.py": {"lora_path", "lora-path"},
     "commands/demo.py": {"lora_path"},
-    "demo/settings.json": {"lora"},
+    "demo/settings.json": {"lora", "lora_alpha", "lora_rank"},
     "seams.py": {"flashmask"},
     "data/batches.py": {"flashmask"},
     # PaddleNLP's own configuration has a switch of this name, which the core sets.

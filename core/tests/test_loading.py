@@ -203,7 +203,8 @@ def test_an_explicit_head_dim_is_refused(models: Path) -> None:
         ("llama-untied", {"quantization_config": {"bits": 4}}, "quantization_config = "),
         ("llama-untied", {"model_type": "mamba"}, "model_type 'mamba' has not been verified.*llama, qwen2"),
         ("llama-untied", {"model_type": None}, "model_type None"),
-        ("llama-untied", {"hidden_size": None}, "lacks hidden_size"),
+        ("llama-untied", {"hidden_size": None}, r"config\.json must give hidden_size as a whole number"),
+        ("llama-untied", {"num_attention_heads": 0}, "num_attention_heads"),
     ],
 )
 def test_a_setting_that_paddlenlp_would_ignore_is_refused_by_name(

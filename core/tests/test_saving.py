@@ -321,6 +321,19 @@ def test_a_written_config_keeps_what_transformers_reads(models: Path, case: str)
         assert not written.get("rope_scaling")
 
 
+def test_where_two_spellings_differ_both_say_afterwards_what_was_read(paddle: Any, models: Path) -> None:
+    """transformers lets rope_scaling win over rope_parameters; whoever reads either one then reads the same."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 64
+    values = {**config_of(models / "llama-tied-gqa"), "rope_theta": 5e5, "rope_scaling": scaling}
+    assert values["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e5}
+    written = hf_config(values, "float32")
+    assert written["rope_scaling"] == scaling
+    assert written["rope_parameters"] == {**scaling, "rope_theta": 5e5}
+    assert written["rope_theta"] == 5e5
+    assert paddle_config(written, "here")[1].to_dict() == paddle_config(values, "here")[1].to_dict()
+
+
 def test_paddlenlps_spelling_of_a_linear_scaling_becomes_hugging_faces(paddle: Any, models: Path) -> None:
     values = {**config_of(models / "llama-untied"), "rope_scaling_type": "linear", "rope_scaling_factor": 4.0}
     written = hf_config(values, "bfloat16")

@@ -130,6 +130,11 @@ def load_model(run: Run, folder: Path) -> None:
             "(max_position_embeddings); set max_length to at most that."
         )
     quantizer = run.hook.sft_quantizer(run=run)
+    if quantizer is not None and not run.exports_adapter:
+        raise UsageError(
+            f"Plugin {run.plugins.provider('sft_quantizer')} quantizes the base model, which then cannot be trained as "
+            "a whole; add an adapter plugin, or leave it out."
+        )
     backend = run.hook.sft_attention_backend(run=run, config=run.source.config) or attention.DefaultAttention()
     _check_packing(run, backend)
     run.model = loading.load_model(run.source, quantizer)
@@ -137,7 +142,13 @@ def load_model(run: Run, folder: Path) -> None:
     if run.exports_adapter:  # what is exported is the adapter, so the base must stay what it is
         for parameter in run.model.parameters():
             parameter.stop_gradient = True
+    names = {name for name, _ in run.model.named_parameters()}
     run.hook.sft_adapt_model(run=run, model=run.model)
+    if not run.exports_adapter and names != {name for name, _ in run.model.named_parameters()}:
+        raise UsageError(
+            f"Plugins {', '.join(run.plugins.names)} change the model's layers and none of them exports an adapter, "
+            "so the result could not be saved; add one that does."
+        )
     learned = trainable(run.model)
     if not learned:
         raise UsageError("Nothing trains: the active plugins left no trainable parameter.")

@@ -67,9 +67,7 @@ def variant(peft: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_adapter_of_peft_gives_pefts_logits(
-    paddle: Any, models: Path, peft: Path, logits_of: Any, case: str
-) -> None:
+def test_an_adapter_gives_pefts_logits(paddle: Any, models: Path, peft: Path, logits_of: Any, case: str) -> None:
     expected = load_file(peft / case / "reference.safetensors")
     base = models / CASES[case]
     model = load(base, peft / case)

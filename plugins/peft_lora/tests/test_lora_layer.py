@@ -16,7 +16,8 @@ import sft
 Adapt = Callable[..., sft.Run]
 
 IN, OUT, RANK = 12, 10, 3
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+PLACES = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def layer_of(paddle: Any, bias: bool = True, scaling: float = 0.7, dropout: float = 0.0) -> tuple[Any, dict[str, Any]]:
@@ -158,9 +159,7 @@ def test_by_default_every_linear_of_the_blocks_is_adapted_and_nothing_else_train
 ) -> None:
     run = adapt(model_name_or_path=str(models / case))
     prefix = case.split("-")[0]
-    places = [
-        f"{prefix}.layers.{n}.{'self_attn' if p in PROJECTIONS[:4] else 'mlp'}.{p}" for n in (0, 1) for p in PROJECTIONS
-    ]
+    places = [f"{prefix}.layers.{n}.{place}" for n in (0, 1) for place in PLACES]
     trained = {name for name, parameter in run.model.named_parameters() if not parameter.stop_gradient}
     assert trained == {f"{place}.lora_{half}" for place in places for half in "AB"}
     assert not hasattr(run.model.lm_head, "lora_A")
@@ -171,12 +170,9 @@ def test_by_default_every_linear_of_the_blocks_is_adapted_and_nothing_else_train
     [
         (["q_proj"], {(n, "self_attn.q_proj") for n in (0, 1)}),
         ("q_proj,v_proj", {(n, f"self_attn.{p}") for n in (0, 1) for p in ("q_proj", "v_proj")}),
-        ([r".*layers\.1\..*"], {(1, f"{'self_attn' if p in PROJECTIONS[:4] else 'mlp'}.{p}") for p in PROJECTIONS}),
+        ([r".*layers\.1\..*"], {(1, place) for place in PLACES}),
         ([r"model\.layers\.0\.mlp\.(up|down)_proj"], {(0, "mlp.up_proj"), (0, "mlp.down_proj")}),
-        (
-            [r".*0\.self_attn\.k_proj", "o_proj"],
-            {(0, "self_attn.k_proj"), (0, "self_attn.o_proj"), (1, "self_attn.o_proj")},
-        ),
+        ([r".*0\.self_attn\.[kv]_proj", "o_proj"], {*((0, place) for place in ATTENTION[1:]), (1, ATTENTION[3])}),
     ],
     ids=["name", "names", "block", "whole-name", "both"],
 )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sft.training.optimizer import Optimizer
 
 FORMAT = 1
+_KEYS = ("step", "random", "data", "journal", "before", "settings", "plugins")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -60,6 +61,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not the state of a run; resume from another checkpoint.")
     if state["format"] != FORMAT:
         raise UsageError(f"{folder} was written by another version of sft (format {state['format']}).")
+    if not set(_KEYS) <= set(state):
+        raise UsageError(f"{path} is not complete; resume from another checkpoint.")
     return state
 
 
@@ -90,22 +93,29 @@ def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:
 
 def load(run: Run, optimizer: Optimizer, folder: Path, state: dict[str, Any]) -> None:
     """Put parameters, optimizer state and plugin state back. The model has been built and adapted."""
-    from safetensors.numpy import load_file
-
     from sft.models.loading import fill
 
     trainer = folder / "trainer"
     if run.exports_adapter:
-        _load_trainable(optimizer, load_file(str(trainer / "trainable.safetensors")), folder)
+        _load_trainable(optimizer, _read(trainer / "trainable.safetensors"), folder)
     else:
         fill(run.model, replace(run.source, folder=folder))
-    optimizer.load(load_file(str(trainer / "optimizer.safetensors")))
-    arrays = load_file(str(trainer / "plugins.safetensors"))
+    optimizer.load(_read(trainer / "optimizer.safetensors"))
+    arrays = _read(trainer / "plugins.safetensors")
     for name in run.plugins.names:
         own = {key.partition("/")[2]: value for key, value in arrays.items() if key.startswith(f"{name}/")}
         own.update(state["plugins"].get(name, {}))
         if own:
             run.plugins.ask(name, "sft_restore", run=run, state=own)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(str(path))
+    except Exception as error:
+        raise UsageError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
 
 
 def _load_trainable(optimizer: Optimizer, values: dict[str, np.ndarray], folder: Path) -> None:

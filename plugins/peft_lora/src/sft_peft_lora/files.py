@@ -74,7 +74,12 @@ class LoraFolder:
 
 
 def adapter_files(
-    pairs: dict[str, tuple[np.ndarray, np.ndarray]], alpha: float, scaling: float, base: str, dropout: float
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]],
+    modules: list[str],
+    alpha: float,
+    scaling: float,
+    base: str,
+    dropout: float,
 ) -> AdapterFiles:
     """The PEFT form of trained pairs A [in, r], B [r, out] that are scaled by ``scaling``.
 
@@ -91,7 +96,7 @@ def adapter_files(
         "lora_alpha": int(written) if float(written).is_integer() else written,
         "lora_dropout": dropout,
         "use_rslora": rs,
-        "target_modules": sorted({target.rsplit(".", 1)[-1] for target in pairs}),
+        "target_modules": modules,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,

@@ -39,6 +39,8 @@ class Lora(sft.Plugin):
         super().__init__(options)
         self.layers: dict[str, Any] = {}
         """The adapted layers by their target's Hugging Face name."""
+        self.targets: list[str] = []
+        """Names of all layers that could have been adapted."""
 
     @sft.hookimpl
     def sft_check(self, run: Run) -> None:
@@ -56,6 +58,7 @@ class Lora(sft.Plugin):
             rank, alpha = options.lora_rank, self._alpha(run.hook, options.lora_rank)
             scaling = _scaling(run.hook, rank, alpha)
             self.alpha, self.scaling = alpha, scaling
+            self.targets = [target.name for target in sft.target_layers(model)]
             for target in sft.target_layers(model, options.lora_target_modules):
                 layer = self._wrap(target, rank, scaling)
                 rng = run.rng(target.name)
@@ -71,7 +74,7 @@ class Lora(sft.Plugin):
         for name, layer in self.layers.items():
             pairs[name] = run.hook.lora_export(layer=layer) or (layer.lora_A.numpy(), layer.lora_B.numpy())
         base = str(run.settings.model.model_name_or_path)
-        return adapter_files(pairs, self.alpha, self.scaling, base, self.options.lora_dropout)
+        return adapter_files(pairs, self._modules(), self.alpha, self.scaling, base, self.options.lora_dropout)
 
     @sft.hookimpl
     def sft_import_adapter(self, model: Any, folder: Path) -> bool:
@@ -85,6 +88,12 @@ class Lora(sft.Plugin):
         return LoraMerger(folder)
 
     # --- the parts ------------------------------------------------------------------------------------------
+
+    def _modules(self) -> list[str]:
+        """``target_modules`` as PEFT reads it: last parts of names, or whole names where only some layers match."""
+        kinds = {name.rpartition(".")[2] for name in self.layers}
+        everywhere = {name for name in self.targets if name.rpartition(".")[2] in kinds}
+        return sorted(kinds if everywhere == set(self.layers) else self.layers)
 
     @property
     def _rank(self) -> int:
@@ -112,6 +121,7 @@ class Lora(sft.Plugin):
 
         adapter = LoraFolder(folder)
         targets = {target.name: target for target in sft.target_layers(model)}
+        self.targets = list(targets)
         for name, (a, b) in adapter.pairs.items():
             target = targets.get(name)
             if target is None or (target.in_features, target.out_features) != (a.shape[0], b.shape[1]):

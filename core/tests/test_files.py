@@ -1,0 +1,201 @@
+"""Files that are complete or not there, whatever goes wrong while they are written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sft
+from sft import files
+
+
+def tree(folder: Path) -> dict[str, str | None]:
+    """Every path under ``folder``: a file's text, None for a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_text(encoding="utf-8") if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+class CutOffError(Exception):
+    """The end of the process, as it were."""
+
+
+# --- single files -------------------------------------------------------------------------------------------
+
+
+def test_text_replaces_what_was_there(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "a.txt", "first, and longer")
+    files.write_text(tmp_path / "a.txt", "好")
+    assert tree(tmp_path) == {"a.txt": "好"}
+
+
+def test_json_is_readable_by_people(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", {"b": [1, "好"], "a": None})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == (
+        '{\n  "b": [\n    1,\n    "好"\n  ],\n  "a": null\n}\n'
+    )
+
+
+def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", {"kept": True})
+    with pytest.raises(TypeError):
+        files.write_json(tmp_path / "a.json", {"set": {1, 2}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"kept": True}
+    assert list(tree(tmp_path)) == ["a.json"]
+
+
+def test_a_write_that_is_cut_off_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.write_text(tmp_path / "a.txt", "old")
+
+    def fsync(handle: int) -> None:
+        raise CutOffError
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(CutOffError):
+        files.write_text(tmp_path / "a.txt", "new")
+    monkeypatch.undo()
+    assert (tmp_path / "a.txt").read_text() == "old"
+    files.remove_leftovers(tmp_path)
+    assert tree(tmp_path) == {"a.txt": "old"}
+
+
+# --- whole folders ------------------------------------------------------------------------------------------
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "folder"
+    with files.staged_folder(target) as staging:
+        (staging / "a").write_text("1")
+        (staging / "inner").mkdir()
+        (staging / "inner" / "b").write_text("2")
+        assert not target.exists()
+        assert staging.parent == target.parent  # a rename does not cross file systems
+    assert tree(tmp_path) == {"deep": None, "deep/folder": None, "deep/folder/a": "1", "deep/folder/inner": None} | {
+        "deep/folder/inner/b": "2"
+    }
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files in inner folders too: after a power cut a named folder must not hold empty files."""
+    synced: list[str] = []
+    order: list[str] = []
+    own_sync, own_rename = files._sync, os.rename
+
+    def sync(path: Path) -> None:
+        synced.append(path.name)
+        order.append("sync")
+        own_sync(path)
+
+    def rename(source: Any, target: Any) -> None:
+        assert set(synced) == {"a", "inner", "b", ".staging-folder"}
+        order.append("rename")
+        own_rename(source, target)
+
+    monkeypatch.setattr(files, "_sync", sync)
+    monkeypatch.setattr(os, "rename", rename)
+    with files.staged_folder(tmp_path / "folder") as staging:
+        (staging / "a").write_text("1")
+        (staging / "inner").mkdir()
+        (staging / "inner" / "b").write_text("2")
+    assert order == ["sync"] * 4 + ["rename", "sync"]  # the last one: the folder that holds the name
+
+
+def test_a_folder_that_failed_never_was(tmp_path: Path) -> None:
+    def fail() -> None:
+        with files.staged_folder(tmp_path / "folder") as staging:
+            (staging / "a").write_text("1")
+            raise CutOffError
+
+    with pytest.raises(CutOffError):
+        fail()
+    assert tree(tmp_path) == {}
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with files.staged_folder(tmp_path / "folder") as staging:
+        (staging / "a").write_text("1")
+    assert tree(tmp_path) == {"folder": None, "folder/a": "1"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_there_already_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "target"
+    if kind == "folder":
+        target.mkdir()
+        (target / "mine").write_text("0")
+    else:
+        target.write_text("0")
+    before = tree(tmp_path)
+    with pytest.raises(sft.UsageError, match="already exists and is not empty"), files.staged_folder(target):
+        pytest.fail("the block must not run")
+    assert tree(tmp_path) == before
+
+
+def test_a_stale_staging_folder_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / ".staging-folder").mkdir()
+    (tmp_path / ".staging-folder" / "half").write_text("?")
+    with files.staged_folder(tmp_path / "folder") as staging:
+        (staging / "a").write_text("1")
+    assert tree(tmp_path) == {"folder": None, "folder/a": "1"}
+
+
+# --- into a folder that is in use ---------------------------------------------------------------------------
+
+
+def test_published_files_replace_their_namesakes_alone(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "other").write_text("kept")
+    with files.publish(tmp_path) as staging:
+        (staging / "a").write_text("new")
+        (staging / "b").write_text("2")
+        assert (tmp_path / "a").read_text() == "old"
+        assert not (tmp_path / "b").exists()
+    assert tree(tmp_path) == {"a": "new", "b": "2", "other": "kept"}
+
+
+def test_nothing_is_published_when_it_failed(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+
+    def fail() -> None:
+        with files.publish(tmp_path) as staging:
+            (staging / "a").write_text("new")
+            raise CutOffError
+
+    with pytest.raises(CutOffError):
+        fail()
+    assert tree(tmp_path) == {"a": "old"}
+
+
+# --- removing -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_could_not_be_removed_whole_has_lost_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a checkpoint under a checkpoint's name would be resumed from."""
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", lambda path, ignore_errors=False: None)
+        files.remove_folder(folder)
+    assert tree(tmp_path) == {".staging-removed-checkpoint-3": None, ".staging-removed-checkpoint-3/a": "1"}
+    folder.mkdir()
+    files.remove_folder(folder)  # the one that was left does not stand in the way
+    assert tree(tmp_path) == {}
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".staging-checkpoint-3").mkdir()
+    (tmp_path / ".staging-checkpoint-3" / "a").write_text("1")
+    (tmp_path / ".staging-run.json").write_text("{")
+    (tmp_path / ".hidden").write_text("kept")
+    (tmp_path / "checkpoint-1").mkdir()
+    files.remove_leftovers(tmp_path)
+    assert tree(tmp_path) == {".hidden": "kept", "checkpoint-1": None}

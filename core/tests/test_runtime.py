@@ -1,0 +1,142 @@
+"""The process's set-up: what is chosen for a machine, that a user's own variables win, and what is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sft
+from sft import runtime
+
+INTEL, AMD = "GenuineIntel", "AuthenticAMD"
+
+
+@pytest.mark.parametrize("vendor", [INTEL, "", "ARM"])
+def test_threads_and_kernels_are_chosen_everywhere(vendor: str) -> None:
+    assert runtime.choose({}, 6, vendor) == {"OMP_NUM_THREADS": "6", "FLAGS_use_stride_kernel": "0"}
+
+
+def test_on_amd_mkl_is_told_to_use_avx2() -> None:
+    assert runtime.choose({}, 2, AMD) == {
+        "OMP_NUM_THREADS": "2",
+        "FLAGS_use_stride_kernel": "0",
+        "MKL_DEBUG_CPU_TYPE": "5",
+    }
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "FLAGS_use_stride_kernel", "MKL_DEBUG_CPU_TYPE"])
+def test_a_users_variables_are_left_alone(name: str) -> None:
+    environ = {name: "7"}
+    chosen = runtime.choose(environ, 2, AMD)
+    assert set(chosen) == {"OMP_NUM_THREADS", "FLAGS_use_stride_kernel", "MKL_DEBUG_CPU_TYPE"} - {name}
+    assert environ == {name: "7"}
+
+
+def test_physical_cores_are_at_least_one_and_at_most_the_logical_ones() -> None:
+    assert 1 <= runtime.physical_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_only_cores_that_the_process_may_use_count() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert runtime.physical_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def test_two_threads_of_one_core_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four logical processors: two threads on each of two cores of one package."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    place = {f"/sys/devices/system/cpu/cpu{cpu}/topology/core_id": str(cpu % 2) for cpu in range(4)}
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: place.get(str(self), "0\n"))
+    assert runtime.physical_cores() == 2
+
+
+def test_without_a_topology_the_logical_processors_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(self: Path, *arguments: Any, **rest: Any) -> str:
+        raise OSError
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(Path, "read_text", unreadable)
+    assert runtime.physical_cores() == 3
+    assert runtime.cpu_info()["vendor"] == ""
+
+
+def test_the_processor_is_read_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "processor : 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC: 64 cores\n\nvendor_id : other\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: text)
+    assert runtime.cpu_info() == {"vendor": "AuthenticAMD", "model": "AMD EPYC: 64 cores"}
+
+
+SCRIPT = """
+import json, os, sys
+from sft import runtime
+runtime.cpu_info = lambda: {"vendor": "AuthenticAMD", "model": "x"}
+runtime.physical_cores = lambda: 3
+assert "paddle" not in sys.modules
+line = runtime.prepare()
+import paddle
+flag = paddle.get_flags("FLAGS_use_stride_kernel")["FLAGS_use_stride_kernel"]
+threads, mkl = os.environ["OMP_NUM_THREADS"], os.environ["MKL_DEBUG_CPU_TYPE"]
+print(json.dumps([line, flag, threads, mkl, runtime.prepare()]))
+"""
+
+
+def test_a_fresh_process_is_set_up_before_paddle_is_imported() -> None:
+    """And one line says what was chosen, and what was the user's; nothing of paddle's own chatter gets through."""
+    environ = {k: v for k, v in os.environ.items() if k not in ("FLAGS_use_stride_kernel", "MKL_DEBUG_CPU_TYPE")}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    line, flag, threads, mkl, again = json.loads(done.stdout)
+    assert line.startswith(f"runtime: {os.uname().machine} AuthenticAMD, ")
+    chosen = line.partition("AuthenticAMD, ")[2].split(", ")
+    assert set(chosen) == {"FLAGS_use_stride_kernel=0", "MKL_DEBUG_CPU_TYPE=5", "OMP_NUM_THREADS=1 (yours)"}
+    assert (flag, threads, mkl) == (False, "1", "5")
+    assert again == "runtime: paddle was already imported and keeps its threads: 1"
+    assert not [word for word in ("warn", "ccache", "swiglu") if word in done.stderr.lower()], done.stderr
+
+
+def test_once_paddle_is_imported_nothing_is_changed(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = dict(os.environ)
+    assert runtime.prepare() == ("runtime: paddle was already imported and keeps its threads: 1 (paddle's default)")
+    assert dict(os.environ) == before
+
+
+def test_without_paddle_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(sft.UsageError, match=r"PaddlePaddle is not installed; pip install 'sft-core\[cpu\]'"):
+        runtime.prepare()
+
+
+def test_peak_memory_grows_with_what_is_used(paddle: Any) -> None:
+    """Enough is taken to go 64 MiB beyond the process's peak so far."""
+    if runtime.machine()["device"] != "cpu":
+        pytest.skip("paddle runs on a GPU: its memory counts")
+    before = runtime.peak_memory_mib()
+    now = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+    block = bytearray(os.urandom(1 << 20) * (before - now + 64))
+    grown = runtime.peak_memory_mib() - before
+    assert len(block) >= 64 << 20
+    assert 32 <= grown <= 256
+
+
+def test_the_machine_is_described(paddle: Any) -> None:
+    found = runtime.machine()
+    assert set(found) == {"system", "python", "cpu", "cores", "device", "threads"}
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["device"] == paddle.device.get_device()
+    assert found["cores"] == runtime.physical_cores()

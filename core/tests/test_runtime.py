@@ -103,7 +103,13 @@ def test_a_fresh_process_is_set_up_before_paddle_is_imported() -> None:
     line, flag, threads, mkl, again = json.loads(done.stdout)
     assert line.startswith(f"runtime: {os.uname().machine} AuthenticAMD, ")
     chosen = line.partition("AuthenticAMD, ")[2].split(", ")
-    assert set(chosen) == {"FLAGS_use_stride_kernel=0", "MKL_DEBUG_CPU_TYPE=5", "OMP_NUM_THREADS=1 (yours)"}
+    denormals = f"denormals are {'zero' if os.uname().machine == 'x86_64' else 'kept'}"
+    assert set(chosen) == {
+        "FLAGS_use_stride_kernel=0",
+        "MKL_DEBUG_CPU_TYPE=5",
+        "OMP_NUM_THREADS=1 (yours)",
+        denormals,
+    }
     assert (flag, threads, mkl) == (False, "1", "5")
     assert again == "runtime: paddle was already imported and keeps its threads: 1"
     assert not [word for word in ("warn", "ccache", "swiglu") if word in done.stderr.lower()], done.stderr
@@ -140,3 +146,24 @@ def test_the_machine_is_described(paddle: Any) -> None:
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["device"] == paddle.device.get_device()
     assert found["cores"] == runtime.physical_cores()
+
+
+DENORMALS = """
+import numpy as np
+from sft import runtime
+runtime.prepare()
+import paddle
+# Large enough that every thread of the pool takes a share.
+small = paddle.to_tensor(np.full((512, 512), 1e-40, np.float32))
+print(int((paddle.matmul(small, paddle.ones([512, 512])).numpy() != 0).sum()), int(((small * 0.5).numpy() != 0).sum()))
+"""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the control register is x86-64's")
+def test_denormals_are_zero_in_every_thread_of_paddle() -> None:
+    environ = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", DENORMALS], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "0"]
+    kept = DENORMALS.replace("runtime.prepare()", "")
+    done = subprocess.run([sys.executable, "-c", kept], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(512 * 512)] * 2

@@ -8,6 +8,8 @@ AVX2 (→ 170-215 GFLOP/s), and steps are 6-14 % faster without strided kernels.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import ctypes.util
 import importlib.util
 import io
 import os
@@ -73,9 +75,27 @@ def prepare() -> str:
     chosen = choose(os.environ, physical_cores(), vendor)
     kept = [name for name in ("OMP_NUM_THREADS", "FLAGS_use_stride_kernel", "MKL_DEBUG_CPU_TYPE") if name in os.environ]
     os.environ.update(chosen)
+    flushes = flush_denormals()
     _import_quietly()
     parts = [f"{name}={os.environ[name]}" + (" (yours)" if name in kept else "") for name in [*chosen, *kept]]
+    parts.append("denormals are zero" if flushes else "denormals are kept")
     return f"runtime: {platform.machine()} {vendor}".rstrip() + ", " + ", ".join(parts)
+
+
+def flush_denormals() -> bool:
+    """Let this thread, and the threads that it starts from now on, take float32 denormals as zero (x86-64, glibc).
+
+    paddle's softmax gives masked positions 1e-28 instead of 0, whose gradients are denormals by the million, and
+    an operation on a denormal takes a hundred times as long: backward was measured to be five times slower.
+    """
+    if platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc":
+        return False
+    libm = ctypes.CDLL(ctypes.util.find_library("m") or "libm.so.6")
+    environment = (ctypes.c_uint32 * 8)()  # glibc's fenv_t: the x87 registers, then MXCSR
+    if libm.fegetenv(environment) != 0:
+        return False
+    environment[7] |= 0x8040  # flush to zero, denormals are zero
+    return bool(libm.fesetenv(environment) == 0)
 
 
 def _import_quietly() -> None:

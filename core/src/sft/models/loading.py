@@ -37,9 +37,12 @@ def load_model(source: ModelSource, quantizer: Any | None = None) -> Any:
 
     Raises :class:`UsageError` naming the tensors that are missing, left over, or of another shape.
     """
+    from sft.models import norms
+
     model = _build(source)
     fill(model, source, quantizer)
     _share_rotary_tables(model)
+    norms.install(model)
     model.eval()
     return model
 

@@ -25,4 +25,5 @@ class LoraLinear(paddle.nn.Layer):
 
     def forward(self, x: Any) -> Any:
         update = x if self.dropout is None else self.dropout(x)
-        return self.base(x) + paddle.matmul(paddle.matmul(update, self.lora_A), self.lora_B) * self.scaling
+        # Scaled where it is smallest: [..., r].
+        return self.base(x) + paddle.matmul(paddle.matmul(update, self.lora_A) * self.scaling, self.lora_B)

@@ -71,9 +71,7 @@ def test_examples_run_as_they_stand(name: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(ROOT)
     text = (ROOT / "examples" / name).read_text(encoding="utf-8")
     values: dict[str, Any] = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
-    summary = sft.run(
-        {**values, "output_dir": str(tmp_path / "out"), "max_steps": 3, "eval_steps": 2}, say=lambda _: None
-    )
+    summary = sft.run({**values, "output_dir": str(tmp_path / "out"), "max_steps": 3}, say=lambda _: None)
     assert summary.steps == 3
     assert summary.eval_loss_after is not None
     assert summary.eval_loss_before is not None

@@ -99,8 +99,9 @@ class TestByOwnSetting:
     def test_off_by_name_wins(self) -> None:
         assert chosen(big_saw=True, plugin="no:big_saw") == ([], {})
 
-    def test_off_by_setting_does_not_undo_the_name(self) -> None:
-        assert chosen(big_saw=False, plugin="big-saw")[0] == ["big-saw"]
+    def test_on_by_name_and_off_by_setting_is_refused(self) -> None:
+        message = refusal(big_saw=False, plugin="big-saw")
+        assert message == "Plugin big-saw is requested and its switch is false; keep one of them."
 
 
 @pytest.mark.usefixtures("tools")

@@ -143,7 +143,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
 @needs_lora
 def test_dropout_is_in_play_above(train: Train, metrics: Metrics, whole: Any, tmp_path: Path) -> None:
     """The control of the test above: dropout changes the losses, so its draws must have been the same ones."""
-    train("without", **{**SETTINGS, **LORA, "lora_dropout": 0.0, "save_strategy": "no"})
+    train("without", **{**SETTINGS, **LORA, "lora_dropout": 0.0})
     found, expected = (metrics(folder, same=True) for folder in (whole(LORA), tmp_path / "without"))
     # B is zero before the first step, so dropout cannot matter there.
     assert [a["loss"] != b["loss"] for a, b in zip(found, expected, strict=True) if "loss" in a] == [False, *[True] * 4]
@@ -164,7 +164,12 @@ def test_a_run_that_was_stopped_after_its_last_checkpoint_only_finishes(
             (run.output_dir / "run.json").write_text(json.dumps({**record, "status": "running"}))
             raise StoppedError
 
-    settings = {**SETTINGS, "max_steps": 6, "evaluation_strategy": strategy, "eval_steps": 3}
+    settings = {
+        **SETTINGS,
+        "max_steps": 6,
+        "evaluation_strategy": strategy,
+        "eval_steps": 3 if strategy == "steps" else None,
+    }
     steps: list[int] = []
     train("whole", **settings)
     with pytest.raises(StoppedError):
@@ -416,7 +421,7 @@ def test_the_oldest_checkpoints_go(train: Train, tmp_path: Path, limit: int | No
 
 
 def test_checkpoints_at_the_end_of_epochs(train: Train, tmp_path: Path) -> None:
-    train(**{**SETTINGS, "save_strategy": "epoch", "per_device_train_batch_size": 6, "max_steps": 7})
+    train(**{**SETTINGS, "save_strategy": "epoch", "save_steps": 500, "per_device_train_batch_size": 6, "max_steps": 7})
     assert checkpoints_of(tmp_path / "out") == ["checkpoint-3", "checkpoint-6"]  # 30 records in steps of 12
 
 
@@ -473,8 +478,8 @@ def test_a_checkpoint_that_could_not_be_written_is_not_there(train: Train, tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset_name_or_path": "other.json"}, "was trained on other data"),
-        ({"max_length": 45}, "was trained on other data"),
+        ({"dataset_name_or_path": "other.json"}, "was trained on other tokens"),
+        ({"max_length": 45}, "was trained on other tokens"),
         ({"seed": 7}, "was trained with seed 42 and 4 rows a step, this run has seed 7 and 4"),
         ({"per_device_train_batch_size": 4}, "was trained with seed 42 and 4 rows a step, this run has seed 42 and 8"),
         ({"gradient_accumulation_steps": 1}, "4 rows a step, this run has seed 42 and 2"),
@@ -487,7 +492,11 @@ def test_what_would_not_be_the_same_run_is_refused(
     """And the run that could go on with other settings is left as it is."""
     if "dataset_name_or_path" in changes:
         lines = (dataset / "train.json").read_text().splitlines()
-        changes = {"dataset_name_or_path": str(tmp_path / "other.json"), "evaluation_strategy": "no"}
+        changes = {
+            "dataset_name_or_path": str(tmp_path / "other.json"),
+            "evaluation_strategy": "no",
+            "eval_steps": None,
+        }
         (tmp_path / "other.json").write_text("\n".join(reversed(lines)))
     before = contents(stopped, without=())
     with pytest.raises(sft.UsageError, match=message):
@@ -576,3 +585,67 @@ def test_a_checkpoint_folder_may_be_given_from_where_one_stands(
     train(plugins=(watching(steps),), resume_from_checkpoint="checkpoint-3", **SETTINGS)
     assert steps == list(range(4, 14))
     assert os.listdir(stopped).count("checkpoint-12") == 1
+
+
+# --- futures that a run does not have -----------------------------------------------------------------------
+
+
+def test_resuming_from_an_older_checkpoint_drops_the_newer_ones(train: Train, tmp_path: Path) -> None:
+    """They belong to a run that this one leaves; kept, they would be resumed later and count in the limit."""
+    settings = {**SETTINGS, "save_steps": 2, "max_steps": 8}
+    train(**settings)
+    assert checkpoints_of(tmp_path / "out") == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    older = str(tmp_path / "out" / "checkpoint-4")
+    train(resume_from_checkpoint=older, **{**settings, "save_steps": 3, "max_steps": 7, "save_total_limit": 2})
+    assert checkpoints_of(tmp_path / "out") == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_run_that_would_end_before_its_checkpoint_is_refused(train: Train, tmp_path: Path) -> None:
+    train(**{**SETTINGS, "max_steps": 6})
+    with pytest.raises(sft.UsageError, match=r"is after step 6 and this run ends at step 5"):
+        train(resume_from_checkpoint="auto", **{**SETTINGS, "max_steps": 5})
+
+
+def test_continuing_and_overwriting_contradict_each_other(train: Train, tmp_path: Path) -> None:
+    train(**{**SETTINGS, "max_steps": 3})
+    with pytest.raises(sft.UsageError, match="cannot be continued and overwritten"):
+        train(resume_from_checkpoint="auto", overwrite_output_dir=True, **SETTINGS)
+
+
+def test_a_template_that_prints_the_date_keeps_that_of_the_beginning(
+    train: Train, models: Path, metrics: Metrics, tmp_path: Path
+) -> None:
+    """Llama 3's templates do; the next day a resumed run must read the same tokens."""
+    import datetime
+
+    shutil.copytree(models / "qwen2-untied", tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["chat_template"] = "{{ strftime_now('%H%M%S%f') }}" + config["chat_template"]
+    path.write_text(json.dumps(config))
+    settings = {**SETTINGS, "model_name_or_path": str(tmp_path / "model"), "max_steps": 6, "max_length": 60}
+    stop(train, 3, **settings)
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer" / "state.json").read_text())
+    assert datetime.datetime.fromisoformat(state["date"]) < datetime.datetime.now()
+    train(resume_from_checkpoint="auto", **settings)
+    assert [line["step"] for line in metrics(tmp_path / "out") if "loss" in line][-1] == 6
+
+
+def test_a_diverged_run_stops_with_a_sentence_and_valid_lines(train: Train, metrics: Metrics, tmp_path: Path) -> None:
+    with pytest.raises(sft.SftError, match=r"no longer finite at step \d+ .*lower learning_rate"):
+        train(**{**SETTINGS, "learning_rate": 1e30, "warmup_steps": 0, "max_grad_norm": 0, "logging_steps": 1})
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"
+    assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path / "out") if "loss" in line)
+
+
+def test_what_is_written_may_be_read_by_whom_the_umask_lets(train: Train, tmp_path: Path) -> None:
+    import os
+
+    before = os.umask(0o027)
+    try:
+        train(**{**SETTINGS, "max_steps": 3})
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "out").rglob("*.safetensors"))
+    assert len(files) >= 4
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}

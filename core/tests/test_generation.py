@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import sft
+
 from sft.data.encoding import encode_prompt
 from sft.data.tokenizer import Tokenizer
 from sft.seams import Turn
@@ -138,14 +140,14 @@ def test_a_low_temperature_is_greedy(loaded: tuple[Any, Tokenizer]) -> None:
     assert answer(model, tokenizer, seed=3, top_k=0, temperature=1e-3, max_new_tokens=6) == expected
 
 
-def test_a_long_prompt_loses_its_beginning(loaded: tuple[Any, Tokenizer]) -> None:
-    """64 positions, 10 of them for the answer: the last 54 tokens of the prompt stay."""
+def test_an_answer_that_does_not_fit_is_refused(loaded: tuple[Any, Tokenizer]) -> None:
+    """64 positions hold prompt and answer together; nothing is cut off in silence."""
     model, tokenizer = loaded
-    turns = [Turn("user", "one two three four five " * 6)]
-    ids = encode_prompt(turns, tokenizer)
-    assert len(ids) > 54
-    expected = tokenizer.decode(greedy(model, ids[-54:], 10, tokenizer.eos_ids), skip_special_tokens=True).strip()
-    assert answer(model, tokenizer, turns=turns, max_new_tokens=10) == expected
+    turns = [Turn("user", "one two")]
+    room = 64 - len(encode_prompt(turns, tokenizer))
+    assert answer(model, tokenizer, turns=turns, max_new_tokens=room) is not None
+    with pytest.raises(sft.UsageError, match=rf"max_new_tokens {room + 1} do not fit into the model's 64 positions"):
+        answer(model, tokenizer, turns=turns, max_new_tokens=room + 1)
 
 
 def test_the_models_mode_is_restored(loaded: tuple[Any, Tokenizer]) -> None:

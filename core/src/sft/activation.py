@@ -52,9 +52,13 @@ def choose(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], 
     left = dict(values)
     asked = _asked(left.pop("plugin", []))
     wanted: list[str] = []
+    switched_off: set[str] = set()
     for key, names in _switches().items():
-        if key in left and key not in set(known) and _switch(key, left.pop(key), names):
-            wanted += names
+        if key in left and key not in set(known):
+            if _switch(key, left.pop(key), names):
+                wanted += names
+            else:
+                switched_off.update(names)
     numbers, cases = requests("number"), _value_requests()
     for key in [key for key in left if key in numbers or key in cases]:
         wanted += _by_value(key, left[key], numbers.get(key, []), cases.get(key, {}))
@@ -63,6 +67,8 @@ def choose(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], 
         raise UsageError(f"Plugin {name}, which no:{name} switches off, is not installed{_close(name)}")
     wanted += [canonical(name) for name in asked if not name.lower().startswith("no:")]
     chosen = [name for name in dict.fromkeys(wanted) if name not in off]
+    for name in switched_off.intersection(chosen):
+        raise UsageError(f"Plugin {name} is requested and its switch is false; keep one of them.")
     for key in {*numbers, *cases} - set(known):
         # A value that requests nothing belongs to nobody who is there to read it.
         readers = [*numbers.get(key, []), *(name for names in cases.get(key, {}).values() for name in names)]
@@ -73,7 +79,7 @@ def choose(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], 
 
 def _asked(value: Any) -> list[str]:
     names = value.split(",") if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"plugin: expected a name or a list of names, got {value!r}.")
     return [name.strip() for name in names if name.strip()]
 

@@ -13,20 +13,43 @@ from typing import TYPE_CHECKING, Any
 
 from sft import runtime
 from sft.data.batches import PaddedCollator, Schedule
-from sft.data.encoding import Encoded, encode
+from sft.data.encoding import Encoded, encode, encode_prompt
 from sft.data.formats import turns_of
 from sft.data.sources import read
+from sft.data.tokenizer import FILES as TOKENIZER_FILES
 from sft.errors import UsageError
-from sft.files import remove_folder, remove_leftovers
+from sft.files import make_folder, remove_folder, remove_leftovers
 from sft.seams import Turn
-from sft.training.checkpoint import checkpoints, find_checkpoint, read_state
+from sft.settings import Settings, TrainingArguments, check_draw
+from sft.training.checkpoint import checkpoints, find_checkpoint, read_state, step_of
 
-RESULT_FILES = ("metrics.jsonl", "adapter_*.*", "model*.safetensors*", "config.json", "run.json")
-"""What a run writes into its folder beside checkpoints and tokenizer; an overwriting run removes it first."""
+RESULT_FILES = (
+    *("run.json", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors"),
+    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
+    *("model.safetensors.index.json", *TOKENIZER_FILES),
+)
+"""What a run writes into its folder beside checkpoints; an overwriting run removes it first."""
 
 if TYPE_CHECKING:
     from sft.running import Run, Summary
     from sft.training.optimizer import Optimizer
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse settings that would do nothing, and those that contradict each other."""
+    training = settings.training
+    if training.max_steps == 0:
+        raise UsageError("max_steps is 0, so nothing would be trained; give -1 to let num_train_epochs decide.")
+    defaults = TrainingArguments()
+    if training.save_strategy != "steps" and training.save_steps != defaults.save_steps:
+        raise UsageError(f"save_steps does nothing while save_strategy is {training.save_strategy}; set it to steps.")
+    if training.save_strategy == "no" and training.save_total_limit is not None:
+        raise UsageError("save_total_limit does nothing while save_strategy is no; set it to steps or epoch.")
+    if training.evaluation_strategy != "steps" and training.eval_steps is not None:
+        raise UsageError(
+            f"eval_steps does nothing while evaluation_strategy is {training.evaluation_strategy}; set it to steps."
+        )
+    check_draw(settings.generation)
 
 
 def check_output(run: Run) -> None:
@@ -37,8 +60,21 @@ def check_output(run: Run) -> None:
         raise UsageError(f"output_dir {run.output_dir}: {existing} is a file; give a folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"output_dir {run.output_dir}: {existing} is not writable; give another folder.")
-    if run.output_dir.resolve() == Path(str(run.settings.model.model_name_or_path)).expanduser().resolve():
-        raise UsageError(f"output_dir {run.output_dir} is the model's own folder, which would be overwritten.")
+    if training.overwrite_output_dir and _resumes_here(run):
+        raise UsageError("A run cannot be continued and overwritten; leave one of the two settings out.")
+    given = (run.settings.model.model_name_or_path, run.settings.data.dataset_name_or_path)
+    for path in (Path(str(value)).expanduser().resolve() for value in given):
+        if path.exists() and path.is_relative_to(run.output_dir.resolve()):
+            raise UsageError(
+                f"{path} lies in output_dir {run.output_dir}, where it would be overwritten; choose another one."
+            )
+    if not holds_run(run.output_dir):
+        taken = [path.name for pattern in RESULT_FILES for path in run.output_dir.glob(pattern)]
+        if taken:
+            raise UsageError(
+                f"output_dir {run.output_dir} holds {', '.join(taken[:3])}, which are no run's of sft and would be "
+                "overwritten; choose another folder."
+            )
     if not holds_run(run.output_dir) or training.overwrite_output_dir:
         find_checkpoint(training.resume_from_checkpoint, run.output_dir)
         return
@@ -52,6 +88,11 @@ def check_output(run: Run) -> None:
         f"output_dir {run.output_dir} already holds a run; choose another folder, continue it with "
         "--resume_from_checkpoint auto, or replace it with --overwrite_output_dir."
     )
+
+
+def _resumes_here(run: Run) -> bool:
+    source = find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
+    return source is not None and source.parent.resolve() == run.output_dir.resolve()
 
 
 def holds_run(folder: Path) -> bool:
@@ -90,8 +131,9 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
         return found
 
     samples = run.settings.generation.num_samples
-    run.train_data = encoded(train_files, "train", 0 if dev_files else samples)
-    if dev_files and run.settings.training.do_eval is not False:
+    uses_dev = bool(dev_files) and run.settings.training.do_eval is not False
+    run.train_data = encoded(train_files, "train", 0 if uses_dev else samples)
+    if uses_dev:
         run.dev_data = encoded(dev_files, "dev", samples)
     needs_dev = run.settings.training.evaluation_strategy != "no" or run.settings.training.do_eval
     if needs_dev and run.dev_data is None:
@@ -111,6 +153,7 @@ def _keeping(turns: Iterable[list[Turn]], kept: list[list[Turn]], number: int) -
 def load_model(run: Run, folder: Path) -> None:
     """Config, weights, attention and adapters, each with the plugins that have a say in it."""
     from sft.models import attention, loading
+    from sft.models.generation import check_room
     from sft.models.layers import trainable
     from sft.training.strategy import SingleProcess
 
@@ -129,6 +172,9 @@ def load_model(run: Run, folder: Path) -> None:
             f"The longest record has {longest} tokens and {folder} reads {run.source.config.max_position_embeddings} "
             "(max_position_embeddings); set max_length to at most that."
         )
+    for turns in run.dev_turns:
+        ids = encode_prompt(prompt_of(turns), run.tokenizer)
+        check_room(ids, run.settings.generation, run.source.config.max_position_embeddings)
     quantizer = run.hook.sft_quantizer(run=run)
     if quantizer is not None and not run.exports_adapter:
         raise UsageError(
@@ -191,10 +237,15 @@ def check_resumable(run: Run, schedule: Schedule, source: Path) -> dict[str, Any
     """The checkpoint's state, if this run can go on from it exactly; says which settings have changed."""
     state = read_state(source)
     data, seed = state["data"], state["random"]["seed"]
+    if state["step"] > schedule.total_steps:
+        raise UsageError(
+            f"{source} is after step {state['step']} and this run ends at step {schedule.total_steps}; raise max_steps "
+            "or num_train_epochs, or resume from an earlier checkpoint."
+        )
     if data["fingerprint"] != schedule.data.fingerprint():
         raise UsageError(
-            f"{source} was trained on other data, so its place in the data means nothing here; resume with the same "
-            "data and lengths, or start a new run from its weights."
+            f"{source} was trained on other tokens, so its place in the data means nothing here; resume with the same "
+            "data, model and lengths, or start a new run from its weights."
         )
     if data["rows_per_step"] != schedule.rows_per_step or seed != schedule.seed:
         raise UsageError(
@@ -211,10 +262,14 @@ def check_resumable(run: Run, schedule: Schedule, source: Path) -> dict[str, Any
 
 def open_output(run: Run, source: Path | None) -> None:
     """The run directory, with nothing of an older run in it unless that run goes on from ``source``."""
-    run.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run.output_dir)
     remove_leftovers(run.output_dir)
-    goes_on = source is not None and source.parent.resolve() == run.output_dir.resolve()
-    if goes_on or not holds_run(run.output_dir):
+    if source is not None and source.parent.resolve() == run.output_dir.resolve():
+        for folder in checkpoints(run.output_dir):
+            if step_of(folder) > step_of(source):  # of a future that this run does not have
+                remove_folder(folder)
+        return
+    if not holds_run(run.output_dir):
         return
     for folder in checkpoints(run.output_dir):
         remove_folder(folder)

@@ -40,11 +40,11 @@ def staged_folder(folder: Path) -> Iterator[Path]:
         raise UsageError(f"{folder} already exists and is not empty; choose another place or remove it.")
     staging = folder.with_name(f"{STAGING}{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    make_folder(staging)
     try:
         yield staging
         for path in staging.rglob("*"):
-            _sync(path)
+            _finish(path)
         _sync(staging)
         if folder.is_dir():
             folder.rmdir()
@@ -63,7 +63,7 @@ def publish(folder: Path) -> Iterator[Path]:
     try:
         yield staging
         for path in sorted(staging.iterdir()):
-            _sync(path)
+            _finish(path)
             os.replace(path, folder / path.name)
         _sync(folder)
     finally:
@@ -85,6 +85,23 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; :class:`UsageError` where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be made ({error.strerror}); choose another place.") from error
+
+
+def _finish(path: Path) -> None:
+    """On disk, and readable by those whom the user's umask lets read (safetensors writes for its owner alone)."""
+    if path.is_file():
+        mask = os.umask(0)
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
+    _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -7,6 +7,7 @@ The core's argument groups and every plugin's ``Options`` are plain dataclasses 
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from typing import Any
@@ -26,13 +27,21 @@ def option(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A dataclass field that is a setting.
 
     ``help`` is one line, with units. ``choices`` lists the accepted strings; ``minimum`` and ``maximum``
-    are inclusive bounds, ``above`` is an exclusive lower bound.
+    are inclusive bounds, ``above`` and ``below`` exclusive ones.
     """
-    metadata = {"help": help, "choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "minimum": minimum,
+        "above": above,
+        "maximum": maximum,
+        "below": below,
+    }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -50,6 +59,7 @@ class Option:
     minimum: float | None
     above: float | None
     maximum: float | None
+    below: float | None
 
     @property
     def kinds(self) -> tuple[Any, ...]:
@@ -75,7 +85,7 @@ def options_of(cls: type) -> dict[str, Option]:
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        bounds = {key: field.metadata.get(key) for key in ("choices", "minimum", "above", "maximum")}
+        bounds = {key: field.metadata.get(key) for key in ("choices", "minimum", "above", "maximum", "below")}
         found[field.name] = Option(field.name, hints[field.name], default, field.metadata.get("help", ""), **bounds)
     return found
 
@@ -86,6 +96,10 @@ def convert(option: Option, value: Any) -> Any:
     Raises :class:`UsageError` naming the setting, the value and what is accepted.
     """
     kinds = option.kinds
+    if isinstance(value, Bare) and bool not in kinds:
+        raise UsageError(f"{option.name}: the value is missing; expected {_describe(option)}.")
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in _NONE)):
         return None
     for kind in kinds:
@@ -98,9 +112,15 @@ def convert(option: Option, value: Any) -> Any:
         raise UsageError(f"{option.name}: expected one of {', '.join(option.choices)}, got {value!r}.")
     too_low = option.minimum is not None and converted < option.minimum
     too_low = too_low or (option.above is not None and converted <= option.above)
-    if too_low or (option.maximum is not None and converted > option.maximum):
+    too_high = option.maximum is not None and converted > option.maximum
+    too_high = too_high or (option.below is not None and converted >= option.below)
+    if too_low or too_high:
         raise UsageError(f"{option.name}: expected {_describe(option)}, got {value!r}.")
     return converted
+
+
+class Bare(str):
+    """What the command line makes of a setting that stands without a value: true, for switches alone."""
 
 
 _REFUSED = object()
@@ -155,4 +175,6 @@ def _describe(option: Option) -> str:
     if option.maximum is not None:
         text += f"{' and' if option.minimum is not None or option.above is not None else ''}"
         text += f" at most {option.maximum:g}"
+    if option.below is not None:
+        text += f" and below {option.below:g}"
     return text + (", or none" if type(None) in option.kinds else "")

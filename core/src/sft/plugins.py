@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import pluggy
 
 from sft.errors import UsageError
+from sft.options import options_of
 
 API_VERSION = 1
 
@@ -133,7 +134,7 @@ class Plugins:
                 raise UsageError(f"Plugin {name} ({self.origin(name)}) cannot publish its hooks: {error}.") from error
         # pluggy calls the last one registered first.
         for name, plugin in reversed(self._classes.items()):
-            instance = plugin if isinstance(plugin, ModuleType) else plugin(options.get(name))
+            instance = plugin if isinstance(plugin, ModuleType) else self._make(name, plugin, options.get(name))
             try:
                 self.manager.register(instance, name=name)
             except pluggy.PluginValidationError as error:
@@ -149,6 +150,17 @@ class Plugins:
                 "upgrade it, or add the plugin that it refines."
             ) from error
         self._check_single()
+
+    def _make(self, name: str, plugin: Any, options: Any) -> Any:
+        try:
+            return plugin(options)
+        except UsageError:
+            raise
+        except Exception as error:
+            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UsageError(
+                f"Plugin {name} ({self.origin(name)}) fails to start ({cause}); upgrade it, or leave it out."
+            ) from error
 
     @property
     def hook(self) -> Any:
@@ -183,6 +195,8 @@ class Plugins:
 
     def _check_declarations(self) -> None:
         for name, plugin in self._classes.items():
+            self._check_form(name, plugin)
+        for name, plugin in self._classes.items():
             for needed in map(canonical, getattr(plugin, "requires", ())):
                 if needed not in self._classes:
                     raise UsageError(
@@ -195,6 +209,18 @@ class Plugins:
                         f"Plugins {name} ({self.origin(name)}) and {other} ({self.origin(other)}) cannot "
                         "work together; leave one of them out."
                     )
+
+    def _check_form(self, name: str, plugin: Any) -> None:
+        faults = [
+            f"{key} is not a tuple" for key in ("requires", "conflicts") if isinstance(getattr(plugin, key, ()), str)
+        ]
+        if getattr(plugin, "Options", None) is not None:
+            try:
+                options_of(plugin.Options)
+            except Exception as error:
+                faults.append(f"its Options are no dataclass of settings ({type(error).__name__}: {error})")
+        if faults:
+            raise UsageError(f"Plugin {name} ({self.origin(name)}) is not well formed: {faults[0]}; upgrade it.")
 
     def _check_single(self) -> None:
         for name in vars(self.hook):
@@ -223,7 +249,7 @@ def _find(name: str, available: Mapping[str, list[Installed]]) -> Installed:
 def _import(item: Installed) -> Any:
     try:
         plugin = item.entry.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(
             f"Plugin {item.name} of {item.origin} cannot be imported ({cause}); "

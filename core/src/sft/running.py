@@ -7,6 +7,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sft.models.source import find_model
 from sft.plugins import Plugins
 from sft.seams import DataCollator, ParallelStrategy, Turn
 from sft.settings import Settings, build, core_options, normalise, read_file
-from sft.training.checkpoint import find_checkpoint
+from sft.training.checkpoint import find_checkpoint, read_state
 
 
 @dataclass
@@ -134,8 +135,7 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
     for name in ("model_name_or_path", "dataset_name_or_path", "output_dir"):
         if not given[name]:
             raise UsageError(f"{name} is not set; add --{name} VALUE or put it into the settings file.")
-    if settings.training.max_steps == 0:
-        raise UsageError("max_steps is 0, so nothing would be trained; give -1 to let num_train_epochs decide.")
+    assembly.check_settings(settings)
     assembly.check_output(current)
     active.hook.sft_check(run=current)
     return current
@@ -148,14 +148,13 @@ def execute(run: Run) -> Summary:
     train_files, dev_files = find_files(dataset, "train"), find_files(dataset, "dev")
     runtime.require_paddle()
     folder = find_model(str(run.settings.model.model_name_or_path))
-    run.tokenizer = Tokenizer(folder)
+    source = find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
+    run.tokenizer = Tokenizer(folder, datetime.fromisoformat(read_state(source)["date"]) if source else None)
     assembly.read_data(run, train_files, dev_files)
     run.say(runtime.prepare())
     assembly.load_model(run, folder)
     optimizer = assembly.make_optimizer(run)
     schedule = assembly.make_schedule(run)
-    training = run.settings.training
-    source = find_checkpoint(training.resume_from_checkpoint, run.output_dir)
     state = assembly.check_resumable(run, schedule, source) if source is not None else None
 
     from sft.training import checkpoint
@@ -177,7 +176,7 @@ def execute(run: Run) -> Summary:
     else:
         run.before = assembly.measure(run, 0, 0.0, journal)
     run.hook.sft_run_started(run=run)
-    display = Display(schedule.total_steps, start, bar=not training.disable_tqdm)
+    display = Display(schedule.total_steps, start, bar=not run.settings.training.disable_tqdm, say=run.say)
     try:
         steps = train(run, optimizer, schedule, journal, display, start)
     finally:

@@ -74,8 +74,8 @@ class TrainingArguments:
     warmup_steps: int = option(0, "steps of linear warm-up; above 0 it overrides warmup_ratio", minimum=0)
     warmup_ratio: float = option(0.0, "share of all steps spent on warm-up", minimum=0, maximum=1)
     weight_decay: float = option(0.0, "AdamW's decoupled decay; biases and norms get none", minimum=0)
-    adam_beta1: float = option(0.9, "AdamW's decay of the first moment", minimum=0, maximum=1)
-    adam_beta2: float = option(0.999, "AdamW's decay of the second moment", minimum=0, maximum=1)
+    adam_beta1: float = option(0.9, "AdamW's decay of the first moment", minimum=0, below=1)
+    adam_beta2: float = option(0.999, "AdamW's decay of the second moment", minimum=0, below=1)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
     max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0: no clipping", minimum=0)
     logging_steps: int = option(500, "steps between lines; the first and the last are always logged", minimum=1)
@@ -89,6 +89,12 @@ class TrainingArguments:
     )
     disable_tqdm: bool = option(False, "plain lines instead of a progress bar")
     seed: int = option(42, "seed of shuffling, initialisation and dropout", minimum=0, maximum=2**31 - 1)
+
+
+def check_draw(generation: GenerationArguments) -> None:
+    """Refuse settings of a draw where there is none."""
+    if generation.top_k == 1 and (generation.temperature != 1.0 or generation.top_p != 1.0):
+        raise UsageError("temperature and top_p do nothing while top_k is 1 (greedy); add --top_k 0 to draw.")
 
 
 GROUPS: dict[str, type] = {
@@ -203,9 +209,10 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
                     f"({plugins.origin(owner)}); switch one of them off with --plugin no:NAME."
                 )
             owners[name] = f"plugin {owner}"
-    for name in values:
-        if name not in owners:
-            raise UsageError(unknown_setting(name, owners, plugins.inactive()))
+    unknown = [name for name in values if name not in owners]
+    if unknown:
+        also = f" Also unknown: {', '.join(unknown[1:])}." if len(unknown) > 1 else ""
+        raise UsageError(unknown_setting(unknown[0], owners, plugins.inactive()) + also)
 
     def fill(cls: type) -> Any:
         declared = options_of(cls)
@@ -218,7 +225,7 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
 
 def unknown_setting(name: str, known: Iterable[str], inactive: Iterable[str]) -> str:
     """The sentence for a name that nobody declares, with what the user most likely meant."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
     if close:
         return f"Unknown setting {name}; did you mean {close[0]}?"
     for plugin in sorted(inactive, key=len, reverse=True):

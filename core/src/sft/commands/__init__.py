@@ -80,6 +80,9 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
+    except OSError as error:
+        # The machine's fault, not a bug: a full disk, a folder that went away.
+        _fail(str(error), 1)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", 130)
 

@@ -32,17 +32,17 @@ def command(
 ) -> None:
     """Answer prompts, through the model's chat template where it has one. Answers go to standard output."""
     from sft.adapters import load_for_inference
-    from sft.settings import GenerationArguments
+    from sft.models.generation import answer
+    from sft.seams import Turn
+    from sft.settings import GenerationArguments, check_draw
 
+    generation = GenerationArguments(max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p, temperature=temperature)
+    check_draw(generation)
     prompts = list(prompt) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise UsageError("There is no prompt; give --prompt TEXT or lines on standard input.")
     say = lambda text: click.echo(text, err=True)  # noqa: E731
     loaded, tokenizer = load_for_inference(model, Path(adapter) if adapter else None, say)
 
-    from sft.models.generation import answer
-    from sft.seams import Turn
-
-    generation = GenerationArguments(max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p, temperature=temperature)
     for text in prompts:
         click.echo(answer(loaded, tokenizer, [Turn("user", text)], generation, seed))

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from sft.activation import choose
-from sft.errors import UsageError
-from sft.options import Option, options_of
+from sft.errors import SftError, UsageError
+from sft.options import Bare, Option, options_of
 from sft.plugins import Plugins
 from sft.settings import GROUPS, core_options, normalise, read_file
 
@@ -29,7 +29,12 @@ def command(arguments: tuple[str, ...]) -> None:
         return
     from sft.running import run
 
-    report(run(values))
+    try:
+        report(run(values))
+    except KeyboardInterrupt:
+        raise SftError(
+            "interrupted; the same command with --resume_from_checkpoint auto goes on from the last checkpoint."
+        ) from None
 
 
 def collect(arguments: list[str]) -> dict[str, Any]:
@@ -47,7 +52,9 @@ def collect(arguments: list[str]) -> dict[str, Any]:
             continue
         name, equals, value = argument[2:].partition("=")
         if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else Bare("true")
+        if name == "plugin" and isinstance(value, Bare):
+            raise UsageError("--plugin needs a name; `sft plugins` lists the installed ones.")
         if name == "plugin":
             plugins += value.split(",")
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 from sft.data.sources import Record
@@ -42,7 +43,11 @@ def src_tgt(record: dict[str, Any]) -> list[Turn]:
 def _texts(value: Any, key: str) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f'"{key}" must be text or a list of texts, not {value!r}.')
+        raise ValueError(f'"{key}" must be text or a list of texts, not {reprlib.repr(value)}.')
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f'"{key}" holds half of a surrogate pair, which is no text; correct it.') from None
     if key == "tgt" and not all(text.strip() for text in texts):
         raise ValueError('"tgt" is empty; remove the record or give it an answer.')
     return texts

@@ -77,7 +77,11 @@ def _read_file(path: Path) -> Iterator[Record]:
                     continue
                 try:
                     value = json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
+                    if not isinstance(error, json.JSONDecodeError):
+                        raise UsageError(
+                            f"{path}, line {number} cannot be read as JSON ({error}); correct it."
+                        ) from error
                     raise UsageError(
                         f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}); "
                         "each line must hold one JSON object."

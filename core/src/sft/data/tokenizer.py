@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sft.errors import UsageError
+from sft.errors import SftError, UsageError
 from sft.seams import Turn
 
 FILES = (
@@ -29,10 +29,12 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 class Tokenizer:
     """Text ↔ token ids exactly as ``tokenizer.json`` says, special tokens, and the chat template if there is one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, now: datetime.datetime | None = None) -> None:
+        """``now`` is what templates that print the date are told; a resumed run keeps that of its beginning."""
         from tokenizers import Tokenizer as Backend
 
         self.folder = folder
+        self.now = now or datetime.datetime.now()
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise UsageError(
@@ -130,6 +132,8 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files unchanged."""
+        if not (self.folder / "tokenizer.json").is_file():
+            raise SftError(f"The tokenizer of {self.folder} has gone since the run began; its files cannot be copied.")
         for name in FILES:
             source = self.folder / name
             if source.is_file() and source.resolve() != (folder / name).resolve():
@@ -173,7 +177,7 @@ class Tokenizer:
             environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
             environment.filters["tojson"] = _tojson
             environment.globals["raise_exception"] = _raise
-            environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+            environment.globals["strftime_now"] = self.now.strftime
             try:
                 self._compiled = environment.from_string(self.chat_template or "")
             except TemplateSyntaxError as error:

@@ -7,8 +7,18 @@ from typing import Any
 
 from sft.data.encoding import encode_prompt
 from sft.data.tokenizer import Tokenizer
+from sft.errors import UsageError
 from sft.seams import Turn
 from sft.settings import GenerationArguments
+
+
+def check_room(ids: Sequence[int], generation: GenerationArguments, positions: int) -> None:
+    """Refuse a prompt whose answer would not fit into the model's positions."""
+    if len(ids) + generation.max_new_tokens > positions:
+        raise UsageError(
+            f"A prompt of {len(ids)} tokens and an answer of max_new_tokens {generation.max_new_tokens} do not fit "
+            f"into the model's {positions} positions; lower max_new_tokens or shorten the prompt."
+        )
 
 
 def answer(model: Any, tokenizer: Tokenizer, turns: Sequence[Turn], generation: GenerationArguments, seed: int) -> str:
@@ -16,8 +26,7 @@ def answer(model: Any, tokenizer: Tokenizer, turns: Sequence[Turn], generation: 
     import paddle
 
     ids = encode_prompt(turns, tokenizer)
-    room = model.config.max_position_embeddings - generation.max_new_tokens
-    ids = ids[-room:] if room > 0 else ids
+    check_room(ids, generation, model.config.max_position_embeddings)
     prompt = paddle.to_tensor([ids], dtype="int64")
     greedy = generation.top_k == 1
     was_training = model.training

@@ -25,14 +25,19 @@ if TYPE_CHECKING:
     from sft.training.optimizer import Optimizer
 
 FORMAT = 1
-_KEYS = ("step", "random", "data", "journal", "before", "settings", "plugins")
+_KEYS = ("date", "step", "random", "data", "journal", "before", "settings", "plugins")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run directory, oldest step first."""
     found = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step after which ``checkpoint-N`` was written."""
+    return int(folder.name.rpartition("-")[2])
 
 
 def find_checkpoint(request: str | None, output_dir: Path) -> Path | None:

@@ -66,7 +66,7 @@ class Journal:
 
     def write(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(json.dumps(line, allow_nan=False) + "\n")
         self.lines += 1
 
     def start(self) -> None:

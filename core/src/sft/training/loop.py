@@ -8,6 +8,7 @@ other processes (the strategy does), or write final results (``running.py`` does
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import paddle
 
 from sft.data.batches import Schedule, make_batches
+from sft.errors import SftError
 from sft.training import checkpoint
 from sft.training.evaluation import evaluate
 from sft.training.journal import Journal
@@ -47,6 +49,11 @@ def train(run: Run, optimizer: Optimizer, schedule: Schedule, journal: Journal, 
         seed_step(settings.seed, step, strategy.data_rank)
         (loss_sum,) = strategy.sum([strategy.backward(model, batches, 1.0 / max(1, targets))])
         grad_norm = strategy.clip(parameters, settings.max_grad_norm)
+        if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
+            raise SftError(
+                f"The loss or its gradient is no longer finite at step {step} (loss {loss_sum / max(1, targets)}, "
+                f"gradient norm {grad_norm}); lower learning_rate, and resume from a checkpoint before it."
+            )
         rate = learning_rate(step, total, settings)
         optimizer.step(rate)
 
@@ -82,6 +89,7 @@ def state_after(run: Run, schedule: Schedule, journal: Journal, step: int, epoch
     return {
         "step": step,
         "epoch": epoch,
+        "date": run.tokenizer.now.isoformat(),
         "random": {"seed": run.settings.training.seed, "step": step},
         "data": {
             "fingerprint": schedule.data.fingerprint(),

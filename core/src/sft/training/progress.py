@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -12,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Display:
     """Shows steps, logged lines and evaluations. ``bar`` off, or no terminal: lines only."""
 
-    def __init__(self, total: int, done: int, bar: bool) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, total: int, done: int, bar: bool, say: Callable[[str], None]) -> None:
+        self._console, self._say = Console(highlight=False, soft_wrap=True), say
         self._progress: Progress | None = None
         self._total, self._first, self._done = total, done, done
         self._began = time.monotonic()
@@ -32,7 +33,10 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar if there is one."""
-        self._console.print(text, markup=False)
+        if self._progress is not None:
+            self._console.print(text, markup=False)
+        else:
+            self._say(text)
 
     def step(self, record: dict[str, Any], tokens_per_second: float) -> None:
         """An optimizer step is done."""

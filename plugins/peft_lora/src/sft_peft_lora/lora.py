@@ -48,6 +48,11 @@ class Lora(sft.Plugin):
             return
         if not (Path(self.options.lora_path).expanduser() / "adapter_config.json").is_file():
             raise UsageError(f"lora_path {self.options.lora_path} holds no adapter (no adapter_config.json).")
+        if Path(self.options.lora_path).expanduser().resolve().is_relative_to(run.output_dir.resolve()):
+            raise UsageError(f"lora_path {self.options.lora_path} lies in output_dir, where it would be overwritten.")
+        for name in ("lora_rank", "lora_alpha", "lora_target_modules"):
+            if getattr(self.options, name) != getattr(LoraOptions(), name):
+                raise UsageError(f"{name} does nothing beside lora_path, whose adapter decides; leave one of them out.")
 
     @sft.hookimpl
     def sft_adapt_model(self, run: Run, model: Any) -> None:

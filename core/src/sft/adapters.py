@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import runtime
-from sft.activation import requests
+from sft.activation import choose, requests
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.models.source import find_model
@@ -48,21 +48,28 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise UsageError(f"{path} is not a readable safetensors file ({error}); copy it again.") from error
 
 
-def plugins_for(folder: Path) -> Plugins:
-    """The plugins whose metadata says that they read the adapter in ``folder``, started."""
-    kind = str(read_config(folder)["peft_type"])
-    names = requests("adapter").get(kind)
-    if not names:
-        known = ", ".join(requests("adapter")) or "none"
-        raise UsageError(f"{folder} is a {kind} adapter, which no installed plugin reads (installed: {known}).")
+def plugins_for(folder: Path | None, requested: Sequence[str] = ()) -> Plugins:
+    """The plugins that read the adapter in ``folder`` (says their metadata), and those requested by name; started."""
+    names = choose({"plugin": list(requested)}, ())[0]
+    if folder is not None:
+        kind = str(read_config(folder)["peft_type"])
+        readers = requests("adapter").get(kind)
+        if not readers:
+            known = ", ".join(requests("adapter")) or "none"
+            raise UsageError(f"{folder} is a {kind} adapter, which no installed plugin reads (installed: {known}).")
+        names += [name for name in readers if name not in names]
     active = Plugins.load(names)
     active.start(build({}, active).options)
     return active
 
 
-def merge(model: str, adapter: Path, output: Path, say: Callable[[str], None]) -> int:
-    """Write ``model`` with ``adapter`` folded in to ``output`` (Hugging Face layout); the number of merged tensors."""
-    plugins = plugins_for(adapter)
+def merge(model: str, adapter: Path, output: Path, say: Callable[[str], None], requested: Sequence[str] = ()) -> int:
+    """Write ``model`` with ``adapter`` folded in to ``output`` (Hugging Face layout); the number of merged tensors.
+
+    With a quantizer among the ``requested`` plugins the weights are those that the adapter was trained over:
+    quantized and read back.
+    """
+    plugins = plugins_for(adapter, requested)
     runtime.require_paddle()
     folder = find_model(model)
     tokenizer = Tokenizer(folder)
@@ -73,12 +80,15 @@ def merge(model: str, adapter: Path, output: Path, say: Callable[[str], None]) -
     from sft.models.loading import open_model
     from sft.models.saving import write_merged
 
-    return write_merged(output, open_model(folder), plugins.hook.sft_adapter_merger(folder=adapter), tokenizer)
+    merger = plugins.hook.sft_adapter_merger(folder=adapter)
+    return write_merged(output, open_model(folder), merger, tokenizer, plugins.hook.sft_quantizer(run=None))
 
 
-def load_for_inference(model: str, adapter: Path | None, say: Callable[[str], None]) -> tuple[Any, Tokenizer]:
-    """A model, with an adapter over it if one is given, and its tokenizer."""
-    plugins = plugins_for(adapter) if adapter is not None else None
+def load_for_inference(
+    model: str, adapter: Path | None, say: Callable[[str], None], requested: Sequence[str] = ()
+) -> tuple[Any, Tokenizer]:
+    """A model, with an adapter over it if one is given, and its tokenizer; a quantizer may be ``requested``."""
+    plugins = plugins_for(adapter, requested)
     runtime.require_paddle()
     folder = find_model(model)
     tokenizer = Tokenizer(folder)
@@ -86,8 +96,8 @@ def load_for_inference(model: str, adapter: Path | None, say: Callable[[str], No
 
     from sft.models.loading import load_model, open_model
 
-    loaded = load_model(open_model(folder))
-    if plugins is not None:
+    loaded = load_model(open_model(folder), plugins.hook.sft_quantizer(run=None))
+    if adapter is not None:
         plugins.hook.sft_import_adapter(model=loaded, folder=adapter)
     loaded.eval()
     return loaded, tokenizer

@@ -43,6 +43,8 @@ class Plugin:
     api_version: ClassVar[int] = API_VERSION
     requires: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
+    supersedes: ClassVar[tuple[str, ...]] = ()
+    """Plugins that do part of what this one does; when both are requested, this one alone is active."""
     order: ClassVar[int] = 0
     """Hooks that all plugins answer are called in ascending order, then in the order of the requests."""
     Options: ClassVar[type | None] = None
@@ -113,6 +115,8 @@ class Plugins:
             if name not in classes:
                 item = _find(name, available)
                 classes[name], origins[name] = _import(item), item.origin
+        superseded = {canonical(other) for plugin in classes.values() for other in getattr(plugin, "supersedes", ())}
+        classes = {name: plugin for name, plugin in classes.items() if name not in superseded}
         ordered = dict(sorted(classes.items(), key=lambda pair: getattr(pair[1], "order", 0)))
         plugins = cls(ordered, origins)
         plugins._check_declarations()

@@ -120,6 +120,7 @@ class Plugins:
         ordered = dict(sorted(classes.items(), key=lambda pair: getattr(pair[1], "order", 0)))
         plugins = cls(ordered, origins)
         plugins._check_declarations()
+        plugins._check_single()
         return plugins
 
     def start(self, options: Mapping[str, Any]) -> None:
@@ -152,7 +153,6 @@ class Plugins:
                 f"Plugin {name} ({self.origin(name)}) implements a hook that no active plugin publishes ({cause}); "
                 "upgrade it, or add the plugin that it refines."
             ) from error
-        self._check_single()
 
     @property
     def hook(self) -> Any:
@@ -201,14 +201,18 @@ class Plugins:
                     )
 
     def _check_single(self) -> None:
-        for name in vars(self.hook):
-            caller = getattr(self.hook, name)
-            if name.startswith("_") or not getattr(getattr(caller.spec, "function", None), "sft_single", False):
-                continue
-            providers = [implementation.plugin_name for implementation in caller.get_hookimpls()]
-            if len(providers) > 1:
-                listed = " and ".join(f"{p} ({self.origin(p)})" for p in reversed(providers))
-                raise UsageError(f"Plugins {listed} both provide {name}, which has one place; leave one out.")
+        from sft import hookspecs
+
+        published = (getattr(plugin, "hookspecs", None) for plugin in self._classes.values())
+        for specs in (hookspecs, *published):
+            for hook, spec in vars(specs).items() if specs is not None else ():
+                if not getattr(spec, "sft_single", False):
+                    continue
+                # pluggy's own mark of an implementation, read before there is an instance.
+                providers = [name for name, plugin in self if hasattr(getattr(plugin, hook, None), "sft_impl")]
+                if len(providers) > 1:
+                    listed = " and ".join(f"{name} ({self.origin(name)})" for name in providers)
+                    raise UsageError(f"Plugins {listed} both provide {hook}, which has one place; leave one out.")
 
 
 def _find(name: str, available: Mapping[str, list[Installed]]) -> Installed:

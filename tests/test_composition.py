@@ -125,10 +125,9 @@ def check(names: list[str], data: Path, work: Path) -> None:
         model, _ = load_for_inference(str(work / "whole"), None, quiet)
         np.testing.assert_array_equal(logits(model), trained)
         return
-    quantizer = [name for name in names if name in QUANTIZERS]
-    model, _ = load_for_inference(str(MODEL), work / "whole", quiet, quantizer)
+    model, _ = load_for_inference(str(MODEL), work / "whole", quiet)
     assert np.abs(logits(model) - trained).max() < 1e-5 * size
-    merge(str(MODEL), work / "whole", work / "merged", quiet, quantizer)
+    merge(str(MODEL), work / "whole", work / "merged", quiet)
     model, _ = load_for_inference(str(work / "merged"), None, quiet)
     assert np.abs(logits(model) - trained).max() < 1e-5 * size
     shutil.rmtree(work)

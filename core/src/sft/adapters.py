@@ -12,7 +12,8 @@ from sft.activation import choose, requests
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.models.source import find_model
-from sft.plugins import Plugins
+from sft.options import options_of
+from sft.plugins import Plugins, import_plugin, installed
 from sft.settings import build
 
 if TYPE_CHECKING:
@@ -49,8 +50,14 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def plugins_for(folder: Path | None, requested: Sequence[str] = ()) -> Plugins:
-    """The plugins that read the adapter in ``folder`` (says their metadata), and those requested by name; started."""
-    names = choose({"plugin": list(requested)}, ())[0]
+    """What a model needs after training, started: the reader of the adapter in ``folder`` (says its metadata), the
+    quantizer that the run beside it trained over, with that run's options, and what is ``requested`` by name."""
+    names: list[str] = []
+    trained = _settings_of_run(folder) if folder is not None else {}
+    for name in trained.get("plugin", []):
+        if name in installed() and _implements(name, "sft_quantizer"):
+            names.append(name)
+    names = choose({"plugin": [*names, *requested]}, ())[0]
     if folder is not None:
         kind = str(read_config(folder)["peft_type"])
         readers = requests("adapter").get(kind)
@@ -59,15 +66,32 @@ def plugins_for(folder: Path | None, requested: Sequence[str] = ()) -> Plugins:
             raise UsageError(f"{folder} is a {kind} adapter, which no installed plugin reads (installed: {known}).")
         names += [name for name in readers if name not in names]
     active = Plugins.load(names)
-    active.start(build({}, active).options)
+    values: dict[str, Any] = {}
+    for name, plugin in active:
+        if name in trained.get("plugin", []) and _implements(name, "sft_quantizer") and plugin.Options is not None:
+            values.update({key: trained[key] for key in options_of(plugin.Options) if key in trained})
+    active.start(build(values, active).options)
     return active
+
+
+def _settings_of_run(folder: Path) -> dict[str, Any]:
+    """The settings of the run that wrote ``folder``, from the run.json in it or (for a checkpoint) above it."""
+    for place in (folder, folder.resolve().parent):
+        try:
+            return dict(json.loads((place / "run.json").read_text(encoding="utf-8"))["settings"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
+
+
+def _implements(name: str, hook: str) -> bool:
+    return hasattr(getattr(import_plugin(name), hook, None), "sft_impl")
 
 
 def merge(model: str, adapter: Path, output: Path, say: Callable[[str], None], requested: Sequence[str] = ()) -> int:
     """Write ``model`` with ``adapter`` folded in to ``output`` (Hugging Face layout); the number of merged tensors.
 
-    With a quantizer among the ``requested`` plugins the weights are those that the adapter was trained over:
-    quantized and read back.
+    Where the adapter was trained over a quantized base, it is folded into that: weights are quantized and read back.
     """
     plugins = plugins_for(adapter, requested)
     runtime.require_paddle()

@@ -215,6 +215,11 @@ class Plugins:
                     raise UsageError(f"Plugins {listed} both provide {hook}, which has one place; leave one out.")
 
 
+def import_plugin(name: str) -> Any:
+    """The class or module of an installed plugin; :class:`UsageError` if it is missing, broken or doubled."""
+    return _import(_find(name, installed()))
+
+
 def _find(name: str, available: Mapping[str, list[Installed]]) -> Installed:
     items = available.get(name, [])
     if not items:

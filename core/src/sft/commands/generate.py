@@ -14,7 +14,7 @@ from sft.errors import UsageError
 @click.command(name="generate")
 @click.option(*MODEL, required=True, help="The model: a directory or a hub name.")
 @click.option(*ADAPTER, help="An adapter for it.")
-@click.option(*PLUGIN, multiple=True, help="A quantizer for the model.")
+@click.option(*PLUGIN, multiple=True, help="A quantizer, where run.json does not name it; no:NAME leaves one out.")
 @click.option("--prompt", multiple=True, help="A prompt (repeatable). Without one, each line of standard input is one.")
 @click.option("--max_new_tokens", "--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
 @click.option("--top_k", "--top-k", default=1, show_default=True, type=click.IntRange(0), help="1 is greedy.")

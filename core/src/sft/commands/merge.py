@@ -16,7 +16,7 @@ from sft.commands.shared import ADAPTER, MODEL, PLUGIN
     "--output_path", "--output-path", "--merge_model_path", "--merge-model-path", "output", required=True,
     help="Where the merged model is written, in Hugging Face layout; must be new or empty.",
 )  # fmt: skip
-@click.option(*PLUGIN, multiple=True, help="The quantizer that the adapter was trained over, if there was one.")
+@click.option(*PLUGIN, multiple=True, help="A quantizer, where run.json does not name it; no:NAME leaves one out.")
 def command(model: str, adapter: str, output: str, plugins: tuple[str, ...]) -> None:
     """Fold an adapter into its base model.
 

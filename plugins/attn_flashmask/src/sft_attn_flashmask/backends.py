@@ -22,7 +22,7 @@ class _Backend:
 
         from sft_attn_flashmask.blockwise import attention
 
-        if not query.place.is_gpu_place() or str(query.dtype).endswith("float32"):
+        if not (query.place.is_gpu_place() and str(query.dtype).endswith("float16")):  # or bfloat16
             return attention(query, key, value, startend_row_indices)
         if startend_row_indices is None:
             return flash_attention(query, key, value, causal=True)[0]

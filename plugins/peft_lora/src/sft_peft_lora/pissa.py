@@ -13,7 +13,7 @@ from sft import Run, UsageError
 
 @dataclass
 class PissaOptions:
-    pissa_niter: int = sft.option(4, "power iterations of the randomized SVD; 0: the exact SVD", minimum=0)
+    pissa_niter: int = sft.option(8, "iterations of the randomized SVD; 0: the exact SVD", minimum=0)
 
 
 class Pissa(sft.Plugin):
@@ -70,17 +70,23 @@ def principal(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best rank-r factors of ``weight`` [in, out]: U_r √S_r [in, r] and √S_r V_rᵀ [r, out], float32.
 
-    With ``iterations`` > 0 by randomized SVD (Halko et al. 2011, algorithm 4.4: QR between power iterations, r + 8
-    samples); with 0 by LAPACK.
+    With ``iterations`` > 0 by randomized block Krylov SVD (Musco and Musco 2015, arXiv 1504.05477, algorithm 2) with
+    r + 8 samples: a power iteration that keeps its blocks, at the same number of products with ``weight``. With 0, or
+    where the blocks would be as wide as the weight, by LAPACK.
     """
     if rank > min(weight.shape):
-        raise UsageError(f"pissa: lora_rank {rank} is larger than a weight of {weight.shape[0]}x{weight.shape[1]}.")
-    if not iterations or rank + 8 >= min(weight.shape):
+        raise UsageError(
+            f"pissa: lora_rank {rank} is more than a weight of {weight.shape[0]}x{weight.shape[1]} has; give at most "
+            f"{min(weight.shape)}, or name larger layers in lora_target_modules."
+        )
+    samples = rank + 8
+    if not iterations or (iterations + 1) * samples >= min(weight.shape):
         u, s, vt = np.linalg.svd(weight, full_matrices=False)
     else:
-        basis = np.linalg.qr(weight @ rng.standard_normal((weight.shape[1], rank + 8), dtype=np.float32))[0]
+        blocks = [np.linalg.qr(weight @ rng.standard_normal((weight.shape[1], samples), dtype=np.float32))[0]]
         for _ in range(iterations):
-            basis = np.linalg.qr(weight @ np.linalg.qr(weight.T @ basis)[0])[0]
+            blocks.append(np.linalg.qr(weight @ (weight.T @ blocks[-1]))[0])
+        basis = np.linalg.qr(np.concatenate(blocks, axis=1))[0]
         u, s, vt = np.linalg.svd(basis.T @ weight, full_matrices=False)
         u = basis @ u
     root = np.sqrt(s[:rank])

@@ -19,6 +19,13 @@ class SharedPair:
     def rank(self) -> int:
         return int(self.a.shape[1])
 
+    def set(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Other values, of the same shapes, for all layers."""
+        self.a.set_value(np.ascontiguousarray(a))
+        self.b.set_value(np.ascontiguousarray(b))
+        for (half, width), part in self._slices.items():
+            part.set_value(self.a[:width] if half == "a" else self.b[:, :width])
+
     def slices(self, in_features: int, out_features: int) -> tuple[Any, Any]:
         """The first rows of ``a`` and the first columns of ``b``; one copy for each width, however many layers."""
         if ("a", in_features) not in self._slices:

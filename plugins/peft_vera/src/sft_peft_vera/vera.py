@@ -38,12 +38,16 @@ class Vera(sft.Plugin):
     def __init__(self, options: VeraOptions) -> None:
         super().__init__(options)
         self.layers: dict[str, Any] = {}
+        """The adapted layers by their target's Hugging Face name."""
+        self.targets: list[str] = []
+        """Names of all layers that could have been adapted."""
         self.pair: Any = None
 
     @sft.hookimpl
     def sft_adapt_model(self, run: Run, model: Any) -> None:
         from sft_peft_vera.layer import SharedPair
 
+        self.targets = [target.name for target in sft.target_layers(model)]
         targets = sft.target_layers(model, self.options.vera_target_modules)
         rank, rng = self.options.vera_rank, run.rng("vera projections")
         widest = max(target.in_features for target in targets), max(target.out_features for target in targets)
@@ -58,7 +62,17 @@ class Vera(sft.Plugin):
 
         vectors = {name: (layer.vera_b.numpy(), layer.vera_d.numpy()) for name, layer in self.layers.items()}
         seed, base = run.settings.training.seed, str(run.settings.model.model_name_or_path)
-        return adapter_files(vectors, self.pair.a.numpy(), self.pair.b.numpy(), self.options, seed, base)
+        pair = self.pair.a.numpy(), self.pair.b.numpy()
+        return adapter_files(vectors, *pair, self._modules(), self.options, seed, base)
+
+    @sft.hookimpl
+    def sft_state(self, run: Run) -> dict[str, Any]:
+        return {"A": self.pair.a.numpy(), "B": self.pair.b.numpy()}
+
+    @sft.hookimpl
+    def sft_restore(self, run: Run, state: dict[str, Any]) -> None:
+        # Drawn again they should be the same; the vectors are worth nothing over others.
+        self.pair.set(state["A"], state["B"])
 
     @sft.hookimpl
     def sft_import_adapter(self, model: Any, folder: Path) -> bool:
@@ -68,8 +82,9 @@ class Vera(sft.Plugin):
         adapter = VeraFolder(folder)
         self.pair = SharedPair(adapter.a, adapter.b)
         targets = {target.name: target for target in sft.target_layers(model)}
-        for name, (b, _) in adapter.vectors.items():
-            if name not in targets or targets[name].out_features != len(b):
+        for name in adapter.vectors:
+            target = targets.get(name)
+            if target is None or not adapter.fits(name, target.in_features, target.out_features):
                 raise UsageError(f"The adapter in {folder} has vectors for {name}, which do not fit this model.")
         self._wrap([targets[name] for name in adapter.vectors])
         for name, (b, d) in adapter.vectors.items():
@@ -82,6 +97,12 @@ class Vera(sft.Plugin):
         from sft_peft_vera.files import VeraMerger
 
         return VeraMerger(folder)
+
+    def _modules(self) -> list[str]:
+        """``target_modules`` as PEFT reads it: last parts of names, or whole names where only some layers match."""
+        kinds = {name.rpartition(".")[2] for name in self.layers}
+        everywhere = {name for name in self.targets if name.rpartition(".")[2] in kinds}
+        return sorted(kinds if everywhere == set(self.layers) else self.layers)
 
     def _wrap(self, targets: list[Any]) -> None:
         from sft_peft_vera.layer import VeraLinear

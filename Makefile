@@ -16,7 +16,7 @@ PYTHON ?=
 PYTHONS := $(or $(PYTHON),python3 python3.12 python3.11 python3.10)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench docs clean
+.PHONY: help demo test test-slow test-plugin lint format bench docs clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,15 @@ test: .venv/installed-test ## Run the tests, without the slow ones
 # pytest exits with 5 when there is no such test, which is no failure here.
 test-slow: .venv/installed-test ## Run the slow tests
 	$(BIN)/pytest -m slow $(ARGS) || [ $$? -eq 5 ]
+
+test-plugin: ## Test one plugin alone with the core, in a venv of its own: make test-plugin NAME=peft_vera
+	@test -f plugins/$(NAME)/pyproject.toml || { echo "Give NAME=, one of: $(notdir $(PLUGINS))." >&2; exit 2; }
+	@echo "Installing the core and plugins/$(NAME) alone into .venv-$(NAME)."
+	@$(MAKE) --no-print-directory .venv/bin/pip
+	@.venv/bin/python -m venv --clear .venv-$(NAME)
+	@.venv-$(NAME)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -e "core[$(DEVICE)]" -e plugins/$(NAME) pytest pytest-timeout
+	.venv-$(NAME)/bin/pytest plugins/$(NAME)/tests $(ARGS)
 
 lint: .venv/installed-dev ## Check style (ruff) and types (mypy)
 	$(BIN)/ruff check
@@ -47,7 +56,7 @@ docs: .venv/installed-$(DEVICE) ## Generate the reference pages in docs/
 	$(BIN)/python docs/generate.py
 
 clean: ## Remove .venv and all caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each candidate is tried by really making the environment: a command of that name may exist and

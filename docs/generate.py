@@ -1,26 +1,39 @@
-"""Write docs/reference/ from the code: settings, hooks and commands. ``--check`` says whether they are current."""
+"""Write docs/reference/ and the READMEs' plugin tables from the code; ``--check`` says whether they are current."""
 
 from __future__ import annotations
 
 import inspect
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from sft import hookspecs
 from sft.commands import COMMANDS
 from sft.options import Option, options_of
-from sft.plugins import Plugins, installed
+from sft.plugins import Installed, installed
 from sft.settings import GROUPS
 
-FOLDER = Path(__file__).parent / "reference"
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "docs" / "reference"
+
+
+def own_plugins() -> dict[str, Any]:
+    """The project's plugin classes by name."""
+    found = {name: items[0] for name, items in installed().items()}
+    return {name: item.entry.load() for name, item in found.items() if (ROOT / "plugins" / _folder(item)).is_dir()}
+
+
+def _folder(item: Installed) -> str:
+    return item.distribution.removeprefix("sft-").replace("-", "_")
 
 
 def settings_page() -> str:
     lines = ["# Settings", "", "Made by `make docs` from the code.", ""]
     for group, cls in GROUPS.items():
         lines += [f"## {group.capitalize()} arguments", "", (cls.__doc__ or "").strip(), "", *_table(cls)]
-    own = [name for name, items in installed().items() if items[0].distribution.startswith("sft-")]
-    for _, plugin in Plugins.load(own):
+    for plugin in own_plugins().values():
         if plugin.Options is not None:
             lines += [f"## Plugin `{plugin.name}`", "", plugin.summary, "", *_table(plugin.Options)]
     return "\n".join(lines)
@@ -63,18 +76,76 @@ def commands_page() -> str:
     return "\n".join([*lines, ""])
 
 
+SEAMS = {
+    "sft_quantizer": ("quantizer", "量化器"),
+    "sft_attention_backend": ("attention", "注意力"),
+    "sft_collator": ("collator", "数据整理"),
+    "sft_export_adapter": ("adapter", "适配器"),
+}
+
+
+def plugin_table(chinese: bool) -> str:
+    """What each plugin is, needs, excludes and replaces: read from its declarations."""
+    plugins = own_plugins()
+    heads = ("插件", "发行包", "位置", "需要", "不能同时使用", "取代") if chinese else (
+        "plugin", "distribution", "seam", "needs", "not with", "replaces",
+    )  # fmt: skip
+    rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for name, plugin in plugins.items():
+        item = installed()[name][0]
+        link = f"[{item.distribution}](plugins/{_folder(item)})"
+        kinds = [words[chinese] for hook, words in SEAMS.items() if _implements(plugin, hook)]
+        refines = "改进 lora" if chinese else "refines lora"
+        seam = kinds[0] if kinds else refines if plugin.requires else ("嵌入" if chinese else "embedding")
+        cells = (_names(plugin.requires), _names(excluded(name, plugins)), _names(plugin.supersedes))
+        rows.append(f"| `{name}` | {link} | {seam} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def excluded(name: str, plugins: dict[str, Any]) -> list[str]:
+    """The plugins that cannot be active together with ``name``: a declared conflict, or the same single place."""
+    plugin, found = plugins[name], []
+    for other, theirs in plugins.items():
+        replaced = other in plugin.supersedes or name in theirs.supersedes
+        declared = other in plugin.conflicts or name in theirs.conflicts
+        shared = any(_implements(plugin, hook) and _implements(theirs, hook) for hook in SEAMS)
+        needs = any(need in theirs.conflicts for need in plugin.requires)
+        needs = needs or any(need in plugin.conflicts for need in theirs.requires)
+        if other != name and not replaced and (declared or shared or needs):
+            found.append(other)
+    return found
+
+
+def _implements(plugin: Any, hook: str) -> bool:
+    return hasattr(getattr(plugin, hook, None), "sft_impl")
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def with_table(readme: str) -> str:
+    """The README with its plugin table made anew."""
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    table = plugin_table(chinese=readme.endswith("_zh.md"))
+    return re.sub(r"(<!-- plugins -->\n).*?(\n<!-- end -->)", rf"\1{table}\2", text, flags=re.DOTALL)
+
+
 PAGES = {"settings.md": settings_page, "hooks.md": hooks_page, "commands.md": commands_page}
 
 
 def main(check: bool) -> int:
     FOLDER.mkdir(exist_ok=True)
-    stale = [name for name, page in PAGES.items() if not _same(FOLDER / name, page())]
+    pages = {FOLDER / name: page() for name, page in PAGES.items()}
+    pages.update({ROOT / readme: with_table(readme) for readme in ("README.md", "README_zh.md")})
+    stale = [path for path, text in pages.items() if not _same(path, text)]
+    names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
     if check:
-        print(f"stale: {', '.join(stale)}; run make docs" if stale else "docs/reference is current")
+        print(f"stale: {names}; run make docs" if stale else "all pages are current")
         return 1 if stale else 0
-    for name in stale:
-        (FOLDER / name).write_text(PAGES[name]().rstrip() + "\n", encoding="utf-8")
-    print(f"wrote {', '.join(stale) or 'nothing, all current'} in {FOLDER}")
+    for path in stale:
+        path.write_text(pages[path].rstrip() + "\n", encoding="utf-8")
+    print(f"wrote {names or 'nothing, all pages are current'}")
     return 0
 
 

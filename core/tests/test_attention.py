@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +134,10 @@ def logits_of(model: Any, rows: list[list[np.ndarray]], indices: bool = True) ->
     from sft.models.attention import hidden_states
 
     batch = assemble([[Example(ids, np.full_like(ids, -100)) for ids in row] for row in rows], pad_id=0)
-    found = batch.startend_row_indices if indices else None
+    if not indices:  # as if each row were one document
+        batch = dataclasses.replace(batch, lengths=tuple((sum(lengths),) for lengths in batch.lengths))
     with paddle.no_grad():
-        hidden = hidden_states(
-            model,
-            paddle.to_tensor(batch.input_ids),
-            paddle.to_tensor(batch.position_ids),
-            None if found is None else paddle.to_tensor(found),
-        )
-        return model.lm_head(hidden).numpy()
+        return model.lm_head(hidden_states(model, batch)).numpy()
 
 
 def own_logits(model: Any, ids: np.ndarray) -> np.ndarray:

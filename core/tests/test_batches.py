@@ -32,8 +32,9 @@ def test_one_document_a_row_is_padded_on_the_right() -> None:
     assert batch.input_ids.tolist() == [[1, 2, 3], [4, PAD, PAD]]
     assert batch.labels.tolist() == [[2, 3, 4], [5, -100, -100]]
     assert batch.position_ids.tolist() == [[0, 1, 2], [0, 0, 0]]
-    assert batch.startend_row_indices is None
+    assert batch.startend_row_indices[:, 0, :, 0].tolist() == [[3, 3, 3], [1, 2, 3]]
     assert batch.lengths == ((3,), (1,))
+    assert not batch.packed
     assert (batch.tokens, batch.padding_tokens, batch.target_tokens) == (4, 2, 4)
 
 
@@ -42,11 +43,11 @@ def test_documents_of_3_and_2_in_a_row_of_7() -> None:
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, PAD, PAD], [6, 7, 8, 9, 10, 11, 12]]
     assert batch.labels.tolist() == [[2, 3, 4, 5, 6, -100, -100], [7, 8, 9, 10, 11, 12, 13]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]]
-    assert batch.startend_row_indices is not None
     assert batch.startend_row_indices.shape == (2, 1, 7, 1)
     assert batch.startend_row_indices[0, 0, :, 0].tolist() == [3, 3, 3, 5, 5, 6, 7]
     assert batch.startend_row_indices[1, 0, :, 0].tolist() == [7] * 7
     assert batch.lengths == ((3, 2), (7,))
+    assert batch.packed
     assert (batch.tokens, batch.padding_tokens) == (12, 2)
 
 
@@ -54,7 +55,6 @@ def test_the_indices_describe_attention_within_each_document() -> None:
     lengths = [[2, 3, 1], [4], [1, 1]]
     rows = [[example(*range(n)) for n in row] for row in lengths]
     batch = assemble(rows, PAD)
-    assert batch.startend_row_indices is not None
     width = batch.input_ids.shape[1]
     for number, row in enumerate(lengths):
         ends = batch.startend_row_indices[number, 0, :, 0]
@@ -69,7 +69,6 @@ def test_the_indices_describe_attention_within_each_document() -> None:
 def test_types() -> None:
     batch = assemble([[example(1), example(2)]], PAD)
     assert {a.dtype for a in (batch.input_ids, batch.labels, batch.position_ids)} == {np.dtype(np.int64)}
-    assert batch.startend_row_indices is not None
     assert batch.startend_row_indices.dtype == np.int32
 
 

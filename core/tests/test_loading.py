@@ -72,9 +72,11 @@ def backend_logits(model: Any, input_ids: np.ndarray, position_ids: np.ndarray |
 
     if position_ids is None:
         position_ids = np.tile(np.arange(input_ids.shape[1]), (len(input_ids), 1))
+    one_document = tuple((input_ids.shape[1],) for _ in input_ids)
+    ends = np.full((len(input_ids), 1, input_ids.shape[1], 1), input_ids.shape[1], np.int32)
+    batch = sft.Batch(input_ids, np.full_like(input_ids, -100), position_ids, ends, one_document)
     with paddle.no_grad():
-        hidden = hidden_states(model, paddle.to_tensor(input_ids), paddle.to_tensor(position_ids), None)
-        return model.lm_head(hidden).numpy()
+        return model.lm_head(hidden_states(model, batch)).numpy()
 
 
 def largest_difference(first: np.ndarray, second: np.ndarray) -> float:

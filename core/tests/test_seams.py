@@ -159,7 +159,7 @@ def test_a_parallel_strategy_is_asked_for_everything_that_crosses_processes(
                 calls.append(("clip", max_norm))
                 return super().clip(parameters, max_norm)
 
-        return Noting()
+        return Noting(run)
 
     train("with", (providing("sft_parallel_strategy", strategy),), max_steps=2, max_grad_norm=0.7)
     train("without", max_steps=2, max_grad_norm=0.7)
@@ -186,7 +186,7 @@ def test_ranks_share_the_rows_of_a_step(train: Train) -> None:
                     seen.append([tuple(batch.input_ids[row, : batch.lengths[row][0]]) for batch, row in rows])
                     return super().backward(model, batches, loss_scale)
 
-            return Rank()
+            return Rank(run)
 
         train(
             f"{rank}-of-{world}",
@@ -492,7 +492,7 @@ def test_hooks_are_called_in_the_order_of_their_page(train: Train) -> None:
         "sft_adapt_model",
         "sft_parameter_groups",
     ]
-    step = ["sft_step_ended", "sft_evaluated", "sft_state", "sft_checkpoint_saved"]
+    step = ["sft_micro_batch", "sft_step_ended", "sft_evaluated", "sft_state", "sft_checkpoint_saved"]
     assert [event for index, event in enumerate(events) if event not in events[:index] or event not in building] == [
         *building,
         "sft_evaluated",  # the dev loss before training

@@ -108,7 +108,7 @@ class MeanOfMeans(sft.Plugin):
                     total += float(loss)
                 return total
 
-        return Strategy()
+        return Strategy(run)
 
 
 BATCHES = {"4x1": (4, 1), "2x2": (2, 2), "1x4": (1, 4)}
@@ -384,7 +384,7 @@ def test_clipping_is_by_the_global_norm(paddle: Any, max_norm: float) -> None:
     parameters = [paddle.create_parameter(gradient.shape, "float32") for gradient in gradients]
     idle = paddle.create_parameter([2], "float32")
     paddle.add_n([(p * paddle.to_tensor(g)).sum() for p, g in zip(parameters, gradients, strict=True)]).backward()
-    found = SingleProcess().clip([*parameters, idle], max_norm)
+    found = SingleProcess(None).clip([*parameters, idle], max_norm)
     norm = np.sqrt(sum((gradient.astype(np.float64) ** 2).sum() for gradient in gradients))
     factor = min(1.0, max_norm / norm) if max_norm else 1.0
     assert found == pytest.approx(norm, rel=1e-6)
@@ -396,7 +396,7 @@ def test_clipping_is_by_the_global_norm(paddle: Any, max_norm: float) -> None:
 def test_without_gradients_the_norm_is_zero(paddle: Any) -> None:
     from sft.training.strategy import SingleProcess
 
-    assert SingleProcess().clip([paddle.create_parameter([2], "float32")], 1.0) == 0.0
+    assert SingleProcess(None).clip([paddle.create_parameter([2], "float32")], 1.0) == 0.0
 
 
 def test_a_run_steps_with_the_clipped_gradients(train: Train, metrics: Metrics, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from sft.seams import (
 
 if TYPE_CHECKING:
     from sft.adapters import read_adapter
+    from sft.data.batches import assemble
     from sft.models.layers import Target, target_layers
     from sft.running import Run, Summary, run
 
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Run": "sft.running",
     "Summary": "sft.running",
+    "assemble": "sft.data.batches",
     "read_adapter": "sft.adapters",
     "run": "sft.running",
     "Target": "sft.models.layers",
@@ -59,6 +61,7 @@ __all__ = [
     "Target",
     "Turn",
     "UsageError",
+    "assemble",
     "hookimpl",
     "hookspec",
     "option",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import runtime
-from sft.activation import requests
+from sft.activation import choose, requests
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.models.source import find_model
-from sft.plugins import Plugins
+from sft.options import options_of
+from sft.plugins import Plugins, import_plugin, installed
 from sft.settings import build
 
 if TYPE_CHECKING:
@@ -48,21 +49,51 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise UsageError(f"{path} is not a readable safetensors file ({error}); copy it again.") from error
 
 
-def plugins_for(folder: Path) -> Plugins:
-    """The plugins whose metadata says that they read the adapter in ``folder``, started."""
-    kind = str(read_config(folder)["peft_type"])
-    names = requests("adapter").get(kind)
-    if not names:
-        known = ", ".join(requests("adapter")) or "none"
-        raise UsageError(f"{folder} is a {kind} adapter, which no installed plugin reads (installed: {known}).")
+def plugins_for(folder: Path | None, requested: Sequence[str] = ()) -> Plugins:
+    """What a model needs after training, started: the reader of the adapter in ``folder`` (says its metadata), the
+    quantizer that the run beside it trained over, with that run's options, and what is ``requested`` by name."""
+    names: list[str] = []
+    trained = _settings_of_run(folder) if folder is not None else {}
+    for name in trained.get("plugin", []):
+        if name in installed() and _implements(name, "sft_quantizer"):
+            names.append(name)
+    names = choose({"plugin": [*names, *requested]}, ())[0]
+    if folder is not None:
+        kind = str(read_config(folder)["peft_type"])
+        readers = requests("adapter").get(kind)
+        if not readers:
+            known = ", ".join(requests("adapter")) or "none"
+            raise UsageError(f"{folder} is a {kind} adapter, which no installed plugin reads (installed: {known}).")
+        names += [name for name in readers if name not in names]
     active = Plugins.load(names)
-    active.start(build({}, active).options)
+    values: dict[str, Any] = {}
+    for name, plugin in active:
+        if name in trained.get("plugin", []) and _implements(name, "sft_quantizer") and plugin.Options is not None:
+            values.update({key: trained[key] for key in options_of(plugin.Options) if key in trained})
+    active.start(build(values, active).options)
     return active
 
 
-def merge(model: str, adapter: Path, output: Path, say: Callable[[str], None]) -> int:
-    """Write ``model`` with ``adapter`` folded in to ``output`` (Hugging Face layout); the number of merged tensors."""
-    plugins = plugins_for(adapter)
+def _settings_of_run(folder: Path) -> dict[str, Any]:
+    """The settings of the run that wrote ``folder``, from the run.json in it or (for a checkpoint) above it."""
+    for place in (folder, folder.resolve().parent):
+        try:
+            return dict(json.loads((place / "run.json").read_text(encoding="utf-8"))["settings"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
+
+
+def _implements(name: str, hook: str) -> bool:
+    return hasattr(getattr(import_plugin(name), hook, None), "sft_impl")
+
+
+def merge(model: str, adapter: Path, output: Path, say: Callable[[str], None], requested: Sequence[str] = ()) -> int:
+    """Write ``model`` with ``adapter`` folded in to ``output`` (Hugging Face layout); the number of merged tensors.
+
+    Where the adapter was trained over a quantized base, it is folded into that: weights are quantized and read back.
+    """
+    plugins = plugins_for(adapter, requested)
     runtime.require_paddle()
     folder = find_model(model)
     tokenizer = Tokenizer(folder)
@@ -73,12 +104,15 @@ def merge(model: str, adapter: Path, output: Path, say: Callable[[str], None]) -
     from sft.models.loading import open_model
     from sft.models.saving import write_merged
 
-    return write_merged(output, open_model(folder), plugins.hook.sft_adapter_merger(folder=adapter), tokenizer)
+    merger = plugins.hook.sft_adapter_merger(folder=adapter)
+    return write_merged(output, open_model(folder), merger, tokenizer, plugins.hook.sft_quantizer(run=None))
 
 
-def load_for_inference(model: str, adapter: Path | None, say: Callable[[str], None]) -> tuple[Any, Tokenizer]:
-    """A model, with an adapter over it if one is given, and its tokenizer."""
-    plugins = plugins_for(adapter) if adapter is not None else None
+def load_for_inference(
+    model: str, adapter: Path | None, say: Callable[[str], None], requested: Sequence[str] = ()
+) -> tuple[Any, Tokenizer]:
+    """A model, with an adapter over it if one is given, and its tokenizer; a quantizer may be ``requested``."""
+    plugins = plugins_for(adapter, requested)
     runtime.require_paddle()
     folder = find_model(model)
     tokenizer = Tokenizer(folder)
@@ -86,8 +120,8 @@ def load_for_inference(model: str, adapter: Path | None, say: Callable[[str], No
 
     from sft.models.loading import load_model, open_model
 
-    loaded = load_model(open_model(folder))
-    if plugins is not None:
+    loaded = load_model(open_model(folder), plugins.hook.sft_quantizer(run=None))
+    if adapter is not None:
         plugins.hook.sft_import_adapter(model=loaded, folder=adapter)
     loaded.eval()
     return loaded, tokenizer

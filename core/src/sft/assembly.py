@@ -158,7 +158,7 @@ def load_model(run: Run, folder: Path) -> None:
     from sft.training.strategy import SingleProcess
 
     run.collator = run.hook.sft_collator(run=run) or PaddedCollator(run.tokenizer.pad_id)
-    run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess()
+    run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess(run)
     run.source = loading.open_model(folder)
     run.hook.sft_model_config(run=run, config=run.source.config)
     if run.tokenizer.vocab_size > run.source.config.vocab_size:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         AdapterFiles,
         AdapterMerger,
         AttentionBackend,
+        Batch,
         DataCollator,
         ParallelStrategy,
         ParameterGroup,
@@ -110,6 +111,11 @@ def sft_restore(run: Run, state: dict[str, Any]) -> None:
 @hookspec
 def sft_run_started(run: Run) -> None:
     """Everything is in place (``run.model``, ``run.tokenizer``); the first step is next."""
+
+
+@hookspec
+def sft_micro_batch(run: Run, batch: Batch) -> None:
+    """``batch`` is about to go forward and backward in training; draws are a function of seed and step."""
 
 
 @hookspec

@@ -44,6 +44,8 @@ class Plugin:
     api_version: ClassVar[int] = API_VERSION
     requires: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
+    supersedes: ClassVar[tuple[str, ...]] = ()
+    """Plugins that do part of what this one does; when both are requested, this one alone is active."""
     order: ClassVar[int] = 0
     """Hooks that all plugins answer are called in ascending order, then in the order of the requests."""
     Options: ClassVar[type | None] = None
@@ -114,9 +116,12 @@ class Plugins:
             if name not in classes:
                 item = _find(name, available)
                 classes[name], origins[name] = _import(item), item.origin
+        superseded = {canonical(other) for plugin in classes.values() for other in getattr(plugin, "supersedes", ())}
+        classes = {name: plugin for name, plugin in classes.items() if name not in superseded}
         ordered = dict(sorted(classes.items(), key=lambda pair: getattr(pair[1], "order", 0)))
         plugins = cls(ordered, origins)
         plugins._check_declarations()
+        plugins._check_single()
         return plugins
 
     def start(self, options: Mapping[str, Any]) -> None:
@@ -149,7 +154,6 @@ class Plugins:
                 f"Plugin {name} ({self.origin(name)}) implements a hook that no active plugin publishes ({cause}); "
                 "upgrade it, or add the plugin that it refines."
             ) from error
-        self._check_single()
 
     def _make(self, name: str, plugin: Any, options: Any) -> Any:
         try:
@@ -223,14 +227,23 @@ class Plugins:
             raise UsageError(f"Plugin {name} ({self.origin(name)}) is not well formed: {faults[0]}; upgrade it.")
 
     def _check_single(self) -> None:
-        for name in vars(self.hook):
-            caller = getattr(self.hook, name)
-            if name.startswith("_") or not getattr(getattr(caller.spec, "function", None), "sft_single", False):
-                continue
-            providers = [implementation.plugin_name for implementation in caller.get_hookimpls()]
-            if len(providers) > 1:
-                listed = " and ".join(f"{p} ({self.origin(p)})" for p in reversed(providers))
-                raise UsageError(f"Plugins {listed} both provide {name}, which has one place; leave one out.")
+        from sft import hookspecs
+
+        published = (getattr(plugin, "hookspecs", None) for plugin in self._classes.values())
+        for specs in (hookspecs, *published):
+            for hook, spec in vars(specs).items() if specs is not None else ():
+                if not getattr(spec, "sft_single", False):
+                    continue
+                # pluggy's own mark of an implementation, read before there is an instance.
+                providers = [name for name, plugin in self if hasattr(getattr(plugin, hook, None), "sft_impl")]
+                if len(providers) > 1:
+                    listed = " and ".join(f"{name} ({self.origin(name)})" for name in providers)
+                    raise UsageError(f"Plugins {listed} both provide {hook}, which has one place; leave one out.")
+
+
+def import_plugin(name: str) -> Any:
+    """The class or module of an installed plugin; :class:`UsageError` if it is missing, broken or doubled."""
+    return _import(_find(name, installed()))
 
 
 def _find(name: str, available: Mapping[str, list[Installed]]) -> Installed:

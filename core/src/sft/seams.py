@@ -37,16 +37,21 @@ class Batch:
     """What a collator makes of rows, each of which is one or several documents and then padding.
 
     ``input_ids``, ``labels`` (already shifted, -100 where nothing is learned) and ``position_ids`` (from 0 in
-    each document) are int64 [B, S]. ``startend_row_indices`` is int32 [B, 1, S, 1] in FlashMask's causal form
-    (query rows from that index on do not see the key), or None when every row holds one document, which
-    causal attention alone describes. ``lengths`` are the document lengths of each row, without padding.
+    each document) are int64 [B, S]. ``startend_row_indices`` is int32 [B, 1, S, 1] in FlashMask's causal form (query
+    rows from that index on do not see the key): documents do not see each other, and each padding token is a
+    document of its own. ``lengths`` are the document lengths of each row, without padding.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     position_ids: np.ndarray
-    startend_row_indices: np.ndarray | None
+    startend_row_indices: np.ndarray
     lengths: tuple[tuple[int, ...], ...]
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row holds several documents; if not, causal attention alone is right for all that is learned."""
+        return any(len(row) > 1 for row in self.lengths)
 
     @property
     def tokens(self) -> int:
@@ -83,11 +88,13 @@ class AttentionBackend(Protocol):
 
     packed: bool
     """Whether ``startend_row_indices`` are honoured; if not, rows of several documents are refused."""
+    describes_padding: bool
+    """Whether it wants the indices for rows of one document too, to leave their padding out."""
 
     def attend(self, query: Any, key: Any, value: Any, startend_row_indices: Any | None) -> Any:
         """Causal attention, scaled by 1/√D. query [B, S, H, D]; key, value [B, S, K, D] → [B, S, H, D].
 
-        ``startend_row_indices`` int32 [B, 1, S, 1] or None as in :class:`Batch`.
+        ``startend_row_indices`` int32 [B, 1, S, 1] as in :class:`Batch`, or None: causal attention says it all.
         """
         ...
 
@@ -117,7 +124,8 @@ class ParallelStrategy(Protocol):
         ...
 
     def backward(self, model: Any, batches: Sequence[Batch], loss_scale: float) -> float:
-        """Forward and backward over this process's micro-batches; returns their summed, unscaled loss.
+        """Forward and backward over this process's micro-batches, calling ``sft_micro_batch`` before each; returns
+        their summed, unscaled loss.
 
         Gradients are those of ``loss_scale`` × (sum of the target tokens' losses) over all data ranks.
         """

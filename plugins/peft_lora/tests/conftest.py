@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import sft
@@ -101,3 +104,55 @@ def logits_of() -> Callable[..., Any]:
         return (found[0] if isinstance(found, tuple) else found).numpy()
 
     return compute
+
+
+@pytest.fixture(scope="session")
+def input_ids(models: Path) -> np.ndarray:
+    """int64 [2, 17], of llama-tied-gqa's reference values."""
+    from safetensors.numpy import load_file
+
+    return np.asarray(load_file(models / "llama-tied-gqa" / "reference.safetensors")["input_ids"])
+
+
+@pytest.fixture
+def looking(logits_of: Callable[..., Any], input_ids: np.ndarray) -> tuple[type[sft.Plugin], list[np.ndarray]]:
+    """A plugin, and the list into which it puts the trained model's logits."""
+    found: list[np.ndarray] = []
+
+    class Look(sft.Plugin):
+        name = "look"
+
+        @sft.hookimpl
+        def sft_run_ended(self, run: sft.Run, summary: sft.Summary) -> None:
+            found.append(logits_of(run.model, input_ids))
+
+    return Look, found
+
+
+@pytest.fixture
+def fresh_logits(tmp_path: Path) -> Callable[..., np.ndarray]:
+    """Logits of a model and an adapter that a process of its own loads."""
+
+    def compute(model: Path, adapter: Path | None, ids: np.ndarray) -> np.ndarray:
+        given, found = tmp_path / "ids.npy", tmp_path / "logits.npy"
+        np.save(given, ids)
+        line = [sys.executable, "-c", _FRESH, str(model), str(adapter or ""), str(given), str(found)]
+        subprocess.run(line, check=True, capture_output=True, timeout=100)
+        return np.asarray(np.load(found))
+
+    return compute
+
+
+_FRESH = """
+import sys
+from pathlib import Path
+import numpy as np
+from sft import adapters
+model, adapter, given, found = sys.argv[1:]
+loaded, _ = adapters.load_for_inference(model, Path(adapter) if adapter else None, lambda text: None)
+import paddle
+ids = paddle.to_tensor(np.load(given))
+with paddle.no_grad():
+    logits = loaded(input_ids=ids, attention_mask=paddle.ones_like(ids))
+np.save(found, (logits[0] if isinstance(logits, tuple) else logits).numpy())
+"""

@@ -123,17 +123,13 @@ def test_a_merged_weight_is_w_plus_s_b_a(paddle: Any, models: Path, peft: Path, 
 @pytest.mark.parametrize("case", ["llama-lora-all-linear", "qwen2-lora-all-linear"])
 def test_loss_and_gradients_are_pefts(adapt: Any, models: Path, peft: Path, case: str) -> None:
     """Through the attention and the loss of training. Gradients are 1e-3 to 1 in size, float32 noise is 1e-6."""
-    import paddle
-
-    from sft.models.attention import hidden_states
-    from sft.training.loss import target_loss
+    from sft.training.strategy import batch_loss
 
     run = adapt(model_name_or_path=str(models / CASES[case]), lora_path=str(peft / case))
     expected = load_file(peft / case / "gradients.safetensors")
     ids, labels = expected.pop("input_ids"), expected.pop("labels")
-    positions = np.tile(np.arange(ids.shape[1]), (len(ids), 1))
-    hidden = hidden_states(run.model, paddle.to_tensor(ids), paddle.to_tensor(positions), None)
-    loss = target_loss(hidden, paddle.to_tensor(labels), run.model.lm_head) / 15
+    rows = [[sft.Example(*pair)] for pair in zip(ids, labels, strict=True)]
+    loss = batch_loss(run.model, sft.assemble(rows, 0)) / 15
     loss.backward()
     assert float(loss) == pytest.approx(float(expected.pop("loss")[0]), rel=1e-5)
     found = {

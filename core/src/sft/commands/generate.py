@@ -7,13 +7,14 @@ from pathlib import Path
 
 import click
 
-from sft.commands.shared import ADAPTER, MODEL
+from sft.commands.shared import ADAPTER, MODEL, PLUGIN
 from sft.errors import UsageError
 
 
 @click.command(name="generate")
 @click.option(*MODEL, required=True, help="The model: a directory or a hub name.")
 @click.option(*ADAPTER, help="An adapter for it.")
+@click.option(*PLUGIN, multiple=True, help="A quantizer, where run.json does not name it; no:NAME leaves one out.")
 @click.option("--prompt", multiple=True, help="A prompt (repeatable). Without one, each line of standard input is one.")
 @click.option("--max_new_tokens", "--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
 @click.option("--top_k", "--top-k", default=1, show_default=True, type=click.IntRange(0), help="1 is greedy.")
@@ -23,6 +24,7 @@ from sft.errors import UsageError
 def command(
     model: str,
     adapter: str | None,
+    plugins: tuple[str, ...],
     prompt: tuple[str, ...],
     max_new_tokens: int,
     top_k: int,
@@ -42,7 +44,7 @@ def command(
     if not prompts:
         raise UsageError("There is no prompt; give --prompt TEXT or lines on standard input.")
     say = lambda text: click.echo(text, err=True)  # noqa: E731
-    loaded, tokenizer = load_for_inference(model, Path(adapter) if adapter else None, say)
+    loaded, tokenizer = load_for_inference(model, Path(adapter) if adapter else None, say, plugins)
 
     for text in prompts:
         click.echo(answer(loaded, tokenizer, [Turn("user", text)], generation, seed))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sft.commands.shared import ADAPTER, MODEL
+from sft.commands.shared import ADAPTER, MODEL, PLUGIN
 
 
 @click.command(name="merge")
@@ -16,7 +16,8 @@ from sft.commands.shared import ADAPTER, MODEL
     "--output_path", "--output-path", "--merge_model_path", "--merge-model-path", "output", required=True,
     help="Where the merged model is written, in Hugging Face layout; must be new or empty.",
 )  # fmt: skip
-def command(model: str, adapter: str, output: str) -> None:
+@click.option(*PLUGIN, multiple=True, help="A quantizer, where run.json does not name it; no:NAME leaves one out.")
+def command(model: str, adapter: str, output: str, plugins: tuple[str, ...]) -> None:
     """Fold an adapter into its base model.
 
     Weights are streamed: float32 arithmetic, the base's dtype on disk. transformers loads the result as it
@@ -24,5 +25,5 @@ def command(model: str, adapter: str, output: str) -> None:
     """
     from sft.adapters import merge
 
-    changed = merge(model, Path(adapter), Path(output), click.echo)
+    changed = merge(model, Path(adapter), Path(output), click.echo, plugins)
     click.echo(f"merged {changed} tensors; written to {output}")

@@ -30,9 +30,8 @@ class PaddedCollator:
 def assemble(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
     """Put the examples of each row one after the other and pad rows on the right to the longest of them.
 
-    Positions begin at 0 in each example. With several examples in a row, ``startend_row_indices`` keeps them
-    apart (FlashMask, arXiv 2410.01359, causal form), and each padding token is a document of its own, so that
-    no row of the attention matrix is empty.
+    Positions begin at 0 in each example. ``startend_row_indices`` keeps examples apart (FlashMask, arXiv 2410.01359,
+    causal form), and each padding token is a document of its own, so that no row of the attention matrix is empty.
     """
     width = max(sum(len(example.input_ids) for example in row) for row in rows)
     shape = (len(rows), width)
@@ -51,9 +50,7 @@ def assemble(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
             ends[number, start:stop] = stop
             start = stop
         lengths.append(tuple(len(example.input_ids) for example in row))
-    packed = any(len(row) > 1 for row in rows)
-    indices = ends[:, None, :, None] if packed else None
-    return Batch(input_ids, labels, position_ids, indices, tuple(lengths))
+    return Batch(input_ids, labels, position_ids, ends[:, None, :, None], tuple(lengths))
 
 
 def make_batches(data: Encoded, collator: DataCollator, rows: Sequence[Sequence[int]], batch_size: int) -> list[Batch]:

@@ -9,15 +9,19 @@ and goes to PaddleNLP's own function.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
+
+if TYPE_CHECKING:
+    from sft.seams import Batch
 
 
 class DefaultAttention:
     """paddle's ``scaled_dot_product_attention``; rows of several documents get a dense mask, of O(S²) memory."""
 
     packed = True
+    describes_padding = False
 
     def attend(self, query: Any, key: Any, value: Any, startend_row_indices: Any | None) -> Any:
         from paddle.nn.functional import scaled_dot_product_attention
@@ -50,6 +54,7 @@ def install(model: Any, backend: Any) -> None:
         # Keys and values come unrepeated: PaddleNLP repeats them for grouped heads unless this is set.
         layer.config = copy.copy(layer.config)
         layer.config.use_flash_attention = True
+    model.sft_attention_backend = backend
 
 
 def _dispatch(backend: Any, own: Any, own_config: Any) -> Any:
@@ -75,18 +80,20 @@ def _dispatch(backend: Any, own: Any, own_config: Any) -> Any:
     return attn_func
 
 
-def hidden_states(model: Any, input_ids: Any, position_ids: Any, startend_row_indices: Any | None) -> Any:
+def hidden_states(model: Any, batch: Batch) -> Any:
     """The backbone's last hidden states [B, S, hidden] for a batch, through the installed backend."""
     import paddle
 
-    if startend_row_indices is None:
-        # One document a row: causal attention says it all. An array of length 1 stands for that.
-        startend_row_indices = paddle.full([input_ids.shape[0], 1, 1, 1], input_ids.shape[1], "int32")
+    if batch.packed or getattr(model.sft_attention_backend, "describes_padding", False):
+        indices = paddle.to_tensor(batch.startend_row_indices)
+    else:
+        # Causal attention says it all. An array of length 1 stands for that.
+        indices = paddle.full([batch.input_ids.shape[0], 1, 1, 1], batch.input_ids.shape[1], "int32")
     backbone = getattr(model, model.base_model_prefix)
     outputs = backbone(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attn_mask_startend_row_indices=startend_row_indices,
+        input_ids=paddle.to_tensor(batch.input_ids),
+        position_ids=paddle.to_tensor(batch.position_ids),
+        attn_mask_startend_row_indices=indices,
         use_cache=False,
         return_dict=False,
     )

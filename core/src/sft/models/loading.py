@@ -49,6 +49,8 @@ def load_model(source: ModelSource, quantizer: Any | None = None) -> Any:
 
 def fill(model: Any, source: ModelSource, quantizer: Any | None = None) -> None:
     """Stream the weights of ``source.folder`` into ``model``; raises as :func:`load_model` does."""
+    import numpy as np
+
     weights = Weights(source.folder, source.family)
     stored = {_paddle_name(name, weights, source.family): name for name in weights}
     if quantizer is not None:
@@ -60,7 +62,7 @@ def fill(model: Any, source: ModelSource, quantizer: Any | None = None) -> None:
     stored = {name: original for name, original in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     _compare(set(expected), set(stored), source)
     for name, parameter in expected.items():
-        parameter.set_value(_read(stored[name], parameter.shape, weights, source))
+        parameter.set_value(np.ascontiguousarray(_read(stored[name], parameter.shape, weights, source)))
 
 
 def _build(source: ModelSource) -> Any:
@@ -79,7 +81,7 @@ def _quantize(target: Target, quantizer: Any, weights: Weights, stored: dict[str
     if original is None:
         return  # reported with everything else that is missing
     shape = [target.in_features, target.out_features]
-    weight = _read(original, shape, weights, source)
+    weight = _read(original, shape, weights, source)  # a view: quantizers store [out, in], as the file does
     bias_name = stored.get(f"{name}.bias")
     bias = weights.read(bias_name) if bias_name is not None else None
     layer = quantizer.quantize(name, weight, bias)
@@ -94,11 +96,9 @@ def _paddle_name(name: str, weights: Weights, family: Family) -> str:
 
 
 def _read(name: str, shape: list[int], weights: Weights, source: ModelSource) -> Any:
-    import numpy as np
-
     array = weights.read(name)
     if weights.layout == "hf" and source.family.is_transposed(name, array.ndim):
-        array = np.ascontiguousarray(array.T)
+        array = array.T
     if list(array.shape) != list(shape):
         raise UsageError(
             f"{source.folder}: tensor {name} has shape {list(weights.shape(name))}, which does not fit config.json."

@@ -17,7 +17,7 @@ from sft.models.source import Weights
 if TYPE_CHECKING:
     import numpy as np
 
-    from sft.seams import AdapterMerger
+    from sft.seams import AdapterMerger, Quantizer
 
 SHARD_BYTES = 2 << 30
 
@@ -78,9 +78,16 @@ def write_model(folder: Path, model: Any, source: ModelSource, tokenizer: Tokeni
     _write_settings(folder, source, tokenizer, "float32")
 
 
-def write_merged(folder: Path, source: ModelSource, merger: AdapterMerger, tokenizer: Tokenizer) -> int:
+def write_merged(
+    folder: Path,
+    source: ModelSource,
+    merger: AdapterMerger,
+    tokenizer: Tokenizer,
+    quantizer: Quantizer | None = None,
+) -> int:
     """``source``'s weights with an adapter folded in, tensor by tensor: float32 arithmetic, the base's dtype.
 
+    With a ``quantizer`` the Linears of the blocks are quantized and read back first, and all is written in float32.
     The folder appears complete under its name or not at all. Returns the number of tensors that changed.
     """
     import numpy as np
@@ -100,10 +107,14 @@ def write_merged(folder: Path, source: ModelSource, merger: AdapterMerger, token
             name = original if weights.layout == "hf" else source.family.to_hf(original)
             if weights.layout == "paddle" and source.family.is_transposed(original, stored.ndim):
                 stored = np.ascontiguousarray(stored.T)
-            dtypes.add(str(stored.dtype))
-            weight = merger.merge(name, stored.astype(np.float32))
-            changed += int(not np.array_equal(weight, stored.astype(np.float32)))
-            yield name, np.ascontiguousarray(weight.astype(stored.dtype))
+            dtypes.add("float32" if quantizer is not None else str(stored.dtype))
+            base = stored.astype(np.float32)
+            if quantizer is not None and base.ndim == 2 and ".layers." in name:
+                layer = quantizer.quantize(name.removesuffix(".weight"), np.ascontiguousarray(base.T), None)
+                base = base if layer is None else layer.dequantize().numpy().T
+            weight = merger.merge(name, base)
+            changed += int(not np.array_equal(weight, base))
+            yield name, np.ascontiguousarray(weight.astype(np.float32 if quantizer is not None else stored.dtype))
 
     with staged_folder(folder) as staging:
         write_tensors(staging, merged())

@@ -77,7 +77,8 @@ class Weights:
         if name in self._pickled:
             array = np.asarray(self._pickled[name])
         else:
-            array = np.asarray(self._open(self._where[name]).get_tensor(name))
+            # A handle of its own: an open one keeps every page of the file that was ever read in memory.
+            array = np.asarray(_safetensors(self._where[name]).get_tensor(name))
         # paddle has no bfloat16 in numpy: its files, and PaddleNLP's safetensors, say uint16 for the same bits.
         return array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
 
@@ -111,15 +112,19 @@ class Weights:
 
     def _open(self, path: Path) -> Any:
         if path not in self._handles:
-            from safetensors import safe_open
-
-            try:
-                self._handles[path] = safe_open(str(path), framework="numpy")
-            except Exception as error:
-                raise UsageError(f"{path} is not a readable safetensors file ({error}); copy it again.") from error
+            self._handles[path] = _safetensors(path)
         return self._handles[path]
 
     def _load_pdparams(self, path: Path) -> None:
         import paddle
 
         self._pickled.update(paddle.load(str(path), return_numpy=True))
+
+
+def _safetensors(path: Path) -> Any:
+    from safetensors import safe_open
+
+    try:
+        return safe_open(str(path), framework="numpy")
+    except Exception as error:
+        raise UsageError(f"{path} is not a readable safetensors file ({error}); copy it again.") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import paddle
 
@@ -11,17 +11,13 @@ from sft.models.attention import hidden_states
 from sft.seams import Batch
 from sft.training.loss import target_loss
 
+if TYPE_CHECKING:
+    from sft.running import Run
+
 
 def batch_loss(model: Any, batch: Batch) -> Any:
     """Summed loss of a batch's target tokens, a scalar tensor."""
-    indices = batch.startend_row_indices
-    hidden = hidden_states(
-        model,
-        paddle.to_tensor(batch.input_ids),
-        paddle.to_tensor(batch.position_ids),
-        None if indices is None else paddle.to_tensor(indices),
-    )
-    return target_loss(hidden, paddle.to_tensor(batch.labels), model.lm_head)
+    return target_loss(hidden_states(model, batch), paddle.to_tensor(batch.labels), model.lm_head)
 
 
 class SingleProcess:
@@ -31,12 +27,16 @@ class SingleProcess:
     data_world = 1
     is_main = True
 
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
     def wrap(self, model: Any) -> Any:
         return model
 
     def backward(self, model: Any, batches: Sequence[Batch], loss_scale: float) -> float:
         total = 0.0
         for batch in batches:
+            self._run.hook.sft_micro_batch(run=self._run, batch=batch)
             loss = batch_loss(model, batch)
             (loss * loss_scale).backward()
             total += float(loss)

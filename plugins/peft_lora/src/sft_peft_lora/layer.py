@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import paddle
 
 
 class LoraLinear(paddle.nn.Layer):
     """A frozen Linear (or the layer that stands for one) and a trainable low-rank update beside it.
 
-    ``lora_A`` float32 [in, r], ``lora_B`` float32 [r, out]. Input [..., in] → output [..., out].
+    ``lora_A`` float32 [in, r], ``lora_B`` float32 [r, out]. Input [..., in] → output [..., out]. A refinement may
+    :meth:`subtract` a frozen pair from the base.
     """
 
     def __init__(self, base: Any, in_features: int, out_features: int, rank: int, scaling: float, dropout: float):
@@ -22,8 +24,22 @@ class LoraLinear(paddle.nn.Layer):
         self.lora_A = self.create_parameter([in_features, rank], dtype="float32", default_initializer=zero)
         self.lora_B = self.create_parameter([rank, out_features], dtype="float32", default_initializer=zero)
         self.dropout = paddle.nn.Dropout(dropout) if dropout else None
+        self._frozen: tuple[Any, Any] | None = None
+
+    def subtract(self, a: np.ndarray, b: np.ndarray) -> None:
+        """From now on the base is W − s·a·b; float32 [in, r] and [r, out]."""
+        self._frozen = (paddle.to_tensor(a), paddle.to_tensor(b))
+
+    def subtracted(self) -> tuple[np.ndarray, np.ndarray]:
+        """The pair given to :meth:`subtract`."""
+        assert self._frozen is not None
+        return self._frozen[0].numpy(), self._frozen[1].numpy()
 
     def forward(self, x: Any) -> Any:
         update = x if self.dropout is None else self.dropout(x)
+        y = self.base(x) + self._product(update, self.lora_A, self.lora_B)
+        return y if self._frozen is None else y - self._product(x, *self._frozen)
+
+    def _product(self, x: Any, a: Any, b: Any) -> Any:
         # Scaled where it is smallest: [..., r].
-        return self.base(x) + paddle.matmul(paddle.matmul(update, self.lora_A) * self.scaling, self.lora_B)
+        return paddle.matmul(paddle.matmul(x, a) * self.scaling, b)

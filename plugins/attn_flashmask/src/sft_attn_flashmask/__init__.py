@@ -1,0 +1,1 @@
+"""FlashAttention and FlashMask as sft plugins."""

@@ -1,0 +1,54 @@
+"""Plugins ``flash-attention`` and ``flashmask``: attention without an [S, S] tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import sft
+
+if TYPE_CHECKING:
+    from sft import AttentionBackend, Run
+
+
+class _Backend:
+    """16-bit tensors on a GPU go to paddle's kernels, everything else to the blockwise implementation."""
+
+    packed = True
+    describes_padding = True
+
+    def attend(self, query: Any, key: Any, value: Any, startend_row_indices: Any | None) -> Any:
+        from paddle.nn.functional import flashmask_attention
+        from paddle.nn.functional.flash_attention import flash_attention
+
+        from sft_attn_flashmask.blockwise import attention
+
+        if not (query.place.is_gpu_place() and str(query.dtype).endswith("float16")):  # or bfloat16
+            return attention(query, key, value, startend_row_indices)
+        if startend_row_indices is None:
+            return flash_attention(query, key, value, causal=True)[0]
+        return flashmask_attention(query, key, value, startend_row_indices=startend_row_indices, causal=True)
+
+
+class FlashAttention(sft.Plugin):
+    """Attention in blocks: memory linear in the row (arXiv 2205.14135)."""
+
+    name = "flash-attention"
+    summary = "Attention in blocks, memory linear in the length of a row (FlashAttention)."
+    reference = "arXiv 2205.14135"
+
+    @sft.hookimpl
+    def sft_attention_backend(self, run: Run, config: Any) -> AttentionBackend:
+        return _Backend()
+
+
+class FlashMask(sft.Plugin):
+    """Attention in blocks that skips what column-wise masks hide (arXiv 2410.01359)."""
+
+    name = "flashmask"
+    summary = "Attention in blocks that skips what is masked: documents of a packed row, padding (FlashMask)."
+    reference = "arXiv 2410.01359"
+    supersedes = ("flash-attention",)
+
+    @sft.hookimpl
+    def sft_attention_backend(self, run: Run, config: Any) -> AttentionBackend:
+        return _Backend()

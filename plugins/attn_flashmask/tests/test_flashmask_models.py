@@ -1,0 +1,188 @@
+"""Through models and runs: losses, gradients and text are those of the default attention, padded and packed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sft import activation
+from sft.data.batches import assemble
+from sft.data.tokenizer import Tokenizer
+from sft.plugins import Plugins
+from sft.seams import Batch, Example
+from sft.settings import build
+
+CASES = ["llama-tied-gqa", "llama3-scaled", "qwen2-untied"]
+needs_lora = pytest.mark.skipif(find_spec("sft_peft_lora") is None, reason="plugin lora is not installed")
+
+
+def backend_of(name: str) -> Any:
+    if name == "default":
+        from sft.models.attention import DefaultAttention
+
+        return DefaultAttention()
+    active = Plugins.load([name])
+    active.start(build({}, active).options)
+    return active.hook.sft_attention_backend(run=None, config=None)
+
+
+def load(folder: Path, backend: Any = None) -> Any:
+    from sft.models.attention import install
+    from sft.models.loading import load_model, open_model
+
+    model = load_model(open_model(folder))
+    if backend is not None:
+        install(model, backend)
+    return model
+
+
+def batch_of(rows: list[tuple[int, ...]]) -> Batch:
+    """Random documents of these lengths; the first third of each is a prompt."""
+    generator = np.random.default_rng(7)
+    made: dict[int, Example] = {}
+    for size in [size for row in rows for size in row]:
+        ids = generator.integers(3, 300, size)
+        labels = np.append(ids[1:], -100)
+        labels[: size // 3] = -100
+        made.setdefault(size, Example(ids, labels))
+    return assemble([[made[size] for size in row] for row in rows], pad_id=0)
+
+
+def loss_and_gradients(folder: Path, backend: str, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+    from sft.training.strategy import batch_loss
+
+    model = load(folder, backend_of(backend))
+    loss = batch_loss(model, batch)
+    loss.backward()
+    return float(loss), {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compare(found: tuple[float, dict[str, np.ndarray]], expected: tuple[float, dict[str, np.ndarray]]) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert np.abs(found[1][name] - gradient).max() <= 1e-5 * np.abs(gradient).max(), name
+
+
+PACKED = [(5, 9, 12), (20, 3), (17,)]
+PADDED = [(size,) for row in PACKED for size in row]
+
+
+@pytest.mark.parametrize("rows", [PADDED, PACKED], ids=["padded", "packed"])
+@pytest.mark.parametrize("backend", ["flashmask", "flash-attention"])
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_are_those_of_the_default(
+    paddle: Any, models: Path, case: str, backend: str, rows: list[tuple[int, ...]]
+) -> None:
+    batch = batch_of(rows)
+    compare(loss_and_gradients(models / case, backend, batch), loss_and_gradients(models / case, "default", batch))
+
+
+@pytest.mark.parametrize("backend", ["flashmask", "flash-attention"])
+@pytest.mark.parametrize("case", CASES)
+def test_packed_is_unpacked(paddle: Any, models: Path, case: str, backend: str) -> None:
+    found, expected = (loss_and_gradients(models / case, backend, batch_of(rows)) for rows in (PACKED, PADDED))
+    compare(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["flashmask", "flash-attention"])
+def test_padding_is_described_and_packing_honoured(paddle: Any, backend: str) -> None:
+    found = backend_of(backend)
+    assert found.packed
+    assert found.describes_padding
+
+
+@pytest.mark.parametrize("backend", ["flashmask", "flash-attention"])
+def test_16_bit_tensors_on_a_gpu_go_to_paddles_kernels(
+    paddle: Any, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """With stand-ins for tensors and kernels: this says what is called, not what it computes."""
+    from paddle.nn.functional import flash_attention as module
+
+    def fused(*tensors: Any, causal: bool) -> tuple[Any, None]:
+        return ("flash", tensors, causal), None
+
+    def masked(*tensors: Any, startend_row_indices: Any, causal: bool) -> Any:
+        return "mask", tensors, causal, startend_row_indices
+
+    monkeypatch.setattr(module, "flash_attention", fused)
+    monkeypatch.setattr(paddle.nn.functional, "flashmask_attention", masked)
+    for dtype in ("paddle.bfloat16", "paddle.float16"):
+        tensor = SimpleNamespace(place=SimpleNamespace(is_gpu_place=lambda: True), dtype=dtype)
+        tensors = (tensor, tensor, tensor)
+        assert backend_of(backend).attend(*tensors, None) == ("flash", tensors, True)
+        assert backend_of(backend).attend(*tensors, "indices") == ("mask", tensors, True, "indices")
+
+
+@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied"])
+def test_generation_is_the_same_after_installing(paddle: Any, models: Path, case: str) -> None:
+    tokenizer = Tokenizer(models / case)
+    prompt = paddle.to_tensor([tokenizer.encode("Hello there, how are you?")])
+
+    def generated(model: Any) -> np.ndarray:
+        with paddle.no_grad():
+            return model.generate(
+                input_ids=prompt,
+                attention_mask=paddle.ones_like(prompt),
+                max_new_tokens=8,
+                decode_strategy="greedy_search",
+                eos_token_id=-1,
+                pad_token_id=0,
+                bos_token_id=0,
+            )[0].numpy()
+
+    expected, found = generated(load(models / case)), generated(load(models / case, backend_of("flashmask")))
+    assert found.shape == (1, 8)
+    np.testing.assert_array_equal(found, expected)
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+
+def losses(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [value for line in lines for key, value in line.items() if key in ("loss", "eval_loss")]
+
+
+@needs_lora
+@pytest.mark.parametrize("backend", ["flashmask", "flash-attention"])
+@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied"])
+def test_a_lora_run_has_the_losses_of_the_default(
+    train: Callable[..., Any], models: Path, tmp_path: Path, case: str, backend: str
+) -> None:
+    model = str(models / case)
+    train("default", plugin=["lora"], model_name_or_path=model)
+    train("blockwise", plugin=["lora", backend], model_name_or_path=model)
+    found, expected = losses(tmp_path / "blockwise"), losses(tmp_path / "default")
+    assert len(found) >= 5
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_flashmask_takes_the_place_of_flash_attention(paddle: Any) -> None:
+    active = Plugins.load(["flash-attention", "flashmask"])
+    active.start(build({}, active).options)
+    assert active.provider("sft_attention_backend") == "flashmask"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"use_flash_attention": True}, ["flash-attention"]),
+        ({"flash_mask": True}, ["flashmask"]),
+        ({"use_flash_attention": "true", "flash_mask": "true"}, ["flash-attention", "flashmask"]),
+        ({"use_flash_attention": False, "flash_mask": False}, []),
+        ({"flashmask": True}, ["flashmask"]),
+    ],
+    ids=str,
+)
+def test_paddlenlps_settings_activate(settings: dict[str, Any], expected: list[str]) -> None:
+    names, left = activation.choose(settings, ())
+    assert sorted(names) == expected
+    assert not left

@@ -1,0 +1,1 @@
+"""Packing as sft plugins: several records share a row and do not see each other."""

@@ -1,0 +1,1 @@
+"""NEFTune as an sft plugin."""

@@ -1,0 +1,35 @@
+"""Plugin ``lora-plus``: B learns faster than A (arXiv 2402.12354)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import sft
+from sft import ParameterGroup, Run
+
+
+@dataclass
+class LoraPlusOptions:
+    lora_plus_scale: float = sft.option(16.0, "learning rate of B divided by that of A", above=0)
+
+
+class LoraPlus(sft.Plugin):
+    """lr(B) = λ · lr(A), in parameter groups of their own."""
+
+    name = "lora-plus"
+    summary = "Train LoRA's B with a larger learning rate than its A."
+    reference = "arXiv 2402.12354"
+    requires = ("lora",)
+    Options = LoraPlusOptions
+
+    @sft.hookimpl
+    def sft_parameter_groups(self, run: Run, groups: list[ParameterGroup]) -> None:
+        for group in list(groups):
+            faster = {name: p for name, p in group.parameters.items() if name.endswith(".lora_B")}
+            if not faster:
+                continue
+            for name in faster:
+                del group.parameters[name]
+            scaled = group.learning_rate * self.options.lora_plus_scale
+            groups.append(replace(group, name=f"{group.name}_lora_B", parameters=faster, learning_rate=scaled))
+        groups[:] = [group for group in groups if group.parameters]

@@ -1,0 +1,1 @@
+"""VeRA as an sft plugin."""

@@ -1,0 +1,126 @@
+"""Plugin ``vera``: one shared random pair for all layers; two vectors a layer train (arXiv 2310.11454)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import sft
+from sft import AdapterFiles, UsageError
+
+if TYPE_CHECKING:
+    from sft import AdapterMerger, Run
+
+
+@dataclass
+class VeraOptions:
+    vera_rank: int = sft.option(8, "rank r of the shared pair", minimum=1)
+    vera_d_initial: float = sft.option(0.1, "initial value of the vectors d")
+    vera_dropout: float = sft.option(0.0, "dropout on the update's input, training only", minimum=0, maximum=0.99)
+    vera_target_modules: list[str] = sft.option(
+        [], "layer names (q_proj) or regular expressions over whole names; unset: every Linear of the blocks"
+    )
+
+
+class Vera(sft.Plugin):
+    """y = x·W + ((x·A) ⊙ d)·B ⊙ b; A and B are Kaiming-uniform, frozen, and sliced to each layer's shape."""
+
+    name = "vera"
+    summary = "Vector-based random adaptation: two vectors a layer over one shared frozen pair."
+    reference = "arXiv 2310.11454"
+    conflicts = ("lora",)
+    Options = VeraOptions
+
+    def __init__(self, options: VeraOptions) -> None:
+        super().__init__(options)
+        self.layers: dict[str, Any] = {}
+        """The adapted layers by their target's Hugging Face name."""
+        self.targets: list[str] = []
+        """Names of all layers that could have been adapted."""
+        self.pair: Any = None
+
+    @sft.hookimpl
+    def sft_adapt_model(self, run: Run, model: Any) -> None:
+        from sft_peft_vera.layer import SharedPair
+
+        self.targets = [target.name for target in sft.target_layers(model)]
+        targets = sft.target_layers(model, self.options.vera_target_modules)
+        rank, rng = self.options.vera_rank, run.rng("vera projections")
+        widest = max(target.in_features for target in targets), max(target.out_features for target in targets)
+        self.pair = SharedPair(_kaiming(rng, (rank, widest[0]), widest[0]).T, _kaiming(rng, (widest[1], rank), rank).T)
+        self._wrap(targets)
+        count = sum(layer.vera_d.size + layer.vera_b.size for layer in self.layers.values())
+        run.say(f"vera: {len(self.layers)} layers, rank {rank}, {int(count):,} trainable parameters")
+
+    @sft.hookimpl
+    def sft_export_adapter(self, run: Run, model: Any) -> AdapterFiles:
+        from sft_peft_vera.files import adapter_files
+
+        vectors = {name: (layer.vera_b.numpy(), layer.vera_d.numpy()) for name, layer in self.layers.items()}
+        seed, base = run.settings.training.seed, str(run.settings.model.model_name_or_path)
+        pair = self.pair.a.numpy(), self.pair.b.numpy()
+        return adapter_files(vectors, *pair, self._modules(), self.options, seed, base)
+
+    @sft.hookimpl
+    def sft_state(self, run: Run) -> dict[str, Any]:
+        return {"A": self.pair.a.numpy(), "B": self.pair.b.numpy()}
+
+    @sft.hookimpl
+    def sft_restore(self, run: Run, state: dict[str, Any]) -> None:
+        # Drawn again they should be the same; the vectors are worth nothing over others.
+        self.pair.set(state["A"], state["B"])
+
+    @sft.hookimpl
+    def sft_import_adapter(self, model: Any, folder: Path) -> bool:
+        from sft_peft_vera.files import VeraFolder
+        from sft_peft_vera.layer import SharedPair
+
+        adapter = VeraFolder(folder)
+        self.pair = SharedPair(adapter.a, adapter.b)
+        targets = {target.name: target for target in sft.target_layers(model)}
+        for name in adapter.vectors:
+            target = targets.get(name)
+            if target is None or not adapter.fits(name, target.in_features, target.out_features):
+                raise UsageError(f"The adapter in {folder} has vectors for {name}, which do not fit this model.")
+        self._wrap([targets[name] for name in adapter.vectors])
+        for name, (b, d) in adapter.vectors.items():
+            self.layers[name].vera_b.set_value(b)
+            self.layers[name].vera_d.set_value(d)
+        return True
+
+    @sft.hookimpl
+    def sft_adapter_merger(self, folder: Path) -> AdapterMerger:
+        from sft_peft_vera.files import VeraMerger
+
+        return VeraMerger(folder)
+
+    def _modules(self) -> list[str]:
+        """``target_modules`` as PEFT reads it: last parts of names, or whole names where only some layers match."""
+        kinds = {name.rpartition(".")[2] for name in self.layers}
+        everywhere = {name for name in self.targets if name.rpartition(".")[2] in kinds}
+        return sorted(kinds if everywhere == set(self.layers) else self.layers)
+
+    def _wrap(self, targets: list[Any]) -> None:
+        from sft_peft_vera.layer import VeraLinear
+
+        for target in targets:
+            layer = VeraLinear(
+                target.layer,
+                target.in_features,
+                target.out_features,
+                self.pair,
+                self.options.vera_d_initial,
+                self.options.vera_dropout,
+            )
+            target.replace(layer)
+            self.layers[target.name] = layer
+
+
+def _kaiming(rng: np.random.Generator, shape: tuple[int, int], fan: int) -> np.ndarray:
+    """Kaiming-uniform: U(±√(6 / fan)), float32."""
+    bound = math.sqrt(6.0 / fan)
+    return rng.uniform(-bound, bound, shape).astype(np.float32)

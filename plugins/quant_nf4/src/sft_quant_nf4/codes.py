@@ -1,0 +1,197 @@
+"""Quantized weights as arrays, in numpy: what is stored, and how it is made. Weights are [out, in], row-major.
+
+NF4 and FP4 (arXiv 2305.14314; codes and layout as bitsandbytes has them): blocks of ``blocksize`` values, one absmax a
+block, the nearest of 16 values, the first value of a pair in the high four bits. Double quantization stores the
+absmax less their mean in 8 bits of a signed dynamic map, in blocks of 256. INT8: absmax / 127 of each output channel.
+INT4: absmax / 7 of each output channel, or of each group of ``group`` inputs; stored plus 8, two a byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+NF4 = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)  # fmt: skip
+_FP4 = [0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25]
+FP4 = np.array(_FP4 + [0.0 - value for value in _FP4], np.float32)
+CODEBOOKS = {"nf4": NF4, "fp4": FP4}
+
+_CHUNK = 1 << 17
+"""Values that are coded at a time: bounds the scratch memory beside the weight."""
+
+
+@dataclass
+class Blocks:
+    """A 4-bit weight: ``codes`` uint8 [ceil(n / 2)], ``absmax`` float32 [blocks], or its double-quantized form."""
+
+    codes: np.ndarray
+    absmax: np.ndarray | None
+    double: DoubleAbsmax | None
+    shape: tuple[int, int]
+    kind: str
+    blocksize: int
+
+    def scales(self) -> np.ndarray:
+        """float32 [blocks]."""
+        if self.double is not None:
+            return self.double.read()
+        assert self.absmax is not None
+        return self.absmax
+
+    def read(self) -> np.ndarray:
+        """The weight, float32 [out, in]."""
+        size = self.shape[0] * self.shape[1]
+        values = pair_table(self.kind)[self.codes].reshape(-1)[:size]
+        padded = np.zeros(-(-size // self.blocksize) * self.blocksize, np.float32)
+        padded[:size] = values
+        scaled = padded.reshape(-1, self.blocksize) * self.scales()[:, None]
+        return scaled.reshape(-1)[:size].reshape(self.shape)
+
+
+@dataclass
+class DoubleAbsmax:
+    """absmax in 8 bits: ``codes`` uint8 [blocks], ``absmax`` float32 [blocks / 256], ``offset`` their mean."""
+
+    codes: np.ndarray
+    absmax: np.ndarray
+    offset: np.float32
+
+    def read(self) -> np.ndarray:
+        values = DYNAMIC[self.codes]
+        scale = np.repeat(self.absmax, 256)[: len(values)]
+        return (values * scale + self.offset).astype(np.float32)
+
+
+def pair_table(kind: str) -> np.ndarray:
+    """float32 [256, 2]: the two values that a byte of codes stands for."""
+    byte = np.arange(256)
+    return np.stack([CODEBOOKS[kind][byte >> 4], CODEBOOKS[kind][byte & 15]], axis=1)
+
+
+def nearest(values: np.ndarray, kind: str) -> np.ndarray:
+    """Codes uint8 of values in [-1, 1], as bitsandbytes chooses: halfway between two it is the lower one.
+
+    FP4 has two zeros: values that round to zero get code 0 up to zero itself, and code 8 above it.
+    """
+    # A stable order of the two zeros; comparing with all 15 midpoints takes a tenth of the time of a binary search.
+    order = np.argsort(CODEBOOKS[kind], kind="stable").astype(np.uint8)
+    ascending = CODEBOOKS[kind][order]
+    above = np.zeros(values.shape, np.uint8)
+    for middle in (ascending[1:] + ascending[:-1]) / 2:
+        above += values > middle
+    return order[above]
+
+
+def quantize_blocks(weight: np.ndarray, kind: str, blocksize: int, double: bool) -> Blocks:
+    """float32 [out, in] → 4-bit blocks."""
+    flat = weight.reshape(-1)
+    size = flat.size
+    codes = np.zeros(-(-size // 2), np.uint8)
+    absmax = np.zeros(-(-size // blocksize), np.float32)
+    step = max(1, _CHUNK // (2 * blocksize)) * 2 * blocksize
+    for start in range(0, size, step):
+        part = flat[start : start + step]
+        blocks = -(-part.size // blocksize)
+        padded = np.zeros(blocks * blocksize, np.float32)
+        padded[: part.size] = part
+        padded = padded.reshape(blocks, blocksize)
+        scale = np.abs(padded).max(axis=1)
+        absmax[start // blocksize : start // blocksize + blocks] = scale
+        unit = padded * (1.0 / np.where(scale == 0, np.float32(1), scale)).astype(np.float32)[:, None]
+        code = nearest(unit.reshape(-1)[: part.size + part.size % 2], kind)
+        codes[start // 2 : start // 2 + len(code) // 2] = (code[0::2] << 4) | code[1::2]
+    doubled = double_quantize(absmax) if double else None
+    return Blocks(codes, None if double else absmax, doubled, (weight.shape[0], weight.shape[1]), kind, blocksize)
+
+
+def _dynamic_map() -> np.ndarray:
+    """bitsandbytes' signed 8-bit dynamic map: 7 decades, each split linearly into as many steps as bits are left.
+
+    Rounded as torch rounds: its linspace counts from both ends in steps of float32, and all that follows is float32.
+    """
+    values = [np.array([0, 1], np.float32)]
+    for decade in range(7):
+        steps = 2**decade
+        step, place = float((np.float32(1) - np.float32(0.1)) / np.float32(steps)), np.arange(steps + 1)
+        up, down = float(np.float32(0.1)) + step * place, 1 - step * (steps - place)
+        edges = np.where(place < (steps + 1) // 2, up, down).astype(np.float32)
+        means = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (decade - 6))
+        values += [means, -means]
+    return np.sort(np.concatenate(values))
+
+
+DYNAMIC = _dynamic_map()
+
+
+def double_quantize(absmax: np.ndarray) -> DoubleAbsmax:
+    """absmax float32 [blocks] → 8 bits each."""
+    offset = np.float32(absmax.mean())
+    return DoubleAbsmax(*_eight_bits(absmax - offset), offset)
+
+
+def _eight_bits(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of the dynamic map uint8 [n], and the float32 absmax of each 256."""
+    padded = np.zeros(-(-len(values) // 256) * 256, np.float32)
+    padded[: len(values)] = values
+    padded = padded.reshape(-1, 256)
+    absmax = np.abs(padded).max(axis=1)
+    unit = (padded / np.where(absmax == 0, np.float32(1), absmax)[:, None]).reshape(-1)[: len(values)]
+    # bitsandbytes looks codes up in a table of 65,536 steps; without its rounding one code in a thousand differs.
+    steps = np.float32(32767.5)
+    unit = np.floor((unit + 1) * steps + np.float32(0.5)) / steps - 1
+    upper = np.clip(np.searchsorted(DYNAMIC, unit), 1, 255)
+    lower = upper - 1
+    codes = np.where(np.abs(unit - DYNAMIC[lower]) <= np.abs(DYNAMIC[upper] - unit), lower, upper)
+    return codes.astype(np.uint8), absmax
+
+
+INT4_PAIRS = np.stack([np.arange(256) >> 4, np.arange(256) & 15], axis=1).astype(np.float32) - 8
+"""float32 [256, 2]: the two whole numbers that a byte stands for."""
+
+
+@dataclass
+class Channels:
+    """An 8- or 4-bit weight: ``scales`` float32 [out, groups]; ``codes`` int8 [out, in], or uint8 [out, in / 2]."""
+
+    codes: np.ndarray
+    scales: np.ndarray
+    shape: tuple[int, int]
+    bits: int
+
+    def read(self) -> np.ndarray:
+        """The weight, float32 [out, in]."""
+        out, size = self.shape
+        values = self.codes.astype(np.float32)
+        if self.bits == 4:
+            values = INT4_PAIRS[self.codes].reshape(out, -1)[:, :size]
+        return (values.reshape(out, self.scales.shape[1], -1) * self.scales[..., None]).reshape(out, size)
+
+
+def quantize_channels(weight: np.ndarray, bits: int, group: int | None) -> Channels:
+    """float32 [out, in] → whole numbers of ``bits`` bits with a scale for each output channel, or ``group`` inputs."""
+    out, size = weight.shape
+    width = group or size
+    rows = max(1, _CHUNK // size)
+    parts = [
+        _whole(weight[start : start + rows].reshape(-1, size // width, width), bits) for start in range(0, out, rows)
+    ]
+    scales = np.concatenate([part[1] for part in parts])
+    return Channels(np.concatenate([part[0] for part in parts]), scales, (out, size), bits)
+
+
+def _whole(parts: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """[rows, groups, width] → stored codes [rows, ...] and scales [rows, groups]."""
+    largest = 2 ** (bits - 1) - 1
+    scales = np.abs(parts).max(axis=2) / np.float32(largest)
+    safe = np.where(scales == 0, np.float32(1), scales)
+    whole = np.clip(np.rint(parts / safe[..., None]), -largest, largest).reshape(len(parts), -1)
+    if bits == 8:
+        return whole.astype(np.int8), scales
+    size = whole.shape[1]
+    shifted = np.full((len(parts), size + size % 2), 8, np.uint8)
+    shifted[:, :size] = (whole + 8).astype(np.uint8)
+    return (shifted[:, 0::2] << 4) | shifted[:, 1::2], scales

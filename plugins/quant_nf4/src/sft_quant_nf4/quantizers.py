@@ -1,0 +1,129 @@
+"""Plugins ``nf4``, ``fp4``, ``int8``, ``int4``: the base model's Linears in 4 or 8 bits (QLoRA, arXiv 2305.14314)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+import sft
+from sft import UsageError
+
+if TYPE_CHECKING:
+    from sft import Quantizer, Run
+
+
+class _Quantizer:
+    """The seam's object around one function from a weight [out, in] and a bias to a layer."""
+
+    def __init__(self, make: Callable[[np.ndarray, np.ndarray | None], Any]) -> None:
+        self._make = make
+
+    def quantize(self, name: str, weight: np.ndarray, bias: np.ndarray | None) -> Any:
+        return self._make(np.ascontiguousarray(weight.T), bias)
+
+
+@dataclass
+class Nf4Options:
+    weight_quantize_algo: str | None = sft.option(None, "PaddleNLP's way of asking for this plugin", choices=("nf4",))
+    qlora_weight_blocksize: int = sft.option(64, "values that share an absmax", minimum=2)
+    qlora_weight_double_quant: bool = sft.option(False, "store the absmax in 8 bits too")
+
+
+@dataclass
+class Fp4Options:
+    weight_quantize_algo: str | None = sft.option(None, "PaddleNLP's way of asking for this plugin", choices=("fp4",))
+    qlora_weight_blocksize: int = sft.option(64, "values that share an absmax", minimum=2)
+    qlora_weight_double_quant: bool = sft.option(False, "store the absmax in 8 bits too")
+
+
+@dataclass
+class Int8Options:
+    weight_quantize_algo: str | None = sft.option(
+        None, "PaddleNLP's way of asking for this plugin", choices=("weight_only_int8",)
+    )
+
+
+@dataclass
+class Int4Options:
+    weight_quantize_algo: str | None = sft.option(
+        None, "PaddleNLP's way of asking for this plugin", choices=("weight_only_int4",)
+    )
+    weight_only_group_size: int | None = sft.option(
+        None, "inputs that share a scale; unset: all of a channel", minimum=2
+    )
+
+
+class _FourBit(sft.Plugin):
+    kind: ClassVar[str]
+    reference = "arXiv 2305.14314"
+
+    @sft.hookimpl
+    def sft_check(self, run: Run) -> None:
+        if self.options.qlora_weight_blocksize % 2:
+            raise UsageError("qlora_weight_blocksize must be even: two values share a byte.")
+
+    @sft.hookimpl
+    def sft_quantizer(self, run: Run) -> Quantizer:
+        from sft_quant_nf4.codes import quantize_blocks
+        from sft_quant_nf4.layers import BlockLinear
+
+        size, double = self.options.qlora_weight_blocksize, self.options.qlora_weight_double_quant
+        return _Quantizer(lambda weight, bias: BlockLinear(quantize_blocks(weight, self.kind, size, double), bias))
+
+
+class Nf4(_FourBit):
+    """The 16 quantiles of a normal distribution, an absmax a block."""
+
+    name = kind = "nf4"
+    summary = "Hold the base model's Linears in 4-bit NormalFloat."
+    Options = Nf4Options
+
+
+class Fp4(_FourBit):
+    """A 4-bit float (sign, two exponent bits, one mantissa bit), an absmax a block."""
+
+    name = kind = "fp4"
+    summary = "Hold the base model's Linears in 4-bit floats."
+    Options = Fp4Options
+
+
+class Int8(sft.Plugin):
+    """absmax / 127 of each output channel."""
+
+    name = "int8"
+    summary = "Hold the base model's Linears in 8-bit whole numbers."
+    reference = "PaddleNLP, weight_only_int8"
+    Options = Int8Options
+
+    @sft.hookimpl
+    def sft_quantizer(self, run: Run) -> Quantizer:
+        from sft_quant_nf4.codes import quantize_channels
+        from sft_quant_nf4.layers import ChannelLinear
+
+        return _Quantizer(lambda weight, bias: ChannelLinear(quantize_channels(weight, 8, None), bias))
+
+
+class Int4(sft.Plugin):
+    """absmax / 7 of each output channel, or of each group of its inputs."""
+
+    name = "int4"
+    summary = "Hold the base model's Linears in 4-bit whole numbers."
+    reference = "PaddleNLP, weight_only_int4"
+    Options = Int4Options
+
+    @sft.hookimpl
+    def sft_quantizer(self, run: Run) -> Quantizer:
+        from sft_quant_nf4.codes import quantize_channels
+        from sft_quant_nf4.layers import ChannelLinear
+
+        group = self.options.weight_only_group_size
+
+        def make(weight: np.ndarray, bias: np.ndarray | None) -> Any:
+            if group and weight.shape[1] % group:
+                raise UsageError(f"weight_only_group_size {group} does not divide {weight.shape[1]} inputs of a layer.")
+            return ChannelLinear(quantize_channels(weight, 4, group), bias)
+
+        return _Quantizer(make)

@@ -1,0 +1,133 @@
+"""What is stored: byte for byte what bitsandbytes stores, and whole numbers against their formula in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sft_quant_nf4 import codes
+from sft_quant_nf4.codes import CODEBOOKS, Blocks, double_quantize, quantize_blocks, quantize_channels
+
+CASES = [(name, kind) for name in ("large", "odd") for kind in ("nf4", "fp4")]
+
+
+def weight_of(bitsandbytes: dict[str, np.ndarray], name: str) -> np.ndarray:
+    return bitsandbytes[f"{name}.weight"].astype(np.float32)
+
+
+def same(found: np.ndarray, expected: np.ndarray) -> None:
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_codes_and_absmax_are_those_of_bitsandbytes(bitsandbytes: dict[str, np.ndarray], name: str, kind: str) -> None:
+    """Also of values exactly between two codes, of a block of zeros, and of a last block that is not full."""
+    found = quantize_blocks(weight_of(bitsandbytes, name), kind, 64, double=False)
+    same(found.codes, bitsandbytes[f"{name}.{kind}.codes"])
+    assert found.absmax is not None
+    same(found.absmax, bitsandbytes[f"{name}.{kind}.absmax"])
+    assert (found.absmax == 0).any() == (name == "odd")
+    same(found.read().reshape(-1)[:: 37 if name == "large" else 1], bitsandbytes[f"{name}.{kind}.dequantized"])
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_double_quantization_is_that_of_bitsandbytes(bitsandbytes: dict[str, np.ndarray], name: str, kind: str) -> None:
+    found = quantize_blocks(weight_of(bitsandbytes, name), kind, 64, double=True)
+    key = f"{name}.{kind}.double"
+    assert found.absmax is None
+    assert found.double is not None
+    same(found.codes, bitsandbytes[f"{name}.{kind}.codes"])
+    same(found.double.codes, bitsandbytes[f"{key}.codes"])
+    same(found.double.absmax, bitsandbytes[f"{key}.absmax"])
+    assert found.double.offset == bitsandbytes[f"{key}.offset"][0]
+    same(found.read().reshape(-1)[:: 37 if name == "large" else 1], bitsandbytes[f"{key}.dequantized"])
+
+
+def test_many_nested_codes_are_those_of_bitsandbytes(bitsandbytes: dict[str, np.ndarray]) -> None:
+    """Enough for the rounding of bitsandbytes' table to show; torch's float32 mean differs in its last bits."""
+    values, offset = bitsandbytes["nested.values"], bitsandbytes["nested.offset"][0]
+    found, absmax = codes._eight_bits(values - offset)
+    same(found, bitsandbytes["nested.codes"])
+    same(absmax, bitsandbytes["nested.absmax"])
+    assert double_quantize(values).offset == pytest.approx(offset, rel=3e-7)
+    exact = (values - offset).reshape(-1, 256) / absmax[:, None]
+    nearest = np.abs(exact.reshape(-1, 1) - codes.DYNAMIC).argmin(axis=1)
+    assert (nearest != found).sum() >= 2
+
+
+def plain(weight: np.ndarray, kind: str, blocksize: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nearest codes [n] and absmax, in float64 and one value at a time."""
+    found, absmax = [], []
+    flat = weight.reshape(-1).astype(np.float64)
+    for start in range(0, flat.size, blocksize):
+        block = flat[start : start + blocksize]
+        absmax.append(np.abs(block).max())
+        found += [int(np.abs(value / absmax[-1] - CODEBOOKS[kind].astype(np.float64)).argmin()) for value in block]
+    return np.array(found), np.array(absmax, np.float32)
+
+
+def values_of(blocks: Blocks) -> np.ndarray:
+    """The code of each value."""
+    return np.stack([blocks.codes >> 4, blocks.codes & 15], axis=1).reshape(-1)[: blocks.shape[0] * blocks.shape[1]]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [2, 6, 32, 128, 4096, 1 << 18])
+def test_other_blocksizes_store_the_nearest_code(kind: str, blocksize: int) -> None:
+    weight = np.random.default_rng(blocksize).standard_normal((37, 53)).astype(np.float32)
+    found = quantize_blocks(weight, kind, blocksize, double=False)
+    expected, absmax = plain(weight, kind, blocksize)
+    table = CODEBOOKS[kind]
+    np.testing.assert_array_equal(table[values_of(found)], table[expected])
+    np.testing.assert_array_equal(found.absmax, absmax)
+    scale = np.repeat(absmax, blocksize)[: weight.size].astype(np.float64)
+    np.testing.assert_allclose(found.read().reshape(-1), table[expected] * scale, rtol=1e-6, atol=0)
+
+
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = np.random.default_rng(0).standard_normal((31, 77)).astype(np.float32)
+    whole = [quantize_blocks(weight, "nf4", 6, double=False), quantize_channels(weight, 8, 7)]
+    monkeypatch.setattr(codes, "_CHUNK", 100)
+    parts = [quantize_blocks(weight, "nf4", 6, double=False), quantize_channels(weight, 8, 7)]
+    for one, other in zip(whole, parts, strict=True):
+        same(one.codes, other.codes)
+        same(one.read(), other.read())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_large_blocks_take_4_bits_and_their_absmax(kind: str) -> None:
+    weight = np.ones((1024, 1024), np.float32)
+    found = quantize_blocks(weight, kind, 64, double=False)
+    assert found.absmax is not None
+    assert 8 * (found.codes.nbytes + found.absmax.nbytes) / weight.size == 4.5
+    found = quantize_blocks(weight, kind, 64, double=True)
+    assert found.double is not None
+    stored = found.codes.nbytes + found.double.codes.nbytes + found.double.absmax.nbytes
+    assert 8 * stored / weight.size == pytest.approx(4.127, abs=5e-4)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, None), (4, 4), (4, 11)])
+def test_whole_numbers_are_the_formula(bits: int, group: int | None) -> None:
+    """scale = absmax / (2^(bits-1) - 1) of a channel or group, and the nearest whole number of it."""
+    weight = np.random.default_rng(bits).standard_normal((15, 44)).astype(np.float32)
+    weight[3] = 0
+    found = quantize_channels(weight, bits, group)
+    largest = 127 if bits == 8 else 7
+    parts = weight.astype(np.float64).reshape(15, -1, group or 44)
+    absmax = np.abs(parts).max(axis=2, keepdims=True)
+    scale = np.where(absmax == 0, 1, absmax) / largest
+    np.testing.assert_allclose(found.scales, absmax[..., 0] / largest, rtol=1e-6)
+    expected = (np.rint(parts / scale) * scale).reshape(15, 44)
+    np.testing.assert_allclose(found.read(), expected, rtol=1e-5, atol=1e-6)
+    error = np.abs(found.read().reshape(parts.shape) - parts)
+    assert (error <= absmax / (2 * largest) * (1 + 1e-5)).all()
+    assert found.codes.nbytes * 8 == weight.size * bits
+    assert found.codes.dtype == (np.int8 if bits == 8 else np.uint8)
+
+
+def test_int4_stores_eight_more_with_the_first_of_a_pair_in_the_high_half() -> None:
+    weight = np.float32([[7, -7, 0, 1, 3]])
+    found = quantize_channels(weight, 4, None)
+    assert found.codes.tolist() == [[0xF1, 0x89, 0xB8]]  # an odd channel ends with a zero
+    np.testing.assert_array_equal(found.read(), weight)

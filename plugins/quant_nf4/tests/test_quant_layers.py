@@ -1,0 +1,136 @@
+"""Quantized layers: they compute with the dequantized weight, keep codes alone, and save nothing for backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sft_quant_nf4.codes import quantize_blocks, quantize_channels
+
+KINDS = ["nf4", "nf4-double", "fp4", "nf4-6", "int8", "int4", "int4-group"]
+
+
+def make(weight: np.ndarray, kind: str, bias: np.ndarray | None = None) -> tuple[Any, np.ndarray]:
+    """The layer for a weight [out, in], and the weight that it stands for."""
+    from sft_quant_nf4.layers import BlockLinear, ChannelLinear
+
+    if kind.startswith("int"):
+        channels = quantize_channels(weight, int(kind[3]), weight.shape[1] // 3 if "group" in kind else None)
+        return ChannelLinear(channels, bias), channels.read()
+    blocks = quantize_blocks(weight, kind[:3], 6 if kind.endswith("6") else 64, "double" in kind)
+    return BlockLinear(blocks, bias), blocks.read()
+
+
+def tensors_of(layer: Any) -> list[Any]:
+    """Every tensor that a layer holds, whichever way."""
+    import paddle
+
+    found: list[Any] = []
+    for value in [*vars(layer).values(), *layer.parameters(), *layer.buffers()]:
+        found += value if isinstance(value, (tuple, list)) else [value]
+    return list({id(item): item for item in found if isinstance(item, paddle.Tensor)}.values())
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("shape", [(24, 30), (37, 51), (1, 9), (300, 12)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_value_and_gradient_are_those_of_the_dequantized_weight(
+    paddle: Any, monkeypatch: pytest.MonkeyPatch, kind: str, shape: tuple[int, int], biased: bool
+) -> None:
+    """In parts of some 200 values; float32 noise of 50 products is below 1e-5."""
+    from sft_quant_nf4 import layers
+
+    monkeypatch.setattr(layers, "PART", 200)
+    generator = np.random.default_rng(shape[0])
+    weight = generator.standard_normal(shape).astype(np.float32)
+    bias = generator.standard_normal(shape[0]).astype(np.float32) if biased else None
+    layer, stands_for = make(weight, kind, bias)
+    if shape == (300, 12):
+        assert len(layer.parts) > 1
+    x, upstream = (generator.standard_normal((2, 3, size)).astype(np.float32) for size in (shape[1], shape[0]))
+    tensor = paddle.to_tensor(x, stop_gradient=False)
+    y = layer(tensor)
+    (y * paddle.to_tensor(upstream)).sum().backward()
+    wide = stands_for.astype(np.float64)
+    np.testing.assert_allclose(y.numpy(), x @ wide.T + (0 if bias is None else bias), atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(tensor.grad.numpy(), upstream @ wide, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(layer.dequantize().numpy(), stands_for.T, rtol=1e-6, atol=0)
+    assert (layer.in_features, layer.out_features) == (shape[1], shape[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_input_that_wants_no_gradient_gets_none(paddle: Any, kind: str) -> None:
+    layer, _ = make(np.ones((4, 12), np.float32), kind)
+    x = paddle.ones([2, 12])
+    assert layer(x).stop_gradient
+    scale = paddle.ones([1], "float32")
+    scale.stop_gradient = False
+    (layer(x) * scale).sum().backward()
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_outputs_have_the_type_of_the_inputs(paddle: Any, kind: str) -> None:
+    """float64 stands for 16 bits here: paddle multiplies no 16-bit matrices on CPU."""
+    generator = np.random.default_rng(0)
+    layer, stands_for = make(generator.standard_normal((16, 12)).astype(np.float32), kind, np.ones(16, np.float32))
+    x = paddle.to_tensor(generator.standard_normal((3, 12)), stop_gradient=False)
+    y = layer(x)
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype) == (paddle.float64, paddle.float64)
+    np.testing.assert_allclose(y.numpy(), x.numpy() @ stands_for.T.astype(np.float64) + 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [("nf4", 0.7), ("fp4", 0.7), ("nf4-double", 0.53), ("int8", 1.02), ("int4", 0.52)]
+)
+def test_a_layer_keeps_codes_and_no_float_copy(paddle: Any, kind: str, most: float) -> None:
+    """Bytes for each value, before and after it was used; the same as paddle counts them as allocated."""
+    from paddle.base import core
+
+    weight = np.random.default_rng(0).standard_normal((512, 768)).astype(np.float32)
+    before = core.host_memory_stat_current_value("Allocated", 0)
+    layer, _ = make(weight, kind)
+    for _ in range(2):
+        held = sum(tensor.size * tensor.element_size() for tensor in tensors_of(layer))
+        assert held <= most * weight.size, held / weight.size
+        assert core.host_memory_stat_current_value("Allocated", 0) - before <= most * weight.size
+        x = paddle.ones([2, 768])
+        x.stop_gradient = False
+        layer(x).sum().backward()
+        del x
+    assert not layer.parameters()
+    assert not layer.state_dict()
+
+
+def test_bits_of_large_layers(paddle: Any) -> None:
+    """4.5 bits a value, 4.127 with double quantization; beside them two tables of 3 kB."""
+    weight = np.ones((2048, 1024), np.float32)
+    for kind, bits in (("nf4", 4.5), ("nf4-double", 4.127)):
+        layer, _ = make(weight, kind)
+        held = sum(tensor.size * tensor.element_size() for tensor in tensors_of(layer))
+        assert 8 * (held - 3072) / weight.size == pytest.approx(bits, abs=0.005)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int4"])
+def test_nothing_is_saved_for_backward_and_a_part_is_the_most_there_is(
+    paddle: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    from paddle.base import core
+
+    from sft_quant_nf4 import layers
+
+    monkeypatch.setattr(layers, "PART", 1 << 14)
+    weight = np.random.default_rng(0).standard_normal((2048, 512)).astype(np.float32)
+    layer, _ = make(weight, kind)
+    x = paddle.ones([1, 512])
+    x.stop_gradient = False
+    before = core.host_memory_stat_current_value("Allocated", 0)
+    core.host_memory_stat_reset_peak_value("Allocated", 0)
+    y = layer(x)
+    assert core.host_memory_stat_current_value("Allocated", 0) - before == y.size * 4
+    y.sum().backward()
+    peak = core.host_memory_stat_peak_value("Allocated", 0) - before
+    assert peak < 8 * 4 * (1 << 14), peak  # the whole weight would be 64 parts

@@ -1,0 +1,188 @@
+"""Quantization while weights stream in: what remains in float, what the model computes, and how much memory it took."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sft import activation, plugins
+from sft.settings import build
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def quantizer(name: str, **options: Any) -> Any:
+    active = plugins.Plugins.load([name])
+    active.start(build(options, active).options)
+    return active.hook.sft_quantizer(run=None)
+
+
+def load(folder: Path, quantizer: Any = None) -> Any:
+    from sft.models.loading import load_model, open_model
+
+    return load_model(open_model(folder), quantizer)
+
+
+def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
+    import paddle
+
+    tensor = paddle.to_tensor(ids)
+    with paddle.no_grad():
+        found = model(input_ids=tensor, attention_mask=paddle.ones_like(tensor))
+    return (found[0] if isinstance(found, tuple) else found).numpy()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("nf4", {}),
+        ("nf4", {"qlora_weight_double_quant": True}),
+        ("fp4", {"qlora_weight_blocksize": 32}),
+        ("int8", {}),
+        ("int4", {"weight_only_group_size": 8}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", ["llama-untied", "qwen2-untied"])
+def test_a_quantized_model_computes_with_the_dequantized_weights(
+    paddle: Any, models: Path, case: str, name: str, options: dict[str, Any]
+) -> None:
+    """Biases (Qwen2) stay. Logits are up to 7 in size, so 1e-5 of that is 100 times float32's rounding."""
+    from sft.models.layers import target_layers
+
+    quantized, replaced = load(models / case, quantizer(name, **options)), load(models / case)
+    plain = target_layers(replaced)
+    for one, other in zip(target_layers(quantized), plain, strict=True):
+        assert one.name == other.name
+        other.layer.weight.set_value(one.layer.dequantize().contiguous())
+        assert (one.layer.bias is None) == (other.layer.bias is None)
+    ids = np.random.default_rng(1).integers(3, 128, (2, 20))
+    found, expected = logits_of(quantized, ids), logits_of(replaced, ids)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert np.abs(found - logits_of(load(models / case), ids)).max() > 1e-3
+
+
+def test_no_linear_of_the_blocks_remains(paddle: Any, models: Path) -> None:
+    model = load(models / "qwen2-untied", quantizer("nf4"))
+    names = [name for name, _ in model.named_parameters()]
+    assert not [name for name in names if any(part in LINEARS for part in name.split("."))]
+    assert "lm_head.weight" in names
+    assert not [layer for layer in model.qwen2.layers.sublayers() if isinstance(layer, paddle.nn.Linear)]
+
+
+def test_options_decide_what_is_stored(paddle: Any) -> None:
+    weight = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+    layer = quantizer("nf4").quantize("x", weight, None)
+    assert (layer.blocksize, layer.double, list(layer.absmax.shape)) == (64, None, [32])
+    layer = quantizer("nf4", qlora_weight_blocksize=128, qlora_weight_double_quant=True).quantize("x", weight, None)
+    assert (layer.blocksize, layer.absmax) == (128, None)
+    assert [list(tensor.shape) for tensor in layer.double] == [[16], [1], [256]]
+    assert list(quantizer("int4", weight_only_group_size=16).quantize("x", weight, None).scales.shape) == [32, 4]
+    assert list(quantizer("int8").quantize("x", weight, None).scales.shape) == [32, 1]
+
+
+def test_codes_are_those_of_the_transposed_weight(paddle: Any, bitsandbytes: dict[str, np.ndarray]) -> None:
+    """Paddle's layout comes in, Hugging Face's is what is flattened."""
+    weight = bitsandbytes["large.weight"].astype(np.float32)
+    layer = quantizer("nf4").quantize("x", weight.T, None)
+    np.testing.assert_array_equal(layer.codes.numpy(), bitsandbytes["large.nf4.codes"])
+    layer = quantizer("nf4").quantize("x", np.ascontiguousarray(weight.T), None)
+    np.testing.assert_array_equal(layer.codes.numpy(), bitsandbytes["large.nf4.codes"])
+
+
+@pytest.mark.parametrize("algo", ["nf4", "fp4", "weight_only_int8", "weight_only_int4"])
+def test_weight_quantize_algo_activates_the_plugin_of_that_value(algo: str) -> None:
+    names, left = activation.choose({"weight_quantize_algo": algo}, ())
+    assert names == [algo.removeprefix("weight_only_")]
+    assert left == {"weight_quantize_algo": algo}
+    build(left, plugins.Plugins.load(names))
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 1024, 2816, 9, 12288
+QUANTIZED = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)
+LARGEST = VOCABULARY * HIDDEN
+UNQUANTIZED = 2 * LARGEST + (2 * LAYERS + 1) * HIDDEN
+
+LOAD = """
+import sys
+from pathlib import Path
+from sft import plugins, runtime
+from sft.settings import build
+runtime.prepare()
+import paddle
+from sft.models.loading import load_model, open_model
+import sft_quant_nf4.layers
+paddle.ones([2, 2]).matmul(paddle.ones([2, 2])).numpy()
+active = plugins.Plugins.load(["nf4"])
+active.start(build({}, active).options)
+quantizer, source = active.hook.sft_quantizer(run=None), open_model(Path(sys.argv[1]))
+
+def kib(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+before = kib("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+model = load_model(source, quantizer)
+print(kib("VmHWM") - before, kib("VmRSS") - before)
+"""
+
+
+def write_llama(folder: Path) -> None:
+    """A model of 141 million parameters in bfloat16, the same million random values over and over."""
+    import ml_dtypes
+    from safetensors.numpy import save_file
+
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "max_position_embeddings": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": LAYERS,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": VOCABULARY,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {"model.embed_tokens": (VOCABULARY, HIDDEN), "lm_head": (VOCABULARY, HIDDEN), "model.norm": (HIDDEN,)}
+    for number in range(LAYERS):
+        layer = f"model.layers.{number}"
+        shapes |= {f"{layer}.self_attn.{name}": (HIDDEN, HIDDEN) for name in LINEARS[:4]}
+        shapes |= {f"{layer}.mlp.{name}": (INTERMEDIATE, HIDDEN) for name in LINEARS[4:6]}
+        shapes |= {f"{layer}.mlp.down_proj": (HIDDEN, INTERMEDIATE)}
+        shapes |= {f"{layer}.{name}_layernorm": (HIDDEN,) for name in ("input", "post_attention")}
+    values = np.random.default_rng(0).standard_normal(1 << 20, np.float32).astype(ml_dtypes.bfloat16)
+    tensors = {f"{name}.weight": np.resize(values, shape) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts memory by process")
+def test_loading_in_nf4_never_holds_the_model(paddle: Any, tmp_path: Path) -> None:
+    """Peak memory above that of a process that has imported paddle, the file's mapped pages included.
+
+    In float32 the model alone would take 540 MiB, twice the bound.
+    """
+    write_llama(tmp_path)
+    line = [sys.executable, "-c", LOAD, str(tmp_path)]
+    try:
+        found = subprocess.run(line, capture_output=True, text=True, timeout=100, check=True)
+    finally:
+        (tmp_path / "model.safetensors").unlink()  # pytest keeps what tests leave
+    peak, held = (int(part) * 1024 for part in found.stdout.split()[-2:])
+    bound = 4 * UNQUANTIZED + 0.7 * QUANTIZED + 2 * 4 * LARGEST
+    print(f"peak {peak >> 20} MiB, afterwards {held >> 20} MiB, bound {int(bound) >> 20} MiB")
+    assert peak <= bound
+    assert bound < 0.55 * 4 * (UNQUANTIZED + QUANTIZED)

@@ -1,0 +1,107 @@
+"""Runs over a quantized base: what is refused and when, and that stopping and resuming does not show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sft
+
+needs_lora = pytest.mark.skipif(find_spec("sft_peft_lora") is None, reason="plugin lora is not installed")
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch, paddle: Any) -> None:
+    """Whoever loads weights fails."""
+    from sft.models import loading
+
+    def load(*arguments: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(loading, "load_model", load)
+
+
+def test_two_quantizers_are_refused(train: Callable[..., Any], no_weights: None, tmp_path: Path) -> None:
+    with pytest.raises(sft.UsageError, match="nf4") as caught:
+        train(plugin=["nf4", "int8"])
+    assert "int8" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int8", "int4"])
+def test_training_all_of_a_quantized_base_is_refused(
+    train: Callable[..., Any], no_weights: None, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(sft.UsageError, match=f"Plugin {name} quantizes the base model, .* add an adapter plugin"):
+        train(plugin=[name])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_quantize_algo": "nf5"}, "weight_quantize_algo: expected one of fp4, nf4, .*got 'nf5'"),
+        ({"plugin": ["nf4"], "weight_quantize_algo": "fp4"}, "fp4"),
+        ({"plugin": ["nf4"], "qlora_weight_blocksize": 63}, "qlora_weight_blocksize must be even"),
+        ({"plugin": ["nf4"], "qlora_weight_blocksize": 0}, "qlora_weight_blocksize"),
+        ({"plugin": ["int4"], "weight_only_group_size": 1}, "weight_only_group_size"),
+        ({"plugin": ["nf4"], "weight_only_group_size": 8}, "weight_only_group_size"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused(
+    train: Callable[..., Any], no_weights: None, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(sft.UsageError, match=message):
+        train(**settings)
+
+
+@needs_lora
+def test_a_group_that_does_not_divide_a_layer_is_refused(train: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(sft.UsageError, match="weight_only_group_size 5 does not divide 32 inputs"):
+        train(plugin=["lora", "int4"], weight_only_group_size=5)
+    assert not (tmp_path / "out").exists()
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@needs_lora
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weight_quantize_algo": "nf4", "qlora_weight_double_quant": True},
+        {"weight_quantize_algo": "weight_only_int4", "weight_only_group_size": 16},
+    ],
+    ids=["nf4", "int4"],
+)
+def test_a_resumed_run_is_the_run_that_was_never_stopped(
+    train: Callable[..., Any], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    class StoppedError(Exception):
+        pass
+
+    class Stop(sft.Plugin):
+        name = "stop"
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            if record["step"] == 3:
+                raise StoppedError
+
+    settings = {"plugin": ["lora"], "save_strategy": "steps", "save_steps": 2, "lora_dropout": 0.1, **settings}
+    train("whole", **settings)
+    with pytest.raises(StoppedError):
+        train("out", (Stop,), **settings)
+    train("out", resume_from_checkpoint="auto", **settings)
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    assert len({loss for _, loss in losses(tmp_path / "out")}) == 4
+    one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("out", "whole"))
+    assert one.read_bytes() == other.read_bytes()

@@ -1,0 +1,191 @@
+"""Every legal combination of the project's plugins trains, saves, resumes and merges; every illegal one is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sft
+from sft.adapters import load_for_inference, merge
+
+MODEL = Path(__file__).parent.parent / "core" / "tests" / "fixtures" / "models" / "llama-tied-gqa"
+
+ADAPTERS = [
+    "lora",
+    "lora rslora",
+    "lora lora-plus",
+    "lora pissa",
+    "lora rslora lora-plus",
+    "lora pissa rslora",
+    "lora pissa lora-plus",
+    "lora pissa rslora lora-plus",
+    "vera",
+]
+QUANTIZERS = ["", "nf4", "fp4", "int8", "int4"]
+ATTENTION = ["", "flash-attention", "flashmask"]
+COLLATORS = ["", "zero-padding", "greedy-zero-padding"]
+NOISE = ["", "neftune"]
+WITH_ADAPTER = list(itertools.product(ADAPTERS, QUANTIZERS, ATTENTION, COLLATORS, NOISE))
+WITHOUT = list(itertools.product([""], [""], ATTENTION, COLLATORS, NOISE))
+# The default tier takes each pair of choices at least once; the slow tier takes every combination.
+PAIRS = [*WITH_ADAPTER[::13], *WITHOUT[::7]]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    kinds = ["coat", "shirt", "dress", "skirt"]
+    lines = [
+        json.dumps(
+            {"src": f"type#{kinds[n % 4]}" + "*warm" * (n % 3), "tgt": f"A {kinds[n % 4]}" + " for you" * (n % 4)}
+        )
+        for n in range(24)
+    ]
+    (folder / "train.json").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+class StopError(Exception):
+    """Raised by a plugin in the middle of a run."""
+
+
+class Watch(sft.Plugin):
+    """Keeps the trained model's logits, and stops the run after ``stop_after`` steps."""
+
+    name = "watch"
+    stop_after = 0
+    logits: Any = None
+
+    @sft.hookimpl
+    def sft_checkpoint_saved(self, run: sft.Run, folder: Path) -> None:
+        if folder.name == f"checkpoint-{self.stop_after}":
+            raise StopError
+
+    @sft.hookimpl
+    def sft_run_ended(self, run: sft.Run, summary: sft.Summary) -> None:
+        type(self).logits = logits(run.model)
+
+
+def logits(model: Any) -> np.ndarray:
+    import paddle
+
+    ids = paddle.to_tensor([[3, 5, 7, 9, 11, 13, 2, 4]])
+    model.eval()
+    with paddle.no_grad():
+        found = model(input_ids=ids, attention_mask=paddle.ones_like(ids))
+    return (found[0] if isinstance(found, tuple) else found).numpy()
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def check(names: list[str], data: Path, work: Path) -> None:
+    def train(folder: str, stop_after: int = 0, **more: Any) -> None:
+        watch = type("Watching", (Watch,), {"stop_after": stop_after})
+        settings = {
+            "plugin": names,
+            "model_name_or_path": str(MODEL),
+            "dataset_name_or_path": str(data),
+            "output_dir": str(work / folder),
+            "max_length": 60,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 5e-3,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "disable_tqdm": True,
+        }
+        sft.run({**settings, **more}, plugins=[watch], say=quiet)
+        train.logits = watch.logits  # type: ignore[attr-defined]
+
+    train("whole")
+    trained = train.logits  # type: ignore[attr-defined]
+    assert all(np.isfinite(losses(work / "whole")))
+    with pytest.raises(StopError):
+        train("parts", stop_after=1)
+    train("parts", resume_from_checkpoint="auto")
+    assert losses(work / "parts") == losses(work / "whole")
+    adapter = any(name in ("lora", "vera") for name in names)
+    weights = "adapter_model.safetensors" if adapter else "model.safetensors"
+    assert (work / "parts" / weights).read_bytes() == (work / "whole" / weights).read_bytes()
+    size = np.abs(trained).max()
+    if not adapter:
+        model, _ = load_for_inference(str(work / "whole"), None, quiet)
+        np.testing.assert_array_equal(logits(model), trained)
+        return
+    model, _ = load_for_inference(str(MODEL), work / "whole", quiet)
+    assert np.abs(logits(model) - trained).max() < 1e-5 * size
+    merge(str(MODEL), work / "whole", work / "merged", quiet)
+    model, _ = load_for_inference(str(work / "merged"), None, quiet)
+    assert np.abs(logits(model) - trained).max() < 1e-5 * size
+    shutil.rmtree(work)
+
+
+@pytest.mark.parametrize("choices", PAIRS, ids=lambda choices: " ".join(" ".join(choices).split()) or "none")
+def test_combination(choices: tuple[str, ...], data: Path, tmp_path: Path) -> None:
+    check(" ".join(choices).split(), data, tmp_path / "work")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_combination(data: Path, tmp_path: Path) -> None:
+    for number, choices in enumerate([*WITH_ADAPTER, *WITHOUT]):
+        names = " ".join(choices).split()
+        try:
+            check(names, data, tmp_path / str(number))
+        except Exception as error:
+            raise AssertionError(f"{' '.join(names)}: {error}") from error
+
+
+def test_the_default_tier_takes_every_pair_of_choices() -> None:
+    for one, other in itertools.combinations(range(5), 2):
+        wanted = {(choices[one], choices[other]) for choices in WITH_ADAPTER}
+        assert {(choices[one], choices[other]) for choices in PAIRS} >= wanted
+
+
+ILLEGAL = {
+    "lora vera": "cannot work together",
+    "pissa": "refines lora",
+    "rslora": "refines lora",
+    "lora-plus": "refines lora",
+    "vera pissa": "refines lora",
+    "lora nf4 fp4": "both provide sft_quantizer",
+    "lora int8 int4": "both provide sft_quantizer",
+    "nf4": "cannot be trained as a whole",
+    "int4 neftune": "cannot be trained as a whole",
+}
+
+
+@pytest.mark.parametrize("names", ILLEGAL)
+def test_illegal_combination_is_refused_before_weights_are_loaded(
+    names: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sft.models import loading
+
+    def untouched(*arguments: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(loading, "load_model", untouched)
+    settings = {
+        "plugin": names.split(),
+        "model_name_or_path": str(MODEL),
+        "dataset_name_or_path": str(data),
+        "output_dir": str(tmp_path / "out"),
+        "max_length": 60,
+    }
+    with pytest.raises(sft.UsageError, match=ILLEGAL[names]) as caught:
+        sft.run(settings, say=quiet)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()

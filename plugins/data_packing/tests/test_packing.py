@@ -29,7 +29,7 @@ def examples_of(*lengths: int, seed: int = 0) -> list[sft.Example]:
 
 
 def collators(capacity: int) -> list[Any]:
-    from sft_data_packing.packing import BestFitCollator, NextFitCollator
+    from sft_data_packing.collators import BestFitCollator, NextFitCollator
 
     return [NextFitCollator(capacity, PAD), BestFitCollator(capacity, PAD, 4096)]
 

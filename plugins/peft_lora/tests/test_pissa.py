@@ -86,7 +86,8 @@ def test_randomized_factors_are_within_a_ten_thousandth_of_the_optimal_residual(
     shape: tuple[int, int], spectrum: str, rank: int
 ) -> None:
     """A Gaussian matrix, whose singular values hardly differ, is the hard case; trained weights fall off."""
-    from sft_peft_lora.pissa import PissaOptions, principal
+    from sft_peft_lora.pissa import PissaOptions
+    from sft_peft_lora.svd import principal
 
     weight = np.random.default_rng(1).standard_normal(shape).astype(np.float32) / 20
     if spectrum == "falling":
@@ -148,7 +149,7 @@ def test_initial_values_depend_on_seed_and_name_alone(adapt: Adapt) -> None:
 def test_output_and_gradients_are_those_of_the_definition(paddle: Any, scaling: float) -> None:
     """y = x(W − s·A₀B₀) + s·xAB, of which A and B train (arXiv 2404.02948, equation 5), in float64."""
     from sft_peft_lora.layer import LoraLinear
-    from sft_peft_lora.pissa import principal
+    from sft_peft_lora.svd import principal
 
     size, out, rank = 12, 10, 3
     generator = np.random.default_rng(1)
@@ -268,16 +269,16 @@ def test_a_resumed_run_goes_on_over_the_checkpoints_residual(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another LAPACK may give other factors; the trained ones belong to those that were subtracted."""
-    from sft_peft_lora import pissa
+    from sft_peft_lora import svd
 
     train("whole", plugin=PLUGINS, lora_rank=RANK, max_steps=4, save_strategy="steps", save_steps=2)
-    factors = pissa.principal
+    factors = svd.principal
 
     def other(*given: Any) -> tuple[np.ndarray, np.ndarray]:
         a, b = factors(*given)
         return 2 * a, b
 
-    monkeypatch.setattr(pissa, "principal", other)
+    monkeypatch.setattr(svd, "principal", other)
     checkpoint = str(tmp_path / "whole" / "checkpoint-2")
     train("resumed", plugin=PLUGINS, lora_rank=RANK, max_steps=4, resume_from_checkpoint=checkpoint)
     whole, resumed = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "resumed"))

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 import sft
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sft import Batch, Run
 
 
@@ -57,6 +57,8 @@ class Neftune(sft.Plugin):
 
 def noise_size(batch: Batch, alpha: float, hidden: int) -> np.ndarray:
     """α/√(L·d) for each token, 0 for padding: float32 [B, S]."""
+    import numpy as np
+
     size = np.zeros(batch.input_ids.shape, np.float32)
     for row, lengths in enumerate(batch.lengths):
         start = 0

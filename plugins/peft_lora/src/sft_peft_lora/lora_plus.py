@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import sft
-from sft import ParameterGroup, Run
+
+if TYPE_CHECKING:
+    from sft import ParameterGroup, Run
 
 
 @dataclass

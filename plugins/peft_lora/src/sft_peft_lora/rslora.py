@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import sft
-from sft import Run, UsageError
+from sft import UsageError
+
+if TYPE_CHECKING:
+    from sft import Run
 
 
 class RsLora(sft.Plugin):

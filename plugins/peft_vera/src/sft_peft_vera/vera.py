@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 import sft
 from sft import AdapterFiles, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sft import AdapterMerger, Run
 
 
@@ -123,4 +123,4 @@ class Vera(sft.Plugin):
 def _kaiming(rng: np.random.Generator, shape: tuple[int, int], fan: int) -> np.ndarray:
     """Kaiming-uniform: U(±√(6 / fan)), float32."""
     bound = math.sqrt(6.0 / fan)
-    return rng.uniform(-bound, bound, shape).astype(np.float32)
+    return rng.uniform(-bound, bound, shape).astype("float32")

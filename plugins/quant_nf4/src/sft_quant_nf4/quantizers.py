@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 import sft
 from sft import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sft import Quantizer, Run
 
 
@@ -22,7 +22,7 @@ class _Quantizer:
         self._make = make
 
     def quantize(self, name: str, weight: np.ndarray, bias: np.ndarray | None) -> Any:
-        return self._make(np.ascontiguousarray(weight.T), bias)
+        return self._make(weight.T, bias)
 
 
 @dataclass

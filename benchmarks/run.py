@@ -59,7 +59,7 @@ def sft_step(folder: Path, ids: np.ndarray, labels: np.ndarray) -> Callable[[], 
     from sft.seams import Batch
     from sft.settings import TrainingArguments
     from sft.training.optimizer import Optimizer, default_groups
-    from sft.training.strategy import SingleProcess
+    from sft.training.strategy import SingleProcess, batch_loss
     from sft_peft_lora.layer import LoraLinear
     from sft_peft_lora.lora import initialize
 
@@ -71,16 +71,18 @@ def sft_step(folder: Path, ids: np.ndarray, labels: np.ndarray) -> Callable[[], 
         layer = LoraLinear(target.layer, target.in_features, target.out_features, 8, 2.0, 0.0)
         initialize(layer, np.random.default_rng(0))
         target.replace(layer)
-    settings, strategy = TrainingArguments(), SingleProcess()
+    settings, strategy = TrainingArguments(), SingleProcess(None)
     optimizer = Optimizer(default_groups(trainable(model), 0.0), settings)
-    batch = Batch(ids, labels, np.arange(ids.shape[1])[None], None, ((ids.shape[1],),))
+    length = ids.shape[1]
+    batch = Batch(ids, labels, np.arange(length)[None], np.full((1, 1, length, 1), length, np.int32), ((length,),))
     model.train()
 
     def step() -> float:
-        loss = strategy.backward(model, [batch], 1.0 / batch.target_tokens)
+        loss = batch_loss(model, batch)
+        (loss / batch.target_tokens).backward()
         strategy.clip(list(optimizer.parameters.values()), 1.0)
         optimizer.step(1e-4)
-        return loss / batch.target_tokens
+        return float(loss) / batch.target_tokens
 
     return step
 

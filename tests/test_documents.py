@@ -103,3 +103,12 @@ def test_plugin_of_the_guide_is_the_example_and_works(tmp_path: Path, monkeypatc
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     assert summary.trainable_parameters == 2 * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_and_both_sides_compute_the_same_loss() -> None:
+    words = ["benchmarks/run.py", "--layers", "1", "--tokens", "32", "--targets", "8", "--steps", "1"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    ours, theirs = (float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout))
+    assert ours == pytest.approx(theirs, abs=0.02)
+    assert re.search(r"paddlenlp / sft = [\d.]+", done.stdout)

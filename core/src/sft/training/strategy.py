@@ -27,7 +27,7 @@ class SingleProcess:
     data_world = 1
     is_main = True
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run | None) -> None:
         self._run = run
 
     def wrap(self, model: Any) -> Any:
@@ -36,7 +36,8 @@ class SingleProcess:
     def backward(self, model: Any, batches: Sequence[Batch], loss_scale: float) -> float:
         total = 0.0
         for batch in batches:
-            self._run.hook.sft_micro_batch(run=self._run, batch=batch)
+            if self._run is not None:
+                self._run.hook.sft_micro_batch(run=self._run, batch=batch)
             loss = batch_loss(model, batch)
             (loss * loss_scale).backward()
             total += float(loss)

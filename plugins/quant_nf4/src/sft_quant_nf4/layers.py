@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ PART = 1 << 20
 """Weight values that exist in float32 at a time."""
 
 
-class QuantizedLinear(paddle.nn.Layer):
+class QuantizedLinear(paddle.nn.Layer, ABC):
     """Stands for a frozen Linear. Subclasses give rows of W [out, in] in float32, a few at a time."""
 
     def __init__(self, shape: tuple[int, int], bias: np.ndarray | None, step: int) -> None:
@@ -24,9 +25,9 @@ class QuantizedLinear(paddle.nn.Layer):
         self.parts = [(start, min(start + rows, self.out_features)) for start in range(0, self.out_features, rows)]
         self.bias = None if bias is None else paddle.to_tensor(bias)
 
+    @abstractmethod
     def rows(self, start: int, stop: int) -> Any:
         """Rows ``start`` to ``stop`` of the weight, float32 [rows, in]."""
-        raise NotImplementedError
 
     def dequantize(self) -> Any:
         """The whole weight in Paddle's layout, float32 [in, out]."""

@@ -27,6 +27,7 @@ class ModelArguments:
     model_name_or_path: str | None = option(
         None, "model directory (Hugging Face or Paddle layout) or hub name; required"
     )
+    tokenizer_name_or_path: str | None = option(None, "tokenizer directory or hub name; unset: the model's own")
 
 
 @dataclasses.dataclass
@@ -38,6 +39,11 @@ class DataArguments:
     )
     src_length: int = option(1024, "longest prompt, tokens", minimum=1)
     max_length: int = option(2048, "longest record (prompt and answer together), tokens", minimum=2)
+    chat_template: str | None = option(
+        None, "file with a chat template (Jinja, or PaddleNLP's chat_template.json), or none; unset: the tokenizer's own"
+    )
+    lazy: bool = option(False, "stream the training data instead of reading it whole; needs max_steps")
+    eval_with_do_generation: bool = option(False, "at evaluation, answer the dev prompts and score them (BLEU, ROUGE)")
 
 
 @dataclasses.dataclass
@@ -61,6 +67,7 @@ class TrainingArguments:
 
     output_dir: str | None = option(None, "where everything of this run is written; required")
     overwrite_output_dir: bool = option(False, "replace the run that output_dir holds")
+    do_train: bool = option(True, "train; if not, the run only evaluates")
     do_eval: bool | None = option(None, "measure the dev loss before and after training; unset: when there is dev data")
     per_device_train_batch_size: int = option(8, "rows in a micro-batch", minimum=1)
     gradient_accumulation_steps: int = option(1, "micro-batches in an optimizer step", minimum=1)

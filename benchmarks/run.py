@@ -58,8 +58,8 @@ def sft_step(folder: Path, ids: np.ndarray, labels: np.ndarray) -> Callable[[], 
     from sft.models.loading import load_model, open_model
     from sft.seams import Batch
     from sft.settings import TrainingArguments
-    from sft.training.optimizer import Optimizer, default_groups
-    from sft.training.strategy import SingleProcess, batch_loss
+    from sft.training.optimizer import Optimizer, clip_factor, default_groups
+    from sft.training.strategy import batch_loss, grad_norm
     from sft_peft_lora.layer import LoraLinear
     from sft_peft_lora.lora import initialize
 
@@ -71,8 +71,7 @@ def sft_step(folder: Path, ids: np.ndarray, labels: np.ndarray) -> Callable[[], 
         layer = LoraLinear(target.layer, target.in_features, target.out_features, 8, 2.0, 0.0)
         initialize(layer, np.random.default_rng(0))
         target.replace(layer)
-    settings, strategy = TrainingArguments(), SingleProcess(None)
-    optimizer = Optimizer(default_groups(trainable(model), 0.0), settings)
+    optimizer = Optimizer(default_groups(trainable(model), 0.0), TrainingArguments())
     length = ids.shape[1]
     batch = Batch(ids, labels, np.arange(length)[None], np.full((1, 1, length, 1), length, np.int32), ((length,),))
     model.train()
@@ -80,8 +79,7 @@ def sft_step(folder: Path, ids: np.ndarray, labels: np.ndarray) -> Callable[[], 
     def step() -> float:
         loss = batch_loss(model, batch)
         (loss / batch.target_tokens).backward()
-        strategy.clip(list(optimizer.parameters.values()), 1.0)
-        optimizer.step(1e-4)
+        optimizer.step(1e-4, clip_factor(grad_norm(list(optimizer.parameters.values())), 1.0))
         return float(loss) / batch.target_tokens
 
     return step

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,13 @@ from sft.data.batches import PaddedCollator, Schedule
 from sft.data.encoding import Encoded, encode, encode_prompt
 from sft.data.formats import turns_of
 from sft.data.sources import read
+from sft.data.stream import WINDOW, Stream
 from sft.data.tokenizer import FILES as TOKENIZER_FILES
 from sft.errors import UsageError
 from sft.files import make_folder, remove_folder, remove_leftovers
 from sft.seams import Turn
 from sft.settings import Settings, TrainingArguments, check_draw
+from sft.training.best import check as check_best
 from sft.training.checkpoint import checkpoints, find_checkpoint, read_state, step_of
 
 RESULT_FILES = (
@@ -49,6 +52,11 @@ def check_settings(settings: Settings) -> None:
         raise UsageError(
             f"eval_steps does nothing while evaluation_strategy is {training.evaluation_strategy}; set it to steps."
         )
+    if training.bf16 and training.fp16:
+        raise UsageError("bf16 and fp16 are both set; leave one of them out.")
+    if settings.data.lazy and training.max_steps < 1:
+        raise UsageError("lazy streams the data, whose length is then unknown; give max_steps.")
+    check_best(settings)
     check_draw(settings.generation)
 
 
@@ -110,10 +118,11 @@ def _status(folder: Path) -> str:
 def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
     """Read, check and encode every record; says what became of them."""
     data = run.settings.data
+    tokens_of = partial(encode, tokenizer=run.tokenizer, src_length=data.src_length, max_length=data.max_length)
 
     def encoded(files: list[Path], split: str, keep: int) -> Encoded:
         turns = (turns_of(record, run.hook) for record in read(files))
-        found = encode(_keeping(turns, run.dev_turns, keep), run.tokenizer, data.src_length, data.max_length)
+        found = tokens_of(_keeping(turns, run.dev_turns, keep))
         if not len(found):
             raise UsageError(
                 f"No {split} record keeps a target within src_length {data.src_length} and max_length "
@@ -130,12 +139,21 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
         )
         return found
 
+    def streamed(files: list[Path], split: str, keep: int) -> Stream:
+        def conversations() -> Iterator[list[Turn]]:
+            yield from _keeping((turns_of(record, run.hook) for record in read(files)), run.dev_turns, keep)
+
+        run.say(f"{split} data: streamed from {len(files)} file{'s' * (len(files) > 1)}, {WINDOW:,} records at a time")
+        return Stream(files, conversations, tokens_of)
+
     samples = run.settings.generation.num_samples
-    uses_dev = bool(dev_files) and run.settings.training.do_eval is not False
-    run.train_data = encoded(train_files, "train", 0 if uses_dev else samples)
+    training = run.settings.training
+    evaluates = training.do_eval is not False or training.evaluation_strategy != "no" or not training.do_train
+    uses_dev = bool(dev_files) and evaluates
+    run.train_data = (streamed if data.lazy else encoded)(train_files, "train", 0 if uses_dev else samples)
     if uses_dev:
         run.dev_data = encoded(dev_files, "dev", samples)
-    needs_dev = run.settings.training.evaluation_strategy != "no" or run.settings.training.do_eval
+    needs_dev = training.evaluation_strategy != "no" or training.do_eval or not training.do_train
     if needs_dev and run.dev_data is None:
         raise UsageError(
             f"Evaluation is asked for, and {data.dataset_name_or_path} has no dev data in use; add dev.json, "
@@ -155,8 +173,11 @@ def load_model(run: Run, folder: Path) -> None:
     from sft.models import attention, loading
     from sft.models.generation import check_room
     from sft.models.layers import trainable
+    from sft.training import precision
     from sft.training.strategy import SingleProcess
 
+    runtime.set_device(run.settings.training.device)
+    run.precision = precision.choose(run.settings.training, run.say)
     run.collator = run.hook.sft_collator(run=run) or PaddedCollator(run.tokenizer.pad_id)
     run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess(run)
     run.source = loading.open_model(folder)
@@ -183,8 +204,10 @@ def load_model(run: Run, folder: Path) -> None:
         )
     backend = run.hook.sft_attention_backend(run=run, config=run.source.config) or attention.DefaultAttention()
     _check_packing(run, backend)
-    run.model = loading.load_model(run.source, quantizer)
+    run.model = loading.load_model(run.source, quantizer, run.precision.weights)
     attention.install(run.model, backend)
+    if run.settings.training.recompute:
+        run.model.recompute_enable()
     if run.exports_adapter:  # what is exported is the adapter, so the base must stay what it is
         for parameter in run.model.parameters():
             parameter.stop_gradient = True
@@ -276,6 +299,21 @@ def open_output(run: Run, source: Path | None) -> None:
     for pattern in RESULT_FILES:
         for path in run.output_dir.glob(pattern):
             path.unlink()
+
+
+def load_best(run: Run, optimizer: Optimizer) -> int | None:
+    """Go back to the checkpoint whose evaluation was best; its step, or None if there is no such checkpoint."""
+    from sft.training import best, checkpoint
+
+    if not run.best:
+        run.say("note: no checkpoint was evaluated, so the run ends with its last weights")
+        return None
+    folder = run.output_dir / f"checkpoint-{run.best['step']}"
+    checkpoint.load_model(run, optimizer, folder, read_state(folder))
+    key, _ = best.metric(run.settings)
+    run.evaluation = run.best
+    run.say(f"best model: {folder.name}, {key} {run.best[key]:.4f}")
+    return step_of(folder)
 
 
 def measure(run: Run, step: int, epoch: float, journal: Any) -> dict[str, Any]:

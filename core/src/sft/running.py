@@ -15,6 +15,7 @@ import numpy as np
 
 from sft import assembly, runtime
 from sft.activation import choose
+from sft.data.batches import Data
 from sft.data.encoding import Encoded
 from sft.data.sources import find_files
 from sft.data.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ from sft.plugins import Plugins
 from sft.seams import DataCollator, ParallelStrategy, Turn
 from sft.settings import Settings, build, core_options, normalise, read_file
 from sft.training.checkpoint import find_checkpoint, read_state
+from sft.training.precision import Precision
 
 
 @dataclass
@@ -61,10 +63,11 @@ class Run:
     source: Any
     """Where the model came from: ``folder``, ``values`` (config.json), ``family``, ``config``."""
     tokenizer: Tokenizer
-    train_data: Encoded
+    train_data: Data
     dev_data: Encoded | None = None
     collator: DataCollator
     strategy: ParallelStrategy
+    precision: Precision
 
     def __init__(self, settings: Settings, plugins: Plugins, say: Callable[[str], None]) -> None:
         self.settings = settings
@@ -73,6 +76,7 @@ class Run:
         self.say = say
         self.before: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
+        self.best: dict[str, Any] = {}
         self.dev_turns: list[list[Turn]] = []
 
     def rng(self, name: str) -> np.random.Generator:
@@ -153,6 +157,8 @@ def execute(run: Run) -> Summary:
     assembly.read_data(run, train_files, dev_files)
     run.say(runtime.prepare())
     assembly.load_model(run, folder)
+    if not run.settings.training.do_train:
+        return _only_evaluate(run, started)
     optimizer = assembly.make_optimizer(run)
     schedule = assembly.make_schedule(run)
     state = assembly.check_resumable(run, schedule, source) if source is not None else None
@@ -168,26 +174,42 @@ def execute(run: Run) -> Summary:
     journal = Journal(run.output_dir / "metrics.jsonl")
     record = {"status": "running", **assembly.describe(run)}
     write_json(run.output_dir / "run.json", record)
-    start = 0
     if source is not None and state is not None:
         journal.rewind(state["journal"], source.parent / "metrics.jsonl")
-        start, run.before, run.evaluation = state["step"], state["before"], state["evaluation"]
-        run.say(f"resuming from {source} after step {start}")
+        run.before, run.evaluation, run.best = state["before"], state["evaluation"], state["best"]
+        run.say(f"resuming from {source} after step {state['step']}")
     else:
         run.before = assembly.measure(run, 0, 0.0, journal)
     run.hook.sft_run_started(run=run)
+    start = state["step"] if state is not None else 0
     display = Display(schedule.total_steps, start, bar=not run.settings.training.disable_tqdm, say=run.say)
     try:
-        steps = train(run, optimizer, schedule, journal, display, start)
+        steps, epochs = train(run, optimizer, schedule, journal, display, state)
     finally:
         display.close()
-    epochs = schedule.epochs_after(steps)
-    after = assembly.measure(run, steps, epochs, journal)
+    ends_with_best = run.settings.training.load_best_model_at_end
+    after = assembly.measure(
+        run, (assembly.load_best(run, optimizer) if ends_with_best else None) or steps, epochs, journal
+    )
     summary = assembly.summarise(run, journal, steps, epochs, after, time.time() - started)
     with publish(run.output_dir) as staging:
         run.write_result(staging)
     write_json(run.output_dir / "run.json", {**record, "status": "finished", "result": summary.as_dict()})
     run.hook.sft_run_ended(run=run, summary=summary)
+    return summary
+
+
+def _only_evaluate(run: Run, started: float) -> Summary:
+    """``do_train false``: measure the model as it is; no weights are written."""
+    from sft.training.journal import Journal
+
+    assembly.open_output(run, None)
+    journal = Journal(run.output_dir / "metrics.jsonl")
+    run.model.eval()
+    run.before = assembly.measure(run, 0, 0.0, journal)
+    summary = assembly.summarise(run, journal, 0, 0.0, run.before, time.time() - started)
+    record = {"status": "finished", **assembly.describe(run), "result": summary.as_dict()}
+    write_json(run.output_dir / "run.json", record)
     return summary
 
 

@@ -116,6 +116,30 @@ def require_paddle() -> None:
         )
 
 
+def set_device(name: str | None) -> None:
+    """Make paddle compute on ``cpu``, ``gpu`` or ``gpu:N`` (None: its own choice); :class:`UsageError` if it cannot."""
+    import paddle
+
+    if name is None:
+        return
+    kind, _, number = name.lower().partition(":")
+    if kind not in ("cpu", "gpu") or (number and not (kind == "gpu" and number.isdigit())):
+        raise UsageError(f"device: expected cpu, gpu or gpu:N, got {name!r}.")
+    if kind == "gpu" and int(number or 0) >= (
+        paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    ):
+        raise UsageError(f"device {name} is not there: this paddle sees {_gpus()}; use cpu, or leave device out.")
+    paddle.set_device(name.lower())
+
+
+def _gpus() -> str:
+    import paddle
+
+    if not paddle.is_compiled_with_cuda():
+        return "no GPU, because it is a build for CPUs"
+    return f"{paddle.device.cuda.device_count()} GPUs"
+
+
 def peak_memory_mib() -> int:
     """Highest memory use so far in MiB: of the GPU where paddle runs on one, else of this process."""
     import resource

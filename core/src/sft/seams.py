@@ -135,8 +135,8 @@ class ParallelStrategy(Protocol):
         """The element-wise sum over all data ranks."""
         ...
 
-    def clip(self, parameters: Sequence[Any], max_norm: float) -> float:
-        """Scale gradients so that their global norm is at most ``max_norm`` (0: never); the norm before that."""
+    def grad_norm(self, parameters: Sequence[Any]) -> float:
+        """The norm of the gradients of ``parameters`` over all processes, as they stand (with the loss scale)."""
         ...
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from sft.plugins import Plugins
 
 
+SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")
+
+
 @dataclasses.dataclass
 class ModelArguments:
     """Which model is fine-tuned."""
@@ -40,7 +43,8 @@ class DataArguments:
     src_length: int = option(1024, "longest prompt, tokens", minimum=1)
     max_length: int = option(2048, "longest record (prompt and answer together), tokens", minimum=2)
     chat_template: str | None = option(
-        None, "file with a chat template (Jinja, or PaddleNLP's chat_template.json), or none; unset: the tokenizer's own"
+        None,
+        "file with a chat template (Jinja, or PaddleNLP's chat_template.json), or none; unset: the tokenizer's own",
     )
     lazy: bool = option(False, "stream the training data instead of reading it whole; needs max_steps")
     eval_with_do_generation: bool = option(False, "at evaluation, answer the dev prompts and score them (BLEU, ROUGE)")
@@ -76,8 +80,11 @@ class TrainingArguments:
     max_steps: int = option(-1, "optimizer steps; -1: num_train_epochs decides", minimum=-1)
     learning_rate: float = option(5e-5, "peak learning rate", minimum=0)
     lr_scheduler_type: str = option(
-        "linear", "shape of the decay after warm-up", choices=("linear", "cosine", "constant")
+        "linear", "shape of the decay after warm-up; constant has no warm-up either", choices=SCHEDULES
     )
+    num_cycles: float = option(0.5, "cosine: waves; a half one goes down to 0 and no further", above=0)
+    power: float = option(1.0, "polynomial: its exponent", above=0)
+    lr_end: float = option(1e-7, "polynomial: the learning rate that it ends with", minimum=0)
     warmup_steps: int = option(0, "steps of linear warm-up; above 0 it overrides warmup_ratio", minimum=0)
     warmup_ratio: float = option(0.0, "share of all steps spent on warm-up", minimum=0, maximum=1)
     weight_decay: float = option(0.0, "AdamW's decoupled decay; biases and norms get none", minimum=0)
@@ -85,12 +92,26 @@ class TrainingArguments:
     adam_beta2: float = option(0.999, "AdamW's decay of the second moment", minimum=0, below=1)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
     max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0: no clipping", minimum=0)
+    bf16: bool = option(False, "compute in bfloat16 where the device can")
+    fp16: bool = option(False, "compute in float16 where the device can, with a dynamic loss scale")
+    fp16_opt_level: str = option(
+        "O1", "O1: float32 weights, 16-bit operations; O2: 16-bit weights with float32 masters", choices=("O1", "O2")
+    )
+    scale_loss: float = option(2.0**15, "the loss scale that fp16 begins with", above=0)
+    require_precision: bool = option(False, "refuse to run where the device cannot do bf16 or fp16, if asked for")
+    recompute: bool = option(False, "recompute activations in backward instead of keeping them: less memory, more time")
+    device: str | None = option(None, "cpu, gpu or gpu:N; unset: paddle's choice")
     logging_steps: int = option(500, "steps between lines; the first and the last are always logged", minimum=1)
     evaluation_strategy: str = option("no", "when to evaluate on the way", choices=("no", "steps", "epoch"))
     eval_steps: int | None = option(None, "steps between evaluations; unset: logging_steps", minimum=1)
     save_strategy: str = option("no", "when to write checkpoints", choices=("no", "steps", "epoch"))
     save_steps: int = option(500, "steps between checkpoints", minimum=1)
     save_total_limit: int | None = option(None, "checkpoints to keep; unset: all", minimum=1)
+    load_best_model_at_end: bool = option(False, "end with the checkpoint whose evaluation was best")
+    metric_for_best_model: str | None = option(
+        None, "what best means: loss, ppl, accuracy, or a score of eval_with_do_generation; unset: loss"
+    )
+    greater_is_better: bool | None = option(None, "whether a greater metric is better; unset: not for loss and ppl")
     resume_from_checkpoint: str | None = option(
         None, "a checkpoint folder, or auto: the newest in output_dir (a fresh start if there is none)"
     )

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 
-from sft.data.encoding import IGNORED, Encoded
+from sft.data.encoding import IGNORED, Encoded, Window
 from sft.seams import Batch, DataCollator, Example
 
 
@@ -61,6 +62,37 @@ def make_batches(data: Encoded, collator: DataCollator, rows: Sequence[Sequence[
     ]
 
 
+class Data(Protocol):
+    """What a run trains on: read whole (:class:`Encoded`), or streamed (:class:`sft.data.stream.Stream`)."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64, tokens of each record; of a stream, those of its first window."""
+        ...
+
+    def windows(self, place: dict[str, Any] | None = None) -> Iterator[Window]:
+        """Endless windows from the beginning, or from the one that has ``place``."""
+        ...
+
+    def fingerprint(self) -> str: ...
+
+    def report(self) -> dict[str, int]: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rows of one optimizer step, as record numbers of ``data``."""
+
+    number: int
+    epoch: float
+    """Passes over the data that are done after it."""
+    data: Encoded
+    rows: list[tuple[int, ...]]
+    place: dict[str, Any]
+    """Where :meth:`Schedule.iterate` finds the next step again; JSON."""
+    ends_pass: bool
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Which rows belong to which optimizer step: a pure function of data, collator, seed and step number.
@@ -69,7 +101,7 @@ class Schedule:
     run resumes in the middle of an epoch by asking for the next step.
     """
 
-    data: Encoded
+    data: Data
     collator: DataCollator
     seed: int
     rows_per_step: int
@@ -83,29 +115,28 @@ class Schedule:
         if self.max_steps > 0:
             return self.max_steps
         whole, part = int(self.epochs), self.epochs - int(self.epochs)
-        steps = sum(self._steps_in(epoch) for epoch in range(whole))
+        windows = self.data.windows()
+        steps = sum(self._steps_in(next(windows)) for _ in range(whole))
         # Rounded first: 1.1 - 1 is a little more than 0.1, which would cost a step too many.
-        return max(1, steps + (math.ceil(round(part * self._steps_in(whole), 6)) if part else 0))
+        return max(1, steps + (math.ceil(round(part * self._steps_in(next(windows)), 6)) if part else 0))
 
-    def iterate(self, start: int = 0) -> Iterator[tuple[int, float, list[tuple[int, ...]]]]:
-        """Endless (step from 1, epochs done after it, its rows), beginning after step ``start``."""
-        step, epoch = 0, 0
-        while True:
-            rows = self._rows(epoch)
+    def iterate(self, start: int = 0, place: dict[str, Any] | None = None) -> Iterator[Step]:
+        """Endless steps after step ``start``, which was taken at ``place`` (None: look for it from the beginning)."""
+        number = place["first_step"] if place else 0
+        for window in self.data.windows(place):
+            rows, first = self._rows(window), number
             steps = math.ceil(len(rows) / self.rows_per_step)
             for index in range(steps):
-                step += 1
-                if step > start:
+                number += 1
+                if number > start:
                     chosen = rows[index * self.rows_per_step : (index + 1) * self.rows_per_step]
-                    yield step, epoch + (index + 1) / steps, chosen
-            epoch += 1
+                    passes = window.passes_after - window.passes
+                    epoch = window.passes + passes * (index + 1) / steps
+                    place = {**window.place, "first_step": first}
+                    yield Step(number, epoch, window.data, chosen, place, passes > 0 and index + 1 == steps)
 
-    def epochs_after(self, step: int) -> float:
-        """Passes over the data that are done after ``step``."""
-        return next(self.iterate(step - 1))[1] if step else 0.0
+    def _rows(self, window: Window) -> list[tuple[int, ...]]:
+        return self.collator.rows(window.data.lengths, np.random.default_rng([self.seed, window.number]))
 
-    def _rows(self, epoch: int) -> list[tuple[int, ...]]:
-        return self.collator.rows(self.data.lengths, np.random.default_rng([self.seed, epoch]))
-
-    def _steps_in(self, epoch: int) -> int:
-        return math.ceil(len(self._rows(epoch)) / self.rows_per_step)
+    def _steps_in(self, window: Window) -> int:
+        return math.ceil(len(self._rows(window)) / self.rows_per_step)

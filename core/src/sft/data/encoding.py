@@ -8,8 +8,10 @@ target. Labels are shifted here, once: position i of a row is trained to predict
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +34,9 @@ class Counts:
     targets_truncated: int = 0
     tokens: int = 0
     target_tokens: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass
@@ -68,6 +73,23 @@ class Encoded:
 
     def report(self) -> dict[str, int]:
         return asdict(self.counts)
+
+    def windows(self, place: dict[str, Any] | None = None) -> Iterator[Window]:
+        """Each pass over the data is a window, from the first one or from that of ``place``."""
+        for number in itertools.count(place["window"] if place else 0):
+            yield Window(number, self, number, number + 1, {"window": number})
+
+
+@dataclass(frozen=True)
+class Window:
+    """Records that are shuffled, and perhaps packed, among each other. ``passes`` over all data are done before it."""
+
+    number: int
+    data: Encoded
+    passes: int
+    passes_after: int
+    place: dict[str, Any]
+    """What finds it again; JSON."""
 
 
 def encode(

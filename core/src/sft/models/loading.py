@@ -32,14 +32,14 @@ def open_model(folder: Path) -> ModelSource:
     return ModelSource(folder, values, family, config)
 
 
-def load_model(source: ModelSource, quantizer: Any | None = None) -> Any:
-    """The float32 model, or with ``quantizer`` the model whose quantized Linears never existed in float.
+def load_model(source: ModelSource, quantizer: Any | None = None, dtype: str = "float32") -> Any:
+    """The model with weights of ``dtype``; with ``quantizer`` its quantized Linears never existed in float.
 
     Raises :class:`UsageError` naming the tensors that are missing, left over, or of another shape.
     """
     from sft.models import norms
 
-    model = _build(source)
+    model = _build(source, dtype)
     fill(model, source, quantizer)
     _share_rotary_tables(model)
     norms.install(model)
@@ -50,6 +50,7 @@ def load_model(source: ModelSource, quantizer: Any | None = None) -> Any:
 def fill(model: Any, source: ModelSource, quantizer: Any | None = None) -> None:
     """Stream the weights of ``source.folder`` into ``model``; raises as :func:`load_model` does."""
     import numpy as np
+    import paddle
 
     weights = Weights(source.folder, source.family)
     stored = {_paddle_name(name, weights, source.family): name for name in weights}
@@ -62,17 +63,25 @@ def fill(model: Any, source: ModelSource, quantizer: Any | None = None) -> None:
     stored = {name: original for name, original in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     _compare(set(expected), set(stored), source)
     for name, parameter in expected.items():
-        parameter.set_value(np.ascontiguousarray(_read(stored[name], parameter.shape, weights, source)))
+        value = np.ascontiguousarray(_read(stored[name], parameter.shape, weights, source))
+        parameter.set_value(
+            value if parameter.dtype == paddle.float32 else paddle.to_tensor(value).astype(parameter.dtype)
+        )
 
 
-def _build(source: ModelSource) -> Any:
+def _build(source: ModelSource, dtype: str) -> Any:
     """The model with unallocated parameters."""
     import paddle
     from paddlenlp.transformers.model_utils import no_init_weights
 
     _, model_class = source.family.classes()
-    with _quiet(), no_init_weights(), paddle.LazyGuard():
-        return model_class(source.config)
+    before = paddle.get_default_dtype()
+    paddle.set_default_dtype(dtype)
+    try:
+        with _quiet(), no_init_weights(), paddle.LazyGuard():
+            return model_class(source.config)
+    finally:
+        paddle.set_default_dtype(before)
 
 
 def _quantize(target: Target, quantizer: Any, weights: Weights, stored: dict[str, str], source: ModelSource) -> None:

@@ -62,20 +62,24 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard
 
 
 def model_tensors(model: Any, source: ModelSource) -> Iterable[tuple[str, np.ndarray]]:
-    """The parameters of ``model`` in Hugging Face names and layout, float32, one at a time; tied ones once."""
+    """The parameters of ``model`` in Hugging Face names and layout, in their dtype, one at a time; tied ones once."""
+    import ml_dtypes
     import numpy as np
 
     for name, parameter in model.named_parameters():
         array = parameter.numpy()
+        if array.dtype == np.uint16:  # paddle's way of giving bfloat16 to numpy
+            array = array.view(ml_dtypes.bfloat16)
         if source.family.is_transposed(name, array.ndim):
             array = np.ascontiguousarray(array.T)
         yield source.family.to_hf(name), array
 
 
 def write_model(folder: Path, model: Any, source: ModelSource, tokenizer: Tokenizer) -> None:
-    """A whole float32 model with config and tokenizer."""
+    """A whole model with config and tokenizer."""
     write_tensors(folder, model_tensors(model, source))
-    _write_settings(folder, source, tokenizer, "float32")
+    dtype = str(next(iter(model.parameters())).dtype).rpartition(".")[2]
+    _write_settings(folder, source, tokenizer, dtype)
 
 
 def write_merged(

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from sft.running import Run
     from sft.training.optimizer import Optimizer
 
-FORMAT = 1
-_KEYS = ("date", "step", "random", "data", "journal", "before", "settings", "plugins")
+FORMAT = 2
+_KEYS = ("date", "step", "epoch", "random", "data", "loss_scale", "journal", "before", "best", "settings", "plugins")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -72,7 +72,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:
-    """Write ``checkpoint-N`` for ``state["step"]`` and drop the oldest ones beyond ``save_total_limit``."""
+    """Write ``checkpoint-N`` for ``state["step"]`` and drop the oldest ones beyond ``save_total_limit``; the best one
+    stays where the run is to end with it."""
     from safetensors.numpy import save_file
 
     folder = run.output_dir / f"checkpoint-{state['step']}"
@@ -90,14 +91,22 @@ def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:
         save_file(arrays, str(trainer / "plugins.safetensors"))
         write_json(trainer / "state.json", {"format": FORMAT, **state, "plugins": plugins})
     limit = run.settings.training.save_total_limit
+    keeps = run.best["step"] if run.settings.training.load_best_model_at_end and run.best else None
     for old in checkpoints(run.output_dir)[:-limit] if limit else []:
-        remove_folder(old)
+        if step_of(old) != keeps:
+            remove_folder(old)
     run.hook.sft_checkpoint_saved(run=run, folder=folder)
     return folder
 
 
 def load(run: Run, optimizer: Optimizer, folder: Path, state: dict[str, Any]) -> None:
     """Put parameters, optimizer state and plugin state back. The model has been built and adapted."""
+    load_model(run, optimizer, folder, state)
+    optimizer.load(_read(folder / "trainer" / "optimizer.safetensors"))
+
+
+def load_model(run: Run, optimizer: Optimizer, folder: Path, state: dict[str, Any]) -> None:
+    """Put the model back as it was: parameters and plugin state."""
     from sft.models.loading import fill
 
     trainer = folder / "trainer"
@@ -105,7 +114,6 @@ def load(run: Run, optimizer: Optimizer, folder: Path, state: dict[str, Any]) ->
         _load_trainable(optimizer, _read(trainer / "trainable.safetensors"), folder)
     else:
         fill(run.model, replace(run.source, folder=folder))
-    optimizer.load(_read(trainer / "optimizer.safetensors"))
     arrays = _read(trainer / "plugins.safetensors")
     for name in run.plugins.names:
         own = {key.partition("/")[2]: value for key, value in arrays.items() if key.startswith(f"{name}/")}

@@ -23,7 +23,7 @@ def evaluate(run: Run, step: int, epoch: float) -> dict[str, Any]:
     mine = batches[run.strategy.data_rank :: run.strategy.data_world]
     was_training = run.model.training
     run.model.eval()
-    with paddle.no_grad():
+    with paddle.no_grad(), run.precision.autocast():
         loss = sum(float(batch_loss(run.model, batch)) for batch in mine)
     if was_training:
         run.model.train()

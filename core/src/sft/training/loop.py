@@ -1,45 +1,53 @@
 """The training loop. Read this to know what a run does.
 
 It does: shuffle by seed, accumulate micro-batches, normalise the loss by the target tokens of the whole
-window (of all processes), clip, step AdamW on the schedule, log, evaluate, checkpoint, resume.
+window (of all processes), clip, step AdamW on the schedule (skip a step that overflows in float16), log, evaluate,
+checkpoint, resume.
 It does not: know any technique (those are in the model, the batches and the optimizer's groups by now), know
 other processes (the strategy does), or write final results (``running.py`` does).
 """
 
 from __future__ import annotations
 
-import math
 import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import paddle
 
-from sft.data.batches import Schedule, make_batches
+from sft.data.batches import Schedule, Step, make_batches
 from sft.errors import SftError
 from sft.training import checkpoint
+from sft.training.best import better
 from sft.training.evaluation import evaluate
 from sft.training.journal import Journal
-from sft.training.optimizer import Optimizer, learning_rate
+from sft.training.optimizer import Optimizer, clip_factor, learning_rate
+from sft.training.precision import LossScale
 from sft.training.progress import Display
 
 if TYPE_CHECKING:
     from sft.running import Run
 
 
-def train(run: Run, optimizer: Optimizer, schedule: Schedule, journal: Journal, display: Display, start: int) -> int:
-    """Train from after step ``start`` to the end; returns the number of the last step."""
+def train(
+    run: Run, optimizer: Optimizer, schedule: Schedule, journal: Journal, display: Display, state: dict[str, Any] | None
+) -> tuple[int, float]:
+    """Train to the end, from the moment of a checkpoint's ``state`` on if there is one; the last step and epoch."""
     settings, strategy = run.settings.training, run.strategy
     model, parameters = strategy.wrap(run.model), list(optimizer.parameters.values())
     total = schedule.total_steps
+    start, epoch, place, scale = 0, 0.0, None, LossScale(run.precision, settings.scale_loss)
+    if state is not None:
+        start, epoch, place = state["step"], state["epoch"], state["data"]["place"]
+        scale.load(state["loss_scale"])
     model.train()
     journal.start()
-    for step, epoch, rows in schedule.iterate(start):
-        if step > total:
+    for at in schedule.iterate(start, place):
+        if at.number > total:
             break
-        began = time.monotonic()
-        mine = rows[strategy.data_rank :: strategy.data_world]
-        batches = make_batches(schedule.data, schedule.collator, mine, settings.per_device_train_batch_size)
+        began, step, epoch = time.monotonic(), at.number, at.epoch
+        mine = at.rows[strategy.data_rank :: strategy.data_world]
+        batches = make_batches(at.data, schedule.collator, mine, settings.per_device_train_batch_size)
         tokens, targets, padding = map(
             int,
             strategy.sum(
@@ -47,15 +55,21 @@ def train(run: Run, optimizer: Optimizer, schedule: Schedule, journal: Journal, 
             ),
         )
         seed_step(settings.seed, step, strategy.data_rank)
-        (loss_sum,) = strategy.sum([strategy.backward(model, batches, 1.0 / max(1, targets))])
-        grad_norm = strategy.clip(parameters, settings.max_grad_norm)
-        if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
+        (loss_sum,) = strategy.sum([strategy.backward(model, batches, scale.value / max(1, targets))])
+        grad_norm = strategy.grad_norm(parameters) / scale.value
+        rate, unscaled = learning_rate(step, total, settings), 1.0 / scale.value
+        skipped = not scale.accepts(loss_sum, grad_norm)
+        if not skipped:
+            optimizer.step(rate, unscaled * clip_factor(grad_norm, settings.max_grad_norm))
+        elif scale.gives_up:
             raise SftError(
                 f"The loss or its gradient is no longer finite at step {step} (loss {loss_sum / max(1, targets)}, "
                 f"gradient norm {grad_norm}); lower learning_rate, and resume from a checkpoint before it."
             )
-        rate = learning_rate(step, total, settings)
-        optimizer.step(rate)
+        else:
+            optimizer.clear()
+            display.say(f"step {step}: float16 overflow, skipped; the loss scale is now {scale.value:g}")
+            continue
 
         record = {
             "step": step,
@@ -73,36 +87,41 @@ def train(run: Run, optimizer: Optimizer, schedule: Schedule, journal: Journal, 
             display.line(journal.step_line(step, epoch, rate, grad_norm))
         run.hook.sft_step_ended(run=run, record=record)
 
-        if run.dev_data is not None and _due(settings.evaluation_strategy, run.eval_steps, step, epoch):
+        saves = _due(settings.save_strategy, settings.save_steps, at)
+        if run.dev_data is not None and _due(settings.evaluation_strategy, run.eval_steps, at):
             evaluation = evaluate(run, step, epoch)
             journal.write(evaluation)
             journal.pause(evaluation["eval_seconds"])
             display.evaluation(evaluation)
-        if _due(settings.save_strategy, settings.save_steps, step, epoch) and strategy.is_main:
-            checkpoint.save(run, optimizer, state_after(run, schedule, journal, step, epoch))
+            if saves:
+                run.best = better(run, evaluation)
+        if saves and strategy.is_main:
+            checkpoint.save(run, optimizer, state_after(run, schedule, journal, at, scale))
     model.eval()
-    return total
+    return max(start, total), epoch
 
 
-def state_after(run: Run, schedule: Schedule, journal: Journal, step: int, epoch: float) -> dict[str, Any]:
-    """What ``state.json`` says about the moment after ``step``: enough to find the next batch and draw."""
+def state_after(run: Run, schedule: Schedule, journal: Journal, at: Step, scale: LossScale) -> dict[str, Any]:
+    """What ``state.json`` says about the moment after a step: enough to find the next batch and draw."""
     return {
-        "step": step,
-        "epoch": epoch,
+        "step": at.number,
+        "epoch": at.epoch,
         "date": run.tokenizer.now.isoformat(),
-        "random": {"seed": run.settings.training.seed, "step": step},
+        "random": {"seed": run.settings.training.seed, "step": at.number},
         "data": {
             "fingerprint": schedule.data.fingerprint(),
             "rows_per_step": schedule.rows_per_step,
-            "epochs_done": epoch,
+            "place": at.place,
         },
         "schedule": {
             "type": run.settings.training.lr_scheduler_type,
             "total_steps": schedule.total_steps,
         },
+        "loss_scale": scale.state(),
         "journal": journal.state(),
         "before": run.before,
         "evaluation": run.evaluation,
+        "best": run.best,
         "settings": run.settings.flat(),
     }
 
@@ -112,5 +131,5 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     paddle.seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
-def _due(strategy: str, steps: int, step: int, epoch: float) -> bool:
-    return step % steps == 0 if strategy == "steps" else strategy == "epoch" and epoch.is_integer()
+def _due(strategy: str, steps: int, at: Step) -> bool:
+    return at.number % steps == 0 if strategy == "steps" else strategy == "epoch" and at.ends_pass

@@ -35,27 +35,40 @@ def check_groups(groups: list[ParameterGroup], parameters: dict[str, Any]) -> No
 def learning_rate(step: int, total: int, training: TrainingArguments) -> float:
     """The rate of optimizer step ``step`` (from 1) of ``total``: linear warm-up, then the schedule's decay.
 
-    As in Hugging Face's schedules: the factor is (step-1)/warmup while warming up; "linear" and "cosine" reach 0
-    after the last step; "constant" stays.
+    As in PaddleNLP and Hugging Face: the factor is (step-1)/warmup while warming up; "linear" and "cosine" (of half a
+    wave) reach 0 after the last step, "polynomial" reaches ``lr_end``; "constant" has no warm-up.
     """
-    done = step - 1
+    peak, kind, done = training.learning_rate, training.lr_scheduler_type, step - 1
     warmup = training.warmup_steps or math.ceil(total * training.warmup_ratio)
+    if kind == "constant":
+        return peak
     if done < warmup:
-        return training.learning_rate * done / warmup
+        return peak * done / warmup
     progress = (done - warmup) / max(1, total - warmup)
+    if kind == "polynomial":
+        return (peak - training.lr_end) * max(0.0, 1.0 - progress) ** training.power + training.lr_end
     shape = {
-        "constant": 1.0,
+        "constant_with_warmup": 1.0,
         "linear": max(0.0, 1.0 - progress),
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))),
+        "cosine": max(0.0, 0.5 * (1.0 + math.cos(2.0 * math.pi * training.num_cycles * min(1.0, progress)))),
     }
-    return training.learning_rate * shape[training.lr_scheduler_type]
+    return peak * shape[kind]
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What scales gradients of global norm ``norm`` down to ``max_norm`` (0: no clipping)."""
+    return max_norm / norm if max_norm and norm > max_norm else 1.0
 
 
 class Optimizer:
-    """paddle's AdamW; knows its parameters by structured name."""
+    """paddle's AdamW; knows its parameters by structured name.
+
+    A parameter of 16 bits is stepped as a float32 master copy and rounded from that: small updates add up there.
+    """
 
     def __init__(self, groups: list[ParameterGroup], training: TrainingArguments) -> None:
         self.parameters = {name: p for group in groups for name, p in group.parameters.items()}
+        self._stepped = {name: _master(p) for name, p in self.parameters.items()}
         self._adamw = paddle.optimizer.AdamW(
             learning_rate=training.learning_rate,
             beta1=training.adam_beta1,
@@ -63,7 +76,7 @@ class Optimizer:
             epsilon=training.adam_epsilon,
             parameters=[
                 {
-                    "params": list(group.parameters.values()),
+                    "params": [self._stepped[name] for name in group.parameters],
                     "learning_rate": group.learning_rate,
                     "weight_decay": group.weight_decay,
                 }
@@ -71,30 +84,62 @@ class Optimizer:
             ],
         )
 
-    def step(self, rate: float) -> None:
-        """Apply the gradients at learning rate ``rate`` and clear them."""
+    @paddle.no_grad()
+    def step(self, rate: float, factor: float = 1.0) -> None:
+        """Apply the gradients, each times ``factor``, at learning rate ``rate``, and clear them."""
+        for name, parameter in self.parameters.items():
+            master, gradient = self._stepped[name], parameter.grad
+            if gradient is None:
+                continue
+            if master is not parameter:
+                master.grad = gradient.astype("float32")
+            if factor != 1.0:
+                master.grad.scale_(factor)
         self._adamw.set_lr(rate)
         self._adamw.step()
         self._adamw.clear_grad()
+        for name, parameter in self.parameters.items():
+            if self._stepped[name] is not parameter and parameter.grad is not None:
+                parameter.set_value(self._stepped[name].astype(parameter.dtype))
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters.values():
+            parameter.clear_gradient(set_to_zero=False)
 
     def state(self) -> dict[str, np.ndarray]:
-        """``NAME.moment1`` and so on for every parameter, by structured name."""
-        return {
-            f"{name}.{kind}": tensors[parameter.name].numpy()
+        """``NAME.moment1`` and so on for every parameter, by structured name; ``NAME.master`` where there is one."""
+        state = {
+            f"{name}.{kind}": tensors[stepped.name].numpy()
             for kind, tensors in self._adamw._accumulators.items()
-            for name, parameter in self.parameters.items()
-            if parameter.name in tensors
+            for name, stepped in self._stepped.items()
+            if stepped.name in tensors
         }
+        masters = {f"{name}.master": p.numpy() for name, p in self._stepped.items() if p is not self.parameters[name]}
+        return {**state, **masters}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
         """Take back what :meth:`state` gave, for the same parameters."""
         # paddle makes its state at the first step; here it must exist before it.
         block = paddle.base.framework.default_main_program().global_block()
-        self._adamw._create_accumulators(block, list(self.parameters.values()))
+        self._adamw._create_accumulators(block, list(self._stepped.values()))
         expected = self.state()
         if set(expected) != set(state):
             odd = sorted(set(expected) ^ set(state))[0]
             raise SftError(f"The checkpoint's optimizer state does not fit this run (first difference: {odd}).")
         for kind, tensors in self._adamw._accumulators.items():
-            for name, parameter in self.parameters.items():
-                tensors[parameter.name].set_value(state[f"{name}.{kind}"])
+            for name, stepped in self._stepped.items():
+                tensors[stepped.name].set_value(state[f"{name}.{kind}"])
+        for name, stepped in self._stepped.items():
+            if stepped is not self.parameters[name]:
+                stepped.set_value(state[f"{name}.master"])
+
+
+def _master(parameter: Any) -> Any:
+    """What AdamW steps for ``parameter``: itself in float32, a float32 copy of it in 16 bits."""
+    if parameter.dtype == paddle.float32:
+        return parameter
+    copy = paddle.base.framework.EagerParamBase.from_tensor(parameter.astype("float32"))
+    copy.stop_gradient = False
+    return copy

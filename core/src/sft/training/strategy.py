@@ -27,7 +27,7 @@ class SingleProcess:
     data_world = 1
     is_main = True
 
-    def __init__(self, run: Run | None) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
 
     def wrap(self, model: Any) -> Any:
@@ -36,9 +36,9 @@ class SingleProcess:
     def backward(self, model: Any, batches: Sequence[Batch], loss_scale: float) -> float:
         total = 0.0
         for batch in batches:
-            if self._run is not None:
-                self._run.hook.sft_micro_batch(run=self._run, batch=batch)
-            loss = batch_loss(model, batch)
+            self._run.hook.sft_micro_batch(run=self._run, batch=batch)
+            with self._run.precision.autocast():
+                loss = batch_loss(model, batch)
             (loss * loss_scale).backward()
             total += float(loss)
         return total
@@ -46,12 +46,13 @@ class SingleProcess:
     def sum(self, values: Sequence[float]) -> list[float]:
         return list(values)
 
-    @paddle.no_grad()
-    def clip(self, parameters: Sequence[Any], max_norm: float) -> float:
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        squares = [gradient.astype("float32").square().sum() for gradient in gradients]
-        norm = float(paddle.add_n(squares).sqrt()) if squares else 0.0
-        if max_norm and norm > max_norm:
-            for gradient in gradients:
-                gradient.scale_(max_norm / norm)
-        return norm
+    def grad_norm(self, parameters: Sequence[Any]) -> float:
+        return grad_norm(parameters)
+
+
+@paddle.no_grad()
+def grad_norm(parameters: Sequence[Any]) -> float:
+    """The norm of all gradients of ``parameters`` together, in float32; those without one count as zero."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    squares = [gradient.astype("float32").square().sum() for gradient in gradients]
+    return float(paddle.add_n(squares).sqrt()) if squares else 0.0

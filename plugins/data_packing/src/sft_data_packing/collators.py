@@ -50,7 +50,8 @@ class BestFitCollator(NextFitCollator):
 
 def report(run: Run, name: str, collator: NextFitCollator) -> None:
     """One line: how many rows the training records make in the first epoch, and how full they are."""
-    rows = collator.rows(run.train_data.lengths, np.random.default_rng([run.settings.training.seed, 0]))
-    fill = 100 * run.train_data.lengths.sum() / (len(rows) * collator.capacity)
-    records = f"{len(run.train_data):,} records in {len(rows):,} rows"
+    lengths = run.train_data.lengths
+    rows = collator.rows(lengths, np.random.default_rng([run.settings.training.seed, 0]))
+    fill = 100 * lengths.sum() / (len(rows) * collator.capacity)
+    records = f"{len(lengths):,} records in {len(rows):,} rows"
     run.say(f"{name}: {records} of {collator.capacity} tokens, {fill:.1f} % full")

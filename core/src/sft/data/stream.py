@@ -1,0 +1,80 @@
+"""Data that is never read whole: windows of records, encoded as they are needed (``lazy``)."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sft.data.encoding import Counts, Encoded, Window
+from sft.errors import UsageError
+from sft.seams import Turn
+
+WINDOW = 4096
+"""Records in a window: they are shuffled, and packed, among each other, and in memory together."""
+
+
+class Stream:
+    """Endless windows of at most ``size`` records, in the data's order; a window ends where a pass does.
+
+    ``conversations`` begins a pass over all records; ``encode`` makes token ids of some. A window is found again by
+    counting the records before it in its pass, which are read over but not encoded.
+    """
+
+    def __init__(
+        self,
+        files: list[Path],
+        conversations: Callable[[], Iterator[list[Turn]]],
+        encode: Callable[[Iterable[list[Turn]]], Encoded],
+        size: int = WINDOW,
+    ) -> None:
+        self.files = files
+        self.counts = Counts()
+        self._conversations, self._encode, self._size = conversations, encode, size
+
+    @cached_property
+    def _first(self) -> Encoded:
+        return self._encode(itertools.islice(self._conversations(), self._size))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._first.lengths
+
+    def windows(self, place: dict[str, Any] | None = None) -> Iterator[Window]:
+        """See :class:`sft.data.batches.Data`. Raises :class:`UsageError` if a whole pass has no target."""
+        number, passed, offset = (place[key] if place else 0 for key in ("window", "passes", "offset"))
+        self.counts = Counts(**place["counts"]) if place else Counts()
+        kept = offset > 0
+        while True:
+            records = itertools.islice(self._conversations(), offset, None)
+            following = next(records, None)
+            while following is not None:
+                found = list(itertools.islice(itertools.chain([following], records), self._size))
+                following = next(records, None)
+                data = self._first if number == 0 else self._encode(found)
+                place = {"window": number, "passes": passed, "offset": offset, "counts": asdict(self.counts)}
+                self.counts = self.counts + data.counts
+                if len(data):
+                    kept = True
+                    yield Window(number, data, passed, passed + (following is None), place)
+                number, offset = number + 1, offset + len(found)
+            if not kept:
+                raise UsageError("No train record keeps a target within src_length and max_length; raise them.")
+            passed, offset = passed + 1, 0
+
+    def fingerprint(self) -> str:
+        """Changes with the files' names and sizes, and with the tokens of the first window."""
+        digest = hashlib.sha256(self._first.fingerprint().encode())
+        for path in self.files:
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+        return digest.hexdigest()[:16]
+
+    def report(self) -> dict[str, int]:
+        """Of the records that have been read; those of a later pass count again."""
+        return asdict(self.counts)

@@ -1,0 +1,100 @@
+"""In which precision a run computes: float32, or bfloat16 or float16 where the device can."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sft.errors import UsageError
+from sft.settings import TrainingArguments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GROWTH_STEPS = 2000
+"""Steps without an overflow after which the loss scale doubles (paddle's and torch's default)."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """``dtype`` "float32", "bfloat16" or "float16" of matrix products; ``weights`` is that of the model's weights."""
+
+    dtype: str = "float32"
+    weights: str = "float32"
+
+    def autocast(self) -> Any:
+        """The context in which the model goes forward."""
+        if self.dtype == "float32":
+            return contextlib.nullcontext()
+        import paddle
+
+        return paddle.amp.auto_cast(dtype=self.dtype, level="O1" if self.weights == "float32" else "O2")
+
+
+def choose(training: TrainingArguments, say: Callable[[str], None]) -> Precision:
+    """What the settings ask for, or float32, said in a line, where the device cannot do it.
+
+    With ``require_precision`` that is a :class:`UsageError`.
+    """
+    if not (training.bf16 or training.fp16):
+        return Precision()
+    wanted = "bfloat16" if training.bf16 else "float16"
+    if has_matmul(wanted):
+        return Precision(wanted, wanted if training.fp16_opt_level == "O2" else "float32")
+    import paddle
+
+    short, device = ("bf16" if training.bf16 else "fp16"), paddle.device.get_device()
+    fact = f"{short} is asked for, and paddle has no {wanted} matrix product on {device}"
+    if training.require_precision:
+        raise UsageError(f"{fact}; leave {short} out, or leave require_precision out to compute in float32.")
+    say(f"precision: {fact}: computing in float32 (require_precision makes this an error)")
+    return Precision()
+
+
+def has_matmul(dtype: str) -> bool:
+    """Whether paddle multiplies matrices of ``dtype`` on the current device; it is tried."""
+    import paddle
+
+    one = paddle.ones([1, 1]).astype(dtype)
+    try:
+        paddle.matmul(one, one)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+class LossScale:
+    """The factor that keeps float16 gradients from vanishing (arXiv 1710.03740); 1 and constant in other precisions.
+
+    It halves at an overflow, whose step is skipped, and doubles after GROWTH_STEPS steps without one.
+    """
+
+    def __init__(self, precision: Precision, initial: float) -> None:
+        self.dynamic = precision.dtype == "float16"
+        self.value = initial if self.dynamic else 1.0
+        self.good_steps = 0
+
+    def accepts(self, loss: float, grad_norm: float) -> bool:
+        """Whether the step may be taken; if not, the scale has been halved and the step is to be skipped."""
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if not self.dynamic or (not finite and self.value < 1.0):
+            return finite
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value /= 2.0
+        elif self.good_steps == GROWTH_STEPS:
+            self.value, self.good_steps = self.value * 2.0, 0
+        return finite
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether a step that is not finite is the end of the run: nothing is left to scale down."""
+        return not self.dynamic or self.value < 1.0
+
+    def state(self) -> dict[str, float]:
+        return {"value": self.value, "good_steps": self.good_steps}
+
+    def load(self, state: dict[str, float]) -> None:
+        self.value, self.good_steps = float(state["value"]), int(state["good_steps"])

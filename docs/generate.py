@@ -102,16 +102,26 @@ def plugin_table(chinese: bool) -> str:
     return "\n".join(rows)
 
 
+def matrix() -> str:
+    """Which plugins work together, from their declarations: a row and a column each."""
+    plugins = own_plugins()
+    rows = ["| | " + " | ".join(f"`{name}`" for name in plugins) + " |", "|---|" + ":-:|" * len(plugins)]
+    for name, plugin in plugins.items():
+        never = excluded(name, plugins)
+        cells = ["" if o == name else "–" if o in never else "needs" if o in plugin.requires else "+" for o in plugins]
+        rows.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def excluded(name: str, plugins: dict[str, Any]) -> list[str]:
     """The plugins that cannot be active together with ``name``: a declared conflict, or the same single place."""
     plugin, found = plugins[name], []
     for other, theirs in plugins.items():
-        replaced = other in plugin.supersedes or name in theirs.supersedes
         declared = other in plugin.conflicts or name in theirs.conflicts
         shared = any(_implements(plugin, hook) and _implements(theirs, hook) for hook in SEAMS)
         needs = any(need in theirs.conflicts for need in plugin.requires)
         needs = needs or any(need in plugin.conflicts for need in theirs.requires)
-        if other != name and not replaced and (declared or shared or needs):
+        if other != name and (declared or shared or needs):
             found.append(other)
     return found
 
@@ -128,7 +138,8 @@ def with_table(readme: str) -> str:
     """The README with its plugin table made anew."""
     text = (ROOT / readme).read_text(encoding="utf-8")
     table = plugin_table(chinese=readme.endswith("_zh.md"))
-    return re.sub(r"(<!-- plugins -->\n).*?(\n<!-- end -->)", rf"\1{table}\2", text, flags=re.DOTALL)
+    text = re.sub(r"(<!-- plugins -->\n).*?(\n<!-- end -->)", rf"\1{table}\2", text, flags=re.DOTALL)
+    return re.sub(r"(<!-- matrix -->\n).*?(\n<!-- end -->)", rf"\1{matrix()}\2", text, flags=re.DOTALL)
 
 
 PAGES = {"settings.md": settings_page, "hooks.md": hooks_page, "commands.md": commands_page}

@@ -77,6 +77,11 @@ def choose(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], 
     return chosen, left
 
 
+def explicit(values: Mapping[str, Any]) -> set[str]:
+    """The plugins that ``values`` request by name."""
+    return {canonical(name) for name in _asked(values.get("plugin", []))}
+
+
 def _asked(value: Any) -> list[str]:
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):

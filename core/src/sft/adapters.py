@@ -13,7 +13,7 @@ from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.models.source import find_model
 from sft.options import options_of
-from sft.plugins import Plugins, import_plugin, installed
+from sft.plugins import Plugins, implements, import_plugin, installed
 from sft.settings import build
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def plugins_for(folder: Path | None, requested: Sequence[str] = ()) -> Plugins:
     names: list[str] = []
     trained = _settings_of_run(folder) if folder is not None else {}
     for name in trained.get("plugin", []):
-        if name in installed() and _implements(name, "sft_quantizer"):
+        if name in installed() and implements(import_plugin(name), "sft_quantizer"):
             names.append(name)
     names = choose({"plugin": [*names, *requested]}, ())[0]
     if folder is not None:
@@ -68,7 +68,7 @@ def plugins_for(folder: Path | None, requested: Sequence[str] = ()) -> Plugins:
     active = Plugins.load(names)
     values: dict[str, Any] = {}
     for name, plugin in active:
-        if name in trained.get("plugin", []) and _implements(name, "sft_quantizer") and plugin.Options is not None:
+        if name in trained.get("plugin", []) and implements(plugin, "sft_quantizer") and plugin.Options is not None:
             values.update({key: trained[key] for key in options_of(plugin.Options) if key in trained})
     active.start(build(values, active).options)
     return active
@@ -82,10 +82,6 @@ def _settings_of_run(folder: Path) -> dict[str, Any]:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return {}
-
-
-def _implements(name: str, hook: str) -> bool:
-    return hasattr(getattr(import_plugin(name), hook, None), "sft_impl")
 
 
 def merge(model: str, adapter: Path, output: Path, say: Callable[[str], None], requested: Sequence[str] = ()) -> int:

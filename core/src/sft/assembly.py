@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -13,106 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import runtime
+from sft.checks import RESULT_FILES, holds_run
 from sft.data.batches import PaddedCollator, Schedule
 from sft.data.encoding import Encoded, encode, encode_prompt
 from sft.data.formats import turns_of
 from sft.data.sources import read
 from sft.data.stream import WINDOW, Stream
-from sft.data.tokenizer import FILES as TOKENIZER_FILES
 from sft.errors import UsageError
 from sft.files import make_folder, remove_folder, remove_leftovers
 from sft.seams import Turn
-from sft.settings import Settings, TrainingArguments, check_draw
-from sft.training.best import check as check_best
-from sft.training.checkpoint import checkpoints, find_checkpoint, read_state, step_of
-
-RESULT_FILES = (
-    *("run.json", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors"),
-    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
-    *("model.safetensors.index.json", *TOKENIZER_FILES),
-)
-"""What a run writes into its folder beside checkpoints; an overwriting run removes it first."""
+from sft.training.checkpoint import checkpoints, read_state, step_of
 
 if TYPE_CHECKING:
     from sft.running import Run, Summary
     from sft.training.optimizer import Optimizer
-
-
-def check_settings(settings: Settings) -> None:
-    """Refuse settings that would do nothing, and those that contradict each other."""
-    training = settings.training
-    if training.max_steps == 0:
-        raise UsageError("max_steps is 0, so nothing would be trained; give -1 to let num_train_epochs decide.")
-    defaults = TrainingArguments()
-    if training.save_strategy != "steps" and training.save_steps != defaults.save_steps:
-        raise UsageError(f"save_steps does nothing while save_strategy is {training.save_strategy}; set it to steps.")
-    if training.save_strategy == "no" and training.save_total_limit is not None:
-        raise UsageError("save_total_limit does nothing while save_strategy is no; set it to steps or epoch.")
-    if training.evaluation_strategy != "steps" and training.eval_steps is not None:
-        raise UsageError(
-            f"eval_steps does nothing while evaluation_strategy is {training.evaluation_strategy}; set it to steps."
-        )
-    if training.bf16 and training.fp16:
-        raise UsageError("bf16 and fp16 are both set; leave one of them out.")
-    if settings.data.lazy and training.max_steps < 1:
-        raise UsageError("lazy streams the data, whose length is then unknown; give max_steps.")
-    check_best(settings)
-    check_draw(settings.generation)
-
-
-def check_output(run: Run) -> None:
-    """Refuse an output folder in which this run would destroy something."""
-    training = run.settings.training
-    existing = next(path for path in (run.output_dir, *run.output_dir.parents) if path.exists())
-    if not existing.is_dir():
-        raise UsageError(f"output_dir {run.output_dir}: {existing} is a file; give a folder.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"output_dir {run.output_dir}: {existing} is not writable; give another folder.")
-    if training.overwrite_output_dir and _resumes_here(run):
-        raise UsageError("A run cannot be continued and overwritten; leave one of the two settings out.")
-    for name in ("model_name_or_path", "dataset_name_or_path"):
-        path = Path(str(run.settings.flat()[name])).expanduser()
-        if path.exists() and path.resolve().is_relative_to(run.output_dir.resolve()):
-            raise UsageError(
-                f"output_dir {run.output_dir} contains {name} {path}, which would be overwritten; change one."
-            )
-    if not holds_run(run.output_dir):
-        taken = [path.name for pattern in RESULT_FILES for path in run.output_dir.glob(pattern)]
-        if taken:
-            raise UsageError(
-                f"output_dir {run.output_dir} holds {', '.join(taken[:3])}, which are no run's of sft and would be "
-                "overwritten; choose another folder."
-            )
-    if not holds_run(run.output_dir) or training.overwrite_output_dir:
-        find_checkpoint(training.resume_from_checkpoint, run.output_dir)
-        return
-    if training.resume_from_checkpoint is not None:
-        source = find_checkpoint(training.resume_from_checkpoint, run.output_dir)
-        if source is None and _status(run.output_dir) != "finished":  # it was stopped before its first checkpoint
-            return
-        if source is not None and source.parent.resolve() == run.output_dir.resolve():
-            return
-    raise UsageError(
-        f"output_dir {run.output_dir} already holds a run; choose another folder, continue it with "
-        "--resume_from_checkpoint auto, or replace it with --overwrite_output_dir."
-    )
-
-
-def _resumes_here(run: Run) -> bool:
-    source = find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
-    return source is not None and source.parent.resolve() == run.output_dir.resolve()
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a run has written into ``folder``."""
-    return (folder / "run.json").exists()
-
-
-def _status(folder: Path) -> str:
-    try:
-        return str(json.loads((folder / "run.json").read_text(encoding="utf-8")).get("status"))
-    except (OSError, ValueError):
-        return "unknown"
 
 
 def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
@@ -197,11 +109,6 @@ def load_model(run: Run, folder: Path) -> None:
         ids = encode_prompt(prompt_of(turns), run.tokenizer)
         check_room(ids, run.settings.generation, run.source.config.max_position_embeddings)
     quantizer = run.hook.sft_quantizer(run=run)
-    if quantizer is not None and not run.exports_adapter:
-        raise UsageError(
-            f"Plugin {run.plugins.provider('sft_quantizer')} quantizes the base model, which then cannot be trained as "
-            "a whole; add an adapter plugin, or leave it out."
-        )
     backend = run.hook.sft_attention_backend(run=run, config=run.source.config) or attention.DefaultAttention()
     _check_packing(run, backend)
     run.model = loading.load_model(run.source, quantizer, run.precision.weights)
@@ -227,9 +134,7 @@ def load_model(run: Run, folder: Path) -> None:
 
 def _check_packing(run: Run, backend: Any) -> None:
     """A collator that packs and an attention that lets packed documents see each other do not go together."""
-    if getattr(backend, "packed", False):
-        return
-    if any(len(row) > 1 for row in run.collator.rows(run.train_data.lengths, None)):
+    if getattr(run.collator, "packs", False) and not getattr(backend, "packed", False):
         collator, attention = (run.plugins.provider(h) for h in ("sft_collator", "sft_attention_backend"))
         raise UsageError(
             f"Plugin {collator} packs several records into a row, and attention backend {attention} would let them "
@@ -254,33 +159,6 @@ def make_schedule(run: Run) -> Schedule:
     training = run.settings.training
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * run.strategy.data_world
     return Schedule(run.train_data, run.collator, training.seed, rows, training.num_train_epochs, training.max_steps)
-
-
-def check_resumable(run: Run, schedule: Schedule, source: Path) -> dict[str, Any]:
-    """The checkpoint's state, if this run can go on from it exactly; says which settings have changed."""
-    state = read_state(source)
-    data, seed = state["data"], state["random"]["seed"]
-    if state["step"] > schedule.total_steps:
-        raise UsageError(
-            f"{source} is after step {state['step']} and this run ends at step {schedule.total_steps}; raise max_steps "
-            "or num_train_epochs, or resume from an earlier checkpoint."
-        )
-    if data["fingerprint"] != schedule.data.fingerprint():
-        raise UsageError(
-            f"{source} was trained on other tokens, so its place in the data means nothing here; resume with the same "
-            "data, model and lengths, or start a new run from its weights."
-        )
-    if data["rows_per_step"] != schedule.rows_per_step or seed != schedule.seed:
-        raise UsageError(
-            f"{source} was trained with seed {seed} and {data['rows_per_step']} rows a step, this run has seed "
-            f"{schedule.seed} and {schedule.rows_per_step}; resume with the same seed and batch sizes."
-        )
-    free = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm"}
-    now = run.settings.flat()
-    for name in sorted(set(now) | set(state["settings"])):
-        if name not in free and now.get(name) != state["settings"].get(name):
-            run.say(f"note: {name} was {state['settings'].get(name)!r} in {source.name} and is now {now.get(name)!r}")
-    return state
 
 
 def open_output(run: Run, source: Path | None) -> None:

@@ -45,7 +45,8 @@ class Plugin:
     requires: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
     supersedes: ClassVar[tuple[str, ...]] = ()
-    """Plugins that do part of what this one does; when both are requested, this one alone is active."""
+    """Plugins that do part of what this one does: where their settings are true together, this one alone is active.
+    Both requested by name are as any other two that need the same place."""
     order: ClassVar[int] = 0
     """Hooks that all plugins answer are called in ascending order, then in the order of the requests."""
     Options: ClassVar[type | None] = None
@@ -103,8 +104,9 @@ class Plugins:
         self.manager = pluggy.PluginManager("sft")
 
     @classmethod
-    def load(cls, names: Sequence[str], extra: Iterable[Any] = ()) -> Plugins:
-        """Import the requested plugins and check what they declare; ``extra`` are plugin classes given directly."""
+    def load(cls, names: Sequence[str], extra: Iterable[Any] = (), explicit: Iterable[str] = ()) -> Plugins:
+        """Import the requested plugins and check what they declare; ``extra`` are plugin classes given directly, and
+        ``explicit`` names those that were asked for by name, not by a setting."""
         classes: dict[str, Any] = {}
         origins: dict[str, str] = {}
         for plugin in extra:
@@ -117,6 +119,7 @@ class Plugins:
                 item = _find(name, available)
                 classes[name], origins[name] = _import(item), item.origin
         superseded = {canonical(other) for plugin in classes.values() for other in getattr(plugin, "supersedes", ())}
+        superseded -= set(explicit)
         classes = {name: plugin for name, plugin in classes.items() if name not in superseded}
         ordered = dict(sorted(classes.items(), key=lambda pair: getattr(pair[1], "order", 0)))
         plugins = cls(ordered, origins)
@@ -203,6 +206,12 @@ class Plugins:
         for name, plugin in self._classes.items():
             for needed in map(canonical, getattr(plugin, "requires", ())):
                 if needed not in self._classes:
+                    for other, theirs in self:
+                        if needed in map(canonical, getattr(theirs, "conflicts", ())):
+                            raise UsageError(
+                                f"Plugin {name} refines {needed}, which cannot work together with {other}; "
+                                f"leave {name} or {other} out."
+                            )
                     raise UsageError(
                         f"Plugin {name} refines {needed}, which is not active; add --plugin {needed} "
                         f"or leave {name} out."
@@ -235,7 +244,7 @@ class Plugins:
                 if not getattr(spec, "sft_single", False):
                     continue
                 # pluggy's own mark of an implementation, read before there is an instance.
-                providers = [name for name, plugin in self if hasattr(getattr(plugin, hook, None), "sft_impl")]
+                providers = [name for name, plugin in self if implements(plugin, hook)]
                 if len(providers) > 1:
                     listed = " and ".join(f"{name} ({self.origin(name)})" for name in providers)
                     raise UsageError(f"Plugins {listed} both provide {hook}, which has one place; leave one out.")
@@ -244,6 +253,11 @@ class Plugins:
 def import_plugin(name: str) -> Any:
     """The class or module of an installed plugin; :class:`UsageError` if it is missing, broken or doubled."""
     return _import(_find(name, installed()))
+
+
+def implements(plugin: Any, hook: str) -> bool:
+    """Whether a plugin class or module implements ``hook``."""
+    return hasattr(getattr(plugin, hook, None), "sft_impl")
 
 
 def _find(name: str, available: Mapping[str, list[Installed]]) -> Installed:

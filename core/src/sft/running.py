@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from sft import assembly, runtime
-from sft.activation import choose
+from sft import assembly, checks, runtime
+from sft.activation import choose, explicit
 from sft.data.batches import Data
 from sft.data.encoding import Encoded
 from sft.data.sources import find_files
@@ -131,7 +131,7 @@ def run(
 def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str], None]) -> Run:
     """Resolve plugins and settings and run every check that is instant; nothing heavy is imported."""
     names, left = choose(values, core_options())
-    active = Plugins.load(names, extra)
+    active = Plugins.load(names, extra, explicit(values))
     settings = build(left, active)
     active.start(settings.options)
     current = Run(settings, active, say)
@@ -139,8 +139,9 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
     for name in ("model_name_or_path", "dataset_name_or_path", "output_dir"):
         if not given[name]:
             raise UsageError(f"{name} is not set; add --{name} VALUE or put it into the settings file.")
-    assembly.check_settings(settings)
-    assembly.check_output(current)
+    checks.check_settings(settings)
+    checks.check_plugins(current)
+    checks.check_output(current)
     active.hook.sft_check(run=current)
     return current
 
@@ -161,7 +162,7 @@ def execute(run: Run) -> Summary:
         return _only_evaluate(run, started)
     optimizer = assembly.make_optimizer(run)
     schedule = assembly.make_schedule(run)
-    state = assembly.check_resumable(run, schedule, source) if source is not None else None
+    state = checks.check_resumable(run, schedule, source) if source is not None else None
 
     from sft.training import checkpoint
     from sft.training.journal import Journal

@@ -70,6 +70,9 @@ class Batch:
 class DataCollator(Protocol):
     """Decides which records share a row, and makes batches of rows."""
 
+    packs: bool
+    """Whether a row may hold several records; attention must then be able to keep them apart."""
+
     def rows(self, lengths: np.ndarray, rng: np.random.Generator | None) -> list[tuple[int, ...]]:
         """Record numbers of each row of one pass over the data, in training order.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from sft.activation import choose
+from sft.activation import choose, explicit
 from sft.errors import SftError, UsageError
 from sft.options import Bare, Option, options_of
 from sft.plugins import Plugins
@@ -72,7 +72,7 @@ def collect(arguments: list[str]) -> dict[str, Any]:
 def help_text(values: dict[str, Any]) -> str:
     """Every setting of the core and of the requested plugins, under its heading."""
     names, _ = choose(values, core_options())
-    active = Plugins.load(names)
+    active = Plugins.load(names, explicit=explicit(values))
     lines = [
         "Usage: sft run [SETTINGS.json|.yaml] [--plugin NAME ...] [--name value ...]",
         "",

@@ -17,6 +17,8 @@ from sft.seams import Batch, DataCollator, Example
 class PaddedCollator:
     """One record a row, padded on the right to the longest row of its batch."""
 
+    packs = False
+
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 

@@ -84,7 +84,13 @@ def hidden_states(model: Any, batch: Batch) -> Any:
     """The backbone's last hidden states [B, S, hidden] for a batch, through the installed backend."""
     import paddle
 
-    if batch.packed or getattr(model.sft_attention_backend, "describes_padding", False):
+    backend = model.sft_attention_backend
+    if batch.packed and not getattr(backend, "packed", False):
+        raise UsageError(
+            f"A row holds several records, and attention backend {type(backend).__name__} would let them see each "
+            "other; leave the backend or the packing out."
+        )
+    if batch.packed or getattr(backend, "describes_padding", False):
         indices = paddle.to_tensor(batch.startend_row_indices)
     else:
         # Causal attention says it all. An array of length 1 stands for that.

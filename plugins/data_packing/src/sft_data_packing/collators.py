@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class NextFitCollator:
     """Consecutive records of the (shuffled) order share a row of ``capacity`` tokens for as long as they fit."""
 
+    packs = True
+
     def __init__(self, capacity: int, pad_id: int) -> None:
         self.capacity, self.pad_id = capacity, pad_id
 

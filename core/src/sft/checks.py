@@ -1,0 +1,175 @@
+"""What is refused before a run begins: settings, plugins, output folders and checkpoints that do not go together."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.data.batches import Schedule
+from sft.data.tokenizer import FILES as TOKENIZER_FILES
+from sft.errors import UsageError
+from sft.plugins import implements, import_plugin, installed
+from sft.settings import Settings, TrainingArguments, check_draw
+from sft.training.best import check as check_best
+from sft.training.checkpoint import find_checkpoint, read_state
+
+if TYPE_CHECKING:
+    from sft.running import Run
+
+RESULT_FILES = (
+    *("run.json", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors"),
+    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
+    *("model.safetensors.index.json", *TOKENIZER_FILES),
+)
+"""What a run writes into its folder beside checkpoints; an overwriting run removes it first."""
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse settings that would do nothing, and those that contradict each other."""
+    training = settings.training
+    if training.max_steps == 0:
+        raise UsageError("max_steps is 0, so nothing would be trained; give -1 to let num_train_epochs decide.")
+    defaults = TrainingArguments()
+    if training.save_strategy != "steps" and training.save_steps != defaults.save_steps:
+        raise UsageError(f"save_steps does nothing while save_strategy is {training.save_strategy}; set it to steps.")
+    if training.save_strategy == "no" and training.save_total_limit is not None:
+        raise UsageError("save_total_limit does nothing while save_strategy is no; set it to steps or epoch.")
+    if training.evaluation_strategy != "steps" and training.eval_steps is not None:
+        raise UsageError(
+            f"eval_steps does nothing while evaluation_strategy is {training.evaluation_strategy}; set it to steps."
+        )
+    if training.bf16 and training.fp16:
+        raise UsageError("bf16 and fp16 are both set; leave one of them out.")
+    if settings.data.lazy and training.max_steps < 1:
+        raise UsageError("lazy streams the data, whose length is then unknown; give max_steps.")
+    check_best(settings)
+    check_draw(settings.generation)
+
+
+def check_plugins(run: Run) -> None:
+    """Refuse plugins that have nothing to train together."""
+    quantizer = run.plugins.provider("sft_quantizer")
+    if quantizer is not None and not run.exports_adapter:
+        raise UsageError(
+            f"Plugin {quantizer} quantizes the base model, which then cannot be trained as a whole; add an adapter "
+            "plugin, or leave it out."
+        )
+
+
+def check_output(run: Run) -> None:
+    """Refuse an output folder in which this run would destroy something."""
+    training = run.settings.training
+    existing = next(path for path in (run.output_dir, *run.output_dir.parents) if path.exists())
+    if not existing.is_dir():
+        raise UsageError(f"output_dir {run.output_dir}: {existing} is a file; give a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"output_dir {run.output_dir}: {existing} is not writable; give another folder.")
+    if training.overwrite_output_dir and _resumes_here(run):
+        raise UsageError("A run cannot be continued and overwritten; leave one of the two settings out.")
+    for name in ("model_name_or_path", "dataset_name_or_path"):
+        path = Path(str(run.settings.flat()[name])).expanduser()
+        if path.exists() and path.resolve().is_relative_to(run.output_dir.resolve()):
+            raise UsageError(
+                f"output_dir {run.output_dir} contains {name} {path}, which would be overwritten; change one."
+            )
+    if not holds_run(run.output_dir):
+        taken = [path.name for pattern in RESULT_FILES for path in run.output_dir.glob(pattern)]
+        if taken:
+            raise UsageError(
+                f"output_dir {run.output_dir} holds {', '.join(taken[:3])}, which are no run's of sft and would be "
+                "overwritten; choose another folder."
+            )
+    if not holds_run(run.output_dir) or training.overwrite_output_dir:
+        find_checkpoint(training.resume_from_checkpoint, run.output_dir)
+        return
+    if training.resume_from_checkpoint is not None:
+        source = find_checkpoint(training.resume_from_checkpoint, run.output_dir)
+        if source is None and _status(run.output_dir) != "finished":  # it was stopped before its first checkpoint
+            return
+        if source is not None and source.parent.resolve() == run.output_dir.resolve():
+            return
+    raise UsageError(
+        f"output_dir {run.output_dir} already holds a run; choose another folder, continue it with "
+        "--resume_from_checkpoint auto, or replace it with --overwrite_output_dir."
+    )
+
+
+def _resumes_here(run: Run) -> bool:
+    source = find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
+    return source is not None and source.parent.resolve() == run.output_dir.resolve()
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has written into ``folder``."""
+    return (folder / "run.json").exists()
+
+
+def _status(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "run.json").read_text(encoding="utf-8")).get("status"))
+    except (OSError, ValueError):
+        return "unknown"
+
+
+def check_resumable(run: Run, schedule: Schedule, source: Path) -> dict[str, Any]:
+    """The checkpoint's state, if this run can go on from it exactly; says which settings have changed."""
+    state = read_state(source)
+    data, seed = state["data"], state["random"]["seed"]
+    if state["step"] > schedule.total_steps:
+        raise UsageError(
+            f"{source} is after step {state['step']} and this run ends at step {schedule.total_steps}; raise max_steps "
+            "or num_train_epochs, or resume from an earlier checkpoint."
+        )
+    if data["fingerprint"] != schedule.data.fingerprint():
+        raise UsageError(
+            f"{source} was trained on other tokens, so its place in the data means nothing here; resume with the same "
+            "data, model and lengths, or start a new run from its weights."
+        )
+    if data["rows_per_step"] != schedule.rows_per_step or seed != schedule.seed:
+        raise UsageError(
+            f"{source} was trained with seed {seed} and {data['rows_per_step']} rows a step, this run has seed "
+            f"{schedule.seed} and {schedule.rows_per_step}; resume with the same seed and batch sizes."
+        )
+    _check_same_plugins(run, state["settings"], source)
+    free = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm"}
+    now = run.settings.flat()
+    for name in sorted(set(now) | set(state["settings"])):
+        if name not in free and now.get(name) != state["settings"].get(name):
+            run.say(f"note: {name} was {state['settings'].get(name)!r} in {source.name} and is now {now.get(name)!r}")
+    return state
+
+
+SHAPING = ("sft_collator", "sft_model_config", "sft_quantizer", "sft_adapt_model", "sft_parameter_groups")
+
+
+def _check_same_plugins(run: Run, before: dict[str, Any], source: Path) -> None:
+    """What is trained stays what it is: the same shaping plugins with the same options. Others may come and go."""
+    active, available = dict(iter(run.plugins)), installed()
+
+    def shaping(names: Iterable[str]) -> list[str]:
+        known = {n: active.get(n) or import_plugin(n) for n in names if n in active or n in available}
+        return sorted(n for n, plugin in known.items() if _shapes(plugin))
+
+    there, here = shaping(before["plugin"]), shaping(active)
+    if there != here:
+        raise UsageError(
+            f"{source} was trained with plugins {', '.join(there) or 'none'}, and this run has "
+            f"{', '.join(here) or 'none'}; resume with the same plugins, or start a new run."
+        )
+    for name in here:
+        options = run.settings.options.get(name)
+        for key, value in asdict(options).items() if options is not None else ():
+            if before.get(key) != value:
+                raise UsageError(
+                    f"{source} was trained with {key} {before.get(key)!r} of plugin {name}, and this run has "
+                    f"{value!r}; resume with the same value, or start a new run."
+                )
+
+
+def _shapes(plugin: Any) -> bool:
+    """Whether a plugin changes what is learned, itself or through the plugin that it refines."""
+    return bool(getattr(plugin, "requires", False)) or any(implements(plugin, hook) for hook in SHAPING)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from sft.data.batches import Schedule
 from sft.data.tokenizer import FILES as TOKENIZER_FILES
 from sft.errors import UsageError
 from sft.plugins import implements, import_plugin, installed
-from sft.settings import Settings, TrainingArguments, check_draw
+from sft.settings import Settings
 from sft.training.best import check as check_best
 from sft.training.checkpoint import find_checkpoint, read_state
 
@@ -28,26 +28,55 @@ RESULT_FILES = (
 """What a run writes into its folder beside checkpoints; an overwriting run removes it first."""
 
 
-def check_settings(settings: Settings) -> None:
-    """Refuse settings that would do nothing, and those that contradict each other."""
+def check_settings(settings: Settings) -> list[tuple[str, str]]:
+    """Refuse settings that contradict each other; given ones that do nothing beside the others: ("name value", why)."""
     training = settings.training
     if training.max_steps == 0:
         raise UsageError("max_steps is 0, so nothing would be trained; give -1 to let num_train_epochs decide.")
-    defaults = TrainingArguments()
-    if training.save_strategy != "steps" and training.save_steps != defaults.save_steps:
-        raise UsageError(f"save_steps does nothing while save_strategy is {training.save_strategy}; set it to steps.")
-    if training.save_strategy == "no" and training.save_total_limit is not None:
-        raise UsageError("save_total_limit does nothing while save_strategy is no; set it to steps or epoch.")
-    if training.evaluation_strategy != "steps" and training.eval_steps is not None:
-        raise UsageError(
-            f"eval_steps does nothing while evaluation_strategy is {training.evaluation_strategy}; set it to steps."
-        )
     if training.bf16 and training.fp16:
         raise UsageError("bf16 and fp16 are both set; leave one of them out.")
     if settings.data.lazy and training.max_steps < 1:
         raise UsageError("lazy streams the data, whose length is then unknown; give max_steps.")
     check_best(settings)
-    check_draw(settings.generation)
+    flat = settings.flat()
+    return [(f"{name} {flat[name]}", why) for name, why in _idle(settings) if name in settings.given]
+
+
+def _idle(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Settings of the core that have no effect beside the others, and why."""
+    training, generation = settings.training, settings.generation
+    if training.save_strategy != "steps":
+        yield "save_steps", f"save_strategy is {training.save_strategy}"
+    if training.save_strategy == "no":
+        yield "save_total_limit", "save_strategy is no"
+    if training.evaluation_strategy != "steps":
+        yield "eval_steps", f"evaluation_strategy is {training.evaluation_strategy}"
+    if not training.load_best_model_at_end:
+        for name in ("metric_for_best_model", "greater_is_better"):
+            yield name, "load_best_model_at_end is false"
+    if not (training.bf16 or training.fp16):
+        for name in ("fp16_opt_level", "require_precision"):
+            yield name, "neither bf16 nor fp16 is set"
+    if not training.fp16:
+        yield "scale_loss", "fp16 is not set"
+    if training.warmup_steps:
+        yield "warmup_ratio", "warmup_steps is given"
+    if training.lr_scheduler_type == "constant":
+        for name in ("warmup_steps", "warmup_ratio"):
+            yield name, "the constant schedule has no warm-up"
+    if training.lr_scheduler_type != "cosine":
+        yield "num_cycles", "lr_scheduler_type is not cosine"
+    if training.lr_scheduler_type != "polynomial":
+        for name in ("power", "lr_end"):
+            yield name, "lr_scheduler_type is not polynomial"
+    if training.max_steps > 0:
+        yield "num_train_epochs", "max_steps is given"
+    if generation.top_k == 1:
+        for name in ("top_p", "temperature"):
+            yield name, "top_k is 1: the likeliest token is taken"
+    if not generation.num_samples and not settings.data.eval_with_do_generation:
+        for name in ("max_new_tokens", "top_k", "top_p", "temperature"):
+            yield name, "no answers are generated (num_samples, eval_with_do_generation)"
 
 
 def check_plugins(run: Run) -> None:

@@ -28,11 +28,12 @@ def option(
     above: float | None = None,
     maximum: float | None = None,
     below: float | None = None,
+    aliases: tuple[str, ...] = (),
 ) -> Any:
     """A dataclass field that is a setting.
 
     ``help`` is one line, with units. ``choices`` lists the accepted strings; ``minimum`` and ``maximum``
-    are inclusive bounds, ``above`` and ``below`` exclusive ones.
+    are inclusive bounds, ``above`` and ``below`` exclusive ones. ``aliases`` are other names that mean the same.
     """
     metadata = {
         "help": help,
@@ -41,6 +42,7 @@ def option(
         "above": above,
         "maximum": maximum,
         "below": below,
+        "aliases": aliases,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -60,6 +62,7 @@ class Option:
     above: float | None
     maximum: float | None
     below: float | None
+    aliases: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> tuple[Any, ...]:
@@ -85,7 +88,10 @@ def options_of(cls: type) -> dict[str, Option]:
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        bounds = {key: field.metadata.get(key) for key in ("choices", "minimum", "above", "maximum", "below")}
+        bounds: dict[str, Any] = {
+            key: field.metadata.get(key) for key in ("choices", "minimum", "above", "maximum", "below")
+        }
+        bounds["aliases"] = field.metadata.get("aliases", ())
         found[field.name] = Option(field.name, hints[field.name], default, field.metadata.get("help", ""), **bounds)
     return found
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from sft import assembly, checks, runtime
 from sft.activation import choose, explicit
+from sft.compatibility import explain, listing
 from sft.data.batches import Data
 from sft.data.encoding import Encoded
 from sft.data.sources import find_files
@@ -24,7 +25,7 @@ from sft.files import publish, write_json
 from sft.models.source import find_model
 from sft.plugins import Plugins
 from sft.seams import DataCollator, ParallelStrategy, Turn
-from sft.settings import Settings, build, core_options, normalise, read_file
+from sft.settings import Settings, build, core_options, known_names, normalise, read_file
 from sft.training.checkpoint import find_checkpoint, read_state
 from sft.training.precision import Precision
 
@@ -132,6 +133,7 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
     """Resolve plugins and settings and run every check that is instant; nothing heavy is imported."""
     names, left = choose(values, core_options())
     active = Plugins.load(names, extra, explicit(values))
+    left, foreign = explain(left, known_names(active))
     settings = build(left, active)
     active.start(settings.options)
     current = Run(settings, active, say)
@@ -139,7 +141,9 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
     for name in ("model_name_or_path", "dataset_name_or_path", "output_dir"):
         if not given[name]:
             raise UsageError(f"{name} is not set; add --{name} VALUE or put it into the settings file.")
-    checks.check_settings(settings)
+    without_effect = [*foreign, *checks.check_settings(settings)]
+    if without_effect:
+        say(listing(without_effect))
     checks.check_plugins(current)
     checks.check_output(current)
     active.hook.sft_check(run=current)

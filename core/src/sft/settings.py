@@ -143,6 +143,8 @@ class Settings:
     training: TrainingArguments
     plugin: tuple[str, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    given: frozenset[str] = frozenset()
+    """Names of the settings that were given; the others have their defaults."""
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its name, as a settings file would hold it."""
@@ -237,6 +239,7 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
                     f"({plugins.origin(owner)}); switch one of them off with --plugin no:NAME."
                 )
             owners[name] = f"plugin {owner}"
+    values = _by_own_names(values, [*GROUPS.values(), *classes.values()])
     unknown = [name for name in values if name not in owners]
     if unknown:
         also = f" Also unknown: {', '.join(unknown[1:])}." if len(unknown) > 1 else ""
@@ -248,7 +251,23 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
 
     groups = {key: fill(cls) for key, cls in GROUPS.items()}
     options = {name: fill(cls) for name, cls in classes.items()}
-    return Settings(**groups, plugin=tuple(plugins.names), options=options)
+    return Settings(**groups, plugin=tuple(plugins.names), options=options, given=frozenset(values))
+
+
+def _by_own_names(values: Mapping[str, Any], classes: Iterable[type]) -> dict[str, Any]:
+    """``values`` with aliases replaced by the settings' own names."""
+    own = {alias: found.name for cls in classes for found in options_of(cls).values() for alias in found.aliases}
+    for alias, name in own.items():
+        if alias in values and name in values:
+            raise UsageError(f"{alias} and {name} are one setting, which is given twice; keep one of them.")
+    return {own.get(name, name): value for name, value in values.items()}
+
+
+def known_names(plugins: Plugins) -> set[str]:
+    """Every name that the core or an active plugin reads."""
+    declared = [getattr(plugin, "Options", None) for _, plugin in plugins]
+    found = [o for cls in (*GROUPS.values(), *declared) if cls is not None for o in options_of(cls).values()]
+    return {name for option in found for name in (option.name, *option.aliases)}
 
 
 def unknown_setting(name: str, known: Iterable[str], inactive: Iterable[str]) -> str:

@@ -114,7 +114,7 @@ def schedule(
 
 
 def steps(plan: Schedule, number: int, start: int = 0) -> list[tuple[int, float, list[tuple[int, ...]]]]:
-    return list(islice(plan.iterate(start), number))
+    return [(step.number, step.epoch, step.rows) for step in islice(plan.iterate(start), number)]
 
 
 def order(plan: Schedule, epoch: int, per_epoch: int = 3) -> list[int]:
@@ -128,7 +128,7 @@ def test_steps_are_numbered_from_1_and_the_last_one_of_an_epoch_may_be_smaller()
     assert [step for step, _, _ in found] == [1, 2, 3, 4, 5, 6]
     assert [len(rows) for _, _, rows in found] == [4, 4, 2, 4, 4, 2]
     assert [epoch for _, epoch, _ in found] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
-    assert [epoch for _, epoch, _ in found if float(epoch).is_integer()] == [1.0, 2.0]
+    assert [step.number for step in islice(schedule().iterate(), 6) if step.ends_pass] == [3, 6]
 
 
 def test_every_record_is_read_once_an_epoch_in_another_order() -> None:
@@ -150,6 +150,10 @@ def test_the_order_depends_on_the_seed_alone() -> None:
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 7])
 def test_going_on_after_a_step_gives_what_would_have_followed(start: int) -> None:
     assert steps(schedule(), 9 - start, start) == steps(schedule(), 9)[start:]
+    if start:
+        place = list(islice(schedule().iterate(), start))[-1].place
+        again = [(step.number, step.epoch, step.rows) for step in islice(schedule().iterate(start, place), 9 - start)]
+        assert again == steps(schedule(), 9)[start:]
 
 
 @pytest.mark.parametrize(
@@ -176,12 +180,6 @@ def test_fractions_of_epochs_are_not_off_by_a_step(epochs: float, expected: int)
     assert schedule(records=10, rows_per_step=1, epochs=epochs).total_steps == expected
 
 
-def test_epochs_after_a_step() -> None:
-    plan = schedule()
-    assert [plan.epochs_after(step) for step in (0, 3, 6)] == [0.0, 1.0, 2.0]
-    assert plan.epochs_after(4) == pytest.approx(4 / 3)
-
-
 class TwosOrThrees:
     """Two or three records a row, as the epoch's random numbers say: epochs differ in their number of rows."""
 
@@ -198,12 +196,12 @@ class TwosOrThrees:
 def test_total_steps_where_epochs_differ_in_rows() -> None:
     plan = Schedule(data(12), TwosOrThrees(), 7, 1, 6, -1)
     per_epoch: dict[int, int] = {}
-    for _, epoch, _ in islice(plan.iterate(), plan.total_steps):
-        number = int(np.ceil(epoch))
+    for step in islice(plan.iterate(), plan.total_steps):
+        number = int(np.ceil(step.epoch))
         per_epoch[number] = per_epoch.get(number, 0) + 1
     assert set(per_epoch.values()) == {4, 6}
     assert sorted(per_epoch) == [1, 2, 3, 4, 5, 6]
-    assert plan.epochs_after(plan.total_steps) == 6
+    assert step.epoch == 6
 
 
 def plan_of(world: int, **training: Any) -> Schedule:

@@ -165,12 +165,15 @@ def test_a_parameter_in_no_group_is_named(paddle: Any) -> None:
 #   f(s) = s / w                                    while s < w, and after that
 #   linear    (T - s) / (T - w)                     get_linear_schedule_with_warmup
 #   cosine    (1 + cos(π (s - w) / (T - w))) / 2    get_cosine_schedule_with_warmup
-#   constant  1                                     get_constant_schedule_with_warmup
+#   polynomial ((1 - e) ((T - s) / (T - w))^p + e)  get_polynomial_decay_schedule_with_warmup, e = lr_end / peak
+#   constant_with_warmup 1                          get_constant_schedule_with_warmup
+#   constant  1, and no warm-up                     get_constant_schedule
 WARM = [0.0, 0.25, 0.5, 0.75]
 SCHEDULES = {
     ("linear", 4): [*WARM, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6],
     ("cosine", 4): [*WARM, 1.0, (2 + math.sqrt(3)) / 4, 0.75, 0.5, 0.25, (2 - math.sqrt(3)) / 4],
-    ("constant", 4): [*WARM, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0],
+    ("constant_with_warmup", 4): [*WARM, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0],
+    ("constant", 4): [1.0] * 10,
     ("linear", 0): [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1],
     ("constant", 0): [1.0] * 10,
 }
@@ -183,6 +186,24 @@ def test_schedules_are_hugging_faces(kind: str, warmup: int) -> None:
     training = TrainingArguments(learning_rate=3e-4, lr_scheduler_type=kind, warmup_steps=warmup)
     found = [learning_rate(step, 10, training) for step in range(1, 11)]
     assert found == pytest.approx([3e-4 * factor for factor in SCHEDULES[kind, warmup]], rel=1e-12, abs=1e-18)
+
+
+def test_the_polynomial_schedule_ends_at_its_last_rate() -> None:
+    from sft.training.optimizer import learning_rate
+
+    training = TrainingArguments(
+        learning_rate=2.0, lr_scheduler_type="polynomial", warmup_steps=2, power=2.0, lr_end=0.4
+    )
+    found = [learning_rate(step, 10, training) for step in (1, 2, 3, 7, 11, 20)]
+    assert found == pytest.approx([0.0, 1.0, 2.0, 1.6 * 0.25 + 0.4, 0.4, 0.4])
+
+
+def test_two_whole_waves_of_the_cosine() -> None:
+    from sft.training.optimizer import learning_rate
+
+    training = TrainingArguments(learning_rate=1.0, lr_scheduler_type="cosine", num_cycles=2.0)
+    found = [learning_rate(step, 8, training) for step in range(1, 9)]
+    assert found == pytest.approx([1.0, 0.5, 0.0, 0.5, 1.0, 0.5, 0.0, 0.5], abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
@@ -201,7 +222,7 @@ def test_warm_up_by_ratio_is_rounded_up_and_steps_win(steps: int, ratio: float, 
     from sft.training.optimizer import learning_rate
 
     training = TrainingArguments(
-        learning_rate=1.0, lr_scheduler_type="constant", warmup_steps=steps, warmup_ratio=ratio
+        learning_rate=1.0, lr_scheduler_type="constant_with_warmup", warmup_steps=steps, warmup_ratio=ratio
     )
     found = [learning_rate(step, 10, training) for step in range(1, 11)]
     assert found == pytest.approx([min(1.0, step / warmup) if warmup else 1.0 for step in range(10)], rel=1e-12)
@@ -281,3 +302,86 @@ def test_state_of_other_parameters_is_an_error(paddle: Any) -> None:
     fresh = Optimizer(default_groups(parameters_of(paddle), 0.0), TrainingArguments())
     with pytest.raises(sft.SftError, match=r"first difference: block\.weight\.moment1"):
         fresh.load(state)
+
+
+# --- masters ------------------------------------------------------------------------------------------------
+
+
+def test_parameters_of_16_bits_are_stepped_as_float32_masters(paddle: Any) -> None:
+    """Steps of 1e-4 at values of 1, where bfloat16 resolves 4e-3: the parameters alone would never move."""
+    from sft.training.optimizer import Optimizer, default_groups
+
+    start = np.linspace(0.5, 1.5, 12, dtype=np.float32).reshape(4, 3)
+    narrow = paddle.to_tensor(start).astype("bfloat16")
+    exact = narrow.astype("float32").numpy()
+    parameter = paddle.base.framework.EagerParamBase.from_tensor(narrow)
+    parameter.stop_gradient = False
+    training = TrainingArguments()
+    optimizer = Optimizer(default_groups({"w": parameter}, 0.0), training)
+    gradients = np.random.default_rng(3).standard_normal((40, 4, 3)).astype(np.float32) * 0.1 + 1
+    rounded = [paddle.to_tensor(g).astype("bfloat16") for g in gradients]
+    for gradient in rounded:
+        parameter.grad = gradient
+        optimizer.step(1e-4, 0.5)
+        assert parameter.grad is None or not parameter.grad.astype("float32").numpy().any()
+    seen = np.stack([gradient.astype("float32").numpy() for gradient in rounded]) * 0.5
+    expected = adamw(exact, list(seen), [1e-4] * 40, 0.0, training)
+    np.testing.assert_allclose(optimizer.state()["w.master"], expected, atol=2e-6, rtol=0)
+    again = paddle.to_tensor(optimizer.state()["w.master"]).astype("bfloat16").astype("float32").numpy()
+    np.testing.assert_array_equal(parameter.astype("float32").numpy(), again)
+    assert str(parameter.dtype) == "paddle.bfloat16"
+    assert np.abs(parameter.astype("float32").numpy() - exact).max() > 3e-3
+
+
+def test_masters_travel_with_the_state(paddle: Any) -> None:
+    from sft.training.optimizer import Optimizer, default_groups
+
+    def make() -> tuple[Any, Any]:
+        value = paddle.to_tensor(np.linspace(0.5, 1.5, 6, dtype=np.float32).reshape(2, 3)).astype("bfloat16")
+        parameter = paddle.base.framework.EagerParamBase.from_tensor(value)
+        parameter.stop_gradient = False
+        return parameter, Optimizer(default_groups({"w": parameter}, 0.0), TrainingArguments())
+
+    def step(parameter: Any, optimizer: Any) -> None:
+        parameter.grad = paddle.ones([2, 3], "bfloat16")
+        optimizer.step(1e-4)
+
+    whole, stopped, resumed = make(), make(), make()
+    for _ in range(4):
+        step(*whole)
+    step(*stopped)
+    resumed[1].load(stopped[1].state())
+    for _ in range(3):
+        step(*resumed)
+    for key, value in whole[1].state().items():
+        np.testing.assert_array_equal(resumed[1].state()[key], value)
+
+
+# --- clipping -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 2.0, 1e6, 0.0])
+def test_clipping_is_by_the_global_norm(paddle: Any, max_norm: float) -> None:
+    """One step of AdamW sees the clipped gradients in its first moment."""
+    from sft.training.optimizer import Optimizer, clip_factor, default_groups
+    from sft.training.strategy import grad_norm
+
+    parameters, gradients = parameters_of(paddle), gradients_of(1)
+    optimizer = Optimizer(default_groups(parameters, 0.0), TrainingArguments())
+    for name, parameter in parameters.items():
+        parameter.grad = paddle.to_tensor(gradients[name][0])
+    idle = paddle.create_parameter([2], "float32")
+    norm = np.sqrt(sum((gradients[name][0].astype(np.float64) ** 2).sum() for name in parameters))
+    found = grad_norm([*parameters.values(), idle])
+    assert found == pytest.approx(norm, rel=1e-6)
+    optimizer.step(0.1, clip_factor(found, max_norm))
+    factor = min(1.0, max_norm / norm) if max_norm else 1.0
+    for name in parameters:
+        expected = 0.1 * gradients[name][0] * factor
+        np.testing.assert_allclose(optimizer.state()[f"{name}.moment1"], expected, rtol=1e-5, atol=1e-9)
+
+
+def test_without_gradients_the_norm_is_zero(paddle: Any) -> None:
+    from sft.training.strategy import grad_norm
+
+    assert grad_norm([paddle.create_parameter([2], "float32")]) == 0.0

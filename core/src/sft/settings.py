@@ -143,7 +143,7 @@ class Settings:
     training: TrainingArguments
     plugin: tuple[str, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    given: frozenset[str] = frozenset()
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
     """Names of the settings that were given; the others have their defaults."""
 
     def flat(self) -> dict[str, Any]:

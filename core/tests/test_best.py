@@ -1,0 +1,117 @@
+"""Ending a run with the checkpoint whose evaluation was best."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import sft
+from sft.settings import Settings
+from sft.training import best
+
+STEPS = {"save_strategy": "steps", "evaluation_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+
+
+def judged(losses: list[float]) -> type[sft.Plugin]:
+    """A plugin that puts given dev losses into the evaluations after steps 1, 2, …; others stay as they are."""
+
+    class Judge(sft.Plugin):
+        name = "judge"
+
+        @sft.hookimpl
+        def sft_evaluated(self, run: sft.Run, record: dict[str, Any]) -> None:
+            if record["step"]:
+                record["eval_loss"] = losses[record["step"] - 1]
+
+    return Judge
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("losses", "greater", "expected"),
+    [
+        ([3.0, 1.0, 2.0, 4.0], None, 2),
+        ([3.0, 1.0, 2.0, 1.0], None, 2),
+        ([4.0, 3.0, 2.0, 1.0], None, 4),
+        ([3.0, 5.0, 2.0, 4.0], True, 2),
+    ],
+    ids=["middle", "the earlier of equals", "last", "greater"],
+)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_result_is_the_best_checkpoint(
+    train: Callable[..., Any], tmp_path: Path, losses: list[float], greater: bool | None, expected: int, adapter: bool
+) -> None:
+    if adapter:
+        pytest.importorskip("sft_peft_lora", reason="an adapter plugin is not installed")
+    more = {"plugin": ["lora"]} if adapter else {}
+    train(
+        "out", (judged(losses),), max_steps=4, load_best_model_at_end=True, greater_is_better=greater, **STEPS, **more
+    )
+    weights = "adapter_model.safetensors" if adapter else "model.safetensors"
+    found, wanted = (load_file(tmp_path / "out" / part / weights) for part in ("", f"checkpoint-{expected}"))
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    other = load_file(tmp_path / "out" / f"checkpoint-{expected % 4 + 1}" / weights)
+    assert not all(np.array_equal(found[name], other[name]) for name in other)
+    result = json.loads((tmp_path / "out" / "run.json").read_text())["result"]
+    assert result["eval_loss_after"] == losses[expected - 1]
+
+
+def test_the_best_checkpoint_outlives_the_limit(train: Callable[..., Any], tmp_path: Path) -> None:
+    losses = [1.0, 3.0, 2.0, 4.0]
+    train("out", (judged(losses),), max_steps=4, load_best_model_at_end=True, save_total_limit=1, **STEPS)
+    assert checkpoints(tmp_path / "out") == ["checkpoint-1", "checkpoint-4"]
+
+
+def test_a_resumed_run_remembers_the_best(train: Callable[..., Any], tmp_path: Path) -> None:
+    same: dict[str, Any] = {"load_best_model_at_end": True, **STEPS}
+    train("out", (judged([1.0, 3.0]),), max_steps=2, **same)
+    said: list[str] = []
+    train("out", (judged([0, 0, 2.0, 4.0]),), max_steps=4, resume_from_checkpoint="auto", say=said.append, **same)
+    assert "best model: checkpoint-1, eval_loss 1.0000" in said
+
+
+def test_without_evaluated_checkpoint_the_last_weights_stay(train: Callable[..., Any]) -> None:
+    said: list[str] = []
+    same = {"save_strategy": "epoch", "evaluation_strategy": "epoch"}
+    train("out", max_steps=1, load_best_model_at_end=True, say=said.append, **same)
+    assert any("no checkpoint was evaluated" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "save_strategy is no"),
+        ({"save_strategy": "epoch"}, "set both to steps or both to epoch"),
+        ({**STEPS, "save_steps": 3, "eval_steps": 2}, "3 is no multiple of eval_steps 2"),
+        ({**STEPS, "metric_for_best_model": "speed"}, "expected one of loss, ppl, accuracy, got 'speed'"),
+        ({**STEPS, "metric_for_best_model": "bleu4"}, "needs eval_with_do_generation"),
+    ],
+)
+def test_what_cannot_be_is_refused(train: Callable[..., Any], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(sft.UsageError, match=message):
+        train(load_best_model_at_end=True, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "greater", "expected"),
+    [
+        (None, None, ("eval_loss", False)),
+        ("accuracy", None, ("eval_accuracy", True)),
+        ("eval_ppl", None, ("eval_ppl", False)),
+        ("accuracy", False, ("eval_accuracy", False)),
+    ],
+)
+def test_names_of_metrics(name: str | None, greater: bool | None, expected: tuple[str, bool]) -> None:
+    from sft.settings import DataArguments, GenerationArguments, ModelArguments, TrainingArguments
+
+    training = TrainingArguments(metric_for_best_model=name, greater_is_better=greater)
+    assert best.metric(Settings(ModelArguments(), DataArguments(), GenerationArguments(), training)) == expected

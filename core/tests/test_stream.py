@@ -1,0 +1,173 @@
+"""Data that is streamed: windows, their shuffling, and finding the place again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sft
+from sft.data.batches import PaddedCollator, Schedule
+from sft.data.encoding import Counts, Encoded
+from sft.data.stream import Stream
+from sft.seams import Turn
+
+
+def encode(conversations: Any) -> Encoded:
+    """A record is its number: three tokens of that id; negative numbers are dropped."""
+    numbers = [int(turns[0].content) for turns in conversations]
+    kept = [number for number in numbers if number >= 0]
+    ids = np.repeat(np.array(kept, np.int32), 3)
+    counts = Counts(records=len(numbers), dropped=len(numbers) - len(kept), tokens=2 * len(kept))
+    return Encoded(ids, np.ones(len(ids), bool), np.arange(0, len(ids) + 1, 3, dtype=np.int64), counts)
+
+
+class Reader:
+    """Conversations of given numbers, and a count of how many have been read."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        self.numbers, self.read = numbers, 0
+
+    def __call__(self) -> Iterator[list[Turn]]:
+        for number in self.numbers:
+            self.read += 1
+            yield [Turn("user", str(number))]
+
+
+def stream(numbers: list[int], size: int = 4) -> Stream:
+    return Stream([], Reader(numbers), encode, size)
+
+
+def records(data: Encoded, rows: list[tuple[int, ...]]) -> list[int]:
+    return [int(data[index].input_ids[0]) for row in rows for index in row]
+
+
+def test_windows_keep_the_order_and_end_with_the_pass() -> None:
+    found = list(itertools.islice(stream(list(range(10))).windows(), 6))
+    held = [[int(w.data[n].input_ids[0]) for n in range(len(w.data))] for w in found]
+    assert held == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]] * 2
+    assert [w.number for w in found] == [0, 1, 2, 3, 4, 5]
+    assert [(w.passes, w.passes_after) for w in found] == [(0, 0), (0, 0), (0, 1), (1, 1), (1, 1), (1, 2)]
+
+
+def test_a_window_is_read_when_it_is_needed() -> None:
+    reader = Reader(list(range(100)))
+    windows = Stream([], reader, encode, 4).windows()
+    next(windows)
+    assert reader.read <= 9  # once for the first window's lengths, once on the way, and one record ahead
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_place_is_found_again(number: int) -> None:
+    whole = list(itertools.islice(stream(list(range(10))).windows(), 8))
+    place = json.loads(json.dumps(whole[number].place))
+    fresh = stream(list(range(10)))
+    again = list(itertools.islice(fresh.windows(place), 8 - number))
+    assert [(w.number, w.passes, w.passes_after, w.place) for w in again] == [
+        (w.number, w.passes, w.passes_after, w.place) for w in whole[number:]
+    ]
+    assert [w.data.ids.tolist() for w in again] == [w.data.ids.tolist() for w in whole[number:]]
+
+
+def test_windows_without_a_target_are_passed_over_and_counted() -> None:
+    data = stream([-1, -2, -3, -4, 5, -6])
+    (window,) = itertools.islice(data.windows(), 1)
+    assert window.data.ids.tolist() == [5, 5, 5]
+    assert data.report()["records"] == 6
+    assert data.report()["dropped"] == 5
+
+
+def test_data_without_any_target_is_an_error_and_not_endless() -> None:
+    with pytest.raises(sft.UsageError, match="No train record keeps a target"):
+        next(stream([-1, -2, -3, -4, -5]).windows())
+
+
+def test_each_pass_holds_every_record_once_and_windows_are_shuffled_apart() -> None:
+    plan = Schedule(stream(list(range(10))), PaddedCollator(0), 3, 2, 1.0, 100)
+    steps = list(itertools.islice(plan.iterate(), 10))
+    first = [number for step in steps[:5] for number in records(step.data, step.rows)]
+    second = [number for step in steps[5:] for number in records(step.data, step.rows)]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert [sorted(part) for part in (first[:4], first[4:8], first[8:])] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert first != second
+    assert [step.number for step in steps if step.ends_pass] == [5, 10]
+
+
+@pytest.mark.parametrize("start", range(1, 12))
+def test_a_schedule_goes_on_from_a_place(start: int) -> None:
+    def steps(place: dict[str, Any] | None, begin: int, number: int) -> list[Any]:
+        plan = Schedule(stream(list(range(10))), PaddedCollator(0), 3, 3, 1.0, 100)
+        found = itertools.islice(plan.iterate(begin, place), number)
+        return [(s.number, s.epoch, records(s.data, s.rows), s.place, s.ends_pass) for s in found]
+
+    whole = steps(None, 0, 16)
+    assert steps(whole[start - 1][3], start, 16 - start) == whole[start:]
+
+
+# --- in a run -----------------------------------------------------------------------------------------------
+
+
+def test_a_streamed_run_of_one_window_equals_one_that_reads_everything(
+    train: Callable[..., Any], metrics: Callable[..., Any], tmp_path: Path
+) -> None:
+    train("whole", max_steps=4)
+    train("lazy", max_steps=4, lazy=True)
+    assert [line["loss"] for line in metrics(tmp_path / "lazy") if "loss" in line] == [
+        line["loss"] for line in metrics(tmp_path / "whole") if "loss" in line
+    ]
+
+
+def test_a_streamed_run_resumes_where_it_stopped(
+    train: Callable[..., Any], metrics: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """30 records in windows of 7, 3 rows a step: step 9 is in the middle of a window, 14 in the second pass."""
+    monkeypatch.setattr(Stream.__init__, "__defaults__", (7,))
+
+    class StopError(Exception):
+        pass
+
+    def stopping(after: int) -> type[sft.Plugin]:
+        class Stop(sft.Plugin):
+            name = "stop"
+
+            @sft.hookimpl
+            def sft_checkpoint_saved(self, run: sft.Run, folder: Path) -> None:
+                if folder.name == f"checkpoint-{after}":
+                    raise StopError
+
+        return Stop
+
+    same = {"lazy": True, "max_steps": 18, "per_device_train_batch_size": 3, "save_strategy": "steps", "save_steps": 1}
+    train("whole", **same)
+    for after in (9, 14):
+        with pytest.raises(StopError):
+            train(f"parts-{after}", plugins=(stopping(after),), **same)
+        train(f"parts-{after}", resume_from_checkpoint="auto", **same)
+        assert metrics(tmp_path / f"parts-{after}", same=True) == metrics(tmp_path / "whole", same=True)
+        weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", f"parts-{after}")]
+        assert weights[0] == weights[1]
+
+
+def test_other_data_behind_the_first_window_is_noticed_by_its_size(
+    train: Callable[..., Any], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stream.__init__, "__defaults__", (7,))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = (dataset / "train.json").read_text().splitlines()
+    (folder / "train.json").write_text("\n".join(lines))
+    same = {"dataset_name_or_path": str(folder), "lazy": True, "save_strategy": "steps", "save_steps": 1}
+    train("out", max_steps=1, **same)
+    (folder / "train.json").write_text("\n".join([*lines, lines[0]]))
+    with pytest.raises(sft.UsageError, match="was trained on other tokens"):
+        train("out", max_steps=2, resume_from_checkpoint="auto", **same)
+
+
+def test_a_stream_needs_max_steps(train: Callable[..., Any]) -> None:
+    with pytest.raises(sft.UsageError, match="give max_steps"):
+        train(lazy=True)

@@ -142,7 +142,19 @@ def with_table(readme: str) -> str:
     return re.sub(r"(<!-- matrix -->\n).*?(\n<!-- end -->)", rf"\1{matrix()}\2", text, flags=re.DOTALL)
 
 
-PAGES = {"settings.md": settings_page, "hooks.md": hooks_page, "commands.md": commands_page}
+def paddlenlp_page() -> str:
+    sys.path.insert(0, str(ROOT / "tests"))
+    from effects import page
+
+    return page()
+
+
+PAGES = {
+    "settings.md": settings_page,
+    "paddlenlp.md": paddlenlp_page,
+    "hooks.md": hooks_page,
+    "commands.md": commands_page,
+}
 
 
 def main(check: bool) -> int:

@@ -34,7 +34,7 @@ FOREIGN: dict[str, Foreign] = {
     # How a run is split over devices.
     **_each(
         "tensor_parallel_degree pipeline_parallel_degree sharding_parallel_degree sharding_degree "
-        "sep_parallel_degree context_parallel_degree expert_parallel_degree expert_tensor_parallel_degree",
+        "sep_parallel_degree context_parallel_degree expert_parallel_degree expert_tensor_parallel_degree virtual_pp_degree",
         "one process has nothing to split; a degree above 1 needs a plugin that is not installed here",
         ALONE,
     ),
@@ -44,7 +44,7 @@ FOREIGN: dict[str, Foreign] = {
         "tensor_parallel_config pipeline_parallel_config sequence_parallel_config data_parallel_config "
         "hybrid_parallel_topo_order fuse_sequence_parallel_allreduce split_inputs_sequence_dim "
         "ddp_find_unused_parameters tensor_parallel_output distributed_dataloader expert_max_capacity "
-        "expert_min_capacity ordered_save_group_size force_reshard_pp save_sharding_stage1_model_include_freeze_params "
+        "expert_min_capacity pp_recompute_interval ordered_save_group_size force_reshard_pp save_sharding_stage1_model_include_freeze_params "
         "auto_parallel_resume_form_hybrid_parallel log_on_each_node save_on_each_node local_rank",
         "it is about several processes, and this run has one",
     ),
@@ -103,9 +103,11 @@ FOREIGN: dict[str, Foreign] = {
     **_each(
         "flatten_param_grads release_grads to_static refined_recompute use_fast_layer_norm fuse_attention_qkv "
         "fuse_attention_ffn use_fused_rope use_fused_rms_norm use_fused_linear use_fused_linear_cross_entropy "
-        "use_quick_lora",
+        "use_quick_lora use_fused_dropout_add",
         "it changes the speed of PaddleNLP's code, not the result",
     ),
+    **_each("recompute_granularity recompute_use_reentrant", "recompute is of whole layers: the same result"),
+    **_each("no_recompute_layers offload_recompute_inputs", "recompute is of all layers, on the device", OFF),
     # The model.
     **_each("continue_training", "the model's weights are always loaded", ("true", "yes", "on", "1")),
     **_each("hidden_dropout_prob attention_probs_dropout_prob", "these model families have no dropout"),

@@ -1,0 +1,44 @@
+"""What a person sees while a run goes on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pty = pytest.importorskip("pty", reason="there are no pseudo-terminals on this system")
+
+
+def typed_in_a_terminal(*arguments: str) -> str:
+    """What ``sft ...`` writes when its output is a terminal."""
+    master, slave = pty.openpty()
+    line = [sys.executable, "-c", "from sft.commands import main; main()", *arguments]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(line, stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
+    seen = b""
+    while True:
+        try:
+            part = os.read(master, 4096)
+        except OSError:  # Linux says so when the other side has gone
+            break
+        if not part:
+            break
+        seen += part
+    os.close(master)
+    assert process.wait(timeout=60) == 0
+    return seen.decode("utf-8", errors="replace")
+
+
+def test_a_terminal_gets_a_bar(models: Path, dataset: Path, tmp_path: Path) -> None:
+    """And with disable_tqdm plain lines, as a file or a pipe does."""
+    values = {"model_name_or_path": models / "llama-tied-gqa", "dataset_name_or_path": dataset, "max_steps": 2}
+    common = ["run", "--logging_steps", "1", "--do_eval", "false"]
+    common += [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    bar = typed_in_a_terminal(*common, "--output_dir", str(tmp_path / "bar"))
+    lines = typed_in_a_terminal(*common, "--output_dir", str(tmp_path / "lines"), "--disable_tqdm")
+    assert "\u2501" in bar and "2/2" in bar and "step 2/2  epoch" not in bar
+    assert "\u2501" not in lines and "step 2/2  epoch" in lines

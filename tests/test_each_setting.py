@@ -1,0 +1,61 @@
+"""Each setting that PaddleNLP's document names, changed alone, changes a run as effects.py says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from effects import EFFECTS, ELSEWHERE, Outcome, run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 train and 6 dev records."""
+    folder = tmp_path_factory.mktemp("data")
+    kinds = ["coat", "shirt", "dress", "skirt"]
+    lines = [
+        json.dumps({"src": f"type#{kinds[n % 4]}" + "*warm" * (n % 3), "tgt": f"A {kinds[n % 4]}" + " you" * (n % 4)})
+        for n in range(30)
+    ]
+    (folder / "train.json").write_text("\n".join(lines[:24]))
+    (folder / "dev.json").write_text("\n".join(lines[24:]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def before(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], Outcome]:
+    """The run without the setting; those that several settings compare with are made once."""
+    made: dict[str, Outcome] = {}
+
+    def outcome(beside: dict[str, Any]) -> Outcome:
+        key = json.dumps(beside, sort_keys=True)
+        if key not in made:
+            made[key] = run(tmp_path_factory.mktemp("before") / "out", data, **beside)
+        return made[key]
+
+    return outcome
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_setting_has_its_effect(
+    name: str, data: Path, tmp_path: Path, before: Callable[[dict[str, Any]], Outcome]
+) -> None:
+    effect = EFFECTS[name]
+    changes = dict(effect.changes)
+    if name == "dataset_name_or_path":
+        other = tmp_path / "other.json"
+        other.write_text((data / "dev.json").read_text())
+        changes[name] = str(other)
+    assert name in {"output_dir", *changes}
+    assert effect.check(before(effect.beside), run(tmp_path / "out", data, **{**effect.beside, **changes}))
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_the_test_of_a_setting_is_there(name: str) -> None:
+    path, _, test = ELSEWHERE[name][1].partition("::")
+    source = (Path(__file__).parent.parent / path).read_text(encoding="utf-8")
+    assert f"def {test}(" in source
+    assert name in source

@@ -251,6 +251,7 @@ def summarise(run: Run, journal: Any, steps: int, epochs: float, after: dict[str
         tokens=journal.total.tokens,
         target_tokens=journal.total.target_tokens,
         padding_tokens=journal.total.padding_tokens,
+        rows=journal.total.rows,
         peak_memory_mib=runtime.peak_memory_mib(),
         data=data,
         samples=samples,

@@ -34,7 +34,8 @@ FOREIGN: dict[str, Foreign] = {
     # How a run is split over devices.
     **_each(
         "tensor_parallel_degree pipeline_parallel_degree sharding_parallel_degree sharding_degree "
-        "sep_parallel_degree context_parallel_degree expert_parallel_degree expert_tensor_parallel_degree virtual_pp_degree",
+        "sep_parallel_degree context_parallel_degree expert_parallel_degree "
+        "expert_tensor_parallel_degree virtual_pp_degree",
         "one process has nothing to split; a degree above 1 needs a plugin that is not installed here",
         ALONE,
     ),
@@ -44,7 +45,8 @@ FOREIGN: dict[str, Foreign] = {
         "tensor_parallel_config pipeline_parallel_config sequence_parallel_config data_parallel_config "
         "hybrid_parallel_topo_order fuse_sequence_parallel_allreduce split_inputs_sequence_dim "
         "ddp_find_unused_parameters tensor_parallel_output distributed_dataloader expert_max_capacity "
-        "expert_min_capacity pp_recompute_interval ordered_save_group_size force_reshard_pp save_sharding_stage1_model_include_freeze_params "
+        "expert_min_capacity pp_recompute_interval "
+        "ordered_save_group_size force_reshard_pp save_sharding_stage1_model_include_freeze_params "
         "auto_parallel_resume_form_hybrid_parallel log_on_each_node save_on_each_node local_rank",
         "it is about several processes, and this run has one",
     ),

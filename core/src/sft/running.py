@@ -47,6 +47,8 @@ class Summary:
     tokens: int
     target_tokens: int
     padding_tokens: int
+    rows: int
+    """Rows that were trained: records, or packs of several."""
     peak_memory_mib: int
     data: dict[str, dict[str, int]] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)

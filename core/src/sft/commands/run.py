@@ -114,8 +114,10 @@ def report(summary: Any) -> None:
     if summary.eval_loss_after is not None:
         lines.append(f"  dev loss    {_fall(summary.eval_loss_before, summary.eval_loss_after)}")
     lines.append(f"  trained     {summary.trainable_parameters:,} of {summary.total_parameters:,} parameters")
+    padded = 100 * summary.padding_tokens / max(1, summary.tokens + summary.padding_tokens)
     lines.append(
-        f"  tokens      {summary.tokens:,} ({summary.target_tokens:,} targets, {summary.padding_tokens:,} padding)"
+        f"  tokens      {summary.tokens:,} in {summary.rows:,} rows ({summary.target_tokens:,} targets), "
+        f"{summary.padding_tokens:,} padding ({padded:.1f} %)"
     )
     lines.append(f"  peak memory {summary.peak_memory_mib:,} MiB")
     lines.append(f"  written to  {summary.output_dir}")

@@ -20,6 +20,7 @@ class Window:
     tokens: int = 0
     target_tokens: int = 0
     padding_tokens: int = 0
+    rows: int = 0
 
 
 @dataclass
@@ -35,13 +36,14 @@ class Journal:
     """Lines in the file."""
     _since: float = field(default_factory=time.monotonic)
 
-    def add(self, loss_sum: float, tokens: int, target_tokens: int, padding_tokens: int) -> None:
+    def add(self, loss_sum: float, tokens: int, target_tokens: int, padding_tokens: int, rows: int) -> None:
         """Count one step; ``loss_sum`` is over its target tokens."""
         for sums in (self.window, self.total):
             sums.loss += loss_sum
             sums.tokens += tokens
             sums.target_tokens += target_tokens
             sums.padding_tokens += padding_tokens
+            sums.rows += rows
 
     def step_line(self, step: int, epoch: float, learning_rate: float, grad_norm: float) -> dict[str, Any]:
         """Write the line of a logged step; loss is the mean over all target tokens since the line before."""

@@ -81,7 +81,7 @@ def train(
             "target_tokens": targets,
             "padding_tokens": padding,
         }
-        journal.add(loss_sum, tokens, targets, padding)
+        journal.add(loss_sum, tokens, targets, padding, len(at.rows))
         display.step(record, tokens / (time.monotonic() - began))
         if step % settings.logging_steps == 0 or step in (1, total):
             display.line(journal.step_line(step, epoch, rate, grad_norm))

@@ -91,9 +91,9 @@ def _merge_one(
     """One tensor [out, in] as the merged model has it, and whether the adapter changed it."""
     import paddle
 
-    base = paddle.to_tensor(np.ascontiguousarray(stored.astype(np.float32)))
+    base = paddle.to_tensor(np.ascontiguousarray(stored.astype(np.float32, copy=False)))
     if quantizer is not None and base.ndim == 2 and ".layers." in name:
-        weight = np.ascontiguousarray(stored.astype(np.float32).T)
+        weight = np.ascontiguousarray(stored.astype(np.float32, copy=False).T)
         layer = quantizer.quantize(name.removesuffix(".weight"), weight, None)
         base = base if layer is None else layer.dequantize().T
     weight = merger.merge(name, base)

@@ -96,4 +96,7 @@ def _write(path: Path, tensors: dict[str, np.ndarray], form: WeightFormat) -> No
         return
     import paddle
 
-    paddle.save(bits, str(path), protocol=4)
+    try:
+        paddle.save(bits, str(path), protocol=4)
+    except OSError as error:
+        raise OSError(f"{path.name} could not be written: {error}") from error

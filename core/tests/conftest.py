@@ -1,9 +1,8 @@
-"""What several test files share: the model fixtures, small runs, and distributions as pip would install them."""
+"""What several test files share, beside the testing kit: models, data, and distributions as pip would install them."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stopped_runs import shared, stopped, whole  # noqa: F401
+
+from sft.testing import metrics, paddle, train, write_data  # noqa: F401
 
 
 @pytest.fixture(scope="session")
@@ -22,58 +24,25 @@ def models() -> Path:
 
 
 @pytest.fixture(scope="session")
-def paddle() -> Any:
-    """paddle, imported as a run imports it."""
-    from sft import runtime
-
-    runtime.prepare()
-    return importlib.import_module("paddle")
-
-
-@pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 30 train and 7 dev records, whose prompts and answers differ much in length."""
     garments = ["coat", "shirt", "dress", "skirt", "shoes", "jacket", "sweater"]
-    lines = []
+    records = []
     for number in range(37):
         garment = garments[number % 7]
         source = f"type#{garment}" + "*warm" * (number % 3)
-        lines.append(json.dumps({"src": source, "tgt": f"A {garment}" + " for you" * (number % 5) + "."}))
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "train.json").write_text("\n".join(lines[:30]))
-    (folder / "dev.json").write_text("\n".join(lines[30:]))
-    return folder
-
-
-@pytest.fixture
-def train(paddle: Any, models: Path, dataset: Path, tmp_path: Path) -> Callable[..., Any]:
-    """Run ``sft.run`` quietly with small settings; ``output_dir`` is a name in the test's own folder."""
-    import sft
-
-    def run(output_dir: str = "out", plugins: tuple[type, ...] = (), say: Any = None, **settings: Any) -> sft.Summary:
-        defaults = {
-            "model_name_or_path": str(models / "llama-tied-gqa"),
-            "dataset_name_or_path": str(dataset),
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "output_dir": str(tmp_path / output_dir),
-        }
-        return sft.run({**defaults, **settings}, plugins=plugins, say=say or (lambda text: None))
-
-    return run
+        records.append({"src": source, "tgt": f"A {garment}" + " for you" * (number % 5) + "."})
+    return write_data(tmp_path_factory.mktemp("data"), records[:30], records[30:])
 
 
 @pytest.fixture(scope="session")
-def metrics() -> Callable[..., list[dict[str, Any]]]:
-    """The lines of a run's metrics.jsonl, without what differs from run to run if ``same`` is asked for."""
+def base_model(models: Path) -> Path:
+    return models / "llama-tied-gqa"
 
-    def read(folder: Path, same: bool = False) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        vary = {"seconds", "eval_seconds", "peak_memory_mib"} if same else set()
-        return [{key: value for key, value in line.items() if key not in vary} for line in lines]
 
-    return read
+@pytest.fixture(scope="session")
+def run_settings() -> dict[str, Any]:
+    return {"learning_rate": 1e-3, "logging_steps": 1}
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
-"""Plugins: listing, loading, and every way in which one can be missing, broken or in another's way."""
+"""Plugins that are active together: what they need and exclude, the order of calls, hooks that they publish."""
 
 from __future__ import annotations
 
-import json
-import re
 import subprocess
 import sys
 import types
@@ -15,7 +13,7 @@ from typing import Any
 import pytest
 
 import sft
-from sft.plugins import Plugins, installed
+from sft.plugins import Plugins
 from sft.running import prepare
 from sft.settings import build
 
@@ -47,131 +45,6 @@ def refusal(*names: str, extra: tuple[Any, ...] = ()) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-# --- listing ------------------------------------------------------------------------------------------------
-
-
-def test_listing_names_plugin_and_distribution(distribute: Distribute, sft_command: Command) -> None:
-    distribute("sft-test-tool", plugin("tool"), {"tool": "Tool"}, {"setting.use_tool": "Tool"}, version="2.3")
-    done = sft_command("plugins")
-    assert done.returncode == 0
-    assert re.search(r"^tool +sft-test-tool 2\.3  \(also requested by setting use_tool\)$", done.stdout, re.MULTILINE)
-    rows = [json.loads(line) for line in sft_command("plugins", "--json").stdout.splitlines()]
-    assert {
-        "name": "tool",
-        "distribution": "sft-test-tool",
-        "version": "2.3",
-        "also_requested_by": ["setting use_tool"],
-    } in rows
-
-
-MARKED = """
-    import pathlib
-    pathlib.Path({marker!r}).write_text("imported")
-"""
-
-
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("plugins",), ("run", "--help"), ("run",), ("run", "--x", "1")])
-def test_what_is_not_requested_is_not_imported(
-    distribute: Distribute, sft_command: Command, tmp_path: Path, arguments: tuple[str, ...]
-) -> None:
-    marker = tmp_path / "marker"
-    source = MARKED.format(marker=str(marker)) + plugin("marked")
-    distribute("sft-test-marked", source, {"marked": "Tool"}, {"command.mark": "Tool", "setting.mark": "Tool"})
-    sft_command(*arguments)
-    assert not marker.exists()
-
-
-def test_what_is_requested_is_imported(distribute: Distribute, sft_command: Command, tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
-    distribute("sft-test-marked", MARKED.format(marker=str(marker)) + plugin("marked"), {"marked": "Tool"})
-    assert sft_command("run", "--plugin", "marked", "--help").returncode == 0
-    assert marker.exists()
-
-
-def test_listing_in_process_loads_no_module(distribute: Distribute) -> None:
-    distribute("sft-test-tool", plugin("tool"), {"tool": "Tool"})
-    assert [item.origin for item in installed()["tool"]] == ["sft-test-tool 1.0"]
-    assert "sft_test_tool" not in sys.modules
-    active("tool")
-    assert "sft_test_tool" in sys.modules
-
-
-def test_a_path_that_python_searches_twice_lists_once(
-    distribute: Distribute, site: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    distribute("sft-test-tool", plugin("tool"), {"tool": "Tool"})
-    monkeypatch.syspath_prepend(site)
-    assert sys.path.count(str(site)) == 2
-    assert len(installed()["tool"]) == 1
-
-
-def test_a_broken_plugin_that_is_not_requested_disturbs_nothing(distribute: Distribute, sft_command: Command) -> None:
-    distribute("sft-test-broken", "import no_such_module", {"broken": "Tool"}, {"command.broken": "Tool"})
-    distribute("sft-test-tool", plugin("tool"), {"tool": "Tool"})
-    for arguments in (("--help",), ("plugins",), ("run", "--help"), ("run", "--plugin", "tool", "--help")):
-        done = sft_command(*arguments)
-        assert (done.returncode, done.stderr) == (0, ""), arguments
-    done = sft_command("run", "--plugin", "tool")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("sft: model_name_or_path is not set;")
-
-
-# --- what cannot be loaded ----------------------------------------------------------------------------------
-
-
-def test_missing(distribute: Distribute) -> None:
-    distribute("sft-test-tool", plugin("sharpener"), {"sharpener": "Tool"})
-    message = refusal("sharpner")
-    assert message.startswith("Plugin sharpner is not installed (installed: ")
-    assert "sharpener" in message.partition("(installed: ")[2].partition(")")[0].split(", ")
-    assert message.endswith("; did you mean sharpener?")
-    assert refusal("xyz").endswith("; pip install the distribution that provides it.")
-
-
-@pytest.mark.parametrize(
-    ("source", "cause"),
-    [
-        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("1 / 0", "ZeroDivisionError: division by zero"),
-        ("raise OSError('two\\nlines')", "OSError: two lines"),
-        ("def f(:", "SyntaxError: "),
-        ("value = 1", "AttributeError: module 'sft_test_broken' has no attribute 'Tool'"),
-    ],
-)
-def test_a_failing_import_names_distribution_version_cause_and_cure(
-    distribute: Distribute, source: str, cause: str
-) -> None:
-    distribute("sft-test-broken", source, {"broken": "Tool"}, version="0.4")
-    message = refusal("broken")
-    assert message.startswith(f"Plugin broken of sft-test-broken 0.4 cannot be imported ({cause}")
-    assert message.endswith("; pip install --upgrade --force-reinstall sft-test-broken, or leave the plugin out.")
-
-
-def test_a_plugin_of_two_distributions_names_both(distribute: Distribute) -> None:
-    distribute("sft-test-one", "1 / 0", {"tool": "Tool"}, version="1.1")
-    distribute("sft-test-two", "1 / 0", {"tool": "Tool"}, version="2.2")
-    message = refusal("tool")
-    assert message.startswith("Plugin tool is provided twice, by sft-test-")
-    assert "sft-test-one 1.1 (sft_test_one:Tool)" in message
-    assert "sft-test-two 2.2 (sft_test_two:Tool)" in message
-    assert message.endswith("pip uninstall one of them.")
-
-
-def test_another_api_version(distribute: Distribute) -> None:
-    distribute("sft-test-old", plugin("old", "api_version = 0"), {"old": "Tool"})
-    message = refusal("old")
-    assert message.startswith("Plugin old of sft-test-old 1.0 is written for plugin API 0, and this sft has 1;")
-    assert message.endswith("install versions of sft-core and sft-test-old that go together.")
-
-
-@pytest.mark.parametrize(
-    ("source", "declared"), [(plugin("other"), "'other'"), ("class Tool: pass", "None"), ("Tool = 3", "None")]
-)
-def test_a_name_that_differs_from_the_entry_point(distribute: Distribute, source: str, declared: str) -> None:
-    distribute("sft-test-tool", source, {"tool": "Tool"})
-    assert refusal("tool").startswith(f"Plugin tool of sft-test-tool 1.0 names itself {declared};")
 
 
 # --- plugins that need or exclude each other ----------------------------------------------------------------

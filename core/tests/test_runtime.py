@@ -167,3 +167,28 @@ def test_denormals_are_zero_in_every_thread_of_paddle() -> None:
     kept = DENORMALS.replace("runtime.prepare()", "")
     done = subprocess.run([sys.executable, "-c", kept], env=environ, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(512 * 512)] * 2
+
+
+# --- devices ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "tpu", "cpu:0", "gpu:", "gpu:-1", "gpu:one", "GPU", "cuda"])
+def test_a_device_of_another_kind_is_refused(paddle: Any, name: str) -> None:
+    with pytest.raises(sft.UsageError, match=r"There is no device .*; give cpu, gpu or gpu:N"):
+        runtime.use_device(name)
+
+
+def test_a_gpu_that_is_not_there_is_refused(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(paddle.device, "set_device", chosen.append)
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: False)
+    with pytest.raises(sft.UsageError, match="Device gpu is not there: the PaddlePaddle that is installed"):
+        runtime.use_device("gpu")
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 2)
+    with pytest.raises(sft.UsageError, match="Device gpu:2 is not there: this machine has 2 GPUs"):
+        runtime.use_device("gpu:2")
+    assert chosen == []
+    for name in ("gpu", "gpu:1", "cpu"):
+        runtime.use_device(name)
+    assert chosen == ["gpu", "gpu:1", "cpu"]

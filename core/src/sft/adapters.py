@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,12 @@ from sft.settings import build
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from sft.models.loading import ModelSource
+    from sft.models.shards import WeightFormat
+
+FINGERPRINT = "sft.base"
+"""Where adapter_model.safetensors keeps the fingerprint of the weights that it was trained over."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -84,24 +91,66 @@ def _settings_of_run(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def merge(model: str, adapter: Path, output: Path, say: Callable[[str], None], requested: Sequence[str] = ()) -> int:
-    """Write ``model`` with ``adapter`` folded in to ``output`` (Hugging Face layout); the number of merged tensors.
+def merge(
+    model: str,
+    adapter: Path,
+    output: Path,
+    say: Callable[[str], None],
+    requested: Sequence[str] = (),
+    form: WeightFormat | None = None,
+    device: str | None = None,
+) -> int:
+    """Write ``model`` with ``adapter`` folded in to ``output`` in ``form`` (by default safetensors in Hugging Face
+    layout); the number of merged tensors.
 
     Where the adapter was trained over a quantized base, it is folded into that: weights are quantized and read back.
+    ``device`` (cpu, gpu, gpu:N; by default paddle's choice) is where the arithmetic happens.
     """
+    if form is not None and form.layout == "hf" and not form.safe:
+        raise UsageError(
+            "Without safe serialization the hf format would need torch to pickle its tensors; leave "
+            "safe_serialization true, or give --format paddle."
+        )
     plugins = plugins_for(adapter, requested)
     runtime.require_paddle()
     folder = find_model(model)
     tokenizer = Tokenizer(folder)
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise UsageError(f"{output} already exists and is not empty; choose another place or remove it.")
+    # Of this process alone: cuBLAS would round the factors of float32 products to ten bits.
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     say(runtime.prepare())
+    if device is not None:
+        runtime.use_device(device)
 
     from sft.models.loading import open_model
     from sft.models.saving import write_merged
 
+    source = open_model(folder)
+    check_base(adapter, source, say)
     merger = plugins.hook.sft_adapter_merger(folder=adapter)
-    return write_merged(output, open_model(folder), merger, tokenizer, plugins.hook.sft_quantizer(run=None))
+    return write_merged(output, source, merger, tokenizer, plugins.hook.sft_quantizer(run=None), form)
+
+
+def check_base(adapter: Path, source: ModelSource, say: Callable[[str], None]) -> None:
+    """Say so if ``adapter`` was trained over other weights than those of ``source``, as far as it tells.
+
+    A run keeps its base's fingerprint in the adapter file; adapters from elsewhere only name their base.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    from sft.models.fingerprint import fingerprint
+
+    try:
+        metadata = safe_open(str(adapter / "adapter_model.safetensors"), framework="numpy").metadata() or {}
+    except (OSError, SafetensorError):
+        return  # whoever reads the tensors says what is wrong
+    named = read_config(adapter).get("base_model_name_or_path")
+    if FINGERPRINT in metadata and metadata[FINGERPRINT] != fingerprint(source):
+        say(
+            f"note: the adapter was trained over other weights than those of {source.folder} (its base was {named}); "
+            "over these it means something else"
+        )
 
 
 def load_for_inference(
@@ -116,8 +165,10 @@ def load_for_inference(
 
     from sft.models.loading import load_model, open_model
 
-    loaded = load_model(open_model(folder), plugins.hook.sft_quantizer(run=None))
+    source = open_model(folder)
+    loaded = load_model(source, plugins.hook.sft_quantizer(run=None))
     if adapter is not None:
+        check_base(adapter, source, say)
         plugins.hook.sft_import_adapter(model=loaded, folder=adapter)
     loaded.eval()
     return loaded, tokenizer

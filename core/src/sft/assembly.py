@@ -83,16 +83,20 @@ def _keeping(turns: Iterable[list[Turn]], kept: list[list[Turn]], number: int) -
 def load_model(run: Run, folder: Path) -> None:
     """Config, weights, attention and adapters, each with the plugins that have a say in it."""
     from sft.models import attention, loading
+    from sft.models.fingerprint import fingerprint
     from sft.models.generation import check_room
     from sft.models.layers import trainable
     from sft.training import precision
     from sft.training.strategy import SingleProcess
 
-    runtime.set_device(run.settings.training.device)
+    if run.settings.training.device is not None:
+        runtime.use_device(run.settings.training.device)
     run.precision = precision.choose(run.settings.training, run.say)
     run.collator = run.hook.sft_collator(run=run) or PaddedCollator(run.tokenizer.pad_id)
     run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess(run)
     run.source = loading.open_model(folder)
+    if run.exports_adapter:
+        run.base_fingerprint = fingerprint(run.source)
     run.hook.sft_model_config(run=run, config=run.source.config)
     if run.tokenizer.vocab_size > run.source.config.vocab_size:
         raise UsageError(

@@ -6,11 +6,14 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 STAGING = ".staging-"
 
@@ -28,6 +31,31 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file of contiguous arrays; raises :class:`OSError` where it cannot be written."""
+    import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(dict(tensors), str(path), metadata=dict(metadata or {}) or None)
+    except SafetensorError as error:
+        raise OSError(f"{path.name} could not be written: {error}") from error
+    if metadata is not None and len(metadata) > 1:
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """The library writes metadata in an order that differs from process to process; equal content is equal bytes."""
+    with path.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        stream.seek(8)
+        stream.write(text.ljust(size))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from sft.data.encoding import Encoded
 from sft.data.sources import find_files
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
-from sft.files import publish, write_json
+from sft.files import publish, save_tensors, write_json
 from sft.models.source import find_model
 from sft.plugins import Plugins
 from sft.seams import DataCollator, ParallelStrategy, Turn
@@ -65,6 +65,8 @@ class Run:
     """The paddle model, from ``sft_adapt_model`` on."""
     source: Any
     """Where the model came from: ``folder``, ``values`` (config.json), ``family``, ``config``."""
+    base_fingerprint: str
+    """Tells the weights that an exported adapter belongs to; see ``models/fingerprint.py``."""
     tokenizer: Tokenizer
     train_data: Data
     dev_data: Encoded | None = None
@@ -101,8 +103,7 @@ class Run:
 
     def write_result(self, folder: Path) -> None:
         """What a user loads afterwards: the adapter in PEFT layout or the whole model, and the tokenizer."""
-        from safetensors.numpy import save_file
-
+        from sft.adapters import FINGERPRINT
         from sft.models.saving import write_model
 
         if not self.exports_adapter:
@@ -110,7 +111,8 @@ class Run:
             return
         files = self.hook.sft_export_adapter(run=self, model=self.model)
         write_json(folder / "adapter_config.json", files.config)
-        save_file(files.tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+        metadata = {"format": "pt", FINGERPRINT: self.base_fingerprint}
+        save_tensors(folder / "adapter_model.safetensors", files.tensors, metadata)
         self.tokenizer.save(folder)
 
 

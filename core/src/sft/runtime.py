@@ -108,36 +108,34 @@ def _import_quietly() -> None:
     warnings.filterwarnings("ignore", message=r"(?s).*swiglu.*is deprecated")
 
 
+def use_device(name: str) -> None:
+    """Let paddle, which is imported, compute on ``cpu``, ``gpu`` (the first) or ``gpu:N``.
+
+    Raises :class:`UsageError` for a device that is not there.
+    """
+    import paddle
+
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "gpu") or (number and (kind == "cpu" or not number.isdecimal())) or name.endswith(":"):
+        raise UsageError(f"There is no device {name!r}; give cpu, gpu or gpu:N.")
+    if kind == "gpu":
+        if not paddle.is_compiled_with_cuda():
+            raise UsageError(
+                f"Device {name} is not there: the PaddlePaddle that is installed computes on CPUs alone; give cpu, or "
+                "install sft-core[gpu]."
+            )
+        count = paddle.device.cuda.device_count()
+        if int(number or 0) >= count:
+            raise UsageError(f"Device {name} is not there: this machine has {count} GPUs; give cpu or a lower number.")
+    paddle.device.set_device(name)
+
+
 def require_paddle() -> None:
     """One clear sentence instead of a ModuleNotFoundError."""
     if importlib.util.find_spec("paddle") is None:
         raise UsageError(
             "PaddlePaddle is not installed; pip install 'sft-core[cpu]' for CPUs or 'sft-core[gpu]' for NVIDIA GPUs."
         )
-
-
-def set_device(name: str | None) -> None:
-    """Make paddle compute on ``cpu``, ``gpu`` or ``gpu:N`` (None: its own choice); :class:`UsageError` if it cannot."""
-    import paddle
-
-    if name is None:
-        return
-    kind, _, number = name.lower().partition(":")
-    if kind not in ("cpu", "gpu") or (number and not (kind == "gpu" and number.isdigit())):
-        raise UsageError(f"device: expected cpu, gpu or gpu:N, got {name!r}.")
-    if kind == "gpu" and int(number or 0) >= (
-        paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
-    ):
-        raise UsageError(f"device {name} is not there: this paddle sees {_gpus()}; use cpu, or leave device out.")
-    paddle.set_device(name.lower())
-
-
-def _gpus() -> str:
-    import paddle
-
-    if not paddle.is_compiled_with_cuda():
-        return "no GPU, because it is a build for CPUs"
-    return f"{paddle.device.cuda.device_count()} GPUs"
 
 
 def peak_memory_mib() -> int:

@@ -165,8 +165,12 @@ class AdapterFiles:
 class AdapterMerger(Protocol):
     """Folds an adapter folder into base weights, one tensor at a time."""
 
-    def merge(self, name: str, weight: np.ndarray) -> np.ndarray:
-        """``name`` is the tensor's Hugging Face name; ``weight`` float32 [out, in]; returns the merged weight."""
+    def merge(self, name: str, weight: Any) -> Any:
+        """The merged weight, or ``weight`` itself if the adapter has nothing for it.
+
+        ``name`` is the tensor's Hugging Face name; ``weight`` a float32 paddle Tensor [out, in] (one of another
+        shape where it is no Linear's) on the device of the merge, as is what is returned.
+        """
         ...
 
     def unused(self) -> list[str]:

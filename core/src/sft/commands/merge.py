@@ -8,22 +8,48 @@ import click
 
 from sft.commands.shared import ADAPTER, MODEL, PLUGIN
 
+FORMATS = ("hf", "paddle")
+
 
 @click.command(name="merge")
 @click.option(*MODEL, required=True, help="The base model: a directory or a hub name.")
 @click.option(*ADAPTER, required=True, help="The adapter: the folder that a run wrote, or any PEFT adapter.")
 @click.option(
     "--output_path", "--output-path", "--merge_model_path", "--merge-model-path", "output", required=True,
-    help="Where the merged model is written, in Hugging Face layout; must be new or empty.",
+    help="Where the merged model is written; must be new or empty.",
 )  # fmt: skip
+@click.option(
+    "--format", "layout", type=click.Choice(FORMATS), default="hf", show_default=True,
+    help="hf loads in transformers, paddle in PaddleNLP without conversion; sft reads both.",
+)  # fmt: skip
+@click.option(
+    "--safe_serialization", "--safe-serialization", "safe", type=click.BOOL, default=True, show_default=True,
+    help="safetensors; false: Paddle's pickled model_state.pdparams, with --format paddle alone.",
+)  # fmt: skip
+@click.option(
+    "--max_shard_size", "--max-shard-size", "shard", default="2GB", show_default=True,
+    help="The largest weight file, such as 500MB or 4GiB; a larger model becomes numbered files and an index.",
+)  # fmt: skip
+@click.option("--device", help="Where the arithmetic happens: cpu, gpu or gpu:N.  [default: paddle's choice]")
 @click.option(*PLUGIN, multiple=True, help="A quantizer, where run.json does not name it; no:NAME leaves one out.")
-def command(model: str, adapter: str, output: str, plugins: tuple[str, ...]) -> None:
+def command(
+    model: str,
+    adapter: str,
+    output: str,
+    layout: str,
+    safe: bool,
+    shard: str,
+    device: str | None,
+    plugins: tuple[str, ...],
+) -> None:
     """Fold an adapter into its base model.
 
-    Weights are streamed: float32 arithmetic, the base's dtype on disk. transformers loads the result as it
-    is, PaddleNLP with convert_from_torch=True.
+    Weights are streamed, at most one file of them in memory: float32 arithmetic, the base's dtype on disk
+    (float32 over a quantized base).
     """
     from sft.adapters import merge
+    from sft.models.shards import WeightFormat, parse_size
 
-    changed = merge(model, Path(adapter), Path(output), click.echo, plugins)
+    form = WeightFormat(layout, safe, parse_size(shard))
+    changed = merge(model, Path(adapter), Path(output), click.echo, plugins, form, device)
     click.echo(f"merged {changed} tensors; written to {output}")

@@ -88,6 +88,18 @@ class Weights:
 
         return self.read_stored(name).astype(np.float32, copy=False)
 
+    def read_corner(self, name: str, size: int) -> np.ndarray:
+        """The first ``size`` values along each dimension of a tensor as float32, in the file's layout."""
+        import ml_dtypes
+        import numpy as np
+
+        if name in self._pickled:
+            array = self._pickled[name]
+        else:
+            array = _safetensors(self._where[name]).get_slice(name)
+        corner = np.asarray(array[tuple(slice(size) for _ in self.shape(name))])
+        return (corner.view(ml_dtypes.bfloat16) if corner.dtype == np.uint16 else corner).astype(np.float32)
+
     def _files(self) -> list[Path]:
         for index in ("model.safetensors.index.json", "model_state.pdparams.index.json"):
             if (self.folder / index).is_file():

@@ -117,17 +117,20 @@ class LoraMerger:
         self._adapter = LoraFolder(folder)
         self._left = dict(self._adapter.pairs)
 
-    def merge(self, name: str, weight: np.ndarray) -> np.ndarray:
+    def merge(self, name: str, weight: Any) -> Any:
+        import paddle
+
         target = name.removesuffix(".weight")
         if target not in self._left:
             return weight
         a, b = self._left.pop(target)
-        if weight.shape != (b.shape[1], a.shape[0]):
+        if tuple(weight.shape) != (b.shape[1], a.shape[0]):
             raise UsageError(
                 f"The adapter's {target} is {b.shape[1]}x{a.shape[0]} and the model's {name} is "
                 f"{'x'.join(map(str, weight.shape))}; it belongs to another model."
             )
-        return weight + np.float32(self._adapter.scaling(target)) * (a @ b).T
+        a, b = paddle.to_tensor(a), paddle.to_tensor(b)
+        return weight + self._adapter.scaling(target) * paddle.matmul(b, a, transpose_x=True, transpose_y=True)
 
     def unused(self) -> list[str]:
         return sorted(self._left)

@@ -92,7 +92,9 @@ class VeraMerger:
         self._adapter = VeraFolder(folder)
         self._left = dict(self._adapter.vectors)
 
-    def merge(self, name: str, weight: np.ndarray) -> np.ndarray:
+    def merge(self, name: str, weight: Any) -> Any:
+        import paddle
+
         target = name.removesuffix(".weight")
         if target not in self._left:
             return weight
@@ -100,7 +102,8 @@ class VeraMerger:
         if not self._adapter.fits(target, size, out):
             raise UsageError(f"The adapter's {target} does not fit the model's {name}; it belongs to another model.")
         b, d = self._left.pop(target)
-        return weight + ((self._adapter.a[:size] * d) @ (self._adapter.b[:, :out] * b)).T
+        left, right = (self._adapter.b[:, :out] * b).T, (self._adapter.a[:size] * d).T
+        return weight + paddle.to_tensor(np.ascontiguousarray(left)) @ paddle.to_tensor(np.ascontiguousarray(right))
 
     def unused(self) -> list[str]:
         return sorted(self._left)

@@ -1,0 +1,167 @@
+"""Every event of a run, through toy plugins given to ``sft.run``: told in its turn, with what has happened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sft
+from sft import hookspecs
+
+Train = Callable[..., sft.Summary]
+Metrics = Callable[..., list[dict[str, Any]]]
+
+
+def recording(events: list[str], skip: tuple[str, ...] = ()) -> type[sft.Plugin]:
+    """A plugin that implements every hook by writing its name down."""
+
+    class Recorder(sft.Plugin):
+        name = "recorder"
+
+    def note(hook: str) -> Any:
+        return sft.hookimpl(lambda self: events.append(hook))
+
+    for hook in ALL_HOOKS:
+        if hook not in skip:
+            setattr(Recorder, hook, note(hook))
+    return Recorder
+
+
+ALL_HOOKS = [name for name in vars(hookspecs) if name.startswith("sft_")]
+ADAPTER_FOLDERS = ("sft_export_adapter", "sft_import_adapter", "sft_adapter_merger", "sft_commands")
+
+
+def test_hooks_are_called_in_the_order_of_their_page(train: Train) -> None:
+    """hookspecs.py promises it, so that reading it explains a run."""
+    events: list[str] = []
+    settings = {"max_steps": 2, "evaluation_strategy": "steps", "save_strategy": "steps", "save_steps": 1}
+    train("out", (recording(events, ADAPTER_FOLDERS),), **settings)
+    assert events.count("sft_record_format") == 37
+    building = [
+        "sft_check",
+        "sft_record_format",
+        "sft_collator",
+        "sft_parallel_strategy",
+        "sft_model_config",
+        "sft_quantizer",
+        "sft_attention_backend",
+        "sft_adapt_model",
+        "sft_parameter_groups",
+    ]
+    step = ["sft_micro_batch", "sft_step_ended", "sft_evaluated", "sft_state", "sft_checkpoint_saved"]
+    assert [event for index, event in enumerate(events) if event not in events[:index] or event not in building] == [
+        *building,
+        "sft_evaluated",  # the dev loss before training
+        "sft_run_started",
+        *step,
+        *step,
+        "sft_run_ended",
+    ]
+    assert [name for name in ALL_HOOKS if name in building] == building
+
+
+def test_events_tell_what_has_happened(train: Train, metrics: Metrics, tmp_path: Path) -> None:
+    steps: list[dict[str, Any]] = []
+    evaluations: list[dict[str, Any]] = []
+    folders: list[Path] = []
+    ended: list[sft.Summary] = []
+
+    class Watch(sft.Plugin):
+        name = "watch"
+
+        @sft.hookimpl
+        def sft_run_started(self, run: sft.Run) -> None:
+            assert run.model is not None
+            assert run.tokenizer.vocab_size == 320
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            steps.append(record)
+
+        @sft.hookimpl
+        def sft_evaluated(self, run: sft.Run, record: dict[str, Any]) -> None:
+            evaluations.append(record)
+
+        @sft.hookimpl
+        def sft_checkpoint_saved(self, run: sft.Run, folder: Path) -> None:
+            assert (folder / "trainer" / "state.json").is_file()
+            assert (folder / "model.safetensors").is_file()
+            folders.append(folder)
+
+        @sft.hookimpl
+        def sft_run_ended(self, run: sft.Run, summary: sft.Summary) -> None:
+            assert (run.output_dir / "model.safetensors").is_file()
+            ended.append(summary)
+
+    summary = train("out", (Watch,), num_train_epochs=1, save_strategy="epoch", evaluation_strategy="epoch")
+    lines = metrics(tmp_path / "out", same=True)
+    keys = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "padding_tokens"}
+    assert all(set(record) == keys for record in steps)
+    assert steps == [line for line in lines if "loss" in line]
+    assert [set(record) for record in evaluations] == [
+        {"step", "epoch", "eval_loss", "eval_seconds", "eval_tokens"}
+    ] * 2
+    found = [{key: value for key, value in record.items() if key != "eval_seconds"} for record in evaluations]
+    assert found == [line for line in lines if "eval_loss" in line]
+    assert folders == [tmp_path / "out" / "checkpoint-4"]
+    assert ended == [summary]
+
+
+def test_an_error_in_a_plugin_is_not_swallowed(train: Train, tmp_path: Path) -> None:
+    class Broken(sft.Plugin):
+        name = "broken"
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        train("out", (Broken,))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_each_run_has_instances_of_its_own(train: Train) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Counting(sft.Plugin):
+        name = "counting"
+
+        def __init__(self, options: Any = None) -> None:
+            super().__init__(options)
+            self.steps = 0
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            self.steps += 1
+
+        @sft.hookimpl
+        def sft_run_ended(self, run: sft.Run, summary: sft.Summary) -> None:
+            seen.append((self.steps, summary.steps))
+
+    train("one", (Counting,), max_steps=2)
+    train("two", (Counting,), max_steps=3)
+    assert seen == [(2, 2), (3, 3)]
+
+
+def test_random_numbers_depend_on_seed_and_name_alone(train: Train) -> None:
+    drawn: dict[tuple[int, str], list[float]] = {}
+
+    class Drawing(sft.Plugin):
+        name = "drawing"
+
+        @sft.hookimpl
+        def sft_run_started(self, run: sft.Run) -> None:
+            seed = run.settings.training.seed
+            for name in ("a", "b"):
+                drawn[seed, name] = run.rng(name).standard_normal(3).tolist()
+            run.rng("b").standard_normal(100)
+            assert run.rng("a").standard_normal(3).tolist() == drawn[seed, "a"]
+
+    train("one", (Drawing,), max_steps=1, seed=1)
+    train("two", (Drawing,), max_steps=1, seed=2)
+    assert len({tuple(numbers) for numbers in drawn.values()}) == 4

@@ -1,0 +1,128 @@
+"""Checkpoints that a run cannot go on from, and settings that may differ from those of the stopped run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stopped_runs import LORA, SETTINGS, contents, needs_lora, stop, watching
+
+import sft
+
+Train = Callable[..., sft.Summary]
+Metrics = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset_name_or_path": "other.json"}, "was trained on other tokens"),
+        ({"max_length": 45}, "was trained on other tokens"),
+        ({"seed": 7}, "was trained with seed 42 and 4 rows a step, this run has seed 7 and 4"),
+        ({"per_device_train_batch_size": 4}, "was trained with seed 42 and 4 rows a step, this run has seed 42 and 8"),
+        ({"gradient_accumulation_steps": 1}, "4 rows a step, this run has seed 42 and 2"),
+    ],
+    ids=["data", "length", "seed", "batch", "accumulation"],
+)
+def test_what_would_not_be_the_same_run_is_refused(
+    train: Train, dataset: Path, tmp_path: Path, stopped: Path, changes: dict[str, Any], message: str
+) -> None:
+    """And the run that could go on with other settings is left as it is."""
+    if "dataset_name_or_path" in changes:
+        lines = (dataset / "train.json").read_text().splitlines()
+        changes = {
+            "dataset_name_or_path": str(tmp_path / "other.json"),
+            "evaluation_strategy": "no",
+            "eval_steps": None,
+        }
+        (tmp_path / "other.json").write_text("\n".join(reversed(lines)))
+    before = contents(stopped, without=())
+    with pytest.raises(sft.UsageError, match=message):
+        train(resume_from_checkpoint="auto", **{**SETTINGS, **changes})
+    assert contents(stopped, without=()) == before
+
+
+def test_the_same_rows_in_other_micro_batches_may_go_on(train: Train, metrics: Metrics, stopped: Path) -> None:
+    said: list[str] = []
+    changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    summary = train(resume_from_checkpoint="auto", say=said.append, **{**SETTINGS, **changes})
+    assert summary.steps == 13
+    assert "note: per_device_train_batch_size was 2 in checkpoint-3 and is now 4" in said
+
+
+def test_other_settings_may_change_and_are_said(train: Train, stopped: Path) -> None:
+    said: list[str] = []
+    changes = {"learning_rate": 3e-4, "logging_steps": 5, "disable_tqdm": False}
+    train(resume_from_checkpoint="auto", say=said.append, **{**SETTINGS, **changes})
+    assert [line for line in said if line.startswith("note: ")] == [
+        "note: learning_rate was 0.001 in checkpoint-3 and is now 0.0003",
+        "note: logging_steps was 4 in checkpoint-3 and is now 5",
+        "note: plugin was ['stop'] in checkpoint-3 and is now []",
+    ]
+    assert f"resuming from {stopped / 'checkpoint-3'} after step 3" in said
+
+
+def test_nothing_is_said_where_nothing_changed(train: Train, stopped: Path) -> None:
+    said: list[str] = []
+
+    class Stop(sft.Plugin):  # active in the stopped run, so it must be here
+        name = "stop"
+
+    train(plugins=(Stop,), resume_from_checkpoint="auto", say=said.append, **SETTINGS)
+    assert not [line for line in said if line.startswith("note: ")]
+
+
+@needs_lora
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_rank": 4}, r"down_proj\.lora_A: \[48, 8\] there, \[48, 4\] in this run"),
+        ({"lora_target_modules": ["q_proj"]}, r"down_proj\.lora_A: \[48, 8\] there, none in this run"),
+    ],
+)
+def test_other_trainable_parameters_are_refused(
+    train: Train, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    stop(train, 4, **SETTINGS, **LORA)
+    before = contents(tmp_path / "out", without=())
+    with pytest.raises(sft.UsageError, match=rf"was trained with other parameters .*{message}"):
+        train(resume_from_checkpoint="auto", **SETTINGS, **{**LORA, **changes})
+    assert contents(tmp_path / "out", without=()) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"state\.json cannot be read"),
+        ('{"format": 1, "step": 3, "epo', r"state\.json cannot be read"),
+        ("[]", r"state\.json is not the state of a run"),
+        ("{}", r"state\.json is not the state of a run"),
+        ('{"format": 99}', r"written by another version of sft \(format 99\)"),
+    ],
+    ids=["empty", "cut-off", "list", "bare", "version"],
+)
+def test_a_damaged_state_is_named(train: Train, stopped: Path, text: str, message: str) -> None:
+    (stopped / "checkpoint-3" / "trainer" / "state.json").write_text(text)
+    before = contents(stopped, without=())
+    with pytest.raises(sft.UsageError, match=message):
+        train(resume_from_checkpoint="auto", **SETTINGS)
+    assert contents(stopped, without=()) == before
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(train: Train, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(sft.UsageError, match=r"llama-untied is not a checkpoint of sft \(no trainer/state\.json\)"):
+        train(resume_from_checkpoint=str(models / "llama-untied"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_folder_may_be_given_from_where_one_stands(
+    train: Train, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(stopped)
+    steps: list[int] = []
+    train(plugins=(watching(steps),), resume_from_checkpoint="checkpoint-3", **SETTINGS)
+    assert steps == list(range(4, 14))
+    assert os.listdir(stopped).count("checkpoint-12") == 1

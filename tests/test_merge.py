@@ -1,0 +1,196 @@
+"""`sft merge` for each technique and format: what is merged computes what base and adapter compute together."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import sft
+from sft.commands.merge import command
+
+MODEL = Path(__file__).parent.parent / "core" / "tests" / "fixtures" / "models" / "llama-tied-gqa"
+TECHNIQUES = {
+    "lora": "lora",
+    "rslora": "lora rslora",
+    "pissa": "lora pissa",
+    "vera": "vera",
+    "lora-nf4": "lora nf4",
+    "pissa-int8": "lora pissa int8",
+    "vera-nf4": "vera nf4",
+}
+FORMATS = {
+    "hf": ["--max_shard_size", "20KB"],
+    "paddle": ["--format", "paddle", "--device", "cpu"],
+    "pdparams": ["--format", "paddle", "--safe_serialization", "false", "--max_shard_size", "20KB"],
+}
+
+# Logits of many models in one new process: lines of "MODEL ADAPTER", by sft; or by PaddleNLP alone.
+FRESH = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from sft import adapters
+asked, found = json.loads(sys.argv[1]), {}
+for key, (model, adapter, reader) in asked.items():
+    if reader == "sft":
+        loaded, _ = adapters.load_for_inference(model, Path(adapter) if adapter else None, lambda text: None)
+    else:
+        from paddlenlp.transformers import AutoModelForCausalLM
+        loaded = AutoModelForCausalLM.from_pretrained(model)
+        loaded.eval()
+    import paddle
+    ids = paddle.to_tensor(np.arange(5, 39).reshape(2, 17))
+    with paddle.no_grad():
+        logits = loaded(input_ids=ids, attention_mask=paddle.ones_like(ids))
+    found[key] = (logits[0] if isinstance(logits, tuple) else logits).numpy()
+np.savez(sys.argv[2], **found)
+"""
+
+
+def merge(*words: str | Path) -> Result:
+    return CliRunner().invoke(command, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter of each technique, trained for some steps."""
+    folder = tmp_path_factory.mktemp("adapters")
+    records = [{"src": f"type#{n}", "tgt": "A coat" + " for you" * (n % 4) + "."} for n in range(12)]
+    (folder / "train.json").write_text("\n".join(map(json.dumps, records)))
+    for name, plugins in TECHNIQUES.items():
+        settings = {
+            "plugin": plugins.split(),
+            "model_name_or_path": str(MODEL),
+            "dataset_name_or_path": str(folder),
+            "output_dir": str(folder / name),
+            "learning_rate": 1e-1 if "vera" in plugins else 1e-2,
+            "max_steps": 3,
+            "disable_tqdm": True,
+        }
+        sft.run(settings, say=lambda text: None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def logits(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """By "technique reader format", with "adapter" for the base with the adapter over it, and "base" alone."""
+    folder = tmp_path_factory.mktemp("merged")
+    asked = {"base": (str(MODEL), "", "sft")}
+    for technique in TECHNIQUES:
+        asked[f"{technique} adapter"] = (str(MODEL), str(adapters / technique), "sft")
+        for name, words in FORMATS.items():
+            output = folder / f"{technique}-{name}"
+            base = ("--model_name_or_path", MODEL, "--lora_path", adapters / technique)
+            done = merge(*base, "--merge_model_path", output, *words)
+            assert done.exit_code == 0, done.output
+            assert "note:" not in done.output
+            asked[f"{technique} sft {name}"] = (str(output), "", "sft")
+            if name == "paddle":
+                asked[f"{technique} paddlenlp {name}"] = (str(output), "", "paddlenlp")
+    line = [sys.executable, "-c", FRESH, json.dumps(asked), str(folder / "logits.npz")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    return dict(np.load(folder / "logits.npz"))
+
+
+@pytest.mark.parametrize("written", ["sft hf", "sft paddle", "sft pdparams", "paddlenlp paddle"])
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_merged_is_base_and_adapter(logits: dict[str, np.ndarray], technique: str, written: str) -> None:
+    expected = logits[f"{technique} adapter"]
+    assert np.abs(expected - logits["base"]).max() > 1e-2 * np.abs(expected).max()
+    found = logits[f"{technique} {written}"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+# --- which base ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """A base of the same shapes, in one tensor of which another training has left its mark."""
+    folder = tmp_path / "other"
+    shutil.copytree(MODEL, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name] * np.float32(1.01)}, folder / "model.safetensors")
+    return folder
+
+
+def test_merging_into_another_base_says_so(adapters: Path, other: Path, tmp_path: Path) -> None:
+    done = merge("--model_name_or_path", other, "--lora_path", adapters / "vera", "--output_path", tmp_path / "merged")
+    assert done.exit_code == 0
+    (note,) = (line for line in done.output.splitlines() if line.startswith("note:"))
+    assert note.startswith(
+        f"note: the adapter was trained over other weights than those of {other} (its base was {MODEL})"
+    )
+
+
+def test_answering_with_another_base_says_so(adapters: Path, other: Path) -> None:
+    from sft.adapters import load_for_inference
+
+    said: dict[Path, list[str]] = {MODEL: [], other: []}
+    for base, lines in said.items():
+        load_for_inference(str(base), adapters / "lora", lines.append)
+    notes = {base: sum(line.startswith("note:") for line in lines) for base, lines in said.items()}
+    assert notes == {MODEL: 0, other: 1}
+
+
+def test_an_adapter_that_does_not_tell_its_base_is_merged_without_a_word(adapters: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapters / "lora", folder)
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt"})  # as PEFT writes it
+    done = merge("--model_name_or_path", MODEL, "--lora_path", folder, "--output_path", tmp_path / "merged")
+    assert done.exit_code == 0
+    assert "note:" not in done.output
+
+
+def test_the_metadata_of_an_adapter_stand_in_one_order(adapters: Path) -> None:
+    """safetensors' library alone would write them in an order that varies, and equal runs different files."""
+    path = adapters / "lora" / "adapter_model.safetensors"
+    with safe_open(path, "np") as opened:
+        assert set(opened.metadata()) == {"format", "sft.base"}
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    assert list(json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]) == ["format", "sft.base"]
+
+
+# --- what is refused ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "tpu"], "There is no device 'tpu'; give cpu, gpu or gpu:N"),
+        (["--max_shard_size", "2XB"], "'2XB' is no size of a file"),
+        (["--safe_serialization", "false"], "the hf format would need torch"),
+    ],
+)
+def test_refusals(adapters: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    base = ("--model_name_or_path", MODEL, "--lora_path", adapters / "lora")
+    done = merge(*base, "--output_path", tmp_path / "merged", *words)
+    assert isinstance(done.exception, sft.UsageError)
+    assert message in str(done.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing_behind(adapters: Path, tmp_path: Path) -> None:
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        base = ("--model_name_or_path", MODEL, "--lora_path", adapters / "lora")
+        done = merge(*base, "--output_path", tmp_path / "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(done.exception, OSError)
+    assert not list(tmp_path.iterdir())

@@ -204,7 +204,7 @@ def test_draws_of_a_step_are_a_function_of_seed_step_and_rank(paddle: Any) -> No
 # --- what comes out -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied"])
+@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"])
 def test_full_training_lowers_the_loss_and_writes_a_model_that_loads(
     train: Train, models: Path, tmp_path: Path, case: str
 ) -> None:

@@ -110,7 +110,9 @@ def _attend(layer: Any, hidden: Any, position_ids: Any, indices: Any) -> Any:
 
     size = layer.head_dim
     query = layer.q_proj(hidden).reshape([0, 0, layer.num_heads, size])
-    key, value = (proj(hidden).reshape([0, 0, layer.num_key_value_heads, size]) for proj in (layer.k_proj, layer.v_proj))
+    key, value = (
+        proj(hidden).reshape([0, 0, layer.num_key_value_heads, size]) for proj in (layer.k_proj, layer.v_proj)
+    )
     tables = (table.reshape([1, -1, 1, size]) for table in layer.rotary_emb(value, seq_len=hidden.shape[1]))
     query, key = apply_rotary_pos_emb(query, key, *tables, position_ids)
     causal = indices.shape[2] == 1

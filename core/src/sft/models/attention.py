@@ -151,7 +151,7 @@ def _gemma_forward(
     return own(self, hidden_states, position_ids, past_key_value, attention_mask, output_attentions, use_cache, alibi)
 
 
-_FORWARDS = {"MistralAttention": _mistral_forward, "GemmaAttention": _gemma_forward}
+_FORWARDS: dict[str, Callable[..., Any]] = {"MistralAttention": _mistral_forward, "GemmaAttention": _gemma_forward}
 
 
 def hidden_states(model: Any, batch: Batch) -> Any:

@@ -282,8 +282,14 @@ def change_config(work: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "gpt2"}, "model: model_type 'gpt2' has not been verified here; use one of llama, qwen2, mistral, gemma."),
-        ({"model_type": None}, "model: model_type None has not been verified here; use one of llama, qwen2, mistral, gemma."),
+        (
+            {"model_type": "gpt2"},
+            "model: model_type 'gpt2' has not been verified here; use one of llama, qwen2, mistral, gemma.",
+        ),
+        (
+            {"model_type": None},
+            "model: model_type None has not been verified here; use one of llama, qwen2, mistral, gemma.",
+        ),
         (
             {"head_dim": 16},
             "model: head_dim = 16 is ignored by PaddleNLP's LlamaForCausalLM, which would compute someth",

@@ -95,6 +95,25 @@ def test_packed_and_padded_rows_are_single_rows(paddle: Any, models: Path, case:
     compare(loss_and_gradients(model, batch_of((5,), (9,), (12,), (20,), (3,))), alone)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_rotary_positions_are_the_batchs(paddle: Any, models: Path, case: str) -> None:
+    """Positions two apart, against PaddleNLP's own forward; its tables reach as far as the row, so half is padding."""
+    from sft.models.attention import hidden_states
+
+    ids = np.random.default_rng(1).integers(0, 320, (2, 24))
+    positions = np.tile(2 * (np.arange(24) % 12), (2, 1))
+    ends = np.full((2, 1, 24, 1), 24, np.int32)
+    model = load(models / case)
+    with paddle.no_grad():
+        batch = Batch(ids, np.full_like(ids, -100), positions, ends, ((24,), (24,)))
+        found = model.lm_head(hidden_states(model, batch)).numpy()[:, :12]
+        given = {"input_ids": paddle.to_tensor(ids), "position_ids": paddle.to_tensor(positions)}
+        expected = model(**given, attention_mask=paddle.ones([2, 24], "int64"))[0].numpy()[:, :12]
+        plain = model(input_ids=given["input_ids"], attention_mask=paddle.ones([2, 24], "int64"))[0].numpy()[:, :12]
+    np.testing.assert_allclose(found, expected, atol=5e-5, rtol=0)
+    assert np.abs(found - plain).max() > 0.05
+
+
 class Counting:
     """The default backend, counting its calls."""
 

@@ -167,6 +167,10 @@ def test_an_explicit_head_dim_is_refused(models: Path) -> None:
         ("llama-untied", {"model_type": None}, "model_type None"),
         ("llama-untied", {"hidden_size": None}, r"config\.json must give hidden_size as a whole number"),
         ("llama-untied", {"num_attention_heads": 0}, "num_attention_heads"),
+        ("llama-untied", {"max_position_embeddings": "2k"}, "give max_position_embeddings as a whole number or null"),
+        ("gemma-tied", {"head_dim": "x"}, "give head_dim as a whole number or null, not 'x'"),
+        ("mistral-gqa", {"sliding_window": "many"}, "give sliding_window as a whole number or null, not 'many'"),
+        ("mistral-gqa", {"sliding_window": 0}, "give sliding_window as a whole number or null, not 0"),
     ],
 )
 def test_a_setting_that_paddlenlp_would_ignore_is_refused_by_name(

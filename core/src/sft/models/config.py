@@ -89,7 +89,7 @@ def positions_of_mistral(values: dict[str, Any]) -> int:
 
     Both defaults are those of transformers; there a missing ``sliding_window`` is 4096, and only null is none.
     """
-    positions, window = values.get("max_position_embeddings", 131072), values.get("sliding_window", 4096)
+    positions, window = values.get("max_position_embeddings") or 131072, values.get("sliding_window", 4096)
     return int(positions if window is None else min(positions, window))
 
 
@@ -97,6 +97,9 @@ def _refuse_ignored(values: dict[str, Any], family: Family, where: Any) -> None:
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         if not isinstance(values.get(name), int) or values[name] < 1:
             raise UsageError(f"{where}: config.json must give {name} as a whole number, not {values.get(name)!r}.")
+    for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"):
+        if values.get(name) is not None and (not isinstance(values[name], int) or values[name] < 1):
+            raise UsageError(f"{where}: config.json must give {name} as a whole number or null, not {values[name]!r}.")
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
     activations = [None, family.activation]
     if family.model_type == "gemma":

@@ -15,7 +15,8 @@ import pytest
 import sft
 from sft.adapters import load_for_inference, merge
 
-MODEL = Path(__file__).parent.parent / "core" / "tests" / "fixtures" / "models" / "llama-tied-gqa"
+MODELS = Path(__file__).parent.parent / "core" / "tests" / "fixtures" / "models"
+MODEL = MODELS / "llama-tied-gqa"
 
 ADAPTERS = [
     "lora",
@@ -93,12 +94,12 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def check(names: list[str], data: Path, work: Path) -> None:
+def check(names: list[str], data: Path, work: Path, base: Path = MODEL) -> None:
     def train(folder: str, stop_after: int = 0, **more: Any) -> None:
         watch = type("Watching", (Watch,), {"stop_after": stop_after})
         settings = {
             "plugin": names,
-            "model_name_or_path": str(MODEL),
+            "model_name_or_path": str(base),
             "dataset_name_or_path": str(data),
             "output_dir": str(work / folder),
             "max_length": 60,
@@ -128,9 +129,9 @@ def check(names: list[str], data: Path, work: Path) -> None:
         model, _ = load_for_inference(str(work / "whole"), None, quiet)
         np.testing.assert_array_equal(logits(model), trained)
         return
-    model, _ = load_for_inference(str(MODEL), work / "whole", quiet)
+    model, _ = load_for_inference(str(base), work / "whole", quiet)
     assert np.abs(logits(model) - trained).max() < 1e-5 * size
-    merge(str(MODEL), work / "whole", work / "merged", quiet)
+    merge(str(base), work / "whole", work / "merged", quiet)
     model, _ = load_for_inference(str(work / "merged"), None, quiet)
     assert np.abs(logits(model) - trained).max() < 1e-5 * size
     shutil.rmtree(work)
@@ -139,6 +140,20 @@ def check(names: list[str], data: Path, work: Path) -> None:
 @pytest.mark.parametrize("choices", PAIRS, ids=lambda choices: " ".join(" ".join(choices).split()) or "none")
 def test_combination(choices: tuple[str, ...], data: Path, tmp_path: Path) -> None:
     check(" ".join(choices).split(), data, tmp_path / "work")
+
+
+@pytest.mark.parametrize("family", ["qwen2-untied", "mistral-gqa", "gemma-tied"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        "lora rslora lora-plus pissa nf4 flashmask greedy-zero-padding neftune",
+        "lora int8 flash-attention",
+        "vera fp4 zero-padding",
+        "flashmask greedy-zero-padding",
+    ],
+)
+def test_combination_in_another_family(names: str, family: str, data: Path, tmp_path: Path) -> None:
+    check(names.split(), data, tmp_path / "work", MODELS / family)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import sft
+from sft.models.families import FAMILIES
 from sft.options import options_of
 from sft.plugins import Plugins
 from sft.settings import core_options
@@ -52,8 +53,13 @@ def test_chinese_readme_shows_the_same_code() -> None:
         assert ours == theirs
 
 
+def test_the_table_of_models_has_every_family() -> None:
+    text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == ["model_type", *FAMILIES]
+
+
 @pytest.mark.parametrize(
-    "page", ["README.md", "README_zh.md", "docs/tutorial.md", "docs/plugins.md", "CONTRIBUTING.md"]
+    "page", ["README.md", "README_zh.md", "docs/tutorial.md", "docs/plugins.md", "docs/models.md", "CONTRIBUTING.md"]
 )
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -21,6 +22,21 @@ from sft.testing import metrics, paddle, train, write_data  # noqa: F401
 def models() -> Path:
     """The folder of the tiny model directories; each has its own reference values."""
     return Path(__file__).parent / "fixtures" / "models"
+
+
+@pytest.fixture
+def variant(models: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a case; keyword arguments change its config.json, None removes a key."""
+
+    def make(case: str, **changes: Any) -> Path:
+        folder = tmp_path / case
+        shutil.copytree(models / case, folder)
+        config = {**json.loads((folder / "config.json").read_text()), **changes}
+        config = {key: value for key, value in config.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

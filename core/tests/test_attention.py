@@ -14,6 +14,7 @@ from sft.data.batches import assemble
 from sft.data.tokenizer import Tokenizer
 from sft.seams import Example
 
+CASES = ["llama-untied", "llama-tied-gqa", "llama3-scaled", "qwen2-untied", "mistral-gqa", "gemma-tied"]
 PADDED_DOCUMENTS = [[(0, 3), (3, 5), (5, 6), (6, 7)], [(0, 4), (4, 6), (6, 7)]]
 """Two packed rows of 7: documents of 3 and 2, then of 4 and 2; each padding token is a document of its own."""
 
@@ -150,7 +151,9 @@ def own_logits(model: Any, ids: np.ndarray) -> np.ndarray:
     return (found[0] if isinstance(found, tuple) else found).numpy()[0]
 
 
-@pytest.mark.parametrize("case", ["llama-untied", "llama-tied-gqa", "llama3-scaled", "qwen2-untied"])
+@pytest.mark.parametrize(
+    "case", ["llama-untied", "llama-tied-gqa", "llama3-scaled", "qwen2-untied", "mistral-gqa", "gemma-tied"]
+)
 def test_documents_in_a_packed_row_compute_what_they_compute_alone(paddle: Any, models: Path, case: str) -> None:
     """Against PaddleNLP's own forward of each document. 5e-5 is five times the float32 noise at logits of up to 7."""
     from sft.models.attention import DefaultAttention
@@ -210,7 +213,7 @@ def test_two_models_in_one_process_keep_their_own_backends(paddle: Any, models: 
     assert (first.calls, second.calls) == (4, 2)  # a model without a backend called neither
 
 
-@pytest.mark.parametrize("case", ["llama-tied-gqa", "llama3-scaled", "qwen2-untied"])
+@pytest.mark.parametrize("case", CASES[1:])
 def test_generation_is_the_same_after_installing(paddle: Any, models: Path, case: str) -> None:
     """Bit by bit: generation keeps PaddleNLP's own attention, with its key/value cache, and never asks the backend."""
     from sft.models.attention import install

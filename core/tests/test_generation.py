@@ -15,7 +15,7 @@ from sft.data.tokenizer import Tokenizer
 from sft.seams import Turn
 from sft.settings import GenerationArguments
 
-CASES = ["llama-tied-gqa", "llama3-scaled", "qwen2-untied"]
+CASES = ["llama-tied-gqa", "llama3-scaled", "qwen2-untied", "mistral-gqa", "gemma-tied"]
 PROMPT = [Turn("user", "What is a river?")]
 
 

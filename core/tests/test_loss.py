@@ -192,7 +192,9 @@ def test_logits_exist_for_one_chunk_at_a_time(
     assert products == [shape for rows in (4, 4, 4, 1) for shape in ([rows, VOCABULARY], [rows, HIDDEN], of_weight)]
 
 
-@pytest.mark.parametrize("case", ["llama-untied", "llama-tied-gqa", "qwen2-untied", "qwen2-tied-sharded"])
+@pytest.mark.parametrize(
+    "case", ["llama-untied", "llama-tied-gqa", "qwen2-untied", "qwen2-tied-sharded", "mistral-gqa", "gemma-tied"]
+)
 def test_a_models_own_lm_head_is_read_the_right_way_round(paddle: Any, models: Path, case: str) -> None:
     """Against log-softmax of the logits that PaddleNLP's lm_head itself computes."""
     from sft.models.loading import load_model, open_model

@@ -1,4 +1,4 @@
-"""RMSNorm in one step computes y = w · x / √(mean(x²) + ε) and its derivatives, as float64 numpy does."""
+"""RMSNorm in one step computes y = (offset + w) · x / √(mean(x²) + ε) and its derivatives, as numpy in float64."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ def reference(x: np.ndarray, w: np.ndarray, eps: float, dy: np.ndarray) -> tuple
 
 @pytest.mark.parametrize("shape", [(2, 5, 16), (3, 8), (1, 1, 7)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_value_and_gradients(paddle: Any, shape: tuple[int, ...], scale: float) -> None:
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_value_and_gradients(paddle: Any, shape: tuple[int, ...], scale: float, offset: float) -> None:
     from sft.models.norms import _RMSNorm
 
     rng = np.random.default_rng(0)
     x, dy = (rng.normal(0, scale, shape).astype(np.float32), rng.normal(size=shape).astype(np.float32))
     w = rng.uniform(0.5, 2, shape[-1]).astype(np.float32)
     xs, ws = paddle.to_tensor(x, stop_gradient=False), paddle.to_tensor(w, stop_gradient=False)
-    y = _RMSNorm.apply(xs, ws, 1e-5)
+    y = _RMSNorm.apply(xs, ws, 1e-5, offset)
     y.backward(paddle.to_tensor(dy))
-    for ours, theirs in zip((y, xs.grad, ws.grad), reference(x, w, 1e-5, dy), strict=True):
+    for ours, theirs in zip((y, xs.grad, ws.grad), reference(x, w + np.float64(offset), 1e-5, dy), strict=True):
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-5, atol=2e-6 * np.abs(theirs).max())
 
 
@@ -44,10 +45,12 @@ def test_only_what_trains_gets_a_gradient(paddle: Any, x_trains: bool, w_trains:
     assert (w.grad is not None) == w_trains
 
 
-def test_every_norm_of_a_model_is_replaced_and_computes_as_paddlenlps(paddle: Any, models: Path) -> None:
+@pytest.mark.parametrize("case", ["llama-untied", "qwen2-untied", "mistral-gqa", "gemma-tied"])
+def test_every_norm_of_a_model_is_replaced_and_computes_as_paddlenlps(paddle: Any, models: Path, case: str) -> None:
+    """Gemma's adds 1 to its weight."""
     from sft.models.loading import load_model, open_model
 
-    model = load_model(open_model(models / "llama-untied"))
+    model = load_model(open_model(models / case))
     norms = [layer for layer in model.sublayers() if type(layer).__name__.endswith("RMSNorm")]
     assert len(norms) == 5  # two in each of two blocks, and the last one
     x = paddle.randn([2, 3, 32])

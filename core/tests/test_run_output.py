@@ -70,7 +70,7 @@ def full_logits_loss(folder: Path, examples: list[Example]) -> float:
 # --- what comes out -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied"])
+@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"])
 def test_full_training_lowers_the_loss_and_writes_a_model_that_loads(
     train: Train, models: Path, tmp_path: Path, case: str
 ) -> None:

@@ -16,7 +16,10 @@ import sft
 from sft.data.tokenizer import Tokenizer
 from sft.models.config import hf_config, paddle_config
 
-CASES = ("llama-untied", "llama-tied-gqa", "llama3-scaled", "qwen2-untied", "qwen2-tied-sharded")
+CASES = (
+    *("llama-untied", "llama-tied-gqa", "llama3-scaled", "qwen2-untied", "qwen2-tied-sharded"),
+    *("mistral-gqa", "gemma-tied"),
+)
 
 
 @pytest.fixture
@@ -81,7 +84,7 @@ def test_a_written_model_has_the_tensors_of_the_original_files(
     assert config_of(tmp_path)["torch_dtype"] == "float32"
 
 
-@pytest.mark.parametrize("case", ["llama-tied-gqa", "llama-untied", "qwen2-untied"])
+@pytest.mark.parametrize("case", ["llama-tied-gqa", "llama-untied", "qwen2-untied", "mistral-gqa", "gemma-tied"])
 def test_a_written_model_loads_bit_for_bit(
     paddle: Any, models: Path, tmp_path: Path, tokenizer: Tokenizer, case: str
 ) -> None:
@@ -247,7 +250,7 @@ def test_a_written_config_keeps_what_transformers_reads(models: Path, case: str)
     rotary = {"rope_theta", "rope_scaling", "rope_parameters", "rope_scaling_type", "rope_scaling_factor"}
     for key in set(values) - rotary - {"dtype", "torch_dtype", "quantization_config", "paddlenlp_version"}:
         assert written[key] == values[key], key
-    assert written["architectures"] == ["LlamaForCausalLM" if case.startswith("llama") else "Qwen2ForCausalLM"]
+    assert written["architectures"] == [values["model_type"].capitalize() + "ForCausalLM"]
     assert written["torch_dtype"] == "float32"
     # transformers 4 and PaddleNLP read the theta at top level, transformers 5 in rope_parameters.
     theta = values.get("rope_theta") or values["rope_parameters"]["rope_theta"]

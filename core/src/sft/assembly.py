@@ -107,7 +107,7 @@ def load_model(run: Run, folder: Path) -> None:
     if longest > run.source.config.max_position_embeddings:
         raise UsageError(
             f"The longest record has {longest} tokens and {folder} reads {run.source.config.max_position_embeddings} "
-            "(max_position_embeddings); set max_length to at most that."
+            "(max_position_embeddings, or a smaller sliding_window); set max_length to at most that."
         )
     for turns in run.dev_turns:
         ids = encode_prompt(prompt_of(turns), run.tokenizer)
@@ -263,9 +263,12 @@ def summarise(run: Run, journal: Any, steps: int, epochs: float, after: dict[str
 
 
 def sizes(run: Run) -> tuple[int, int]:
-    """Trainable and all parameters, as numbers of values."""
+    """Trainable and all parameters, as numbers of values; what a quantizer holds as codes counts too."""
+    from sft.models.layers import quantized_values
+
     sizes = {name: (int(p.size), not p.stop_gradient) for name, p in run.model.named_parameters()}
-    return sum(size for size, trains in sizes.values() if trains), sum(size for size, _ in sizes.values())
+    total = sum(size for size, _ in sizes.values()) + quantized_values(run.model)
+    return sum(size for size, trains in sizes.values() if trains), total
 
 
 def describe(run: Run) -> dict[str, Any]:

@@ -109,7 +109,8 @@ class Quantizer(Protocol):
         """The layer that stands for Linear ``name`` (the model's own dotted name), or None to keep it as it is.
 
         ``weight`` float32 [in, out] (Paddle's layout), ``bias`` float32 [out]. The returned paddle Layer maps
-        [..., in] → [..., out] and offers ``dequantize() -> Tensor [in, out]``, for merging.
+        [..., in] → [..., out] and offers ``in_features``, ``out_features``, and ``dequantize() -> Tensor [in, out]``
+        for merging; a bias that is no parameter is called ``bias``.
         """
         ...
 

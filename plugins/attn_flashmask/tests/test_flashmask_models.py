@@ -19,7 +19,7 @@ from sft.plugins import Plugins
 from sft.seams import Batch, Example
 from sft.settings import build
 
-CASES = ["llama-tied-gqa", "llama3-scaled", "qwen2-untied"]
+CASES = ["llama-tied-gqa", "llama3-scaled", "qwen2-untied", "mistral-gqa", "gemma-tied"]
 needs_lora = pytest.mark.skipif(find_spec("sft_peft_lora") is None, reason="plugin lora is not installed")
 
 
@@ -121,7 +121,7 @@ def test_16_bit_tensors_on_a_gpu_go_to_paddles_kernels(
         assert backend_of(backend).attend(*tensors, "indices") == ("mask", tensors, True, "indices")
 
 
-@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied"])
+@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"])
 def test_generation_is_the_same_after_installing(paddle: Any, models: Path, case: str) -> None:
     tokenizer = Tokenizer(models / case)
     prompt = paddle.to_tensor([tokenizer.encode("Hello there, how are you?")])

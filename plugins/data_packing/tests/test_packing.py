@@ -82,7 +82,7 @@ def attention_of(name: str) -> Any:
     return plugin(None).sft_attention_backend(run=None, config=None)
 
 
-@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied"])
+@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"])
 @pytest.mark.parametrize("backend", backends())
 def test_trap_packed_loss_and_gradients_are_the_unpacked_ones(
     paddle: Any, models: Path, case: str, backend: str

@@ -127,6 +127,19 @@ def test_trap_each_document_has_the_noise_of_its_own_length_and_padding_none(
     assert (~real).any()
 
 
+def test_in_gemma_it_is_added_to_the_embeddings_before_they_are_scaled(adapt: Any, models: Path) -> None:
+    """Gemma multiplies what the embedding gives by √d, noise and all (as the plugin's paper has it: noise on the
+    embeddings; transformers did so too until version 5 moved the factor into the embedding layer)."""
+    run, seen = adapt(model_name_or_path=str(models / "gemma-tied")), []
+    run.model.gemma.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].numpy()))
+    batch = batch_of([20, 7], [11])
+    noise = noise_of(run, batch)
+    assert np.abs(noise[0, :20]).max() == pytest.approx(ALPHA / math.sqrt(20 * HIDDEN), rel=0.05)
+    table = run.model.get_input_embeddings().weight.numpy()
+    expected = (table[batch.input_ids] + noise) * math.sqrt(HIDDEN)
+    np.testing.assert_allclose(seen[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_noise_is_uniform(adapt: Any) -> None:
     """In units of its size: mean 0, variance 1/3, kurtosis 9/5, and a tenth of it in every tenth of [-1, 1]."""
     run = adapt()

@@ -124,7 +124,7 @@ def test_a_is_uniform_within_one_over_the_root_of_the_inputs_and_b_is_zero(adapt
         assert not b.any()
 
 
-@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied"])
+@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"])
 def test_an_adapted_model_begins_as_its_base(
     paddle: Any, adapt: Adapt, models: Path, logits_of: Any, case: str
 ) -> None:
@@ -153,7 +153,7 @@ def test_initial_values_depend_on_seed_and_name_alone(adapt: Adapt) -> None:
 # --- where, and with what -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied"])
+@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"])
 def test_by_default_every_linear_of_the_blocks_is_adapted_and_nothing_else_trains(
     adapt: Adapt, models: Path, case: str
 ) -> None:

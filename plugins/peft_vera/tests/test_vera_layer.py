@@ -168,7 +168,7 @@ def test_trap_only_the_two_vectors_train_and_the_count_is_printed(
     assert f"vera: {len(names)} layers, rank {rank}, {expected:,} trainable parameters" in said
 
 
-@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied"])
+@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"])
 def test_trap_b_begins_at_zero_and_d_at_a_tenth_so_the_model_is_unchanged(
     adapt: Adapt, models: Path, logits_of: Any, case: str
 ) -> None:

@@ -49,7 +49,7 @@ def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("case", ["llama-untied", "qwen2-untied"])
+@pytest.mark.parametrize("case", ["llama-untied", "qwen2-untied", "mistral-gqa", "gemma-tied"])
 def test_a_quantized_model_computes_with_the_dequantized_weights(
     paddle: Any, models: Path, case: str, name: str, options: dict[str, Any]
 ) -> None:

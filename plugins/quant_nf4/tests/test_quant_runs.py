@@ -68,6 +68,16 @@ def test_a_group_that_does_not_divide_a_layer_is_refused(train: Callable[..., An
     assert not (tmp_path / "out").exists()
 
 
+@needs_lora
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_codes_count_as_parameters(train: Callable[..., Any], models: Path, name: str) -> None:
+    """Qwen2's biases too, which a quantized layer keeps beside its codes."""
+    settings = {"model_name_or_path": str(models / "qwen2-untied"), "max_steps": 1}
+    plain, quantized = train("plain", plugin=["lora"], **settings), train("codes", plugin=["lora", name], **settings)
+    assert quantized.total_parameters == plain.total_parameters
+    assert quantized.trainable_parameters == plain.trainable_parameters
+
+
 def losses(folder: Path) -> list[tuple[int, float]]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]

@@ -66,6 +66,7 @@ def paddle_config(values: dict[str, Any], where: Any) -> tuple[Family, Any]:
         "dtype",
         "architectures",
         "quantization_config",
+        "pad_token_id",  # all it does is zero that row of the embedding in PaddleNLP's Mistral; transformers keeps it
     }
     kept = {key: value for key, value in values.items() if key not in left_out}
     kept["rope_theta"] = theta
@@ -73,6 +74,8 @@ def paddle_config(values: dict[str, Any], where: Any) -> tuple[Family, Any]:
         kept["rope_scaling"] = scaling
     elif kind == "linear":
         kept.update(rope_scaling_type="linear", rope_scaling_factor=float(scaling["factor"]))
+    if family.model_type == "mistral":
+        kept["max_position_embeddings"] = positions_of_mistral(values)
     config_class, _ = family.classes()
     config = config_class(**kept)
     config.dtype = "float32"
@@ -81,17 +84,35 @@ def paddle_config(values: dict[str, Any], where: Any) -> tuple[Family, Any]:
     return family, config
 
 
+def positions_of_mistral(values: dict[str, Any]) -> int:
+    """How long a document may be: PaddleNLP knows no window, so no further than where the window would be felt.
+
+    Both defaults are those of transformers; there a missing ``sliding_window`` is 4096, and only null is none.
+    """
+    positions, window = values.get("max_position_embeddings") or 131072, values.get("sliding_window", 4096)
+    return int(positions if window is None else min(positions, window))
+
+
 def _refuse_ignored(values: dict[str, Any], family: Family, where: Any) -> None:
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         if not isinstance(values.get(name), int) or values[name] < 1:
             raise UsageError(f"{where}: config.json must give {name} as a whole number, not {values.get(name)!r}.")
+    for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"):
+        if values.get(name) is not None and (not isinstance(values[name], int) or values[name] < 1):
+            raise UsageError(f"{where}: config.json must give {name} as a whole number or null, not {values[name]!r}.")
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    activations = [None, family.activation]
+    if family.model_type == "gemma":
+        activations.append("gelu")  # the first releases say so and mean the tanh form, as transformers reads it
     ignored = {
-        "head_dim": values.get("head_dim") not in (None, hidden // heads),
-        "attention_bias": family.model_type == "llama" and bool(values.get("attention_bias")),
+        "head_dim": not family.has_head_dim and values.get("head_dim") not in (None, hidden // heads),
+        "attention_bias": family.model_type != "qwen2" and bool(values.get("attention_bias")),
         "mlp_bias": bool(values.get("mlp_bias")),
-        "hidden_act": values.get("hidden_act", "silu") != "silu",
+        "hidden_act": values.get("hidden_act") not in activations,
+        "hidden_activation": values.get("hidden_activation") not in (None, family.activation),
         "use_sliding_window": bool(values.get("use_sliding_window")),
+        "use_bidirectional_attention": bool(values.get("use_bidirectional_attention")),
+        "tie_word_embeddings": not family.can_tie and bool(values.get("tie_word_embeddings")),
         "quantization_config": bool(values.get("quantization_config")),
     }
     for name, is_ignored in ignored.items():

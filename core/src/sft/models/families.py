@@ -19,6 +19,15 @@ class Family:
     """The backbone's name in paddle; Hugging Face calls it ``model``."""
     rope_types: tuple[str, ...]
     """Rotary scalings that PaddleNLP's class computes as Hugging Face does."""
+    mask_argument: str = "attn_mask_startend_row_indices"
+    """The backbone's argument that carries ``startend_row_indices`` to the layers; see ``attention.py``."""
+    activation: str = "silu"
+    norm_offset: float = 0.0
+    """What RMSNorm adds to its weight before it multiplies."""
+    has_head_dim: bool = False
+    """Whether PaddleNLP's class reads ``head_dim`` from the config; others have hidden size / heads."""
+    can_tie: bool = True
+    """Whether PaddleNLP's class ties lm_head to the embedding when the config says so."""
 
     def to_hf(self, name: str) -> str:
         """A parameter's paddle name → its Hugging Face name."""
@@ -45,6 +54,26 @@ FAMILIES = {
     for family in (
         Family("llama", "LlamaConfig", "LlamaForCausalLM", "llama", ("default", "linear", "llama3")),
         Family("qwen2", "Qwen2Config", "Qwen2ForCausalLM", "qwen2", ("default",)),
+        Family(
+            "mistral",
+            "MistralConfig",
+            "MistralForCausalLM",
+            "mistral",
+            ("default",),
+            mask_argument="attention_mask",
+            can_tie=False,
+        ),
+        Family(
+            "gemma",
+            "GemmaConfig",
+            "GemmaForCausalLM",
+            "gemma",
+            ("default",),
+            mask_argument="attention_mask",
+            activation="gelu_pytorch_tanh",
+            norm_offset=1.0,
+            has_head_dim=True,
+        ),
     )
 }
 

@@ -86,6 +86,17 @@ def linear_features(layer: Any) -> tuple[int, int] | None:
     return None
 
 
+def quantized_values(model: Any) -> int:
+    """How many values of Linears are kept as codes, or beside them: those that ``parameters()`` does not know of."""
+    count = 0
+    for layer in model.sublayers():
+        if hasattr(layer, "dequantize"):
+            count += int(layer.in_features) * int(layer.out_features)
+            if getattr(layer, "bias", None) is not None and "bias" not in dict(layer.named_parameters()):
+                count += int(layer.out_features)
+    return count
+
+
 def trainable(model: Any) -> dict[str, Any]:
     """Structured name → parameter, of those that train; tied parameters appear once."""
     return {name: parameter for name, parameter in model.named_parameters() if not parameter.stop_gradient}

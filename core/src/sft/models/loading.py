@@ -37,12 +37,13 @@ def load_model(source: ModelSource, quantizer: Any | None = None, dtype: str = "
 
     Raises :class:`UsageError` naming the tensors that are missing, left over, or of another shape.
     """
-    from sft.models import norms
+    from sft.models import corrections, norms
 
     model = _build(source, dtype)
-    fill(model, source, quantizer)
     _share_rotary_tables(model)
-    norms.install(model)
+    corrections.install(model)
+    norms.install(model, source.family.norm_offset)
+    fill(model, source, quantizer)
     model.eval()
     return model
 

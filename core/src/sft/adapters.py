@@ -88,6 +88,11 @@ def _implements(name: str, hook: str) -> bool:
     return hasattr(getattr(import_plugin(name), hook, None), "sft_impl")
 
 
+def trained_template(adapter: Path | None) -> str | None:
+    """The tokenizer folder whose chat template an adapter was trained with; None where it does not say."""
+    return str(adapter) if adapter is not None and (adapter / "tokenizer.json").is_file() else None
+
+
 def merge(model: str, adapter: Path, output: Path, say: Callable[[str], None], requested: Sequence[str] = ()) -> int:
     """Write ``model`` with ``adapter`` folded in to ``output`` (Hugging Face layout); the number of merged tensors.
 
@@ -96,7 +101,7 @@ def merge(model: str, adapter: Path, output: Path, say: Callable[[str], None], r
     plugins = plugins_for(adapter, requested)
     runtime.require_paddle()
     folder = find_model(model)
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(folder, chat_template=trained_template(adapter))
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise UsageError(f"{output} already exists and is not empty; choose another place or remove it.")
     say(runtime.prepare())
@@ -115,7 +120,7 @@ def load_for_inference(
     plugins = plugins_for(adapter, requested)
     runtime.require_paddle()
     folder = find_model(model)
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(folder, chat_template=trained_template(adapter))
     say(runtime.prepare())
 
     from sft.models.loading import load_model, open_model

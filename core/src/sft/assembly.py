@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sft import runtime
 from sft.data.batches import PaddedCollator, Schedule
 from sft.data.encoding import Encoded, encode, encode_prompt
-from sft.data.formats import turns_of
+from sft.data.formats import Formats
 from sft.data.sources import read
 from sft.data.tokenizer import FILES as TOKENIZER_FILES
 from sft.errors import UsageError
@@ -110,9 +110,11 @@ def _status(folder: Path) -> str:
 def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
     """Read, check and encode every record; says what became of them."""
     data = run.settings.data
+    run.say(f"chat template: {run.tokenizer.template_name}")
 
     def encoded(files: list[Path], split: str, keep: int) -> Encoded:
-        turns = (turns_of(record, run.hook) for record in read(files))
+        formats = Formats(run.plugins)
+        turns = (formats.turns(record) for record in read(files))
         found = encode(_keeping(turns, run.dev_turns, keep), run.tokenizer, data.src_length, data.max_length)
         if not len(found):
             raise UsageError(
@@ -121,11 +123,12 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
             )
         counts = found.counts
         run.say(
-            f"{split} data: {counts.records:,} records, {counts.tokens:,} tokens, {counts.target_tokens:,} targets"
+            f"{split} data: {counts.records:,} records of {formats.name}, {counts.tokens:,} tokens, "
+            f"{counts.target_tokens:,} targets"
             + "".join(
                 f", {value:,} {name.replace('_', ' ')}"
                 for name, value in asdict(counts).items()
-                if name in ("dropped", "turns_dropped", "prompts_truncated", "targets_truncated") and value
+                if name not in ("records", "tokens", "target_tokens") and value
             )
         )
         return found

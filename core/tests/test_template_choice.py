@@ -139,6 +139,26 @@ def test_a_run_trains_with_the_template_and_its_result_answers_with_it(
         train("out", resume_from_checkpoint="auto", **{**settings, "max_steps": 3})
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("none", "none; prompt and answer follow each other"),
+        ("None", "none; prompt and answer follow each other"),
+        (None, "MODEL/chat_template.jinja"),
+        ("MODEL", "MODEL/chat_template.jinja"),
+    ],
+)
+def test_a_run_says_which_template_it_uses(
+    train: Callable[..., Any], models: Path, given: str | None, name: str
+) -> None:
+    said: list[str] = []
+    model = str(models / "llama-tied-gqa")
+    chosen = given and given.replace("MODEL", model)
+    with pytest.raises(sft.UsageError, match="No train record keeps a target"):
+        train(say=said.append, chat_template=chosen, max_length=2)
+    assert said == [f"chat template: {name.replace('MODEL', model)}"]
+
+
 def test_an_adapters_template_is_used_with_it(models: Path, pairs: Path, tmp_path: Path) -> None:
     from sft.adapters import trained_template
 

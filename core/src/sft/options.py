@@ -28,11 +28,13 @@ def option(
     above: float | None = None,
     maximum: float | None = None,
     below: float | None = None,
+    none_is_text: bool = False,
 ) -> Any:
     """A dataclass field that is a setting.
 
     ``help`` is one line, with units. ``choices`` lists the accepted strings; ``minimum`` and ``maximum``
-    are inclusive bounds, ``above`` and ``below`` exclusive ones.
+    are inclusive bounds, ``above`` and ``below`` exclusive ones. ``none_is_text``: the word none is a value of its own,
+    not another way of leaving the setting unset.
     """
     metadata = {
         "help": help,
@@ -41,6 +43,7 @@ def option(
         "above": above,
         "maximum": maximum,
         "below": below,
+        "none_is_text": none_is_text,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -60,6 +63,7 @@ class Option:
     above: float | None
     maximum: float | None
     below: float | None
+    none_is_text: bool = False
 
     @property
     def kinds(self) -> tuple[Any, ...]:
@@ -86,6 +90,7 @@ def options_of(cls: type) -> dict[str, Option]:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         bounds = {key: field.metadata.get(key) for key in ("choices", "minimum", "above", "maximum", "below")}
+        bounds["none_is_text"] = field.metadata.get("none_is_text", False)
         found[field.name] = Option(field.name, hints[field.name], default, field.metadata.get("help", ""), **bounds)
     return found
 
@@ -100,7 +105,8 @@ def convert(option: Option, value: Any) -> Any:
         raise UsageError(f"{option.name}: the value is missing; expected {_describe(option)}.")
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in _NONE)):
+    unset = _NONE - {"none"} if option.none_is_text else _NONE
+    if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in unset)):
         return None
     for kind in kinds:
         converted = _convert(kind, value)

@@ -42,6 +42,7 @@ class DataArguments:
     chat_template: str | None = option(
         None,
         "file with a chat template (Jinja, or PaddleNLP's chat_template.json), or none; unset: the tokenizer's own",
+        none_is_text=True,
     )
     lazy: bool = option(False, "stream the training data instead of reading it whole; needs max_steps")
     eval_with_do_generation: bool = option(False, "at evaluation, answer the dev prompts and score them (BLEU, ROUGE)")

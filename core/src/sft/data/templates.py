@@ -167,7 +167,7 @@ def _fault(values: Any) -> str:
         return f"it holds {type(values).__name__}, not an object"
     unknown = [key for key in values if key not in ("system", "conversation", "query")]
     if unknown:
-        return f"it has unknown keys ({', '.join(unknown)})"
+        return f"it has unknown keys ({', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''})"
     parts = values.get("conversation")
     if not (isinstance(parts, list) and len(parts) == 2 and all(isinstance(part, str) for part in parts)):
         return '"conversation" must be two texts, what the user says and what the bot answers'

@@ -241,6 +241,11 @@ def test_without_a_template_source_and_target_are_tokenised_apart(variant: Varia
     assert targets_of(encoded) == [68, EOS]
 
 
+def test_without_a_template_too_what_follows_the_last_answer_is_left_out(variant: Variant) -> None:
+    tokenizer = variant("llama-tied-gqa", template=None)
+    assert tokens_of(one(answered("a", "1", "b"), tokenizer)) == tokens_of(one(answered("a", "1"), tokenizer))
+
+
 def test_a_system_turn_stands_before_the_source(variant: Variant) -> None:
     tokenizer = variant("llama-tied-gqa", template=None)
     encoded = one(answered("a", "b", system="s"), tokenizer)

@@ -222,6 +222,12 @@ def test_blocks_without_the_end_of_a_turn_are_counted(make: Make) -> None:
     assert encoded.counts.answers_without_end == 1
 
 
+def test_end_of_text_that_is_not_marked_special_ends_a_turn_too(make: Make) -> None:
+    tokenizer = make("{% for m in messages %}{{ m.content }}</think>\n{% endfor %}", special={"eos_token": "</think>"})
+    encoded = one([Turn("user", "a"), Turn("assistant", "b", True)], tokenizer)
+    assert learned(encoded, tokenizer) == ["b</think>"]
+
+
 LAST_BLOCK = (
     "{% if m.role == 'assistant' and loop.last %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
     "{% else %}{{ m.content }}<|im_end|>{% endif %}\n"

@@ -195,7 +195,7 @@ def test_a_wrong_record(refused: Callable[..., str], work: Path, line: str, mess
 
 def test_a_wrong_record_of_the_dev_data(refused: Callable[..., str], work: Path) -> None:
     (work / "data" / "dev.json").write_text(RECORD + "{}\n", encoding="utf-8")
-    assert refused().startswith('data/dev.json, line 2: the record has no "src"')
+    assert refused().startswith("data/dev.json, line 2: the record is in no known format (its keys: none); known are")
 
 
 def test_an_empty_train_file(refused: Callable[..., str], work: Path) -> None:

@@ -35,7 +35,7 @@ def test_readme_python_runs_as_shown(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("page", ["README.md", "README_zh.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md", "docs/tutorial.md", "docs/data.md"])
 def test_commands_in_documents_name_real_settings(page: str) -> None:
     known = {*core_options(), *options_of(next(iter(Plugins.load(["lora"])))[1].Options), "plugin", "help"}
     known |= {"lora_path", "output_path", "prompt"}  # of merge and generate
@@ -59,7 +59,16 @@ def test_the_table_of_models_has_every_family() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "README_zh.md", "docs/tutorial.md", "docs/plugins.md", "docs/models.md", "CONTRIBUTING.md"]
+    "page",
+    [
+        "README.md",
+        "README_zh.md",
+        "docs/tutorial.md",
+        "docs/data.md",
+        "docs/plugins.md",
+        "docs/models.md",
+        "CONTRIBUTING.md",
+    ],
 )
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -109,6 +118,43 @@ def test_plugin_of_the_guide_is_the_example_and_works(tmp_path: Path, monkeypatc
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     assert summary.trainable_parameters == 2 * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
+
+
+def test_the_data_guide_shows_each_format(tmp_path: Path) -> None:
+    from sft.data.formats import FORMATS, Formats
+    from sft.data.sources import read
+
+    plugins = Plugins.load([])
+    plugins.start({})
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    shown = re.findall(r"### ([^\n]+)\n\n```(json|csv)\n(.*?)```", text, re.DOTALL)
+    assert [name for name, _, _ in shown] == list(FORMATS)
+    for name, kind, content in shown:
+        path = tmp_path / f"train.{kind}"
+        path.write_text(content, encoding="utf-8")
+        formats = Formats(plugins)
+        conversations = [formats.turns(record) for record in read([path])]
+        assert formats.name == name
+        assert [turn.content for turn in conversations[0] if turn.trains] == ["42."]
+
+
+def test_the_data_guide_shows_what_is_learned(tmp_path: Path) -> None:
+    from sft.data.encoding import encode
+    from sft.data.formats import src_tgt
+    from sft.data.tokenizer import Tokenizer
+
+    (template,) = (block for block in blocks("docs/data.md", "json") if "conversation" in json.loads(block))
+    (tmp_path / "pairs.json").write_text(template, encoding="utf-8")
+    tokenizer = Tokenizer(ROOT / "core/src/sft/demo/model", chat_template=str(tmp_path / "pairs.json"))
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    (record,) = re.findall(r"`(\{\"src\": \[.*?\})`", text)
+    encoded = encode([src_tgt(json.loads(record))], tokenizer, 100, 100)
+    marked, inside = "", False
+    for token, trained in zip(encoded.ids, [*encoded.trained[1:], False], strict=True):
+        marked += tokenizer.decode([token])
+        if trained != inside:
+            marked, inside = marked + ("»" if trained else "«"), trained
+    assert [marked + "\n"] == blocks("docs/data.md", "text")
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import sft
 from sft import Turn
 from sft.data.encoding import Counts, Encoded, encode, encode_prompt
 from sft.data.tokenizer import Tokenizer
@@ -187,16 +186,14 @@ HISTORY_CUTTING = (
 )
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_matters(variant: Variant) -> None:
+def test_rewritten_answers_are_counted_as_they_are_at_last(variant: Variant) -> None:
     tokenizer = variant("llama-tied-gqa", template=HISTORY_CUTTING)
-    encoded = one(answered("a", "<think>b</think>c"), tokenizer)
-    assert tokenizer.decode(targets_of(encoded)) == "<think>b</think>c<|im_end|>"
-    with pytest.raises(sft.UsageError) as caught:
-        one(answered("a", "<think>b</think>c", "d", "e"), tokenizer)
-    assert str(caught.value) == (
-        f"The chat template of {tokenizer.folder} rewrites earlier turns, so the text of turn 2 cannot be told from "
-        "its prompt; use conversations of one question and one answer."
-    )
+    talk = answered("a", "<think>b</think>c", "d", "<think>e</think>f", "g", "h")
+    assert one(talk, tokenizer).counts.answers_rewritten_by_template == 2
+    shorter = one(talk, tokenizer, max_length=len(tokens_of(one(talk[2:], tokenizer))))
+    assert shorter.counts.turns_dropped == 2
+    assert shorter.counts.answers_rewritten_by_template == 1
+    assert tokenizer.decode(targets_of(shorter)) == "h<|im_end|>"
 
 
 WITHOUT_END = (
@@ -242,6 +239,11 @@ def test_without_a_template_source_and_target_are_tokenised_apart(variant: Varia
     encoded = one(answered("th", "e"), tokenizer)
     assert tokens_of(encoded) == [83, 71, 68, EOS]  # t, h | e
     assert targets_of(encoded) == [68, EOS]
+
+
+def test_without_a_template_too_what_follows_the_last_answer_is_left_out(variant: Variant) -> None:
+    tokenizer = variant("llama-tied-gqa", template=None)
+    assert tokens_of(one(answered("a", "1", "b"), tokenizer)) == tokens_of(one(answered("a", "1"), tokenizer))
 
 
 def test_a_system_turn_stands_before_the_source(variant: Variant) -> None:

@@ -1,4 +1,7 @@
-"""Formats: from a record to the turns of a conversation, plugins first, and what a wrong record is told."""
+"""Formats: from a record to the turns of a conversation, plugins first, and what a wrong record is told.
+
+``test_message_formats.py`` has the formats that are lists of messages, and Alpaca.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,28 @@ import pytest
 
 import sft
 from sft import Turn
-from sft.data.formats import src_tgt, turns_of
+from sft.data.formats import Formats, src_tgt
 from sft.data.sources import Record
 from sft.plugins import Plugins
 
 
-def hook(*plugins: type) -> Any:
+def formats(*plugins: type) -> Formats:
     active = Plugins.load([], plugins)
     active.start({})
-    return active.hook
+    return Formats(active)
 
 
-def record(value: dict[str, Any]) -> Record:
-    return Record(value, Path("data/train.json"), 18)
+def record(value: dict[str, Any], line: int = 18) -> Record:
+    return Record(value, Path("data/train.json"), line)
+
+
+def turns_of(value: dict[str, Any], *plugins: type) -> list[Turn]:
+    return list(formats(*plugins).turns(record(value)))
 
 
 def refusal(value: dict[str, Any], *plugins: type) -> str:
     with pytest.raises(sft.UsageError) as caught:
-        turns_of(record(value), hook(*plugins))
+        turns_of(value, *plugins)
     message = str(caught.value)
     assert message.startswith("data/train.json, line 18: ")
     return message.removeprefix("data/train.json, line 18: ")
@@ -36,7 +43,7 @@ def refusal(value: dict[str, Any], *plugins: type) -> str:
 
 
 def test_texts_are_one_question_and_one_answer() -> None:
-    assert turns_of(record({"src": "Hi", "tgt": "Hello"}), hook()) == [
+    assert turns_of({"src": "Hi", "tgt": "Hello"}) == [
         Turn("user", "Hi", trains=False),
         Turn("assistant", "Hello", trains=True),
     ]
@@ -67,8 +74,6 @@ def test_white_space_is_kept_and_an_empty_question_allowed() -> None:
     ("value", "message"),
     [
         ({"src": "a"}, 'the record has no "tgt" (its keys: src); each needs "src" and "tgt".'),
-        ({"instruction": "a", "tgt": "b"}, 'the record has no "src" (its keys: instruction, tgt); each needs'),
-        ({}, 'the record has no "src" (its keys: none); each needs "src" and "tgt".'),
         ({"src": ["a", "b"], "tgt": ["1"]}, '"src" has 2 turns and "tgt" has 1; they must be as many.'),
         ({"src": "a", "tgt": ["1", "2"]}, '"src" has 1 turns and "tgt" has 2; they must be as many.'),
         ({"src": "a", "tgt": ""}, '"tgt" is empty; remove the record or give it an answer.'),
@@ -79,9 +84,76 @@ def test_white_space_is_kept_and_an_empty_question_allowed() -> None:
         ({"src": [], "tgt": []}, '"src" must be text or a list of texts, not [].'),
         ({"src": ["a", 1], "tgt": ["1", "2"]}, "\"src\" must be text or a list of texts, not ['a', 1]."),
         ({"src": {"a": "b"}, "tgt": "b"}, "\"src\" must be text or a list of texts, not {'a': 'b'}."),
+        ({"src": "\ud83d", "tgt": "b"}, '"src" holds half of a surrogate pair, which is no text; correct it.'),
+        ({"src": "a", "tgt": "b", "context": {"system": "s", "x": 1}}, '"context" has x, and only "system" is known'),
+        ({"src": "a", "tgt": "b", "context": {"system": 3}}, '"system" must be text, not 3.'),
     ],
 )
 def test_wrong_records(value: dict[str, Any], message: str) -> None:
+    assert refusal(value).startswith(message)
+
+
+def test_paddlenlps_context_may_hold_the_system_turn() -> None:
+    record = {"src": "a", "tgt": "1", "context": {"system": "s"}}
+    assert src_tgt(record) == [Turn("system", "s"), Turn("user", "a"), Turn("assistant", "1", trains=True)]
+    for other in ("a text", None, {}, {"system": ""}):  # other people's columns have that name too
+        assert src_tgt({**record, "context": other}) == src_tgt({"src": "a", "tgt": "1"})
+
+
+# --- which format -------------------------------------------------------------------------------------------
+
+SRC = {"src": "a", "tgt": "b"}
+ALPACA = {"instruction": "a", "input": "", "output": "b"}
+MESSAGES = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+SHAREGPT = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+NAMES = {
+    "src/tgt": SRC,
+    "messages (role/content)": MESSAGES,
+    "ShareGPT (conversations)": SHAREGPT,
+    "Alpaca (instruction/input/output)": ALPACA,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_format_is_recognised_and_the_same_conversation_is_the_same(name: str) -> None:
+    reader = formats()
+    assert list(reader.turns(record({"id": 1, **NAMES[name], "source": None}))) == src_tgt(SRC)
+    assert reader.name == name
+
+
+def test_absent_columns_of_a_table_are_no_second_format() -> None:
+    assert turns_of({"src": None, "tgt": None, **MESSAGES}) == src_tgt(SRC)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("other", NAMES)
+def test_a_data_set_is_in_one_format(name: str, other: str) -> None:
+    reader = formats()
+    reader.turns(record(NAMES[name], 1))
+    if name == other:
+        reader.turns(record(NAMES[other], 2))
+        return
+    with pytest.raises(sft.UsageError) as caught:
+        reader.turns(record(NAMES[other], 2))
+    assert str(caught.value) == (
+        f"data/train.json, line 2: this record is {other}, and data/train.json, line 1 is {name}; keep the records of "
+        "one format in a data set."
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, "the record is in no known format (its keys: none); known are src/tgt, messages (role/content), Share"),
+        ({"text": "a"}, "the record is in no known format (its keys: text); known are"),
+        ({**SRC, **MESSAGES}, "the record could be src/tgt or messages (role/content) (its keys: src, tgt, messages)"),
+        ({"instruction": "a", "tgt": "b"}, "the record could be src/tgt or Alpaca (instruction/input/output) (its"),
+        ({"instruction": "a"}, 'the record has no "output" (its keys: instruction); each needs "instruction" and "out'),
+        ({"instruction": None, "output": "b"}, 'the record has no "instruction" (its keys: instruction, output)'),
+        ({"messages": None}, '"messages" must be a list of at least one message, not None.'),
+    ],
+)
+def test_records_of_no_or_several_formats(value: dict[str, Any], message: str) -> None:
     assert refusal(value).startswith(message)
 
 
@@ -113,27 +185,40 @@ class Second(sft.Plugin):
 
 
 def test_a_plugin_adds_a_format() -> None:
-    assert turns_of(record({"dialogue": ["a", "1"]}), hook(Dialogue)) == src_tgt({"src": "a", "tgt": "1"})
-    assert refusal({"dialogue": ["a", "1"]}).startswith('the record has no "src"')
+    assert turns_of({"dialogue": ["a", "1"]}, Dialogue) == src_tgt({"src": "a", "tgt": "1"})
+    assert refusal({"dialogue": ["a", "1"]}).startswith("the record is in no known format (its keys: dialogue); known")
 
 
 def test_a_plugin_is_asked_before_the_core() -> None:
     value = {"src": "a", "tgt": "1", "swap": True}
-    assert turns_of(record(value), hook(Dialogue)) == src_tgt({"src": "1", "tgt": "a"})
+    assert turns_of(value, Dialogue) == src_tgt({"src": "1", "tgt": "a"})
 
 
 def test_what_no_plugin_knows_is_the_cores() -> None:
-    assert turns_of(record({"src": "a", "tgt": "1"}), hook(Dialogue, Second)) == src_tgt({"src": "a", "tgt": "1"})
+    assert turns_of({"src": "a", "tgt": "1"}, Dialogue, Second) == src_tgt({"src": "a", "tgt": "1"})
 
 
 def test_the_first_plugin_that_knows_it_decides() -> None:
     value = {"dialogue": ["a", "1"], "second": True}
-    assert turns_of(record(value), hook(Dialogue, Second))[0].content == "a"
-    assert turns_of(record(value), hook(Second, Dialogue))[0].content == "second"
+    assert turns_of(value, Dialogue, Second)[0].content == "a"
+    assert turns_of(value, Second, Dialogue)[0].content == "second"
 
 
 def test_a_plugins_complaint_gets_file_and_line() -> None:
     assert refusal({"dialogue": []}, Dialogue) == "the dialogue is empty."
+
+
+def test_a_plugins_format_has_its_name() -> None:
+    reader = formats(Dialogue, Second)
+    reader.turns(record({"dialogue": ["a", "1"]}, 1))
+    assert reader.name == "the format of plugin dialogue"
+    reader.turns(record({"src": "a", "tgt": "1", "swap": True}, 2))
+    with pytest.raises(sft.UsageError, match=r"line 3: this record is the format of plugin second, and .*, line 1 is "):
+        reader.turns(record({"second": 1}, 3))
+    with pytest.raises(
+        sft.UsageError, match=r"line 4: this record is src/tgt, and .*, line 1 is the format of plugin d"
+    ):
+        reader.turns(record({"src": "a", "tgt": "1"}, 4))
 
 
 def test_a_record_without_a_target() -> None:

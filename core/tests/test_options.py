@@ -25,6 +25,7 @@ class Sample:
     name: str | None = sft.option(None, "text that may be unset")
     shape: str = sft.option("linear", "a shape", choices=("linear", "cosine"))
     parts: list[str] = sft.option([], "some names")
+    file: str | None = sft.option(None, "a file, or none", none_is_text=True)
 
 
 OPTIONS = options_of(Sample)
@@ -164,6 +165,13 @@ def test_what_is_no_list_of_names(value: Any) -> None:
 @pytest.mark.parametrize("value", [None, "none", "None", "null", ""])
 def test_unset(name: str, value: Any) -> None:
     assert convert(OPTIONS[name], value) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("none", "none"), ("None", "None"), ("null", None), ("", None), (None, None)]
+)
+def test_none_may_be_a_value_of_its_own(value: Any, expected: Any) -> None:
+    assert convert(OPTIONS["file"], value) == expected
 
 
 def test_what_may_be_unset_may_also_be_set() -> None:

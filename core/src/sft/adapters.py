@@ -91,6 +91,11 @@ def _settings_of_run(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def trained_template(adapter: Path | None) -> str | None:
+    """The tokenizer folder whose chat template an adapter was trained with; None where it does not say."""
+    return str(adapter) if adapter is not None and (adapter / "tokenizer.json").is_file() else None
+
+
 def merge(
     model: str,
     adapter: Path,
@@ -114,7 +119,7 @@ def merge(
     plugins = plugins_for(adapter, requested)
     runtime.require_paddle()
     folder = find_model(model)
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(folder, chat_template=trained_template(adapter))
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise UsageError(f"{output} already exists and is not empty; choose another place or remove it.")
     # Of this process alone: cuBLAS would round the factors of float32 products to ten bits.
@@ -160,7 +165,7 @@ def load_for_inference(
     plugins = plugins_for(adapter, requested)
     runtime.require_paddle()
     folder = find_model(model)
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(folder, chat_template=trained_template(adapter))
     say(runtime.prepare())
 
     from sft.models.loading import load_model, open_model

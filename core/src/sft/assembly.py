@@ -14,7 +14,7 @@ from sft import runtime
 from sft.checks import RESULT_FILES, holds_run
 from sft.data.batches import PaddedCollator, Schedule
 from sft.data.encoding import Encoded, encode, encode_prompt
-from sft.data.formats import turns_of
+from sft.data.formats import Formats
 from sft.data.sources import read
 from sft.data.stream import WINDOW, Stream
 from sft.errors import UsageError
@@ -31,9 +31,11 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
     """Read, check and encode every record; says what became of them."""
     data = run.settings.data
     tokens_of = partial(encode, tokenizer=run.tokenizer, src_length=data.src_length, max_length=data.max_length)
+    run.say(f"chat template: {run.tokenizer.template_name}")
 
     def encoded(files: list[Path], split: str, keep: int) -> Encoded:
-        turns = (turns_of(record, run.hook) for record in read(files))
+        formats = Formats(run.plugins)
+        turns = (formats.turns(record) for record in read(files))
         found = tokens_of(_keeping(turns, run.dev_turns, keep))
         if not len(found):
             raise UsageError(
@@ -42,18 +44,20 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
             )
         counts = found.counts
         run.say(
-            f"{split} data: {counts.records:,} records, {counts.tokens:,} tokens, {counts.target_tokens:,} targets"
+            f"{split} data: {counts.records:,} records of {formats.name}, {counts.tokens:,} tokens, "
+            f"{counts.target_tokens:,} targets"
             + "".join(
                 f", {value:,} {name.replace('_', ' ')}"
                 for name, value in asdict(counts).items()
-                if name in ("dropped", "turns_dropped", "prompts_truncated", "targets_truncated") and value
+                if name not in ("records", "tokens", "target_tokens") and value
             )
         )
         return found
 
     def streamed(files: list[Path], split: str, keep: int) -> Stream:
         def conversations() -> Iterator[list[Turn]]:
-            yield from _keeping((turns_of(record, run.hook) for record in read(files)), run.dev_turns, keep)
+            formats = Formats(run.plugins)
+            yield from _keeping((formats.turns(record) for record in read(files)), run.dev_turns, keep)
 
         run.say(f"{split} data: streamed from {len(files)} file{'s' * (len(files) > 1)}, {WINDOW:,} records at a time")
         return Stream(files, conversations, tokens_of)

@@ -29,11 +29,14 @@ def option(
     maximum: float | None = None,
     below: float | None = None,
     aliases: tuple[str, ...] = (),
+    none_is_text: bool = False,
 ) -> Any:
     """A dataclass field that is a setting.
 
     ``help`` is one line, with units. ``choices`` lists the accepted strings; ``minimum`` and ``maximum``
     are inclusive bounds, ``above`` and ``below`` exclusive ones. ``aliases`` are other names that mean the same.
+    are inclusive bounds, ``above`` and ``below`` exclusive ones. ``none_is_text``: the word none is a value of its own,
+    not another way of leaving the setting unset.
     """
     metadata = {
         "help": help,
@@ -43,6 +46,7 @@ def option(
         "maximum": maximum,
         "below": below,
         "aliases": aliases,
+        "none_is_text": none_is_text,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -63,6 +67,7 @@ class Option:
     maximum: float | None
     below: float | None
     aliases: tuple[str, ...] = ()
+    none_is_text: bool = False
 
     @property
     def kinds(self) -> tuple[Any, ...]:
@@ -92,6 +97,7 @@ def options_of(cls: type) -> dict[str, Option]:
             key: field.metadata.get(key) for key in ("choices", "minimum", "above", "maximum", "below")
         }
         bounds["aliases"] = field.metadata.get("aliases", ())
+        bounds["none_is_text"] = field.metadata.get("none_is_text", False)
         found[field.name] = Option(field.name, hints[field.name], default, field.metadata.get("help", ""), **bounds)
     return found
 
@@ -106,7 +112,8 @@ def convert(option: Option, value: Any) -> Any:
         raise UsageError(f"{option.name}: the value is missing; expected {_describe(option)}.")
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in _NONE)):
+    unset = _NONE - {"none"} if option.none_is_text else _NONE
+    if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in unset)):
         return None
     for kind in kinds:
         converted = _convert(kind, value)

@@ -194,6 +194,15 @@ class Plugins:
         results = self.manager.subset_hook_caller(hook, remove_plugins=others)(**arguments)
         return results[0] if isinstance(results, list) and results else (results or None)
 
+    def each(self, hook: str) -> list[tuple[str, Any]]:
+        """The plugins that implement ``hook``, in calling order, each with a caller of it alone."""
+        named = self.manager.list_name_plugin()
+        found = [str(one.plugin_name) for one in reversed(getattr(self.hook, hook).get_hookimpls())]
+        return [
+            (name, self.manager.subset_hook_caller(hook, remove_plugins=[p for n, p in named if n != name]))
+            for name in found
+        ]
+
     def provider(self, hook: str) -> str | None:
         """The name of the plugin that implements ``hook``, where one does."""
         for implementation in getattr(self.hook, hook).get_hookimpls():

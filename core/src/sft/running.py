@@ -162,7 +162,9 @@ def execute(run: Run) -> Summary:
     runtime.require_paddle()
     folder = find_model(str(run.settings.model.model_name_or_path))
     source = find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
-    run.tokenizer = Tokenizer(folder, datetime.fromisoformat(read_state(source)["date"]) if source else None)
+    date = datetime.fromisoformat(read_state(source)["date"]) if source else None
+    named = run.settings.model.tokenizer_name_or_path
+    run.tokenizer = Tokenizer(find_model(named) if named else folder, date, run.settings.data.chat_template)
     assembly.read_data(run, train_files, dev_files)
     run.say(runtime.prepare())
     assembly.load_model(run, folder)

@@ -38,13 +38,14 @@ class DataArguments:
     """What it learns from."""
 
     dataset_name_or_path: str | None = option(
-        None, "DIR with train.json[l] or train/*.json[l] (dev likewise), or one file; required"
+        None, "DIR with train.json, .jsonl, .csv or .parquet, or train/ with such (dev likewise), or one file; required"
     )
     src_length: int = option(1024, "longest prompt, tokens", minimum=1)
     max_length: int = option(2048, "longest record (prompt and answer together), tokens", minimum=2)
     chat_template: str | None = option(
         None,
         "file with a chat template (Jinja, or PaddleNLP's chat_template.json), or none; unset: the tokenizer's own",
+        none_is_text=True,
     )
     lazy: bool = option(False, "stream the training data instead of reading it whole; needs max_steps")
     eval_with_do_generation: bool = option(False, "at evaluation, answer the dev prompts and score them (BLEU, ROUGE)")

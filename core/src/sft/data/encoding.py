@@ -1,8 +1,8 @@
 """From turns to token ids and labels: what the model reads, and on which tokens it is trained.
 
-A conversation goes through the model's chat template where there is one; without one, source, target and
-end-of-text follow each other. Only the text of training turns, with the token that ends the turn, is a
-target. Labels are shifted here, once: position i of a row is trained to predict its token i + 1.
+The chat template says how a conversation is written and which characters of it are learned (``templates.py``):
+the text of training turns, with the token that ends the turn. Labels are shifted here, once: position i of a row
+is trained to predict its token i + 1.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from sft.data.formats import Conversation
+from sft.data.templates import Written
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.seams import Example, Turn
@@ -32,6 +34,10 @@ class Counts:
     turns_dropped: int = 0
     prompts_truncated: int = 0
     targets_truncated: int = 0
+    answers_rewritten_by_template: int = 0
+    """Not learned, because the template writes them otherwise once the conversation has gone on."""
+    answers_without_end: int = 0
+    """Records whose template teaches the model no token on which to stop."""
     tokens: int = 0
     target_tokens: int = 0
 
@@ -132,22 +138,18 @@ def encode(
 
 def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
     """Ids of a conversation that the model is to answer: exactly what training shows before a target."""
-    if tokenizer.chat_template is not None:
-        return tokenizer.with_bos(tokenizer.encode(tokenizer.render(turns, add_generation_prompt=True)))
-    ids: list[int] = []
-    for turn in turns:
-        ids += tokenizer.encode(turn.content)
-        if turn.role == "assistant":
-            ids.append(tokenizer.eos_ids[0])
-    return tokenizer.with_bos(ids)
+    template = tokenizer.template
+    ids = [token for text in template.prompt(turns) for token in tokenizer.encode(text)]
+    return tokenizer.with_bos(ids) if template.one_bos else ids
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Text that is tokenised as a whole, and the character ranges in it that are targets."""
+class _Row:
+    """A conversation in tokens, before it is made to fit."""
 
-    text: str
-    targets: tuple[tuple[int, int], ...]
+    ids: list[int]
+    trained: list[bool]
+    written: Written
 
 
 class _Encoder:
@@ -158,34 +160,37 @@ class _Encoder:
         self.counts = Counts()
 
     def encode(self, conversations: list[list[Turn]]) -> list[tuple[list[int], list[bool]]]:
-        encoded = self._tokenize(conversations)
-        return [self._fit(turns, *tokens) for turns, tokens in zip(conversations, encoded, strict=True)]
+        rows = self._tokenize(conversations)
+        return [self._fit(turns, row) for turns, row in zip(conversations, rows, strict=True)]
 
-    def _tokenize(self, conversations: list[list[Turn]]) -> list[tuple[list[int], list[bool]]]:
-        pieces = [self._pieces(turns) for turns in conversations]
-        found = iter(self.tokenizer.encode_spans([piece.text for group in pieces for piece in group]))
-        encoded = []
-        for group in pieces:
+    def _tokenize(self, conversations: list[list[Turn]]) -> list[_Row]:
+        template = self.tokenizer.template
+        texts = [_written(self.tokenizer, turns) for turns in conversations]
+        found = iter(self.tokenizer.encode_spans([piece.text for written in texts for piece in written.pieces]))
+        rows = []
+        for written in texts:
             ids: list[int] = []
             trained: list[bool] = []
-            for piece in group:
+            for piece in written.pieces:
                 tokens, spans = next(found)
                 ids += tokens
                 trained += _mark(spans, piece.targets)
-            fixed = self.tokenizer.with_bos(ids)
+            fixed = self.tokenizer.with_bos(ids) if template.one_bos else ids
             added = len(fixed) - len(ids)
-            encoded.append((fixed, [False] * added + trained if added >= 0 else trained[-added:]))
-        return encoded
+            rows.append(_Row(fixed, [False] * added + trained if added >= 0 else trained[-added:], written))
+        return rows
 
-    def _fit(self, turns: list[Turn], ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:
-        turns = list(turns)
-        while len(ids) > self.max_length or _prompt_length(trained) > self.src_length:
+    def _fit(self, turns: list[Turn], row: _Row) -> tuple[list[int], list[bool]]:
+        while len(row.ids) > self.max_length or _prompt_length(row.trained) > self.src_length:
             shorter = _without_oldest(turns)
             if shorter is None:
                 break
             self.counts.turns_dropped += len(turns) - len(shorter)
             turns = shorter
-            ((ids, trained),) = self._tokenize([turns])
+            (row,) = self._tokenize([turns])
+        self.counts.answers_rewritten_by_template += row.written.rewritten
+        self.counts.answers_without_end += not row.written.ends
+        ids, trained = row.ids, row.trained
         prompt = _prompt_length(trained)
         if prompt > self.src_length:
             self.counts.prompts_truncated += 1
@@ -197,37 +202,13 @@ class _Encoder:
             ids, trained = ids[: self.max_length], trained[: self.max_length]
         return ids, trained
 
-    def _pieces(self, turns: list[Turn]) -> list[_Piece]:
-        return self._templated(turns) if self.tokenizer.chat_template is not None else self._plain(turns)
 
-    def _plain(self, turns: list[Turn]) -> list[_Piece]:
-        """No template: the prompt as it is, the answer, end-of-text. Tokenised apart, as generation does."""
-        pieces = []
-        for turn in turns:
-            text = turn.content + (self.tokenizer.eos_token if turn.role == "assistant" else "")
-            pieces.append(_Piece(text, ((0, len(text)),) if turn.trains else ()))
-        return pieces
-
-    def _templated(self, turns: list[Turn]) -> list[_Piece]:
-        """The template's own text; a target is what it adds to the text that generation would start from."""
-        text = self.tokenizer.render(turns)
-        targets = []
-        for index, turn in enumerate(turns):
-            if not turn.trains:
-                continue
-            before = self.tokenizer.render(turns[:index], add_generation_prompt=True)
-            until = self.tokenizer.render(turns[: index + 1])
-            if not (until.startswith(before) and text.startswith(until)):
-                raise UsageError(
-                    f"The chat template of {self.tokenizer.folder} rewrites earlier turns, so the text of turn "
-                    f"{index + 1} cannot be told from its prompt; use conversations of one question and one answer."
-                )
-            end = self.tokenizer.end_of_turn(until)
-            if end is None and index + 1 == len(turns):
-                until += self.tokenizer.eos_token
-                text, end = until, len(until)
-            targets.append((len(before), end if end is not None else len(until)))
-        return [_Piece(text[: targets[-1][1]], tuple(targets))]
+def _written(tokenizer: Tokenizer, turns: list[Turn]) -> Written:
+    try:
+        return tokenizer.template.training(turns)
+    except UsageError as error:
+        place = getattr(turns, "place", "")
+        raise UsageError(f"{place}: {error}" if place else str(error)) from error
 
 
 def _mark(spans: list[tuple[int, int]], targets: tuple[tuple[int, int], ...]) -> list[bool]:
@@ -253,4 +234,4 @@ def _without_oldest(turns: list[Turn]) -> list[Turn] | None:
     following = [index for index in range(head + 1, len(turns)) if turns[index].role == "user"]
     if not following or not any(turn.trains for turn in turns[following[0] :]):
         return None
-    return turns[:head] + turns[following[0] :]
+    return Conversation(turns[:head] + turns[following[0] :], getattr(turns, "place", ""))

@@ -1,32 +1,90 @@
-"""From a record to the turns of a conversation. The core knows ``{"src", "tgt"}``; plugins may know more."""
+"""From records to the turns of conversations: which format a data set is in, and each format's reading.
+
+A data set is in one format, recognised from the keys of its records and named to the user. Plugins may know more
+formats (``sft_record_format``) and are asked first.
+"""
 
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sft.data.sources import Record
 from sft.errors import UsageError
+from sft.plugins import Plugins
 from sft.seams import Turn
 
 
-def turns_of(record: Record, hook: Any) -> list[Turn]:
-    """The turns of ``record``: a plugin's ``sft_record_format`` first, then the core's own format.
+class Conversation(list[Turn]):
+    """The turns of a record, and where it stands, for what can only be found wrong later."""
 
-    Raises :class:`UsageError` with file and line for a record that is in no known format, or wrong in its own.
+    def __init__(self, turns: Iterable[Turn], place: str = "") -> None:
+        super().__init__(turns)
+        self.place = place
+
+
+class Formats:
+    """Reads the records of one data set, all of which must be in the format of the first."""
+
+    def __init__(self, plugins: Plugins) -> None:
+        self.name = ""
+        """The format, once a record has been read."""
+        self._place = ""
+        self._plugins = plugins.each("sft_record_format")
+
+    def turns(self, record: Record) -> Conversation:
+        """The turns of ``record``.
+
+        Raises :class:`UsageError` with file and line for a record that is in no known format, in another one than
+        those before it, or wrong in its own.
+        """
+        try:
+            name, turns = self._read(record.value)
+        except ValueError as error:
+            raise UsageError(f"{record.place}: {error}") from error
+        if self.name and name != self.name:
+            raise UsageError(
+                f"{record.place}: this record is {name}, and {self._place} is {self.name}; keep the records of one "
+                "format in a data set."
+            )
+        if not any(turn.trains for turn in turns):
+            raise UsageError(f"{record.place}: no turn of this record is a target, so nothing can be learned from it.")
+        if not self.name:
+            self.name, self._place = name, record.place
+        return Conversation(turns, record.place)
+
+    def _read(self, value: dict[str, Any]) -> tuple[str, list[Turn]]:
+        for plugin, ask in self._plugins:
+            turns = ask(record=value)
+            if turns is not None:
+                return f"the format of plugin {plugin}", turns
+        name = recognise(value)
+        return name, FORMATS[name][1](value)
+
+
+def recognise(record: dict[str, Any]) -> str:
+    """The name of the format whose keys the record has; ``ValueError`` for none and for several."""
+    given = {key for key, value in record.items() if value is not None}
+    whole = [name for name, (keys, _) in FORMATS.items() if given.issuperset(keys)]
+    # A record that lacks a key of the only format it resembles is told so by that format.
+    found = whole or [name for name, (keys, _) in FORMATS.items() if not set(record).isdisjoint(keys)]
+    if len(found) == 1:
+        return found[0]
+    keys = ", ".join(record) or "none"
+    if found:
+        raise ValueError(f"the record could be {' or '.join(found)} (its keys: {keys}); keep the keys of one format.")
+    raise ValueError(f"the record is in no known format (its keys: {keys}); known are {', '.join(FORMATS)}.")
+
+
+# --- PaddleNLP's pairs, and Alpaca --------------------------------------------------------------------------
+
+
+def src_tgt(record: Mapping[str, Any]) -> list[Turn]:
+    """PaddleNLP's format: ``src`` and ``tgt`` are both text, or both lists with the turns of one conversation.
+
+    Of PaddleNLP's ``context`` (variables for its chat templates) ``system`` is known: it is the system turn.
     """
-    try:
-        turns = hook.sft_record_format(record=record.value)
-        turns = turns if turns is not None else src_tgt(record.value)
-    except ValueError as error:
-        raise UsageError(f"{record.place}: {error}") from error
-    if not any(turn.trains for turn in turns):
-        raise UsageError(f"{record.place}: no turn of this record is a target, so nothing can be learned from it.")
-    return turns
-
-
-def src_tgt(record: dict[str, Any]) -> list[Turn]:
-    """PaddleNLP's format: ``src`` and ``tgt`` are both text, or both lists with the turns of one conversation."""
     for key in ("src", "tgt"):
         if key not in record:
             found = ", ".join(record) or "none"
@@ -34,20 +92,134 @@ def src_tgt(record: dict[str, Any]) -> list[Turn]:
     sources, targets = (_texts(record[key], key) for key in ("src", "tgt"))
     if len(sources) != len(targets):
         raise ValueError(f'"src" has {len(sources)} turns and "tgt" has {len(targets)}; they must be as many.')
-    turns = []
+    context = record.get("context")
+    if isinstance(context, dict) and set(context) - {"system"}:
+        unknown = ", ".join(sorted(set(context) - {"system"}))
+        raise ValueError(f'"context" has {unknown}, and only "system" is known there; take the rest out.')
+    turns = _system(context) if isinstance(context, dict) else []
     for source, target in zip(sources, targets, strict=True):
         turns += [Turn("user", source), Turn("assistant", target, trains=True)]
     return turns
+
+
+def alpaca(record: Mapping[str, Any]) -> list[Turn]:
+    """``instruction``, an optional ``input`` below it, and ``output``; optionally ``system``, and ``history``: a list
+    of earlier [question, answer], which are learned too."""
+    for key in ("instruction", "output"):
+        if record.get(key) is None:
+            found = ", ".join(record) or "none"
+            raise ValueError(
+                f'the record has no "{key}" (its keys: {found}); each needs "instruction" and "output", and may have '
+                '"input".'
+            )
+    given = _optional(record, "input")
+    instruction = _text(record["instruction"], '"instruction"')
+    question = f"{instruction}\n{given}" if instruction and given else instruction + given
+    turns = _system(record)
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise ValueError(f'"history" must be a list of [question, answer], not {reprlib.repr(history)}.')
+    for number, (earlier, reply) in enumerate(history, start=1):
+        turns.append(Turn("user", _text(earlier, f'question {number} of "history"')))
+        turns.append(Turn("assistant", _answer(reply, f'answer {number} of "history"'), trains=True))
+    return [*turns, Turn("user", question), Turn("assistant", _answer(record["output"], '"output"'), trains=True)]
+
+
+# --- lists of messages --------------------------------------------------------------------------------------
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+
+def messages(record: Mapping[str, Any]) -> list[Turn]:
+    """``messages`` with ``role`` and ``content``; ``weight`` 0 excludes an answer from what is learned."""
+    return _conversation(record, "messages")
+
+
+def sharegpt(record: Mapping[str, Any]) -> list[Turn]:
+    """``conversations`` with ``from`` (human, gpt, system) and ``value``, or with ``role`` and ``content``."""
+    return _conversation(record, "conversations")
+
+
+def _conversation(record: Mapping[str, Any], key: str) -> list[Turn]:
+    value = record[key]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'"{key}" must be a list of at least one message, not {reprlib.repr(value)}.')
+    if record.get("tools"):
+        raise ValueError('the record has "tools", which are not supported; take it out.')
+    turns = _system(record)
+    if turns and isinstance(value[0], dict) and "system" in (value[0].get("role"), value[0].get("from")):
+        raise ValueError(f'"system" and the first message of "{key}" both are system turns; keep one.')
+    turns += [_message(message, f'message {number} of "{key}"') for number, message in enumerate(value, start=1)]
+    first = next(turn for turn in [*turns, Turn("", "")] if turn.role != "system")
+    if first.role == "assistant" and first.trains:
+        raise ValueError(
+            f'"{key}" begins with an answer to nothing; begin with a user\'s message, or give it weight 0.'
+        )
+    return turns
+
+
+def _message(message: Any, what: str) -> Turn:
+    if not isinstance(message, dict):
+        raise ValueError(f"{what} must be an object with role and content, not {reprlib.repr(message)}.")
+    names = ("from", "value") if message.get("role") is None and "from" in message else ("role", "content")
+    for name in names:
+        if name not in message:
+            raise ValueError(f'{what} has no "{name}" (its keys: {", ".join(message) or "none"}).')
+    role = message[names[0]]
+    if not isinstance(role, str) or role not in ROLES:
+        known = ", ".join(ROLES)
+        raise ValueError(f"{what} has the role {reprlib.repr(role)}; known are {known}: take the record out.")
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            raise ValueError(f'{what} has "{name}", which is not supported; take the record out.')
+    weight = message.get("weight")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise ValueError(f'{what} has the weight {reprlib.repr(weight)}; "weight" must be 0 or 1.')
+    trains = ROLES[role] == "assistant" and weight != 0
+    content = message[names[1]]
+    return Turn(ROLES[role], _answer(content, what) if trains else _text(content, what), trains)
+
+
+FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], list[Turn]]]] = {
+    "src/tgt": (("src", "tgt"), src_tgt),
+    "messages (role/content)": (("messages",), messages),
+    "ShareGPT (conversations)": (("conversations",), sharegpt),
+    "Alpaca (instruction/input/output)": (("instruction", "output"), alpaca),
+}
+"""The core's formats by name: the keys that each needs, and how it is read."""
+
+
+# --- texts --------------------------------------------------------------------------------------------------
+
+
+def _system(record: Mapping[str, Any]) -> list[Turn]:
+    text = _optional(record, "system")
+    return [Turn("system", text)] if text.strip() else []
+
+
+def _optional(record: Mapping[str, Any], key: str) -> str:
+    return "" if record.get(key) is None else _text(record[key], f'"{key}"')
 
 
 def _texts(value: Any, key: str) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f'"{key}" must be text or a list of texts, not {reprlib.repr(value)}.')
+    return [_answer(text, f'"{key}"') if key == "tgt" else _text(text, f'"{key}"') for text in texts]
+
+
+def _answer(value: Any, what: str) -> str:
+    text = _text(value, what)
+    if not text.strip():
+        raise ValueError(f"{what} is empty; remove the record or give it an answer.")
+    return text
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be text, not {reprlib.repr(value)}.")
     try:
-        "".join(texts).encode()
+        value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f'"{key}" holds half of a surrogate pair, which is no text; correct it.') from None
-    if key == "tgt" and not all(text.strip() for text in texts):
-        raise ValueError('"tgt" is empty; remove the record or give it an answer.')
-    return texts
+        raise ValueError(f"{what} holds half of a surrogate pair, which is no text; correct it.") from None
+    return value

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft.data.tables import read_csv, read_parquet
 from sft.errors import UsageError
 
-SUFFIXES = (".json", ".jsonl")
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,16 @@ class Record:
     value: dict[str, Any]
     path: Path
     line: int
+    """From 1; in a parquet file, the row."""
 
     @property
     def place(self) -> str:
-        return f"{self.path}, line {self.line}"
+        return f"{self.path}, {'row' if self.path.suffix == '.parquet' else 'line'} {self.line}"
 
 
 def find_files(dataset: Path, split: str) -> list[Path]:
-    """Files of ``split`` ("train" or "dev"): ``DIR/train.json[l]``, else ``DIR/train/*.json[l]`` in name order.
+    """Files of ``split`` ("train" or "dev"): ``DIR/train.json`` (or .jsonl, .csv, .parquet), else the files of
+    ``DIR/train/`` in name order, all of one kind, else the shards ``DIR/train-00000-of-00002.parquet`` and so on.
 
     A dataset that is one file is its own training split and has no dev split. A missing dev split is an empty
     list; a missing training split is an error.
@@ -39,61 +42,85 @@ def find_files(dataset: Path, split: str) -> list[Path]:
     single = [dataset / f"{split}{suffix}" for suffix in SUFFIXES if (dataset / f"{split}{suffix}").is_file()]
     if len(single) > 1:
         raise UsageError(f"{single[0]} and {single[1].name} both exist; keep one of them.")
-    folder = dataset / split
-    files = sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES) if folder.is_dir() else []
-    if single and files:
-        raise UsageError(f"{single[0]} and {folder}/ both hold {split} data; keep one of them.")
-    if split == "train" and not (single or files):
+    folder = _files(dataset / split, "*")
+    shards = _files(dataset, f"{split}-*-of-*")
+    places = [(single, str(single[0]) if single else ""), (folder, f"{dataset / split}/"), (shards, f"{split}-*-of-*")]
+    held = [(files, name) for files, name in places if files]
+    if len(held) > 1:
+        raise UsageError(f"{held[0][1]} and {held[1][1]} both hold {split} data; keep one of them.")
+    files = held[0][0] if held else []
+    other = next((path for path in files if _kind(path) != _kind(files[0])), None)
+    if other is not None:
+        raise UsageError(f"{files[0]} and {other.name} are files of different kinds; keep one kind for {split} data.")
+    if split == "train" and not files:
         raise UsageError(
             f"{dataset} has no training data; it needs train.json, train.jsonl or train/*.json with one "
-            "JSON object on each line."
+            "JSON object on each line, or train.csv, train.parquet and the like."
         )
-    return single or files
+    return files
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """Data files in name order, without hidden ones."""
+    found = folder.glob(pattern) if folder.is_dir() else ()
+    return sorted(path for path in found if path.suffix in SUFFIXES and not path.name.startswith("."))
+
+
+def _kind(path: Path) -> str:
+    return ".json" if path.suffix == ".jsonl" else path.suffix
 
 
 def read(files: list[Path]) -> Iterator[Record]:
-    """The records of ``files``: one JSON object a line, or a whole file that is one JSON array. Blank lines pass."""
+    """The records of ``files``, in order: rows of a table, or JSON (:func:`_read_json`) in a file of any other name."""
+    needs = {".csv": "a row of names and one of texts", ".parquet": "one row"}
     for path in files:
         count = 0
-        for record in _read_file(path):
+        for value, line in _read_file(path):
             count += 1
-            yield record
+            yield Record(value, path, line)
         if not count:
-            raise UsageError(f"{path} is empty; it needs at least one JSON object on a line.")
+            raise UsageError(
+                f"{path} is empty; it needs at least {needs.get(path.suffix, 'one JSON object on a line')}."
+            )
 
 
-def _read_file(path: Path) -> Iterator[Record]:
+def _read_file(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    readers = {".csv": read_csv, ".parquet": read_parquet}
     try:
-        with path.open(encoding="utf-8-sig") as stream:
-            first = stream.read(1)
-            while first.isspace():
-                first = stream.read(1)
-            stream.seek(0)
-            if first == "[":
-                yield from _read_array(path, stream.read())
-                return
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    if not isinstance(error, json.JSONDecodeError):
-                        raise UsageError(
-                            f"{path}, line {number} cannot be read as JSON ({error}); correct it."
-                        ) from error
-                    raise UsageError(
-                        f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}); "
-                        "each line must hold one JSON object."
-                    ) from error
-                yield Record(_object(value, path, number), path, number)
+        yield from readers.get(path.suffix, _read_json)(path)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}, line {_not_utf8(path)} is not UTF-8 text ({error.reason}); convert it.") from error
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
+        cause = error.strerror or " ".join(str(error).split())
+        raise UsageError(f"{path} cannot be read ({cause}); check the path and its permissions.") from error
 
 
-def _read_array(path: Path, text: str) -> Iterator[Record]:
+def _read_json(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """One JSON object a line, or a whole file that is one JSON array. Blank lines pass."""
+    with path.open(encoding="utf-8-sig") as stream:
+        first = stream.read(1)
+        while first.isspace():
+            first = stream.read(1)
+        stream.seek(0)
+        if first == "[":
+            yield from _read_array(path, stream.read())
+            return
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                if not isinstance(error, json.JSONDecodeError):
+                    raise UsageError(f"{path}, line {number} cannot be read as JSON ({error}); correct it.") from error
+                raise UsageError(
+                    f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}); "
+                    "each line must hold one JSON object."
+                ) from error
+            yield _object(value, path, number), number
+
+
+def _read_array(path: Path, text: str) -> Iterator[tuple[dict[str, Any], int]]:
     decoder = json.JSONDecoder()
     position, line, seen = text.index("[") + 1, 1, 0
     while True:
@@ -113,7 +140,7 @@ def _read_array(path: Path, text: str) -> Iterator[Record]:
             raise UsageError(
                 f"{path}, line {error.lineno} is not JSON ({error.msg}); correct the array there."
             ) from error
-        yield Record(_object(value, path, line), path, line)
+        yield _object(value, path, line), line
 
 
 def _not_utf8(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""The model's tokenizer: ``tokenizer.json`` through the ``tokenizers`` library, and its chat template in Jinja."""
+"""The model's tokenizer: ``tokenizer.json`` through the ``tokenizers`` library, and its chat template."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sft.data.jinja_template import JinjaTemplate
+from sft.data.templates import JINJA_FILE, PAIRS_FILE, Marks, Pairs, Plain, Template, find_source
 from sft.errors import SftError, UsageError
 from sft.seams import Turn
 
@@ -17,7 +19,8 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.jinja",
+    JINJA_FILE,
+    PAIRS_FILE,
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
@@ -29,8 +32,11 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 class Tokenizer:
     """Text ↔ token ids exactly as ``tokenizer.json`` says, special tokens, and the chat template if there is one."""
 
-    def __init__(self, folder: Path, now: datetime.datetime | None = None) -> None:
-        """``now`` is what templates that print the date are told; a resumed run keeps that of its beginning."""
+    def __init__(self, folder: Path, now: datetime.datetime | None = None, chat_template: str | None = None) -> None:
+        """``now`` is what templates that print the date are told; a resumed run keeps that of its beginning.
+
+        ``chat_template``: a file, the folder of a tokenizer whose template is wanted, or none; unset, ``folder``'s own.
+        """
         from tokenizers import Tokenizer as Backend
 
         self.folder = folder
@@ -57,10 +63,9 @@ class Tokenizer:
         """Whether the tokenizer itself begins a text with BOS."""
         pad = self._id("pad_token")
         self.pad_id = pad if pad is not None else (self.eos_ids[0] if self.eos_ids else 0)
-        self.chat_template = self._find_template()
-        added = self.backend.get_added_tokens_decoder().values()
-        self._special_texts = tuple(token.content for token in added if token.special)
-        self._compiled: Any = None
+        self._own = find_source(folder)
+        self._source = self._own if chat_template is None else find_source(folder, chat_template)
+        self.template: Template = self._template()
 
     # --- ids ------------------------------------------------------------------------------------------------
 
@@ -92,32 +97,28 @@ class Tokenizer:
     def eos_token(self) -> str:
         return self.special["eos_token"] if "eos_token" in self.special else self.backend.id_to_token(self.eos_ids[0])
 
+    @cached_property
+    def marks(self) -> Marks:
+        """What chat templates need to know of this tokenizer."""
+        added = self.backend.get_added_tokens_decoder().values()
+        endings = {token.content for token in added if token.special} | {self.eos_token}
+        return Marks(self.special, tuple(sorted(endings)), self.eos_token)
+
     # --- chat -----------------------------------------------------------------------------------------------
 
-    def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
-        """The conversation as the chat template writes it (sandboxed Jinja, as Hugging Face renders it)."""
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        try:
-            return str(
-                self._template().render(
-                    messages=messages,
-                    add_generation_prompt=add_generation_prompt,
-                    tools=None,
-                    documents=None,
-                    **self.special,
-                )
-            )
-        except Exception as error:
-            cause = " ".join(str(error).split())
-            raise UsageError(
-                f"The chat template of {self.folder} cannot write a conversation of "
-                f"{', '.join(turn.role for turn in turns)}: {cause}."
-            ) from error
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the chat template, None without one."""
+        return None if self._source.kind == "none" else self._source.text
 
-    def end_of_turn(self, text: str) -> int | None:
-        """Where the special token that ends ``text`` ends, white space after it left out; None without one."""
-        stripped = text.rstrip()
-        return len(stripped) if stripped.endswith(self._special_texts) else None
+    @property
+    def template_name(self) -> str:
+        """Which chat template is used, for people."""
+        return self._source.name
+
+    def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
+        """The conversation as the chat template writes it, or up to where the model is to answer."""
+        return self.template.render(turns, add_generation_prompt)
 
     @cached_property
     def stop_ids(self) -> list[int]:
@@ -125,19 +126,21 @@ class Tokenizer:
         ids = list(self.eos_ids)
         if self.chat_template is not None:
             text = self.render([Turn("user", "a"), Turn("assistant", "b")])
-            end = self.end_of_turn(text)
+            end = self.marks.end_of_turn(text)
             last = self.encode(text[:end])[-1] if end is not None else ids[0]
             ids += [last] if last not in ids else []
         return ids
 
     def save(self, folder: Path) -> None:
-        """Copy the tokenizer's files unchanged."""
+        """Copy the tokenizer's files unchanged, but for a chat template that is not its own."""
         if not (self.folder / "tokenizer.json").is_file():
             raise SftError(f"The tokenizer of {self.folder} has gone since the run began; its files cannot be copied.")
         for name in FILES:
             source = self.folder / name
             if source.is_file() and source.resolve() != (folder / name).resolve():
                 shutil.copyfile(source, folder / name)
+        if not self._source.same(self._own):
+            self._source.write(folder)
 
     # --- reading the files ----------------------------------------------------------------------------------
 
@@ -158,39 +161,10 @@ class Tokenizer:
             raise UsageError(f"{self.folder} names no end-of-text token; set eos_token in its tokenizer_config.json.")
         return ids
 
-    def _find_template(self) -> str | None:
-        path = self.folder / "chat_template.jinja"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-        found = self.config.get("chat_template")
-        if isinstance(found, list):
-            named = {entry["name"]: entry["template"] for entry in found}
-            found = named.get("default") or next(iter(named.values()), None)
-        return found if isinstance(found, str) else None
-
-    def _template(self) -> Any:
-        if self._compiled is None:
-            from jinja2 import TemplateSyntaxError
-            from jinja2.ext import loopcontrols
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-            environment.filters["tojson"] = _tojson
-            environment.globals["raise_exception"] = _raise
-            environment.globals["strftime_now"] = self.now.strftime
-            try:
-                self._compiled = environment.from_string(self.chat_template or "")
-            except TemplateSyntaxError as error:
-                raise UsageError(f"The chat template of {self.folder} is not valid Jinja ({error}).") from error
-        return self._compiled
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise(message: str) -> None:
-    raise ValueError(message)
+    def _template(self) -> Template:
+        if self._source.kind == "jinja":
+            return JinjaTemplate(self._source, self.marks, self.now)
+        return Pairs(self._source, self.marks) if self._source.kind == "pairs" else Plain(self.marks)
 
 
 def _text(token: Any) -> str:

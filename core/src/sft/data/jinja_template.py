@@ -1,0 +1,202 @@
+"""Chat templates in Jinja, rendered as transformers renders them, and where in their text the answers stand.
+
+A template with ``{% generation %}`` blocks says itself what is learned. In any other, an answer is what the
+template adds to the text that generation would start from, wherever those two agree with the whole text.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from sft.data.templates import Marks, Piece, Source, Written
+from sft.errors import UsageError
+from sft.seams import Turn
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_PRIVATE = range(0xE000, 0xF8FF)
+"""Code points without a meaning, of which two that no message holds mark the blocks while a text is rendered."""
+
+
+class JinjaTemplate:
+    """A Hugging Face chat template; ``now`` is what it is told the date is."""
+
+    one_bos = True
+
+    def __init__(self, source: Source, marks: Marks, now: datetime.datetime) -> None:
+        self.place = source.place
+        self.marks = marks
+        self._source = source.text
+        self._now = now
+        self._compiled: Any = None
+        self._edges = ("", "")
+        self._has_blocks = bool(_GENERATION.search(source.text))
+
+    def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
+        return self._render(turns, add_generation_prompt)[0]
+
+    def prompt(self, turns: Sequence[Turn]) -> list[str]:
+        return [self.render(turns, add_generation_prompt=True)]
+
+    def training(self, turns: Sequence[Turn]) -> Written:
+        turns = turns[: 1 + max(index for index, turn in enumerate(turns) if turn.trains)]
+        return self._by_blocks(turns) if self._has_blocks else self._by_prompts(turns)
+
+    # --- which characters are learned -----------------------------------------------------------------------
+
+    def _by_prompts(self, turns: Sequence[Turn]) -> Written:
+        """An earlier answer that the template writes otherwise by the end of the conversation is not learned: what
+        stands there is not what the model would have had to answer."""
+        text, targets, rewritten = self.render(turns), [], 0
+        for index, turn in enumerate(turns):
+            if not turn.trains:
+                continue
+            before = self.render(turns[:index], add_generation_prompt=True)
+            is_last = index + 1 == len(turns)
+            until = text if is_last else self.render(turns[: index + 1])
+            if is_last and not until.startswith(before):
+                raise UsageError(
+                    f"The chat template of {self.place} writes an answer into another text than the one it gives to be "
+                    f"answered ({_difference(before, until)}), so what is learned would not be what is asked for; give "
+                    "chat_template another file, or a template with generation blocks."
+                )
+            if not (until.startswith(before) and text.startswith(until)):
+                rewritten += 1
+                continue
+            end = self.marks.end_of_turn(until)
+            if end is None and is_last:
+                until += self.marks.eos
+                text, end = until, len(until)
+            targets.append((len(before), end if end is not None else len(until)))
+        return Written((Piece(text[: targets[-1][1]], tuple(targets)),), rewritten)
+
+    def _by_blocks(self, turns: Sequence[Turn]) -> Written:
+        """The blocks as they stand; a block belongs to the answer of the same number."""
+        text, blocks = self._render(turns, False)
+        answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        if all(turns[index].trains for index in answers):
+            chosen = blocks
+        else:
+            if any(len(self._render(turns[: end + 1], False)[1]) != n for n, end in enumerate(answers, start=1)):
+                raise UsageError(
+                    f"The chat template of {self.place} has not one generation block for each answer, so an answer "
+                    "that is not to be learned cannot be told from the others; learn from all, or take it out."
+                )
+            chosen = [block for block, index in zip(blocks, answers, strict=True) if turns[index].trains]
+        chosen = [(start, end) for start, end in chosen if end > start]
+        if not chosen:
+            raise UsageError(
+                f"The chat template of {self.place} puts no text into its generation blocks for a conversation of "
+                f"{_roles(turns)}; correct the template."
+            )
+        text = text[: chosen[-1][1]]
+        ends = self.marks.end_of_turn(text) is not None
+        return Written((Piece(text, tuple(chosen)),), max(0, len(answers) - len(blocks)), ends)
+
+    # --- rendering ------------------------------------------------------------------------------------------
+
+    def _render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the ranges of characters that come from generation blocks."""
+        template = self._template()
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        if self._has_blocks:
+            self._edges = _unused_characters([turn.content for turn in turns])
+        try:
+            text = template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self.marks.special,
+            )
+        except Exception as error:
+            cause = " ".join(str(error).split())
+            raise UsageError(
+                f"The chat template of {self.place} cannot write a conversation of {_roles(turns)}: {cause}."
+            ) from error
+        return _without_edges(text, *self._edges) if self._has_blocks else (text, [])
+
+    def _template(self) -> Any:
+        if self._compiled is None:
+            from jinja2 import TemplateSyntaxError
+            from jinja2.ext import loopcontrols
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+            extensions = [loopcontrols, _generation_extension(self)]
+            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+            environment.filters["tojson"] = _tojson
+            environment.globals["raise_exception"] = _raise
+            environment.globals["strftime_now"] = self._now.strftime
+            try:
+                self._compiled = environment.from_string(self._source)
+            except TemplateSyntaxError as error:
+                raise UsageError(f"The chat template of {self.place} is not valid Jinja ({error}).") from error
+        return self._compiled
+
+    def between_edges(self, text: str) -> str:
+        """What stands for a generation block in the text that Jinja makes."""
+        return self._edges[0] + text + self._edges[1]
+
+
+def _generation_extension(owner: JinjaTemplate) -> Any:
+    """The Jinja tag ``{% generation %} … {% endgeneration %}``; jinja2 is imported when a template is used."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+        def _mark(self, caller: Any) -> str:
+            return owner.between_edges(caller())
+
+    return Generation
+
+
+def _unused_characters(texts: Sequence[str]) -> tuple[str, str]:
+    used = {character for text in texts for character in text if 0xE000 <= ord(character) <= 0xF8FF}
+    free = (chr(code) for code in _PRIVATE if chr(code) not in used)
+    return next(free), next(free)
+
+
+def _without_edges(marked: str, opening: str, closing: str) -> tuple[str, list[tuple[int, int]]]:
+    text: list[str] = []
+    blocks: list[tuple[int, int]] = []
+    length, start = 0, 0
+    for part in re.split(f"([{opening}{closing}])", marked):
+        if part == opening:
+            start = length
+        elif part == closing:
+            blocks.append((start, length))
+        else:
+            text.append(part)
+            length += len(part)
+    return "".join(text), blocks
+
+
+def _difference(before: str, until: str) -> str:
+    """Where two texts part, as a quotation of each."""
+    at = next((i for i, (a, b) in enumerate(zip(before, until, strict=False)) if a != b), min(len(before), len(until)))
+    shown = [json.dumps(text[at : at + 30], ensure_ascii=False) for text in (until, before)]
+    return f"{shown[0]} in the place of {shown[1]}"
+
+
+def _roles(turns: Sequence[Turn]) -> str:
+    return ", ".join(turn.role for turn in turns) or "no turn"
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)

@@ -1,0 +1,74 @@
+"""Records from tables: CSV through Python's own reader, parquet through pyarrow, a batch of rows at a time."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sft.errors import UsageError
+
+_ROWS = 256
+"""Rows of a parquet file that are in memory as Python objects at a time."""
+
+
+def read_csv(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each row by the names of the first one, all values text, and the line on which it begins. Blank lines pass."""
+    csv.field_size_limit(2**31 - 1)  # the library's own is 131,072 characters a cell
+    end = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, strict=True)
+            names: list[str] = []
+            for cells in reader:
+                line, end = end + 1, reader.line_num
+                if not cells or (len(cells) == 1 and len(names) != 1 and not cells[0].strip()):
+                    continue
+                if not names:
+                    names = _header(cells, path, line)
+                    continue
+                if len(cells) != len(names):
+                    raise UsageError(
+                        f"{path}, line {line} has {len(cells)} cells and the header {len(names)}; put texts with "
+                        "commas or line ends in double quotes."
+                    )
+                yield dict(zip(names, cells, strict=True)), line
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {end + 1} is not CSV ({error}); correct it.") from error
+
+
+def _header(names: list[str], path: Path, line: int) -> list[str]:
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"{path}, line {line} names the column {name!r} twice; the header must name each once.")
+    return names
+
+
+def read_parquet(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each row as Python values (nested columns as lists and dictionaries) and its number from 1."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_ROWS):
+                for value in _python_values(batch):
+                    number += 1
+                    yield value, number
+    except (ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.strerror:  # the system's; pyarrow's own has only a message
+            raise
+        cause = " ".join(str(error).split())
+        raise UsageError(f"{path}, row {number + 1} cannot be read as parquet ({cause}); write it anew.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}, row {number + 1} is not UTF-8 text ({error.reason}); convert it.") from error
+
+
+def _python_values(batch: Any) -> Iterator[dict[str, Any]]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # somewhere in it: one by one, so that the row can be named
+        for index in range(batch.num_rows):
+            yield from batch.slice(index, 1).to_pylist()

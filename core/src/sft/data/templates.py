@@ -1,0 +1,308 @@
+"""Chat templates: where one comes from, how it is kept, and the two that are no Jinja of Hugging Face's kind.
+
+A template turns a conversation into pieces of text, each tokenised as a whole, and says which characters of
+them are learned. ``jinja_template.py`` has the usual kind; here are PaddleNLP's pairs, and none at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from sft.errors import UsageError
+from sft.seams import Turn
+
+JINJA_FILE = "chat_template.jinja"
+PAIRS_FILE = "chat_template.json"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that is tokenised as a whole, and the character ranges in it that are targets."""
+
+    text: str
+    targets: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Written:
+    """A conversation as training reads it."""
+
+    pieces: tuple[Piece, ...]
+    rewritten: int = 0
+    """Answers that were to be learned and are not, because the template writes them otherwise once they are past."""
+    ends: bool = True
+    """Whether what is learned ends with a token on which an answer can stop."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a template needs to know of a tokenizer."""
+
+    special: dict[str, str]
+    """``bos_token``, ``eos_token`` and so on, as templates name them."""
+    endings: tuple[str, ...]
+    """The texts of all tokens on which a turn may end."""
+    eos: str
+
+    def end_of_turn(self, text: str) -> int | None:
+        """Where the special token that ends ``text`` ends, white space after it left out; None without one."""
+        stripped = text.rstrip()
+        return len(stripped) if stripped.endswith(self.endings) else None
+
+
+class Template(Protocol):
+    """How a conversation is written."""
+
+    one_bos: bool
+    """Whether the tokenizer's BOS is added where it is missing and doubled ones go; if not, tokens stay as written."""
+
+    def training(self, turns: Sequence[Turn]) -> Written:
+        """The text up to the last answer that trains. Raises :class:`UsageError` where no mask would be right."""
+        ...
+
+    def prompt(self, turns: Sequence[Turn]) -> list[str]:
+        """The pieces of text from which the model is to answer."""
+        ...
+
+    def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
+        """The conversation as one text; with ``add_generation_prompt``, up to where the model is to answer."""
+        ...
+
+
+# --- where a template comes from --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """A template's text: ``kind`` is jinja, pairs (PaddleNLP's ``chat_template.json``) or none."""
+
+    kind: str
+    text: str
+    place: str
+    """The file or folder that errors name."""
+    name: str
+    """What a run says it uses."""
+
+    def same(self, other: Source) -> bool:
+        return (self.kind, self.text) == (other.kind, other.text)
+
+    def write(self, folder: Path) -> None:
+        """Make this the template of the tokenizer whose files are in ``folder``, for every reader of them.
+
+        transformers prefers ``chat_template.jinja``; its older versions and PaddleNLP read ``tokenizer_config.json``.
+        """
+        for name in (JINJA_FILE, PAIRS_FILE):
+            (folder / name).unlink(missing_ok=True)
+        if self.kind != "none":
+            (folder / (JINJA_FILE if self.kind == "jinja" else PAIRS_FILE)).write_text(self.text, encoding="utf-8")
+        path = folder / "tokenizer_config.json"
+        if path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config.pop("chat_template", None)
+            if self.kind == "jinja":
+                config["chat_template"] = self.text
+            path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def find_source(folder: Path, given: str | None = None) -> Source:
+    """The template that is asked for: ``given`` (a file, a tokenizer's folder, or none), else that of ``folder``."""
+    if given is None:
+        return _of_folder(folder)
+    if given.strip().lower() == "none":
+        return Source("none", "", str(folder), "none; prompt and answer follow each other")
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return _of_folder(path)
+    text = _read(path)
+    if path.suffix == ".json":
+        return _of_json(path, text)
+    if not text.strip():
+        raise UsageError(f"chat_template {path} is empty; give a template, or none to train without one.")
+    return Source("jinja", text, str(path), str(path))
+
+
+def _of_folder(folder: Path) -> Source:
+    """A Jinja template first, as transformers finds it, then PaddleNLP's pairs."""
+    if (folder / JINJA_FILE).is_file():
+        return Source("jinja", _read(folder / JINJA_FILE), str(folder), f"{folder / JINJA_FILE}{_unused(folder)}")
+    path = folder / "tokenizer_config.json"
+    found = json.loads(_read(path)).get("chat_template") if path.is_file() else None
+    if isinstance(found, list):
+        named = {entry["name"]: entry["template"] for entry in found}
+        found = named.get("default") or next(iter(named.values()), None)
+    if isinstance(found, str):
+        return Source("jinja", found, str(folder), f"{path}{_unused(folder)}")
+    if (folder / PAIRS_FILE).is_file():
+        return _of_json(folder / PAIRS_FILE, _read(folder / PAIRS_FILE))
+    return Source("none", "", str(folder), f"none in {folder}; prompt and answer follow each other")
+
+
+def _unused(folder: Path) -> str:
+    return f" ({PAIRS_FILE} beside it is not used)" if (folder / PAIRS_FILE).is_file() else ""
+
+
+def _of_json(path: Path, text: str) -> Source:
+    """PaddleNLP's object, or one that holds a Jinja template as old processors of transformers have it."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"Chat template {path} is not valid JSON ({error}); correct it.") from error
+    if isinstance(values, dict) and isinstance(values.get("chat_template"), str):
+        return Source("jinja", values["chat_template"], str(path), str(path))
+    fault = _fault(values)
+    if fault:
+        raise UsageError(
+            f"Chat template {path}: {fault}; PaddleNLP's form is "
+            '{"system": "…", "conversation": ["… {{user}} …", "{{bot}} …"], "query": "… {{query}} …"}.'
+        )
+    return Source("pairs", text, str(path), f"{path} (PaddleNLP)")
+
+
+def _fault(values: Any) -> str:
+    if not isinstance(values, dict):
+        return f"it holds {type(values).__name__}, not an object"
+    unknown = [key for key in values if key not in ("system", "conversation", "query")]
+    if unknown:
+        return f"it has unknown keys ({', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''})"
+    parts = values.get("conversation")
+    if not (isinstance(parts, list) and len(parts) == 2 and all(isinstance(part, str) for part in parts)):
+        return '"conversation" must be two texts, what the user says and what the bot answers'
+    wrong = [key for key in ("system", "query") if not isinstance(values.get(key), (str, type(None)))]
+    return f'"{wrong[0]}" must be text' if wrong else ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(
+            f"Chat template {path} cannot be read ({error.strerror}); give a file with a template, or none."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"Chat template {path} is not UTF-8 text ({error.reason}); convert it.") from error
+
+
+# --- none, and PaddleNLP's pairs ----------------------------------------------------------------------------
+
+
+class Plain:
+    """No template: turns follow each other, and answers end with end-of-text. Tokenised apart, as they are used."""
+
+    one_bos = True
+
+    def __init__(self, marks: Marks) -> None:
+        self.marks = marks
+
+    def training(self, turns: Sequence[Turn]) -> Written:
+        last = max(index for index, turn in enumerate(turns) if turn.trains)
+        texts = self.prompt(turns[: last + 1])
+        pieces = zip(texts, turns, strict=False)
+        return Written(tuple(Piece(text, ((0, len(text)),) if turn.trains else ()) for text, turn in pieces))
+
+    def prompt(self, turns: Sequence[Turn]) -> list[str]:
+        return [turn.content + (self.marks.eos if turn.role == "assistant" else "") for turn in turns]
+
+    def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
+        return "".join(self.prompt(turns))
+
+
+class Pairs:
+    """PaddleNLP's ``chat_template.json``: a system text, then a text for each question and one for its answer.
+
+    Training tokenises the parts one by one and adds nothing, as ``encode_chat_inputs`` does; a prompt is put
+    together in the same parts, with ``query`` for the last question, as ``apply_chat_template`` writes it.
+    """
+
+    one_bos = False
+
+    def __init__(self, source: Source, marks: Marks) -> None:
+        self.place = source.place
+        self.marks = marks
+        self._values = json.loads(source.text)
+        self._compiled: dict[str, Any] = {}
+
+    def training(self, turns: Sequence[Turn]) -> Written:
+        last = max(index for index, turn in enumerate(turns) if turn.trains)
+        texts, targets = self._parts(turns[: last + 1], {"is_training": True})
+        pieces = tuple(Piece(t, ((0, len(t)),) if target else ()) for t, target in zip(texts, targets, strict=True))
+        return Written(pieces, ends=self.marks.end_of_turn(texts[-1]) is not None)
+
+    def prompt(self, turns: Sequence[Turn]) -> list[str]:
+        if not turns or turns[-1].role != "user":
+            raise UsageError(f"Chat template {self.place} writes a prompt that ends with the user's turn; add one.")
+        context: dict[str, Any] = {"is_training": False}
+        earlier, last = turns[:-1], turns[-1]
+        number = sum(turn.role == "assistant" for turn in earlier)
+        texts, _ = self._parts(earlier, context, length=number + 1)
+        query = self._values.get("query")
+        texts.append(last.content if query is None else self._write(query, query=last.content, index=number, **context))
+        return texts
+
+    def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
+        if add_generation_prompt:
+            return "".join(self.prompt(turns))
+        return "".join(self._parts(turns, {"is_training": True})[0])
+
+    def _parts(
+        self, turns: Sequence[Turn], context: dict[str, Any], length: int | None = None
+    ) -> tuple[list[str], list[bool]]:
+        """Texts, and which of them are learned. ``context`` is filled as PaddleNLP fills it: ``length`` is known in a
+        prompt only, and no turn of it is the last."""
+        turns = list(turns)
+        if turns and turns[0].role == "system":
+            context["system"] = turns.pop(0).content
+            if "system" not in self._variables():
+                raise UsageError(
+                    f"Chat template {self.place} has no place for a system turn; put {{{{system}}}} into it."
+                )
+        if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+            raise UsageError(
+                f"Chat template {self.place} writes pairs of a user's and an assistant's turn, and a conversation has "
+                f"{', '.join(turn.role for turn in turns)}; correct it, or use a Jinja template."
+            )
+        texts: list[str] = []
+        targets: list[bool] = []
+        if self._values.get("system"):
+            texts.append(self._write(self._values["system"], **context))
+            targets.append(False)
+        if length is not None:
+            context["length"] = length
+        pairs = list(zip(turns[::2], turns[1::2], strict=True))
+        for index, (user, bot) in enumerate(pairs):
+            context.update(is_first=index == 0, is_last=length is None and index + 1 == len(pairs))
+            for part in self._values["conversation"]:
+                texts.append(self._write(part, user=user.content, bot=bot.content, index=index, **context))
+            targets += [False, bot.trains]
+        return texts, targets
+
+    def _write(self, part: str, **values: Any) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            if part not in self._compiled:
+                self._compiled[part] = self._environment().from_string(part)
+            return str(self._compiled[part].render(values))
+        except TemplateError as error:
+            raise UsageError(f"Chat template {self.place} cannot be used ({' '.join(str(error).split())}).") from error
+
+    def _variables(self) -> set[str]:
+        from jinja2.meta import find_undeclared_variables
+
+        parts = [self._values.get("system") or "", *self._values["conversation"]]
+        environment = self._environment()
+        return {name for part in parts for name in find_undeclared_variables(environment.parse(part))}
+
+    def _environment(self) -> Any:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def fail(message: str) -> None:
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+        environment.globals["raise_exception"] = fail
+        return environment

@@ -1,0 +1,173 @@
+"""The formats other people's data is in: messages, ShareGPT and Alpaca, and what a wrong record of each is told."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from sft import Turn
+from sft.data.formats import FORMATS, recognise
+
+SYSTEM, USER = {"role": "system", "content": "s"}, {"role": "user", "content": "a"}
+BOT = {"role": "assistant", "content": "b"}
+
+
+def read(record: dict[str, Any]) -> list[Turn]:
+    return FORMATS[recognise(record)][1](record)
+
+
+def refused(record: dict[str, Any]) -> str:
+    with pytest.raises(ValueError) as caught:
+        read(record)
+    return str(caught.value)
+
+
+# --- messages and conversations -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_several_turns_after_a_system_turn(key: str) -> None:
+    assert read({key: [SYSTEM, USER, BOT, USER, BOT]}) == [
+        Turn("system", "s"),
+        Turn("user", "a"),
+        Turn("assistant", "b", trains=True),
+        Turn("user", "a"),
+        Turn("assistant", "b", trains=True),
+    ]
+
+
+def test_sharegpts_names() -> None:
+    values = [("system", "s"), ("human", "a"), ("gpt", "b"), ("user", "c"), ("assistant", "d")]
+    record = {"conversations": [{"from": sender, "value": text} for sender, text in values], "id": "x_0"}
+    assert [(turn.role, turn.content, turn.trains) for turn in read(record)] == [
+        ("system", "s", False),
+        ("user", "a", False),
+        ("assistant", "b", True),
+        ("user", "c", False),
+        ("assistant", "d", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("weight", "trains"),
+    [({}, True), ({"weight": None}, True), ({"weight": 1}, True), ({"weight": 1.0}, True)]
+    + [({"weight": 0}, False), ({"weight": 0.0}, False)],
+)
+def test_weight_0_excludes_an_answer(weight: dict[str, Any], trains: bool) -> None:
+    turns = read({"messages": [USER, {**BOT, **weight}, USER, BOT]})
+    assert [turn.trains for turn in turns] == [False, trains, False, True]
+
+
+def test_columns_of_a_table_that_are_absent_in_a_message() -> None:
+    absent = {"from": None, "value": None, "tool_calls": None, "name": None, "weight": None}
+    assert read({"messages": [{**USER, **absent}, {**BOT, **absent}], "tools": None}) == read({"messages": [USER, BOT]})
+
+
+def test_an_answer_before_any_question_may_be_context() -> None:
+    turns = read({"messages": [{**BOT, "weight": 0}, USER, BOT]})
+    assert [turn.trains for turn in turns] == [False, False, True]
+
+
+def test_an_empty_text_that_is_not_learned_is_allowed() -> None:
+    empty = {"content": "", "weight": 0}
+    assert [turn.content for turn in read({"messages": [{**USER, "content": ""}, {**BOT, **empty}, USER, BOT]})] == [
+        *("", ""),
+        *("a", "b"),
+    ]
+
+
+def test_a_system_text_beside_the_conversation() -> None:
+    assert read({"system": "s", "conversations": [USER, BOT]}) == read({"messages": [SYSTEM, USER, BOT]})
+    assert read({"system": "", "conversations": [USER, BOT]}) == read({"messages": [USER, BOT]})
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], '"messages" must be a list of at least one message, not [].'),
+        ("[]", "\"messages\" must be a list of at least one message, not '[]'."),
+        (["a"], "message 1 of \"messages\" must be an object with role and content, not 'a'."),
+        ([USER, {"role": "assistant"}], 'message 2 of "messages" has no "content" (its keys: role).'),
+        ([{}], 'message 1 of "messages" has no "role" (its keys: none).'),
+        ([{"from": "human", "text": "a"}], 'message 1 of "messages" has no "value" (its keys: from, text).'),
+        ([USER, {"role": "tool", "content": "3"}, BOT], "message 2 of \"messages\" has the role 'tool'; known are sys"),
+        ([{"role": "developer", "content": "3"}, USER, BOT], "message 1 of \"messages\" has the role 'developer'; kno"),
+        ([{"role": ["user"], "content": "3"}, BOT], "message 1 of \"messages\" has the role ['user']; known are"),
+        ([{"role": None, "content": "3"}, BOT], 'message 1 of "messages" has the role None; known are'),
+        ([USER, {**BOT, "tool_calls": [{"id": 1}]}], 'message 2 of "messages" has "tool_calls", which is not support'),
+        ([USER, {**BOT, "content": ""}], 'message 2 of "messages" is empty; remove the record or give it an answer.'),
+        ([USER, {**BOT, "content": None}], 'message 2 of "messages" must be text, not None.'),
+        ([{**USER, "content": [{"type": "text"}]}, BOT], 'message 1 of "messages" must be text, not [{'),
+        ([{**USER, "content": "\udc00"}, BOT], 'message 1 of "messages" holds half of a surrogate pair'),
+        ([USER, {**BOT, "weight": 0.5}], 'message 2 of "messages" has the weight 0.5; "weight" must be 0 or 1.'),
+        ([USER, {**BOT, "weight": True}], 'message 2 of "messages" has the weight True; "weight" must be 0 or 1.'),
+        ([USER, {**BOT, "weight": "0"}], 'message 2 of "messages" has the weight \'0\'; "weight" must be 0 or 1.'),
+        ([BOT], '"messages" begins with an answer to nothing; begin with a user\'s message, or give it weight 0.'),
+        ([SYSTEM, BOT], '"messages" begins with an answer to nothing; begin'),
+    ],
+)
+def test_wrong_messages(messages: Any, message: str) -> None:
+    assert refused({"messages": messages}).startswith(message)
+
+
+def test_what_the_core_has_no_place_for() -> None:
+    assert refused({"messages": [USER, BOT], "tools": [{"name": "f"}]}).startswith('the record has "tools", which are')
+    both = refused({"system": "s", "conversations": [SYSTEM, USER, BOT]})
+    assert re.match('"system" and the first message of "conversations" both are system turns; keep one', both)
+
+
+# --- Alpaca -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "question"),
+    [
+        ({}, "Do"),
+        ({"input": None}, "Do"),
+        ({"input": ""}, "Do"),
+        ({"input": "this"}, "Do\nthis"),
+        ({"text": "x"}, "Do"),
+    ],
+)
+def test_an_input_stands_below_the_instruction(given: dict[str, Any], question: str) -> None:
+    record = {"instruction": "Do", "output": "Done", **given}
+    assert read(record) == [Turn("user", question), Turn("assistant", "Done", trains=True)]
+
+
+def test_an_input_alone_is_the_question() -> None:
+    assert read({"instruction": "", "input": "this", "output": "Done"})[0] == Turn("user", "this")
+
+
+def test_system_and_history_come_first() -> None:
+    record = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]}
+    assert read(record) == [
+        Turn("system", "s"),
+        Turn("user", "a"),
+        Turn("assistant", "b", trains=True),
+        Turn("user", "c"),
+        Turn("assistant", "d", trains=True),
+    ]
+    for empty in ({"system": None, "history": None}, {"system": "", "history": []}, {"system": " ", "history": ""}):
+        assert len(read({**record, **empty})) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": ""}, '"output" is empty; remove the record or give it an answer.'),
+        ({"output": " \n"}, '"output" is empty; remove the record or give it an answer.'),
+        ({"output": ["b"]}, "\"output\" must be text, not ['b']."),
+        ({"instruction": 3}, '"instruction" must be text, not 3.'),
+        ({"input": {"a": 1}}, "\"input\" must be text, not {'a': 1}."),
+        ({"input": "\ud800"}, '"input" holds half of a surrogate pair, which is no text; correct it.'),
+        ({"system": 3}, '"system" must be text, not 3.'),
+        ({"history": "[]"}, "\"history\" must be a list of [question, answer], not '[]'."),
+        ({"history": [["a"]]}, "\"history\" must be a list of [question, answer], not [['a']]."),
+        ({"history": [["a", ""]]}, 'answer 1 of "history" is empty; remove the record or give it an answer.'),
+        ({"history": [["a", "b"], [None, "c"]]}, 'question 2 of "history" must be text, not None.'),
+    ],
+)
+def test_wrong_alpaca_records(change: dict[str, Any], message: str) -> None:
+    assert refused({"instruction": "a", "output": "b", **change}) == message

@@ -1,0 +1,263 @@
+"""Chat templates in Jinja: text, ids and mask as transformers has them, and what is learned is the answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sft
+from sft import Turn
+from sft.data.encoding import Encoded, encode, encode_prompt
+from sft.data.tokenizer import Tokenizer
+
+FIXTURES = Path(__file__).parent / "fixtures" / "templates"
+CASES = json.loads((FIXTURES / "jinja_references.json").read_text(encoding="utf-8"))
+Make = Callable[..., Tokenizer]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A tokenizer of the fixtures with a template: the name of a fixture, or the text of one."""
+
+    def tokenizer(template: str, kind: str = "bytes", special: dict[str, str] | None = None) -> Tokenizer:
+        folder = tmp_path / f"tokenizer-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        (folder / "tokenizer.json").write_bytes((FIXTURES / "tokenizers" / f"{kind}.json").read_bytes())
+        config = special or {"eos_token": "<|im_end|>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        path = FIXTURES / f"{template}.jinja"
+        text = path.read_text(encoding="utf-8") if "\n" not in template and path.is_file() else template
+        (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+        return Tokenizer(folder)
+
+    return tokenizer
+
+
+def of_case(make: Make, case: dict[str, Any]) -> Tokenizer:
+    return make(case["template"], case["tokenizer"], case["special"])
+
+
+def turns_of(messages: list[dict[str, str]], untrained: tuple[int, ...] = ()) -> list[Turn]:
+    """Turns of which every answer trains but those with these numbers."""
+    return [
+        Turn(m["role"], m["content"], m["role"] == "assistant" and index not in untrained)
+        for index, m in enumerate(messages)
+    ]
+
+
+def one(turns: list[Turn], tokenizer: Tokenizer) -> Encoded:
+    return encode([turns], tokenizer, 10**6, 10**6)
+
+
+def learned(encoded: Encoded, tokenizer: Tokenizer) -> list[str]:
+    """The text of each unbroken run of trained tokens."""
+    runs: list[list[int]] = [[]]
+    for token, trained in zip(encoded.ids.tolist(), encoded.trained.tolist(), strict=True):
+        if trained:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+def name(case: dict[str, Any]) -> str:
+    return f"{case['template']}-{case['conversation']}"
+
+
+# --- as transformers renders --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_texts_and_ids_are_those_of_transformers(make: Make, case: dict[str, Any]) -> None:
+    tokenizer = of_case(make, case)
+    turns = turns_of(case["messages"])
+    assert tokenizer.render(turns) == case["text"]
+    assert tokenizer.render(turns, add_generation_prompt=True) == case["generation_text"]
+    assert encode_prompt(turns, tokenizer) == case["generation_ids"]
+
+
+def test_the_fixture_has_every_shape() -> None:
+    shapes = {"chatml", "chatml_blocks", "llama3", "llama3_blocks", "llama31", "qwen25", "qwen3", "mistral_v03"}
+    assert {case["template"] for case in CASES} == shapes
+    assert len(CASES) == len(shapes) * 6
+    assert not any("error" in case for case in CASES)
+
+
+# --- what is learned ----------------------------------------------------------------------------------------
+
+
+def expected(case: dict[str, Any]) -> list[str]:
+    """The answers as the family writes them, read off the messages."""
+    answers = [m["content"] for m in case["messages"] if m["role"] == "assistant"]
+    family = case["template"]
+    if family.startswith("llama3"):
+        return [answer.strip() + "<|eot_id|>" for answer in answers]
+    if family == "mistral_v03":
+        return [" " + answer.strip() + "</s>" for answer in answers]
+    if family != "qwen3":
+        return [answer + "<|im_end|>" for answer in answers]
+    thought, _, said = answers[-1].rpartition("</think>")  # only the last answer: it alone keeps its thoughts
+    thought = thought.removeprefix("<think>").strip("\n")
+    return [f"<think>\n{thought}\n</think>\n\n{said.lstrip(chr(10))}<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if (c["template"], c["conversation"]) != ("mistral_v03", "system")], ids=name
+)
+def test_the_answers_are_learned_with_their_ends(make: Make, case: dict[str, Any]) -> None:
+    if case["template"] == "qwen3" and case["conversation"] == "asked":
+        case = {**case, "messages": case["messages"][:2]}  # the question that follows is left out
+    tokenizer = of_case(make, case)
+    encoded = one(turns_of(case["messages"]), tokenizer)
+    # A byte-level tokenizer gives each answer back; Metaspace's decoder takes the first space of a run of tokens away.
+    spaced = [" " + text if case["tokenizer"] == "metaspace" else text for text in learned(encoded, tokenizer)]
+    assert spaced == expected(case)
+    ids = encoded.ids.tolist()
+    if case["template"] != "qwen3":
+        assert ids == case["ids"][: len(ids)]
+    bos = case["special"].get("bos_token")
+    assert tokenizer.decode(ids).count(bos or "<s>") == (1 if bos else 0)
+    answers = sum(m["role"] == "assistant" for m in case["messages"])
+    counts = encoded.counts
+    assert counts.answers_rewritten_by_template == (answers - 1 if case["template"] == "qwen3" else 0)
+    assert counts.answers_without_end == 0
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "mask" in c], ids=name)
+def test_generation_blocks_are_masked_as_by_transformers(make: Make, case: dict[str, Any]) -> None:
+    encoded = one(turns_of(case["messages"]), of_case(make, case))
+    length = len(encoded.ids)
+    assert encoded.ids.tolist() == case["ids"][:length]
+    assert encoded.trained.astype(int).tolist() == case["mask"][:length]
+    assert not any(case["mask"][length:])
+
+
+@pytest.mark.parametrize("template", ["chatml", "chatml_blocks"])
+@pytest.mark.parametrize(
+    ("untrained", "texts"), [((1,), ["42", "ok"]), ((3,), ["one", "ok"]), ((5,), ["one", "42"]), ((1, 5), ["42"])]
+)
+def test_an_answer_that_does_not_train_is_no_target(
+    make: Make, template: str, untrained: tuple[int, ...], texts: list[str]
+) -> None:
+    tokenizer = make(template)
+    roles = ["user", "assistant"] * 3
+    contents = ["a", "one", "b", "42", "c", "ok"]
+    turns = [
+        Turn(r, c, r == "assistant" and n not in untrained)
+        for n, (r, c) in enumerate(zip(roles, contents, strict=True))
+    ]
+    assert learned(one(turns, tokenizer), tokenizer) == [text + "<|im_end|>" for text in texts]
+
+
+def test_private_characters_in_a_message_mark_nothing(make: Make) -> None:
+    tokenizer = make("chatml_blocks")
+    turns = [Turn("user", "\ue000a\ue001"), Turn("assistant", "\ue002b\ue000", trains=True)]
+    assert learned(one(turns, tokenizer), tokenizer) == ["\ue002b\ue000<|im_end|>"]
+    assert tokenizer.render(turns) == make("chatml").render(turns)
+
+
+# --- templates that need care -------------------------------------------------------------------------------
+
+HEADER = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+FOOTER = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+TALK = [
+    Turn("user", "a"),
+    Turn("assistant", "<think>b</think>c", True),
+    Turn("user", "d"),
+    Turn("assistant", "<think>e</think>f", True),
+]
+
+
+def test_answers_that_are_cut_later_are_counted_and_not_learned(make: Make) -> None:
+    cut = "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n"
+    tokenizer = make(HEADER + cut + FOOTER)
+    encoded = one(TALK, tokenizer)
+    assert learned(encoded, tokenizer) == ["<think>e</think>f<|im_end|>"]
+    assert encoded.counts.answers_rewritten_by_template == 1
+    # Followed by a question, the last answer is what the model would have had to write all the same.
+    encoded = one([*TALK, Turn("user", "g")], tokenizer)
+    assert learned(encoded, tokenizer) == ["<think>e</think>f<|im_end|>"]
+    plain = [Turn("user", "a"), Turn("assistant", "b", True), *TALK[2:]]
+    assert learned(one(plain, tokenizer), tokenizer) == ["b<|im_end|>", "<think>e</think>f<|im_end|>"]
+
+
+def test_a_prompt_that_no_answer_follows_is_refused(make: Make) -> None:
+    tokenizer = make(
+        HEADER + "{{ m.content.split('</think>')[-1] }}<|im_end|>\n" + FOOTER.replace("{% endif", "<think>\n{% endif")
+    )
+    with pytest.raises(sft.UsageError) as caught:
+        one(TALK[:2], tokenizer)
+    message = str(caught.value)
+    assert message.startswith(
+        f"The chat template of {tokenizer.folder} writes an answer into another text than the one"
+    )
+    assert '("c<|im_end|>\\n" in the place of "<think>\\n")' in message
+
+
+def test_a_system_turn_that_goes_once_it_is_answered_is_refused(make: Make) -> None:
+    """Mistral's template writes the system turn into the last question, and only if no answer follows."""
+    (case,) = (c for c in CASES if (c["template"], c["conversation"]) == ("mistral_v03", "system"))
+    with pytest.raises(sft.UsageError, match=r'in the place of "You answer in one sentence\.'):
+        one(turns_of(case["messages"]), of_case(make, case))
+
+
+def test_a_refusal_names_the_record(make: Make) -> None:
+    from sft.data.formats import Conversation
+
+    turns = Conversation([Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c", True)], "train.json, line 7")
+    with pytest.raises(sft.UsageError, match=r"^train\.json, line 7: The chat template of .* must alternate"):
+        one(turns, make("mistral_v03", "metaspace", {"bos_token": "<s>", "eos_token": "</s>"}))
+
+
+def test_blocks_without_the_end_of_a_turn_are_counted(make: Make) -> None:
+    block = "{% generation %}{{ m.content }}{% endgeneration %}"
+    body = "{% if m.role == 'assistant' %}" + block + "{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+    tokenizer = make(HEADER + body + FOOTER)
+    encoded = one(TALK, tokenizer)
+    assert learned(encoded, tokenizer) == ["<think>b</think>c", "<think>e</think>f"]
+    assert encoded.counts.answers_without_end == 1
+
+
+def test_end_of_text_that_is_not_marked_special_ends_a_turn_too(make: Make) -> None:
+    tokenizer = make("{% for m in messages %}{{ m.content }}</think>\n{% endfor %}", special={"eos_token": "</think>"})
+    encoded = one([Turn("user", "a"), Turn("assistant", "b", True)], tokenizer)
+    assert learned(encoded, tokenizer) == ["b</think>"]
+
+
+LAST_BLOCK = (
+    "{% if m.role == 'assistant' and loop.last %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
+)
+
+
+def test_a_template_may_mark_fewer_answers(make: Make) -> None:
+    tokenizer = make(HEADER + LAST_BLOCK + FOOTER)
+    encoded = one(TALK, tokenizer)
+    assert learned(encoded, tokenizer) == ["<think>e</think>f<|im_end|>"]
+    assert encoded.counts.answers_rewritten_by_template == 1
+
+
+def test_blocks_that_cannot_be_told_apart_are_refused(make: Make) -> None:
+    tokenizer = make(HEADER + LAST_BLOCK + FOOTER)
+    turns = [TALK[0], Turn("assistant", "x"), *TALK[2:]]
+    with pytest.raises(sft.UsageError, match="has not one generation block for each answer"):
+        one(turns, tokenizer)
+
+
+def test_empty_blocks_are_refused(make: Make) -> None:
+    tokenizer = make(HEADER + "{% generation %}{% endgeneration %}{{ m.content }}<|im_end|>\n" + FOOTER)
+    with pytest.raises(sft.UsageError, match="puts no text into its generation blocks"):
+        one(TALK, tokenizer)
+
+
+def test_blocks_within_a_macro(make: Make) -> None:
+    """Positions are counted in the finished text, not while it is made."""
+    macro = "{% macro say(m) %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endmacro %}"
+    body = "{{ say(m) if m.role == 'assistant' else m.content + '<|im_end|>' }}\n"
+    tokenizer = make(macro + HEADER + body + FOOTER)
+    encoded = one(TALK, tokenizer)
+    assert learned(encoded, tokenizer) == ["<think>b</think>c<|im_end|>", "<think>e</think>f<|im_end|>"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,13 @@ from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.models.source import find_model
 from sft.options import options_of
-from sft.plugins import Plugins, import_plugin, installed
-from sft.settings import build
+from sft.plugins import Plugins, canonical, import_plugin, installed
+from sft.settings import Settings, build
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from sft.models.loading import ModelSource
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -50,8 +52,16 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def plugins_for(folder: Path | None, requested: Sequence[str] = ()) -> Plugins:
+    """The plugins of :func:`settings_for`."""
+    return settings_for(folder, requested)[1]
+
+
+def settings_for(
+    folder: Path | None, requested: Sequence[str] = (), given: Mapping[str, Any] | None = None
+) -> tuple[Settings, Plugins]:
     """What a model needs after training, started: the reader of the adapter in ``folder`` (says its metadata), the
-    quantizer that the run beside it trained over, with that run's options, and what is ``requested`` by name."""
+    quantizer that the run beside it trained over, with that run's options, and what is ``requested`` by name. The
+    settings are those ``given`` by name, and the defaults."""
     names: list[str] = []
     trained = _settings_of_run(folder) if folder is not None else {}
     for name in trained.get("plugin", []):
@@ -66,12 +76,20 @@ def plugins_for(folder: Path | None, requested: Sequence[str] = ()) -> Plugins:
             raise UsageError(f"{folder} is a {kind} adapter, which no installed plugin reads (installed: {known}).")
         names += [name for name in readers if name not in names]
     active = Plugins.load(names)
-    values: dict[str, Any] = {}
+    values = dict(given or {})
     for name, plugin in active:
         if name in trained.get("plugin", []) and _implements(name, "sft_quantizer") and plugin.Options is not None:
             values.update({key: trained[key] for key in options_of(plugin.Options) if key in trained})
-    active.start(build(values, active).options)
-    return active
+    settings = build(values, active)
+    active.start(settings.options)
+    return settings, active
+
+
+def refuse_idle(plugins: Plugins, requested: Sequence[str], hooks: Sequence[str], what: str) -> None:
+    """Refuse a plugin that is ``requested`` by name and implements none of the ``hooks`` that ``what`` calls."""
+    for name in plugins.names:
+        if name in map(canonical, requested) and not any(_implements(name, hook) for hook in hooks):
+            raise UsageError(f"Plugin {name} has no part in {what}; leave it out.")
 
 
 def _settings_of_run(folder: Path) -> dict[str, Any]:
@@ -109,19 +127,33 @@ def merge(model: str, adapter: Path, output: Path, say: Callable[[str], None], r
 
 
 def load_for_inference(
-    model: str, adapter: Path | None, say: Callable[[str], None], requested: Sequence[str] = ()
+    model: str,
+    adapter: Path | None,
+    say: Callable[[str], None],
+    requested: Sequence[str] = (),
+    plugins: Plugins | None = None,
 ) -> tuple[Any, Tokenizer]:
-    """A model, with an adapter over it if one is given, and its tokenizer; a quantizer may be ``requested``."""
-    plugins = plugins_for(adapter, requested)
+    """A model, with an adapter over it if one is given, and its tokenizer; a quantizer may be ``requested``.
+
+    ``plugins``: those of :func:`plugins_for`, where the caller needs them too.
+    """
+    plugins = plugins or plugins_for(adapter, requested)
     runtime.require_paddle()
     folder = find_model(model)
     tokenizer = Tokenizer(folder)
     say(runtime.prepare())
 
-    from sft.models.loading import load_model, open_model
+    from sft.models.loading import open_model
 
-    loaded = load_model(open_model(folder), plugins.hook.sft_quantizer(run=None))
+    return load_with(plugins, open_model(folder), adapter), tokenizer
+
+
+def load_with(plugins: Plugins, source: ModelSource, adapter: Path | None) -> Any:
+    """The model of ``source`` as the quantizer among ``plugins`` holds it, with the adapter over it if one is given."""
+    from sft.models.loading import load_model
+
+    loaded = load_model(source, plugins.hook.sft_quantizer(run=None))
     if adapter is not None:
         plugins.hook.sft_import_adapter(model=loaded, folder=adapter)
     loaded.eval()
-    return loaded, tokenizer
+    return loaded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from sft.settings import Settings, TrainingArguments, check_draw
 from sft.training.checkpoint import checkpoints, find_checkpoint, read_state, step_of
 
 RESULT_FILES = (
-    *("run.json", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors"),
+    *("run.json", "metrics.jsonl", "generations-*.jsonl", "adapter_config.json", "adapter_model.safetensors"),
     *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
     *("model.safetensors.index.json", *TOKENIZER_FILES),
 )
@@ -112,7 +113,9 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
     data = run.settings.data
 
     def encoded(files: list[Path], split: str, keep: int) -> Encoded:
-        turns = (turns_of(record, run.hook) for record in read(files))
+        turns: Iterable[list[Turn]] = (turns_of(record, run.hook) for record in read(files))
+        if split == "dev" and data.eval_with_do_generation:
+            turns = _keeping(turns, run.dev_conversations, sys.maxsize)
         found = encode(_keeping(turns, run.dev_turns, keep), run.tokenizer, data.src_length, data.max_length)
         if not len(found):
             raise UsageError(
@@ -132,7 +135,8 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
 
     samples = run.settings.generation.num_samples
     uses_dev = bool(dev_files) and run.settings.training.do_eval is not False
-    run.train_data = encoded(train_files, "train", 0 if uses_dev else samples)
+    if train_files:
+        run.train_data = encoded(train_files, "train", 0 if uses_dev else samples)
     if uses_dev:
         run.dev_data = encoded(dev_files, "dev", samples)
     needs_dev = run.settings.training.evaluation_strategy != "no" or run.settings.training.do_eval
@@ -140,6 +144,11 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
         raise UsageError(
             f"Evaluation is asked for, and {data.dataset_name_or_path} has no dev data in use; add dev.json, "
             "or set evaluation_strategy to no and leave do_eval out."
+        )
+    if data.eval_with_do_generation and run.dev_data is None:
+        raise UsageError(
+            f"eval_with_do_generation answers dev data, and {data.dataset_name_or_path} has none in use; add dev.json, "
+            "or leave do_eval and eval_with_do_generation out."
         )
 
 
@@ -155,26 +164,19 @@ def load_model(run: Run, folder: Path) -> None:
     from sft.models import attention, loading
     from sft.models.generation import check_room
     from sft.models.layers import trainable
+    from sft.training.evaluation import questions
     from sft.training.strategy import SingleProcess
 
     run.collator = run.hook.sft_collator(run=run) or PaddedCollator(run.tokenizer.pad_id)
     run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess(run)
     run.source = loading.open_model(folder)
     run.hook.sft_model_config(run=run, config=run.source.config)
-    if run.tokenizer.vocab_size > run.source.config.vocab_size:
-        raise UsageError(
-            f"{folder}: its tokenizer has {run.tokenizer.vocab_size} tokens, its model {run.source.config.vocab_size}; "
-            "they do not belong together."
-        )
     longest = int(max(data.lengths.max() for data in (run.train_data, run.dev_data) if data is not None))
-    if longest > run.source.config.max_position_embeddings:
-        raise UsageError(
-            f"The longest record has {longest} tokens and {folder} reads {run.source.config.max_position_embeddings} "
-            "(max_position_embeddings); set max_length to at most that."
-        )
+    check_model(run, folder, longest)
     for turns in run.dev_turns:
         ids = encode_prompt(prompt_of(turns), run.tokenizer)
         check_room(ids, run.settings.generation, run.source.config.max_position_embeddings)
+    run.questions = questions(run, run.dev_conversations)
     quantizer = run.hook.sft_quantizer(run=run)
     if quantizer is not None and not run.exports_adapter:
         raise UsageError(
@@ -200,6 +202,21 @@ def load_model(run: Run, folder: Path) -> None:
         raise UsageError("Nothing trains: the active plugins left no trainable parameter.")
     count, total = sizes(run)
     run.say(f"model: {total:,} parameters, {count:,} train ({100 * count / total:.2f} %)")
+
+
+def check_model(run: Run, folder: Path, longest: int) -> None:
+    """Refuse a model that cannot read the tokenizer's tokens, or not ``longest`` of them."""
+    config = run.source.config
+    if run.tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(
+            f"{folder}: its tokenizer has {run.tokenizer.vocab_size} tokens, its model {config.vocab_size}; "
+            "they do not belong together."
+        )
+    if longest > config.max_position_embeddings:
+        raise UsageError(
+            f"The longest record has {longest} tokens and {folder} reads {config.max_position_embeddings} "
+            "(max_position_embeddings); set max_length to at most that."
+        )
 
 
 def _check_packing(run: Run, backend: Any) -> None:
@@ -282,13 +299,14 @@ def measure(run: Run, step: int, epoch: float, journal: Any) -> dict[str, Any]:
     """Dev loss and sample answers, before or after training."""
     from sft.models.generation import answer
     from sft.training.evaluation import evaluate
+    from sft.training.progress import figures
 
     found: dict[str, Any] = {}
     if run.dev_data is not None:
         if run.evaluation.get("step") != step:
             journal.write(evaluate(run, step, epoch))
         found["eval_loss"] = run.evaluation["eval_loss"]
-        run.say(f"dev loss {'before' if step == 0 else 'after'} training: {found['eval_loss']:.4f}")
+        run.say(f"dev data {'before' if step == 0 else 'after'} training: {figures(run.evaluation)}")
     prompts = [prompt_of(turns) for turns in run.dev_turns]
     if prompts:
         seed = run.settings.training.seed

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from sft.plugins import Plugins
 from sft.seams import DataCollator, ParallelStrategy, Turn
 from sft.settings import Settings, build, core_options, normalise, read_file
 from sft.training.checkpoint import find_checkpoint, read_state
+
+if TYPE_CHECKING:
+    from sft.training.evaluation import Question
 
 
 @dataclass
@@ -74,6 +77,8 @@ class Run:
         self.before: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
         self.dev_turns: list[list[Turn]] = []
+        self.dev_conversations: list[list[Turn]] = []
+        self.questions: list[Question] = []
 
     def rng(self, name: str) -> np.random.Generator:
         """Random numbers that depend on the run's seed and ``name`` alone, not on what was drawn before."""

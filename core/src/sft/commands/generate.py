@@ -111,7 +111,7 @@ def _records(path: Path, plugins: Plugins) -> Iterator[tuple[list[Turn], str | N
 
     if path.suffix not in SUFFIXES:
         try:
-            yield from _texts(path.read_text(encoding="utf-8-sig").splitlines())
+            yield from _texts(path.read_text(encoding="utf-8-sig").split("\n"))
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} cannot be read as text ({error}); give a file of prompts in UTF-8.") from error
         return

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
+import shlex
 import subprocess
 import sys
 import time
@@ -13,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import sft
 from sft.adapters import load_for_inference
+from sft.commands import cli
 from sft.evaluating import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,3 +169,23 @@ def test_a_chat_in_a_terminal() -> None:
     finally:
         terminal.process.kill()
         os.close(terminal.own)
+
+
+def test_the_guide_shows_what_works(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of docs/answers.md, typed in this process; a pipe is its standard input."""
+    run(data, tmp_path / "out", "lora", eval_with_do_generation=False)
+    (tmp_path / "prompts.txt").write_text("type#bag\ntype#coat\n")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "answers.md").read_text(encoding="utf-8")
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    shown = []
+    for command in commands:
+        piped, _, line = command.rpartition(" | ")
+        words = shlex.split(line.replace("MODEL", str(MODEL)).replace("DATA", str(data)))
+        assert words[0] == "sft"
+        given = " ".join(shlex.split(piped)[1:]) or "type#bag"
+        result = CliRunner().invoke(cli, words[1:], input=f"{given}\n", standalone_mode=False, catch_exceptions=False)
+        shown.append(result.stdout.splitlines())
+    assert set(json.loads(shown[0][0])) >= {"eval_loss", "eval_ppl", "eval_accuracy"}
+    assert [len(lines) for lines in shown] == [1, 1, 6, 2, 1, 1]
+    assert all(text for lines in shown for text in lines)

@@ -212,3 +212,28 @@ def test_a_models_own_lm_head_is_read_the_right_way_round(paddle: Any, models: P
     log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     rows, places = np.nonzero(labels != -100)
     assert found == pytest.approx(-log_softmax[rows, places, labels[rows, places]].sum(), rel=1e-6)
+
+
+def test_scores_are_the_loss_and_the_labels_that_are_likeliest(
+    paddle: Any, example: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five of 13 labels are made the likeliest token; logits exist for four positions at a time."""
+    from sft.training.loss import target_scores
+
+    hidden, labels, weight = example
+    likeliest = (hidden.astype(np.float64) @ weight).argmax(-1)
+    places = np.argwhere(labels != -100)
+    for row, position in places[[0, 3, 4, 8, 12]]:
+        labels[row, position] = likeliest[row, position]
+    expected = sum(labels[row, position] == likeliest[row, position] for row, position in places)
+    assert 5 <= expected < 13
+    small_chunks(monkeypatch, 4)
+    products = spy_on_matmul(paddle, monkeypatch)
+    for tied in (False, True):
+        lm_head = head(paddle, weight, tied)
+        loss, correct = target_scores(paddle.to_tensor(hidden), paddle.to_tensor(labels), lm_head)
+        assert loss == pytest.approx(reference(hidden, labels, weight)[0], rel=1e-6)
+        assert correct == expected
+    assert products == [[rows, VOCABULARY] for rows in (4, 4, 4, 1)] * 2
+    nothing = paddle.to_tensor(np.full_like(labels, -100))
+    assert target_scores(paddle.to_tensor(hidden), nothing, lm_head) == (0.0, 0)

@@ -30,7 +30,7 @@ STEP_KEYS = {
     "padding_tokens",
     "peak_memory_mib",
 }
-EVALUATION_KEYS = {"step", "epoch", "eval_loss", "eval_seconds", "eval_tokens"}
+EVALUATION_KEYS = {"step", "epoch", "eval_loss", "eval_ppl", "eval_accuracy", "eval_seconds", "eval_tokens"}
 
 
 def catching(caught: list[Any]) -> type[sft.Plugin]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,8 @@ from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.models.source import find_model
 from sft.options import options_of
-from sft.plugins import Plugins, implements, import_plugin, installed
-from sft.settings import build
+from sft.plugins import Plugins, canonical, implements, import_plugin, installed
+from sft.settings import Settings, build
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,8 +57,16 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def plugins_for(folder: Path | None, requested: Sequence[str] = ()) -> Plugins:
+    """The plugins of :func:`settings_for`."""
+    return settings_for(folder, requested)[1]
+
+
+def settings_for(
+    folder: Path | None, requested: Sequence[str] = (), given: Mapping[str, Any] | None = None
+) -> tuple[Settings, Plugins]:
     """What a model needs after training, started: the reader of the adapter in ``folder`` (says its metadata), the
-    quantizer that the run beside it trained over, with that run's options, and what is ``requested`` by name."""
+    quantizer that the run beside it trained over, with that run's options, and what is ``requested`` by name. The
+    settings are those ``given`` by name, and the defaults."""
     names: list[str] = []
     trained = _settings_of_run(folder) if folder is not None else {}
     for name in trained.get("plugin", []):
@@ -73,12 +81,20 @@ def plugins_for(folder: Path | None, requested: Sequence[str] = ()) -> Plugins:
             raise UsageError(f"{folder} is a {kind} adapter, which no installed plugin reads (installed: {known}).")
         names += [name for name in readers if name not in names]
     active = Plugins.load(names)
-    values: dict[str, Any] = {}
+    values = dict(given or {})
     for name, plugin in active:
         if name in trained.get("plugin", []) and implements(plugin, "sft_quantizer") and plugin.Options is not None:
             values.update({key: trained[key] for key in options_of(plugin.Options) if key in trained})
-    active.start(build(values, active).options)
-    return active
+    settings = build(values, active)
+    active.start(settings.options)
+    return settings, active
+
+
+def refuse_idle(plugins: Plugins, requested: Sequence[str], hooks: Sequence[str], what: str) -> None:
+    """Refuse a plugin that is ``requested`` by name and implements none of the ``hooks`` that ``what`` calls."""
+    for name, plugin in plugins:
+        if name in map(canonical, requested) and not any(implements(plugin, hook) for hook in hooks):
+            raise UsageError(f"Plugin {name} has no part in {what}; leave it out.")
 
 
 def _settings_of_run(folder: Path) -> dict[str, Any]:
@@ -159,21 +175,34 @@ def check_base(adapter: Path, source: ModelSource, say: Callable[[str], None]) -
 
 
 def load_for_inference(
-    model: str, adapter: Path | None, say: Callable[[str], None], requested: Sequence[str] = ()
+    model: str,
+    adapter: Path | None,
+    say: Callable[[str], None],
+    requested: Sequence[str] = (),
+    plugins: Plugins | None = None,
 ) -> tuple[Any, Tokenizer]:
-    """A model, with an adapter over it if one is given, and its tokenizer; a quantizer may be ``requested``."""
-    plugins = plugins_for(adapter, requested)
+    """A model, with an adapter over it if one is given, and its tokenizer; a quantizer may be ``requested``.
+
+    ``plugins``: those of :func:`plugins_for`, where the caller needs them too.
+    """
+    plugins = plugins or plugins_for(adapter, requested)
     runtime.require_paddle()
     folder = find_model(model)
     tokenizer = Tokenizer(folder, chat_template=trained_template(adapter))
     say(runtime.prepare())
 
-    from sft.models.loading import load_model, open_model
+    from sft.models.loading import open_model
 
-    source = open_model(folder)
+    return load_with(plugins, open_model(folder), adapter, say), tokenizer
+
+
+def load_with(plugins: Plugins, source: ModelSource, adapter: Path | None, say: Callable[[str], None]) -> Any:
+    """The model of ``source`` as the quantizer among ``plugins`` holds it, with the adapter over it if one is given."""
+    from sft.models.loading import load_model
+
     loaded = load_model(source, plugins.hook.sft_quantizer(run=None))
     if adapter is not None:
         check_base(adapter, source, say)
         plugins.hook.sft_import_adapter(model=loaded, folder=adapter)
     loaded.eval()
-    return loaded, tokenizer
+    return loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -35,7 +36,9 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
 
     def encoded(files: list[Path], split: str, keep: int) -> Encoded:
         formats = Formats(run.plugins)
-        turns = (formats.turns(record) for record in read(files))
+        turns: Iterable[list[Turn]] = (formats.turns(record) for record in read(files))
+        if split == "dev" and data.eval_with_do_generation:
+            turns = _keeping(turns, run.dev_conversations, sys.maxsize)
         found = tokens_of(_keeping(turns, run.dev_turns, keep))
         if not len(found):
             raise UsageError(
@@ -66,7 +69,8 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
     training = run.settings.training
     evaluates = training.do_eval is not False or training.evaluation_strategy != "no" or not training.do_train
     uses_dev = bool(dev_files) and evaluates
-    run.train_data = (streamed if data.lazy else encoded)(train_files, "train", 0 if uses_dev else samples)
+    if train_files:
+        run.train_data = (streamed if data.lazy else encoded)(train_files, "train", 0 if uses_dev else samples)
     if uses_dev:
         run.dev_data = encoded(dev_files, "dev", samples)
     needs_dev = training.evaluation_strategy != "no" or training.do_eval or not training.do_train
@@ -74,6 +78,11 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
         raise UsageError(
             f"Evaluation is asked for, and {data.dataset_name_or_path} has no dev data in use; add dev.json, "
             "or set evaluation_strategy to no and leave do_eval out."
+        )
+    if data.eval_with_do_generation and run.dev_data is None:
+        raise UsageError(
+            f"eval_with_do_generation answers dev data, and {data.dataset_name_or_path} has none in use; add dev.json, "
+            "or leave do_eval and eval_with_do_generation out."
         )
 
 
@@ -91,6 +100,7 @@ def load_model(run: Run, folder: Path) -> None:
     from sft.models.generation import check_room
     from sft.models.layers import trainable
     from sft.training import precision
+    from sft.training.evaluation import questions
     from sft.training.strategy import SingleProcess
 
     if run.settings.training.device is not None:
@@ -102,20 +112,12 @@ def load_model(run: Run, folder: Path) -> None:
     if run.exports_adapter:
         run.base_fingerprint = fingerprint(run.source)
     run.hook.sft_model_config(run=run, config=run.source.config)
-    if run.tokenizer.vocab_size > run.source.config.vocab_size:
-        raise UsageError(
-            f"{folder}: its tokenizer has {run.tokenizer.vocab_size} tokens, its model {run.source.config.vocab_size}; "
-            "they do not belong together."
-        )
     longest = int(max(data.lengths.max() for data in (run.train_data, run.dev_data) if data is not None))
-    if longest > run.source.config.max_position_embeddings:
-        raise UsageError(
-            f"The longest record has {longest} tokens and {folder} reads {run.source.config.max_position_embeddings} "
-            "(max_position_embeddings, or a smaller sliding_window); set max_length to at most that."
-        )
+    check_model(run, folder, longest)
     for turns in run.dev_turns:
         ids = encode_prompt(prompt_of(turns), run.tokenizer)
         check_room(ids, run.settings.generation, run.source.config.max_position_embeddings)
+    run.questions = questions(run, run.dev_conversations)
     quantizer = run.hook.sft_quantizer(run=run)
     backend = run.hook.sft_attention_backend(run=run, config=run.source.config) or attention.DefaultAttention()
     _check_packing(run, backend)
@@ -138,6 +140,21 @@ def load_model(run: Run, folder: Path) -> None:
         raise UsageError("Nothing trains: the active plugins left no trainable parameter.")
     count, total = sizes(run)
     run.say(f"model: {total:,} parameters, {count:,} train ({100 * count / total:.2f} %)")
+
+
+def check_model(run: Run, folder: Path, longest: int) -> None:
+    """Refuse a model that cannot read the tokenizer's tokens, or not ``longest`` of them."""
+    config = run.source.config
+    if run.tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(
+            f"{folder}: its tokenizer has {run.tokenizer.vocab_size} tokens, its model {config.vocab_size}; "
+            "they do not belong together."
+        )
+    if longest > config.max_position_embeddings:
+        raise UsageError(
+            f"The longest record has {longest} tokens and {folder} reads {config.max_position_embeddings} "
+            "(max_position_embeddings, or a smaller sliding_window); set max_length to at most that."
+        )
 
 
 def _check_packing(run: Run, backend: Any) -> None:
@@ -206,13 +223,14 @@ def measure(run: Run, step: int, epoch: float, journal: Any) -> dict[str, Any]:
     """Dev loss and sample answers, before or after training."""
     from sft.models.generation import answer
     from sft.training.evaluation import evaluate
+    from sft.training.progress import figures
 
     found: dict[str, Any] = {}
     if run.dev_data is not None:
         if run.evaluation.get("step") != step:
             journal.write(evaluate(run, step, epoch))
         found["eval_loss"] = run.evaluation["eval_loss"]
-        run.say(f"dev loss {'before' if step == 0 else 'after'} training: {found['eval_loss']:.4f}")
+        run.say(f"dev data {'before' if step == 0 else 'after'} training: {figures(run.evaluation)}")
     prompts = [prompt_of(turns) for turns in run.dev_turns]
     if prompts:
         seed = run.settings.training.seed

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sft.running import Run
 
 RESULT_FILES = (
-    *("run.json", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors"),
+    *("run.json", "metrics.jsonl", "generations-*.jsonl", "adapter_config.json", "adapter_model.safetensors"),
     *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
     *("model.safetensors.index.json", *TOKENIZER_FILES),
 )

@@ -126,7 +126,10 @@ def sft_step_ended(run: Run, record: dict[str, Any]) -> None:
 
 @hookspec
 def sft_evaluated(run: Run, record: dict[str, Any]) -> None:
-    """An evaluation is done. ``record`` has ``step``, ``epoch``, ``eval_loss``, ``eval_seconds``, ``eval_tokens``."""
+    """An evaluation is done. ``record`` has ``step``, ``epoch``, ``eval_loss`` (mean over target tokens, nats),
+    ``eval_ppl`` (its exponential), ``eval_accuracy`` (share of target tokens that are the likeliest token),
+    ``eval_tokens``, ``eval_seconds``, and with ``eval_with_do_generation`` the scores of the model's own answers,
+    0 to 1: ``eval_bleu4``, ``eval_rouge1``, ``eval_rouge2``, ``eval_rougel``."""
 
 
 @hookspec

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from sft.seams import DataCollator, ParallelStrategy, Turn
 from sft.settings import Settings, build, core_options, known_names, normalise, read_file
 from sft.training.checkpoint import find_checkpoint, read_state
 from sft.training.precision import Precision
+
+if TYPE_CHECKING:
+    from sft.training.evaluation import Question
 
 
 @dataclass
@@ -83,6 +86,8 @@ class Run:
         self.evaluation: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
         self.dev_turns: list[list[Turn]] = []
+        self.dev_conversations: list[list[Turn]] = []
+        self.questions: list[Question] = []
 
     def rng(self, name: str) -> np.random.Generator:
         """Random numbers that depend on the run's seed and ``name`` alone, not on what was drawn before."""

@@ -14,7 +14,9 @@ COMMANDS = {
     "run": "Fine-tune a model.",
     "demo": "Fine-tune the tiny embedded model and show what it learned.",
     "merge": "Fold an adapter into its base model.",
+    "evaluate": "Measure a model on data, with or without an adapter.",
     "generate": "Answer prompts with a model, with or without an adapter.",
+    "chat": "Talk with a model in the terminal, with or without an adapter.",
     "plugins": "List the installed plugins.",
 }
 

@@ -2,49 +2,121 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from sft.commands.shared import ADAPTER, MODEL, PLUGIN
+from sft.commands.shared import GENERATION, SEED, generation_of, model_options, say, setting_options
 from sft.errors import UsageError
+from sft.seams import Turn
+
+if TYPE_CHECKING:
+    from sft.plugins import Plugins
+
+BATCH_SIZE = 8
+HOOKS = ("sft_quantizer", "sft_record_format")
 
 
 @click.command(name="generate")
-@click.option(*MODEL, required=True, help="The model: a directory or a hub name.")
-@click.option(*ADAPTER, help="An adapter for it.")
-@click.option(*PLUGIN, multiple=True, help="A quantizer, where run.json does not name it; no:NAME leaves one out.")
-@click.option("--prompt", multiple=True, help="A prompt (repeatable). Without one, each line of standard input is one.")
-@click.option("--max_new_tokens", "--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
-@click.option("--top_k", "--top-k", default=1, show_default=True, type=click.IntRange(0), help="1 is greedy.")
-@click.option("--top_p", "--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
-@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True))
-@click.option("--seed", default=42, show_default=True, type=click.IntRange(0))
+@model_options("A quantizer, where run.json does not name it; no:NAME leaves one out.")
+@click.option("--prompt", "prompts", multiple=True, help="A prompt; repeatable.")
+@click.option(
+    "--prompts_file", "--prompts-file", "file",
+    help="A file of prompts: one a line, or (.json, .jsonl) data records, whose last answer is the one to give.",
+)  # fmt: skip
+@setting_options(*GENERATION, seed=SEED)
+@click.option(
+    "--batch_size", "--batch-size", type=click.IntRange(1), metavar="N",
+    help=f"Prompts that are answered together.  [default: {BATCH_SIZE}; 1 when streaming]",
+)  # fmt: skip
+@click.option(
+    "--stream/--no-stream", default=None,
+    help="Print an answer as it grows.  [default: in a terminal, for a single prompt]",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line: prompt, answer, and any reference.")
 def command(
     model: str,
     adapter: str | None,
     plugins: tuple[str, ...],
-    prompt: tuple[str, ...],
-    max_new_tokens: int,
-    top_k: int,
-    top_p: float,
-    temperature: float,
-    seed: int,
+    prompts: tuple[str, ...],
+    file: str | None,
+    batch_size: int | None,
+    stream: bool | None,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
-    """Answer prompts, through the model's chat template where it has one. Answers go to standard output."""
-    from sft.adapters import load_for_inference
-    from sft.models.generation import answer
-    from sft.seams import Turn
-    from sft.settings import GenerationArguments, check_draw
+    """Answer prompts, through the model's chat template where it has one.
 
-    generation = GenerationArguments(max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p, temperature=temperature)
-    check_draw(generation)
-    prompts = list(prompt) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not prompts:
-        raise UsageError("There is no prompt; give --prompt TEXT or lines on standard input.")
-    say = lambda text: click.echo(text, err=True)  # noqa: E731
-    loaded, tokenizer = load_for_inference(model, Path(adapter) if adapter else None, say, plugins)
+    Without --prompt and --prompts_file, each line of standard input is a prompt. Answers go to standard output,
+    everything else to standard error. The likeliest token is taken at each step (top_k 1); --top_k 0 or another
+    number draws, with top_p and temperature.
+    """
+    from sft.adapters import load_for_inference, plugins_for, refuse_idle
 
-    for text in prompts:
-        click.echo(answer(loaded, tokenizer, [Turn("user", text)], generation, seed))
+    generation, seed = generation_of(settings)
+    if prompts and file:
+        raise UsageError("--prompt and --prompts_file are both given; leave one of them out.")
+    if stream and (as_json or (batch_size or 1) > 1):
+        raise UsageError("--stream prints one answer at a time, as text; leave --json and --batch_size out.")
+    folder = Path(adapter) if adapter else None
+    active = plugins_for(folder, plugins)
+    refuse_idle(active, plugins, HOOKS, "sft generate")
+    questions = list(_records(Path(file), active) if file else _texts(prompts or _standard_input()))
+    if not questions:
+        raise UsageError(f"{file or 'Standard input'} has no prompt; give --prompt TEXT, a file or lines of text.")
+    if stream is None:
+        stream = len(questions) == 1 and sys.stdout.isatty() and not as_json
+    loaded, tokenizer = load_for_inference(model, folder, say, plugins=active)
+
+    from sft.data.encoding import encode_prompt
+    from sft.models.generation import answers, check_room
+
+    encoded = [encode_prompt(turns, tokenizer) for turns, _ in questions]
+    for ids in encoded:  # before the first answer
+        check_room(ids, generation, loaded.config.max_position_embeddings)
+    size = 1 if stream else batch_size or BATCH_SIZE
+    for start in range(0, len(questions), size):
+        found = answers(loaded, tokenizer, encoded[start : start + size], generation, seed, _show if stream else None)
+        for text, (turns, reference) in zip(found, questions[start : start + size], strict=True):
+            if as_json:
+                line = {"prompt": turns[-1].content, "answer": text}
+                line.update({} if reference is None else {"reference": reference})
+                click.echo(json.dumps(line, ensure_ascii=False))
+            else:
+                click.echo("" if stream else text)
+
+
+def _show(piece: str) -> None:
+    click.echo(piece, nl=False)
+
+
+def _standard_input() -> Iterator[str]:
+    if sys.stdin.isatty():
+        say("a prompt on each line; Ctrl-D ends")
+    return (line.rstrip("\r\n") for line in sys.stdin)
+
+
+def _texts(lines: Any) -> Iterator[tuple[list[Turn], str | None]]:
+    return (([Turn("user", line)], None) for line in lines if line.strip())
+
+
+def _records(path: Path, plugins: Plugins) -> Iterator[tuple[list[Turn], str | None]]:
+    """Conversations to answer, and what their records have as the answer; each line of a text file is a question."""
+    from sft.data.formats import Formats
+    from sft.data.sources import SUFFIXES, read
+
+    if path.suffix not in SUFFIXES:
+        try:
+            yield from _texts(path.read_text(encoding="utf-8-sig").split("\n"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} cannot be read as text ({error}); give a file of prompts in UTF-8.") from error
+        return
+    formats = Formats(plugins)
+    for record in read([path]):
+        turns = formats.turns(record)
+        last = max(index for index, turn in enumerate(turns) if turn.trains)
+        yield turns[:last], turns[last].content

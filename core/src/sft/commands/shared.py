@@ -1,5 +1,87 @@
 """Options that several commands share. ``lora_path`` is PaddleNLP's name for an adapter folder of any type."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from sft.options import Option, convert
+from sft.settings import GenerationArguments, check_draw, core_options
+
 MODEL = ("--model_name_or_path", "--model-name-or-path", "model")
 PLUGIN = ("--plugin", "plugins")
 ADAPTER = ("--adapter_path", "--adapter-path", "--lora_path", "--lora-path", "adapter")
+
+GENERATION = ("max_new_tokens", "top_k", "top_p", "temperature", "seed")
+"""The settings that say how answers are drawn."""
+
+SEED = "seed of draws (top_k other than 1): the same seed and prompt give the same answer, in a batch or alone"
+
+
+def model_options(plugin: str) -> Callable[[Any], Any]:
+    """The options that choose a finished model; ``plugin`` is what is said of --plugin."""
+
+    def add(function: Any) -> Any:
+        function = click.option(*PLUGIN, multiple=True, help=plugin)(function)
+        function = click.option(*ADAPTER, help="An adapter for it: the folder that a run wrote, or any PEFT adapter.")(
+            function
+        )
+        return click.option(*MODEL, required=True, help="The model: a directory or a hub name.")(function)
+
+    return add
+
+
+def setting_options(*names: str, **helps: str) -> Callable[[Any], Any]:
+    """Options that are settings of `sft run`, with their names, defaults, checks and (unless ``helps`` has another
+    one) help. Those that are not given are None."""
+    declared = core_options()
+
+    def add(function: Any) -> Any:
+        for name in reversed(names):
+            option = declared[name]
+            text = helps.get(name, option.help)
+            flag: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if option.is_flag else {}
+            function = click.option(
+                *dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")),
+                name,
+                default=None,
+                metavar=_metavar(option),
+                help=f"{text[0].upper()}{text[1:]}.{_default(option)}",
+                **flag,
+            )(function)
+        return function
+
+    return add
+
+
+def _metavar(option: Option) -> str:
+    kinds = {int: "N", float: "X", str: "TEXT"}
+    return "true|false" if option.is_flag else next(text for kind, text in kinds.items() if kind in option.kinds)
+
+
+def _default(option: Option) -> str:
+    if option.default is None or "; required" in option.help:
+        return ""
+    return f"  [default: {str(option.default).lower() if option.is_flag else option.default}]"
+
+
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were typed, checked."""
+    declared = core_options()
+    return {name: convert(declared[name], value) for name, value in values.items() if value is not None}
+
+
+def generation_of(values: Mapping[str, Any]) -> tuple[GenerationArguments, int]:
+    """How answers are drawn, and the seed, from the options of :data:`GENERATION`."""
+    typed = given({name: values[name] for name in GENERATION})
+    seed = typed.pop("seed", core_options()["seed"].default)
+    generation = GenerationArguments(**typed)
+    check_draw(generation)
+    return generation, seed
+
+
+def say(text: str) -> None:
+    """What is not the result goes to standard error."""
+    click.echo(text, err=True)

@@ -1,15 +1,26 @@
-"""Answering prompts with PaddleNLP's ``generate``, shown to the model exactly as training showed them."""
+"""Answering prompts token by token, over PaddleNLP's key/value cache, shown exactly as training showed them.
+
+One loop serves runs, ``sft evaluate``, ``sft generate`` and ``sft chat``: prompts of a batch are padded on the
+left, which no token sees, so an answer does not depend on the prompts beside it. A draw depends on the seed
+and the prompt's own tokens alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from sft.data.encoding import encode_prompt
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.seams import Turn
 from sft.settings import GenerationArguments
+
+REPLACEMENT = "\ufffd"
 
 
 def check_room(ids: Sequence[int], generation: GenerationArguments, positions: int) -> None:
@@ -21,35 +32,166 @@ def check_room(ids: Sequence[int], generation: GenerationArguments, positions: i
         )
 
 
-def answer(model: Any, tokenizer: Tokenizer, turns: Sequence[Turn], generation: GenerationArguments, seed: int) -> str:
-    """The model's answer to a conversation that ends with the user's turn, without special tokens."""
+def fitting(turns: Sequence[Turn], tokenizer: Tokenizer, longest: int) -> list[Turn]:
+    """``turns`` without the oldest questions and answers that make them longer than ``longest`` tokens.
+
+    A system turn and the last question stay, even where these alone are longer.
+    """
+    kept = list(turns)
+    head = 1 if kept and kept[0].role == "system" else 0
+    while len(encode_prompt(kept, tokenizer)) > longest:
+        following = [index for index in range(head + 1, len(kept)) if kept[index].role == "user"]
+        if not following:
+            break
+        kept = kept[:head] + kept[following[0] :]
+    return kept
+
+
+def shortened(turns: Sequence[Turn], tokenizer: Tokenizer, longest: int) -> list[int]:
+    """Ids of a prompt of at most ``longest`` tokens, as training cuts it: oldest turns first, then its beginning."""
+    ids = encode_prompt(fitting(turns, tokenizer, longest), tokenizer)
+    if len(ids) <= longest:
+        return ids
+    keeps_bos = int(tokenizer.bos_id is not None and ids[0] == tokenizer.bos_id)
+    return ids[:keeps_bos] + ids[len(ids) - longest + keeps_bos :]
+
+
+def answer(
+    model: Any,
+    tokenizer: Tokenizer,
+    turns: Sequence[Turn],
+    generation: GenerationArguments,
+    seed: int,
+    show: Callable[[str], None] | None = None,
+) -> str:
+    """The model's answer to a conversation that ends with the user's turn, without special tokens.
+
+    ``show`` receives the text as it grows; its pieces together are the answer.
+    """
+    return answers(model, tokenizer, [encode_prompt(turns, tokenizer)], generation, seed, show)[0]
+
+
+def answers(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    generation: GenerationArguments,
+    seed: int,
+    show: Callable[[str], None] | None = None,
+) -> list[str]:
+    """The answers to prompts (ids), computed together as one batch; ``show`` is for a single prompt."""
+    assert show is None or len(prompts) == 1
+    for prompt in prompts:
+        check_room(prompt, generation, model.config.max_position_embeddings)
+    found: list[list[int]] = [[] for _ in prompts]
+    text = Text(tokenizer)
+    with _evaluating(model):
+        for tokens in _decode(model, tokenizer, prompts, generation, seed):
+            for row, token in tokens.items():
+                found[row].append(token)
+            if show is not None and tokens and (piece := text.grown(found[0])):
+                show(piece)
+    if show is not None and (piece := text.grown(found[0], complete=True)):
+        show(piece)
+    return [text.of(tokens) for tokens in found]
+
+
+class Text:
+    """What of a growing answer can be shown: whole characters that will not change any more."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._shown = ""
+
+    def of(self, tokens: Sequence[int]) -> str:
+        """The text of a whole answer."""
+        return self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def grown(self, tokens: Sequence[int], complete: bool = False) -> str:
+        """The text that has come since the last call. Half a character waits for its other half, and white space
+        for a word after it, because the answer's last white space is not part of it."""
+        text = self.of(tokens)
+        if not complete:
+            text = text.rstrip(REPLACEMENT).rstrip()
+        # A decoder may take bytes of earlier characters for invalid until the last of a new one has come.
+        if not text.startswith(self._shown):
+            return ""
+        piece, self._shown = text[len(self._shown) :], text
+        return piece
+
+
+def distribution(logits: np.ndarray, generation: GenerationArguments) -> np.ndarray:
+    """The probabilities float64 [V] that the next token is drawn with: temperature, then top_k, then top_p."""
+    scaled = logits.astype(np.float64) / generation.temperature
+    if 0 < generation.top_k < len(scaled):
+        scaled[scaled < np.partition(scaled, -generation.top_k)[-generation.top_k]] = -np.inf
+    probabilities = np.exp(scaled - scaled.max())
+    probabilities /= probabilities.sum()
+    if generation.top_p < 1:
+        order = np.argsort(-probabilities, kind="stable")
+        likelier = np.cumsum(probabilities[order]) - probabilities[order]
+        probabilities[order[likelier >= generation.top_p]] = 0.0
+        probabilities /= probabilities.sum()
+    return np.asarray(probabilities)
+
+
+def _decode(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    generation: GenerationArguments,
+    seed: int,
+) -> Iterator[dict[int, int]]:
+    """For each step the new token of every row that has not ended; tokens that end an answer are left out."""
     import paddle
 
-    ids = encode_prompt(turns, tokenizer)
-    check_room(ids, generation, model.config.max_position_embeddings)
-    prompt = paddle.to_tensor([ids], dtype="int64")
-    greedy = generation.top_k == 1
+    draws = [np.random.default_rng([seed, zlib.crc32(np.asarray(ids, np.int64).tobytes())]) for ids in prompts]
+    width = max(len(prompt) for prompt in prompts)
+    ids = np.full((len(prompts), width), tokenizer.pad_id, np.int64)
+    seen = np.zeros((len(prompts), width), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        seen[row, width - len(prompt) :] = 1
+    positions = np.maximum(seen.cumsum(axis=1) - 1, 0)
+    going = set(range(len(prompts)))
+    backbone = getattr(model, model.base_model_prefix)
+    cache: Any = None
+    for _ in range(generation.max_new_tokens):
+        hidden, cache = backbone(
+            input_ids=paddle.to_tensor(ids),
+            position_ids=paddle.to_tensor(positions),
+            attention_mask=paddle.to_tensor(seen),
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=False,
+        )[:2]
+        logits = model.lm_head(hidden[:, -1:])[:, 0].astype("float32")
+        if generation.top_k == 1:
+            chosen = logits.argmax(axis=-1).numpy()
+        else:
+            chosen = np.full(len(prompts), tokenizer.pad_id)
+            values = logits.numpy()
+            for row in going:
+                chosen[row] = draws[row].choice(values.shape[1], p=distribution(values[row], generation))
+        going -= {row for row in going if int(chosen[row]) in tokenizer.stop_ids}
+        yield {row: int(chosen[row]) for row in sorted(going)}
+        if not going:
+            return
+        ids = chosen.astype(np.int64)[:, None]
+        seen = np.concatenate([seen, np.ones((len(prompts), 1), np.int64)], axis=1)
+        positions = positions[:, -1:] + 1
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Without gradients and dropout; the model's mode is restored, also where the loop is left early."""
+    import paddle
+
     was_training = model.training
     model.eval()
-    paddle.seed(seed)
-    with paddle.no_grad():
-        found, _ = model.generate(
-            input_ids=prompt,
-            attention_mask=paddle.ones_like(prompt),
-            max_new_tokens=generation.max_new_tokens,
-            decode_strategy="greedy_search" if greedy else "sampling",
-            top_k=generation.top_k,
-            top_p=generation.top_p,
-            temperature=generation.temperature,
-            bos_token_id=tokenizer.bos_id,
-            eos_token_id=tokenizer.stop_ids,
-            pad_token_id=tokenizer.pad_id,
-        )
-    if was_training:
-        model.train()
-    tokens = [int(token) for token in found[0].numpy()]
-    for index, token in enumerate(tokens):
-        if token in tokenizer.stop_ids:
-            tokens = tokens[:index]
-            break
-    return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    try:
+        with paddle.no_grad():
+            yield
+    finally:
+        if was_training:
+            model.train()

@@ -1,40 +1,112 @@
-"""The loss on the dev data, the same way it is trained: target tokens alone, no logits kept."""
+"""The dev data measured: the loss the same way it is trained, and on request the model's own answers."""
 
 from __future__ import annotations
 
+import json
+import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import paddle
 
+from sft import metrics
 from sft.data.batches import make_batches
-from sft.training.strategy import batch_loss
+from sft.errors import SftError
+from sft.files import write_text
+from sft.models.attention import hidden_states
+from sft.models.generation import answers, check_room, shortened
+from sft.seams import Turn
+from sft.training.loss import target_scores
 
 if TYPE_CHECKING:
     from sft.running import Run
 
+_LARGEST_EXPONENT = 700.0
+"""exp of it is a double still; JSON has no infinity."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A dev record to be answered: its prompt's ids, the text of the last user turn, and the answer in the data."""
+
+    ids: list[int]
+    prompt: str
+    reference: str
+
+
+def questions(run: Run, conversations: Sequence[Sequence[Turn]]) -> list[Question]:
+    """The prompts of dev records, their last answer removed, cut to ``src_length``; refuses what has no room."""
+    found = []
+    for turns in conversations:
+        last = max(index for index, turn in enumerate(turns) if turn.trains)
+        ids = shortened(turns[:last], run.tokenizer, run.settings.data.src_length)
+        check_room(ids, run.settings.generation, run.source.config.max_position_embeddings)
+        found.append(Question(ids, turns[last - 1].content if last else "", turns[last].content))
+    return found
+
 
 def evaluate(run: Run, step: int, epoch: float) -> dict[str, Any]:
-    """Mean loss (nats) over all target tokens of the dev data; restores the model's training mode."""
-    assert run.dev_data is not None
+    """Measure the dev data; the record is described at ``sft_evaluated``. The model's training mode is restored."""
     started = time.monotonic()
-    rows = run.collator.rows(run.dev_data.lengths, None)
-    batches = make_batches(run.dev_data, run.collator, rows, run.settings.training.per_device_eval_batch_size)
-    mine = batches[run.strategy.data_rank :: run.strategy.data_world]
-    was_training = run.model.training
-    run.model.eval()
-    with paddle.no_grad(), run.precision.autocast():
-        loss = sum(float(batch_loss(run.model, batch)) for batch in mine)
-    if was_training:
-        run.model.train()
-    loss, targets = run.strategy.sum([loss, sum(batch.target_tokens for batch in mine)])
-    record = {
-        "step": step,
-        "epoch": round(epoch, 4),
-        "eval_loss": loss / targets,
-        "eval_seconds": round(time.monotonic() - started, 3),
-        "eval_tokens": int(sum(batch.tokens for batch in batches)),
-    }
+    record = {"step": step, "epoch": round(epoch, 4), **measure(run)}
+    if run.questions:
+        record.update(score(run, run.output_dir / f"generations-{step}.jsonl"))
+    record["eval_seconds"] = round(time.monotonic() - started, 3)
     run.evaluation = record
     run.hook.sft_evaluated(run=run, record=record)
     return record
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """Loss, perplexity and token accuracy of the dev data, each over all its target tokens."""
+    assert run.dev_data is not None
+    rows = run.collator.rows(run.dev_data.lengths, None)
+    batches = make_batches(run.dev_data, run.collator, rows, run.settings.training.per_device_eval_batch_size)
+    loss, correct, targets = 0.0, 0, 0
+    was_training = run.model.training
+    run.model.eval()
+    with paddle.no_grad():
+        for batch in batches[run.strategy.data_rank :: run.strategy.data_world]:
+            hidden = hidden_states(run.model, batch)
+            found = target_scores(hidden, paddle.to_tensor(batch.labels), run.model.lm_head)
+            loss, correct, targets = loss + found[0], correct + found[1], targets + batch.target_tokens
+    if was_training:
+        run.model.train()
+    loss, right, every = run.strategy.sum([loss, correct, targets])
+    mean = loss / every
+    if not math.isfinite(mean):
+        raise SftError(
+            f"The dev loss is no longer finite ({mean}); lower learning_rate, and resume from a checkpoint before it."
+        )
+    return {
+        "eval_loss": mean,
+        "eval_ppl": math.exp(min(mean, _LARGEST_EXPONENT)),
+        "eval_accuracy": right / every,
+        "eval_tokens": int(sum(batch.tokens for batch in batches)),
+    }
+
+
+def score(run: Run, path: Path | None) -> dict[str, float]:
+    """Answer this process's share of the questions, write the answers to ``path``, and score those of all processes.
+
+    Where several processes share the data, each writes a file of its own, with its number in the name.
+    """
+    rank, world = run.strategy.data_rank, run.strategy.data_world
+    mine = run.questions[rank::world]
+    size = run.settings.training.per_device_eval_batch_size
+    found: list[str] = []
+    for start in range(0, len(mine), size):
+        prompts = [question.ids for question in mine[start : start + size]]
+        found += answers(run.model, run.tokenizer, prompts, run.settings.generation, run.settings.training.seed)
+    if path is not None:
+        path = path if world == 1 else path.with_name(f"{path.stem}-rank-{rank}{path.suffix}")
+        lines = [
+            {"prompt": question.prompt, "answer": text, "reference": question.reference}
+            for question, text in zip(mine, found, strict=True)
+        ]
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    counts = run.strategy.sum(metrics.count(found, [question.reference for question in mine]))
+    return {f"eval_{name}": value for name, value in metrics.scores(counts).items()}

@@ -12,6 +12,21 @@ CHUNK_BYTES = 64 << 20
 """Size of one chunk of float32 logits; bounds the memory of the loss whatever the batch."""
 
 
+def _chunk(part: Any, label: Any, weight: Any, transpose_y: bool) -> tuple[Any, Any, Any, Any]:
+    """Of some positions: float32 logits less their maximum, the exponentials of these and their sum, and the losses."""
+    logits = paddle.matmul(part, weight, transpose_y=transpose_y).astype("float32")
+    logits = logits - logits.max(axis=-1, keepdim=True)
+    exponentials = logits.exp()
+    normaliser = exponentials.sum(axis=-1, keepdim=True)
+    chosen = paddle.take_along_axis(logits, label.unsqueeze(-1), axis=-1)
+    return logits, exponentials, normaliser, (normaliser.log() - chosen).astype("float64")
+
+
+def _rows(weight: Any, transpose_y: bool) -> int:
+    """Positions in a chunk."""
+    return max(1, CHUNK_BYTES // (4 * (weight.shape[0] if transpose_y else weight.shape[1])))
+
+
 class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
     """Sum over positions of -log softmax(h W)[label], with both gradients computed beside it, chunk by chunk."""
 
@@ -19,18 +34,13 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
     def forward(
         ctx: Any, hidden: Any, weight: Any, labels: Any, transpose_y: bool, gradients: tuple[bool, bool]
     ) -> Any:
-        vocabulary = weight.shape[0] if transpose_y else weight.shape[1]
-        rows = max(1, CHUNK_BYTES // (4 * vocabulary))
+        rows = _rows(weight, transpose_y)
         total = paddle.zeros([], "float64")
         hidden_grads, weight_grad = [], None
         for start in range(0, hidden.shape[0], rows):
             part, label = hidden[start : start + rows], labels[start : start + rows]
-            logits = paddle.matmul(part, weight, transpose_y=transpose_y).astype("float32")
-            logits = logits - logits.max(axis=-1, keepdim=True)
-            exponentials = logits.exp()
-            normaliser = exponentials.sum(axis=-1, keepdim=True)
-            chosen = paddle.take_along_axis(logits, label.unsqueeze(-1), axis=-1)
-            total += (normaliser.log() - chosen).astype("float64").sum()
+            _, exponentials, normaliser, losses = _chunk(part, label, weight, transpose_y)
+            total += losses.sum()
             if not any(gradients):
                 continue
             ones = paddle.ones([label.shape[0], 1], "float32")
@@ -62,14 +72,40 @@ def target_loss(hidden: Any, labels: Any, lm_head: Any) -> Any:
     ``hidden`` [B, S, hidden]; ``labels`` int64 [B, S], already shifted, -100 where there is no target;
     ``lm_head`` is PaddleNLP's (its ``weight`` is [hidden, V], or [V, hidden] when tied).
     """
-    hidden = hidden.reshape([-1, hidden.shape[-1]])
-    labels = labels.reshape([-1])
-    positions = paddle.nonzero(labels != IGNORED).squeeze(-1)
-    if positions.shape[0] == 0:
+    chosen, label = _targets(hidden, labels)
+    if label is None:
         return hidden.sum() * 0.0
-    chosen = paddle.gather(hidden, positions)
     weight = lm_head.weight
     learning = paddle.is_grad_enabled()
     gradients = (learning and not chosen.stop_gradient, learning and not weight.stop_gradient)
-    transpose_y = bool(getattr(lm_head, "transpose_y", False))
-    return _ChunkedCrossEntropy.apply(chosen, weight, paddle.gather(labels, positions), transpose_y, gradients)
+    return _ChunkedCrossEntropy.apply(chosen, weight, label, _is_transposed(lm_head), gradients)
+
+
+@paddle.no_grad()
+def target_scores(hidden: Any, labels: Any, lm_head: Any) -> tuple[float, int]:
+    """The summed cross-entropy (nats), and how many labels are the likeliest token; arguments as above."""
+    chosen, label = _targets(hidden, labels)
+    if label is None:
+        return 0.0, 0
+    transpose_y = _is_transposed(lm_head)
+    rows = _rows(lm_head.weight, transpose_y)
+    total, correct = paddle.zeros([], "float64"), paddle.zeros([], "int64")
+    for start in range(0, chosen.shape[0], rows):
+        part = label[start : start + rows]
+        logits, _, _, losses = _chunk(chosen[start : start + rows], part, lm_head.weight, transpose_y)
+        total += losses.sum()
+        correct += (logits.argmax(axis=-1) == part).astype("int64").sum()
+    return float(total), int(correct)
+
+
+def _targets(hidden: Any, labels: Any) -> tuple[Any, Any | None]:
+    """The hidden states [n, hidden] and labels [n] of the positions with a label; None where there is none."""
+    hidden, labels = hidden.reshape([-1, hidden.shape[-1]]), labels.reshape([-1])
+    positions = paddle.nonzero(labels != IGNORED).squeeze(-1)
+    if positions.shape[0] == 0:
+        return hidden, None
+    return paddle.gather(hidden, positions), paddle.gather(labels, positions)
+
+
+def _is_transposed(lm_head: Any) -> bool:
+    return bool(getattr(lm_head, "transpose_y", False))

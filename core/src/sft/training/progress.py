@@ -9,6 +9,19 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sft.metrics import NAMES as ANSWER_SCORES
+
+
+def figures(record: dict[str, Any]) -> str:
+    """What an evaluation found, for a line: loss, perplexity, accuracy, and the scores of answers if there are any."""
+    text = f"loss {record['eval_loss']:.4f}  ppl {_short(record['eval_ppl'])}  accuracy {record['eval_accuracy']:.4f}"
+    answers = [f"{name} {record[f'eval_{name}']:.4f}" for name in ANSWER_SCORES if f"eval_{name}" in record]
+    return "  ".join([text, *answers])
+
+
+def _short(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"
+
 
 class Display:
     """Shows steps, logged lines and evaluations. ``bar`` off, or no terminal: lines only."""
@@ -56,7 +69,7 @@ class Display:
             )
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        self.say(f"step {record['step']}/{self._total}  dev loss {record['eval_loss']:.4f}")
+        self.say(f"step {record['step']}/{self._total}  dev {figures(record)}")
 
     def close(self) -> None:
         if self._progress is not None:

@@ -1,0 +1,51 @@
+"""``sft evaluate``: loss, perplexity, accuracy and answers of a finished model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sft.commands.shared import GENERATION, SEED, given, model_options, say, setting_options
+
+
+@click.command(name="evaluate")
+@model_options("An attention, or a quantizer where run.json does not name it; repeatable, no:NAME leaves one out.")
+@setting_options(
+    *("dataset_name_or_path", "src_length", "max_length", "per_device_eval_batch_size", "chat_template"),
+    "eval_with_do_generation",
+    *GENERATION,
+    dataset_name_or_path="a folder with dev data (dev.json), or one file",
+    eval_with_do_generation="answer the prompts too, and score the answers (BLEU-4, ROUGE-1, -2, -L, each 0 to 1)",
+    seed=SEED,
+)
+@click.option("--generations", help="File for the answers: a JSON object with prompt, answer and reference a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON on standard output, and nothing else.")
+def command(
+    model: str,
+    adapter: str | None,
+    plugins: tuple[str, ...],
+    generations: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Measure a finished model, with or without an adapter, on dev data: what a run measures at its end.
+
+    Loss (mean over target tokens, in nats), perplexity (its exponential) and accuracy (share of target tokens that
+    are the likeliest token). Give src_length and max_length of the run to get the run's own numbers.
+    """
+    from sft.errors import UsageError
+    from sft.evaluating import evaluate
+    from sft.training.progress import figures
+
+    if settings["dataset_name_or_path"] is None:
+        raise UsageError("dataset_name_or_path is not set; add --dataset_name_or_path VALUE.")
+    values = {"model_name_or_path": model, **given(settings)}
+    answers = Path(generations).expanduser() if generations else None
+    record = evaluate(values, Path(adapter) if adapter else None, say, plugins, answers)
+    if as_json:
+        click.echo(json.dumps(record, allow_nan=False))
+    else:
+        click.echo(figures(record).replace("  ", "\n"))

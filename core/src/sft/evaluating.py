@@ -1,0 +1,78 @@
+"""A finished model or adapter measured on data, with the numbers that a run would have found at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sft import assembly, runtime
+from sft.adapters import load_with, refuse_idle, settings_for, trained_template
+from sft.data.batches import PaddedCollator
+from sft.data.sources import find_files
+from sft.data.tokenizer import Tokenizer
+from sft.errors import UsageError
+from sft.files import make_folder
+from sft.models.source import find_model
+from sft.running import Run
+from sft.settings import check_draw
+from sft.training.precision import Precision
+
+HOOKS = ("sft_quantizer", "sft_attention_backend", "sft_record_format")
+
+
+def evaluate(
+    given: Mapping[str, Any],
+    adapter: Path | None,
+    say: Callable[[str], None],
+    requested: Sequence[str] = (),
+    generations: Path | None = None,
+) -> dict[str, Any]:
+    """The record of an evaluation (see ``sft_evaluated``) without ``step`` and ``epoch``.
+
+    ``given``: settings by name. The data is the dev data of ``dataset_name_or_path``, or the file that it names.
+    ``generations`` is where the answers of ``eval_with_do_generation`` are written, if anywhere.
+    """
+    started = time.monotonic()
+    settings, plugins = settings_for(adapter, requested, given)
+    refuse_idle(plugins, requested, HOOKS, "sft evaluate")
+    check_draw(settings.generation)
+    run = Run(settings, plugins, say)
+    files = _dev_files(Path(str(settings.data.dataset_name_or_path)).expanduser())
+    if generations is not None and not settings.data.eval_with_do_generation:
+        raise UsageError("generations holds the answers of eval_with_do_generation, which is not set; set it.")
+    if generations is not None:
+        make_folder(generations.parent)
+    runtime.require_paddle()
+    folder = find_model(str(settings.model.model_name_or_path))
+    run.tokenizer = Tokenizer(folder, chat_template=settings.data.chat_template or trained_template(adapter))
+    assembly.read_data(run, [], files)
+    assert run.dev_data is not None
+    say(runtime.prepare())
+
+    from sft.models.attention import DefaultAttention, install
+    from sft.models.loading import open_model
+    from sft.training.evaluation import measure, questions, score
+    from sft.training.strategy import SingleProcess
+
+    run.precision = Precision()
+    run.collator = PaddedCollator(run.tokenizer.pad_id)
+    run.strategy = SingleProcess(run)
+    run.source = open_model(folder)
+    assembly.check_model(run, folder, int(run.dev_data.lengths.max()))
+    run.questions = questions(run, run.dev_conversations)
+    run.model = load_with(plugins, run.source, adapter, say)
+    backend = plugins.hook.sft_attention_backend(run=run, config=run.source.config)
+    install(run.model, backend or DefaultAttention())
+    record = measure(run)
+    if run.questions:
+        record.update(score(run, generations))
+    return {**record, "eval_seconds": round(time.monotonic() - started, 3)}
+
+
+def _dev_files(dataset: Path) -> list[Path]:
+    files = [dataset] if dataset.is_file() else find_files(dataset, "dev")
+    if not files:
+        raise UsageError(f"{dataset} has no dev data; give a folder that has some (dev.json), or one file.")
+    return files

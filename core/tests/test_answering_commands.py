@@ -1,0 +1,208 @@
+"""``sft evaluate``, ``sft generate`` and ``sft chat`` as they are typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import pytest
+
+import sft
+from sft import adapters, evaluating
+from sft.commands.chat import Chat
+from sft.models.source import find_model
+from sft.seams import Turn
+from sft.settings import GenerationArguments
+
+Type = Callable[..., click.testing.Result]
+MODEL = "llama-tied-gqa"
+
+
+@pytest.fixture
+def typed(paddle: Any, models: Path) -> Type:
+    """``sft COMMAND --model_name_or_path (the tiny model) ...`` in this process; errors are raised."""
+
+    def run(name: str, *arguments: str, lines: str | None = None) -> click.testing.Result:
+        command = import_module(f"sft.commands.{name}").command
+        line = ["--model_name_or_path", str(models / MODEL), *arguments]
+        return click.testing.CliRunner().invoke(
+            command, line, input=lines, standalone_mode=False, catch_exceptions=False
+        )
+
+    return run
+
+
+@pytest.fixture
+def alone(paddle: Any, models: Path) -> Callable[..., str]:
+    """The answer to a text or to turns, computed by itself."""
+    from sft.models.generation import answer
+
+    model, tokenizer = adapters.load_for_inference(str(find_model(str(models / MODEL))), None, lambda text: None)
+
+    def found(prompt: str | list[Turn], seed: int = 42, **settings: Any) -> str:
+        turns = [Turn("user", prompt)] if isinstance(prompt, str) else prompt
+        return answer(model, tokenizer, turns, GenerationArguments(**{"max_new_tokens": 6, **settings}), seed)
+
+    return found
+
+
+# --- sft evaluate -------------------------------------------------------------------------------------------
+
+
+def test_evaluate_prints_one_line_of_json_and_nothing_else(typed: Type, models: Path, dataset: Path) -> None:
+    settings = {"max_length": 60, "src_length": 50, "per_device_eval_batch_size": 3, "max_new_tokens": 5}
+    line = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    line += ["--eval_with_do_generation", "--dataset_name_or_path", str(dataset)]
+    result = typed("evaluate", *line, "--json")
+    assert result.stdout.count("\n") == 1
+    found = json.loads(result.stdout)
+    values = {"model_name_or_path": str(models / MODEL), "dataset_name_or_path": str(dataset), **settings}
+    expected = evaluating.evaluate({**values, "eval_with_do_generation": True}, None, lambda text: None)
+    assert {**found, "eval_seconds": 0} == {**expected, "eval_seconds": 0}
+    assert "dev data: 7 records" in result.stderr
+    shown = typed("evaluate", *line, "--eval_with_do_generation", "false").stdout.splitlines()
+    assert shown[0] == f"loss {expected['eval_loss']:.4f}"
+    assert [text.split()[0] for text in shown] == ["loss", "ppl", "accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "dataset_name_or_path is not set"),
+        (["--max_length", "1"], "max_length: expected a whole number of at least 2"),
+        (["--top_p", "0.5"], "temperature and top_p do nothing while top_k is 1"),
+        (["--eval_with_do_generation", "perhaps"], "expected true or false"),
+    ],
+)
+def test_evaluate_refuses(typed: Type, dataset: Path, arguments: list[str], message: str) -> None:
+    data = ["--dataset_name_or_path", str(dataset)] if arguments else []
+    with pytest.raises(sft.UsageError, match=message):
+        typed("evaluate", *data, *arguments)
+
+
+# --- sft generate -------------------------------------------------------------------------------------------
+
+SHORT = ("--max_new_tokens", "6")
+
+
+def test_prompts_from_everywhere_have_the_same_answers(typed: Type, alone: Any, tmp_path: Path) -> None:
+    """Options, a text file, records and standard input; one at a time, in twos and together."""
+    prompts = ["coat", "What is a river?", "type#dress"]
+    expected = "".join(alone(prompt) + "\n" for prompt in prompts)
+    text, records = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    text.write_text("\n\n".join(prompts))
+    records.write_text("\n".join(json.dumps({"src": prompt, "tgt": "x"}) for prompt in prompts))
+    options = [word for prompt in prompts for word in ("--prompt", prompt)]
+    assert typed("generate", *SHORT, *options).stdout == expected
+    assert typed("generate", *SHORT, *options, "--batch_size", "2").stdout == expected
+    assert typed("generate", *SHORT, *options, "--stream").stdout == expected
+    assert typed("generate", *SHORT, "--prompts_file", str(text), "--batch-size", "1").stdout == expected
+    assert typed("generate", *SHORT, "--prompts-file", str(records)).stdout == expected
+    assert typed("generate", *SHORT, lines="\n".join(prompts) + "\n").stdout == expected
+
+
+def test_records_are_answered_instead_of_their_last_answer(typed: Type, alone: Any, tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps([{"src": ["one", "zwölf"], "tgt": ["1", "12 世"]}], ensure_ascii=False))
+    (line,) = typed("generate", *SHORT, "--prompts_file", str(path), "--json").stdout.splitlines()
+    expected = alone([Turn("user", "one"), Turn("assistant", "1"), Turn("user", "zwölf")])
+    assert json.loads(line) == {"prompt": "zwölf", "answer": expected, "reference": "12 世"}
+    assert "12 世" in line
+    (line,) = typed("generate", *SHORT, "--prompt", "coat", "--json").stdout.splitlines()
+    assert json.loads(line) == {"prompt": "coat", "answer": alone("coat")}
+
+
+def test_draws_follow_the_options(typed: Type, alone: Any) -> None:
+    drawn = ("--top_k", "0", "--temperature", "1.5", "--top-p", "0.95")
+    settings = {"top_k": 0, "temperature": 1.5, "top_p": 0.95}
+    for seed in (1, 2):
+        found = typed("generate", *SHORT, *drawn, "--seed", str(seed), "--prompt", "coat").stdout
+        assert found == alone("coat", seed, **settings) + "\n"
+    assert alone("coat", 1, **settings) != alone("coat", 2, **settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines", "message"),
+    [
+        ([], "\n \n", "Standard input has no prompt"),
+        (["--prompts_file", "missing.txt"], None, "missing.txt cannot be read as text"),
+        (["--prompts_file", "missing.jsonl"], None, "missing.jsonl cannot be read"),
+        (["--prompt", "a", "--prompts_file", "b.txt"], None, "--prompt and --prompts_file are both given"),
+        (["--prompt", "a", "--stream", "--json"], None, "--stream prints one answer at a time"),
+        (["--prompt", "a", "--stream", "--batch_size", "2"], None, "--stream prints one answer at a time"),
+        (["--prompt", "a", "--temperature", "2"], None, "temperature and top_p do nothing while top_k is 1"),
+        (["--prompt", "a", "--top_k", "-1"], None, "top_k: expected a whole number of at least 0"),
+        (["--prompt", "a", "--max_new_tokens", "64"], None, "do not fit into the model's 64 positions"),
+    ],
+)
+def test_generate_refuses(typed: Type, arguments: list[str], lines: str | None, message: str) -> None:
+    with pytest.raises(sft.UsageError, match=message):
+        typed("generate", *arguments, lines=lines)
+
+
+def test_a_plugin_without_a_part_in_it_is_refused(typed: Type, distribute: Any) -> None:
+    distribute("idle", "import sft\n\nclass Idle(sft.Plugin):\n    name = 'idle'\n", {"idle": "Idle"})
+    for name in ("generate", "chat"):
+        with pytest.raises(sft.UsageError, match=f"Plugin idle has no part in sft {name}; leave it out"):
+            typed(name, "--plugin", "idle", lines="a\n")
+
+
+# --- sft chat -----------------------------------------------------------------------------------------------
+
+
+def test_lines_are_turns_and_the_conversation_is_remembered(typed: Type, alone: Any) -> None:
+    first = alone("Hi")
+    second = alone([Turn("user", "Hi"), Turn("assistant", first), Turn("user", "coat")])
+    assert second != alone("coat")
+    result = typed("chat", *SHORT, lines="Hi\n\ncoat\n")
+    assert result.stdout == f"{first}\n{second}\n"
+
+
+def test_commands_of_the_chat(typed: Type, alone: Any) -> None:
+    system = [Turn("system", "be kind"), Turn("user", "coat")]
+    assert alone(system) != alone("coat")
+    lines = ["coat", "/reset", "coat", "/reset", "/system be kind", "coat", "/reset", "/system", "coat", "/nonsense"]
+    result = typed("chat", *SHORT, lines="\n".join([*lines, "/exit", "coat"]))
+    assert result.stdout == "".join(
+        text + "\n" for text in (alone("coat"), alone("coat"), alone(system), alone("coat"))
+    )
+    assert "there is no /nonsense" in result.stderr
+    assert typed("chat", *SHORT, "--system", "be kind", lines="coat").stdout == alone(system) + "\n"
+
+
+def test_the_oldest_turns_are_forgotten_and_it_is_said(typed: Type, alone: Any) -> None:
+    """64 positions hold two short questions, not three."""
+    result = typed("chat", *SHORT, lines="one\ntwo\nthree\n")
+    answers = result.stdout.split("\n")
+    talk = [Turn("user", "two"), Turn("assistant", answers[1]), Turn("user", "three")]
+    assert answers[2] == alone(talk)
+    assert "(2 old turns no longer fit into the model's positions and were left out)" in result.stderr
+
+
+def test_a_question_without_room_is_refused_and_the_chat_goes_on(typed: Type, alone: Any) -> None:
+    result = typed("chat", *SHORT, lines=f"{'long ' * 40}\ncoat\n")
+    assert result.stdout == alone("coat") + "\n"
+    assert "do not fit into the model's 64 positions" in result.stderr
+
+
+def test_an_interrupted_answer_remains_as_far_as_it_was_given(paddle: Any, models: Path, alone: Any) -> None:
+    model, tokenizer = adapters.load_for_inference(str(models / MODEL), None, lambda text: None)
+    chat = Chat(model, tokenizer, GenerationArguments(max_new_tokens=6), 42, None)
+
+    pieces: list[str] = []
+
+    def stop(piece: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chat.ask("Hi", stop)
+    given = chat.turns[1].content
+    assert chat.turns == [Turn("user", "Hi"), Turn("assistant", given)]
+    assert given
+    assert alone("Hi").startswith(given)
+    chat.ask("coat", pieces.append)
+    assert "".join(pieces) == alone([*chat.turns[:2], Turn("user", "coat")])

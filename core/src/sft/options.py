@@ -90,8 +90,9 @@ def options_of(cls: type) -> dict[str, Option]:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         bounds = {key: field.metadata.get(key) for key in ("choices", "minimum", "above", "maximum", "below")}
-        bounds["none_is_text"] = field.metadata.get("none_is_text", False)
-        found[field.name] = Option(field.name, hints[field.name], default, field.metadata.get("help", ""), **bounds)
+        none_is_text = bool(field.metadata.get("none_is_text"))
+        help = field.metadata.get("help", "")
+        found[field.name] = Option(field.name, hints[field.name], default, help, none_is_text=none_is_text, **bounds)
     return found
 
 

@@ -258,10 +258,14 @@ def test_a_record_format_is_read_beside_the_cores_own(train: Train, metrics: Met
     pairs = [("What is red?", "A colour."), ("Hello", "Good day to you"), ("type#coat", "A coat.")]
     own = [{"src": source, "tgt": target} for source, target in pairs]
     other = [{"question": source, "answer": target} for source, target in pairs]
-    for name, records in (("own", own), ("mixed", [other[0], own[1], other[2]])):
+    said: list[str] = []
+    for name, records in (("own", own), ("other", other)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(record) for record in records))
-        train(name, (Questions,), dataset_name_or_path=str(tmp_path / f"{name}.jsonl"), max_steps=2)
-    assert metrics(tmp_path / "mixed", same=True) == metrics(tmp_path / "own", same=True)
+        data = str(tmp_path / f"{name}.jsonl")
+        train(name, (Questions,), dataset_name_or_path=data, max_steps=2, say=said.append)
+    assert metrics(tmp_path / "other", same=True) == metrics(tmp_path / "own", same=True)
+    told = [line for line in said if line.startswith("train data: 3 records of ")]
+    assert [line.split(",")[0].partition(" of ")[2] for line in told] == ["src/tgt", "the format of plugin questions"]
 
 
 def test_what_a_record_format_finds_wrong_gets_file_and_line(train: Train, tmp_path: Path) -> None:

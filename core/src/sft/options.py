@@ -35,8 +35,7 @@ def option(
 
     ``help`` is one line, with units. ``choices`` lists the accepted strings; ``minimum`` and ``maximum``
     are inclusive bounds, ``above`` and ``below`` exclusive ones. ``aliases`` are other names that mean the same.
-    are inclusive bounds, ``above`` and ``below`` exclusive ones. ``none_is_text``: the word none is a value of its own,
-    not another way of leaving the setting unset.
+    ``none_is_text``: the word none is a value of its own, not another way of leaving the setting unset.
     """
     metadata = {
         "help": help,

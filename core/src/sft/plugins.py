@@ -191,17 +191,15 @@ class Plugins:
     def ask(self, name: str, hook: str, **arguments: Any) -> Any:
         """Call ``hook`` of one plugin alone; None when it does not implement it."""
         others = [plugin for other, plugin in self.manager.list_name_plugin() if other != name]
-        results = self.manager.subset_hook_caller(hook, remove_plugins=others)(**arguments)
-        return results[0] if isinstance(results, list) and results else (results or None)
+        caller = self.manager.subset_hook_caller(hook, remove_plugins=others)
+        found = caller(**arguments)
+        if caller.spec is not None and caller.spec.opts.get("firstresult"):
+            return found  # itself, though it may be a list
+        return found[0] if found else None
 
-    def each(self, hook: str) -> list[tuple[str, Any]]:
-        """The plugins that implement ``hook``, in calling order, each with a caller of it alone."""
-        named = self.manager.list_name_plugin()
-        found = [str(one.plugin_name) for one in reversed(getattr(self.hook, hook).get_hookimpls())]
-        return [
-            (name, self.manager.subset_hook_caller(hook, remove_plugins=[p for n, p in named if n != name]))
-            for name in found
-        ]
+    def implementing(self, hook: str) -> list[str]:
+        """The names of the plugins that implement ``hook``, in calling order."""
+        return [str(one.plugin_name) for one in reversed(getattr(self.hook, hook).get_hookimpls())]
 
     def provider(self, hook: str) -> str | None:
         """The name of the plugin that implements ``hook``, where one does."""

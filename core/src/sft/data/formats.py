@@ -31,7 +31,8 @@ class Formats:
         self.name = ""
         """The format, once a record has been read."""
         self._place = ""
-        self._plugins = plugins.each("sft_record_format")
+        self._plugins = plugins
+        self._providers = plugins.implementing("sft_record_format")
 
     def turns(self, record: Record) -> Conversation:
         """The turns of ``record``.
@@ -55,8 +56,8 @@ class Formats:
         return Conversation(turns, record.place)
 
     def _read(self, value: dict[str, Any]) -> tuple[str, list[Turn]]:
-        for plugin, ask in self._plugins:
-            turns = ask(record=value)
+        for plugin in self._providers:
+            turns = self._plugins.ask(plugin, "sft_record_format", record=value)
             if turns is not None:
                 return f"the format of plugin {plugin}", turns
         name = recognise(value)

@@ -64,7 +64,8 @@ def test_evaluate_prints_one_line_of_json_and_nothing_else(typed: Type, models: 
     expected = evaluating.evaluate({**values, "eval_with_do_generation": True}, None, lambda text: None)
     assert {**found, "eval_seconds": 0} == {**expected, "eval_seconds": 0}
     assert "dev data: 7 records" in result.stderr
-    shown = typed("evaluate", *line, "--eval_with_do_generation", "false").stdout.splitlines()
+    plain = [*line[:6], "--eval_with_do_generation", "false", *line[-2:]]
+    shown = typed("evaluate", *plain).stdout.splitlines()
     assert shown[0] == f"loss {expected['eval_loss']:.4f}"
     assert [text.split()[0] for text in shown] == ["loss", "ppl", "accuracy"]
 
@@ -75,6 +76,7 @@ def test_evaluate_prints_one_line_of_json_and_nothing_else(typed: Type, models: 
         ([], "dataset_name_or_path is not set"),
         (["--max_length", "1"], "max_length: expected a whole number of at least 2"),
         (["--top_p", "0.5"], "temperature and top_p do nothing while top_k is 1"),
+        (["--seed", "3"], "seed: no answers are asked for; set eval_with_do_generation, or leave it out"),
         (["--eval_with_do_generation", "perhaps"], "expected true or false"),
     ],
 )
@@ -123,6 +125,21 @@ def test_draws_follow_the_options(typed: Type, alone: Any) -> None:
         found = typed("generate", *SHORT, *drawn, "--seed", str(seed), "--prompt", "coat").stdout
         assert found == alone("coat", seed, **settings) + "\n"
     assert alone("coat", 1, **settings) != alone("coat", 2, **settings)
+
+
+def test_another_chat_template_is_used(typed: Type, paddle: Any, models: Path, dataset: Path) -> None:
+    """Without one, a prompt is its text alone; all three commands take it."""
+    from sft.models.generation import answer
+
+    plain = adapters.load_for_inference(str(models / MODEL), None, lambda text: None, chat_template="none")
+    expected = answer(*plain, [Turn("user", "coat")], GenerationArguments(max_new_tokens=6), 42) + "\n"
+    option = ("--chat_template", "none")
+    assert typed("generate", *SHORT, *option, "--prompt", "coat").stdout == expected
+    assert typed("chat", *SHORT, *option, lines="coat").stdout == expected
+    assert typed("generate", *SHORT, "--prompt", "coat").stdout != expected
+    data = ("--dataset_name_or_path", str(dataset), "--json")
+    losses = [json.loads(typed("evaluate", *data, *more).stdout)["eval_loss"] for more in ((), option)]
+    assert abs(losses[0] - losses[1]) > 0.01
 
 
 @pytest.mark.parametrize(

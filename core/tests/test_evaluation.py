@@ -204,6 +204,31 @@ def test_processes_share_the_questions(train: Train, tmp_path: Path) -> None:
     assert [lines[n % 3][n // 3] for n in range(7)] == lines_of(tmp_path / "alone.jsonl")
 
 
+def test_loss_and_answers_are_computed_in_the_precision_of_the_run(train: Train) -> None:
+    """The model goes forward in the run's autocast context, whatever that is, and nowhere else."""
+    from contextlib import contextmanager
+
+    from sft.training.evaluation import measure, score
+
+    train(plugins=(Catch,), max_steps=1, **GENERATES)
+    run, within, seen = Catch.runs[0], [False], []
+
+    class Precision:
+        @contextmanager
+        def autocast(self) -> Any:
+            within[0] = True
+            yield
+            within[0] = False
+
+    run.precision = Precision()  # type: ignore[assignment]
+    run.model.llama.register_forward_pre_hook(lambda layer, inputs: seen.append(within[0]))
+    for compute in (lambda: measure(run), lambda: score(run, None)):
+        seen.clear()
+        assert compute()
+        assert seen
+        assert all(seen)
+
+
 def test_what_cannot_be_answered_is_refused_before_training(train: Train, tmp_path: Path, dataset: Path) -> None:
     with pytest.raises(sft.UsageError, match="eval_with_do_generation answers dev data"):
         train(dataset_name_or_path=str(dataset / "train.json"), **GENERATES)
@@ -240,7 +265,7 @@ def test_what_would_be_ignored_is_refused(models: Path, dataset: Path, distribut
     distribute("idle", "import sft\n\nclass Idle(sft.Plugin):\n    name = 'idle'\n", {"idle": "Idle"})
     with pytest.raises(sft.UsageError, match="Plugin idle has no part in sft evaluate"):
         evaluate(model, dataset, plugins=["idle"])
-    with pytest.raises(sft.UsageError, match="generations holds the answers of eval_with_do_generation"):
+    with pytest.raises(sft.UsageError, match="generations: no answers are asked for; set eval_with_do_generation"):
         evaluate(model, dataset, generations=tmp_path / "answers")
 
 

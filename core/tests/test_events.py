@@ -103,7 +103,7 @@ def test_events_tell_what_has_happened(train: Train, metrics: Metrics, tmp_path:
     assert all(set(record) == keys for record in steps)
     assert steps == [line for line in lines if "loss" in line]
     assert [set(record) for record in evaluations] == [
-        {"step", "epoch", "eval_loss", "eval_seconds", "eval_tokens"}
+        {"step", "epoch", "eval_loss", "eval_ppl", "eval_accuracy", "eval_seconds", "eval_tokens"}
     ] * 2
     found = [{key: value for key, value in record.items() if key != "eval_seconds"} for record in evaluations]
     assert found == [line for line in lines if "eval_loss" in line]

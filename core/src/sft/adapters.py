@@ -180,15 +180,17 @@ def load_for_inference(
     say: Callable[[str], None],
     requested: Sequence[str] = (),
     plugins: Plugins | None = None,
+    chat_template: str | None = None,
 ) -> tuple[Any, Tokenizer]:
     """A model, with an adapter over it if one is given, and its tokenizer; a quantizer may be ``requested``.
 
-    ``plugins``: those of :func:`plugins_for`, where the caller needs them too.
+    ``plugins``: those of :func:`plugins_for`, where the caller needs them too. ``chat_template``: a file, or none;
+    unset, that of the adapter's run, else the model's own.
     """
     plugins = plugins or plugins_for(adapter, requested)
     runtime.require_paddle()
     folder = find_model(model)
-    tokenizer = Tokenizer(folder, chat_template=trained_template(adapter))
+    tokenizer = Tokenizer(folder, chat_template=chat_template or trained_template(adapter))
     say(runtime.prepare())
 
     from sft.models.loading import open_model

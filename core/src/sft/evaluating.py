@@ -15,8 +15,9 @@ from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import make_folder
 from sft.models.source import find_model
+from sft.options import options_of
 from sft.running import Run
-from sft.settings import check_draw
+from sft.settings import GenerationArguments, check_draw
 from sft.training.precision import Precision
 
 HOOKS = ("sft_quantizer", "sft_attention_backend", "sft_record_format")
@@ -40,8 +41,12 @@ def evaluate(
     check_draw(settings.generation)
     run = Run(settings, plugins, say)
     files = _dev_files(Path(str(settings.data.dataset_name_or_path)).expanduser())
-    if generations is not None and not settings.data.eval_with_do_generation:
-        raise UsageError("generations holds the answers of eval_with_do_generation, which is not set; set it.")
+    if not settings.data.eval_with_do_generation:
+        idle = [name for name in (*options_of(GenerationArguments), "seed") if name in given]
+        idle += ["generations"] if generations is not None else []
+        if idle:
+            names = ", ".join(idle)
+            raise UsageError(f"{names}: no answers are asked for; set eval_with_do_generation, or leave it out.")
     if generations is not None:
         make_folder(generations.parent)
     runtime.require_paddle()

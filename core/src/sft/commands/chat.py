@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sft.commands.shared import GENERATION, SEED, generation_of, model_options, say, setting_options
+from sft.commands.shared import GENERATION, SEED, TEMPLATE, generation_of, given, model_options, say, setting_options
 from sft.errors import UsageError
 from sft.seams import Turn
 
@@ -19,7 +19,7 @@ HELP = "/exit or Ctrl-D leaves, /reset forgets the conversation, /system TEXT se
 @click.command(name="chat")
 @model_options("A quantizer, where run.json does not name it; no:NAME leaves one out.")
 @click.option("--system", help="A system message; the model's chat template must have a place for it.")
-@setting_options(*GENERATION, seed=SEED)
+@setting_options("chat_template", *GENERATION, chat_template=TEMPLATE, seed=SEED)
 def command(model: str, adapter: str | None, plugins: tuple[str, ...], system: str | None, **settings: Any) -> None:
     """Talk with a model: each line is a turn, and the answer appears as it grows.
 
@@ -34,10 +34,11 @@ def command(model: str, adapter: str | None, plugins: tuple[str, ...], system: s
     from sft.adapters import load_for_inference, plugins_for, refuse_idle
 
     generation, seed = generation_of(settings)
+    template = given(settings).get("chat_template")
     folder = Path(adapter) if adapter else None
     active = plugins_for(folder, plugins)
     refuse_idle(active, plugins, ("sft_quantizer",), "sft chat")
-    loaded, tokenizer = load_for_inference(model, folder, say, plugins=active)
+    loaded, tokenizer = load_for_inference(model, folder, say, plugins=active, chat_template=template)
     chat = Chat(loaded, tokenizer, generation, seed, system)
     if tokenizer.chat_template is None:
         say("note: this model has no chat template, so turns follow each other as they are")

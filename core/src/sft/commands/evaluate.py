@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sft.commands.shared import GENERATION, SEED, given, model_options, say, setting_options
+from sft.commands.shared import GENERATION, SEED, TEMPLATE, given, model_options, say, setting_options
 
 
 @click.command(name="evaluate")
@@ -17,6 +17,7 @@ from sft.commands.shared import GENERATION, SEED, given, model_options, say, set
     *("dataset_name_or_path", "src_length", "max_length", "per_device_eval_batch_size", "chat_template"),
     "eval_with_do_generation",
     *GENERATION,
+    chat_template=TEMPLATE,
     dataset_name_or_path="a folder with dev data (dev.json), or one file",
     eval_with_do_generation="answer the prompts too, and score the answers (BLEU-4, ROUGE-1, -2, -L, each 0 to 1)",
     seed=SEED,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sft.commands.shared import GENERATION, SEED, generation_of, model_options, say, setting_options
+from sft.commands.shared import GENERATION, SEED, TEMPLATE, generation_of, given, model_options, say, setting_options
 from sft.errors import UsageError
 from sft.seams import Turn
 
@@ -26,9 +26,9 @@ HOOKS = ("sft_quantizer", "sft_record_format")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; repeatable.")
 @click.option(
     "--prompts_file", "--prompts-file", "file",
-    help="A file of prompts: one a line, or (.json, .jsonl) data records, whose last answer is the one to give.",
+    help="A file of prompts, one a line, or of data records (.json, .csv and so on), whose last answer is left out.",
 )  # fmt: skip
-@setting_options(*GENERATION, seed=SEED)
+@setting_options("chat_template", *GENERATION, chat_template=TEMPLATE, seed=SEED)
 @click.option(
     "--batch_size", "--batch-size", type=click.IntRange(1), metavar="N",
     help=f"Prompts that are answered together.  [default: {BATCH_SIZE}; 1 when streaming]",
@@ -58,6 +58,7 @@ def command(
     from sft.adapters import load_for_inference, plugins_for, refuse_idle
 
     generation, seed = generation_of(settings)
+    template = given(settings).get("chat_template")
     if prompts and file:
         raise UsageError("--prompt and --prompts_file are both given; leave one of them out.")
     if stream and (as_json or (batch_size or 1) > 1):
@@ -70,7 +71,7 @@ def command(
         raise UsageError(f"{file or 'Standard input'} has no prompt; give --prompt TEXT, a file or lines of text.")
     if stream is None:
         stream = len(questions) == 1 and sys.stdout.isatty() and not as_json
-    loaded, tokenizer = load_for_inference(model, folder, say, plugins=active)
+    loaded, tokenizer = load_for_inference(model, folder, say, plugins=active, chat_template=template)
 
     from sft.data.encoding import encode_prompt
     from sft.models.generation import answers, check_room

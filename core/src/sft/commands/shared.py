@@ -17,6 +17,8 @@ ADAPTER = ("--adapter_path", "--adapter-path", "--lora_path", "--lora-path", "ad
 GENERATION = ("max_new_tokens", "top_k", "top_p", "temperature", "seed")
 """The settings that say how answers are drawn."""
 
+TEMPLATE = "file with a chat template, or none; unset: that of the adapter's run, else the model's own"
+
 SEED = "seed of draws (top_k other than 1): the same seed and prompt give the same answer, in a batch or alone"
 
 

@@ -68,7 +68,7 @@ def measure(run: Run) -> dict[str, Any]:
     loss, correct, targets = 0.0, 0, 0
     was_training = run.model.training
     run.model.eval()
-    with paddle.no_grad():
+    with paddle.no_grad(), run.precision.autocast():
         for batch in batches[run.strategy.data_rank :: run.strategy.data_world]:
             hidden = hidden_states(run.model, batch)
             found = target_scores(hidden, paddle.to_tensor(batch.labels), run.model.lm_head)
@@ -100,7 +100,8 @@ def score(run: Run, path: Path | None) -> dict[str, float]:
     found: list[str] = []
     for start in range(0, len(mine), size):
         prompts = [question.ids for question in mine[start : start + size]]
-        found += answers(run.model, run.tokenizer, prompts, run.settings.generation, run.settings.training.seed)
+        with run.precision.autocast():
+            found += answers(run.model, run.tokenizer, prompts, run.settings.generation, run.settings.training.seed)
     if path is not None:
         path = path if world == 1 else path.with_name(f"{path.stem}-rank-{rank}{path.suffix}")
         lines = [

@@ -138,9 +138,9 @@ def double_quantize(absmax: np.ndarray) -> DoubleAbsmax:
 def cascade_sum(values: np.ndarray) -> np.float32:
     """The sum of float32 [n] in the order in which torch adds on one thread of an x86 CPU, so to the same last bit.
 
-    bitsandbytes subtracts torch's mean, and its last bit decides about some codes. torch has 8 lanes (one for fewer than 8
-    values) and 4 running sums of each. What they have added goes up a level every ``step`` rows, through four levels, so
-    that numbers of similar size meet.
+    bitsandbytes subtracts torch's mean, and its last bit decides about some codes. torch has 8 lanes (one for fewer
+    than 8 values) and 4 running sums of each. What they have added goes up a level every ``step`` rows, through four
+    levels, so that numbers of similar size meet.
     """
     lanes = 8 if len(values) >= 8 else 1
     vectors = values[: len(values) // lanes * lanes].reshape(-1, lanes)

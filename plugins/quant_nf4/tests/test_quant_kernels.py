@@ -132,7 +132,8 @@ def test_a_kernel_that_is_right_computes_all_layers_from_the_one_copy_of_the_cod
 
     monkeypatch.setattr(layers, "PART", 32 * IN)  # several parts
     first, second = (channels_of(bits, group, seed=seed) for seed in (1, 2))
-    kernel, said = StandIn(first, second, group=group), []
+    kernel = StandIn(first, second, group=group)
+    said: list[str] = []
     gpu(kernel)
     layer = layer_with(first, said)
     other = layer_with(second, said, layer.kernel)
@@ -187,7 +188,8 @@ def inputs_swapped(weight: np.ndarray) -> None:
 def test_a_kernel_that_fails_or_differs_is_not_used_and_a_line_says_so(
     paddle: Any, gpu: Any, bits: int, group: int | None, change: Any
 ) -> None:
-    channels, said = channels_of(bits, group), []
+    channels = channels_of(bits, group)
+    said: list[str] = []
     kernel = fails if change is None else StandIn(channels, group=group, change=change)
     gpu(kernel)
     layer = layer_with(channels, said)
@@ -208,7 +210,8 @@ def test_codes_that_are_not_read_back_keep_the_layer_as_it_is(
 ) -> None:
     from sft_quant_nf4.kernels import Packed
 
-    channels, said = channels_of(8, None), []
+    channels = channels_of(8, None)
+    said: list[str] = []
     gpu(StandIn(channels, group=None))
     monkeypatch.setattr(Packed, "values", lambda self, start, stop: paddle.zeros([stop - start, IN]))
     layer = layer_with(channels, said)
@@ -234,7 +237,8 @@ def test_codes_that_are_not_read_back_keep_the_layer_as_it_is(
 def test_what_the_kernel_does_not_do_is_computed_part_by_part(
     paddle: Any, gpu: Any, shape: tuple[int, int], bits: int, group: int | None, settings: dict[str, Any]
 ) -> None:
-    channels, said = channels_of(bits, group, shape), []
+    channels = channels_of(bits, group, shape)
+    said: list[str] = []
     gpu(fails, **settings)
     layer = layer_with(channels, said)
     x = paddle.ones([2, shape[1]])

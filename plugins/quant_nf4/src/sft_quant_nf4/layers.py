@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import paddle
 
-from sft_quant_nf4.codes import INT4_PAIRS, Blocks, Channels, pair_table
+from sft_quant_nf4.codes import DYNAMIC, INT4_PAIRS, Blocks, Channels, pair_table
 from sft_quant_nf4.kernels import Kernel, Packed
 
 PART = 1 << 20
@@ -65,6 +65,18 @@ class _Product(paddle.autograd.PyLayer):
         return grad
 
 
+_tables: dict[tuple[str, str], Any] = {}
+
+
+def _table(name: str) -> Any:
+    """What codes stand for, as one tensor on each device: a tensor takes 4 kB of memory more than its values."""
+    key = (name, paddle.device.get_device())
+    if key not in _tables:
+        values = {"int4": INT4_PAIRS, "double": DYNAMIC}
+        _tables[key] = paddle.to_tensor(values[name] if name in values else pair_table(name))
+    return _tables[key]
+
+
 class BlockLinear(QuantizedLinear):
     """NF4 and FP4: 16 values and an absmax for each block of the flattened weight."""
 
@@ -78,15 +90,13 @@ class BlockLinear(QuantizedLinear):
         codes = np.zeros(-(-count * blocks.blocksize // 2), np.uint8)
         codes[: len(blocks.codes)] = blocks.codes
         self.codes = paddle.to_tensor(codes)
-        self.table = paddle.to_tensor(pair_table(blocks.kind))
+        self.table = _table(blocks.kind)
         if blocks.double is None:
             self.absmax, self.double = paddle.to_tensor(blocks.absmax), None
         else:
-            from sft_quant_nf4.codes import DYNAMIC
-
             held = blocks.double
             self.absmax = None
-            self.double = tuple(map(paddle.to_tensor, (held.codes, held.absmax, DYNAMIC)))
+            self.double = (paddle.to_tensor(held.codes), paddle.to_tensor(held.absmax), _table("double"))
             self.offset = float(held.offset)
 
     def rows(self, start: int, stop: int) -> Any:
@@ -116,7 +126,7 @@ class ChannelLinear(QuantizedLinear):
         self.bits, self.kernel = channels.bits, kernel
         self.packed: Packed | None = None
         self.refused = False
-        self.table = paddle.to_tensor(INT4_PAIRS) if channels.bits == 4 else None
+        self.table = _table("int4") if channels.bits == 4 else None
         self.codes, self.scales = paddle.to_tensor(channels.codes), paddle.to_tensor(channels.scales)
 
     def product(self, x: Any) -> Any:

@@ -181,7 +181,7 @@ def test_targets_by_name_or_regular_expression(adapt: Adapt, asked: Any, expecte
 
 
 @pytest.mark.parametrize("asked", ["q_porj", "lm_head", "embed_tokens", r".*layers\.7\..*", "q_proj,q_porj"])
-def test_a_target_that_matches_nothing_is_refused_with_what_there_is(train: Any, tmp_path: Path, asked: str) -> None:
+def test_trap_a_typo_in_the_targets_is_refused_with_what_there_is(train: Any, tmp_path: Path, asked: str) -> None:
     message = r"matches no layer; this model has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
     with pytest.raises(sft.UsageError, match=message):
         train(lora_target_modules=asked)

@@ -39,6 +39,35 @@ def test_the_scaling_is_alpha_over_the_root_of_the_rank_and_alpha_4_by_default(
     assert scalings == {alpha / math.sqrt(settings.get("lora_rank", 8))}
 
 
+def test_output_and_gradients_are_those_of_the_equation(adapt: Adapt, paddle: Any) -> None:
+    """y = xW + (α/√r)·xAB of the layers that a run makes, in float64 (arXiv 2312.03732, theorem 3.2)."""
+    rank, alpha = 5, 3.0
+    factor = alpha / math.sqrt(rank)
+    generator = np.random.default_rng(3)
+    for layer in layers_of(adapt(plugin=["lora", "rslora"], lora_rank=rank, lora_alpha=alpha))[:7]:
+        for half in (layer.lora_A, layer.lora_B):
+            half.set_value(generator.standard_normal(half.shape).astype(np.float32))
+        sizes = (layer.in_features, layer.out_features)
+        x, g = (generator.standard_normal((2, 5, size)).astype(np.float32) for size in sizes)
+        tensor = paddle.to_tensor(x, stop_gradient=False)
+        y = layer(tensor)
+        (y * paddle.to_tensor(g)).sum().backward()
+
+        w, a, b = (part.numpy().astype(np.float64) for part in (layer.base.weight, layer.lora_A, layer.lora_B))
+        flat, upstream = x.reshape(-1, sizes[0]).astype(np.float64), g.reshape(-1, sizes[1]).astype(np.float64)
+        expected = {
+            "y": flat @ w + factor * flat @ a @ b,
+            "x": upstream @ w.T + factor * upstream @ b.T @ a.T,
+            "A": factor * flat.T @ (upstream @ b.T),
+            "B": factor * (flat @ a).T @ upstream,
+        }
+        found = {"y": y, "x": tensor.grad, "A": layer.lora_A.grad, "B": layer.lora_B.grad}
+        for name, value in expected.items():
+            error = np.abs(found[name].numpy().reshape(value.shape) - value).max()
+            assert error < 1e-6 * np.abs(value).max(), name
+        assert layer.base.weight.grad is None
+
+
 def test_its_name_as_a_setting_switches_it_on(adapt: Adapt) -> None:
     assert {layer.scaling for layer in layers_of(adapt(rslora=True, lora_rank=4))} == {2.0}
     assert {layer.scaling for layer in layers_of(adapt(rslora=False, lora_rank=16, lora_alpha=4))} == {0.25}

@@ -44,16 +44,33 @@ def test_double_quantization_is_that_of_bitsandbytes(bitsandbytes: dict[str, np.
     same(found.read().reshape(-1)[:: 37 if name == "large" else 1], bitsandbytes[f"{key}.dequantized"])
 
 
-def test_many_nested_codes_are_those_of_bitsandbytes(bitsandbytes: dict[str, np.ndarray]) -> None:
-    """Enough for the rounding of bitsandbytes' table to show; torch's float32 mean differs in its last bits."""
-    values, offset = bitsandbytes["nested.values"], bitsandbytes["nested.offset"][0]
-    found, absmax = codes._eight_bits(values - offset)
-    same(found, bitsandbytes["nested.codes"])
-    same(absmax, bitsandbytes["nested.absmax"])
-    assert double_quantize(values).offset == pytest.approx(offset, rel=3e-7)
-    exact = (values - offset).reshape(-1, 256) / absmax[:, None]
-    nearest = np.abs(exact.reshape(-1, 1) - codes.DYNAMIC).argmin(axis=1)
-    assert (nearest != found).sum() >= 2
+@pytest.mark.parametrize("name", ["nested", "summed"])
+def test_many_nested_codes_are_those_of_bitsandbytes(bitsandbytes: dict[str, np.ndarray], name: str) -> None:
+    """Enough for two things to show: the rounding of bitsandbytes' table, and the order of torch's sum."""
+    values = bitsandbytes[f"{name}.values"]
+    found = double_quantize(values)
+    same(found.codes, bitsandbytes[f"{name}.codes"])
+    same(found.absmax, bitsandbytes[f"{name}.absmax"])
+    assert found.offset == bitsandbytes[f"{name}.offset"][0]
+    if name == "nested":
+        exact = (values - found.offset).reshape(-1, 256) / found.absmax[:, None]
+        nearest = np.abs(exact.reshape(-1, 1) - codes.DYNAMIC).argmin(axis=1)
+        assert (nearest != found.codes).sum() >= 2
+    else:  # what another last bit of the offset does
+        others, absmax = codes._eight_bits(values - np.nextafter(found.offset, np.float32(0)))
+        assert (others != found.codes).any()
+        assert (absmax != found.absmax).any()
+
+
+def test_the_offset_is_torchs_mean_bit_by_bit(bitsandbytes: dict[str, np.ndarray]) -> None:
+    """Of as many values as make torch add in one lane or eight, in one level or in all four."""
+    exactly = 0
+    for size, offset in zip(bitsandbytes["means.sizes"], bitsandbytes["means.offset"], strict=True):
+        whole = (np.arange(size) * 2654435761 % 2**32) >> 8  # the 24 bits of make_bitsandbytes.spread
+        values = whole.astype(np.float32) / np.float32(2**24)
+        assert codes.cascade_sum(values) / np.float32(size) == offset, size
+        exactly += np.float32(whole.sum() / size / 2**24) == offset
+    assert exactly < len(bitsandbytes["means.sizes"])  # the order shows: the best rounding is another
 
 
 def plain(weight: np.ndarray, kind: str, blocksize: int) -> tuple[np.ndarray, np.ndarray]:

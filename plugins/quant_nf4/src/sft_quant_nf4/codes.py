@@ -8,7 +8,9 @@ INT4: absmax / 7 of each output channel, or of each group of ``group`` inputs; s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -129,8 +131,43 @@ DYNAMIC = _dynamic_map()
 
 def double_quantize(absmax: np.ndarray) -> DoubleAbsmax:
     """absmax float32 [blocks] → 8 bits each."""
-    offset = np.float32(absmax.mean())
+    offset = cascade_sum(absmax) / np.float32(len(absmax))
     return DoubleAbsmax(*_eight_bits(absmax - offset), offset)
+
+
+def cascade_sum(values: np.ndarray) -> np.float32:
+    """The sum of float32 [n] in the order in which torch adds on one thread of an x86 CPU, so to the same last bit.
+
+    bitsandbytes subtracts torch's mean, and its last bit decides about some codes. torch has 8 lanes (one for fewer
+    than 8 values) and 4 running sums of each. What they have added goes up a level every ``step`` rows, through four
+    levels, so that numbers of similar size meet.
+    """
+    lanes = 8 if len(values) >= 8 else 1
+    vectors = values[: len(values) // lanes * lanes].reshape(-1, lanes)
+    count = len(vectors) // 4
+    rows = vectors[: 4 * count].reshape(count, 4 * lanes)
+    power = max(4, max(count - 1, 0).bit_length() // 4)
+    step = 1 << power
+    levels = np.zeros((4, 4 * lanes), np.float32)
+    for start in range(0, count - step + 1, step):
+        levels[0] = _in_order(rows[start : start + step])
+        for level in range(1, 4):
+            levels[level] += levels[level - 1]
+            levels[level - 1] = 0
+            if (start + step) & ((step - 1) << (level * power)):
+                break
+    levels[0] = _in_order(rows[count // step * step :])
+    first, *others = _in_order(levels).reshape(4, lanes)
+    of_lanes = _in_order([first, *vectors[4 * count :], *others])
+    return np.float32(_in_order([*values[vectors.size :], *of_lanes]))
+
+
+def _in_order(terms: Iterable[Any]) -> Any:
+    """Their float32 sum, added one after the other, which numpy's own sum does not promise."""
+    total = np.float32(0)
+    for term in terms:
+        total = total + term
+    return total
 
 
 def _eight_bits(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import paddle
 
-from sft_quant_nf4.codes import INT4_PAIRS, Blocks, Channels, pair_table
+from sft_quant_nf4.codes import DYNAMIC, INT4_PAIRS, Blocks, Channels, pair_table
+from sft_quant_nf4.kernels import Kernel, Packed
 
 PART = 1 << 20
 """Weight values that exist in float32 at a time."""
@@ -38,6 +39,11 @@ class QuantizedLinear(paddle.nn.Layer, ABC):
         y = _Product.apply(x, self)
         return y if self.bias is None else y + self.bias.astype(y.dtype)
 
+    def product(self, x: Any) -> Any:
+        """x [..., in] → x·W [..., out], without gradients."""
+        parts = [paddle.matmul(x, self.rows(*part).astype(x.dtype), transpose_y=True) for part in self.parts]
+        return parts[0] if len(parts) == 1 else paddle.concat(parts, axis=-1)
+
 
 class _Product(paddle.autograd.PyLayer):
     """x [..., in] → x·W [..., out]; saves nothing, so a float copy of W never outlives a part."""
@@ -45,8 +51,7 @@ class _Product(paddle.autograd.PyLayer):
     @staticmethod
     def forward(ctx: Any, x: Any, layer: QuantizedLinear) -> Any:
         ctx.layer, ctx.wanted = layer, not x.stop_gradient
-        parts = [paddle.matmul(x, layer.rows(*part).astype(x.dtype), transpose_y=True) for part in layer.parts]
-        return parts[0] if len(parts) == 1 else paddle.concat(parts, axis=-1)
+        return layer.product(x)
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
@@ -58,6 +63,18 @@ class _Product(paddle.autograd.PyLayer):
             share = paddle.matmul(upstream[..., start:stop], weight)
             grad = share if grad is None else grad.add_(share)
         return grad
+
+
+_tables: dict[tuple[str, str], Any] = {}
+
+
+def _table(name: str) -> Any:
+    """What codes stand for, as one tensor on each device: a tensor takes 4 kB of memory more than its values."""
+    key = (name, paddle.device.get_device())
+    if key not in _tables:
+        values = {"int4": INT4_PAIRS, "double": DYNAMIC}
+        _tables[key] = paddle.to_tensor(values[name] if name in values else pair_table(name))
+    return _tables[key]
 
 
 class BlockLinear(QuantizedLinear):
@@ -73,15 +90,13 @@ class BlockLinear(QuantizedLinear):
         codes = np.zeros(-(-count * blocks.blocksize // 2), np.uint8)
         codes[: len(blocks.codes)] = blocks.codes
         self.codes = paddle.to_tensor(codes)
-        self.table = paddle.to_tensor(pair_table(blocks.kind))
+        self.table = _table(blocks.kind)
         if blocks.double is None:
             self.absmax, self.double = paddle.to_tensor(blocks.absmax), None
         else:
-            from sft_quant_nf4.codes import DYNAMIC
-
             held = blocks.double
             self.absmax = None
-            self.double = tuple(map(paddle.to_tensor, (held.codes, held.absmax, DYNAMIC)))
+            self.double = (paddle.to_tensor(held.codes), paddle.to_tensor(held.absmax), _table("double"))
             self.offset = float(held.offset)
 
     def rows(self, start: int, stop: int) -> Any:
@@ -101,20 +116,36 @@ class BlockLinear(QuantizedLinear):
 
 
 class ChannelLinear(QuantizedLinear):
-    """INT8 and INT4: whole numbers, and a scale for each output channel or each group of its inputs."""
+    """INT8 and INT4: whole numbers, and a scale for each output channel or each group of its inputs.
 
-    def __init__(self, channels: Channels, bias: np.ndarray | None) -> None:
-        super().__init__(channels.shape, bias, 1)
-        self.table = paddle.to_tensor(INT4_PAIRS) if channels.bits == 4 else None
+    ``codes`` as in :class:`Channels`, until ``kernel`` takes the layer over; then they are in ``packed`` alone.
+    """
+
+    def __init__(self, channels: Channels, bias: np.ndarray | None, kernel: Kernel | None = None) -> None:
+        super().__init__(channels.shape, bias, 4)  # parts begin where tiles of the kernel's layout do
+        self.bits, self.kernel = channels.bits, kernel
+        self.packed: Packed | None = None
+        self.refused = False
+        self.table = _table("int4") if channels.bits == 4 else None
         self.codes, self.scales = paddle.to_tensor(channels.codes), paddle.to_tensor(channels.scales)
 
+    def product(self, x: Any) -> Any:
+        if self.kernel is not None and self.kernel.takes(self, x):
+            assert self.packed is not None
+            return self.packed.product(x)
+        return super().product(x)
+
     def rows(self, start: int, stop: int) -> Any:
-        codes = self.codes[start:stop]
-        if self.table is None:
-            values = codes.astype("float32")
-        else:
-            pairs = paddle.gather(self.table, codes.reshape([-1]).astype("int32"))
-            values = pairs.reshape([stop - start, -1])[:, : self.in_features]
-        scales = self.scales[start:stop]
+        values, scales = self.values(start, stop), self.scales[start:stop]
         grouped = values.reshape([stop - start, scales.shape[1], -1]) * scales.unsqueeze(-1)
         return grouped.reshape([stop - start, self.in_features])
+
+    def values(self, start: int, stop: int) -> Any:
+        """The whole numbers of rows ``start`` to ``stop``, float32 [rows, in]."""
+        if self.packed is not None:
+            return self.packed.values(start, stop)
+        codes = self.codes[start:stop]
+        if self.table is None:
+            return codes.astype("float32")
+        pairs = paddle.gather(self.table, codes.reshape([-1]).astype("int32"))
+        return pairs.reshape([stop - start, -1])[:, : self.in_features]

@@ -25,6 +25,11 @@ class _Quantizer:
         return self._make(weight.T, bias)
 
 
+def _say(run: Run | None) -> Callable[[str], None]:
+    """Merging and generating quantize without a run, and without a word."""
+    return run.say if run is not None else lambda text: None
+
+
 @dataclass
 class Nf4Options:
     weight_quantize_algo: str | None = sft.option(None, "PaddleNLP's way of asking for this plugin", choices=("nf4",))
@@ -101,9 +106,11 @@ class Int8(sft.Plugin):
     @sft.hookimpl
     def sft_quantizer(self, run: Run) -> Quantizer:
         from sft_quant_nf4.codes import quantize_channels
+        from sft_quant_nf4.kernels import Kernel
         from sft_quant_nf4.layers import ChannelLinear
 
-        return _Quantizer(lambda weight, bias: ChannelLinear(quantize_channels(weight, 8, None), bias))
+        kernel = Kernel(_say(run))
+        return _Quantizer(lambda weight, bias: ChannelLinear(quantize_channels(weight, 8, None), bias, kernel))
 
 
 class Int4(sft.Plugin):
@@ -117,13 +124,14 @@ class Int4(sft.Plugin):
     @sft.hookimpl
     def sft_quantizer(self, run: Run) -> Quantizer:
         from sft_quant_nf4.codes import quantize_channels
+        from sft_quant_nf4.kernels import Kernel
         from sft_quant_nf4.layers import ChannelLinear
 
-        group = self.options.weight_only_group_size
+        group, kernel = self.options.weight_only_group_size, Kernel(_say(run))
 
         def make(weight: np.ndarray, bias: np.ndarray | None) -> Any:
             if group and weight.shape[1] % group:
                 raise UsageError(f"weight_only_group_size {group} does not divide {weight.shape[1]} inputs of a layer.")
-            return ChannelLinear(quantize_channels(weight, 4, group), bias)
+            return ChannelLinear(quantize_channels(weight, 4, group), bias, kernel)
 
         return _Quantizer(make)

@@ -311,11 +311,11 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     ),
     "resume_from_checkpoint": (
         "goes on from a checkpoint",
-        "core/tests/test_checkpoint.py::test_a_resumed_run_is_the_run_that_was_never_stopped",
+        "core/tests/test_resuming.py::test_a_resumed_run_is_the_run_that_was_never_stopped",
     ),
     "overwrite_output_dir": (
         "replaces the run in output_dir",
-        "core/tests/test_training.py::test_overwriting_removes_the_old_run_and_nothing_else",
+        "core/tests/test_run_refused.py::test_overwriting_removes_the_old_run_and_nothing_else",
     ),
     "fp16_opt_level": ("O2: 16-bit weights, float32 masters", "core/tests/test_precision.py::test_levels"),
     "recompute": (

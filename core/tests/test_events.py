@@ -39,7 +39,21 @@ def test_hooks_are_called_in_the_order_of_their_page(train: Train) -> None:
     """hookspecs.py promises it, so that reading it explains a run."""
     events: list[str] = []
     settings = {"max_steps": 2, "evaluation_strategy": "steps", "save_strategy": "steps", "save_steps": 1}
-    train("out", (recording(events, ADAPTER_FOLDERS),), **settings)
+
+    class Adapter(recording(events, ADAPTER_FOLDERS)):  # type: ignore[misc]
+        """A quantizer is refused without an adapter; this one trains the norms."""
+
+        @sft.hookimpl
+        def sft_adapt_model(self, run: sft.Run, model: Any) -> None:
+            events.append("sft_adapt_model")
+            for name, parameter in model.named_parameters():
+                parameter.stop_gradient = "norm" not in name
+
+        @sft.hookimpl
+        def sft_export_adapter(self, run: sft.Run, model: Any) -> sft.AdapterFiles:
+            return sft.AdapterFiles({"peft_type": "NORMS"}, {"norm": model.llama.norm.weight.numpy()})
+
+    train("out", (Adapter,), **settings)
     assert events.count("sft_record_format") == 37
     building = [
         "sft_check",

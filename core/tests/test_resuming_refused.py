@@ -79,18 +79,57 @@ def test_nothing_is_said_where_nothing_changed(train: Train, stopped: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_rank": 4}, r"down_proj\.lora_A: \[48, 8\] there, \[48, 4\] in this run"),
-        ({"lora_target_modules": ["q_proj"]}, r"down_proj\.lora_A: \[48, 8\] there, none in this run"),
+        ({"lora_rank": 4}, "with lora_rank 8 of plugin lora, and this run has 4"),
+        (
+            {"lora_target_modules": ["q_proj"]},
+            r"with lora_target_modules \[\] of plugin lora, .* \['q_proj'\]",
+        ),
+        ({"lora_alpha": 4}, r"with lora_alpha None of plugin lora, and this run has 4\.0"),
+        ({"plugin": ["lora", "rslora"]}, "with plugins lora, and this run has lora, rslora"),
+        ({"plugin": []}, "with plugins lora, and this run has none"),
     ],
 )
-def test_other_trainable_parameters_are_refused(
+def test_other_shaping_plugins_and_options_are_refused(
     train: Train, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     stop(train, 4, **SETTINGS, **LORA)
     before = contents(tmp_path / "out", without=())
-    with pytest.raises(sft.UsageError, match=rf"was trained with other parameters .*{message}"):
-        train(resume_from_checkpoint="auto", **SETTINGS, **{**LORA, **changes})
+    kept = {} if changes.get("plugin") == [] else LORA
+    with pytest.raises(sft.UsageError, match=rf"was trained {message}; resume with the same"):
+        train(resume_from_checkpoint="auto", **{**SETTINGS, **kept, **changes})
     assert contents(tmp_path / "out", without=()) == before
+
+
+def test_other_trainable_parameters_are_refused(train: Train, tmp_path: Path) -> None:
+    """A plugin that trains other layers than before, without an option that says so."""
+
+    def training(*names: str) -> type[sft.Plugin]:
+        class Only(sft.Plugin):
+            name = "only"
+
+            @sft.hookimpl
+            def sft_adapt_model(self, run: sft.Run, model: Any) -> None:
+                for name, parameter in model.named_parameters():
+                    parameter.stop_gradient = not name.endswith(names)
+
+            @sft.hookimpl
+            def sft_export_adapter(self, run: sft.Run, model: Any) -> sft.AdapterFiles:
+                return sft.AdapterFiles({"peft_type": "ONLY"}, {"norm": model.llama.norm.weight.numpy()})
+
+        return Only
+
+    train(plugins=(training("q_proj.weight"),), **SETTINGS)
+    message = r"was trained with other parameters .*k_proj\.weight: none there, \[32, 16\] in this run"
+    with pytest.raises(sft.UsageError, match=message):
+        train(plugins=(training("k_proj.weight"),), resume_from_checkpoint="auto", **{**SETTINGS, "max_steps": 14})
+
+
+@needs_lora
+def test_an_attention_backend_may_come_and_go(train: Train, tmp_path: Path) -> None:
+    """It is how something is computed, not what."""
+    pytest.importorskip("sft_attn_flashmask", reason="the attention plugins are not installed")
+    stop(train, 4, **SETTINGS, **LORA)
+    train(resume_from_checkpoint="auto", **{**SETTINGS, **LORA, "plugin": ["lora", "flashmask"]})
 
 
 @pytest.mark.parametrize(

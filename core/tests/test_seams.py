@@ -37,6 +37,8 @@ def steps_of(folder: Path, metrics: Metrics) -> list[dict[str, Any]]:
 class Pairs:
     """Two records a row."""
 
+    packs = True
+
     def __init__(self, run: sft.Run) -> None:
         self.pad_id = run.tokenizer.pad_id
 
@@ -120,10 +122,18 @@ def test_an_attention_backend_computes_training_and_evaluation(train: Train, met
 
 
 def test_a_backend_that_cannot_keep_documents_apart_refuses_packing(train: Train, tmp_path: Path) -> None:
+    """At once where the collator says that it packs; at the first such row where it does not."""
     message = "Plugin packing packs several records into a row, and attention backend plain-attention"
     with pytest.raises(sft.UsageError, match=message):
         train("out", (Packing, PlainAttention))
     assert not (tmp_path / "out").exists()
+
+    class Silent(Pairs):
+        packs = False
+
+    silent = providing("sft_collator", Silent, "silent")
+    with pytest.raises(sft.UsageError, match="attention backend Backend would let them see each other"):
+        train("out", (silent, PlainAttention), do_eval=False)
 
 
 def test_such_a_backend_is_welcome_where_nothing_is_packed(train: Train) -> None:
@@ -154,16 +164,16 @@ def test_a_parallel_strategy_is_asked_for_everything_that_crosses_processes(
                 calls.append(("sum", len(values)))
                 return super().sum(values)
 
-            def clip(self, parameters: Any, max_norm: float) -> float:
-                calls.append(("clip", max_norm))
-                return super().clip(parameters, max_norm)
+            def grad_norm(self, parameters: Any) -> float:
+                calls.append(("grad_norm", len(parameters)))
+                return super().grad_norm(parameters)
 
         return Noting(run)
 
     train("with", (providing("sft_parallel_strategy", strategy),), max_steps=2, max_grad_norm=0.7)
     train("without", max_steps=2, max_grad_norm=0.7)
-    step = [("sum", 3), ("backward", pytest.approx(1.0)), ("sum", 1), ("clip", 0.7)]
-    assert calls == [("sum", 2), ("wrap", True), *step, *step, ("sum", 2)]
+    step = [("sum", 3), ("backward", pytest.approx(1.0)), ("sum", 1), ("grad_norm", 20)]
+    assert calls == [("sum", 3), ("wrap", True), *step, *step, ("sum", 3)]
     assert metrics(tmp_path / "with", same=True) == metrics(tmp_path / "without", same=True)
 
 

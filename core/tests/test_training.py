@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from run_files import largest_difference, steps_of, weights_of
 
@@ -136,30 +135,6 @@ def test_draws_of_a_step_are_a_function_of_seed_step_and_rank(paddle: Any) -> No
 
 
 # --- clipping -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("max_norm", [0.5, 2.0, 1e6, 0.0])
-def test_clipping_is_by_the_global_norm(paddle: Any, max_norm: float) -> None:
-    from sft.training.strategy import SingleProcess
-
-    generator = np.random.default_rng(8)
-    gradients = [generator.standard_normal(shape).astype(np.float32) for shape in ((5, 3), (7,), (1,))]
-    parameters = [paddle.create_parameter(gradient.shape, "float32") for gradient in gradients]
-    idle = paddle.create_parameter([2], "float32")
-    paddle.add_n([(p * paddle.to_tensor(g)).sum() for p, g in zip(parameters, gradients, strict=True)]).backward()
-    found = SingleProcess(None).clip([*parameters, idle], max_norm)
-    norm = np.sqrt(sum((gradient.astype(np.float64) ** 2).sum() for gradient in gradients))
-    factor = min(1.0, max_norm / norm) if max_norm else 1.0
-    assert found == pytest.approx(norm, rel=1e-6)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        np.testing.assert_allclose(parameter.grad.numpy(), gradient * factor, rtol=1e-6)
-    assert idle.grad is None
-
-
-def test_without_gradients_the_norm_is_zero(paddle: Any) -> None:
-    from sft.training.strategy import SingleProcess
-
-    assert SingleProcess(None).clip([paddle.create_parameter([2], "float32")], 1.0) == 0.0
 
 
 def test_a_run_steps_with_the_clipped_gradients(train: Train, metrics: Metrics, tmp_path: Path) -> None:

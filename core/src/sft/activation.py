@@ -77,6 +77,15 @@ def choose(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], 
     return chosen, left
 
 
+def switched_off(values: Mapping[str, Any], chosen: Iterable[str]) -> list[str]:
+    """Plugins that a given setting could have requested and did not: ``name: false``, or another value of X."""
+    ways = {**_switches(), **requests("number")}
+    for key, cases in _value_requests().items():
+        ways[key] = [*ways.get(key, []), *(name for names in cases.values() for name in names)]
+    found = [name for key, names in ways.items() if key in values for name in names]
+    return [name for name in dict.fromkeys(found) if name not in chosen]
+
+
 def explicit(values: Mapping[str, Any]) -> set[str]:
     """The plugins that ``values`` request by name."""
     return {canonical(name) for name in _asked(values.get("plugin", []))}

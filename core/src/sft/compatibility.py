@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft.errors import UsageError
+from sft.options import options_of
+from sft.plugins import Plugins, import_plugin
+from sft.settings import known_names
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,20 @@ def explain(values: Mapping[str, Any], known: set[str]) -> tuple[dict[str, Any],
             raise UsageError(f"{name} {value!r} is not possible here: {foreign.reason}; take it out.")
         found.append((f"{name} {str(value).lower() if isinstance(value, bool) else value}", foreign.reason))
     return left, found
+
+
+def of_idle_plugins(
+    values: Mapping[str, Any], active: Plugins, off: Iterable[str]
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """``values`` without options of the plugins in ``off``, which a setting switches off; and those options."""
+    known, owners = known_names(active), {}
+    for name in off:
+        declared = getattr(import_plugin(name), "Options", None)
+        for found in options_of(declared).values() if declared is not None else ():
+            owners.update(dict.fromkeys((found.name, *found.aliases), name))
+    idle = {key for key in values if key in owners and key not in known}
+    pairs = [(f"{key} {values[key]}", f"plugin {owners[key]} is switched off") for key in values if key in idle]
+    return {key: value for key, value in values.items() if key not in idle}, pairs
 
 
 def listing(pairs: Iterable[tuple[str, str]]) -> str:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft import assembly, checks, runtime
-from sft.activation import choose, explicit
-from sft.compatibility import explain, listing
+from sft.activation import choose, explicit, switched_off
+from sft.compatibility import explain, listing, of_idle_plugins
 from sft.data.batches import Data
 from sft.data.encoding import Encoded
 from sft.data.sources import find_files
@@ -142,6 +142,7 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
     """Resolve plugins and settings and run every check that is instant; nothing heavy is imported."""
     names, left = choose(values, core_options())
     active = Plugins.load(names, extra, explicit(values))
+    left, idle = of_idle_plugins(left, active, switched_off(values, active.names))
     left, foreign = explain(left, known_names(active))
     settings = build(left, active)
     active.start(settings.options)
@@ -150,7 +151,7 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
     for name in ("model_name_or_path", "dataset_name_or_path", "output_dir"):
         if not given[name]:
             raise UsageError(f"{name} is not set; add --{name} VALUE or put it into the settings file.")
-    without_effect = [*foreign, *checks.check_settings(settings)]
+    without_effect = [*foreign, *idle, *checks.check_settings(settings)]
     if without_effect:
         say(listing(without_effect))
     checks.check_plugins(current)

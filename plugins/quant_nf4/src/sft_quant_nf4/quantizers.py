@@ -33,15 +33,23 @@ def _say(run: Run | None) -> Callable[[str], None]:
 @dataclass
 class Nf4Options:
     weight_quantize_algo: str | None = sft.option(None, "PaddleNLP's way of asking for this plugin", choices=("nf4",))
-    qlora_weight_blocksize: int = sft.option(64, "values that share an absmax", minimum=2)
-    qlora_weight_double_quant: bool = sft.option(False, "store the absmax in 8 bits too")
+    qlora_weight_blocksize: int = sft.option(
+        64, "values that share an absmax", minimum=2, aliases=("weight_blocksize",)
+    )
+    qlora_weight_double_quant: bool = sft.option(
+        False, "store the absmax in 8 bits too", aliases=("weight_double_quant",)
+    )
 
 
 @dataclass
 class Fp4Options:
     weight_quantize_algo: str | None = sft.option(None, "PaddleNLP's way of asking for this plugin", choices=("fp4",))
-    qlora_weight_blocksize: int = sft.option(64, "values that share an absmax", minimum=2)
-    qlora_weight_double_quant: bool = sft.option(False, "store the absmax in 8 bits too")
+    qlora_weight_blocksize: int = sft.option(
+        64, "values that share an absmax", minimum=2, aliases=("weight_blocksize",)
+    )
+    qlora_weight_double_quant: bool = sft.option(
+        False, "store the absmax in 8 bits too", aliases=("weight_double_quant",)
+    )
 
 
 @dataclass

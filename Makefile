@@ -24,8 +24,9 @@ help: ## Say what each target does
 demo: .venv/installed-$(DEVICE) ## Install, then run the demo
 	$(BIN)/sft demo $(ARGS)
 
+# One process a core, each with one thread: faster than one process with all of them.
 test: .venv/installed-test ## Run the tests, without the slow ones
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto $(ARGS)
 
 # pytest exits with 5 when there is no such test, which is no failure here.
 test-slow: .venv/installed-test ## Run the slow tests

@@ -207,3 +207,26 @@ def test_illegal_combination_is_refused_before_weights_are_loaded(
         sft.run(settings, say=quiet)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapters_two_files_say_what_they_were_trained_over(data: Path, tmp_path: Path) -> None:
+    """Without run.json beside them: a copy of the adapter is loaded over the quantized base that it knows."""
+    settings = {
+        "plugin": ["lora", "nf4"],
+        "qlora_weight_blocksize": 32,
+        "model_name_or_path": str(MODEL),
+        "dataset_name_or_path": str(data),
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 1,
+        "learning_rate": 5e-3,
+    }
+    watch = type("Watching", (Watch,), {})
+    sft.run(settings, plugins=[watch], say=quiet)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(tmp_path / "out" / name, copy / name)
+    model, _ = load_for_inference(str(MODEL), copy, quiet)
+    np.testing.assert_allclose(logits(model), watch.logits, rtol=0, atol=1e-5 * np.abs(watch.logits).max())
+    model, _ = load_for_inference(str(MODEL), copy, quiet, ["no:nf4"])
+    assert np.abs(logits(model) - watch.logits).max() > 1e-2 * np.abs(watch.logits).max()

@@ -154,7 +154,7 @@ def own_logits(model: Any, ids: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "case", ["llama-untied", "llama-tied-gqa", "llama3-scaled", "qwen2-untied", "mistral-gqa", "gemma-tied"]
 )
-def test_documents_in_a_packed_row_compute_what_they_compute_alone(paddle: Any, models: Path, case: str) -> None:
+def test_trap_documents_in_a_packed_row_compute_what_they_compute_alone(paddle: Any, models: Path, case: str) -> None:
     """Against PaddleNLP's own forward of each document. 5e-5 is five times the float32 noise at logits of up to 7."""
     from sft.models.attention import DefaultAttention
 

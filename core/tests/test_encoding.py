@@ -173,7 +173,7 @@ def test_an_answer_that_also_stands_in_the_prompt(models: Path) -> None:
     assert encoded[0].labels[-3:].tolist() == [19, 17, EOS]
 
 
-def test_the_end_token_is_a_target_even_if_it_pads(variant: Variant) -> None:
+def test_trap_the_end_token_is_a_target_even_if_it_pads(variant: Variant) -> None:
     tokenizer = variant("llama-tied-gqa", pad_token="<|im_end|>")
     assert tokenizer.pad_id == EOS
     assert targets_of(one(answered("a", "42"), tokenizer)) == [19, 17, EOS]

@@ -75,7 +75,7 @@ def test_accumulation_gives_what_one_batch_gives(
         assert largest_difference(tmp_path / name, tmp_path / "4x1") < 1e-5
 
 
-def test_a_mean_of_means_would_give_something_else(train: Train, tmp_path: Path) -> None:
+def test_trap_a_mean_of_means_would_give_something_else(train: Train, tmp_path: Path) -> None:
     """The control of the test above: with these records the bug is seen, ten times over its tolerance."""
     train_batched(train, plugins=(MeanOfMeans,))
     assert largest_difference(tmp_path / "1x4", tmp_path / "4x1") > 1e-4

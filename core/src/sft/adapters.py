@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.models.source import find_model
 from sft.options import options_of
-from sft.plugins import Plugins, canonical, implements, import_plugin, installed
+from sft.plugins import Plugins, canonical, implements, installed
 from sft.settings import Settings, build
 
 if TYPE_CHECKING:
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
 
     from sft.models.loading import ModelSource
     from sft.models.shards import WeightFormat
+    from sft.running import Run
 
 FINGERPRINT = "sft.base"
 """Where adapter_model.safetensors keeps the fingerprint of the weights that it was trained over."""
+QUANTIZER = "sft.quantizer"
+"""Where it keeps the plugin that quantized them, with its options: they travel with the file."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -65,13 +69,16 @@ def settings_for(
     folder: Path | None, requested: Sequence[str] = (), given: Mapping[str, Any] | None = None
 ) -> tuple[Settings, Plugins]:
     """What a model needs after training, started: the reader of the adapter in ``folder`` (says its metadata), the
-    quantizer that the run beside it trained over, with that run's options, and what is ``requested`` by name. The
+    quantizer that it was trained over, with its options, and what is ``requested`` by name. The
     settings are those ``given`` by name, and the defaults."""
-    names: list[str] = []
-    trained = _settings_of_run(folder) if folder is not None else {}
-    for name in trained.get("plugin", []):
-        if name in installed() and implements(import_plugin(name), "sft_quantizer"):
-            names.append(name)
+    trained = quantizer_of(folder) if folder is not None else {}
+    names = list(trained.get("plugin", []))
+    for name in names:
+        if name not in installed():
+            raise UsageError(
+                f"{folder} was trained over a base that plugin {name} quantizes, which is not installed; pip install "
+                "the distribution that provides it."
+            )
     names = choose({"plugin": [*names, *requested]}, ())[0]
     if folder is not None:
         kind = str(read_config(folder)["peft_type"])
@@ -83,7 +90,7 @@ def settings_for(
     active = Plugins.load(names)
     values = dict(given or {})
     for name, plugin in active:
-        if name in trained.get("plugin", []) and implements(plugin, "sft_quantizer") and plugin.Options is not None:
+        if name in trained.get("plugin", []) and getattr(plugin, "Options", None) is not None:
             values.update({key: trained[key] for key in options_of(plugin.Options) if key in trained})
     settings = build(values, active)
     active.start(settings.options)
@@ -97,14 +104,31 @@ def refuse_idle(plugins: Plugins, requested: Sequence[str], hooks: Sequence[str]
             raise UsageError(f"Plugin {name} has no part in {what}; leave it out.")
 
 
-def _settings_of_run(folder: Path) -> dict[str, Any]:
-    """The settings of the run that wrote ``folder``, from the run.json in it or (for a checkpoint) above it."""
-    for place in (folder, folder.resolve().parent):
-        try:
-            return dict(json.loads((place / "run.json").read_text(encoding="utf-8"))["settings"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return {}
+def about_base(run: Run) -> dict[str, str]:
+    """What an adapter file says, as metadata, about the base that it was trained over."""
+    name = run.plugins.provider("sft_quantizer")
+    if name is None:
+        return {FINGERPRINT: run.base_fingerprint}
+    options = run.settings.options.get(name)
+    values = {"plugin": [name], **(asdict(options) if options is not None else {})}
+    return {FINGERPRINT: run.base_fingerprint, QUANTIZER: json.dumps(values)}
+
+
+def quantizer_of(folder: Path) -> dict[str, Any]:
+    """The quantizer (``plugin``) and its options, of the base that the adapter was trained over; empty without one."""
+    try:
+        return dict(json.loads(_metadata(folder)[QUANTIZER]))
+    except (KeyError, ValueError):
+        return {}
+
+
+def _metadata(folder: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(str(folder / "adapter_model.safetensors"), framework="numpy").metadata() or {}
+    except (OSError, SafetensorError):
+        return {}  # whoever reads the tensors says what is wrong
 
 
 def trained_template(adapter: Path | None) -> str | None:
@@ -158,14 +182,9 @@ def check_base(adapter: Path, source: ModelSource, say: Callable[[str], None]) -
 
     A run keeps its base's fingerprint in the adapter file; adapters from elsewhere only name their base.
     """
-    from safetensors import SafetensorError, safe_open
-
     from sft.models.fingerprint import fingerprint
 
-    try:
-        metadata = safe_open(str(adapter / "adapter_model.safetensors"), framework="numpy").metadata() or {}
-    except (OSError, SafetensorError):
-        return  # whoever reads the tensors says what is wrong
+    metadata = _metadata(adapter)
     named = read_config(adapter).get("base_model_name_or_path")
     if FINGERPRINT in metadata and metadata[FINGERPRINT] != fingerprint(source):
         say(

@@ -108,7 +108,7 @@ class Run:
 
     def write_result(self, folder: Path) -> None:
         """What a user loads afterwards: the adapter in PEFT layout or the whole model, and the tokenizer."""
-        from sft.adapters import FINGERPRINT
+        from sft.adapters import about_base
         from sft.models.saving import write_model
 
         if not self.exports_adapter:
@@ -116,8 +116,7 @@ class Run:
             return
         files = self.hook.sft_export_adapter(run=self, model=self.model)
         write_json(folder / "adapter_config.json", files.config)
-        metadata = {"format": "pt", FINGERPRINT: self.base_fingerprint}
-        save_tensors(folder / "adapter_model.safetensors", files.tensors, metadata)
+        save_tensors(folder / "adapter_model.safetensors", files.tensors, {"format": "pt", **about_base(self)})
         self.tokenizer.save(folder)
 
 
@@ -154,9 +153,9 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
     without_effect = [*foreign, *idle, *checks.check_settings(settings)]
     if without_effect:
         say(listing(without_effect))
-    checks.check_plugins(current)
     checks.check_output(current)
     active.hook.sft_check(run=current)
+    checks.check_plugins(current)
     return current
 
 

@@ -106,7 +106,7 @@ class Quantizer(Protocol):
     """Stands in for Linear layers while weights stream in, so that no float copy of the model ever exists."""
 
     def quantize(self, name: str, weight: np.ndarray, bias: np.ndarray | None) -> Any | None:
-        """The layer that stands for Linear ``name`` (the model's own dotted name), or None to keep it as it is.
+        """The layer that stands for Linear ``name`` (as Hugging Face names it), or None to keep it as it is.
 
         ``weight`` float32 [in, out] (Paddle's layout), ``bias`` float32 [out]. The returned paddle Layer maps
         [..., in] → [..., out] and offers ``in_features``, ``out_features``, and ``dequantize() -> Tensor [in, out]``

@@ -183,7 +183,9 @@ def inputs_swapped(weight: np.ndarray) -> None:
     weight[:, [64, 65]] = weight[:, [65, 64]]
 
 
-@pytest.mark.parametrize("change", [None, one_channel_off, channels_swapped, inputs_swapped], ids=str)
+@pytest.mark.parametrize(
+    "change", [None, one_channel_off, channels_swapped, inputs_swapped], ids=lambda f: getattr(f, "__name__", "raises")
+)
 @pytest.mark.parametrize(("bits", "group"), [(8, None), (4, 64)], ids=["int8", "int4-64"])
 def test_a_kernel_that_fails_or_differs_is_not_used_and_a_line_says_so(
     paddle: Any, gpu: Any, bits: int, group: int | None, change: Any

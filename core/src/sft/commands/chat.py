@@ -17,7 +17,7 @@ HELP = "/exit or Ctrl-D leaves, /reset forgets the conversation, /system TEXT se
 
 
 @click.command(name="chat")
-@model_options("A quantizer, where run.json does not name it; no:NAME leaves one out.")
+@model_options("A quantizer, where the adapter does not name it; no:NAME leaves one out.")
 @click.option("--system", help="A system message; the model's chat template must have a place for it.")
 @setting_options("chat_template", *GENERATION, chat_template=TEMPLATE, seed=SEED)
 def command(model: str, adapter: str | None, plugins: tuple[str, ...], system: str | None, **settings: Any) -> None:

@@ -12,7 +12,7 @@ from sft.commands.shared import GENERATION, SEED, TEMPLATE, given, model_options
 
 
 @click.command(name="evaluate")
-@model_options("An attention, or a quantizer where run.json does not name it; repeatable, no:NAME leaves one out.")
+@model_options("An attention, or a quantizer where the adapter does not name it; repeatable, no:NAME leaves one out.")
 @setting_options(
     *("dataset_name_or_path", "src_length", "max_length", "per_device_eval_batch_size", "chat_template"),
     "eval_with_do_generation",

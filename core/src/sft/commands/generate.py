@@ -22,7 +22,7 @@ HOOKS = ("sft_quantizer", "sft_record_format")
 
 
 @click.command(name="generate")
-@model_options("A quantizer, where run.json does not name it; no:NAME leaves one out.")
+@model_options("A quantizer, where the adapter does not name it; no:NAME leaves one out.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; repeatable.")
 @click.option(
     "--prompts_file", "--prompts-file", "file",

@@ -31,7 +31,7 @@ FORMATS = ("hf", "paddle")
     help="The largest weight file, such as 500MB or 4GiB; a larger model becomes numbered files and an index.",
 )  # fmt: skip
 @click.option("--device", help="Where the arithmetic happens: cpu, gpu or gpu:N.  [default: paddle's choice]")
-@click.option(*PLUGIN, multiple=True, help="A quantizer, where run.json does not name it; no:NAME leaves one out.")
+@click.option(*PLUGIN, multiple=True, help="A quantizer, where the adapter does not name it; no:NAME leaves one out.")
 def command(
     model: str,
     adapter: str,

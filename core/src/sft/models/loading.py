@@ -94,7 +94,7 @@ def _quantize(target: Target, quantizer: Any, weights: Weights, stored: dict[str
     weight = _read(original, shape, weights, source)  # a view: quantizers store [out, in], as the file does
     bias_name = stored.get(f"{name}.bias")
     bias = weights.read(bias_name) if bias_name is not None else None
-    layer = quantizer.quantize(name, weight, bias)
+    layer = quantizer.quantize(target.name, weight, bias)
     if layer is not None:
         target.replace(layer)
         stored.pop(f"{name}.weight")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft.errors import UsageError
-from sft.files import remove_folder, staged_folder, write_json
+from sft.files import remove_folder, save_tensors, staged_folder, write_json
 
 if TYPE_CHECKING:
     from sft.running import Run
@@ -74,8 +74,6 @@ def read_state(folder: Path) -> dict[str, Any]:
 def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:
     """Write ``checkpoint-N`` for ``state["step"]`` and drop the oldest ones beyond ``save_total_limit``; the best one
     stays where the run is to end with it."""
-    from safetensors.numpy import save_file
-
     folder = run.output_dir / f"checkpoint-{state['step']}"
     if folder.exists():  # left from a run that this one has rewound past
         remove_folder(folder)
@@ -85,10 +83,10 @@ def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:
         trainer.mkdir()
         if run.exports_adapter:
             values = {name: parameter.numpy() for name, parameter in optimizer.parameters.items()}
-            save_file(values, str(trainer / "trainable.safetensors"))
-        save_file(optimizer.state(), str(trainer / "optimizer.safetensors"))
+            save_tensors(trainer / "trainable.safetensors", values)
+        save_tensors(trainer / "optimizer.safetensors", optimizer.state())
         plugins, arrays = _plugin_state(run)
-        save_file(arrays, str(trainer / "plugins.safetensors"))
+        save_tensors(trainer / "plugins.safetensors", arrays)
         write_json(trainer / "state.json", {"format": FORMAT, **state, "plugins": plugins})
     limit = run.settings.training.save_total_limit
     keeps = run.best["step"] if run.settings.training.load_best_model_at_end and run.best else None

@@ -153,12 +153,15 @@ def test_a_chat_in_a_terminal() -> None:
     try:
         terminal.until("/exit or Ctrl-D leaves")
         terminal.until("> ")
-        terminal.type("type#bag\n")
-        terminal.until("type#bag\r\n")
-        terminal.more(5)  # characters of the answer
-        terminal.type("\x03")
-        assert len(terminal.until("(stopped)")) < 2000  # of some 400 tokens, which are longer
-        terminal.until("> ")
+        for _ in range(5):  # on a busy machine an answer may be complete before Ctrl-C arrives
+            terminal.type("type#bag\n")
+            terminal.until("type#bag\r\n")
+            terminal.more(5)  # characters of the answer
+            terminal.type("\x03")
+            shown = terminal.until("> ")
+            if "(stopped)" in shown:
+                break
+        assert "(stopped)" in shown
         terminal.type("half a line")
         terminal.until("half a line")
         terminal.type("\x03")

@@ -221,21 +221,23 @@ def test_a_resumed_run_is_the_same_bit_by_bit(train: Any, tmp_path: Path, kind: 
     assert whole == resumed
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"plugin": KINDS},
-        {"plugin": KINDS[::-1]},
-        {"zero_padding": True, "greedy_zero_padding": True},
-        {"plugin": ["zero-padding"], "greedy_zero_padding": "true"},
-    ],
-    ids=["names", "reversed", "settings", "both"],
-)
-def test_greedy_supersedes_when_both_are_requested(train: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_greedy_supersedes_where_the_settings_of_both_are_true(train: Any, tmp_path: Path) -> None:
+    """As PaddleNLP's files have them."""
     said: list[str] = []
+    settings = {"zero_padding": True, "greedy_zero_padding": True}
     train("out", say=said.append, max_length=128, max_steps=1, do_eval=False, **settings)
     assert list(json.loads((tmp_path / "out" / "run.json").read_text())["plugins"]) == ["greedy-zero-padding"]
     assert len([line for line in said if "zero-padding: " in line]) == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"plugin": KINDS}, {"plugin": KINDS[::-1]}, {"plugin": ["zero-padding"], "greedy_zero_padding": "true"}],
+    ids=["names", "reversed", "name and setting"],
+)
+def test_one_asked_for_by_name_is_not_superseded(train: Any, settings: dict[str, Any]) -> None:
+    with pytest.raises(sft.UsageError, match="both provide sft_collator, which has one place"):
+        train("out", max_length=128, **settings)
 
 
 def test_the_size_of_groups_is_a_setting(train: Any, adapt: Callable[..., sft.Run]) -> None:

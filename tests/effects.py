@@ -326,6 +326,18 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
 }
 
 
+def write_data(folder: Path) -> Path:
+    """24 train and 6 dev records in ``folder``."""
+    kinds = ["coat", "shirt", "dress", "skirt"]
+    lines = [
+        json.dumps({"src": f"type#{kinds[n % 4]}" + "*warm" * (n % 3), "tgt": f"A {kinds[n % 4]}" + " you" * (n % 4)})
+        for n in range(30)
+    ]
+    (folder / "train.json").write_text("\n".join(lines[:24]))
+    (folder / "dev.json").write_text("\n".join(lines[24:]))
+    return folder
+
+
 def page() -> str:
     """docs/reference/paddlenlp.md."""
     from sft.compatibility import FOREIGN

@@ -8,21 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from effects import EFFECTS, ELSEWHERE, Outcome, run
+from effects import EFFECTS, ELSEWHERE, Outcome, run, write_data
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 train and 6 dev records."""
-    folder = tmp_path_factory.mktemp("data")
-    kinds = ["coat", "shirt", "dress", "skirt"]
-    lines = [
-        json.dumps({"src": f"type#{kinds[n % 4]}" + "*warm" * (n % 3), "tgt": f"A {kinds[n % 4]}" + " you" * (n % 4)})
-        for n in range(30)
-    ]
-    (folder / "train.json").write_text("\n".join(lines[:24]))
-    (folder / "dev.json").write_text("\n".join(lines[24:]))
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from effects import EFFECTS, ELSEWHERE, MODELS, run
+from effects import EFFECTS, ELSEWHERE, MODELS, run, write_data
 
 import sft
 from sft.compatibility import FOREIGN
@@ -15,16 +15,7 @@ from sft.compatibility import FOREIGN
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 train and 6 dev records."""
-    folder = tmp_path_factory.mktemp("data")
-    kinds = ["coat", "shirt", "dress", "skirt"]
-    lines = [
-        json.dumps({"src": f"type#{kinds[n % 4]}" + "*warm" * (n % 3), "tgt": f"A {kinds[n % 4]}" + " you" * (n % 4)})
-        for n in range(30)
-    ]
-    (folder / "train.json").write_text("\n".join(lines[:24]))
-    (folder / "dev.json").write_text("\n".join(lines[24:]))
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 DOCUMENT = """

@@ -33,6 +33,8 @@ class Outcome:
     groups: dict[str, float] = field(default_factory=dict)
     decay: float = 0.0
     steps: list[dict[str, Any]] = field(default_factory=list)
+    backend: str = ""
+    """Where the attention backend that the model computes with is defined."""
     measured: list[int] = field(default_factory=list)
     """Rows of each batch of the evaluation after training."""
 
@@ -90,6 +92,8 @@ def run(folder: Path, data: Path, **changes: Any) -> Outcome:
 
         @sft.hookimpl
         def sft_run_started(self, run: sft.Run) -> None:
+            seen["backend"] = type(run.model.sft_attention_backend).__module__
+
             def forward(layer: Any, inputs: Any) -> None:
                 if not layer.training and inputs[0].shape[1] > 1:
                     seen["measured"].append(inputs[0].shape[0])
@@ -139,12 +143,17 @@ EFFECTS: dict[str, Effect] = {
     ),
     "lora": Effect("trains low-rank adapters", LORA, lambda a, b: b.adapter["peft_type"] == "LORA"),
     "lora_rank": Effect("their rank", {"lora_rank": 4}, lambda a, b: (a.adapter["r"], b.adapter["r"]) == (8, 4), LORA),
-    "rslora": Effect("their scaling is α/√r", {"rslora": True}, lambda a, b: b.adapter["use_rslora"] is True, LORA),
+    "rslora": Effect(
+        "their scaling is α/√r",
+        {"rslora": True},
+        lambda a, b: b.adapter["use_rslora"] is True and last(a) != last(b),
+        LORA,
+    ),
     "pissa": Effect("they start from singular vectors", {"pissa": True}, lambda a, b: b.adapter["r"] == 16, LORA),
     "lora_plus_scale": Effect(
         "B learns that many times faster than A",
         {"lora_plus_scale": 4.0},
-        lambda a, b: max(b.groups.values()) == 4.0 > max(a.groups.values()),
+        lambda a, b: max(b.groups.values()) == 4.0 > max(a.groups.values()) and last(a) != last(b),
         LORA,
     ),
     "vera": Effect(
@@ -168,12 +177,14 @@ EFFECTS: dict[str, Effect] = {
         LORA,
     ),
     "use_flash_attention": Effect(
-        "computes attention in blocks", {"use_flash_attention": True}, lambda a, b: "flash-attention" in b.plugins
+        "computes attention in blocks",
+        {"use_flash_attention": True},
+        lambda a, b: a.backend == "sft.models.attention" and b.backend == "sft_attn_flashmask.backends",
     ),
     "flash_mask": Effect(
         "skips what is masked",
         {"use_flash_attention": True, "flash_mask": True},
-        lambda a, b: "flashmask" in b.plugins and "flash-attention" not in b.plugins,
+        lambda a, b: b.backend == "sft_attn_flashmask.backends" and "flash-attention" not in b.plugins,
     ),
     # Data
     "dataset_name_or_path": Effect(
@@ -246,7 +257,11 @@ EFFECTS: dict[str, Effect] = {
     "lr_scheduler_type": Effect(
         "the shape of the decay", {"lr_scheduler_type": "constant"}, lambda a, b: set(b.rates) == {1e-3} != set(a.rates)
     ),
-    "weight_decay": Effect("of AdamW", {"weight_decay": 0.3}, lambda a, b: (a.decay, b.decay) == (0.0, 0.3)),
+    "weight_decay": Effect(
+        "of AdamW",
+        {"weight_decay": 0.3},
+        lambda a, b: (a.decay, b.decay) == (0.0, 0.3) and a.losses[:2] != b.losses[:2],
+    ),
     "max_grad_norm": Effect(
         "clips gradients", {"max_grad_norm": 1e-6}, lambda a, b: a.losses[0] == b.losses[0] and last(a) != last(b)
     ),
@@ -279,24 +294,6 @@ EFFECTS: dict[str, Effect] = {
     "save_strategy": Effect("when checkpoints are written", SAVING, lambda a, b: b.checkpoints == [1, 2, 3, 4]),
     "save_steps": Effect("steps between", {"save_steps": 3}, lambda a, b: b.checkpoints == [3], SAVING),
     "save_total_limit": Effect("how many stay", {"save_total_limit": 2}, lambda a, b: b.checkpoints == [3, 4], SAVING),
-    "load_best_model_at_end": Effect(
-        "ends with the best of them",
-        {"load_best_model_at_end": True},
-        lambda a, b: b.said_of("best model") and not any(line.startswith("best model") for line in a.said),
-        {**SAVING, **EVALUATING},
-    ),
-    "metric_for_best_model": Effect(
-        "what best means",
-        {"metric_for_best_model": "accuracy"},
-        lambda a, b: (
-            ("eval_loss" in a.said_of("best model"), "eval_accuracy" in b.said_of("best model")) == (True, True)
-        ),
-        {**SAVING, **EVALUATING, "load_best_model_at_end": True},
-    ),
-    "bf16": Effect(
-        "16-bit matrix products, where the device has them", {"bf16": True}, lambda a, b: b.said_of("precision: bf16")
-    ),
-    "fp16": Effect("likewise, with a loss scale", {"fp16": True}, lambda a, b: b.said_of("precision: fp16")),
     "seed": Effect(
         "of shuffling and drawing",
         {"seed": 7},
@@ -305,6 +302,19 @@ EFFECTS: dict[str, Effect] = {
 }
 # The effect of these does not show in one run beside another; the test that sees it is named instead.
 ELSEWHERE: dict[str, tuple[str, str]] = {
+    "load_best_model_at_end": (
+        "ends with the best checkpoint",
+        "core/tests/test_best.py::test_the_result_is_the_best_checkpoint",
+    ),
+    "metric_for_best_model": ("what best means", "core/tests/test_best.py::test_another_metric_decides"),
+    "bf16": (
+        "16-bit matrix products, where the device has them; said and float32 where not",
+        "core/tests/test_precision.py::test_what_the_device_cannot_do_is_said_and_computed_in_float32",
+    ),
+    "fp16": (
+        "likewise, with a dynamic loss scale",
+        "core/tests/test_precision.py::test_an_overflow_halves_and_a_long_time_without_one_doubles",
+    ),
     "lora_path": (
         "an adapter to go on from",
         "plugins/peft_lora/tests/test_lora_folder.py::test_a_run_goes_on_from_an_adapter",
@@ -338,16 +348,35 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
+def _reader(name: str) -> str:
+    """Who reads a setting: the core, or the plugins that it switches on or that declare it."""
+    from sft.activation import requests
+    from sft.options import options_of
+    from sft.plugins import installed
+    from sft.settings import core_options
+
+    if name in core_options():
+        return "the core"
+    found = list(requests("setting").get(name, []))
+    for plugin, items in installed().items():
+        declared = getattr(items[0].entry.load(), "Options", None)
+        if plugin.replace("-", "_") == name or (declared is not None and name in options_of(declared)):
+            found.append(plugin)
+    return ", ".join(f"`{plugin}`" for plugin in dict.fromkeys(found))
+
+
 def page() -> str:
     """docs/reference/paddlenlp.md."""
     from sft.compatibility import FOREIGN
-    from sft.settings import core_options
 
     lines = [
         "# PaddleNLP's settings",
         "",
         "Made by `make docs` from tests/effects.py and the code. A settings file of `run_finetune.py` runs as it is:",
         "`sft run lora_argument.json`.",
+        "",
+        "Two defaults differ: `do_train` is true, and `do_eval` unset: dev data is measured where there is some.",
+        "Parallel settings are listed under what has no effect until a plugin reads them.",
         "",
         "## Honoured",
         "",
@@ -359,7 +388,7 @@ def page() -> str:
     for name in sorted({*EFFECTS, *ELSEWHERE}):
         text = EFFECTS[name].text if name in EFFECTS else ELSEWHERE[name][0]
         test = f"`{ELSEWHERE[name][1].partition('::')[2]}`" if name in ELSEWHERE else ""
-        lines.append(f"| `{name}` | {text} | {'the core' if name in core_options() else 'a plugin'} | {test} |")
+        lines.append(f"| `{name}` | {text} | {_reader(name)} | {test} |")
     lines += [
         "",
         "## Without effect",

@@ -10,7 +10,7 @@ import pytest
 from effects import EFFECTS, ELSEWHERE, MODELS, run, write_data
 
 import sft
-from sft.compatibility import FOREIGN
+from sft.compatibility import FOREIGN, Foreign
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,10 @@ def test_a_setting_without_meaning_is_named_with_its_reason(name: str) -> None:
     from sft.compatibility import explain, listing
 
     foreign = FOREIGN[name]
-    value = foreign.harmless[-1] if foreign.harmless is not None else "anything"
+    plain = {"true or false": "true", "a number": "7", "text": "anything"}[Foreign.kind(name)]
+    plain = {"sharding": "stage2", "recompute_granularity": "full"}.get(name, plain)
+    plain = {"sharding_parallel_mesh_dimension": "dp", "ckpt_quant_stage": "O0"}.get(name, plain)
+    value = foreign.harmless[-1] if foreign.harmless is not None else plain
     left, found = explain({name: value, "seed": 1}, {"seed"})
     assert left == {"seed": 1}
     assert listing(found) == f"settings without effect here:\n  {name} {value}: {foreign.reason}"
@@ -88,6 +91,9 @@ def test_a_setting_without_meaning_is_named_with_its_reason(name: str) -> None:
     assert explain({name: value}, {name}) == ({name: value}, [])
     if foreign.harmless is not None:
         with pytest.raises(sft.UsageError, match=f"^{name} 'seven' is not possible here: "):
+            explain({name: "seven"}, set())
+    elif plain != "anything":
+        with pytest.raises(sft.UsageError, match=f"^{name}: expected .*, got 'seven'"):
             explain({name: "seven"}, set())
 
 
@@ -132,5 +138,24 @@ def test_options_of_what_is_switched_off_are_listed(data: Path, tmp_path: Path) 
         "weight_blocksize 64: plugin",
     ):
         assert part in listed
+    # Without its switch an option at its default changes nothing; another value asks for the plugin.
+    said.clear()
+    sft.run(
+        {**values, "output_dir": str(tmp_path / "default"), "lora_rank": 8, "neftune_noise_alpha": 5}, say=said.append
+    )
+    assert "lora_rank 8: it is the default of plugin lora, which is not asked for" in said[0]
     with pytest.raises(sft.UsageError, match=r"Unknown setting lora_rank; .* add --plugin lora"):
-        sft.run({**values, "output_dir": str(tmp_path / "other"), "lora_rank": 8})
+        sft.run({**values, "output_dir": str(tmp_path / "other"), "lora_rank": 4})
+
+
+def test_null_is_unset_and_numbers_switch(data: Path, tmp_path: Path) -> None:
+    """As PaddleNLP's JSON has them: null for its own defaults, 1 for true, true for the newest checkpoint."""
+    found = run(tmp_path / "out", data, save_strategy="steps", save_steps=1, max_steps=2, lora=1)
+    values = {"disable_tqdm": None, "lora": 1, "vera": None, "resume_from_checkpoint": True, "max_steps": 3}
+    file = tmp_path / "settings.json"
+    model = {"model_name_or_path": str(MODELS / "llama-tied-gqa"), "dataset_name_or_path": str(data)}
+    same = {"output_dir": str(found.folder), "learning_rate": 1e-3, "per_device_train_batch_size": 2}
+    file.write_text(json.dumps({**values, **model, **same}))
+    said: list[str] = []
+    assert sft.run(file, say=said.append).steps == 3
+    assert any(line.startswith("resuming from") for line in said)

@@ -116,7 +116,9 @@ def _value_requests() -> dict[str, dict[str, list[str]]]:
 
 def _switch(key: str, value: Any, names: list[str]) -> bool:
     text = str(value).lower()
-    if not isinstance(value, (bool, str)) or text not in (*_TRUE, *_FALSE):
+    if value is None:
+        return False
+    if not isinstance(value, (bool, int, str)) or text not in (*_TRUE, *_FALSE):
         raise UsageError(f"{key}: expected true or false (it switches plugin {', '.join(names)}), got {value!r}.")
     return text in _TRUE
 

@@ -204,6 +204,19 @@ def open_output(run: Run, source: Path | None) -> None:
             path.unlink()
 
 
+def best_so_far(run: Run, state: dict[str, Any]) -> dict[str, Any]:
+    """The best evaluation before a checkpoint, where its own checkpoint is still there and says what best now means."""
+    from sft.training import best
+
+    found: dict[str, Any] = state["best"]
+    if not run.settings.training.load_best_model_at_end or not found:
+        return {}
+    if best.metric(run.settings)[0] in found and (run.output_dir / f"checkpoint-{found['step']}").is_dir():
+        return found
+    run.say(f"note: the best model so far (step {found['step']}) is not comparable or not here; the search begins anew")
+    return {}
+
+
 def load_best(run: Run, optimizer: Optimizer) -> int | None:
     """Go back to the checkpoint whose evaluation was best; its step, or None if there is no such checkpoint."""
     from sft.training import best, checkpoint
@@ -278,6 +291,7 @@ def summarise(run: Run, journal: Any, steps: int, epochs: float, after: dict[str
         target_tokens=journal.total.target_tokens,
         padding_tokens=journal.total.padding_tokens,
         rows=journal.total.rows,
+        skipped_steps=journal.skipped_steps,
         peak_memory_mib=runtime.peak_memory_mib(),
         data=data,
         samples=samples,

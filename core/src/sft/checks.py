@@ -28,6 +28,13 @@ RESULT_FILES = (
 """What a run writes into its folder beside checkpoints; an overwriting run removes it first."""
 
 
+IDLE_WITHOUT_TRAINING = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm"),
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"),
+    *("save_strategy", "evaluation_strategy", "load_best_model_at_end", "recompute"),
+)
+
+
 def check_settings(settings: Settings) -> list[tuple[str, str]]:
     """Refuse settings that contradict each other; given ones that do nothing beside the others: ("name value", why)."""
     training = settings.training
@@ -37,6 +44,8 @@ def check_settings(settings: Settings) -> list[tuple[str, str]]:
         raise UsageError("bf16 and fp16 are both set; leave one of them out.")
     if settings.data.lazy and training.max_steps < 1:
         raise UsageError("lazy streams the data, whose length is then unknown; give max_steps.")
+    if not training.do_train and training.do_eval is False:
+        raise UsageError("do_train and do_eval are both false, so there is nothing to do; leave one of them out.")
     check_best(settings)
     flat = settings.flat()
     return [(f"{name} {flat[name]}", why) for name, why in _idle(settings) if name in settings.given]
@@ -59,6 +68,9 @@ def _idle(settings: Settings) -> Iterator[tuple[str, str]]:
             yield name, "neither bf16 nor fp16 is set"
     if not training.fp16:
         yield "scale_loss", "fp16 is not set"
+    if not training.do_train:
+        for name in IDLE_WITHOUT_TRAINING:
+            yield name, "do_train is false"
     if training.warmup_steps:
         yield "warmup_ratio", "warmup_steps is given"
     if training.lr_scheduler_type == "constant":
@@ -115,7 +127,7 @@ def check_output(run: Run) -> None:
     if not holds_run(run.output_dir) or training.overwrite_output_dir:
         find_checkpoint(training.resume_from_checkpoint, run.output_dir)
         return
-    if training.resume_from_checkpoint is not None:
+    if training.resume_from_checkpoint is not None and training.do_train:
         source = find_checkpoint(training.resume_from_checkpoint, run.output_dir)
         if source is None and _status(run.output_dir) != "finished":  # it was stopped before its first checkpoint
             return

@@ -12,21 +12,64 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft.errors import UsageError
-from sft.options import options_of
+from sft.options import convert, options_of
 from sft.plugins import Plugins, import_plugin
 from sft.settings import known_names
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """Why a setting has no effect; ``harmless`` are the values of which that is true (None: all)."""
+    """Why a setting has no effect; ``harmless`` are the values of which that is true (None: all of its ``kind``)."""
 
     reason: str
     harmless: tuple[str, ...] | None = None
 
+    @staticmethod
+    def kind(name: str) -> str:
+        """What PaddleNLP expects: "true or false", "a number", "text"."""
+        if name in _FLAGS:
+            return "true or false"
+        return "a number" if name in _NUMBERS else "text"
+
+    def accepts(self, name: str, text: str) -> bool:
+        """Whether PaddleNLP would take ``text`` for ``name``; an unset value always."""
+        if text in ("", "none", "null"):
+            return True
+        if name in _CHOICES:
+            return all(part in _CHOICES[name] for part in text.replace(",", " ").split())
+        kind = self.kind(name)
+        if kind == "true or false":
+            return text in ("true", "false", "yes", "no", "on", "off", "1", "0")
+        return kind == "text" or text.lstrip("+-").replace(".", "", 1).isdigit()
+
 
 OFF = ("", "none", "null", "false", "no", "off", "0", "-1")
 ALONE = (*OFF, "1")
+
+
+# Of the names below that are harmless whatever their value, what PaddleNLP takes for one.
+_FLAGS = frozenset(
+    """fuse_sequence_parallel_allreduce split_inputs_sequence_dim ddp_find_unused_parameters tensor_parallel_output
+    distributed_dataloader force_reshard_pp save_sharding_stage1_model_include_freeze_params
+    auto_parallel_resume_form_hybrid_parallel log_on_each_node save_on_each_node unified_checkpoint use_async_save
+    save_sharded_model load_sharded_model save_generation_output skip_profile_timer skip_memory_metrics
+    count_trained_tokens logging_first_step aistudio_repo_private pdc_download_ckpt remove_unused_columns
+    lazy_data_processing pad_to_max_length amp_master_grad bf16_full_eval fp16_full_eval recompute_use_reentrant
+    flatten_param_grads release_grads to_static use_fast_layer_norm fuse_attention_qkv fuse_attention_ffn use_fused_rope
+    use_fused_rms_norm use_fused_linear use_fused_linear_cross_entropy use_quick_lora use_fused_dropout_add""".split()
+)
+_NUMBERS = frozenset(
+    """sharding_comm_buffer_size_MB expert_max_capacity expert_min_capacity pp_recompute_interval
+    ordered_save_group_size local_rank pdc_download_timeout eval_accumulation_steps dataloader_num_workers
+    dataset_num_proc dataset_batch_size past_index pad_to_multiple_of pad_token_id max_seq_length
+    hidden_dropout_prob attention_probs_dropout_prob lokr_dim num_prefix_tokens ssa_group_size_ratio""".split()
+)
+_CHOICES = {
+    "sharding": ("stage1", "stage2", "stage3", "offload"),
+    "sharding_parallel_mesh_dimension": ("dp",),
+    "recompute_granularity": ("full", "full_attn", "core_attn"),
+    "ckpt_quant_stage": ("o0", "o1", "o2"),
+}
 
 
 def _each(names: str, reason: str, harmless: tuple[str, ...] | None = None) -> dict[str, Foreign]:
@@ -141,6 +184,9 @@ def explain(values: Mapping[str, Any], known: set[str]) -> tuple[dict[str, Any],
             left[name] = value
             continue
         text = str(value).strip().lower()
+        if foreign.harmless is None and not foreign.accepts(name, text):
+            expected = "one of " + ", ".join(_CHOICES[name]) if name in _CHOICES else foreign.kind(name)
+            raise UsageError(f"{name}: expected {expected}, got {value!r}.")
         if foreign.harmless is not None and text not in foreign.harmless:
             raise UsageError(f"{name} {value!r} is not possible here: {foreign.reason}; take it out.")
         found.append((f"{name} {str(value).lower() if isinstance(value, bool) else value}", foreign.reason))
@@ -150,14 +196,23 @@ def explain(values: Mapping[str, Any], known: set[str]) -> tuple[dict[str, Any],
 def of_idle_plugins(
     values: Mapping[str, Any], active: Plugins, off: Iterable[str]
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """``values`` without options of the plugins in ``off``, which a setting switches off; and those options."""
-    known, owners = known_names(active), {}
-    for name in off:
+    """``values`` without options of plugins that are not active, and those options with the reason.
+
+    Of the plugins in ``off``, which a setting switches off, that is any option; of the others, one that has its default
+    (PaddleNLP's files are full of them). Another value asks for a plugin, and is left for the error that says so.
+    """
+    known, idle = known_names(active), {}
+    for name in active.inactive() if any(key not in known for key in values) else ():
         declared = getattr(import_plugin(name), "Options", None)
         for found in options_of(declared).values() if declared is not None else ():
-            owners.update(dict.fromkeys((found.name, *found.aliases), name))
-    idle = {key for key in values if key in owners and key not in known}
-    pairs = [(f"{key} {values[key]}", f"plugin {owners[key]} is switched off") for key in values if key in idle]
+            for key in (found.name, *found.aliases):
+                if key not in values or key in known:
+                    continue
+                if name in off:
+                    idle[key] = f"plugin {name} is switched off"
+                elif convert(found, values[key]) == found.default:
+                    idle[key] = f"it is the default of plugin {name}, which is not asked for"
+    pairs = [(f"{key} {values[key]}", idle[key]) for key in values if key in idle]
     return {key: value for key, value in values.items() if key not in idle}, pairs
 
 

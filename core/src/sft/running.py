@@ -52,6 +52,8 @@ class Summary:
     padding_tokens: int
     rows: int
     """Rows that were trained: records, or packs of several."""
+    skipped_steps: int
+    """Steps that overflowed in float16 and changed nothing."""
     peak_memory_mib: int
     data: dict[str, dict[str, int]] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
@@ -174,7 +176,7 @@ def execute(run: Run) -> Summary:
     run.say(runtime.prepare())
     assembly.load_model(run, folder)
     if not run.settings.training.do_train:
-        return _only_evaluate(run, started)
+        return _only_evaluate(run, source, started)
     optimizer = assembly.make_optimizer(run)
     schedule = assembly.make_schedule(run)
     state = checks.check_resumable(run, schedule, source) if source is not None else None
@@ -192,7 +194,7 @@ def execute(run: Run) -> Summary:
     write_json(run.output_dir / "run.json", record)
     if source is not None and state is not None:
         journal.rewind(state["journal"], source.parent / "metrics.jsonl")
-        run.before, run.evaluation, run.best = state["before"], state["evaluation"], state["best"]
+        run.before, run.evaluation, run.best = state["before"], state["evaluation"], assembly.best_so_far(run, state)
         run.say(f"resuming from {source} after step {state['step']}")
     else:
         run.before = assembly.measure(run, 0, 0.0, journal)
@@ -215,15 +217,22 @@ def execute(run: Run) -> Summary:
     return summary
 
 
-def _only_evaluate(run: Run, started: float) -> Summary:
-    """``do_train false``: measure the model as it is; no weights are written."""
+def _only_evaluate(run: Run, source: Path | None, started: float) -> Summary:
+    """``do_train false``: measure the model as it is, or as it was in a checkpoint; no weights are written."""
+    from sft.training import checkpoint
     from sft.training.journal import Journal
 
+    step, epoch = 0, 0.0
+    if source is not None:
+        state = read_state(source)
+        checkpoint.load_model(run, assembly.make_optimizer(run), source, state)
+        step, epoch = state["step"], state["epoch"]
+        run.say(f"measuring {source}")
     assembly.open_output(run, None)
     journal = Journal(run.output_dir / "metrics.jsonl")
     run.model.eval()
-    run.before = assembly.measure(run, 0, 0.0, journal)
-    summary = assembly.summarise(run, journal, 0, 0.0, run.before, time.time() - started)
+    run.before = assembly.measure(run, step, epoch, journal)
+    summary = assembly.summarise(run, journal, step, epoch, run.before, time.time() - started)
     record = {"status": "finished", **assembly.describe(run), "result": summary.as_dict()}
     write_json(run.output_dir / "run.json", record)
     return summary

@@ -105,6 +105,20 @@ def _texts(lines: Any) -> Iterator[tuple[list[Turn], str | None]]:
     return (([Turn("user", line)], None) for line in lines if line.strip())
 
 
+def _question(value: dict[str, Any]) -> list[Turn] | None:
+    """The turns of a record that is a question without an answer, if it is one."""
+    if isinstance(value.get("src"), str) and "tgt" not in value:
+        return [Turn("user", value["src"])]
+    if isinstance(value.get("prompt"), str):
+        return [Turn("user", value["prompt"])]
+    messages = value.get("messages")
+    if isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
+        turns = [Turn(str(m.get("role")), m["content"]) for m in messages if isinstance(m.get("content"), str)]
+        if len(turns) == len(messages) and turns[-1].role == "user":
+            return turns
+    return None
+
+
 def _records(path: Path, plugins: Plugins) -> Iterator[tuple[list[Turn], str | None]]:
     """Conversations to answer, and what their records have as the answer; each line of a text file is a question."""
     from sft.data.formats import Formats
@@ -118,6 +132,10 @@ def _records(path: Path, plugins: Plugins) -> Iterator[tuple[list[Turn], str | N
         return
     formats = Formats(plugins)
     for record in read([path]):
+        question = _question(record.value)
+        if question is not None:
+            yield question, None
+            continue
         turns = formats.turns(record)
         last = max(index for index, turn in enumerate(turns) if turn.trains)
         yield turns[:last], turns[last].content

@@ -18,6 +18,7 @@ GREATER_IN_GENERATION = ("bleu4", "rouge1", "rouge2", "rougel")
 def check(settings: Settings) -> None:
     """Refuse settings with which no best model could be found. The best one is that of a checkpoint."""
     training = settings.training
+    metric(settings)
     if not training.load_best_model_at_end:
         return
     save, evaluate = training.save_strategy, training.evaluation_strategy
@@ -32,7 +33,6 @@ def check(settings: Settings) -> None:
             f"load_best_model_at_end needs an evaluation at each checkpoint: save_steps {training.save_steps} is no "
             f"multiple of eval_steps {eval_steps}; change one of them."
         )
-    metric(settings)
 
 
 def metric(settings: Settings) -> tuple[str, bool]:

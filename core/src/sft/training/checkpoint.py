@@ -40,14 +40,14 @@ def step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def find_checkpoint(request: str | None, output_dir: Path) -> Path | None:
+def find_checkpoint(request: bool | str | None, output_dir: Path) -> Path | None:
     """What ``--resume_from_checkpoint`` asks for; None is a fresh start. Raises :class:`UsageError`."""
-    if request is None or request.lower() == "false":
+    if not request or str(request).lower() == "false":
         return None
-    if request.lower() in ("auto", "true"):
+    if str(request).lower() in ("auto", "true"):
         found = checkpoints(output_dir)
         return found[-1] if found else None
-    path = Path(request).expanduser()
+    path = Path(str(request)).expanduser()
     if not (path / "trainer" / "state.json").is_file():
         raise UsageError(
             f"{path} is not a checkpoint of sft (no trainer/state.json); give a checkpoint-N folder or auto."

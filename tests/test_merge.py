@@ -115,6 +115,37 @@ def test_merged_is_base_and_adapter(logits: dict[str, np.ndarray], technique: st
 # --- which base ---------------------------------------------------------------------------------------------
 
 
+def test_over_a_16_bit_base_float32_is_exact_and_the_bases_dtype_is_rounded(adapters: Path, tmp_path: Path) -> None:
+    """Tensors against float64: W + s·(A·B)ᵀ of each Linear, from the files."""
+    import ml_dtypes
+
+    half = tmp_path / "half"
+    shutil.copytree(MODEL, half)
+    stored = {name: t.astype(ml_dtypes.bfloat16) for name, t in load_file(MODEL / "model.safetensors").items()}
+    save_file(stored, half / "model.safetensors", metadata={"format": "pt"})
+    factors = load_file(adapters / "lora" / "adapter_model.safetensors")
+    config = json.loads((adapters / "lora" / "adapter_config.json").read_text())
+    found = {}
+    for dtype in ("base", "float32"):
+        out = tmp_path / dtype
+        done = merge(
+            "--model_name_or_path", half, "--lora_path", adapters / "lora", "--output_path", out, "--dtype", dtype
+        )
+        assert done.exit_code == 0, done.output
+        found[dtype] = load_file(out / "model.safetensors")
+        wanted = "bfloat16" if dtype == "base" else "float32"
+        assert json.loads((out / "config.json").read_text())["torch_dtype"] == wanted
+    for name, base in stored.items():
+        key = "base_model.model." + name.removesuffix(".weight")
+        exact = base.astype(np.float64)
+        if f"{key}.lora_A.weight" in factors:
+            a, b = (factors[f"{key}.lora_{half}.weight"].astype(np.float64) for half in "AB")
+            exact = exact + config["lora_alpha"] / config["r"] * (b @ a)
+        np.testing.assert_allclose(found["float32"][name], exact, rtol=1e-5, atol=1e-6)
+        assert str(found["base"][name].dtype) == "bfloat16"
+        np.testing.assert_array_equal(found["base"][name], found["float32"][name].astype(ml_dtypes.bfloat16))
+
+
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
     """A base of the same shapes, in one tensor of which another training has left its mark."""

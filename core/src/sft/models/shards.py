@@ -30,6 +30,8 @@ class WeightFormat:
     """safetensors; if not, ``model_state.pdparams``, pickled as ``paddle.save`` does it (layout "paddle" alone)."""
     shard_bytes: int = SHARD_BYTES
     """The largest file, unless one tensor alone is larger."""
+    dtype: str = "base"
+    """"base" (each tensor in the base's dtype), or "float32" (what was merged is not rounded)."""
 
     @property
     def names(self) -> tuple[str, str]:

@@ -102,7 +102,8 @@ def test_answers_of_a_quantized_adapter_do_not_depend_on_the_batch(data: Path, t
 
 
 IN_TERMINAL = """
-import fcntl, termios
+import fcntl, signal, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are deaf to it, and so their children
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C typed there becomes a signal here
 from sft.commands import main
 main()

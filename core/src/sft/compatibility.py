@@ -202,7 +202,10 @@ def of_idle_plugins(
     (PaddleNLP's files are full of them). Another value asks for a plugin, and is left for the error that says so.
     """
     known, idle = known_names(active), {}
-    for name in active.inactive() if any(key not in known for key in values) else ():
+    unknown = [key for key in values if key not in known]
+    # Only what a name points to is imported.
+    named = [name for name in active.inactive() if any(key.startswith(name.replace("-", "_") + "_") for key in unknown)]
+    for name in dict.fromkeys([*off, *named]):
         declared = getattr(import_plugin(name), "Options", None)
         for found in options_of(declared).values() if declared is not None else ():
             for key in (found.name, *found.aliases):

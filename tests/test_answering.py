@@ -103,7 +103,7 @@ def test_answers_of_a_quantized_adapter_do_not_depend_on_the_batch(data: Path, t
 
 IN_TERMINAL = """
 import fcntl, signal, termios
-signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are deaf to it, and so their children
+signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a background job are deaf to it
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C typed there becomes a signal here
 from sft.commands import main
 main()

@@ -86,6 +86,13 @@ def write_data(folder: Path, train: Sequence[Mapping[str, Any]], dev: Sequence[M
     return folder
 
 
+def load(model: Path | str, adapter: Path | None = None, plugins: Sequence[str] = ()) -> Any:
+    """The model of a folder, with an adapter over it if one is given; ``plugins`` may name a quantizer."""
+    from sft.adapters import load_for_inference
+
+    return load_for_inference(str(model), adapter, lambda text: None, plugins)[0]
+
+
 def forward(model: Any, input_ids: np.ndarray) -> np.ndarray:
     """float32 logits [B, S, V] of ``input_ids`` int64 [B, S] through PaddleNLP's own forward, without padding."""
     import paddle

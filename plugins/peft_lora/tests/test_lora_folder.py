@@ -6,15 +6,17 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import sft
 from sft import adapters
+from sft.testing import load
 
 CASES = {
     "llama-lora-all-linear": "llama-tied-gqa",
@@ -32,10 +34,6 @@ def quiet(text: str) -> None:
     pass
 
 
-def load(base: Path, adapter: Path | None = None) -> Any:
-    return adapters.load_for_inference(str(base), adapter, quiet)[0]
-
-
 def lora_layers(model: Any) -> dict[str, Any]:
     """Adapted layers by their name in PEFT's files."""
     return {
@@ -46,21 +44,8 @@ def lora_layers(model: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def variant(peft: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of llama-lora-all-linear; keyword arguments change its config, ``change`` its tensors."""
-
-    def make(change: Callable[[dict[str, np.ndarray]], Any] | None = None, **changes: Any) -> Path:
-        folder = tmp_path / "adapter"
-        shutil.copytree(peft / "llama-lora-all-linear", folder)
-        config = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
-        if change is not None:
-            tensors = load_file(folder / "adapter_model.safetensors")
-            change(tensors)
-            save_file(tensors, folder / "adapter_model.safetensors")
-        return folder
-
-    return make
+def variant(adapter_variant: Callable[..., Path]) -> Callable[..., Path]:
+    return partial(adapter_variant, "llama-lora-all-linear")
 
 
 # --- what PEFT wrote ----------------------------------------------------------------------------------------
@@ -191,20 +176,11 @@ def test_what_a_run_writes_has_pefts_keys_shapes_and_config(train: Any, peft: Pa
     ids=["default", "odd", "v_proj", "dropout"],
 )
 def test_a_written_adapter_over_a_fresh_base_is_the_trained_model(
-    train: Any, models: Path, tmp_path: Path, logits_of: Any, settings: dict[str, Any]
+    train: Any, models: Path, tmp_path: Path, logits_of: Any, looking: Any, input_ids: Any, settings: dict[str, Any]
 ) -> None:
     """Bit by bit; and merged, up to float32 noise."""
-    input_ids = load_file(models / "llama-tied-gqa" / "reference.safetensors")["input_ids"]
-    trained: list[np.ndarray] = []
-
-    class Look(sft.Plugin):
-        name = "look"
-
-        @sft.hookimpl
-        def sft_run_ended(self, run: sft.Run, summary: sft.Summary) -> None:
-            trained.append(logits_of(run.model, input_ids))
-
-    train(plugins=(Look,), **settings)
+    look, trained = looking
+    train(plugins=(look,), **settings)
     base = models / "llama-tied-gqa"
     np.testing.assert_array_equal(logits_of(load(base, tmp_path / "out"), input_ids), trained[0])
     assert np.abs(logits_of(load(base), input_ids) - trained[0]).max() > 0.01

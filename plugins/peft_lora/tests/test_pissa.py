@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 import sft
 from sft import adapters
+from sft.testing import load
 
 Adapt = Callable[..., sft.Run]
 
@@ -129,7 +130,7 @@ def test_a_model_begins_as_its_base(
     names = plugins_of(case)
     run = adapt(plugin=names, lora_rank=RANK)
     quantizer = [name for name in names if name == "nf4"]
-    base, _ = adapters.load_for_inference(str(models / "llama-tied-gqa"), None, quiet, quantizer)
+    base = load(models / "llama-tied-gqa", None, quantizer)
     expected = logits_of(base, input_ids)
     assert np.abs(logits_of(run.model, input_ids) - expected).max() < 1e-5 * np.abs(expected).max()
 
@@ -226,13 +227,13 @@ def test_what_is_written_is_a_plain_lora_of_twice_the_rank_over_the_original_bas
         np.testing.assert_array_equal(tensors[f"{key}_B.weight"], np.vstack([b, -b0]).T)
 
     base, quantizer = models / "llama-tied-gqa", [name for name in names if name == "nf4"]
-    adapted, _ = adapters.load_for_inference(str(base), tmp_path / "out", quiet, quantizer)
+    adapted = load(base, tmp_path / "out", quantizer)
     assert {type(layer).__name__ for layer in adapted.sublayers() if hasattr(layer, "lora_A")} == {"LoraLinear"}
     adapters.merge(str(base), tmp_path / "out", tmp_path / "merged", quiet, quantizer)
-    merged, _ = adapters.load_for_inference(str(tmp_path / "merged"), None, quiet)
+    merged = load(tmp_path / "merged")
     for model in (adapted, merged):
         assert np.abs(logits_of(model, input_ids) - trained[0]).max() < 1e-5 * np.abs(trained[0]).max()
-    plain, _ = adapters.load_for_inference(str(base), None, quiet, quantizer)
+    plain = load(base, None, quantizer)
     assert np.abs(logits_of(plain, input_ids) - trained[0]).max() > 0.05
 
 

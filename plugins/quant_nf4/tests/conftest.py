@@ -1,4 +1,4 @@
-"""What the tests of this distribution share, beside sft's testing kit: models, and what bitsandbytes computes."""
+"""What the tests of this distribution share beside plugins/conftest.py: settings, and what bitsandbytes computes."""
 
 from __future__ import annotations
 
@@ -7,19 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from sft.testing import dataset, paddle, train  # noqa: F401
-
-
-@pytest.fixture(scope="session")
-def models() -> Path:
-    """The tiny base models of the core's tests, with reference values."""
-    return Path(__file__).parents[3] / "core" / "tests" / "fixtures" / "models"
-
-
-@pytest.fixture(scope="session")
-def base_model(models: Path) -> Path:
-    return models / "llama-tied-gqa"
 
 
 @pytest.fixture(scope="session")

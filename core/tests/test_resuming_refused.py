@@ -165,3 +165,13 @@ def test_a_checkpoint_folder_may_be_given_from_where_one_stands(
     train(plugins=(watching(steps),), resume_from_checkpoint="checkpoint-3", **SETTINGS)
     assert steps == list(range(4, 14))
     assert os.listdir(stopped).count("checkpoint-12") == 1
+
+
+def test_a_run_that_does_not_ask_to_resume_loses_nothing(train: Train, tmp_path: Path) -> None:
+    """``resume_from_checkpoint false`` beside checkpoints of a run that was stopped: refused, and they are still there."""
+    stop(train, 4, **SETTINGS)
+    before = contents(tmp_path / "out", without=())
+    for value in (False, "false"):
+        with pytest.raises(sft.UsageError, match="already holds a run"):
+            train(resume_from_checkpoint=value, **SETTINGS)
+    assert contents(tmp_path / "out", without=()) == before

@@ -225,7 +225,7 @@ def load_best(run: Run, optimizer: Optimizer) -> int | None:
         run.say("note: no checkpoint was evaluated, so the run ends with its last weights")
         return None
     folder = run.output_dir / f"checkpoint-{run.best['step']}"
-    checkpoint.load_model(run, optimizer, folder, read_state(folder))
+    checkpoint.load_model(run, optimizer.parameters, folder, read_state(folder))
     key, _ = best.metric(run.settings)
     run.evaluation = run.best
     run.say(f"best model: {folder.name}, {key} {run.best[key]:.4f}")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft import assembly, checks, runtime
-from sft.activation import choose, explicit, switched_off
-from sft.compatibility import explain, listing, of_idle_plugins
+from sft.activation import choose, explicit, of_idle_plugins, switched_off
+from sft.compatibility import explain, listing
 from sft.data.batches import Data
 from sft.data.encoding import Encoded
 from sft.data.sources import find_files
@@ -23,7 +23,7 @@ from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import publish, save_tensors, write_json
 from sft.models.source import find_model
-from sft.plugins import Plugins
+from sft.plugins import Plugins, entries
 from sft.seams import DataCollator, ParallelStrategy, Turn
 from sft.settings import Settings, build, core_options, known_names, normalise, read_file
 from sft.training.checkpoint import find_checkpoint, read_state
@@ -104,6 +104,11 @@ class Run:
         """Whether the result is an adapter; if not, it is the whole model."""
         return self.plugins.provider("sft_export_adapter") is not None
 
+    def shaping(self) -> dict[str, dict[str, Any]]:
+        """The options of the plugins that change what is learned, by plugin: what a resumed run must have too."""
+        options = self.settings.options
+        return {name: asdict(options[name]) if name in options else {} for name in self.plugins.shaping()}
+
     @property
     def eval_steps(self) -> int:
         return self.settings.training.eval_steps or self.settings.training.logging_steps
@@ -141,6 +146,7 @@ def run(
 
 def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str], None]) -> Run:
     """Resolve plugins and settings and run every check that is instant; nothing heavy is imported."""
+    entries.cache_clear()  # what was installed since the last run counts
     names, left = choose(values, core_options())
     active = Plugins.load(names, extra, explicit(values))
     left, idle = of_idle_plugins(left, active, switched_off(values, active.names))
@@ -169,17 +175,19 @@ def execute(run: Run) -> Summary:
     runtime.require_paddle()
     folder = find_model(str(run.settings.model.model_name_or_path))
     source = find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
-    date = datetime.fromisoformat(read_state(source)["date"]) if source else None
+    state = read_state(source) if source is not None else None
+    date = datetime.fromisoformat(state["date"]) if state is not None else None
     named = run.settings.model.tokenizer_name_or_path
     run.tokenizer = Tokenizer(find_model(named) if named else folder, date, run.settings.data.chat_template)
     assembly.read_data(run, train_files, dev_files)
     run.say(runtime.prepare())
     assembly.load_model(run, folder)
     if not run.settings.training.do_train:
-        return _only_evaluate(run, source, started)
+        return _only_evaluate(run, source, state, started)
     optimizer = assembly.make_optimizer(run)
     schedule = assembly.make_schedule(run)
-    state = checks.check_resumable(run, schedule, source) if source is not None else None
+    if source is not None and state is not None:
+        checks.check_resumable(run, schedule, source, state)
 
     from sft.training import checkpoint
     from sft.training.journal import Journal
@@ -217,15 +225,15 @@ def execute(run: Run) -> Summary:
     return summary
 
 
-def _only_evaluate(run: Run, source: Path | None, started: float) -> Summary:
+def _only_evaluate(run: Run, source: Path | None, state: dict[str, Any] | None, started: float) -> Summary:
     """``do_train false``: measure the model as it is, or as it was in a checkpoint; no weights are written."""
+    from sft.models.layers import trainable
     from sft.training import checkpoint
     from sft.training.journal import Journal
 
     step, epoch = 0, 0.0
-    if source is not None:
-        state = read_state(source)
-        checkpoint.load_model(run, assembly.make_optimizer(run), source, state)
+    if source is not None and state is not None:
+        checkpoint.load_model(run, trainable(run.model), source, state)
         step, epoch = state["step"], state["epoch"]
         run.say(f"measuring {source}")
     assembly.open_output(run, None)

@@ -254,7 +254,8 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
 
     groups = {key: fill(cls) for key, cls in GROUPS.items()}
     options = {name: fill(cls) for name, cls in classes.items()}
-    return Settings(**groups, plugin=tuple(plugins.names), options=options, given=frozenset(values))
+    given = frozenset(name for name, value in values.items() if value is not None)
+    return Settings(**groups, plugin=tuple(plugins.names), options=options, given=given)
 
 
 def _by_own_names(values: Mapping[str, Any], classes: Iterable[type]) -> dict[str, Any]:

@@ -105,15 +105,11 @@ def state_after(run: Run, schedule: Schedule, journal: Journal, at: Step, scale:
         "step": at.number,
         "epoch": at.epoch,
         "date": run.tokenizer.now.isoformat(),
-        "random": {"seed": run.settings.training.seed, "step": at.number},
+        "seed": run.settings.training.seed,
         "data": {
             "fingerprint": schedule.data.fingerprint(),
             "rows_per_step": schedule.rows_per_step,
             "place": at.place,
-        },
-        "schedule": {
-            "type": run.settings.training.lr_scheduler_type,
-            "total_steps": schedule.total_steps,
         },
         "loss_scale": scale.state(),
         "journal": journal.state(),
@@ -121,6 +117,7 @@ def state_after(run: Run, schedule: Schedule, journal: Journal, at: Step, scale:
         "evaluation": run.evaluation,
         "best": run.best,
         "settings": run.settings.flat(),
+        "shaping": run.shaping(),
     }
 
 

@@ -168,7 +168,7 @@ def test_a_checkpoint_folder_may_be_given_from_where_one_stands(
 
 
 def test_a_run_that_does_not_ask_to_resume_loses_nothing(train: Train, tmp_path: Path) -> None:
-    """``resume_from_checkpoint false`` beside checkpoints of a run that was stopped: refused, and they are still there."""
+    """``resume_from_checkpoint false`` beside checkpoints of a stopped run: refused, and they are still there."""
     stop(train, 4, **SETTINGS)
     before = contents(tmp_path / "out", without=())
     for value in (False, "false"):

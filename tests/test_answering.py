@@ -20,7 +20,7 @@ from click.testing import CliRunner
 import sft
 from sft.adapters import load_for_inference
 from sft.commands import cli
-from sft.evaluating import evaluate
+from sft.finished import evaluate_finished
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "core" / "src" / "sft" / "demo" / "model"
@@ -60,7 +60,7 @@ def run(data: Path, out: Path, *plugins: str, **settings: Any) -> dict[str, Any]
 
 def again(data: Path, adapter: Path, *plugins: str) -> dict[str, Any]:
     values = {"model_name_or_path": str(MODEL), "dataset_name_or_path": str(data)}
-    return evaluate({**values, **SETTINGS}, adapter, quiet, plugins)
+    return evaluate_finished({**values, **SETTINGS}, adapter, quiet, plugins)
 
 
 def scores(record: dict[str, Any]) -> dict[str, float]:

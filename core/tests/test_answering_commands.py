@@ -12,8 +12,9 @@ import click.testing
 import pytest
 
 import sft
-from sft import adapters, evaluating
+from sft import adapters, finished
 from sft.commands.chat import Chat
+from sft.data.encoding import encode_prompt
 from sft.models.source import find_model
 from sft.seams import Turn
 from sft.settings import GenerationArguments
@@ -39,13 +40,14 @@ def typed(paddle: Any, models: Path) -> Type:
 @pytest.fixture
 def alone(paddle: Any, models: Path) -> Callable[..., str]:
     """The answer to a text or to turns, computed by itself."""
-    from sft.models.generation import answer
+    from sft.models.generation import answers
 
     model, tokenizer = adapters.load_for_inference(str(find_model(str(models / MODEL))), None, lambda text: None)
 
     def found(prompt: str | list[Turn], seed: int = 42, **settings: Any) -> str:
         turns = [Turn("user", prompt)] if isinstance(prompt, str) else prompt
-        return answer(model, tokenizer, turns, GenerationArguments(**{"max_new_tokens": 6, **settings}), seed)
+        prompt, generation = encode_prompt(turns, tokenizer), GenerationArguments(**{"max_new_tokens": 6, **settings})
+        return answers(model, tokenizer, [prompt], generation, seed)[0]
 
     return found
 
@@ -61,7 +63,7 @@ def test_evaluate_prints_one_line_of_json_and_nothing_else(typed: Type, models: 
     assert result.stdout.count("\n") == 1
     found = json.loads(result.stdout)
     values = {"model_name_or_path": str(models / MODEL), "dataset_name_or_path": str(dataset), **settings}
-    expected = evaluating.evaluate({**values, "eval_with_do_generation": True}, None, lambda text: None)
+    expected = finished.evaluate_finished({**values, "eval_with_do_generation": True}, None, lambda text: None)
     assert {**found, "eval_seconds": 0} == {**expected, "eval_seconds": 0}
     assert "dev data: 7 records" in result.stderr
     plain = [*line[:6], "--eval_with_do_generation", "false", *line[-2:]]
@@ -129,10 +131,11 @@ def test_draws_follow_the_options(typed: Type, alone: Any) -> None:
 
 def test_another_chat_template_is_used(typed: Type, paddle: Any, models: Path, dataset: Path) -> None:
     """Without one, a prompt is its text alone; all three commands take it."""
-    from sft.models.generation import answer
+    from sft.models.generation import answers
 
     plain = adapters.load_for_inference(str(models / MODEL), None, lambda text: None, chat_template="none")
-    expected = answer(*plain, [Turn("user", "coat")], GenerationArguments(max_new_tokens=6), 42) + "\n"
+    prompt = encode_prompt([Turn("user", "coat")], plain[1])
+    expected = answers(*plain, [prompt], GenerationArguments(max_new_tokens=6), 42)[0] + "\n"
     option = ("--chat_template", "none")
     assert typed("generate", *SHORT, *option, "--prompt", "coat").stdout == expected
     assert typed("chat", *SHORT, *option, lines="coat").stdout == expected

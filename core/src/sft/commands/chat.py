@@ -74,8 +74,8 @@ class Chat:
         room. Raises :class:`UsageError` where a question has no room or no place; it is then not part of the
         conversation. An answer that is interrupted remains as far as it was shown.
         """
-        from sft.data.encoding import encode_prompt
-        from sft.models.generation import answers, check_room, fitting
+        from sft.data.encoding import encode_prompt, fitting
+        from sft.models.generation import answers, check_room
 
         head = [Turn("system", self.system)] if self.system else []
         positions = self.model.config.max_position_embeddings

@@ -120,6 +120,39 @@ def test_records_are_answered_instead_of_their_last_answer(typed: Type, alone: A
     assert json.loads(line) == {"prompt": "coat", "answer": alone("coat")}
 
 
+def test_questions_of_every_format_are_answered(typed: Type, alone: Any, tmp_path: Path, distribute: Any) -> None:
+    """Roles are those of training; a plugin's format is asked before {"prompt": TEXT} is taken for a prompt alone."""
+    source = """
+    import sft
+
+    class Pairs(sft.Plugin):
+        name = "pairs"
+
+        @sft.hookimpl
+        def sft_record_format(self, record):
+            if "completion" in record:
+                return [sft.Turn("user", record["prompt"] + "!"), sft.Turn("assistant", record["completion"], True)]
+    """
+    distribute("pairs", source, {"pairs": "Pairs"})
+    path = tmp_path / "asked.jsonl"
+
+    def answered(record: dict[str, Any], *options: str) -> Any:
+        path.write_text(json.dumps(record))
+        (line,) = typed("generate", *SHORT, *options, "--prompts_file", str(path), "--json").stdout.splitlines()
+        return json.loads(line)
+
+    talk = [("human", "Hi"), ("gpt", "ok"), ("human", "coat")]
+    turns = [Turn("user", "Hi"), Turn("assistant", "ok"), Turn("user", "coat")]
+    expected = {"prompt": "coat", "answer": alone(turns)}
+    assert answered({"conversations": [{"from": role, "value": text} for role, text in talk]}) == expected
+    assert answered({"messages": [{"role": role, "content": text} for role, text in talk]}) == expected
+    assert answered({"src": ["Hi", "coat"], "tgt": ["ok"]}) == expected
+    record = {"prompt": "coat", "completion": "warm"}
+    assert answered(record) == {"prompt": "coat", "answer": alone("coat")}
+    expected = {"prompt": "coat!", "answer": alone("coat!"), "reference": "warm"}
+    assert answered(record, "--plugin", "pairs") == expected
+
+
 def test_draws_follow_the_options(typed: Type, alone: Any) -> None:
     drawn = ("--top_k", "0", "--temperature", "1.5", "--top-p", "0.95")
     settings = {"top_k": 0, "temperature": 1.5, "top_p": 0.95}

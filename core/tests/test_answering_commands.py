@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 import sft
 from sft import adapters, finished
-from sft.commands.chat import Chat
+from sft.commands.chat import Chat, CtrlC
 from sft.data.encoding import encode_prompt
 from sft.models.source import find_model
 from sft.seams import Turn
@@ -258,4 +260,41 @@ def test_an_interrupted_answer_remains_as_far_as_it_was_given(paddle: Any, model
     assert given
     assert alone("Hi").startswith(given)
     chat.ask("coat", pieces.append)
+    assert len(chat.turns) == 4
     assert "".join(pieces) == alone([*chat.turns[:2], Turn("user", "coat")])
+
+
+def test_ctrl_c_is_raised_where_it_is_expected_and_kept_where_it_is_not(paddle: Any, models: Path) -> None:
+    """A signal before an answer stops that answer; one while the conversation is written down waits for the next."""
+    model, tokenizer = adapters.load_for_inference(str(models / MODEL), None, lambda text: None)
+    chat, ctrl_c = Chat(model, tokenizer, GenerationArguments(max_new_tokens=6), 42, None), CtrlC()
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)
+
+    def press(piece: str = "") -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with ctrl_c.heard():
+        press()
+        press()
+        with pytest.raises(KeyboardInterrupt):
+            chat.ask("Hi", pytest.fail, ctrl_c)
+        assert chat.turns == []
+        with pytest.raises(KeyboardInterrupt):
+            chat.ask("Hi", press, ctrl_c)
+        assert [turn.role for turn in chat.turns] == ["user", "assistant"]
+
+        def again() -> None:
+            with ctrl_c:
+                try:
+                    press()
+                finally:
+                    press()  # while the first one is handled
+
+        with pytest.raises(KeyboardInterrupt):
+            again()
+        with pytest.raises(KeyboardInterrupt):
+            ctrl_c.__enter__()
+        with ctrl_c:
+            time.sleep(0.3)  # the ticks do nothing
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

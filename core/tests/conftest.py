@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conversations import tokenizer_with  # noqa: F401
 from stopped_runs import shared, stopped, whole  # noqa: F401
 
 from sft.plugins import entries

@@ -177,6 +177,12 @@ def test_resuming_keeps_the_samples_from_before_training(train: Train, tmp_path:
     found = train("out", resume_from_checkpoint="auto", **settings)
     assert found.samples == expected.samples
     assert found.samples[0]["before"] != found.samples[0]["after"]
+    again = {**settings, "resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-3")}
+    more = train("out", **{**again, "num_samples": 3})
+    assert more.samples[0] == expected.samples[0]
+    assert [sample["before"] for sample in more.samples[1:]] == ["", ""]
+    assert all(sample["after"] for sample in more.samples)
+    assert train("out", **{**again, "num_samples": 0}).samples == []
 
 
 def test_auto_without_a_checkpoint_is_a_fresh_start(train: Train, metrics: Metrics, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,20 +17,17 @@ from sft import assembly, checks, runtime
 from sft.activation import choose, explicit, of_idle_plugins, switched_off
 from sft.compatibility import explain, listing
 from sft.data.batches import Data
-from sft.data.encoding import Encoded
+from sft.data.encoding import Encoded, Question
 from sft.data.sources import find_files
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import publish, save_tensors, write_json
 from sft.models.source import find_model
 from sft.plugins import Plugins, entries
-from sft.seams import DataCollator, ParallelStrategy, Turn
+from sft.seams import DataCollator, ParallelStrategy
 from sft.settings import Settings, build, core_options, known_names, normalise, read_file
 from sft.training.checkpoint import find_checkpoint, read_state
 from sft.training.precision import Precision
-
-if TYPE_CHECKING:
-    from sft.training.evaluation import Question
 
 
 @dataclass
@@ -87,9 +84,10 @@ class Run:
         self.before: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
-        self.dev_turns: list[list[Turn]] = []
-        self.dev_conversations: list[list[Turn]] = []
+        self.samples: list[Question] = []
+        """What is answered before and after training (``num_samples``)."""
         self.questions: list[Question] = []
+        """What is answered in each evaluation (``eval_with_do_generation``)."""
 
     def rng(self, name: str) -> np.random.Generator:
         """Random numbers that depend on the run's seed and ``name`` alone, not on what was drawn before."""
@@ -205,7 +203,7 @@ def execute(run: Run) -> Summary:
         run.before, run.evaluation, run.best = state["before"], state["evaluation"], assembly.best_so_far(run, state)
         run.say(f"resuming from {source} after step {state['step']}")
     else:
-        run.before = assembly.measure(run, 0, 0.0, journal)
+        run.before = assembly.before_or_after(run, 0, 0.0, journal)
     run.hook.sft_run_started(run=run)
     start = state["step"] if state is not None else 0
     display = Display(schedule.total_steps, start, bar=not run.settings.training.disable_tqdm, say=run.say)
@@ -213,13 +211,11 @@ def execute(run: Run) -> Summary:
         steps, epochs = train(run, optimizer, schedule, journal, display, state)
     finally:
         display.close()
-    ends_with_best = run.settings.training.load_best_model_at_end
-    after = assembly.measure(
-        run, (assembly.load_best(run, optimizer) if ends_with_best else None) or steps, epochs, journal
-    )
-    summary = assembly.summarise(run, journal, steps, epochs, after, time.time() - started)
-    with publish(run.output_dir) as staging:
+    best = assembly.load_best(run, optimizer) if run.settings.training.load_best_model_at_end else None
+    with publish(run.output_dir) as staging:  # before anything else can go wrong
         run.write_result(staging)
+    after = assembly.before_or_after(run, best or steps, epochs, journal)
+    summary = assembly.summarise(run, journal, steps, epochs, after, time.time() - started)
     write_json(run.output_dir / "run.json", {**record, "status": "finished", "result": summary.as_dict()})
     run.hook.sft_run_ended(run=run, summary=summary)
     return summary
@@ -239,7 +235,7 @@ def _only_evaluate(run: Run, source: Path | None, state: dict[str, Any] | None, 
     assembly.open_output(run, None)
     journal = Journal(run.output_dir / "metrics.jsonl")
     run.model.eval()
-    run.before = assembly.measure(run, step, epoch, journal)
+    run.before = assembly.before_or_after(run, step, epoch, journal)
     summary = assembly.summarise(run, journal, step, epoch, run.before, time.time() - started)
     record = {"status": "finished", **assembly.describe(run), "result": summary.as_dict()}
     write_json(run.output_dir / "run.json", record)

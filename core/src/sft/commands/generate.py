@@ -26,7 +26,8 @@ HOOKS = ("sft_quantizer", "sft_record_format")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; repeatable.")
 @click.option(
     "--prompts_file", "--prompts-file", "file",
-    help="A file of prompts, one a line, or of data records (.json, .csv and so on), whose last answer is left out.",
+    help="A file of prompts, one a line, or of data records (.json, .csv and so on), whose last answer is left out or "
+    'missing; {"prompt": TEXT} is one too.',
 )  # fmt: skip
 @setting_options("chat_template", *GENERATION, chat_template=TEMPLATE, seed=SEED)
 @click.option(
@@ -105,20 +106,6 @@ def _texts(lines: Any) -> Iterator[tuple[list[Turn], str | None]]:
     return (([Turn("user", line)], None) for line in lines if line.strip())
 
 
-def _question(value: dict[str, Any]) -> list[Turn] | None:
-    """The turns of a record that is a question without an answer, if it is one."""
-    if isinstance(value.get("src"), str) and "tgt" not in value:
-        return [Turn("user", value["src"])]
-    if isinstance(value.get("prompt"), str):
-        return [Turn("user", value["prompt"])]
-    messages = value.get("messages")
-    if isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
-        turns = [Turn(str(m.get("role")), m["content"]) for m in messages if isinstance(m.get("content"), str)]
-        if len(turns) == len(messages) and turns[-1].role == "user":
-            return turns
-    return None
-
-
 def _records(path: Path, plugins: Plugins) -> Iterator[tuple[list[Turn], str | None]]:
     """Conversations to answer, and what their records have as the answer; each line of a text file is a question."""
     from sft.data.formats import Formats
@@ -132,10 +119,5 @@ def _records(path: Path, plugins: Plugins) -> Iterator[tuple[list[Turn], str | N
         return
     formats = Formats(plugins)
     for record in read([path]):
-        question = _question(record.value)
-        if question is not None:
-            yield question, None
-            continue
-        turns = formats.turns(record)
-        last = max(index for index, turn in enumerate(turns) if turn.trains)
-        yield turns[:last], turns[last].content
+        turns = formats.turns(record, needs_target=False)
+        yield (turns, None) if turns[-1].role == "user" else turns.before_last_answer()

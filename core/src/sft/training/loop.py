@@ -10,6 +10,7 @@ other processes (the strategy does), or write final results (``running.py`` does
 from __future__ import annotations
 
 import time
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,9 +43,7 @@ def train(
         scale.load(state["loss_scale"])
     model.train()
     journal.start()
-    for at in schedule.iterate(start, place):
-        if at.number > total:
-            break
+    for at in islice(schedule.iterate(start, place), total - start):  # a step more would read a window more of a stream
         began, step, epoch = time.monotonic(), at.number, at.epoch
         mine = at.rows[strategy.data_rank :: strategy.data_world]
         batches = make_batches(at.data, schedule.collator, mine, settings.per_device_train_batch_size)

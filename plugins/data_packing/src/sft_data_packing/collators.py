@@ -54,6 +54,6 @@ def report(run: Run, name: str, collator: NextFitCollator) -> None:
     """One line: how many rows the training records make in the first epoch, and how full they are."""
     lengths = run.train_data.lengths
     rows = collator.rows(lengths, np.random.default_rng([run.settings.training.seed, 0]))
-    fill = 100 * lengths.sum() / (len(rows) * collator.capacity)
+    fill = 100 * lengths.sum() / max(1, len(rows) * collator.capacity)
     records = f"{len(lengths):,} records in {len(rows):,} rows"
     run.say(f"{name}: {records} of {collator.capacity} tokens, {fill:.1f} % full")

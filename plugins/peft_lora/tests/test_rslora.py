@@ -113,12 +113,6 @@ def test_trap_over_a_quantized_base_it_is_not_ignored(
     np.testing.assert_array_equal(logits_of(adapted, input_ids), trained[0])
 
 
-def test_with_an_adapter_to_start_from_it_is_refused(train: Any, peft: Path, tmp_path: Path) -> None:
-    with pytest.raises(sft.UsageError, match="rslora cannot change the scaling of the adapter in lora_path"):
-        train(plugin=["lora", "rslora"], lora_path=str(peft / "llama-lora-all-linear"))
-    assert not (tmp_path / "out").exists()
-
-
 def test_without_lora_it_is_refused(train: Any, tmp_path: Path) -> None:
     with pytest.raises(sft.UsageError, match="Plugin rslora refines lora, which is not active; add --plugin lora"):
         train(plugin=["rslora"])

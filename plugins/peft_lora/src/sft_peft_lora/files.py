@@ -49,8 +49,8 @@ class LoraFolder:
         start = self.config.get("init_lora_weights")
         if (start.lower() if isinstance(start, str) else start) not in _OVER_THE_BASE:
             raise UsageError(
-                f"{folder}: init_lora_weights = {start!r} changed the base that it was trained over; convert it to a "
-                "plain LoRA where it was trained (PEFT's save_pretrained with path_initial_model_for_weight_conversion)."
+                f"{folder}: init_lora_weights = {start!r} changed the base that it was trained over; convert it to "
+                "LoRA where it was trained (PEFT's save_pretrained with path_initial_model_for_weight_conversion)."
             )
         self.pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         halves: dict[str, dict[str, np.ndarray]] = {}

@@ -28,6 +28,7 @@ import pytest
 
 import sft
 from sft.files import save_tensors, write_json
+from sft.plugins import canonical, installed
 
 # --- functions ----------------------------------------------------------------------------------------------
 
@@ -84,6 +85,13 @@ def write_data(folder: Path, train: Sequence[Mapping[str, Any]], dev: Sequence[M
             lines = (json.dumps(record, ensure_ascii=False) for record in records)
             (folder / f"{name}.json").write_text("\n".join(lines), encoding="utf-8")
     return folder
+
+
+def needs(*plugins: str) -> pytest.MarkDecorator:
+    """A mark for tests and parameters that are skipped, saying why, where one of ``plugins`` is not installed."""
+    available = installed()
+    missing = [name for name in plugins if canonical(name) not in available]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
 def load(model: Path | str, adapter: Path | None = None, plugins: Sequence[str] = ()) -> Any:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +16,9 @@ from sft.data.tokenizer import Tokenizer
 from sft.plugins import Plugins
 from sft.seams import Batch, Example
 from sft.settings import build
+from sft.testing import needs, read_metrics
 
 CASES = ["llama-tied-gqa", "llama3-scaled", "qwen2-untied", "mistral-gqa", "gemma-tied"]
-needs_lora = pytest.mark.skipif(find_spec("sft_peft_lora") is None, reason="plugin lora is not installed")
 
 
 def backend_of(name: str) -> Any:
@@ -165,11 +163,10 @@ def test_generation_is_the_same_after_installing(paddle: Any, models: Path, case
 
 
 def losses(folder: Path) -> list[float]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [value for line in lines for key, value in line.items() if key in ("loss", "eval_loss")]
+    return [value for line in read_metrics(folder) for key, value in line.items() if key in ("loss", "eval_loss")]
 
 
-@needs_lora
+@needs("lora")
 @pytest.mark.parametrize("backend", ["flashmask", "flash-attention"])
 @pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied"])
 def test_a_lora_run_has_the_losses_of_the_default(

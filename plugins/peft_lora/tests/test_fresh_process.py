@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ import numpy as np
 import pytest
 
 import sft
+from sft.plugins import installed
+from sft.testing import needs
 
 KINDS: dict[str, list[str]] = {
     "lora": [],
@@ -25,7 +26,6 @@ CASES = {
     **{f"{name}-nf4": [*plugins, "nf4"] for name, plugins in KINDS.items()},
     "rslora-pissa-int8": ["rslora", "pissa", "int8"],
 }
-QUANTIZED = {name for name, plugins in CASES.items() if {"nf4", "int8"} & set(plugins)}
 
 ELSEWHERE = """
 import sys
@@ -74,7 +74,7 @@ def trained(
             found[run.output_dir.name] = logits_of(run.model, input_ids)
 
     for name, plugins in CASES.items():
-        if name in QUANTIZED and find_spec("sft_quant_nf4") is None:
+        if not set(plugins) <= set(installed()):
             continue
         settings = {
             "plugin": ["lora", *plugins],
@@ -94,7 +94,7 @@ def trained(
     return folder, found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(name, marks=needs(*plugins)) for name, plugins in CASES.items()])
 def test_trap_another_process_computes_what_was_trained(
     trained: tuple[Path, dict[str, np.ndarray]],
     models: Path,
@@ -106,8 +106,6 @@ def test_trap_another_process_computes_what_was_trained(
     from sft import adapters
 
     folder, found = trained
-    if case not in found:
-        pytest.skip("plugins nf4 and int8 are not installed")
     largest = np.abs(found[case]).max()
     for place in (folder / case, folder / f"{case}-merged"):
         assert np.abs(np.load(place / "loaded.npy") - found[case]).max() < 1e-5 * largest, place.name

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import sft
-
-needs_lora = pytest.mark.skipif(find_spec("sft_peft_lora") is None, reason="plugin lora is not installed")
+from sft.testing import needs, read_metrics
 
 
 @pytest.fixture
@@ -61,14 +58,14 @@ def test_wrong_settings_are_refused(
         train(**settings)
 
 
-@needs_lora
+@needs("lora")
 def test_a_group_that_does_not_divide_a_layer_is_refused(train: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(sft.UsageError, match="weight_only_group_size 5 does not divide 32 inputs"):
         train(plugin=["lora", "int4"], weight_only_group_size=5)
     assert not (tmp_path / "out").exists()
 
 
-@needs_lora
+@needs("lora")
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_codes_count_as_parameters(train: Callable[..., Any], models: Path, name: str) -> None:
     """Qwen2's biases too, which a quantized layer keeps beside its codes."""
@@ -79,11 +76,10 @@ def test_codes_count_as_parameters(train: Callable[..., Any], models: Path, name
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    return [(line["step"], line["loss"]) for line in read_metrics(folder) if "loss" in line]
 
 
-@needs_lora
+@needs("lora")
 @pytest.mark.parametrize(
     "settings",
     [

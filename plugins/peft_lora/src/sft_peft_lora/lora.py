@@ -84,8 +84,8 @@ class Lora(sft.Plugin):
         pairs = {}
         for name, layer in self.layers.items():
             pairs[name] = run.hook.lora_export(layer=layer) or (layer.lora_A.numpy(), layer.lora_B.numpy())
-        base = str(run.settings.model.model_name_or_path)
-        return adapter_files(pairs, self._modules(), self.alpha, self.scaling, base, self.options.lora_dropout)
+        base, modules = str(run.settings.model.model_name_or_path), sft.module_names(self.layers, self.targets)
+        return adapter_files(pairs, modules, self.alpha, self.scaling, base, self.options.lora_dropout)
 
     @sft.hookimpl
     def sft_import_adapter(self, model: Any, folder: Path) -> bool:
@@ -99,12 +99,6 @@ class Lora(sft.Plugin):
         return LoraMerger(folder)
 
     # --- the parts ------------------------------------------------------------------------------------------
-
-    def _modules(self) -> list[str]:
-        """``target_modules`` as PEFT reads it: last parts of names, or whole names where only some layers match."""
-        kinds = {name.rpartition(".")[2] for name in self.layers}
-        everywhere = {name for name in self.targets if name.rpartition(".")[2] in kinds}
-        return sorted(kinds if everywhere == set(self.layers) else self.layers)
 
     @property
     def _rank(self) -> int:

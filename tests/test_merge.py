@@ -41,20 +41,16 @@ FRESH = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from sft import adapters
+from sft.testing import forward, load
 asked, found = json.loads(sys.argv[1]), {}
 for key, (model, adapter, reader) in asked.items():
     if reader == "sft":
-        loaded, _ = adapters.load_for_inference(model, Path(adapter) if adapter else None, lambda text: None)
+        loaded = load(model, Path(adapter) if adapter else None)
     else:
         from paddlenlp.transformers import AutoModelForCausalLM
         loaded = AutoModelForCausalLM.from_pretrained(model)
         loaded.eval()
-    import paddle
-    ids = paddle.to_tensor(np.arange(5, 39).reshape(2, 17))
-    with paddle.no_grad():
-        logits = loaded(input_ids=ids, attention_mask=paddle.ones_like(ids))
-    found[key] = (logits[0] if isinstance(logits, tuple) else logits).numpy()
+    found[key] = forward(loaded, np.arange(5, 39).reshape(2, 17))
 np.savez(sys.argv[2], **found)
 """
 

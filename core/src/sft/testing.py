@@ -234,12 +234,7 @@ _FRESH = """
 import sys
 from pathlib import Path
 import numpy as np
-from sft import adapters
+from sft.testing import forward, load
 model, adapter, given, found = sys.argv[1:]
-loaded, _ = adapters.load_for_inference(model, Path(adapter) if adapter else None, lambda text: None)
-import paddle
-ids = paddle.to_tensor(np.load(given))
-with paddle.no_grad():
-    logits = loaded(input_ids=ids, attention_mask=paddle.ones_like(ids))
-np.save(found, (logits[0] if isinstance(logits, tuple) else logits).numpy())
+np.save(found, forward(load(model, Path(adapter) if adapter else None), np.load(given)))
 """

@@ -13,7 +13,7 @@ import pytest
 
 import sft
 from sft.plugins import installed
-from sft.testing import needs
+from sft.testing import load, needs
 
 KINDS: dict[str, list[str]] = {
     "lora": [],
@@ -32,23 +32,14 @@ import sys
 from pathlib import Path
 import numpy as np
 from sft import adapters
+from sft.testing import forward, load
 model, folder, *cases = sys.argv[1:]
-
-def quiet(text):
-    pass
-
-def logits(loaded):
-    import paddle
-    ids = paddle.to_tensor(np.load(Path(folder) / "ids.npy"))
-    with paddle.no_grad():
-        found = loaded(input_ids=ids, attention_mask=paddle.ones_like(ids))
-    return (found[0] if isinstance(found, tuple) else found).numpy()
-
+ids = np.load(Path(folder) / "ids.npy")
 for case in cases:
     adapter, merged = Path(folder) / case, Path(folder) / f"{case}-merged"
-    np.save(adapter / "loaded.npy", logits(adapters.load_for_inference(model, adapter, quiet)[0]))
-    adapters.merge(model, adapter, merged, quiet)
-    np.save(merged / "loaded.npy", logits(adapters.load_for_inference(str(merged), None, quiet)[0]))
+    np.save(adapter / "loaded.npy", forward(load(model, adapter), ids))
+    adapters.merge(model, adapter, merged, lambda text: None)
+    np.save(merged / "loaded.npy", forward(load(merged), ids))
 """
 
 
@@ -103,12 +94,10 @@ def test_trap_another_process_computes_what_was_trained(
     case: str,
 ) -> None:
     """Within 1e-5 of the largest logit, of which what was learned is a thousand times more."""
-    from sft import adapters
-
     folder, found = trained
     largest = np.abs(found[case]).max()
     for place in (folder / case, folder / f"{case}-merged"):
         assert np.abs(np.load(place / "loaded.npy") - found[case]).max() < 1e-5 * largest, place.name
     quantizer = [name for name in CASES[case] if name in ("nf4", "int8")]
-    plain, _ = adapters.load_for_inference(str(models / "llama-tied-gqa"), None, lambda text: None, quantizer)
+    plain = load(models / "llama-tied-gqa", None, quantizer)
     assert np.abs(logits_of(plain, input_ids) - found[case]).max() > 1e-2 * largest

@@ -1,6 +1,6 @@
 """What each setting that PaddleNLP's document names does to a run, and the tests that see it.
 
-test_each_setting.py runs each of them; docs/reference/paddlenlp.md is made from this file (`make docs`).
+test_each_setting.py runs each of them; `make docs` makes docs/reference/paddlenlp.md of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import sft
+from sft.testing import read_metrics, write_data
 
 MODELS = Path(__file__).parent.parent / "core" / "tests" / "fixtures" / "models"
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -40,7 +41,7 @@ class Outcome:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return read_metrics(self.folder)
 
     @property
     def losses(self) -> list[float]:
@@ -313,7 +314,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     ),
     "fp16": (
         "likewise, with a dynamic loss scale",
-        "core/tests/test_precision.py::test_an_overflow_halves_and_a_long_time_without_one_doubles",
+        "core/tests/test_precision.py::test_levels",
     ),
     "lora_path": (
         "an adapter to go on from",
@@ -336,70 +337,11 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
 }
 
 
-def write_data(folder: Path) -> Path:
+def make_data(folder: Path) -> Path:
     """24 train and 6 dev records in ``folder``."""
     kinds = ["coat", "shirt", "dress", "skirt"]
-    lines = [
-        json.dumps({"src": f"type#{kinds[n % 4]}" + "*warm" * (n % 3), "tgt": f"A {kinds[n % 4]}" + " you" * (n % 4)})
+    records = [
+        {"src": f"type#{kinds[n % 4]}" + "*warm" * (n % 3), "tgt": f"A {kinds[n % 4]}" + " you" * (n % 4)}
         for n in range(30)
     ]
-    (folder / "train.json").write_text("\n".join(lines[:24]))
-    (folder / "dev.json").write_text("\n".join(lines[24:]))
-    return folder
-
-
-def _reader(name: str) -> str:
-    """Who reads a setting: the core, or the plugins that it switches on or that declare it."""
-    from sft.activation import requests
-    from sft.options import options_of
-    from sft.plugins import installed
-    from sft.settings import core_options
-
-    if name in core_options():
-        return "the core"
-    found = list(requests("setting").get(name, []))
-    for plugin, items in installed().items():
-        declared = getattr(items[0].entry.load(), "Options", None)
-        if plugin.replace("-", "_") == name or (declared is not None and name in options_of(declared)):
-            found.append(plugin)
-    return ", ".join(f"`{plugin}`" for plugin in dict.fromkeys(found))
-
-
-def page() -> str:
-    """docs/reference/paddlenlp.md."""
-    from sft.compatibility import FOREIGN
-
-    lines = [
-        "# PaddleNLP's settings",
-        "",
-        "Made by `make docs` from tests/effects.py and the code. A settings file of `run_finetune.py` runs as it is:",
-        "`sft run lora_argument.json`.",
-        "",
-        "Two defaults differ: `do_train` is true, and `do_eval` unset: dev data is measured where there is some.",
-        "Parallel settings are listed under what has no effect until a plugin reads them.",
-        "",
-        "## Honoured",
-        "",
-        "Each has a test that sees its effect: where none is named, `tests/test_each_setting.py`.",
-        "",
-        "| setting | effect | read by | test |",
-        "|---|---|---|---|",
-    ]
-    for name in sorted({*EFFECTS, *ELSEWHERE}):
-        text = EFFECTS[name].text if name in EFFECTS else ELSEWHERE[name][0]
-        test = f"`{ELSEWHERE[name][1].partition('::')[2]}`" if name in ELSEWHERE else ""
-        lines.append(f"| `{name}` | {text} | {_reader(name)} | {test} |")
-    lines += [
-        "",
-        "## Without effect",
-        "",
-        "Named in one list when a run begins. Any other value than those given is an error.",
-        "",
-        "| setting | values | why |",
-        "|---|---|---|",
-    ]
-    hidden = ("", "null", "none", "no", "off", "yes", "on")
-    for name, foreign in sorted(FOREIGN.items()):
-        shown = ", ".join(value for value in foreign.harmless or () if value not in hidden)
-        lines.append(f"| `{name}` | {shown if foreign.harmless is not None else 'any'} | {foreign.reason} |")
-    return "\n".join([*lines, ""])
+    return write_data(folder, records[:24], records[24:])

@@ -16,7 +16,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import sft
+from sft.adapters import load_for_inference
 from sft.commands.merge import command
+from sft.testing import write_data
 
 MODEL = Path(__file__).parent.parent / "core" / "tests" / "fixtures" / "models" / "llama-tied-gqa"
 TECHNIQUES = {
@@ -39,20 +41,16 @@ FRESH = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from sft import adapters
+from sft.testing import forward, load
 asked, found = json.loads(sys.argv[1]), {}
 for key, (model, adapter, reader) in asked.items():
     if reader == "sft":
-        loaded, _ = adapters.load_for_inference(model, Path(adapter) if adapter else None, lambda text: None)
+        loaded = load(model, Path(adapter) if adapter else None)
     else:
         from paddlenlp.transformers import AutoModelForCausalLM
         loaded = AutoModelForCausalLM.from_pretrained(model)
         loaded.eval()
-    import paddle
-    ids = paddle.to_tensor(np.arange(5, 39).reshape(2, 17))
-    with paddle.no_grad():
-        logits = loaded(input_ids=ids, attention_mask=paddle.ones_like(ids))
-    found[key] = (logits[0] if isinstance(logits, tuple) else logits).numpy()
+    found[key] = forward(loaded, np.arange(5, 39).reshape(2, 17))
 np.savez(sys.argv[2], **found)
 """
 
@@ -66,7 +64,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an adapter of each technique, trained for some steps."""
     folder = tmp_path_factory.mktemp("adapters")
     records = [{"src": f"type#{n}", "tgt": "A coat" + " for you" * (n % 4) + "."} for n in range(12)]
-    (folder / "train.json").write_text("\n".join(map(json.dumps, records)))
+    write_data(folder, records)
     for name, plugins in TECHNIQUES.items():
         settings = {
             "plugin": plugins.split(),
@@ -167,8 +165,6 @@ def test_merging_into_another_base_says_so(adapters: Path, other: Path, tmp_path
 
 
 def test_answering_with_another_base_says_so(adapters: Path, other: Path) -> None:
-    from sft.adapters import load_for_inference
-
     said: dict[Path, list[str]] = {MODEL: [], other: []}
     for base, lines in said.items():
         load_for_inference(str(base), adapters / "lora", lines.append)
@@ -215,7 +211,6 @@ def test_refusals(adapters: Path, tmp_path: Path, words: list[str], message: str
 
 
 def test_a_full_disk_leaves_nothing_behind(adapters: Path, tmp_path: Path) -> None:
-
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 import sft
 from sft.settings import Settings
+from sft.testing import needs
 from sft.training import best
 
 STEPS = {"save_strategy": "steps", "evaluation_strategy": "steps", "save_steps": 1, "eval_steps": 1}
@@ -46,12 +47,10 @@ def checkpoints(folder: Path) -> list[str]:
     ],
     ids=["middle", "the earlier of equals", "last", "greater"],
 )
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=needs("lora"))])
 def test_the_result_is_the_best_checkpoint(
     train: Callable[..., Any], tmp_path: Path, losses: list[float], greater: bool | None, expected: int, adapter: bool
 ) -> None:
-    if adapter:
-        pytest.importorskip("sft_peft_lora", reason="an adapter plugin is not installed")
     more = {"plugin": ["lora"]} if adapter else {}
     train(
         "out", (judged(losses),), max_steps=4, load_best_model_at_end=True, greater_is_better=greater, **STEPS, **more

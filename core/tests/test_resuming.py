@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stopped_runs import KINDS, LORA, SETTINGS, StoppedError, checkpoints_of, contents, needs_lora, stop, watching
+from stopped_runs import KINDS, LORA, SETTINGS, StoppedError, checkpoints_of, contents, stop, watching
 
 import sft
+from sft.testing import needs
 
 Train = Callable[..., sft.Summary]
 Metrics = Callable[..., list[dict[str, Any]]]
@@ -41,7 +42,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
     assert one == other
 
 
-@needs_lora
+@needs("lora")
 def test_dropout_is_in_play_above(train: Train, metrics: Metrics, whole: Any, tmp_path: Path) -> None:
     """The control of the test above: dropout changes the losses, so its draws must have been the same ones."""
     train("without", **{**SETTINGS, **LORA, "lora_dropout": 0.0})

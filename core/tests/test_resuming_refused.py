@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stopped_runs import LORA, SETTINGS, contents, needs_lora, stop, watching
+from stopped_runs import LORA, SETTINGS, contents, stop, watching
 
 import sft
+from sft.testing import needs
 
 Train = Callable[..., sft.Summary]
 Metrics = Callable[..., list[dict[str, Any]]]
@@ -75,7 +76,7 @@ def test_nothing_is_said_where_nothing_changed(train: Train, stopped: Path) -> N
     assert not [line for line in said if line.startswith("note: ")]
 
 
-@needs_lora
+@needs("lora", "rslora")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -124,10 +125,9 @@ def test_other_trainable_parameters_are_refused(train: Train, tmp_path: Path) ->
         train(plugins=(training("k_proj.weight"),), resume_from_checkpoint="auto", **{**SETTINGS, "max_steps": 14})
 
 
-@needs_lora
+@needs("lora", "flashmask")
 def test_an_attention_backend_may_come_and_go(train: Train, tmp_path: Path) -> None:
     """It is how something is computed, not what."""
-    pytest.importorskip("sft_attn_flashmask", reason="the attention plugins are not installed")
     stop(train, 4, **SETTINGS, **LORA)
     train(resume_from_checkpoint="auto", **{**SETTINGS, **LORA, "plugin": ["lora", "flashmask"]})
 

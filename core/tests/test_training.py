@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ import pytest
 from run_files import largest_difference, steps_of, weights_of
 
 import sft
+from sft.testing import needs
 
 Train = Callable[..., sft.Summary]
 Metrics = Callable[..., list[dict[str, Any]]]
 
-needs_lora = pytest.mark.skipif(find_spec("sft_peft_lora") is None, reason="plugin lora is not installed")
-KINDS = [pytest.param({}, id="full"), pytest.param({"plugin": ["lora"]}, id="lora", marks=needs_lora)]
+KINDS = [pytest.param({}, id="full"), pytest.param({"plugin": ["lora"]}, id="lora", marks=needs("lora"))]
 
 
 # --- batches ------------------------------------------------------------------------------------------------
@@ -94,7 +93,7 @@ def test_a_run_repeats_itself_bit_by_bit(train: Train, metrics: Metrics, tmp_pat
     assert [line["loss"] for line in steps_of(metrics(other))] != [line["loss"] for line in steps_of(metrics(first))]
 
 
-@needs_lora
+@needs("lora")
 def test_a_run_inside_a_run_disturbs_neither(train: Train, metrics: Metrics, tmp_path: Path) -> None:
     """One run stops between two steps while another, with another plugin, model and seed, runs from end to end."""
 

@@ -27,7 +27,7 @@ from sft.seams import (
 if TYPE_CHECKING:
     from sft.adapters import read_adapter
     from sft.data.batches import assemble
-    from sft.models.layers import Target, target_layers
+    from sft.models.layers import Target, module_names, target_layers
     from sft.running import Run, Summary, run
 
 __version__ = "0.1.0"
@@ -37,6 +37,7 @@ _LAZY = {
     "Run": "sft.running",
     "Summary": "sft.running",
     "assemble": "sft.data.batches",
+    "module_names": "sft.models.layers",
     "read_adapter": "sft.adapters",
     "run": "sft.running",
     "Target": "sft.models.layers",
@@ -64,6 +65,7 @@ __all__ = [
     "assemble",
     "hookimpl",
     "hookspec",
+    "module_names",
     "option",
     "read_adapter",
     "run",

@@ -22,6 +22,15 @@ def plugin(name: str, body: str = "") -> str:
     return PLUGIN.format(name=name, body=body)
 
 
+def providing(hook: str, given: Any, called: str = "toy") -> type[sft.Plugin]:
+    """A plugin whose one hook returns what ``given`` makes of the run."""
+
+    def answer(self: sft.Plugin, run: sft.Run) -> Any:
+        return given(run)
+
+    return type("Toy", (sft.Plugin,), {"name": called, hook: sft.hookimpl(answer)})
+
+
 def active(*names: str, extra: tuple[Any, ...] = (), options: dict[str, Any] | None = None) -> Plugins:
     plugins = Plugins.load(names, extra)
     plugins.start(options or {})

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import sft
+from sft.testing import needs
 
 ALPHA, HIDDEN = 5.0, 32
 """The plugin's default, and d of llama-tied-gqa."""
@@ -274,8 +275,8 @@ def test_training_with_noise_learns_and_changes_no_layers(train: Any, models: Pa
     assert {name: tensor.shape for name, tensor in after.items()} == {n: tensor.shape for n, tensor in before.items()}
 
 
+@needs("lora")
 def test_beside_lora(train: Any) -> None:
-    pytest.importorskip("sft_peft_lora")
     noisy, plain = (
         train(name, plugin=[*extra, "lora"], learning_rate=1e-2, max_steps=4)
         for name, extra in (("noisy", ["neftune"]), ("plain", []))

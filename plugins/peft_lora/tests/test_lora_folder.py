@@ -251,6 +251,32 @@ def test_more_than_lora_is_refused_and_not_left_out(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_an_adapter_over_a_base_that_its_start_changed_is_refused(
+    train: Any, models: Path, variant: Any, tmp_path: Path, start: str
+) -> None:
+    """PEFT writes W − s·B₀·A₀ nowhere; over W the adapter would add A₀ and B₀ once more."""
+    folder = variant(init_lora_weights=start)
+    base = models / "llama-tied-gqa"
+    message = rf"adapter: init_lora_weights = '{start}' changed the base .* path_initial_model_for_weight_conversion"
+    with pytest.raises(sft.UsageError, match=message):
+        load(base, folder)
+    with pytest.raises(sft.UsageError, match=message):
+        adapters.merge(str(base), folder, tmp_path / "merged", quiet)
+    with pytest.raises(sft.UsageError, match=message):
+        train(lora_path=str(folder))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.parametrize("start", [False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_an_adapter_with_another_start_over_its_base_is_read(
+    paddle: Any, models: Path, peft: Path, variant: Any, logits_of: Any, start: Any
+) -> None:
+    expected = load_file(peft / "llama-lora-all-linear" / "reference.safetensors")
+    found = logits_of(load(models / "llama-tied-gqa", variant(init_lora_weights=start)), expected["input_ids"])
+    np.testing.assert_allclose(found, expected["logits"], atol=TOLERANCE, rtol=0)
+
+
 A = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
 B = A.replace("lora_A", "lora_B")
 

@@ -175,6 +175,41 @@ def test_a_written_config_always_means_the_scaling(rank: int, alpha: float, scal
     assert config["r"] == factor * rank
 
 
+@pytest.mark.parametrize(
+    ("plugins", "settings", "refused"),
+    [
+        ((Scaling,), {}, r"toy-scaling decides how a new adapter begins \(lora_scaling\)"),
+        ((DefaultAlpha,), {}, r"toy-alpha decides how a new adapter begins \(lora_default_alpha\)"),
+        ((Residual,), {}, r"toy-residual decides how a new adapter begins \(lora_initialize\)"),
+        ((), {"plugin": ["lora", "rslora"]}, r"rslora decides how a new adapter begins \(lora_scaling\)"),
+        ((), {"plugin": ["lora", "pissa"]}, r"pissa decides how a new adapter begins \(lora_initialize\)"),
+    ],
+    ids=["scaling", "alpha", "initialize", "rslora", "pissa"],
+)
+def test_what_decides_how_an_adapter_begins_is_refused_where_one_is_given(
+    train: Any, peft: Path, tmp_path: Path, plugins: tuple[type, ...], settings: dict[str, Any], refused: str
+) -> None:
+    with pytest.raises(sft.UsageError, match=rf"Plugin {refused}, and lora_path brings one .*; leave one of them out"):
+        train("out", plugins, lora_path=str(peft / "llama-lora-all-linear"), **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refinement_that_only_exports_goes_on_from_an_adapter(train: Any, peft: Path, tmp_path: Path) -> None:
+    class Export(sft.Plugin):
+        name = "toy-export"
+        requires = ("lora",)
+
+        @sft.hookimpl
+        def lora_export(self, layer: Any) -> tuple[np.ndarray, np.ndarray]:
+            return 2 * layer.lora_A.numpy(), layer.lora_B.numpy()
+
+    adapter = peft / "llama-lora-all-linear"
+    train("out", (Export,), lora_path=str(adapter), learning_rate=0.0)
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "out"))
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(after[name], 2 * tensor if "lora_A" in name else tensor)
+
+
 def test_two_scalings_are_refused(train: Any, tmp_path: Path) -> None:
     message = r"Plugins toy-root \(.*\) and toy-scaling \(.*\) both provide lora_scaling"
     with pytest.raises(sft.UsageError, match=message):

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 import sft
 from sft import adapters
-from sft.testing import load
+from sft.testing import load, needs
 
 CASES = ["llama-vera-all-linear", "llama-vera-qv"]
 
@@ -129,15 +129,15 @@ def test_a_written_adapter_over_a_fresh_base_is_the_trained_model(
     assert np.abs(merged - trained[0]).max() < 1e-5 * np.abs(trained[0]).max()
 
 
+@needs("nf4")
 def test_over_a_quantized_base_too(
     train: Any, base: Path, tmp_path: Path, logits_of: Any, looking: Any, input_ids: np.ndarray
 ) -> None:
-    pytest.importorskip("sft_quant_nf4")
     look, trained = looking
     train(plugins=(look,), plugin=["vera", "nf4"])
-    adapted = load(base, tmp_path / "out", ["nf4"])
+    adapted = load(base, tmp_path / "out")
     np.testing.assert_array_equal(logits_of(adapted, input_ids), trained[0])
-    adapters.merge(str(base), tmp_path / "out", tmp_path / "merged", quiet, ["nf4"])
+    adapters.merge(str(base), tmp_path / "out", tmp_path / "merged", quiet)
     merged = logits_of(load(tmp_path / "merged"), input_ids)
     assert np.abs(merged - trained[0]).max() < 1e-5 * np.abs(trained[0]).max()
 
@@ -257,8 +257,8 @@ def test_more_than_vera_is_refused_and_not_left_out(
         load(base, variant(**{key: value}))
 
 
+@needs("lora")
 def test_lora_and_vera_are_refused_in_one_sentence(train: Any, tmp_path: Path) -> None:
-    pytest.importorskip("sft_peft_lora")
     message = r"^Plugins vera \(.*\) and lora \(.*\) cannot work together; leave one of them out\.$"
     with pytest.raises(sft.UsageError, match=message):
         train(plugin=["lora", "vera"])

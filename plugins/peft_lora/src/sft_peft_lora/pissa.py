@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import sft
-from sft import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,16 +36,12 @@ class Pissa(sft.Plugin):
         self.layers: dict[str, Any] = {}
 
     @sft.hookimpl
-    def sft_check(self, run: Run) -> None:
-        if run.settings.options["lora"].lora_path is not None:
-            raise UsageError("pissa initialises what lora_path would load; leave one of them out.")
-
-    @sft.hookimpl
     def lora_initialize(self, layer: Any, name: str, rng: np.random.Generator) -> bool:
         from sft_peft_lora.svd import principal
 
         weight = layer.base.dequantize() if hasattr(layer.base, "dequantize") else layer.base.weight
-        a, b = principal(weight.numpy(), layer.rank, self.options.pissa_niter, rng)
+        weight = weight.astype("float32").numpy()  # numpy has no bfloat16: paddle would give its bits as uint16
+        a, b = principal(weight, layer.rank, self.options.pissa_niter, rng)
         root = layer.scaling**0.5
         layer.lora_A.set_value(a / root)
         layer.lora_B.set_value(b / root)

@@ -69,6 +69,8 @@ class Run:
     """Where the model came from: ``folder``, ``values`` (config.json), ``family``, ``config``."""
     base_fingerprint: str
     """Tells the weights that an exported adapter belongs to; see ``models/fingerprint.py``."""
+    resumes = False
+    """Whether a checkpoint is about to be put back: what the model begins with will be replaced by what is in it."""
     tokenizer: Tokenizer
     train_data: Data
     dev_data: Encoded | None = None
@@ -177,6 +179,7 @@ def execute(run: Run) -> Summary:
     date = datetime.fromisoformat(state["date"]) if state is not None else None
     named = run.settings.model.tokenizer_name_or_path
     run.tokenizer = Tokenizer(find_model(named) if named else folder, date, run.settings.data.chat_template)
+    run.resumes = state is not None
     assembly.read_data(run, train_files, dev_files)
     run.say(runtime.prepare())
     assembly.load_model(run, folder)

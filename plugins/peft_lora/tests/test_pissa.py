@@ -306,3 +306,26 @@ def test_a_rank_that_a_weight_does_not_have_is_refused(train: Any, adapt: Adapt,
     for layer in layers.values():
         found = layer.scaling * layer.lora_A.numpy().astype(np.float64) @ layer.lora_B.numpy()
         np.testing.assert_allclose(found, weight_of(layer), atol=1e-5)
+
+
+def test_a_resumed_run_decomposes_nothing(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoint has both pairs; the result is that of a run that never stopped."""
+    from sft_peft_lora import svd
+
+    calls: list[int] = []
+    own = svd.principal
+    monkeypatch.setattr(svd, "principal", lambda *given: calls.append(1) or own(*given))
+    settings = {
+        "plugin": ["lora", "pissa"],
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 3,
+        "do_eval": False,
+    }
+    train("whole", **settings)
+    assert len(calls) == 14
+    source = str(tmp_path / "whole" / "checkpoint-1")
+    train("resumed", resume_from_checkpoint=source, **settings)
+    assert len(calls) == 14
+    whole, resumed = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "resumed"))
+    assert whole == resumed

@@ -34,20 +34,34 @@ class Pissa(sft.Plugin):
     def __init__(self, options: PissaOptions) -> None:
         super().__init__(options)
         self.layers: dict[str, Any] = {}
+        self.run: Run | None = None
+
+    @sft.hookimpl
+    def sft_check(self, run: Run) -> None:
+        self.run = run
 
     @sft.hookimpl
     def lora_initialize(self, layer: Any, name: str, rng: np.random.Generator) -> bool:
-        from sft_peft_lora.svd import principal
-
-        weight = layer.base.dequantize() if hasattr(layer.base, "dequantize") else layer.base.weight
-        weight = weight.astype("float32").numpy()  # numpy has no bfloat16: paddle would give its bits as uint16
-        a, b = principal(weight, layer.rank, self.options.pissa_niter, rng)
+        a, b = self._principal(layer, rng)
         root = layer.scaling**0.5
         layer.lora_A.set_value(a / root)
         layer.lora_B.set_value(b / root)
         layer.subtract(a / root, b / root)
         self.layers[name] = layer
         return True
+
+    def _principal(self, layer: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """A₀ and B₀ but for √s; where a checkpoint brings both pairs, nothing is decomposed for them."""
+        import numpy as np
+
+        from sft_peft_lora.svd import principal
+
+        if self.run is not None and self.run.resumes:
+            shapes = (layer.in_features, layer.rank), (layer.rank, layer.out_features)
+            return np.zeros(shapes[0], np.float32), np.zeros(shapes[1], np.float32)
+        weight = layer.base.dequantize() if hasattr(layer.base, "dequantize") else layer.base.weight
+        weight = weight.astype("float32").numpy()  # numpy has no bfloat16: paddle would give its bits as uint16
+        return principal(weight, layer.rank, self.options.pissa_niter, rng)
 
     @sft.hookimpl
     def lora_export(self, layer: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -46,7 +46,7 @@ def test_every_spelling_of_a_scaling_gives_the_same_config_and_logits(
 
 
 @pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-tied-sharded"])
-def test_a_plain_theta_is_read_from_either_spelling(paddle: Any, models: Path, case: str) -> None:
+def test_trap_a_plain_theta_is_read_from_either_spelling(paddle: Any, models: Path, case: str) -> None:
     values = config_of(models / case)
     theta = values["rope_parameters"]["rope_theta"]
     old = {key: value for key, value in values.items() if key != "rope_parameters"}

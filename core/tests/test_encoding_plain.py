@@ -73,7 +73,7 @@ LLAMA3 = (
         (False, None, 0),
     ],
 )
-def test_one_bos_where_there_is_one(
+def test_trap_one_bos_where_there_is_one(
     tokenizer_with: TokenizerWith, tokenizer_adds: bool, template: str | None, expected: int
 ) -> None:
     tokenizer = tokenizer_with("llama3-scaled", template=template, adds_bos=tokenizer_adds)

@@ -282,5 +282,5 @@ def test_on_a_gpu_the_kernel_is_right(paddle: Any, bits: int, group: int | None,
 
     layer = layer_with(channels_of(bits, group), [])
     if not (paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() and fits(layer)):
-        pytest.skip("no GPU that has the kernel")
+        pytest.skip("the kernel needs a GPU, and this machine has none that has it")
     assert compare(layer, Packed(layer, dtype)) is None

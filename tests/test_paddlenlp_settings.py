@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from effects import EFFECTS, ELSEWHERE, MODELS, run, write_data
+from effects import EFFECTS, ELSEWHERE, MODELS, make_data, run
 
 import sft
 from sft.compatibility import FOREIGN
@@ -15,7 +15,7 @@ from sft.compatibility import FOREIGN
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 DOCUMENT = """

@@ -58,6 +58,11 @@ def _sort_metadata(path: Path) -> None:
         stream.write(text.ljust(size))
 
 
+def staging_of(folder: Path) -> Path:
+    """The name that ``folder`` has while it is filled."""
+    return folder.with_name(f"{STAGING}{folder.name}")
+
+
 @contextlib.contextmanager
 def staged_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes the name ``folder`` in one step when the block ends well, else vanishes.
@@ -66,7 +71,7 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     """
     if (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
         raise UsageError(f"{folder} already exists and is not empty; choose another place or remove it.")
-    staging = folder.with_name(f"{STAGING}{folder.name}")
+    staging = staging_of(folder)
     shutil.rmtree(staging, ignore_errors=True)
     make_folder(staging)
     try:

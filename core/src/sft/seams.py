@@ -7,12 +7,16 @@ tensors are paddle's. A technique of the adapter seam has no object of its own: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from sft.models.loading import ModelSource
+    from sft.training.pieces import Piece
 
 
 @dataclass(frozen=True)
@@ -110,37 +114,103 @@ class Quantizer(Protocol):
 
         ``weight`` float32 [in, out] (Paddle's layout), ``bias`` float32 [out]. The returned paddle Layer maps
         [..., in] → [..., out] and offers ``in_features``, ``out_features``, and ``dequantize() -> Tensor [in, out]``
-        for merging; a bias that is no parameter is called ``bias``.
+        for merging; a bias that is no parameter is called ``bias``. Where it can be divided among processes it offers
+        ``part(axis, index, count)``: the layer of that part of the weight [in, out], in the same codes.
         """
         ...
 
 
 class ParallelStrategy(Protocol):
-    """Where this process stands among all that share the run, and the operations that need the others."""
+    """Where this process stands among all that share the run, and the operations that need the others.
+
+    The members below :attr:`is_main` stand in the order in which a run uses them. Each process of a run calls them in the
+    same order, for they may wait for the others.
+    """
 
     data_rank: int
     data_world: int
+    """Which share of a step's rows is this process's, of how many."""
+    draw_rank: int
+    """What makes draws (dropout, noise) differ from other processes'; equal where the same values must be drawn."""
     is_main: bool
-    """Whether this process writes the run directory."""
+    """Whether this process writes the run directory and speaks to the user."""
 
-    def wrap(self, model: Any) -> Any:
-        """The model as this strategy trains it; called once, after it has been adapted."""
+    # --- the model ---
+
+    def divide(self, model: Any, source: ModelSource) -> None:
+        """Reduce ``model``, whose parameters are not allocated, to what this process holds; ``models/parts.py`` says
+        how that is marked."""
+        ...
+
+    def parameters(self, model: Any) -> Iterable[tuple[str, Any]]:
+        """All parameters of the whole model by structured name, tied ones once: those of other processes too."""
+        ...
+
+    def store(self, parameter: Any, read: Callable[[tuple[slice, ...]], np.ndarray]) -> None:
+        """Give a parameter its value: ``read`` gives what is at a place of the whole tensor, in Paddle's layout."""
+        ...
+
+    def linear_weight(self, layer: Any) -> Any:
+        """The whole weight of a target layer, float32 [in, out], wherever its parts are."""
+        ...
+
+    def connect(self, model: Any) -> None:
+        """The model has its weights, its attention and its adapters: divide what those added, and let processes work
+        together when it is called."""
+        ...
+
+    # --- training ---
+
+    def share(self, groups: list[ParameterGroup]) -> list[ParameterGroup]:
+        """The optimizer's groups, with what this process steps under each name: the parameter, or a piece of it."""
         ...
 
     def backward(self, model: Any, batches: Sequence[Batch], loss_scale: float) -> float:
         """Forward and backward over this process's micro-batches, calling ``sft_micro_batch`` before each; returns
         their summed, unscaled loss. The forward passes are made in ``run.precision.autocast()``.
 
-        Gradients are those of ``loss_scale`` × (sum of the target tokens' losses) over all data ranks.
+        What :meth:`share` gave has the gradients of ``loss_scale`` × (sum of the target tokens' losses) over all
+        data ranks.
         """
+        ...
+
+    def grad_norm(self, stepped: Mapping[str, Any]) -> float:
+        """The norm of all gradients over all processes, as they stand (with the loss scale); ``stepped`` is what
+        :meth:`share` gave, by name."""
+        ...
+
+    def updated(self) -> None:
+        """What is stepped here has new values: let each process have those that it needs."""
+        ...
+
+    def scores(self, model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
+        """Without gradients: summed loss of this process's ``batches``, and how many targets are the likeliest token."""
         ...
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The element-wise sum over all data ranks."""
         ...
 
-    def grad_norm(self, parameters: Sequence[Any]) -> float:
-        """The norm of the gradients of ``parameters`` over all processes, as they stand (with the loss scale)."""
+    # --- what is written ---
+
+    def whole(self, parameters: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        """Of :meth:`parameters`, name and whole tensor, one at a time."""
+        ...
+
+    def assembled(self, model: Any) -> AbstractContextManager[None]:
+        """Within it, adapter layers hold whole tensors, as on one process; what they hold at its end is divided again."""
+        ...
+
+    def pieces(self, stepped: Mapping[str, Any]) -> Mapping[str, Piece]:
+        """Which piece of a whole parameter each tensor of :meth:`share` is."""
+        ...
+
+    def own_file(self, stem: str) -> str:
+        """Of the files whose names begin with ``stem``, the one (without suffix) that this process writes."""
+        ...
+
+    def wait(self) -> None:
+        """Until every process is here."""
         ...
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft.errors import UsageError
+from sft.models.parts import part_of, size_of
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,15 @@ def _linears(model: Any) -> list[Target]:
 
 
 def linear_features(layer: Any) -> tuple[int, int] | None:
-    """(in, out) of a layer that is a Linear, or stands for one (a quantized layer says so itself); else None."""
+    """(in, out) of a layer that is a Linear, or stands for one (a quantized layer says so itself); else None.
+
+    Of a layer that is divided among processes, those of the whole.
+    """
     import paddle
 
+    part = part_of(layer)
+    if part is not None:
+        return part.shape[0], part.shape[1]
     if isinstance(layer, paddle.nn.Linear):
         return int(layer.weight.shape[0]), int(layer.weight.shape[1])
     if hasattr(layer, "dequantize"):
@@ -98,17 +105,30 @@ def linear_features(layer: Any) -> tuple[int, int] | None:
     return None
 
 
+def linear_weight(layer: Any) -> Any:
+    """The weight of a Linear, or of what stands for one, float32 [in, out]: what this process holds of it."""
+    return layer.dequantize() if hasattr(layer, "dequantize") else layer.weight.astype("float32")
+
+
 def quantized_values(model: Any) -> int:
     """How many values of Linears are kept as codes, or beside them: those that ``parameters()`` does not know of."""
     count = 0
     for layer in model.sublayers():
         if hasattr(layer, "dequantize"):
-            count += int(layer.in_features) * int(layer.out_features)
+            in_features, out_features = linear_features(layer) or (0, 0)
+            count += in_features * out_features
             if getattr(layer, "bias", None) is not None and "bias" not in dict(layer.named_parameters()):
-                count += int(layer.out_features)
+                count += out_features
     return count
 
 
 def trainable(model: Any) -> dict[str, Any]:
     """Structured name → parameter, of those that train; tied parameters appear once."""
     return {name: parameter for name, parameter in model.named_parameters() if not parameter.stop_gradient}
+
+
+def sizes(parameters: dict[str, Any], model: Any) -> tuple[int, int]:
+    """Trainable and all parameters, as numbers of values of the whole model; a quantizer's codes count too."""
+    found = [(size_of(parameter), not parameter.stop_gradient) for parameter in parameters.values()]
+    total = sum(size for size, _ in found) + quantized_values(model)
+    return sum(size for size, trains in found if trains), total

@@ -1,18 +1,28 @@
-"""Building a model and streaming its weights in, one tensor at a time; a quantizer may stand in for its Linears."""
+"""Building a model and streaming its weights in, one tensor at a time; a quantizer may stand in for its Linears.
+
+Where several processes share the model, a strategy says what of it this one holds, and nothing else is read.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
 from sft.models.config import paddle_config, read_config
 from sft.models.families import Family
 from sft.models.layers import Target, target_layers
+from sft.models.parts import is_elsewhere, part_of, whole_shape
 from sft.models.source import Weights
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sft.seams import ParallelStrategy, Quantizer
 
 
 @dataclass
@@ -32,43 +42,49 @@ def open_model(folder: Path) -> ModelSource:
     return ModelSource(folder, values, family, config)
 
 
-def load_model(source: ModelSource, quantizer: Any | None = None, dtype: str = "float32") -> Any:
-    """The model with weights of ``dtype``; with ``quantizer`` its quantized Linears never existed in float.
+def load_model(
+    source: ModelSource,
+    quantizer: Quantizer | None = None,
+    dtype: str = "float32",
+    strategy: ParallelStrategy | None = None,
+) -> Any:
+    """The model with weights of ``dtype``; with ``quantizer`` its quantized Linears never existed in float. With a
+    ``strategy``, what this process holds of it.
 
     Raises :class:`UsageError` naming the tensors that are missing, left over, or of another shape.
     """
     from sft.models import norms
+    from sft.training.strategy import SingleProcess
 
+    strategy = strategy or SingleProcess(None)
     model = _build(source, dtype)
     _share_rotary_tables(model)
     if source.family.correct is not None:
         source.family.correct(model)
     norms.install(model, source.family.norm_offset)
-    fill(model, source, quantizer)
+    strategy.divide(model, source)
+    fill(model, source, strategy, quantizer)
     model.eval()
     return model
 
 
-def fill(model: Any, source: ModelSource, quantizer: Any | None = None) -> None:
+def fill(model: Any, source: ModelSource, strategy: ParallelStrategy, quantizer: Quantizer | None = None) -> None:
     """Stream the weights of ``source.folder`` into ``model``; raises as :func:`load_model` does."""
-    import numpy as np
-    import paddle
-
     weights = Weights(source.folder, source.family)
     stored = {_paddle_name(name, weights, source.family): name for name in weights}
     if quantizer is not None:
         for target in target_layers(model):
-            _quantize(target, quantizer, weights, stored, source)
-    expected = dict(model.named_parameters())
+            if not is_elsewhere(target.layer):
+                _quantize(target, quantizer, weights, stored, source)
+    expected = dict(strategy.parameters(model))
     if source.config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)  # some writers store the tied matrix twice
     stored = {name: original for name, original in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     _compare(set(expected), set(stored), source)
     for name, parameter in expected.items():
-        value = np.ascontiguousarray(_read(stored[name], parameter.shape, weights, source))
-        parameter.set_value(
-            value if parameter.dtype == paddle.float32 else paddle.to_tensor(value).astype(parameter.dtype)
-        )
+        _check_shape(stored[name], whole_shape(parameter), weights, source)
+        if not is_elsewhere(parameter):
+            strategy.store(parameter, partial(_read, stored[name], weights, source))
 
 
 def _build(source: ModelSource, dtype: str) -> Any:
@@ -86,35 +102,59 @@ def _build(source: ModelSource, dtype: str) -> Any:
         paddle.set_default_dtype(before)
 
 
-def _quantize(target: Target, quantizer: Any, weights: Weights, stored: dict[str, str], source: ModelSource) -> None:
+def _quantize(
+    target: Target, quantizer: Quantizer, weights: Weights, stored: dict[str, str], source: ModelSource
+) -> None:
     name = source.family.to_paddle(target.name)
     original = stored.get(f"{name}.weight")
     if original is None:
         return  # reported with everything else that is missing
-    shape = [target.in_features, target.out_features]
-    weight = _read(original, shape, weights, source)  # a view: quantizers store [out, in], as the file does
+    shape = (target.in_features, target.out_features)
+    _check_shape(original, shape, weights, source)
+    everything = (slice(None), slice(None))
+    weight = _read(original, weights, source, everything)  # a view: quantizers store [out, in], as the file does
     bias_name = stored.get(f"{name}.bias")
     bias = weights.read(bias_name) if bias_name is not None else None
     layer = quantizer.quantize(target.name, weight, bias)
-    if layer is not None:
-        target.replace(layer)
-        stored.pop(f"{name}.weight")
-        stored.pop(f"{name}.bias", None)
+    if layer is None:
+        return
+    part = part_of(target.layer)
+    if part is not None:  # of the whole layer's codes: the same on however many processes
+        if not hasattr(layer, "part"):
+            raise UsageError(
+                f"{type(layer).__name__}, which stands for {target.name}, cannot be divided; leave the quantizer or "
+                "tensor parallelism out."
+            )
+        layer = layer.part(part.axis, part.index, part.count)
+        layer.sft_part = part
+    target.replace(layer)
+    stored.pop(f"{name}.weight")
+    stored.pop(f"{name}.bias", None)
 
 
 def _paddle_name(name: str, weights: Weights, family: Family) -> str:
     return family.to_paddle(name) if weights.layout == "hf" else name
 
 
-def _read(name: str, shape: list[int], weights: Weights, source: ModelSource) -> Any:
-    array = weights.read(name)
-    if weights.layout == "hf" and source.family.is_transposed(name, array.ndim):
-        array = array.T
-    if list(array.shape) != list(shape):
+def _read(name: str, weights: Weights, source: ModelSource, where: tuple[slice, ...]) -> np.ndarray:
+    """What is at ``where`` of a tensor in Paddle's layout, float32."""
+    transposed = weights.layout == "hf" and source.family.is_transposed(name, len(where))
+    if all(slice(*here.indices(length)) == slice(0, length, 1) for here, length in zip(
+        where[::-1] if transposed else where, weights.shape(name), strict=True)):
+        array = weights.read(name)
+    else:
+        array = weights.read_part(name, where[::-1] if transposed else where)
+    return array.T if transposed else array
+
+
+def _check_shape(name: str, shape: tuple[int, ...], weights: Weights, source: ModelSource) -> None:
+    stored = tuple(weights.shape(name))
+    if weights.layout == "hf" and source.family.is_transposed(name, len(stored)):
+        stored = stored[::-1]
+    if stored != tuple(shape):
         raise UsageError(
             f"{source.folder}: tensor {name} has shape {list(weights.shape(name))}, which does not fit config.json."
         )
-    return array
 
 
 def _compare(expected: set[str], stored: set[str], source: ModelSource) -> None:

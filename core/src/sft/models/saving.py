@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from sft.seams import AdapterMerger, Quantizer
 
 
-def model_tensors(model: Any, source: ModelSource) -> Iterable[tuple[str, np.ndarray]]:
-    """The parameters of ``model`` in Hugging Face names and layout, in their dtype, one at a time; tied ones once."""
+def model_tensors(parameters: Iterable[tuple[str, Any]], source: ModelSource) -> Iterator[tuple[str, np.ndarray]]:
+    """Parameters in Hugging Face names and layout, in their dtype, one at a time; tied ones once."""
     import ml_dtypes
     import numpy as np
 
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         array = parameter.numpy()
         if array.dtype == np.uint16:  # paddle's way of giving bfloat16 to numpy
             array = array.view(ml_dtypes.bfloat16)
@@ -35,11 +35,19 @@ def model_tensors(model: Any, source: ModelSource) -> Iterable[tuple[str, np.nda
         yield source.family.to_hf(name), array
 
 
-def write_model(folder: Path, model: Any, source: ModelSource, tokenizer: Tokenizer) -> None:
-    """A whole model with config and tokenizer."""
-    write_tensors(folder, model_tensors(model, source))
-    dtype = str(next(iter(model.parameters())).dtype).rpartition(".")[2]
-    _write_settings(folder, source, tokenizer, dtype)
+def write_model(
+    folder: Path, parameters: Iterable[tuple[str, Any]], source: ModelSource, tokenizer: Tokenizer
+) -> None:
+    """A whole model, of whole ``parameters`` by structured name, with config and tokenizer."""
+    dtypes: list[str] = []
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, array in model_tensors(parameters, source):
+            dtypes.append(str(array.dtype))
+            yield name, array
+
+    write_tensors(folder, tensors())
+    _write_settings(folder, source, tokenizer, dtypes[0])
 
 
 def write_merged(

@@ -88,17 +88,21 @@ class Weights:
 
         return self.read_stored(name).astype(np.float32, copy=False)
 
-    def read_corner(self, name: str, size: int) -> np.ndarray:
-        """The first ``size`` values along each dimension of a tensor as float32, in the file's layout."""
+    def read_part(self, name: str, where: tuple[slice, ...]) -> np.ndarray:
+        """What is at ``where`` of a tensor as float32, in the file's layout; nothing else is read."""
         import ml_dtypes
         import numpy as np
 
         if name in self._pickled:
             array = self._pickled[name]
         else:
-            array = self._open(self._where[name]).get_slice(name)
-        corner = np.asarray(array[tuple(slice(size) for _ in self.shape(name))])
-        return (corner.view(ml_dtypes.bfloat16) if corner.dtype == np.uint16 else corner).astype(np.float32)
+            array = _safetensors(self._where[name]).get_slice(name)
+        part = np.asarray(array[where])
+        return (part.view(ml_dtypes.bfloat16) if part.dtype == np.uint16 else part).astype(np.float32, copy=False)
+
+    def read_corner(self, name: str, size: int) -> np.ndarray:
+        """The first ``size`` values along each dimension of a tensor as float32, in the file's layout."""
+        return self.read_part(name, tuple(slice(size) for _ in self.shape(name)))
 
     def _files(self) -> list[Path]:
         for index in ("model.safetensors.index.json", "model_state.pdparams.index.json"):

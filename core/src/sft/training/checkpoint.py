@@ -2,15 +2,18 @@
 
 ``checkpoint-N/`` holds what a user would load (the adapter in PEFT layout, or the whole model) and, in
 ``trainer/``, what resuming needs: the trainable parameters bit by bit (``trainable.safetensors``, where what
-is exported is an adapter), the optimizer's state and plugins' arrays by structured names, and ``state.json``.
+is exported is an adapter), the optimizer's state (in pieces, where several processes share the run) and plugins'
+arrays by structured names, and ``state.json``. It resumes on any number of processes, however they divide the model.
 Randomness has no hidden state: every draw is a function of the seed and the step number, both of which are in
 ``state.json``, as is the position in the data. The folder appears complete or not at all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +21,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft.errors import UsageError
-from sft.files import remove_folder, save_tensors, staged_folder, write_json
+from sft.files import remove_folder, save_tensors, staged_folder, staging_of, write_json
+from sft.models.parts import is_elsewhere, whole_shape
+from sft.training.pieces import SavedState, save_pieces
 
 if TYPE_CHECKING:
     from sft.running import Run
+    from sft.seams import ParallelStrategy
     from sft.training.optimizer import Optimizer
 
 FORMAT = 2
+OPTIMIZER = "optimizer"
 _KEYS = (
     *("date", "step", "epoch", "seed", "data", "loss_scale", "journal", "before", "evaluation", "best", "settings"),
     *("shaping", "plugins"),
@@ -81,21 +88,33 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:
     """Write ``checkpoint-N`` for ``state["step"]`` and drop the oldest ones beyond ``save_total_limit``; the best one
-    stays where the run is to end with it."""
+    stays where the run is to end with it.
+
+    Where several processes share the run each writes its part of the optimizer's state, and the main one the rest.
+    """
+    strategy = run.strategy
     folder = run.output_dir / f"checkpoint-{state['step']}"
-    if folder.exists():  # left from a run that this one has rewound past
+    if strategy.is_main and folder.exists():  # left from a run that this one has rewound past
         remove_folder(folder)
-    with staged_folder(folder) as staging:
+    with _staged(folder, strategy) as staging:
         run.write_result(staging)
         trainer = staging / "trainer"
-        trainer.mkdir()
-        if run.exports_adapter:
-            values = {name: parameter.numpy() for name, parameter in optimizer.parameters.items()}
-            save_tensors(trainer / "trainable.safetensors", values)
-        save_tensors(trainer / "optimizer.safetensors", optimizer.state())
-        plugins, arrays = _plugin_state(run)
-        save_tensors(trainer / "plugins.safetensors", arrays)
-        write_json(trainer / "state.json", {"format": FORMAT, **state, "plugins": plugins})
+        trainable = [(name, p) for name, p in strategy.parameters(run.model) if not p.stop_gradient]
+        values = {name: p.numpy() for name, p in strategy.whole(trainable)} if run.exports_adapter else {}
+        with strategy.assembled(run.model):
+            plugins, arrays = _plugin_state(run) if strategy.is_main else ({}, {})
+        if strategy.is_main:
+            trainer.mkdir()
+            if run.exports_adapter:
+                save_tensors(trainer / "trainable.safetensors", values)
+            save_tensors(trainer / "plugins.safetensors", arrays)
+            write_json(trainer / "state.json", {"format": FORMAT, **state, "plugins": plugins})
+        strategy.wait()
+        own = trainer / f"{strategy.own_file(OPTIMIZER)}.safetensors"
+        save_pieces(own, optimizer.state(), strategy.pieces(optimizer.parameters))
+        strategy.wait()
+    if not strategy.is_main:
+        return folder
     limit = run.settings.training.save_total_limit
     keeps = run.best["step"] if run.settings.training.load_best_model_at_end and run.best else None
     for old in checkpoints(run.output_dir)[:-limit] if limit else []:
@@ -105,27 +124,46 @@ def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def _staged(folder: Path, strategy: ParallelStrategy) -> Iterator[Path]:
+    """The folder to fill; the main process makes it and gives it its name."""
+    if strategy.is_main:
+        with staged_folder(folder) as staging:
+            yield staging
+    else:
+        yield staging_of(folder)
+    strategy.wait()
+
+
 def load(run: Run, optimizer: Optimizer, folder: Path, state: dict[str, Any]) -> None:
     """Put parameters, optimizer state and plugin state back. The model has been built and adapted."""
-    load_model(run, optimizer.parameters, folder, state)
-    optimizer.load(_read(folder / "trainer" / "optimizer.safetensors"))
+    load_model(run, folder, state)
+    saved, pieces = SavedState(folder / "trainer", OPTIMIZER), run.strategy.pieces(optimizer.parameters)
+    values = {}
+    for key in saved:
+        name = key.rpartition(".")[0]
+        if name in pieces:
+            values[key] = saved.piece(key, pieces[name], tuple(optimizer.parameters[name].shape))
+    optimizer.load(values)
 
 
-def load_model(run: Run, parameters: dict[str, Any], folder: Path, state: dict[str, Any]) -> None:
-    """Put the model back as it was: its trainable ``parameters`` by name, and plugin state."""
+def load_model(run: Run, folder: Path, state: dict[str, Any]) -> None:
+    """Put the model back as it was: its trainable parameters by name, and plugin state."""
     from sft.models.loading import fill
 
-    trainer = folder / "trainer"
+    trainer, strategy = folder / "trainer", run.strategy
     if run.exports_adapter:
-        _load_trainable(parameters, _read(trainer / "trainable.safetensors"), folder)
+        trainable = {name: p for name, p in strategy.parameters(run.model) if not p.stop_gradient}
+        _load_trainable(strategy, trainable, _read(trainer / "trainable.safetensors"), folder)
     else:
-        fill(run.model, replace(run.source, folder=folder))
+        fill(run.model, replace(run.source, folder=folder), strategy)
     arrays = _read(trainer / "plugins.safetensors")
-    for name in run.plugins.names:
-        own = {key.partition("/")[2]: value for key, value in arrays.items() if key.startswith(f"{name}/")}
-        own.update(state["plugins"].get(name, {}))
-        if own:
-            run.plugins.ask(name, "sft_restore", run=run, state=own)
+    with strategy.assembled(run.model):
+        for name in run.plugins.names:
+            own = {key.partition("/")[2]: value for key, value in arrays.items() if key.startswith(f"{name}/")}
+            own.update(state["plugins"].get(name, {}))
+            if own:
+                run.plugins.ask(name, "sft_restore", run=run, state=own)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -137,16 +175,20 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise UsageError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
 
 
-def _load_trainable(parameters: dict[str, Any], values: dict[str, np.ndarray], folder: Path) -> None:
+def _load_trainable(
+    strategy: ParallelStrategy, parameters: dict[str, Any], values: dict[str, np.ndarray], folder: Path
+) -> None:
     for name in sorted(set(values) | set(parameters)):
-        shapes = [list(x[name].shape) if name in x else "none" for x in (values, parameters)]
-        if shapes[0] != shapes[1]:
+        there = list(values[name].shape) if name in values else "none"
+        here = list(whole_shape(parameters[name])) if name in parameters else "none"
+        if there != here:
             raise UsageError(
-                f"{folder} was trained with other parameters ({name}: {shapes[0]} there, {shapes[1]} in this run); "
+                f"{folder} was trained with other parameters ({name}: {there} there, {here} in this run); "
                 "resume with the plugins and settings of that run."
             )
     for name, parameter in parameters.items():
-        parameter.set_value(values[name])
+        if not is_elsewhere(parameter):
+            strategy.store(parameter, values[name].__getitem__)
 
 
 def _plugin_state(run: Run) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -16,9 +16,7 @@ from sft.data.batches import make_batch
 from sft.data.encoding import Question
 from sft.errors import SftError
 from sft.files import write_text
-from sft.models.attention import hidden_states
 from sft.models.generation import answers
-from sft.training.loss import target_scores
 
 if TYPE_CHECKING:
     from sft.running import Run
@@ -48,17 +46,14 @@ def dev_loss(run: Run) -> dict[str, Any]:
     assert data is not None
     rows = run.collator.rows(data.lengths, None)
     mine = range(run.strategy.data_rank * size, len(rows), run.strategy.data_world * size)
-    loss, correct, targets = 0.0, 0, 0
+    batches = [make_batch(data, run.collator, rows[start : start + size]) for start in mine]
     was_training = run.model.training
     run.model.eval()
     with paddle.no_grad(), run.precision.autocast():
-        for start in mine:
-            batch = make_batch(data, run.collator, rows[start : start + size])
-            hidden = hidden_states(run.model, batch)
-            found = target_scores(hidden, paddle.to_tensor(batch.labels), run.model.lm_head)
-            loss, correct, targets = loss + found[0], correct + found[1], targets + batch.target_tokens
+        loss, correct = run.strategy.scores(run.model, batches)
     if was_training:
         run.model.train()
+    targets = sum(batch.target_tokens for batch in batches)
     loss, right, every = run.strategy.sum([loss, correct, targets])
     mean = loss / every
     if not math.isfinite(mean):

@@ -25,9 +25,12 @@ class Window:
 
 @dataclass
 class Journal:
-    """Appends to ``metrics.jsonl``. Its state travels in checkpoints, so a resumed run writes the same lines."""
+    """Appends to ``metrics.jsonl``. Its state travels in checkpoints, so a resumed run writes the same lines.
 
-    path: Path
+    Without a ``path`` it only counts: another process of the run writes.
+    """
+
+    path: Path | None
     window: Window = field(default_factory=Window)
     total: Window = field(default_factory=Window)
     first_loss: float | None = None
@@ -69,8 +72,9 @@ class Journal:
         return line
 
     def write(self, line: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, allow_nan=False) + "\n")
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line, allow_nan=False) + "\n")
         self.lines += 1
 
     def start(self) -> None:
@@ -95,7 +99,9 @@ class Journal:
         """Go back to a checkpoint: restore the sums, and keep the lines that ``written`` had by then."""
         self.window, self.total = Window(**state["window"]), Window(**state["total"])
         self.first_loss, self.last_loss = state["first_loss"], state["last_loss"]
-        self.skipped_steps = state["skipped_steps"]
+        self.skipped_steps, self.lines = state["skipped_steps"], state["lines"]
+        if self.path is None:
+            return
         kept = _lines(written)[: state["lines"]]
         self.lines = len(kept)
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))

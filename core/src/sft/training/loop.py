@@ -35,8 +35,7 @@ def train(
 ) -> tuple[int, float]:
     """Train to the end, from the moment of a checkpoint's ``state`` on if there is one; the last step and epoch."""
     settings, strategy = run.settings.training, run.strategy
-    model, parameters = strategy.wrap(run.model), list(optimizer.parameters.values())
-    total = schedule.total_steps
+    model, total = run.model, schedule.total_steps
     start, epoch, place, scale = 0, 0.0, None, LossScale(run.precision, settings.scale_loss)
     if state is not None:
         start, epoch, place = state["step"], state["epoch"], state["data"]["place"]
@@ -53,12 +52,13 @@ def train(
                 [sum(getattr(b, kind) for b in batches) for kind in ("tokens", "target_tokens", "padding_tokens")]
             ),
         )
-        seed_step(settings.seed, step, strategy.data_rank)
+        seed_step(settings.seed, step, strategy.draw_rank)
         (loss_sum,) = strategy.sum([strategy.backward(model, batches, scale.value / max(1, targets))])
-        grad_norm = strategy.grad_norm(parameters) / scale.value
+        grad_norm = strategy.grad_norm(optimizer.parameters) / scale.value
         rate, unscaled = learning_rate(step, total, settings), 1.0 / scale.value
         if scale.accepts(loss_sum, grad_norm):
             optimizer.step(rate, unscaled * clip_factor(grad_norm, settings.max_grad_norm))
+            strategy.updated()
             record = {
                 "step": step,
                 "epoch": epoch,
@@ -92,7 +92,7 @@ def train(
             display.evaluation(evaluation)
             if saves:
                 run.best = better(run, evaluation)
-        if saves and strategy.is_main:
+        if saves:
             checkpoint.save(run, optimizer, state_after(run, schedule, journal, at, scale))
     model.eval()
     return max(start, total), epoch
@@ -121,7 +121,7 @@ def state_after(run: Run, schedule: Schedule, journal: Journal, at: Step, scale:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make every draw of a step (dropout, noise) a function of seed, step and data rank alone."""
+    """Make every draw of a step (dropout, noise) a function of seed, step and the process's draw rank alone."""
     paddle.seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 

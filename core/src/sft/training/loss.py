@@ -12,13 +12,44 @@ CHUNK_BYTES = 64 << 20
 """Size of one chunk of float32 logits; bounds the memory of the loss whatever the batch."""
 
 
-def _chunk(part: Any, label: Any, weight: Any, transpose_y: bool) -> tuple[Any, Any, Any, Any]:
+class Vocabulary:
+    """Which columns of the logits this process computes: here all. A strategy that divides lm_head puts another one at
+    ``lm_head.sft_vocabulary``, whose operations are over all processes that have a part."""
+
+    start: int | None = None
+    """The token of the first column; None: all columns are here."""
+
+    def maximum(self, values: Any) -> Any:
+        return values
+
+    def total(self, values: Any) -> Any:
+        return values
+
+
+def _vocabulary(lm_head: Any) -> Vocabulary:
+    return getattr(lm_head, "sft_vocabulary", None) or Vocabulary()
+
+
+def _place(label: Any, columns: int, vocabulary: Vocabulary) -> tuple[Any, Any]:
+    """The column [n, 1] of each label here, and 1.0 [n, 1] where it is here (else 0.0, and any column)."""
+    label = label.unsqueeze(-1)
+    if vocabulary.start is None:
+        return label, paddle.ones(label.shape, "float32")
+    column = label - vocabulary.start
+    here = ((column >= 0) & (column < columns)).astype("float32")
+    return column.clip(0, columns - 1), here
+
+
+def _chunk(
+    part: Any, label: Any, weight: Any, transpose_y: bool, vocabulary: Vocabulary
+) -> tuple[Any, Any, Any, Any]:
     """Of some positions: float32 logits less their maximum, the exponentials of these and their sum, and the losses."""
     logits = paddle.matmul(part, weight, transpose_y=transpose_y).astype("float32")
-    logits = logits - logits.max(axis=-1, keepdim=True)
+    logits = logits - vocabulary.maximum(logits.max(axis=-1, keepdim=True))
     exponentials = logits.exp()
-    normaliser = exponentials.sum(axis=-1, keepdim=True)
-    chosen = paddle.take_along_axis(logits, label.unsqueeze(-1), axis=-1)
+    normaliser = vocabulary.total(exponentials.sum(axis=-1, keepdim=True))
+    column, here = _place(label, logits.shape[-1], vocabulary)
+    chosen = vocabulary.total(paddle.take_along_axis(logits, column, axis=-1) * here)
     return logits, exponentials, normaliser, (normaliser.log() - chosen).astype("float64")
 
 
@@ -32,23 +63,31 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Any, weight: Any, labels: Any, transpose_y: bool, gradients: tuple[bool, bool]
+        ctx: Any,
+        hidden: Any,
+        weight: Any,
+        labels: Any,
+        transpose_y: bool,
+        gradients: tuple[bool, bool],
+        vocabulary: Vocabulary,
     ) -> Any:
         rows = _rows(weight, transpose_y)
         total = paddle.zeros([], "float64")
         hidden_grads, weight_grad = [], None
         for start in range(0, hidden.shape[0], rows):
             part, label = hidden[start : start + rows], labels[start : start + rows]
-            _, exponentials, normaliser, losses = _chunk(part, label, weight, transpose_y)
+            _, exponentials, normaliser, losses = _chunk(part, label, weight, transpose_y, vocabulary)
             total += losses.sum()
             if not any(gradients):
                 continue
-            ones = paddle.ones([label.shape[0], 1], "float32")
+            column, here = _place(label, exponentials.shape[-1], vocabulary)
             difference = paddle.put_along_axis(
-                exponentials / normaliser, label.unsqueeze(-1), -ones, axis=-1, reduce="add"
+                exponentials / normaliser, column, -here, axis=-1, reduce="add"
             ).astype(hidden.dtype)
             if gradients[0]:
-                hidden_grads.append(paddle.matmul(difference, weight, transpose_y=not transpose_y))
+                hidden_grads.append(
+                    vocabulary.total(paddle.matmul(difference, weight, transpose_y=not transpose_y))
+                )
             if gradients[1]:
                 left, right = (difference, part) if transpose_y else (part, difference)
                 share = paddle.matmul(left, right, transpose_x=True)
@@ -78,7 +117,9 @@ def target_loss(hidden: Any, labels: Any, lm_head: Any) -> Any:
     weight = lm_head.weight
     learning = paddle.is_grad_enabled()
     gradients = (learning and not chosen.stop_gradient, learning and not weight.stop_gradient)
-    return _ChunkedCrossEntropy.apply(chosen, weight, label, _is_transposed(lm_head), gradients)
+    return _ChunkedCrossEntropy.apply(
+        chosen, weight, label, _is_transposed(lm_head), gradients, _vocabulary(lm_head)
+    )
 
 
 @paddle.no_grad()
@@ -87,15 +128,25 @@ def target_scores(hidden: Any, labels: Any, lm_head: Any) -> tuple[float, int]:
     chosen, label = _targets(hidden, labels)
     if label is None:
         return 0.0, 0
-    transpose_y = _is_transposed(lm_head)
+    transpose_y, vocabulary = _is_transposed(lm_head), _vocabulary(lm_head)
     rows = _rows(lm_head.weight, transpose_y)
     total, correct = paddle.zeros([], "float64"), paddle.zeros([], "int64")
     for start in range(0, chosen.shape[0], rows):
         part = label[start : start + rows]
-        logits, _, _, losses = _chunk(chosen[start : start + rows], part, lm_head.weight, transpose_y)
+        logits, _, _, losses = _chunk(chosen[start : start + rows], part, lm_head.weight, transpose_y, vocabulary)
         total += losses.sum()
-        correct += (logits.argmax(axis=-1) == part).astype("int64").sum()
+        correct += (_likeliest(logits, vocabulary) == part).astype("int64").sum()
     return float(total), int(correct)
+
+
+def _likeliest(logits: Any, vocabulary: Vocabulary) -> Any:
+    """The likeliest token of each position, the first of equals; ``logits`` are less their maximum."""
+    found = logits.argmax(axis=-1)
+    if vocabulary.start is None:
+        return found
+    # The maximum is where 0 is: the least such token is the greatest of their negatives.
+    last = paddle.full_like(found, -(1 << 30))
+    return -vocabulary.maximum(paddle.where(logits.max(axis=-1) == 0.0, -(found + vocabulary.start), last))
 
 
 def _targets(hidden: Any, labels: Any) -> tuple[Any, Any | None]:

@@ -1,17 +1,24 @@
-"""The parallel strategy of a run that has one process."""
+"""The parallel strategy of a run that has one process: everything is here and whole."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import paddle
 
 from sft.models.attention import hidden_states
-from sft.seams import Batch
-from sft.training.loss import target_loss
+from sft.models.layers import linear_weight
+from sft.models.parts import Part
+from sft.seams import Batch, ParameterGroup
+from sft.training.loss import target_loss, target_scores
+from sft.training.pieces import Piece
 
 if TYPE_CHECKING:
+    from sft.models.loading import ModelSource
     from sft.running import Run
 
 
@@ -21,19 +28,36 @@ def batch_loss(model: Any, batch: Batch) -> Any:
 
 
 class SingleProcess:
-    """Everything happens here; see :class:`sft.ParallelStrategy` for what each member means."""
+    """See :class:`sft.ParallelStrategy` for what each member means. ``run`` may be None where nothing is trained."""
 
     data_rank = 0
     data_world = 1
+    draw_rank = 0
     is_main = True
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run | None) -> None:
         self._run = run
 
-    def wrap(self, model: Any) -> Any:
-        return model
+    def divide(self, model: Any, source: ModelSource) -> None:
+        pass
+
+    def parameters(self, model: Any) -> Iterable[tuple[str, Any]]:
+        return model.named_parameters()
+
+    def store(self, parameter: Any, read: Callable[[tuple[slice, ...]], np.ndarray]) -> None:
+        set_value(parameter, read(tuple(slice(0, length) for length in parameter.shape)))
+
+    def linear_weight(self, layer: Any) -> Any:
+        return linear_weight(layer)
+
+    def connect(self, model: Any) -> None:
+        pass
+
+    def share(self, groups: list[ParameterGroup]) -> list[ParameterGroup]:
+        return groups
 
     def backward(self, model: Any, batches: Sequence[Batch], loss_scale: float) -> float:
+        assert self._run is not None
         total = 0.0
         for batch in batches:
             self._run.hook.sft_micro_batch(run=self._run, batch=batch)
@@ -43,16 +67,49 @@ class SingleProcess:
             total += float(loss)
         return total
 
+    def grad_norm(self, stepped: Mapping[str, Any]) -> float:
+        return math.sqrt(squares(stepped.values()))
+
+    def updated(self) -> None:
+        pass
+
+    def scores(self, model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
+        found = [batch_scores(model, batch) for batch in batches]
+        return sum(loss for loss, _ in found), sum(correct for _, correct in found)
+
     def sum(self, values: Sequence[float]) -> list[float]:
         return list(values)
 
-    def grad_norm(self, parameters: Sequence[Any]) -> float:
-        return grad_norm(parameters)
+    def whole(self, parameters: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        return iter(parameters)
+
+    def assembled(self, model: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def pieces(self, stepped: Mapping[str, Any]) -> Mapping[str, Piece]:
+        return {name: Piece(Part(tuple(p.shape), 0, 0, 1), 0, int(p.size)) for name, p in stepped.items()}
+
+    def own_file(self, stem: str) -> str:
+        return stem
+
+    def wait(self) -> None:
+        pass
+
+
+def batch_scores(model: Any, batch: Batch) -> tuple[float, int]:
+    """Summed loss of a batch's target tokens, and how many of them are the likeliest token."""
+    return target_scores(hidden_states(model, batch), paddle.to_tensor(batch.labels), model.lm_head)
+
+
+def set_value(parameter: Any, value: np.ndarray) -> None:
+    """Give a parameter the float32 ``value``, rounded to its dtype."""
+    value = np.ascontiguousarray(value)
+    parameter.set_value(value if parameter.dtype == paddle.float32 else paddle.to_tensor(value).astype(parameter.dtype))
 
 
 @paddle.no_grad()
-def grad_norm(parameters: Sequence[Any]) -> float:
-    """The norm of all gradients of ``parameters`` together, in float32; those without one count as zero."""
+def squares(parameters: Iterable[Any]) -> float:
+    """The sum of the squares of all gradients of ``parameters``, in float32; those without one count as zero."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    squares = [gradient.astype("float32").square().sum() for gradient in gradients]
-    return float(paddle.add_n(squares).sqrt()) if squares else 0.0
+    parts = [gradient.astype("float32").square().sum() for gradient in gradients]
+    return float(paddle.add_n(parts)) if parts else 0.0

@@ -1,0 +1,135 @@
+"""Optimizer state on disk, by the structured name of the whole parameter: readable under any division of it.
+
+A file holds what one process steps. Where that is a piece of a parameter, the file's metadata say which one; reading
+puts the pieces of a tensor together from all files, and takes the piece that is stepped now.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sft.errors import UsageError
+from sft.files import save_tensors
+from sft.models.parts import Part
+
+METADATA = "sft.pieces"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Values ``start`` to ``stop`` of a ``part`` of a parameter, in memory order."""
+
+    part: Part
+    start: int
+    stop: int
+    written: bool = True
+    """Whether this process writes it; if not, another one that holds the same does."""
+
+    @property
+    def is_whole(self) -> bool:
+        return self.part.count == 1 and (self.start, self.stop) == (0, math.prod(self.part.shape))
+
+    def of(self, whole: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """This piece of the whole tensor, in the ``shape`` of what is stepped (which may end in padding)."""
+        values = whole[self.part.where].reshape(-1)[self.start : self.stop]
+        filled = np.zeros(math.prod(shape), whole.dtype)
+        filled[: values.size] = values
+        return filled.reshape(shape)
+
+    def put(self, values: np.ndarray, whole: np.ndarray) -> None:
+        """Write this piece's ``values`` to their place in ``whole``."""
+        part = whole[self.part.where]
+        flat = part.reshape(-1)
+        flat[self.start : self.stop] = values
+        whole[self.part.where] = flat.reshape(part.shape)
+
+
+def save_pieces(path: Path, state: Mapping[str, np.ndarray], pieces: Mapping[str, Piece]) -> None:
+    """Write an optimizer's ``state`` (``NAME.KIND``), but for what another process writes."""
+    tensors: dict[str, np.ndarray] = {}
+    about: dict[str, Any] = {}
+    for key, value in state.items():
+        name, _, kind = key.rpartition(".")
+        piece = pieces[name]
+        if not piece.written:
+            continue
+        if _is_scalar(kind) or piece.is_whole:
+            tensors[key] = value
+        else:
+            tensors[key] = np.ascontiguousarray(value.reshape(-1)[: piece.stop - piece.start])
+            about[name] = {"part": asdict(piece.part), "start": piece.start, "stop": piece.stop}
+    save_tensors(path, tensors, {METADATA: json.dumps(about)} if about else None)
+
+
+class SavedState:
+    """The optimizer state in ``folder``, whoever wrote it: files whose names begin with ``stem``."""
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        from safetensors import safe_open
+
+        self.folder = folder
+        self._files = sorted(folder.glob(f"{stem}*.safetensors"))
+        if not self._files:
+            raise UsageError(f"{folder} has no {stem}.safetensors; resume from another checkpoint.")
+        self._where: dict[str, list[tuple[Path, Piece | None]]] = {}
+        for path in self._files:
+            try:
+                with safe_open(str(path), framework="numpy") as file:
+                    about = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+                    for key in file.keys():  # noqa: SIM118  (no dict)
+                        name, _, kind = key.rpartition(".")
+                        values = None if _is_scalar(kind) else about.get(name)
+                        self._where.setdefault(key, []).append((path, _piece(values) if values else None))
+            except Exception as error:
+                raise UsageError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
+
+    def piece(self, key: str, piece: Piece, shape: tuple[int, ...]) -> np.ndarray:
+        """The ``piece`` of a tensor that is stepped here, in the ``shape`` of what is stepped; KeyError without it."""
+        whole = self.whole(key)
+        return whole if _is_scalar(key.rpartition(".")[2]) else piece.of(whole, shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def whole(self, key: str) -> np.ndarray:
+        """The whole tensor, put together where it was written in pieces."""
+        from safetensors import safe_open
+
+        found = self._where[key]
+        if found[0][1] is None:
+            with safe_open(str(found[0][0]), framework="numpy") as file:
+                return np.asarray(file.get_tensor(key))
+        whole: np.ndarray | None = None
+        covered = 0
+        for path, piece in found:
+            assert piece is not None
+            with safe_open(str(path), framework="numpy") as file:
+                values = np.asarray(file.get_tensor(key))
+            if whole is None:
+                whole = np.zeros(piece.part.shape, values.dtype)
+            piece.put(values, whole)
+            covered += values.size
+        assert whole is not None
+        if covered != whole.size:
+            raise UsageError(
+                f"{self.folder} lacks pieces of {key} ({covered} of {whole.size} values); a process's file is missing: "
+                "resume from another checkpoint."
+            )
+        return whole
+
+
+def _piece(values: dict[str, Any]) -> Piece:
+    part = values["part"]
+    return Piece(Part(tuple(part["shape"]), part["axis"], part["index"], part["count"]), values["start"], values["stop"])
+
+
+def _is_scalar(kind: str) -> bool:
+    """Whether a kind of state is one number a parameter (a power of β), not a value for each of its values."""
+    return kind.endswith("_pow_acc")

@@ -26,20 +26,31 @@ from sft.seams import (
 
 if TYPE_CHECKING:
     from sft.adapters import read_adapter
+    from sft.commands.run import collect
     from sft.data.batches import assemble
     from sft.models.layers import Target, target_layers
+    from sft.models.outline import LinearOutline, Outline, Weight
+    from sft.models.shards import parse_size
+    from sft.outlining import PaperRun, outline
     from sft.running import Run, Summary, run
 
 __version__ = "0.1.0"
 
 # Loaded on first use: they stay out of `sft --help`.
 _LAZY = {
+    "LinearOutline": "sft.models.outline",
+    "Outline": "sft.models.outline",
+    "PaperRun": "sft.outlining",
     "Run": "sft.running",
     "Summary": "sft.running",
     "assemble": "sft.data.batches",
     "read_adapter": "sft.adapters",
     "run": "sft.running",
     "Target": "sft.models.layers",
+    "Weight": "sft.models.outline",
+    "collect": "sft.commands.run",
+    "outline": "sft.outlining",
+    "parse_size": "sft.models.shards",
     "target_layers": "sft.models.layers",
 }
 
@@ -51,6 +62,9 @@ __all__ = [
     "Batch",
     "DataCollator",
     "Example",
+    "LinearOutline",
+    "Outline",
+    "PaperRun",
     "ParallelStrategy",
     "ParameterGroup",
     "Plugin",
@@ -61,10 +75,14 @@ __all__ = [
     "Target",
     "Turn",
     "UsageError",
+    "Weight",
     "assemble",
+    "collect",
     "hookimpl",
     "hookspec",
     "option",
+    "outline",
+    "parse_size",
     "read_adapter",
     "run",
     "single",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import sft
 
 if TYPE_CHECKING:
-    from sft import AttentionBackend, Run
+    from sft import AttentionBackend, Outline, Run
 
 
 class _Backend:
@@ -40,6 +40,10 @@ class FlashAttention(sft.Plugin):
     def sft_attention_backend(self, run: Run, config: Any) -> AttentionBackend:
         return _Backend()
 
+    @sft.hookimpl
+    def sft_outline(self, outline: Outline) -> None:
+        outline.attention_in_blocks = True
+
 
 class FlashMask(sft.Plugin):
     """Attention in blocks that skips what column-wise masks hide (arXiv 2410.01359)."""
@@ -52,3 +56,7 @@ class FlashMask(sft.Plugin):
     @sft.hookimpl
     def sft_attention_backend(self, run: Run, config: Any) -> AttentionBackend:
         return _Backend()
+
+    @sft.hookimpl
+    def sft_outline(self, outline: Outline) -> None:
+        outline.attention_in_blocks = True

@@ -13,6 +13,7 @@ import pytest
 import sft
 from sft.models import attention, corrections, norms
 from sft.models.loading import _share_rotary_tables, open_model
+from sft.plugins import import_plugin
 from sft.training.optimizer import Optimizer, default_groups
 from sft.training.strategy import batch_loss, grad_norm
 from sft_parallel_4d import activations
@@ -87,6 +88,19 @@ def test_a_block_keeps_what_is_said(
     expected = activations.boundary if recompute else lambda *args: activations.block_kept(args[0], 0, *args[1:])
     # paddle's allocator gives each tensor a whole number of 64 or 256 bytes.
     assert measured[1] - measured[0] == pytest.approx(expected(outline, shape, Precision()), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_in_blocks(paddle: Any, config_of: Any, family: str) -> None:
+    backend = import_plugin("flashmask")(None).sft_attention_backend(run=None, config=None)
+    measured = [
+        kept(build(config_of(family, num_hidden_layers=layers), backend=backend), batch(ROWS, LENGTH, 512))
+        for layers in (1, 2)
+    ]
+    settings = {"model_name_or_path": str(config_of(family)), "plugin": ["flashmask"]}
+    expected = activations.block_kept(sft.outline(settings).outline, 0, Shape(ROWS, LENGTH, 0), Precision())
+    sums = 4 * 8 * ROWS * LENGTH  # kernels on GPUs keep one a row and head; this implementation computes them again
+    assert measured[1] - measured[0] == pytest.approx(expected - sums, rel=1e-3)
 
 
 @pytest.mark.parametrize(

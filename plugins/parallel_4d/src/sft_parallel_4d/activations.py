@@ -49,11 +49,10 @@ def block_kept(outline: Outline, number: int, shape: Shape, precision: Precision
     # Rotation keeps both factors of its four products: q, k, their rotated halves, cos and sin.
     narrow += (2 * query + 2 * key) / tensor + 2 * outline.head_size
     if outline.attention_in_blocks:
-        narrow += (2 * query + 2 * key) / tensor  # q, k, v, output
+        narrow += (2 * query + 2 * key) / tensor  # q, k, v, and the output, which is o_proj's input
         wide += heads / tensor  # and a sum a row
     else:
-        narrow += (3 * query + heads * shape.length) / tensor  # q, k and v repeated to all heads; probabilities
-    narrow += query / tensor  # o_proj's input
+        narrow += (4 * query + heads * shape.length) / tensor  # q, k and v of all heads, output; probabilities
     narrow += (3 if outline.family.model_type in GATED else 4) * inner / tensor
     block = outline.blocks[number]
     narrow += sum(linear.kept for linear in block)

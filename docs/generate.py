@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sft import hookspecs
+from sft.activation import requests
 from sft.commands import COMMANDS
+from sft.compatibility import FOREIGN
 from sft.options import Option, options_of
 from sft.plugins import Installed, installed
-from sft.settings import GROUPS
+from sft.settings import GROUPS, core_options
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "reference"
@@ -81,6 +83,7 @@ SEAMS = {
     "sft_attention_backend": ("attention", "注意力"),
     "sft_collator": ("collator", "数据整理"),
     "sft_export_adapter": ("adapter", "适配器"),
+    "sft_parallel_strategy": ("parallel strategy", "并行策略"),
 }
 
 
@@ -96,7 +99,14 @@ def plugin_table(chinese: bool) -> str:
         link = f"[{item.distribution}](plugins/{_folder(item)})"
         kinds = [words[chinese] for hook, words in SEAMS.items() if _implements(plugin, hook)]
         refines = "改进 lora" if chinese else "refines lora"
-        seam = kinds[0] if kinds else refines if plugin.requires else ("嵌入" if chinese else "embedding")
+        other = (
+            ("命令" if chinese else "command")
+            if _implements(plugin, "sft_commands")
+            else "嵌入"
+            if chinese
+            else "embedding"
+        )
+        seam = kinds[0] if kinds else refines if plugin.requires else other
         cells = (_names(plugin.requires), _names(excluded(name, plugins)), _names(plugin.supersedes))
         rows.append(f"| `{name}` | {link} | {seam} | {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -144,9 +154,54 @@ def with_table(readme: str) -> str:
 
 def paddlenlp_page() -> str:
     sys.path.insert(0, str(ROOT / "tests"))
-    from effects import page
+    from effects import EFFECTS, ELSEWHERE
 
-    return page()
+    lines = [
+        "# PaddleNLP's settings",
+        "",
+        "Made by `make docs` from tests/effects.py and the code. A settings file of `run_finetune.py` runs as it is:",
+        "`sft run lora_argument.json`.",
+        "",
+        "Two defaults differ: `do_train` is true, and `do_eval` unset: dev data is measured where there is some.",
+        "Parallel settings are listed under what has no effect until a plugin reads them.",
+        "",
+        "## Honoured",
+        "",
+        "Each has a test that sees its effect: where none is named, `tests/test_each_setting.py`.",
+        "",
+        "| setting | effect | read by | test |",
+        "|---|---|---|---|",
+    ]
+    for name in sorted({*EFFECTS, *ELSEWHERE}):
+        text = EFFECTS[name].text if name in EFFECTS else ELSEWHERE[name][0]
+        test = f"`{ELSEWHERE[name][1].partition('::')[2]}`" if name in ELSEWHERE else ""
+        lines.append(f"| `{name}` | {text} | {_reader(name)} | {test} |")
+    lines += [
+        "",
+        "## Without effect",
+        "",
+        "Named in one list when a run begins. Any other value than those given is an error.",
+        "",
+        "| setting | values | why |",
+        "|---|---|---|",
+    ]
+    hidden = ("", "null", "none", "no", "off", "yes", "on")
+    for name, foreign in sorted(FOREIGN.items()):
+        shown = ", ".join(value for value in foreign.harmless or () if value not in hidden)
+        lines.append(f"| `{name}` | {shown if foreign.harmless is not None else 'any'} | {foreign.reason} |")
+    return "\n".join([*lines, ""])
+
+
+def _reader(name: str) -> str:
+    """Who reads a setting: the core, or the plugins that it switches on or that declare it."""
+    if name in core_options():
+        return "the core"
+    found = list(requests("setting").get(name, []))
+    for plugin, items in installed().items():
+        declared = getattr(items[0].entry.load(), "Options", None)
+        if plugin.replace("-", "_") == name or (declared is not None and name in options_of(declared)):
+            found.append(plugin)
+    return ", ".join(f"`{plugin}`" for plugin in dict.fromkeys(found))
 
 
 PAGES = {

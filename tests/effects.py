@@ -1,6 +1,6 @@
 """What each setting that PaddleNLP's document names does to a run, and the tests that see it.
 
-test_each_setting.py runs each of them; docs/reference/paddlenlp.md is made from this file (`make docs`).
+test_each_setting.py runs each of them; `make docs` makes docs/reference/paddlenlp.md of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import sft
+from sft.testing import read_metrics, write_data
 
 MODELS = Path(__file__).parent.parent / "core" / "tests" / "fixtures" / "models"
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -33,12 +34,14 @@ class Outcome:
     groups: dict[str, float] = field(default_factory=dict)
     decay: float = 0.0
     steps: list[dict[str, Any]] = field(default_factory=list)
+    backend: str = ""
+    """Where the attention backend that the model computes with is defined."""
     measured: list[int] = field(default_factory=list)
     """Rows of each batch of the evaluation after training."""
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return read_metrics(self.folder)
 
     @property
     def losses(self) -> list[float]:
@@ -90,6 +93,8 @@ def run(folder: Path, data: Path, **changes: Any) -> Outcome:
 
         @sft.hookimpl
         def sft_run_started(self, run: sft.Run) -> None:
+            seen["backend"] = type(run.model.sft_attention_backend).__module__
+
             def forward(layer: Any, inputs: Any) -> None:
                 if not layer.training and inputs[0].shape[1] > 1:
                     seen["measured"].append(inputs[0].shape[0])
@@ -139,12 +144,17 @@ EFFECTS: dict[str, Effect] = {
     ),
     "lora": Effect("trains low-rank adapters", LORA, lambda a, b: b.adapter["peft_type"] == "LORA"),
     "lora_rank": Effect("their rank", {"lora_rank": 4}, lambda a, b: (a.adapter["r"], b.adapter["r"]) == (8, 4), LORA),
-    "rslora": Effect("their scaling is α/√r", {"rslora": True}, lambda a, b: b.adapter["use_rslora"] is True, LORA),
+    "rslora": Effect(
+        "their scaling is α/√r",
+        {"rslora": True},
+        lambda a, b: b.adapter["use_rslora"] is True and last(a) != last(b),
+        LORA,
+    ),
     "pissa": Effect("they start from singular vectors", {"pissa": True}, lambda a, b: b.adapter["r"] == 16, LORA),
     "lora_plus_scale": Effect(
         "B learns that many times faster than A",
         {"lora_plus_scale": 4.0},
-        lambda a, b: max(b.groups.values()) == 4.0 > max(a.groups.values()),
+        lambda a, b: max(b.groups.values()) == 4.0 > max(a.groups.values()) and last(a) != last(b),
         LORA,
     ),
     "vera": Effect(
@@ -168,12 +178,14 @@ EFFECTS: dict[str, Effect] = {
         LORA,
     ),
     "use_flash_attention": Effect(
-        "computes attention in blocks", {"use_flash_attention": True}, lambda a, b: "flash-attention" in b.plugins
+        "computes attention in blocks",
+        {"use_flash_attention": True},
+        lambda a, b: a.backend == "sft.models.attention" and b.backend == "sft_attn_flashmask.backends",
     ),
     "flash_mask": Effect(
         "skips what is masked",
         {"use_flash_attention": True, "flash_mask": True},
-        lambda a, b: "flashmask" in b.plugins and "flash-attention" not in b.plugins,
+        lambda a, b: b.backend == "sft_attn_flashmask.backends" and "flash-attention" not in b.plugins,
     ),
     # Data
     "dataset_name_or_path": Effect(
@@ -246,7 +258,11 @@ EFFECTS: dict[str, Effect] = {
     "lr_scheduler_type": Effect(
         "the shape of the decay", {"lr_scheduler_type": "constant"}, lambda a, b: set(b.rates) == {1e-3} != set(a.rates)
     ),
-    "weight_decay": Effect("of AdamW", {"weight_decay": 0.3}, lambda a, b: (a.decay, b.decay) == (0.0, 0.3)),
+    "weight_decay": Effect(
+        "of AdamW",
+        {"weight_decay": 0.3},
+        lambda a, b: (a.decay, b.decay) == (0.0, 0.3) and a.losses[:2] != b.losses[:2],
+    ),
     "max_grad_norm": Effect(
         "clips gradients", {"max_grad_norm": 1e-6}, lambda a, b: a.losses[0] == b.losses[0] and last(a) != last(b)
     ),
@@ -279,24 +295,6 @@ EFFECTS: dict[str, Effect] = {
     "save_strategy": Effect("when checkpoints are written", SAVING, lambda a, b: b.checkpoints == [1, 2, 3, 4]),
     "save_steps": Effect("steps between", {"save_steps": 3}, lambda a, b: b.checkpoints == [3], SAVING),
     "save_total_limit": Effect("how many stay", {"save_total_limit": 2}, lambda a, b: b.checkpoints == [3, 4], SAVING),
-    "load_best_model_at_end": Effect(
-        "ends with the best of them",
-        {"load_best_model_at_end": True},
-        lambda a, b: b.said_of("best model") and not any(line.startswith("best model") for line in a.said),
-        {**SAVING, **EVALUATING},
-    ),
-    "metric_for_best_model": Effect(
-        "what best means",
-        {"metric_for_best_model": "accuracy"},
-        lambda a, b: (
-            ("eval_loss" in a.said_of("best model"), "eval_accuracy" in b.said_of("best model")) == (True, True)
-        ),
-        {**SAVING, **EVALUATING, "load_best_model_at_end": True},
-    ),
-    "bf16": Effect(
-        "16-bit matrix products, where the device has them", {"bf16": True}, lambda a, b: b.said_of("precision: bf16")
-    ),
-    "fp16": Effect("likewise, with a loss scale", {"fp16": True}, lambda a, b: b.said_of("precision: fp16")),
     "seed": Effect(
         "of shuffling and drawing",
         {"seed": 7},
@@ -305,6 +303,19 @@ EFFECTS: dict[str, Effect] = {
 }
 # The effect of these does not show in one run beside another; the test that sees it is named instead.
 ELSEWHERE: dict[str, tuple[str, str]] = {
+    "load_best_model_at_end": (
+        "ends with the best checkpoint",
+        "core/tests/test_best.py::test_the_result_is_the_best_checkpoint",
+    ),
+    "metric_for_best_model": ("what best means", "core/tests/test_best.py::test_another_metric_decides"),
+    "bf16": (
+        "16-bit matrix products, where the device has them; said and float32 where not",
+        "core/tests/test_precision.py::test_what_the_device_cannot_do_is_said_and_computed_in_float32",
+    ),
+    "fp16": (
+        "likewise, with a dynamic loss scale",
+        "core/tests/test_precision.py::test_levels",
+    ),
     "lora_path": (
         "an adapter to go on from",
         "plugins/peft_lora/tests/test_lora_folder.py::test_a_run_goes_on_from_an_adapter",
@@ -326,39 +337,11 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
 }
 
 
-def page() -> str:
-    """docs/reference/paddlenlp.md."""
-    from sft.compatibility import FOREIGN
-    from sft.settings import core_options
-
-    lines = [
-        "# PaddleNLP's settings",
-        "",
-        "Made by `make docs` from tests/effects.py and the code. A settings file of `run_finetune.py` runs as it is:",
-        "`sft run lora_argument.json`.",
-        "",
-        "## Honoured",
-        "",
-        "Each has a test that sees its effect: where none is named, `tests/test_each_setting.py`.",
-        "",
-        "| setting | effect | read by | test |",
-        "|---|---|---|---|",
+def make_data(folder: Path) -> Path:
+    """24 train and 6 dev records in ``folder``."""
+    kinds = ["coat", "shirt", "dress", "skirt"]
+    records = [
+        {"src": f"type#{kinds[n % 4]}" + "*warm" * (n % 3), "tgt": f"A {kinds[n % 4]}" + " you" * (n % 4)}
+        for n in range(30)
     ]
-    for name in sorted({*EFFECTS, *ELSEWHERE}):
-        text = EFFECTS[name].text if name in EFFECTS else ELSEWHERE[name][0]
-        test = f"`{ELSEWHERE[name][1].partition('::')[2]}`" if name in ELSEWHERE else ""
-        lines.append(f"| `{name}` | {text} | {'the core' if name in core_options() else 'a plugin'} | {test} |")
-    lines += [
-        "",
-        "## Without effect",
-        "",
-        "Named in one list when a run begins. Any other value than those given is an error.",
-        "",
-        "| setting | values | why |",
-        "|---|---|---|",
-    ]
-    hidden = ("", "null", "none", "no", "off", "yes", "on")
-    for name, foreign in sorted(FOREIGN.items()):
-        shown = ", ".join(value for value in foreign.harmless or () if value not in hidden)
-        lines.append(f"| `{name}` | {shown if foreign.harmless is not None else 'any'} | {foreign.reason} |")
-    return "\n".join([*lines, ""])
+    return write_data(folder, records[:24], records[24:])

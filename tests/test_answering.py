@@ -20,7 +20,7 @@ from click.testing import CliRunner
 import sft
 from sft.adapters import load_for_inference
 from sft.commands import cli
-from sft.evaluating import evaluate
+from sft.finished import evaluate_finished
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "core" / "src" / "sft" / "demo" / "model"
@@ -60,7 +60,7 @@ def run(data: Path, out: Path, *plugins: str, **settings: Any) -> dict[str, Any]
 
 def again(data: Path, adapter: Path, *plugins: str) -> dict[str, Any]:
     values = {"model_name_or_path": str(MODEL), "dataset_name_or_path": str(data)}
-    return evaluate({**values, **SETTINGS}, adapter, quiet, plugins)
+    return evaluate_finished({**values, **SETTINGS}, adapter, quiet, plugins)
 
 
 def scores(record: dict[str, Any]) -> dict[str, float]:
@@ -102,7 +102,8 @@ def test_answers_of_a_quantized_adapter_do_not_depend_on_the_batch(data: Path, t
 
 
 IN_TERMINAL = """
-import fcntl, termios
+import fcntl, signal, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a background job are deaf to it
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C typed there becomes a signal here
 from sft.commands import main
 main()
@@ -119,14 +120,15 @@ class Terminal:
         os.close(theirs)
         self.text = ""
 
-    def until(self, wanted: str, seconds: float = 60) -> str:
-        """What has been shown since the last call, until ``wanted`` is in it."""
+    def until(self, *wanted: str, seconds: float = 60) -> str:
+        """Wait until one of ``wanted`` has been shown since the last call; the first of them."""
         end = time.monotonic() + seconds
-        while wanted not in self.text and time.monotonic() < end:
+        pattern = re.compile("|".join(map(re.escape, wanted)))
+        while not (found := pattern.search(self.text)) and time.monotonic() < end:
             self._read()
-        assert wanted in self.text, self.text
-        shown, _, self.text = self.text.partition(wanted)
-        return shown + wanted
+        assert found, self.text
+        self.text = self.text[found.end() :]
+        return found[0]
 
     def more(self, characters: int, seconds: float = 60) -> None:
         """Wait until that many characters have been shown since the last call."""
@@ -147,26 +149,33 @@ class Terminal:
 
 
 def test_a_chat_in_a_terminal() -> None:
-    """Answers appear, Ctrl-C stops one and not the chat, Ctrl-D ends it."""
+    """Answers appear, Ctrl-C stops one and not the chat, Ctrl-D ends it.
+
+    Each Ctrl-C is answered by one of two lines, and a prompt follows. An answer (at this temperature any characters)
+    may hold "> ", so a prompt is waited for only behind such a line.
+    """
+    stopped, line = "(stopped)\r\n", "(/exit or Ctrl-D leaves)\r\n"
     terminal = Terminal("chat", "--model_name_or_path", str(MODEL), "--max_new_tokens", "400", "--top_k", "0",
                         "--temperature", "9")  # fmt: skip
     try:
-        terminal.until("/exit or Ctrl-D leaves")
+        terminal.until("Ctrl-C stops.\r\n")
         terminal.until("> ")
         for _ in range(5):  # on a busy machine an answer may be complete before Ctrl-C arrives
             terminal.type("type#bag\n")
             terminal.until("type#bag\r\n")
             terminal.more(5)  # characters of the answer
             terminal.type("\x03")
-            shown = terminal.until("> ")
-            if "(stopped)" in shown:
+            shown = terminal.until(stopped, line)
+            terminal.until("> ")
+            if shown == stopped:
                 break
-        assert "(stopped)" in shown
-        terminal.type("half a line")
-        terminal.until("half a line")
-        terminal.type("\x03")
-        terminal.until("(/exit or Ctrl-D leaves)")
-        terminal.until("> ")
+        assert shown == stopped
+        for _ in range(20):  # at once after the last key, which may still be on its way to the screen
+            terminal.type("half a line")
+            terminal.until("half a line")
+            terminal.type("\x03")
+            terminal.until(line)
+            terminal.until("> ")
         terminal.type("\x04")
         assert terminal.process.wait(timeout=30) == 0
     finally:

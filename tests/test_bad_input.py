@@ -244,7 +244,7 @@ def test_an_adapter_folder_that_is_none(refused: Callable[..., str]) -> None:
 
 
 def test_a_setting_of_a_plugin_that_is_not_requested(refused: Callable[..., str]) -> None:
-    assert refused(lora_rank=8) == "Unknown setting lora_rank; if it belongs to plugin lora, add --plugin lora."
+    assert refused(lora_rank=4) == "Unknown setting lora_rank; if it belongs to plugin lora, add --plugin lora."
 
 
 # --- model directories --------------------------------------------------------------------------------------
@@ -347,7 +347,10 @@ def test_an_index_that_is_none(refused: Callable[..., str], work: Path, text: st
         ("rnu", "There is no command 'rnu'; `sft --help` lists the commands."),
         ("generate --prompt hello", "Missing option"),
         ("generate --model_name_or_path ./missing --prompt hello", "Model ./missing does not exist"),
-        ("generate --model_name_or_path model --top_k -1 --prompt hello", "Invalid value for '--top_k'"),
+        (
+            "generate --model_name_or_path model --top_k -1 --prompt hello",
+            "top_k: expected a whole number of at least 0, got '-1'",
+        ),
         ("merge --model_name_or_path model --lora_path data --output_path out", "data "),
         ("plugins --xml", "No such option"),
     ],

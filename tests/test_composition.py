@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +12,8 @@ import numpy as np
 import pytest
 
 import sft
-from sft.adapters import load_for_inference, merge
+from sft.adapters import merge
+from sft.testing import forward, load, read_metrics, write_data
 
 MODELS = Path(__file__).parent.parent / "core" / "tests" / "fixtures" / "models"
 MODEL = MODELS / "llama-tied-gqa"
@@ -45,14 +45,11 @@ SLOW = [*WITH_ADAPTER, *WITHOUT] if os.environ.get("SFT_EVERY_COMBINATION") else
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     kinds = ["coat", "shirt", "dress", "skirt"]
-    lines = [
-        json.dumps(
-            {"src": f"type#{kinds[n % 4]}" + "*warm" * (n % 3), "tgt": f"A {kinds[n % 4]}" + " for you" * (n % 4)}
-        )
+    records = [
+        {"src": f"type#{kinds[n % 4]}" + "*warm" * (n % 3), "tgt": f"A {kinds[n % 4]}" + " for you" * (n % 4)}
         for n in range(24)
     ]
-    (folder / "train.json").write_text("\n".join(lines), encoding="utf-8")
-    return folder
+    return write_data(folder, records)
 
 
 class StopError(Exception):
@@ -77,13 +74,8 @@ class Watch(sft.Plugin):
 
 
 def logits(model: Any) -> np.ndarray:
-    import paddle
-
-    ids = paddle.to_tensor([[3, 5, 7, 9, 11, 13, 2, 4]])
     model.eval()
-    with paddle.no_grad():
-        found = model(input_ids=ids, attention_mask=paddle.ones_like(ids))
-    return (found[0] if isinstance(found, tuple) else found).numpy()
+    return forward(model, np.array([[3, 5, 7, 9, 11, 13, 2, 4]]))
 
 
 def quiet(text: str) -> None:
@@ -91,11 +83,19 @@ def quiet(text: str) -> None:
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in read_metrics(folder)]
 
 
 def check(names: list[str], data: Path, work: Path, base: Path = MODEL) -> None:
-    def train(folder: str, stop_after: int = 0, **more: Any) -> None:
+    """All of it in the folder ``work``, of which nothing is left."""
+    try:
+        _check(names, data, work, base)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _check(names: list[str], data: Path, work: Path, base: Path) -> None:
+    def train(folder: str, stop_after: int = 0, **more: Any) -> np.ndarray:
         watch = type("Watching", (Watch,), {"stop_after": stop_after})
         settings = {
             "plugin": names,
@@ -112,10 +112,9 @@ def check(names: list[str], data: Path, work: Path, base: Path = MODEL) -> None:
             "disable_tqdm": True,
         }
         sft.run({**settings, **more}, plugins=[watch], say=quiet)
-        train.logits = watch.logits  # type: ignore[attr-defined]
+        return watch.logits
 
-    train("whole")
-    trained = train.logits  # type: ignore[attr-defined]
+    trained = train("whole")
     assert all(np.isfinite(losses(work / "whole")))
     with pytest.raises(StopError):
         train("parts", stop_after=1)
@@ -124,17 +123,13 @@ def check(names: list[str], data: Path, work: Path, base: Path = MODEL) -> None:
     adapter = any(name in ("lora", "vera") for name in names)
     weights = "adapter_model.safetensors" if adapter else "model.safetensors"
     assert (work / "parts" / weights).read_bytes() == (work / "whole" / weights).read_bytes()
-    size = np.abs(trained).max()
     if not adapter:
-        model, _ = load_for_inference(str(work / "whole"), None, quiet)
-        np.testing.assert_array_equal(logits(model), trained)
+        np.testing.assert_array_equal(logits(load(work / "whole")), trained)
         return
-    model, _ = load_for_inference(str(base), work / "whole", quiet)
-    assert np.abs(logits(model) - trained).max() < 1e-5 * size
+    size = np.abs(trained).max()
+    assert np.abs(logits(load(base, work / "whole")) - trained).max() < 1e-5 * size
     merge(str(base), work / "whole", work / "merged", quiet)
-    model, _ = load_for_inference(str(work / "merged"), None, quiet)
-    assert np.abs(logits(model) - trained).max() < 1e-5 * size
-    shutil.rmtree(work)
+    assert np.abs(logits(load(work / "merged")) - trained).max() < 1e-5 * size
 
 
 @pytest.mark.parametrize("choices", PAIRS, ids=lambda choices: " ".join(" ".join(choices).split()) or "none")
@@ -226,7 +221,5 @@ def test_an_adapters_two_files_say_what_they_were_trained_over(data: Path, tmp_p
     copy.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(tmp_path / "out" / name, copy / name)
-    model, _ = load_for_inference(str(MODEL), copy, quiet)
-    np.testing.assert_allclose(logits(model), watch.logits, rtol=0, atol=1e-5 * np.abs(watch.logits).max())
-    model, _ = load_for_inference(str(MODEL), copy, quiet, ["no:nf4"])
-    assert np.abs(logits(model) - watch.logits).max() > 1e-2 * np.abs(watch.logits).max()
+    np.testing.assert_allclose(logits(load(MODEL, copy)), watch.logits, rtol=0, atol=1e-5 * np.abs(watch.logits).max())
+    assert np.abs(logits(load(MODEL, copy, ["no:nf4"])) - watch.logits).max() > 1e-2 * np.abs(watch.logits).max()

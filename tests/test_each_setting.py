@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from effects import EFFECTS, ELSEWHERE, Outcome, run
+from effects import EFFECTS, ELSEWHERE, Outcome, make_data, run
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 train and 6 dev records."""
-    folder = tmp_path_factory.mktemp("data")
-    kinds = ["coat", "shirt", "dress", "skirt"]
-    lines = [
-        json.dumps({"src": f"type#{kinds[n % 4]}" + "*warm" * (n % 3), "tgt": f"A {kinds[n % 4]}" + " you" * (n % 4)})
-        for n in range(30)
-    ]
-    (folder / "train.json").write_text("\n".join(lines[:24]))
-    (folder / "dev.json").write_text("\n".join(lines[24:]))
-    return folder
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +46,11 @@ def test_setting_has_its_effect(
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
-def test_the_test_of_a_setting_is_there(name: str) -> None:
+def test_the_test_of_a_setting_is_there_and_sets_it(name: str) -> None:
+    """By keyword, by name in a dict or a parameter, or typed; a docstring or a comment does not count."""
     path, _, test = ELSEWHERE[name][1].partition("::")
-    source = (Path(__file__).parent.parent / path).read_text(encoding="utf-8")
-    assert f"def {test}(" in source
-    assert name in source
+    tree = ast.parse((Path(__file__).parent.parent / path).read_text(encoding="utf-8"))
+    (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == test)
+    keywords = {node.arg for node in ast.walk(function) if isinstance(node, ast.keyword)}
+    texts = {node.value for node in ast.walk(function) if isinstance(node, ast.Constant)}
+    assert name in keywords or {name, f"--{name}"} & texts

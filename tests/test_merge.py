@@ -16,7 +16,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import sft
+from sft.adapters import load_for_inference
 from sft.commands.merge import command
+from sft.testing import write_data
 
 MODEL = Path(__file__).parent.parent / "core" / "tests" / "fixtures" / "models" / "llama-tied-gqa"
 TECHNIQUES = {
@@ -39,20 +41,16 @@ FRESH = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from sft import adapters
+from sft.testing import forward, load
 asked, found = json.loads(sys.argv[1]), {}
 for key, (model, adapter, reader) in asked.items():
     if reader == "sft":
-        loaded, _ = adapters.load_for_inference(model, Path(adapter) if adapter else None, lambda text: None)
+        loaded = load(model, Path(adapter) if adapter else None)
     else:
         from paddlenlp.transformers import AutoModelForCausalLM
         loaded = AutoModelForCausalLM.from_pretrained(model)
         loaded.eval()
-    import paddle
-    ids = paddle.to_tensor(np.arange(5, 39).reshape(2, 17))
-    with paddle.no_grad():
-        logits = loaded(input_ids=ids, attention_mask=paddle.ones_like(ids))
-    found[key] = (logits[0] if isinstance(logits, tuple) else logits).numpy()
+    found[key] = forward(loaded, np.arange(5, 39).reshape(2, 17))
 np.savez(sys.argv[2], **found)
 """
 
@@ -66,7 +64,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an adapter of each technique, trained for some steps."""
     folder = tmp_path_factory.mktemp("adapters")
     records = [{"src": f"type#{n}", "tgt": "A coat" + " for you" * (n % 4) + "."} for n in range(12)]
-    (folder / "train.json").write_text("\n".join(map(json.dumps, records)))
+    write_data(folder, records)
     for name, plugins in TECHNIQUES.items():
         settings = {
             "plugin": plugins.split(),
@@ -115,6 +113,37 @@ def test_merged_is_base_and_adapter(logits: dict[str, np.ndarray], technique: st
 # --- which base ---------------------------------------------------------------------------------------------
 
 
+def test_over_a_16_bit_base_float32_is_exact_and_the_bases_dtype_is_rounded(adapters: Path, tmp_path: Path) -> None:
+    """Tensors against float64: W + s·(A·B)ᵀ of each Linear, from the files."""
+    import ml_dtypes
+
+    half = tmp_path / "half"
+    shutil.copytree(MODEL, half)
+    stored = {name: t.astype(ml_dtypes.bfloat16) for name, t in load_file(MODEL / "model.safetensors").items()}
+    save_file(stored, half / "model.safetensors", metadata={"format": "pt"})
+    factors = load_file(adapters / "lora" / "adapter_model.safetensors")
+    config = json.loads((adapters / "lora" / "adapter_config.json").read_text())
+    found = {}
+    for dtype in ("base", "float32"):
+        out = tmp_path / dtype
+        done = merge(
+            "--model_name_or_path", half, "--lora_path", adapters / "lora", "--output_path", out, "--dtype", dtype
+        )
+        assert done.exit_code == 0, done.output
+        found[dtype] = load_file(out / "model.safetensors")
+        wanted = "bfloat16" if dtype == "base" else "float32"
+        assert json.loads((out / "config.json").read_text())["torch_dtype"] == wanted
+    for name, base in stored.items():
+        key = "base_model.model." + name.removesuffix(".weight")
+        exact = base.astype(np.float64)
+        if f"{key}.lora_A.weight" in factors:
+            a, b = (factors[f"{key}.lora_{half}.weight"].astype(np.float64) for half in "AB")
+            exact = exact + config["lora_alpha"] / config["r"] * (b @ a)
+        np.testing.assert_allclose(found["float32"][name], exact, rtol=1e-5, atol=1e-6)
+        assert str(found["base"][name].dtype) == "bfloat16"
+        np.testing.assert_array_equal(found["base"][name], found["float32"][name].astype(ml_dtypes.bfloat16))
+
+
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
     """A base of the same shapes, in one tensor of which another training has left its mark."""
@@ -136,8 +165,6 @@ def test_merging_into_another_base_says_so(adapters: Path, other: Path, tmp_path
 
 
 def test_answering_with_another_base_says_so(adapters: Path, other: Path) -> None:
-    from sft.adapters import load_for_inference
-
     said: dict[Path, list[str]] = {MODEL: [], other: []}
     for base, lines in said.items():
         load_for_inference(str(base), adapters / "lora", lines.append)
@@ -171,7 +198,7 @@ def test_the_metadata_of_an_adapter_stand_in_one_order(adapters: Path) -> None:
     ("words", "message"),
     [
         (["--device", "tpu"], "There is no device 'tpu'; give cpu, gpu or gpu:N"),
-        (["--max_shard_size", "2XB"], "'2XB' is no size of a file"),
+        (["--max_shard_size", "2XB"], "'2XB' is no size; give"),
         (["--safe_serialization", "false"], "the hf format would need torch"),
     ],
 )
@@ -184,7 +211,6 @@ def test_refusals(adapters: Path, tmp_path: Path, words: list[str], message: str
 
 
 def test_a_full_disk_leaves_nothing_behind(adapters: Path, tmp_path: Path) -> None:
-
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:

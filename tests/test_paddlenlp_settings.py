@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from effects import EFFECTS, ELSEWHERE, MODELS, run
+from effects import EFFECTS, ELSEWHERE, MODELS, make_data, run
 
 import sft
 from sft.compatibility import FOREIGN
@@ -15,16 +15,7 @@ from sft.compatibility import FOREIGN
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 train and 6 dev records."""
-    folder = tmp_path_factory.mktemp("data")
-    kinds = ["coat", "shirt", "dress", "skirt"]
-    lines = [
-        json.dumps({"src": f"type#{kinds[n % 4]}" + "*warm" * (n % 3), "tgt": f"A {kinds[n % 4]}" + " you" * (n % 4)})
-        for n in range(30)
-    ]
-    (folder / "train.json").write_text("\n".join(lines[:24]))
-    (folder / "dev.json").write_text("\n".join(lines[24:]))
-    return folder
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 DOCUMENT = """
@@ -89,7 +80,8 @@ def test_a_setting_without_meaning_is_named_with_its_reason(name: str) -> None:
     from sft.compatibility import explain, listing
 
     foreign = FOREIGN[name]
-    value = foreign.harmless[-1] if foreign.harmless is not None else "anything"
+    plain = {"true or false": "true", "a number": "7", "text": "anything"}.get(foreign.kind, foreign.kind)
+    value = foreign.harmless[-1] if foreign.harmless is not None else plain
     left, found = explain({name: value, "seed": 1}, {"seed"})
     assert left == {"seed": 1}
     assert listing(found) == f"settings without effect here:\n  {name} {value}: {foreign.reason}"
@@ -97,6 +89,9 @@ def test_a_setting_without_meaning_is_named_with_its_reason(name: str) -> None:
     assert explain({name: value}, {name}) == ({name: value}, [])
     if foreign.harmless is not None:
         with pytest.raises(sft.UsageError, match=f"^{name} 'seven' is not possible here: "):
+            explain({name: "seven"}, set())
+    elif plain != "anything":
+        with pytest.raises(sft.UsageError, match=f"^{name}: expected .*, got 'seven'"):
             explain({name: "seven"}, set())
 
 
@@ -141,5 +136,27 @@ def test_options_of_what_is_switched_off_are_listed(data: Path, tmp_path: Path) 
         "weight_blocksize 64: plugin",
     ):
         assert part in listed
+    # Without its switch an option at its default changes nothing; another value asks for the plugin.
+    said.clear()
+    sft.run(
+        {**values, "output_dir": str(tmp_path / "default"), "lora_rank": 8, "neftune_noise_alpha": 5}, say=said.append
+    )
+    assert "lora_rank 8: it is the default of plugin lora, which is not asked for" in said[0]
     with pytest.raises(sft.UsageError, match=r"Unknown setting lora_rank; .* add --plugin lora"):
-        sft.run({**values, "output_dir": str(tmp_path / "other"), "lora_rank": 8})
+        sft.run({**values, "output_dir": str(tmp_path / "other"), "lora_rank": 4})
+
+
+def test_null_is_unset_and_numbers_switch(data: Path, tmp_path: Path) -> None:
+    """As PaddleNLP's JSON has them: null for its own defaults, 1 for true, true for the newest checkpoint."""
+    values = {"disable_tqdm": None, "lora": 1, "vera": None, "resume_from_checkpoint": True, "max_steps": 3}
+    same = {
+        "model_name_or_path": str(MODELS / "llama-tied-gqa"),
+        "dataset_name_or_path": str(data),
+        "output_dir": str(tmp_path / "out"),
+    }
+    sft.run({**same, "lora": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}, say=lambda text: None)
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({**values, **same}))
+    said: list[str] = []
+    assert sft.run(file, say=said.append).steps == 3
+    assert any(line.startswith("resuming from") for line in said)

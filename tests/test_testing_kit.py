@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import sft
-from sft.testing import forward, make_model, paddle, read_metrics, write_data  # noqa: F401
+from sft.testing import forward, make_model, needs, paddle, read_metrics, write_data  # noqa: F401
 
 CORE = Path(sft.__file__).parent
 EXAMPLE = Path(__file__).parent.parent / "examples" / "third_party_plugin"
@@ -61,6 +61,12 @@ def test_a_seed_makes_a_model(tmp_path: Path) -> None:
     first, again, other = (make_model(tmp_path / str(n), seed) for n, seed in enumerate((0, 0, 1)))
     read = [(folder / "model.safetensors").read_bytes() for folder in (first, again, other)]
     assert read[0] == read[1] != read[2]
+
+
+def test_a_skip_names_the_plugins_that_are_missing() -> None:
+    here, missing = needs("lora", "Greedy_Zero_Padding").mark, needs("lora", "no-such", "none-either").mark
+    assert here.args == (False,)
+    assert (missing.args, missing.kwargs["reason"]) == ((True,), "not installed: no-such, none-either")
 
 
 def test_data_and_metrics(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conversations import tokenizer_with  # noqa: F401
 from stopped_runs import shared, stopped, whole  # noqa: F401
 
+from sft.plugins import entries
 from sft.testing import metrics, paddle, train, write_data  # noqa: F401
 
 
@@ -93,13 +95,15 @@ def distribute(site: Path) -> Iterator[Callable[..., None]]:
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
         lines = []
-        for group, entries in (("sft.plugins", plugins), ("sft.requests", requests or {})):
+        for group, declared in (("sft.plugins", plugins), ("sft.requests", requests or {})):
             lines.append(f"[{group}]")
-            lines += [f"{name} = {module}" + (f":{target}" if target else "") for name, target in entries.items()]
+            lines += [f"{name} = {module}" + (f":{target}" if target else "") for name, target in declared.items()]
         (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
         importlib.invalidate_caches()
+        entries.cache_clear()
 
     yield install
+    entries.cache_clear()
     for module in modules:
         sys.modules.pop(module, None)
 

@@ -86,11 +86,11 @@ class TestByOwnSetting:
     def test_on(self, value: Any) -> None:
         assert chosen(big_saw=value, seed=1) == (["big-saw"], {"seed": 1})
 
-    @pytest.mark.parametrize("value", [False, "false", "no", "off", "0"])
+    @pytest.mark.parametrize("value", [False, None, 0, "false", "no", "off", "0"])
     def test_off(self, value: Any) -> None:
         assert chosen(big_saw=value, seed=1) == ([], {"seed": 1})
 
-    @pytest.mark.parametrize("value", [3, "maybe", None, ""])
+    @pytest.mark.parametrize("value", [3, "maybe", ""])
     def test_neither(self, value: Any) -> None:
         assert refusal(big_saw=value) == (
             f"big_saw: expected true or false (it switches plugin big-saw), got {value!r}."
@@ -114,7 +114,7 @@ class TestByOtherSettings:
     def test_a_switch_of_another_name(self, value: Any, on: bool) -> None:
         assert chosen(use_polish=value) == (["polish"] if on else [], {})
 
-    @pytest.mark.parametrize("value", [None, "", "anything", 2])
+    @pytest.mark.parametrize("value", ["", "anything", 2])
     def test_a_switch_is_true_or_false(self, value: Any) -> None:
         assert refusal(use_polish=value) == (
             f"use_polish: expected true or false (it switches plugin polish), got {value!r}."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -12,8 +14,9 @@ import click.testing
 import pytest
 
 import sft
-from sft import adapters, evaluating
-from sft.commands.chat import Chat
+from sft import adapters, finished
+from sft.commands.chat import Chat, CtrlC
+from sft.data.encoding import encode_prompt
 from sft.models.source import find_model
 from sft.seams import Turn
 from sft.settings import GenerationArguments
@@ -39,13 +42,14 @@ def typed(paddle: Any, models: Path) -> Type:
 @pytest.fixture
 def alone(paddle: Any, models: Path) -> Callable[..., str]:
     """The answer to a text or to turns, computed by itself."""
-    from sft.models.generation import answer
+    from sft.models.generation import answers
 
     model, tokenizer = adapters.load_for_inference(str(find_model(str(models / MODEL))), None, lambda text: None)
 
     def found(prompt: str | list[Turn], seed: int = 42, **settings: Any) -> str:
         turns = [Turn("user", prompt)] if isinstance(prompt, str) else prompt
-        return answer(model, tokenizer, turns, GenerationArguments(**{"max_new_tokens": 6, **settings}), seed)
+        prompt, generation = encode_prompt(turns, tokenizer), GenerationArguments(**{"max_new_tokens": 6, **settings})
+        return answers(model, tokenizer, [prompt], generation, seed)[0]
 
     return found
 
@@ -61,7 +65,7 @@ def test_evaluate_prints_one_line_of_json_and_nothing_else(typed: Type, models: 
     assert result.stdout.count("\n") == 1
     found = json.loads(result.stdout)
     values = {"model_name_or_path": str(models / MODEL), "dataset_name_or_path": str(dataset), **settings}
-    expected = evaluating.evaluate({**values, "eval_with_do_generation": True}, None, lambda text: None)
+    expected = finished.evaluate_finished({**values, "eval_with_do_generation": True}, None, lambda text: None)
     assert {**found, "eval_seconds": 0} == {**expected, "eval_seconds": 0}
     assert "dev data: 7 records" in result.stderr
     plain = [*line[:6], "--eval_with_do_generation", "false", *line[-2:]]
@@ -118,6 +122,39 @@ def test_records_are_answered_instead_of_their_last_answer(typed: Type, alone: A
     assert json.loads(line) == {"prompt": "coat", "answer": alone("coat")}
 
 
+def test_questions_of_every_format_are_answered(typed: Type, alone: Any, tmp_path: Path, distribute: Any) -> None:
+    """Roles are those of training; a plugin's format is asked before {"prompt": TEXT} is taken for a prompt alone."""
+    source = """
+    import sft
+
+    class Pairs(sft.Plugin):
+        name = "pairs"
+
+        @sft.hookimpl
+        def sft_record_format(self, record):
+            if "completion" in record:
+                return [sft.Turn("user", record["prompt"] + "!"), sft.Turn("assistant", record["completion"], True)]
+    """
+    distribute("pairs", source, {"pairs": "Pairs"})
+    path = tmp_path / "asked.jsonl"
+
+    def answered(record: dict[str, Any], *options: str) -> Any:
+        path.write_text(json.dumps(record))
+        (line,) = typed("generate", *SHORT, *options, "--prompts_file", str(path), "--json").stdout.splitlines()
+        return json.loads(line)
+
+    talk = [("human", "Hi"), ("gpt", "ok"), ("human", "coat")]
+    turns = [Turn("user", "Hi"), Turn("assistant", "ok"), Turn("user", "coat")]
+    expected = {"prompt": "coat", "answer": alone(turns)}
+    assert answered({"conversations": [{"from": role, "value": text} for role, text in talk]}) == expected
+    assert answered({"messages": [{"role": role, "content": text} for role, text in talk]}) == expected
+    assert answered({"src": ["Hi", "coat"], "tgt": ["ok"]}) == expected
+    record = {"prompt": "coat", "completion": "warm"}
+    assert answered(record) == {"prompt": "coat", "answer": alone("coat")}
+    expected = {"prompt": "coat!", "answer": alone("coat!"), "reference": "warm"}
+    assert answered(record, "--plugin", "pairs") == expected
+
+
 def test_draws_follow_the_options(typed: Type, alone: Any) -> None:
     drawn = ("--top_k", "0", "--temperature", "1.5", "--top-p", "0.95")
     settings = {"top_k": 0, "temperature": 1.5, "top_p": 0.95}
@@ -129,10 +166,11 @@ def test_draws_follow_the_options(typed: Type, alone: Any) -> None:
 
 def test_another_chat_template_is_used(typed: Type, paddle: Any, models: Path, dataset: Path) -> None:
     """Without one, a prompt is its text alone; all three commands take it."""
-    from sft.models.generation import answer
+    from sft.models.generation import answers
 
     plain = adapters.load_for_inference(str(models / MODEL), None, lambda text: None, chat_template="none")
-    expected = answer(*plain, [Turn("user", "coat")], GenerationArguments(max_new_tokens=6), 42) + "\n"
+    prompt = encode_prompt([Turn("user", "coat")], plain[1])
+    expected = answers(*plain, [prompt], GenerationArguments(max_new_tokens=6), 42)[0] + "\n"
     option = ("--chat_template", "none")
     assert typed("generate", *SHORT, *option, "--prompt", "coat").stdout == expected
     assert typed("chat", *SHORT, *option, lines="coat").stdout == expected
@@ -222,4 +260,41 @@ def test_an_interrupted_answer_remains_as_far_as_it_was_given(paddle: Any, model
     assert given
     assert alone("Hi").startswith(given)
     chat.ask("coat", pieces.append)
+    assert len(chat.turns) == 4
     assert "".join(pieces) == alone([*chat.turns[:2], Turn("user", "coat")])
+
+
+def test_ctrl_c_is_raised_where_it_is_expected_and_kept_where_it_is_not(paddle: Any, models: Path) -> None:
+    """A signal before an answer stops that answer; one while the conversation is written down waits for the next."""
+    model, tokenizer = adapters.load_for_inference(str(models / MODEL), None, lambda text: None)
+    chat, ctrl_c = Chat(model, tokenizer, GenerationArguments(max_new_tokens=6), 42, None), CtrlC()
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)
+
+    def press(piece: str = "") -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with ctrl_c.heard():
+        press()
+        press()
+        with pytest.raises(KeyboardInterrupt):
+            chat.ask("Hi", pytest.fail, ctrl_c)
+        assert chat.turns == []
+        with pytest.raises(KeyboardInterrupt):
+            chat.ask("Hi", press, ctrl_c)
+        assert [turn.role for turn in chat.turns] == ["user", "assistant"]
+
+        def again() -> None:
+            with ctrl_c:
+                try:
+                    press()
+                finally:
+                    press()  # while the first one is handled
+
+        with pytest.raises(KeyboardInterrupt):
+            again()
+        with pytest.raises(KeyboardInterrupt):
+            ctrl_c.__enter__()
+        with ctrl_c:
+            time.sleep(0.3)  # the ticks do nothing
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

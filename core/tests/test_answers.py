@@ -1,4 +1,4 @@
-"""Answers of a batch, answers as they grow, draws, and prompts that are too long."""
+"""Answers of a batch, answers as they grow, and draws."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sft.data.encoding import encode, encode_prompt
+from sft.data.encoding import encode_prompt
 from sft.data.tokenizer import Tokenizer
 from sft.seams import Turn
 from sft.settings import GenerationArguments
@@ -169,60 +169,30 @@ def test_half_a_character_at_the_end_is_shown_at_last(models: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_shown_is_the_answer(paddle: Any, models: Path, case: str) -> None:
-    from sft.models.generation import answer
+    from sft.models.generation import answers
 
     model, tokenizer = load(models, case)
     generation = GenerationArguments(max_new_tokens=20, top_k=0, temperature=3.0)
     for seed in range(3):
         pieces: list[str] = []
-        text = answer(model, tokenizer, [Turn("user", "coat")], generation, seed, pieces.append)
+        prompt = encode_prompt([Turn("user", "coat")], tokenizer)
+        (text,) = answers(model, tokenizer, [prompt], generation, seed, pieces.append)
         assert "".join(pieces) == text
         assert len(pieces) > 1
 
 
 def test_an_interrupted_answer_leaves_the_model_as_it_was(paddle: Any, models: Path) -> None:
-    from sft.models.generation import answer
+    from sft.models.generation import answers
 
     model, tokenizer = load(models, "llama-tied-gqa")
     model.train()
+    prompt = encode_prompt([Turn("user", "coat")], tokenizer)
 
     def stop(piece: str) -> None:
         assert not model.training
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        answer(model, tokenizer, [Turn("user", "coat")], GenerationArguments(max_new_tokens=9), 0, stop)
+        answers(model, tokenizer, [prompt], GenerationArguments(max_new_tokens=9), 0, stop)
     assert model.training
     assert paddle.is_grad_enabled()
-
-
-# --- long prompts -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("longest", [12, 17, 40, 1000])
-def test_a_prompt_is_shortened_as_training_shortens_it(models: Path, case: str, longest: int) -> None:
-    """Against the tokens before the target, which the encoder of training keeps of one question and answer."""
-    from sft.models.generation import shortened
-
-    tokenizer = Tokenizer(models / case)
-    for text in ("type#dress*color#red*style#long and warm", "a"):
-        turns = [Turn("user", text), Turn("assistant", "yes", trains=True)]
-        found = encode([turns], tokenizer, longest, 2000)
-        prompt = found.ids[: int(np.argmax(found.trained))]
-        assert shortened(turns[:1], tokenizer, longest) == prompt.tolist()
-
-
-def test_the_oldest_questions_and_answers_go_first(models: Path) -> None:
-    from sft.models.generation import fitting
-
-    tokenizer = Tokenizer(models / "llama-tied-gqa")
-    system = Turn("system", "be kind")
-    talk = [Turn("user", "one"), Turn("assistant", "1"), Turn("user", "two"), Turn("assistant", "2")]
-    turns = [system, *talk, Turn("user", "three")]
-    lengths = [len(encode_prompt([system, *rest], tokenizer)) for rest in (turns[1:], turns[3:], turns[5:])]
-    assert fitting(turns, tokenizer, lengths[0]) == turns
-    assert fitting(turns, tokenizer, lengths[0] - 1) == [system, *turns[3:]]
-    assert fitting(turns, tokenizer, lengths[1] - 1) == [system, turns[5]]
-    assert fitting(turns, tokenizer, 1) == [system, turns[5]]
-    assert fitting(turns[1:], tokenizer, 1) == [turns[5]]

@@ -13,6 +13,7 @@ import sft
 from sft.data.batches import assemble
 from sft.data.tokenizer import Tokenizer
 from sft.seams import Example
+from sft.testing import forward
 
 CASES = ["llama-untied", "llama-tied-gqa", "llama3-scaled", "qwen2-untied", "mistral-gqa", "gemma-tied"]
 PADDED_DOCUMENTS = [[(0, 3), (3, 5), (5, 6), (6, 7)], [(0, 4), (4, 6), (6, 7)]]
@@ -143,12 +144,7 @@ def logits_of(model: Any, rows: list[list[np.ndarray]], indices: bool = True) ->
 
 def own_logits(model: Any, ids: np.ndarray) -> np.ndarray:
     """Logits [S, V] of one document through PaddleNLP's own forward."""
-    import paddle
-
-    row = paddle.to_tensor(ids[None])
-    with paddle.no_grad():
-        found = model(input_ids=row, attention_mask=paddle.ones_like(row))
-    return (found[0] if isinstance(found, tuple) else found).numpy()[0]
+    return forward(model, ids[None])[0]
 
 
 @pytest.mark.parametrize(

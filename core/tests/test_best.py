@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 import sft
 from sft.settings import Settings
+from sft.testing import needs
 from sft.training import best
 
 STEPS = {"save_strategy": "steps", "evaluation_strategy": "steps", "save_steps": 1, "eval_steps": 1}
@@ -46,12 +47,10 @@ def checkpoints(folder: Path) -> list[str]:
     ],
     ids=["middle", "the earlier of equals", "last", "greater"],
 )
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=needs("lora"))])
 def test_the_result_is_the_best_checkpoint(
     train: Callable[..., Any], tmp_path: Path, losses: list[float], greater: bool | None, expected: int, adapter: bool
 ) -> None:
-    if adapter:
-        pytest.importorskip("sft_peft_lora", reason="an adapter plugin is not installed")
     more = {"plugin": ["lora"]} if adapter else {}
     train(
         "out", (judged(losses),), max_steps=4, load_best_model_at_end=True, greater_is_better=greater, **STEPS, **more
@@ -63,6 +62,44 @@ def test_the_result_is_the_best_checkpoint(
     assert not all(np.array_equal(found[name], other[name]) for name in other)
     result = json.loads((tmp_path / "out" / "run.json").read_text())["result"]
     assert result["eval_loss_after"] == losses[expected - 1]
+
+
+def test_another_metric_decides(train: Callable[..., Any], tmp_path: Path) -> None:
+    """Accuracies that rise and fall while the loss only falls."""
+    accuracies = [0.1, 0.7, 0.3]
+
+    class Judge(sft.Plugin):
+        name = "judge"
+
+        @sft.hookimpl
+        def sft_evaluated(self, run: sft.Run, record: dict[str, Any]) -> None:
+            if record["step"]:
+                record.update(eval_accuracy=accuracies[record["step"] - 1], eval_loss=1.0 / record["step"])
+
+    said: list[str] = []
+    same: dict[str, Any] = {"max_steps": 3, "load_best_model_at_end": True, "say": said.append, **STEPS}
+    train("accuracy", (Judge,), metric_for_best_model="accuracy", **same)
+    train("loss", (Judge,), **same)
+    assert [line for line in said if line.startswith("best model")] == [
+        "best model: checkpoint-2, eval_accuracy 0.7000",
+        "best model: checkpoint-3, eval_loss 0.3333",
+    ]
+
+
+@pytest.mark.parametrize("metric", ["loss", "bleu4"], ids=["gone", "not comparable"])
+def test_a_best_model_that_cannot_be_had_is_forgotten(train: Callable[..., Any], tmp_path: Path, metric: str) -> None:
+    """Resuming into another folder, or with another idea of what best means."""
+    same: dict[str, Any] = {"load_best_model_at_end": True, "lr_scheduler_type": "constant", **STEPS}
+    train("one", (judged([1.0, 3.0]),), max_steps=2, **same)
+    said: list[str] = []
+    source = tmp_path / "one" / "checkpoint-2"
+    scores = {"eval_with_do_generation": True, "max_new_tokens": 2} if metric == "bleu4" else {}
+    where = "one" if metric == "bleu4" else "two"
+    more = {"metric_for_best_model": metric, "resume_from_checkpoint": str(source), **scores}
+    train(where, (judged([0, 0, 5.0, 4.0]),), max_steps=4, say=said.append, **same, **more)
+    assert any("the best model so far (step 1) is not comparable or not here" in line for line in said)
+    assert any(line.startswith("best model: checkpoint-") for line in said)
+    assert (tmp_path / where / "model.safetensors").is_file()
 
 
 def test_the_best_checkpoint_outlives_the_limit(train: Callable[..., Any], tmp_path: Path) -> None:
@@ -81,7 +118,7 @@ def test_a_resumed_run_remembers_the_best(train: Callable[..., Any], tmp_path: P
 
 def test_without_evaluated_checkpoint_the_last_weights_stay(train: Callable[..., Any]) -> None:
     said: list[str] = []
-    same = {"save_strategy": "epoch", "evaluation_strategy": "epoch"}
+    same = {**STEPS, "save_steps": 5, "eval_steps": 5}
     train("out", max_steps=1, load_best_model_at_end=True, say=said.append, **same)
     assert any("no checkpoint was evaluated" in line for line in said)
 

@@ -2,65 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from model_folders import TOLERANCE, backend_logits, config_of, largest_difference, load, own_logits, reference
 
 import sft
 from sft.models.config import paddle_config
-
-TOLERANCE = 1e-4  # as in test_loading.py
-
-
-def load(folder: Path, quantizer: Any = None) -> Any:
-    from sft.models.loading import load_model, open_model
-
-    return load_model(open_model(folder), quantizer)
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
-
-
-def reference(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    found = load_file(folder / "reference.safetensors")
-    return found["input_ids"], found["logits"]
-
-
-def own_logits(model: Any, input_ids: np.ndarray) -> np.ndarray:
-    """Through PaddleNLP's own forward."""
-    import paddle
-
-    ids = paddle.to_tensor(input_ids)
-    with paddle.no_grad():
-        found = model(input_ids=ids, attention_mask=paddle.ones_like(ids))
-    return (found[0] if isinstance(found, tuple) else found).numpy()
-
-
-def largest_difference(first: np.ndarray, second: np.ndarray) -> float:
-    assert first.shape == second.shape
-    return float(np.abs(first.astype(np.float64) - second.astype(np.float64)).max())
-
-
-def backend_logits(model: Any, input_ids: np.ndarray, position_ids: np.ndarray | None = None) -> np.ndarray:
-    """Through the installed attention backend, as training computes them."""
-    import paddle
-
-    from sft.models.attention import hidden_states
-
-    if position_ids is None:
-        position_ids = np.tile(np.arange(input_ids.shape[1]), (len(input_ids), 1))
-    one_document = tuple((input_ids.shape[1],) for _ in input_ids)
-    ends = np.full((len(input_ids), 1, input_ids.shape[1], 1), input_ids.shape[1], np.int32)
-    batch = sft.Batch(input_ids, np.full_like(input_ids, -100), position_ids, ends, one_document)
-    with paddle.no_grad():
-        return model.lm_head(hidden_states(model, batch)).numpy()
-
 
 # --- the rotary embedding's spellings -----------------------------------------------------------------------
 
@@ -95,7 +46,7 @@ def test_every_spelling_of_a_scaling_gives_the_same_config_and_logits(
 
 
 @pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-tied-sharded"])
-def test_a_plain_theta_is_read_from_either_spelling(paddle: Any, models: Path, case: str) -> None:
+def test_trap_a_plain_theta_is_read_from_either_spelling(paddle: Any, models: Path, case: str) -> None:
     values = config_of(models / case)
     theta = values["rope_parameters"]["rope_theta"]
     old = {key: value for key, value in values.items() if key != "rope_parameters"}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sft
-from sft import adapters, evaluating
+from sft import adapters, finished
 from sft import metrics as measures
 
 Train = Callable[..., sft.Summary]
@@ -49,7 +49,7 @@ def evaluate(model: Path, dataset: Path, adapter: Path | None = None, **given: A
     generations = given.pop("generations", None)
     requested = given.pop("plugins", ())
     values = {"model_name_or_path": str(model), "dataset_name_or_path": str(dataset), **given}
-    return evaluating.evaluate(values, adapter, quiet, requested, generations)
+    return finished.evaluate_finished(values, adapter, quiet, requested, generations)
 
 
 def loss_and_accuracy(folder: Path, run: sft.Run) -> tuple[float, float]:
@@ -123,7 +123,8 @@ def test_a_progress_line_shows_all_of_it(train: Train) -> None:
 
 def test_answers_are_those_of_the_model_and_are_scored(train: Train, dataset: Path, tmp_path: Path) -> None:
     """The last file is what a model that is loaded again answers, one prompt at a time."""
-    from sft.models.generation import answer
+    from sft.data.encoding import encode_prompt
+    from sft.models.generation import answers
     from sft.settings import GenerationArguments
 
     train(plugins=(Catch,), max_steps=4, evaluation_strategy="steps", eval_steps=2, **GENERATES)
@@ -137,8 +138,8 @@ def test_answers_are_those_of_the_model_and_are_scored(train: Train, dataset: Pa
         found = measures.scores(measures.count([line["answer"] for line in lines], [r["tgt"] for r in records]))
         assert {name: record[f"eval_{name}"] for name in measures.NAMES} == found
     for line in lines:
-        turns = [sft.Turn("user", line["prompt"])]
-        assert line["answer"] == answer(model, tokenizer, turns, GenerationArguments(max_new_tokens=8), 0)
+        prompt = encode_prompt([sft.Turn("user", line["prompt"])], tokenizer)
+        assert [line["answer"]] == answers(model, tokenizer, [prompt], GenerationArguments(max_new_tokens=8), 0)
 
 
 def test_measuring_does_not_change_training(train: Train, metrics: Any, tmp_path: Path) -> None:
@@ -171,11 +172,11 @@ def test_the_last_answer_of_a_conversation_is_what_is_asked_for(train: Train, tm
 
 def test_processes_share_the_questions(train: Train, tmp_path: Path) -> None:
     """Three strategies over the same run: their answers are those of one process, and so are the summed scores."""
-    from sft.training.evaluation import measure, score
+    from sft.training.evaluation import dev_loss, score
 
     train(plugins=(Catch,), max_steps=1, per_device_eval_batch_size=2, **GENERATES)
     run = Catch.runs[0]
-    alone = {**measure(run), **score(run, tmp_path / "alone.jsonl")}
+    alone = {**dev_loss(run), **score(run, tmp_path / "alone.jsonl")}
     sums: list[list[list[float]]] = []
 
     class Share:
@@ -191,7 +192,7 @@ def test_processes_share_the_questions(train: Train, tmp_path: Path) -> None:
 
     for rank in range(3):
         run.strategy = Share(rank)  # type: ignore[assignment]
-        measure(run)
+        dev_loss(run)
         score(run, tmp_path / "shared.jsonl")
         sums.append(run.strategy.sums)  # type: ignore[attr-defined]
     (losses, counts) = (np.sum([one[kind] for one in sums], axis=0) for kind in (0, 1))
@@ -204,13 +205,30 @@ def test_processes_share_the_questions(train: Train, tmp_path: Path) -> None:
     assert [lines[n % 3][n // 3] for n in range(7)] == lines_of(tmp_path / "alone.jsonl")
 
 
+def test_a_process_makes_the_batches_of_its_own_share_alone(train: Train) -> None:
+    """Seven records in batches of two, of which the second of three processes has the second: records 2 and 3."""
+    from sft.training.evaluation import dev_loss
+
+    train(plugins=(Catch,), max_steps=1, per_device_eval_batch_size=2)
+    run, made = Catch.runs[0], []
+    assert run.dev_data is not None
+    own = run.collator.batch
+    run.collator.batch = lambda rows: made.append(rows) or own(rows)  # type: ignore[method-assign,func-returns-value]
+    run.strategy.data_rank, run.strategy.data_world = 1, 3
+    assert dev_loss(run)["eval_tokens"] == run.dev_data.lengths.sum()
+    ((first,), (second,)) = made[0]
+    assert len(made) == 1
+    for example, index in ((first, 2), (second, 3)):
+        np.testing.assert_array_equal(example.input_ids, run.dev_data[index].input_ids)
+
+
 def test_loss_and_answers_are_computed_in_the_precision_of_the_run(train: Train) -> None:
     """The model goes forward in the run's autocast context, whatever that is, and nowhere else."""
     from contextlib import contextmanager
 
-    from sft.training.evaluation import measure, score
+    from sft.training.evaluation import answer, dev_loss, score
 
-    train(plugins=(Catch,), max_steps=1, **GENERATES)
+    train(plugins=(Catch,), max_steps=1, num_samples=2, **GENERATES)
     run, within, seen = Catch.runs[0], [False], []
 
     class Precision:
@@ -222,7 +240,7 @@ def test_loss_and_answers_are_computed_in_the_precision_of_the_run(train: Train)
 
     run.precision = Precision()  # type: ignore[assignment]
     run.model.llama.register_forward_pre_hook(lambda layer, inputs: seen.append(within[0]))
-    for compute in (lambda: measure(run), lambda: score(run, None)):
+    for compute in (lambda: dev_loss(run), lambda: score(run, None), lambda: answer(run, run.samples)):
         seen.clear()
         assert compute()
         assert seen

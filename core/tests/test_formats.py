@@ -12,7 +12,7 @@ import pytest
 
 import sft
 from sft import Turn
-from sft.data.formats import Formats, src_tgt
+from sft.data.formats import Conversation, Formats, src_tgt
 from sft.data.sources import Record
 from sft.plugins import Plugins
 
@@ -219,6 +219,59 @@ def test_a_plugins_format_has_its_name() -> None:
         sft.UsageError, match=r"line 4: this record is src/tgt, and .*, line 1 is the format of plugin d"
     ):
         reader.turns(record({"src": "a", "tgt": "1"}, 4))
+
+
+# --- questions, of which no answer is needed ----------------------------------------------------------------
+
+ASKED = [Turn("user", "a"), Turn("assistant", "b", trains=True), Turn("user", "c")]
+TALK = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "turns"),
+    [
+        ({"src": "c"}, ASKED[2:]),
+        ({"src": ["c"], "tgt": None}, ASKED[2:]),
+        ({"src": ["a", "c"], "tgt": ["b"], "context": {"system": "s"}}, [Turn("system", "s"), *ASKED]),
+        ({"conversations": TALK}, ASKED),
+        ({"messages": TALK, "prompt": "a"}, ASKED),
+        ({"instruction": "c", "history": [["a", "b"]]}, ASKED),
+        ({"prompt": "c", "completion": "d", "id": 3}, ASKED[2:]),
+        (SRC, src_tgt(SRC)),
+    ],
+)
+def test_a_question_is_a_record_where_no_target_is_needed(value: dict[str, Any], turns: list[Turn]) -> None:
+    assert list(formats().turns(record(value), needs_target=False)) == turns
+    if not turns[-1].trains and "messages" not in value and "conversations" not in value:
+        refusal(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"src": ["a", "b", "c"], "tgt": ["1"]}, '"src" has 3 turns and "tgt" has 1; they must be as many.'),
+        ({"src": "a", "tgt": ["1", "2"]}, '"src" has 1 turns and "tgt" has 2; they must be as many.'),
+        ({"tgt": "a"}, 'the record has no "src"'),
+        ({"prompt": 3}, '"prompt" must be text, not 3.'),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "message 1 of \"messages\" has the role 'tool'; known are"),
+        ({"messages": [{"role": "system", "content": "a"}]}, "no turn of this record is a target"),
+    ],
+)
+def test_wrong_questions(value: dict[str, Any], message: str) -> None:
+    with pytest.raises(sft.UsageError) as caught:
+        formats().turns(record(value), needs_target=False)
+    assert str(caught.value).removeprefix("data/train.json, line 18: ").startswith(message)
+
+
+def test_a_plugin_is_asked_for_questions_first() -> None:
+    reader = formats(Dialogue)
+    assert list(reader.turns(record({"dialogue": ["a"], "prompt": "b"}), needs_target=False)) == [Turn("user", "a")]
+    assert reader.name == "the format of plugin dialogue"
+
+
+def test_what_stands_before_the_last_answer_that_is_learned() -> None:
+    turns = Conversation([*ASKED, Turn("assistant", "d", trains=True), Turn("user", "e"), Turn("assistant", "f")])
+    assert turns.before_last_answer() == (ASKED, "d")
 
 
 def test_a_record_without_a_target() -> None:

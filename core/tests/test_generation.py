@@ -52,9 +52,9 @@ def greedy(model: Any, ids: list[int], steps: int, ends: list[int]) -> list[int]
 
 
 def answer(model: Any, tokenizer: Tokenizer, seed: int = 0, turns: list[Turn] = PROMPT, **settings: Any) -> str:
-    from sft.models.generation import answer as own
+    from sft.models.generation import answers
 
-    return own(model, tokenizer, turns, GenerationArguments(**settings), seed)
+    return answers(model, tokenizer, [encode_prompt(turns, tokenizer)], GenerationArguments(**settings), seed)[0]
 
 
 @pytest.mark.parametrize("loaded", CASES, indirect=True)

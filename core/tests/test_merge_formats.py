@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 import sft
 from sft.data.tokenizer import Tokenizer
 from sft.models.shards import WeightFormat
+from sft.testing import forward
 
 FORMS = {
     "hf": WeightFormat(),
@@ -47,16 +48,6 @@ def write(paddle: Any, models: Path, tmp_path: Path) -> Any:
         return tmp_path / name
 
     return make
-
-
-def forward(model: Any, ids: np.ndarray) -> np.ndarray:
-    import paddle
-
-    model.eval()
-    given = paddle.to_tensor(ids)
-    with paddle.no_grad():
-        found = model(input_ids=given, attention_mask=paddle.ones_like(given))
-    return np.asarray((found[0] if isinstance(found, tuple) else found).numpy())
 
 
 @pytest.mark.parametrize(

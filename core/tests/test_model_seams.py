@@ -10,20 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from toy_plugins import providing
 
 import sft
 
 Train = Callable[..., sft.Summary]
 Metrics = Callable[..., list[dict[str, Any]]]
-
-
-def providing(hook: str, given: Any, called: str = "toy") -> type[sft.Plugin]:
-    """A plugin whose one hook returns what ``given`` makes of the run."""
-
-    def answer(self: sft.Plugin, run: sft.Run) -> Any:
-        return given(run)
-
-    return type("Toy", (sft.Plugin,), {"name": called, hook: sft.hookimpl(answer)})
 
 
 def test_the_config_can_be_changed_before_any_layer_exists(train: Train, models: Path, tmp_path: Path) -> None:
@@ -186,3 +178,12 @@ def test_a_run_in_which_nothing_trains_is_refused(train: Train, tmp_path: Path) 
     with pytest.raises(sft.UsageError, match="Nothing trains"):
         train("out", (Frozen,))
     assert not (tmp_path / "out").exists()
+
+
+def test_adapted_layers_are_named_as_peft_reads_them() -> None:
+    """A last part means every layer of that kind, so where it would mean too many each is named."""
+    everything = [f"model.layers.{n}.self_attn.{kind}" for n in range(2) for kind in ("q_proj", "v_proj")]
+    assert sft.module_names(everything, everything) == ["q_proj", "v_proj"]
+    assert sft.module_names(everything[1::2], everything) == ["v_proj"]
+    assert sft.module_names(everything[2:], everything) == everything[2:]
+    assert sft.module_names(everything[:3], everything) == everything[:3]

@@ -114,6 +114,7 @@ PAIR = {"conversation": ["{{user}}", "{{bot}}</s>"]}
         (PAIR, [Turn("assistant", "a")], "writes pairs of a user's and an assistant's turn, and a conversation has as"),
         ({"conversation": ["{{user}", "{{bot}}"]}, [Turn("user", "a")], "cannot be used (unexpected '}')."),
         ({"conversation": ["{{raise_exception('no')}}", ""]}, [Turn("user", "a")], "cannot be used (no)."),
+        ({"conversation": ["{{ user", ""]}, [Turn("system", "s"), Turn("user", "a")], "cannot be used (unexpected end"),
     ],
 )
 def test_conversations_it_cannot_write(make: Make, values: dict[str, Any], turns: list[Turn], message: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toy_plugins import active, plugin, refusal
 
 import sft
 from sft.plugins import Plugins
@@ -19,32 +20,6 @@ from sft.settings import build
 
 Distribute = Callable[..., None]
 Command = Callable[..., subprocess.CompletedProcess[str]]
-
-PLUGIN = """
-    import sft
-
-    class Tool(sft.Plugin):
-        name = "{name}"
-        {body}
-"""
-
-
-def plugin(name: str, body: str = "") -> str:
-    return PLUGIN.format(name=name, body=body)
-
-
-def active(*names: str, extra: tuple[Any, ...] = (), options: dict[str, Any] | None = None) -> Plugins:
-    plugins = Plugins.load(names, extra)
-    plugins.start(options or {})
-    return plugins
-
-
-def refusal(*names: str, extra: tuple[Any, ...] = ()) -> str:
-    with pytest.raises(sft.UsageError) as caught:
-        active(*names, extra=extra)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # --- plugins that need or exclude each other ----------------------------------------------------------------

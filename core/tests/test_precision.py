@@ -126,10 +126,13 @@ def test_a_step_that_overflows_is_skipped(
 
     said: list[str] = []
     monkeypatch.setattr(loop, "LossScale", lambda precision, initial: LossScale(FLOAT16, initial))
-    train("scaled", max_steps=12, num_train_epochs=9, scale_loss=2.0**66, say=said.append)
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    summary = train("scaled", max_steps=12, scale_loss=2.0**66, say=said.append, **saving)
+    assert (tmp_path / "scaled" / "checkpoint-1").is_dir()  # what is due at a skipped step is done
     skipped = [line for line in said if "float16 overflow, skipped" in line]
     lines = [line for line in metrics(tmp_path / "scaled") if "loss" in line]
     assert 0 < len(skipped) < 12
+    assert summary.skipped_steps == len(skipped)
     assert len(lines) == 12 - len(skipped)
     assert lines[0]["step"] == len(skipped) + 1
     assert all(np.isfinite(line["loss"]) and np.isfinite(line["grad_norm"]) for line in lines)

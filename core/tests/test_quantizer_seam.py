@@ -2,49 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from model_folders import TOLERANCE, largest_difference, load, own_logits, reference
 from safetensors.numpy import load_file, save_file
 
 import sft
-
-TOLERANCE = 1e-4  # as in test_loading.py
-
-
-def load(folder: Path, quantizer: Any = None) -> Any:
-    from sft.models.loading import load_model, open_model
-
-    return load_model(open_model(folder), quantizer)
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
-
-
-def reference(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    found = load_file(folder / "reference.safetensors")
-    return found["input_ids"], found["logits"]
-
-
-def own_logits(model: Any, input_ids: np.ndarray) -> np.ndarray:
-    """Through PaddleNLP's own forward."""
-    import paddle
-
-    ids = paddle.to_tensor(input_ids)
-    with paddle.no_grad():
-        found = model(input_ids=ids, attention_mask=paddle.ones_like(ids))
-    return (found[0] if isinstance(found, tuple) else found).numpy()
-
-
-def largest_difference(first: np.ndarray, second: np.ndarray) -> float:
-    assert first.shape == second.shape
-    return float(np.abs(first.astype(np.float64) - second.astype(np.float64)).max())
-
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 

@@ -12,25 +12,25 @@ from typing import Any
 
 import pytest
 
+from sft.testing import needs
+
 DEMO = Path(__file__).parents[1] / "src" / "sft" / "demo"
 
 
+CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "dropout": {"plugin": ["lora"], "lora_dropout": 0.3},
+    "everything": {"plugin": ["lora", "nf4", "neftune", "flashmask", "greedy-zero-padding"], "max_length": 96},
+    "packed": {"plugin": ["vera", "zero-padding"], "max_length": 96},
+}
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"plugin": ["lora"], "lora_dropout": 0.3},
-        {"plugin": ["lora", "nf4", "neftune", "flashmask", "greedy-zero-padding"], "max_length": 96},
-        {"plugin": ["vera", "zero-padding"], "max_length": 96},
-    ],
-    ids=["full", "dropout", "everything", "packed"],
+    "settings", [pytest.param(case, id=name, marks=needs(*case.get("plugin", []))) for name, case in CASES.items()]
 )
 def test_a_recomputed_run_is_the_same(
     train: Callable[..., Any], metrics: Callable[..., Any], tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    if settings:
-        pytest.importorskip("sft_peft_lora", reason="the plugins are not installed")
-        pytest.importorskip("sft_attn_flashmask", reason="the plugins are not installed")
     same = {"max_steps": 3, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, **settings}
     train("kept", **same)
     train("recomputed", recompute=True, **same)
@@ -56,7 +56,6 @@ def test_layers_are_run_twice(train: Callable[..., Any]) -> None:
         assert calls == [True] * expected
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from the kernel")
 def test_less_memory(tmp_path: Path) -> None:
     """Six layers and 4 rows of 512 tokens: what a layer keeps for backward is most of the memory of a step."""
     data = tmp_path / "train.json"

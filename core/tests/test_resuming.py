@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stopped_runs import KINDS, LORA, SETTINGS, StoppedError, checkpoints_of, contents, needs_lora, stop, watching
+from stopped_runs import KINDS, LORA, SETTINGS, StoppedError, checkpoints_of, contents, stop, watching
 
 import sft
+from sft.testing import needs
 
 Train = Callable[..., sft.Summary]
 Metrics = Callable[..., list[dict[str, Any]]]
@@ -41,7 +42,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
     assert one == other
 
 
-@needs_lora
+@needs("lora")
 def test_dropout_is_in_play_above(train: Train, metrics: Metrics, whole: Any, tmp_path: Path) -> None:
     """The control of the test above: dropout changes the losses, so its draws must have been the same ones."""
     train("without", **{**SETTINGS, **LORA, "lora_dropout": 0.0})
@@ -177,6 +178,12 @@ def test_resuming_keeps_the_samples_from_before_training(train: Train, tmp_path:
     found = train("out", resume_from_checkpoint="auto", **settings)
     assert found.samples == expected.samples
     assert found.samples[0]["before"] != found.samples[0]["after"]
+    again = {**settings, "resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-3")}
+    more = train("out", **{**again, "num_samples": 3})
+    assert more.samples[0] == expected.samples[0]
+    assert [sample["before"] for sample in more.samples[1:]] == ["", ""]
+    assert all(sample["after"] for sample in more.samples)
+    assert train("out", **{**again, "num_samples": 0}).samples == []
 
 
 def test_auto_without_a_checkpoint_is_a_fresh_start(train: Train, metrics: Metrics, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stopped_runs import LORA, SETTINGS, contents, needs_lora, stop, watching
+from stopped_runs import LORA, SETTINGS, contents, stop, watching
 
 import sft
+from sft.testing import needs
 
 Train = Callable[..., sft.Summary]
 Metrics = Callable[..., list[dict[str, Any]]]
@@ -75,7 +76,7 @@ def test_nothing_is_said_where_nothing_changed(train: Train, stopped: Path) -> N
     assert not [line for line in said if line.startswith("note: ")]
 
 
-@needs_lora
+@needs("lora", "rslora")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -124,10 +125,9 @@ def test_other_trainable_parameters_are_refused(train: Train, tmp_path: Path) ->
         train(plugins=(training("k_proj.weight"),), resume_from_checkpoint="auto", **{**SETTINGS, "max_steps": 14})
 
 
-@needs_lora
+@needs("lora", "flashmask")
 def test_an_attention_backend_may_come_and_go(train: Train, tmp_path: Path) -> None:
     """It is how something is computed, not what."""
-    pytest.importorskip("sft_attn_flashmask", reason="the attention plugins are not installed")
     stop(train, 4, **SETTINGS, **LORA)
     train(resume_from_checkpoint="auto", **{**SETTINGS, **LORA, "plugin": ["lora", "flashmask"]})
 
@@ -165,3 +165,13 @@ def test_a_checkpoint_folder_may_be_given_from_where_one_stands(
     train(plugins=(watching(steps),), resume_from_checkpoint="checkpoint-3", **SETTINGS)
     assert steps == list(range(4, 14))
     assert os.listdir(stopped).count("checkpoint-12") == 1
+
+
+def test_a_run_that_does_not_ask_to_resume_loses_nothing(train: Train, tmp_path: Path) -> None:
+    """``resume_from_checkpoint false`` beside checkpoints of a stopped run: refused, and they are still there."""
+    stop(train, 4, **SETTINGS)
+    before = contents(tmp_path / "out", without=())
+    for value in (False, "false"):
+        with pytest.raises(sft.UsageError, match="already holds a run"):
+            train(resume_from_checkpoint=value, **SETTINGS)
+    assert contents(tmp_path / "out", without=()) == before

@@ -242,8 +242,9 @@ def test_run_json_says_while_a_run_is_not_finished(train: Train, tmp_path: Path)
 
 
 def test_samples_are_answers_before_and_after(train: Train, models: Path, dataset: Path, tmp_path: Path) -> None:
+    from sft.data.encoding import encode_prompt
     from sft.data.tokenizer import Tokenizer
-    from sft.models.generation import answer
+    from sft.models.generation import answers
     from sft.models.loading import load_model, open_model
     from sft.settings import GenerationArguments
 
@@ -253,10 +254,31 @@ def test_samples_are_answers_before_and_after(train: Train, models: Path, datase
     for when, folder in (("before", models / "llama-tied-gqa"), ("after", tmp_path / "out")):
         model, tokenizer = load_model(open_model(folder)), Tokenizer(folder)
         for sample in summary.samples:
-            turns = [Turn("user", sample["prompt"])]
-            assert sample[when] == answer(model, tokenizer, turns, GenerationArguments(max_new_tokens=6), seed=0)
+            prompt = encode_prompt([Turn("user", sample["prompt"])], tokenizer)
+            assert [sample[when]] == answers(model, tokenizer, [prompt], GenerationArguments(max_new_tokens=6), seed=0)
     assert any(sample["before"] != sample["after"] for sample in summary.samples)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["result"]["samples"] == summary.samples
+
+
+def test_the_result_is_written_before_the_last_measurement(train: Train, tmp_path: Path) -> None:
+    class Fails(sft.Plugin):
+        name = "fails"
+
+        @sft.hookimpl
+        def sft_evaluated(self, run: sft.Run, record: dict[str, Any]) -> None:
+            if record["step"]:
+                raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(plugins=(Fails,), max_steps=1)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"
+
+
+def test_a_sample_that_has_no_room_is_refused_before_training(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(sft.UsageError, match="do not fit into the model's 64 positions"):
+        train(num_samples=1, max_new_tokens=60)
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_dev_data_samples_come_from_the_training_data(

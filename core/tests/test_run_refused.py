@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import sft
+from sft.testing import needs
 
 Train = Callable[..., sft.Summary]
 
-needs_lora = pytest.mark.skipif(find_spec("sft_peft_lora") is None, reason="plugin lora is not installed")
 
-
-@needs_lora
+@needs("lora")
 def test_overwriting_removes_the_old_run_and_nothing_else(train: Train, tmp_path: Path) -> None:
     out = tmp_path / "out"
     train(max_steps=2, save_strategy="steps", save_steps=1)

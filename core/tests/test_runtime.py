@@ -42,7 +42,7 @@ def test_physical_cores_are_at_least_one_and_at_most_the_logical_ones() -> None:
     assert 1 <= runtime.physical_cores() <= (os.cpu_count() or 1)
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system lets no process choose its processors")
 def test_only_cores_that_the_process_may_use_count() -> None:
     allowed = os.sched_getaffinity(0)
     try:

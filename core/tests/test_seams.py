@@ -10,21 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from toy_plugins import providing
 
 import sft
 from sft.data.batches import assemble
 
 Train = Callable[..., sft.Summary]
 Metrics = Callable[..., list[dict[str, Any]]]
-
-
-def providing(hook: str, given: Any, called: str = "toy") -> type[sft.Plugin]:
-    """A plugin whose one hook returns what ``given`` makes of the run."""
-
-    def answer(self: sft.Plugin, run: sft.Run) -> Any:
-        return given(run)
-
-    return type("Toy", (sft.Plugin,), {"name": called, hook: sft.hookimpl(answer)})
 
 
 def steps_of(folder: Path, metrics: Metrics) -> list[dict[str, Any]]:

@@ -216,3 +216,11 @@ def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "train.json").mkdir()
     with pytest.raises(sft.UsageError, match=r"train\.json cannot be read \(Is a directory\)"):
         list(read([tmp_path / "train.json"]))
+
+
+def test_the_column_of_an_unfinished_line_is_its_end(tmp_path: Path) -> None:
+    """Not column 1 of the next line."""
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"src": "a", "tgt": "b"}\n{"src": ["a"\n')
+    with pytest.raises(sft.UsageError, match=r"line 2 is not JSON \(Expecting ',' delimiter at column 13\)"):
+        list(read([path]))

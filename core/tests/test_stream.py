@@ -87,6 +87,34 @@ def test_data_without_any_target_is_an_error_and_not_endless() -> None:
         next(stream([-1, -2, -3, -4, -5]).windows())
 
 
+def test_a_record_that_does_not_fit_is_refused_when_its_window_is_read() -> None:
+    """Record n has n + 1 tokens in its row; the model has 5 positions, so 5 is too long, in the second window."""
+
+    def growing(conversations: Any) -> Encoded:
+        lengths = [int(turns[0].content) + 2 for turns in conversations]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return Encoded(np.zeros(offsets[-1], np.int32), np.ones(offsets[-1], bool), offsets)
+
+    data = Stream([], Reader([1, 2, 3, 4, 5, 6]), growing, 4)
+    data.check_fits(Path("model"), 5)
+    windows = data.windows()
+    assert len(next(windows).data) == 4
+    with pytest.raises(sft.UsageError, match=r"The longest record has 7 tokens and model reads 5 .*set max_length"):
+        next(windows)
+    with pytest.raises(sft.UsageError, match="The longest record has 5 tokens and model reads 4"):
+        Stream([], Reader([1, 2, 3, 4]), growing, 4).check_fits(Path("model"), 4)
+
+
+def test_a_fingerprint_is_computed_once(tmp_path: Path) -> None:
+    """It is that of the files as they were read, not of what they have become at a later checkpoint."""
+    path = tmp_path / "train.json"
+    path.write_text("one")
+    data = Stream([path], Reader([1, 2]), encode)
+    before = data.fingerprint()
+    path.unlink()
+    assert data.fingerprint() == before
+
+
 def test_each_pass_holds_every_record_once_and_windows_are_shuffled_apart() -> None:
     plan = Schedule(stream(list(range(10))), PaddedCollator(0), 3, 2, 1.0, 100)
     steps = list(itertools.islice(plan.iterate(), 10))
@@ -166,6 +194,44 @@ def test_other_data_behind_the_first_window_is_noticed_by_its_size(
     (folder / "train.json").write_text("\n".join([*lines, lines[0]]))
     with pytest.raises(sft.UsageError, match="was trained on other tokens"):
         train("out", max_steps=2, resume_from_checkpoint="auto", **same)
+
+
+def lines(folder: Path, *records: tuple[str, str]) -> str:
+    folder.mkdir()
+    text = "\n".join(json.dumps({"src": source, "tgt": target}) for source, target in records)
+    (folder / "train.json").write_text(text)
+    return str(folder)
+
+
+def test_a_long_record_behind_the_first_window_does_not_train(
+    train: Callable[..., Any], metrics: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stream.__init__, "__defaults__", (4,))
+    data = lines(tmp_path / "data", *[("a", "b")] * 6, ("a b c " * 60, "d"))
+    settings = {"dataset_name_or_path": data, "lazy": True, "max_steps": 4, "per_device_train_batch_size": 2}
+    with pytest.raises(sft.UsageError, match=r"The longest record has \d+ tokens and .* reads 64 .*set max_length"):
+        train(**settings)
+    assert [line["step"] for line in metrics(tmp_path / "out")] == [1, 2]
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    train("shorter", max_length=64, src_length=50, **settings)
+
+
+def test_a_first_window_without_a_target_is_passed_over(
+    train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stream.__init__, "__defaults__", (2,))
+    data = lines(tmp_path / "data", *[("a b c " * 60, "d")] * 2, ("a", "b"), ("c", "d"))
+    settings = {"dataset_name_or_path": data, "lazy": True, "per_device_train_batch_size": 1}
+    summary = train(max_steps=2, max_length=32, **settings)
+    # Of the one window that was dropped and the one that trained; none was read behind the last step.
+    assert (summary.rows, summary.data["train"]["records"], summary.data["train"]["dropped"]) == (2, 4, 2)
+
+
+def test_samples_are_the_first_records_however_often_they_are_read(train: Callable[..., Any], tmp_path: Path) -> None:
+    data = lines(tmp_path / "data", *[(name, name) for name in "abc"])
+    settings = {"dataset_name_or_path": data, "lazy": True, "per_device_train_batch_size": 3}
+    summary = train(max_steps=4, num_samples=9, max_new_tokens=2, **settings)
+    assert [sample["prompt"] for sample in summary.samples] == ["a", "b", "c"]
 
 
 def test_a_stream_needs_max_steps(train: Callable[..., Any]) -> None:

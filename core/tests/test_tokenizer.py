@@ -180,7 +180,7 @@ def test_no_eos_anywhere(variant: Variant) -> None:
         ([], [315], []),
     ],
 )
-def test_one_bos(
+def test_trap_one_bos(
     models: Path, variant: Variant, ids: list[int], of_an_adding_tokenizer: list[int], of_another: list[int]
 ) -> None:
     stored = json.loads((models / "llama3-scaled" / "tokenizer.json").read_text(encoding="utf-8"))

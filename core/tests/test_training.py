@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ import pytest
 from run_files import largest_difference, steps_of, weights_of
 
 import sft
+from sft.testing import needs
 
 Train = Callable[..., sft.Summary]
 Metrics = Callable[..., list[dict[str, Any]]]
 
-needs_lora = pytest.mark.skipif(find_spec("sft_peft_lora") is None, reason="plugin lora is not installed")
-KINDS = [pytest.param({}, id="full"), pytest.param({"plugin": ["lora"]}, id="lora", marks=needs_lora)]
+KINDS = [pytest.param({}, id="full"), pytest.param({"plugin": ["lora"]}, id="lora", marks=needs("lora"))]
 
 
 # --- batches ------------------------------------------------------------------------------------------------
@@ -94,7 +93,7 @@ def test_a_run_repeats_itself_bit_by_bit(train: Train, metrics: Metrics, tmp_pat
     assert [line["loss"] for line in steps_of(metrics(other))] != [line["loss"] for line in steps_of(metrics(first))]
 
 
-@needs_lora
+@needs("lora")
 def test_a_run_inside_a_run_disturbs_neither(train: Train, metrics: Metrics, tmp_path: Path) -> None:
     """One run stops between two steps while another, with another plugin, model and seed, runs from end to end."""
 
@@ -149,3 +148,25 @@ def test_a_run_steps_with_the_clipped_gradients(train: Train, metrics: Metrics, 
     free, clipped = ({n: t - start[n] for n, t in weights_of(tmp_path / f).items()} for f in ("free", "clipped"))
     ratio = sum((clipped[n] * free[n]).sum() for n in free) / sum((free[n] ** 2).sum() for n in free)
     assert ratio == pytest.approx(0.5 / norm, rel=1e-2)
+
+
+# --- without training ---------------------------------------------------------------------------------------
+
+
+def test_evaluation_alone_measures_and_writes_no_weights(train: Train, metrics: Metrics, tmp_path: Path) -> None:
+    trained = train("out", max_steps=3, save_strategy="steps", save_steps=3)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    measured = train("new", do_train=False, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert measured.eval_loss_after == trained.eval_loss_after
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["metrics.jsonl", "run.json"]
+    base = train("base", do_train=False)
+    assert base.eval_loss_after == trained.eval_loss_before
+    # A run's own folder is not touched.
+    with pytest.raises(sft.UsageError, match="already holds a run"):
+        train("out", do_train=False, resume_from_checkpoint="auto")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+
+
+def test_neither_training_nor_evaluation_is_refused(train: Train) -> None:
+    with pytest.raises(sft.UsageError, match="do_train and do_eval are both false"):
+        train(do_train=False, do_eval=False)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sft.adapters import read_adapter
     from sft.commands.run import collect
     from sft.data.batches import assemble
-    from sft.models.layers import Target, target_layers
+    from sft.models.layers import Target, module_names, target_layers
     from sft.models.outline import LinearOutline, Outline, Weight
     from sft.models.shards import parse_size
     from sft.outlining import PaperRun, outline
@@ -44,6 +44,7 @@ _LAZY = {
     "Run": "sft.running",
     "Summary": "sft.running",
     "assemble": "sft.data.batches",
+    "module_names": "sft.models.layers",
     "read_adapter": "sft.adapters",
     "run": "sft.running",
     "Target": "sft.models.layers",
@@ -80,6 +81,7 @@ __all__ = [
     "collect",
     "hookimpl",
     "hookspec",
+    "module_names",
     "option",
     "outline",
     "parse_size",

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from importlib.metadata import entry_points
 from typing import Any
 
 from sft.errors import UsageError
-from sft.plugins import canonical, installed
+from sft.options import convert, options_of
+from sft.plugins import Plugins, canonical, entries, import_plugin, installed
+from sft.settings import known_names
 
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
@@ -34,7 +35,7 @@ def requests(kind: str) -> dict[str, list[str]]:
         for item in items:
             names.setdefault((item.distribution, item.entry.value), []).append(name)
     found: dict[str, list[str]] = {}
-    for entry in entry_points(group="sft.requests"):
+    for entry in entries("sft.requests"):
         head, _, what = entry.name.partition(".")
         distribution = entry.dist.name if entry.dist else "unknown"
         if head == kind:
@@ -86,6 +87,32 @@ def switched_off(values: Mapping[str, Any], chosen: Iterable[str]) -> list[str]:
     return [name for name in dict.fromkeys(found) if name not in chosen]
 
 
+def of_idle_plugins(
+    values: Mapping[str, Any], active: Plugins, off: Iterable[str]
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """``values`` without options of plugins that are not active, and those options with the reason.
+
+    Of the plugins in ``off``, which a setting switches off, that is any option; of the others, one that has its default
+    (PaddleNLP's files are full of them). Another value asks for a plugin, and is left for the error that says so.
+    """
+    known, idle = known_names(active), {}
+    unknown = [key for key in values if key not in known]
+    # Only what a name points to is imported.
+    named = [name for name in active.inactive() if any(key.startswith(name.replace("-", "_") + "_") for key in unknown)]
+    for name in dict.fromkeys([*off, *named]):
+        declared = getattr(import_plugin(name), "Options", None)
+        for found in options_of(declared).values() if declared is not None else ():
+            for key in (found.name, *found.aliases):
+                if key not in values or key in known:
+                    continue
+                if name in off:
+                    idle[key] = f"plugin {name} is switched off"
+                elif convert(found, values[key]) == found.default:
+                    idle[key] = f"it is the default of plugin {name}, which is not asked for"
+    pairs = [(f"{key} {values[key]}", idle[key]) for key in values if key in idle]
+    return {key: value for key, value in values.items() if key not in idle}, pairs
+
+
 def explicit(values: Mapping[str, Any]) -> set[str]:
     """The plugins that ``values`` request by name."""
     return {canonical(name) for name in _asked(values.get("plugin", []))}
@@ -116,7 +143,9 @@ def _value_requests() -> dict[str, dict[str, list[str]]]:
 
 def _switch(key: str, value: Any, names: list[str]) -> bool:
     text = str(value).lower()
-    if not isinstance(value, (bool, str)) or text not in (*_TRUE, *_FALSE):
+    if value is None:
+        return False
+    if not isinstance(value, (bool, int, str)) or text not in (*_TRUE, *_FALSE):
         raise UsageError(f"{key}: expected true or false (it switches plugin {', '.join(names)}), got {value!r}.")
     return text in _TRUE
 

@@ -151,11 +151,6 @@ def merge(
     Where the adapter was trained over a quantized base, it is folded into that: weights are quantized and read back.
     ``device`` (cpu, gpu, gpu:N; by default paddle's choice) is where the arithmetic happens.
     """
-    if form is not None and form.layout == "hf" and not form.safe:
-        raise UsageError(
-            "Without safe serialization the hf format would need torch to pickle its tensors; leave "
-            "safe_serialization true, or give --format paddle."
-        )
     plugins = plugins_for(adapter, requested)
     runtime.require_paddle()
     folder = find_model(model)

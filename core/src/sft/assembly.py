@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import runtime
 from sft.checks import RESULT_FILES, holds_run
-from sft.data.batches import PaddedCollator, Schedule
-from sft.data.encoding import Encoded, encode, encode_prompt
-from sft.data.formats import Formats
+from sft.data.batches import Data, PaddedCollator, Schedule
+from sft.data.encoding import Encoded, Question, encode
+from sft.data.formats import Conversation, Formats
 from sft.data.sources import read
 from sft.data.stream import WINDOW, Stream
 from sft.errors import UsageError
 from sft.files import make_folder, remove_folder, remove_leftovers
-from sft.seams import Turn
 from sft.training.checkpoint import checkpoints, read_state, step_of
 
 if TYPE_CHECKING:
@@ -34,12 +33,16 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
     tokens_of = partial(encode, tokenizer=run.tokenizer, src_length=data.src_length, max_length=data.max_length)
     run.say(f"chat template: {run.tokenizer.template_name}")
 
-    def encoded(files: list[Path], split: str, keep: int) -> Encoded:
+    def conversations(files: list[Path], formats: Formats | None = None) -> Iterator[Conversation]:
+        formats = formats or Formats(run.plugins)
+        return (formats.turns(record) for record in read(files))
+
+    def questions(files: list[Path], number: int | None) -> list[Question]:
+        return [Question.of(turns, run.tokenizer, data.src_length) for turns in islice(conversations(files), number)]
+
+    def encoded(files: list[Path], split: str) -> Encoded:
         formats = Formats(run.plugins)
-        turns: Iterable[list[Turn]] = (formats.turns(record) for record in read(files))
-        if split == "dev" and data.eval_with_do_generation:
-            turns = _keeping(turns, run.dev_conversations, sys.maxsize)
-        found = tokens_of(_keeping(turns, run.dev_turns, keep))
+        found = tokens_of(conversations(files, formats))
         if not len(found):
             raise UsageError(
                 f"No {split} record keeps a target within src_length {data.src_length} and max_length "
@@ -57,22 +60,17 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
         )
         return found
 
-    def streamed(files: list[Path], split: str, keep: int) -> Stream:
-        def conversations() -> Iterator[list[Turn]]:
-            formats = Formats(run.plugins)
-            yield from _keeping((formats.turns(record) for record in read(files)), run.dev_turns, keep)
-
+    def streamed(files: list[Path], split: str) -> Stream:
         run.say(f"{split} data: streamed from {len(files)} file{'s' * (len(files) > 1)}, {WINDOW:,} records at a time")
-        return Stream(files, conversations, tokens_of)
+        return Stream(files, partial(conversations, files), tokens_of)
 
-    samples = run.settings.generation.num_samples
     training = run.settings.training
     evaluates = training.do_eval is not False or training.evaluation_strategy != "no" or not training.do_train
     uses_dev = bool(dev_files) and evaluates
     if train_files:
-        run.train_data = (streamed if data.lazy else encoded)(train_files, "train", 0 if uses_dev else samples)
+        run.train_data = (streamed if data.lazy else encoded)(train_files, "train")
     if uses_dev:
-        run.dev_data = encoded(dev_files, "dev", samples)
+        run.dev_data = encoded(dev_files, "dev")
     needs_dev = training.evaluation_strategy != "no" or training.do_eval or not training.do_train
     if needs_dev and run.dev_data is None:
         raise UsageError(
@@ -84,23 +82,17 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
             f"eval_with_do_generation answers dev data, and {data.dataset_name_or_path} has none in use; add dev.json, "
             "or leave do_eval and eval_with_do_generation out."
         )
-
-
-def _keeping(turns: Iterable[list[Turn]], kept: list[list[Turn]], number: int) -> Iterable[list[Turn]]:
-    for conversation in turns:
-        if len(kept) < number:
-            kept.append(conversation)
-        yield conversation
+    run.samples = questions(dev_files if uses_dev else train_files, run.settings.generation.num_samples)
+    if data.eval_with_do_generation:
+        run.questions = questions(dev_files, None)
 
 
 def load_model(run: Run, folder: Path) -> None:
     """Config, weights, attention and adapters, each with the plugins that have a say in it."""
     from sft.models import attention, loading
     from sft.models.fingerprint import fingerprint
-    from sft.models.generation import check_room
     from sft.models.layers import trainable
     from sft.training import precision
-    from sft.training.evaluation import questions
     from sft.training.strategy import SingleProcess
 
     if run.settings.training.device is not None:
@@ -112,12 +104,7 @@ def load_model(run: Run, folder: Path) -> None:
     if run.exports_adapter:
         run.base_fingerprint = fingerprint(run.source)
     run.hook.sft_model_config(run=run, config=run.source.config)
-    longest = int(max(data.lengths.max() for data in (run.train_data, run.dev_data) if data is not None))
-    check_model(run, folder, longest)
-    for turns in run.dev_turns:
-        ids = encode_prompt(prompt_of(turns), run.tokenizer)
-        check_room(ids, run.settings.generation, run.source.config.max_position_embeddings)
-    run.questions = questions(run, run.dev_conversations)
+    check_model(run, folder, *(data for data in (run.train_data, run.dev_data) if data is not None))
     quantizer = run.hook.sft_quantizer(run=run)
     backend = run.hook.sft_attention_backend(run=run, config=run.source.config) or attention.DefaultAttention()
     _check_packing(run, backend)
@@ -142,19 +129,20 @@ def load_model(run: Run, folder: Path) -> None:
     run.say(f"model: {total:,} parameters, {count:,} train ({100 * count / total:.2f} %)")
 
 
-def check_model(run: Run, folder: Path, longest: int) -> None:
-    """Refuse a model that cannot read the tokenizer's tokens, or not ``longest`` of them."""
+def check_model(run: Run, folder: Path, *data: Data) -> None:
+    """Refuse a model that cannot read the tokenizer's tokens, a record of ``data``, or a prompt with its answer."""
+    from sft.models.generation import check_room
+
     config = run.source.config
     if run.tokenizer.vocab_size > config.vocab_size:
         raise UsageError(
             f"{folder}: its tokenizer has {run.tokenizer.vocab_size} tokens, its model {config.vocab_size}; "
             "they do not belong together."
         )
-    if longest > config.max_position_embeddings:
-        raise UsageError(
-            f"The longest record has {longest} tokens and {folder} reads {config.max_position_embeddings} "
-            "(max_position_embeddings, or a smaller sliding_window); set max_length to at most that."
-        )
+    for records in data:
+        records.check_fits(folder, config.max_position_embeddings)
+    for question in [*run.samples, *run.questions]:
+        check_room(question.ids, run.settings.generation, config.max_position_embeddings)
 
 
 def _check_packing(run: Run, backend: Any) -> None:
@@ -204,6 +192,19 @@ def open_output(run: Run, source: Path | None) -> None:
             path.unlink()
 
 
+def best_so_far(run: Run, state: dict[str, Any]) -> dict[str, Any]:
+    """The best evaluation before a checkpoint, where its own checkpoint is still there and says what best now means."""
+    from sft.training import best
+
+    found: dict[str, Any] = state["best"]
+    if not run.settings.training.load_best_model_at_end or not found:
+        return {}
+    if best.metric(run.settings)[0] in found and (run.output_dir / f"checkpoint-{found['step']}").is_dir():
+        return found
+    run.say(f"note: the best model so far (step {found['step']}) is not comparable or not here; the search begins anew")
+    return {}
+
+
 def load_best(run: Run, optimizer: Optimizer) -> int | None:
     """Go back to the checkpoint whose evaluation was best; its step, or None if there is no such checkpoint."""
     from sft.training import best, checkpoint
@@ -212,17 +213,16 @@ def load_best(run: Run, optimizer: Optimizer) -> int | None:
         run.say("note: no checkpoint was evaluated, so the run ends with its last weights")
         return None
     folder = run.output_dir / f"checkpoint-{run.best['step']}"
-    checkpoint.load_model(run, optimizer, folder, read_state(folder))
+    checkpoint.load_model(run, optimizer.parameters, folder, read_state(folder))
     key, _ = best.metric(run.settings)
     run.evaluation = run.best
     run.say(f"best model: {folder.name}, {key} {run.best[key]:.4f}")
     return step_of(folder)
 
 
-def measure(run: Run, step: int, epoch: float, journal: Any) -> dict[str, Any]:
+def before_or_after(run: Run, step: int, epoch: float, journal: Any) -> dict[str, Any]:
     """Dev loss and sample answers, before or after training."""
-    from sft.models.generation import answer
-    from sft.training.evaluation import evaluate
+    from sft.training.evaluation import answer, evaluate
     from sft.training.progress import figures
 
     found: dict[str, Any] = {}
@@ -231,17 +231,9 @@ def measure(run: Run, step: int, epoch: float, journal: Any) -> dict[str, Any]:
             journal.write(evaluate(run, step, epoch))
         found["eval_loss"] = run.evaluation["eval_loss"]
         run.say(f"dev data {'before' if step == 0 else 'after'} training: {figures(run.evaluation)}")
-    prompts = [prompt_of(turns) for turns in run.dev_turns]
-    if prompts:
-        seed = run.settings.training.seed
-        found["samples"] = [answer(run.model, run.tokenizer, p, run.settings.generation, seed) for p in prompts]
+    if run.samples:
+        found["samples"] = answer(run, run.samples)
     return found
-
-
-def prompt_of(turns: list[Turn]) -> list[Turn]:
-    """The conversation up to its last answer."""
-    last = max(index for index, turn in enumerate(turns) if turn.trains)
-    return turns[:last]
 
 
 def summarise(run: Run, journal: Any, steps: int, epochs: float, after: dict[str, Any], seconds: float) -> Summary:
@@ -249,17 +241,12 @@ def summarise(run: Run, journal: Any, steps: int, epochs: float, after: dict[str
     from sft.running import Summary
 
     count, total = sizes(run)
-    samples = []
-    for index, turns in enumerate(run.dev_turns):
-        prompt = prompt_of(turns)
-        samples.append(
-            {
-                "prompt": prompt[-1].content,
-                "before": run.before.get("samples", [])[index],
-                "after": after["samples"][index],
-                "reference": turns[len(prompt)].content,
-            }
-        )
+    # A run that resumes with a larger num_samples has not asked all of them before training.
+    answers = zip_longest(run.before.get("samples", [])[: len(run.samples)], after.get("samples", []), fillvalue="")
+    samples = [
+        {"prompt": question.prompt, "before": before, "after": later, "reference": question.reference}
+        for question, (before, later) in zip(run.samples, answers, strict=True)
+    ]
     data = {"train": run.train_data.report()}
     if run.dev_data is not None:
         data["dev"] = run.dev_data.report()
@@ -278,6 +265,7 @@ def summarise(run: Run, journal: Any, steps: int, epochs: float, after: dict[str
         target_tokens=journal.total.target_tokens,
         padding_tokens=journal.total.padding_tokens,
         rows=journal.total.rows,
+        skipped_steps=journal.skipped_steps,
         peak_memory_mib=runtime.peak_memory_mib(),
         data=data,
         samples=samples,

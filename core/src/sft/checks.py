@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.data.batches import Schedule
 from sft.data.tokenizer import FILES as TOKENIZER_FILES
 from sft.errors import UsageError
-from sft.plugins import implements, import_plugin, installed
 from sft.settings import Settings
 from sft.training.best import check as check_best
-from sft.training.checkpoint import find_checkpoint, read_state
+from sft.training.checkpoint import asks_to_resume, find_checkpoint
 
 if TYPE_CHECKING:
     from sft.running import Run
@@ -28,6 +26,13 @@ RESULT_FILES = (
 """What a run writes into its folder beside checkpoints; an overwriting run removes it first."""
 
 
+IDLE_WITHOUT_TRAINING = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm"),
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"),
+    *("save_strategy", "evaluation_strategy", "load_best_model_at_end", "recompute"),
+)
+
+
 def check_settings(settings: Settings) -> list[tuple[str, str]]:
     """Refuse settings that contradict each other; given ones that do nothing beside the others: ("name value", why)."""
     training = settings.training
@@ -37,6 +42,8 @@ def check_settings(settings: Settings) -> list[tuple[str, str]]:
         raise UsageError("bf16 and fp16 are both set; leave one of them out.")
     if settings.data.lazy and training.max_steps < 1:
         raise UsageError("lazy streams the data, whose length is then unknown; give max_steps.")
+    if not training.do_train and training.do_eval is False:
+        raise UsageError("do_train and do_eval are both false, so there is nothing to do; leave one of them out.")
     check_best(settings)
     flat = settings.flat()
     return [(f"{name} {flat[name]}", why) for name, why in _idle(settings) if name in settings.given]
@@ -59,6 +66,9 @@ def _idle(settings: Settings) -> Iterator[tuple[str, str]]:
             yield name, "neither bf16 nor fp16 is set"
     if not training.fp16:
         yield "scale_loss", "fp16 is not set"
+    if not training.do_train:
+        for name in IDLE_WITHOUT_TRAINING:
+            yield name, "do_train is false"
     if training.warmup_steps:
         yield "warmup_ratio", "warmup_steps is given"
     if training.lr_scheduler_type == "constant":
@@ -115,7 +125,7 @@ def check_output(run: Run) -> None:
     if not holds_run(run.output_dir) or training.overwrite_output_dir:
         find_checkpoint(training.resume_from_checkpoint, run.output_dir)
         return
-    if training.resume_from_checkpoint is not None:
+    if asks_to_resume(training.resume_from_checkpoint) and training.do_train:
         source = find_checkpoint(training.resume_from_checkpoint, run.output_dir)
         if source is None and _status(run.output_dir) != "finished":  # it was stopped before its first checkpoint
             return
@@ -144,10 +154,9 @@ def _status(folder: Path) -> str:
         return "unknown"
 
 
-def check_resumable(run: Run, schedule: Schedule, source: Path) -> dict[str, Any]:
-    """The checkpoint's state, if this run can go on from it exactly; says which settings have changed."""
-    state = read_state(source)
-    data, seed = state["data"], state["random"]["seed"]
+def check_resumable(run: Run, schedule: Schedule, source: Path, state: dict[str, Any]) -> None:
+    """Refuse a checkpoint from which this run cannot go on exactly; says which settings have changed."""
+    data, seed = state["data"], state["seed"]
     if state["step"] > schedule.total_steps:
         raise UsageError(
             f"{source} is after step {state['step']} and this run ends at step {schedule.total_steps}; raise max_steps "
@@ -163,42 +172,26 @@ def check_resumable(run: Run, schedule: Schedule, source: Path) -> dict[str, Any
             f"{source} was trained with seed {seed} and {data['rows_per_step']} rows a step, this run has seed "
             f"{schedule.seed} and {schedule.rows_per_step}; resume with the same seed and batch sizes."
         )
-    _check_same_plugins(run, state["settings"], source)
+    _check_same_plugins(run, state["shaping"], source)
     free = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm"}
     now = run.settings.flat()
     for name in sorted(set(now) | set(state["settings"])):
         if name not in free and now.get(name) != state["settings"].get(name):
             run.say(f"note: {name} was {state['settings'].get(name)!r} in {source.name} and is now {now.get(name)!r}")
-    return state
-
-
-SHAPING = ("sft_collator", "sft_model_config", "sft_quantizer", "sft_adapt_model", "sft_parameter_groups")
 
 
 def _check_same_plugins(run: Run, before: dict[str, Any], source: Path) -> None:
     """What is trained stays what it is: the same shaping plugins with the same options. Others may come and go."""
-    active, available = dict(iter(run.plugins)), installed()
-
-    def shaping(names: Iterable[str]) -> list[str]:
-        known = {n: active.get(n) or import_plugin(n) for n in names if n in active or n in available}
-        return sorted(n for n, plugin in known.items() if _shapes(plugin))
-
-    there, here = shaping(before["plugin"]), shaping(active)
-    if there != here:
+    now = run.shaping()
+    if set(before) != set(now):
         raise UsageError(
-            f"{source} was trained with plugins {', '.join(there) or 'none'}, and this run has "
-            f"{', '.join(here) or 'none'}; resume with the same plugins, or start a new run."
+            f"{source} was trained with plugins {', '.join(sorted(before)) or 'none'}, and this run has "
+            f"{', '.join(sorted(now)) or 'none'}; resume with the same plugins, or start a new run."
         )
-    for name in here:
-        options = run.settings.options.get(name)
-        for key, value in asdict(options).items() if options is not None else ():
-            if before.get(key) != value:
+    for name, options in now.items():
+        for key, value in options.items():
+            if before[name].get(key) != value:
                 raise UsageError(
-                    f"{source} was trained with {key} {before.get(key)!r} of plugin {name}, and this run has "
+                    f"{source} was trained with {key} {before[name].get(key)!r} of plugin {name}, and this run has "
                     f"{value!r}; resume with the same value, or start a new run."
                 )
-
-
-def _shapes(plugin: Any) -> bool:
-    """Whether a plugin changes what is learned, itself or through the plugin that it refines."""
-    return bool(getattr(plugin, "requires", False)) or any(implements(plugin, hook) for hook in SHAPING)

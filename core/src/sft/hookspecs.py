@@ -60,8 +60,9 @@ def sft_check(run: Run) -> None:
 def sft_record_format(record: dict[str, Any]) -> list[Turn] | None:
     """The turns of one record of a data file, or None if it is not in this plugin's format.
 
-    Asked before the core's own formats. Raise ``ValueError`` with the reason for a record that is in the
-    format but wrong: the core adds file and line.
+    Asked before the core's own formats. A record without a turn that ``trains`` is refused in training and
+    evaluation; for ``sft generate`` one may end with a user's turn instead. Raise ``ValueError`` with the reason for a
+    record that is in the format but wrong: the core adds file and line.
     """
 
 
@@ -84,8 +85,13 @@ def sft_model_config(run: Run, config: Any) -> None:
 
 
 @single
-def sft_quantizer(run: Run) -> Quantizer:
-    """What stands for Linear layers of the transformer blocks while weights stream in. Without one: float32."""
+def sft_quantizer(run: Run | None) -> Quantizer:
+    """What stands for Linear layers of the transformer blocks while weights stream in.
+
+    ``run`` is None where a model is loaded outside a run, for answers, ``sft evaluate`` or ``sft merge``: all that
+    counts then are the plugin's options. Without a quantizer: Linear layers in the dtype of ``run.precision.weights``
+    (float32, or that of bf16 and fp16 under O2), and in float32 outside a run.
+    """
 
 
 @single
@@ -112,7 +118,11 @@ def sft_parameter_groups(run: Run, groups: list[ParameterGroup]) -> None:
 
 @hookspec
 def sft_restore(run: Run, state: dict[str, Any]) -> None:
-    """Take back what this plugin's :func:`sft_state` gave when the checkpoint was written."""
+    """Take back what this plugin's :func:`sft_state` gave when the checkpoint was written.
+
+    Called when a run resumes, when it goes back to its best checkpoint at the end (``load_best_model_at_end``), and
+    when a checkpoint is only measured (``do_train false``).
+    """
 
 
 @hookspec
@@ -136,7 +146,9 @@ def sft_evaluated(run: Run, record: dict[str, Any]) -> None:
     """An evaluation is done. ``record`` has ``step``, ``epoch``, ``eval_loss`` (mean over target tokens, nats),
     ``eval_ppl`` (its exponential), ``eval_accuracy`` (share of target tokens that are the likeliest token),
     ``eval_tokens``, ``eval_seconds``, and with ``eval_with_do_generation`` the scores of the model's own answers,
-    0 to 1: ``eval_bleu4``, ``eval_rouge1``, ``eval_rouge2``, ``eval_rougel``."""
+    0 to 1: ``eval_bleu4``, ``eval_rouge1``, ``eval_rouge2``, ``eval_rougel``.
+
+    The first one, of ``step`` 0, comes before :func:`sft_run_started`; with ``do_train false`` no event follows."""
 
 
 @hookspec
@@ -151,7 +163,7 @@ def sft_checkpoint_saved(run: Run, folder: Path) -> None:
 
 @hookspec
 def sft_run_ended(run: Run, summary: Summary) -> None:
-    """The result has been written to ``run.output_dir``."""
+    """The result has been written to ``run.output_dir`` and measured."""
 
 
 # --- adapters on disk ---------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ class Option:
 
     @property
     def is_flag(self) -> bool:
-        return bool in self.kinds
+        return bool in self.kinds and str not in self.kinds
 
     @property
     def is_list(self) -> bool:

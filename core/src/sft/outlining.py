@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sft.activation import choose, explicit, switched_off
-from sft.compatibility import explain, listing, of_idle_plugins
+from sft.activation import choose, explicit, of_idle_plugins, switched_off
+from sft.compatibility import explain, listing
 from sft.errors import UsageError
 from sft.models.config import checked_family, read_config
 from sft.models.outline import Outline, of_config

@@ -7,6 +7,7 @@ A plugin is an entry point ``NAME = module:object`` in the group ``sft.plugins``
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -19,6 +20,8 @@ from sft.errors import UsageError
 from sft.options import options_of
 
 API_VERSION = 1
+SHAPING = ("sft_collator", "sft_model_config", "sft_quantizer", "sft_adapt_model", "sft_parameter_groups")
+"""Hooks whose implementation may change what is learned; others only watch, or compute the same in another way."""
 
 hookspec = pluggy.HookspecMarker("sft")
 hookimpl = pluggy.HookimplMarker("sft")
@@ -83,10 +86,16 @@ def canonical(name: str) -> str:
     return name.strip().replace("_", "-").lower()
 
 
+@functools.cache
+def entries(group: str) -> tuple[EntryPoint, ...]:
+    """The entry points of a group; the search through all distributions is made once for a run."""
+    return tuple(entry_points(group=group))
+
+
 def installed() -> dict[str, list[Installed]]:
     """Every declared plugin by name; more than one under a name is a conflict, reported when it is requested."""
     found: dict[str, list[Installed]] = {}
-    for entry in entry_points(group="sft.plugins"):
+    for entry in entries("sft.plugins"):
         item = Installed(canonical(entry.name), entry)
         same = found.setdefault(item.name, [])
         # A path that stands twice in sys.path lists its distributions twice.
@@ -109,6 +118,7 @@ class Plugins:
         ``explicit`` names those that were asked for by name, not by a setting."""
         classes: dict[str, Any] = {}
         origins: dict[str, str] = {}
+        extra = list(extra)
         for plugin in extra:
             given = canonical(plugin.name)
             classes[given] = plugin
@@ -119,7 +129,7 @@ class Plugins:
                 item = _find(name, available)
                 classes[name], origins[name] = _import(item), item.origin
         superseded = {canonical(other) for plugin in classes.values() for other in getattr(plugin, "supersedes", ())}
-        superseded -= set(explicit)
+        superseded -= {*explicit, *(canonical(plugin.name) for plugin in extra)}
         classes = {name: plugin for name, plugin in classes.items() if name not in superseded}
         ordered = dict(sorted(classes.items(), key=lambda pair: getattr(pair[1], "order", 0)))
         plugins = cls(ordered, origins)
@@ -185,6 +195,14 @@ class Plugins:
         """Distribution and version of an active plugin."""
         return self._origins[name]
 
+    def shaping(self) -> list[str]:
+        """Those that change what is learned, themselves or through the plugin that they refine."""
+        return [
+            name
+            for name, plugin in self
+            if getattr(plugin, "requires", ()) or any(implements(plugin, hook) for hook in SHAPING)
+        ]
+
     def inactive(self) -> list[str]:
         return [name for name in installed() if name not in self._classes]
 
@@ -231,9 +249,8 @@ class Plugins:
                     )
 
     def _check_form(self, name: str, plugin: Any) -> None:
-        faults = [
-            f"{key} is not a tuple" for key in ("requires", "conflicts") if isinstance(getattr(plugin, key, ()), str)
-        ]
+        tuples = ("requires", "conflicts", "supersedes")
+        faults = [f"{key} is not a tuple" for key in tuples if isinstance(getattr(plugin, key, ()), str)]
         if getattr(plugin, "Options", None) is not None:
             try:
                 options_of(plugin.Options)

@@ -9,28 +9,25 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from sft import assembly, checks, runtime
-from sft.activation import choose, explicit, switched_off
-from sft.compatibility import explain, listing, of_idle_plugins
+from sft.activation import choose, explicit, of_idle_plugins, switched_off
+from sft.compatibility import explain, listing
 from sft.data.batches import Data
-from sft.data.encoding import Encoded
+from sft.data.encoding import Encoded, Question
 from sft.data.sources import find_files
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import publish, save_tensors, write_json
 from sft.models.source import find_model
-from sft.plugins import Plugins
-from sft.seams import DataCollator, ParallelStrategy, Turn
+from sft.plugins import Plugins, entries
+from sft.seams import DataCollator, ParallelStrategy
 from sft.settings import Settings, build, core_options, known_names, normalise, read_file
 from sft.training.checkpoint import find_checkpoint, read_state
 from sft.training.precision import Precision
-
-if TYPE_CHECKING:
-    from sft.training.evaluation import Question
 
 
 @dataclass
@@ -52,6 +49,8 @@ class Summary:
     padding_tokens: int
     rows: int
     """Rows that were trained: records, or packs of several."""
+    skipped_steps: int
+    """Steps that overflowed in float16 and changed nothing."""
     peak_memory_mib: int
     data: dict[str, dict[str, int]] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
@@ -70,6 +69,8 @@ class Run:
     """Where the model came from: ``folder``, ``values`` (config.json), ``family``, ``config``."""
     base_fingerprint: str
     """Tells the weights that an exported adapter belongs to; see ``models/fingerprint.py``."""
+    resumes = False
+    """Whether a checkpoint is about to be put back: what the model begins with will be replaced by what is in it."""
     tokenizer: Tokenizer
     train_data: Data
     dev_data: Encoded | None = None
@@ -85,9 +86,10 @@ class Run:
         self.before: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
-        self.dev_turns: list[list[Turn]] = []
-        self.dev_conversations: list[list[Turn]] = []
+        self.samples: list[Question] = []
+        """What is answered before and after training (``num_samples``)."""
         self.questions: list[Question] = []
+        """What is answered in each evaluation (``eval_with_do_generation``)."""
 
     def rng(self, name: str) -> np.random.Generator:
         """Random numbers that depend on the run's seed and ``name`` alone, not on what was drawn before."""
@@ -101,6 +103,11 @@ class Run:
     def exports_adapter(self) -> bool:
         """Whether the result is an adapter; if not, it is the whole model."""
         return self.plugins.provider("sft_export_adapter") is not None
+
+    def shaping(self) -> dict[str, dict[str, Any]]:
+        """The options of the plugins that change what is learned, by plugin: what a resumed run must have too."""
+        options = self.settings.options
+        return {name: asdict(options[name]) if name in options else {} for name in self.plugins.shaping()}
 
     @property
     def eval_steps(self) -> int:
@@ -139,6 +146,7 @@ def run(
 
 def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str], None]) -> Run:
     """Resolve plugins and settings and run every check that is instant; nothing heavy is imported."""
+    entries.cache_clear()  # what was installed since the last run counts
     names, left = choose(values, core_options())
     active = Plugins.load(names, extra, explicit(values))
     left, idle = of_idle_plugins(left, active, switched_off(values, active.names))
@@ -167,17 +175,20 @@ def execute(run: Run) -> Summary:
     runtime.require_paddle()
     folder = find_model(str(run.settings.model.model_name_or_path))
     source = find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
-    date = datetime.fromisoformat(read_state(source)["date"]) if source else None
+    state = read_state(source) if source is not None else None
+    date = datetime.fromisoformat(state["date"]) if state is not None else None
     named = run.settings.model.tokenizer_name_or_path
     run.tokenizer = Tokenizer(find_model(named) if named else folder, date, run.settings.data.chat_template)
+    run.resumes = state is not None
     assembly.read_data(run, train_files, dev_files)
     run.say(runtime.prepare())
     assembly.load_model(run, folder)
     if not run.settings.training.do_train:
-        return _only_evaluate(run, started)
+        return _only_evaluate(run, source, state, started)
     optimizer = assembly.make_optimizer(run)
     schedule = assembly.make_schedule(run)
-    state = checks.check_resumable(run, schedule, source) if source is not None else None
+    if source is not None and state is not None:
+        checks.check_resumable(run, schedule, source, state)
 
     from sft.training import checkpoint
     from sft.training.journal import Journal
@@ -192,10 +203,10 @@ def execute(run: Run) -> Summary:
     write_json(run.output_dir / "run.json", record)
     if source is not None and state is not None:
         journal.rewind(state["journal"], source.parent / "metrics.jsonl")
-        run.before, run.evaluation, run.best = state["before"], state["evaluation"], state["best"]
+        run.before, run.evaluation, run.best = state["before"], state["evaluation"], assembly.best_so_far(run, state)
         run.say(f"resuming from {source} after step {state['step']}")
     else:
-        run.before = assembly.measure(run, 0, 0.0, journal)
+        run.before = assembly.before_or_after(run, 0, 0.0, journal)
     run.hook.sft_run_started(run=run)
     start = state["step"] if state is not None else 0
     display = Display(schedule.total_steps, start, bar=not run.settings.training.disable_tqdm, say=run.say)
@@ -203,27 +214,32 @@ def execute(run: Run) -> Summary:
         steps, epochs = train(run, optimizer, schedule, journal, display, state)
     finally:
         display.close()
-    ends_with_best = run.settings.training.load_best_model_at_end
-    after = assembly.measure(
-        run, (assembly.load_best(run, optimizer) if ends_with_best else None) or steps, epochs, journal
-    )
-    summary = assembly.summarise(run, journal, steps, epochs, after, time.time() - started)
-    with publish(run.output_dir) as staging:
+    best = assembly.load_best(run, optimizer) if run.settings.training.load_best_model_at_end else None
+    with publish(run.output_dir) as staging:  # before anything else can go wrong
         run.write_result(staging)
+    after = assembly.before_or_after(run, best or steps, epochs, journal)
+    summary = assembly.summarise(run, journal, steps, epochs, after, time.time() - started)
     write_json(run.output_dir / "run.json", {**record, "status": "finished", "result": summary.as_dict()})
     run.hook.sft_run_ended(run=run, summary=summary)
     return summary
 
 
-def _only_evaluate(run: Run, started: float) -> Summary:
-    """``do_train false``: measure the model as it is; no weights are written."""
+def _only_evaluate(run: Run, source: Path | None, state: dict[str, Any] | None, started: float) -> Summary:
+    """``do_train false``: measure the model as it is, or as it was in a checkpoint; no weights are written."""
+    from sft.models.layers import trainable
+    from sft.training import checkpoint
     from sft.training.journal import Journal
 
+    step, epoch = 0, 0.0
+    if source is not None and state is not None:
+        checkpoint.load_model(run, trainable(run.model), source, state)
+        step, epoch = state["step"], state["epoch"]
+        run.say(f"measuring {source}")
     assembly.open_output(run, None)
     journal = Journal(run.output_dir / "metrics.jsonl")
     run.model.eval()
-    run.before = assembly.measure(run, 0, 0.0, journal)
-    summary = assembly.summarise(run, journal, 0, 0.0, run.before, time.time() - started)
+    run.before = assembly.before_or_after(run, step, epoch, journal)
+    summary = assembly.summarise(run, journal, step, epoch, run.before, time.time() - started)
     record = {"status": "finished", **assembly.describe(run), "result": summary.as_dict()}
     write_json(run.output_dir / "run.json", record)
     return summary

@@ -129,7 +129,7 @@ class ParallelStrategy(Protocol):
 
     def backward(self, model: Any, batches: Sequence[Batch], loss_scale: float) -> float:
         """Forward and backward over this process's micro-batches, calling ``sft_micro_batch`` before each; returns
-        their summed, unscaled loss.
+        their summed, unscaled loss. The forward passes are made in ``run.precision.autocast()``.
 
         Gradients are those of ``loss_scale`` × (sum of the target tokens' losses) over all data ranks.
         """

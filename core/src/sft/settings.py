@@ -113,8 +113,8 @@ class TrainingArguments:
         None, "what best means: loss, ppl, accuracy, or a score of eval_with_do_generation; unset: loss"
     )
     greater_is_better: bool | None = option(None, "whether a greater metric is better; unset: not for loss and ppl")
-    resume_from_checkpoint: str | None = option(
-        None, "a checkpoint folder, or auto: the newest in output_dir (a fresh start if there is none)"
+    resume_from_checkpoint: bool | str | None = option(
+        None, "a checkpoint folder, or auto (or true): the newest in output_dir (a fresh start if there is none)"
     )
     disable_tqdm: bool = option(False, "plain lines instead of a progress bar")
     seed: int = option(42, "seed of shuffling, initialisation and dropout", minimum=0, maximum=2**31 - 1)
@@ -248,11 +248,14 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
 
     def fill(cls: type) -> Any:
         declared = options_of(cls)
-        return cls(**{name: convert(declared[name], values[name]) for name in declared if name in values})
+        # null is "unset" in a settings file, also where unset is not a value of its own.
+        given = {name: values[name] for name in declared if values.get(name) is not None}
+        return cls(**{name: convert(declared[name], value) for name, value in given.items()})
 
     groups = {key: fill(cls) for key, cls in GROUPS.items()}
     options = {name: fill(cls) for name, cls in classes.items()}
-    return Settings(**groups, plugin=tuple(plugins.names), options=options, given=frozenset(values))
+    given = frozenset(name for name, value in values.items() if value is not None)
+    return Settings(**groups, plugin=tuple(plugins.names), options=options, given=given)
 
 
 def _by_own_names(values: Mapping[str, Any], classes: Iterable[type]) -> dict[str, Any]:

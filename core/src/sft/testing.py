@@ -28,6 +28,7 @@ import pytest
 
 import sft
 from sft.files import save_tensors, write_json
+from sft.plugins import canonical, installed
 
 # --- functions ----------------------------------------------------------------------------------------------
 
@@ -84,6 +85,20 @@ def write_data(folder: Path, train: Sequence[Mapping[str, Any]], dev: Sequence[M
             lines = (json.dumps(record, ensure_ascii=False) for record in records)
             (folder / f"{name}.json").write_text("\n".join(lines), encoding="utf-8")
     return folder
+
+
+def needs(*plugins: str) -> pytest.MarkDecorator:
+    """A mark for tests and parameters that are skipped, saying why, where one of ``plugins`` is not installed."""
+    available = installed()
+    missing = [name for name in plugins if canonical(name) not in available]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+def load(model: Path | str, adapter: Path | None = None, plugins: Sequence[str] = ()) -> Any:
+    """The model of a folder, with an adapter over it if one is given; ``plugins`` may name a quantizer."""
+    from sft.adapters import load_for_inference
+
+    return load_for_inference(str(model), adapter, lambda text: None, plugins)[0]
 
 
 def forward(model: Any, input_ids: np.ndarray) -> np.ndarray:
@@ -219,12 +234,7 @@ _FRESH = """
 import sys
 from pathlib import Path
 import numpy as np
-from sft import adapters
+from sft.testing import forward, load
 model, adapter, given, found = sys.argv[1:]
-loaded, _ = adapters.load_for_inference(model, Path(adapter) if adapter else None, lambda text: None)
-import paddle
-ids = paddle.to_tensor(np.load(given))
-with paddle.no_grad():
-    logits = loaded(input_ids=ids, attention_mask=paddle.ones_like(ids))
-np.save(found, (logits[0] if isinstance(logits, tuple) else logits).numpy())
+np.save(found, forward(load(model, Path(adapter) if adapter else None), np.load(given)))
 """

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import sft
+from sft.testing import needs
 
 Train = Callable[..., sft.Summary]
 Metrics = Callable[..., list[dict[str, Any]]]
 
-needs_lora = pytest.mark.skipif(find_spec("sft_peft_lora") is None, reason="plugin lora is not installed")
 LORA = {"plugin": ["lora"], "lora_dropout": 0.3}
-KINDS = [pytest.param({}, id="full"), pytest.param(LORA, id="lora-dropout", marks=needs_lora)]
+KINDS = [pytest.param({}, id="full"), pytest.param(LORA, id="lora-dropout", marks=needs("lora"))]
 
 # 8 steps an epoch; a line every 4 steps, a checkpoint every 3; everything that could be forgotten is in play.
 SETTINGS: dict[str, Any] = {

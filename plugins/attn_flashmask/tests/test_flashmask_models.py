@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +16,9 @@ from sft.data.tokenizer import Tokenizer
 from sft.plugins import Plugins
 from sft.seams import Batch, Example
 from sft.settings import build
+from sft.testing import needs, read_metrics
 
 CASES = ["llama-tied-gqa", "llama3-scaled", "qwen2-untied", "mistral-gqa", "gemma-tied"]
-needs_lora = pytest.mark.skipif(find_spec("sft_peft_lora") is None, reason="plugin lora is not installed")
 
 
 def backend_of(name: str) -> Any:
@@ -92,33 +90,51 @@ def test_packed_is_unpacked(paddle: Any, models: Path, case: str, backend: str) 
     compare(found, expected)
 
 
-@pytest.mark.parametrize("backend", ["flashmask", "flash-attention"])
-def test_padding_is_described_and_packing_honoured(paddle: Any, backend: str) -> None:
-    found = backend_of(backend)
-    assert found.packed
-    assert found.describes_padding
-
-
-@pytest.mark.parametrize("backend", ["flashmask", "flash-attention"])
+@pytest.mark.parametrize(
+    ("backend", "rows", "kernel"),
+    [
+        ("flash-attention", PADDED, "flash"),
+        ("flash-attention", PACKED, "mask"),
+        ("flashmask", PADDED, "mask"),
+        ("flashmask", PACKED, "mask"),
+    ],
+    ids=["flash-attention-padded", "flash-attention-packed", "flashmask-padded", "flashmask-packed"],
+)
 def test_16_bit_tensors_on_a_gpu_go_to_paddles_kernels(
-    paddle: Any, monkeypatch: pytest.MonkeyPatch, backend: str
+    paddle: Any, models: Path, monkeypatch: pytest.MonkeyPatch, backend: str, rows: Any, kernel: str
 ) -> None:
-    """With stand-ins for tensors and kernels: this says what is called, not what it computes."""
+    """What a model hands to its backend for a batch, with stand-ins for 16-bit tensors and kernels: this says which
+    kernel is called, not what it computes."""
     from paddle.nn.functional import flash_attention as module
 
+    from sft.models.attention import hidden_states
+
+    found, batch, asked = backend_of(backend), batch_of(rows), []
+    own = found.attend
+
+    def attend(*arguments: Any) -> Any:
+        asked.append(arguments[3])
+        return own(*arguments)
+
+    monkeypatch.setattr(found, "attend", attend)
+    with paddle.no_grad():
+        hidden_states(load(models / "llama-tied-gqa", found), batch)
+    assert len(asked) == 2
+
     def fused(*tensors: Any, causal: bool) -> tuple[Any, None]:
-        return ("flash", tensors, causal), None
+        return ("flash", tensors, causal, None), None
 
     def masked(*tensors: Any, startend_row_indices: Any, causal: bool) -> Any:
-        return "mask", tensors, causal, startend_row_indices
+        return "mask", tensors, causal, startend_row_indices.numpy().tolist()
 
     monkeypatch.setattr(module, "flash_attention", fused)
     monkeypatch.setattr(paddle.nn.functional, "flashmask_attention", masked)
+    expected = None if kernel == "flash" else batch.startend_row_indices.tolist()
     for dtype in ("paddle.bfloat16", "paddle.float16"):
         tensor = SimpleNamespace(place=SimpleNamespace(is_gpu_place=lambda: True), dtype=dtype)
         tensors = (tensor, tensor, tensor)
-        assert backend_of(backend).attend(*tensors, None) == ("flash", tensors, True)
-        assert backend_of(backend).attend(*tensors, "indices") == ("mask", tensors, True, "indices")
+        for indices in asked:
+            assert own(*tensors, indices) == (kernel, tensors, True, expected)
 
 
 @pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"])
@@ -147,11 +163,10 @@ def test_generation_is_the_same_after_installing(paddle: Any, models: Path, case
 
 
 def losses(folder: Path) -> list[float]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [value for line in lines for key, value in line.items() if key in ("loss", "eval_loss")]
+    return [value for line in read_metrics(folder) for key, value in line.items() if key in ("loss", "eval_loss")]
 
 
-@needs_lora
+@needs("lora")
 @pytest.mark.parametrize("backend", ["flashmask", "flash-attention"])
 @pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied"])
 def test_a_lora_run_has_the_losses_of_the_default(

@@ -1,4 +1,4 @@
-"""What the tests of this distribution share, beside sft's testing kit: models, data and settings."""
+"""The settings and data of this distribution's test runs; the rest of what they share is in plugins/conftest.py."""
 
 from __future__ import annotations
 
@@ -7,18 +7,7 @@ from typing import Any
 
 import pytest
 
-from sft.testing import adapt, logits_of, paddle, train, write_data  # noqa: F401
-
-
-@pytest.fixture(scope="session")
-def models() -> Path:
-    """The tiny base models of the core's tests, with reference values."""
-    return Path(__file__).parents[3] / "core" / "tests" / "fixtures" / "models"
-
-
-@pytest.fixture(scope="session")
-def base_model(models: Path) -> Path:
-    return models / "llama-tied-gqa"
+from sft.testing import write_data
 
 
 @pytest.fixture(scope="session")

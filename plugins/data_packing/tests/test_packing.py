@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ import numpy as np
 import pytest
 
 import sft
+from sft.plugins import import_plugin
+from sft.testing import needs
 
 PAD = 319
 
@@ -67,23 +68,19 @@ def test_trap_no_dense_mask_travels() -> None:
 LENGTHS = (9, 23, 4, 1, 17, 31, 2, 12, 30)
 
 
-def backends() -> list[Any]:
-    """The default attention, and those of sft-attn-flashmask where it is installed."""
-    skip = pytest.mark.skipif(importlib.util.find_spec("sft_attn_flashmask") is None, reason="not installed")
-    return ["default", pytest.param("FlashMask", marks=skip), pytest.param("FlashAttention", marks=skip)]
-
-
 def attention_of(name: str) -> Any:
+    """The attention of a plugin, or the core's own."""
     if name == "default":
         from sft.models.attention import DefaultAttention
 
         return DefaultAttention()
-    plugin = getattr(importlib.import_module("sft_attn_flashmask.backends"), name)
-    return plugin(None).sft_attention_backend(run=None, config=None)
+    return import_plugin(name)(None).sft_attention_backend(run=None, config=None)
 
 
 @pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"])
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize(
+    "backend", ["default", *(pytest.param(name, marks=needs(name)) for name in ("flashmask", "flash-attention"))]
+)
 def test_trap_packed_loss_and_gradients_are_the_unpacked_ones(
     paddle: Any, models: Path, case: str, backend: str
 ) -> None:
@@ -121,7 +118,7 @@ def test_trap_packed_loss_and_gradients_are_the_unpacked_ones(
         assert gradients.keys() == slopes.keys()
         for name, gradient in gradients.items():
             largest = np.abs(slopes[name]).max()
-            np.testing.assert_allclose(gradient, slopes[name], atol=1e-5 * max(1.0, largest), rtol=0, err_msg=name)
+            np.testing.assert_allclose(gradient, slopes[name], atol=1e-5 * largest, rtol=0, err_msg=name)
 
 
 def test_documents_that_saw_each_other_would_be_noticed(paddle: Any, models: Path) -> None:
@@ -203,10 +200,10 @@ def test_the_dev_loss_is_the_unpacked_one(train: Any, kind: str) -> None:
     assert packed.eval_loss_before == pytest.approx(plain.eval_loss_before, rel=1e-6)
 
 
+@needs("lora")
 @pytest.mark.parametrize("kind", KINDS)
 def test_beside_lora_end_to_end(train: Any, kind: str) -> None:
     """Also the mission's smallest example of packing: sft run --plugin lora --plugin zero-padding."""
-    pytest.importorskip("sft_peft_lora")
     settings = {"plugin": ["lora", kind], "learning_rate": 1e-2, "num_train_epochs": 4, "max_steps": -1}
     summary = train("out", per_device_train_batch_size=2, max_length=128, **settings)
     assert summary.eval_loss_after < summary.eval_loss_before - 0.05

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import sft
+from sft.testing import needs
 
 ALPHA, HIDDEN = 5.0, 32
 """The plugin's default, and d of llama-tied-gqa."""
@@ -195,7 +196,8 @@ def test_every_micro_batch_of_a_run_has_the_noise_of_its_own_documents(train: An
 def test_trap_none_in_evaluation_and_generation(adapt: Any, models: Path, logits_of: Any) -> None:
     """After a micro-batch in training, an evaluated model computes bit by bit what it does without the plugin."""
     from sft import adapters
-    from sft.models.generation import answer
+    from sft.data.encoding import encode_prompt
+    from sft.models.generation import answers
     from sft.settings import GenerationArguments
     from sft.training.strategy import batch_loss
 
@@ -209,8 +211,8 @@ def test_trap_none_in_evaluation_and_generation(adapt: Any, models: Path, logits
     assert float(batch_loss(run.model, batch)) == float(batch_loss(run.model, batch))
 
     run.model.train()  # answers are drawn in the middle of training too
-    turns, settings = [sft.Turn("user", "type#coat")], GenerationArguments(max_new_tokens=12)
-    assert answer(run.model, tokenizer, turns, settings, 1) == answer(plain, tokenizer, turns, settings, 1)
+    prompt, settings = encode_prompt([sft.Turn("user", "type#coat")], tokenizer), GenerationArguments(max_new_tokens=12)
+    assert answers(run.model, tokenizer, [prompt], settings, 1) == answers(plain, tokenizer, [prompt], settings, 1)
     assert run.model.training
 
 
@@ -273,8 +275,8 @@ def test_training_with_noise_learns_and_changes_no_layers(train: Any, models: Pa
     assert {name: tensor.shape for name, tensor in after.items()} == {n: tensor.shape for n, tensor in before.items()}
 
 
+@needs("lora")
 def test_beside_lora(train: Any) -> None:
-    pytest.importorskip("sft_peft_lora")
     noisy, plain = (
         train(name, plugin=[*extra, "lora"], learning_rate=1e-2, max_steps=4)
         for name, extra in (("noisy", ["neftune"]), ("plain", []))

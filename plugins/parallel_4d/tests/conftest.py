@@ -1,4 +1,4 @@
-"""What the tests of this distribution share, beside sft's testing kit: models, outlines, plans."""
+"""What the tests of this distribution share, beside plugins/conftest.py: model directories and outlines."""
 
 from __future__ import annotations
 
@@ -10,18 +10,6 @@ from typing import Any
 import pytest
 
 import sft
-from sft.testing import adapt, dataset, paddle, train  # noqa: F401
-
-
-@pytest.fixture(scope="session")
-def models() -> Path:
-    """The tiny models of the core's tests, two or more of each family."""
-    return Path(__file__).parents[3] / "core" / "tests" / "fixtures" / "models"
-
-
-@pytest.fixture(scope="session")
-def base_model(models: Path) -> Path:
-    return models / "llama-tied-gqa"
 
 
 @pytest.fixture(scope="session")

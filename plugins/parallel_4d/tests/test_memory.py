@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sft
-from sft.models import attention, corrections, norms
+from sft.models import attention, norms
 from sft.models.loading import _share_rotary_tables, open_model
 from sft.plugins import import_plugin
 from sft.training.optimizer import Optimizer, default_groups
@@ -51,7 +51,8 @@ def build(folder: Path, recompute: bool = False, backend: Any = None) -> Any:
     source = open_model(folder)
     model = source.family.classes()[1](source.config)
     _share_rotary_tables(model)
-    corrections.install(model)
+    if source.family.correct is not None:
+        source.family.correct(model)
     norms.install(model, source.family.norm_offset)
     attention.install(model, backend or attention.DefaultAttention())
     if recompute:

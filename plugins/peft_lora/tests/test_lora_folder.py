@@ -6,15 +6,17 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import sft
 from sft import adapters
+from sft.testing import load
 
 CASES = {
     "llama-lora-all-linear": "llama-tied-gqa",
@@ -32,10 +34,6 @@ def quiet(text: str) -> None:
     pass
 
 
-def load(base: Path, adapter: Path | None = None) -> Any:
-    return adapters.load_for_inference(str(base), adapter, quiet)[0]
-
-
 def lora_layers(model: Any) -> dict[str, Any]:
     """Adapted layers by their name in PEFT's files."""
     return {
@@ -46,21 +44,8 @@ def lora_layers(model: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def variant(peft: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of llama-lora-all-linear; keyword arguments change its config, ``change`` its tensors."""
-
-    def make(change: Callable[[dict[str, np.ndarray]], Any] | None = None, **changes: Any) -> Path:
-        folder = tmp_path / "adapter"
-        shutil.copytree(peft / "llama-lora-all-linear", folder)
-        config = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
-        if change is not None:
-            tensors = load_file(folder / "adapter_model.safetensors")
-            change(tensors)
-            save_file(tensors, folder / "adapter_model.safetensors")
-        return folder
-
-    return make
+def variant(adapter_variant: Callable[..., Path]) -> Callable[..., Path]:
+    return partial(adapter_variant, "llama-lora-all-linear")
 
 
 # --- what PEFT wrote ----------------------------------------------------------------------------------------
@@ -191,20 +176,11 @@ def test_what_a_run_writes_has_pefts_keys_shapes_and_config(train: Any, peft: Pa
     ids=["default", "odd", "v_proj", "dropout"],
 )
 def test_a_written_adapter_over_a_fresh_base_is_the_trained_model(
-    train: Any, models: Path, tmp_path: Path, logits_of: Any, settings: dict[str, Any]
+    train: Any, models: Path, tmp_path: Path, logits_of: Any, looking: Any, input_ids: Any, settings: dict[str, Any]
 ) -> None:
     """Bit by bit; and merged, up to float32 noise."""
-    input_ids = load_file(models / "llama-tied-gqa" / "reference.safetensors")["input_ids"]
-    trained: list[np.ndarray] = []
-
-    class Look(sft.Plugin):
-        name = "look"
-
-        @sft.hookimpl
-        def sft_run_ended(self, run: sft.Run, summary: sft.Summary) -> None:
-            trained.append(logits_of(run.model, input_ids))
-
-    train(plugins=(Look,), **settings)
+    look, trained = looking
+    train(plugins=(look,), **settings)
     base = models / "llama-tied-gqa"
     np.testing.assert_array_equal(logits_of(load(base, tmp_path / "out"), input_ids), trained[0])
     assert np.abs(logits_of(load(base), input_ids) - trained[0]).max() > 0.01
@@ -273,6 +249,32 @@ def test_more_than_lora_is_refused_and_not_left_out(
     with pytest.raises(sft.UsageError, match=message):
         train(lora_path=str(folder))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_an_adapter_over_a_base_that_its_start_changed_is_refused(
+    train: Any, models: Path, variant: Any, tmp_path: Path, start: str
+) -> None:
+    """PEFT writes W − s·B₀·A₀ nowhere; over W the adapter would add A₀ and B₀ once more."""
+    folder = variant(init_lora_weights=start)
+    base = models / "llama-tied-gqa"
+    message = rf"adapter: init_lora_weights = '{start}' changed the base .* path_initial_model_for_weight_conversion"
+    with pytest.raises(sft.UsageError, match=message):
+        load(base, folder)
+    with pytest.raises(sft.UsageError, match=message):
+        adapters.merge(str(base), folder, tmp_path / "merged", quiet)
+    with pytest.raises(sft.UsageError, match=message):
+        train(lora_path=str(folder))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.parametrize("start", [False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_an_adapter_with_another_start_over_its_base_is_read(
+    paddle: Any, models: Path, peft: Path, variant: Any, logits_of: Any, start: Any
+) -> None:
+    expected = load_file(peft / "llama-lora-all-linear" / "reference.safetensors")
+    found = logits_of(load(models / "llama-tied-gqa", variant(init_lora_weights=start)), expected["input_ids"])
+    np.testing.assert_allclose(found, expected["logits"], atol=TOLERANCE, rtol=0)
 
 
 A = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors.numpy import load_file
 
 import sft
 from sft import adapters
+from sft.testing import load
 
 RANK, ALPHA = 4, 8.0
 
@@ -77,23 +77,6 @@ class DefaultAlpha(sft.Plugin):
         return 5.0 * rank
 
 
-def input_ids(models: Path) -> np.ndarray:
-    return load_file(models / "llama-tied-gqa" / "reference.safetensors")["input_ids"]
-
-
-def looking(logits_of: Callable[..., Any], ids: np.ndarray, found: list[np.ndarray]) -> type[sft.Plugin]:
-    """A plugin that hands out the trained model's logits."""
-
-    class Look(sft.Plugin):
-        name = "look"
-
-        @sft.hookimpl
-        def sft_run_ended(self, run: sft.Run, summary: sft.Summary) -> None:
-            found.append(logits_of(run.model, ids))
-
-    return Look
-
-
 def layers_of(run: sft.Run) -> list[Any]:
     return [layer for layer in run.model.sublayers() if hasattr(layer, "lora_A")]
 
@@ -106,17 +89,26 @@ def layers_of(run: sft.Run) -> list[Any]:
     ],
 )
 def test_a_scaling_is_used_and_written_so_that_peft_computes_it(
-    train: Any, adapt: Any, models: Path, tmp_path: Path, logits_of: Any, plugin: type, scaling: float, written: Any
+    train: Any,
+    adapt: Any,
+    models: Path,
+    tmp_path: Path,
+    logits_of: Any,
+    looking: Any,
+    input_ids: Any,
+    plugin: type,
+    scaling: float,
+    written: Any,
 ) -> None:
     settings = {"lora_rank": RANK, "lora_alpha": ALPHA}
     assert {layer.scaling for layer in layers_of(adapt(plugin, **settings))} == {scaling}
-    trained: list[np.ndarray] = []
-    train("out", (plugin, looking(logits_of, input_ids(models), trained)), **settings)
+    look, trained = looking
+    train("out", (plugin, look), **settings)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert {key: config[key] for key in written} == written
     assert config["r"] == RANK
-    model, _ = adapters.load_for_inference(str(models / "llama-tied-gqa"), tmp_path / "out", lambda text: None)
-    np.testing.assert_array_equal(logits_of(model, input_ids(models)), trained[0])
+    model = load(models / "llama-tied-gqa", tmp_path / "out")
+    np.testing.assert_array_equal(logits_of(model, input_ids), trained[0])
 
 
 def test_an_alpha_by_default_gives_way_to_the_setting(adapt: Any) -> None:
@@ -124,7 +116,9 @@ def test_an_alpha_by_default_gives_way_to_the_setting(adapt: Any) -> None:
     assert {layer.scaling for layer in layers_of(adapt(DefaultAlpha, lora_rank=RANK, lora_alpha=ALPHA))} == {2.0}
 
 
-def test_an_initialisation_is_asked_for_each_layer_by_name(adapt: Any, models: Path, logits_of: Any) -> None:
+def test_an_initialisation_is_asked_for_each_layer_by_name(
+    adapt: Any, models: Path, logits_of: Any, input_ids: Any
+) -> None:
     """It may change the base: the sum begins as the plain model, up to float32 noise."""
     from sft.models.loading import load_model, open_model
 
@@ -133,7 +127,7 @@ def test_an_initialisation_is_asked_for_each_layer_by_name(adapt: Any, models: P
     names = [target.name for target in sft.target_layers(load_model(open_model(models / "llama-tied-gqa")))]
     assert residual.asked == names
     assert all(layer.lora_B.numpy().any() for layer in layers_of(run))
-    found = logits_of(run.model, input_ids(models))
+    found = logits_of(run.model, input_ids)
     expected = load_file(models / "llama-tied-gqa" / "reference.safetensors")["logits"]
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
@@ -146,24 +140,24 @@ def test_an_initialisation_draws_by_seed_and_name(adapt: Any) -> None:
 
 
 def test_what_is_exported_adds_the_same_to_the_original_base(
-    train: Any, models: Path, tmp_path: Path, logits_of: Any
+    train: Any, models: Path, tmp_path: Path, logits_of: Any, looking: Any, input_ids: Any
 ) -> None:
     """A pair of rank 2r over the base as it was, loaded and merged: float32 noise of 1e-5 from the trained model."""
-    trained: list[np.ndarray] = []
+    look, trained = looking
     base = models / "llama-tied-gqa"
-    plugins = (Residual, looking(logits_of, input_ids(models), trained))
+    plugins = (Residual, look)
     train("out", plugins, lora_rank=RANK, lora_alpha=ALPHA)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (2 * RANK, 2 * ALPHA, False)
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {2 * RANK}
     adapters.merge(str(base), tmp_path / "out", tmp_path / "merged", lambda text: None)
-    adapted, _ = adapters.load_for_inference(str(base), tmp_path / "out", lambda text: None)
-    merged, _ = adapters.load_for_inference(str(tmp_path / "merged"), None, lambda text: None)
+    adapted = load(base, tmp_path / "out")
+    merged = load(tmp_path / "merged")
     for model in (adapted, merged):
-        np.testing.assert_allclose(logits_of(model, input_ids(models)), trained[0], atol=1e-4, rtol=0)
-    plain, _ = adapters.load_for_inference(str(base), None, lambda text: None)
-    assert np.abs(logits_of(plain, input_ids(models)) - trained[0]).max() > 0.05
+        np.testing.assert_allclose(logits_of(model, input_ids), trained[0], atol=1e-4, rtol=0)
+    plain = load(base)
+    assert np.abs(logits_of(plain, input_ids) - trained[0]).max() > 0.05
 
 
 @pytest.mark.parametrize(
@@ -179,6 +173,41 @@ def test_a_written_config_always_means_the_scaling(rank: int, alpha: float, scal
     by_peft = config["lora_alpha"] / (config["r"] ** (0.5 if config["use_rslora"] else 1.0))
     assert by_peft == pytest.approx(scaling, rel=1e-12)
     assert config["r"] == factor * rank
+
+
+@pytest.mark.parametrize(
+    ("plugins", "settings", "refused"),
+    [
+        ((Scaling,), {}, r"toy-scaling decides how a new adapter begins \(lora_scaling\)"),
+        ((DefaultAlpha,), {}, r"toy-alpha decides how a new adapter begins \(lora_default_alpha\)"),
+        ((Residual,), {}, r"toy-residual decides how a new adapter begins \(lora_initialize\)"),
+        ((), {"plugin": ["lora", "rslora"]}, r"rslora decides how a new adapter begins \(lora_scaling\)"),
+        ((), {"plugin": ["lora", "pissa"]}, r"pissa decides how a new adapter begins \(lora_initialize\)"),
+    ],
+    ids=["scaling", "alpha", "initialize", "rslora", "pissa"],
+)
+def test_what_decides_how_an_adapter_begins_is_refused_where_one_is_given(
+    train: Any, peft: Path, tmp_path: Path, plugins: tuple[type, ...], settings: dict[str, Any], refused: str
+) -> None:
+    with pytest.raises(sft.UsageError, match=rf"Plugin {refused}, and lora_path brings one .*; leave one of them out"):
+        train("out", plugins, lora_path=str(peft / "llama-lora-all-linear"), **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refinement_that_only_exports_goes_on_from_an_adapter(train: Any, peft: Path, tmp_path: Path) -> None:
+    class Export(sft.Plugin):
+        name = "toy-export"
+        requires = ("lora",)
+
+        @sft.hookimpl
+        def lora_export(self, layer: Any) -> tuple[np.ndarray, np.ndarray]:
+            return 2 * layer.lora_A.numpy(), layer.lora_B.numpy()
+
+    adapter = peft / "llama-lora-all-linear"
+    train("out", (Export,), lora_path=str(adapter), learning_rate=0.0)
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "out"))
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(after[name], 2 * tensor if "lora_A" in name else tensor)
 
 
 def test_two_scalings_are_refused(train: Any, tmp_path: Path) -> None:

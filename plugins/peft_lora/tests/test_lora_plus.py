@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import sft
+from sft.testing import needs
 
 Pairs = dict[str, np.ndarray]
 RATE = 1e-2
@@ -76,8 +77,8 @@ def test_trap_the_ratio_of_the_first_updates_of_b_and_a_is_lambda_and_not_1(
     assert update(before, after, "B") / update(before, after, "A") == pytest.approx(scale, rel=1e-3)
 
 
+@needs("nf4")
 def test_trap_over_a_quantized_base_it_is_not_ignored(step: Any) -> None:
-    pytest.importorskip("sft_quant_nf4")
     before, after = step(plugin=["lora", "lora-plus", "nf4"])
     assert update(before, after, "B") / update(before, after, "A") == pytest.approx(16.0, rel=1e-3)
 

@@ -13,17 +13,19 @@ from safetensors.numpy import load_file
 
 import sft
 from sft import adapters
+from sft.testing import load, needs
 
 Adapt = Callable[..., sft.Run]
 
 RANK = 4
 PLUGINS = ["lora", "pissa"]
 BASES = {
-    "plain": [],
-    "rslora": ["rslora"],
-    "nf4": ["nf4"],
-    "rslora-nf4": ["rslora", "nf4"],
+    "plain": PLUGINS,
+    "rslora": [*PLUGINS, "rslora"],
+    "nf4": [*PLUGINS, "nf4"],
+    "rslora-nf4": [*PLUGINS, "rslora", "nf4"],
 }
+CASES = [pytest.param(names, id=case, marks=needs(*names)) for case, names in BASES.items()]
 
 
 def quiet(text: str) -> None:
@@ -52,31 +54,41 @@ def truncated(weight: np.ndarray, rank: int) -> np.ndarray:
     return np.asarray((u[:, :rank] * s[:rank]) @ vt[:rank])
 
 
-def plugins_of(case: str) -> list[str]:
-    if "nf4" in case:
-        pytest.importorskip("sft_quant_nf4")
-    return [*PLUGINS, *BASES[case]]
-
-
 # --- where it begins ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", BASES)
-def test_a0_b0_s_is_the_best_approximation_of_its_rank(adapt: Adapt, case: str) -> None:
-    for name, layer in layers_of(adapt(plugin=plugins_of(case), lora_rank=RANK, pissa_niter=0)).items():
+@pytest.mark.parametrize("names", CASES)
+def test_a0_b0_s_is_the_best_approximation_of_its_rank(adapt: Adapt, names: list[str]) -> None:
+    for name, layer in layers_of(adapt(plugin=names, lora_rank=RANK, pissa_niter=0)).items():
         weight = weight_of(layer)
         found = layer.scaling * layer.lora_A.numpy().astype(np.float64) @ layer.lora_B.numpy()
         np.testing.assert_allclose(found, truncated(weight, RANK), atol=1e-5 * np.abs(weight).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("case", BASES)
-def test_the_factors_share_the_singular_values(adapt: Adapt, case: str) -> None:
+@pytest.mark.parametrize("names", CASES)
+def test_the_factors_share_the_singular_values(adapt: Adapt, names: list[str]) -> None:
     """A₀ = U_r √S_r / √s and B₀ = √S_r V_rᵀ / √s: their Gram matrices are S_r / s, both."""
-    for name, layer in layers_of(adapt(plugin=plugins_of(case), lora_rank=RANK, pissa_niter=0)).items():
+    for name, layer in layers_of(adapt(plugin=names, lora_rank=RANK, pissa_niter=0)).items():
         values = np.linalg.svd(weight_of(layer), compute_uv=False)[:RANK] / layer.scaling
         a, b = layer.lora_A.numpy().astype(np.float64), layer.lora_B.numpy().astype(np.float64)
         np.testing.assert_allclose(a.T @ a, np.diag(values), atol=1e-5 * values[0], err_msg=name)
         np.testing.assert_allclose(b @ b.T, np.diag(values), atol=1e-5 * values[0], err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_16_bit_base_is_decomposed_by_its_values(paddle: Any, dtype: str) -> None:
+    """As ``fp16_opt_level O2`` loads it, against the float64 approximation of the rounded weight."""
+    from sft_peft_lora.layer import LoraLinear
+    from sft_peft_lora.pissa import Pissa, PissaOptions
+
+    base = paddle.nn.Linear(24, 20, bias_attr=False)
+    base.to(dtype=dtype)
+    assert str(base.weight.dtype) == f"paddle.{dtype}"
+    layer = LoraLinear(base, 24, 20, RANK, 0.5, 0.0)
+    Pissa(PissaOptions(pissa_niter=0)).lora_initialize(layer, "q_proj", np.random.default_rng(0))
+    weight = base.weight.astype("float32").numpy().astype(np.float64)
+    found = layer.scaling * layer.lora_A.numpy().astype(np.float64) @ layer.lora_B.numpy()
+    np.testing.assert_allclose(found, truncated(weight, RANK), atol=1e-5 * np.abs(weight).max())
 
 
 @pytest.mark.parametrize("shape", [(384, 512), (512, 384)], ids=["wide", "tall"])
@@ -122,14 +134,12 @@ def test_trap_the_slow_svd_of_paddle_is_not_used(adapt: Adapt, paddle: Any, monk
         adapt(plugin=PLUGINS, lora_rank=RANK, pissa_niter=iterations)
 
 
-@pytest.mark.parametrize("case", BASES)
+@pytest.mark.parametrize("names", CASES)
 def test_a_model_begins_as_its_base(
-    adapt: Adapt, models: Path, logits_of: Any, input_ids: np.ndarray, case: str
+    adapt: Adapt, models: Path, logits_of: Any, input_ids: np.ndarray, names: list[str]
 ) -> None:
-    names = plugins_of(case)
     run = adapt(plugin=names, lora_rank=RANK)
-    quantizer = [name for name in names if name == "nf4"]
-    base, _ = adapters.load_for_inference(str(models / "llama-tied-gqa"), None, quiet, quantizer)
+    base = load(models / "llama-tied-gqa", None, [name for name in names if name == "nf4"])
     expected = logits_of(base, input_ids)
     assert np.abs(logits_of(run.model, input_ids) - expected).max() < 1e-5 * np.abs(expected).max()
 
@@ -195,12 +205,11 @@ def test_training_learns(train: Any) -> None:
 # --- what is saved ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", BASES)
+@pytest.mark.parametrize("names", CASES)
 def test_what_is_written_is_a_plain_lora_of_twice_the_rank_over_the_original_base(
-    train: Any, models: Path, tmp_path: Path, looking: Any, input_ids: np.ndarray, logits_of: Any, case: str
+    train: Any, models: Path, tmp_path: Path, looking: Any, input_ids: np.ndarray, logits_of: Any, names: list[str]
 ) -> None:
     """A' = [A, A₀], B' = [B; −B₀]; loaded and merged it is the trained model."""
-    names = plugins_of(case)
     kept: dict[str, tuple[np.ndarray, ...]] = {}
 
     class Keep(sft.Plugin):
@@ -225,14 +234,14 @@ def test_what_is_written_is_a_plain_lora_of_twice_the_rank_over_the_original_bas
         np.testing.assert_array_equal(tensors[f"{key}_A.weight"], np.hstack([a, a0]).T)
         np.testing.assert_array_equal(tensors[f"{key}_B.weight"], np.vstack([b, -b0]).T)
 
-    base, quantizer = models / "llama-tied-gqa", [name for name in names if name == "nf4"]
-    adapted, _ = adapters.load_for_inference(str(base), tmp_path / "out", quiet, quantizer)
+    base = models / "llama-tied-gqa"
+    adapted = load(base, tmp_path / "out")
     assert {type(layer).__name__ for layer in adapted.sublayers() if hasattr(layer, "lora_A")} == {"LoraLinear"}
-    adapters.merge(str(base), tmp_path / "out", tmp_path / "merged", quiet, quantizer)
-    merged, _ = adapters.load_for_inference(str(tmp_path / "merged"), None, quiet)
+    adapters.merge(str(base), tmp_path / "out", tmp_path / "merged", quiet)
+    merged = load(tmp_path / "merged")
     for model in (adapted, merged):
         assert np.abs(logits_of(model, input_ids) - trained[0]).max() < 1e-5 * np.abs(trained[0]).max()
-    plain, _ = adapters.load_for_inference(str(base), None, quiet, quantizer)
+    plain = load(base, None, [name for name in names if name == "nf4"])
     assert np.abs(logits_of(plain, input_ids) - trained[0]).max() > 0.05
 
 
@@ -256,15 +265,15 @@ def test_trap_a_merge_adds_to_the_residual_and_not_to_the_weight(train: Any, mod
         np.testing.assert_allclose(after[name], weight, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("case", BASES)
+@pytest.mark.parametrize("names", CASES)
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
 def test_trap_a_resumed_run_is_the_same_bit_by_bit(
-    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, elsewhere: bool
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], elsewhere: bool
 ) -> None:
     """Also where another LAPACK gives other factors: the trained ones belong to those that were subtracted."""
     from sft_peft_lora import svd
 
-    settings = {"plugin": plugins_of(case), "lora_rank": RANK, "max_steps": 4, "lora_dropout": 0.2}
+    settings = {"plugin": names, "lora_rank": RANK, "max_steps": 4, "lora_dropout": 0.2}
     train("whole", **settings, save_strategy="steps", save_steps=2)
     factors = svd.principal
 
@@ -282,12 +291,6 @@ def test_trap_a_resumed_run_is_the_same_bit_by_bit(
 # --- what is refused ----------------------------------------------------------------------------------------
 
 
-def test_with_an_adapter_to_start_from_it_is_refused(train: Any, peft: Path, tmp_path: Path) -> None:
-    with pytest.raises(sft.UsageError, match="pissa initialises what lora_path would load; leave one of them out"):
-        train(plugin=PLUGINS, lora_path=str(peft / "llama-lora-all-linear"))
-    assert not (tmp_path / "out").exists()
-
-
 def test_without_lora_it_is_refused(train: Any, tmp_path: Path) -> None:
     with pytest.raises(sft.UsageError, match="Plugin pissa refines lora, which is not active; add --plugin lora"):
         train(plugin=["pissa"])
@@ -303,3 +306,26 @@ def test_a_rank_that_a_weight_does_not_have_is_refused(train: Any, adapt: Adapt,
     for layer in layers.values():
         found = layer.scaling * layer.lora_A.numpy().astype(np.float64) @ layer.lora_B.numpy()
         np.testing.assert_allclose(found, weight_of(layer), atol=1e-5)
+
+
+def test_a_resumed_run_decomposes_nothing(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoint has both pairs; the result is that of a run that never stopped."""
+    from sft_peft_lora import svd
+
+    calls: list[int] = []
+    own = svd.principal
+    monkeypatch.setattr(svd, "principal", lambda *given: calls.append(1) or own(*given))
+    settings = {
+        "plugin": ["lora", "pissa"],
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 3,
+        "do_eval": False,
+    }
+    train("whole", **settings)
+    assert len(calls) == 14
+    source = str(tmp_path / "whole" / "checkpoint-1")
+    train("resumed", resume_from_checkpoint=source, **settings)
+    assert len(calls) == 14
+    whole, resumed = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "resumed"))
+    assert whole == resumed

@@ -1,32 +1,12 @@
-"""What the tests of this distribution share, beside sft's testing kit: models, and adapters that HF PEFT wrote."""
+"""The settings of this distribution's test runs; the rest of what they share is in plugins/conftest.py."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-from sft.testing import adapt, dataset, fresh_logits, logits_of, paddle, train  # noqa: F401
-
-
-@pytest.fixture(scope="session")
-def models() -> Path:
-    """The tiny base models of the core's tests, with reference values."""
-    return Path(__file__).parents[3] / "core" / "tests" / "fixtures" / "models"
-
-
-@pytest.fixture(scope="session")
-def base_model(models: Path) -> Path:
-    return models / "llama-tied-gqa"
 
 
 @pytest.fixture(scope="session")
 def run_settings() -> dict[str, Any]:
     return {"plugin": ["vera"], "learning_rate": 1e-1, "max_steps": 3}
-
-
-@pytest.fixture(scope="session")
-def peft() -> Path:
-    """Adapters as HF PEFT wrote them, with what PEFT computes; see make_peft.py."""
-    return Path(__file__).parent / "fixtures"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import sft
 from sft import adapters
+from sft.testing import load, needs
 
 CASES = ["llama-vera-all-linear", "llama-vera-qv"]
 
@@ -25,49 +26,14 @@ def quiet(text: str) -> None:
     pass
 
 
-def load(base: Path, adapter: Path | None = None) -> Any:
-    return adapters.load_for_inference(str(base), adapter, quiet)[0]
+@pytest.fixture
+def base(base_model: Path) -> Path:
+    return base_model
 
 
 @pytest.fixture
-def base(models: Path) -> Path:
-    return models / "llama-tied-gqa"
-
-
-@pytest.fixture
-def input_ids(base: Path) -> np.ndarray:
-    return np.asarray(load_file(base / "reference.safetensors")["input_ids"])
-
-
-@pytest.fixture
-def variant(peft: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of llama-vera-all-linear; keyword arguments change its config, ``change`` its tensors."""
-
-    def make(change: Callable[[dict[str, np.ndarray]], Any] | None = None, **changes: Any) -> Path:
-        folder = tmp_path / "adapter"
-        shutil.copytree(peft / "llama-vera-all-linear", folder)
-        config = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
-        if change is not None:
-            tensors = load_file(folder / "adapter_model.safetensors")
-            change(tensors)
-            save_file(tensors, folder / "adapter_model.safetensors")
-        return folder
-
-    return make
-
-
-def looking(logits_of: Callable[..., Any], ids: np.ndarray, found: list[np.ndarray]) -> type[sft.Plugin]:
-    """A plugin that hands out the trained model's logits."""
-
-    class Look(sft.Plugin):
-        name = "look"
-
-        @sft.hookimpl
-        def sft_run_ended(self, run: sft.Run, summary: sft.Summary) -> None:
-            found.append(logits_of(run.model, ids))
-
-    return Look
+def variant(adapter_variant: Callable[..., Path]) -> Callable[..., Path]:
+    return partial(adapter_variant, "llama-vera-all-linear")
 
 
 # --- what PEFT wrote ----------------------------------------------------------------------------------------
@@ -145,11 +111,17 @@ def test_where_only_some_layers_of_a_kind_are_adapted_the_config_names_each(trai
     ids=["default", "odd", "v_proj", "dropout"],
 )
 def test_a_written_adapter_over_a_fresh_base_is_the_trained_model(
-    train: Any, base: Path, tmp_path: Path, logits_of: Any, input_ids: np.ndarray, settings: dict[str, Any]
+    train: Any,
+    base: Path,
+    tmp_path: Path,
+    logits_of: Any,
+    looking: Any,
+    input_ids: np.ndarray,
+    settings: dict[str, Any],
 ) -> None:
     """Bit by bit; and merged, up to float32 noise."""
-    trained: list[np.ndarray] = []
-    train(plugins=(looking(logits_of, input_ids, trained),), **settings)
+    look, trained = looking
+    train(plugins=(look,), **settings)
     np.testing.assert_array_equal(logits_of(load(base, tmp_path / "out"), input_ids), trained[0])
     assert np.abs(logits_of(load(base), input_ids) - trained[0]).max() > 0.01
     adapters.merge(str(base), tmp_path / "out", tmp_path / "merged", quiet)
@@ -157,25 +129,25 @@ def test_a_written_adapter_over_a_fresh_base_is_the_trained_model(
     assert np.abs(merged - trained[0]).max() < 1e-5 * np.abs(trained[0]).max()
 
 
+@needs("nf4")
 def test_over_a_quantized_base_too(
-    train: Any, base: Path, tmp_path: Path, logits_of: Any, input_ids: np.ndarray
+    train: Any, base: Path, tmp_path: Path, logits_of: Any, looking: Any, input_ids: np.ndarray
 ) -> None:
-    pytest.importorskip("sft_quant_nf4")
-    trained: list[np.ndarray] = []
-    train(plugins=(looking(logits_of, input_ids, trained),), plugin=["vera", "nf4"])
-    adapted, _ = adapters.load_for_inference(str(base), tmp_path / "out", quiet, ["nf4"])
+    look, trained = looking
+    train(plugins=(look,), plugin=["vera", "nf4"])
+    adapted = load(base, tmp_path / "out")
     np.testing.assert_array_equal(logits_of(adapted, input_ids), trained[0])
-    adapters.merge(str(base), tmp_path / "out", tmp_path / "merged", quiet, ["nf4"])
+    adapters.merge(str(base), tmp_path / "out", tmp_path / "merged", quiet)
     merged = logits_of(load(tmp_path / "merged"), input_ids)
     assert np.abs(merged - trained[0]).max() < 1e-5 * np.abs(trained[0]).max()
 
 
 def test_trap_a_reload_in_a_fresh_process_is_exact(
-    train: Any, base: Path, tmp_path: Path, logits_of: Any, input_ids: np.ndarray, fresh_logits: Any
+    train: Any, base: Path, tmp_path: Path, logits_of: Any, looking: Any, input_ids: np.ndarray, fresh_logits: Any
 ) -> None:
     """Elsewhere reloading loses A: here the pair is in the folder, whatever the seed of the process that reads it."""
-    trained: list[np.ndarray] = []
-    train(plugins=(looking(logits_of, input_ids, trained),), seed=5)
+    look, trained = looking
+    train(plugins=(look,), seed=5)
     np.testing.assert_array_equal(fresh_logits(base, tmp_path / "out", input_ids), trained[0])
 
 
@@ -285,8 +257,8 @@ def test_more_than_vera_is_refused_and_not_left_out(
         load(base, variant(**{key: value}))
 
 
+@needs("lora")
 def test_lora_and_vera_are_refused_in_one_sentence(train: Any, tmp_path: Path) -> None:
-    pytest.importorskip("sft_peft_lora")
     message = r"^Plugins vera \(.*\) and lora \(.*\) cannot work together; leave one of them out\.$"
     with pytest.raises(sft.UsageError, match=message):
         train(plugin=["lora", "vera"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from sft_quant_nf4 import codes
-from sft_quant_nf4.codes import CODEBOOKS, Blocks, double_quantize, quantize_blocks, quantize_channels
+from sft_quant_nf4.codes import CODEBOOKS, Blocks, Channels, double_quantize, quantize_blocks, quantize_channels
 
+Read = Callable[[Blocks | Channels], np.ndarray]
 CASES = [(name, kind) for name in ("large", "odd") for kind in ("nf4", "fp4")]
 
 
@@ -21,18 +24,22 @@ def same(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_codes_and_absmax_are_those_of_bitsandbytes(bitsandbytes: dict[str, np.ndarray], name: str, kind: str) -> None:
+def test_codes_and_absmax_are_those_of_bitsandbytes(
+    bitsandbytes: dict[str, np.ndarray], name: str, kind: str, read: Read
+) -> None:
     """Also of values exactly between two codes, of a block of zeros, and of a last block that is not full."""
     found = quantize_blocks(weight_of(bitsandbytes, name), kind, 64, double=False)
     same(found.codes, bitsandbytes[f"{name}.{kind}.codes"])
     assert found.absmax is not None
     same(found.absmax, bitsandbytes[f"{name}.{kind}.absmax"])
     assert (found.absmax == 0).any() == (name == "odd")
-    same(found.read().reshape(-1)[:: 37 if name == "large" else 1], bitsandbytes[f"{name}.{kind}.dequantized"])
+    same(read(found).reshape(-1)[:: 37 if name == "large" else 1], bitsandbytes[f"{name}.{kind}.dequantized"])
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_double_quantization_is_that_of_bitsandbytes(bitsandbytes: dict[str, np.ndarray], name: str, kind: str) -> None:
+def test_double_quantization_is_that_of_bitsandbytes(
+    bitsandbytes: dict[str, np.ndarray], name: str, kind: str, read: Read
+) -> None:
     found = quantize_blocks(weight_of(bitsandbytes, name), kind, 64, double=True)
     key = f"{name}.{kind}.double"
     assert found.absmax is None
@@ -41,7 +48,7 @@ def test_double_quantization_is_that_of_bitsandbytes(bitsandbytes: dict[str, np.
     same(found.double.codes, bitsandbytes[f"{key}.codes"])
     same(found.double.absmax, bitsandbytes[f"{key}.absmax"])
     assert found.double.offset == bitsandbytes[f"{key}.offset"][0]
-    same(found.read().reshape(-1)[:: 37 if name == "large" else 1], bitsandbytes[f"{key}.dequantized"])
+    same(read(found).reshape(-1)[:: 37 if name == "large" else 1], bitsandbytes[f"{key}.dequantized"])
 
 
 @pytest.mark.parametrize("name", ["nested", "summed"])
@@ -91,7 +98,7 @@ def values_of(blocks: Blocks) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("blocksize", [2, 6, 32, 128, 4096, 1 << 18])
-def test_other_blocksizes_store_the_nearest_code(kind: str, blocksize: int) -> None:
+def test_other_blocksizes_store_the_nearest_code(kind: str, blocksize: int, read: Read) -> None:
     weight = np.random.default_rng(blocksize).standard_normal((37, 53)).astype(np.float32)
     found = quantize_blocks(weight, kind, blocksize, double=False)
     expected, absmax = plain(weight, kind, blocksize)
@@ -99,17 +106,17 @@ def test_other_blocksizes_store_the_nearest_code(kind: str, blocksize: int) -> N
     np.testing.assert_array_equal(table[values_of(found)], table[expected])
     np.testing.assert_array_equal(found.absmax, absmax)
     scale = np.repeat(absmax, blocksize)[: weight.size].astype(np.float64)
-    np.testing.assert_allclose(found.read().reshape(-1), table[expected] * scale, rtol=1e-6, atol=0)
+    np.testing.assert_allclose(read(found).reshape(-1), table[expected] * scale, rtol=1e-6, atol=0)
 
 
-def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, read: Read) -> None:
     weight = np.random.default_rng(0).standard_normal((31, 77)).astype(np.float32)
     whole = [quantize_blocks(weight, "nf4", 6, double=False), quantize_channels(weight, 8, 7)]
     monkeypatch.setattr(codes, "_CHUNK", 100)
     parts = [quantize_blocks(weight, "nf4", 6, double=False), quantize_channels(weight, 8, 7)]
     for one, other in zip(whole, parts, strict=True):
         same(one.codes, other.codes)
-        same(one.read(), other.read())
+        same(read(one), read(other))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -125,7 +132,7 @@ def test_large_blocks_take_4_bits_and_their_absmax(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("bits", "group"), [(8, None), (4, None), (4, 4), (4, 11)])
-def test_whole_numbers_are_the_formula(bits: int, group: int | None) -> None:
+def test_whole_numbers_are_the_formula(bits: int, group: int | None, read: Read) -> None:
     """scale = absmax / (2^(bits-1) - 1) of a channel or group, and the nearest whole number of it."""
     weight = np.random.default_rng(bits).standard_normal((15, 44)).astype(np.float32)
     weight[3] = 0
@@ -136,15 +143,15 @@ def test_whole_numbers_are_the_formula(bits: int, group: int | None) -> None:
     scale = np.where(absmax == 0, 1, absmax) / largest
     np.testing.assert_allclose(found.scales, absmax[..., 0] / largest, rtol=1e-6)
     expected = (np.rint(parts / scale) * scale).reshape(15, 44)
-    np.testing.assert_allclose(found.read(), expected, rtol=1e-5, atol=1e-6)
-    error = np.abs(found.read().reshape(parts.shape) - parts)
+    np.testing.assert_allclose(read(found), expected, rtol=1e-5, atol=1e-6)
+    error = np.abs(read(found).reshape(parts.shape) - parts)
     assert (error <= absmax / (2 * largest) * (1 + 1e-5)).all()
     assert found.codes.nbytes * 8 == weight.size * bits
     assert found.codes.dtype == (np.int8 if bits == 8 else np.uint8)
 
 
-def test_int4_stores_eight_more_with_the_first_of_a_pair_in_the_high_half() -> None:
+def test_int4_stores_eight_more_with_the_first_of_a_pair_in_the_high_half(read: Read) -> None:
     weight = np.float32([[7, -7, 0, 1, 3]])
     found = quantize_channels(weight, 4, None)
     assert found.codes.tolist() == [[0xF1, 0x89, 0xB8]]  # an odd channel ends with a zero
-    np.testing.assert_array_equal(found.read(), weight)
+    np.testing.assert_array_equal(read(found), weight)

@@ -12,15 +12,15 @@ from sft_quant_nf4.codes import quantize_blocks, quantize_channels
 KINDS = ["nf4", "nf4-double", "fp4", "nf4-6", "int8", "int4", "int4-group"]
 
 
-def make(weight: np.ndarray, kind: str, bias: np.ndarray | None = None) -> tuple[Any, np.ndarray]:
-    """The layer for a weight [out, in], and the weight that it stands for."""
+def make(weight: np.ndarray, kind: str, bias: np.ndarray | None = None) -> tuple[Any, Any]:
+    """The layer for a weight [out, in], and what it stores."""
     from sft_quant_nf4.layers import BlockLinear, ChannelLinear
 
     if kind.startswith("int"):
         channels = quantize_channels(weight, int(kind[3]), weight.shape[1] // 3 if "group" in kind else None)
-        return ChannelLinear(channels, bias), channels.read()
+        return ChannelLinear(channels, bias), channels
     blocks = quantize_blocks(weight, kind[:3], 6 if kind.endswith("6") else 64, "double" in kind)
-    return BlockLinear(blocks, bias), blocks.read()
+    return BlockLinear(blocks, bias), blocks
 
 
 def tensors_of(layer: Any) -> list[Any]:
@@ -37,7 +37,7 @@ def tensors_of(layer: Any) -> list[Any]:
 @pytest.mark.parametrize("shape", [(24, 30), (37, 51), (1, 9), (300, 12)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_value_and_gradient_are_those_of_the_dequantized_weight(
-    paddle: Any, monkeypatch: pytest.MonkeyPatch, kind: str, shape: tuple[int, int], biased: bool
+    paddle: Any, monkeypatch: pytest.MonkeyPatch, read: Any, kind: str, shape: tuple[int, int], biased: bool
 ) -> None:
     """In parts of some 200 values; float32 noise of 50 products is below 1e-5."""
     from sft_quant_nf4 import layers
@@ -46,7 +46,8 @@ def test_value_and_gradient_are_those_of_the_dequantized_weight(
     generator = np.random.default_rng(shape[0])
     weight = generator.standard_normal(shape).astype(np.float32)
     bias = generator.standard_normal(shape[0]).astype(np.float32) if biased else None
-    layer, stands_for = make(weight, kind, bias)
+    layer, stored = make(weight, kind, bias)
+    stands_for = read(stored)
     if shape == (300, 12):
         assert len(layer.parts) > 1
     x, upstream = (generator.standard_normal((2, 3, size)).astype(np.float32) for size in (shape[1], shape[0]))
@@ -58,6 +59,17 @@ def test_value_and_gradient_are_those_of_the_dequantized_weight(
     np.testing.assert_allclose(tensor.grad.numpy(), upstream @ wide, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(layer.dequantize().numpy(), stands_for.T, rtol=1e-6, atol=0)
     assert (layer.in_features, layer.out_features) == (shape[1], shape[0])
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in ("large", "odd") for kind in ("nf4", "fp4")])
+def test_a_dequantized_weight_is_that_of_bitsandbytes(
+    paddle: Any, bitsandbytes: dict[str, np.ndarray], name: str, kind: str, double: bool
+) -> None:
+    """Byte for byte."""
+    layer, _ = make(bitsandbytes[f"{name}.weight"].astype(np.float32), kind + "-double" * double)
+    found = np.ascontiguousarray(layer.dequantize().numpy().T).reshape(-1)[:: 37 if name == "large" else 1]
+    assert found.tobytes() == bitsandbytes[f"{name}.{kind}{'.double' * double}.dequantized"].tobytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,15 +84,15 @@ def test_an_input_that_wants_no_gradient_gets_none(paddle: Any, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_outputs_have_the_type_of_the_inputs(paddle: Any, kind: str) -> None:
+def test_outputs_have_the_type_of_the_inputs(paddle: Any, read: Any, kind: str) -> None:
     """float64 stands for 16 bits here: paddle multiplies no 16-bit matrices on CPU."""
     generator = np.random.default_rng(0)
-    layer, stands_for = make(generator.standard_normal((16, 12)).astype(np.float32), kind, np.ones(16, np.float32))
+    layer, stored = make(generator.standard_normal((16, 12)).astype(np.float32), kind, np.ones(16, np.float32))
     x = paddle.to_tensor(generator.standard_normal((3, 12)), stop_gradient=False)
     y = layer(x)
     y.sum().backward()
     assert (y.dtype, x.grad.dtype) == (paddle.float64, paddle.float64)
-    np.testing.assert_allclose(y.numpy(), x.numpy() @ stands_for.T.astype(np.float64) + 1, rtol=1e-12)
+    np.testing.assert_allclose(y.numpy(), x.numpy() @ read(stored).T.astype(np.float64) + 1, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

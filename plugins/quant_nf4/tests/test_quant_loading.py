@@ -14,6 +14,7 @@ import pytest
 
 from sft import activation, plugins
 from sft.settings import build
+from sft.testing import forward
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -28,15 +29,6 @@ def load(folder: Path, quantizer: Any = None) -> Any:
     from sft.models.loading import load_model, open_model
 
     return load_model(open_model(folder), quantizer)
-
-
-def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
-    import paddle
-
-    tensor = paddle.to_tensor(ids)
-    with paddle.no_grad():
-        found = model(input_ids=tensor, attention_mask=paddle.ones_like(tensor))
-    return (found[0] if isinstance(found, tuple) else found).numpy()
 
 
 @pytest.mark.parametrize(
@@ -64,9 +56,9 @@ def test_a_quantized_model_computes_with_the_dequantized_weights(
         other.layer.weight.set_value(one.layer.dequantize().contiguous())
         assert (one.layer.bias is None) == (other.layer.bias is None)
     ids = np.random.default_rng(1).integers(3, 128, (2, 20))
-    found, expected = logits_of(quantized, ids), logits_of(replaced, ids)
+    found, expected = forward(quantized, ids), forward(replaced, ids)
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
-    assert np.abs(found - logits_of(load(models / case), ids)).max() > 1e-3
+    assert np.abs(found - forward(load(models / case), ids)).max() > 1e-3
 
 
 def test_no_linear_of_the_blocks_remains(paddle: Any, models: Path) -> None:

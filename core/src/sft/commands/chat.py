@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from sft.errors import UsageError
 from sft.seams import Turn
 
 HELP = "/exit or Ctrl-D leaves, /reset forgets the conversation, /system TEXT sets the system message, Ctrl-C stops."
+_ANYWHERE = nullcontext()
 
 
 @click.command(name="chat")
@@ -42,9 +45,16 @@ def command(model: str, adapter: str | None, plugins: tuple[str, ...], system: s
     chat = Chat(loaded, tokenizer, generation, seed, system)
     if tokenizer.chat_template is None:
         say("note: this model has no chat template, so turns follow each other as they are")
-    if sys.stdin.isatty():
-        say(HELP)
-    for line in _lines():
+    if not sys.stdin.isatty():
+        _talk(chat, sys.stdin, _ANYWHERE)
+        return
+    say(HELP)
+    with CtrlC().heard() as ctrl_c:
+        _talk(chat, _typed(ctrl_c), ctrl_c)
+
+
+def _talk(chat: Chat, lines: Iterable[str], stoppable: AbstractContextManager[Any]) -> None:
+    for line in lines:
         word, _, rest = line.strip().partition(" ")
         if word == "/exit":
             return
@@ -57,7 +67,7 @@ def command(model: str, adapter: str | None, plugins: tuple[str, ...], system: s
         elif word.startswith("/") and word[1:].isalpha():
             say(f"there is no {word}; {HELP}")
         elif word:
-            _answer(chat, line.strip())
+            _answer(chat, line.strip(), stoppable)
 
 
 class Chat:
@@ -69,13 +79,14 @@ class Chat:
         self.turns: list[Turn] = []
         """What has been said and is not forgotten, without the system message."""
 
-    def ask(self, text: str, show: Any) -> int:
+    def ask(self, text: str, show: Any, stoppable: AbstractContextManager[Any] = _ANYWHERE) -> int:
         """Answer ``text`` with pieces that ``show`` receives; returns how many old turns were forgotten for want of
         room. Raises :class:`UsageError` where a question has no room or no place; it is then not part of the
-        conversation. An answer that is interrupted remains as far as it was shown.
+        conversation. An answer that is interrupted remains as far as it was shown; where ``stoppable`` is a
+        :class:`CtrlC`, it is interrupted while it is computed, and not while the conversation is written down.
         """
-        from sft.data.encoding import encode_prompt
-        from sft.models.generation import answers, check_room, fitting
+        from sft.data.encoding import encode_prompt, fitting
+        from sft.models.generation import answers, check_room
 
         head = [Turn("system", self.system)] if self.system else []
         positions = self.model.config.max_position_embeddings
@@ -83,7 +94,6 @@ class Chat:
         kept = fitting(asked, self.tokenizer, positions - self.generation.max_new_tokens)
         ids = encode_prompt(kept, self.tokenizer)
         check_room(ids, self.generation, positions)
-        self.turns = kept[len(head) :]
         pieces: list[str] = []
 
         def keep(piece: str) -> None:
@@ -91,18 +101,17 @@ class Chat:
             show(piece)
 
         try:
-            answers(self.model, self.tokenizer, [ids], self.generation, self.seed, keep)
+            with stoppable:
+                answers(self.model, self.tokenizer, [ids], self.generation, self.seed, keep)
         finally:
             if pieces:
-                self.turns.append(Turn("assistant", "".join(pieces)))
-            else:
-                self.turns.pop()
+                self.turns = [*kept[len(head) :], Turn("assistant", "".join(pieces))]
         return len(asked) - len(kept)
 
 
-def _answer(chat: Chat, text: str) -> None:
+def _answer(chat: Chat, text: str, stoppable: AbstractContextManager[Any]) -> None:
     try:
-        forgotten = chat.ask(text, lambda piece: click.echo(piece, nl=False))
+        forgotten = chat.ask(text, lambda piece: click.echo(piece, nl=False), stoppable)
     except UsageError as error:
         say(f"sft: {error}")
     except KeyboardInterrupt:
@@ -114,16 +123,53 @@ def _answer(chat: Chat, text: str) -> None:
             say(f"({forgotten} old turns no longer fit into the model's positions and were left out)")
 
 
-def _lines() -> Iterator[str]:
-    """The lines that are typed, with editing in a terminal; Ctrl-C gives up the line."""
-    if not sys.stdin.isatty():
-        yield from sys.stdin
-        return
+class CtrlC:
+    """Ctrl-C in a terminal: raises KeyboardInterrupt inside ``with ctrl_c:`` and nowhere else. One that comes between
+    two such blocks is raised at the beginning of the next, so that none is lost and none ends the chat."""
+
+    def __init__(self) -> None:
+        self._armed = self._pending = False
+
+    @contextmanager
+    def heard(self) -> Iterator[CtrlC]:
+        """Listen in the main thread, in place of what else would happen at Ctrl-C."""
+        before = signal.signal(signal.SIGINT, self._handle), signal.signal(signal.SIGALRM, lambda *_: None)
+        # Python's readline sees a signal only while it waits for a key: one that comes while it draws a key would be
+        # kept until the next key. So the wait is interrupted five times a second.
+        signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
+        try:
+            yield self
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGINT, before[0])
+            signal.signal(signal.SIGALRM, before[1])
+
+    def _handle(self, *_: Any) -> None:
+        self._pending = True
+        if self._armed:
+            self._raise()
+
+    def _raise(self) -> None:
+        self._armed = self._pending = False  # until the next block: what comes while this is handled waits
+        raise KeyboardInterrupt
+
+    def __enter__(self) -> None:
+        self._armed = True
+        if self._pending:
+            self._raise()
+
+    def __exit__(self, *_: Any) -> None:
+        self._armed = False
+
+
+def _typed(ctrl_c: CtrlC) -> Iterator[str]:
+    """The lines that are typed, with editing; Ctrl-C gives up the line."""
     import readline  # noqa: F401  (input() edits and recalls lines with it)
 
     while True:
         try:
-            line = input("> ")
+            with ctrl_c:
+                line = input("> ")
         except KeyboardInterrupt:
             say("\n(/exit or Ctrl-D leaves)")
             continue

@@ -38,14 +38,14 @@ def command(
     are the likeliest token). Give src_length and max_length of the run to get the run's own numbers.
     """
     from sft.errors import UsageError
-    from sft.evaluating import evaluate
+    from sft.finished import evaluate_finished
     from sft.training.progress import figures
 
     if settings["dataset_name_or_path"] is None:
         raise UsageError("dataset_name_or_path is not set; add --dataset_name_or_path VALUE.")
     values = {"model_name_or_path": model, **given(settings)}
     answers = Path(generations).expanduser() if generations else None
-    record = evaluate(values, Path(adapter) if adapter else None, say, plugins, answers)
+    record = evaluate_finished(values, Path(adapter) if adapter else None, say, plugins, answers)
     if as_json:
         click.echo(json.dumps(record, allow_nan=False))
     else:

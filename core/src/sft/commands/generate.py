@@ -26,7 +26,8 @@ HOOKS = ("sft_quantizer", "sft_record_format")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; repeatable.")
 @click.option(
     "--prompts_file", "--prompts-file", "file",
-    help="A file of prompts, one a line, or of data records (.json, .csv and so on), whose last answer is left out.",
+    help="A file of prompts, one a line, or of data records (.json, .csv and so on), whose last answer is left out or "
+    'missing; {"prompt": TEXT} is one too.',
 )  # fmt: skip
 @setting_options("chat_template", *GENERATION, chat_template=TEMPLATE, seed=SEED)
 @click.option(
@@ -118,6 +119,5 @@ def _records(path: Path, plugins: Plugins) -> Iterator[tuple[list[Turn], str | N
         return
     formats = Formats(plugins)
     for record in read([path]):
-        turns = formats.turns(record)
-        last = max(index for index, turn in enumerate(turns) if turn.trains)
-        yield turns[:last], turns[last].content
+        turns = formats.turns(record, needs_target=False)
+        yield (turns, None) if turns[-1].role == "user" else turns.before_last_answer()

@@ -30,6 +30,10 @@ FORMATS = ("hf", "paddle")
     "--max_shard_size", "--max-shard-size", "shard", default="2GB", show_default=True,
     help="The largest weight file, such as 500MB or 4GiB; a larger model becomes numbered files and an index.",
 )  # fmt: skip
+@click.option(
+    "--dtype", type=click.Choice(("base", "float32")), default="base", show_default=True,
+    help="base: that of each tensor on disk, to which the sum is rounded; float32: nothing is rounded.",
+)  # fmt: skip
 @click.option("--device", help="Where the arithmetic happens: cpu, gpu or gpu:N.  [default: paddle's choice]")
 @click.option(*PLUGIN, multiple=True, help="A quantizer, where the adapter does not name it; no:NAME leaves one out.")
 def command(
@@ -39,17 +43,18 @@ def command(
     layout: str,
     safe: bool,
     shard: str,
+    dtype: str,
     device: str | None,
     plugins: tuple[str, ...],
 ) -> None:
     """Fold an adapter into its base model.
 
-    Weights are streamed, at most one file of them in memory: float32 arithmetic, the base's dtype on disk
-    (float32 over a quantized base).
+    Weights are streamed, at most one file of them in memory: float32 arithmetic, and on disk the
+    base's dtype (float32 over a quantized base, or with --dtype float32).
     """
     from sft.adapters import merge
     from sft.models.shards import WeightFormat, parse_size
 
-    form = WeightFormat(layout, safe, parse_size(shard))
+    form = WeightFormat(layout, safe, parse_size(shard), dtype)
     changed = merge(model, Path(adapter), Path(output), click.echo, plugins, form, device)
     click.echo(f"merged {changed} tensors; written to {output}")

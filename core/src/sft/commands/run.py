@@ -104,7 +104,7 @@ def _row(option: Option) -> str:
 def _kind(option: Option) -> str:
     if option.is_list:
         return "A,B,…"
-    return {int: "N", float: "X", str: "TEXT"}.get(next(k for k in option.kinds if k is not type(None)), "VALUE")
+    return next(text for kind, text in ((int, "N"), (float, "X"), (str, "TEXT")) if kind in option.kinds)
 
 
 def report(summary: Any) -> None:
@@ -119,6 +119,8 @@ def report(summary: Any) -> None:
         f"  tokens      {summary.tokens:,} in {summary.rows:,} rows ({summary.target_tokens:,} targets), "
         f"{summary.padding_tokens:,} padding ({padded:.1f} %)"
     )
+    if summary.skipped_steps:
+        lines.append(f"  skipped     {summary.skipped_steps:,} steps that overflowed in float16")
     lines.append(f"  peak memory {summary.peak_memory_mib:,} MiB")
     lines.append(f"  written to  {summary.output_dir}")
     for sample in summary.samples:

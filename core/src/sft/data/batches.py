@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,10 +59,13 @@ def assemble(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
 
 def make_batches(data: Encoded, collator: DataCollator, rows: Sequence[Sequence[int]], batch_size: int) -> list[Batch]:
     """Rows of record numbers → batches of at most ``batch_size`` rows, in order."""
-    return [
-        collator.batch([[data[index] for index in row] for row in rows[start : start + batch_size]])
-        for start in range(0, len(rows), batch_size)
-    ]
+    starts = range(0, len(rows), batch_size)
+    return [make_batch(data, collator, rows[start : start + batch_size]) for start in starts]
+
+
+def make_batch(data: Encoded, collator: DataCollator, rows: Sequence[Sequence[int]]) -> Batch:
+    """Rows of record numbers → one batch."""
+    return collator.batch([[data[index] for index in row] for row in rows])
 
 
 class Data(Protocol):
@@ -70,6 +74,11 @@ class Data(Protocol):
     @property
     def lengths(self) -> np.ndarray:
         """int64, tokens of each record; of a stream, those of its first window."""
+        ...
+
+    def check_fits(self, model: Path, positions: int) -> None:
+        """Refuse records of more tokens than the model in folder ``model`` has positions, with :class:`UsageError`: now
+        those that have been read, and the others when they are."""
         ...
 
     def windows(self, place: dict[str, Any] | None = None) -> Iterator[Window]:

@@ -11,6 +11,8 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,7 +55,6 @@ class Encoded:
     trained: np.ndarray
     offsets: np.ndarray
     counts: Counts = field(default_factory=Counts)
-    _fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -70,12 +71,23 @@ class Encoded:
 
     def fingerprint(self) -> str:
         """Changes whenever a token, a target or the order of the records does."""
-        if not self._fingerprint:
-            digest = hashlib.sha256()
-            for array in (self.ids, self.trained, self.offsets):
-                digest.update(np.ascontiguousarray(array).data)
-            self._fingerprint = digest.hexdigest()[:16]
-        return self._fingerprint
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for array in (self.ids, self.trained, self.offsets):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:16]
+
+    def check_fits(self, model: Path, positions: int) -> None:
+        """Refuse a record that has more tokens than the model in folder ``model`` has positions."""
+        longest = int(self.lengths.max(initial=0))
+        if longest > positions:
+            raise UsageError(
+                f"The longest record has {longest} tokens and {model} reads {positions} "
+                "(max_position_embeddings, or a smaller sliding_window); set max_length to at most that."
+            )
 
     def report(self) -> dict[str, int]:
         return asdict(self.counts)
@@ -136,11 +148,49 @@ def encode(
     return Encoded(np.concatenate(ids), np.concatenate(trained), offsets, counts)
 
 
+# --- prompts ------------------------------------------------------------------------------------------------
+
+
 def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
     """Ids of a conversation that the model is to answer: exactly what training shows before a target."""
     template = tokenizer.template
     ids = [token for text in template.prompt(turns) for token in tokenizer.encode(text)]
     return tokenizer.with_bos(ids) if template.one_bos else ids
+
+
+def fitting(turns: list[Turn], tokenizer: Tokenizer, longest: int) -> list[Turn]:
+    """``turns`` without the oldest questions and answers that make their prompt longer than ``longest`` tokens.
+
+    A system turn and the last question stay, even where these alone are longer.
+    """
+    while len(encode_prompt(turns, tokenizer)) > longest:
+        shorter = _without_oldest(turns)
+        if shorter is None:
+            break
+        turns = shorter
+    return turns
+
+
+@dataclass(frozen=True)
+class Question:
+    """A record to be answered: its prompt's ids, the text of the last user turn, and the answer in the data."""
+
+    ids: list[int]
+    prompt: str
+    reference: str
+
+    @staticmethod
+    def of(conversation: Conversation, tokenizer: Tokenizer, src_length: int) -> Question:
+        """What stands before the last answer that is learned, of at most ``src_length`` tokens, as training cuts it:
+        the oldest turns go first, then the beginning."""
+        turns, reference = conversation.before_last_answer()
+        ids = encode_prompt(fitting(turns, tokenizer, src_length), tokenizer)
+        if len(ids) > src_length:
+            del ids[_beginning(ids, len(ids) - src_length, tokenizer)]
+        return Question(ids, turns[-1].content if turns else "", reference)
+
+
+# --- training rows ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -183,7 +233,7 @@ class _Encoder:
     def _fit(self, turns: list[Turn], row: _Row) -> tuple[list[int], list[bool]]:
         while len(row.ids) > self.max_length or _prompt_length(row.trained) > self.src_length:
             shorter = _without_oldest(turns)
-            if shorter is None:
+            if shorter is None or not any(turn.trains for turn in shorter):
                 break
             self.counts.turns_dropped += len(turns) - len(shorter)
             turns = shorter
@@ -194,9 +244,8 @@ class _Encoder:
         prompt = _prompt_length(trained)
         if prompt > self.src_length:
             self.counts.prompts_truncated += 1
-            keeps_bos = int(self.tokenizer.bos_id is not None and ids[0] == self.tokenizer.bos_id)
-            cut = prompt - self.src_length + keeps_bos
-            ids, trained = ids[:keeps_bos] + ids[cut:], trained[:keeps_bos] + trained[cut:]
+            cut = _beginning(ids, prompt - self.src_length, self.tokenizer)
+            del ids[cut], trained[cut]
         if len(ids) > self.max_length:
             self.counts.targets_truncated += 1
             ids, trained = ids[: self.max_length], trained[: self.max_length]
@@ -231,7 +280,13 @@ def _prompt_length(trained: list[bool]) -> int:
 def _without_oldest(turns: list[Turn]) -> list[Turn] | None:
     """The conversation without its oldest question and answer (a system turn stays); None if one is left."""
     head = 1 if turns and turns[0].role == "system" else 0
-    following = [index for index in range(head + 1, len(turns)) if turns[index].role == "user"]
-    if not following or not any(turn.trains for turn in turns[following[0] :]):
+    following = next((index for index in range(head + 1, len(turns)) if turns[index].role == "user"), None)
+    if following is None:
         return None
-    return Conversation(turns[:head] + turns[following[0] :], getattr(turns, "place", ""))
+    return Conversation(turns[:head] + turns[following:], getattr(turns, "place", ""))
+
+
+def _beginning(ids: list[int], excess: int, tokenizer: Tokenizer) -> slice:
+    """The first ``excess`` tokens of a prompt, which it loses where it is too long; a BOS before them stays."""
+    first = int(tokenizer.bos_id is not None and ids[0] == tokenizer.bos_id)
+    return slice(first, first + excess)

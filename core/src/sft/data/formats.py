@@ -23,6 +23,11 @@ class Conversation(list[Turn]):
         super().__init__(turns)
         self.place = place
 
+    def before_last_answer(self) -> tuple[list[Turn], str]:
+        """The turns before the last answer that is learned, and that answer."""
+        last = max(index for index, turn in enumerate(self) if turn.trains)
+        return self[:last], self[last].content
+
 
 class Formats:
     """Reads the records of one data set, all of which must be in the format of the first."""
@@ -34,14 +39,14 @@ class Formats:
         self._plugins = plugins
         self._providers = plugins.implementing("sft_record_format")
 
-    def turns(self, record: Record) -> Conversation:
-        """The turns of ``record``.
+    def turns(self, record: Record, needs_target: bool = True) -> Conversation:
+        """The turns of ``record``; it may be a question without an answer where no target is needed.
 
         Raises :class:`UsageError` with file and line for a record that is in no known format, in another one than
         those before it, or wrong in its own.
         """
         try:
-            name, turns = self._read(record.value)
+            name, turns = self._read(record.value, needs_target)
         except ValueError as error:
             raise UsageError(f"{record.place}: {error}") from error
         if self.name and name != self.name:
@@ -49,19 +54,28 @@ class Formats:
                 f"{record.place}: this record is {name}, and {self._place} is {self.name}; keep the records of one "
                 "format in a data set."
             )
-        if not any(turn.trains for turn in turns):
+        asks = not needs_target and bool(turns) and turns[-1].role == "user"
+        if not asks and not any(turn.trains for turn in turns):
             raise UsageError(f"{record.place}: no turn of this record is a target, so nothing can be learned from it.")
         if not self.name:
             self.name, self._place = name, record.place
         return Conversation(turns, record.place)
 
-    def _read(self, value: dict[str, Any]) -> tuple[str, list[Turn]]:
+    def _read(self, value: dict[str, Any], needs_target: bool) -> tuple[str, list[Turn]]:
         for plugin in self._providers:
             turns = self._plugins.ask(plugin, "sft_record_format", record=value)
             if turns is not None:
                 return f"the format of plugin {plugin}", turns
+        if not needs_target and _is_prompt(value):
+            return "a prompt", [Turn("user", _text(value["prompt"], '"prompt"'))]
         name = recognise(value)
-        return name, FORMATS[name][1](value)
+        return name, FORMATS[name][1](value, needs_target)
+
+
+def _is_prompt(record: dict[str, Any]) -> bool:
+    """Whether the record is ``{"prompt": text}``, with what else but the keys of a format."""
+    known = {key for keys, _ in FORMATS.values() for key in keys}
+    return record.get("prompt") is not None and known.isdisjoint(record)
 
 
 def recognise(record: dict[str, Any]) -> str:
@@ -81,32 +95,34 @@ def recognise(record: dict[str, Any]) -> str:
 # --- PaddleNLP's pairs, and Alpaca --------------------------------------------------------------------------
 
 
-def src_tgt(record: Mapping[str, Any]) -> list[Turn]:
+def src_tgt(record: Mapping[str, Any], needs_target: bool = True) -> list[Turn]:
     """PaddleNLP's format: ``src`` and ``tgt`` are both text, or both lists with the turns of one conversation.
 
     Of PaddleNLP's ``context`` (variables for its chat templates) ``system`` is known: it is the system turn.
     """
-    for key in ("src", "tgt"):
+    for key in ("src", "tgt") if needs_target else ("src",):
         if key not in record:
             found = ", ".join(record) or "none"
             raise ValueError(f'the record has no "{key}" (its keys: {found}); each needs "src" and "tgt".')
-    sources, targets = (_texts(record[key], key) for key in ("src", "tgt"))
-    if len(sources) != len(targets):
+    sources = _texts(record["src"], "src")
+    targets = [] if record.get("tgt") is None and not needs_target else _texts(record["tgt"], "tgt")
+    asks = not needs_target and len(sources) == len(targets) + 1
+    if len(sources) != len(targets) and not asks:
         raise ValueError(f'"src" has {len(sources)} turns and "tgt" has {len(targets)}; they must be as many.')
     context = record.get("context")
     if isinstance(context, dict) and set(context) - {"system"}:
         unknown = ", ".join(sorted(set(context) - {"system"}))
         raise ValueError(f'"context" has {unknown}, and only "system" is known there; take the rest out.')
     turns = _system(context) if isinstance(context, dict) else []
-    for source, target in zip(sources, targets, strict=True):
+    for source, target in zip(sources, targets, strict=not asks):
         turns += [Turn("user", source), Turn("assistant", target, trains=True)]
-    return turns
+    return [*turns, Turn("user", sources[-1])] if asks else turns
 
 
-def alpaca(record: Mapping[str, Any]) -> list[Turn]:
+def alpaca(record: Mapping[str, Any], needs_target: bool = True) -> list[Turn]:
     """``instruction``, an optional ``input`` below it, and ``output``; optionally ``system``, and ``history``: a list
     of earlier [question, answer], which are learned too."""
-    for key in ("instruction", "output"):
+    for key in ("instruction", "output") if needs_target else ("instruction",):
         if record.get(key) is None:
             found = ", ".join(record) or "none"
             raise ValueError(
@@ -123,7 +139,10 @@ def alpaca(record: Mapping[str, Any]) -> list[Turn]:
     for number, (earlier, reply) in enumerate(history, start=1):
         turns.append(Turn("user", _text(earlier, f'question {number} of "history"')))
         turns.append(Turn("assistant", _answer(reply, f'answer {number} of "history"'), trains=True))
-    return [*turns, Turn("user", question), Turn("assistant", _answer(record["output"], '"output"'), trains=True)]
+    turns.append(Turn("user", question))
+    if record.get("output") is None:
+        return turns
+    return [*turns, Turn("assistant", _answer(record["output"], '"output"'), trains=True)]
 
 
 # --- lists of messages --------------------------------------------------------------------------------------
@@ -131,12 +150,12 @@ def alpaca(record: Mapping[str, Any]) -> list[Turn]:
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
-def messages(record: Mapping[str, Any]) -> list[Turn]:
+def messages(record: Mapping[str, Any], needs_target: bool = True) -> list[Turn]:
     """``messages`` with ``role`` and ``content``; ``weight`` 0 excludes an answer from what is learned."""
     return _conversation(record, "messages")
 
 
-def sharegpt(record: Mapping[str, Any]) -> list[Turn]:
+def sharegpt(record: Mapping[str, Any], needs_target: bool = True) -> list[Turn]:
     """``conversations`` with ``from`` (human, gpt, system) and ``value``, or with ``role`` and ``content``."""
     return _conversation(record, "conversations")
 
@@ -181,13 +200,14 @@ def _message(message: Any, what: str) -> Turn:
     return Turn(ROLES[role], _answer(content, what) if trains else _text(content, what), trains)
 
 
-FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], list[Turn]]]] = {
+FORMATS: dict[str, tuple[tuple[str, ...], Callable[..., list[Turn]]]] = {
     "src/tgt": (("src", "tgt"), src_tgt),
     "messages (role/content)": (("messages",), messages),
     "ShareGPT (conversations)": (("conversations",), sharegpt),
     "Alpaca (instruction/input/output)": (("instruction", "output"), alpaca),
 }
-"""The core's formats by name: the keys that each needs, and how it is read."""
+"""The core's formats by name: the keys that each needs, and what reads a record. Its last answer may be missing where
+``needs_target`` is false; a list of messages ends as it likes."""
 
 
 # --- texts --------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import datetime
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
-from sft.data.templates import Marks, Piece, Source, Written
+from sft.data.templates import Marks, Piece, Source, Written, sandbox
 from sft.errors import UsageError
 from sft.seams import Turn
 
@@ -31,7 +32,6 @@ class JinjaTemplate:
         self.marks = marks
         self._source = source.text
         self._now = now
-        self._compiled: Any = None
         self._edges = ("", "")
         self._has_blocks = bool(_GENERATION.search(source.text))
 
@@ -100,7 +100,7 @@ class JinjaTemplate:
 
     def _render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the ranges of characters that come from generation blocks."""
-        template = self._template()
+        template = self._template
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         if self._has_blocks:
             self._edges = _unused_characters([turn.content for turn in turns])
@@ -119,22 +119,18 @@ class JinjaTemplate:
             ) from error
         return _without_edges(text, *self._edges) if self._has_blocks else (text, [])
 
+    @cached_property
     def _template(self) -> Any:
-        if self._compiled is None:
-            from jinja2 import TemplateSyntaxError
-            from jinja2.ext import loopcontrols
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2 import TemplateSyntaxError
+        from jinja2.ext import loopcontrols
 
-            extensions = [loopcontrols, _generation_extension(self)]
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-            environment.filters["tojson"] = _tojson
-            environment.globals["raise_exception"] = _raise
-            environment.globals["strftime_now"] = self._now.strftime
-            try:
-                self._compiled = environment.from_string(self._source)
-            except TemplateSyntaxError as error:
-                raise UsageError(f"The chat template of {self.place} is not valid Jinja ({error}).") from error
-        return self._compiled
+        environment = sandbox(extensions=[loopcontrols, _generation_extension(self)])
+        environment.filters["tojson"] = _tojson
+        environment.globals["strftime_now"] = self._now.strftime
+        try:
+            return environment.from_string(self._source)
+        except TemplateSyntaxError as error:
+            raise UsageError(f"The chat template of {self.place} is not valid Jinja ({error}).") from error
 
     def between_edges(self, text: str) -> str:
         """What stands for a generation block in the text that Jinja makes."""
@@ -196,7 +192,3 @@ def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> None:
-    raise ValueError(message)

@@ -109,7 +109,7 @@ def _read_json(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
+                value = json.loads(line.rstrip("\r\n"))
             except (ValueError, RecursionError) as error:
                 if not isinstance(error, json.JSONDecodeError):
                     raise UsageError(f"{path}, line {number} cannot be read as JSON ({error}); correct it.") from error

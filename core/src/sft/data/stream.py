@@ -37,6 +37,7 @@ class Stream:
         self.files = files
         self.counts = Counts()
         self._conversations, self._encode, self._size = conversations, encode, size
+        self._room: tuple[Path, int] | None = None
 
     @cached_property
     def _first(self) -> Encoded:
@@ -45,6 +46,11 @@ class Stream:
     @property
     def lengths(self) -> np.ndarray:
         return self._first.lengths
+
+    def check_fits(self, model: Path, positions: int) -> None:
+        """See :class:`sft.data.batches.Data`: the first window is checked now, each later one when it is encoded."""
+        self._room = (model, positions)
+        self._first.check_fits(model, positions)
 
     def windows(self, place: dict[str, Any] | None = None) -> Iterator[Window]:
         """See :class:`sft.data.batches.Data`. Raises :class:`UsageError` if a whole pass has no target."""
@@ -58,6 +64,8 @@ class Stream:
                 found = list(itertools.islice(itertools.chain([following], records), self._size))
                 following = next(records, None)
                 data = self._first if number == 0 else self._encode(found)
+                if self._room is not None:
+                    data.check_fits(*self._room)
                 place = {"window": number, "passes": passed, "offset": offset, "counts": asdict(self.counts)}
                 self.counts = self.counts + data.counts
                 if len(data):
@@ -70,6 +78,10 @@ class Stream:
 
     def fingerprint(self) -> str:
         """Changes with the files' names and sizes, and with the tokens of the first window."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256(self._first.fingerprint().encode())
         for path in self.files:
             digest.update(f"{path.name} {path.stat().st_size}".encode())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -186,6 +187,19 @@ def _read(path: Path) -> str:
         raise UsageError(f"Chat template {path} is not UTF-8 text ({error.reason}); convert it.") from error
 
 
+def sandbox(**options: Any) -> Any:
+    """A Jinja environment in which a template reaches nothing but what it is given, and can ``raise_exception``."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def fail(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, **options)
+    environment.globals["raise_exception"] = fail
+    return environment
+
+
 # --- none, and PaddleNLP's pairs ----------------------------------------------------------------------------
 
 
@@ -255,7 +269,7 @@ class Pairs:
         turns = list(turns)
         if turns and turns[0].role == "system":
             context["system"] = turns.pop(0).content
-            if "system" not in self._variables():
+            if "system" not in self._variables:
                 raise UsageError(
                     f"Chat template {self.place} has no place for a system turn; put {{{{system}}}} into it."
                 )
@@ -284,25 +298,25 @@ class Pairs:
 
         try:
             if part not in self._compiled:
-                self._compiled[part] = self._environment().from_string(part)
+                self._compiled[part] = self._environment.from_string(part)
             return str(self._compiled[part].render(values))
         except TemplateError as error:
-            raise UsageError(f"Chat template {self.place} cannot be used ({' '.join(str(error).split())}).") from error
+            raise self._unusable(error) from error
 
+    @cached_property
     def _variables(self) -> set[str]:
+        from jinja2 import TemplateError
         from jinja2.meta import find_undeclared_variables
 
         parts = [self._values.get("system") or "", *self._values["conversation"]]
-        environment = self._environment()
-        return {name for part in parts for name in find_undeclared_variables(environment.parse(part))}
+        try:
+            return {name for part in parts for name in find_undeclared_variables(self._environment.parse(part))}
+        except TemplateError as error:
+            raise self._unusable(error) from error
 
+    @cached_property
     def _environment(self) -> Any:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        return sandbox(keep_trailing_newline=True)
 
-        def fail(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-        environment.globals["raise_exception"] = fail
-        return environment
+    def _unusable(self, error: Exception) -> UsageError:
+        return UsageError(f"Chat template {self.place} cannot be used ({' '.join(str(error).split())}).")

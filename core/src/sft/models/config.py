@@ -73,8 +73,8 @@ def paddle_config(values: dict[str, Any], where: Any) -> tuple[Family, Any]:
         kept["rope_scaling"] = scaling
     elif kind == "linear":
         kept.update(rope_scaling_type="linear", rope_scaling_factor=float(scaling["factor"]))
-    if family.model_type == "mistral":
-        kept["max_position_embeddings"] = positions_of_mistral(values)
+    if family.default_window is not None:
+        kept["max_position_embeddings"] = positions_in_window(values, family.default_window)
     config_class, _ = family.classes()
     config = config_class(**kept)
     config.dtype = "float32"
@@ -90,12 +90,12 @@ def checked_family(values: dict[str, Any], where: Any) -> Family:
     return family
 
 
-def positions_of_mistral(values: dict[str, Any]) -> int:
+def positions_in_window(values: dict[str, Any], default: int) -> int:
     """How long a document may be: PaddleNLP knows no window, so no further than where the window would be felt.
 
-    Both defaults are those of transformers; there a missing ``sliding_window`` is 4096, and only null is none.
+    The defaults are those of transformers, where only null is no window.
     """
-    positions, window = values.get("max_position_embeddings") or 131072, values.get("sliding_window", 4096)
+    positions, window = values.get("max_position_embeddings") or 131072, values.get("sliding_window", default)
     return int(positions if window is None else min(positions, window))
 
 
@@ -107,12 +107,10 @@ def _refuse_ignored(values: dict[str, Any], family: Family, where: Any) -> None:
         if values.get(name) is not None and (not isinstance(values[name], int) or values[name] < 1):
             raise UsageError(f"{where}: config.json must give {name} as a whole number or null, not {values[name]!r}.")
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
-    activations = [None, family.activation]
-    if family.model_type == "gemma":
-        activations.append("gelu")  # the first releases say so and mean the tanh form, as transformers reads it
+    activations = (None, family.activation, *family.also_activation)
     ignored = {
         "head_dim": not family.has_head_dim and values.get("head_dim") not in (None, hidden // heads),
-        "attention_bias": family.model_type != "qwen2" and bool(values.get("attention_bias")),
+        "attention_bias": not family.has_attention_bias and bool(values.get("attention_bias")),
         "mlp_bias": bool(values.get("mlp_bias")),
         "hidden_act": values.get("hidden_act") not in activations,
         "hidden_activation": values.get("hidden_activation") not in (None, family.activation),

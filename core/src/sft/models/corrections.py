@@ -7,13 +7,8 @@ import types
 from typing import Any
 
 
-def install(model: Any) -> None:
-    """Correct ``model`` if its family needs it."""
-    if model.config.model_type == "gemma":
-        _gemma(model)
-
-
-def _gemma(model: Any) -> None:
+def gemma(model: Any) -> None:
+    """The name of its tied matrix, how lm_head lies, and the form of its gelu."""
     # lm_head comes before the backbone, so the tied matrix would be called lm_head.weight; every other family, and
     # the files, call it the embedding.
     head = model.lm_head

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from sft.errors import UsageError
+from sft.models import corrections
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,16 @@ class Family:
     """What RMSNorm adds to its weight before it multiplies."""
     has_head_dim: bool = False
     """Whether PaddleNLP's class reads ``head_dim`` from the config; others have hidden size / heads."""
+    has_attention_bias: bool = False
+    """Whether PaddleNLP's class has the biases that ``attention_bias`` asks for."""
     can_tie: bool = True
     """Whether PaddleNLP's class ties lm_head to the embedding when the config says so."""
+    also_activation: tuple[str, ...] = ()
+    """Other words of ``hidden_act`` that mean ``activation``."""
+    default_window: int | None = None
+    """``sliding_window`` where the config does not give one; None: the family has no windows."""
+    correct: Callable[[Any], None] | None = None
+    """Puts right on the instance what PaddleNLP's class computes or names otherwise than Hugging Face's."""
 
     def to_hf(self, name: str) -> str:
         """A parameter's paddle name → its Hugging Face name."""
@@ -53,7 +63,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         Family("llama", "LlamaConfig", "LlamaForCausalLM", "llama", ("default", "linear", "llama3")),
-        Family("qwen2", "Qwen2Config", "Qwen2ForCausalLM", "qwen2", ("default",)),
+        Family("qwen2", "Qwen2Config", "Qwen2ForCausalLM", "qwen2", ("default",), has_attention_bias=True),
         Family(
             "mistral",
             "MistralConfig",
@@ -62,6 +72,7 @@ FAMILIES = {
             ("default",),
             mask_argument="attention_mask",
             can_tie=False,
+            default_window=4096,
         ),
         Family(
             "gemma",
@@ -71,6 +82,8 @@ FAMILIES = {
             ("default",),
             mask_argument="attention_mask",
             activation="gelu_pytorch_tanh",
+            also_activation=("gelu",),  # the first releases say so and mean the tanh form, as transformers reads it
+            correct=corrections.gemma,
             norm_offset=1.0,
             has_head_dim=True,
         ),

@@ -14,10 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from sft.data.encoding import encode_prompt
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
-from sft.seams import Turn
 from sft.settings import GenerationArguments
 
 REPLACEMENT = "\ufffd"
@@ -30,45 +28,6 @@ def check_room(ids: Sequence[int], generation: GenerationArguments, positions: i
             f"A prompt of {len(ids)} tokens and an answer of max_new_tokens {generation.max_new_tokens} do not fit "
             f"into the model's {positions} positions; lower max_new_tokens or shorten the prompt."
         )
-
-
-def fitting(turns: Sequence[Turn], tokenizer: Tokenizer, longest: int) -> list[Turn]:
-    """``turns`` without the oldest questions and answers that make them longer than ``longest`` tokens.
-
-    A system turn and the last question stay, even where these alone are longer.
-    """
-    kept = list(turns)
-    head = 1 if kept and kept[0].role == "system" else 0
-    while len(encode_prompt(kept, tokenizer)) > longest:
-        following = [index for index in range(head + 1, len(kept)) if kept[index].role == "user"]
-        if not following:
-            break
-        kept = kept[:head] + kept[following[0] :]
-    return kept
-
-
-def shortened(turns: Sequence[Turn], tokenizer: Tokenizer, longest: int) -> list[int]:
-    """Ids of a prompt of at most ``longest`` tokens, as training cuts it: oldest turns first, then its beginning."""
-    ids = encode_prompt(fitting(turns, tokenizer, longest), tokenizer)
-    if len(ids) <= longest:
-        return ids
-    keeps_bos = int(tokenizer.bos_id is not None and ids[0] == tokenizer.bos_id)
-    return ids[:keeps_bos] + ids[len(ids) - longest + keeps_bos :]
-
-
-def answer(
-    model: Any,
-    tokenizer: Tokenizer,
-    turns: Sequence[Turn],
-    generation: GenerationArguments,
-    seed: int,
-    show: Callable[[str], None] | None = None,
-) -> str:
-    """The model's answer to a conversation that ends with the user's turn, without special tokens.
-
-    ``show`` receives the text as it grows; its pieces together are the answer.
-    """
-    return answers(model, tokenizer, [encode_prompt(turns, tokenizer)], generation, seed, show)[0]
 
 
 def answers(

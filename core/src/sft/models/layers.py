@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,18 @@ def _matches(pattern: str, name: str) -> bool:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
         raise UsageError(f"Target {pattern!r} is not a valid regular expression ({error}).") from error
+
+
+def module_names(adapted: Iterable[str], everything: Iterable[str]) -> list[str]:
+    """PEFT's ``target_modules`` for the layers ``adapted`` of ``everything`` that could have been, all by name.
+
+    The last parts of their names (``q_proj``), or the whole names where only some of the layers of a last part are
+    adapted.
+    """
+    names = set(adapted)
+    kinds = {name.rpartition(".")[2] for name in names}
+    everywhere = {name for name in everything if name.rpartition(".")[2] in kinds}
+    return sorted(kinds if everywhere == names else names)
 
 
 def _linears(model: Any) -> list[Target]:

@@ -37,11 +37,12 @@ def load_model(source: ModelSource, quantizer: Any | None = None, dtype: str = "
 
     Raises :class:`UsageError` naming the tensors that are missing, left over, or of another shape.
     """
-    from sft.models import corrections, norms
+    from sft.models import norms
 
     model = _build(source, dtype)
     _share_rotary_tables(model)
-    corrections.install(model)
+    if source.family.correct is not None:
+        source.family.correct(model)
     norms.install(model, source.family.norm_offset)
     fill(model, source, quantizer)
     model.eval()

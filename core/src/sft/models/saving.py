@@ -50,7 +50,7 @@ def write_merged(
     quantizer: Quantizer | None = None,
     form: WeightFormat | None = None,
 ) -> int:
-    """``source``'s weights with an adapter folded in, tensor by tensor: float32 arithmetic, the base's dtype.
+    """``source``'s weights with an adapter folded in, tensor by tensor: float32 arithmetic, ``form``'s dtype.
 
     With a ``quantizer`` the Linears of the blocks are quantized and read back first, and all is written in float32.
     The folder appears complete under its name or not at all. Returns the number of tensors that changed.
@@ -72,6 +72,10 @@ def write_merged(
             if weights.layout == "paddle" and source.family.is_transposed(original, stored.ndim):
                 stored = stored.T
             weight, is_new = _merge_one(name, stored, merger, quantizer)
+            if quantizer is None and form.dtype == "base":
+                weight = weight.astype(stored.dtype, copy=False)
+            elif form.dtype == "float32":
+                weight = weight.astype(np.float32, copy=False)
             changed += is_new
             dtypes.add(str(weight.dtype))
             if form.layout == "paddle":
@@ -94,7 +98,7 @@ def write_merged(
 def _merge_one(
     name: str, stored: np.ndarray, merger: AdapterMerger, quantizer: Quantizer | None
 ) -> tuple[np.ndarray, bool]:
-    """One tensor [out, in] as the merged model has it, and whether the adapter changed it."""
+    """One tensor [out, in], in float32 if the adapter or the quantizer changed it, and whether the adapter did."""
     import paddle
 
     base = paddle.to_tensor(np.ascontiguousarray(stored.astype(np.float32, copy=False)))
@@ -107,7 +111,7 @@ def _merge_one(
         return stored, False
     array = weight.numpy()
     is_new = weight is not base and not np.array_equal(array, base.numpy())
-    return (array if quantizer is not None else array.astype(stored.dtype)), is_new
+    return array, is_new
 
 
 def _write_settings(folder: Path, source: ModelSource, tokenizer: Tokenizer, dtype: str, layout: str = "hf") -> None:

@@ -30,6 +30,15 @@ class WeightFormat:
     """safetensors; if not, ``model_state.pdparams``, pickled as ``paddle.save`` does it (layout "paddle" alone)."""
     shard_bytes: int = SHARD_BYTES
     """The largest file, unless one tensor alone is larger."""
+    dtype: str = "base"
+    """"base" (each tensor in the base's dtype), or "float32" (what was merged is not rounded)."""
+
+    def __post_init__(self) -> None:
+        if self.layout == "hf" and not self.safe:
+            raise UsageError(
+                "Without safe serialization the hf format would need torch to pickle its tensors; leave "
+                "safe_serialization true, or give --format paddle."
+            )
 
     @property
     def names(self) -> tuple[str, str]:

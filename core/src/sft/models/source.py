@@ -105,7 +105,7 @@ class Weights:
         if name in self._pickled:
             array = self._pickled[name]
         else:
-            array = _safetensors(self._where[name]).get_slice(name)
+            array = self._open(self._where[name]).get_slice(name)
         corner = np.asarray(array[tuple(slice(size) for _ in self.shape(name))])
         return (corner.view(ml_dtypes.bfloat16) if corner.dtype == np.uint16 else corner).astype(np.float32)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
+from sft.metrics import NAMES
 from sft.settings import Settings
 
 if TYPE_CHECKING:
@@ -12,12 +13,12 @@ if TYPE_CHECKING:
 
 LOWER = ("loss", "ppl")
 GREATER = ("accuracy",)
-GREATER_IN_GENERATION = ("bleu4", "rouge1", "rouge2", "rougel")
 
 
 def check(settings: Settings) -> None:
     """Refuse settings with which no best model could be found. The best one is that of a checkpoint."""
     training = settings.training
+    metric(settings)
     if not training.load_best_model_at_end:
         return
     save, evaluate = training.save_strategy, training.evaluation_strategy
@@ -32,16 +33,15 @@ def check(settings: Settings) -> None:
             f"load_best_model_at_end needs an evaluation at each checkpoint: save_steps {training.save_steps} is no "
             f"multiple of eval_steps {eval_steps}; change one of them."
         )
-    metric(settings)
 
 
 def metric(settings: Settings) -> tuple[str, bool]:
     """The key of an evaluation's record that decides, and whether a greater one is better."""
     training = settings.training
     name = (training.metric_for_best_model or "loss").lower().removeprefix("eval_")
-    known = [*LOWER, *GREATER, *(GREATER_IN_GENERATION if settings.data.eval_with_do_generation else ())]
+    known = [*LOWER, *GREATER, *(NAMES if settings.data.eval_with_do_generation else ())]
     if name not in known:
-        more = ", which needs eval_with_do_generation" if name in GREATER_IN_GENERATION else ""
+        more = ", which needs eval_with_do_generation" if name in NAMES else ""
         raise UsageError(f"metric_for_best_model: expected one of {', '.join(known)}, got {name!r}{more}.")
     greater = training.greater_is_better
     return f"eval_{name}", name not in LOWER if greater is None else greater

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from sft.training.optimizer import Optimizer
 
 FORMAT = 2
-_KEYS = ("date", "step", "epoch", "random", "data", "loss_scale", "journal", "before", "best", "settings", "plugins")
+_KEYS = (
+    *("date", "step", "epoch", "seed", "data", "loss_scale", "journal", "before", "evaluation", "best", "settings"),
+    *("shaping", "plugins"),
+)
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -40,14 +43,19 @@ def step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def find_checkpoint(request: str | None, output_dir: Path) -> Path | None:
+def asks_to_resume(request: bool | str | None) -> bool:
+    """Whether ``--resume_from_checkpoint`` asks for anything."""
+    return bool(request) and str(request).lower() != "false"
+
+
+def find_checkpoint(request: bool | str | None, output_dir: Path) -> Path | None:
     """What ``--resume_from_checkpoint`` asks for; None is a fresh start. Raises :class:`UsageError`."""
-    if request is None or request.lower() == "false":
+    if not asks_to_resume(request):
         return None
-    if request.lower() in ("auto", "true"):
+    if str(request).lower() in ("auto", "true"):
         found = checkpoints(output_dir)
         return found[-1] if found else None
-    path = Path(request).expanduser()
+    path = Path(str(request)).expanduser()
     if not (path / "trainer" / "state.json").is_file():
         raise UsageError(
             f"{path} is not a checkpoint of sft (no trainer/state.json); give a checkpoint-N folder or auto."
@@ -99,17 +107,17 @@ def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:
 
 def load(run: Run, optimizer: Optimizer, folder: Path, state: dict[str, Any]) -> None:
     """Put parameters, optimizer state and plugin state back. The model has been built and adapted."""
-    load_model(run, optimizer, folder, state)
+    load_model(run, optimizer.parameters, folder, state)
     optimizer.load(_read(folder / "trainer" / "optimizer.safetensors"))
 
 
-def load_model(run: Run, optimizer: Optimizer, folder: Path, state: dict[str, Any]) -> None:
-    """Put the model back as it was: parameters and plugin state."""
+def load_model(run: Run, parameters: dict[str, Any], folder: Path, state: dict[str, Any]) -> None:
+    """Put the model back as it was: its trainable ``parameters`` by name, and plugin state."""
     from sft.models.loading import fill
 
     trainer = folder / "trainer"
     if run.exports_adapter:
-        _load_trainable(optimizer, _read(trainer / "trainable.safetensors"), folder)
+        _load_trainable(parameters, _read(trainer / "trainable.safetensors"), folder)
     else:
         fill(run.model, replace(run.source, folder=folder))
     arrays = _read(trainer / "plugins.safetensors")
@@ -129,15 +137,15 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise UsageError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
 
 
-def _load_trainable(optimizer: Optimizer, values: dict[str, np.ndarray], folder: Path) -> None:
-    for name in sorted(set(values) | set(optimizer.parameters)):
-        shapes = [list(x[name].shape) if name in x else "none" for x in (values, optimizer.parameters)]
+def _load_trainable(parameters: dict[str, Any], values: dict[str, np.ndarray], folder: Path) -> None:
+    for name in sorted(set(values) | set(parameters)):
+        shapes = [list(x[name].shape) if name in x else "none" for x in (values, parameters)]
         if shapes[0] != shapes[1]:
             raise UsageError(
                 f"{folder} was trained with other parameters ({name}: {shapes[0]} there, {shapes[1]} in this run); "
                 "resume with the plugins and settings of that run."
             )
-    for name, parameter in optimizer.parameters.items():
+    for name, parameter in parameters.items():
         parameter.set_value(values[name])
 
 

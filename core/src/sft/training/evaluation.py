@@ -6,19 +6,18 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import paddle
 
 from sft import metrics
-from sft.data.batches import make_batches
+from sft.data.batches import make_batch
+from sft.data.encoding import Question
 from sft.errors import SftError
 from sft.files import write_text
 from sft.models.attention import hidden_states
-from sft.models.generation import answers, check_room, shortened
-from sft.seams import Turn
+from sft.models.generation import answers
 from sft.training.loss import target_scores
 
 if TYPE_CHECKING:
@@ -28,30 +27,10 @@ _LARGEST_EXPONENT = 700.0
 """exp of it is a double still; JSON has no infinity."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """A dev record to be answered: its prompt's ids, the text of the last user turn, and the answer in the data."""
-
-    ids: list[int]
-    prompt: str
-    reference: str
-
-
-def questions(run: Run, conversations: Sequence[Sequence[Turn]]) -> list[Question]:
-    """The prompts of dev records, their last answer removed, cut to ``src_length``; refuses what has no room."""
-    found = []
-    for turns in conversations:
-        last = max(index for index, turn in enumerate(turns) if turn.trains)
-        ids = shortened(turns[:last], run.tokenizer, run.settings.data.src_length)
-        check_room(ids, run.settings.generation, run.source.config.max_position_embeddings)
-        found.append(Question(ids, turns[last - 1].content if last else "", turns[last].content))
-    return found
-
-
 def evaluate(run: Run, step: int, epoch: float) -> dict[str, Any]:
     """Measure the dev data; the record is described at ``sft_evaluated``. The model's training mode is restored."""
     started = time.monotonic()
-    record = {"step": step, "epoch": round(epoch, 4), **measure(run)}
+    record = {"step": step, "epoch": round(epoch, 4), **dev_loss(run)}
     if run.questions:
         record.update(score(run, run.output_dir / f"generations-{step}.jsonl"))
     record["eval_seconds"] = round(time.monotonic() - started, 3)
@@ -60,16 +39,21 @@ def evaluate(run: Run, step: int, epoch: float) -> dict[str, Any]:
     return record
 
 
-def measure(run: Run) -> dict[str, Any]:
-    """Loss, perplexity and token accuracy of the dev data, each over all its target tokens."""
-    assert run.dev_data is not None
-    rows = run.collator.rows(run.dev_data.lengths, None)
-    batches = make_batches(run.dev_data, run.collator, rows, run.settings.training.per_device_eval_batch_size)
+def dev_loss(run: Run) -> dict[str, Any]:
+    """Loss, perplexity and token accuracy of the dev data, each over all its target tokens.
+
+    The batches are those of one process, which all that share the data take by turns.
+    """
+    data, size = run.dev_data, run.settings.training.per_device_eval_batch_size
+    assert data is not None
+    rows = run.collator.rows(data.lengths, None)
+    mine = range(run.strategy.data_rank * size, len(rows), run.strategy.data_world * size)
     loss, correct, targets = 0.0, 0, 0
     was_training = run.model.training
     run.model.eval()
     with paddle.no_grad(), run.precision.autocast():
-        for batch in batches[run.strategy.data_rank :: run.strategy.data_world]:
+        for start in mine:
+            batch = make_batch(data, run.collator, rows[start : start + size])
             hidden = hidden_states(run.model, batch)
             found = target_scores(hidden, paddle.to_tensor(batch.labels), run.model.lm_head)
             loss, correct, targets = loss + found[0], correct + found[1], targets + batch.target_tokens
@@ -85,7 +69,7 @@ def measure(run: Run) -> dict[str, Any]:
         "eval_loss": mean,
         "eval_ppl": math.exp(min(mean, _LARGEST_EXPONENT)),
         "eval_accuracy": right / every,
-        "eval_tokens": int(sum(batch.tokens for batch in batches)),
+        "eval_tokens": int(data.lengths.sum()),
     }
 
 
@@ -96,12 +80,7 @@ def score(run: Run, path: Path | None) -> dict[str, float]:
     """
     rank, world = run.strategy.data_rank, run.strategy.data_world
     mine = run.questions[rank::world]
-    size = run.settings.training.per_device_eval_batch_size
-    found: list[str] = []
-    for start in range(0, len(mine), size):
-        prompts = [question.ids for question in mine[start : start + size]]
-        with run.precision.autocast():
-            found += answers(run.model, run.tokenizer, prompts, run.settings.generation, run.settings.training.seed)
+    found = answer(run, mine)
     if path is not None:
         path = path if world == 1 else path.with_name(f"{path.stem}-rank-{rank}{path.suffix}")
         lines = [
@@ -111,3 +90,14 @@ def score(run: Run, path: Path | None) -> dict[str, float]:
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     counts = run.strategy.sum(metrics.count(found, [question.reference for question in mine]))
     return {f"eval_{name}": value for name, value in metrics.scores(counts).items()}
+
+
+def answer(run: Run, questions: Sequence[Question]) -> list[str]:
+    """The model's answers, ``per_device_eval_batch_size`` at a time."""
+    size = run.settings.training.per_device_eval_batch_size
+    found: list[str] = []
+    for start in range(0, len(questions), size):
+        prompts = [question.ids for question in questions[start : start + size]]
+        with run.precision.autocast():
+            found += answers(run.model, run.tokenizer, prompts, run.settings.generation, run.settings.training.seed)
+    return found

@@ -34,6 +34,8 @@ class Journal:
     last_loss: float | None = None
     lines: int = 0
     """Lines in the file."""
+    skipped_steps: int = 0
+    """Steps that overflowed in float16 and changed nothing."""
     _since: float = field(default_factory=time.monotonic)
 
     def add(self, loss_sum: float, tokens: int, target_tokens: int, padding_tokens: int, rows: int) -> None:
@@ -86,12 +88,14 @@ class Journal:
             "first_loss": self.first_loss,
             "last_loss": self.last_loss,
             "lines": self.lines,
+            "skipped_steps": self.skipped_steps,
         }
 
     def rewind(self, state: dict[str, Any], written: Path) -> None:
         """Go back to a checkpoint: restore the sums, and keep the lines that ``written`` had by then."""
         self.window, self.total = Window(**state["window"]), Window(**state["total"])
         self.first_loss, self.last_loss = state["first_loss"], state["last_loss"]
+        self.skipped_steps = state["skipped_steps"]
         kept = _lines(written)[: state["lines"]]
         self.lines = len(kept)
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -10,6 +10,7 @@ other processes (the strategy does), or write final results (``running.py`` does
 from __future__ import annotations
 
 import time
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,9 +43,7 @@ def train(
         scale.load(state["loss_scale"])
     model.train()
     journal.start()
-    for at in schedule.iterate(start, place):
-        if at.number > total:
-            break
+    for at in islice(schedule.iterate(start, place), total - start):  # a step more would read a window more of a stream
         began, step, epoch = time.monotonic(), at.number, at.epoch
         mine = at.rows[strategy.data_rank :: strategy.data_world]
         batches = make_batches(at.data, schedule.collator, mine, settings.per_device_train_batch_size)
@@ -58,9 +57,23 @@ def train(
         (loss_sum,) = strategy.sum([strategy.backward(model, batches, scale.value / max(1, targets))])
         grad_norm = strategy.grad_norm(parameters) / scale.value
         rate, unscaled = learning_rate(step, total, settings), 1.0 / scale.value
-        skipped = not scale.accepts(loss_sum, grad_norm)
-        if not skipped:
+        if scale.accepts(loss_sum, grad_norm):
             optimizer.step(rate, unscaled * clip_factor(grad_norm, settings.max_grad_norm))
+            record = {
+                "step": step,
+                "epoch": epoch,
+                "loss": loss_sum / max(1, targets),
+                "learning_rate": rate,
+                "grad_norm": grad_norm,
+                "tokens": tokens,
+                "target_tokens": targets,
+                "padding_tokens": padding,
+            }
+            journal.add(loss_sum, tokens, targets, padding, len(at.rows))
+            display.step(record, tokens / (time.monotonic() - began))
+            if step % settings.logging_steps == 0 or step in (1, total):
+                display.line(journal.step_line(step, epoch, rate, grad_norm))
+            run.hook.sft_step_ended(run=run, record=record)
         elif scale.gives_up:
             raise SftError(
                 f"The loss or its gradient is no longer finite at step {step} (loss {loss_sum / max(1, targets)}, "
@@ -68,27 +81,11 @@ def train(
             )
         else:
             optimizer.clear()
+            journal.skipped_steps += 1
             display.say(f"step {step}: float16 overflow, skipped; the loss scale is now {scale.value:g}")
-            continue
 
-        record = {
-            "step": step,
-            "epoch": epoch,
-            "loss": loss_sum / max(1, targets),
-            "learning_rate": rate,
-            "grad_norm": grad_norm,
-            "tokens": tokens,
-            "target_tokens": targets,
-            "padding_tokens": padding,
-        }
-        journal.add(loss_sum, tokens, targets, padding, len(at.rows))
-        display.step(record, tokens / (time.monotonic() - began))
-        if step % settings.logging_steps == 0 or step in (1, total):
-            display.line(journal.step_line(step, epoch, rate, grad_norm))
-        run.hook.sft_step_ended(run=run, record=record)
-
-        saves = _due(settings.save_strategy, settings.save_steps, at)
-        if run.dev_data is not None and _due(settings.evaluation_strategy, run.eval_steps, at):
+        saves = _due(settings.save_strategy, settings.save_steps, at, total)
+        if run.dev_data is not None and _due(settings.evaluation_strategy, run.eval_steps, at, total):
             evaluation = evaluate(run, step, epoch)
             journal.write(evaluation)
             journal.pause(evaluation["eval_seconds"])
@@ -107,15 +104,11 @@ def state_after(run: Run, schedule: Schedule, journal: Journal, at: Step, scale:
         "step": at.number,
         "epoch": at.epoch,
         "date": run.tokenizer.now.isoformat(),
-        "random": {"seed": run.settings.training.seed, "step": at.number},
+        "seed": run.settings.training.seed,
         "data": {
             "fingerprint": schedule.data.fingerprint(),
             "rows_per_step": schedule.rows_per_step,
             "place": at.place,
-        },
-        "schedule": {
-            "type": run.settings.training.lr_scheduler_type,
-            "total_steps": schedule.total_steps,
         },
         "loss_scale": scale.state(),
         "journal": journal.state(),
@@ -123,6 +116,7 @@ def state_after(run: Run, schedule: Schedule, journal: Journal, at: Step, scale:
         "evaluation": run.evaluation,
         "best": run.best,
         "settings": run.settings.flat(),
+        "shaping": run.shaping(),
     }
 
 
@@ -131,5 +125,8 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     paddle.seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
-def _due(strategy: str, steps: int, at: Step) -> bool:
-    return at.number % steps == 0 if strategy == "steps" else strategy == "epoch" and at.ends_pass
+def _due(strategy: str, steps: int, at: Step, total: int) -> bool:
+    """An epoch that the last step cuts short ends there, as in PaddleNLP."""
+    if strategy == "epoch":
+        return at.ends_pass or at.number == total
+    return strategy == "steps" and at.number % steps == 0

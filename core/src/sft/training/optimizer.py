@@ -97,15 +97,14 @@ class Optimizer:
                 master.grad.scale_(factor)
         self._adamw.set_lr(rate)
         self._adamw.step()
-        self._adamw.clear_grad()
         for name, parameter in self.parameters.items():
             if self._stepped[name] is not parameter and parameter.grad is not None:
                 parameter.set_value(self._stepped[name].astype(parameter.dtype))
         self.clear()
 
     def clear(self) -> None:
-        """Forget the gradients."""
-        for parameter in self.parameters.values():
+        """Forget the gradients, those of masters too."""
+        for parameter in (*self.parameters.values(), *self._stepped.values()):
             parameter.clear_gradient(set_to_zero=False)
 
     def state(self) -> dict[str, np.ndarray]:

@@ -14,7 +14,9 @@ class _Backend:
     """16-bit tensors on a GPU go to paddle's kernels, everything else to the blockwise implementation."""
 
     packed = True
-    describes_padding = True
+
+    def __init__(self, describes_padding: bool) -> None:
+        self.describes_padding = describes_padding
 
     def attend(self, query: Any, key: Any, value: Any, startend_row_indices: Any | None) -> Any:
         from paddle.nn.functional import flashmask_attention
@@ -30,7 +32,7 @@ class _Backend:
 
 
 class FlashAttention(sft.Plugin):
-    """Attention in blocks: memory linear in the row (arXiv 2205.14135)."""
+    """Attention in blocks: memory linear in the row (arXiv 2205.14135). Only rows of several documents get masks."""
 
     name = "flash-attention"
     summary = "Attention in blocks, memory linear in the length of a row (FlashAttention)."
@@ -38,7 +40,7 @@ class FlashAttention(sft.Plugin):
 
     @sft.hookimpl
     def sft_attention_backend(self, run: Run, config: Any) -> AttentionBackend:
-        return _Backend()
+        return _Backend(describes_padding=False)
 
     @sft.hookimpl
     def sft_outline(self, outline: Outline) -> None:
@@ -55,7 +57,7 @@ class FlashMask(sft.Plugin):
 
     @sft.hookimpl
     def sft_attention_backend(self, run: Run, config: Any) -> AttentionBackend:
-        return _Backend()
+        return _Backend(describes_padding=True)
 
     @sft.hookimpl
     def sft_outline(self, outline: Outline) -> None:

@@ -55,15 +55,3 @@ class ColumnMask:
         for start, stop in (self.lower, self.upper):
             masked |= (query >= start[:, None, keys]) & (query < stop[:, None, keys])
         return keys, masked
-
-
-def dense(indices: np.ndarray, causal: bool) -> np.ndarray:
-    """The mask written out: bool [B, 1 or H, S, S], True where query i does not see key j. For tests and small rows."""
-    rows = []
-    for one in indices:
-        mask = ColumnMask(one, causal)
-        query = np.arange(mask.length)[None, :, None]
-        rows.append(
-            sum(((query >= a[:, None, :]) & (query < b[:, None, :]) for a, b in (mask.lower, mask.upper)), np.False_)
-        )
-    return np.stack(rows).astype(bool)

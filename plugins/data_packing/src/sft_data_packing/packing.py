@@ -20,11 +20,10 @@ class ZeroPadding(sft.Plugin):
 
     @sft.hookimpl
     def sft_collator(self, run: Run) -> DataCollator:
-        from sft_data_packing.collators import NextFitCollator, report
+        from sft_data_packing.collators import NextFitCollator
 
-        collator = NextFitCollator(run.settings.data.max_length, run.tokenizer.pad_id)
-        report(run, self.name, collator)
-        return collator
+        capacity, pad_id = run.settings.data.max_length, run.tokenizer.pad_id
+        return NextFitCollator(capacity, pad_id, lambda text: run.say(f"{self.name}: {text}"))
 
 
 @dataclass
@@ -43,9 +42,8 @@ class GreedyZeroPadding(sft.Plugin):
 
     @sft.hookimpl
     def sft_collator(self, run: Run) -> DataCollator:
-        from sft_data_packing.collators import BestFitCollator, report
+        from sft_data_packing.collators import BestFitCollator
 
+        capacity, pad_id = run.settings.data.max_length, run.tokenizer.pad_id
         group = self.options.packing_group_size
-        collator = BestFitCollator(run.settings.data.max_length, run.tokenizer.pad_id, group)
-        report(run, self.name, collator)
-        return collator
+        return BestFitCollator(capacity, pad_id, group, lambda text: run.say(f"{self.name}: {text}"))

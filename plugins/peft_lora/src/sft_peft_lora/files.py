@@ -27,6 +27,9 @@ _PLAIN = {
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
 }
+# Initialisations of PEFT that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take from it
+# what A and B begin with, and such an adapter means nothing over the original weights.
+_OVER_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 class LoraFolder:
@@ -43,6 +46,12 @@ class LoraFolder:
                 raise UsageError(
                     f"{folder}: {key} = {self.config[key]!r} is more than LoRA; this plugin cannot read it."
                 )
+        start = self.config.get("init_lora_weights")
+        if (start.lower() if isinstance(start, str) else start) not in _OVER_THE_BASE:
+            raise UsageError(
+                f"{folder}: init_lora_weights = {start!r} changed the base that it was trained over; convert it to "
+                "LoRA where it was trained (PEFT's save_pretrained with path_initial_model_for_weight_conversion)."
+            )
         self.pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         halves: dict[str, dict[str, np.ndarray]] = {}
         for key, tensor in tensors.items():

@@ -53,12 +53,18 @@ class Lora(sft.Plugin):
         for name in ("lora_rank", "lora_alpha", "lora_target_modules"):
             if getattr(self.options, name) != getattr(LoraOptions(), name):
                 raise UsageError(f"{name} does nothing beside lora_path, whose adapter decides; leave one of them out.")
+        for hook in ("lora_scaling", "lora_default_alpha", "lora_initialize"):
+            if (plugin := run.plugins.provider(hook)) is not None:
+                raise UsageError(
+                    f"Plugin {plugin} decides how a new adapter begins ({hook}), and lora_path brings one that has "
+                    "begun; leave one of them out."
+                )
 
     @sft.hookimpl
     def sft_adapt_model(self, run: Run, model: Any) -> None:
         options = self.options
         if options.lora_path is not None:
-            self._adapt_from(model, Path(options.lora_path).expanduser(), run.hook)
+            self._adapt_from(model, Path(options.lora_path).expanduser(), trains=True)
         else:
             rank, alpha = options.lora_rank, self._alpha(run.hook, options.lora_rank)
             scaling = _scaling(run.hook, rank, alpha)
@@ -97,12 +103,12 @@ class Lora(sft.Plugin):
         pairs = {}
         for name, layer in self.layers.items():
             pairs[name] = run.hook.lora_export(layer=layer) or (layer.lora_A.numpy(), layer.lora_B.numpy())
-        base = str(run.settings.model.model_name_or_path)
-        return adapter_files(pairs, self._modules(), self.alpha, self.scaling, base, self.options.lora_dropout)
+        base, modules = str(run.settings.model.model_name_or_path), sft.module_names(self.layers, self.targets)
+        return adapter_files(pairs, modules, self.alpha, self.scaling, base, self.options.lora_dropout)
 
     @sft.hookimpl
     def sft_import_adapter(self, model: Any, folder: Path) -> bool:
-        self._adapt_from(model, folder, None)
+        self._adapt_from(model, folder, trains=False)
         return True
 
     @sft.hookimpl
@@ -112,12 +118,6 @@ class Lora(sft.Plugin):
         return LoraMerger(folder)
 
     # --- the parts ------------------------------------------------------------------------------------------
-
-    def _modules(self) -> list[str]:
-        """``target_modules`` as PEFT reads it: last parts of names, or whole names where only some layers match."""
-        kinds = {name.rpartition(".")[2] for name in self.layers}
-        everywhere = {name for name in self.targets if name.rpartition(".")[2] in kinds}
-        return sorted(kinds if everywhere == set(self.layers) else self.layers)
 
     @property
     def _rank(self) -> int:
@@ -139,8 +139,11 @@ class Lora(sft.Plugin):
         self.layers[target.name] = layer
         return layer
 
-    def _adapt_from(self, model: Any, folder: Path, hook: Any) -> None:
-        """Adapt ``model`` with the pairs of an adapter folder; every pair must find its layer, and fit it."""
+    def _adapt_from(self, model: Any, folder: Path, trains: bool) -> None:
+        """Adapt ``model`` with the pairs of an adapter folder; every pair must find its layer, and fit it.
+
+        What ``trains`` is written as one adapter of one rank and scaling, so it must begin as one.
+        """
         from sft_peft_lora.files import LoraFolder
 
         adapter = LoraFolder(folder)
@@ -155,7 +158,7 @@ class Lora(sft.Plugin):
             layer.lora_B.set_value(b)
         scalings = {layer.scaling for layer in self.layers.values()}
         ranks = {layer.rank for layer in self.layers.values()}
-        if hook is not None and (len(scalings) > 1 or len(ranks) > 1):
+        if trains and (len(scalings) > 1 or len(ranks) > 1):
             raise UsageError(f"The adapter in {folder} has several ranks or scalings; training needs one of each.")
         self.scaling = scalings.pop()
         self.alpha = float(adapter.config.get("lora_alpha", self.scaling * self._rank))

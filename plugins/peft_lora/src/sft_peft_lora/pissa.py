@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import sft
-from sft import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,11 +34,11 @@ class Pissa(sft.Plugin):
     def __init__(self, options: PissaOptions) -> None:
         super().__init__(options)
         self.layers: dict[str, Any] = {}
+        self.run: Run | None = None
 
     @sft.hookimpl
     def sft_check(self, run: Run) -> None:
-        if run.settings.options["lora"].lora_path is not None:
-            raise UsageError("pissa initialises what lora_path would load; leave one of them out.")
+        self.run = run
 
     @sft.hookimpl(trylast=True)  # what lora adds must be there
     def sft_outline(self, outline: Outline) -> None:
@@ -50,16 +49,26 @@ class Pissa(sft.Plugin):
 
     @sft.hookimpl
     def lora_initialize(self, layer: Any, name: str, rng: np.random.Generator) -> bool:
-        from sft_peft_lora.svd import principal
-
-        weight = layer.base.dequantize() if hasattr(layer.base, "dequantize") else layer.base.weight
-        a, b = principal(weight.numpy(), layer.rank, self.options.pissa_niter, rng)
+        a, b = self._principal(layer, rng)
         root = layer.scaling**0.5
         layer.lora_A.set_value(a / root)
         layer.lora_B.set_value(b / root)
         layer.subtract(a / root, b / root)
         self.layers[name] = layer
         return True
+
+    def _principal(self, layer: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """A₀ and B₀ but for √s; where a checkpoint brings both pairs, nothing is decomposed for them."""
+        import numpy as np
+
+        from sft_peft_lora.svd import principal
+
+        if self.run is not None and self.run.resumes:
+            shapes = (layer.in_features, layer.rank), (layer.rank, layer.out_features)
+            return np.zeros(shapes[0], np.float32), np.zeros(shapes[1], np.float32)
+        weight = layer.base.dequantize() if hasattr(layer.base, "dequantize") else layer.base.weight
+        weight = weight.astype("float32").numpy()  # numpy has no bfloat16: paddle would give its bits as uint16
+        return principal(weight, layer.rank, self.options.pissa_niter, rng)
 
     @sft.hookimpl
     def lora_export(self, layer: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -80,8 +80,8 @@ class Vera(sft.Plugin):
 
         vectors = {name: (layer.vera_b.numpy(), layer.vera_d.numpy()) for name, layer in self.layers.items()}
         seed, base = run.settings.training.seed, str(run.settings.model.model_name_or_path)
-        pair = self.pair.a.numpy(), self.pair.b.numpy()
-        return adapter_files(vectors, *pair, self._modules(), self.options, seed, base)
+        pair, modules = (self.pair.a.numpy(), self.pair.b.numpy()), sft.module_names(self.layers, self.targets)
+        return adapter_files(vectors, *pair, modules, self.options, seed, base)
 
     @sft.hookimpl
     def sft_state(self, run: Run) -> dict[str, Any]:
@@ -115,12 +115,6 @@ class Vera(sft.Plugin):
         from sft_peft_vera.files import VeraMerger
 
         return VeraMerger(folder)
-
-    def _modules(self) -> list[str]:
-        """``target_modules`` as PEFT reads it: last parts of names, or whole names where only some layers match."""
-        kinds = {name.rpartition(".")[2] for name in self.layers}
-        everywhere = {name for name in self.targets if name.rpartition(".")[2] in kinds}
-        return sorted(kinds if everywhere == set(self.layers) else self.layers)
 
     def _wrap(self, targets: list[Any]) -> None:
         from sft_peft_vera.layer import VeraLinear

@@ -37,22 +37,6 @@ class Blocks:
     kind: str
     blocksize: int
 
-    def scales(self) -> np.ndarray:
-        """float32 [blocks]."""
-        if self.double is not None:
-            return self.double.read()
-        assert self.absmax is not None
-        return self.absmax
-
-    def read(self) -> np.ndarray:
-        """The weight, float32 [out, in]."""
-        size = self.shape[0] * self.shape[1]
-        values = pair_table(self.kind)[self.codes].reshape(-1)[:size]
-        padded = np.zeros(-(-size // self.blocksize) * self.blocksize, np.float32)
-        padded[:size] = values
-        scaled = padded.reshape(-1, self.blocksize) * self.scales()[:, None]
-        return scaled.reshape(-1)[:size].reshape(self.shape)
-
 
 @dataclass
 class DoubleAbsmax:
@@ -61,11 +45,6 @@ class DoubleAbsmax:
     codes: np.ndarray
     absmax: np.ndarray
     offset: np.float32
-
-    def read(self) -> np.ndarray:
-        values = DYNAMIC[self.codes]
-        scale = np.repeat(self.absmax, 256)[: len(values)]
-        return (values * scale + self.offset).astype(np.float32)
 
 
 def pair_table(kind: str) -> np.ndarray:
@@ -198,14 +177,6 @@ class Channels:
     scales: np.ndarray
     shape: tuple[int, int]
     bits: int
-
-    def read(self) -> np.ndarray:
-        """The weight, float32 [out, in]."""
-        out, size = self.shape
-        values = self.codes.astype(np.float32)
-        if self.bits == 4:
-            values = INT4_PAIRS[self.codes].reshape(out, -1)[:, :size]
-        return (values.reshape(out, self.scales.shape[1], -1) * self.scales[..., None]).reshape(out, size)
 
 
 def quantize_channels(weight: np.ndarray, bits: int, group: int | None) -> Channels:

@@ -9,10 +9,13 @@ so. (An error that ends the GPU's context cannot be caught.)
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import paddle
+
+from sft_quant_nf4.tables import table
 
 if TYPE_CHECKING:
     from sft_quant_nf4.layers import ChannelLinear
@@ -51,6 +54,13 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
     return tiles.view(np.int8).reshape(out * bits // 8, size)
 
 
+def _numbers(bits: int) -> np.ndarray:
+    """float32 [256, 8 / bits]: the whole numbers in each of the kernel's bytes, from -128 on."""
+    byte = np.arange(-128, 128)[:, None] & 255
+    numbers = byte - 128 if bits == 8 else np.concatenate([byte & 15, byte >> 4], axis=1) - 8
+    return numbers.astype(np.float32)
+
+
 class Packed:
     """The codes of one layer in the kernel's layout, and its scales in 16 bits."""
 
@@ -60,10 +70,8 @@ class Packed:
         self.codes = paddle.to_tensor(pack(_plus_half(layer), self.bits))
         scales = layer.scales.t().contiguous().astype(dtype)
         self.scales = scales[0] if self.group == -1 else scales
-        byte = np.arange(-128, 128)[:, None] & 255  # of the int8 that begin at -128
-        table = byte - 128 if self.bits == 8 else np.concatenate([byte & 15, byte >> 4], axis=1) - 8
-        self._table = paddle.to_tensor(table.astype(np.float32))
-        self._order = paddle.to_tensor(np.argsort(order(self.bits)))
+        self._table = table(f"packed int{self.bits}", _numbers(self.bits))
+        self._order = table(f"order of int{self.bits}", np.argsort(order(self.bits)))
 
     def values(self, start: int, stop: int) -> Any:
         """The whole numbers of channels ``start`` to ``stop``, multiples of 4; float32 [channels, in]."""
@@ -125,6 +133,12 @@ def on_gpu(x: Any) -> bool:
 
 def architecture() -> int:
     """The GPU's compute capability, 80 for 8.0."""
+    return _architecture(paddle.device.get_device())
+
+
+@cache  # asked at every product
+def _architecture(device: str) -> int:
+    """Of the current device, which ``device`` names."""
     major, minor = paddle.device.cuda.get_device_capability()
     return 10 * int(major) + int(minor)
 

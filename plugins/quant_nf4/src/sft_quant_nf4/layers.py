@@ -11,6 +11,7 @@ import paddle
 
 from sft_quant_nf4.codes import DYNAMIC, INT4_PAIRS, Blocks, Channels, pair_table
 from sft_quant_nf4.kernels import Kernel, Packed
+from sft_quant_nf4.tables import table
 
 PART = 1 << 20
 """Weight values that exist in float32 at a time."""
@@ -65,18 +66,6 @@ class _Product(paddle.autograd.PyLayer):
         return grad
 
 
-_tables: dict[tuple[str, str], Any] = {}
-
-
-def _table(name: str) -> Any:
-    """What codes stand for, as one tensor on each device: a tensor takes 4 kB of memory more than its values."""
-    key = (name, paddle.device.get_device())
-    if key not in _tables:
-        values = {"int4": INT4_PAIRS, "double": DYNAMIC}
-        _tables[key] = paddle.to_tensor(values[name] if name in values else pair_table(name))
-    return _tables[key]
-
-
 class BlockLinear(QuantizedLinear):
     """NF4 and FP4: 16 values and an absmax for each block of the flattened weight."""
 
@@ -90,13 +79,13 @@ class BlockLinear(QuantizedLinear):
         codes = np.zeros(-(-count * blocks.blocksize // 2), np.uint8)
         codes[: len(blocks.codes)] = blocks.codes
         self.codes = paddle.to_tensor(codes)
-        self.table = _table(blocks.kind)
+        self.table = table(blocks.kind, pair_table(blocks.kind))
         if blocks.double is None:
             self.absmax, self.double = paddle.to_tensor(blocks.absmax), None
         else:
             held = blocks.double
             self.absmax = None
-            self.double = (paddle.to_tensor(held.codes), paddle.to_tensor(held.absmax), _table("double"))
+            self.double = (paddle.to_tensor(held.codes), paddle.to_tensor(held.absmax), table("double", DYNAMIC))
             self.offset = float(held.offset)
 
     def rows(self, start: int, stop: int) -> Any:
@@ -126,7 +115,7 @@ class ChannelLinear(QuantizedLinear):
         self.bits, self.kernel = channels.bits, kernel
         self.packed: Packed | None = None
         self.refused = False
-        self.table = _table("int4") if channels.bits == 4 else None
+        self.table = table("int4", INT4_PAIRS) if channels.bits == 4 else None
         self.codes, self.scales = paddle.to_tensor(channels.codes), paddle.to_tensor(channels.scales)
 
     def product(self, x: Any) -> Any:

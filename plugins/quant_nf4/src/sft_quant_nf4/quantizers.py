@@ -30,9 +30,12 @@ def _say(run: Run | None) -> Callable[[str], None]:
     return run.say if run is not None else lambda text: None
 
 
+def _algo(name: str) -> Any:
+    return sft.option(None, "PaddleNLP's way of asking for this plugin", choices=(name,))
+
+
 @dataclass
-class Nf4Options:
-    weight_quantize_algo: str | None = sft.option(None, "PaddleNLP's way of asking for this plugin", choices=("nf4",))
+class BlockOptions:
     qlora_weight_blocksize: int = sft.option(
         64, "values that share an absmax", minimum=2, aliases=("weight_blocksize",)
     )
@@ -42,28 +45,23 @@ class Nf4Options:
 
 
 @dataclass
-class Fp4Options:
-    weight_quantize_algo: str | None = sft.option(None, "PaddleNLP's way of asking for this plugin", choices=("fp4",))
-    qlora_weight_blocksize: int = sft.option(
-        64, "values that share an absmax", minimum=2, aliases=("weight_blocksize",)
-    )
-    qlora_weight_double_quant: bool = sft.option(
-        False, "store the absmax in 8 bits too", aliases=("weight_double_quant",)
-    )
+class Nf4Options(BlockOptions):
+    weight_quantize_algo: str | None = _algo("nf4")
+
+
+@dataclass
+class Fp4Options(BlockOptions):
+    weight_quantize_algo: str | None = _algo("fp4")
 
 
 @dataclass
 class Int8Options:
-    weight_quantize_algo: str | None = sft.option(
-        None, "PaddleNLP's way of asking for this plugin", choices=("weight_only_int8",)
-    )
+    weight_quantize_algo: str | None = _algo("weight_only_int8")
 
 
 @dataclass
 class Int4Options:
-    weight_quantize_algo: str | None = sft.option(
-        None, "PaddleNLP's way of asking for this plugin", choices=("weight_only_int4",)
-    )
+    weight_quantize_algo: str | None = _algo("weight_only_int4")
     weight_only_group_size: int | None = sft.option(
         None, "inputs that share a scale; unset: all of a channel", minimum=2
     )

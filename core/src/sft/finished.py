@@ -1,4 +1,7 @@
-"""A finished model or adapter measured on data, with the numbers that a run would have found at its end."""
+"""A finished model or adapter measured on data, with the numbers that a run in float32 would have found at its end.
+
+What was trained in bfloat16 or float16 is measured in float32 too, so its numbers differ by that rounding.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from sft.training.precision import Precision
 HOOKS = ("sft_quantizer", "sft_attention_backend", "sft_record_format")
 
 
-def evaluate(
+def evaluate_finished(
     given: Mapping[str, Any],
     adapter: Path | None,
     say: Callable[[str], None],
@@ -58,19 +61,18 @@ def evaluate(
 
     from sft.models.attention import DefaultAttention, install
     from sft.models.loading import open_model
-    from sft.training.evaluation import measure, questions, score
+    from sft.training.evaluation import dev_loss, score
     from sft.training.strategy import SingleProcess
 
     run.precision = Precision()
     run.collator = PaddedCollator(run.tokenizer.pad_id)
     run.strategy = SingleProcess(run)
     run.source = open_model(folder)
-    assembly.check_model(run, folder, int(run.dev_data.lengths.max()))
-    run.questions = questions(run, run.dev_conversations)
+    assembly.check_model(run, folder, run.dev_data)
     run.model = load_with(plugins, run.source, adapter, say)
     backend = plugins.hook.sft_attention_backend(run=run, config=run.source.config)
     install(run.model, backend or DefaultAttention())
-    record = measure(run)
+    record = dev_loss(run)
     if run.questions:
         record.update(score(run, generations))
     return {**record, "eval_seconds": round(time.monotonic() - started, 3)}

@@ -83,6 +83,7 @@ SEAMS = {
     "sft_attention_backend": ("attention", "注意力"),
     "sft_collator": ("collator", "数据整理"),
     "sft_export_adapter": ("adapter", "适配器"),
+    "sft_parallel_strategy": ("parallel strategy", "并行策略"),
 }
 
 
@@ -98,7 +99,14 @@ def plugin_table(chinese: bool) -> str:
         link = f"[{item.distribution}](plugins/{_folder(item)})"
         kinds = [words[chinese] for hook, words in SEAMS.items() if _implements(plugin, hook)]
         refines = "改进 lora" if chinese else "refines lora"
-        seam = kinds[0] if kinds else refines if plugin.requires else ("嵌入" if chinese else "embedding")
+        other = (
+            ("命令" if chinese else "command")
+            if _implements(plugin, "sft_commands")
+            else "嵌入"
+            if chinese
+            else "embedding"
+        )
+        seam = kinds[0] if kinds else refines if plugin.requires else other
         cells = (_names(plugin.requires), _names(excluded(name, plugins)), _names(plugin.supersedes))
         rows.append(f"| `{name}` | {link} | {seam} | {' | '.join(cells)} |")
     return "\n".join(rows)

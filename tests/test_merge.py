@@ -198,7 +198,7 @@ def test_the_metadata_of_an_adapter_stand_in_one_order(adapters: Path) -> None:
     ("words", "message"),
     [
         (["--device", "tpu"], "There is no device 'tpu'; give cpu, gpu or gpu:N"),
-        (["--max_shard_size", "2XB"], "'2XB' is no size of a file"),
+        (["--max_shard_size", "2XB"], "'2XB' is no size; give"),
         (["--safe_serialization", "false"], "the hf format would need torch"),
     ],
 )

@@ -129,7 +129,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "2XB", "-1GB", "0", "0GB", "two", "2 GB each", "nan"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(sft.UsageError, match="is no size of a file; give something like 2GB"):
+    with pytest.raises(sft.UsageError, match="is no size; give something like 2GB"):
         parse_size(text)
 
 

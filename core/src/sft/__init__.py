@@ -26,14 +26,21 @@ from sft.seams import (
 
 if TYPE_CHECKING:
     from sft.adapters import read_adapter
+    from sft.commands.run import collect
     from sft.data.batches import assemble
     from sft.models.layers import Target, module_names, target_layers
+    from sft.models.outline import LinearOutline, Outline, Weight
+    from sft.models.shards import parse_size
+    from sft.outlining import PaperRun, outline
     from sft.running import Run, Summary, run
 
 __version__ = "0.1.0"
 
 # Loaded on first use: they stay out of `sft --help`.
 _LAZY = {
+    "LinearOutline": "sft.models.outline",
+    "Outline": "sft.models.outline",
+    "PaperRun": "sft.outlining",
     "Run": "sft.running",
     "Summary": "sft.running",
     "assemble": "sft.data.batches",
@@ -41,6 +48,10 @@ _LAZY = {
     "read_adapter": "sft.adapters",
     "run": "sft.running",
     "Target": "sft.models.layers",
+    "Weight": "sft.models.outline",
+    "collect": "sft.commands.run",
+    "outline": "sft.outlining",
+    "parse_size": "sft.models.shards",
     "target_layers": "sft.models.layers",
 }
 
@@ -52,6 +63,9 @@ __all__ = [
     "Batch",
     "DataCollator",
     "Example",
+    "LinearOutline",
+    "Outline",
+    "PaperRun",
     "ParallelStrategy",
     "ParameterGroup",
     "Plugin",
@@ -62,11 +76,15 @@ __all__ = [
     "Target",
     "Turn",
     "UsageError",
+    "Weight",
     "assemble",
+    "collect",
     "hookimpl",
     "hookspec",
     "module_names",
     "option",
+    "outline",
+    "parse_size",
     "read_adapter",
     "run",
     "single",

@@ -17,6 +17,7 @@ from sft.plugins import hookspec, single
 if TYPE_CHECKING:
     import click
 
+    from sft.models.outline import Outline
     from sft.running import Run, Summary
     from sft.seams import (
         AdapterFiles,
@@ -36,6 +37,12 @@ if TYPE_CHECKING:
 @hookspec
 def sft_commands(cli: click.Group) -> None:
     """Add click commands to ``cli``. Called when a command that the plugin's metadata names is typed."""
+
+
+@hookspec
+def sft_outline(outline: Outline) -> None:
+    """Change the model on paper as this plugin changes the real one: tensors it adds, freezes or replaces, and what it
+    keeps for backward. Called to plan a run, which reads ``config.json`` alone."""
 
 
 # --- settings resolved, nothing heavy done ------------------------------------------------------------------

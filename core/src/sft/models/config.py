@@ -48,8 +48,7 @@ def paddle_config(values: dict[str, Any], where: Any) -> tuple[Family, Any]:
 
     Raises :class:`UsageError` for a setting that PaddleNLP's model would silently ignore.
     """
-    family = family_of(values, where)
-    _refuse_ignored(values, family, where)
+    family = checked_family(values, where)
     theta, scaling = rope_of(values)
     kind = scaling["rope_type"]
     if any(isinstance(value, dict) for value in scaling.values()) or scaling.get("partial_rotary_factor", 1.0) != 1.0:
@@ -82,6 +81,13 @@ def paddle_config(values: dict[str, Any], where: Any) -> tuple[Family, Any]:
     for name in ("use_flash_attention", "fuse_attention_qkv", "fuse_attention_ffn"):
         setattr(config, name, False)
     return family, config
+
+
+def checked_family(values: dict[str, Any], where: Any) -> Family:
+    """The family of a ``config.json`` whose sizes are numbers and whose switches PaddleNLP's model honours."""
+    family = family_of(values, where)
+    _refuse_ignored(values, family, where)
+    return family
 
 
 def positions_in_window(values: dict[str, Any], default: int) -> int:

@@ -38,17 +38,22 @@ def target_layers(model: Any, patterns: Sequence[str] | None = None) -> list[Tar
     found = _linears(model)
     if not patterns:
         return found
+    chosen = matching([target.name for target in found], patterns)
+    return [target for target in found if target.name in chosen]
+
+
+def matching(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """Those of the layers' ``names`` that ``patterns`` choose; see :func:`target_layers`."""
     chosen: set[str] = set()
     for pattern in patterns:
-        matched = {target.name for target in found if _matches(pattern, target.name)}
+        matched = {name for name in names if _matches(pattern, name)}
         if not matched:
-            kinds = ", ".join(dict.fromkeys(target.attribute for target in found))
+            kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
             raise UsageError(
-                f"Target {pattern!r} matches no layer; this model has {kinds} in each block "
-                f"(for example {found[0].name})."
+                f"Target {pattern!r} matches no layer; this model has {kinds} in each block (for example {names[0]})."
             )
         chosen |= matched
-    return [target for target in found if target.name in chosen]
+    return chosen
 
 
 def _matches(pattern: str, name: str) -> bool:

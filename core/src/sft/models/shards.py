@@ -50,7 +50,7 @@ def parse_size(text: str) -> int:
     """Bytes of a human size, read as transformers reads it: ``2GB`` is 2·10⁹, ``2GiB`` is 2·2³⁰, a number is bytes."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or float(match[1]) == 0:
-        raise UsageError(f"{text!r} is no size of a file; give something like 2GB, 500MB or 1GiB.")
+        raise UsageError(f"{text!r} is no size; give something like 2GB, 500MB or 1GiB.")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 

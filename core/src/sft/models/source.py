@@ -18,6 +18,15 @@ _PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 
 def find_model(name_or_path: str) -> Path:
     """The local directory of a model; a hub name (``owner/name``) is downloaded with ``huggingface_hub``."""
+    return _find(name_or_path, _PATTERNS)
+
+
+def find_config(name_or_path: str) -> Path:
+    """A local directory with a model's ``config.json``; of a hub name nothing else is downloaded."""
+    return _find(name_or_path, ["config.json"])
+
+
+def _find(name_or_path: str, patterns: list[str]) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
@@ -28,7 +37,7 @@ def find_model(name_or_path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(name_or_path, allow_patterns=patterns))
     except Exception as error:
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(

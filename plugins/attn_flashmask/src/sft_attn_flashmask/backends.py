@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import sft
 
 if TYPE_CHECKING:
-    from sft import AttentionBackend, Run
+    from sft import AttentionBackend, Outline, Run
 
 
 class _Backend:
@@ -42,6 +42,10 @@ class FlashAttention(sft.Plugin):
     def sft_attention_backend(self, run: Run, config: Any) -> AttentionBackend:
         return _Backend(describes_padding=False)
 
+    @sft.hookimpl
+    def sft_outline(self, outline: Outline) -> None:
+        outline.attention_in_blocks = True
+
 
 class FlashMask(sft.Plugin):
     """Attention in blocks that skips what column-wise masks hide (arXiv 2410.01359)."""
@@ -54,3 +58,7 @@ class FlashMask(sft.Plugin):
     @sft.hookimpl
     def sft_attention_backend(self, run: Run, config: Any) -> AttentionBackend:
         return _Backend(describes_padding=True)
+
+    @sft.hookimpl
+    def sft_outline(self, outline: Outline) -> None:
+        outline.attention_in_blocks = True

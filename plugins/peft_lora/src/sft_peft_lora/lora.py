@@ -12,7 +12,7 @@ from sft import UsageError
 from sft_peft_lora import hooks
 
 if TYPE_CHECKING:
-    from sft import AdapterFiles, AdapterMerger, Run, Target
+    from sft import AdapterFiles, AdapterMerger, Outline, Run, Target
 
 
 @dataclass
@@ -76,6 +76,25 @@ class Lora(sft.Plugin):
                 if not run.hook.lora_initialize(layer=layer, name=target.name, rng=rng):
                     initialize(layer, rng)
         run.say(f"lora: {len(self.layers)} layers, rank {self._rank}, scaling {self.scaling:g}")
+
+    @sft.hookimpl
+    def sft_outline(self, outline: Outline) -> None:
+        if self.options.lora_path is not None:
+            from sft_peft_lora.files import LoraFolder
+
+            pairs = LoraFolder(Path(self.options.lora_path).expanduser()).pairs
+            ranks = {name: a.shape[1] for name, (a, _) in pairs.items()}
+        else:
+            chosen = outline.targets(self.options.lora_target_modules)
+            ranks = {linear.name: self.options.lora_rank for linear in chosen}
+        for linear in outline.targets():
+            if linear.name not in ranks:
+                continue
+            rank = ranks[linear.name]
+            linear.weights.append(sft.Weight("lora_A", (linear.in_features, rank), ("in", ""), True, 32))
+            linear.weights.append(sft.Weight("lora_B", (rank, linear.out_features), ("", "out"), True, 32))
+            # x·A, and with dropout its input too.
+            linear.kept += rank + (linear.in_features if self.options.lora_dropout else 0)
 
     @sft.hookimpl
     def sft_export_adapter(self, run: Run, model: Any) -> AdapterFiles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import sft
@@ -10,7 +10,7 @@ import sft
 if TYPE_CHECKING:
     import numpy as np
 
-    from sft import Run
+    from sft import Outline, Run
 
 
 @dataclass
@@ -39,6 +39,13 @@ class Pissa(sft.Plugin):
     @sft.hookimpl
     def sft_check(self, run: Run) -> None:
         self.run = run
+
+    @sft.hookimpl(trylast=True)  # what lora adds must be there
+    def sft_outline(self, outline: Outline) -> None:
+        for linear in outline.targets():
+            pair = [weight for weight in linear.weights if weight.name in ("lora_A", "lora_B")]
+            linear.weights += [replace(weight, name=f"pissa_{weight.name[-1]}", trains=False) for weight in pair]
+            linear.kept += sum(weight.shape[1] for weight in pair[:1])
 
     @sft.hookimpl
     def lora_initialize(self, layer: Any, name: str, rng: np.random.Generator) -> bool:

@@ -13,7 +13,7 @@ from sft import AdapterFiles, UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from sft import AdapterMerger, Run
+    from sft import AdapterMerger, Outline, Run
 
 
 @dataclass
@@ -55,6 +55,24 @@ class Vera(sft.Plugin):
         self._wrap(targets)
         count = sum(layer.vera_d.size + layer.vera_b.size for layer in self.layers.values())
         run.say(f"vera: {len(self.layers)} layers, rank {rank}, {int(count):,} trainable parameters")
+
+    @sft.hookimpl
+    def sft_outline(self, outline: Outline) -> None:
+        targets = outline.targets(self.options.vera_target_modules)
+        rank = self.options.vera_rank
+        for linear in targets:
+            linear.weights.append(sft.Weight("vera_d", (rank,), ("",), True, 32))
+            linear.weights.append(sft.Weight("vera_b", (linear.out_features,), ("out",), True, 32))
+            # x·A and (x·A) ⊙ d, and with dropout its input too; B ⊙ b.
+            linear.kept += 2 * rank + (linear.in_features if self.options.vera_dropout else 0)
+            linear.kept_once += rank * linear.out_features
+        inputs = {linear.in_features for linear in targets}
+        outputs = {linear.out_features for linear in targets}
+        # The pair of the widest layer, and its slices, one for each width.
+        for size in (max(inputs), *sorted(inputs)):
+            outline.shared.append(sft.Weight("vera_A", (size, rank), ("", ""), False, 32))
+        for size in (max(outputs), *sorted(outputs)):
+            outline.shared.append(sft.Weight("vera_B", (rank, size), ("", ""), False, 32))
 
     @sft.hookimpl
     def sft_export_adapter(self, run: Run, model: Any) -> AdapterFiles:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import sft
@@ -12,7 +12,7 @@ from sft import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from sft import Quantizer, Run
+    from sft import Outline, Quantizer, Run
 
 
 class _Quantizer:
@@ -67,6 +67,15 @@ class Int4Options:
     )
 
 
+def _replace_weights(outline: Outline, parts: Callable[[int, int], list[tuple[str, int, int]]]) -> None:
+    """On paper: ``parts`` of (inputs, outputs), as (name, values, bits), instead of each Linear's weight."""
+    for linear in outline.targets():
+        held = parts(linear.in_features, linear.out_features)
+        codes = [sft.Weight(name, (count,), ("all",), False, bits) for name, count, bits in held]
+        rest = [weight for weight in linear.weights if weight.name != "weight"]
+        linear.weights = [*codes, *(replace(weight, bits=32) for weight in rest)]
+
+
 class _FourBit(sft.Plugin):
     kind: ClassVar[str]
     reference = "arXiv 2305.14314"
@@ -83,6 +92,19 @@ class _FourBit(sft.Plugin):
 
         size, double = self.options.qlora_weight_blocksize, self.options.qlora_weight_double_quant
         return _Quantizer(lambda weight, bias: BlockLinear(quantize_blocks(weight, self.kind, size, double), bias))
+
+    @sft.hookimpl
+    def sft_outline(self, outline: Outline) -> None:
+        size, double = self.options.qlora_weight_blocksize, self.options.qlora_weight_double_quant
+
+        def parts(inputs: int, outputs: int) -> list[tuple[str, int, int]]:
+            blocks = -(-inputs * outputs // size)
+            absmax = [("absmax", blocks, 32)]
+            if double:
+                absmax = [("double_codes", blocks, 8), ("double_absmax", -(-blocks // 256), 32)]
+            return [("codes", -(-blocks * size // 2), 8), *absmax]
+
+        _replace_weights(outline, parts)
 
 
 class Nf4(_FourBit):
@@ -118,6 +140,10 @@ class Int8(sft.Plugin):
         kernel = Kernel(_say(run))
         return _Quantizer(lambda weight, bias: ChannelLinear(quantize_channels(weight, 8, None), bias, kernel))
 
+    @sft.hookimpl
+    def sft_outline(self, outline: Outline) -> None:
+        _replace_weights(outline, lambda inputs, outputs: [("codes", inputs * outputs, 8), ("scales", outputs, 32)])
+
 
 class Int4(sft.Plugin):
     """absmax / 7 of each output channel, or of each group of its inputs."""
@@ -141,3 +167,13 @@ class Int4(sft.Plugin):
             return ChannelLinear(quantize_channels(weight, 4, group), bias, kernel)
 
         return _Quantizer(make)
+
+    @sft.hookimpl
+    def sft_outline(self, outline: Outline) -> None:
+        group = self.options.weight_only_group_size
+
+        def parts(inputs: int, outputs: int) -> list[tuple[str, int, int]]:
+            scales = outputs * (inputs // group if group else 1)
+            return [("codes", outputs * -(-inputs // 2), 8), ("scales", scales, 32)]
+
+        _replace_weights(outline, parts)

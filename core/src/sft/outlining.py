@@ -1,0 +1,71 @@
+"""What a run would hold in memory, on paper: settings, plugins and a ``config.json``, and nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sft.activation import choose, explicit, of_idle_plugins, switched_off
+from sft.compatibility import explain, listing
+from sft.errors import UsageError
+from sft.models.config import checked_family, read_config
+from sft.models.outline import Outline, of_config
+from sft.models.source import find_config
+from sft.plugins import Plugins, implements
+from sft.settings import Settings, build, core_options, known_names, normalise
+
+CHANGES_TENSORS = ("sft_adapt_model", "sft_quantizer")
+
+
+@dataclass(frozen=True)
+class PaperRun:
+    """A run that has been resolved and will not happen."""
+
+    settings: Settings
+    plugins: tuple[str, ...]
+    outline: Outline
+    without_effect: tuple[str, ...]
+    """What to say of given settings that do nothing."""
+
+
+def outline(values: Mapping[str, Any], extra: Iterable[type] = ()) -> PaperRun:
+    """The model that a run with these settings would train, with what its plugins make of it.
+
+    Only ``config.json`` is read (or fetched, of a hub name). ``extra`` are plugin classes as in :func:`sft.run`.
+    Raises :class:`UsageError` as a run would, and for a plugin that changes the model and does not say how on paper.
+    """
+    wanted = normalise(values)
+    names, left = choose(wanted, core_options())
+    active = Plugins.load(names, extra, explicit(wanted))
+    left, idle = of_idle_plugins(left, active, switched_off(wanted, active.names))
+    left, foreign = explain(left, known_names(active))
+    settings = build(left, active)
+    active.start(settings.options)
+    name = settings.model.model_name_or_path
+    if not name:
+        raise UsageError("model_name_or_path is not set; add --model_name_or_path VALUE.")
+    folder = find_config(name)
+    config = read_config(folder)
+    found = of_config(config, checked_family(config, folder))
+    adapts = active.provider("sft_export_adapter") is not None
+    quantizer = active.provider("sft_quantizer")
+    if quantizer is not None and not adapts:
+        raise UsageError(
+            f"Plugin {quantizer} quantizes the base model, which then cannot be trained as a whole; add an adapter "
+            "plugin, or leave it out."
+        )
+    for plugin, cls in active:
+        if any(implements(cls, hook) for hook in CHANGES_TENSORS) and not implements(cls, "sft_outline"):
+            raise UsageError(
+                f"Plugin {plugin} ({active.origin(plugin)}) changes the model and does not say on paper how "
+                "(it lacks sft_outline), so nothing can be planned with it; leave it out."
+            )
+    if adapts:
+        found.freeze()
+    training = settings.training
+    # With 16 bits paddle's own attention takes its blockwise kernel on GPUs; it has none for 32.
+    found.attention_in_blocks = training.bf16 or training.fp16
+    active.hook.sft_outline(outline=found)
+    said = [listing([*foreign, *idle])] if foreign or idle else []
+    return PaperRun(settings, tuple(active.names), found, tuple(said))

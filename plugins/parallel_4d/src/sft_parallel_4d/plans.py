@@ -1,0 +1,135 @@
+"""Which plans there are: every way of dividing the devices that the model, PaddleNLP and fleet allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sft import Outline, UsageError
+
+PIPELINED = ("llama", "qwen2", "gemma")
+"""Families with a ``…ForCausalLMPipe`` class in PaddleNLP."""
+SEQUENTIAL = ("llama", "qwen2", "gemma")
+"""Families whose layers know sequence parallelism there."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``data`` × ``sharding`` × ``tensor`` × ``pipeline`` devices; ``stage`` is sharding's, 0 without."""
+
+    data: int = 1
+    sharding: int = 1
+    stage: int = 0
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+    recompute: bool = False
+    accumulation: int = 1
+    """Micro-batches of each data rank in a step."""
+
+    @property
+    def data_world(self) -> int:
+        """Ranks that read different records."""
+        return self.data * self.sharding
+
+    @property
+    def devices(self) -> int:
+        return self.data_world * self.tensor * self.pipeline
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a user has decided; None leaves it to the plans."""
+
+    tensor: int | None = None
+    pipeline: int | None = None
+    sharding: int | None = None
+    stage: int | None = None
+    sequence: bool | None = None
+    recompute: bool | None = None
+
+
+def legal_plans(
+    outline: Outline, devices: int, rows: int, batch: int, length: int, wanted: Wanted | None = None
+) -> list[Plan]:
+    """Every legal plan for ``devices`` whose step has ``rows`` rows, in micro-batches of ``batch`` rows of ``length``.
+
+    Raises :class:`UsageError` that says why, if there is none.
+    """
+    wanted = wanted or Wanted()
+    if wanted.sequence and outline.family.model_type not in SEQUENTIAL:
+        raise UsageError(f"PaddleNLP has no sequence parallelism for {outline.family.model_type}; leave it out.")
+    found, refused = [], dict.fromkeys(_divisions(devices, wanted))
+    if not refused:
+        raise UsageError(
+            f"The degrees that are fixed do not divide {devices} devices; give degrees whose product divides them."
+        )
+    for tensor, pipeline, sharding in refused:
+        reason = refusal(outline, tensor, pipeline)
+        data = devices // (tensor * pipeline * sharding)
+        if reason is None and rows % (batch * data * sharding):
+            reason = f"{rows} rows a step are not whole micro-batches of {batch} rows on {data * sharding} data ranks"
+        refused[tensor, pipeline, sharding] = reason
+        if reason is None:
+            accumulation = rows // (batch * data * sharding)
+            found += [
+                Plan(data, sharding, stage, tensor, pipeline, sequence, recompute, accumulation)
+                for stage in _stages(sharding, tensor, pipeline, wanted)
+                for sequence in _sequence(outline, tensor, batch * length, wanted)
+                for recompute in (_either(wanted.recompute))
+            ]
+    if not found:
+        reasons = list(dict.fromkeys(reason for reason in refused.values() if reason))
+        why = "; ".join(reasons[:3]) or "the settings that are fixed exclude each other for this model"
+        raise UsageError(f"No plan is possible on {devices} devices: {why}. Fix fewer degrees, or other ones.")
+    return found
+
+
+def refusal(outline: Outline, tensor: int, pipeline: int) -> str | None:
+    """Why the model cannot be divided so; None if it can."""
+    family = outline.family
+    parts = {
+        "attention heads": outline.heads,
+        "key/value heads": outline.kv_heads,
+        "the vocabulary": outline.vocabulary,
+        "the intermediate size": outline.inner,
+    }
+    for name, size in parts.items():
+        if size % tensor:
+            return f"tensor parallel degree {tensor} does not divide {name} ({size})"
+    if pipeline > 1 and family.model_type not in PIPELINED:
+        return f"PaddleNLP has no pipeline class for {family.model_type}"
+    if pipeline > len(outline.blocks):
+        return f"{pipeline} pipeline stages are more than {len(outline.blocks)} layers"
+    return None
+
+
+def _divisions(devices: int, wanted: Wanted) -> Iterator[tuple[int, int, int]]:
+    for tensor in _divisors(devices):
+        for pipeline in _divisors(devices // tensor):
+            for sharding in _divisors(devices // tensor // pipeline):
+                fixed = (wanted.tensor, wanted.pipeline, wanted.sharding)
+                if all(want in (None, has) for want, has in zip(fixed, (tensor, pipeline, sharding), strict=True)):
+                    yield tensor, pipeline, sharding
+
+
+def _stages(sharding: int, tensor: int, pipeline: int, wanted: Wanted) -> list[int]:
+    """PaddleNLP has stage 1 alone beside a pipeline, and no stage 3 beside tensor parallelism."""
+    if sharding == 1:
+        return [0] if wanted.stage is None else []
+    allowed = [1] if pipeline > 1 else [1, 2] if tensor > 1 else [1, 2, 3]
+    return [stage for stage in allowed if wanted.stage in (None, stage)]
+
+
+def _sequence(outline: Outline, tensor: int, tokens: int, wanted: Wanted) -> list[bool]:
+    possible = tensor > 1 and tokens % tensor == 0 and outline.family.model_type in SEQUENTIAL
+    return [choice for choice in _either(wanted.sequence) if possible or not choice]
+
+
+def _either(wanted: bool | None) -> list[bool]:
+    return [False, True] if wanted is None else [wanted]
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

@@ -59,7 +59,7 @@ def sft_step(folder: Path, ids: np.ndarray, labels: np.ndarray) -> Callable[[], 
     from sft.seams import Batch
     from sft.settings import TrainingArguments
     from sft.training.optimizer import Optimizer, clip_factor, default_groups
-    from sft.training.strategy import batch_loss, grad_norm
+    from sft.training.strategy import SingleProcess, batch_loss
     from sft_peft_lora.layer import LoraLinear
     from sft_peft_lora.lora import initialize
 
@@ -79,7 +79,7 @@ def sft_step(folder: Path, ids: np.ndarray, labels: np.ndarray) -> Callable[[], 
     def step() -> float:
         loss = batch_loss(model, batch)
         (loss / batch.target_tokens).backward()
-        optimizer.step(1e-4, clip_factor(grad_norm(list(optimizer.parameters.values())), 1.0))
+        optimizer.step(1e-4, clip_factor(SingleProcess(None).grad_norm(optimizer.parameters), 1.0))
         return float(loss) / batch.target_tokens
 
     return step

@@ -99,14 +99,14 @@ def test_perplexity_and_accuracy(train: Train, models: Path, tmp_path: Path, cas
 
 def test_perplexity_does_not_overflow(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A loss of 2,000 nats: JSON knows no infinity."""
-    from sft.training import evaluation
+    from sft.training import strategy
 
-    own = evaluation.target_scores
-    monkeypatch.setattr(evaluation, "target_scores", lambda *a: (2000.0 * int((a[1] != -100).sum()), own(*a)[1]))
+    own = strategy.target_scores
+    monkeypatch.setattr(strategy, "target_scores", lambda *a: (2000.0 * int((a[1] != -100).sum()), own(*a)[1]))
     train(plugins=(Catch,), max_steps=1)
     assert Catch.records[0]["eval_loss"] == 2000.0
     assert 1e300 < Catch.records[0]["eval_ppl"] < math.inf
-    monkeypatch.setattr(evaluation, "target_scores", lambda *a: (math.nan, 0))
+    monkeypatch.setattr(strategy, "target_scores", lambda *a: (math.nan, 0))
     with pytest.raises(sft.SftError, match="The dev loss is no longer finite"):
         train("again", max_steps=1)
 

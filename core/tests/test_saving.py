@@ -79,7 +79,7 @@ def test_a_written_model_has_the_tensors_of_the_original_files(
     from sft.models.saving import write_model
 
     source = open_model(models / case)
-    write_model(tmp_path, load_model(source), source, tokenizer)
+    write_model(tmp_path, load_model(source).named_parameters(), source, tokenizer)
     assert_same_tensors(tensors_of(tmp_path), in_float32(tensors_of(models / case)))
     assert config_of(tmp_path)["torch_dtype"] == "float32"
 
@@ -96,7 +96,7 @@ def test_a_written_model_loads_bit_for_bit(
     generator = np.random.default_rng(0)
     for parameter in model.parameters():
         parameter.set_value(generator.standard_normal(parameter.shape).astype(np.float32))
-    write_model(tmp_path, model, source, tokenizer)
+    write_model(tmp_path, model.named_parameters(), source, tokenizer)
     again = load_model(open_model(tmp_path))
     expected = {name: parameter.numpy() for name, parameter in model.named_parameters()}
     assert_same_tensors({name: parameter.numpy() for name, parameter in again.named_parameters()}, expected)
@@ -110,7 +110,7 @@ def test_tokenizer_and_generation_config_travel_with_the_model(
 
     case = models / "llama-tied-gqa"
     source = open_model(case)
-    write_model(tmp_path, load_model(source), source, tokenizer)
+    write_model(tmp_path, load_model(source).named_parameters(), source, tokenizer)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / name).read_bytes() == (case / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -144,9 +144,26 @@ def test_a_parallel_strategy_is_asked_for_everything_that_crosses_processes(
         from sft.training.strategy import SingleProcess
 
         class Noting(SingleProcess):
-            def wrap(self, model: Any) -> Any:
-                calls.append(("wrap", model is run.model))
-                return model
+            def divide(self, model: Any, source: Any) -> None:
+                assert not any(parameter._is_initialized() for parameter in model.parameters())
+                calls.append(("divide",))
+                super().divide(model, source)
+
+            def connect(self, model: Any) -> None:
+                calls.append(("connect", model is run.model))
+                super().connect(model)
+
+            def share(self, groups: Any) -> Any:
+                calls.append(("share", [group.name for group in groups]))
+                return super().share(groups)
+
+            def updated(self) -> None:
+                calls.append(("updated",))
+                super().updated()
+
+            def scores(self, model: Any, batches: Any) -> tuple[float, int]:
+                calls.append(("scores", len(batches)))
+                return super().scores(model, batches)
 
             def backward(self, model: Any, batches: Any, loss_scale: float) -> float:
                 calls.append(("backward", sum(batch.target_tokens for batch in batches) * loss_scale))
@@ -156,16 +173,18 @@ def test_a_parallel_strategy_is_asked_for_everything_that_crosses_processes(
                 calls.append(("sum", len(values)))
                 return super().sum(values)
 
-            def grad_norm(self, parameters: Any) -> float:
-                calls.append(("grad_norm", len(parameters)))
-                return super().grad_norm(parameters)
+            def grad_norm(self, stepped: Any) -> float:
+                calls.append(("grad_norm", len(stepped)))
+                return super().grad_norm(stepped)
 
         return Noting(run)
 
     train("with", (providing("sft_parallel_strategy", strategy),), max_steps=2, max_grad_norm=0.7)
     train("without", max_steps=2, max_grad_norm=0.7)
-    step = [("sum", 3), ("backward", pytest.approx(1.0)), ("sum", 1), ("grad_norm", 20)]
-    assert calls == [("sum", 3), ("wrap", True), *step, *step, ("sum", 3)]
+    measured = [("scores", 1), ("sum", 3)]
+    step = [("sum", 3), ("backward", pytest.approx(1.0)), ("sum", 1), ("grad_norm", 20), ("updated",)]
+    before = [("divide",), ("connect", True), ("share", ["decay", "no_decay"])]
+    assert calls == [*before, *measured, *step, *step, *measured]
     assert metrics(tmp_path / "with", same=True) == metrics(tmp_path / "without", same=True)
 
 

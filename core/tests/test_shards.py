@@ -39,7 +39,9 @@ def test_a_small_limit_gives_shards_and_an_index_that_load(paddle: Any, models: 
 
     case, limit = models / "llama-untied", 20_000
     source = open_model(case)
-    total = write_tensors(tmp_path, model_tensors(load_model(source), source), WeightFormat(shard_bytes=limit))
+    total = write_tensors(
+        tmp_path, model_tensors(load_model(source).named_parameters(), source), WeightFormat(shard_bytes=limit)
+    )
 
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))

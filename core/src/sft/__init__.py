@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sft.adapters import read_adapter
     from sft.commands.run import collect
     from sft.data.batches import assemble
-    from sft.models.layers import Target, module_names, target_layers
+    from sft.models.layers import Target, linear_weight, module_names, target_layers
     from sft.models.outline import LinearOutline, Outline, Weight
     from sft.models.shards import parse_size
     from sft.outlining import PaperRun, outline
@@ -52,6 +52,7 @@ _LAZY = {
     "collect": "sft.commands.run",
     "outline": "sft.outlining",
     "parse_size": "sft.models.shards",
+    "linear_weight": "sft.models.layers",
     "target_layers": "sft.models.layers",
 }
 
@@ -88,6 +89,7 @@ __all__ = [
     "read_adapter",
     "run",
     "single",
+    "linear_weight",
     "target_layers",
 ]
 

@@ -7,6 +7,7 @@ plugin, as entry points in the group ``sft.requests`` that name the same object 
 ``setting.X``          setting X is true (a switch of another name; nobody else reads X)
 ``value.X.V``          setting X has the value V; X belongs to the plugin's options
 ``number.X``           setting X is a number other than -1, 0 and 1 (a degree, a factor); likewise
+``environment.X``      the process's environment has X, a number above 1 (a launcher started several)
 ``adapter.TYPE``       an adapter folder of that ``peft_type`` is opened
 ``command.X``          ``sft X`` is typed
 =====================  ======================================================================================
@@ -15,6 +16,7 @@ plugin, as entry points in the group ``sft.requests`` that name the same object 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -66,6 +68,9 @@ def choose(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], 
     off = {canonical(name[3:]) for name in asked if name.lower().startswith("no:")}
     for name in sorted(off - set(installed())):
         raise UsageError(f"Plugin {name}, which no:{name} switches off, is not installed{_close(name)}")
+    for key, names in requests("environment").items():
+        if os.environ.get(key, "").isdecimal() and int(os.environ[key]) > 1:
+            wanted += names
     wanted += [canonical(name) for name in asked if not name.lower().startswith("no:")]
     chosen = [name for name in dict.fromkeys(wanted) if name not in off]
     for name in switched_off.intersection(chosen):
@@ -158,8 +163,9 @@ def _by_value(key: str, value: Any, by_number: list[str], cases: dict[str, list[
         except ValueError:
             if not cases and text not in _NOTHING:
                 raise UsageError(f"{key}: expected a number, got {value!r}.") from None
-    if text in cases:
-        return cases[text]
+    words = [word for word in text.replace(",", " ").split() if word in cases]  # "stage2 offload": a word may ask
+    if words:
+        return [name for word in words for name in cases[word]]
     if text not in _NOTHING:
         raise UsageError(f"{key}: expected one of {', '.join(sorted(cases))}, got {value!r}.")
     return []

@@ -19,11 +19,12 @@ from sft.data.formats import Conversation, Formats
 from sft.data.sources import read
 from sft.data.stream import WINDOW, Stream
 from sft.errors import UsageError
-from sft.files import make_folder, remove_folder, remove_leftovers
+from sft.files import make_folder, publish, remove_folder, remove_leftovers, write_json
 from sft.training.checkpoint import checkpoints, read_state, step_of
 
 if TYPE_CHECKING:
     from sft.running import Run, Summary
+    from sft.training.journal import Journal
     from sft.training.optimizer import Optimizer
 
 
@@ -91,7 +92,7 @@ def load_model(run: Run, folder: Path) -> None:
     """Config, weights, attention and adapters, each with the plugins that have a say in it."""
     from sft.models import attention, loading
     from sft.models.fingerprint import fingerprint
-    from sft.models.layers import trainable
+    from sft.models.layers import sizes, trainable
     from sft.training import precision
     from sft.training.strategy import SingleProcess
 
@@ -108,7 +109,7 @@ def load_model(run: Run, folder: Path) -> None:
     quantizer = run.hook.sft_quantizer(run=run)
     backend = run.hook.sft_attention_backend(run=run, config=run.source.config) or attention.DefaultAttention()
     _check_packing(run, backend)
-    run.model = loading.load_model(run.source, quantizer, run.precision.weights)
+    run.model = loading.load_model(run.source, quantizer, run.precision.weights, run.strategy)
     attention.install(run.model, backend)
     if run.settings.training.recompute:
         run.model.recompute_enable()
@@ -122,10 +123,10 @@ def load_model(run: Run, folder: Path) -> None:
             f"Plugins {', '.join(run.plugins.names)} change the model's layers and none of them exports an adapter, "
             "so the result could not be saved; add one that does."
         )
-    learned = trainable(run.model)
-    if not learned:
+    if not trainable(run.model):
         raise UsageError("Nothing trains: the active plugins left no trainable parameter.")
-    count, total = sizes(run)
+    run.sizes = count, total = sizes(dict(run.strategy.parameters(run.model)), run.model)
+    run.strategy.connect(run.model)
     run.say(f"model: {total:,} parameters, {count:,} train ({100 * count / total:.2f} %)")
 
 
@@ -164,7 +165,7 @@ def make_optimizer(run: Run) -> Optimizer:
     groups = default_groups(parameters, run.settings.training.weight_decay)
     run.hook.sft_parameter_groups(run=run, groups=groups)
     check_groups(groups, parameters)
-    return Optimizer(groups, run.settings.training)
+    return Optimizer(run.strategy.share(groups), run.settings.training)
 
 
 def make_schedule(run: Run) -> Schedule:
@@ -174,7 +175,32 @@ def make_schedule(run: Run) -> Schedule:
     return Schedule(run.train_data, run.collator, training.seed, rows, training.num_train_epochs, training.max_steps)
 
 
-def open_output(run: Run, source: Path | None) -> None:
+def open_journal(run: Run, source: Path | None) -> Journal:
+    """The journal in the run directory; the main process has emptied that of older runs, and writes."""
+    from sft.training.journal import Journal
+
+    if run.strategy.is_main:
+        _open_output(run, source)
+    run.strategy.wait()
+    return Journal(run.output_dir / "metrics.jsonl" if run.strategy.is_main else None)
+
+
+def write_report(run: Run, record: dict[str, Any]) -> None:
+    """``run.json``, written once however many processes there are."""
+    if run.strategy.is_main:
+        write_json(run.output_dir / "run.json", record)
+
+
+def publish_result(run: Run) -> None:
+    """The result of a run into its directory, where it appears complete."""
+    if not run.strategy.is_main:
+        run.write_result(run.output_dir)
+        return
+    with publish(run.output_dir) as staging:
+        run.write_result(staging)
+
+
+def _open_output(run: Run, source: Path | None) -> None:
     """The run directory, with nothing of an older run in it unless that run goes on from ``source``."""
     make_folder(run.output_dir)
     remove_leftovers(run.output_dir)
@@ -205,7 +231,7 @@ def best_so_far(run: Run, state: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def load_best(run: Run, optimizer: Optimizer) -> int | None:
+def load_best(run: Run) -> int | None:
     """Go back to the checkpoint whose evaluation was best; its step, or None if there is no such checkpoint."""
     from sft.training import best, checkpoint
 
@@ -213,7 +239,8 @@ def load_best(run: Run, optimizer: Optimizer) -> int | None:
         run.say("note: no checkpoint was evaluated, so the run ends with its last weights")
         return None
     folder = run.output_dir / f"checkpoint-{run.best['step']}"
-    checkpoint.load_model(run, optimizer.parameters, folder, read_state(folder))
+    run.strategy.wait()  # the main process may still be writing it
+    checkpoint.load_model(run, folder, read_state(folder))
     key, _ = best.metric(run.settings)
     run.evaluation = run.best
     run.say(f"best model: {folder.name}, {key} {run.best[key]:.4f}")
@@ -240,7 +267,7 @@ def summarise(run: Run, journal: Any, steps: int, epochs: float, after: dict[str
     """The numbers that a run ends with."""
     from sft.running import Summary
 
-    count, total = sizes(run)
+    count, total = run.sizes
     # A run that resumes with a larger num_samples has not asked all of them before training.
     answers = zip_longest(run.before.get("samples", [])[: len(run.samples)], after.get("samples", []), fillvalue="")
     samples = [
@@ -270,15 +297,6 @@ def summarise(run: Run, journal: Any, steps: int, epochs: float, after: dict[str
         data=data,
         samples=samples,
     )
-
-
-def sizes(run: Run) -> tuple[int, int]:
-    """Trainable and all parameters, as numbers of values; what a quantizer holds as codes counts too."""
-    from sft.models.layers import quantized_values
-
-    sizes = {name: (int(p.size), not p.stop_gradient) for name, p in run.model.named_parameters()}
-    total = sum(size for size, _ in sizes.values()) + quantized_values(run.model)
-    return sum(size for size, trains in sizes.values() if trains), total
 
 
 def describe(run: Run) -> dict[str, Any]:

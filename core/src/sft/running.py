@@ -21,7 +21,7 @@ from sft.data.encoding import Encoded, Question
 from sft.data.sources import find_files
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
-from sft.files import publish, save_tensors, write_json
+from sft.files import save_tensors, write_json
 from sft.models.source import find_model
 from sft.plugins import Plugins, entries
 from sft.seams import DataCollator, ParallelStrategy
@@ -77,6 +77,8 @@ class Run:
     collator: DataCollator
     strategy: ParallelStrategy
     precision: Precision
+    sizes: tuple[int, int]
+    """Trainable parameters and all of them, of the whole model, as numbers of values."""
 
     def __init__(self, settings: Settings, plugins: Plugins, say: Callable[[str], None]) -> None:
         self.settings = settings
@@ -114,17 +116,26 @@ class Run:
         return self.settings.training.eval_steps or self.settings.training.logging_steps
 
     def write_result(self, folder: Path) -> None:
-        """What a user loads afterwards: the adapter in PEFT layout or the whole model, and the tokenizer."""
+        """What a user loads afterwards: the adapter in PEFT layout or the whole model, and the tokenizer. All processes
+        of a run take part, and the main one writes."""
         from sft.adapters import about_base
         from sft.models.saving import write_model
 
         if not self.exports_adapter:
-            write_model(folder, self.model, self.source, self.tokenizer)
+            whole = self.strategy.whole(self.strategy.parameters(self.model))
+            if self.strategy.is_main:
+                write_model(folder, whole, self.source, self.tokenizer)
+            else:
+                for _ in whole:
+                    pass
             return
-        files = self.hook.sft_export_adapter(run=self, model=self.model)
-        write_json(folder / "adapter_config.json", files.config)
-        save_tensors(folder / "adapter_model.safetensors", files.tensors, {"format": "pt", **about_base(self)})
-        self.tokenizer.save(folder)
+        with self.strategy.assembled(self.model):
+            if not self.strategy.is_main:
+                return
+            files = self.hook.sft_export_adapter(run=self, model=self.model)
+            write_json(folder / "adapter_config.json", files.config)
+            save_tensors(folder / "adapter_model.safetensors", files.tensors, {"format": "pt", **about_base(self)})
+            self.tokenizer.save(folder)
 
 
 def run(
@@ -159,11 +170,11 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
         if not given[name]:
             raise UsageError(f"{name} is not set; add --{name} VALUE or put it into the settings file.")
     without_effect = [*foreign, *idle, *checks.check_settings(settings)]
-    if without_effect:
-        say(listing(without_effect))
     checks.check_output(current)
     active.hook.sft_check(run=current)
     checks.check_plugins(current)
+    if without_effect:
+        current.say(listing(without_effect))
     return current
 
 
@@ -191,16 +202,14 @@ def execute(run: Run) -> Summary:
         checks.check_resumable(run, schedule, source, state)
 
     from sft.training import checkpoint
-    from sft.training.journal import Journal
     from sft.training.loop import train
     from sft.training.progress import Display
 
     if source is not None and state is not None:
         checkpoint.load(run, optimizer, source, state)
-    assembly.open_output(run, source)
-    journal = Journal(run.output_dir / "metrics.jsonl")
-    record = {"status": "running", **assembly.describe(run)}
-    write_json(run.output_dir / "run.json", record)
+    record = assembly.describe(run)
+    journal = assembly.open_journal(run, source)
+    assembly.write_report(run, {"status": "running", **record})
     if source is not None and state is not None:
         journal.rewind(state["journal"], source.parent / "metrics.jsonl")
         run.before, run.evaluation, run.best = state["before"], state["evaluation"], assembly.best_so_far(run, state)
@@ -209,39 +218,35 @@ def execute(run: Run) -> Summary:
         run.before = assembly.before_or_after(run, 0, 0.0, journal)
     run.hook.sft_run_started(run=run)
     start = state["step"] if state is not None else 0
-    display = Display(schedule.total_steps, start, bar=not run.settings.training.disable_tqdm, say=run.say)
+    bar = run.strategy.is_main and not run.settings.training.disable_tqdm
+    display = Display(schedule.total_steps, start, bar=bar, say=run.say)
     try:
         steps, epochs = train(run, optimizer, schedule, journal, display, state)
     finally:
         display.close()
-    best = assembly.load_best(run, optimizer) if run.settings.training.load_best_model_at_end else None
-    with publish(run.output_dir) as staging:  # before anything else can go wrong
-        run.write_result(staging)
+    best = assembly.load_best(run) if run.settings.training.load_best_model_at_end else None
+    assembly.publish_result(run)  # before anything else can go wrong
     after = assembly.before_or_after(run, best or steps, epochs, journal)
     summary = assembly.summarise(run, journal, steps, epochs, after, time.time() - started)
-    write_json(run.output_dir / "run.json", {**record, "status": "finished", "result": summary.as_dict()})
+    assembly.write_report(run, {**record, "status": "finished", "result": summary.as_dict()})
     run.hook.sft_run_ended(run=run, summary=summary)
     return summary
 
 
 def _only_evaluate(run: Run, source: Path | None, state: dict[str, Any] | None, started: float) -> Summary:
     """``do_train false``: measure the model as it is, or as it was in a checkpoint; no weights are written."""
-    from sft.models.layers import trainable
     from sft.training import checkpoint
-    from sft.training.journal import Journal
 
     step, epoch = 0, 0.0
     if source is not None and state is not None:
-        checkpoint.load_model(run, trainable(run.model), source, state)
+        checkpoint.load_model(run, source, state)
         step, epoch = state["step"], state["epoch"]
         run.say(f"measuring {source}")
-    assembly.open_output(run, None)
-    journal = Journal(run.output_dir / "metrics.jsonl")
+    journal = assembly.open_journal(run, None)
     run.model.eval()
     run.before = assembly.before_or_after(run, step, epoch, journal)
     summary = assembly.summarise(run, journal, step, epoch, run.before, time.time() - started)
-    record = {"status": "finished", **assembly.describe(run), "result": summary.as_dict()}
-    write_json(run.output_dir / "run.json", record)
+    assembly.write_report(run, {"status": "finished", **assembly.describe(run), "result": summary.as_dict()})
     return summary
 
 

@@ -125,7 +125,7 @@ def test_quantized_bases(adapt: Callable[..., sft.Run], models: Path, settings: 
     outline = paper(Path(folder), **settings)
     (stage,) = stages(outline, 1, 1, WHOLE)
     assert stage.size.weights == held
-    assert outline.count() == tuple(reversed(sft.assembly.sizes(run)))
+    assert outline.count() == tuple(reversed(run.sizes))
 
 
 @pytest.mark.parametrize("case", READABLE)

@@ -154,8 +154,11 @@ def _gemma_forward(
 _FORWARDS: dict[str, Callable[..., Any]] = {"MistralAttention": _mistral_forward, "GemmaAttention": _gemma_forward}
 
 
-def hidden_states(model: Any, batch: Batch) -> Any:
-    """The backbone's last hidden states [B, S, hidden] for a batch, through the installed backend."""
+def hidden_states(model: Any, batch: Batch, embedded: Any | None = None) -> Any:
+    """The backbone's last hidden states [B, S, hidden] for a batch, through the installed backend.
+
+    ``embedded`` [B, S, hidden] goes into the first block instead of the embedding of the batch's tokens.
+    """
     import paddle
 
     backend = model.sft_attention_backend
@@ -170,8 +173,9 @@ def hidden_states(model: Any, batch: Batch) -> Any:
         # Causal attention says it all. An array of length 1 stands for that.
         indices = paddle.full([batch.input_ids.shape[0], 1, 1, 1], batch.input_ids.shape[1], "int32")
     backbone = getattr(model, model.base_model_prefix)
+    begin = {"input_ids": paddle.to_tensor(batch.input_ids)} if embedded is None else {"inputs_embeds": embedded}
     outputs = backbone(
-        input_ids=paddle.to_tensor(batch.input_ids),
+        **begin,
         position_ids=paddle.to_tensor(batch.position_ids),
         use_cache=False,
         return_dict=False,

@@ -36,6 +36,8 @@ class Family:
     """Other words of ``hidden_act`` that mean ``activation``."""
     default_window: int | None = None
     """``sliding_window`` where the config does not give one; None: the family has no windows."""
+    scales_embeddings: bool = False
+    """Whether the backbone multiplies what goes into its first block by √hidden."""
     correct: Callable[[Any], None] | None = None
     """Puts right on the instance what PaddleNLP's class computes or names otherwise than Hugging Face's."""
 
@@ -84,6 +86,7 @@ FAMILIES = {
             activation="gelu_pytorch_tanh",
             also_activation=("gelu",),  # the first releases say so and mean the tanh form, as transformers reads it
             correct=corrections.gemma,
+            scales_embeddings=True,
             norm_offset=1.0,
             has_head_dim=True,
         ),

@@ -35,9 +35,7 @@ def model_tensors(parameters: Iterable[tuple[str, Any]], source: ModelSource) ->
         yield source.family.to_hf(name), array
 
 
-def write_model(
-    folder: Path, parameters: Iterable[tuple[str, Any]], source: ModelSource, tokenizer: Tokenizer
-) -> None:
+def write_model(folder: Path, parameters: Iterable[tuple[str, Any]], source: ModelSource, tokenizer: Tokenizer) -> None:
     """A whole model, of whole ``parameters`` by structured name, with config and tokenizer."""
     dtypes: list[str] = []
 

@@ -40,9 +40,7 @@ def _place(label: Any, columns: int, vocabulary: Vocabulary) -> tuple[Any, Any]:
     return column.clip(0, columns - 1), here
 
 
-def _chunk(
-    part: Any, label: Any, weight: Any, transpose_y: bool, vocabulary: Vocabulary
-) -> tuple[Any, Any, Any, Any]:
+def _chunk(part: Any, label: Any, weight: Any, transpose_y: bool, vocabulary: Vocabulary) -> tuple[Any, Any, Any, Any]:
     """Of some positions: float32 logits less their maximum, the exponentials of these and their sum, and the losses."""
     logits = paddle.matmul(part, weight, transpose_y=transpose_y).astype("float32")
     logits = logits - vocabulary.maximum(logits.max(axis=-1, keepdim=True))
@@ -81,13 +79,11 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
             if not any(gradients):
                 continue
             column, here = _place(label, exponentials.shape[-1], vocabulary)
-            difference = paddle.put_along_axis(
-                exponentials / normaliser, column, -here, axis=-1, reduce="add"
-            ).astype(hidden.dtype)
+            difference = paddle.put_along_axis(exponentials / normaliser, column, -here, axis=-1, reduce="add").astype(
+                hidden.dtype
+            )
             if gradients[0]:
-                hidden_grads.append(
-                    vocabulary.total(paddle.matmul(difference, weight, transpose_y=not transpose_y))
-                )
+                hidden_grads.append(vocabulary.total(paddle.matmul(difference, weight, transpose_y=not transpose_y)))
             if gradients[1]:
                 left, right = (difference, part) if transpose_y else (part, difference)
                 share = paddle.matmul(left, right, transpose_x=True)
@@ -117,9 +113,7 @@ def target_loss(hidden: Any, labels: Any, lm_head: Any) -> Any:
     weight = lm_head.weight
     learning = paddle.is_grad_enabled()
     gradients = (learning and not chosen.stop_gradient, learning and not weight.stop_gradient)
-    return _ChunkedCrossEntropy.apply(
-        chosen, weight, label, _is_transposed(lm_head), gradients, _vocabulary(lm_head)
-    )
+    return _ChunkedCrossEntropy.apply(chosen, weight, label, _is_transposed(lm_head), gradients, _vocabulary(lm_head))
 
 
 @paddle.no_grad()

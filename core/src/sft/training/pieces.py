@@ -127,7 +127,9 @@ class SavedState:
 
 def _piece(values: dict[str, Any]) -> Piece:
     part = values["part"]
-    return Piece(Part(tuple(part["shape"]), part["axis"], part["index"], part["count"]), values["start"], values["stop"])
+    return Piece(
+        Part(tuple(part["shape"]), part["axis"], part["index"], part["count"]), values["start"], values["stop"]
+    )
 
 
 def _is_scalar(kind: str) -> bool:

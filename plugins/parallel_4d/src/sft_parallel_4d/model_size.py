@@ -98,7 +98,7 @@ class Stage:
 
 
 def stages(outline: Outline, tensor: int, pipeline: int, precision: Precision) -> list[Stage]:
-    """The stages of ``pipeline``, in order, as PaddleNLP's pipeline classes cut the model."""
+    """The stages of ``pipeline``, in order, each of whole blocks."""
     blocks = [total(of_block(outline, block), tensor, precision) for block in outline.blocks]
     embedding = total([(outline.embedding, "")], tensor, precision)
     norm = total([(outline.norm, "")], tensor, precision)
@@ -106,36 +106,15 @@ def stages(outline: Outline, tensor: int, pipeline: int, precision: Precision) -
     tied = embedding if pipeline > 1 else Size()
     head = tied if outline.head is None else total([(outline.head, "")], tensor, precision)
     shared = total([(weight, "") for weight in outline.shared], tensor, precision)
-    pieces = [embedding, *blocks, norm, head]
     found = []
-    bounds = cut(len(blocks), pipeline)
-    for start, stop in pairwise(bounds):
-        held = range(max(1, start), max(1, min(stop, len(blocks) + 1)))
-        mine = pieces[start:stop]
-        found.append(
-            Stage(
-                range(held.start - 1, held.stop - 1),
-                sum(mine, shared if held else Size()),
-                max(mine, key=lambda size: size.values, default=Size()),
-                start == 0,
-                stop == len(pieces),
-            )
-        )
+    for start, stop in pairwise(cut(len(blocks), pipeline)):
+        first, last = start == 0, stop == len(blocks)
+        mine = [*([embedding] if first else []), *blocks[start:stop], *([norm, head] if last else [])]
+        largest = max(mine, key=lambda size: size.values)
+        found.append(Stage(range(start, stop), sum(mine, shared), largest, first, last))
     return found
 
 
 def cut(blocks: int, pipeline: int) -> list[int]:
-    """Where stages begin and end among embedding, blocks, last norm and lm_head.
-
-    Stages have equally many blocks where the numbers allow it; otherwise PaddleNLP divides all of these pieces
-    "uniformly" (paddle's ``SegmentLayers.uniform``), and the last stages get the pieces that are left over.
-    """
-    pieces = blocks + 3
-    if blocks % pipeline == 0:
-        each = blocks // pipeline
-        return [0, *(1 + each * stage for stage in range(1, pipeline)), pieces]
-    each, left = divmod(pieces, pipeline)
-    bounds = [0]
-    for stage in range(1, pipeline):
-        bounds.append(bounds[-1] + each + (stage > pipeline - left))
-    return [*bounds, pieces]
+    """Where stages begin and end among the blocks; as even as can be, longer ones last."""
+    return [blocks * stage // pipeline for stage in range(pipeline + 1)]

@@ -1,4 +1,4 @@
-"""Which plans there are: every way of dividing the devices that the model, PaddleNLP and fleet allow."""
+"""Which plans there are: every way of dividing the devices that the model and the engine allow."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sft import Outline, UsageError
-
-PIPELINED = ("llama", "qwen2", "gemma")
-"""Families with a ``…ForCausalLMPipe`` class in PaddleNLP."""
-SEQUENTIAL = ("llama", "qwen2", "gemma")
-"""Families whose layers know sequence parallelism there."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -57,8 +51,6 @@ def legal_plans(
     Raises :class:`UsageError` that says why, if there is none.
     """
     wanted = wanted or Wanted()
-    if wanted.sequence and outline.family.model_type not in SEQUENTIAL:
-        raise UsageError(f"PaddleNLP has no sequence parallelism for {outline.family.model_type}; leave it out.")
     found, refused = [], dict.fromkeys(_divisions(devices, wanted))
     if not refused:
         raise UsageError(
@@ -87,7 +79,6 @@ def legal_plans(
 
 def refusal(outline: Outline, tensor: int, pipeline: int) -> str | None:
     """Why the model cannot be divided so; None if it can."""
-    family = outline.family
     parts = {
         "attention heads": outline.heads,
         "key/value heads": outline.kv_heads,
@@ -97,11 +88,15 @@ def refusal(outline: Outline, tensor: int, pipeline: int) -> str | None:
     for name, size in parts.items():
         if size % tensor:
             return f"tensor parallel degree {tensor} does not divide {name} ({size})"
-    if pipeline > 1 and family.model_type not in PIPELINED:
-        return f"PaddleNLP has no pipeline class for {family.model_type}"
     if pipeline > len(outline.blocks):
         return f"{pipeline} pipeline stages are more than {len(outline.blocks)} layers"
     return None
+
+
+def possible(outline: Outline, devices: int) -> list[tuple[int, int]]:
+    """The tensor and pipeline degrees that the model can be divided by, and ``devices`` too."""
+    degrees = [(tensor, pipeline) for tensor in _divisors(devices) for pipeline in _divisors(devices // tensor)]
+    return [pair for pair in degrees if refusal(outline, *pair) is None]
 
 
 def _divisions(devices: int, wanted: Wanted) -> Iterator[tuple[int, int, int]]:
@@ -114,7 +109,7 @@ def _divisions(devices: int, wanted: Wanted) -> Iterator[tuple[int, int, int]]:
 
 
 def _stages(sharding: int, tensor: int, pipeline: int, wanted: Wanted) -> list[int]:
-    """PaddleNLP has stage 1 alone beside a pipeline, and no stage 3 beside tensor parallelism."""
+    """Stage 1 alone beside a pipeline, and no stage 3 beside tensor parallelism, as in PaddleNLP."""
     if sharding == 1:
         return [0] if wanted.stage is None else []
     allowed = [1] if pipeline > 1 else [1, 2] if tensor > 1 else [1, 2, 3]
@@ -122,7 +117,7 @@ def _stages(sharding: int, tensor: int, pipeline: int, wanted: Wanted) -> list[i
 
 
 def _sequence(outline: Outline, tensor: int, tokens: int, wanted: Wanted) -> list[bool]:
-    possible = tensor > 1 and tokens % tensor == 0 and outline.family.model_type in SEQUENTIAL
+    possible = tensor > 1 and tokens % tensor == 0
     return [choice for choice in _either(wanted.sequence) if possible or not choice]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import paddle
@@ -15,6 +15,13 @@ class LoraLinear(paddle.nn.Layer):
     :meth:`subtract` a frozen pair from the base.
     """
 
+    sides: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "lora_A": ("in", None),
+        "lora_B": (None, "out"),
+        "frozen_A": ("in", None),
+        "frozen_B": (None, "out"),
+    }
+
     def __init__(self, base: Any, in_features: int, out_features: int, rank: int, scaling: float, dropout: float):
         super().__init__()
         self.base = base
@@ -24,21 +31,21 @@ class LoraLinear(paddle.nn.Layer):
         self.lora_A = self.create_parameter([in_features, rank], dtype="float32", default_initializer=zero)
         self.lora_B = self.create_parameter([rank, out_features], dtype="float32", default_initializer=zero)
         self.dropout = paddle.nn.Dropout(dropout) if dropout else None
-        self._frozen: tuple[Any, Any] | None = None
+        self.frozen_A: Any = None
+        self.frozen_B: Any = None
 
     def subtract(self, a: np.ndarray, b: np.ndarray) -> None:
         """From now on the base is W − s·a·b; float32 [in, r] and [r, out]."""
-        self._frozen = (paddle.to_tensor(a), paddle.to_tensor(b))
+        self.frozen_A, self.frozen_B = paddle.to_tensor(a), paddle.to_tensor(b)
 
     def subtracted(self) -> tuple[np.ndarray, np.ndarray]:
         """The pair given to :meth:`subtract`."""
-        assert self._frozen is not None
-        return self._frozen[0].numpy(), self._frozen[1].numpy()
+        return self.frozen_A.numpy(), self.frozen_B.numpy()
 
     def forward(self, x: Any) -> Any:
         update = x if self.dropout is None else self.dropout(x)
         y = self.base(x) + self._product(update, self.lora_A, self.lora_B)
-        return y if self._frozen is None else y - self._product(x, *self._frozen)
+        return y if self.frozen_A is None else y - self._product(x, self.frozen_A, self.frozen_B)
 
     def _product(self, x: Any, a: Any, b: Any) -> Any:
         # Scaled where it is smallest: [..., r].

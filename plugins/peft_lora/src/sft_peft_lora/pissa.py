@@ -66,8 +66,8 @@ class Pissa(sft.Plugin):
         if self.run is not None and self.run.resumes:
             shapes = (layer.in_features, layer.rank), (layer.rank, layer.out_features)
             return np.zeros(shapes[0], np.float32), np.zeros(shapes[1], np.float32)
-        weight = layer.base.dequantize() if hasattr(layer.base, "dequantize") else layer.base.weight
-        weight = weight.astype("float32").numpy()  # numpy has no bfloat16: paddle would give its bits as uint16
+        read = sft.linear_weight if self.run is None else self.run.strategy.linear_weight
+        weight = read(layer.base).numpy()
         return principal(weight, layer.rank, self.options.pissa_niter, rng)
 
     @sft.hookimpl

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import paddle
@@ -36,7 +36,15 @@ class SharedPair:
 
 
 class VeraLinear(paddle.nn.Layer):
-    """A frozen Linear (or what stands for one) with trainable vectors ``vera_d`` [r] and ``vera_b`` [out]."""
+    """A frozen Linear (or what stands for one) with trainable vectors ``vera_d`` [r] and ``vera_b`` [out], over its
+    slices ``pair_A`` [in, r] and ``pair_B`` [r, out] of the shared pair."""
+
+    sides: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "vera_d": (None,),
+        "vera_b": ("out",),
+        "pair_A": ("in", None),
+        "pair_B": (None, "out"),
+    }
 
     def __init__(
         self, base: Any, in_features: int, out_features: int, pair: SharedPair, d_initial: float, dropout: float
@@ -44,14 +52,13 @@ class VeraLinear(paddle.nn.Layer):
         super().__init__()
         self.base = base
         self.in_features, self.out_features = in_features, out_features
-        self._pair = pair.slices(in_features, out_features)
+        self.pair_A, self.pair_B = pair.slices(in_features, out_features)
         constant = paddle.nn.initializer.Constant
         self.vera_d = self.create_parameter([pair.rank], dtype="float32", default_initializer=constant(d_initial))
         self.vera_b = self.create_parameter([out_features], dtype="float32", default_initializer=constant(0.0))
         self.dropout = paddle.nn.Dropout(dropout) if dropout else None
 
     def forward(self, x: Any) -> Any:
-        a, b = self._pair
         update = x if self.dropout is None else self.dropout(x)
         # b ⊙ scales columns of B: on [r, out] instead of on [..., out].
-        return self.base(x) + paddle.matmul(paddle.matmul(update, a) * self.vera_d, b * self.vera_b)
+        return self.base(x) + paddle.matmul(paddle.matmul(update, self.pair_A) * self.vera_d, self.pair_B * self.vera_b)

@@ -1,0 +1,101 @@
+"""Refuses an impossible plan before anything heavy happens, with those that would work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sft import UsageError
+from sft.models.config import checked_family, read_config
+from sft.models.outline import Outline, of_config
+from sft.models.source import find_config
+from sft_parallel_4d.plans import Plan, possible, refusal
+
+if TYPE_CHECKING:
+    from sft import Run
+    from sft_parallel_4d.plugin import ParallelOptions
+
+
+def check(run: Run, options: ParallelOptions, world: int) -> tuple[Plan, bool]:
+    """The plan for ``world`` processes that the settings ask for, and whether pieces are offloaded."""
+    stage, offload = _sharding(options.sharding)
+    tensor, pipeline = max(1, options.tensor_parallel_degree), max(1, options.pipeline_parallel_degree)
+    model = str(run.settings.model.model_name_or_path)
+    folder = find_config(model)
+    values = read_config(folder)
+    outline = of_config(values, checked_family(values, folder))
+
+    def refuse(why: str) -> UsageError:
+        return UsageError(f"{why}; {_instead(outline, world)}")
+
+    needed = tensor * pipeline
+    if world % needed:
+        count = "1 process" if world == 1 else f"{world} processes"
+        degrees = f"tensor parallel degree {tensor} x pipeline parallel degree {pipeline}"
+        if world == 1:
+            raise UsageError(
+                f"{degrees} needs {needed} processes or a multiple of it, and there is 1: add --nproc {needed}, or start "
+                "sft with python -m paddle.distributed.launch."
+            )
+        raise refuse(f"{degrees} does not divide {count}")
+    left = world // needed
+    sharding = 1 if not stage else left if options.sharding_parallel_degree < 1 else options.sharding_parallel_degree
+    if not stage and options.sharding_parallel_degree > 1:
+        raise UsageError("sharding_parallel_degree is set and sharding is not; set it to stage1, stage2 or stage3.")
+    if left % sharding:
+        raise refuse(f"sharding_parallel_degree {sharding} does not divide the {left} processes that are left for data")
+    why = refusal(outline, tensor, pipeline)
+    if why is not None:
+        raise refuse(why)
+    if stage == 3 and tensor > 1:
+        raise refuse("sharding stage3 does not go with tensor parallelism; stage1 and stage2 do")
+    if stage > 1 and pipeline > 1:
+        raise refuse(f"sharding stage{stage} does not go with pipeline parallelism; stage1 does")
+    if options.sequence_parallel and tensor == 1:
+        raise UsageError("sequence_parallel divides along tensor parallelism; set tensor_parallel_degree, or leave it out.")
+    _check_run(run, stage, pipeline, world)
+    return (
+        Plan(
+            left // sharding,
+            sharding,
+            stage if sharding > 1 or offload else 0,
+            tensor,
+            pipeline,
+            options.sequence_parallel,
+            run.settings.training.recompute,
+            run.settings.training.gradient_accumulation_steps,
+        ),
+        offload,
+    )
+
+
+def _check_run(run: Run, stage: int, pipeline: int, world: int) -> None:
+    """What a run may ask for that needs the whole model in one process, or the same number of answers in each."""
+    answers = run.settings.data.eval_with_do_generation
+    samples = run.settings.generation.num_samples
+    if pipeline > 1 and (answers or samples):
+        raise UsageError(
+            f"{'eval_with_do_generation' if answers else 'num_samples'} needs answers, which no stage of a pipeline can "
+            "give; leave it out, and use sft generate or sft evaluate after training."
+        )
+    if stage == 3 and answers:
+        raise UsageError("eval_with_do_generation does not go with sharding stage3; leave it out, or use stage2.")
+    device = run.settings.training.device
+    if world > 1 and device is not None and ":" in device:
+        raise UsageError(f"device {device} is one device, and {world} processes have one each; give gpu or cpu.")
+
+
+def _sharding(text: str | None) -> tuple[int, bool]:
+    words = (text or "").replace(",", " ").lower().split()
+    stages = [word for word in words if word in ("stage1", "stage2", "stage3")]
+    unknown = [word for word in words if word not in ("stage1", "stage2", "stage3", "offload")]
+    if unknown or len(stages) > 1 or (words and not stages):
+        raise UsageError(f"sharding: expected stage1, stage2 or stage3, and offload beside it if wanted, got {text!r}.")
+    return (int(stages[0][-1]) if stages else 0), "offload" in words
+
+
+def _instead(outline: Outline, world: int) -> str:
+    plans = [f"tensor {t} x pipeline {p}" for t, p in possible(outline, world)]
+    if not plans:
+        return f"no division of this model has {world} processes but data parallelism."
+    more = f" and {len(plans) - 6} more" if len(plans) > 6 else ""
+    return f"on {world} processes these degrees work: {', '.join(plans[:6])}{more}; data parallelism takes the rest."

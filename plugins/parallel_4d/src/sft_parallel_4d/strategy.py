@@ -1,0 +1,431 @@
+"""The parallel strategy: sft's seam over data, sharding, tensor and pipeline parallelism."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import paddle
+from paddle.base.framework import EagerParamBase
+
+from sft import Batch, ParameterGroup, UsageError
+from sft.models.attention import hidden_states
+from sft.models.layers import linear_features, linear_weight
+from sft.models.parts import Part, is_elsewhere, part_of
+from sft.training.loss import target_loss, target_scores
+from sft.training.pieces import Piece
+from sft.training.strategy import set_value, squares
+from sft_parallel_4d.pipeline import Pipeline
+from sft_parallel_4d.sharding import Shards, here
+from sft_parallel_4d.tensor import TensorParallel, adapters
+from sft_parallel_4d.topology import Topology
+
+if TYPE_CHECKING:
+    from sft import Run
+    from sft.models.loading import ModelSource
+
+
+class Parallel:
+    """See :class:`sft.ParallelStrategy` for what each member means."""
+
+    def __init__(self, run: Run, topology: Topology, offload: bool) -> None:
+        plan = topology.plan
+        self._run, self._at = run, topology
+        self.data_rank, self.data_world = topology.data_rank, plan.data_world
+        self.draw_rank = topology.data_rank + plan.data_world * topology.pipe.rank
+        self.is_main = topology.world.rank == 0
+        self._tensor = TensorParallel(topology.tensor, plan.sequence) if plan.tensor > 1 else None
+        self._shards = Shards(topology.sharding, plan.stage, offload, self._complete) if plan.stage else None
+        self._pipe: Pipeline | None = None
+        self._partial: set[int] = set()
+        self._trained: dict[str, Any] = {}
+        self._all: list[tuple[str, Any]] | None = None
+        self._adapters: list[tuple[Any, str, int]] = []
+
+    # --- the model ------------------------------------------------------------------------------------------
+
+    def divide(self, model: Any, source: ModelSource) -> None:
+        self._scales = source.family.scales_embeddings
+        if self._tensor is not None:
+            self._tensor.divide(model)
+        if self._at.pipe.size > 1:
+            self._pipe = Pipeline(self._at.pipe, source.config.num_hidden_layers)
+            self._pipe.divide(model)
+
+    def parameters(self, model: Any) -> Iterable[tuple[str, Any]]:
+        return list(model.named_parameters()) if self._all is None else self._all
+
+    def store(self, parameter: Any, read: Callable[[tuple[slice, ...]], np.ndarray]) -> None:
+        part = part_of(parameter)
+        value = read(part.where if part else tuple(slice(0, length) for length in parameter.shape))
+        if self._shards is not None and self._shards.takes(parameter):
+            self._shards.put(parameter, paddle.to_tensor(np.ascontiguousarray(value)))
+            return
+        set_value(parameter, value)
+        if self._shards is not None and self._shards.has(parameter):
+            self._shards.put(parameter, parameter)
+
+    def linear_weight(self, layer: Any) -> Any:
+        weight = None
+        if not is_elsewhere(layer):
+            local = layer if hasattr(layer, "dequantize") else _Fetched(self._fetch(layer.weight))
+            weight = self._undivided(linear_weight(local), part_of(layer))
+        if self._pipe is None:
+            return weight
+        if weight is None:
+            weight = paddle.empty(list(linear_features(layer) or ()), dtype="float32")
+        return self._at.pipe.broadcast(weight.contiguous(), self._pipe.stage_of(layer))
+
+    def _fetch(self, parameter: Any) -> Any:
+        return parameter if self._shards is None else self._shards.fetch(parameter)
+
+    def _undivided(self, tensor: Any, part: Part | None) -> Any:
+        return tensor if part is None else self._at.tensor.gather(tensor.detach(), part.axis)
+
+    def connect(self, model: Any) -> None:
+        pipe, backbone = self._pipe, getattr(model, model.base_model_prefix)
+        blocks = list(pipe.blocks(model)) if pipe is not None else [(block, 0) for block in backbone.layers]
+        for block, stage in blocks:
+            self._adapters += [(layer, side, stage) for layer, side in adapters([block])]
+        for layer, side, _ in self._adapters:
+            self._check_sides(layer)
+            self._mark_stage(layer)
+        with paddle.no_grad():
+            self._divide_adapters()
+        self._all = list(model.named_parameters())
+        if pipe is not None:
+            pipe.leave_out(model, self._scales)
+        first, last = (pipe.first, pipe.last) if pipe is not None else (True, True)
+        if self._tensor is not None:
+            self._tensor.connect(model, first, last)
+            self._partial = self._tensor.partial(model)
+        self._trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+        if self._shards is not None:
+            if self._shards.stage == 3:
+                for parameter in model.parameters():
+                    if self._shards.takes(parameter) and parameter._is_initialized():
+                        self._shards.put(parameter, parameter)
+                        parameter._clear_data()
+                for layer in backbone.layers:
+                    self._shards.unit(layer)
+                for layer in (backbone.embed_tokens, model.lm_head):
+                    self._shards.unit(layer, again=False)
+            self._shards.watch(self._trained.values())
+
+    # --- adapters -------------------------------------------------------------------------------------------
+
+    def _check_sides(self, layer: Any) -> None:
+        own = [name for name, p in layer.named_parameters(include_sublayers=False) if p is not None]
+        if not set(own) <= set(getattr(layer, "sides", {})):
+            raise UsageError(
+                f"{type(layer).__name__} does not say how it is divided among processes (its class lacks ``sides``); "
+                "leave its plugin, or tensor and pipeline parallelism out."
+            )
+
+    def _mark_stage(self, layer: Any) -> None:
+        """A layer that wraps a Linear of another stage is elsewhere, too."""
+        inner = next((part for part in layer.sublayers() if hasattr(part, "sft_stage")), None)
+        if inner is not None:
+            layer.sft_stage = inner.sft_stage
+            layer.sft_elsewhere = is_elsewhere(inner)
+
+    def _divide_adapters(self) -> None:
+        """Whole tensors of adapter layers → what this process holds of them."""
+        seen: dict[tuple[int, str], Any] = {}
+        for layer, side, stage in self._adapters:
+            for name, sides in layer.sides.items():
+                whole = getattr(layer, name)
+                if whole is None:
+                    continue
+                part = self._adapter_part(whole, sides, side)
+                key = (id(whole), side)
+                if isinstance(whole, EagerParamBase):
+                    _replace(layer, name, self._local_parameter(whole, part, stage))
+                else:
+                    if key not in seen:
+                        seen[key] = (whole, whole if part is None else self._at.tensor.own(whole, part.axis))
+                    setattr(layer, name, seen[key][1])
+
+    def _adapter_part(self, whole: Any, sides: Sequence[str | None], side: str) -> Part | None:
+        if self._tensor is None or side not in sides:
+            return None
+        return Part(tuple(whole.shape), list(sides).index(side), self._at.tensor.rank, self._at.tensor.size)
+
+    def _local_parameter(self, whole: Any, part: Part | None, stage: int) -> Any:
+        local = whole if part is None else self._at.tensor.own(whole, part.axis).clone()
+        if local is not whole:
+            local = EagerParamBase.from_tensor(local)
+            local.stop_gradient, local.sft_part = whole.stop_gradient, part
+        if self._pipe is not None:
+            local.sft_stage, local.sft_elsewhere = stage, stage != self._at.pipe.rank
+            if local.sft_elsewhere:
+                local._clear_data()
+        return local
+
+    @contextlib.contextmanager
+    def assembled(self, model: Any) -> Iterator[None]:
+        held: list[tuple[Any, str, Any]] = []
+        seen: dict[tuple[int, str], Any] = {}
+        with paddle.no_grad():
+            for layer, side, stage in self._adapters:
+                for name, sides in layer.sides.items():
+                    local = getattr(layer, name)
+                    if local is None:
+                        continue
+                    held.append((layer, name, local))
+                    key = (id(local), side)
+                    if key not in seen:
+                        seen[key] = self._assembled_tensor(local, sides, side, stage)
+                    if isinstance(local, EagerParamBase):
+                        _replace(layer, name, _as_parameter(seen[key], local))
+                    else:
+                        setattr(layer, name, seen[key])
+        try:
+            yield
+        finally:
+            with paddle.no_grad():
+                self._take_apart(held)
+
+    def _assembled_tensor(self, local: Any, sides: Sequence[str | None], side: str, stage: int) -> Any:
+        if not isinstance(local, EagerParamBase):  # frozen tensors of other stages are kept
+            divided = self._tensor is not None and side in sides
+            return self._at.tensor.gather(local, list(sides).index(side)) if divided else local.clone()
+        return next(self.whole([("", local)]))[1]
+
+    def _take_apart(self, held: list[tuple[Any, str, Any]]) -> None:
+        """Put what was held back, with the values that the whole tensors have now."""
+        side_of = {id(layer): side for layer, side, _ in self._adapters}
+        seen: dict[tuple[int, str], Any] = {}
+        for layer, name, local in held:
+            whole, side = getattr(layer, name), side_of[id(layer)]
+            if isinstance(local, EagerParamBase):
+                _replace(layer, name, local)
+                if not is_elsewhere(local):
+                    self.store(local, whole.astype("float32").numpy().__getitem__)
+                continue
+            key = (id(whole), side)
+            if key not in seen:
+                part = self._adapter_part(whole, layer.sides[name], side)
+                seen[key] = whole if part is None else self._at.tensor.own(whole, part.axis)
+            setattr(layer, name, seen[key])
+
+    # --- training -------------------------------------------------------------------------------------------
+
+    def share(self, groups: list[ParameterGroup]) -> list[ParameterGroup]:
+        if self._shards is None:
+            return groups
+        return [
+            ParameterGroup(
+                group.name,
+                {name: self._shards.piece(parameter) for name, parameter in group.parameters.items()},
+                group.learning_rate,
+                group.weight_decay,
+            )
+            for group in groups
+        ]
+
+    def backward(self, model: Any, batches: Sequence[Batch], loss_scale: float) -> float:
+        batches, scales = self._even(batches, loss_scale)
+        losses: list[float] = []
+
+        def forward(batch: Batch, received: Any) -> Any:
+            self._run.hook.sft_micro_batch(run=self._run, batch=batch)
+            with self._run.precision.autocast():
+                return self._forward(model, batch, received, self._loss)
+
+        def start(loss: Any) -> None:
+            scale = scales[len(losses)]
+            (loss * scale).backward()
+            losses.append(float(loss) if scale else 0.0)
+
+        with self._working():
+            if self._pipe is not None:
+                self._pipe.train(batches, self._stream_shape, self._run.precision.weights, forward, start)
+            else:
+                for batch in batches:
+                    start(forward(batch, None))
+                    if self._shards is not None:
+                        self._shards.release()
+        self._reduce_gradients()
+        return self._at_last_stage([sum(losses)])[0]
+
+    def _even(self, batches: Sequence[Batch], loss_scale: float) -> tuple[list[Batch], list[float]]:
+        """As many micro-batches as any other process has, and the factor of each: where stages 2 and 3 wait for all at
+        each of them, some must be gone through in vain."""
+        found = [self._fit(batch) for batch in batches]
+        scales = [loss_scale] * len(found)
+        if self._shards is not None and self._shards.stage >= 2:
+            most = int(self._at.world.maximum(paddle.to_tensor([len(found)], dtype="int64")))
+            found += [self._fit(_nothing())] * (most - len(found))
+            scales += [0.0] * (most - len(scales))
+        return found, scales
+
+    def _fit(self, batch: Batch) -> Batch:
+        return batch if self._tensor is None else self._tensor.fit(batch)
+
+    def _forward(self, model: Any, batch: Batch, received: Any, finish: Callable[..., Any]) -> Any:
+        hidden = hidden_states(model, batch, received)
+        if self._pipe is not None and not self._pipe.last:
+            return hidden.astype(self._run.precision.weights)
+        if self._shards is None or self._shards.stage < 3:
+            return finish(model, hidden, batch)
+        self._shards.gather([p for p in model.lm_head.parameters() if self._shards.takes(p)])
+        return finish(model, hidden, batch)  # released with everything else, after backward
+
+    @staticmethod
+    def _loss(model: Any, hidden: Any, batch: Batch) -> Any:
+        return target_loss(hidden, paddle.to_tensor(batch.labels), model.lm_head)
+
+    def _stream_shape(self, batch: Batch) -> list[int]:
+        rows, length = batch.input_ids.shape
+        parts = self._at.tensor.size if self._tensor is not None and self._tensor.sequence else 1
+        return [rows, length // parts, self._run.source.config.hidden_size]
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """Sequence parallelism is for whole rows, not for answers that come token by token."""
+        if self._tensor is not None:
+            self._tensor.active = True
+        try:
+            yield
+        finally:
+            if self._tensor is not None:
+                self._tensor.active = False
+
+    def _complete(self, parameter: Any, gradient: Any) -> None:
+        if id(parameter) in self._partial:
+            self._at.tensor.sum(gradient)
+
+    @paddle.no_grad()
+    def _reduce_gradients(self) -> None:
+        """Sums over all micro-batches and processes, of what each process steps."""
+        shards, many = self._shards, self._at.plan.devices > 1
+        for name, parameter in self._trained.items():
+            if parameter.grad is None and many and (shards is None or shards.stage < 2):
+                parameter.grad = paddle.zeros(parameter.shape, dtype=parameter.dtype)
+            if self._pipe is not None and self._pipe.tied and self._is_embedding(name):
+                self._add_other_end(parameter)
+            if shards is None:
+                self._complete(parameter, parameter.grad)
+            elif shards.stage == 1:
+                shards.collect(parameter)
+            stepped = parameter if shards is None else shards.piece(parameter)
+            if self._at.data.size > 1:
+                self._sum_over_data(stepped)
+
+    def _sum_over_data(self, stepped: Any) -> None:
+        gradient = self._at.data.sum(here(stepped.grad))
+        stepped.grad = gradient if self._shards is None else self._shards.resting(gradient)
+
+    def _is_embedding(self, name: str) -> bool:
+        return name.endswith("embed_tokens.weight")
+
+    def _add_other_end(self, parameter: Any) -> None:
+        """A tied matrix is in the first stage and in the last: each adds the other's gradient."""
+        pipe = self._at.pipe
+        other = pipe.size - 1 if pipe.rank == 0 else 0
+        theirs = paddle.empty_like(parameter.grad)
+        pipe.exchange([(parameter.grad.clone(), other)], [(theirs, other)])
+        parameter.grad.add_(theirs)
+
+    def grad_norm(self, stepped: Mapping[str, Any]) -> float:
+        pieces = self.pieces(stepped)
+        own = squares(tensor for name, tensor in stepped.items() if pieces[name].written)
+        return math.sqrt(float(self._at.world.sum(paddle.to_tensor([own], dtype="float64"))))
+
+    def updated(self) -> None:
+        if self._shards is not None:
+            self._shards.spread(self._trained.values())
+
+    def scores(self, model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
+        batches, scales = self._even(batches, 1.0)
+        found: list[tuple[float, int]] = []
+
+        def scored(model: Any, hidden: Any, batch: Batch) -> Any:
+            loss, correct = target_scores(hidden, paddle.to_tensor(batch.labels), model.lm_head)
+            counts = scales[len(found)]
+            found.append((loss * counts, int(correct * counts)))
+
+        def forward(batch: Batch, received: Any) -> Any:
+            return self._forward(model, batch, received, scored)
+
+        with self._working():
+            if self._pipe is not None:
+                self._pipe.measure(batches, self._stream_shape, self._run.precision.weights, forward)
+            else:
+                for batch in batches:
+                    forward(batch, None)
+                    if self._shards is not None:
+                        self._shards.release()
+        loss, correct = self._at_last_stage([sum(loss for loss, _ in found), sum(right for _, right in found)])
+        return loss, int(correct)
+
+    def _at_last_stage(self, values: list[float]) -> list[float]:
+        """What the last stage knows, for all of a pipeline."""
+        if self._pipe is None:
+            return values
+        return list(map(float, self._at.pipe.broadcast(paddle.to_tensor(values, dtype="float64"), self._at.pipe.size - 1)))
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        tensor = paddle.to_tensor(list(values), dtype="float64")
+        return list(map(float, self._at.data.sum(self._at.sharding.sum(tensor))))
+
+    # --- what is written ------------------------------------------------------------------------------------
+
+    @paddle.no_grad()
+    def whole(self, parameters: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        for name, parameter in parameters:
+            part = part_of(parameter)
+            if is_elsewhere(parameter):
+                whole = paddle.empty(list(part.shape if part else parameter.shape), dtype=parameter.dtype)
+            else:
+                whole = self._undivided(self._fetch(parameter).detach(), part)
+            if self._pipe is not None:
+                whole = self._at.pipe.broadcast(whole.clone(), self._pipe.stage_of(parameter))
+            yield name, whole
+
+    def pieces(self, stepped: Mapping[str, Any]) -> Mapping[str, Piece]:
+        found = {}
+        for name in stepped:
+            parameter = self._trained[name]
+            part = part_of(parameter)
+            bounds = (0, math.prod(parameter.shape)) if self._shards is None else self._shards.bounds(parameter)
+            written = self._at.data.rank == 0 and (part is not None or self._at.tensor.rank == 0)
+            if self._pipe is not None and self._pipe.stage_of(parameter) != self._at.pipe.rank:
+                written = False  # the last stage's copy of a tied matrix
+            found[name] = Piece(part or Part(tuple(parameter.shape), 0, 0, 1), *bounds, written)
+        return found
+
+    def own_file(self, stem: str) -> str:
+        return f"{stem}-{self._at.world.rank:05d}" if self._at.plan.devices > 1 else stem
+
+    def wait(self) -> None:
+        self._at.world.sum(paddle.zeros([1]))
+
+
+class _Fetched:
+    """A Linear's weight where :func:`sft.models.layers.linear_weight` looks for it."""
+
+    def __init__(self, weight: Any) -> None:
+        self.weight = weight
+
+
+def _nothing() -> Batch:
+    """A batch whose loss counts for nothing, but which reaches every parameter."""
+    ids = np.zeros((1, 2), np.int64)
+    ends = np.full((1, 1, 2, 1), 2, np.int32)
+    return Batch(ids, ids.copy(), np.arange(2)[None], ends, ((2,),))
+
+
+def _replace(layer: Any, name: str, parameter: Any) -> None:
+    layer._parameters[name] = parameter
+
+
+def _as_parameter(tensor: Any, like: Any) -> Any:
+    parameter = EagerParamBase.from_tensor(tensor)
+    parameter.stop_gradient = like.stop_gradient
+    return parameter
+

@@ -1,0 +1,122 @@
+"""Where this process stands: a plan's axes, each with the group of processes along it, from paddle's fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import paddle
+from paddle import distributed
+from paddle.distributed import fleet
+
+from sft_parallel_4d.plans import Plan
+
+
+class Axis:
+    """The processes that differ from this one along one axis of the plan, and what they do together.
+
+    Every operation is the identity where the axis has one process; all but :meth:`gather` keep its input as it is or
+    change it in place, as said.
+    """
+
+    def __init__(self, rank: int, group: Any) -> None:
+        self.rank, self.group = rank, group
+        self.size = int(group.nranks) if group is not None else 1
+
+    def sum(self, tensor: Any) -> Any:
+        """``tensor``, which becomes the sum over the axis."""
+        if self.size > 1:
+            distributed.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def maximum(self, tensor: Any) -> Any:
+        """``tensor``, which becomes the element-wise maximum over the axis."""
+        if self.size > 1:
+            distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=self.group)
+        return tensor
+
+    def gather(self, tensor: Any, dimension: int) -> Any:
+        """The tensors of all processes, in rank order along ``dimension``."""
+        if self.size == 1:
+            return tensor
+        parts: list[Any] = []
+        distributed.all_gather(parts, tensor.contiguous(), group=self.group)
+        return paddle.concat(parts, axis=dimension)
+
+    def own(self, tensor: Any, dimension: int) -> Any:
+        """This process's part of ``tensor`` along ``dimension``."""
+        if self.size == 1:
+            return tensor
+        size = tensor.shape[dimension] // self.size
+        return tensor.slice([dimension], [self.rank * size], [(self.rank + 1) * size]).contiguous()
+
+    def sum_own(self, tensor: Any, dimension: int) -> Any:
+        """This process's part, along ``dimension``, of the sum over the axis."""
+        if self.size == 1:
+            return tensor
+        if dimension:
+            tensor = paddle.moveaxis(tensor, dimension, 0)
+        shape = [tensor.shape[0] // self.size, *tensor.shape[1:]]
+        own = paddle.empty(shape, dtype=tensor.dtype)
+        distributed.reduce_scatter(own, tensor.contiguous(), group=self.group)
+        return paddle.moveaxis(own, 0, dimension) if dimension else own
+
+    def broadcast(self, tensor: Any, source: int) -> Any:
+        """``tensor``, which becomes that of the process ``source`` along the axis."""
+        if self.size > 1:
+            distributed.broadcast(tensor, src=self.group.ranks[source], group=self.group)
+        return tensor
+
+    def exchange(self, sends: Sequence[tuple[Any, int]], receives: Sequence[tuple[Any, int]]) -> None:
+        """Send and receive tensors to and from places along the axis, all at once."""
+        operations = [
+            distributed.P2POp(operation, tensor, self.group.ranks[place], self.group)
+            for operation, pairs in ((distributed.isend, sends), (distributed.irecv, receives))
+            for tensor, place in pairs
+        ]
+        for task in distributed.batch_isend_irecv(operations) if operations else ():
+            task.wait()
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The axes of a plan, the whole world as one, and the place along each."""
+
+    plan: Plan
+    data: Axis
+    sharding: Axis
+    tensor: Axis
+    pipe: Axis
+    world: Axis
+
+    @property
+    def data_rank(self) -> int:
+        """Which records of a step are this process's, of ``plan.data_world``."""
+        return self.data.rank * self.sharding.size + self.sharding.rank
+
+
+def connect(plan: Plan) -> Topology:
+    """Let this process meet the others of ``plan.devices`` (those of the launcher's environment)."""
+    if plan.devices == 1:
+        alone = Axis(0, None)
+        return Topology(plan, alone, alone, alone, alone, alone)
+    strategy = fleet.DistributedStrategy()
+    strategy.hybrid_configs = {
+        "dp_degree": plan.data,
+        "sharding_degree": plan.sharding,
+        "mp_degree": plan.tensor,
+        "pp_degree": plan.pipeline,
+        "sep_degree": 1,
+    }
+    fleet.init(is_collective=True, strategy=strategy)
+    hcg = fleet.get_hybrid_communicate_group()
+    world = Axis(distributed.get_rank(), distributed.get_group(0))
+    return Topology(
+        plan,
+        Axis(hcg.get_data_parallel_rank(), hcg.get_data_parallel_group()),
+        Axis(hcg.get_sharding_parallel_rank(), hcg.get_sharding_parallel_group()),
+        Axis(hcg.get_model_parallel_rank(), hcg.get_model_parallel_group()),
+        Axis(hcg.get_stage_id(), hcg.get_pipe_parallel_group()),
+        world,
+    )

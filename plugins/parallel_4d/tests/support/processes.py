@@ -1,0 +1,283 @@
+"""Runs a function in several processes as the ranks of one parallel job, on loopback, with ``groups`` installed.
+
+``run_ranks(2, "module:function", argument, ...)`` gives one ``Result`` for each rank. The first rank that fails ends
+the others and its error is raised, a timeout is raised with what every rank last printed and where it stood, and
+whatever happens no process is left behind. The function must be importable from the tests' folder or from the caller's
+``sys.path``; its arguments and what it returns go through JSON.
+
+Ranks are forked from a server that has made the imports (``rank_main.py``), so that starting them takes milliseconds;
+``fresh=True`` starts plain interpreters instead. The server runs nothing itself: each rank finds Paddle untouched.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SUPPORT = Path(__file__).parent
+MAIN = SUPPORT / "rank_main.py"
+IMPORTS = ["paddle.distributed.fleet", "paddlenlp.transformers.llama.modeling", "sft"]  # what the server imports
+HOST = "127.0.0.1"
+SHOWN = 6000  # characters of each rank's output in an error
+
+
+@dataclass(frozen=True)
+class Result:
+    rank: int
+    value: Any  # what the target returned
+    output: str  # what the rank printed, both streams
+
+
+class RankError(RuntimeError):
+    """The rank that failed first: its number, and what it printed, its traceback last."""
+
+    def __init__(self, rank: int, how: str, output: str) -> None:
+        super().__init__(f"Rank {rank} {how}. Its output:\n{output[-SHOWN:]}")
+        self.rank, self.output = rank, output
+
+
+def run_ranks(
+    count: int,
+    target: str,
+    *args: Any,
+    timeout: float = 100.0,
+    env: Mapping[str, str] | None = None,
+    fresh: bool = False,
+) -> list[Result]:
+    """Call ``target`` ("module:function") with ``args`` in ``count`` processes; one Result each, in order of ranks.
+
+    ``env`` is added to each rank's environment; what is read at import, such as FLAGS_..., needs ``fresh``.
+    Raises RankError with the error of the first rank that fails, and TimeoutError after ``timeout`` seconds.
+    """
+    if not fresh and (early := [name for name in env or () if name.startswith(("FLAGS_", "OMP_", "PYTHON"))]):
+        raise ValueError(f"{', '.join(early)}: read at import, before ranks are forked. Pass fresh=True.")
+    kind = _FreshRank if fresh else _ForkedRank
+    ranks: list[_Rank] = []
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder, _reserved_port() as port:
+        (Path(folder) / "arguments.json").write_text(json.dumps(args))
+        try:
+            for number in range(count):
+                rank = kind(number, Path(folder), {**environment(number, count, port), **(env or {})})
+                ranks.append(rank)
+                rank.start(target)
+            return _results(ranks, target, timeout)
+        finally:
+            for rank in ranks:
+                rank.kill()
+
+
+def _results(ranks: list[_Rank], target: str, timeout: float) -> list[Result]:
+    deadline = time.monotonic() + timeout
+    while not all(rank.ended() for rank in ranks):
+        if any(rank.failed() for rank in ranks):
+            break
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{target} took longer than {timeout:g} s.{''.join(map(_last_words, ranks))}")
+        time.sleep(0.005)
+    if failed := [rank for rank in ranks if rank.failed()]:
+        first = min(failed, key=lambda rank: rank.outcome().get("at", time.monotonic()))
+        raise RankError(first.number, first.how_it_ended(), first.output())
+    return [Result(rank.number, rank.outcome()["value"], rank.output()) for rank in ranks]
+
+
+def _last_words(rank: _Rank) -> str:
+    if rank.ended():
+        return f"\n--- Rank {rank.number} has ended. Its output:\n{rank.output()[-SHOWN:]}"
+    rank.show_stack()
+    return f"\n--- Rank {rank.number} was running. Its output, and where it stood:\n{rank.output()[-SHOWN:]}"
+
+
+def environment(number: int, count: int, port: int) -> dict[str, str]:
+    """What a launcher would set for a rank, above this process's own environment."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PADDLE_", "MASTER_", "FLAGS_selected_", "CUDA_VISIBLE_DEVICES"))
+    }
+    endpoints = [f"{HOST}:{port + 1 + rank}" for rank in range(count)]  # names only: nothing listens there
+    return {
+        **kept,
+        "PYTHONPATH": os.pathsep.join(_path()),
+        "OMP_NUM_THREADS": "1",
+        "PADDLE_DISTRI_BACKEND": "gloo",
+        "PADDLE_MASTER": f"{HOST}:{port}",
+        "PADDLE_TRAINER_ID": str(number),
+        "PADDLE_TRAINERS_NUM": str(count),
+        "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
+        "PADDLE_CURRENT_ENDPOINT": endpoints[number],
+    }
+
+
+def _path() -> list[str]:
+    """Where a rank finds modules: the support, the tests beside it, and all that the caller sees."""
+    return list(dict.fromkeys([str(SUPPORT), str(SUPPORT.parent), *(entry or os.getcwd() for entry in sys.path)]))
+
+
+@contextlib.contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A free port below those that the system hands out; no other test of this machine gets it meanwhile."""
+    candidates = list(range(20000, 32000))
+    random.Random().shuffle(candidates)
+    for port in candidates:
+        with socket.socket(socket.AF_UNIX) as guard, socket.socket() as trial:
+            try:
+                guard.bind(f"\0sft-tests-port-{port}")  # an abstract name: free again when its holder dies
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind((HOST, port))
+            except OSError:
+                continue
+            trial.close()
+            yield port
+            return
+    raise RuntimeError("No free port between 20000 and 32000.")
+
+
+class _Rank:
+    """A process that runs the target, in a session of its own, with its files in ``folder``."""
+
+    process = 0
+
+    def __init__(self, number: int, folder: Path, env: Mapping[str, str]) -> None:
+        self.number, self.env = number, env
+        self.arguments, self.result = folder / "arguments.json", folder / f"result-{number}.json"
+        self.log, self.exit_file = folder / f"log-{number}", folder / f"exit-{number}"
+        self.log.touch()
+
+    def start(self, target: str) -> None:
+        raise NotImplementedError
+
+    def code(self) -> int | None:
+        """The exit code, negative for a signal; None while the process runs."""
+        raise NotImplementedError
+
+    def ended(self) -> bool:
+        return self.code() is not None
+
+    def outcome(self) -> dict[str, Any]:
+        outcome: dict[str, Any] = json.loads(self.result.read_text()) if self.result.exists() else {}
+        return outcome
+
+    def failed(self) -> bool:
+        return self.ended() and (self.code() != 0 or "value" not in self.outcome())
+
+    def how_it_ended(self) -> str:
+        code = self.code() or 0
+        if "error" in self.outcome():
+            return f"failed with {self.outcome()['error'].strip().splitlines()[-1]}"
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code} and without a result"
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def show_stack(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process, signal.SIGUSR1)
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        """End the process and all that it started, and wait until it is gone."""
+        if not self.process:
+            return
+        while True:
+            for kill in (os.killpg, os.kill) if not self.ended() else (os.killpg,):
+                with contextlib.suppress(ProcessLookupError):
+                    kill(self.process, signal.SIGKILL)
+            if self.ended():
+                return
+            time.sleep(0.002)
+
+
+class _FreshRank(_Rank):
+    """A new interpreter."""
+
+    def start(self, target: str) -> None:
+        command = [sys.executable, str(MAIN), target, str(self.arguments), str(self.result)]
+        with self.log.open("wb") as log:
+            self._popen = subprocess.Popen(
+                command,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.process = self._popen.pid
+
+    def code(self) -> int | None:
+        return self._popen.poll()
+
+
+class _ForkedRank(_Rank):
+    """A fork of the server, which has made the imports."""
+
+    def start(self, target: str) -> None:
+        self._server = _running_server()
+        files = {"arguments": self.arguments, "result": self.result, "log": self.log, "exit": self.exit_file}
+        job = {"target": target, "env": self.env, "path": _path(), "folder": os.getcwd()}
+        self.process = self._server.fork({**job, **{name: str(file) for name, file in files.items()}})
+
+    def code(self) -> int | None:
+        if self.exit_file.exists():
+            return int(self.exit_file.read_text())
+        return None if self._server.runs() else -signal.SIGKILL  # its forks die with it
+
+
+class _Server:
+    def __init__(self) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the server)
+        self._popen = subprocess.Popen(
+            [sys.executable, str(MAIN), "--serve", *IMPORTS],
+            env=environment(0, 1, 0),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            start_new_session=True,
+        )
+
+    def runs(self) -> bool:
+        return self._popen.poll() is None
+
+    def fork(self, job: Mapping[str, Any]) -> int:
+        """The process id of a fork that does the job."""
+        assert self._popen.stdin is not None and self._popen.stdout is not None
+        try:
+            self._popen.stdin.write(json.dumps(job) + "\n")
+            self._popen.stdin.flush()
+            return int(self._popen.stdout.readline())
+        except (ValueError, OSError) as error:
+            self._errors.seek(0)
+            said = self._errors.read().decode(errors="replace")
+            raise RuntimeError(f"The server that forks ranks has died. Its errors:\n{said[-SHOWN:]}") from error
+        except BaseException:  # stopped between question and answer: a fork may run that nobody knows
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        self._popen.wait()
+
+
+_server: _Server | None = None
+
+
+def _running_server() -> _Server:
+    global _server
+    if _server is None or not _server.runs():
+        _server = _Server()
+        atexit.register(_server.stop)
+    return _server

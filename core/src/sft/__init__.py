@@ -82,6 +82,7 @@ __all__ = [
     "collect",
     "hookimpl",
     "hookspec",
+    "linear_weight",
     "module_names",
     "option",
     "outline",
@@ -89,7 +90,6 @@ __all__ = [
     "read_adapter",
     "run",
     "single",
-    "linear_weight",
     "target_layers",
 ]
 

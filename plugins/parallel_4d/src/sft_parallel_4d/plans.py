@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sft import Outline, UsageError
 
+
 @dataclass(frozen=True)
 class Plan:
     """``data`` × ``sharding`` × ``tensor`` × ``pipeline`` devices; ``stage`` is sharding's, 0 without."""

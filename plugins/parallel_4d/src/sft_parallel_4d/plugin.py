@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import sft
-from sft import UsageError
 
 if TYPE_CHECKING:
     import click

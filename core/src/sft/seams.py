@@ -123,8 +123,8 @@ class Quantizer(Protocol):
 class ParallelStrategy(Protocol):
     """Where this process stands among all that share the run, and the operations that need the others.
 
-    The members below :attr:`is_main` stand in the order in which a run uses them. Each process of a run calls them in the
-    same order, for they may wait for the others.
+    The members below :attr:`is_main` stand in the order in which a run uses them. Each process of a run calls them in
+    the same order, for they may wait for the others.
     """
 
     data_rank: int
@@ -184,7 +184,8 @@ class ParallelStrategy(Protocol):
         ...
 
     def scores(self, model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Without gradients: summed loss of this process's ``batches``, and how many targets are the likeliest token."""
+        """Without gradients: summed loss of this process's ``batches``, and how many targets are the likeliest
+        token."""
         ...
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -198,7 +199,8 @@ class ParallelStrategy(Protocol):
         ...
 
     def assembled(self, model: Any) -> AbstractContextManager[None]:
-        """Within it, adapter layers hold whole tensors, as on one process; what they hold at its end is divided again."""
+        """Within it, adapter layers hold whole tensors, as on one process; what they hold at its end is divided
+        again."""
         ...
 
     def pieces(self, stepped: Mapping[str, Any]) -> Mapping[str, Piece]:

@@ -33,8 +33,8 @@ def check(run: Run, options: ParallelOptions, world: int) -> tuple[Plan, bool]:
         degrees = f"tensor parallel degree {tensor} x pipeline parallel degree {pipeline}"
         if world == 1:
             raise UsageError(
-                f"{degrees} needs {needed} processes or a multiple of it, and there is 1: add --nproc {needed}, or start "
-                "sft with python -m paddle.distributed.launch."
+                f"{degrees} needs {needed} processes or a multiple of it, and there is 1: add --nproc {needed}, or "
+                "start sft with python -m paddle.distributed.launch."
             )
         raise refuse(f"{degrees} does not divide {count}")
     left = world // needed
@@ -51,7 +51,7 @@ def check(run: Run, options: ParallelOptions, world: int) -> tuple[Plan, bool]:
     if stage > 1 and pipeline > 1:
         raise refuse(f"sharding stage{stage} does not go with pipeline parallelism; stage1 does")
     if options.sequence_parallel and tensor == 1:
-        raise UsageError("sequence_parallel divides along tensor parallelism; set tensor_parallel_degree, or leave it out.")
+        raise UsageError("sequence_parallel needs tensor parallelism; set tensor_parallel_degree, or leave it out.")
     _check_run(run, stage, pipeline, world)
     return (
         Plan(
@@ -74,8 +74,8 @@ def _check_run(run: Run, stage: int, pipeline: int, world: int) -> None:
     samples = run.settings.generation.num_samples
     if pipeline > 1 and (answers or samples):
         raise UsageError(
-            f"{'eval_with_do_generation' if answers else 'num_samples'} needs answers, which no stage of a pipeline can "
-            "give; leave it out, and use sft generate or sft evaluate after training."
+            f"{'eval_with_do_generation' if answers else 'num_samples'} needs answers, which no stage of a pipeline "
+            "can give; leave it out, and use sft generate or sft evaluate after training."
         )
     if stage == 3 and answers:
         raise UsageError("eval_with_do_generation does not go with sharding stage3; leave it out, or use stage2.")

@@ -1,8 +1,8 @@
 """Pipeline parallelism: each stage has some of the blocks, and micro-batches go through them one forward, one backward
 (1F1B; arXiv 1811.06965, 2104.04473).
 
-Stages are PaddleNLP's ordinary class with the blocks of other stages left out, so names, adapters and attention are those
-of one process. What goes from stage to stage is the residual stream, of a shape that both sides know from the batch.
+Stages are PaddleNLP's ordinary class with the blocks of other stages left out, so names, adapters and attention are
+those of one process. What goes from stage to stage is the residual stream, of a shape that both know from the batch.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Pipeline:
         self, batches: Sequence[Batch], shape: Callable[[Batch], list[int]], dtype: str,
         forward: Callable[[Batch, Any], Any], start: Callable[[Any], None],
     ) -> None:  # fmt: skip
-        """Forward and backward of ``batches``: ``forward(batch, received)`` gives what the next stage gets (in the last:
-        the loss), of ``shape(batch)``; ``start`` begins its backward in the last stage."""
+        """Forward and backward of ``batches``: ``forward(batch, received)`` gives what the next stage gets, of
+        ``shape(batch)`` (in the last stage: the loss); ``start`` begins its backward there."""
         count, stage, stages = len(batches), self._axis.rank, self._axis.size
         before, after = (stage - 1 if not self.first else None), (stage + 1 if not self.last else None)
         open_: deque[tuple[Batch, Any, Any]] = deque()
@@ -95,8 +95,7 @@ class Pipeline:
         def receives(batch: Batch | None) -> Any:
             if batch is None or before is None:
                 return None
-            tensor = paddle.empty(shape(batch), dtype=dtype)
-            return tensor
+            return paddle.empty(shape(batch), dtype=dtype)
 
         def meet(sends: list[tuple[Any, int | None]], takes: list[tuple[Any, int | None]]) -> None:
             self._axis.exchange(
@@ -112,7 +111,7 @@ class Pipeline:
             return output.detach() if after is not None else None
 
         def back(upstream: Any) -> Any:
-            batch, received, output = open_.popleft()
+            _, received, output = open_.popleft()
             if after is None:
                 start(output)
             elif not output.stop_gradient:

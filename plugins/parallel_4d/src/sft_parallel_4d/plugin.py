@@ -29,7 +29,7 @@ class ParallelOptions:
     )
     sequence_parallel: bool = sft.option(False, "divide the residual stream along the tensor parallel processes too")
     nproc: int = sft.option(1, "start this many processes on this machine", minimum=1)
-    parallel_timeout: float = sft.option(600.0, "seconds without progress after which a missing process is named", above=0)
+    parallel_timeout: float = sft.option(600.0, "seconds of waiting after which a missing process is named", above=0)
 
 
 class Parallel4d(sft.Plugin):
@@ -78,5 +78,3 @@ def rank() -> int:
 def is_launched() -> bool:
     """Whether a launcher has started this process."""
     return bool(os.environ.get("PADDLE_TRAINERS_NUM"))
-
-

@@ -1,8 +1,8 @@
 """Sharding (ZeRO, arXiv 1910.02054): each process of an axis keeps a piece of what all of it would keep whole.
 
 A parameter is cut, in memory order, into as many pieces as the axis has processes (the last ones padded with zeros).
-Each process steps its own pieces: AdamW goes value by value, so this changes nothing. In stage 1 gradients are summed to
-the pieces after the last micro-batch, in stage 2 as soon as backward has each of them, and in stage 3 matrices exist
+Each process steps its own pieces: AdamW goes value by value, so this changes nothing. In stage 1 gradients are summed
+to the pieces after the last micro-batch, in stage 2 as soon as backward has each of them, and in stage 3 matrices exist
 whole only while their block (or the embedding, or lm_head) computes.
 """
 
@@ -26,6 +26,8 @@ class Shards:
         self._pieces: dict[int, Any] = {}
         self._whole: list[Any] = []
         """Parameters that are whole now and shall not stay so."""
+        self.goes_back = False
+        """Whether backward is under way."""
 
     # --- where values are ---
 
@@ -120,14 +122,21 @@ class Shards:
             parameters = [p for p in layer.parameters() if self.takes(p)]
             gather(parameters)
             result = own(*arguments, **named)
+            entering = arguments[0] if arguments else None
+            if self.goes_back:  # recomputed: its backward is next
+                release_with(entering, parameters)
+                return result
             release(parameters)
             first = result[0] if isinstance(result, tuple) else result
             if again and paddle.is_grad_enabled() and not first.stop_gradient:
                 first.register_hook(lambda _: gather(parameters))
-                entering = arguments[0] if arguments else None
-                if isinstance(entering, paddle.Tensor) and not entering.stop_gradient:
-                    entering.register_hook(lambda _: release(parameters))
+                release_with(entering, parameters)
             return result
+
+        def release_with(entering: Any, parameters: list[Any]) -> None:
+            """When the gradient of what entered is there, backward is through with the layer."""
+            if isinstance(entering, paddle.Tensor) and not entering.stop_gradient:
+                entering.register_hook(lambda _: release(parameters))
 
         layer.forward = forward
 

@@ -90,7 +90,7 @@ class Parallel:
         blocks = list(pipe.blocks(model)) if pipe is not None else [(block, 0) for block in backbone.layers]
         for block, stage in blocks:
             self._adapters += [(layer, side, stage) for layer, side in adapters([block])]
-        for layer, side, _ in self._adapters:
+        for layer, _, _ in self._adapters:
             self._check_sides(layer)
             self._mark_stage(layer)
         with paddle.no_grad():
@@ -238,7 +238,8 @@ class Parallel:
 
         def start(loss: Any) -> None:
             scale = scales[len(losses)]
-            (loss * scale).backward()
+            with self._going_back():
+                (loss * scale).backward()
             losses.append(float(loss) if scale else 0.0)
 
         with self._working():
@@ -294,6 +295,16 @@ class Parallel:
         finally:
             if self._tensor is not None:
                 self._tensor.active = False
+
+    @contextlib.contextmanager
+    def _going_back(self) -> Iterator[None]:
+        if self._shards is not None:
+            self._shards.goes_back = True
+        try:
+            yield
+        finally:
+            if self._shards is not None:
+                self._shards.goes_back = False
 
     def _complete(self, parameter: Any, gradient: Any) -> None:
         if id(parameter) in self._partial:
@@ -367,7 +378,8 @@ class Parallel:
         """What the last stage knows, for all of a pipeline."""
         if self._pipe is None:
             return values
-        return list(map(float, self._at.pipe.broadcast(paddle.to_tensor(values, dtype="float64"), self._at.pipe.size - 1)))
+        known = paddle.to_tensor(values, dtype="float64")
+        return list(map(float, self._at.pipe.broadcast(known, self._at.pipe.size - 1)))
 
     def sum(self, values: Sequence[float]) -> list[float]:
         tensor = paddle.to_tensor(list(values), dtype="float64")
@@ -428,4 +440,3 @@ def _as_parameter(tensor: Any, like: Any) -> Any:
     parameter = EagerParamBase.from_tensor(tensor)
     parameter.stop_gradient = like.stop_gradient
     return parameter
-

@@ -1,0 +1,1 @@
+"""Parallel training in four dimensions: data and sharding, tensor, pipeline, sequence."""

@@ -166,6 +166,14 @@ def sft_run_ended(run: Run, summary: Summary) -> None:
     """The result has been written to ``run.output_dir`` and measured."""
 
 
+@hookspec
+def sft_run_failed(run: Run, error: BaseException) -> None:
+    """The run ends with ``error``, or was interrupted; after this the caller of :func:`sft.run` gets it.
+
+    Called for everything that goes wrong once :func:`sft_check` has passed; what ended the run cannot be changed here.
+    """
+
+
 # --- adapters on disk ---------------------------------------------------------------------------------------
 
 

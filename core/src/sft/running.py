@@ -152,7 +152,11 @@ def run(
     """
     values = read_file(Path(settings)) if isinstance(settings, (str, os.PathLike)) else settings
     current = prepare(normalise(values), plugins, say or _print)
-    return execute(current)
+    try:
+        return execute(current)
+    except BaseException as error:
+        current.hook.sft_run_failed(run=current, error=error)
+        raise
 
 
 def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str], None]) -> Run:

@@ -53,6 +53,12 @@ def sft_check(run: Run) -> None:
     """Refuse settings that do not go together. Neither data nor weights have been touched; keep it instant."""
 
 
+@single
+def sft_launch(run: Run) -> Summary | None:
+    """Do the run elsewhere, as in processes that are started for it with the settings ``run.given``, and return what
+    came of it. Without one, or None: it is done here."""
+
+
 # --- data ---------------------------------------------------------------------------------------------------
 
 

@@ -18,9 +18,10 @@ LONGEST = 1 << 17
 
 @dataclass
 class _Seen:
-    """A rank as it was last heard: phases entered, the last one, seconds waited in it (None: it works), and when."""
+    """A rank as it was last heard: phases entered and parts of the last one, its name, seconds waited in it (None: it
+    works), and when."""
 
-    count: int
+    count: list[int]
     phase: str
     waited: float | None
     at: float

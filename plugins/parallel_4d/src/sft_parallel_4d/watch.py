@@ -54,7 +54,7 @@ class Watch:
         self.rank, self.world, self.timeout, self._report = rank, world, timeout, report
         self._server, self._host, self._port = place or meeting_place(os.environ)
         self._beat = min(timeout / 10, max(0.5, world / 200))  # many ranks ask less often
-        self._now: tuple[int, str, float | None] = (0, "", None)  # replaced as a whole: the thread reads it
+        self._now: tuple[tuple[int, int], str, float | None] = ((0, 0), "", None)  # replaced whole: the thread reads it
         self._board: Board | None = None
         self._failing = False
         self._stopped = threading.Event()
@@ -84,7 +84,12 @@ class Watch:
 
     def enter(self, phase: str) -> None:
         """From now on this rank waits for others in ``phase``."""
-        self._now = (self._now[0] + 1, phase, time.monotonic())
+        self._now = ((self._now[0][0] + 1, 0), phase, time.monotonic())
+
+    def go_on(self) -> None:
+        """This rank gets on within its phase; how often, differs from rank to rank."""
+        (phases, parts), phase, _ = self._now
+        self._now = ((phases, parts + 1), phase, time.monotonic())
 
     def leave(self) -> None:
         """The others have come; this rank works alone."""

@@ -47,6 +47,7 @@ class Board(socketserver.ThreadingTCPServer):
         self._world, self._timeout, self._beat = world, timeout, beat
         self._seen: dict[int, _Seen] = {}
         self._told: set[int] = set()
+        self._answered: dict[int, int] = {}
         self._lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="sft-board", daemon=True).start()
 
@@ -101,6 +102,13 @@ class Board(socketserver.ThreadingTCPServer):
         listening = {rank for rank, seen in self._seen.copy().items() if not (seen.done or seen.lost)}
         return listening - {but} <= self._told
 
+    def answered(self, rank: int, phases: int) -> None:
+        """A rank has got the answer to what it said when it had entered so many phases."""
+        self._answered[rank] = phases
+
+    def all_answered(self, phases: int) -> bool:
+        return len(self._answered) == self._world and all(count >= phases for count in self._answered.copy().values())
+
     def all_done(self) -> bool:
         return len(self._seen) == self._world and all(seen.done for seen in self._seen.copy().values())
 
@@ -129,6 +137,7 @@ class _Line(socketserver.StreamRequestHandler):
                 answer = board.heard(said)
                 rank = said["rank"]
                 self.wfile.write(json.dumps(answer).encode() + b"\n")
+                board.answered(rank, said["count"][0])
                 if answer["first"]:
                     board.told(rank)
         except (OSError, ValueError, LookupError, TypeError):

@@ -79,6 +79,11 @@ class Watch:
             if not answer["absent"]:
                 break
             time.sleep(self._beat / 2)
+        # Once paddle stops the threads of the server's process, nobody there is answered: each must know before.
+        self.enter("the start, where all are")
+        self._ask()
+        if self._board is not None:
+            self._board.wait_for(lambda board: board.all_answered(2), self.timeout)
         self.leave()
         self._thread.start()
 

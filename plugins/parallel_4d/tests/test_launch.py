@@ -17,7 +17,7 @@ import sft
 from sft_parallel_4d.launch import launch, start
 
 PROGRAM = """
-import os, signal, sys, time
+import os, signal, subprocess, sys, time
 from pathlib import Path
 import sft
 from sft_parallel_4d import launch
@@ -34,14 +34,17 @@ try:
         raise LookupError("before the ranks meet")
     watch.start()
     if deed == "end":
+        child = subprocess.Popen(["sleep", "100"], start_new_session=True)
+        (folder / f"pid{world + rank}").write_text(str(child.pid))
         time.sleep(1.5)
         print("the end", flush=True)
         watch.stop()
         sys.exit()
+    if deed == f"usage{rank}":
+        time.sleep(0.8)
+        raise sft.UsageError("lora_rank is 0; give a number above 0.")
     if rank == 1:
         time.sleep(0 if deed == "stopped" else 0.8)
-        if deed == "usage":
-            raise sft.UsageError("lora_rank is 0; give a number above 0.")
         if deed == "bug":
             None.nothing
         if deed == "killed":
@@ -115,10 +118,13 @@ def test_rank_0_is_heard_live_and_alone(
     assert capfd.readouterr() == ("", "quietly 0\n")
 
 
-def test_a_refusal_in_one_rank_ends_all_and_comes_first(program: Program, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_refusal_in_one_rank_ends_all_and_is_told_once(
+    program: Program, capfd: pytest.CaptureFixture[str], rank: int
+) -> None:
     with pytest.raises(sft.UsageError) as caught:
-        program("usage")
-    assert str(caught.value) == "rank 1: lora_rank is 0; give a number above 0."
+        program(f"usage{rank}")
+    assert str(caught.value) == f"rank {rank}: lora_rank is 0; give a number above 0."
     assert caught.value.exit_code == 2
     assert capfd.readouterr().err == "quietly 0\n"
 

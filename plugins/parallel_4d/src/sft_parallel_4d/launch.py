@@ -149,6 +149,7 @@ def _environment(folder: Path, nproc: int) -> dict[str, str]:
     environ = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     environ[FOLDER] = str(folder)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environ.setdefault("GLOG_minloglevel", "1")  # paddle's notes on which socket it has connected
     environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))  # each rank would take them all
     if environ.get("CUDA_VISIBLE_DEVICES") == "":  # the launcher takes it for one GPU without a number
         del environ["CUDA_VISIBLE_DEVICES"]
@@ -196,13 +197,14 @@ class _Tail:
 
 
 def _follow(process: subprocess.Popen[bytes], folder: Path, say: Callable[[str], None]) -> None:
-    """Pass on what rank 0 prints until the launcher ends; ten seconds after a rank's error, it has to."""
+    """Pass on what rank 0 prints until the launcher ends, or until some seconds after a rank's error."""
     output, errors = _Tail(folder / "stdout"), _Tail(folder / "logs" / "workerlog.0")
-    deadline = None
+    deadline, sure = None, False
     while True:
         ended = process.poll() is not None
-        if deadline is None and any(folder.glob("*.error")):
-            deadline = time.monotonic() + 10
+        if not sure and (records := list(folder.glob("*.error"))):
+            sure = any(_read_record(path)["sure"] for path in records)
+            deadline = time.monotonic() + 2 if sure else deadline or time.monotonic() + 10
         for line in output.lines(ended):
             say(line)
         if deadline is None and not (ended and process.returncode):  # else: consequences of the error
@@ -219,7 +221,7 @@ def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
     try:
         process.terminate()
         try:
-            process.wait(5)
+            process.wait(1)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -55,9 +55,13 @@ class Summary:
     data: dict[str, dict[str, int]] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
     """``prompt``, ``before``, ``after`` and the ``reference`` answer of each sample prompt."""
+    speaks: bool = True
+    """Whether this process tells the user: of several that share a run, one."""
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "output_dir": str(self.output_dir)}
+        values = {**asdict(self), "output_dir": str(self.output_dir)}
+        del values["speaks"]
+        return values
 
 
 class Run:

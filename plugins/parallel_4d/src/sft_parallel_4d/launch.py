@@ -23,10 +23,9 @@ from typing import Any
 
 import sft
 from sft import SftError, UsageError
+from sft_parallel_4d.plugin import FOLDER
 from sft_parallel_4d.watch import OtherRankError, Watch
 
-FOLDER = "SFT_LAUNCH_DIR"
-"""The environment variable with the folder that the ranks share with the process that started them."""
 HIDDEN = "SFT_LAUNCH_HIDES_GPUS"
 LAUNCHER_VARIABLES = (
     *("PADDLE_MASTER", "PADDLE_DEVICES", "PADDLE_NNODES", "PADDLE_RUN_MODE", "PADDLE_LOG_LEVEL", "PADDLE_LOG_DIR"),

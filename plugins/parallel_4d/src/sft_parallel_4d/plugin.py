@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from sft import ParallelStrategy, Run, Summary
     from sft_parallel_4d.watch import Watch
 
-STAGES = ("stage1", "stage2", "stage3")
+FOLDER = "SFT_LAUNCH_DIR"
+"""Where ``--nproc`` started this process: the environment variable with the folder of that launch."""
 
 
 @dataclass
@@ -91,6 +92,8 @@ class Parallel4d(sft.Plugin):
     def sft_run_ended(self, run: Run, summary: Summary) -> None:
         if self.watch is not None:
             self.watch.stop()
+        if FOLDER in os.environ:
+            summary.speaks = False  # the process that started this one does
 
     @sft.hookimpl
     def sft_run_failed(self, run: Run, error: BaseException) -> None:

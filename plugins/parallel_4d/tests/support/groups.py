@@ -26,6 +26,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -51,6 +52,23 @@ def install() -> None:
     collective._new_process_group_impl = parallel._new_process_group_impl = create
     if not hasattr(parallel.ParallelEnv, "_device_id"):  # a CPU build sets none, yet fleet asks for it
         parallel.ParallelEnv._device_id = 0
+    connect = parallel.core.create_or_get_global_tcp_store
+
+    def connect_when_there() -> Any:
+        """The store of rank 0: who asks for it before rank 0 has opened it asks again 3 s later."""
+        deadline = time.monotonic() + 10  # after that, its own error is the best one
+        port = int(os.environ["PADDLE_MASTER"].rpartition(":")[2])
+        while os.environ["PADDLE_TRAINER_ID"] != "0" and not _listens(port) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        return connect()
+
+    parallel.core.create_or_get_global_tcp_store = connect_when_there
+
+
+def _listens(port: int) -> bool:
+    """Whether a process of this machine waits for connections at ``port``; asked without making one."""
+    lines = [line.split() for kind in ("tcp", "tcp6") for line in Path("/proc/net", kind).read_text().splitlines()]
+    return any(words[1].endswith(f":{port:04X}") and words[3] == "0A" for words in lines[1:])
 
 
 # --- tensors as bytes ---------------------------------------------------------------------------------------
@@ -303,7 +321,7 @@ class ProcessGroup:
         return self._begin(("from", src), complete, sync_op)
 
     def _start_coalescing(self) -> None:
-        """``batch_isend_irecv`` calls this and the next one around its operations: no send blocks, so nothing is due."""
+        """``batch_isend_irecv`` calls this and the next one around its operations. No send blocks: nothing is due."""
 
     def _end_coalescing(self, *tasks: Any) -> None:
         pass

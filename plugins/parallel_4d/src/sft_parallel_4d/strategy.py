@@ -404,11 +404,12 @@ class Parallel:
         for name in stepped:
             parameter = self._trained[name]
             part = part_of(parameter)
-            bounds = (0, math.prod(parameter.shape)) if self._shards is None else self._shards.bounds(parameter)
+            size = math.prod(parameter.shape)
+            start, stop = (0, size) if self._shards is None else self._shards.bounds(parameter)
             written = self._at.data.rank == 0 and (part is not None or self._at.tensor.rank == 0)
             if self._pipe is not None and self._pipe.stage_of(parameter) != self._at.pipe.rank:
                 written = False  # the last stage's copy of a tied matrix
-            found[name] = Piece(part or Part(tuple(parameter.shape), 0, 0, 1), *bounds, written)
+            found[name] = Piece(part or Part(tuple(parameter.shape), 0, 0, 1), start, stop, written)
         return found
 
     def own_file(self, stem: str) -> str:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trainings import Trainings
 
 import sft
+from sft.testing import make_model, write_data
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +43,29 @@ def outline_of(config_of: Callable[..., Path]) -> Callable[..., sft.Outline]:
         return sft.outline({"model_name_or_path": str(config_of(model_type, **changes))}).outline
 
     return make
+
+
+def _records(count: int) -> list[dict[str, str]]:
+    """Of several lengths, so that rows are padded, and packed unevenly."""
+    return [{"src": f"say the number {n} " * (1 + n % 3), "tgt": " ".join("01234"[: n % 5 + 1])} for n in range(count)]
+
+
+@pytest.fixture(scope="session")
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    """Trainings of a Llama of four blocks whose embeddings are tied, on 17 records: of a pass over them in steps of 8
+    rows, the last step has one row, which is less than there are data ranks."""
+    folder = tmp_path_factory.mktemp("trainings")
+    (folder / "data").mkdir()
+    data = write_data(folder / "data", _records(17), _records(5))
+    return Trainings(folder, make_model(folder / "model", num_hidden_layers=4), data)
+
+
+@pytest.fixture(scope="session")
+def uneven_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """21 records: of two data ranks, one has two micro-batches in a pass's last step and the other has one."""
+    return write_data(tmp_path_factory.mktemp("uneven"), _records(21), _records(5))
+
+
+@pytest.fixture(scope="session")
+def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)

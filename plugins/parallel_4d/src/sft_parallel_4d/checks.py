@@ -25,7 +25,7 @@ def check(run: Run, options: ParallelOptions, world: int) -> tuple[Plan, bool]:
     outline = of_config(values, checked_family(values, folder))
 
     def refuse(why: str) -> UsageError:
-        return UsageError(f"{why}; {_instead(outline, world)}")
+        return UsageError(f"{why}; {_instead(outline, world, stage)}")
 
     needed = tensor * pipeline
     if world % needed:
@@ -42,7 +42,11 @@ def check(run: Run, options: ParallelOptions, world: int) -> tuple[Plan, bool]:
     if not stage and options.sharding_parallel_degree > 1:
         raise UsageError("sharding_parallel_degree is set and sharding is not; set it to stage1, stage2 or stage3.")
     if left % sharding:
-        raise refuse(f"sharding_parallel_degree {sharding} does not divide the {left} processes that are left for data")
+        degrees = ", ".join(str(degree) for degree in range(1, left + 1) if left % degree == 0)
+        raise UsageError(
+            f"sharding_parallel_degree {sharding} does not divide the data processes ({left}); give one of {degrees}, "
+            "or leave it out: all of them."
+        )
     why = refusal(outline, tensor, pipeline)
     if why is not None:
         raise refuse(why)
@@ -93,9 +97,14 @@ def _sharding(text: str | None) -> tuple[int, bool]:
     return (int(stages[0][-1]) if stages else 0), "offload" in words
 
 
-def _instead(outline: Outline, world: int) -> str:
-    plans = [f"tensor {t} x pipeline {p}" for t, p in possible(outline, world)]
-    if not plans:
-        return f"no division of this model has {world} processes but data parallelism."
+def _instead(outline: Outline, world: int, stage: int) -> str:
+    """The degrees that would be accepted, beside the sharding that is asked for."""
+    beside = f" beside stage{stage}" if stage > 1 else ""
+    plans = [
+        f"tensor {tensor} x pipeline {pipeline}"
+        for tensor, pipeline in possible(outline, world)
+        if (stage < 3 or tensor == 1) and (stage < 2 or pipeline == 1)
+    ]
     more = f" and {len(plans) - 6} more" if len(plans) > 6 else ""
-    return f"on {world} processes these degrees work: {', '.join(plans[:6])}{more}; data parallelism takes the rest."
+    these = ", ".join(plans[:6]) + more
+    return f"on {world} processes these degrees work{beside}: {these}; data parallelism takes the rest."

@@ -29,7 +29,14 @@ from typing import Any
 
 SUPPORT = Path(__file__).parent
 MAIN = SUPPORT / "rank_main.py"
-IMPORTS = ["paddle.distributed.fleet", "paddlenlp.transformers.llama.modeling", "sft"]  # what the server imports
+IMPORTS = [  # what the server imports
+    "paddle.distributed.fleet",
+    "paddlenlp.transformers.llama.modeling",
+    "sft.running",
+    "sft.models.loading",
+    "sft.training.loop",
+    "sft_parallel_4d.strategy",
+]
 HOST = "127.0.0.1"
 SHOWN = 6000  # characters of each rank's output in an error
 

@@ -1,0 +1,83 @@
+"""What ranks of the parallel tests run: whole trainings, some of them damaged on purpose."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import sft
+from sft.models.parts import is_elsewhere, part_of
+
+
+def train(settings: dict[str, Any], damage: str | None = None) -> dict[str, Any]:
+    """One rank of a run: the lines it said, its answers, and a digest of each parameter, or part of one, that it ends
+    with. ``damage``: see :class:`Damage`."""
+    said: list[str] = []
+    copies: dict[str, str] = {}
+    watch = type("Watching", (Watch,), {"copies": copies})
+    harm = [type("Harming", (Damage,), {"kind": damage})] if damage else []
+    summary = sft.run(settings, plugins=[watch, *harm], say=said.append)
+    return {"process": os.getpid(), "said": said, "copies": copies, "samples": summary.samples}
+
+
+def draw(settings: dict[str, Any]) -> dict[str, Any]:
+    """One rank of a run that draws a number in each micro-batch: the draws, and whose records the rank read."""
+    found: dict[str, Any] = {"process": os.getpid(), "draws": []}
+    sft.run(settings, plugins=[type("Drawing", (Draw,), {"found": found})], say=lambda text: None)
+    return found
+
+
+class Watch(sft.Plugin):
+    name = "watch"
+    copies: dict[str, str]
+
+    @sft.hookimpl
+    def sft_run_ended(self, run: sft.Run, summary: sft.Summary) -> None:
+        for name, parameter in run.model.named_parameters():
+            if not is_elsewhere(parameter) and parameter._is_initialized():
+                part = part_of(parameter)
+                key = name if part is None else f"{name}, part {part.index}"
+                self.copies[key] = hashlib.sha256(parameter.numpy().tobytes()).hexdigest()
+
+
+class Draw(sft.Plugin):
+    name = "draw"
+    found: dict[str, Any]
+
+    @sft.hookimpl
+    def sft_run_started(self, run: sft.Run) -> None:
+        self.found["data_rank"] = run.strategy.data_rank
+
+    @sft.hookimpl
+    def sft_micro_batch(self, run: sft.Run, batch: sft.Batch) -> None:
+        import paddle
+
+        self.found["draws"].append(float(paddle.rand([1])))
+
+
+class Damage(sft.Plugin):
+    """Harm that rank 1 does to what it has of one matrix: ``gradient`` leaves its gradient out in step 2, ``weight``
+    moves the matrix a little after it."""
+
+    name = "damage"
+    kind: str
+    matrix = "layers.3.mlp.up_proj.weight"
+    step = 2
+
+    @sft.hookimpl
+    def sft_run_started(self, run: sft.Run) -> None:
+        from paddle import distributed
+
+        if distributed.get_rank() != 1:
+            return
+        (self._parameter,) = (p for name, p in run.model.named_parameters() if name.endswith(self.matrix))
+        self._done = 0
+        if self.kind == "gradient":
+            self._parameter.register_hook(lambda gradient: gradient * float(self._done != self.step - 1))
+
+    @sft.hookimpl
+    def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+        self._done = record["step"]
+        if self.kind == "weight" and self._done == self.step and hasattr(self, "_parameter"):
+            self._parameter.set_value(self._parameter + 1e-2)

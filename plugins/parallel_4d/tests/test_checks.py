@@ -1,0 +1,122 @@
+"""Plans that a run cannot have are refused by name, with those that it can, before anything heavy happens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sft
+from sft.running import prepare
+from sft_parallel_4d.plans import Plan
+from sft_parallel_4d.plugin import Parallel4d
+
+Planned = Callable[..., Plan]
+
+
+@pytest.fixture
+def planned(config_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planned:
+    """``planned(processes, model={}, **settings)``: the plan of a run that a launcher has started (None: none
+    has)."""
+
+    def plan(processes: int | None, model: dict[str, Any] | None = None, **settings: Any) -> Plan:
+        monkeypatch.delenv("PADDLE_TRAINERS_NUM", raising=False)
+        if processes is not None:
+            monkeypatch.setenv("PADDLE_TRAINERS_NUM", str(processes))
+        values = {"model_name_or_path": str(config_of(**(model or {}))), "dataset_name_or_path": str(tmp_path)}
+        run = prepare({"output_dir": str(tmp_path / "out"), **values, **settings}, (), lambda text: None)
+        (provider,) = run.hook.sft_parallel_strategy.get_hookimpls()
+        assert isinstance(provider.plugin, Parallel4d)
+        return provider.plugin.plan
+
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings", "degrees"),
+    [
+        (4, {}, (4, 1, 0, 1, 1)),
+        (4, {"tensor_parallel_degree": -1, "pipeline_parallel_degree": -1}, (4, 1, 0, 1, 1)),
+        (8, {"tensor_parallel_degree": 2, "pipeline_parallel_degree": 2}, (2, 1, 0, 2, 2)),
+        (8, {"sharding": "stage3"}, (1, 8, 3, 1, 1)),
+        (8, {"sharding": "stage2", "sharding_parallel_degree": 2}, (4, 2, 2, 1, 1)),
+        (8, {"sharding": "stage1 offload", "pipeline_parallel_degree": 4}, (1, 2, 1, 1, 4)),
+        (8, {"sharding": "stage2", "tensor_parallel_degree": 4}, (1, 2, 2, 4, 1)),
+    ],
+)
+def test_data_parallelism_takes_what_is_left(
+    planned: Planned, processes: int, settings: dict[str, Any], degrees: tuple[int, ...]
+) -> None:
+    plan = planned(processes, **settings)
+    assert (plan.data, plan.sharding, plan.stage, plan.tensor, plan.pipeline) == degrees
+    assert plan.devices == processes
+
+
+TENSOR, PIPELINE = "tensor_parallel_degree", "pipeline_parallel_degree"
+
+
+@pytest.mark.parametrize(
+    ("processes", "model", "settings", "reason"),
+    [
+        (3, {}, {TENSOR: 3}, r"degree 3 does not divide attention heads \(8\)"),
+        (8, {}, {TENSOR: 8}, r"degree 8 does not divide key/value heads \(4\)"),
+        (2, {"model_type": "gemma", "num_key_value_heads": 1}, {TENSOR: 2}, r"does not divide key/value heads \(1\)"),
+        (4, {"vocab_size": 510}, {TENSOR: 4}, r"does not divide the vocabulary \(510\)"),
+        (4, {"intermediate_size": 162}, {TENSOR: 4}, r"does not divide the intermediate size \(162\)"),
+        (8, {}, {PIPELINE: 8}, "8 pipeline stages are more than 4 layers"),
+        (4, {}, {TENSOR: 2, PIPELINE: 3}, "degree 2 x pipeline parallel degree 3 does not divide 4 processes"),
+        (2, {}, {TENSOR: 4}, "does not divide 2 processes"),
+        (4, {}, {TENSOR: 2, "sharding": "stage3"}, "stage3 does not go with tensor parallelism; stage1 and stage2 do"),
+        (4, {}, {PIPELINE: 2, "sharding": "stage2"}, "stage2 does not go with pipeline parallelism; stage1 does"),
+        (4, {}, {PIPELINE: 2, "sharding": "stage3"}, "stage3 does not go with pipeline parallelism; stage1 does"),
+    ],
+)
+def test_impossible_degrees_are_refused_with_possible_ones(
+    planned: Planned, processes: int, model: dict[str, Any], settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(sft.UsageError, match=reason) as refused:
+        planned(processes, model, **settings)
+    named = re.findall(r"tensor (\d+) x pipeline (\d+)", str(refused.value).partition("degrees work")[2])
+    assert f"on {processes} processes" in str(refused.value)
+    assert ("1", "1") in named
+    for tensor, pipeline in named:
+        planned(processes, model, **{**settings, TENSOR: int(tensor), PIPELINE: int(pipeline)})
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings", "reason"),
+    [
+        (1, {TENSOR: 2, PIPELINE: 2}, "needs 4 processes or a multiple of it, and there is 1: add --nproc 4"),
+        (4, {"sharding": "stage1", "sharding_parallel_degree": 3}, r"3 does not .* \(4\); give one of 1, 2, 4"),
+        (4, {"sharding_parallel_degree": 2}, "sharding_parallel_degree is set and sharding is not"),
+        (4, {"sharding": "stage4"}, "sharding: expected one of stage1, stage2, stage3, got 'stage4'"),
+        (4, {"sharding": "offload"}, "sharding: expected one of stage1, stage2, stage3, got 'offload'"),
+        (4, {"sharding": "stage1 stage2"}, "sharding: expected stage1, stage2 or stage3, and offload beside it"),
+        (4, {"sharding": "stage1 overlap"}, "sharding: expected stage1, stage2 or stage3, and offload beside it"),
+        (2, {"sequence_parallel": True}, "sequence_parallel needs tensor parallelism"),
+        (2, {PIPELINE: 2, "num_samples": 1}, "num_samples needs answers, which no stage of a pipeline can give"),
+        (2, {PIPELINE: 2, "eval_with_do_generation": True}, "eval_with_do_generation needs answers"),
+        (2, {"sharding": "stage3", "eval_with_do_generation": True}, "does not go with sharding stage3"),
+        (2, {"device": "gpu:1"}, "device gpu:1 is one device, and 2 processes have one each"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    planned: Planned, processes: int, settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(sft.UsageError, match=reason):
+        planned(processes, **settings)
+
+
+def test_processes_that_are_yet_to_be_started_count(planned: Planned) -> None:
+    with pytest.raises(sft.UsageError, match=r"degree 2 x pipeline parallel degree 1 does not divide 3 processes"):
+        planned(None, nproc=3, **{TENSOR: 2})
+    assert planned(None, nproc=4, **{TENSOR: 2}).devices == 4
+
+
+def test_nothing_is_written(planned: Planned, tmp_path: Path) -> None:
+    with pytest.raises(sft.UsageError):
+        planned(4, **{TENSOR: 3})
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -1,0 +1,132 @@
+"""Whole trainings on several processes learn what one process learns: losses, gradient norms, and what they save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trainings import PLANS, Trainings, assert_equal
+
+from sft.testing import needs
+
+FULL: dict[str, Any] = {}
+LORA = {"plugin": ["lora"], "lora_rank": 4}
+PACKED = {"plugin": ["greedy-zero-padding", "flashmask"]}
+WHATS = {"full": FULL, "lora": LORA, "vera": {"plugin": ["vera"]}}
+LAYOUTS = {"padded": {}, "packed": PACKED}
+
+
+def joined(*settings: dict[str, Any]) -> dict[str, Any]:
+    """All of them, with all their plugins."""
+    plugins = [name for part in settings for name in part.get("plugin", [])]
+    return {**{name: value for part in settings for name, value in part.items()}, "plugin": plugins}
+
+
+def marked(*case: Any, plugins: list[str]) -> Any:
+    return pytest.param(*case, marks=needs(*plugins))
+
+
+def crossed(plans: list[str], what: str, layout: str) -> list[Any]:
+    plugins = joined(WHATS[what], LAYOUTS[layout])["plugin"]
+    return [marked(plan, what, layout, plugins=plugins) for plan in plans]
+
+
+COMMON = ["dp2", "stage1", "stage2", "stage3", "tp2", "tp2-sequence", "pp2"]
+COMMON += ["tp2-dp2", "tp2-pp2", "tp2-stage1", "pp2-dp2", "pp4", "dp2-stage1", "dp2-stage3"]
+
+
+def check(trainings: Trainings, plan: str, **settings: Any) -> None:
+    one = trainings.one(**settings)
+    assert_equal(one, trainings.many(PLANS[plan], **settings)[0])
+
+
+@pytest.mark.parametrize(
+    ("plan", "what", "layout"),
+    [
+        *crossed([*COMMON, "stage2-offload"], "full", "padded"),
+        *crossed(COMMON, "lora", "packed"),
+        *crossed(["stage2", "tp2-sequence", "pp2"], "full", "packed"),
+        *crossed(["stage3", "tp2", "tp2-pp2"], "lora", "padded"),
+    ],
+)
+def test_plans_learn_what_one_process_learns(trainings: Trainings, plan: str, what: str, layout: str) -> None:
+    check(trainings, plan, **joined(WHATS[what], LAYOUTS[layout]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "what", [marked("full", plugins=[]), *(marked(what, plugins=[what]) for what in ("lora", "vera"))]
+)
+@pytest.mark.parametrize("layout", [marked("padded", plugins=[]), marked("packed", plugins=PACKED["plugin"])])
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if plan != "one"])
+def test_every_plan_recomputes_and_learns_the_same(trainings: Trainings, plan: str, what: str, layout: str) -> None:
+    check(trainings, plan, recompute=True, **joined(WHATS[what], LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("plan", ["dp2", "stage2", "stage3", "dp2-stage3", "pp2-dp2"])
+def test_ranks_may_have_different_numbers_of_micro_batches(trainings: Trainings, uneven_data: Path, plan: str) -> None:
+    check(trainings, plan, dataset_name_or_path=str(uneven_data))
+
+
+@pytest.mark.parametrize(
+    ("model", "plan"),
+    [
+        ("qwen2-untied", "tp2-sequence"),
+        ("qwen2-untied", "tp2-pp2"),
+        ("mistral-gqa", "tp2-stage1"),
+        ("mistral-gqa", "pp2"),
+        ("gemma-tied", "dp2"),
+        ("gemma-tied", "stage3"),
+        ("gemma-tied", "pp2"),
+    ],
+)
+def test_families(trainings: Trainings, models: Path, model: str, plan: str) -> None:
+    check(trainings, plan, model_name_or_path=str(models / model))
+
+
+@pytest.mark.parametrize("plan", ["stage3", "tp2-sequence", "tp2-pp2"])
+def test_lm_head_of_its_own(trainings: Trainings, untied_model: Path, plan: str) -> None:
+    check(trainings, plan, model_name_or_path=str(untied_model))
+
+
+@pytest.mark.parametrize(
+    ("plan", "settings"),
+    [
+        ("stage3", FULL),
+        ("tp2-sequence", FULL),
+        ("pp2", FULL),
+        marked("stage3", joined(LORA, PACKED), plugins=["lora", *PACKED["plugin"]]),
+        marked("tp2-sequence-pp2", joined(LORA, PACKED), plugins=["lora", *PACKED["plugin"]]),
+    ],
+)
+def test_recompute(trainings: Trainings, plan: str, settings: dict[str, Any]) -> None:
+    check(trainings, plan, recompute=True, **settings)
+
+
+def techniques() -> list[Any]:
+    plans = {
+        ("lora", "pissa", "rslora"): ["stage3", "tp2", "pp2"],
+        ("lora", "lora-plus"): ["tp2-stage1"],
+        ("vera",): ["stage1", "tp2", "tp2-sequence-pp2"],
+        ("lora", "nf4"): ["dp2", "stage3", "pp2"],
+        ("lora", "int8"): ["stage3", "pp2"],
+        # Each stage and each data rank draws numbers of its own; noise is drawn where embeddings are.
+        ("neftune",): ["tp2", "pp2"],
+        ("neftune", "lora", *PACKED["plugin"]): ["tp2-pp2"],
+    }
+    return [marked(plan, list(names), plugins=list(names)) for names, chosen in plans.items() for plan in chosen]
+
+
+@pytest.mark.parametrize(("plan", "plugins"), techniques())
+def test_techniques(trainings: Trainings, plan: str, plugins: list[str]) -> None:
+    check(trainings, plan, plugin=plugins)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "weight"])
+@pytest.mark.parametrize("plan", ["dp2", "stage1", "tp2", "pp2"])
+def test_damage_on_one_rank_is_noticed(trainings: Trainings, plan: str, kind: str) -> None:
+    one = trainings.one(plugin=[])
+    damaged, _ = trainings.many(PLANS[plan], damage=kind, plugin=[])
+    with pytest.raises(AssertionError, match="is apart from"):
+        assert_equal(one, damaged)

@@ -79,9 +79,7 @@ def backward_extra(outline: Outline, shape: Shape, precision: Precision) -> int:
     return round(shape.tokens * precision.products / 8 * max(mlp, attention))
 
 
-def at_borders(
-    outline: Outline, shape: Shape, precision: Precision, recompute: bool, first: bool, last: bool
-) -> int:
+def at_borders(outline: Outline, shape: Shape, precision: Precision, recompute: bool, first: bool, last: bool) -> int:
     """What a pipeline stage keeps of a micro-batch beside its blocks: what it has received, until its gradient is sent
     back (recomputation keeps that anyway), and what it has sent."""
     ends = (not first and not recompute) + (not last)

@@ -48,9 +48,7 @@ class Wanted:
     """Whether sharding's pieces rest in the host's memory; a plan has that only if it is asked for."""
 
 
-def legal_plans(
-    outline: Outline, devices: int, rows: int, batch: int, wanted: Wanted | None = None
-) -> list[Plan]:
+def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: Wanted | None = None) -> list[Plan]:
     """Every legal plan for ``devices`` whose step has ``rows`` rows, in micro-batches of ``batch`` rows.
 
     Raises :class:`UsageError` that says why, if there is none.

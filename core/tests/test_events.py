@@ -133,8 +133,18 @@ def test_an_error_in_a_plugin_is_not_swallowed(train: Train, tmp_path: Path) -> 
         def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
             raise KeyError("a bug")
 
-    with pytest.raises(KeyError, match="a bug"):
-        train("out", (Broken,))
+    told: list[tuple[bool, BaseException]] = []
+
+    class Told(sft.Plugin):
+        name = "told"
+
+        @sft.hookimpl
+        def sft_run_failed(self, run: sft.Run, error: BaseException) -> None:
+            told.append((run.model is not None, error))
+
+    with pytest.raises(KeyError, match="a bug") as caught:
+        train("out", (Broken, Told))
+    assert told == [(True, caught.value)]
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"
     assert not (tmp_path / "out" / "model.safetensors").exists()
 

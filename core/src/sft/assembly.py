@@ -296,6 +296,7 @@ def summarise(run: Run, journal: Any, steps: int, epochs: float, after: dict[str
         peak_memory_mib=runtime.peak_memory_mib(),
         data=data,
         samples=samples,
+        speaks=run.strategy.is_main,
     )
 
 

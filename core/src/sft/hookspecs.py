@@ -53,6 +53,12 @@ def sft_check(run: Run) -> None:
     """Refuse settings that do not go together. Neither data nor weights have been touched; keep it instant."""
 
 
+@single
+def sft_launch(run: Run) -> Summary | None:
+    """Do the run elsewhere, as in processes that are started for it with the settings ``run.given``, and return what
+    came of it. Without one, or None: it is done here."""
+
+
 # --- data ---------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +170,14 @@ def sft_checkpoint_saved(run: Run, folder: Path) -> None:
 @hookspec
 def sft_run_ended(run: Run, summary: Summary) -> None:
     """The result has been written to ``run.output_dir`` and measured."""
+
+
+@hookspec
+def sft_run_failed(run: Run, error: BaseException) -> None:
+    """The run ends with ``error``, or was interrupted; after this the caller of :func:`sft.run` gets it.
+
+    Called for everything that goes wrong once :func:`sft_check` has passed; what ended the run cannot be changed here.
+    """
 
 
 # --- adapters on disk ---------------------------------------------------------------------------------------

@@ -55,9 +55,13 @@ class Summary:
     data: dict[str, dict[str, int]] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
     """``prompt``, ``before``, ``after`` and the ``reference`` answer of each sample prompt."""
+    speaks: bool = True
+    """Whether this process tells the user: of several that share a run, one."""
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "output_dir": str(self.output_dir)}
+        values = {**asdict(self), "output_dir": str(self.output_dir)}
+        del values["speaks"]
+        return values
 
 
 class Run:
@@ -80,8 +84,12 @@ class Run:
     sizes: tuple[int, int]
     """Trainable parameters and all of them, of the whole model, as numbers of values."""
 
-    def __init__(self, settings: Settings, plugins: Plugins, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, settings: Settings, plugins: Plugins, say: Callable[[str], None], given: Mapping[str, Any] | None = None
+    ) -> None:
         self.settings = settings
+        self.given = dict(given or {})
+        """The settings by name as they came, ``plugin`` among them."""
         self.plugins = plugins
         self.hook = plugins.hook
         self.say = say
@@ -152,7 +160,11 @@ def run(
     """
     values = read_file(Path(settings)) if isinstance(settings, (str, os.PathLike)) else settings
     current = prepare(normalise(values), plugins, say or _print)
-    return execute(current)
+    try:
+        return current.hook.sft_launch(run=current) or execute(current)
+    except BaseException as error:
+        current.hook.sft_run_failed(run=current, error=error)
+        raise
 
 
 def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str], None]) -> Run:
@@ -164,7 +176,7 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
     left, foreign = explain(left, known_names(active))
     settings = build(left, active)
     active.start(settings.options)
-    current = Run(settings, active, say)
+    current = Run(settings, active, say, values)
     given = settings.flat()
     for name in ("model_name_or_path", "dataset_name_or_path", "output_dir"):
         if not given[name]:

@@ -30,11 +30,13 @@ def command(arguments: tuple[str, ...]) -> None:
     from sft.running import run
 
     try:
-        report(run(values))
+        summary = run(values)
     except KeyboardInterrupt:
         raise SftError(
             "interrupted; the same command with --resume_from_checkpoint auto goes on from the last checkpoint."
         ) from None
+    if summary.speaks:
+        report(summary)
 
 
 def collect(arguments: list[str]) -> dict[str, Any]:

@@ -87,6 +87,8 @@ class Optimizer:
     @paddle.no_grad()
     def step(self, rate: float, factor: float = 1.0) -> None:
         """Apply the gradients, each times ``factor``, at learning rate ``rate``, and clear them."""
+        if not self.parameters:  # all that trains is in other processes
+            return
         for name, parameter in self.parameters.items():
             master, gradient = self._stepped[name], parameter.grad
             if gradient is None:

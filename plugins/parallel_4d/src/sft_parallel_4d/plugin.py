@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sft
@@ -11,9 +13,11 @@ import sft
 if TYPE_CHECKING:
     import click
 
-    from sft import ParallelStrategy, Run
+    from sft import ParallelStrategy, Run, Summary
+    from sft_parallel_4d.watch import Watch
 
-STAGES = ("stage1", "stage2", "stage3")
+FOLDER = "SFT_LAUNCH_DIR"
+"""Where ``--nproc`` started this process: the environment variable with the folder of that launch."""
 
 
 @dataclass
@@ -43,6 +47,10 @@ class Parallel4d(sft.Plugin):
     reference = "arXiv 1909.08053, 1910.02054, 1811.06965, 2205.05198"
     Options = ParallelOptions
 
+    def __init__(self, options: ParallelOptions) -> None:
+        super().__init__(options)
+        self.watch: Watch | None = None
+
     @sft.hookimpl
     def sft_commands(self, cli: click.Group) -> None:
         from sft_parallel_4d.command import command
@@ -58,11 +66,41 @@ class Parallel4d(sft.Plugin):
             run.say = lambda text: None
 
     @sft.hookimpl
+    def sft_launch(self, run: Run) -> Summary | None:
+        if self.options.nproc == 1 or is_launched():
+            return None
+        from sft_parallel_4d.launch import launch
+
+        launch(run.given, self.options.nproc, run.say)
+        result = json.loads((run.output_dir / "run.json").read_text(encoding="utf-8"))["result"]
+        return sft.Summary(**{**result, "output_dir": Path(result["output_dir"])})
+
+    @sft.hookimpl
     def sft_parallel_strategy(self, run: Run) -> ParallelStrategy:
+        from sft_parallel_4d.launch import report
         from sft_parallel_4d.strategy import Parallel
         from sft_parallel_4d.topology import connect
 
-        return Parallel(run, connect(self.plan), self.offload)
+        if self.plan.devices > 1:
+            from sft_parallel_4d.watch import Watch
+
+            self.watch = Watch(rank(), self.plan.devices, self.options.parallel_timeout, report)
+            self.watch.start()
+        return Parallel(run, connect(self.plan), self.offload, self.watch)
+
+    @sft.hookimpl
+    def sft_run_ended(self, run: Run, summary: Summary) -> None:
+        if self.watch is not None:
+            self.watch.stop()
+        if FOLDER in os.environ:
+            summary.speaks = False  # the process that started this one does
+
+    @sft.hookimpl
+    def sft_run_failed(self, run: Run, error: BaseException) -> None:
+        if is_launched():
+            from sft_parallel_4d.launch import failed
+
+            failed(error, rank(), self.watch)
 
 
 def processes(options: ParallelOptions) -> int:

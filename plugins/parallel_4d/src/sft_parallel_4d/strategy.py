@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import paddle
@@ -26,13 +27,32 @@ from sft_parallel_4d.topology import Topology
 if TYPE_CHECKING:
     from sft import Run
     from sft.models.loading import ModelSource
+    from sft_parallel_4d.watch import Watch
+
+
+Result = TypeVar("Result")
+
+
+def _phase(name: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Marks a method in which processes wait for each other; where one is missing for long, the watch says so."""
+
+    def mark(method: Callable[..., Result]) -> Callable[..., Result]:
+        @functools.wraps(method)
+        def watched(self: Parallel, *arguments: Any) -> Result:
+            with self._waiting(name):
+                return method(self, *arguments)
+
+        return watched
+
+    return mark
 
 
 class Parallel:
     """See :class:`sft.ParallelStrategy` for what each member means."""
 
-    def __init__(self, run: Run, topology: Topology, offload: bool) -> None:
+    def __init__(self, run: Run, topology: Topology, offload: bool, watch: Watch | None = None) -> None:
         plan = topology.plan
+        self._watch = watch
         self._run, self._at = run, topology
         self.data_rank, self.data_world = topology.data_rank, plan.data_world
         self.draw_rank = topology.data_rank + plan.data_world * topology.pipe.rank
@@ -44,6 +64,18 @@ class Parallel:
         self._trained: dict[str, Any] = {}
         self._all: list[tuple[str, Any]] | None = None
         self._adapters: list[tuple[Any, str, int]] = []
+
+    @contextlib.contextmanager
+    def _waiting(self, phase: str) -> Iterator[None]:
+        if self._watch is not None:
+            self._watch.enter(phase)
+        yield
+        if self._watch is not None:
+            self._watch.leave()
+
+    def _go_on(self) -> None:
+        if self._watch is not None:
+            self._watch.go_on()
 
     # --- the model ------------------------------------------------------------------------------------------
 
@@ -68,6 +100,7 @@ class Parallel:
         if self._shards is not None and self._shards.has(parameter):
             self._shards.put(parameter, parameter)
 
+    @_phase("reading whole weights")
     def linear_weight(self, layer: Any) -> Any:
         weight = None
         if not is_elsewhere(layer):
@@ -227,12 +260,16 @@ class Parallel:
             for group in groups
         ]
 
+    @_phase("forward and backward")
     def backward(self, model: Any, batches: Sequence[Batch], loss_scale: float) -> float:
         batches, scales = self._even(batches, loss_scale)
         losses: list[float] = []
+        if self._tensor is not None:
+            self._tensor.seed_dropout()
 
         def forward(batch: Batch, received: Any) -> Any:
             self._run.hook.sft_micro_batch(run=self._run, batch=batch)
+            self._go_on()
             with self._run.precision.autocast():
                 return self._forward(model, batch, received, self._loss)
 
@@ -241,6 +278,7 @@ class Parallel:
             with self._going_back():
                 (loss * scale).backward()
             losses.append(float(loss) if scale else 0.0)
+            self._go_on()
 
         with self._working():
             if self._pipe is not None:
@@ -342,15 +380,18 @@ class Parallel:
         pipe.exchange([(parameter.grad.clone(), other)], [(theirs, other)])
         parameter.grad.add_(theirs)
 
+    @_phase("the gradient norm")
     def grad_norm(self, stepped: Mapping[str, Any]) -> float:
         pieces = self.pieces(stepped)
         own = squares(tensor for name, tensor in stepped.items() if pieces[name].written)
         return math.sqrt(float(self._at.world.sum(paddle.to_tensor([own], dtype="float64"))))
 
+    @_phase("spreading new values")
     def updated(self) -> None:
         if self._shards is not None:
             self._shards.spread(self._trained.values())
 
+    @_phase("evaluation")
     def scores(self, model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
         batches, scales = self._even(batches, 1.0)
         found: list[tuple[float, int]] = []
@@ -361,6 +402,7 @@ class Parallel:
             found.append((loss * counts, int(correct * counts)))
 
         def forward(batch: Batch, received: Any) -> Any:
+            self._go_on()
             return self._forward(model, batch, received, scored)
 
         with self._working():
@@ -381,6 +423,7 @@ class Parallel:
         known = paddle.to_tensor(values, dtype="float64")
         return list(map(float, self._at.pipe.broadcast(known, self._at.pipe.size - 1)))
 
+    @_phase("sums over data ranks")
     def sum(self, values: Sequence[float]) -> list[float]:
         tensor = paddle.to_tensor(list(values), dtype="float64")
         return list(map(float, self._at.data.sum(self._at.sharding.sum(tensor))))
@@ -389,6 +432,10 @@ class Parallel:
 
     @paddle.no_grad()
     def whole(self, parameters: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        with self._waiting("collecting whole tensors"):
+            yield from self._whole(parameters)
+
+    def _whole(self, parameters: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         for name, parameter in parameters:
             part = part_of(parameter)
             if is_elsewhere(parameter):
@@ -397,6 +444,7 @@ class Parallel:
                 whole = self._undivided(self._fetch(parameter).detach(), part)
             if self._pipe is not None:
                 whole = self._at.pipe.broadcast(whole.clone(), self._pipe.stage_of(parameter))
+            self._go_on()
             yield name, whole
 
     def pieces(self, stepped: Mapping[str, Any]) -> Mapping[str, Piece]:
@@ -404,8 +452,7 @@ class Parallel:
         for name in stepped:
             parameter = self._trained[name]
             part = part_of(parameter)
-            size = math.prod(parameter.shape)
-            start, stop = (0, size) if self._shards is None else self._shards.bounds(parameter)
+            start, stop = (0, math.prod(parameter.shape)) if self._shards is None else self._shards.bounds(parameter)
             written = self._at.data.rank == 0 and (part is not None or self._at.tensor.rank == 0)
             if self._pipe is not None and self._pipe.stage_of(parameter) != self._at.pipe.rank:
                 written = False  # the last stage's copy of a tied matrix
@@ -415,6 +462,7 @@ class Parallel:
     def own_file(self, stem: str) -> str:
         return f"{stem}-{self._at.world.rank:05d}" if self._at.plan.devices > 1 else stem
 
+    @_phase("waiting for all")
     def wait(self) -> None:
         self._at.world.sum(paddle.zeros([1]))
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle.autograd import PyLayer
+from paddle.distributed.fleet.layers.mpu.random import get_rng_state_tracker
 
 from sft import Batch, UsageError
 from sft.models.parts import Part, part_of
@@ -24,6 +25,8 @@ from sft_parallel_4d.topology import Axis
 COLUMN = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 """Linears whose outputs are divided; the others' inputs are."""
 ROW = {"self_attn": ("o_proj",), "mlp": ("down_proj",)}
+APART = "sft: apart"
+"""The name, to paddle, of the state of draws that differ along the axis."""
 SEQUENCE = 1
 """The dimension of [B, S, hidden] that sequence parallelism divides."""
 
@@ -100,6 +103,7 @@ class TensorParallel:
     def __init__(self, axis: Axis, sequence: bool) -> None:
         self._axis, self.sequence = axis, sequence
         self.active = False
+        self._draws = False
 
     # --- before there are weights ---
 
@@ -168,6 +172,9 @@ class TensorParallel:
         """Let blocks work together. ``first``, ``last``: whether the model's first, its last block is here."""
         backbone = getattr(model, model.base_model_prefix)
         blocks = list(backbone.layers)
+        for layer, side in adapters(blocks):
+            if side == "in":
+                self._draw_apart(layer)
         for block in blocks:
             _around(block.self_attn, self._enter, self._leave)
             _around(block.mlp, self._enter, self._leave)
@@ -175,6 +182,27 @@ class TensorParallel:
             _around(blocks[0], self._split, None)
         if self.sequence and last:
             _around(backbone.norm, None, self._join)
+
+    def _draw_apart(self, layer: Any) -> None:
+        """Let dropout on a divided input draw for each part of it; elsewhere all processes drop the same."""
+        for dropout in layer.sublayers():
+            if isinstance(dropout, paddle.nn.Dropout) and dropout.p > 0:
+                own = dropout.forward
+
+                def forward(x: Any, own: Callable[[Any], Any] = own) -> Any:
+                    with get_rng_state_tracker().rng_state(APART):
+                        return own(x)
+
+                dropout.forward = forward
+                self._draws = True
+
+    def seed_dropout(self) -> None:
+        """A step begins: what is drawn apart depends on its seed and on the process."""
+        if self._draws:
+            common = int(paddle.randint(0, 2**31 - 1, [1], "int64"))  # the same in all processes of the axis
+            tracker = get_rng_state_tracker()
+            tracker.reset()
+            tracker.add(APART, int(np.random.SeedSequence([common, self._axis.rank]).generate_state(1)[0]))
 
     def _enter(self, x: Any) -> Any:
         return _Enter.apply(x, self._axis, self.sequence and self.active)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +112,12 @@ def connect(plan: Plan) -> Topology:
         "pp_degree": plan.pipeline,
         "sep_degree": 1,
     }
-    fleet.init(is_collective=True, strategy=strategy)
+    with (
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):  # what paddle says of its flags and groups
+        warnings.simplefilter("ignore")
+        fleet.init(is_collective=True, strategy=strategy)
     hcg = fleet.get_hybrid_communicate_group()
     world = Axis(distributed.get_rank(), distributed.get_group(0))
     return Topology(

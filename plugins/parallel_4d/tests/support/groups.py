@@ -37,38 +37,49 @@ HOST = "127.0.0.1"
 
 def install() -> None:
     """Let ``fleet.init`` and ``new_group`` make groups of this module wherever they would make gloo's."""
+    from paddle.base import core
     from paddle.distributed import collective, parallel
 
     if getattr(collective._new_process_group_impl, "is_of_tests", False):
         return
     original = collective._new_process_group_impl
+    connect = core.create_or_get_global_tcp_store
 
     def create(backend: str, store: Any, rank: int, size: int, *args: Any, group_id: int = 0, **options: Any) -> Any:
         if backend != "gloo":
             return original(backend, store, rank, size, *args, group_id=group_id, **options)
         return ProcessGroup(store, rank, size, group_id)
 
+    def connect_late() -> Any:
+        if os.environ.get("PADDLE_TRAINER_ID", "0") != "0" and "PADDLE_MASTER" in os.environ:
+            _wait_for_listener(int(os.environ["PADDLE_MASTER"].rpartition(":")[2]))
+        return connect()
+
+    core.create_or_get_global_tcp_store = connect_late
     create.is_of_tests = True  # type: ignore[attr-defined]
     collective._new_process_group_impl = parallel._new_process_group_impl = create
     if not hasattr(parallel.ParallelEnv, "_device_id"):  # a CPU build sets none, yet fleet asks for it
         parallel.ParallelEnv._device_id = 0
-    connect = parallel.core.create_or_get_global_tcp_store
 
-    def connect_when_there() -> Any:
-        """The store of rank 0: who asks for it before rank 0 has opened it asks again 3 s later."""
-        deadline = time.monotonic() + 10  # after that, its own error is the best one
-        port = int(os.environ["PADDLE_MASTER"].rpartition(":")[2])
-        while os.environ["PADDLE_TRAINER_ID"] != "0" and not _listens(port) and time.monotonic() < deadline:
-            time.sleep(0.002)
-        return connect()
 
-    parallel.core.create_or_get_global_tcp_store = connect_when_there
+def _wait_for_listener(port: int) -> None:
+    """Wait until a process of this machine listens there: Paddle's store tries again after 3 s only."""
+    deadline = time.monotonic() + _timeout()
+    while not _listens(port):
+        if time.monotonic() > deadline:
+            me = os.environ["PADDLE_TRAINER_ID"]
+            raise TimeoutError(f"Rank {me} waited {_timeout():g} s for rank 0, which has not opened Paddle's store.")
+        time.sleep(0.005)
 
 
 def _listens(port: int) -> bool:
-    """Whether a process of this machine waits for connections at ``port``; asked without making one."""
-    lines = [line.split() for kind in ("tcp", "tcp6") for line in Path("/proc/net", kind).read_text().splitlines()]
-    return any(words[1].endswith(f":{port:04X}") and words[3] == "0A" for words in lines[1:])
+    tables = [table for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if table.exists()]
+    sockets = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+    return any(state == "0A" and local.endswith(f":{port:04X}") for _, local, _, state, *_ in sockets)
+
+
+def _timeout() -> float:
+    return float(os.environ.get(TIMEOUT_VARIABLE, "60"))
 
 
 # --- tensors as bytes ---------------------------------------------------------------------------------------
@@ -107,7 +118,13 @@ def narrowed(numbers: np.ndarray, dtype: str) -> np.ndarray:
 
 def reduced(parts: Sequence[np.ndarray], dtype: str, operation: Any) -> np.ndarray:
     """The parts' sum, mean, greatest, least or product, element by element, in the order given; all are bytes."""
-    functions = {"SUM": np.add, "AVG": np.add, "MAX": np.maximum, "MIN": np.minimum, "PRODUCT": np.multiply}
+    functions: dict[str, Callable[..., np.ndarray]] = {
+        "SUM": np.add,
+        "AVG": np.add,
+        "MAX": np.maximum,
+        "MIN": np.minimum,
+        "PRODUCT": np.multiply,
+    }
     total = functools.reduce(functions[operation.name], [widened(part, dtype) for part in parts])
     return narrowed(total / len(parts) if operation.name == "AVG" else total, dtype)
 
@@ -195,11 +212,11 @@ class ProcessGroup:
     def __init__(self, store: Any, rank: int, size: int, group_id: int) -> None:
         self._rank, self._size, self._id = rank, size, group_id
         self._lanes: dict[Hashable, collections.deque[Task]] = collections.defaultdict(collections.deque)
-        self._timeout = float(os.environ.get(TIMEOUT_VARIABLE, "60"))
+        self._timeout = _timeout()
         self._ports: list[int] = []
         self._world_ranks: list[int] = []
-        # The store's get() blocks for a quarter of an hour. Its counters can be read without waiting: 0 if unset.
-        store.add(f"rank-groups/{group_id}/{rank}", mailbox().port | int(os.environ["PADDLE_TRAINER_ID"]) << 16)
+        # The store's get() can block for a quarter of an hour. A number can be read by adding 0, and is 0 if unset.
+        store.set(f"rank-groups/{group_id}/{rank}", str(mailbox().port | int(os.environ["PADDLE_TRAINER_ID"]) << 16))
         deadline = time.monotonic() + self._timeout
         for peer in range(size):
             while not (entry := store.add(f"rank-groups/{group_id}/{peer}", 0)):
@@ -281,7 +298,7 @@ class ProcessGroup:
     def reduce_scatter_tensor(self, out: Any, tensor: Any, op: Any, sync_op: bool = True) -> Task:
         """``tensor``: one piece as large as ``out`` for each rank, one after the other."""
         _check_pieces(out, tensor, self._size)
-        return self._reduce("reduce_scatter", out, memory(tensor).reshape(self._size, -1), op, sync_op)
+        return self._reduce("reduce_scatter", out, [*memory(tensor).reshape(self._size, -1)], op, sync_op)
 
     def all_gather(self, outs: Sequence[Any], tensor: Any, sync_op: bool = True) -> Task:
         def use(parts: list[np.ndarray]) -> None:
@@ -321,7 +338,7 @@ class ProcessGroup:
         return self._begin(("from", src), complete, sync_op)
 
     def _start_coalescing(self) -> None:
-        """``batch_isend_irecv`` calls this and the next one around its operations. No send blocks: nothing is due."""
+        """``batch_isend_irecv`` calls this and the next around its operations: no send blocks, so nothing is due."""
 
     def _end_coalescing(self, *tasks: Any) -> None:
         pass

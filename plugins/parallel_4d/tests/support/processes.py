@@ -6,7 +6,7 @@ whatever happens no process is left behind. The function must be importable from
 ``sys.path``; its arguments and what it returns go through JSON.
 
 Ranks are forked from a server that has made the imports (``rank_main.py``), so that starting them takes milliseconds;
-``fresh=True`` starts plain interpreters instead. The server runs nothing itself: each rank finds Paddle untouched.
+``fresh=True`` starts plain interpreters instead. The server calculates nothing: each rank finds Paddle as imported.
 """
 
 from __future__ import annotations
@@ -71,15 +71,14 @@ def run_ranks(
     """
     if not fresh and (early := [name for name in env or () if name.startswith(("FLAGS_", "OMP_", "PYTHON"))]):
         raise ValueError(f"{', '.join(early)}: read at import, before ranks are forked. Pass fresh=True.")
-    kind = _FreshRank if fresh else _ForkedRank
     ranks: list[_Rank] = []
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder, _reserved_port() as port:
         (Path(folder) / "arguments.json").write_text(json.dumps(args))
         try:
             for number in range(count):
-                rank = kind(number, Path(folder), {**environment(number, count, port), **(env or {})})
+                rank = _Rank(number, Path(folder))
                 ranks.append(rank)
-                rank.start(target)
+                rank.start(target, {**environment(number, count, port), **(env or {})}, fresh)
             return _results(ranks, target, timeout)
         finally:
             for rank in ranks:
@@ -128,6 +127,14 @@ def environment(number: int, count: int, port: int) -> dict[str, str]:
     }
 
 
+def launcher_environment() -> dict[str, str]:
+    """For a subprocess such as ``python -m paddle.distributed.launch ... -m sft run``: its ranks use ``groups`` too."""
+    path = [str(SUPPORT / "launched"), *_path()]
+    ranks_own = ("PADDLE_MASTER", "PADDLE_TRAINER", "PADDLE_CURRENT")  # the launcher sets these itself
+    rest = {name: value for name, value in environment(0, 1, 0).items() if not name.startswith(ranks_own)}
+    return {**rest, "PYTHONPATH": os.pathsep.join(path)}
+
+
 def _path() -> list[str]:
     """Where a rank finds modules: the support, the tests beside it, and all that the caller sees."""
     return list(dict.fromkeys([str(SUPPORT), str(SUPPORT.parent), *(entry or os.getcwd() for entry in sys.path)]))
@@ -136,7 +143,7 @@ def _path() -> list[str]:
 @contextlib.contextmanager
 def _reserved_port() -> Iterator[int]:
     """A free port below those that the system hands out; no other test of this machine gets it meanwhile."""
-    candidates = list(range(20000, 32000))
+    candidates = list(range(20000, 32000, 16))  # the endpoints after it, too
     random.Random().shuffle(candidates)
     for port in candidates:
         with socket.socket(socket.AF_UNIX) as guard, socket.socket() as trial:
@@ -157,18 +164,23 @@ class _Rank:
 
     process = 0
 
-    def __init__(self, number: int, folder: Path, env: Mapping[str, str]) -> None:
-        self.number, self.env = number, env
+    def __init__(self, number: int, folder: Path) -> None:
+        self.number = number
         self.arguments, self.result = folder / "arguments.json", folder / f"result-{number}.json"
-        self.log, self.exit_file = folder / f"log-{number}", folder / f"exit-{number}"
+        self.log, self.exit = folder / f"log-{number}", folder / f"exit-{number}"
         self.log.touch()
 
-    def start(self, target: str) -> None:
-        raise NotImplementedError
+    def start(self, target: str, env: Mapping[str, str], fresh: bool) -> None:
+        self._server = _running_server()
+        files = {name: str(getattr(self, name)) for name in ("arguments", "result", "log", "exit")}
+        job = {"target": target, "env": env, "fresh": fresh, "imports": [] if fresh else IMPORTS}
+        self.process = self._server.fork({**job, **files, "path": _path(), "folder": os.getcwd()})
 
     def code(self) -> int | None:
         """The exit code, negative for a signal; None while the process runs."""
-        raise NotImplementedError
+        if self.exit.exists():
+            return int(self.exit.read_text())
+        return None if self._server.runs() else -signal.SIGKILL  # ranks die with their server
 
     def ended(self) -> bool:
         return self.code() is not None
@@ -196,57 +208,21 @@ class _Rank:
 
     def kill(self) -> None:
         """End the process and all that it started, and wait until it is gone."""
-        if not self.process:
-            return
-        while True:
-            for kill in (os.killpg, os.kill) if not self.ended() else (os.killpg,):
+        while self.process:
+            running = not self.ended()
+            for kill in (os.killpg, os.kill) if running else (os.killpg,):
                 with contextlib.suppress(ProcessLookupError):
                     kill(self.process, signal.SIGKILL)
-            if self.ended():
-                return
+            if not running:
+                break
             time.sleep(0.002)
-
-
-class _FreshRank(_Rank):
-    """A new interpreter."""
-
-    def start(self, target: str) -> None:
-        command = [sys.executable, str(MAIN), target, str(self.arguments), str(self.result)]
-        with self.log.open("wb") as log:
-            self._popen = subprocess.Popen(
-                command,
-                env=self.env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.process = self._popen.pid
-
-    def code(self) -> int | None:
-        return self._popen.poll()
-
-
-class _ForkedRank(_Rank):
-    """A fork of the server, which has made the imports."""
-
-    def start(self, target: str) -> None:
-        self._server = _running_server()
-        files = {"arguments": self.arguments, "result": self.result, "log": self.log, "exit": self.exit_file}
-        job = {"target": target, "env": self.env, "path": _path(), "folder": os.getcwd()}
-        self.process = self._server.fork({**job, **{name: str(file) for name, file in files.items()}})
-
-    def code(self) -> int | None:
-        if self.exit_file.exists():
-            return int(self.exit_file.read_text())
-        return None if self._server.runs() else -signal.SIGKILL  # its forks die with it
 
 
 class _Server:
     def __init__(self) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the server)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the server)
         self._popen = subprocess.Popen(
-            [sys.executable, str(MAIN), "--serve", *IMPORTS],
+            [sys.executable, str(MAIN)],
             env=environment(0, 1, 0),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -1,15 +1,16 @@
-"""What a rank of a parallel test runs: ``python rank_main.py TARGET ARGUMENTS RESULT``, or many, forked by a server.
+"""Runs the ranks of parallel tests. ``python rank_main.py`` is their server, ``python rank_main.py JOB`` is one rank.
 
-TARGET is "module:function". ARGUMENTS is a JSON file with the list of its arguments; into the JSON file RESULT goes
-{"value": what it returned} or {"error": the traceback, "at": when, by the machine's monotonic clock}.
+The server forks a rank for each line of JSON that it reads, answers with its process id, and writes its exit code into
+a file when it has ended. It makes the imports that take seconds once, before the first rank that wants them made; a
+"fresh" rank is a new interpreter instead. When its input ends, because the caller stopped or died, it kills all ranks.
 
-``python rank_main.py --serve MODULE...`` imports the modules, then forks a rank for each line of JSON that it reads,
-answers with its process id, and writes its exit code to a file when it ends. The imports, seconds for each process,
-are made once. At the end of its input it kills what it forked.
+A rank calls its target, "module:function", with the arguments in one JSON file, and writes another: {"value": what the
+target returned} or {"error": the traceback, "at": when, by the machine's monotonic clock}.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import importlib
@@ -28,27 +29,91 @@ from typing import Any, NoReturn
 PARENT_DIED = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
-def run(target: str, arguments: str, result: str) -> NoReturn:
-    """Call the target and end the process. No cleaning up at exit: gloo can abort there."""
+def serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the imports print is no answer
+    running: dict[int, str] = {}  # process id -> the file for its exit code
+    while True:
+        ready, _, _ = select.select([sys.stdin], [], [], 0.005 if running else None)
+        for process in list(running):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                write(running.pop(process), str(os.waitstatus_to_exitcode(status)))
+        if not ready:
+            continue
+        line = sys.stdin.readline()  # the caller writes the next one after this one's answer
+        if not line:
+            break
+        job = json.loads(line)
+        if job["imports"]:
+            prepare()
+        for module in job["imports"]:
+            importlib.import_module(module)
+        process = os.fork()
+        if not process:
+            answers.close()
+            become_rank(job)
+        running[process] = job["exit"]
+        print(process, file=answers, flush=True)
+    for process in running:
+        for kill in (os.killpg, os.kill):  # the second in case it is not yet the head of its group
+            with contextlib.suppress(ProcessLookupError):
+                kill(process, signal.SIGKILL)
+
+
+def become_rank(job: Mapping[str, Any]) -> NoReturn:
+    """In a fork: take on the rank's surroundings, and run it."""
     ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGKILL)
+    os.setsid()
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream, source in enumerate((os.open(os.devnull, os.O_RDONLY), log, log)):
+        os.dup2(source, stream)
+    os.chdir(job["folder"])
+    if job["fresh"]:
+        os.execve(sys.executable, [sys.executable, __file__, json.dumps(job)], job["env"])
+    os.environ.clear()
+    os.environ.update(job["env"])
+    sys.path[:] = job["path"]
+    parallel: Any = sys.modules.get("paddle.distributed.parallel")
+    if parallel:
+        parallel._global_parallel_env = None  # paddlenlp asked for the world's size when it was imported
+    # All forks would draw the same numbers, which could hide that ranks draw their own.
+    random.seed()
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed()
+    if paddle := sys.modules.get("paddle"):
+        paddle.seed(int.from_bytes(os.urandom(4), "little"))
+    run_rank(job)
+
+
+def run_rank(job: Mapping[str, Any]) -> NoReturn:
+    """Call the target and end the process. Nothing is cleaned up at exit: Paddle can abort there."""
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=False)  # the caller asks where a rank stands
+    faulthandler.register(signal.SIGUSR1, all_threads=False)  # how the caller asks where a rank stands
     code = 1
     try:
+        prepare()
         import groups
 
         groups.install()
-        module, _, function = target.partition(":")
-        value = getattr(importlib.import_module(module), function)(*json.loads(Path(arguments).read_text()))
-        write(result, json.dumps({"value": value}))
+        module, _, function = job["target"].partition(":")
+        arguments = json.loads(Path(job["arguments"]).read_text())
+        value = getattr(importlib.import_module(module), function)(*arguments)
+        write(job["result"], json.dumps({"value": value}))
         code = 0
     except BaseException:
+        at = time.monotonic()
         traceback.print_exc()
-        write(result, json.dumps({"error": traceback.format_exc(), "at": time.monotonic()}))
+        write(job["result"], json.dumps({"error": traceback.format_exc(), "at": at}))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def prepare() -> None:
+    """Import Paddle as a run of sft does: the same flags in all processes whose numbers are compared."""
+    importlib.import_module("sft.runtime").prepare()
 
 
 def write(path: str, text: str) -> None:
@@ -58,54 +123,7 @@ def write(path: str, text: str) -> None:
     part.rename(path)
 
 
-def serve(modules: list[str]) -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the imports print is no answer
-    for name in modules:
-        importlib.import_module(name)
-    running: dict[int, str] = {}  # process id -> the file for its exit code
-    while True:
-        ready, _, _ = select.select([sys.stdin], [], [], 0.005 if running else None)
-        for process in list(running):
-            ended, status = os.waitpid(process, os.WNOHANG)
-            if ended:
-                write(running.pop(process), str(os.waitstatus_to_exitcode(status)))
-        if ready:
-            line = sys.stdin.readline()  # one at a time: the next is written when this one is answered
-            if not line:
-                break
-            job = json.loads(line)
-            process = os.fork()
-            if not process:
-                answers.close()
-                become(job)
-            running[process] = job["exit"]
-            print(process, file=answers, flush=True)
-    for process in running:
-        os.kill(process, signal.SIGKILL)
-
-
-def become(job: Mapping[str, Any]) -> NoReturn:
-    """In a fork: be what a process started with the job's surroundings would be, and run its target."""
-    os.setsid()
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream, source in enumerate((os.open(os.devnull, os.O_RDONLY), log, log)):
-        os.dup2(source, stream)
-    os.environ.clear()
-    os.environ.update(job["env"])
-    os.chdir(job["folder"])
-    sys.path[:] = job["path"]
-    # All forks would draw the same numbers, which could hide that ranks draw their own.
-    random.seed()
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()
-    if "paddle" in sys.modules:
-        sys.modules["paddle"].seed(int.from_bytes(os.urandom(4), "little"))
-    run(job["target"], job["arguments"], job["result"])
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "--serve":
-        serve(sys.argv[2:])
-    else:
-        run(*sys.argv[1:])
+    if len(sys.argv) > 1:
+        run_rank(json.loads(sys.argv[1]))
+    serve()

@@ -1,0 +1,154 @@
+"""Where the ranks say how far they are: who is missing, and what went wrong first, is decided in this one place."""
+
+from __future__ import annotations
+
+import json
+import socketserver
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+SETTLE = 0.5
+"""Seconds that an error waits before it counts: it may be the consequence of a rank that was killed."""
+LONGEST = 1 << 17
+"""Bytes of a line; more is not from a rank."""
+
+
+@dataclass
+class _Seen:
+    """A rank as it was last heard: phases entered and parts of the last one, its name, seconds waited in it (None: it
+    works), and when."""
+
+    count: list[int]
+    phase: str
+    waited: float | None
+    at: float
+    done: bool
+    lost: bool = False
+
+    @property
+    def where(self) -> str:
+        return f"{'after' if self.waited is None else 'in'} {self.phase!r}"
+
+
+class Board(socketserver.ThreadingTCPServer):
+    """Serves ``world`` ranks, which call every ``beat`` seconds, and wait for each other at most ``timeout``."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    request_queue_size = 1024
+
+    def __init__(self, port: int, world: int, timeout: float, beat: float) -> None:
+        super().__init__(("", port), _Line)
+        self.first: tuple[int, str] | None = None
+        """The rank in which something went wrong first, and what, in a sentence."""
+        self._world, self._timeout, self._beat = world, timeout, beat
+        self._seen: dict[int, _Seen] = {}
+        self._told: set[int] = set()
+        self._answered: dict[int, int] = {}
+        self._lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, args=(0.1,), name="sft-board", daemon=True).start()
+
+    def heard(self, said: dict[str, Any]) -> dict[str, Any]:
+        """Note what a rank said; what it is answered."""
+        rank, error = range(self._world)[said["rank"]], said.get("error")
+        if error is not None:
+            time.sleep(SETTLE)
+        with self._lock:
+            seen = _Seen(said["count"], said["phase"], said["waited"], time.monotonic(), bool(said.get("done")))
+            self._seen[rank] = seen
+            if error is not None:
+                self.first = self.first or (rank, f"rank {rank}: {error}")
+            elif not seen.done and seen.waited is not None and seen.waited > self._timeout:
+                self.first = self.first or self.missing()
+        if error is not None:  # the launcher may end this machine's ranks as soon as one of them has ended
+            self.wait_for(lambda board: board.all_told(but=rank), 3 * self._beat)
+        return {"first": self.first, "absent": self._absent()}
+
+    def lost(self, rank: int) -> None:
+        """The connection of a rank has ended; it should have said before that it is done, or why it fails."""
+        with self._lock:
+            seen = self._seen[rank]
+            seen.lost = True
+            if not seen.done:
+                self.first = self.first or (
+                    rank,
+                    f"rank {rank} ended without a word, last seen {seen.where}; was it killed, or out of memory?",
+                )
+
+    def missing(self, at_end: bool = False) -> tuple[int, str]:
+        """Who keeps the others waiting, which are done ``at_end``: ranks that never came, are silent, or elsewhere."""
+        now, furthest = time.monotonic(), max(self._seen.values(), key=lambda seen: (seen.done == at_end, seen.count))
+        absent = self._absent()
+        texts = {rank: f"rank {rank} has never appeared" for rank in absent}
+        for rank, seen in sorted(self._seen.items()):
+            if now - seen.at > self._timeout / 2 and not seen.done:
+                texts[rank] = f"rank {rank} has been silent for {now - seen.at:.0f} s, last seen {seen.where}"
+            elif seen.done != at_end or (not at_end and seen.count < furthest.count):
+                texts[rank] = f"rank {rank} is {seen.where}" + (" and has ended" if seen.done else "")
+        waited = f"have waited {self._timeout:g} s in {furthest.phase!r}"
+        if not texts:
+            return -1, f"All ranks {waited} for each other; look at the network between them."
+        named = sorted(texts)
+        return named[0], f"{_are_missing(named)}: the others {waited}; {', '.join(texts[rank] for rank in named[:8])}."
+
+    def told(self, rank: int) -> None:
+        """A rank has been answered with what went wrong."""
+        self._told.add(rank)
+
+    def all_told(self, but: int | None = None) -> bool:
+        listening = {rank for rank, seen in self._seen.copy().items() if not (seen.done or seen.lost)}
+        return listening - {but} <= self._told
+
+    def answered(self, rank: int, phases: int) -> None:
+        """A rank has got the answer to what it said when it had entered so many phases."""
+        self._answered[rank] = phases
+
+    def all_answered(self, phases: int) -> bool:
+        return len(self._answered) == self._world and all(count >= phases for count in self._answered.copy().values())
+
+    def all_done(self) -> bool:
+        return len(self._seen) == self._world and all(seen.done for seen in self._seen.copy().values())
+
+    def wait_for(self, condition: Callable[[Board], Any], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition(self) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def _absent(self) -> list[int]:
+        return [rank for rank in range(self._world) if rank not in self._seen]
+
+
+class _Line(socketserver.StreamRequestHandler):
+    """The connection of one rank: a line of JSON each way. Whoever speaks otherwise is not a rank and is left alone."""
+
+    def handle(self) -> None:
+        board, rank = self.server, None
+        assert isinstance(board, Board)
+        try:
+            while line := self.rfile.readline(LONGEST):
+                said = json.loads(line)
+                answer = board.heard(said)
+                rank = said["rank"]
+                self.wfile.write(json.dumps(answer).encode() + b"\n")
+                board.answered(rank, said["count"][0])
+                if answer["first"]:
+                    board.told(rank)
+        except (OSError, ValueError, LookupError, TypeError):
+            pass
+        finally:
+            if rank is not None:
+                board.lost(rank)
+
+
+def _are_missing(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} is missing"
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} others" if len(ranks) > 8 else "")
+    return f"ranks {shown} are missing"

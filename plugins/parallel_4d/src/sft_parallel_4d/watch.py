@@ -1,0 +1,201 @@
+"""No run hangs: each rank says where it is, and the ranks that are missing are named.
+
+A thread of each rank tells one server, in the first rank whose port paddle leaves free, where its main thread is; the
+server answers with the first thing that went wrong anywhere, once there is one, and the rank ends with it. These are
+plain sockets, because paddle's store stops all Python threads while it waits for ranks, and cannot say who is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from sft import SftError
+from sft_parallel_4d.board import Board
+
+Place = tuple[int, str, int]
+"""Rank of the server, host, port."""
+
+
+class OtherRankError(SftError):
+    """What went wrong in another rank, which the message names."""
+
+
+def meeting_place(environ: Mapping[str, str]) -> Place:
+    """The first endpoint that paddle's launcher reserved and paddle leaves free, from the variables it sets.
+
+    Paddle's own store listens at ``PADDLE_MASTER`` (without it: at the first endpoint).
+    """
+    endpoints = environ["PADDLE_TRAINER_ENDPOINTS"].split(",")
+    master = environ.get("PADDLE_MASTER") or endpoints[0]
+    rank = next(rank for rank, endpoint in enumerate(endpoints) if endpoint != master)
+    host, _, port = endpoints[rank].rpartition(":")
+    return rank, host, int(port)
+
+
+class Watch:
+    """One for each rank; ``enter`` is called as often, and for the same phases, by all ranks.
+
+    ``timeout``: seconds that a rank waits for others. ``report`` is called with one sentence, mostly in the thread of
+    the watch, before it ends the process with exit code 1: the main thread may be inside a collective and cannot be
+    told. ``place``: see :func:`meeting_place`, which reads it from the environment by default.
+    """
+
+    def __init__(
+        self, rank: int, world: int, timeout: float, report: Callable[[str], None], place: Place | None = None
+    ) -> None:
+        self.rank, self.world, self.timeout, self._report = rank, world, timeout, report
+        self._server, self._host, self._port = place or meeting_place(os.environ)
+        self._beat = min(timeout / 10, max(0.5, world / 200))  # many ranks ask less often
+        self._now: tuple[tuple[int, int], str, float | None] = ((0, 0), "", None)  # replaced whole: the thread reads it
+        self._board: Board | None = None
+        self._failing = False
+        self._stopped = threading.Event()
+        self._line = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name="sft-watch", daemon=True)
+
+    def start(self) -> None:
+        """Meet all other ranks. Raises :class:`OtherRankError`, naming those who have not come after ``timeout``.
+
+        Call it before paddle's own rendezvous, which blocks all threads of Python.
+        """
+        self.enter("the start")
+        if self.rank == self._server:
+            self._board = self._serve()
+        self._socket = self._connect()
+        self._file = self._socket.makefile("rw", encoding="utf-8")
+        while True:
+            answer = self._ask()
+            if answer["first"]:
+                self._spread()
+                raise OtherRankError(answer["first"][1])
+            if not answer["absent"]:
+                break
+            time.sleep(self._beat / 2)
+        # Once paddle stops the threads of the server's process, nobody there is answered: each must know before.
+        self.enter("the start, where all are")
+        self._ask()
+        if self._board is not None:
+            self._board.wait_for(lambda board: board.all_answered(2), self.timeout)
+        self.leave()
+        self._thread.start()
+
+    def enter(self, phase: str) -> None:
+        """From now on this rank waits for others in ``phase``."""
+        self._now = ((self._now[0][0] + 1, 0), phase, time.monotonic())
+
+    def go_on(self) -> None:
+        """This rank gets on within its phase; how often, differs from rank to rank."""
+        (phases, parts), phase, _ = self._now
+        self._now = ((phases, parts + 1), phase, time.monotonic())
+
+    def leave(self) -> None:
+        """The others have come; this rank works alone."""
+        self._now = (*self._now[:2], None)
+
+    def fail(self, message: str) -> None:
+        """This rank ends with an error, and the others with it.
+
+        Where that is the consequence of what happened to another rank, this is reported, and the process ends at once.
+        Otherwise it has 30 seconds to end by itself; then the system ends it.
+        """
+        if not self._thread.is_alive():
+            return
+        self._failing = True
+        try:
+            rank, text = self._ask(error=message[:10_000])["first"]
+        except OtherRankError as error:
+            self._end(str(error))
+        if rank != self.rank:
+            self._end(text)
+        signal.alarm(30)  # what paddle tears down at exit may wait for ranks that are no more
+
+    def stop(self) -> None:
+        """This rank is done. Raises :class:`OtherRankError` if another failed.
+
+        The rank of the server waits for the others; those who are not done after ``timeout`` are named.
+        """
+        self.enter("the end")
+        self._stopped.set()
+        self._thread.join()
+        first = self._ask(done=True)["first"]
+        if self._board is not None:
+            self._board.wait_for(lambda board: board.first or board.all_done(), self.timeout)
+            if not self._board.all_done():
+                self._board.first = self._board.first or self._board.missing(at_end=True)
+                self._spread()
+            first = self._board.first
+            self._board.close()
+        self._file.close()
+        self._socket.close()
+        if first:
+            raise OtherRankError(first[1])
+
+    def _serve(self) -> Board:
+        try:
+            return Board(self._port, self.world, self.timeout, self._beat)
+        except OSError as error:
+            raise SftError(f"The ranks cannot meet at port {self._port} of this machine: {error.strerror}.") from error
+
+    def _connect(self) -> socket.socket:
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                connection = socket.create_connection((self._host, self._port), timeout=5)
+                connection.settimeout(max(self.timeout, 10))
+                return connection
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise OtherRankError(
+                        f"rank {self._server} is missing: nothing answers at {self._host}:{self._port} after "
+                        f"{self.timeout:g} s ({error.strerror or error})."
+                    ) from error
+                time.sleep(self._beat / 2)
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._beat):
+            try:
+                first = self._ask()["first"]
+            except OtherRankError as error:
+                first = (self._server, str(error))
+            if self._failing:
+                return
+            if first:
+                self._end(first[1])
+
+    def _ask(self, **more: Any) -> dict[str, Any]:
+        """Tell the server where this rank is; its answer: ``first``, [rank, text] or None, and the ``absent`` ranks."""
+        with self._line:
+            count, phase, since = self._now
+            waited = None if since is None else time.monotonic() - since
+            try:
+                json.dump({"rank": self.rank, "count": count, "phase": phase, "waited": waited, **more}, self._file)
+                self._file.write("\n")
+                self._file.flush()
+                return dict(json.loads(self._file.readline()))
+            except (OSError, ValueError) as error:
+                raise OtherRankError(
+                    f"rank {self._server} ended without a word, or cannot be reached any more at "
+                    f"{self._host}:{self._port}; was it killed, or out of memory?"
+                ) from error
+
+    def _spread(self) -> None:
+        """Let the other ranks hear the news before the server ends with this process."""
+        if self._board is not None:
+            self._board.wait_for(lambda board: board.all_told(), 5 * self._beat)
+
+    def _end(self, text: str) -> NoReturn:
+        try:
+            self._spread()
+            self._report(text)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(1)

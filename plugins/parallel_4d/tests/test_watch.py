@@ -1,0 +1,205 @@
+"""No run hangs: ranks as real processes, without a model and without paddle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sft_parallel_4d.board import Board
+from sft_parallel_4d.watch import meeting_place
+
+RANK = """
+import os, signal, sys, time
+from sft_parallel_4d import launch
+from sft_parallel_4d.watch import Watch, OtherRankError
+
+rank, world, timeout, deed = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+watch = Watch(rank, world, timeout, launch.report)
+try:
+    watch.start()
+    for step in (1, 2):
+        watch.enter(f"step {step}")
+        time.sleep(0.1)
+        watch.leave()
+    if deed == "done":
+        watch.stop()
+        print("done")
+    elif deed == "raise":
+        raise ValueError("boom")
+    elif deed == "consequence":  # what gloo says where the other side of a connection has gone
+        watch.enter("step 3")
+        time.sleep(float(os.environ["BEGAN"]) + 2.4 - time.time())
+        raise RuntimeError("connection closed by peer")
+    elif deed == "sleep":
+        time.sleep(100)
+    elif deed == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif deed == "killed":
+        watch.enter("step 3")
+        time.sleep(float(os.environ["BEGAN"]) + 2.5 - time.time())
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif deed == "wait":
+        watch.enter("step 3")
+        time.sleep(100)
+except Exception as error:
+    launch.failed(error, rank, watch)
+    print("own:", error, file=sys.stderr)
+    sys.exit(3)
+"""
+
+Ranks = Callable[..., tuple[list[int], list[str]]]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[Ranks]:
+    """Runs a rank for each deed (None: it never comes); exit codes, and what each wrote to both outputs."""
+    processes: list[subprocess.Popen[str]] = []
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+
+    def run(*deeds: str | None, timeout: float = 1.2, within: float = 10) -> tuple[list[int], list[str]]:
+        world = len(deeds)
+        ports = free_ports(world + 1)
+        environ = {
+            **os.environ,
+            "BEGAN": str(time.time()),
+            "PADDLE_MASTER": f"127.0.0.1:{ports[0]}",
+            "PADDLE_TRAINER_ENDPOINTS": ",".join(f"127.0.0.1:{port}" for port in ports[1:]),
+        }
+        for rank, deed in enumerate(deeds):
+            if deed is not None:
+                command = [sys.executable, str(script), str(rank), str(world), str(timeout), deed]
+                processes.append(
+                    subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                )
+        deadline = time.monotonic() + within
+        ending = [p for p, deed in zip(processes, filter(None, deeds), strict=True) if deed != "stopped"]
+        outputs = [process.communicate(timeout=deadline - time.monotonic())[0] for process in ending]
+        return [process.returncode for process in ending], outputs
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_ranks_that_end_well_end_together(ranks: Ranks) -> None:
+    assert ranks("done", "done", "done") == ([0, 0, 0], ["done\n"] * 3)
+
+
+def test_an_error_ends_the_others_with_it(ranks: Ranks) -> None:
+    codes, outputs = ranks("wait", "wait", "raise", timeout=60)
+    assert codes == [1, 1, 3]
+    assert outputs == ["sft: rank 2: ValueError: boom\n"] * 2 + ["own: boom\n"]
+
+
+def test_an_error_in_the_rank_that_serves_reaches_the_others(ranks: Ranks) -> None:
+    codes, outputs = ranks("raise", "wait", "wait", timeout=60)
+    assert codes == [3, 1, 1]
+    assert outputs == ["own: boom\n"] + ["sft: rank 0: ValueError: boom\n"] * 2
+
+
+def test_a_rank_that_was_killed_comes_before_what_followed_from_it(ranks: Ranks) -> None:
+    """Even if what followed was heard of 0.1 s earlier."""
+    codes, outputs = ranks("consequence", "wait", "killed", timeout=60)
+    assert codes == [1, 1, -signal.SIGKILL]
+    words = "sft: rank 2 ended without a word, last seen in 'step 3'; was it killed, or out of memory?\n"
+    assert outputs == [words, words, ""]
+
+
+def test_the_serving_rank_is_killed(ranks: Ranks) -> None:
+    codes, outputs = ranks("killed", "wait", "wait", timeout=60)
+    assert codes == [-signal.SIGKILL, 1, 1]
+    assert all(output.startswith("sft: rank 0 ended without a word") for output in outputs[1:])
+
+
+def test_a_rank_that_works_for_ever_is_named(ranks: Ranks) -> None:
+    began = time.monotonic()
+    codes, outputs = ranks("wait", "sleep", "wait")
+    assert time.monotonic() - began < 6
+    expected = "sft: rank 1 is missing: the others have waited 1.2 s in 'step 3'; rank 1 is after 'step 2'.\n"
+    assert (codes, outputs) == ([1, 1, 1], [expected] * 3)
+
+
+def test_a_rank_that_stands_still_is_named(ranks: Ranks) -> None:
+    codes, outputs = ranks("wait", "wait", "stopped")
+    assert codes == [1, 1]
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith(
+        "sft: rank 2 is missing: the others have waited 1.2 s in 'step 3'; rank 2 has been silent for 1 s, last seen "
+    )
+
+
+def test_ranks_that_wait_for_each_other(ranks: Ranks) -> None:
+    codes, outputs = ranks("wait", "wait")
+    expected = "sft: All ranks have waited 1.2 s in 'step 3' for each other; look at the network between them.\n"
+    assert (codes, outputs) == ([1, 1], [expected] * 2)
+
+
+def test_a_rank_that_ended_early_is_named(ranks: Ranks) -> None:
+    codes, outputs = ranks("wait", "done")
+    assert codes == [1, 0]
+    assert outputs[0] == (
+        "sft: rank 1 is missing: the others have waited 1.2 s in 'step 3'; rank 1 is in 'the end' and has ended.\n"
+    )
+
+
+def test_the_serving_rank_waits_for_those_who_are_not_done(ranks: Ranks) -> None:
+    codes, outputs = ranks("done", "done", "sleep")
+    expected = "rank 2 is missing: the others have waited 1.2 s in 'the end'; rank 2 is after 'step 2'.\n"
+    assert (codes, outputs) == ([3, 0, 1], [f"own: {expected}", "done\n", f"sft: {expected}"])
+
+
+@pytest.mark.parametrize("noise", [b"GET / HTTP/1.0\r\n\r\n", b'{"rank": 7}\n', b"[1]\n", b"\xff\xfe\n"])
+def test_the_board_leaves_strangers_alone(noise: bytes) -> None:
+    (port,) = free_ports(1)
+    board = Board(port, 1, 5, 0.5)
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
+            stranger.sendall(noise)
+            assert stranger.recv(100) == b""
+        assert board.first is None
+        assert not board.all_done()
+    finally:
+        board.close()
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_a_rank_that_never_comes_is_named(ranks: Ranks, serves: bool) -> None:
+    if serves:
+        codes, outputs = ranks(None, "done", "done")
+        assert all(output.startswith("own: rank 0 is missing: nothing answers at 127.0.0.1:") for output in outputs)
+    else:
+        codes, outputs = ranks("done", "done", None, None)
+        expected = "own: ranks 2, 3 are missing: the others have waited 1.2 s in 'the start'; "
+        assert outputs == [expected + "rank 2 has never appeared, rank 3 has never appeared.\n"] * 2
+    assert codes == [3, 3]
+
+
+def test_where_the_ranks_meet() -> None:
+    endpoints = "10.0.0.1:70,10.0.0.1:71,10.0.0.2:70"
+    # Rank 0's port is free when paddle has an address of its own; else paddle's store takes it.
+    environ = {"PADDLE_TRAINER_ENDPOINTS": endpoints}
+    assert meeting_place({**environ, "PADDLE_MASTER": "10.0.0.1:99"}) == (0, "10.0.0.1", 70)
+    assert meeting_place({**environ, "PADDLE_MASTER": "10.0.0.1:70"}) == (1, "10.0.0.1", 71)
+    assert meeting_place(environ) == (1, "10.0.0.1", 71)

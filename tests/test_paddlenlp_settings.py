@@ -96,16 +96,16 @@ def test_a_setting_without_meaning_is_named_with_its_reason(name: str) -> None:
 
 
 def test_the_list_stands_in_the_run(data: Path, tmp_path: Path) -> None:
-    found = run(tmp_path / "out", data, unified_checkpoint=True, tensor_parallel_degree=1, save_steps=7)
+    found = run(tmp_path / "out", data, unified_checkpoint=True, sep_parallel_degree=1, save_steps=7)
     listed = found.said_of("settings without effect here")
     for part in (
         "unified_checkpoint true: checkpoints",
-        "tensor_parallel_degree 1: one process",
+        "sep_parallel_degree 1: one process",
         "save_steps 7: save_str",
     ):
         assert part in listed
-    with pytest.raises(sft.UsageError, match="tensor_parallel_degree 2 is not possible here: one process"):
-        run(tmp_path / "other", data, tensor_parallel_degree=2)
+    with pytest.raises(sft.UsageError, match="sep_parallel_degree 2 is not possible here: one process"):
+        run(tmp_path / "other", data, sep_parallel_degree=2)
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora", "sft"])
@@ -117,7 +117,11 @@ def test_settings_files_of_paddlenlp_run_as_they_are(name: str, data: Path, tmp_
     # 24 records: one epoch is enough.
     found = run(tmp_path / "out", data, **{**values, "model_name_or_path": str(MODELS / "llama-tied-gqa"),
         "dataset_name_or_path": str(data), "num_train_epochs": 1, "max_steps": None})  # fmt: skip
-    plugins = {"lora": {"flash-attention", "lora"}, "qlora": {"lora", "nf4"}, "sft": set()}
+    plugins = {
+        "lora": {"flash-attention", "lora", "parallel-4d"},
+        "qlora": {"lora", "nf4"},
+        "sft": {"parallel-4d"},  # two files have a sharding stage; on one process it divides nothing
+    }
     assert set(found.plugins) == {*plugins[name], "watch"}
     assert all(np.isfinite(found.losses))
     assert found.said_of("best model: checkpoint-")

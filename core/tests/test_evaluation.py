@@ -173,17 +173,19 @@ def test_the_last_answer_of_a_conversation_is_what_is_asked_for(train: Train, tm
 def test_processes_share_the_questions(train: Train, tmp_path: Path) -> None:
     """Three strategies over the same run: their answers are those of one process, and so are the summed scores."""
     from sft.training.evaluation import dev_loss, score
+    from sft.training.strategy import SingleProcess
 
     train(plugins=(Catch,), max_steps=1, per_device_eval_batch_size=2, **GENERATES)
     run = Catch.runs[0]
     alone = {**dev_loss(run), **score(run, tmp_path / "alone.jsonl")}
     sums: list[list[list[float]]] = []
 
-    class Share:
+    class Share(SingleProcess):
         data_world = 3
         is_main = False
 
         def __init__(self, rank: int) -> None:
+            super().__init__(run)
             self.data_rank, self.sums = rank, []
 
         def sum(self, values: Any) -> list[float]:
@@ -191,7 +193,7 @@ def test_processes_share_the_questions(train: Train, tmp_path: Path) -> None:
             return list(values)
 
     for rank in range(3):
-        run.strategy = Share(rank)  # type: ignore[assignment]
+        run.strategy = Share(rank)
         dev_loss(run)
         score(run, tmp_path / "shared.jsonl")
         sums.append(run.strategy.sums)  # type: ignore[attr-defined]

@@ -57,6 +57,7 @@ def test_hooks_are_called_in_the_order_of_their_page(train: Train) -> None:
     assert events.count("sft_record_format") == 37
     building = [
         "sft_check",
+        "sft_launch",
         "sft_record_format",
         "sft_collator",
         "sft_parallel_strategy",

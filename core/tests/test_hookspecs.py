@@ -31,6 +31,7 @@ def calls_in_core() -> dict[str, list[list[str]]]:
 
 CALLS = calls_in_core()
 SINGLE = {
+    "sft_launch",
     "sft_collator",
     "sft_parallel_strategy",
     "sft_quantizer",

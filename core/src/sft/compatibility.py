@@ -45,7 +45,7 @@ def _each(names: str, reason: str, harmless: tuple[str, ...] | None = None, kind
 
 FLAG, NUMBER = "true or false", "a number"
 # Reasons that several names share.
-SEVERAL = "it is about several processes, and this run has one"
+SEVERAL = "how processes exchange data is not tuned by settings here"
 WHOLE = "checkpoints are always whole safetensors, readable under any plan"
 JOURNAL = "a run logs to its own metrics.jsonl and run.json"
 HUB = "models come from a directory or the Hugging Face hub"

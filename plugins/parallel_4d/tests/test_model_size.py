@@ -14,9 +14,10 @@ import sft
 import sft.assembly
 import sft.settings
 from sft.models.loading import load_model, open_model
+from sft.testing import make_model
 from sft.training.optimizer import Optimizer, default_groups
 from sft.training.strategy import batch_loss
-from sft_parallel_4d.model_size import Precision, cut, stages
+from sft_parallel_4d.model_size import ROW, Precision, cut, stages, total
 
 CASES = (
     *("gemma-tied", "llama-headdim", "llama-tied-gqa", "llama-untied", "llama3-scaled", "mistral-gqa"),
@@ -102,7 +103,15 @@ def test_adapters(adapt: Callable[..., sft.Run], base_model: Path, settings: dic
     assert sum(weight.size for weight in weights) == held + widest
 
 
-@pytest.mark.parametrize(
+def held_in_codes(layer: Any) -> int:
+    """Bytes that a quantized layer holds."""
+    tensors = [layer.codes, *(getattr(layer, name, None) for name in ("absmax", "scales", "bias"))]
+    if isinstance(layer.double, tuple):
+        tensors += layer.double[:2]  # the third is a table that all share
+    return sum(int(t.size) * t.element_size() for t in tensors if t is not None)
+
+
+QUANTIZED = pytest.mark.parametrize(
     "settings",
     [
         {"plugin": ["lora", "nf4"], "qlora_weight_blocksize": 64},
@@ -112,20 +121,33 @@ def test_adapters(adapt: Callable[..., sft.Run], base_model: Path, settings: dic
     ],
     ids=lambda settings: settings["plugin"][1],
 )
+
+
+@QUANTIZED
 def test_quantized_bases(adapt: Callable[..., sft.Run], models: Path, settings: dict[str, Any]) -> None:
     folder = str(models / "qwen2-untied")
     run = adapt(**settings, model_name_or_path=folder)
     held = sum(int(p.size) * 4 for p in run.model.parameters())
-    for layer in run.model.sublayers():
-        if hasattr(layer, "dequantize"):
-            tensors = [layer.codes, *(getattr(layer, name, None) for name in ("absmax", "scales", "bias"))]
-            if isinstance(layer.double, tuple):
-                tensors += layer.double[:2]  # the third is a table that all share
-            held += sum(int(t.size) * t.element_size() for t in tensors if t is not None)
+    held += sum(held_in_codes(layer) for layer in run.model.sublayers() if hasattr(layer, "dequantize"))
     outline = paper(Path(folder), **settings)
     (stage,) = stages(outline, 1, 1, WHOLE)
     assert stage.size.weights == held
     assert outline.count() == tuple(reversed(run.sizes))
+
+
+@QUANTIZED
+def test_parts_of_quantized_layers(adapt: Callable[..., sft.Run], tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Byte for byte, of a model whose halves are whole blocks and groups."""
+    folder = make_model(tmp_path / "wide", hidden_size=384, intermediate_size=768, num_hidden_layers=1)
+    layers = {
+        target.name: target.layer
+        for target in sft.target_layers(adapt(**settings, model_name_or_path=str(folder)).model)
+    }
+    (block,) = paper(folder, **settings).blocks
+    for linear in block:
+        part = layers[f"{linear.name}.base"].part(0 if linear.name.endswith(ROW) else 1, 0, 2)
+        coded = [(weight, linear.name) for weight in linear.weights if "all" in weight.sides]
+        assert total(coded, 2, WHOLE).weights == held_in_codes(part), linear.name
 
 
 @pytest.mark.parametrize("case", READABLE)

@@ -126,7 +126,9 @@ def _quantize(
                 "tensor parallelism out."
             )
         layer = layer.part(part.axis, part.index, part.count)
-        layer.sft_part = part
+    for mark, value in vars(target.layer).items():  # what a strategy says of the Linear holds for its successor
+        if mark.startswith("sft_"):
+            setattr(layer, mark, value)
     target.replace(layer)
     stored.pop(f"{name}.weight")
     stored.pop(f"{name}.bias", None)

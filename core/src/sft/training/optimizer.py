@@ -107,7 +107,7 @@ class Optimizer:
     def clear(self) -> None:
         """Forget the gradients, those of masters too."""
         for parameter in (*self.parameters.values(), *self._stepped.values()):
-            parameter.clear_gradient(set_to_zero=False)
+            parameter.clear_gradient(False)  # set_to_zero, which paddle ignores by name: it would keep zeros
 
     def state(self) -> dict[str, np.ndarray]:
         """``NAME.moment1`` and so on for every parameter, by structured name; ``NAME.master`` where there is one."""

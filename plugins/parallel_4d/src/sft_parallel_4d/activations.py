@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sft import Outline
-from sft_parallel_4d.model_size import Precision, of_block, total
+from sft_parallel_4d.model_size import ROW, Division, Precision, of_block, total
 
 CHUNK = 64 << 20
 """Bytes of a chunk of float32 logits, as the core's loss has it."""
@@ -44,8 +44,8 @@ def block_kept(outline: Outline, number: int, shape: Shape, precision: Precision
     key = outline.kv_heads * outline.head_size
     # Two RMSNorms keep x / rms and 1 / rms in float32.
     wide = 2 * (hidden + 1) / shape.spread
-    # Linears keep their inputs; each of paddle's five column-parallel ones has a copy of its own.
-    narrow: float = 2 * hidden if tensor == 1 else 5 * hidden
+    # Linears keep their inputs, all of the sequence; q, k and v share one, gate and up the other.
+    narrow: float = 2 * hidden
     # Rotation keeps both factors of its four products: q, k, their rotated halves, cos and sin.
     narrow += (2 * query + 2 * key) / tensor + 2 * outline.head_size
     if outline.attention_in_blocks:
@@ -56,10 +56,10 @@ def block_kept(outline: Outline, number: int, shape: Shape, precision: Precision
     narrow += (3 if outline.family.model_type in GATED else 4) * inner / tensor
     block = outline.blocks[number]
     narrow += sum(linear.kept for linear in block)
-    once = sum(linear.kept_once for linear in block) / tensor
+    once = sum(linear.kept_once / (1 if linear.name.endswith(ROW) else tensor) for linear in block)
     kept = shape.tokens * (4 * wide + precision.products / 8 * narrow) + 4 * once
     if precision.casts:
-        kept += precision.products / 8 * total(of_block(outline, block), tensor, precision).values
+        kept += precision.products / 8 * total(of_block(outline, block), Division(tensor), precision).values
     return round(kept)
 
 
@@ -79,10 +79,22 @@ def backward_extra(outline: Outline, shape: Shape, precision: Precision) -> int:
     return round(shape.tokens * precision.products / 8 * max(mlp, attention))
 
 
+def at_borders(outline: Outline, shape: Shape, precision: Precision, recompute: bool, first: bool, last: bool) -> int:
+    """What a pipeline stage keeps of a micro-batch beside its blocks: what it has received, until its gradient is sent
+    back (recomputation keeps that anyway), and what it has sent."""
+    ends = (not first and not recompute) + (not last)
+    return ends * boundary(outline, shape, precision)
+
+
+def norm_kept(outline: Outline, shape: Shape) -> int:
+    """The last norm's x / rms and 1 / rms."""
+    return shape.tokens // shape.spread * (outline.hidden + 1) * 4
+
+
 def last_kept(outline: Outline, shape: Shape, precision: Precision) -> int:
     """Of the last norm and the loss, until backward: the loss keeps its gradients instead of logits."""
     narrow = precision.products // 8
-    kept = shape.tokens // shape.spread * (outline.hidden + 1) * 4 + shape.targets * outline.hidden * narrow
+    kept = norm_kept(outline, shape) + shape.targets * outline.hidden * narrow
     return kept + _head_gradient(outline, shape, precision)
 
 

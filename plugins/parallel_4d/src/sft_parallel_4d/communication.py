@@ -9,11 +9,6 @@ from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Stage
 from sft_parallel_4d.plans import Plan
 
-COLUMN = 5
-"""Column-parallel Linears of a block (q, k, v, gate, up), which are not fused and communicate one by one."""
-ROWS = 2
-"""Row-parallel ones (o, down)."""
-
 
 @dataclass(frozen=True)
 class Volume:
@@ -31,42 +26,57 @@ class Volume:
 
 def busiest(calculator: Calculator, plan: Plan) -> Volume:
     """The rank of ``plan`` that sends most."""
-    found = calculator.stages(plan.tensor, plan.pipeline)
-    return max((_rank(calculator, plan, number, stage) for number, stage in enumerate(found)), key=lambda v: v.total)
+    found = (rank(calculator, plan, number, stage) for number, stage in enumerate(calculator.stages(plan)))
+    return max(found, key=lambda volume: volume.total)
 
 
-def _rank(calculator: Calculator, plan: Plan, number: int, stage: Stage) -> Volume:
+def rank(calculator: Calculator, plan: Plan, number: int, stage: Stage) -> Volume:
+    """A rank of pipeline stage ``number``; the few bytes of a step's loss and gradient norm are left out."""
     outline, precision, shape = calculator.outline, calculator.precision, calculator.shape(plan)
     size, micro = stage.size, plan.accumulation
-    # Gradients and weights travel in the weights' type.
-    trained = size.trained * precision.weights // 8
-    gradients = trained // plan.sharding if plan.stage else trained
-    data = 2 * _part(plan.data) * gradients
-    scatter = _part(plan.sharding) * trained
-    sharding = {
-        0: 0.0,
-        1: 2 * scatter,  # gradients to their owners, stepped weights back
-        2: micro * scatter + scatter,
-        3: micro * (2 * _part(plan.sharding) * size.weights + scatter),
-    }[plan.stage]
-    width = precision.products // 8
-    hidden = shape.tokens * outline.hidden * width
-    # An all-reduce is a reduce-scatter and an all-gather; sequence parallelism has the one here and the other there.
-    half = _part(plan.tensor) * hidden
-    if plan.sequence:
-        forward, backward = (COLUMN + ROWS) * half, (COLUMN + ROWS) * half
-    else:
-        forward, backward = 2 * ROWS * half, 2 * COLUMN * half
-    tensor = len(stage.blocks) * (backward + forward * (2 if plan.recompute else 1))
-    if stage.first:
-        tensor += 2 * half  # the embedding's output
-    if stage.last:
-        tensor += 2 * _part(plan.tensor) * shape.targets * outline.hidden * width  # lm_head's input gradient
+    data = 2 * _part(plan.data) * (size.pieces if plan.stage else size.gradients)
     neighbours = (number > 0) + (number < plan.pipeline - 1)
     pipeline = micro * neighbours * activations.boundary(outline, shape, precision)
     if plan.pipeline > 1 and outline.tied and (stage.first or stage.last) and outline.embedding.trains:
-        pipeline += outline.embedding.size // plan.tensor * precision.weights // 8  # the two copies' gradient
-    return Volume(round(data), round(sharding), round(micro * tensor), pipeline)
+        pipeline += stage.head.gradients + stage.embedding.gradients  # the two copies' gradient
+    return Volume(
+        round(data), round(_sharding(plan, stage, outline.tied)), round(_tensor(calculator, plan, stage)), pipeline
+    )
+
+
+def _sharding(plan: Plan, stage: Stage, tied: bool) -> float:
+    """Gradients to their owners, stepped weights back; in stage 3 matrices wherever they are used instead."""
+    size, micro = stage.size, plan.accumulation
+    part = plan.sharding * _part(plan.sharding)  # of a piece
+    if plan.stage < 3:
+        return part * size.pieces * (0, 2, 1 + micro)[plan.stage]
+    embedding, head = stage.embedding.matrix_pieces, stage.head.matrix_pieces
+    blocks = size.matrix_pieces - embedding - (0 if tied else head)
+    # Blocks are gathered forward and backward, the embedding and lm_head once.
+    return part * (micro * (2 * blocks + embedding + head + size.pieces) + size.vector_pieces)
+
+
+def _tensor(calculator: Calculator, plan: Plan, stage: Stage) -> float:
+    """Of a step: what enters and leaves attention and MLP, embedding and loss, and gradients of what is not divided."""
+    outline, precision, shape = calculator.outline, calculator.precision, calculator.shape(plan)
+    part, width, trains = _part(plan.tensor), precision.products // 8, outline.embedding.trains
+    # Of an all-reduce, half is a reduce-scatter and half an all-gather; sequence parallelism has one here, one there.
+    half = part * shape.tokens * outline.hidden * width
+    enter_forward, enter_backward = (half, half) if plan.sequence else (0, 2 * half)
+    leave_forward, leave_backward = (half, half) if plan.sequence else (2 * half, 0)
+    forward, backward = 2 * (enter_forward + leave_forward), 2 * (enter_backward + leave_backward)
+    count = len(stage.blocks)
+    bare = stage.first and not trains  # nothing goes back to a frozen embedding, nor is the block over it recomputed
+    again = count - bare if plan.recompute else 0
+    micro = count * (forward + backward) + again * forward - (enter_backward if bare else 0)
+    if stage.first:
+        micro += 2 * half + (half if plan.sequence and trains else 0)
+    if stage.last:
+        micro += half if plan.sequence else 0
+        # Of each target: the maximum, the normaliser and the chosen logit, and the gradient of its hidden state.
+        micro += 2 * part * shape.targets * (3 * 4 + outline.hidden * width)
+    summed = stage.size.partial + (stage.size.norms if plan.sequence else 0)
+    return plan.accumulation * micro + 2 * part * summed * (plan.accumulation if plan.stage >= 2 else 1)
 
 
 def _part(ranks: int) -> float:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cache
 
 from sft import Outline
 from sft_parallel_4d import activations
 from sft_parallel_4d.activations import Shape
-from sft_parallel_4d.model_size import Precision, Stage, stages
+from sft_parallel_4d.model_size import Division, Precision, Stage, stages
 from sft_parallel_4d.plans import Plan
 
 
@@ -18,12 +17,29 @@ class Memory:
     """Bytes of one rank; ``activations`` are those of all micro-batches in flight."""
 
     weights: int
+    """Parameters, pieces beside them, and what of stage 3's is whole at a time."""
     gradients: int
     optimizer: int
     activations: int
     logits: int
     peak: int
-    """The most at a time; less than the sum where parts follow each other."""
+    """The most of the device at a time; less than the sum where parts follow each other."""
+    host: int = 0
+    """What offload keeps in the host's memory instead."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank holds of model and optimizer, at rest and while it works, in bytes."""
+
+    parameters: int
+    """Whole ones."""
+    pieces: int
+    optimizer: int
+    gradients: int
+    """Of what is stepped, when backward has ended."""
+    passing: int
+    """Beside them in backward: the largest gradient that is whole for a moment."""
 
 
 class Calculator:
@@ -34,58 +50,87 @@ class Calculator:
     ) -> None:
         self.outline, self.precision = outline, precision
         self._batch = (rows, length, rows * length if targets is None else targets)
-        self.stages = cache(self._stages)
+        self._stages = cache(lambda division, pipeline: stages(outline, division, pipeline, precision))
         self._kept = cache(self._kept_of_blocks)
+
+    def stages(self, plan: Plan) -> list[Stage]:
+        """The pipeline stages of ``plan``."""
+        found: list[Stage] = self._stages(Division(plan.tensor, plan.sharding if plan.stage else 1), plan.pipeline)
+        return found
 
     def shape(self, plan: Plan) -> Shape:
         """A micro-batch on a rank of ``plan``."""
-        return Shape(*self._batch, plan.tensor, plan.sequence)
+        rows, length, targets = self._batch
+        if plan.sequence:  # rows get padding until they can be divided
+            length = -(-length // plan.tensor) * plan.tensor
+        return Shape(rows, length, targets, plan.tensor, plan.sequence)
 
     def fullest(self, plan: Plan) -> Memory:
         """The rank of ``plan`` that needs most: all ranks of a stage need the same."""
-        found = self.stages(plan.tensor, plan.pipeline)
-        return max((self.rank(plan, number, stage) for number, stage in enumerate(found)), key=lambda m: m.peak)
+        found = (self.rank(plan, number, stage) for number, stage in enumerate(self.stages(plan)))
+        return max(found, key=lambda memory: memory.peak)
+
+    def held(self, plan: Plan, stage: Stage) -> Held:
+        """What a rank of ``stage`` holds whatever it computes."""
+        size = stage.size
+        parameters, pieces, gradients, passing = size.weights, 0, size.gradients, 0
+        if plan.stage:
+            pieces = size.pieces
+        if plan.stage == 3:
+            parameters, pieces = parameters - size.matrices, pieces + size.frozen_pieces
+        if plan.stage >= 2:
+            gradients, passing = size.pieces, size.largest
+        return Held(parameters, pieces, size.optimizer, gradients, passing)
 
     def rank(self, plan: Plan, number: int, stage: Stage) -> Memory:
         """A rank of pipeline stage ``number``."""
-        outline, precision, shape = self.outline, self.precision, self.shape(plan)
-        size, share = stage.size, plan.sharding
-        held = _share(size.weights, share if plan.stage == 3 else 1)
-        gradients = _share(size.gradients, share if plan.stage >= 2 else 1)
-        optimizer = _share(size.optimizer, share)
-        if plan.stage == 3:
-            held += stage.largest_block.weights  # whole while it is used
-        if plan.stage >= 2:
-            gradients += stage.largest_block.gradients  # whole until it has been summed
-        weights = held + (activations.tables(outline) if stage.blocks else 0)
+        outline, precision, shape, size = self.outline, self.precision, self.shape(plan), stage.size
+        held = self.held(plan, stage)
+        whole_block, whole_head = (stage.largest_block.matrices, stage.head.matrices) if plan.stage == 3 else (0, 0)
         # One forward, one backward: a stage works ahead as far as there are stages behind it.
         flying = min(plan.pipeline - number, plan.accumulation)
-        kept_blocks, at_once = self._kept(stage.blocks, shape, plan.recompute, stage.first)
-        kept = kept_blocks * flying
-        if stage.last:
-            kept += activations.last_kept(outline, shape, precision)
-        extra = at_once + (activations.backward_extra(outline, shape, precision) if stage.blocks else 0)
+        kept, again = self._kept(stage.blocks, shape, plan.recompute, stage.first)
+        kept += activations.at_borders(outline, shape, precision, plan.recompute, stage.first, stage.last)
+        extra = activations.backward_extra(outline, shape, precision)
+        last = activations.last_kept(outline, shape, precision) if stage.last else 0
         loss = activations.logits(outline, shape, precision) if stage.last else 0
-        before_loss = kept - (activations.last_kept(outline, shape, precision) if stage.last else 0)
-        norm = shape.tokens // shape.spread * (outline.hidden + 1) * 4 if stage.last else 0
-        working = max(kept + extra, before_loss + norm + loss)
-        stepping = size.largest * 4 * (1 if precision.weights == 32 else 2)
-        peak = weights + gradients + optimizer + max(working, stepping)
-        return Memory(weights, gradients, optimizer, kept + extra, loss, peak)
-
-    def _stages(self, tensor: int, pipeline: int) -> list[Stage]:
-        return stages(self.outline, tensor, pipeline, self.precision)
+        norm = activations.norm_kept(outline, shape) if stage.last else 0
+        on_device = not plan.offload
+        # Gradients of earlier micro-batches are there if there are any while all that may be in flight is.
+        before = held.gradients if plan.accumulation > flying and (on_device or plan.stage < 2) else 0
+        after = (held.gradients if on_device or plan.stage < 2 else 0) + held.passing
+        one_block = (kept // len(stage.blocks) if not plan.recompute else again) + whole_block
+        moments = {
+            "loss": before + kept * flying + norm + loss + whole_head,
+            "last block backward": before + kept * flying + last + again + extra + whole_block,
+            "first block backward": after + kept * (flying - 1) + one_block + extra,
+        }
+        stepping = 4 * size.stepped * (1 if precision.weights == 32 else 2) + size.masters
+        stepped = size.gradients if not plan.stage else size.pieces
+        if plan.stage == 1:
+            moments["pieces of gradients"] = size.gradients + (size.pieces if on_device else 0)
+        if on_device:
+            moments["step"] = stepped + stepping
+        if plan.stage in (1, 2):
+            moments["spread"] = 2 * size.largest
+        resting = held.parameters + activations.tables(outline)
+        aside = held.pieces + held.optimizer
+        return Memory(
+            resting + (held.pieces if on_device else 0) + max(whole_block, whole_head),
+            max(after, size.gradients if plan.stage == 1 else 0),
+            held.optimizer if on_device else 0,
+            kept * flying + last + again + extra,
+            loss,
+            resting + (aside if on_device else 0) + max(moments.values()),
+            0 if on_device else aside + stepped + stepping,
+        )
 
     def _kept_of_blocks(self, blocks: range, shape: Shape, recompute: bool, first: bool) -> tuple[int, int]:
         """What ``blocks`` keep of a micro-batch, and what the one that is recomputed holds beside it."""
         full = [activations.block_kept(self.outline, number, shape, self.precision) for number in blocks]
-        if not recompute or not full:
+        if not recompute:
             return sum(full), 0
         thin = activations.boundary(self.outline, shape, self.precision)
         # PaddleNLP recomputes a block only if its input has a gradient, and a frozen embedding's output has none.
         whole = full[0] if first and not self.outline.embedding.trains else thin
         return whole + thin * (len(full) - 1), max(full)
-
-
-def _share(size: int, ranks: int) -> int:
-    return math.ceil(size / ranks)

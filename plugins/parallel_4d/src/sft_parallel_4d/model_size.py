@@ -1,10 +1,11 @@
-"""What one rank holds of the model: parameters, gradients and optimizer state, in bytes, under a division."""
+"""What one rank holds of the model: parameters, pieces, gradients and optimizer state, in bytes, under a division."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 from sft import LinearOutline, Outline, Weight
@@ -27,61 +28,131 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Division:
+    """By what a rank's weights are divided: ``tensor`` ranks, and ``shards`` pieces of what it then has."""
+
+    tensor: int = 1
+    shards: int = 1
+
+
+@dataclass(frozen=True)
 class Size:
-    """Bytes, but for ``values`` and ``trained``, which are numbers of values."""
+    """Bytes, but for ``values``, ``trained`` and ``stepped``, which are numbers of values."""
 
     values: int = 0
     trained: int = 0
     weights: int = 0
+    matrices: int = 0
+    """Of ``weights``, what stage 3 keeps in pieces alone."""
+    pieces: int = 0
+    """Pieces of what trains, and as much again are their gradients."""
+    frozen_pieces: int = 0
+    """Pieces of the other ``matrices``."""
+    vector_pieces: int = 0
+    """Of ``pieces``, those of what is whole in stage 3, too."""
     gradients: int = 0
+    """Of whole parameters."""
+    partial: int = 0
+    """Of ``gradients``, those that tensor ranks add up: of whole parameters that work on a part of a product."""
+    norms: int = 0
+    """Likewise with sequence parallelism: of RMSNorms."""
     optimizer: int = 0
+    masters: int = 0
+    """float32 gradients of 16-bit pieces, while they are stepped."""
     largest: int = 0
-    """Values of the largest tensor that trains."""
+    """Of the largest parameter that trains, whole."""
+    stepped: int = 0
+    """Values of the largest piece that is stepped."""
+
+    @property
+    def matrix_pieces(self) -> int:
+        """Pieces of ``matrices``."""
+        return self.pieces - self.vector_pieces + self.frozen_pieces
 
     def __add__(self, other: Size) -> Size:
         return Size(
             self.values + other.values,
             self.trained + other.trained,
             self.weights + other.weights,
+            self.matrices + other.matrices,
+            self.pieces + other.pieces,
+            self.frozen_pieces + other.frozen_pieces,
+            self.vector_pieces + other.vector_pieces,
             self.gradients + other.gradients,
+            self.partial + other.partial,
+            self.norms + other.norms,
             self.optimizer + other.optimizer,
+            self.masters + other.masters,
             max(self.largest, other.largest),
+            max(self.stepped, other.stepped),
         )
 
 
-def divided(weight: Weight, linear: str, tensor: int) -> int:
-    """Values of ``weight`` on one of ``tensor`` ranks; ``linear`` is the name of its Linear, "" of none."""
-    side = "in" if linear.endswith(ROW) else "out"
+INSIDE = ("in", "out")
+"""The divided side of a Linear: "in" of o and down, "out" of the others."""
+
+
+def divided_side(linear: str) -> str:
+    return INSIDE[0] if linear.endswith(ROW) else INSIDE[1]
+
+
+def divided(weight: Weight, side: str, tensor: int) -> int:
+    """Values of ``weight`` on one of ``tensor`` ranks; ``side`` is the divided one of its Linear, "" if it has none."""
     for position, kind in enumerate(weight.sides):
-        if kind in ("vocabulary", "all") or (linear and kind == side):
+        if kind in ("vocabulary", "all") or (side and kind == side):
             return weight.size // weight.shape[position] * math.ceil(weight.shape[position] / tensor)
     return weight.size
 
 
-def size_of(weight: Weight, values: int, precision: Precision) -> Size:
-    """What ``values`` values of ``weight`` take.
+@cache
+def size_of(weight: Weight, side: str, division: Division, precision: Precision) -> Size:
+    """What ``weight`` takes on one rank.
 
     AdamW keeps two float32 moments a value and two float32 powers a tensor; over 16-bit weights also a float32 master
-    and, from the first step on, its float32 gradient.
+    and, while it steps, its float32 gradient.
     """
+    values = divided(weight, side, division.tensor)
     bits = weight.bits or precision.weights
-    held = math.ceil(values * bits / 8)
+    held, piece = math.ceil(values * bits / 8), math.ceil(values / division.shards)
+    # A frozen tensor whose bits a technique decides is no parameter: codes, or a pair beside the base.
+    parameter = weight.trains or weight.bits is None
+    matrices = held if parameter and len(weight.shape) > 1 else 0
     if not weight.trains:
-        return Size(values, 0, held)
-    master = 4 * values if bits < 32 else 0
-    return Size(values, values, held, held + master, 8 * values + 8 + master, values)
+        return Size(values, 0, held, matrices, frozen_pieces=piece * bits // 8 if matrices else 0)
+    is_partial = side and division.tensor > 1 and values == weight.size
+    is_norm = not side and weight.sides == ("",)
+    return Size(
+        values,
+        values,
+        held,
+        matrices,
+        pieces=piece * bits // 8,
+        vector_pieces=0 if matrices else piece * bits // 8,
+        gradients=held,
+        partial=held if is_partial else 0,
+        norms=held if is_norm else 0,
+        optimizer=8 * piece + 8 + (4 * piece if bits < 32 else 0),
+        masters=4 * piece if bits < 32 else 0,
+        largest=held,
+        stepped=piece,
+    )
 
 
-def total(pairs: Iterable[tuple[Weight, str]], tensor: int, precision: Precision) -> Size:
-    """Of weights, each with its Linear's name, on one of ``tensor`` ranks."""
-    return sum((size_of(w, divided(w, linear, tensor), precision) for w, linear in pairs), Size())
+@cache
+def total(weights: tuple[tuple[Weight, str], ...], division: Division, precision: Precision) -> Size:
+    """Of weights, each with the divided side of its Linear, on one rank."""
+    return sum((size_of(weight, side, division, precision) for weight, side in weights), Size())
 
 
-def of_block(outline: Outline, block: list[LinearOutline]) -> Iterator[tuple[Weight, str]]:
-    """The weights of a transformer block, each with its Linear's name."""
-    yield from ((outline.norm, ""), (outline.norm, ""))
-    for linear in block:
-        yield from ((weight, linear.name) for weight in linear.weights)
+def of_block(outline: Outline, block: list[LinearOutline]) -> tuple[tuple[Weight, str], ...]:
+    """The weights of a transformer block, each with the divided side of its Linear ("" of a norm)."""
+
+    def pairs() -> Iterator[tuple[Weight, str]]:
+        yield from ((outline.norm, ""), (outline.norm, ""))
+        for linear in block:
+            yield from ((weight, divided_side(linear.name)) for weight in linear.weights)
+
+    return tuple(pairs())
 
 
 @dataclass(frozen=True)
@@ -92,26 +163,32 @@ class Stage:
     size: Size
     """Of everything the stage holds."""
     largest_block: Size
-    """Of its largest part that is used at a time: a block, the embedding or lm_head."""
+    embedding: Size
+    head: Size
+    """lm_head, or the embedding where it is one with it; both are of nothing in stages that have none."""
     first: bool
     last: bool
 
 
-def stages(outline: Outline, tensor: int, pipeline: int, precision: Precision) -> list[Stage]:
+def stages(outline: Outline, division: Division, pipeline: int, precision: Precision) -> list[Stage]:
     """The stages of ``pipeline``, in order, each of whole blocks."""
-    blocks = [total(of_block(outline, block), tensor, precision) for block in outline.blocks]
-    embedding = total([(outline.embedding, "")], tensor, precision)
-    norm = total([(outline.norm, "")], tensor, precision)
-    # A tied matrix is on the first and on the last stage.
-    tied = embedding if pipeline > 1 else Size()
-    head = tied if outline.head is None else total([(outline.head, "")], tensor, precision)
-    shared = total([(weight, "") for weight in outline.shared], tensor, precision)
+
+    def one(weight: Weight) -> Size:
+        return size_of(weight, "", division, precision)
+
+    blocks = [total(of_block(outline, block), division, precision) for block in outline.blocks]
+    embedding, norm = one(outline.embedding), one(outline.norm)
+    head = embedding if outline.head is None else one(outline.head)
+    shared = sum(map(one, outline.shared), Size())
     found = []
     for start, stop in pairwise(cut(len(blocks), pipeline)):
         first, last = start == 0, stop == len(blocks)
-        mine = [*([embedding] if first else []), *blocks[start:stop], *([norm, head] if last else [])]
-        largest = max(mine, key=lambda size: size.values)
-        found.append(Stage(range(start, stop), sum(mine, shared), largest, first, last))
+        mine = [*([embedding] if first else []), *blocks[start:stop], *([norm] if last else [])]
+        if last and not (first and outline.head is None):  # a tied matrix is on the first stage, and on the last
+            mine.append(head)
+        largest = max(blocks[start:stop], key=lambda size: size.matrices)
+        here = (embedding if first else Size()), (head if last else Size())
+        found.append(Stage(range(start, stop), sum(mine, shared), largest, *here, first, last))
     return found
 
 

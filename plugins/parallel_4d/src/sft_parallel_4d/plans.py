@@ -21,6 +21,8 @@ class Plan:
     recompute: bool = False
     accumulation: int = 1
     """Micro-batches of each data rank in a step."""
+    offload: bool = False
+    """Whether what sharding keeps in pieces rests in the host's memory."""
 
     @property
     def data_world(self) -> int:
@@ -42,12 +44,12 @@ class Wanted:
     stage: int | None = None
     sequence: bool | None = None
     recompute: bool | None = None
+    offload: bool = False
+    """Whether sharding's pieces rest in the host's memory; a plan has that only if it is asked for."""
 
 
-def legal_plans(
-    outline: Outline, devices: int, rows: int, batch: int, length: int, wanted: Wanted | None = None
-) -> list[Plan]:
-    """Every legal plan for ``devices`` whose step has ``rows`` rows, in micro-batches of ``batch`` rows of ``length``.
+def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: Wanted | None = None) -> list[Plan]:
+    """Every legal plan for ``devices`` whose step has ``rows`` rows, in micro-batches of ``batch`` rows.
 
     Raises :class:`UsageError` that says why, if there is none.
     """
@@ -66,9 +68,10 @@ def legal_plans(
         if reason is None:
             accumulation = rows // (batch * data * sharding)
             found += [
-                Plan(data, sharding, stage, tensor, pipeline, sequence, recompute, accumulation)
+                Plan(data, sharding, stage, tensor, pipeline, sequence, recompute, accumulation, wanted.offload)
                 for stage in _stages(sharding, tensor, pipeline, wanted)
-                for sequence in _sequence(outline, tensor, batch * length, wanted)
+                for sequence in _either(wanted.sequence)
+                if tensor > 1 or not sequence
                 for recompute in (_either(wanted.recompute))
             ]
     if not found:
@@ -110,16 +113,11 @@ def _divisions(devices: int, wanted: Wanted) -> Iterator[tuple[int, int, int]]:
 
 
 def _stages(sharding: int, tensor: int, pipeline: int, wanted: Wanted) -> list[int]:
-    """Stage 1 alone beside a pipeline, and no stage 3 beside tensor parallelism, as in PaddleNLP."""
-    if sharding == 1:
+    """Stage 1 alone beside a pipeline, and no stage 3 beside tensor parallelism."""
+    if sharding == 1 and not wanted.offload:
         return [0] if wanted.stage is None else []
     allowed = [1] if pipeline > 1 else [1, 2] if tensor > 1 else [1, 2, 3]
     return [stage for stage in allowed if wanted.stage in (None, stage)]
-
-
-def _sequence(outline: Outline, tensor: int, tokens: int, wanted: Wanted) -> list[bool]:
-    possible = tensor > 1 and tokens % tensor == 0
-    return [choice for choice in _either(wanted.sequence) if possible or not choice]
 
 
 def _either(wanted: bool | None) -> list[bool]:

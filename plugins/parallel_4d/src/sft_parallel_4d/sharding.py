@@ -98,7 +98,7 @@ class Shards:
             gradient = paddle.zeros(parameter.shape, dtype=parameter.dtype)
         self._reduce(parameter, gradient)
         part = self.resting(self._axis.sum_own(self._flat(gradient), 0))
-        parameter.clear_gradient(set_to_zero=False)
+        parameter.clear_gradient(False)  # set_to_zero, which paddle ignores by name: it would keep zeros
         if piece.grad is None:
             piece.grad = part
         else:

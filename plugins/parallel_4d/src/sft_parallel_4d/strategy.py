@@ -452,7 +452,8 @@ class Parallel:
         for name in stepped:
             parameter = self._trained[name]
             part = part_of(parameter)
-            start, stop = (0, math.prod(parameter.shape)) if self._shards is None else self._shards.bounds(parameter)
+            size = math.prod(parameter.shape)
+            start, stop = (0, size) if self._shards is None else self._shards.bounds(parameter)
             written = self._at.data.rank == 0 and (part is not None or self._at.tensor.rank == 0)
             if self._pipe is not None and self._pipe.stage_of(parameter) != self._at.pipe.rank:
                 written = False  # the last stage's copy of a tied matrix

@@ -112,10 +112,8 @@ def connect(plan: Plan) -> Topology:
         "pp_degree": plan.pipeline,
         "sep_degree": 1,
     }
-    with (
-        contextlib.redirect_stderr(io.StringIO()),
-        warnings.catch_warnings(),
-    ):  # what paddle says of its flags and groups
+    # What paddle says of its flags and groups is not for users.
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fleet.init(is_collective=True, strategy=strategy)
     hcg = fleet.get_hybrid_communicate_group()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from typing import Any
 
 import sft
@@ -81,3 +82,22 @@ class Damage(sft.Plugin):
         self._done = record["step"]
         if self.kind == "weight" and self._done == self.step and hasattr(self, "_parameter"):
             self._parameter.set_value(self._parameter + 1e-2)
+
+
+def train_and_die(settings: dict[str, Any], rank: int, step: int) -> None:
+    """One rank of a run of which ``rank`` is killed after ``step``."""
+    killing = type("Killing", (Kill,), {"rank": rank, "step": step})
+    sft.run(settings, plugins=[killing], say=lambda text: None)
+
+
+class Kill(sft.Plugin):
+    name = "kill"
+    rank: int
+    step: int
+
+    @sft.hookimpl
+    def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+        from paddle import distributed
+
+        if record["step"] == self.step and distributed.get_rank() == self.rank:
+            os.kill(os.getpid(), signal.SIGKILL)

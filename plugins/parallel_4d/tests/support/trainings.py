@@ -96,15 +96,20 @@ class Trainings:
             self._known[key] = self.many(PLANS["one"], **settings)[0]
         return self._known[key]
 
+    def settings(self, plan: Plan, **settings: Any) -> dict[str, Any]:
+        """Those of a run under ``plan``, with an output folder of its own; the rows of a step are those of one
+        process."""
+        self._count += 1
+        values = {**self._defaults, **settings, **plan.settings, "output_dir": str(self._folder / str(self._count))}
+        values["gradient_accumulation_steps"] = ROWS // (values["per_device_train_batch_size"] * plan.data)
+        return values
+
     def many(
         self, plan: Plan, job: str = "jobs:train", damage: str | None = None, **settings: Any
     ) -> tuple[Path, list[Result]]:
-        """The output folder of a run under ``plan``, and what each rank returned. The rows of a step are those of one
-        process; settings are those of one process, too."""
-        self._count += 1
-        output = self._folder / str(self._count)
-        values = {**self._defaults, **settings, **plan.settings, "output_dir": str(output)}
-        values["gradient_accumulation_steps"] = ROWS // (values["per_device_train_batch_size"] * plan.data)
+        """The output folder of a run under ``plan``, and what each rank returned; ``settings`` as for one process."""
+        values = self.settings(plan, **settings)
+        output = Path(values["output_dir"])
         results = run_ranks(plan.processes, job, values, *([damage] if damage else []), timeout=60)
         left = [result.rank for result in results if Path(f"/proc/{result.value['process']}").exists()]
         assert not left, f"Ranks {left} have returned and live on."

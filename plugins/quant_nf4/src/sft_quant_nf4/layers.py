@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import paddle
 
-from sft_quant_nf4.codes import DYNAMIC, INT4_PAIRS, Blocks, Channels, pair_table
+from sft import UsageError
+from sft_quant_nf4.codes import DYNAMIC, INT4_PAIRS, Blocks, Channels, DoubleAbsmax, pair_table
 from sft_quant_nf4.kernels import Kernel, Packed
 from sft_quant_nf4.tables import table
 
@@ -35,6 +36,39 @@ class QuantizedLinear(paddle.nn.Layer, ABC):
         """The whole weight in Paddle's layout, float32 [in, out]."""
         with paddle.no_grad():
             return paddle.concat([self.rows(*part) for part in self.parts]).t()
+
+    def part(self, axis: int, index: int, count: int) -> QuantizedLinear:
+        """The layer of part ``index`` of ``count`` of a whole layer's W [in, out] along ``axis`` (0: inputs, 1:
+        outputs): the same codes and scales, of which it has a copy of its own.
+
+        Raises :class:`UsageError` where a block or group of values that share a scale would be cut through, and for a
+        bias under divided inputs, which every process would add.
+        """
+        if count == 1:
+            return self
+        if axis == 0 and self.bias is not None:
+            raise UsageError(
+                "A quantized layer has a bias, and each process that has a part of its inputs would add it; leave the "
+                "quantizer or tensor parallelism out."
+            )
+        length = self.out_features if axis else self.in_features
+        if length % count:
+            raise UsageError(
+                f"The {length} {'outputs' if axis else 'inputs'} of a quantized layer do not divide among {count} "
+                "processes; choose another number of them."
+            )
+        where = slice(length // count * index, length // count * (index + 1))
+        if axis == 0:
+            return self._inputs(where, count)
+        return self._outputs(where, count, None if self.bias is None else self.bias.numpy()[where])
+
+    @abstractmethod
+    def _inputs(self, where: slice, count: int) -> QuantizedLinear:
+        """The layer of the inputs ``where``, one of ``count`` parts."""
+
+    @abstractmethod
+    def _outputs(self, where: slice, count: int, bias: np.ndarray | None) -> QuantizedLinear:
+        """The layer of the outputs ``where``, one of ``count`` parts."""
 
     def forward(self, x: Any) -> Any:
         y = _Product.apply(x, self)
@@ -74,7 +108,7 @@ class BlockLinear(QuantizedLinear):
         # A part begins at a block, and at a whole byte.
         step = 2 * blocks.blocksize // math.gcd(2 * blocks.blocksize, size)
         super().__init__(blocks.shape, bias, step if out % step == 0 or step < out else out)
-        self.blocksize = blocks.blocksize
+        self.blocksize, self.kind = blocks.blocksize, blocks.kind
         count = -(-out * size // blocks.blocksize)
         codes = np.zeros(-(-count * blocks.blocksize // 2), np.uint8)
         codes[: len(blocks.codes)] = blocks.codes
@@ -87,6 +121,46 @@ class BlockLinear(QuantizedLinear):
             self.absmax = None
             self.double = (paddle.to_tensor(held.codes), paddle.to_tensor(held.absmax), table("double", DYNAMIC))
             self.offset = float(held.offset)
+        # Of a line of blocks how many are here, how many there are, and the first that is here: as they were made.
+        self._places = (1, 1, 0)
+
+    def _inputs(self, where: slice, count: int) -> QuantizedLinear:
+        self._check(where, "inputs", count)
+        return self._of_lines(self.out_features, where, (self.out_features, where.stop - where.start), None)
+
+    def _outputs(self, where: slice, count: int, bias: np.ndarray | None) -> QuantizedLinear:
+        size = self.in_features
+        values = slice(where.start * size, where.stop * size)
+        self._check(values, "values", count)
+        return self._of_lines(1, values, (where.stop - where.start, size), bias)
+
+    def _check(self, where: slice, what: str, count: int) -> None:
+        width = where.stop - where.start
+        if width % math.lcm(self.blocksize, 2):
+            raise UsageError(
+                f"qlora_weight_blocksize {self.blocksize} does not divide the {width} {what} of a layer that each of "
+                f"{count} processes has; set it to an even divisor of that, or choose another number of processes."
+            )
+
+    def _of_lines(self, lines: int, where: slice, shape: tuple[int, int], bias: np.ndarray | None) -> QuantizedLinear:
+        """A layer of ``shape`` from the values ``where`` of each of so many ``lines`` of all values [out, in].
+
+        With double quantization it has the float32 absmax of all groups of 256 blocks, and looks up its own.
+        """
+        blocks = slice(where.start // self.blocksize, where.stop // self.blocksize)
+
+        def cut(tensor: Any, places: slice) -> np.ndarray:
+            return np.ascontiguousarray(tensor.numpy().reshape(lines, -1)[:, places]).reshape(-1)
+
+        codes, absmax, double = cut(self.codes, slice(where.start // 2, where.stop // 2)), None, None
+        if self.double is None:
+            absmax = cut(self.absmax, blocks)
+        else:
+            of_blocks, of_groups, _ = self.double
+            double = DoubleAbsmax(cut(of_blocks, blocks), of_groups.numpy(), np.float32(self.offset))
+        part = BlockLinear(Blocks(codes, absmax, double, shape, self.kind, self.blocksize), bias)
+        part._places = (blocks.stop - blocks.start, 2 * self.codes.shape[0] // self.blocksize // lines, blocks.start)
+        return part
 
     def rows(self, start: int, stop: int) -> Any:
         first, last = start * self.in_features, stop * self.in_features
@@ -100,14 +174,17 @@ class BlockLinear(QuantizedLinear):
         if self.double is None:
             return self.absmax[blocks]
         codes, absmax, table = self.double
-        group = paddle.arange(blocks.start, blocks.stop, dtype="int32") // 256
+        width, stride, first = self._places
+        index = paddle.arange(blocks.start, blocks.stop, dtype="int32")
+        group = (index // width * stride + first + index % width) // 256
         return paddle.gather(table, codes[blocks].astype("int32")) * paddle.gather(absmax, group) + self.offset
 
 
 class ChannelLinear(QuantizedLinear):
     """INT8 and INT4: whole numbers, and a scale for each output channel or each group of its inputs.
 
-    ``codes`` as in :class:`Channels`, until ``kernel`` takes the layer over; then they are in ``packed`` alone.
+    ``codes`` as in :class:`Channels`, until ``kernel`` takes the layer over; then they are in ``packed`` alone, and
+    the layer is not to be divided any more.
     """
 
     def __init__(self, channels: Channels, bias: np.ndarray | None, kernel: Kernel | None = None) -> None:
@@ -117,6 +194,36 @@ class ChannelLinear(QuantizedLinear):
         self.refused = False
         self.table = table("int4", INT4_PAIRS) if channels.bits == 4 else None
         self.codes, self.scales = paddle.to_tensor(channels.codes), paddle.to_tensor(channels.scales)
+
+    def _inputs(self, where: slice, count: int) -> QuantizedLinear:
+        width, groups = where.stop - where.start, self.scales.shape[1]
+        scales, codes = self.scales.numpy(), self.codes.numpy()
+        if groups > 1:
+            group = self.in_features // groups
+            if width % group:
+                raise UsageError(
+                    f"weight_only_group_size {group} does not divide the {width} inputs of a layer that each of "
+                    f"{count} processes has; set it to a divisor of that, or leave it out."
+                )
+            scales = scales[:, where.start // group : where.stop // group]
+        if self.bits == 4 and width % 2:
+            raise UsageError(
+                f"Each of {count} processes has {width} inputs of a layer, and int4 keeps two in a byte; take int8, or "
+                "choose another number of processes."
+            )
+        each = 8 // self.bits
+        codes = codes[:, where.start // each : where.stop // each]
+        return self._of(codes, scales, (self.out_features, width), None)
+
+    def _outputs(self, where: slice, count: int, bias: np.ndarray | None) -> QuantizedLinear:
+        shape = (where.stop - where.start, self.in_features)
+        return self._of(self.codes.numpy()[where], self.scales.numpy()[where], shape, bias)
+
+    def _of(
+        self, codes: np.ndarray, scales: np.ndarray, shape: tuple[int, int], bias: np.ndarray | None
+    ) -> QuantizedLinear:
+        codes, scales = np.ascontiguousarray(codes), np.ascontiguousarray(scales)
+        return ChannelLinear(Channels(codes, scales, shape, self.bits), bias, self.kernel)
 
     def product(self, x: Any) -> Any:
         if self.kernel is not None and self.kernel.takes(self, x):

@@ -12,7 +12,7 @@ from sft import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from sft import Outline, Quantizer, Run
+    from sft import Outline, Quantizer, Run, Weight
 
 
 class _Quantizer:
@@ -67,13 +67,22 @@ class Int4Options:
     )
 
 
-def _replace_weights(outline: Outline, parts: Callable[[int, int], list[tuple[str, int, int]]]) -> None:
-    """On paper: ``parts`` of (inputs, outputs), as (name, values, bits), instead of each Linear's weight."""
+def _replace_weights(outline: Outline, held: Callable[[int, int], list[Weight]]) -> None:
+    """On paper: the tensors that are ``held`` for (inputs, outputs), instead of each Linear's weight."""
     for linear in outline.targets():
-        held = parts(linear.in_features, linear.out_features)
-        codes = [sft.Weight(name, (count,), ("all",), False, bits) for name, count, bits in held]
         rest = [weight for weight in linear.weights if weight.name != "weight"]
+        codes = held(linear.in_features, linear.out_features)
         linear.weights = [*codes, *(replace(weight, bits=32) for weight in rest)]
+
+
+def _flat(name: str, count: int, bits: int) -> Weight:
+    """``count`` values that are divided with the Linear, by its inputs or its outputs."""
+    return sft.Weight(name, (count,), ("all",), False, bits)
+
+
+def _scales(outputs: int, groups: int) -> Weight:
+    """Divided with the outputs, and with the inputs where these have ``groups``: a channel's one scale stays."""
+    return sft.Weight("scales", (outputs, groups), ("out", "all"), False, 32)
 
 
 class _FourBit(sft.Plugin):
@@ -97,14 +106,16 @@ class _FourBit(sft.Plugin):
     def sft_outline(self, outline: Outline) -> None:
         size, double = self.options.qlora_weight_blocksize, self.options.qlora_weight_double_quant
 
-        def parts(inputs: int, outputs: int) -> list[tuple[str, int, int]]:
+        def held(inputs: int, outputs: int) -> list[Weight]:
             blocks = -(-inputs * outputs // size)
-            absmax = [("absmax", blocks, 32)]
+            absmax = [_flat("absmax", blocks, 32)]
             if double:
-                absmax = [("double_codes", blocks, 8), ("double_absmax", -(-blocks // 256), 32)]
-            return [("codes", -(-blocks * size // 2), 8), *absmax]
+                # Divided along a dimension of length 1: whole in every process.
+                of_groups = sft.Weight("double_absmax", (-(-blocks // 256), 1), ("", "all"), False, 32)
+                absmax = [_flat("double_codes", blocks, 8), of_groups]
+            return [_flat("codes", -(-blocks * size // 2), 8), *absmax]
 
-        _replace_weights(outline, parts)
+        _replace_weights(outline, held)
 
 
 class Nf4(_FourBit):
@@ -142,7 +153,7 @@ class Int8(sft.Plugin):
 
     @sft.hookimpl
     def sft_outline(self, outline: Outline) -> None:
-        _replace_weights(outline, lambda inputs, outputs: [("codes", inputs * outputs, 8), ("scales", outputs, 32)])
+        _replace_weights(outline, lambda ins, outs: [_flat("codes", ins * outs, 8), _scales(outs, 1)])
 
 
 class Int4(sft.Plugin):
@@ -172,8 +183,8 @@ class Int4(sft.Plugin):
     def sft_outline(self, outline: Outline) -> None:
         group = self.options.weight_only_group_size
 
-        def parts(inputs: int, outputs: int) -> list[tuple[str, int, int]]:
-            scales = outputs * (inputs // group if group else 1)
-            return [("codes", outputs * -(-inputs // 2), 8), ("scales", scales, 32)]
+        def held(inputs: int, outputs: int) -> list[Weight]:
+            codes = _flat("codes", outputs * -(-inputs // 2), 8)
+            return [codes, _scales(outputs, inputs // group if group else 1)]
 
-        _replace_weights(outline, parts)
+        _replace_weights(outline, held)

@@ -1,0 +1,155 @@
+"""A rank of a real run that counts: what it holds, the most it needs at a time, and what it sends.
+
+``train(settings, rows, length)`` is for ``run_ranks``; each micro-batch has ``rows`` full rows of ``length`` tokens.
+"""
+
+from __future__ import annotations
+
+import collections
+import gc
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import sft
+
+STEPS = 3
+
+
+class Allocator:
+    """Bytes that paddle's CPU allocator has handed out."""
+
+    def __init__(self) -> None:
+        from paddle.base import core
+
+        gc.collect()
+        self._core, self._start = core, 0
+        self._start = self.now()
+
+    def now(self) -> int:
+        return int(self._core.host_memory_stat_current_value("Allocated", 0)) - self._start
+
+    def peak(self) -> int:
+        return int(self._core.host_memory_stat_peak_value("Allocated", 0)) - self._start
+
+    def forget(self) -> None:
+        self._core.host_memory_stat_reset_peak_value("Allocated", 0)
+
+
+class FullRows:
+    """A collator whose batches have ``length`` tokens a row, each a target, whatever the records are."""
+
+    packs = False
+
+    def __init__(self, length: int, vocabulary: int) -> None:
+        self._length, self._vocabulary = length, vocabulary
+
+    def rows(self, lengths: np.ndarray, rng: np.random.Generator | None) -> list[tuple[int, ...]]:
+        return [(number,) for number in range(len(lengths))]
+
+    def batch(self, rows: Any) -> sft.Batch:
+        return full_batch(len(rows), self._length, self._vocabulary)
+
+
+def full_batch(rows: int, length: int, vocabulary: int) -> sft.Batch:
+    ids = np.random.default_rng(0).integers(0, vocabulary, (rows, length))
+    positions, ends = np.tile(np.arange(length), (rows, 1)), np.full((rows, 1, length, 1), length, np.int32)
+    return sft.Batch(ids, ids, positions, ends, ((length,),) * rows)
+
+
+class EnoughError(Exception):
+    pass
+
+
+class Sent:
+    """Counts what rings would send of the operations of each axis, in bytes."""
+
+    def __init__(self) -> None:
+        self.bytes: collections.Counter[str] = collections.Counter()
+        self.names: dict[int, str] = {}
+
+    def watch(self, topology: Any) -> None:
+        from sft_parallel_4d.topology import Axis
+
+        for name in ("data", "sharding", "tensor", "pipe"):
+            self.names[id(getattr(topology, name))] = name
+        share = {"sum": 2.0, "maximum": 2.0, "sum_own": 1.0}
+        for method in ("sum", "maximum", "sum_own", "gather", "exchange"):
+            self._wrap(Axis, method, share.get(method))
+
+    def _wrap(self, axis_class: Any, method: str, share: float | None) -> None:
+        own: Callable[..., Any] = getattr(axis_class, method)
+
+        def counted(axis: Any, *arguments: Any) -> Any:
+            name, size = self.names.get(id(axis)), axis.size
+            if name is not None and size > 1:
+                if method == "exchange":
+                    self.bytes[name] += sum(_bytes(tensor) for tensor, _ in arguments[0])
+                else:
+                    whole = _bytes(arguments[0]) * (size if method == "gather" else share or 1.0)
+                    self.bytes[name] += round(whole * (size - 1) / size)
+            return own(axis, *arguments)
+
+        setattr(axis_class, method, counted)
+
+
+def _bytes(tensor: Any) -> int:
+    return math.prod(tensor.shape) * int(tensor.element_size())
+
+
+def train(settings: dict[str, Any], rows: int, length: int) -> dict[str, Any]:
+    """Take STEPS steps of a run; what was found in all but the first one."""
+    from sft import assembly
+
+    sent, found, optimizers = Sent(), {}, []
+    make_optimizer = assembly.make_optimizer
+
+    def caught(run: sft.Run) -> Any:
+        optimizers.append(make_optimizer(run))
+        return optimizers[-1]
+
+    assembly.make_optimizer = caught
+
+    class Measure(sft.Plugin):
+        name = "measure"
+
+        @sft.hookimpl
+        def sft_collator(self, run: sft.Run) -> FullRows:
+            return FullRows(length, 64)
+
+        @sft.hookimpl
+        def sft_model_config(self, run: sft.Run, config: Any) -> None:
+            self.memory = Allocator()
+            if hasattr(run.strategy, "_at"):
+                sent.watch(run.strategy._at)
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            if record["step"] == STEPS:
+                found["peak"], found["rests"] = self.memory.peak(), self.memory.now()
+                found["sent"] = {name: count // (STEPS - 1) for name, count in sent.bytes.items()}
+                found.update(held(run, optimizers[0]))
+                raise EnoughError
+            if record["step"] == 1:
+                self.memory.forget()
+                sent.bytes.clear()
+
+    fixed = {"max_steps": STEPS, "do_eval": False, "per_device_train_batch_size": rows, "disable_tqdm": True}
+    try:
+        sft.run({**settings, **fixed}, plugins=(Measure,), say=lambda text: None)
+    except EnoughError:
+        return found
+    raise AssertionError("The run ended by itself.")
+
+
+def held(run: sft.Run, optimizer: Any) -> dict[str, int]:
+    """Bytes of parameters that are allocated, of pieces beside them, and of optimizer state, on this rank."""
+    shards = getattr(run.strategy, "_shards", None)
+    return {
+        "parameters": sum(_bytes(p) for p in run.model.parameters() if p._is_initialized()),
+        "pieces": sum(_bytes(p) for p in shards._pieces.values()) if shards is not None else 0,
+        "stage": run.strategy._at.pipe.rank if hasattr(run.strategy, "_at") else 0,
+        "optimizer": sum(array.nbytes for array in optimizer.state().values()),
+    }

@@ -1,0 +1,103 @@
+"""A run that was killed under one plan goes on under another: model and optimizer, as one process would have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from processes import RankError, run_ranks
+from safetensors.numpy import load_file
+from trainings import PLANS, ROWS, TOLERANCE, Plan, Trainings, assert_equal
+
+import sft
+from sft.testing import needs
+from sft.training.pieces import SavedState
+
+SAVES = {"save_strategy": "steps", "save_steps": 2}
+CHANGES = [
+    ("tp2", "dp2"),
+    ("pp2", "one"),
+    ("stage1", "tp2-sequence"),
+    ("stage3", "pp2"),
+    ("one", "stage2"),
+    ("tp2-pp2", "stage3"),
+    ("tp2-stage1", "tp2-stage1"),
+    ("dp2-stage1", "tp2-pp2"),
+]
+
+
+def killed(trainings: Trainings, plan: Plan, **settings: Any) -> dict[str, Any]:
+    """The settings of a run whose last rank was killed in step 3, after the checkpoint of step 2."""
+    values = trainings.settings(plan, **SAVES, **settings)
+    with pytest.raises(RankError) as caught:
+        run_ranks(plan.processes, "jobs:train_and_die", values, plan.processes - 1, 3, timeout=60)
+    assert caught.value.rank == plan.processes - 1
+    output = Path(values["output_dir"])
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
+    return values
+
+
+def resumed(values: dict[str, Any], old: Plan, new: Plan) -> Path:
+    changed = {name: value for name, value in values.items() if name not in old.settings} | new.settings
+    changed["gradient_accumulation_steps"] = ROWS // (values["per_device_train_batch_size"] * new.data)
+    run_ranks(new.processes, "jobs:train", {**changed, "resume_from_checkpoint": "auto"}, timeout=60)
+    return Path(values["output_dir"])
+
+
+def checked(trainings: Trainings, old: str, new: str, **settings: Any) -> None:
+    one = trainings.one(**SAVES, **settings)
+    values = killed(trainings, PLANS[old], **settings)
+    output = resumed(values, PLANS[old], PLANS[new])
+    assert_equal(one, output)
+    wanted, found = (SavedState(folder / "checkpoint-4" / "trainer", "optimizer") for folder in (one, output))
+    assert set(wanted) == set(found)
+    for key in wanted:
+        np.testing.assert_allclose(found.whole(key), wanted.whole(key), rtol=0, atol=TOLERANCE, err_msg=key)
+
+
+@pytest.mark.parametrize(("old", "new"), CHANGES)
+def test_a_killed_run_goes_on_under_another_plan(trainings: Trainings, old: str, new: str) -> None:
+    checked(trainings, old, new)
+
+
+@pytest.mark.parametrize(("old", "new"), [("tp2", "dp2"), ("pp2", "one"), ("tp2-pp2", "stage3")])
+@pytest.mark.parametrize(
+    "plugins",
+    [
+        pytest.param(["lora", "pissa"], marks=needs("lora", "pissa")),
+        pytest.param(["vera"], marks=needs("vera")),
+    ],
+)
+def test_an_adapter_goes_on_under_another_plan(trainings: Trainings, old: str, new: str, plugins: list[str]) -> None:
+    checked(trainings, old, new, plugin=plugins)
+
+
+def test_a_checkpoint_holds_each_value_once(trainings: Trainings) -> None:
+    """Each rank writes its own pieces, which together are the state that one process has; weights are whole."""
+    one = trainings.one(**SAVES)
+    output, _ = trainings.many(PLANS["tp2-stage1"], **SAVES)
+    trainer, alone = output / "checkpoint-4" / "trainer", one / "checkpoint-4" / "trainer"
+    files = sorted(trainer.glob("optimizer-*.safetensors"))
+    assert len(files) == 4
+    held = [sum(array.nbytes for array in load_file(path).values()) for path in files]
+    state = load_file(alone / "optimizer.safetensors")
+    scalars = sum(array.nbytes for array in state.values() if array.size == 1)
+    whole = sum(array.nbytes for array in state.values()) - scalars
+    assert whole <= sum(held) <= whole + 4 * scalars
+    assert max(held) < 0.3 * whole + scalars  # a quarter, but for norms, which tensor ranks do not divide
+    names = [set(load_file(folder.parent / "model.safetensors")) for folder in (trainer, alone)]
+    assert names[0] == names[1]
+
+
+def test_a_missing_piece_is_named(trainings: Trainings) -> None:
+    output, _ = trainings.many(PLANS["stage1"], **SAVES)
+    (output / "checkpoint-4" / "trainer" / "optimizer-00001.safetensors").unlink()
+    settings = json.loads((output / "run.json").read_text())["settings"]
+    values = {key: value for key, value in settings.items() if value is not None and key not in ("plugin", "sharding")}
+    values = {key: value for key, value in values.items() if not key.endswith(("_degree", "_parallel", "_timeout"))}
+    values.update(gradient_accumulation_steps=ROWS // 2, max_steps=6, resume_from_checkpoint="auto", nproc=1)
+    with pytest.raises(sft.UsageError, match="lacks pieces of .*a process's file is missing"):
+        sft.run(values, say=lambda text: None)

@@ -14,6 +14,8 @@ CHUNK = 64 << 20
 """Bytes of a chunk of float32 logits, as the core's loss has it."""
 GATED = ("llama", "qwen2")
 """Families whose gate is one operation (swiglu) and keeps one tensor less."""
+WITHOUT_TABLES = ("gemma",)
+"""Families that compute cosines and sines anew in each layer."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,7 @@ def backward_extra(outline: Outline, shape: Shape, precision: Precision) -> int:
     return round(shape.tokens * precision.products / 8 * max(mlp, attention))
 
 
-def at_borders(
-    outline: Outline, shape: Shape, precision: Precision, recompute: bool, first: bool, last: bool
-) -> int:
+def at_borders(outline: Outline, shape: Shape, precision: Precision, recompute: bool, first: bool, last: bool) -> int:
     """What a pipeline stage keeps of a micro-batch beside its blocks: what it has received, until its gradient is sent
     back (recomputation keeps that anyway), and what it has sent."""
     ends = (not first and not recompute) + (not last)
@@ -122,4 +122,4 @@ def _head_gradient(outline: Outline, shape: Shape, precision: Precision) -> int:
 
 def tables(outline: Outline) -> int:
     """The float32 tables of cosines and sines."""
-    return 8 * outline.positions * outline.head_size
+    return 0 if outline.family.model_type in WITHOUT_TABLES else 8 * outline.positions * outline.head_size

@@ -9,6 +9,7 @@ from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Stage
 from sft_parallel_4d.plans import Plan
 
+
 @dataclass(frozen=True)
 class Volume:
     """Bytes that one rank sends in a step, by what for."""
@@ -38,7 +39,9 @@ def rank(calculator: Calculator, plan: Plan, number: int, stage: Stage) -> Volum
     pipeline = micro * neighbours * activations.boundary(outline, shape, precision)
     if plan.pipeline > 1 and outline.tied and (stage.first or stage.last) and outline.embedding.trains:
         pipeline += stage.head.gradients + stage.embedding.gradients  # the two copies' gradient
-    return Volume(round(data), round(_sharding(plan, stage, outline.tied)), round(_tensor(calculator, plan, stage)), pipeline)
+    return Volume(
+        round(data), round(_sharding(plan, stage, outline.tied)), round(_tensor(calculator, plan, stage)), pipeline
+    )
 
 
 def _sharding(plan: Plan, stage: Stage, tied: bool) -> float:

@@ -48,9 +48,7 @@ class Wanted:
     """Whether sharding's pieces rest in the host's memory; a plan has that only if it is asked for."""
 
 
-def legal_plans(
-    outline: Outline, devices: int, rows: int, batch: int, wanted: Wanted | None = None
-) -> list[Plan]:
+def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: Wanted | None = None) -> list[Plan]:
     """Every legal plan for ``devices`` whose step has ``rows`` rows, in micro-batches of ``batch`` rows.
 
     Raises :class:`UsageError` that says why, if there is none.
@@ -78,7 +76,9 @@ def legal_plans(
             ]
     if not found:
         reasons = list(dict.fromkeys(reason for reason in refused.values() if reason))
-        why = "; ".join(reasons[:3]) or "the settings that are fixed exclude each other for this model"
+        why = "; ".join(reasons[:3])
+        if None in refused.values():
+            why = "the settings that are fixed exclude each other"
         raise UsageError(f"No plan is possible on {devices} devices: {why}. Fix fewer degrees, or other ones.")
     return found
 

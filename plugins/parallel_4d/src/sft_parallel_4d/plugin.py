@@ -53,7 +53,7 @@ class Parallel4d(sft.Plugin):
     def sft_check(self, run: Run) -> None:
         from sft_parallel_4d.checks import check
 
-        self.plan, self.offload = check(run, self.options, processes(self.options))
+        self.plan = check(run, self.options, processes(self.options))
         if rank() > 0:
             run.say = lambda text: None
 
@@ -62,7 +62,7 @@ class Parallel4d(sft.Plugin):
         from sft_parallel_4d.strategy import Parallel
         from sft_parallel_4d.topology import connect
 
-        return Parallel(run, connect(self.plan), self.offload)
+        return Parallel(run, connect(self.plan))
 
 
 def processes(options: ParallelOptions) -> int:

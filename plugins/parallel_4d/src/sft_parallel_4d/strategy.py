@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 class Parallel:
     """See :class:`sft.ParallelStrategy` for what each member means."""
 
-    def __init__(self, run: Run, topology: Topology, offload: bool) -> None:
+    def __init__(self, run: Run, topology: Topology) -> None:
         plan = topology.plan
         self._run, self._at = run, topology
         self.data_rank, self.data_world = topology.data_rank, plan.data_world
         self.draw_rank = topology.data_rank + plan.data_world * topology.pipe.rank
         self.is_main = topology.world.rank == 0
         self._tensor = TensorParallel(topology.tensor, plan.sequence) if plan.tensor > 1 else None
-        self._shards = Shards(topology.sharding, plan.stage, offload, self._complete) if plan.stage else None
+        self._shards = Shards(topology.sharding, plan.stage, plan.offload, self._complete) if plan.stage else None
         self._pipe: Pipeline | None = None
         self._partial: set[int] = set()
         self._trained: dict[str, Any] = {}
@@ -274,7 +274,9 @@ class Parallel:
         if self._shards is None or self._shards.stage < 3:
             return finish(model, hidden, batch)
         self._shards.gather([p for p in model.lm_head.parameters() if self._shards.takes(p)])
-        return finish(model, hidden, batch)  # released with everything else, after backward
+        result = finish(model, hidden, batch)
+        self._shards.release()  # the loss has its gradients already
+        return result
 
     @staticmethod
     def _loss(model: Any, hidden: Any, batch: Batch) -> Any:
@@ -404,11 +406,11 @@ class Parallel:
         for name in stepped:
             parameter = self._trained[name]
             part = part_of(parameter)
-            bounds = (0, math.prod(parameter.shape)) if self._shards is None else self._shards.bounds(parameter)
+            start, stop = (0, math.prod(parameter.shape)) if self._shards is None else self._shards.bounds(parameter)
             written = self._at.data.rank == 0 and (part is not None or self._at.tensor.rank == 0)
             if self._pipe is not None and self._pipe.stage_of(parameter) != self._at.pipe.rank:
                 written = False  # the last stage's copy of a tied matrix
-            found[name] = Piece(part or Part(tuple(parameter.shape), 0, 0, 1), *bounds, written)
+            found[name] = Piece(part or Part(tuple(parameter.shape), 0, 0, 1), start, stop, written)
         return found
 
     def own_file(self, stem: str) -> str:

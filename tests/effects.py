@@ -302,13 +302,13 @@ EFFECTS: dict[str, Effect] = {
     ),
 }
 # The effect of these does not show in one run beside another; the test that sees it is named instead.
-_PARITY = "plugins/parallel_4d/tests/test_parity.py::test_plans_learn_what_one_process_learns"
+_DIVIDES = "plugins/parallel_4d/tests/test_ranks_agree.py::test_each_setting_divides_what_it_says"
 PARALLEL = {
-    "tensor_parallel_degree": ("processes that share each layer", _PARITY),
-    "pipeline_parallel_degree": ("stages of consecutive layers", _PARITY),
-    "sharding": ("what data ranks keep in pieces: stage1, stage2, stage3, offload", _PARITY),
-    "sharding_parallel_degree": ("data ranks that share pieces", _PARITY),
-    "sequence_parallel": ("divides the residual stream along the sequence", _PARITY),
+    "tensor_parallel_degree": ("processes that share each layer", _DIVIDES),
+    "pipeline_parallel_degree": ("stages of consecutive layers", _DIVIDES),
+    "sharding": ("what data ranks keep in pieces: stage1, stage2, stage3, offload", _DIVIDES),
+    "sharding_parallel_degree": ("data ranks that share pieces", _DIVIDES),
+    "sequence_parallel": ("divides the residual stream along the sequence", _DIVIDES),
 }
 ELSEWHERE: dict[str, tuple[str, str]] = {
     **PARALLEL,

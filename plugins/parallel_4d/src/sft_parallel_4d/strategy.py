@@ -50,7 +50,7 @@ def _phase(name: str) -> Callable[[Callable[..., Result]], Callable[..., Result]
 class Parallel:
     """See :class:`sft.ParallelStrategy` for what each member means."""
 
-    def __init__(self, run: Run, topology: Topology, offload: bool, watch: Watch | None = None) -> None:
+    def __init__(self, run: Run, topology: Topology, watch: Watch | None = None) -> None:
         plan = topology.plan
         self._watch = watch
         self._run, self._at = run, topology
@@ -58,7 +58,7 @@ class Parallel:
         self.draw_rank = topology.data_rank + plan.data_world * topology.pipe.rank
         self.is_main = topology.world.rank == 0
         self._tensor = TensorParallel(topology.tensor, plan.sequence) if plan.tensor > 1 else None
-        self._shards = Shards(topology.sharding, plan.stage, offload, self._complete) if plan.stage else None
+        self._shards = Shards(topology.sharding, plan.stage, plan.offload, self._complete) if plan.stage else None
         self._pipe: Pipeline | None = None
         self._partial: set[int] = set()
         self._trained: dict[str, Any] = {}
@@ -312,7 +312,9 @@ class Parallel:
         if self._shards is None or self._shards.stage < 3:
             return finish(model, hidden, batch)
         self._shards.gather([p for p in model.lm_head.parameters() if self._shards.takes(p)])
-        return finish(model, hidden, batch)  # released with everything else, after backward
+        result = finish(model, hidden, batch)
+        self._shards.release()  # the loss has its gradients already
+        return result
 
     @staticmethod
     def _loss(model: Any, hidden: Any, batch: Batch) -> Any:

@@ -101,3 +101,21 @@ class Kill(sft.Plugin):
 
         if record["step"] == self.step and distributed.get_rank() == self.rank:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def held(settings: dict[str, Any]) -> dict[str, Any]:
+    """One rank of a run: shapes of what it holds of the model, and the lengths of what goes into blocks' norms."""
+    found: dict[str, Any] = {"process": os.getpid(), "shapes": {}, "lengths": []}
+
+    class Look(sft.Plugin):
+        name = "look"
+
+        @sft.hookimpl
+        def sft_run_started(self, run: sft.Run) -> None:
+            found["shapes"] = {name: list(p.shape) for name, p in run.model.named_parameters()}
+            for name, layer in run.model.named_sublayers():
+                if name.endswith("post_attention_layernorm"):
+                    layer.register_forward_pre_hook(lambda _, inputs: found["lengths"].append(inputs[0].shape[1]))
+
+    sft.run(settings, plugins=[Look], say=lambda text: None)
+    return found

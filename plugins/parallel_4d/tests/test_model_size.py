@@ -152,7 +152,7 @@ def test_parts_of_quantized_layers(adapt: Callable[..., sft.Run], tmp_path: Path
     for linear in block:
         part = layers[f"{linear.name}.base"].part(0 if linear.name.endswith(ROW) else 1, 0, 2)
         coded = [(weight, linear.name) for weight in linear.weights if "all" in weight.sides]
-        assert total(coded, Division(2), WHOLE).weights == held_in_codes(part), linear.name
+        assert total(tuple(coded), Division(2), WHOLE).weights == held_in_codes(part), linear.name
 
 
 @pytest.mark.parametrize("tensor", [1, 2])

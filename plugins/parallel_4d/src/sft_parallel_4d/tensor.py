@@ -189,7 +189,9 @@ class TensorParallel:
             if isinstance(dropout, paddle.nn.Dropout) and dropout.p > 0:
                 own = dropout.forward
 
-                def forward(x: Any, own: Callable[[Any], Any] = own) -> Any:
+                def forward(x: Any, layer: Any = dropout, own: Callable[[Any], Any] = own) -> Any:
+                    if not layer.training:
+                        return x
                     with get_rng_state_tracker().rng_state(APART):
                         return own(x)
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import sft
+from sft.files import save_tensors
+
+sys.path.append(str(Path(__file__).parent / "support"))
 
 
 @pytest.fixture(scope="session")
@@ -39,5 +44,26 @@ def config_of(tmp_path: Path) -> Callable[..., Path]:
 def outline_of(config_of: Callable[..., Path]) -> Callable[..., sft.Outline]:
     def make(model_type: str = "llama", **changes: Any) -> sft.Outline:
         return sft.outline({"model_name_or_path": str(config_of(model_type, **changes))}).outline
+
+    return make
+
+
+@pytest.fixture
+def model_of(config_of: Callable[..., Path]) -> Callable[..., Path]:
+    """``config_of`` with random weights beside it."""
+
+    def make(model_type: str = "llama", **changes: Any) -> Path:
+        folder = config_of(model_type, **changes)
+        outline, rng = sft.outline({"model_name_or_path": str(folder)}).outline, np.random.default_rng(0)
+        shapes = {"model.embed_tokens.weight": outline.embedding.shape, "model.norm.weight": outline.norm.shape}
+        for number, block in enumerate(outline.blocks):
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"model.layers.{number}.{norm}.weight"] = outline.norm.shape
+            shapes |= {f"{linear.name}.{one.name}": one.shape[::-1] for linear in block for one in linear.weights}
+        if outline.head is not None:
+            shapes["lm_head.weight"] = outline.head.shape[::-1]
+        tensors = {name: 0.1 * rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+        save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+        return folder
 
     return make

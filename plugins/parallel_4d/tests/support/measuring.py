@@ -15,7 +15,7 @@ import numpy as np
 
 import sft
 
-STEPS = 3
+STEPS = 2
 
 
 class Allocator:

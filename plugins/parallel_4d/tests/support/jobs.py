@@ -119,3 +119,36 @@ def held(settings: dict[str, Any]) -> dict[str, Any]:
 
     sft.run(settings, plugins=[Look], say=lambda text: None)
     return found
+
+
+def train_strange(settings: dict[str, Any]) -> dict[str, Any]:
+    """One rank of a run whose adapter does not say how it is divided."""
+    sft.run(settings, plugins=[Strange], say=lambda text: None)
+    return {"process": os.getpid()}
+
+
+class Strange(sft.Plugin):
+    """A scale of its own on the outputs of one Linear."""
+
+    name = "strange"
+
+    @sft.hookimpl
+    def sft_adapt_model(self, run: sft.Run, model: Any) -> None:
+        import paddle
+
+        class Scaled(paddle.nn.Layer):
+            def __init__(self, base: Any, size: int) -> None:
+                super().__init__()
+                self.base = base
+                self.scale = self.create_parameter([size], default_initializer=paddle.nn.initializer.Constant(1.0))
+
+            def forward(self, x: Any) -> Any:
+                return self.base(x) * self.scale
+
+        (target,) = sft.target_layers(model, ["model.layers.0.mlp.up_proj"])
+        self.layer = Scaled(target.layer, target.out_features)
+        target.replace(self.layer)
+
+    @sft.hookimpl
+    def sft_export_adapter(self, run: sft.Run, model: Any) -> sft.AdapterFiles:
+        return sft.AdapterFiles({"peft_type": "STRANGE"}, {"scale": self.layer.scale.numpy()})

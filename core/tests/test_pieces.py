@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -166,7 +167,8 @@ class Process:
 
 
 def test_two_processes_write_one_checkpoint(tmp_path: Path, state: dict[str, np.ndarray]) -> None:
-    """Each its half of the optimizer's state, one of them all the rest; ``checkpoint-2`` is there when all have."""
+    """Each its half of the optimizer's state, one of them all the rest; ``checkpoint-2`` is there when all have. Either
+    is slow once, so that the other would be too early if it did not wait."""
     barrier, told = threading.Barrier(2), []
 
     def run_of(rank: int) -> tuple[Any, Any]:
@@ -177,9 +179,13 @@ def test_two_processes_write_one_checkpoint(tmp_path: Path, state: dict[str, np.
             **{"strategy": strategy, "output_dir": tmp_path, "model": None, "exports_adapter": True, "hook": hook},
             settings=SimpleNamespace(training=training),
             plugins=SimpleNamespace(names=["counter"], ask=lambda name, hook, run: {"count": rank}),
-            write_result=lambda folder: (folder / "adapter").write_text("whole") if rank == 0 else None,
+            write_result=lambda folder: late(0.4 * (rank == 0)) and (folder / "adapter").write_text("whole"),
         )
-        return run, SimpleNamespace(state=lambda: strategy.state, parameters={})
+        return run, SimpleNamespace(state=lambda: (late(0.1 * (rank == 1)), strategy.state)[1], parameters={})
+
+    def late(seconds: float) -> bool:
+        time.sleep(seconds)
+        return seconds > 0
 
     def contents(folder: Path) -> set[str]:
         return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}

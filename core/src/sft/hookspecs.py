@@ -82,7 +82,7 @@ def sft_collator(run: Run) -> DataCollator:
 
 @single
 def sft_parallel_strategy(run: Run) -> ParallelStrategy:
-    """How several processes share the run. Without one: a single process."""
+    """How several processes share the run, from reading the weights on. Without one: a single process."""
 
 
 @hookspec
@@ -109,8 +109,9 @@ def sft_attention_backend(run: Run, config: Any) -> AttentionBackend:
 def sft_adapt_model(run: Run, model: Any) -> None:
     """The adapter seam: weights are in place; replace or wrap layers, and set what trains (``stop_gradient``).
 
-    The layers to adapt come from :func:`sft.target_layers`. When no active plugin implements this hook, all
-    parameters train.
+    The layers to adapt come from :func:`sft.target_layers`, a layer's whole weight from ``run.strategy.linear_weight``.
+    A layer that is put in place says by its class's ``sides`` how processes divide its tensors (docs/plugins.md). When
+    no active plugin implements this hook, all parameters train.
     """
 
 

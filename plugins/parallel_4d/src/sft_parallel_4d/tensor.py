@@ -189,7 +189,9 @@ class TensorParallel:
             if isinstance(dropout, paddle.nn.Dropout) and dropout.p > 0:
                 own = dropout.forward
 
-                def forward(x: Any, own: Callable[[Any], Any] = own) -> Any:
+                def forward(x: Any, own: Callable[[Any], Any] = own, dropout: Any = dropout) -> Any:
+                    if not dropout.training:  # before the first step there is nothing to draw from
+                        return own(x)
                     with get_rng_state_tracker().rng_state(APART):
                         return own(x)
 
@@ -200,9 +202,12 @@ class TensorParallel:
         """A step begins: what is drawn apart depends on its seed and on the process."""
         if self._draws:
             common = int(paddle.randint(0, 2**31 - 1, [1], "int64"))  # the same in all processes of the axis
+            seed = int(np.random.SeedSequence([common, self._axis.rank]).generate_state(1)[0])
             tracker = get_rng_state_tracker()
-            tracker.reset()
-            tracker.add(APART, int(np.random.SeedSequence([common, self._axis.rank]).generate_state(1)[0]))
+            if APART not in tracker.states_:  # once: paddle keeps each state that was ever added
+                tracker.add(APART, seed)
+            with tracker.rng_state(APART):
+                paddle.seed(seed)
 
     def _enter(self, x: Any) -> Any:
         return _Enter.apply(x, self._axis, self.sequence and self.active)

@@ -163,7 +163,6 @@ def paddlenlp_page() -> str:
         "`sft run lora_argument.json`.",
         "",
         "Two defaults differ: `do_train` is true, and `do_eval` unset: dev data is measured where there is some.",
-        "Parallel settings are listed under what has no effect until a plugin reads them.",
         "",
         "## Honoured",
         "",
@@ -187,6 +186,8 @@ def paddlenlp_page() -> str:
     ]
     hidden = ("", "null", "none", "no", "off", "yes", "on")
     for name, foreign in sorted(FOREIGN.items()):
+        if name in {*EFFECTS, *ELSEWHERE}:  # a plugin reads it
+            continue
         shown = ", ".join(value for value in foreign.harmless or () if value not in hidden)
         lines.append(f"| `{name}` | {shown if foreign.harmless is not None else 'any'} | {foreign.reason} |")
     return "\n".join([*lines, ""])

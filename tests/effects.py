@@ -302,7 +302,16 @@ EFFECTS: dict[str, Effect] = {
     ),
 }
 # The effect of these does not show in one run beside another; the test that sees it is named instead.
+_DIVIDES = "plugins/parallel_4d/tests/test_ranks_agree.py::test_each_setting_divides_what_it_says"
+PARALLEL = {
+    "tensor_parallel_degree": ("processes that share each layer", _DIVIDES),
+    "pipeline_parallel_degree": ("stages of consecutive layers", _DIVIDES),
+    "sharding": ("what data ranks keep in pieces: stage1, stage2, stage3, offload", _DIVIDES),
+    "sharding_parallel_degree": ("data ranks that share pieces", _DIVIDES),
+    "sequence_parallel": ("divides the residual stream along the sequence", _DIVIDES),
+}
 ELSEWHERE: dict[str, tuple[str, str]] = {
+    **PARALLEL,
     "load_best_model_at_end": (
         "ends with the best checkpoint",
         "core/tests/test_best.py::test_the_result_is_the_best_checkpoint",

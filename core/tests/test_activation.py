@@ -32,6 +32,7 @@ def tools(distribute: Distribute) -> None:
             "value.grind_algo.Coarse8": "Coarse",
             "setting.use_polish": "Polish",
             "number.polish_degree": "Polish",
+            "environment.SFT_TEST_WORKERS": "Polish",
         },
     )
 
@@ -146,6 +147,17 @@ class TestByOtherSettings:
         assert set(message.partition("one of ")[2].partition(", got ")[0].split(", ")) == {"fine4", "coarse8"}
         assert message.endswith(", got 'fine5'.")
 
+    @pytest.mark.parametrize(
+        ("value", "plugins"),
+        [("fine4 slow", ["fine"]), ("slow, FINE4", ["fine"]), ("coarse8,fine4", ["coarse", "fine"])],
+    )
+    def test_any_word_of_the_value_may_ask(self, value: str, plugins: list[str]) -> None:
+        """What the other words mean is for the plugin to say, which gets the whole value."""
+        assert chosen(grind_algo=value) == (plugins, {"grind_algo": value})
+
+    def test_words_of_which_none_asks(self) -> None:
+        assert refusal(grind_algo="fine5 slow").endswith(", got 'fine5 slow'.")
+
     @pytest.mark.parametrize("value", [None, "none", "", False])
     def test_no_value(self, value: Any) -> None:
         assert chosen(grind_algo=value) == ([], {})
@@ -155,6 +167,31 @@ class TestByOtherSettings:
 
     def test_a_name_and_a_value_ask_once(self) -> None:
         assert chosen(grind_algo="fine4", plugin="fine")[0] == ["fine"]
+
+
+@pytest.mark.usefixtures("tools")
+class TestByEnvironment:
+    @pytest.mark.parametrize(("value", "on"), [("2", True), ("16", True), ("1", False), ("0", False), ("", False)])
+    def test_a_number_above_one(self, monkeypatch: pytest.MonkeyPatch, value: str, on: bool) -> None:
+        monkeypatch.setenv("SFT_TEST_WORKERS", value)
+        assert chosen(seed=1) == (["polish"] if on else [], {"seed": 1})
+
+    @pytest.mark.parametrize("value", ["many", "-2", "2.5"])
+    def test_what_is_no_count_asks_for_nothing(self, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+        monkeypatch.setenv("SFT_TEST_WORKERS", value)
+        assert chosen() == ([], {})
+
+    def test_without_the_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("SFT_TEST_WORKERS", raising=False)
+        assert chosen() == ([], {})
+
+    def test_its_options_are_left_to_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SFT_TEST_WORKERS", "2")
+        assert chosen(polish_degree=1, plugin="fine") == (["polish", "fine"], {"polish_degree": 1})
+
+    def test_off_by_name_wins(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SFT_TEST_WORKERS", "2")
+        assert chosen(plugin="no:polish") == ([], {})
 
 
 def test_a_setting_of_the_core_is_never_taken_for_a_plugins(distribute: Distribute) -> None:

@@ -170,6 +170,29 @@ def test_trap_documents_in_a_packed_row_compute_what_they_compute_alone(paddle: 
             start += len(ids)
 
 
+@pytest.mark.parametrize("case", [*CASES, "qwen2-tied-sharded"])
+def test_what_goes_into_the_first_block_may_be_given(paddle: Any, models: Path, case: str) -> None:
+    """Instead of the embedding of the batch's tokens, which then do not count; a gradient comes back for it."""
+    from sft.models.attention import DefaultAttention, hidden_states
+
+    ids = np.random.default_rng(5).permutation(np.arange(3, 128))[:14]  # each once, so each has its row's gradient
+    documents = [Example(part, np.full_like(part, -100)) for part in (ids[:5], ids[5:])]
+    batch = assemble([documents], pad_id=0)
+    other = dataclasses.replace(batch, input_ids=batch.input_ids[:, ::-1].copy())
+    model = load(models / case, DefaultAttention())
+    embedding = getattr(model, model.base_model_prefix).embed_tokens
+    embedded = embedding(paddle.to_tensor(batch.input_ids)).detach()
+    embedded.stop_gradient = False
+    expected, found = hidden_states(model, batch), hidden_states(model, other, embedded)
+    np.testing.assert_array_equal(found.numpy(), expected.numpy())
+    assert np.abs(hidden_states(model, other).numpy() - expected.numpy()).max() > 0.1
+    for hidden in (expected, found):
+        hidden.square().sum().backward()
+    gradient = embedded.grad.numpy()[0]
+    assert np.abs(gradient).max() > 0.1
+    np.testing.assert_array_equal(gradient, embedding.weight.grad.numpy()[ids])
+
+
 def test_padding_after_a_document_changes_nothing(paddle: Any, models: Path) -> None:
     from sft.models.attention import DefaultAttention
 

@@ -5,7 +5,7 @@ plugin, as entry points in the group ``sft.requests`` that name the same object 
 
 =====================  ======================================================================================
 ``setting.X``          setting X is true (a switch of another name; nobody else reads X)
-``value.X.V``          setting X has the value V; X belongs to the plugin's options
+``value.X.V``          setting X is V, or V is among its words; X belongs to the plugin's options
 ``number.X``           setting X is a number other than -1, 0 and 1 (a degree, a factor); likewise
 ``environment.X``      the process's environment has X, a number above 1 (a launcher started several)
 ``adapter.TYPE``       an adapter folder of that ``peft_type`` is opened

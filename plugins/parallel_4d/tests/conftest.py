@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from trainings import Trainings
 
 import sft
+from sft.files import save_tensors
 from sft.testing import make_model, write_data
 
 
@@ -69,3 +71,24 @@ def uneven_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
+
+
+@pytest.fixture
+def model_of(config_of: Callable[..., Path]) -> Callable[..., Path]:
+    """``config_of`` with random weights beside it."""
+
+    def make(model_type: str = "llama", **changes: Any) -> Path:
+        folder = config_of(model_type, **changes)
+        outline, rng = sft.outline({"model_name_or_path": str(folder)}).outline, np.random.default_rng(0)
+        shapes = {"model.embed_tokens.weight": outline.embedding.shape, "model.norm.weight": outline.norm.shape}
+        for number, block in enumerate(outline.blocks):
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"model.layers.{number}.{norm}.weight"] = outline.norm.shape
+            shapes |= {f"{linear.name}.{one.name}": one.shape[::-1] for linear in block for one in linear.weights}
+        if outline.head is not None:
+            shapes["lm_head.weight"] = outline.head.shape[::-1]
+        tensors = {name: 0.1 * rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+        save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+        return folder
+
+    return make

@@ -1,10 +1,12 @@
-"""Sizes on paper against models that are built, PaddleNLP's own splitting, and paddle's own segmenting."""
+"""Sizes on paper against models that are built, and divided as the engine divides them."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,14 @@ import sft
 import sft.assembly
 import sft.settings
 from sft.models.loading import load_model, open_model
+from sft.models.parts import is_elsewhere
 from sft.testing import make_model
 from sft.training.optimizer import Optimizer, default_groups
 from sft.training.strategy import batch_loss
-from sft_parallel_4d.model_size import ROW, Precision, cut, stages, total
+from sft_parallel_4d.model_size import ROW, Division, Precision, stages, total
+from sft_parallel_4d.pipeline import Pipeline
+from sft_parallel_4d.tensor import TensorParallel
+from sft_parallel_4d.topology import Axis
 
 CASES = (
     *("gemma-tied", "llama-headdim", "llama-tied-gqa", "llama-untied", "llama3-scaled", "mistral-gqa"),
@@ -68,7 +74,7 @@ def test_optimizer_bytes_are_those_of_its_state(paddle: Any, models: Path, case:
         parameter.grad = paddle.zeros_like(parameter)
     optimizer.step(1e-3)
     gradients = sum(p.grad.size * p.grad.element_size() for p in parameters.values() if p.grad is not None)
-    (stage,) = stages(paper(models / case), 1, 1, Precision(32 if dtype == "float32" else 16))
+    (stage,) = stages(paper(models / case), Division(), 1, Precision(32 if dtype == "float32" else 16))
     assert stage.size.optimizer == sum(array.nbytes for array in optimizer.state().values())
     assert stage.size.weights == sum(p.size * p.element_size() for p in parameters.values())
     assert stage.size.trained == sum(p.size for p in parameters.values())
@@ -92,15 +98,14 @@ def test_adapters(adapt: Callable[..., sft.Run], base_model: Path, settings: dic
     parameters = list(run.model.parameters())
     trained = sorted(tuple(p.shape) for p in parameters if not p.stop_gradient)
     assert sorted(weight.shape for weight in weights if weight.trains) == trained
-    # What is no parameter: PiSSA's subtracted pairs, VeRA's shared one and its slices.
-    layers = [layer for layer in run.model.sublayers() if hasattr(layer, "_frozen") and layer._frozen is not None]
-    frozen = [tensor for layer in layers for tensor in layer._frozen]
-    pairs = {id(t): t for layer in run.model.sublayers() for t in getattr(layer, "_pair", ())}
-    held = sum(int(p.size) for p in [*parameters, *frozen, *pairs.values()])
-    widest = max((t.shape[0] for t in pairs.values()), default=0) * 5 + max(
-        (t.shape[1] for t in pairs.values()), default=0
-    ) * 5  # fmt: skip
-    assert sum(weight.size for weight in weights) == held + widest
+    # What is no parameter: PiSSA's subtracted pairs, and VeRA's, of which all layers see one memory.
+    frozen: dict[int, int] = {}
+    for layer in run.model.sublayers():
+        for name in getattr(layer, "sides", ()):
+            tensor = getattr(layer, name)
+            if tensor is not None and name not in layer._parameters:
+                frozen[tensor.data_ptr()] = max(int(tensor.size), frozen.get(tensor.data_ptr(), 0))
+    assert sum(weight.size for weight in weights) == sum(int(p.size) for p in parameters) + sum(frozen.values())
 
 
 def held_in_codes(layer: Any) -> int:
@@ -130,7 +135,7 @@ def test_quantized_bases(adapt: Callable[..., sft.Run], models: Path, settings: 
     held = sum(int(p.size) * 4 for p in run.model.parameters())
     held += sum(held_in_codes(layer) for layer in run.model.sublayers() if hasattr(layer, "dequantize"))
     outline = paper(Path(folder), **settings)
-    (stage,) = stages(outline, 1, 1, WHOLE)
+    (stage,) = stages(outline, Division(), 1, WHOLE)
     assert stage.size.weights == held
     assert outline.count() == tuple(reversed(run.sizes))
 
@@ -147,38 +152,28 @@ def test_parts_of_quantized_layers(adapt: Callable[..., sft.Run], tmp_path: Path
     for linear in block:
         part = layers[f"{linear.name}.base"].part(0 if linear.name.endswith(ROW) else 1, 0, 2)
         coded = [(weight, linear.name) for weight in linear.weights if "all" in weight.sides]
-        assert total(coded, 2, WHOLE).weights == held_in_codes(part), linear.name
+        assert total(tuple(coded), Division(2), WHOLE).weights == held_in_codes(part), linear.name
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("pipeline", [1, 2, 3])
 @pytest.mark.parametrize("case", READABLE)
-def test_tensor_parallel_sizes_are_those_of_paddlenlps_splitting(paddle: Any, models: Path, case: str) -> None:
-    found = paper(models / case)
-    degree = 1 if found.kv_heads == 1 else 2
-    source = open_model(models / case)
-    source.config.tensor_parallel_degree, source.config.tensor_parallel_rank = degree, 0
-    _, model_class = source.family.classes()
-    actions = model_class._get_tensor_parallel_mappings(source.config, is_split=True)
-    built, values = load_model(open_model(models / case)), 0
-    for name, parameter in built.named_parameters():
-        array = np.zeros(parameter.shape, np.float32)
-        action = actions.get(name.removeprefix(source.family.prefix + "."), actions.get(name))
-        values += int((action(array) if action is not None else array).size)
-    (stage,) = stages(found, degree, 1, WHOLE)
-    assert stage.size.values == values
-
-
-@pytest.mark.parametrize("blocks", [1, 2, 5, 6, 7, 30])
-def test_stages_are_cut_as_paddle_cuts_them(paddle: Any, blocks: int) -> None:
-    from paddle.distributed.fleet.meta_parallel.parallel_layers.pp_layers import SegmentLayers
-
-    class Block(paddle.nn.Layer):
-        pass
-
-    other = paddle.nn.Identity()
-    pieces = [other, *(Block() for _ in range(blocks)), other, other]
-    for pipeline in range(1, blocks + 1):
-        method = "uniform" if blocks % pipeline else "layer:Block"
-        assert cut(blocks, pipeline) == SegmentLayers(pieces, pipeline, method).do_segment()
+def test_each_rank_has_the_size_that_the_engine_gives_it(
+    paddle: Any, models: Path, config_of: Any, case: str, tensor: int, pipeline: int
+) -> None:
+    changes = {"num_hidden_layers": 5, "num_key_value_heads": 2}
+    values = {**sft_config(models / case), **changes}
+    folder = config_of(**values)
+    found, source = paper(folder), open_model(folder)
+    for number, stage in enumerate(stages(found, Division(tensor), pipeline, WHOLE)):
+        for rank in range(tensor):
+            model = source.family.classes()[1](source.config)
+            if tensor > 1:
+                TensorParallel(Axis(rank, SimpleNamespace(nranks=tensor)), False).divide(model)
+            if pipeline > 1:
+                Pipeline(Axis(number, SimpleNamespace(nranks=pipeline)), 5).divide(model)
+            mine = {id(p): math.prod(p.shape) for p in model.parameters() if not is_elsewhere(p)}
+            assert stage.size.values == sum(mine.values())
 
 
 def test_stages_hold_the_model_once_and_a_tied_matrix_twice(outline_of: Callable[..., sft.Outline]) -> None:
@@ -187,7 +182,7 @@ def test_stages_hold_the_model_once_and_a_tied_matrix_twice(outline_of: Callable
         whole = sum(weight.size for weight in outline.weights())
         twice = outline.embedding.size if tied else 0
         for pipeline in (2, 3, 4):
-            assert sum(s.size.values for s in stages(outline, 1, pipeline, WHOLE)) == whole + twice
+            assert sum(s.size.values for s in stages(outline, Division(), pipeline, WHOLE)) == whole + twice
 
 
 def test_a_gradient_reaches_all_that_is_said_to_train(paddle: Any, models: Path) -> None:
@@ -199,5 +194,5 @@ def test_a_gradient_reaches_all_that_is_said_to_train(paddle: Any, models: Path)
     row = np.full((1, 1, 8, 1), 8, np.int32)
     batch_loss(model, sft.Batch(ids, ids, ids, row, ((8,),))).backward()
     got = sum(int(p.size) for p in model.parameters() if p.grad is not None)
-    (stage,) = stages(paper(models / "gemma-tied"), 1, 1, WHOLE)
+    (stage,) = stages(paper(models / "gemma-tied"), Division(), 1, WHOLE)
     assert got * 4 == stage.size.gradients

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import RankError
 from trainings import PLANS, Trainings, assert_equal
 
 from sft.testing import needs
@@ -130,3 +131,15 @@ def test_damage_on_one_rank_is_noticed(trainings: Trainings, plan: str, kind: st
     damaged, _ = trainings.many(PLANS[plan], damage=kind, plugin=[])
     with pytest.raises(AssertionError, match="is apart from"):
         assert_equal(one, damaged)
+
+
+@pytest.mark.parametrize("plan", ["tp2", "pp2", "stage3"])
+def test_an_adapter_that_does_not_say_how_it_is_divided_is_refused(trainings: Trainings, plan: str) -> None:
+    with pytest.raises(RankError, match="Scaled does not say how it is divided among processes"):
+        trainings.many(PLANS[plan], job="jobs:train_strange")
+
+
+def test_it_learns_on_data_ranks_all_the_same(trainings: Trainings) -> None:
+    one, _ = trainings.many(PLANS["one"], job="jobs:train_strange")
+    two, _ = trainings.many(PLANS["stage1"], job="jobs:train_strange")
+    assert_equal(one, two)

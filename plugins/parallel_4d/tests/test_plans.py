@@ -17,8 +17,7 @@ from sft_parallel_4d.command import command
 from sft_parallel_4d.communication import busiest
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Precision
-from sft_parallel_4d.plans import PIPELINED, Plan, Wanted, legal_plans
-from sft_parallel_4d.plugin import Parallel4d
+from sft_parallel_4d.plans import Plan, Wanted, legal_plans
 
 Outlines = Callable[..., sft.Outline]
 
@@ -39,7 +38,7 @@ def test_plans_are_all_that_keep_the_rules(outline_of: Outlines) -> None:
                         for sequence in (False, True):
                             if legal and (tensor > 1 or not sequence):
                                 expected.add((data, sharding, stage, tensor, pipeline, sequence))
-    found = legal_plans(outline, 8, 16, 2, 64)
+    found = legal_plans(outline, 8, 16, 2)
     assert {(p.data, p.sharding, p.stage, p.tensor, p.pipeline, p.sequence) for p in found} == expected
     assert len(found) == 2 * len(expected)
     assert all(p.devices == 8 and p.data_world * p.accumulation * 2 == 16 for p in found)
@@ -57,42 +56,48 @@ def test_plans_are_all_that_keep_the_rules(outline_of: Outlines) -> None:
         ("llama", {"num_key_value_heads": 2}, {"tensor": 4}, r"does not divide key/value heads \(2\)"),
         ("llama", {"vocab_size": 510}, {"tensor": 4}, r"does not divide the vocabulary \(510\)"),
         ("llama", {}, {"pipeline": 8}, "8 pipeline stages are more than 4 layers"),
-        ("mistral", {}, {"pipeline": 2}, "no pipeline class for mistral"),
         ("llama", {}, {"tensor": 3}, "do not divide 8 devices"),
         ("llama", {}, {"tensor": 2, "stage": 3}, "exclude each other"),
-        ("mistral", {}, {"sequence": True}, "no sequence parallelism for mistral"),
+        ("mistral", {}, {"tensor": 1, "sequence": True}, "exclude each other"),
+        ("gemma", {}, {"sharding": 1, "stage": 1}, "exclude each other"),
     ],
 )
 def test_what_is_impossible_is_refused(
     outline_of: Outlines, family: str, changes: dict[str, Any], wanted: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(sft.UsageError, match=reason):
-        legal_plans(outline_of(family, **changes), 8, 16, 2, 64, Wanted(**wanted))
+        legal_plans(outline_of(family, **changes), 8, 16, 2, Wanted(**wanted))
 
 
-def test_paddlenlp_has_pipelines_for_the_families_that_are_said_to_have_one(paddle: Any) -> None:
-    from paddlenlp import transformers
-
-    from sft.models.families import FAMILIES
-
-    have = {name for name, family in FAMILIES.items() if hasattr(transformers, f"{family.model_class}Pipe")}
-    assert have == set(PIPELINED)
+def test_offload_is_for_those_who_ask(outline_of: Outlines) -> None:
+    assert not any(plan.offload for plan in legal_plans(outline_of(), 4, 16, 2))
+    found = legal_plans(outline_of(), 4, 16, 2, Wanted(stage=2, offload=True, tensor=1, pipeline=1))
+    assert {(plan.data, plan.sharding, plan.stage, plan.offload) for plan in found} == {
+        (4, 1, 2, True),
+        (2, 2, 2, True),
+        (1, 4, 2, True),
+    }
 
 
 def test_volumes_by_hand(outline_of: Outlines) -> None:
+    """What real ranks send is counted in test_measured.py; here are devices that no test has."""
     outline = outline_of()
     calculator = Calculator(outline, Precision(), 2, 64)
-    values, hidden = calculator.stages(1, 1)[0].size.values, 2 * 64 * 64 * 4
+    values, hidden = calculator.stages(Plan())[0].size.values, 2 * 64 * 64 * 4
     assert busiest(calculator, Plan()).total == 0
     # A ring's all-reduce among 4: each sends 2 · 3/4 of the gradients.
     assert busiest(calculator, Plan(data=4, accumulation=3)).data == 2 * 3 * values * 4 // 4
     assert busiest(calculator, Plan(sharding=4, stage=1)).sharding == 2 * 3 * values * 4 // 4
-    # Stage 3: weights twice and gradients once, each micro-batch.
-    assert busiest(calculator, Plan(sharding=4, stage=3, accumulation=2)).sharding == 2 * 3 * 3 * values * 4 // 4
-    # All-reduces of [tokens, hidden] among 2 (each sends it once): o and down forward, q, k, v, gate and up backward,
-    # in 4 blocks; the embedding's and lm_head's.
-    assert busiest(calculator, Plan(tensor=2, accumulation=3)).tensor == 3 * (4 * 7 + 2) * hidden
-    assert busiest(calculator, Plan(tensor=2, recompute=True)).tensor == (4 * 9 + 2) * hidden
+    # Stage 3: blocks' matrices twice, embedding and lm_head once, gradients once, each micro-batch; vectors at the end.
+    ends, vectors = 2 * 512 * 64, 9 * 64
+    blocks = values - ends - vectors
+    expected = 2 * 3 * (2 * blocks + ends + values) + 3 * vectors
+    assert busiest(calculator, Plan(sharding=4, stage=3, accumulation=2)).sharding == expected * 4 // 4
+    # All-reduces of [tokens, hidden] among 2 (each sends it once): attention and MLP forward and backward in 4 blocks,
+    # the embedding's, the loss's gradient, and three float32 a target.
+    few = 3 * 4 * 2 * 64
+    assert busiest(calculator, Plan(tensor=2, accumulation=3)).tensor == 3 * ((4 * 4 + 2) * hidden + few)
+    assert busiest(calculator, Plan(tensor=2, recompute=True)).tensor == (4 * 6 + 2) * hidden + few
     # A middle stage sends one tensor each way.
     assert busiest(calculator, Plan(pipeline=4, accumulation=3)).pipeline == 3 * 2 * hidden
 
@@ -119,6 +124,31 @@ def test_json_holds_all_plans_in_order(config_of: Callable[..., Path]) -> None:
     assert all(one["plan"]["recompute"] for one in found)
 
 
+@pytest.mark.parametrize(
+    ("settings", "plans"),
+    [
+        ({"tensor_parallel_degree": 2, "pipeline_parallel_degree": 1}, {(2, 1, 0), (2, 1, 1), (2, 1, 2)}),
+        ({"tensor_parallel_degree": 1, "sharding": "stage3"}, {(1, 1, 3)}),
+        ({"sharding_degree": 4}, {(1, 1, 1), (1, 1, 2), (1, 1, 3)}),
+        ({"sharding_parallel_degree": -1, "tensor_parallel_degree": -1, "sharding": "stage2"}, {(1, 1, 2), (2, 1, 2)}),
+        ({"sharding": "stage1 offload", "pipeline_parallel_degree": 4}, {(1, 4, 1)}),
+        ({"sequence_parallel": True, "tensor_parallel_degree": 4}, {(4, 1, 0)}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_typed_or_in_a_file_leave_the_same_plans(
+    config_of: Callable[..., Path], tmp_path: Path, settings: dict[str, Any], plans: set[tuple[int, int, int]]
+) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    typed = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    from_file = run(config_of(), str(tmp_path / "settings.json"), "--devices", "4", "--json")
+    as_typed = run(config_of(), *typed, "--devices", "4", "--json")
+    assert from_file.output == as_typed.output
+    found = [json.loads(line)["plan"] for line in from_file.output.splitlines()]
+    assert {(plan["tensor"], plan["pipeline"], plan["stage"]) for plan in found} == plans
+    assert {plan["offload"] for plan in found} == {"offload" in settings.get("sharding", "")}
+
+
 def test_nothing_fits(config_of: Callable[..., Path]) -> None:
     result = run(config_of(num_hidden_layers=400), "--devices", "2", "--device_memory", "20MiB")
     assert "0 fit; the smallest first" in result.output
@@ -140,6 +170,8 @@ def test_thousands_of_devices(config_of: Callable[..., Path]) -> None:
         (["--lerning_rate", "1"], "did you mean learning_rate"),
         (["--rows_per_step", "3"], "3 rows a step are not whole micro-batches"),
         (["--plugin", "nf4"], "add an adapter"),
+        (["--sharding", "stage4"], "expected one of stage1, stage2, stage3"),
+        (["--sharding", "stage1 stage2"], "expected stage1, stage2 or stage3"),
     ],
 )
 def test_refusals(config_of: Callable[..., Path], arguments: list[str], reason: str) -> None:
@@ -157,11 +189,6 @@ def test_a_plugin_that_does_not_say_what_it_does_is_refused(config_of: Callable[
 
     with pytest.raises(sft.UsageError, match=r"Plugin secret .* does not say on paper"):
         sft.outline({"model_name_or_path": str(config_of())}, extra=[Secret])
-
-
-def test_a_run_with_it_is_refused(train: Callable[..., Any]) -> None:
-    with pytest.raises(sft.UsageError, match="plans runs"):
-        train(plugins=(Parallel4d,))
 
 
 def test_planning_does_not_import_paddle(config_of: Callable[..., Path]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainings import PLANS, Trainings, assert_equal
+from safetensors.numpy import load_file
+from trainings import PLANS, Plan, Trainings, assert_equal
 
 from sft.testing import needs
 
@@ -97,3 +98,33 @@ def report(folder: Path) -> dict[str, Any]:
     vary = {"output_dir", "seconds", "peak_memory_mib", "padding_tokens"}  # rows are batched differently
     result = {name: value for name, value in found["result"].items() if name not in vary and "loss" not in name}
     return {"status": found["status"], **result}
+
+
+def test_each_setting_divides_what_it_says(trainings: Trainings) -> None:
+    def held(processes: int, data: int, **settings: Any) -> list[dict[str, Any]]:
+        saves = {
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "max_steps": 1,
+            "do_eval": False,
+            "evaluation_strategy": "no",
+        }
+        output, results = trainings.many(Plan(processes, data, settings), job="jobs:held", **saves)
+        files = sorted((output / "checkpoint-1" / "trainer").glob("optimizer*"))
+        return [{**r.value, "state": len(load_file(path))} for r, path in zip(results, files, strict=True)]
+
+    (one,) = held(1, 1)
+    up = next(name for name in one["shapes"] if name.endswith("layers.0.mlp.up_proj.weight"))
+    hidden, inner = one["shapes"][up]
+    assert [r["shapes"][up] for r in held(2, 1, tensor_parallel_degree=2)] == [[hidden, inner // 2]] * 2
+    first, second = held(2, 1, pipeline_parallel_degree=2)
+    assert up in first["shapes"]
+    assert up not in second["shapes"]
+    assert {*first["shapes"], *second["shapes"]} == set(one["shapes"])
+    assert [r["state"] for r in held(2, 2)] == [one["state"], 0]  # a data rank's state is the other's
+    assert [r["state"] for r in held(2, 2, sharding="stage1")] == [one["state"]] * 2
+    of_two = held(4, 4, sharding="stage1", sharding_parallel_degree=2)
+    assert sorted(r["state"] for r in of_two) == [0, 0, one["state"], one["state"]]
+    lengths = [set(r["lengths"]) for r in held(2, 1, tensor_parallel_degree=2, sequence_parallel=True)]
+    whole = {length + length % 2 for length in one["lengths"]}
+    assert lengths == [{length // 2 for length in whole}] * 2

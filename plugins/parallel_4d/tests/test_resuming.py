@@ -99,5 +99,5 @@ def test_a_missing_piece_is_named(trainings: Trainings) -> None:
     values = {key: value for key, value in settings.items() if value is not None and key not in ("plugin", "sharding")}
     values = {key: value for key, value in values.items() if not key.endswith(("_degree", "_parallel", "_timeout"))}
     values.update(gradient_accumulation_steps=ROWS // 2, max_steps=6, resume_from_checkpoint="auto", nproc=1)
-    with pytest.raises(sft.UsageError, match="lacks pieces of .*a process's file is missing"):
+    with pytest.raises(sft.UsageError, match=r"lacks pieces of .*a process's file is missing"):
         sft.run(values, say=lambda text: None)

@@ -60,10 +60,13 @@ def save_pieces(path: Path, state: Mapping[str, np.ndarray], pieces: Mapping[str
         piece = pieces[name]
         if not piece.written:
             continue
-        if _is_scalar(kind) or piece.is_whole:
+        if _is_scalar(kind):
             tensors[key] = value
+            continue
+        tensors[key] = np.ascontiguousarray(value.reshape(-1)[: piece.stop - piece.start])
+        if piece.is_whole:  # which may have been stepped flat
+            tensors[key] = tensors[key].reshape(piece.part.shape)
         else:
-            tensors[key] = np.ascontiguousarray(value.reshape(-1)[: piece.stop - piece.start])
             about[name] = {"part": asdict(piece.part), "start": piece.start, "stop": piece.stop}
     save_tensors(path, tensors, {METADATA: json.dumps(about)} if about else None)
 

@@ -14,6 +14,8 @@ CHUNK = 64 << 20
 """Bytes of a chunk of float32 logits, as the core's loss has it."""
 GATED = ("llama", "qwen2")
 """Families whose gate is one operation (swiglu) and keeps one tensor less."""
+WITHOUT_TABLES = ("gemma",)
+"""Families that compute cosines and sines anew in each layer."""
 
 
 @dataclass(frozen=True)
@@ -120,4 +122,4 @@ def _head_gradient(outline: Outline, shape: Shape, precision: Precision) -> int:
 
 def tables(outline: Outline) -> int:
     """The float32 tables of cosines and sines."""
-    return 8 * outline.positions * outline.head_size
+    return 0 if outline.family.model_type in WITHOUT_TABLES else 8 * outline.positions * outline.head_size

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from sft_parallel_4d.plugin import ParallelOptions
 
 
-def check(run: Run, options: ParallelOptions, world: int) -> tuple[Plan, bool]:
-    """The plan for ``world`` processes that the settings ask for, and whether pieces are offloaded."""
-    stage, offload = _sharding(options.sharding)
+def check(run: Run, options: ParallelOptions, world: int) -> Plan:
+    """The plan for ``world`` processes that the settings ask for."""
+    stage, offload = stage_and_offload(options.sharding)
     tensor, pipeline = max(1, options.tensor_parallel_degree), max(1, options.pipeline_parallel_degree)
     model = str(run.settings.model.model_name_or_path)
     folder = find_config(model)
@@ -57,17 +57,15 @@ def check(run: Run, options: ParallelOptions, world: int) -> tuple[Plan, bool]:
     if options.sequence_parallel and tensor == 1:
         raise UsageError("sequence_parallel needs tensor parallelism; set tensor_parallel_degree, or leave it out.")
     _check_run(run, stage, pipeline, world)
-    return (
-        Plan(
-            left // sharding,
-            sharding,
-            stage if sharding > 1 or offload else 0,
-            tensor,
-            pipeline,
-            options.sequence_parallel,
-            run.settings.training.recompute,
-            run.settings.training.gradient_accumulation_steps,
-        ),
+    return Plan(
+        left // sharding,
+        sharding,
+        stage if sharding > 1 or offload else 0,
+        tensor,
+        pipeline,
+        options.sequence_parallel,
+        run.settings.training.recompute,
+        run.settings.training.gradient_accumulation_steps,
         offload,
     )
 
@@ -88,7 +86,8 @@ def _check_run(run: Run, stage: int, pipeline: int, world: int) -> None:
         raise UsageError(f"device {device} is one device, and {world} processes have one each; give gpu or cpu.")
 
 
-def _sharding(text: str | None) -> tuple[int, bool]:
+def stage_and_offload(text: str | None) -> tuple[int, bool]:
+    """What setting ``sharding`` says: the stage (0: none), and whether pieces rest in the host's memory."""
     words = (text or "").replace(",", " ").lower().split()
     stages = [word for word in words if word in ("stage1", "stage2", "stage3")]
     unknown = [word for word in words if word not in ("stage1", "stage2", "stage3", "offload")]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import sft
 from sft import UsageError
+from sft_parallel_4d.checks import stage_and_offload
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Precision
 from sft_parallel_4d.plans import Wanted, legal_plans
 from sft_parallel_4d.ranking import Answer, Device, rank
 
+if TYPE_CHECKING:
+    from sft.settings import Settings
+
+NAME = "parallel-4d"
 DEGREE = click.IntRange(min=1)
 
 
@@ -26,11 +31,6 @@ def _names(name: str, parameter: str | None = None) -> tuple[str, ...]:
 @click.option(*_names("device_memory"), required=True, help="The memory of one, such as 80GiB.")
 @click.option(*_names("rows_per_step"), type=DEGREE, help="Rows of an optimizer step over all devices.  [default: "
               "per_device_train_batch_size x gradient_accumulation_steps x devices]")  # fmt: skip
-@click.option(*_names("tensor_parallel_degree", "tensor"), type=DEGREE, help="Only plans of this degree.")
-@click.option(*_names("pipeline_parallel_degree", "pipeline"), type=DEGREE, help="Only plans of this degree.")
-@click.option(*_names("sharding_parallel_degree", "sharding"), type=DEGREE, help="Only plans of this degree.")
-@click.option("--sharding", "stage", type=click.Choice(["stage1", "stage2", "stage3"]), help="Only plans of this.")
-@click.option(*_names("sequence_parallel", "sequence"), type=click.BOOL, help="Only plans with it, or without.")
 @click.option(*_names("device_tflops", "tflops"), type=click.FloatRange(min=0, min_open=True), default=200.0,
               show_default=True, help="10^12 operations a second of one device; for the order.")  # fmt: skip
 @click.option("--bandwidth", default="50GB", show_default=True, help="Bytes a second that one sends; for the order.")
@@ -38,16 +38,19 @@ def _names(name: str, parameter: str | None = None) -> tuple[str, ...]:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a plan, in bytes, all of them.")
 @click.argument("settings", nargs=-1, type=click.UNPROCESSED)
 def command(
-    devices: int, device_memory: str, rows_per_step: int | None, tensor: int | None, pipeline: int | None,
-    sharding: int | None, stage: str | None, sequence: bool | None, tflops: float, bandwidth: str, top: int,
+    devices: int, device_memory: str, rows_per_step: int | None, tflops: float, bandwidth: str, top: int,
     as_json: bool, settings: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Say how a run fits on devices, before there are any.
 
     SETTINGS are those of `sft run`: a file, --plugin NAME, --name value; model_name_or_path is needed. Of the model
     only config.json is read. Rows are taken to be full: max_length tokens, each of them a target.
+
+    Only plans are shown that have what the settings give of --tensor_parallel_degree, --pipeline_parallel_degree,
+    --sharding (stage2, or "stage2 offload"), --sharding_parallel_degree, --sequence_parallel and --recompute; a degree
+    of -1 leaves it open.
     """
-    paper = sft.outline(sft.collect(list(settings)))
+    paper = sft.outline(_with_this_plugin(sft.collect(list(settings))))
     for line in paper.without_effect:
         click.echo(line, err=True)
     training, length = paper.settings.training, paper.settings.data.max_length
@@ -57,9 +60,7 @@ def command(
         )
     batch = training.per_device_train_batch_size
     rows = rows_per_step or batch * training.gradient_accumulation_steps * devices
-    recompute = training.recompute if "recompute" in paper.settings.given else None
-    wanted = Wanted(tensor, pipeline, sharding, int(stage[-1]) if stage else None, sequence, recompute)
-    plans = legal_plans(paper.outline, devices, rows, batch, length, wanted)
+    plans = legal_plans(paper.outline, devices, rows, batch, wanted(paper.settings))
     half = training.bf16 or training.fp16
     precision = Precision(16 if half and training.fp16_opt_level == "O2" else 32, 16 if half else 32)
     device = Device(sft.parse_size(device_memory), tflops * 1e12, sft.parse_size(bandwidth))
@@ -81,13 +82,41 @@ def command(
     )
 
 
+def _with_this_plugin(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings with this plugin among those that they ask for, so that its options count whatever they are."""
+    asked = values.get("plugin") or []
+    return {**values, "plugin": [*(asked.split(",") if isinstance(asked, str) else asked), NAME]}
+
+
+def wanted(settings: Settings) -> Wanted:
+    """What the settings of a run decide about its plan."""
+    options, given = settings.options[NAME], settings.given
+    stage, offload = stage_and_offload(options.sharding)
+
+    def degree(name: str) -> int | None:
+        value = int(getattr(options, name))
+        return value if name in given and value > 0 else None
+
+    return Wanted(
+        tensor=degree("tensor_parallel_degree"),
+        pipeline=degree("pipeline_parallel_degree"),
+        sharding=degree("sharding_parallel_degree"),
+        stage=stage or None,
+        sequence=options.sequence_parallel if "sequence_parallel" in given else None,
+        recompute=settings.training.recompute if "recompute" in given else None,
+        offload=offload,
+    )
+
+
 def _table(answers: list[Answer]) -> list[str]:
+    offloads = any(answer.plan.offload for answer in answers)
     head = "data sharding tensor pipeline seq recompute accumulate weights gradients optimizer activations logits"
-    rows = [[*head.split(), "peak", "sent", "seconds", "fits"]]
+    rows = [[*head.split(), "peak", *(["host"] if offloads else []), "sent", "seconds", "fits"]]
     for answer in answers:
         plan, memory = answer.plan, answer.memory
         stage = f"{plan.sharding} (stage{plan.stage})" if plan.stage else "1"
-        sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits, memory.peak)
+        sizes = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits, memory.peak]
+        sizes += [memory.host] if offloads else []
         rows.append(
             [str(plan.data), stage, str(plan.tensor), str(plan.pipeline), _yes(plan.sequence), _yes(plan.recompute)]
             + [str(plan.accumulation), *map(_gib, sizes), _gib(answer.volume.total), f"{answer.seconds:.3g}"]

@@ -76,7 +76,9 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
             ]
     if not found:
         reasons = list(dict.fromkeys(reason for reason in refused.values() if reason))
-        why = "; ".join(reasons[:3]) or "the settings that are fixed exclude each other for this model"
+        why = "; ".join(reasons[:3])
+        if None in refused.values():
+            why = "the settings that are fixed exclude each other"
         raise UsageError(f"No plan is possible on {devices} devices: {why}. Fix fewer degrees, or other ones.")
     return found
 

@@ -61,7 +61,7 @@ class Parallel4d(sft.Plugin):
     def sft_check(self, run: Run) -> None:
         from sft_parallel_4d.checks import check
 
-        self.plan, self.offload = check(run, self.options, processes(self.options))
+        self.plan = check(run, self.options, processes(self.options))
         if rank() > 0:
             run.say = lambda text: None
 
@@ -86,7 +86,7 @@ class Parallel4d(sft.Plugin):
 
             self.watch = Watch(rank(), self.plan.devices, self.options.parallel_timeout, report)
             self.watch.start()
-        return Parallel(run, connect(self.plan), self.offload, self.watch)
+        return Parallel(run, connect(self.plan), self.watch)
 
     @sft.hookimpl
     def sft_run_ended(self, run: Run, summary: Summary) -> None:

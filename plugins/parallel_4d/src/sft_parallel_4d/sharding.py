@@ -129,7 +129,7 @@ class Shards:
             release(parameters)
             first = result[0] if isinstance(result, tuple) else result
             if again and paddle.is_grad_enabled() and not first.stop_gradient:
-                first.register_hook(lambda _: gather(parameters))
+                first.register_hook(lambda _: take_turn(parameters))
                 release_with(entering, parameters)
             return result
 
@@ -137,6 +137,10 @@ class Shards:
             """When the gradient of what entered is there, backward is through with the layer."""
             if isinstance(entering, paddle.Tensor) and not entering.stop_gradient:
                 entering.register_hook(lambda _: release(parameters))
+
+        def take_turn(parameters: list[Any]) -> None:
+            release()  # the layer behind has its gradients now, and may not have been told yet
+            gather(parameters)
 
         layer.forward = forward
 

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import paddle
-from paddle.base.framework import EagerParamBase
 
-from sft import Batch, ParameterGroup, UsageError
+from sft import Batch, ParameterGroup
 from sft.models.attention import hidden_states
 from sft.models.layers import linear_features, linear_weight
 from sft.models.parts import Part, is_elsewhere, part_of
 from sft.training.loss import target_loss, target_scores
 from sft.training.pieces import Piece
 from sft.training.strategy import set_value, squares
+from sft_parallel_4d.adapters import Adapters
 from sft_parallel_4d.pipeline import Pipeline
 from sft_parallel_4d.sharding import Shards, here
-from sft_parallel_4d.tensor import TensorParallel, adapters
+from sft_parallel_4d.tensor import TensorParallel
 from sft_parallel_4d.topology import Topology
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _phase(name: str) -> Callable[[Callable[..., Result]], Callable[..., Result]
 class Parallel:
     """See :class:`sft.ParallelStrategy` for what each member means."""
 
-    def __init__(self, run: Run, topology: Topology, offload: bool, watch: Watch | None = None) -> None:
+    def __init__(self, run: Run, topology: Topology, watch: Watch | None = None) -> None:
         plan = topology.plan
         self._watch = watch
         self._run, self._at = run, topology
@@ -58,12 +58,12 @@ class Parallel:
         self.draw_rank = topology.data_rank + plan.data_world * topology.pipe.rank
         self.is_main = topology.world.rank == 0
         self._tensor = TensorParallel(topology.tensor, plan.sequence) if plan.tensor > 1 else None
-        self._shards = Shards(topology.sharding, plan.stage, offload, self._complete) if plan.stage else None
+        self._shards = Shards(topology.sharding, plan.stage, plan.offload, self._complete) if plan.stage else None
         self._pipe: Pipeline | None = None
         self._partial: set[int] = set()
         self._trained: dict[str, Any] = {}
         self._all: list[tuple[str, Any]] | None = None
-        self._adapters: list[tuple[Any, str, int]] = []
+        self._adapters: Adapters | None = None
 
     @contextlib.contextmanager
     def _waiting(self, phase: str) -> Iterator[None]:
@@ -120,14 +120,17 @@ class Parallel:
 
     def connect(self, model: Any) -> None:
         pipe, backbone = self._pipe, getattr(model, model.base_model_prefix)
-        blocks = list(pipe.blocks(model)) if pipe is not None else [(block, 0) for block in backbone.layers]
-        for block, stage in blocks:
-            self._adapters += [(layer, side, stage) for layer, side in adapters([block])]
-        for layer, _, _ in self._adapters:
-            self._check_sides(layer)
-            self._mark_stage(layer)
-        with paddle.no_grad():
-            self._divide_adapters()
+        blocks = pipe.blocks(model) if pipe is not None else ((block, 0) for block in backbone.layers)
+        self._adapters = Adapters(
+            blocks,
+            self._at.tensor,
+            self._at.pipe if pipe is not None else None,
+            lambda parameter: next(self.whole([("", parameter)]))[1],
+            self.store,
+        )
+        if self._at.plan.stage == 3 or self._at.tensor.size * self._at.pipe.size > 1:
+            self._adapters.check()
+        self._adapters.divide()
         self._all = list(model.named_parameters())
         if pipe is not None:
             pipe.leave_out(model, self._scales)
@@ -148,102 +151,9 @@ class Parallel:
                     self._shards.unit(layer, again=False)
             self._shards.watch(self._trained.values())
 
-    # --- adapters -------------------------------------------------------------------------------------------
-
-    def _check_sides(self, layer: Any) -> None:
-        own = [name for name, p in layer.named_parameters(include_sublayers=False) if p is not None]
-        if not set(own) <= set(getattr(layer, "sides", {})):
-            raise UsageError(
-                f"{type(layer).__name__} does not say how it is divided among processes (its class lacks ``sides``); "
-                "leave its plugin, or tensor and pipeline parallelism out."
-            )
-
-    def _mark_stage(self, layer: Any) -> None:
-        """A layer that wraps a Linear of another stage is elsewhere, too."""
-        inner = next((part for part in layer.sublayers() if hasattr(part, "sft_stage")), None)
-        if inner is not None:
-            layer.sft_stage = inner.sft_stage
-            layer.sft_elsewhere = is_elsewhere(inner)
-
-    def _divide_adapters(self) -> None:
-        """Whole tensors of adapter layers → what this process holds of them."""
-        seen: dict[tuple[int, str], Any] = {}
-        for layer, side, stage in self._adapters:
-            for name, sides in layer.sides.items():
-                whole = getattr(layer, name)
-                if whole is None:
-                    continue
-                part = self._adapter_part(whole, sides, side)
-                key = (id(whole), side)
-                if isinstance(whole, EagerParamBase):
-                    _replace(layer, name, self._local_parameter(whole, part, stage))
-                else:
-                    if key not in seen:
-                        seen[key] = (whole, whole if part is None else self._at.tensor.own(whole, part.axis))
-                    setattr(layer, name, seen[key][1])
-
-    def _adapter_part(self, whole: Any, sides: Sequence[str | None], side: str) -> Part | None:
-        if self._tensor is None or side not in sides:
-            return None
-        return Part(tuple(whole.shape), list(sides).index(side), self._at.tensor.rank, self._at.tensor.size)
-
-    def _local_parameter(self, whole: Any, part: Part | None, stage: int) -> Any:
-        local = whole if part is None else self._at.tensor.own(whole, part.axis).clone()
-        if local is not whole:
-            local = EagerParamBase.from_tensor(local)
-            local.stop_gradient, local.sft_part = whole.stop_gradient, part
-        if self._pipe is not None:
-            local.sft_stage, local.sft_elsewhere = stage, stage != self._at.pipe.rank
-            if local.sft_elsewhere:
-                local._clear_data()
-        return local
-
-    @contextlib.contextmanager
-    def assembled(self, model: Any) -> Iterator[None]:
-        held: list[tuple[Any, str, Any]] = []
-        seen: dict[tuple[int, str], Any] = {}
-        with paddle.no_grad():
-            for layer, side, stage in self._adapters:
-                for name, sides in layer.sides.items():
-                    local = getattr(layer, name)
-                    if local is None:
-                        continue
-                    held.append((layer, name, local))
-                    key = (id(local), side)
-                    if key not in seen:
-                        seen[key] = self._assembled_tensor(local, sides, side, stage)
-                    if isinstance(local, EagerParamBase):
-                        _replace(layer, name, _as_parameter(seen[key], local))
-                    else:
-                        setattr(layer, name, seen[key])
-        try:
-            yield
-        finally:
-            with paddle.no_grad():
-                self._take_apart(held)
-
-    def _assembled_tensor(self, local: Any, sides: Sequence[str | None], side: str, stage: int) -> Any:
-        if not isinstance(local, EagerParamBase):  # frozen tensors of other stages are kept
-            divided = self._tensor is not None and side in sides
-            return self._at.tensor.gather(local, list(sides).index(side)) if divided else local.clone()
-        return next(self.whole([("", local)]))[1]
-
-    def _take_apart(self, held: list[tuple[Any, str, Any]]) -> None:
-        """Put what was held back, with the values that the whole tensors have now."""
-        side_of = {id(layer): side for layer, side, _ in self._adapters}
-        seen: dict[tuple[int, str], Any] = {}
-        for layer, name, local in held:
-            whole, side = getattr(layer, name), side_of[id(layer)]
-            if isinstance(local, EagerParamBase):
-                _replace(layer, name, local)
-                if not is_elsewhere(local):
-                    self.store(local, whole.astype("float32").numpy().__getitem__)
-                continue
-            key = (id(whole), side)
-            if key not in seen:
-                part = self._adapter_part(whole, layer.sides[name], side)
-                seen[key] = whole if part is None else self._at.tensor.own(whole, part.axis)
-            setattr(layer, name, seen[key])
+    def assembled(self, model: Any) -> contextlib.AbstractContextManager[None]:
+        assert self._adapters is not None
+        return self._adapters.assembled()
 
     # --- training -------------------------------------------------------------------------------------------
 
@@ -312,7 +222,9 @@ class Parallel:
         if self._shards is None or self._shards.stage < 3:
             return finish(model, hidden, batch)
         self._shards.gather([p for p in model.lm_head.parameters() if self._shards.takes(p)])
-        return finish(model, hidden, batch)  # released with everything else, after backward
+        result = finish(model, hidden, batch)
+        self._shards.release()  # the loss has its gradients already
+        return result
 
     @staticmethod
     def _loss(model: Any, hidden: Any, batch: Batch) -> Any:
@@ -480,13 +392,3 @@ def _nothing() -> Batch:
     ids = np.zeros((1, 2), np.int64)
     ends = np.full((1, 1, 2, 1), 2, np.int32)
     return Batch(ids, ids.copy(), np.arange(2)[None], ends, ((2,),))
-
-
-def _replace(layer: Any, name: str, parameter: Any) -> None:
-    layer._parameters[name] = parameter
-
-
-def _as_parameter(tensor: Any, like: Any) -> Any:
-    parameter = EagerParamBase.from_tensor(tensor)
-    parameter.stop_gradient = like.stop_gradient
-    return parameter

@@ -189,9 +189,9 @@ class TensorParallel:
             if isinstance(dropout, paddle.nn.Dropout) and dropout.p > 0:
                 own = dropout.forward
 
-                def forward(x: Any, own: Callable[[Any], Any] = own, dropout: Any = dropout) -> Any:
-                    if not dropout.training:  # before the first step there is nothing to draw from
-                        return own(x)
+                def forward(x: Any, layer: Any = dropout, own: Callable[[Any], Any] = own) -> Any:
+                    if not layer.training:
+                        return x
                     with get_rng_state_tracker().rng_state(APART):
                         return own(x)
 

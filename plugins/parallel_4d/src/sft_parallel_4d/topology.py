@@ -43,6 +43,10 @@ class Axis:
         """The tensors of all processes, in rank order along ``dimension``."""
         if self.size == 1:
             return tensor
+        if dimension == 0:
+            whole = paddle.empty([tensor.shape[0] * self.size, *tensor.shape[1:]], dtype=tensor.dtype)
+            distributed.stream.all_gather(whole, tensor.contiguous(), group=self.group)
+            return whole
         parts: list[Any] = []
         distributed.all_gather(parts, tensor.contiguous(), group=self.group)
         return paddle.concat(parts, axis=dimension)
@@ -52,7 +56,7 @@ class Axis:
         if self.size == 1:
             return tensor
         size = tensor.shape[dimension] // self.size
-        return tensor.slice([dimension], [self.rank * size], [(self.rank + 1) * size]).contiguous()
+        return tensor.slice([dimension], [self.rank * size], [(self.rank + 1) * size]).clone()
 
     def sum_own(self, tensor: Any, dimension: int) -> Any:
         """This process's part, along ``dimension``, of the sum over the axis."""

@@ -101,3 +101,54 @@ class Kill(sft.Plugin):
 
         if record["step"] == self.step and distributed.get_rank() == self.rank:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def held(settings: dict[str, Any]) -> dict[str, Any]:
+    """One rank of a run: shapes of what it holds of the model, and the lengths of what goes into blocks' norms."""
+    found: dict[str, Any] = {"process": os.getpid(), "shapes": {}, "lengths": []}
+
+    class Look(sft.Plugin):
+        name = "look"
+
+        @sft.hookimpl
+        def sft_run_started(self, run: sft.Run) -> None:
+            found["shapes"] = {name: list(p.shape) for name, p in run.model.named_parameters()}
+            for name, layer in run.model.named_sublayers():
+                if name.endswith("post_attention_layernorm"):
+                    layer.register_forward_pre_hook(lambda _, inputs: found["lengths"].append(inputs[0].shape[1]))
+
+    sft.run(settings, plugins=[Look], say=lambda text: None)
+    return found
+
+
+def train_strange(settings: dict[str, Any]) -> dict[str, Any]:
+    """One rank of a run whose adapter does not say how it is divided."""
+    sft.run(settings, plugins=[Strange], say=lambda text: None)
+    return {"process": os.getpid()}
+
+
+class Strange(sft.Plugin):
+    """A scale of its own on the outputs of one Linear."""
+
+    name = "strange"
+
+    @sft.hookimpl
+    def sft_adapt_model(self, run: sft.Run, model: Any) -> None:
+        import paddle
+
+        class Scaled(paddle.nn.Layer):
+            def __init__(self, base: Any, size: int) -> None:
+                super().__init__()
+                self.base = base
+                self.scale = self.create_parameter([size], default_initializer=paddle.nn.initializer.Constant(1.0))
+
+            def forward(self, x: Any) -> Any:
+                return self.base(x) * self.scale
+
+        (target,) = sft.target_layers(model, ["model.layers.0.mlp.up_proj"])
+        self.layer = Scaled(target.layer, target.out_features)
+        target.replace(self.layer)
+
+    @sft.hookimpl
+    def sft_export_adapter(self, run: sft.Run, model: Any) -> sft.AdapterFiles:
+        return sft.AdapterFiles({"peft_type": "STRANGE"}, {"scale": self.layer.scale.numpy()})

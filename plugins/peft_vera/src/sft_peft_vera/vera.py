@@ -66,13 +66,10 @@ class Vera(sft.Plugin):
             # x·A and (x·A) ⊙ d, and with dropout its input too; B ⊙ b.
             linear.kept += 2 * rank + (linear.in_features if self.options.vera_dropout else 0)
             linear.kept_once += rank * linear.out_features
-        inputs = {linear.in_features for linear in targets}
-        outputs = {linear.out_features for linear in targets}
-        # The pair of the widest layer, and its slices, one for each width.
-        for size in (max(inputs), *sorted(inputs)):
-            outline.shared.append(sft.Weight("vera_A", (size, rank), ("", ""), False, 32))
-        for size in (max(outputs), *sorted(outputs)):
-            outline.shared.append(sft.Weight("vera_B", (rank, size), ("", ""), False, 32))
+        # The pair of the widest layer; all others see the beginning of its memory.
+        widest = max(linear.in_features for linear in targets), max(linear.out_features for linear in targets)
+        outline.shared.append(sft.Weight("vera_A", (widest[0], rank), ("", ""), False, 32))
+        outline.shared.append(sft.Weight("vera_B", (rank, widest[1]), ("", ""), False, 32))
 
     @sft.hookimpl
     def sft_export_adapter(self, run: Run, model: Any) -> AdapterFiles:

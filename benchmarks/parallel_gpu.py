@@ -1,0 +1,153 @@
+"""Does each way of dividing a run learn what one GPU learns, and how fast? For a machine with several GPUs.
+
+    python benchmarks/parallel_gpu.py MODEL_DIR DATA_DIR --gpus 4
+
+trains the same rows on one GPU and then under each plan that the model and the GPUs allow, by ``sft run --nproc``, and
+prints one line a plan: how far its losses, gradient norms and saved weights are from those of one GPU, tokens a second
+and peak memory of rank 0. In float32 (the default; TF32 is switched off) a plan that is further away than 1e-3 of the
+largest value makes the exit code 1; with ``--bf16`` the differences are those of rounding, and only printed.
+
+``--only tp2,stage2`` chooses plans; ``--plugin lora`` and other settings of ``sft run`` may follow after ``--``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
+import numpy as np
+from safetensors.numpy import load_file
+
+from sft.testing import read_metrics
+
+TOLERANCE = 1e-3
+ROWS_PER_GPU = 4
+
+
+def plans(gpus: int) -> dict[str, tuple[int, dict[str, Any]]]:
+    """By name: how many data ranks, and the settings. What a model does not allow is refused by ``sft run`` itself."""
+    found: dict[str, tuple[int, dict[str, Any]]] = {f"dp{gpus}": (gpus, {})}
+    for stage in ("stage1", "stage2", "stage3"):
+        found[f"{stage}x{gpus}"] = (gpus, {"sharding": stage})
+    for degree in (n for n in range(2, gpus + 1) if gpus % n == 0):
+        left = gpus // degree
+        name = f"x dp{left}" if left > 1 else ""
+        tensor, pipeline = {"tensor_parallel_degree": degree}, {"pipeline_parallel_degree": degree}
+        found[f"tp{degree} {name}".strip()] = (left, tensor)
+        found[f"tp{degree}+sequence {name}".strip()] = (left, {**tensor, "sequence_parallel": True})
+        found[f"pp{degree} {name}".strip()] = (left, pipeline)
+        if left > 1:
+            found[f"tp{degree} x stage1x{left}"] = (left, {**tensor, "sharding": "stage1"})
+            found[f"pp{degree} x stage1x{left}"] = (left, {**pipeline, "sharding": "stage1"})
+            found[f"tp{degree} x pp{left}"] = (1, {**tensor, "pipeline_parallel_degree": left})
+    return found
+
+
+def train(folder: Path, processes: int, data_ranks: int, settings: dict[str, Any]) -> Path:
+    """A run in a folder of its own; RuntimeError with the end of what it printed if it fails."""
+    rows = settings["rows"]
+    values = {key: value for key, value in settings.items() if key != "rows"}
+    values.update(output_dir=str(folder), gradient_accumulation_steps=rows // data_ranks, per_device_train_batch_size=1)
+    if processes > 1:
+        values["nproc"] = processes
+    path = folder.with_suffix(".json")
+    path.write_text(json.dumps(values))
+    environment = {**os.environ, "NVIDIA_TF32_OVERRIDE": "0"}
+    command = [sys.executable, "-m", "sft", "run", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[-1])
+    return folder
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(load_file(path))
+    return found
+
+
+def compare(one: Path, other: Path) -> tuple[float, float, float]:
+    """The greatest relative difference of losses, of gradient norms, and of weights (of the largest of each tensor)."""
+    lines, theirs = ([line for line in read_metrics(f) if "loss" in line] for f in (one, other))
+    loss, norm = (
+        max(abs(a[key] - b[key]) / abs(a[key]) for a, b in zip(lines, theirs, strict=True))
+        for key in ("loss", "grad_norm")
+    )
+    tensors, others = weights(one), weights(other)
+    if set(tensors) != set(others):
+        raise RuntimeError(f"{other} saved other tensors than {one}.")
+    apart = 0.0
+    for name, values in tensors.items():
+        wide = values.astype(np.float32)
+        largest = float(np.abs(wide).max()) or 1.0
+        apart = max(apart, float(np.abs(wide - others[name].astype(np.float32)).max()) / largest)
+    return loss, norm, apart
+
+
+def speed(folder: Path) -> tuple[float, int]:
+    """Tokens a second without the first line, which holds the start, and the peak memory of rank 0 in MiB."""
+    lines = [line for line in read_metrics(folder) if "loss" in line]
+    timed = lines[1:] or lines
+    return sum(line["tokens"] for line in timed) / sum(line["seconds"] for line in timed), lines[-1]["peak_memory_mib"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--max_length", type=int, default=1024)
+    parser.add_argument("--only", default="", help="names of plans, separated by commas; see the table")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("more", nargs="*", help="other settings of sft run, after --: name=value")
+    given = parser.parse_args()
+    settings: dict[str, Any] = {
+        "model_name_or_path": given.model,
+        "dataset_name_or_path": given.data,
+        "max_steps": given.steps,
+        "logging_steps": 1,
+        "max_length": given.max_length,
+        "src_length": given.max_length // 2,
+        "do_eval": False,
+        "disable_tqdm": True,
+        "rows": ROWS_PER_GPU * given.gpus,
+        **({"bf16": True} if given.bf16 else {}),
+        **dict(pair.split("=", 1) for pair in given.more),
+    }
+    chosen = plans(given.gpus)
+    wanted = [name.strip() for name in given.only.split(",") if name.strip()] or list(chosen)
+    good = True
+    print(f"{'plan':28}{'loss':>10}{'norm':>10}{'weights':>10}{'tokens/s':>12}{'MiB':>9}")
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        one = train(scratch / "one", 1, 1, settings)
+        print("{:28}{:>10}{:>10}{:>10}{:>12,.0f}{:>9,}".format("one", "", "", "", *speed(one)), flush=True)
+        for number, plan in enumerate(wanted):
+            data_ranks, changes = chosen[plan]
+            try:
+                other = train(scratch / str(number), given.gpus, data_ranks, {**settings, **changes})
+                apart = compare(one, other)
+            except RuntimeError as error:
+                refused = "go with" in str(error) or "divide" in str(error)
+                good = good and refused
+                print(f"{plan:28}{'refused' if refused else 'FAILED'}: {error}", flush=True)
+                continue
+            bad = not given.bf16 and max(apart) > TOLERANCE
+            good = good and not bad
+            figures = "".join(f"{value:>10.1e}" for value in apart)
+            rate, peak = speed(other)
+            print(f"{plan:28}{figures}{rate:>12,.0f}{peak:>9,}{'  APART' if bad else ''}", flush=True)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Adapter layers: made whole, as on one process, then divided as the Linear beneath is; and whole again to be saved."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import paddle
+from paddle.base.framework import EagerParamBase
+
+from sft import UsageError
+from sft.models.parts import Part, is_elsewhere
+from sft_parallel_4d.tensor import adapters
+from sft_parallel_4d.topology import Axis
+
+
+class Adapters:
+    """Those of all ``blocks``, each with the stage that has it. ``pipe`` is None where there is one stage.
+
+    ``whole`` gives the whole tensor of a parameter that has been divided, ``store`` takes a whole value for one.
+    """
+
+    def __init__(
+        self, blocks: Iterable[tuple[Any, int]], tensor: Axis, pipe: Axis | None,
+        whole: Callable[[Any], Any], store: Callable[[Any, Callable[[tuple[slice, ...]], Any]], None],
+    ) -> None:  # fmt: skip
+        self._tensor, self._pipe, self._whole, self._store = tensor, pipe, whole, store
+        self._layers = [(layer, side, stage) for block, stage in blocks for layer, side in adapters([block])]
+        for layer, _, _ in self._layers:
+            _mark_stage(layer)
+
+    def check(self) -> None:
+        """Refuse a layer that does not say how its parameters are divided; :class:`UsageError`."""
+        for layer, _, _ in self._layers:
+            own = [name for name, p in layer.named_parameters(include_sublayers=False) if p is not None]
+            if not set(own) <= set(getattr(layer, "sides", {})):
+                raise UsageError(
+                    f"{type(layer).__name__} does not say how it is divided among processes (its class lacks sides); "
+                    "leave its plugin out, or tensor and pipeline parallelism and sharding stage3."
+                )
+
+    @paddle.no_grad()
+    def divide(self) -> None:
+        """Whole tensors → what this process holds of them."""
+        seen: dict[tuple[int, str], Any] = {}
+        for layer, side, stage in self._layers:
+            for name, whole in _tensors(layer):
+                part = self._part(whole, layer.sides[name], side)
+                if isinstance(whole, EagerParamBase):
+                    layer._parameters[name] = self._local(whole, part, stage)
+                    continue
+                key = (id(whole), side)
+                if key not in seen:  # with the whole, whose identity must not be another's meanwhile
+                    seen[key] = (whole, whole if part is None else self._tensor.own(whole, part.axis))
+                setattr(layer, name, seen[key][1])
+
+    @contextlib.contextmanager
+    def assembled(self) -> Iterator[None]:
+        """Within it, all layers hold whole tensors; what they hold at its end is divided again."""
+        held: list[tuple[Any, str, str, Any]] = []
+        seen: dict[tuple[int, str], Any] = {}
+        with paddle.no_grad():
+            for layer, side, _ in self._layers:
+                for name, local in _tensors(layer):
+                    held.append((layer, name, side, local))
+                    key = (id(local), side)
+                    if key not in seen:
+                        seen[key] = self._undivided(local, layer.sides[name], side)
+                    _put(layer, name, seen[key], local)
+        try:
+            yield
+        finally:
+            with paddle.no_grad():
+                self._take_apart(held)
+
+    def _part(self, whole: Any, sides: Sequence[str | None], side: str) -> Part | None:
+        if self._tensor.size == 1 or side not in sides:
+            return None
+        return Part(tuple(whole.shape), list(sides).index(side), self._tensor.rank, self._tensor.size)
+
+    def _local(self, whole: Any, part: Part | None, stage: int) -> Any:
+        local = whole
+        if part is not None:
+            local = EagerParamBase.from_tensor(self._tensor.own(whole, part.axis).clone())
+            local.stop_gradient, local.sft_part = whole.stop_gradient, part
+        if self._pipe is not None:
+            local.sft_stage, local.sft_elsewhere = stage, stage != self._pipe.rank
+            if local.sft_elsewhere:
+                local._clear_data()
+        return local
+
+    def _undivided(self, local: Any, sides: Sequence[str | None], side: str) -> Any:
+        if isinstance(local, EagerParamBase):
+            return self._whole(local)
+        # Frozen tensors are kept by all stages.
+        divided = self._tensor.size > 1 and side in sides
+        return self._tensor.gather(local, list(sides).index(side)) if divided else local.clone()
+
+    def _take_apart(self, held: list[tuple[Any, str, str, Any]]) -> None:
+        """Put what was held back, with the values that the whole tensors have now."""
+        seen: dict[tuple[int, str], Any] = {}
+        for layer, name, side, local in held:
+            whole = getattr(layer, name)
+            if isinstance(local, EagerParamBase):
+                layer._parameters[name] = local
+                if not is_elsewhere(local):
+                    self._store(local, whole.astype("float32").numpy().__getitem__)
+                continue
+            key = (id(whole), side)
+            if key not in seen:
+                part = self._part(whole, layer.sides[name], side)
+                seen[key] = (whole, whole if part is None else self._tensor.own(whole, part.axis))
+            setattr(layer, name, seen[key][1])
+
+
+def _mark_stage(layer: Any) -> None:
+    """A layer that wraps a Linear of another stage is elsewhere, too."""
+    inner = next((part for part in layer.sublayers() if hasattr(part, "sft_stage")), None)
+    if inner is not None:
+        layer.sft_stage = inner.sft_stage
+        layer.sft_elsewhere = is_elsewhere(inner)
+
+
+def _tensors(layer: Any) -> list[tuple[str, Any]]:
+    """The tensors that a layer declares and has."""
+    found = [(name, getattr(layer, name)) for name in getattr(layer, "sides", {})]
+    return [(name, tensor) for name, tensor in found if tensor is not None]
+
+
+def _put(layer: Any, name: str, whole: Any, local: Any) -> None:
+    if isinstance(local, EagerParamBase):
+        parameter = EagerParamBase.from_tensor(whole)
+        parameter.stop_gradient = local.stop_gradient
+        layer._parameters[name] = parameter
+    else:
+        setattr(layer, name, whole)

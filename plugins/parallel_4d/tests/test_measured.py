@@ -1,0 +1,89 @@
+"""A plan against real runs of it: each rank's bytes of model and optimizer, its peak of memory, and what it sends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import run_ranks
+
+import sft
+from sft.testing import write_data
+from sft_parallel_4d import activations, communication
+from sft_parallel_4d.memory import Calculator
+from sft_parallel_4d.model_size import Precision
+from sft_parallel_4d.plans import Plan
+
+LARGE = {"hidden_size": 128, "intermediate_size": 512, "tie_word_embeddings": True}
+"""A model that outweighs what it keeps of a row of 32 tokens."""
+TENSOR, PIPELINE, SEQUENCE = {"tensor_parallel_degree": 2}, {"pipeline_parallel_degree": 2}, {"sequence_parallel": True}
+LORA = {"plugin": ["lora"]}
+CASES: list[tuple[str, dict[str, Any], dict[str, Any], Plan]] = [
+    ("llama", {}, {}, Plan(data=2, accumulation=2)),
+    ("llama", {}, {"sharding": "stage1"}, Plan(sharding=2, stage=1)),
+    ("llama", LARGE, {"sharding": "stage2"}, Plan(sharding=2, stage=2, accumulation=3)),
+    ("llama", LARGE, {"sharding": "stage2 offload"}, Plan(sharding=2, stage=2, accumulation=3, offload=True)),
+    ("llama", LARGE, {"sharding": "stage3"}, Plan(sharding=2, stage=3, accumulation=3)),
+    ("llama", LARGE, {"sharding": "stage3", "recompute": True}, Plan(sharding=2, stage=3, recompute=True)),
+    ("mistral", {}, TENSOR, Plan(tensor=2, accumulation=2)),
+    ("qwen2", {}, TENSOR | SEQUENCE, Plan(tensor=2, sequence=True, accumulation=2)),
+    ("llama", {}, TENSOR | SEQUENCE | {"recompute": True}, Plan(tensor=2, sequence=True, recompute=True)),
+    ("gemma", {}, PIPELINE, Plan(pipeline=2, accumulation=3)),
+    ("llama", {}, PIPELINE | {"recompute": True}, Plan(pipeline=2, accumulation=3, recompute=True)),
+    ("mistral", {}, TENSOR | PIPELINE, Plan(tensor=2, pipeline=2, accumulation=2)),
+    ("llama", LARGE, TENSOR | {"sharding": "stage1"}, Plan(sharding=2, stage=1, tensor=2, accumulation=2)),
+    ("llama", {}, LORA, Plan(data=2)),
+    ("llama", {}, LORA | {"sharding": "stage3"}, Plan(sharding=2, stage=3, accumulation=2)),
+    ("llama", {}, LORA | TENSOR | SEQUENCE, Plan(tensor=2, sequence=True, accumulation=2)),
+    ("llama", {}, LORA | PIPELINE | {"recompute": True}, Plan(pipeline=2, recompute=True, accumulation=2)),
+    ("llama", {}, LORA | TENSOR | PIPELINE, Plan(tensor=2, pipeline=2, accumulation=2)),
+]
+
+
+def name_of(value: Any) -> str:
+    if isinstance(value, Plan):
+        return f"{value.devices}ranks"
+    return value if isinstance(value, str) else "-".join(f"{k[:6]}{v}" for k, v in value.items())
+
+
+@pytest.mark.parametrize(("family", "changes", "settings", "plan"), CASES, ids=name_of)
+def test_ranks_hold_need_and_send_what_is_planned(
+    model_of: Callable[..., Path], models: Path, tmp_path: Path,
+    family: str, changes: dict[str, Any], settings: dict[str, Any], plan: Plan,
+) -> None:  # fmt: skip
+    folder, (rows, length) = model_of(family, **changes), ((1, 32) if changes else (2, 128))
+    data = tmp_path / "data"
+    data.mkdir()
+    write_data(data, [{"src": "one", "tgt": "two"}] * 64)
+    fixed = {
+        "model_name_or_path": str(folder),
+        "tokenizer_name_or_path": str(models / "llama-tied-gqa"),
+        "dataset_name_or_path": str(data),
+        "output_dir": str(tmp_path / "out"),
+        "max_length": 64,
+        "gradient_accumulation_steps": plan.accumulation,
+    }
+    ranks = [rank.value for rank in run_ranks(plan.devices, "measuring:train", {**fixed, **settings}, rows, length)]
+    outline = sft.outline({"model_name_or_path": str(folder), **settings}).outline
+    calculator = Calculator(outline, Precision(), rows, length)
+    stages = calculator.stages(plan)
+    assert sorted({rank["stage"] for rank in ranks}) == list(range(plan.pipeline))
+    for rank in ranks:
+        stage = stages[rank["stage"]]
+        held, memory = calculator.held(plan, stage), calculator.rank(plan, rank["stage"], stage)
+        parts = (held.parameters, held.pieces, held.optimizer)
+        assert (rank["parameters"], rank["pieces"], rank["optimizer"]) == parts
+        # Nothing else outlives a step, but scalars.
+        fixed_bytes = sum(parts) + activations.tables(outline)
+        assert 0 <= rank["rests"] - fixed_bytes < 256
+        if not plan.offload:  # what a CPU offloads stays where it was
+            assert memory.peak == pytest.approx(rank["peak"], rel=0.05)
+            assert memory.peak - fixed_bytes == pytest.approx(rank["peak"] - fixed_bytes, rel=0.1)
+        sent = communication.rank(calculator, plan, rank["stage"], stage)
+        planned = {"data": sent.data, "sharding": sent.sharding, "tensor": sent.tensor, "pipe": sent.pipeline}
+        for axis, size in planned.items():
+            # Beside them four numbers of a step are summed over the data ranks.
+            scalars = 32 if axis in ("data", "sharding") and getattr(plan, axis) > 1 else 0
+            assert rank["sent"].get(axis, 0) == size + scalars, axis

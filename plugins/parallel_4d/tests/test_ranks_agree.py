@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
-from trainings import PLANS, Plan, Trainings
+from trainings import PLANS, Plan, Trainings, assert_equal
 
 from sft.testing import needs
 
@@ -32,6 +32,15 @@ def test_copies_stay_equal(trainings: Trainings, plan: str, settings: dict[str, 
             copies[name].append(digest)
     assert max(map(len, copies.values())) > 1
     assert {name for name, digests in copies.items() if len(set(digests)) > 1} == set()
+
+
+@needs("lora")
+@pytest.mark.parametrize("plan", ["tp2-sequence", "pp2", "stage3"])
+def test_what_was_dropped_is_dropped_again(trainings: Trainings, plan: str) -> None:
+    """Each rank draws dropout of its own, so no other plan learns the same; but recomputation draws nothing new."""
+    dropout = {"plugin": ["lora"], "lora_dropout": 0.3}
+    folders = [trainings.many(PLANS[plan], recompute=recompute, **dropout)[0] for recompute in (False, True)]
+    assert_equal(*folders)
 
 
 def test_tensor_ranks_draw_the_same_and_data_ranks_their_own(trainings: Trainings) -> None:

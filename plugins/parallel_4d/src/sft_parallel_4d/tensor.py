@@ -202,9 +202,12 @@ class TensorParallel:
         """A step begins: what is drawn apart depends on its seed and on the process."""
         if self._draws:
             common = int(paddle.randint(0, 2**31 - 1, [1], "int64"))  # the same in all processes of the axis
+            seed = int(np.random.SeedSequence([common, self._axis.rank]).generate_state(1)[0])
             tracker = get_rng_state_tracker()
-            tracker.reset()
-            tracker.add(APART, int(np.random.SeedSequence([common, self._axis.rank]).generate_state(1)[0]))
+            if APART not in tracker.states_:  # once: paddle keeps each state that was ever added
+                tracker.add(APART, seed)
+            with tracker.rng_state(APART):
+                paddle.seed(seed)
 
     def _enter(self, x: Any) -> Any:
         return _Enter.apply(x, self._axis, self.sequence and self.active)

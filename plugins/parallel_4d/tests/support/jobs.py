@@ -58,13 +58,13 @@ class Draw(sft.Plugin):
 
 
 class Damage(sft.Plugin):
-    """Harm that rank 1 does to what it has of one matrix: ``gradient`` leaves its gradient out in step 2, ``weight``
+    """Harm that rank 1 does to what it has of one matrix: ``gradient`` leaves its gradient out in step 4, ``weight``
     moves the matrix a little after it."""
 
     name = "damage"
     kind: str
     matrix = "layers.3.mlp.up_proj.weight"
-    step = 2
+    step = 4
 
     @sft.hookimpl
     def sft_run_started(self, run: sft.Run) -> None:

@@ -29,7 +29,7 @@ BASE = {
     "max_steps": 5,
     "logging_steps": 1,
     "evaluation_strategy": "steps",
-    "eval_steps": 2,
+    "eval_steps": 3,
     "per_device_train_batch_size": 2,
     "per_device_eval_batch_size": 2,
     "max_length": 60,

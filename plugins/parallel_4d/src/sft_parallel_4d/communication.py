@@ -48,7 +48,7 @@ def rank(calculator: Calculator, plan: Plan, number: int, stage: Stage) -> Volum
 
 
 def _pieces(plan: Plan, stage: Stage, tied: bool) -> int:
-    """Bytes of pieces that come or go: gradients to their owners, and stepped weights back; in stage 3 matrices wherever
+    """Bytes of pieces that come or go: gradients to their owners, stepped weights back; in stage 3 matrices wherever
     they are used instead."""
     size, micro = stage.size, plan.accumulation
     if plan.stage < 3:

@@ -18,10 +18,12 @@ class Volume:
     sharding: int = 0
     tensor: int = 0
     pipeline: int = 0
+    host: int = 0
+    """Between device and host, with offload."""
 
     @property
     def total(self) -> int:
-        return self.data + self.sharding + self.tensor + self.pipeline
+        return self.data + self.sharding + self.tensor + self.pipeline + self.host
 
 
 def busiest(calculator: Calculator, plan: Plan) -> Volume:
@@ -39,21 +41,22 @@ def rank(calculator: Calculator, plan: Plan, number: int, stage: Stage) -> Volum
     pipeline = micro * neighbours * activations.boundary(outline, shape, precision)
     if plan.pipeline > 1 and outline.tied and (stage.first or stage.last) and outline.embedding.trains:
         pipeline += stage.head.gradients + stage.embedding.gradients  # the two copies' gradient
-    return Volume(
-        round(data), round(_sharding(plan, stage, outline.tied)), round(_tensor(calculator, plan, stage)), pipeline
-    )
+    pieces = _pieces(plan, stage, outline.tied)
+    sharding = plan.sharding * _part(plan.sharding) * pieces
+    host = pieces + (2 * size.pieces if plan.data > 1 else 0) if plan.offload else 0
+    return Volume(round(data), round(sharding), round(_tensor(calculator, plan, stage)), pipeline, host)
 
 
-def _sharding(plan: Plan, stage: Stage, tied: bool) -> float:
-    """Gradients to their owners, stepped weights back; in stage 3 matrices wherever they are used instead."""
+def _pieces(plan: Plan, stage: Stage, tied: bool) -> int:
+    """Bytes of pieces that come or go: gradients to their owners, stepped weights back; in stage 3 matrices wherever
+    they are used instead."""
     size, micro = stage.size, plan.accumulation
-    part = plan.sharding * _part(plan.sharding)  # of a piece
     if plan.stage < 3:
-        return part * size.pieces * (0, 2, 1 + micro)[plan.stage]
+        return size.pieces * (0, 2, 1 + micro)[plan.stage]
     embedding, head = stage.embedding.matrix_pieces, stage.head.matrix_pieces
     blocks = size.matrix_pieces - embedding - (0 if tied else head)
     # Blocks are gathered forward and backward, the embedding and lm_head once.
-    return part * (micro * (2 * blocks + embedding + head + size.pieces) + size.vector_pieces)
+    return micro * (2 * blocks + embedding + head + size.pieces) + size.vector_pieces
 
 
 def _tensor(calculator: Calculator, plan: Plan, stage: Stage) -> float:

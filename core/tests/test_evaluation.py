@@ -205,6 +205,9 @@ def test_processes_share_the_questions(train: Train, tmp_path: Path) -> None:
     lines = [lines_of(tmp_path / f"shared-rank-{rank}.jsonl") for rank in range(3)]
     assert [len(part) for part in lines] == [3, 2, 2]
     assert [lines[n % 3][n // 3] for n in range(7)] == lines_of(tmp_path / "alone.jsonl")
+    run.strategy.is_first = False  # another process has the same share, and writes
+    score(run, tmp_path / "again.jsonl")
+    assert not list(tmp_path.glob("again*"))
 
 
 def test_a_process_makes_the_batches_of_its_own_share_alone(train: Train) -> None:

@@ -123,7 +123,7 @@ class Quantizer(Protocol):
 class ParallelStrategy(Protocol):
     """Where this process stands among all that share the run, and the operations that need the others.
 
-    The members below :attr:`is_main` stand in the order in which a run uses them. Each process of a run calls them in
+    The members below :attr:`is_first` stand in the order in which a run uses them. Each process of a run calls them in
     the same order, for they may wait for the others.
     """
 
@@ -134,6 +134,8 @@ class ParallelStrategy(Protocol):
     """What makes draws (dropout, noise) differ from other processes'; equal where the same values must be drawn."""
     is_main: bool
     """Whether this process writes the run directory and speaks to the user."""
+    is_first: bool
+    """Whether this process is the first of those that read the same records, and writes what is made of them."""
 
     # --- the model ---
 

@@ -70,6 +70,11 @@ def test_ranks_may_have_different_numbers_of_micro_batches(trainings: Trainings,
     check(trainings, plan, dataset_name_or_path=str(uneven_data))
 
 
+@pytest.mark.parametrize("rows", [4, 8])
+def test_stages_may_be_more_than_micro_batches(trainings: Trainings, rows: int) -> None:
+    check(trainings, "pp4", per_device_train_batch_size=rows)
+
+
 @pytest.mark.parametrize(
     ("model", "plan"),
     [

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 from trainings import PLANS, Plan, Trainings, assert_equal
 
-from sft.testing import needs
+from sft.testing import needs, read_metrics
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,27 @@ def test_answers(trainings: Trainings, plan: str, draw: dict[str, Any]) -> None:
     assert all(sample["after"] for sample in alone.value["samples"])
     reports = [json.loads((folder / "run.json").read_text())["result"]["samples"] for folder in (one, output)]
     assert reports[0] == reports[1] == alone.value["samples"]
+
+
+@pytest.mark.parametrize(("plan", "shares"), [("tp2", 1), ("tp2-dp2", 2)])
+def test_answers_at_evaluation_are_written_once(trainings: Trainings, plan: str, shares: int) -> None:
+    """Each share of the questions in one file, by the first rank of those that answer it; scores are of all."""
+    asked = {"eval_with_do_generation": True, "max_new_tokens": 8, "evaluation_strategy": "no"}
+    one, _ = trainings.many(PLANS["one"], **asked)
+    output, _ = trainings.many(PLANS[plan], **asked)
+    expected = (one / "generations-5.jsonl").read_text().splitlines()
+    suffixes = [f"-rank-{share}" for share in range(shares)] if shares > 1 else [""]
+    assert len(list(output.glob("generations-5*"))) == shares
+    for share, suffix in enumerate(suffixes):
+        found = (output / f"generations-5{suffix}.jsonl").read_text().splitlines()
+        assert found == expected[share::shares]
+    kinds = ("bleu", "rouge")
+    last, theirs = (
+        {key: value for key, value in read_metrics(folder)[-1].items() if any(kind in key for kind in kinds)}
+        for folder in (one, output)
+    )
+    assert any(last.values())
+    assert theirs == pytest.approx(last, abs=1e-9)
 
 
 @pytest.mark.parametrize(("plan", "plugins"), [("tp2-dp2", []), pytest.param("tp2-pp2", ["lora"], marks=needs("lora"))])

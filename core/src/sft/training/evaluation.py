@@ -71,12 +71,12 @@ def dev_loss(run: Run) -> dict[str, Any]:
 def score(run: Run, path: Path | None) -> dict[str, float]:
     """Answer this process's share of the questions, write the answers to ``path``, and score those of all processes.
 
-    Where several processes share the data, each writes a file of its own, with its number in the name.
+    Where several processes share the data, each share has a file of its own, with its number in the name.
     """
     rank, world = run.strategy.data_rank, run.strategy.data_world
     mine = run.questions[rank::world]
     found = answer(run, mine)
-    if path is not None:
+    if path is not None and run.strategy.is_first:
         path = path if world == 1 else path.with_name(f"{path.stem}-rank-{rank}{path.suffix}")
         lines = [
             {"prompt": question.prompt, "answer": text, "reference": question.reference}

@@ -34,6 +34,7 @@ class SingleProcess:
     data_world = 1
     draw_rank = 0
     is_main = True
+    is_first = True
 
     def __init__(self, run: Run | None) -> None:
         self._run = run

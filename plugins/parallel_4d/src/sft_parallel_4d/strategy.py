@@ -57,6 +57,7 @@ class Parallel:
         self.data_rank, self.data_world = topology.data_rank, plan.data_world
         self.draw_rank = topology.data_rank + plan.data_world * topology.pipe.rank
         self.is_main = topology.world.rank == 0
+        self.is_first = topology.tensor.rank == topology.pipe.rank == 0
         self._tensor = TensorParallel(topology.tensor, plan.sequence) if plan.tensor > 1 else None
         self._shards = Shards(topology.sharding, plan.stage, plan.offload, self._complete) if plan.stage else None
         self._pipe: Pipeline | None = None

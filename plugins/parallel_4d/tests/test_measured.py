@@ -10,7 +10,7 @@ import pytest
 from processes import run_ranks
 
 import sft
-from sft.testing import write_data
+from sft.testing import needs, write_data
 from sft_parallel_4d import activations, communication
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Precision
@@ -46,7 +46,11 @@ def name_of(value: Any) -> str:
     return value if isinstance(value, str) else "-".join(f"{k[:6]}{v}" for k, v in value.items())
 
 
-@pytest.mark.parametrize(("family", "changes", "settings", "plan"), CASES, ids=name_of)
+@pytest.mark.parametrize(
+    ("family", "changes", "settings", "plan"),
+    [pytest.param(*case, marks=needs(*case[2].get("plugin", []))) for case in CASES],
+    ids=name_of,
+)
 def test_ranks_hold_need_and_send_what_is_planned(
     model_of: Callable[..., Path], models: Path, tmp_path: Path,
     family: str, changes: dict[str, Any], settings: dict[str, Any], plan: Plan,

@@ -14,6 +14,7 @@ import sft
 from sft.models import attention, norms
 from sft.models.loading import _share_rotary_tables, open_model
 from sft.plugins import import_plugin
+from sft.testing import make_model, needs
 from sft.training.optimizer import Optimizer, default_groups
 from sft.training.strategy import batch_loss, squares
 from sft_parallel_4d import activations
@@ -65,6 +66,7 @@ def test_a_block_keeps_what_is_said(
     assert measured[1] - measured[0] == pytest.approx(expected(outline, shape, Precision()), rel=1e-3)
 
 
+@needs("flashmask")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_in_blocks(paddle: Any, config_of: Any, family: str) -> None:
     backend = import_plugin("flashmask")(None).sft_attention_backend(run=None, config=None)
@@ -111,9 +113,8 @@ def test_peak_of_real_steps(
     assert found.peak - fixed == pytest.approx(memory.peak() - fixed, rel=0.08)
 
 
+@needs("lora")
 def test_peak_of_an_adapter_run(adapt: Callable[..., sft.Run], config_of: Any, tmp_path: Path) -> None:
-    from sft.testing import make_model
-
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 5}
     folder = make_model(tmp_path / "model", **sizes)
     for recompute in (False, True):

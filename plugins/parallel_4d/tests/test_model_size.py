@@ -17,7 +17,7 @@ import sft.assembly
 import sft.settings
 from sft.models.loading import load_model, open_model
 from sft.models.parts import is_elsewhere
-from sft.testing import make_model
+from sft.testing import make_model, needs
 from sft.training.optimizer import Optimizer, default_groups
 from sft.training.strategy import batch_loss
 from sft_parallel_4d.model_size import ROW, Division, Precision, stages, total
@@ -81,14 +81,18 @@ def test_optimizer_bytes_are_those_of_its_state(paddle: Any, models: Path, case:
     assert gradients in (0, stage.size.weights)
 
 
+def marked(settings: dict[str, Any]) -> Any:
+    return pytest.param(settings, marks=needs(*settings["plugin"]))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {"plugin": ["lora"], "lora_rank": 3},
-        {"plugin": ["lora"], "lora_target_modules": ["q_proj", ".*[.]1[.].*down_proj"]},
-        {"plugin": ["lora", "pissa", "rslora", "lora-plus"], "lora_rank": 2},
-        {"plugin": ["vera"], "vera_rank": 5},
-        {"plugin": ["lora", "neftune"]},
+        marked({"plugin": ["lora"], "lora_rank": 3}),
+        marked({"plugin": ["lora"], "lora_target_modules": ["q_proj", ".*[.]1[.].*down_proj"]}),
+        marked({"plugin": ["lora", "pissa", "rslora", "lora-plus"], "lora_rank": 2}),
+        marked({"plugin": ["vera"], "vera_rank": 5}),
+        marked({"plugin": ["lora", "neftune"]}),
     ],
     ids=lambda settings: "-".join([*settings["plugin"], *list(settings)[1:]]),
 )
@@ -119,10 +123,10 @@ def held_in_codes(layer: Any) -> int:
 QUANTIZED = pytest.mark.parametrize(
     "settings",
     [
-        {"plugin": ["lora", "nf4"], "qlora_weight_blocksize": 64},
-        {"plugin": ["lora", "fp4"], "qlora_weight_double_quant": True, "qlora_weight_blocksize": 48},
-        {"plugin": ["lora", "int8"]},
-        {"plugin": ["lora", "int4"], "weight_only_group_size": 16},
+        marked({"plugin": ["lora", "nf4"], "qlora_weight_blocksize": 64}),
+        marked({"plugin": ["lora", "fp4"], "qlora_weight_double_quant": True, "qlora_weight_blocksize": 48}),
+        marked({"plugin": ["lora", "int8"]}),
+        marked({"plugin": ["lora", "int4"], "weight_only_group_size": 16}),
     ],
     ids=lambda settings: settings["plugin"][1],
 )

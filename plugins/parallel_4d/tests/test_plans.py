@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import sft
+from sft.testing import needs
 from sft_parallel_4d.command import command
 from sft_parallel_4d.communication import busiest
 from sft_parallel_4d.memory import Calculator
@@ -169,7 +170,7 @@ def test_thousands_of_devices(config_of: Callable[..., Path]) -> None:
         (["--max_length", "4096"], "the model reads 512 tokens"),
         (["--lerning_rate", "1"], "did you mean learning_rate"),
         (["--rows_per_step", "3"], "3 rows a step are not whole micro-batches"),
-        (["--plugin", "nf4"], "add an adapter"),
+        pytest.param(["--plugin", "nf4"], "add an adapter", marks=needs("nf4")),
         (["--sharding", "stage4"], "expected one of stage1, stage2, stage3"),
         (["--sharding", "stage1 stage2"], "expected stage1, stage2 or stage3"),
     ],
@@ -191,6 +192,7 @@ def test_a_plugin_that_does_not_say_what_it_does_is_refused(config_of: Callable[
         sft.outline({"model_name_or_path": str(config_of())}, extra=[Secret])
 
 
+@needs("lora")
 def test_planning_does_not_import_paddle(config_of: Callable[..., Path]) -> None:
     code = (
         "import sys; from click.testing import CliRunner; from sft_parallel_4d.command import command; "

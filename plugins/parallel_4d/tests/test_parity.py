@@ -126,7 +126,8 @@ def techniques() -> list[Any]:
 
 @pytest.mark.parametrize(("plan", "plugins"), techniques())
 def test_techniques(trainings: Trainings, plan: str, plugins: list[str]) -> None:
-    check(trainings, plan, plugin=plugins)
+    slower = {"learning_rate": 1e-3} if "lora-plus" in plugins else {}  # it steps B 16 times as far
+    check(trainings, plan, plugin=plugins, **slower)
 
 
 @pytest.mark.parametrize("kind", ["gradient", "weight"])

@@ -20,12 +20,12 @@ SAVES = {"save_strategy": "steps", "save_steps": 2}
 CHANGES = [
     ("tp2", "dp2"),
     ("pp2", "one"),
-    ("stage1", "tp2-sequence"),
     ("stage3", "pp2"),
     ("one", "stage2"),
-    ("tp2-pp2", "stage3"),
     ("tp2-stage1", "tp2-stage1"),
-    ("dp2-stage1", "tp2-pp2"),
+    pytest.param("stage1", "tp2-sequence", marks=pytest.mark.slow),
+    pytest.param("tp2-pp2", "stage3", marks=pytest.mark.slow),
+    pytest.param("dp2-stage1", "tp2-pp2", marks=pytest.mark.slow),
 ]
 
 
@@ -68,7 +68,7 @@ def test_a_killed_run_goes_on_under_another_plan(trainings: Trainings, old: str,
     "plugins",
     [
         pytest.param(["lora", "pissa"], marks=needs("lora", "pissa")),
-        pytest.param(["vera"], marks=needs("vera")),
+        pytest.param(["vera"], marks=[needs("vera"), pytest.mark.slow]),
     ],
 )
 def test_an_adapter_goes_on_under_another_plan(trainings: Trainings, old: str, new: str, plugins: list[str]) -> None:

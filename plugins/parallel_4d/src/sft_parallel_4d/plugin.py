@@ -81,6 +81,8 @@ class Parallel4d(sft.Plugin):
         from sft_parallel_4d.strategy import Parallel
         from sft_parallel_4d.topology import connect
 
+        if self.options.sharding and not self.plan.stage:
+            run.say(f"note: sharding {self.options.sharding} divides nothing: one process reads all records")
         if self.plan.devices > 1:
             from sft_parallel_4d.watch import Watch
 

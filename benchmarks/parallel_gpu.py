@@ -7,7 +7,7 @@ prints one line a plan: how far its losses, gradient norms and saved weights are
 and peak memory of rank 0. In float32 (the default; TF32 is switched off) a plan that is further away than 1e-3 of the
 largest value makes the exit code 1; with ``--bf16`` the differences are those of rounding, and only printed.
 
-``--only tp2,stage2`` chooses plans; ``--plugin lora`` and other settings of ``sft run`` may follow after ``--``.
+``--only tp2,stage2x4`` chooses plans; settings of ``sft run`` may follow after ``--``, such as ``-- --plugin lora``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
 import numpy as np
 from safetensors.numpy import load_file
 
+import sft
 from sft.testing import read_metrics
 
 TOLERANCE = 1e-3
@@ -108,8 +109,9 @@ def main() -> int:
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--only", default="", help="names of plans, separated by commas; see the table")
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("more", nargs="*", help="other settings of sft run, after --: name=value")
-    given = parser.parse_args()
+    arguments = sys.argv[1:]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    given = parser.parse_args(arguments[:end])
     settings: dict[str, Any] = {
         "model_name_or_path": given.model,
         "dataset_name_or_path": given.data,
@@ -121,10 +123,13 @@ def main() -> int:
         "disable_tqdm": True,
         "rows": ROWS_PER_GPU * given.gpus,
         **({"bf16": True} if given.bf16 else {}),
-        **dict(pair.split("=", 1) for pair in given.more),
+        **sft.collect(arguments[end + 1 :]),
     }
     chosen = plans(given.gpus)
     wanted = [name.strip() for name in given.only.split(",") if name.strip()] or list(chosen)
+    unknown = [name for name in wanted if name not in chosen]
+    if unknown:
+        parser.error(f"--only: no plan {', '.join(unknown)}; there are {', '.join(chosen)}")
     good = True
     print(f"{'plan':28}{'loss':>10}{'norm':>10}{'weights':>10}{'tokens/s':>12}{'MiB':>9}")
     with tempfile.TemporaryDirectory() as name:

@@ -190,3 +190,9 @@ def test_random_numbers_depend_on_seed_and_name_alone(train: Train) -> None:
     train("one", (Drawing,), max_steps=1, seed=1)
     train("two", (Drawing,), max_steps=1, seed=2)
     assert len({tuple(numbers) for numbers in drawn.values()}) == 4
+
+
+def test_a_run_that_only_measures_ends_too(train: Train) -> None:
+    events: list[str] = []
+    train("out", (recording(events, (*ADAPTER_FOLDERS, "sft_quantizer", "sft_adapt_model")),), do_train=False)
+    assert events[-2:] == ["sft_evaluated", "sft_run_ended"]

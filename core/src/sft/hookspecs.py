@@ -155,7 +155,8 @@ def sft_evaluated(run: Run, record: dict[str, Any]) -> None:
     ``eval_tokens``, ``eval_seconds``, and with ``eval_with_do_generation`` the scores of the model's own answers,
     0 to 1: ``eval_bleu4``, ``eval_rouge1``, ``eval_rouge2``, ``eval_rougel``.
 
-    The first one, of ``step`` 0, comes before :func:`sft_run_started`; with ``do_train false`` no event follows."""
+    The first one, of ``step`` 0, comes before :func:`sft_run_started`; with ``do_train false`` only
+    :func:`sft_run_ended` follows."""
 
 
 @hookspec
@@ -170,7 +171,7 @@ def sft_checkpoint_saved(run: Run, folder: Path) -> None:
 
 @hookspec
 def sft_run_ended(run: Run, summary: Summary) -> None:
-    """The result has been written to ``run.output_dir`` and measured."""
+    """The result has been written to ``run.output_dir`` and measured (with ``do_train false``: the model was)."""
 
 
 @hookspec

@@ -90,6 +90,8 @@ class Run:
         self.settings = settings
         self.given = dict(given or {})
         """The settings by name as they came, ``plugin`` among them."""
+        self.without_effect: list[tuple[str, str]] = []
+        """Settings that were given and do nothing here, with the reason."""
         self.plugins = plugins
         self.hook = plugins.hook
         self.say = say
@@ -185,14 +187,15 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
     checks.check_output(current)
     active.hook.sft_check(run=current)
     checks.check_plugins(current)
-    if without_effect:
-        current.say(listing(without_effect))
+    current.without_effect = without_effect
     return current
 
 
 def execute(run: Run) -> Summary:
     """Data, model, training, result. The run directory appears only when training is about to begin."""
     started = time.time()
+    if run.without_effect:
+        run.say(listing(run.without_effect))
     dataset = Path(str(run.settings.data.dataset_name_or_path)).expanduser()
     train_files, dev_files = find_files(dataset, "train"), find_files(dataset, "dev")
     runtime.require_paddle()
@@ -259,6 +262,7 @@ def _only_evaluate(run: Run, source: Path | None, state: dict[str, Any] | None, 
     run.before = assembly.before_or_after(run, step, epoch, journal)
     summary = assembly.summarise(run, journal, step, epoch, run.before, time.time() - started)
     assembly.write_report(run, {"status": "finished", **assembly.describe(run), "result": summary.as_dict()})
+    run.hook.sft_run_ended(run=run, summary=summary)
     return summary
 
 

@@ -190,6 +190,10 @@ class ParallelStrategy(Protocol):
         token."""
         ...
 
+    def answering(self) -> AbstractContextManager[Callable[[], None]]:
+        """Within it, the model writes answers; what it gives is called after some of them."""
+        ...
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """The element-wise sum over all data ranks."""
         ...

@@ -120,3 +120,26 @@ def test_nothing_is_written(planned: Planned, tmp_path: Path) -> None:
     with pytest.raises(sft.UsageError):
         planned(4, **{TENSOR: 3})
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_launcher_and_nproc_must_agree(planned: Planned) -> None:
+    with pytest.raises(sft.UsageError, match="nproc is 4, and a launcher has started 2 of this program"):
+        planned(2, nproc=4)
+    assert planned(2, nproc=2).devices == 2
+
+
+@pytest.mark.parametrize("name", [TENSOR, PIPELINE])
+def test_no_processes_are_not_a_degree(planned: Planned, name: str) -> None:
+    with pytest.raises(sft.UsageError, match=f"{name}: expected a number of processes, or -1 for one, got 0"):
+        planned(2, **{name: 0})
+
+
+def test_a_class_cannot_follow_into_processes(config_of: Callable[..., Path], tmp_path: Path) -> None:
+    class Mine(sft.Plugin):
+        name = "mine"
+
+    data = tmp_path / "train.json"
+    data.write_text('{"src": "a", "tgt": "b"}')
+    values = {"model_name_or_path": str(config_of()), "dataset_name_or_path": str(data), "nproc": 2}
+    with pytest.raises(sft.UsageError, match="Plugin mine was given as a class"):
+        sft.run({**values, "output_dir": str(tmp_path / "out")}, plugins=[Mine], say=lambda text: None)

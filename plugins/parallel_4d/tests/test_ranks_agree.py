@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import RankError, run_ranks
 from safetensors.numpy import load_file
 from trainings import PLANS, Plan, Trainings, assert_equal
 
@@ -149,3 +150,12 @@ def test_each_setting_divides_what_it_says(trainings: Trainings) -> None:
     lengths = [set(r["lengths"]) for r in held(2, 1, tensor_parallel_degree=2, sequence_parallel=True)]
     whole = {length + length % 2 for length in one["lengths"]}
     assert lengths == [{length // 2 for length in whole}] * 2
+
+
+@pytest.mark.parametrize("hook", ["sft_evaluated", "sft_micro_batch", "sft_step_ended"])
+def test_a_rank_that_stands_still_is_named(trainings: Trainings, hook: str) -> None:
+    """In evaluation the others wait for it when the model answers, in a step when gradients are added up."""
+    asked = {"num_samples": 1, "max_new_tokens": 2, "parallel_timeout": 2.0}
+    values = trainings.settings(PLANS["tp2"], **asked)
+    with pytest.raises(RankError, match=r"rank 1 is missing: the others have waited 2 s in '"):
+        run_ranks(2, "jobs:stand_still", values, 1, hook, timeout=40)

@@ -91,8 +91,10 @@ def answer(run: Run, questions: Sequence[Question]) -> list[str]:
     """The model's answers, ``per_device_eval_batch_size`` at a time."""
     size = run.settings.training.per_device_eval_batch_size
     found: list[str] = []
-    for start in range(0, len(questions), size):
-        prompts = [question.ids for question in questions[start : start + size]]
-        with run.precision.autocast():
-            found += answers(run.model, run.tokenizer, prompts, run.settings.generation, run.settings.training.seed)
+    with run.strategy.answering() as gone_on:
+        for start in range(0, len(questions), size):
+            prompts = [question.ids for question in questions[start : start + size]]
+            with run.precision.autocast():
+                found += answers(run.model, run.tokenizer, prompts, run.settings.generation, run.settings.training.seed)
+            gone_on()
     return found

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 def check(run: Run, options: ParallelOptions, world: int) -> Plan:
     """The plan for ``world`` processes that the settings ask for."""
     stage, offload = stage_and_offload(options.sharding)
+    for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
+        if getattr(options, name) == 0:
+            raise UsageError(f"{name}: expected a number of processes, or -1 for one, got 0.")
     tensor, pipeline = max(1, options.tensor_parallel_degree), max(1, options.pipeline_parallel_degree)
     model = str(run.settings.model.model_name_or_path)
     folder = find_config(model)

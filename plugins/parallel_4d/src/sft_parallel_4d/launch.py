@@ -147,6 +147,7 @@ def _sentence(error: BaseException) -> str:
 def _environment(folder: Path, nproc: int) -> dict[str, str]:
     environ = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     environ[FOLDER] = str(folder)
+    environ.setdefault("PORT_RANGE", "20000:32000")  # below those that systems give to any connection
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environ.setdefault("GLOG_minloglevel", "1")  # paddle's notes on which socket it has connected
     environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))  # each rank would take them all

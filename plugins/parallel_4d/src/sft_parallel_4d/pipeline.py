@@ -28,7 +28,6 @@ class Pipeline:
         self._stages = [stage for stage in range(axis.size) for _ in range(bounds[stage], bounds[stage + 1])]
         self.first, self.last = axis.rank == 0, axis.rank == axis.size - 1
         self.tied = False
-        self._parked: list[tuple[Any, str, Any]] = []
 
     # --- what is here ---
 
@@ -65,20 +64,16 @@ class Pipeline:
         backbone = getattr(model, model.base_model_prefix)
         for number, stage in enumerate(self._stages):
             if stage != self._axis.rank:
-                self._park(backbone.layers, str(number))
+                del backbone.layers._sub_layers[str(number)]
         if not self.first:
             if not (self.last and self.tied):
-                self._park(backbone, "embed_tokens")
+                del backbone._sub_layers["embed_tokens"]
             if scales_embeddings:  # Gemma multiplies whatever it is given by √hidden
                 backbone.config = copy.copy(backbone.config)
                 backbone.config.hidden_size = 1
         if not self.last:
-            self._park(backbone, "norm")
             backbone.norm = paddle.nn.Identity()
-            self._park(model, "lm_head")
-
-    def _park(self, parent: Any, name: str) -> None:
-        self._parked.append((parent, name, parent._sub_layers.pop(name)))
+            del model._sub_layers["lm_head"]
 
     # --- a step ---
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sft
+from sft.plugins import installed
 
 if TYPE_CHECKING:
     import click
@@ -61,7 +62,12 @@ class Parallel4d(sft.Plugin):
     def sft_check(self, run: Run) -> None:
         from sft_parallel_4d.checks import check
 
-        self.plan = check(run, self.options, processes(self.options))
+        world, nproc = processes(self.options), self.options.nproc
+        if nproc > 1 and nproc != world and FOLDER not in os.environ:
+            raise sft.UsageError(
+                f"nproc is {nproc}, and a launcher has started {world} of this program; leave one of them out."
+            )
+        self.plan = check(run, self.options, world)
         if rank() > 0:
             run.say = lambda text: None
 
@@ -69,6 +75,12 @@ class Parallel4d(sft.Plugin):
     def sft_launch(self, run: Run) -> Summary | None:
         if self.options.nproc == 1 or is_launched():
             return None
+        here = [name for name in run.plugins.names if name not in installed()]
+        if here:
+            raise sft.UsageError(
+                f"Plugin {', '.join(here)} was given as a class, which processes that nproc starts cannot find; let a "
+                "distribution provide it, or start the program with python -m paddle.distributed.launch."
+            )
         from sft_parallel_4d.launch import launch
 
         launch(run.given, self.options.nproc, run.say)

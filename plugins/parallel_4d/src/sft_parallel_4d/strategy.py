@@ -52,7 +52,7 @@ class Parallel:
 
     def __init__(self, run: Run, topology: Topology, watch: Watch | None = None) -> None:
         plan = topology.plan
-        self._watch = watch
+        self._watch, self._waits = watch, False
         self._run, self._at = run, topology
         self.data_rank, self.data_world = topology.data_rank, plan.data_world
         self.draw_rank = topology.data_rank + plan.data_world * topology.pipe.rank
@@ -68,10 +68,14 @@ class Parallel:
 
     @contextlib.contextmanager
     def _waiting(self, phase: str) -> Iterator[None]:
-        if self._watch is not None:
+        """A phase, unless it is part of another one."""
+        outermost = self._watch is not None and not self._waits
+        if self._watch is not None and outermost:
             self._watch.enter(phase)
+            self._waits = True
         yield
-        if self._watch is not None:
+        if self._watch is not None and outermost:
+            self._waits = False
             self._watch.leave()
 
     def _go_on(self) -> None:
@@ -152,9 +156,13 @@ class Parallel:
                     self._shards.unit(layer, again=False)
             self._shards.watch(self._trained.values())
 
-    def assembled(self, model: Any) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def assembled(self, model: Any) -> Iterator[None]:
         assert self._adapters is not None
-        return self._adapters.assembled()
+        with contextlib.ExitStack() as stack:
+            with self._waiting("collecting adapters"):
+                stack.enter_context(self._adapters.assembled())
+            yield
 
     # --- training -------------------------------------------------------------------------------------------
 
@@ -335,6 +343,11 @@ class Parallel:
             return values
         known = paddle.to_tensor(values, dtype="float64")
         return list(map(float, self._at.pipe.broadcast(known, self._at.pipe.size - 1)))
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[Callable[[], None]]:
+        with self._waiting("answers"):
+            yield self._go_on
 
     @_phase("sums over data ranks")
     def sum(self, values: Sequence[float]) -> list[float]:

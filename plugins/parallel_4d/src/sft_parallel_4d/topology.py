@@ -13,6 +13,7 @@ import paddle
 from paddle import distributed
 from paddle.distributed import fleet
 
+from sft import UsageError
 from sft_parallel_4d.plans import Plan
 
 
@@ -66,7 +67,13 @@ class Axis:
             tensor = paddle.moveaxis(tensor, dimension, 0)
         shape = [tensor.shape[0] // self.size, *tensor.shape[1:]]
         own = paddle.empty(shape, dtype=tensor.dtype)
-        distributed.reduce_scatter(own, tensor.contiguous(), group=self.group)
+        try:
+            distributed.reduce_scatter(own, tensor.contiguous(), group=self.group)
+        except NotImplementedError as error:
+            raise UsageError(
+                "Paddle's gloo, which processes on CPUs talk by, cannot reduce and scatter: leave sharding and "
+                "sequence_parallel out, or run on GPUs."
+            ) from error
         return paddle.moveaxis(own, 0, dimension) if dimension else own
 
     def broadcast(self, tensor: Any, source: int) -> Any:

@@ -139,10 +139,16 @@ class Watch:
             raise OtherRankError(first[1])
 
     def _serve(self) -> Board:
-        try:
-            return Board(self._port, self.world, self.timeout, self._beat)
-        except OSError as error:
-            raise SftError(f"The ranks cannot meet at port {self._port} of this machine: {error.strerror}.") from error
+        deadline = time.monotonic() + min(10.0, self.timeout)
+        while True:
+            try:
+                return Board(self._port, self.world, self.timeout, self._beat)
+            except OSError as error:  # a connection of another program may have the port for a moment
+                if time.monotonic() > deadline:
+                    raise SftError(
+                        f"The ranks cannot meet at port {self._port} of this machine: {error.strerror}."
+                    ) from error
+                time.sleep(0.2)
 
     def _connect(self) -> socket.socket:
         deadline = time.monotonic() + self.timeout

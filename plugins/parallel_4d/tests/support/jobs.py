@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import time
 from typing import Any
 
 import sft
@@ -152,3 +153,15 @@ class Strange(sft.Plugin):
     @sft.hookimpl
     def sft_export_adapter(self, run: sft.Run, model: Any) -> sft.AdapterFiles:
         return sft.AdapterFiles({"peft_type": "STRANGE"}, {"scale": self.layer.scale.numpy()})
+
+
+def stand_still(settings: dict[str, Any], rank: int, hook: str) -> None:
+    """One rank of a run in which ``rank`` does not come back from a ``hook``."""
+
+    def stand(self: Any) -> None:
+        from paddle import distributed
+
+        if distributed.get_rank() == rank:
+            time.sleep(60)
+
+    sft.run(settings, plugins=[type("Stand", (sft.Plugin,), {"name": "stand", hook: sft.hookimpl(stand)})], say=print)

@@ -46,9 +46,14 @@ def name_of(value: Any) -> str:
     return value if isinstance(value, str) else "-".join(f"{k[:6]}{v}" for k, v in value.items())
 
 
+def case_of(*case: Any) -> Any:
+    marks = [needs(*case[2].get("plugin", []))]
+    return pytest.param(*case, marks=[*marks, pytest.mark.slow] if case[3].recompute or case[3].devices > 2 else marks)
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "settings", "plan"),
-    [pytest.param(*case, marks=needs(*case[2].get("plugin", []))) for case in CASES],
+    [case_of(*case) for case in CASES],
     ids=name_of,
 )
 def test_ranks_hold_need_and_send_what_is_planned(

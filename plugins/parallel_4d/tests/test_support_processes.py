@@ -14,7 +14,7 @@ import processes
 import pytest
 from processes import RankError, launcher_environment, run_ranks
 
-STARTS = pytest.mark.parametrize("fresh", [False, True], ids=["forked", "fresh"])
+STARTS = pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forked", "fresh"])
 
 
 def gone(folder: Path, seconds: float = 0.0) -> bool:

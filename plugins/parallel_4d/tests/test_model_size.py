@@ -20,7 +20,7 @@ from sft.models.parts import is_elsewhere
 from sft.testing import make_model, needs
 from sft.training.optimizer import Optimizer, default_groups
 from sft.training.strategy import batch_loss
-from sft_parallel_4d.model_size import ROW, Division, Precision, stages, total
+from sft_parallel_4d.model_size import ROW, Division, Precision, divided_side, stages, total
 from sft_parallel_4d.pipeline import Pipeline
 from sft_parallel_4d.tensor import TensorParallel
 from sft_parallel_4d.topology import Axis
@@ -155,7 +155,7 @@ def test_parts_of_quantized_layers(adapt: Callable[..., sft.Run], tmp_path: Path
     (block,) = paper(folder, **settings).blocks
     for linear in block:
         part = layers[f"{linear.name}.base"].part(0 if linear.name.endswith(ROW) else 1, 0, 2)
-        coded = [(weight, linear.name) for weight in linear.weights if "all" in weight.sides]
+        coded = [(weight, divided_side(linear.name)) for weight in linear.weights if "all" in weight.sides]
         assert total(tuple(coded), Division(2), WHOLE).weights == held_in_codes(part), linear.name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,17 @@ def joined(*settings: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for part in settings for name, value in part.items()}, "plugin": plugins}
 
 
-def marked(*case: Any, plugins: list[str]) -> Any:
-    return pytest.param(*case, marks=needs(*plugins))
+def marked(*case: Any, plugins: list[str], slow: bool = False) -> Any:
+    return pytest.param(*case, marks=[needs(*plugins), *([pytest.mark.slow] if slow else [])])
 
 
-def crossed(plans: list[str], what: str, layout: str) -> list[Any]:
+def slow(*case: Any, plugins: Sequence[str] = ()) -> Any:
+    return marked(*case, plugins=list(plugins), slow=True)
+
+
+def crossed(plans: list[str], what: str, layout: str, slow: bool = False) -> list[Any]:
     plugins = joined(WHATS[what], LAYOUTS[layout])["plugin"]
-    return [marked(plan, what, layout, plugins=plugins) for plan in plans]
+    return [marked(plan, what, layout, plugins=plugins, slow=slow) for plan in plans]
 
 
 TWO = ["dp2", "stage1", "stage2", "stage3", "tp2", "tp2-sequence", "pp2"]
@@ -45,10 +50,12 @@ def check(trainings: Trainings, plan: str, **settings: Any) -> None:
 @pytest.mark.parametrize(
     ("plan", "what", "layout"),
     [
-        *crossed([*TWO, *FOUR, "stage2-offload"], "full", "padded"),
-        *crossed([*TWO, "tp2-dp2", "tp2-pp2", "tp2-stage1"], "lora", "packed"),
-        *crossed(["tp2-sequence", "pp2"], "full", "packed"),
-        *crossed(["stage3", "tp2"], "lora", "padded"),
+        *crossed([*TWO, "tp2-dp2", "tp2-pp2", "tp2-stage1", "stage2-offload"], "full", "padded"),
+        *crossed(["pp2-dp2", "pp4", "dp2-stage1", "dp2-stage3"], "full", "padded", slow=True),
+        *crossed(["dp2", "stage3", "tp2-sequence", "pp2", "tp2-pp2"], "lora", "packed"),
+        *crossed(["stage1", "stage2", "tp2", "tp2-dp2", "tp2-stage1"], "lora", "packed", slow=True),
+        *crossed(["tp2-sequence", "pp2"], "full", "packed", slow=True),
+        *crossed(["stage3", "tp2"], "lora", "padded", slow=True),
     ],
 )
 def test_plans_learn_what_one_process_learns(trainings: Trainings, plan: str, what: str, layout: str) -> None:
@@ -65,7 +72,7 @@ def test_every_plan_recomputes_and_learns_the_same(trainings: Trainings, plan: s
     check(trainings, plan, recompute=True, **joined(WHATS[what], LAYOUTS[layout]))
 
 
-@pytest.mark.parametrize("plan", ["dp2", "stage2", "stage3", "dp2-stage3", "pp2-dp2"])
+@pytest.mark.parametrize("plan", ["dp2", "stage2", slow("stage3"), slow("dp2-stage3"), slow("pp2-dp2")])
 def test_ranks_may_have_different_numbers_of_micro_batches(trainings: Trainings, uneven_data: Path, plan: str) -> None:
     check(trainings, plan, dataset_name_or_path=str(uneven_data))
 
@@ -79,11 +86,11 @@ def test_stages_may_be_more_than_micro_batches(trainings: Trainings, rows: int) 
     ("model", "plan"),
     [
         ("qwen2-untied", "tp2-sequence"),
-        ("qwen2-untied", "tp2-pp2"),
-        ("mistral-gqa", "tp2-stage1"),
         ("mistral-gqa", "pp2"),
-        ("gemma-tied", "dp2"),
-        ("gemma-tied", "stage3"),
+        slow("qwen2-untied", "tp2-pp2"),
+        slow("mistral-gqa", "tp2-stage1"),
+        slow("gemma-tied", "dp2"),
+        slow("gemma-tied", "stage3"),
         ("gemma-tied", "pp2"),
     ],
 )
@@ -91,7 +98,7 @@ def test_families(trainings: Trainings, models: Path, model: str, plan: str) -> 
     check(trainings, plan, model_name_or_path=str(models / model))
 
 
-@pytest.mark.parametrize("plan", ["stage3", "tp2-sequence", "tp2-pp2"])
+@pytest.mark.parametrize("plan", ["stage3", "tp2-sequence", slow("tp2-pp2")])
 def test_lm_head_of_its_own(trainings: Trainings, untied_model: Path, plan: str) -> None:
     check(trainings, plan, model_name_or_path=str(untied_model))
 
@@ -100,10 +107,10 @@ def test_lm_head_of_its_own(trainings: Trainings, untied_model: Path, plan: str)
     ("plan", "settings"),
     [
         ("stage3", FULL),
-        ("tp2-sequence", FULL),
         ("pp2", FULL),
-        marked("stage3", joined(LORA, PACKED), plugins=["lora", *PACKED["plugin"]]),
-        marked("tp2-sequence-pp2", joined(LORA, PACKED), plugins=["lora", *PACKED["plugin"]]),
+        slow("tp2-sequence", FULL),
+        slow("stage3", joined(LORA, PACKED), plugins=["lora", *PACKED["plugin"]]),
+        slow("tp2-sequence-pp2", joined(LORA, PACKED), plugins=["lora", *PACKED["plugin"]]),
     ],
 )
 def test_recompute(trainings: Trainings, plan: str, settings: dict[str, Any]) -> None:
@@ -111,17 +118,22 @@ def test_recompute(trainings: Trainings, plan: str, settings: dict[str, Any]) ->
 
 
 def techniques() -> list[Any]:
+    """The first plan of each is tried in every test run, the others in slow ones."""
     plans = {
-        ("lora", "pissa", "rslora"): ["stage3", "tp2", "pp2"],
+        ("lora", "pissa", "rslora"): ["tp2", "stage3", "pp2"],
         ("lora", "lora-plus"): ["tp2-stage1"],
-        ("vera",): ["stage1", "tp2", "tp2-sequence-pp2"],
-        ("lora", "nf4"): ["dp2", "stage3", "pp2"],
-        ("lora", "int8"): ["stage3", "pp2"],
+        ("vera",): ["tp2", "stage1", "tp2-sequence-pp2"],
+        ("lora", "nf4"): ["stage3", "dp2", "pp2"],
+        ("lora", "int8"): ["pp2", "stage3"],
         # Each stage and each data rank draws numbers of its own; noise is drawn where embeddings are.
         ("neftune",): ["tp2", "pp2"],
         ("neftune", "lora", *PACKED["plugin"]): ["tp2-pp2"],
     }
-    return [marked(plan, list(names), plugins=list(names)) for names, chosen in plans.items() for plan in chosen]
+    return [
+        marked(plan, list(names), plugins=list(names), slow=number > 0)
+        for names, chosen in plans.items()
+        for number, plan in enumerate(chosen)
+    ]
 
 
 @pytest.mark.parametrize(("plan", "plugins"), techniques())

@@ -36,7 +36,9 @@ def test_copies_stay_equal(trainings: Trainings, plan: str, settings: dict[str, 
 
 
 @needs("lora")
-@pytest.mark.parametrize("plan", ["tp2-sequence", "pp2", "stage3"])
+@pytest.mark.parametrize(
+    "plan", ["tp2-sequence", *(pytest.param(p, marks=pytest.mark.slow) for p in ("pp2", "stage3"))]
+)
 def test_what_was_dropped_is_dropped_again(trainings: Trainings, plan: str) -> None:
     """Each rank draws dropout of its own, so no other plan learns the same; but recomputation draws nothing new."""
     dropout = {"plugin": ["lora"], "lora_dropout": 0.3}

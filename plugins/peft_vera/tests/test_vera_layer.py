@@ -109,10 +109,10 @@ def test_trap_one_pair_for_all_layers_and_not_one_a_layer(adapt: Adapt) -> None:
     for name, layer in layers_of(run).items():
         size, out = SIZES[name.partition(".")[2].split(".", 2)[2]]
         assert (layer.in_features, layer.out_features) == (size, out)
-        np.testing.assert_array_equal(layer._pair[0].numpy(), a[:size])
-        np.testing.assert_array_equal(layer._pair[1].numpy(), b[:, :out])
-        shared.setdefault(("a", size), set()).add(id(layer._pair[0]))
-        shared.setdefault(("b", out), set()).add(id(layer._pair[1]))
+        np.testing.assert_array_equal(layer.pair_A.numpy(), a[:size])
+        np.testing.assert_array_equal(layer.pair_B.numpy(), b[:, :out])
+        shared.setdefault(("a", size), set()).add(id(layer.pair_A))
+        shared.setdefault(("b", out), set()).add(id(layer.pair_B))
     assert len(shared) == 5
     assert {len(objects) for objects in shared.values()} == {1}
 

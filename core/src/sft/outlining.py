@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sft.activation import choose, explicit, of_idle_plugins, switched_off
-from sft.compatibility import explain, listing
+from sft.compatibility import listing
 from sft.errors import UsageError
 from sft.models.config import checked_family, read_config
 from sft.models.outline import Outline, of_config
 from sft.models.source import find_config
-from sft.plugins import Plugins, implements
-from sft.settings import Settings, build, core_options, known_names, normalise
+from sft.plugins import implements
+from sft.resolution import resolve
+from sft.settings import Settings, normalise
 
 CHANGES_TENSORS = ("sft_adapt_model", "sft_quantizer")
 
@@ -35,13 +35,7 @@ def outline(values: Mapping[str, Any], extra: Iterable[type] = ()) -> PaperRun:
     Only ``config.json`` is read (or fetched, of a hub name). ``extra`` are plugin classes as in :func:`sft.run`.
     Raises :class:`UsageError` as a run would, and for a plugin that changes the model and does not say how on paper.
     """
-    wanted = normalise(values)
-    names, left = choose(wanted, core_options())
-    active = Plugins.load(names, extra, explicit(wanted))
-    left, idle = of_idle_plugins(left, active, switched_off(wanted, active.names))
-    left, foreign = explain(left, known_names(active))
-    settings = build(left, active)
-    active.start(settings.options)
+    settings, active, without_effect = resolve(normalise(values), extra)
     name = settings.model.model_name_or_path
     if not name:
         raise UsageError("model_name_or_path is not set; add --model_name_or_path VALUE.")
@@ -67,5 +61,5 @@ def outline(values: Mapping[str, Any], extra: Iterable[type] = ()) -> PaperRun:
     # With 16 bits paddle's own attention takes its blockwise kernel on GPUs; it has none for 32.
     found.attention_in_blocks = training.bf16 or training.fp16
     active.hook.sft_outline(outline=found)
-    said = [listing([*foreign, *idle])] if foreign or idle else []
+    said = [listing(without_effect)] if without_effect else []
     return PaperRun(settings, tuple(active.names), found, tuple(said))

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from sft import assembly, checks, runtime
-from sft.activation import choose, explicit, of_idle_plugins, switched_off
-from sft.compatibility import explain, listing
+from sft.compatibility import listing
 from sft.data.batches import Data
 from sft.data.encoding import Encoded, Question
 from sft.data.sources import find_files
@@ -23,9 +22,10 @@ from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import save_tensors, write_json
 from sft.models.source import find_model
-from sft.plugins import Plugins, entries
+from sft.plugins import Plugins
+from sft.resolution import resolve
 from sft.seams import DataCollator, ParallelStrategy
-from sft.settings import Settings, build, core_options, known_names, normalise, read_file
+from sft.settings import Settings, normalise, read_file
 from sft.training.checkpoint import find_checkpoint, read_state
 from sft.training.precision import Precision
 
@@ -171,23 +171,16 @@ def run(
 
 def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str], None]) -> Run:
     """Resolve plugins and settings and run every check that is instant; nothing heavy is imported."""
-    entries.cache_clear()  # what was installed since the last run counts
-    names, left = choose(values, core_options())
-    active = Plugins.load(names, extra, explicit(values))
-    left, idle = of_idle_plugins(left, active, switched_off(values, active.names))
-    left, foreign = explain(left, known_names(active))
-    settings = build(left, active)
-    active.start(settings.options)
+    settings, active, without_effect = resolve(values, extra)
     current = Run(settings, active, say, values)
     given = settings.flat()
     for name in ("model_name_or_path", "dataset_name_or_path", "output_dir"):
         if not given[name]:
             raise UsageError(f"{name} is not set; add --{name} VALUE or put it into the settings file.")
-    without_effect = [*foreign, *idle, *checks.check_settings(settings)]
+    current.without_effect = [*without_effect, *checks.check_settings(settings)]
     checks.check_output(current)
     active.hook.sft_check(run=current)
     checks.check_plugins(current)
-    current.without_effect = without_effect
     return current
 
 

@@ -141,14 +141,7 @@ def _paddle_name(name: str, weights: Weights, family: Family) -> str:
 def _read(name: str, weights: Weights, source: ModelSource, where: tuple[slice, ...]) -> np.ndarray:
     """What is at ``where`` of a tensor in Paddle's layout, float32."""
     transposed = weights.layout == "hf" and source.family.is_transposed(name, len(where))
-    if all(
-        slice(*here.indices(length)) == slice(0, length, 1)
-        for here, length in zip(where[::-1] if transposed else where, weights.shape(name), strict=True)
-    ):
-        array = weights.read(name)
-    else:
-        array = weights.read_part(name, where[::-1] if transposed else where)
-    return array.T if transposed else array
+    return weights.read_part(name, where[::-1]).T if transposed else weights.read_part(name, where)
 
 
 def _check_shape(name: str, shape: tuple[int, ...], weights: Weights, source: ModelSource) -> None:

@@ -97,11 +97,11 @@ def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:
     if strategy.is_main and folder.exists():  # left from a run that this one has rewound past
         remove_folder(folder)
     with _staged(folder, strategy) as staging:
-        run.write_result(staging)
         trainer = staging / "trainer"
         trainable = [(name, p) for name, p in strategy.parameters(run.model) if not p.stop_gradient]
         values = {name: p.numpy() for name, p in strategy.whole(trainable)} if run.exports_adapter else {}
         with strategy.assembled(run.model):
+            run.write_result(staging)
             plugins, arrays = _plugin_state(run) if strategy.is_main else ({}, {})
         if strategy.is_main:
             trainer.mkdir()

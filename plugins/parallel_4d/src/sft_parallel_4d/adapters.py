@@ -26,7 +26,9 @@ class Adapters:
         whole: Callable[[Any], Any], store: Callable[[Any, Callable[[tuple[slice, ...]], Any]], None],
     ) -> None:  # fmt: skip
         self._tensor, self._pipe, self._whole, self._store = tensor, pipe, whole, store
-        self._layers = [(layer, side, stage) for block, stage in blocks for layer, side in adapters([block])]
+        self.is_whole = False
+        """Whether layers hold whole tensors now."""
+        self._layers = [(layer, side, stage) for block, stage in blocks for layer, side in adapters(block)]
         for layer, _, _ in self._layers:
             _mark_stage(layer)
 
@@ -68,9 +70,11 @@ class Adapters:
                     if key not in seen:
                         seen[key] = self._undivided(local, layer.sides[name], side)
                     _put(layer, name, seen[key], local)
+        self.is_whole = True
         try:
             yield
         finally:
+            self.is_whole = False
             with paddle.no_grad():
                 self._take_apart(held)
 

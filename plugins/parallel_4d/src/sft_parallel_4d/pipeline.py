@@ -48,7 +48,11 @@ class Pipeline:
                 parameter.sft_stage = stage
         if self.tied:  # the last loop took it for lm_head's: it is in the first stage, and in the last
             weight = backbone.embed_tokens.weight
-            weight.sft_elsewhere, weight.sft_stage = not (self.first or self.last), 0
+            weight.sft_elsewhere, weight.sft_stage, weight.sft_tied = not (self.first or self.last), 0, True
+
+    def is_tied(self, parameter: Any) -> bool:
+        """Whether the first and the last stage have this parameter, as embedding and as lm_head."""
+        return bool(getattr(parameter, "sft_tied", False))
 
     def stage_of(self, marked: Any) -> int:
         """The stage that holds a parameter (the first one, of a tied matrix) or a Linear."""

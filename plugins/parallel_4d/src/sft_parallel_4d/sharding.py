@@ -8,8 +8,9 @@ whole only while their block (or the embedding, or lm_head) computes.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import paddle
@@ -119,7 +120,7 @@ class Shards:
         own, gather, release = layer.forward, self.gather, self.release
 
         def forward(*arguments: Any, **named: Any) -> Any:
-            parameters = [p for p in layer.parameters() if self.takes(p)]
+            parameters = self._matrices(layer)
             gather(parameters)
             result = own(*arguments, **named)
             entering = arguments[0] if arguments else None
@@ -143,6 +144,17 @@ class Shards:
             gather(parameters)
 
         layer.forward = forward
+
+    @contextlib.contextmanager
+    def whole(self, layer: Any) -> Iterator[None]:
+        """Within it, the matrices of ``layer`` exist."""
+        parameters = self._matrices(layer)
+        self.gather(parameters)
+        yield
+        self.release(parameters)
+
+    def _matrices(self, layer: Any) -> list[Any]:
+        return [parameter for parameter in layer.parameters() if self.takes(parameter)]
 
     @paddle.no_grad()
     def gather(self, parameters: Iterable[Any]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import paddle
@@ -14,11 +14,12 @@ import paddle
 from sft import Batch, ParameterGroup
 from sft.models.attention import hidden_states
 from sft.models.layers import linear_features, linear_weight
-from sft.models.parts import Part, is_elsewhere, part_of
+from sft.models.parts import Part, is_elsewhere, part_of, whole_shape
 from sft.training.loss import target_loss, target_scores
 from sft.training.pieces import Piece
 from sft.training.strategy import set_value, squares
 from sft_parallel_4d.adapters import Adapters
+from sft_parallel_4d.phases import Phases, phase
 from sft_parallel_4d.pipeline import Pipeline
 from sft_parallel_4d.sharding import Shards, here
 from sft_parallel_4d.tensor import TensorParallel
@@ -30,29 +31,12 @@ if TYPE_CHECKING:
     from sft_parallel_4d.watch import Watch
 
 
-Result = TypeVar("Result")
-
-
-def _phase(name: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Marks a method in which processes wait for each other; where one is missing for long, the watch says so."""
-
-    def mark(method: Callable[..., Result]) -> Callable[..., Result]:
-        @functools.wraps(method)
-        def watched(self: Parallel, *arguments: Any) -> Result:
-            with self._waiting(name):
-                return method(self, *arguments)
-
-        return watched
-
-    return mark
-
-
 class Parallel:
     """See :class:`sft.ParallelStrategy` for what each member means."""
 
     def __init__(self, run: Run, topology: Topology, watch: Watch | None = None) -> None:
         plan = topology.plan
-        self._watch, self._waits = watch, False
+        self.phases = Phases(watch)
         self._run, self._at = run, topology
         self.data_rank, self.data_world = topology.data_rank, plan.data_world
         self.draw_rank = topology.data_rank + plan.data_world * topology.pipe.rank
@@ -65,22 +49,6 @@ class Parallel:
         self._trained: dict[str, Any] = {}
         self._all: list[tuple[str, Any]] | None = None
         self._adapters: Adapters | None = None
-
-    @contextlib.contextmanager
-    def _waiting(self, phase: str) -> Iterator[None]:
-        """A phase, unless it is part of another one."""
-        outermost = self._watch is not None and not self._waits
-        if self._watch is not None and outermost:
-            self._watch.enter(phase)
-            self._waits = True
-        yield
-        if self._watch is not None and outermost:
-            self._waits = False
-            self._watch.leave()
-
-    def _go_on(self) -> None:
-        if self._watch is not None:
-            self._watch.go_on()
 
     # --- the model ------------------------------------------------------------------------------------------
 
@@ -105,20 +73,22 @@ class Parallel:
         if self._shards is not None and self._shards.has(parameter):
             self._shards.put(parameter, parameter)
 
-    @_phase("reading whole weights")
+    @phase("reading whole weights")
     def linear_weight(self, layer: Any) -> Any:
         weight = None
         if not is_elsewhere(layer):
-            local = layer if hasattr(layer, "dequantize") else _Fetched(self._fetch(layer.weight))
-            weight = self._undivided(linear_weight(local), part_of(layer))
+            with self._whole(layer):
+                weight = linear_weight(layer).clone()
+            weight = self._undivided(weight, part_of(layer))
         if self._pipe is None:
             return weight
         if weight is None:
             weight = paddle.empty(list(linear_features(layer) or ()), dtype="float32")
         return self._at.pipe.broadcast(weight.contiguous(), self._pipe.stage_of(layer))
 
-    def _fetch(self, parameter: Any) -> Any:
-        return parameter if self._shards is None else self._shards.fetch(parameter)
+    def _whole(self, layer: Any) -> contextlib.AbstractContextManager[None]:
+        """Within it, what sharding keeps of ``layer`` in pieces is whole."""
+        return contextlib.nullcontext() if self._shards is None else self._shards.whole(layer)
 
     def _undivided(self, tensor: Any, part: Part | None) -> Any:
         return tensor if part is None else self._at.tensor.gather(tensor.detach(), part.axis)
@@ -130,7 +100,7 @@ class Parallel:
             blocks,
             self._at.tensor,
             self._at.pipe if pipe is not None else None,
-            lambda parameter: next(self.whole([("", parameter)]))[1],
+            self._whole_value,
             self.store,
         )
         if self._at.plan.stage == 3 or self._at.tensor.size * self._at.pipe.size > 1:
@@ -160,8 +130,9 @@ class Parallel:
     def assembled(self, model: Any) -> Iterator[None]:
         assert self._adapters is not None
         with contextlib.ExitStack() as stack:
-            with self._waiting("collecting adapters"):
-                stack.enter_context(self._adapters.assembled())
+            if not self._adapters.is_whole:  # a checkpoint asks within what it has asked for
+                with self.phases.within("collecting adapters"):
+                    stack.enter_context(self._adapters.assembled())
             yield
 
     # --- training -------------------------------------------------------------------------------------------
@@ -169,17 +140,10 @@ class Parallel:
     def share(self, groups: list[ParameterGroup]) -> list[ParameterGroup]:
         if self._shards is None:
             return groups
-        return [
-            ParameterGroup(
-                group.name,
-                {name: self._shards.piece(parameter) for name, parameter in group.parameters.items()},
-                group.learning_rate,
-                group.weight_decay,
-            )
-            for group in groups
-        ]
+        piece = self._shards.piece
+        return [replace(group, parameters={name: piece(p) for name, p in group.parameters.items()}) for group in groups]
 
-    @_phase("forward and backward")
+    @phase("forward and backward")
     def backward(self, model: Any, batches: Sequence[Batch], loss_scale: float) -> float:
         batches, scales = self._even(batches, loss_scale)
         losses: list[float] = []
@@ -188,18 +152,18 @@ class Parallel:
 
         def forward(batch: Batch, received: Any) -> Any:
             self._run.hook.sft_micro_batch(run=self._run, batch=batch)
-            self._go_on()
+            self.phases.go_on()
             with self._run.precision.autocast():
                 return self._forward(model, batch, received, self._loss)
 
         def start(loss: Any) -> None:
             scale = scales[len(losses)]
-            with self._going_back():
+            with _flag(self._shards, "goes_back"):
                 (loss * scale).backward()
             losses.append(float(loss) if scale else 0.0)
-            self._go_on()
+            self.phases.go_on()
 
-        with self._working():
+        with _flag(self._tensor, "active"):
             if self._pipe is not None:
                 self._pipe.train(batches, self._stream_shape, self._run.precision.weights, forward, start)
             else:
@@ -228,12 +192,8 @@ class Parallel:
         hidden = hidden_states(model, batch, received)
         if self._pipe is not None and not self._pipe.last:
             return hidden.astype(self._run.precision.weights)
-        if self._shards is None or self._shards.stage < 3:
+        with self._whole(model.lm_head):  # no longer: the loss has its gradients before backward
             return finish(model, hidden, batch)
-        self._shards.gather([p for p in model.lm_head.parameters() if self._shards.takes(p)])
-        result = finish(model, hidden, batch)
-        self._shards.release()  # the loss has its gradients already
-        return result
 
     @staticmethod
     def _loss(model: Any, hidden: Any, batch: Batch) -> Any:
@@ -244,27 +204,6 @@ class Parallel:
         parts = self._at.tensor.size if self._tensor is not None and self._tensor.sequence else 1
         return [rows, length // parts, self._run.source.config.hidden_size]
 
-    @contextlib.contextmanager
-    def _working(self) -> Iterator[None]:
-        """Sequence parallelism is for whole rows, not for answers that come token by token."""
-        if self._tensor is not None:
-            self._tensor.active = True
-        try:
-            yield
-        finally:
-            if self._tensor is not None:
-                self._tensor.active = False
-
-    @contextlib.contextmanager
-    def _going_back(self) -> Iterator[None]:
-        if self._shards is not None:
-            self._shards.goes_back = True
-        try:
-            yield
-        finally:
-            if self._shards is not None:
-                self._shards.goes_back = False
-
     def _complete(self, parameter: Any, gradient: Any) -> None:
         if id(parameter) in self._partial:
             self._at.tensor.sum(gradient)
@@ -273,10 +212,10 @@ class Parallel:
     def _reduce_gradients(self) -> None:
         """Sums over all micro-batches and processes, of what each process steps."""
         shards, many = self._shards, self._at.plan.devices > 1
-        for name, parameter in self._trained.items():
+        for parameter in self._trained.values():
             if parameter.grad is None and many and (shards is None or shards.stage < 2):
                 parameter.grad = paddle.zeros(parameter.shape, dtype=parameter.dtype)
-            if self._pipe is not None and self._pipe.tied and self._is_embedding(name):
+            if self._pipe is not None and self._pipe.is_tied(parameter):
                 self._add_other_end(parameter)
             if shards is None:
                 self._complete(parameter, parameter.grad)
@@ -290,9 +229,6 @@ class Parallel:
         gradient = self._at.data.sum(here(stepped.grad))
         stepped.grad = gradient if self._shards is None else self._shards.resting(gradient)
 
-    def _is_embedding(self, name: str) -> bool:
-        return name.endswith("embed_tokens.weight")
-
     def _add_other_end(self, parameter: Any) -> None:
         """A tied matrix is in the first stage and in the last: each adds the other's gradient."""
         pipe = self._at.pipe
@@ -301,18 +237,18 @@ class Parallel:
         pipe.exchange([(parameter.grad.clone(), other)], [(theirs, other)])
         parameter.grad.add_(theirs)
 
-    @_phase("the gradient norm")
+    @phase("the gradient norm")
     def grad_norm(self, stepped: Mapping[str, Any]) -> float:
         pieces = self.pieces(stepped)
         own = squares(tensor for name, tensor in stepped.items() if pieces[name].written)
         return math.sqrt(float(self._at.world.sum(paddle.to_tensor([own], dtype="float64"))))
 
-    @_phase("spreading new values")
+    @phase("spreading new values")
     def updated(self) -> None:
         if self._shards is not None:
             self._shards.spread(self._trained.values())
 
-    @_phase("evaluation")
+    @phase("evaluation")
     def scores(self, model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
         batches, scales = self._even(batches, 1.0)
         found: list[tuple[float, int]] = []
@@ -323,10 +259,10 @@ class Parallel:
             found.append((loss * counts, int(correct * counts)))
 
         def forward(batch: Batch, received: Any) -> Any:
-            self._go_on()
+            self.phases.go_on()
             return self._forward(model, batch, received, scored)
 
-        with self._working():
+        with _flag(self._tensor, "active"):
             if self._pipe is not None:
                 self._pipe.measure(batches, self._stream_shape, self._run.precision.weights, forward)
             else:
@@ -346,10 +282,10 @@ class Parallel:
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[Callable[[], None]]:
-        with self._waiting("answers"):
-            yield self._go_on
+        with self.phases.within("answers"):
+            yield self.phases.go_on
 
-    @_phase("sums over data ranks")
+    @phase("sums over data ranks")
     def sum(self, values: Sequence[float]) -> list[float]:
         tensor = paddle.to_tensor(list(values), dtype="float64")
         return list(map(float, self._at.data.sum(self._at.sharding.sum(tensor))))
@@ -358,20 +294,18 @@ class Parallel:
 
     @paddle.no_grad()
     def whole(self, parameters: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-        with self._waiting("collecting whole tensors"):
-            yield from self._whole(parameters)
+        with self.phases.within("collecting whole tensors"):
+            for name, parameter in parameters:
+                self.phases.go_on()
+                yield name, self._whole_value(parameter)
 
-    def _whole(self, parameters: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-        for name, parameter in parameters:
-            part = part_of(parameter)
-            if is_elsewhere(parameter):
-                whole = paddle.empty(list(part.shape if part else parameter.shape), dtype=parameter.dtype)
-            else:
-                whole = self._undivided(self._fetch(parameter).detach(), part)
-            if self._pipe is not None:
-                whole = self._at.pipe.broadcast(whole.clone(), self._pipe.stage_of(parameter))
-            self._go_on()
-            yield name, whole
+    def _whole_value(self, parameter: Any) -> Any:
+        if is_elsewhere(parameter):
+            whole = paddle.empty(list(whole_shape(parameter)), dtype=parameter.dtype)
+        else:
+            value = parameter if self._shards is None else self._shards.fetch(parameter)
+            whole = self._undivided(value.detach(), part_of(parameter))
+        return whole if self._pipe is None else self._at.pipe.broadcast(whole.clone(), self._pipe.stage_of(parameter))
 
     def pieces(self, stepped: Mapping[str, Any]) -> Mapping[str, Piece]:
         found = {}
@@ -389,16 +323,22 @@ class Parallel:
     def own_file(self, stem: str) -> str:
         return f"{stem}-{self._at.world.rank:05d}" if self._at.plan.devices > 1 else stem
 
-    @_phase("waiting for all")
+    @phase("waiting for all")
     def wait(self) -> None:
         self._at.world.sum(paddle.zeros([1]))
 
 
-class _Fetched:
-    """A Linear's weight where :func:`sft.models.layers.linear_weight` looks for it."""
-
-    def __init__(self, weight: Any) -> None:
-        self.weight = weight
+@contextlib.contextmanager
+def _flag(owner: Any | None, name: str) -> Iterator[None]:
+    """``owner.name`` is true meanwhile."""
+    if owner is None:
+        yield
+        return
+    setattr(owner, name, True)
+    try:
+        yield
+    finally:
+        setattr(owner, name, False)
 
 
 def _nothing() -> Batch:

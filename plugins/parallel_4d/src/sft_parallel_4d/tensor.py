@@ -8,7 +8,7 @@ that wraps or replaces a Linear has nothing to know, as long as its output is li
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,67 +20,27 @@ from paddle.distributed.fleet.layers.mpu.random import get_rng_state_tracker
 from sft import Batch, UsageError
 from sft.models.parts import Part, part_of
 from sft.training.loss import Vocabulary
+from sft_parallel_4d.model_size import divided_side
 from sft_parallel_4d.topology import Axis
 
-COLUMN = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
-"""Linears whose outputs are divided; the others' inputs are."""
-ROW = {"self_attn": ("o_proj",), "mlp": ("down_proj",)}
+LINEARS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 APART = "sft: apart"
 """The name, to paddle, of the state of draws that differ along the axis."""
 SEQUENCE = 1
 """The dimension of [B, S, hidden] that sequence parallelism divides."""
 
 
-class _Enter(PyLayer):
-    """What all processes have (or, ``sequence``, each a part of) → the same for all, whose gradients add up."""
+class _Crossing(PyLayer):
+    """x → ``there(x)``, and its gradient → ``back(gradient)``: where processes meet, forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, axis: Axis, sequence: bool) -> Any:
-        ctx.axis, ctx.sequence = axis, sequence
-        return axis.gather(x, SEQUENCE) if sequence else x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Any) -> Any:
-        return ctx.axis.sum_own(upstream, SEQUENCE) if ctx.sequence else ctx.axis.sum(upstream.clone())
-
-
-class _Leave(PyLayer):
-    """Summands of all processes → their sum for all (or, ``sequence``, for each a part)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, axis: Axis, sequence: bool) -> Any:
-        ctx.axis, ctx.sequence = axis, sequence
-        return axis.sum_own(x, SEQUENCE) if sequence else axis.sum(x.clone())
+    def forward(ctx: Any, x: Any, there: Callable[[Any], Any], back: Callable[[Any], Any]) -> Any:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
-        return ctx.axis.gather(upstream, SEQUENCE) if ctx.sequence else upstream
-
-
-class _Split(PyLayer):
-    """What all processes have → each its part of the sequence."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, axis: Axis) -> Any:
-        ctx.axis = axis
-        return axis.own(x, SEQUENCE)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Any) -> Any:
-        return ctx.axis.gather(upstream, SEQUENCE)
-
-
-class _Join(PyLayer):
-    """Parts of the sequence → the whole for all, who compute the same with it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, axis: Axis) -> Any:
-        ctx.axis = axis
-        return axis.gather(x, SEQUENCE)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Any) -> Any:
-        return ctx.axis.own(upstream, SEQUENCE)
+        return ctx.back(upstream)
 
 
 class _Columns(Vocabulary):
@@ -114,10 +74,8 @@ class TensorParallel:
             attention = block.self_attn
             attention.num_heads //= self._axis.size
             attention.num_key_value_heads //= self._axis.size
-            for where in ("self_attn", "mlp"):
-                for names, axis in ((COLUMN, 1), (ROW, 0)):
-                    for name in names[where]:
-                        self._divide_linear(getattr(block, where), name, axis)
+            for parent, name, side in _places(block):
+                self._divide_linear(parent, name, 0 if side == "in" else 1)
         tied = model.lm_head.weight is backbone.embed_tokens.weight
         self._divide_embedding(backbone.embed_tokens)
         self._divide_head(model.lm_head, backbone.embed_tokens.weight if tied else None)
@@ -153,7 +111,7 @@ class TensorParallel:
         places = tokens - self._axis.rank * rows
         here = ((places >= 0) & (places < rows)).unsqueeze(-1)
         found = paddle.nn.functional.embedding(places.clip(0, rows - 1), embedding.weight)
-        return _Leave.apply(found * here.astype(found.dtype), self._axis, False)
+        return self._sum(found * here.astype(found.dtype))
 
     def _divide_head(self, head: Any, tied: Any | None) -> None:
         axis = 0 if getattr(head, "transpose_y", False) else 1
@@ -172,10 +130,10 @@ class TensorParallel:
         """Let blocks work together. ``first``, ``last``: whether the model's first, its last block is here."""
         backbone = getattr(model, model.base_model_prefix)
         blocks = list(backbone.layers)
-        for layer, side in adapters(blocks):
-            if side == "in":
-                self._draw_apart(layer)
         for block in blocks:
+            for layer, side in adapters(block):
+                if side == "in":
+                    self._draw_apart(layer)
             _around(block.self_attn, self._enter, self._leave)
             _around(block.mlp, self._enter, self._leave)
         if self.sequence and first:
@@ -210,16 +168,34 @@ class TensorParallel:
                 paddle.seed(seed)
 
     def _enter(self, x: Any) -> Any:
-        return _Enter.apply(x, self._axis, self.sequence and self.active)
+        """What all have (or each a part of) → the same for all, whose gradients add up."""
+        if self.sequence and self.active:
+            return _Crossing.apply(x, self._gather, self._sum_own)
+        return _Crossing.apply(x, lambda x: x.clone(), lambda gradient: self._axis.sum(gradient.clone()))
 
     def _leave(self, x: Any) -> Any:
-        return _Leave.apply(x, self._axis, self.sequence and self.active)
+        """Summands → their sum for all (or for each a part)."""
+        return _Crossing.apply(x, self._sum_own, self._gather) if self.sequence and self.active else self._sum(x)
 
     def _split(self, x: Any) -> Any:
-        return _Split.apply(x, self._axis) if self.active else x
+        """What all have → each its part of the sequence."""
+        return _Crossing.apply(x, self._own, self._gather) if self.active else x
 
     def _join(self, x: Any) -> Any:
-        return _Join.apply(x, self._axis) if self.active else x
+        """Parts of the sequence → the whole for all, who compute the same with it."""
+        return _Crossing.apply(x, self._gather, self._own) if self.active else x
+
+    def _sum(self, x: Any) -> Any:
+        return _Crossing.apply(x, lambda x: self._axis.sum(x.clone()), lambda gradient: gradient)
+
+    def _gather(self, x: Any) -> Any:
+        return self._axis.gather(x, SEQUENCE)
+
+    def _own(self, x: Any) -> Any:
+        return self._axis.own(x, SEQUENCE)
+
+    def _sum_own(self, x: Any) -> Any:
+        return self._axis.sum_own(x, SEQUENCE)
 
     def partial(self, model: Any) -> set[int]:
         """The identities of parameters whose gradients here are summands of the whole ones: those that each process has
@@ -274,12 +250,16 @@ def _around(layer: Any, before: Callable[[Any], Any] | None, after: Callable[[An
     layer.forward = forward
 
 
-def adapters(blocks: Iterable[Any]) -> Iterator[tuple[Any, str]]:
+def _places(block: Any) -> Iterator[tuple[Any, str, str]]:
+    """Where a block has its Linears: parent, name, and the side of the Linear that is divided."""
+    for where, names in LINEARS.items():
+        for name in names:
+            yield getattr(block, where), name, divided_side(name)
+
+
+def adapters(block: Any) -> Iterator[tuple[Any, str]]:
     """Layers that stand at the place of a Linear and are more than that, with the divided side of their Linear."""
-    for block in blocks:
-        for where in ("self_attn", "mlp"):
-            for names, side in ((COLUMN, "out"), (ROW, "in")):
-                for name in names[where]:
-                    layer = getattr(getattr(block, where), name)
-                    if not isinstance(layer, paddle.nn.Linear) and not hasattr(layer, "dequantize"):
-                        yield layer, side
+    for parent, name, side in _places(block):
+        layer = getattr(parent, name)
+        if not isinstance(layer, paddle.nn.Linear) and not hasattr(layer, "dequantize"):
+            yield layer, side

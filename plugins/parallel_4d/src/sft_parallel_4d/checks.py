@@ -8,7 +8,7 @@ from sft import UsageError
 from sft.models.config import checked_family, read_config
 from sft.models.outline import Outline, of_config
 from sft.models.source import find_config
-from sft_parallel_4d.plans import Plan, possible, refusal
+from sft_parallel_4d.plans import Plan, possible, refusal, stages_beside
 
 if TYPE_CHECKING:
     from sft import Run
@@ -53,10 +53,11 @@ def check(run: Run, options: ParallelOptions, world: int) -> Plan:
     why = refusal(outline, tensor, pipeline)
     if why is not None:
         raise refuse(why)
-    if stage == 3 and tensor > 1:
-        raise refuse("sharding stage3 does not go with tensor parallelism; stage1 and stage2 do")
-    if stage > 1 and pipeline > 1:
-        raise refuse(f"sharding stage{stage} does not go with pipeline parallelism; stage1 does")
+    for other, allowed in (("tensor", stages_beside(tensor, 1)), ("pipeline", stages_beside(1, pipeline))):
+        if stage and stage not in allowed:
+            verb = "do" if len(allowed) > 1 else "does"
+            these = " and ".join(f"stage{number}" for number in allowed)
+            raise refuse(f"sharding stage{stage} does not go with {other} parallelism; {these} {verb}")
     if options.sequence_parallel and tensor == 1:
         raise UsageError("sequence_parallel needs tensor parallelism; set tensor_parallel_degree, or leave it out.")
     _check_run(run, stage, pipeline, world)
@@ -105,7 +106,7 @@ def _instead(outline: Outline, world: int, stage: int) -> str:
     plans = [
         f"tensor {tensor} x pipeline {pipeline}"
         for tensor, pipeline in possible(outline, world)
-        if (stage < 3 or tensor == 1) and (stage < 2 or pipeline == 1)
+        if not stage or stage in stages_beside(tensor, pipeline)
     ]
     more = f" and {len(plans) - 6} more" if len(plans) > 6 else ""
     these = ", ".join(plans[:6]) + more

@@ -13,7 +13,7 @@ from sft_parallel_4d.checks import stage_and_offload
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Precision
 from sft_parallel_4d.plans import Wanted, legal_plans
-from sft_parallel_4d.ranking import Answer, Device, rank
+from sft_parallel_4d.ranking import Answer, Device, ranked
 
 if TYPE_CHECKING:
     from sft.settings import Settings
@@ -64,7 +64,7 @@ def command(
     half = training.bf16 or training.fp16
     precision = Precision(16 if half and training.fp16_opt_level == "O2" else 32, 16 if half else 32)
     device = Device(sft.parse_size(device_memory), tflops * 1e12, sft.parse_size(bandwidth))
-    answers = rank(Calculator(paper.outline, precision, batch, length), plans, device)
+    answers = ranked(Calculator(paper.outline, precision, batch, length), plans, device)
     if as_json:
         _print_json(answers)
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import cache
 from itertools import pairwise
 
@@ -70,30 +70,15 @@ class Size:
         return self.pieces - self.vector_pieces + self.frozen_pieces
 
     def __add__(self, other: Size) -> Size:
+        pairs = zip(fields(self), astuple(self), astuple(other), strict=True)
         return Size(
-            self.values + other.values,
-            self.trained + other.trained,
-            self.weights + other.weights,
-            self.matrices + other.matrices,
-            self.pieces + other.pieces,
-            self.frozen_pieces + other.frozen_pieces,
-            self.vector_pieces + other.vector_pieces,
-            self.gradients + other.gradients,
-            self.partial + other.partial,
-            self.norms + other.norms,
-            self.optimizer + other.optimizer,
-            self.masters + other.masters,
-            max(self.largest, other.largest),
-            max(self.stepped, other.stepped),
+            *(max(one, two) if field.name in ("largest", "stepped") else one + two for field, one, two in pairs)
         )
 
 
-INSIDE = ("in", "out")
-"""The divided side of a Linear: "in" of o and down, "out" of the others."""
-
-
 def divided_side(linear: str) -> str:
-    return INSIDE[0] if linear.endswith(ROW) else INSIDE[1]
+    """The divided side of a Linear: "in" or "out"."""
+    return "in" if linear.endswith(ROW) else "out"
 
 
 def divided(weight: Weight, side: str, tensor: int) -> int:

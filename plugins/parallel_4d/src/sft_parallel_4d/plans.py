@@ -114,12 +114,15 @@ def _divisions(devices: int, wanted: Wanted) -> Iterator[tuple[int, int, int]]:
                     yield tensor, pipeline, sharding
 
 
+def stages_beside(tensor: int, pipeline: int) -> tuple[int, ...]:
+    """Sharding's stages that go with these degrees."""
+    return (1,) if pipeline > 1 else (1, 2) if tensor > 1 else (1, 2, 3)
+
+
 def _stages(sharding: int, tensor: int, pipeline: int, wanted: Wanted) -> list[int]:
-    """Stage 1 alone beside a pipeline, and no stage 3 beside tensor parallelism."""
     if sharding == 1 and not wanted.offload:
         return [0] if wanted.stage is None else []
-    allowed = [1] if pipeline > 1 else [1, 2] if tensor > 1 else [1, 2, 3]
-    return [stage for stage in allowed if wanted.stage in (None, stage)]
+    return [stage for stage in stages_beside(tensor, pipeline) if wanted.stage in (None, stage)]
 
 
 def _either(wanted: bool | None) -> list[bool]:

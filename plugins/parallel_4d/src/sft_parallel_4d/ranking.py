@@ -30,7 +30,7 @@ class Answer:
     fits: bool
 
 
-def rank(calculator: Calculator, plans: list[Plan], device: Device) -> list[Answer]:
+def ranked(calculator: Calculator, plans: list[Plan], device: Device) -> list[Answer]:
     """All ``plans``, best first; those that do not fit come last, the smallest of them first."""
     answers = []
     for plan in plans:

@@ -13,15 +13,14 @@ import paddle
 from paddle import distributed
 from paddle.distributed import fleet
 
-from sft import UsageError
 from sft_parallel_4d.plans import Plan
 
 
 class Axis:
     """The processes that differ from this one along one axis of the plan, and what they do together.
 
-    Every operation is the identity where the axis has one process; all but :meth:`gather` keep its input as it is or
-    change it in place, as said.
+    Every operation is the identity where the axis has one process. :meth:`sum`, :meth:`maximum` and :meth:`broadcast`
+    change their tensor; the others give a new one.
     """
 
     def __init__(self, rank: int, group: Any) -> None:
@@ -69,11 +68,8 @@ class Axis:
         own = paddle.empty(shape, dtype=tensor.dtype)
         try:
             distributed.reduce_scatter(own, tensor.contiguous(), group=self.group)
-        except NotImplementedError as error:
-            raise UsageError(
-                "Paddle's gloo, which processes on CPUs talk by, cannot reduce and scatter: leave sharding and "
-                "sequence_parallel out, or run on GPUs."
-            ) from error
+        except NotImplementedError:  # gloo, by which processes on CPUs talk, has no such operation
+            own = self.own(self.sum(tensor.clone()), 0)
         return paddle.moveaxis(own, 0, dimension) if dimension else own
 
     def broadcast(self, tensor: Any, source: int) -> Any:

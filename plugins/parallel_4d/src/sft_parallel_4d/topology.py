@@ -79,10 +79,13 @@ class Axis:
         return tensor
 
     def exchange(self, sends: Sequence[tuple[Any, int]], receives: Sequence[tuple[Any, int]]) -> None:
-        """Send and receive tensors to and from places along the axis, all at once."""
+        """Send and receive tensors to and from one place along the axis, all at once."""
+        kinds = [(distributed.isend, sends), (distributed.irecv, receives)]
+        if any(place < self.rank for _, place in sends):
+            kinds.reverse()  # gloo does one after the other, and a send waits for its receiver: the lower rank is first
         operations = [
             distributed.P2POp(operation, tensor, self.group.ranks[place], self.group)
-            for operation, pairs in ((distributed.isend, sends), (distributed.irecv, receives))
+            for operation, pairs in kinds
             for tensor, place in pairs
         ]
         for task in distributed.batch_isend_irecv(operations) if operations else ():

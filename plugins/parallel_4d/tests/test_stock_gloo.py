@@ -1,0 +1,25 @@
+"""Paddle's own gloo, by which processes on CPUs talk: two of them run every plan, without these tests' support."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trainings import PLANS, Trainings, assert_equal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["dp2", "stage1", "stage3", "tp2-sequence", "pp2"])
+def test_two_processes(trainings: Trainings, tmp_path: Path, plan: str) -> None:
+    values = {**trainings.settings(PLANS[plan]), "nproc": 2}
+    (tmp_path / "settings.json").write_text(json.dumps(values))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PADDLE_", "CUDA_"))}
+    environment |= {"PADDLE_DISTRI_BACKEND": "gloo", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "sft", "run", str(tmp_path / "settings.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    assert_equal(trainings.one(), Path(values["output_dir"]))

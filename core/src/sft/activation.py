@@ -9,8 +9,13 @@ plugin, as entry points in the group ``sft.requests`` that name the same object 
 ``number.X``           setting X is a number other than -1, 0 and 1 (a degree, a factor); likewise
 ``environment.X``      the process's environment has X, a number above 1 (a launcher started several)
 ``adapter.TYPE``       an adapter folder of that ``peft_type`` is opened
+``adapter.TYPE.K``     likewise, and K is true in its ``adapter_config.json``
+``adapter.TYPE.K.V``   likewise, and K is V there
 ``command.X``          ``sft X`` is typed
 =====================  ======================================================================================
+
+One plugin reads an adapter folder: of the claims that match, one that says more than the type goes before one of the
+type alone, and among equals the user decides (``--plugin NAME`` or ``--plugin no:NAME``).
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from sft.errors import UsageError
@@ -65,7 +71,7 @@ def choose(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], 
     numbers, cases = requests("number"), _value_requests()
     for key in [key for key in left if key in numbers or key in cases]:
         wanted += _by_value(key, left[key], numbers.get(key, []), cases.get(key, {}))
-    off = {canonical(name[3:]) for name in asked if name.lower().startswith("no:")}
+    off = _left_out(asked)
     for name in sorted(off - set(installed())):
         raise UsageError(f"Plugin {name}, which no:{name} switches off, is not installed{_close(name)}")
     for key, names in requests("environment").items():
@@ -81,6 +87,75 @@ def choose(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], 
         if not any(name in chosen for name in readers):
             left.pop(key, None)
     return chosen, left
+
+
+def check_numbers(values: Mapping[str, Any], left: Mapping[str, Any]) -> None:
+    """Refuse a number that :func:`choose` took away, for it asks for no plugin, and that no plugin would accept."""
+    for key, names in requests("number").items():
+        if key in left or values.get(key) is None:
+            continue
+        for name in names:
+            try:
+                declared = options_of(import_plugin(name).Options)
+            except Exception:
+                continue  # of a plugin that nobody asks for
+            for found in declared.values():
+                if key in (found.name, *found.aliases) and str(values[key]).lower() not in ("", "none", "null"):
+                    convert(found, values[key])
+
+
+def choose_reader(folder: Path, config: Mapping[str, Any], requested: Iterable[str]) -> str:
+    """The plugin that reads the adapter in ``folder``, whose ``adapter_config.json`` is ``config``; ``requested`` are
+    the names, and ``no:`` names, that the user gives. :class:`UsageError` where there is none, or not one alone."""
+    claims: dict[str, int] = {}
+    refused: dict[str, list[str]] = {}
+    for claim, names in requests("adapter").items():
+        matches = _claims(claim, config)
+        for name in names:
+            if matches:
+                claims[name] = max(claims.get(name, 0), 1 + ("." in claim))
+            else:
+                refused.setdefault(name, []).append(claim)
+    asked = _asked(list(requested))
+    named = [canonical(name) for name in asked if not name.lower().startswith("no:")]
+    kind = config["peft_type"]
+    for name in named:
+        if name in refused and name not in claims:
+            raise UsageError(
+                f"Plugin {name} does not read {folder}, a {kind} adapter (it reads {', '.join(refused[name])}); leave "
+                "it out."
+            )
+    off = _left_out(asked)
+    left = {name: rank for name, rank in claims.items() if name not in off}
+    if not left:
+        if claims:
+            raise UsageError(
+                f"{folder} is a {kind} adapter, and what reads it is left out; take away "
+                f"{' or '.join(f'--plugin no:{name}' for name in claims)}."
+            )
+        known = ", ".join(requests("adapter")) or "none"
+        raise UsageError(f"{folder} is a {kind} adapter, which no installed plugin reads (installed: {known}).")
+    chosen = {name: rank for name, rank in left.items() if name in named} or left
+    best = sorted(name for name, rank in chosen.items() if rank == max(chosen.values()))
+    if len(best) > 1:
+        raise UsageError(
+            f"{folder} is a {kind} adapter, which {_origins(best)} read; choose with "
+            f"{' or '.join(f'--plugin {name}' for name in best)}, or leave others out with --plugin no:NAME."
+        )
+    return best[0]
+
+
+def _claims(claim: str, config: Mapping[str, Any]) -> bool:
+    """Whether ``TYPE``, ``TYPE.K`` or ``TYPE.K.V`` says what stands in an adapter's config."""
+    kind, _, rest = claim.partition(".")
+    key, _, value = rest.partition(".")
+    if kind != str(config["peft_type"]):
+        return False
+    return not key or str(config.get(key)).lower() == (value.lower() or "true")
+
+
+def _origins(names: Iterable[str]) -> str:
+    return " and ".join(f"{name} ({installed()[name][0].origin})" for name in names)
 
 
 def switched_off(values: Mapping[str, Any], chosen: Iterable[str]) -> list[str]:
@@ -128,6 +203,11 @@ def _asked(value: Any) -> list[str]:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"plugin: expected a name or a list of names, got {value!r}.")
     return [name.strip() for name in names if name.strip()]
+
+
+def _left_out(asked: Iterable[str]) -> set[str]:
+    """The plugins that ``no:NAME`` leaves out."""
+    return {canonical(name[3:]) for name in asked if name.lower().startswith("no:")}
 
 
 def _switches() -> dict[str, list[str]]:

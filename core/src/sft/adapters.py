@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import runtime
-from sft.activation import choose, requests
+from sft.activation import choose, choose_reader
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.models.source import find_model
 from sft.options import options_of
-from sft.plugins import Plugins, canonical, implements, installed
+from sft.plugins import Plugins, canonical, implements, installed, with_refined
 from sft.settings import Settings, build
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def plugins_for(folder: Path | None, requested: Sequence[str] = ()) -> Plugins:
 def settings_for(
     folder: Path | None, requested: Sequence[str] = (), given: Mapping[str, Any] | None = None
 ) -> tuple[Settings, Plugins]:
-    """What a model needs after training, started: the reader of the adapter in ``folder`` (says its metadata), the
+    """What a model needs after training, started: the reader of the adapter in ``folder`` with what it refines, the
     quantizer that it was trained over, with its options, and what is ``requested`` by name. The
     settings are those ``given`` by name, and the defaults."""
     trained = quantizer_of(folder) if folder is not None else {}
@@ -80,14 +80,12 @@ def settings_for(
                 "the distribution that provides it."
             )
     names = choose({"plugin": [*names, *requested]}, ())[0]
+    readers: list[str] = []
     if folder is not None:
-        kind = str(read_config(folder)["peft_type"])
-        readers = requests("adapter").get(kind)
-        if not readers:
-            known = ", ".join(requests("adapter")) or "none"
-            raise UsageError(f"{folder} is a {kind} adapter, which no installed plugin reads (installed: {known}).")
+        readers = with_refined(choose_reader(folder, read_config(folder), requested))
         names += [name for name in readers if name not in names]
     active = Plugins.load(names)
+    active.readers = readers
     values = dict(given or {})
     for name, plugin in active:
         if name in trained.get("plugin", []) and getattr(plugin, "Options", None) is not None:
@@ -98,8 +96,11 @@ def settings_for(
 
 
 def refuse_idle(plugins: Plugins, requested: Sequence[str], hooks: Sequence[str], what: str) -> None:
-    """Refuse a plugin that is ``requested`` by name and implements none of the ``hooks`` that ``what`` calls."""
+    """Refuse a plugin that is ``requested`` by name, implements none of the ``hooks`` that ``what`` calls, and does
+    not read the adapter."""
     for name, plugin in plugins:
+        if name in plugins.readers:
+            continue
         if name in map(canonical, requested) and not any(implements(plugin, hook) for hook in hooks):
             raise UsageError(f"Plugin {name} has no part in {what}; leave it out.")
 

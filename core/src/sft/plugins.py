@@ -110,6 +110,8 @@ class Plugins:
     def __init__(self, classes: dict[str, Any], origins: dict[str, str]) -> None:
         self._classes = classes
         self._origins = origins
+        self.readers: list[str] = []
+        """Those that read the adapter which is opened: its reader, and what that refines."""
         self.manager = pluggy.PluginManager("sft")
 
     @classmethod
@@ -206,6 +208,17 @@ class Plugins:
     def inactive(self) -> list[str]:
         return [name for name in installed() if name not in self._classes]
 
+    def rival(self, name: str) -> str | None:
+        """The active plugin that cannot work together with the installed plugin ``name``, where there is one."""
+        try:
+            conflicts = {canonical(other) for other in getattr(import_plugin(name), "conflicts", ())}
+        except UsageError:
+            return None  # said when it is asked for
+        for other, plugin in self:
+            if other in conflicts or name in map(canonical, getattr(plugin, "conflicts", ())):
+                return other
+        return None
+
     def ask(self, name: str, hook: str, **arguments: Any) -> Any:
         """Call ``hook`` of one plugin alone; None when it does not implement it."""
         others = [plugin for other, plugin in self.manager.list_name_plugin() if other != name]
@@ -277,6 +290,18 @@ class Plugins:
 def import_plugin(name: str) -> Any:
     """The class or module of an installed plugin; :class:`UsageError` if it is missing, broken or doubled."""
     return _import(_find(name, installed()))
+
+
+def with_refined(name: str) -> list[str]:
+    """The installed plugin ``name`` after what it ``requires``, and what that requires."""
+    found: list[str] = []
+    waiting = [name]
+    while waiting:
+        one = waiting.pop()
+        if one not in found and one in installed():
+            found.insert(0, one)
+            waiting += map(canonical, getattr(import_plugin(one), "requires", ()))
+    return found
 
 
 def implements(plugin: Any, hook: str) -> bool:

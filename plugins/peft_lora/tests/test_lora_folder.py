@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -140,6 +141,16 @@ def test_patterns_of_a_peft_config_count(paddle: Any, models: Path, variant: Any
         assert layer.scaling == alpha / 4, name
 
 
+def test_an_adapter_with_patterns_gives_pefts_logits(
+    paddle: Any, models: Path, peft: Path, tmp_path: Path, logits_of: Any
+) -> None:
+    expected = load_file(peft / PATTERNS / "reference.safetensors")
+    base, merged = models / "llama-tied-gqa", tmp_path / "merged"
+    adapters.merge(str(base), peft / PATTERNS, merged, quiet)
+    for model, name in ((load(base, peft / PATTERNS), "logits"), (load(merged), "merged_logits")):
+        np.testing.assert_allclose(logits_of(model, expected["input_ids"]), expected[name], atol=TOLERANCE, rtol=0)
+
+
 def test_a_bfloat16_adapter_is_read(paddle: Any, models: Path, variant: Any) -> None:
     import ml_dtypes
 
@@ -211,6 +222,54 @@ def test_a_run_goes_on_from_an_adapter(
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert written.keys() == tensors.keys()
     assert all(written[name].tobytes() == tensors[name].tobytes() for name in tensors)
+
+
+def by_peft(config: dict[str, Any], target: str) -> tuple[int, float]:
+    """Rank and scaling of a target as PEFT reads them (``get_pattern_key`` and ``update_layer`` of peft 0.21)."""
+
+    def pattern(key: str, default: Any) -> Any:
+        patterns = config.get(key) or {}
+        found = next((one for one in patterns if re.match(rf"(.*\.)?({one})$", target)), None)
+        return default if found is None else patterns[found]
+
+    rank, alpha = pattern("rank_pattern", config["r"]), pattern("alpha_pattern", config["lora_alpha"])
+    return rank, alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+
+
+PATTERNS = "llama-lora-patterns"
+"""Ranks 2 and 4, scalings 0.5 to 6."""
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}], ids=["plain", "rslora"])
+def test_a_run_goes_on_from_an_adapter_of_several_ranks_and_scalings(
+    train: Any, models: Path, peft: Path, tmp_path: Path, adapter_variant: Any, logits_of: Any, changes: dict[str, Any]
+) -> None:
+    """What it writes means the same to PEFT, for each layer; and over its base the logits are PEFT's."""
+    folder = adapter_variant(PATTERNS, **changes)
+    said: list[str] = []
+    train(lora_path=str(folder), learning_rate=0.0, say=said.append)
+    config, of_peft = (json.loads((one / "adapter_config.json").read_text()) for one in (tmp_path / "out", folder))
+    tensors, written = (load_file(one / "adapter_model.safetensors") for one in (folder, tmp_path / "out"))
+    assert written.keys() == tensors.keys()
+    assert all(written[name].tobytes() == tensors[name].tobytes() for name in tensors)
+    targets = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
+    assert len(targets) == 6
+    for target in targets:
+        rank, scaling = by_peft(config, target)
+        expected = by_peft(of_peft, target)
+        assert (rank, scaling) == (expected[0], pytest.approx(expected[1], rel=1e-12)), target
+    assert len({by_peft(of_peft, target) for target in targets}) == 5
+    assert config["use_rslora"] == of_peft["use_rslora"]
+    if not changes:
+        assert "lora: 6 layers, ranks 2 to 4, scalings 0.5 to 6" in said
+        expected = load_file(folder / "reference.safetensors")
+        found = logits_of(load(models / "llama-tied-gqa", tmp_path / "out"), expected["input_ids"])
+        np.testing.assert_allclose(found, expected["logits"], atol=TOLERANCE, rtol=0)
+
+
+def test_layers_of_several_ranks_learn(train: Any, peft: Path) -> None:
+    summary = train(lora_path=str(peft / PATTERNS))
+    assert summary.eval_loss_after < summary.eval_loss_before - 0.05
 
 
 def test_going_on_learns(train: Any, peft: Path) -> None:
@@ -300,6 +359,49 @@ def test_damaged_tensors_are_named(
         load(models / "llama-tied-gqa", folder)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("lora_rank", 8), ("lora_rank", 16), ("lora_alpha", 8), ("lora_target_modules", ["q_proj"])]
+)
+def test_what_the_adapter_decides_is_not_given_beside_it(train: Any, peft: Path, option: str, value: Any) -> None:
+    """Whatever its value: the default, given, is an answer too."""
+    with pytest.raises(sft.UsageError, match=f"{option} does nothing beside lora_path"):
+        train(lora_path=str(peft / "llama-lora-all-linear"), **{option: value})
+
+
+def test_a_run_does_not_go_on_from_an_adapter_of_another_type(train: Any, variant: Any, tmp_path: Path) -> None:
+    with pytest.raises(sft.UsageError, match="adapter is a LOHA adapter, and plugin lora reads LORA alone"):
+        train(lora_path=str(variant(peft_type="LOHA")))
+    assert not (tmp_path / "out").exists()
+
+
+HEAD = "base_model.model.lm_head"
+EMBEDDING = "base_model.model.model.embed_tokens"
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ([f"{HEAD}.lora_A.weight", f"{HEAD}.lora_B.weight"], "lm_head"),
+        ([f"{HEAD}.base_layer.weight", f"{HEAD}.lora_A.weight", f"{HEAD}.lora_B.weight"], "lm_head"),
+        ([f"{EMBEDDING}.{key}" for key in ("base_layer.weight", "lora_embedding_A", "lora_embedding_B")],
+         "model.embed_tokens"),
+    ],
+    ids=["lm_head", "lm_head and its base", "embed_tokens"],
+)  # fmt: skip
+def test_an_adapter_of_more_than_blocks_is_refused_by_its_target(
+    train: Any, models: Path, variant: Any, tmp_path: Path, keys: list[str], named: str
+) -> None:
+    """In PEFT's keys, by everything that reads an adapter."""
+    folder = variant(lambda tensors: tensors.update(dict.fromkeys(keys, tensors[A])))
+    message = f"adapter adapts {named}, and plugin lora adapts Linears of the transformer blocks alone"
+    with pytest.raises(sft.UsageError, match=message):
+        load(models / "llama-tied-gqa", folder)
+    with pytest.raises(sft.UsageError, match=message):
+        adapters.merge(str(models / "llama-tied-gqa"), folder, tmp_path / "merged", quiet)
+    with pytest.raises(sft.UsageError, match=message):
+        train(lora_path=str(folder))
+
+
 def test_a_folder_without_an_adapter_is_refused(train: Any, models: Path, peft: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -342,13 +444,6 @@ def test_an_adapter_of_a_deeper_model_is_refused(paddle: Any, models: Path, vari
     with pytest.raises(sft.UsageError, match=r"no place for \(model\.layers\.9\.mlp\.up_proj\)"):
         adapters.merge(str(base), folder, tmp_path / "merged", quiet)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
-
-
-def test_several_ranks_or_scalings_serve_inference_and_not_training(train: Any, models: Path, variant: Any) -> None:
-    folder = variant(alpha_pattern={"q_proj": 16})
-    assert len(lora_layers(load(models / "llama-tied-gqa", folder))) == 14
-    with pytest.raises(sft.UsageError, match="has several ranks or scalings; training needs one of each"):
-        train(lora_path=str(folder))
 
 
 def test_merging_does_not_write_into_a_folder_that_holds_something(

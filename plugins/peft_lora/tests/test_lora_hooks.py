@@ -169,7 +169,8 @@ def test_a_written_config_always_means_the_scaling(rank: int, alpha: float, scal
     from sft_peft_lora.files import adapter_files
 
     pair = (np.zeros((6, factor * rank), np.float32), np.zeros((factor * rank, 5), np.float32))
-    config = adapter_files({"model.layers.0.mlp.up_proj": pair}, ["up_proj"], alpha, scaling, "base", 0.0).config
+    name = "model.layers.0.mlp.up_proj"
+    config = adapter_files({name: pair}, ["up_proj"], {name: alpha}, {name: scaling}, "base", 0.0).config
     by_peft = config["lora_alpha"] / (config["r"] ** (0.5 if config["use_rslora"] else 1.0))
     assert by_peft == pytest.approx(scaling, rel=1e-12)
     assert config["r"] == factor * rank

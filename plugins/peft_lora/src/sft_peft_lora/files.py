@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sft import AdapterFiles, UsageError, read_adapter
+from sft import AdapterFiles, UsageError, module_names, read_adapter
 
 PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(PREFIX) + r"(?P<target>.+)\.lora_(?P<half>[AB])\.weight")
+
+# What PEFT keeps of a target, of a Linear or of an embedding; a target outside the blocks keeps its base, too.
+_OF_A_TARGET = re.compile(re.escape(PREFIX) + r"(?P<target>.+?)\.(lora_\w+|base_layer)(\..+)?")
+_IN_A_BLOCK = re.compile(r"(.+\.)?layers\.\d+\..+")
 
 # Settings of a PEFT LoRA config that change what the adapter computes, and the values that mean plain LoRA.
 _PLAIN = {
@@ -41,6 +46,11 @@ class LoraFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config, tensors = read_adapter(folder)
+        if self.config["peft_type"] != "LORA":
+            raise UsageError(
+                f"{folder} is a {self.config['peft_type']} adapter, and plugin lora reads LORA alone; give "
+                "another folder."
+            )
         for key, plain in _PLAIN.items():
             if self.config.get(key, plain[0]) not in (*plain, None):
                 raise UsageError(
@@ -51,6 +61,13 @@ class LoraFolder:
             raise UsageError(
                 f"{folder}: init_lora_weights = {start!r} changed the base that it was trained over; convert it to "
                 "LoRA where it was trained (PEFT's save_pretrained with path_initial_model_for_weight_conversion)."
+            )
+        targets = {match["target"]: None for match in map(_OF_A_TARGET.fullmatch, tensors) if match is not None}
+        outside = [target for target in targets if not _IN_A_BLOCK.fullmatch(target)]
+        if outside:
+            raise UsageError(
+                f"{folder} adapts {' and '.join(outside)}, and plugin lora adapts Linears of the transformer blocks "
+                "alone; train the adapter with other target_modules."
             )
         self.pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         halves: dict[str, dict[str, np.ndarray]] = {}
@@ -66,14 +83,18 @@ class LoraFolder:
         if not self.pairs:
             raise UsageError(f"{folder} holds no LoRA weights.")
 
-    def scaling(self, target: str) -> float:
-        """s of one target: α/r, or α/√r with ``use_rslora``; the pattern settings of PEFT count."""
+    def alpha(self, target: str) -> float:
+        """α of one target; the pattern settings of PEFT count."""
         rank = self.pairs[target][0].shape[1]
-        alpha = float(self._pattern("alpha_pattern", target, self.config.get("lora_alpha", rank)))
         declared = int(self._pattern("rank_pattern", target, self.config.get("r", rank)))
         if declared != rank:
             raise UsageError(f"{self.folder}: {target} has rank {rank}, adapter_config.json says {declared}.")
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return float(self._pattern("alpha_pattern", target, self.config.get("lora_alpha", rank)))
+
+    def scaling(self, target: str) -> float:
+        """s of one target: α/r, or α/√r with ``use_rslora``."""
+        rank = self.pairs[target][0].shape[1]
+        return self.alpha(target) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _pattern(self, key: str, target: str, default: Any) -> Any:
         for pattern, value in (self.config.get(key) or {}).items():
@@ -85,24 +106,36 @@ class LoraFolder:
 def adapter_files(
     pairs: dict[str, tuple[np.ndarray, np.ndarray]],
     modules: list[str],
-    alpha: float,
-    scaling: float,
+    alphas: dict[str, float],
+    scalings: dict[str, float],
     base: str,
     dropout: float,
 ) -> AdapterFiles:
-    """The PEFT form of trained pairs A [in, r], B [r, out] that are scaled by ``scaling``.
+    """The PEFT form of trained pairs A [in, r], B [r, out], each scaled by its own of ``scalings``.
 
-    When the pairs' rank is not the one that α was scaled with, α is written so that PEFT computes ``scaling``.
+    Where a pair's rank is not the one that its α was scaled with, α is written so that PEFT computes the scaling.
     """
-    rank = next(iter(pairs.values()))[0].shape[1]
-    rs = not math.isclose(alpha / rank, scaling) and math.isclose(alpha / math.sqrt(rank), scaling)
-    written = alpha if rs or math.isclose(alpha / rank, scaling) else scaling * rank
+    ranks = {target: int(a.shape[1]) for target, (a, _) in pairs.items()}
+    plain, rooted = (
+        {target: math.isclose(alphas[target] / root(rank), scalings[target]) for target, rank in ranks.items()}
+        for root in (float, math.sqrt)
+    )
+    rs = not all(plain.values()) and all(rooted.values())
+    written = {}
+    for target, rank in ranks.items():
+        kept = rooted[target] if rs else plain[target]
+        alpha = alphas[target] if kept else scalings[target] * (math.sqrt(rank) if rs else rank)
+        written[target] = int(alpha) if float(alpha).is_integer() else alpha
+    rank, other_ranks = _patterns(ranks)
+    alpha, other_alphas = _patterns(written)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": int(written) if float(written).is_integer() else written,
+        "rank_pattern": other_ranks,
+        "lora_alpha": alpha,
+        "alpha_pattern": other_alphas,
         "lora_dropout": dropout,
         "use_rslora": rs,
         "target_modules": modules,
@@ -117,6 +150,17 @@ def adapter_files(
         tensors[f"{PREFIX}{target}.lora_A.weight"] = np.ascontiguousarray(a.T)
         tensors[f"{PREFIX}{target}.lora_B.weight"] = np.ascontiguousarray(b.T)
     return AdapterFiles(config, tensors)
+
+
+def _patterns(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The value that most targets have, and PEFT's patterns for the others."""
+    counts = Counter(values.values())
+    common = counts.most_common(1)[0][0]
+    patterns = {}
+    for value in sorted(set(counts) - {common}):
+        for name in module_names([target for target, own in values.items() if own == value], values):
+            patterns[name] = value
+    return common, patterns
 
 
 class LoraMerger:

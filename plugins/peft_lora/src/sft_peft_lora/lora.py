@@ -23,7 +23,9 @@ class LoraOptions:
     lora_target_modules: list[str] = sft.option(
         [], "layer names (q_proj) or regular expressions over whole names; unset: every Linear of the blocks"
     )
-    lora_path: str | None = sft.option(None, "start from the adapter in this folder (its rank and targets count)")
+    lora_path: str | None = sft.option(
+        None, "start from the adapter in this folder (its ranks, scalings and targets count)"
+    )
 
 
 class Lora(sft.Plugin):
@@ -41,6 +43,8 @@ class Lora(sft.Plugin):
         """The adapted layers by their target's Hugging Face name."""
         self.targets: list[str] = []
         """Names of all layers that could have been adapted."""
+        self.alphas: dict[str, float] = {}
+        """α of each adapted layer; its own scaling follows from it, and may be said otherwise by a refinement."""
 
     @sft.hookimpl
     def sft_check(self, run: Run) -> None:
@@ -51,7 +55,7 @@ class Lora(sft.Plugin):
         if Path(self.options.lora_path).expanduser().resolve().is_relative_to(run.output_dir.resolve()):
             raise UsageError(f"lora_path {self.options.lora_path} lies in output_dir, where it would be overwritten.")
         for name in ("lora_rank", "lora_alpha", "lora_target_modules"):
-            if getattr(self.options, name) != getattr(LoraOptions(), name):
+            if name in run.settings.given:
                 raise UsageError(f"{name} does nothing beside lora_path, whose adapter decides; leave one of them out.")
         for hook in ("lora_scaling", "lora_default_alpha", "lora_initialize"):
             if (plugin := run.plugins.provider(hook)) is not None:
@@ -64,18 +68,19 @@ class Lora(sft.Plugin):
     def sft_adapt_model(self, run: Run, model: Any) -> None:
         options = self.options
         if options.lora_path is not None:
-            self._adapt_from(model, Path(options.lora_path).expanduser(), trains=True)
+            self._adapt_from(model, Path(options.lora_path).expanduser())
         else:
             rank, alpha = options.lora_rank, self._alpha(run.hook, options.lora_rank)
             scaling = _scaling(run.hook, rank, alpha)
-            self.alpha, self.scaling = alpha, scaling
             self.targets = [target.name for target in sft.target_layers(model)]
             for target in sft.target_layers(model, options.lora_target_modules):
                 layer = self._wrap(target, rank, scaling)
+                self.alphas[target.name] = alpha
                 rng = run.rng(target.name)
                 if not run.hook.lora_initialize(layer=layer, name=target.name, rng=rng):
                     initialize(layer, rng)
-        run.say(f"lora: {len(self.layers)} layers, rank {self._rank}, scaling {self.scaling:g}")
+        ranks, scalings = (sorted({getattr(one, key) for one in self.layers.values()}) for key in ("rank", "scaling"))
+        run.say(f"lora: {len(self.layers)} layers, {_span('rank', ranks)}, {_span('scaling', scalings)}")
 
     @sft.hookimpl
     def sft_outline(self, outline: Outline) -> None:
@@ -103,12 +108,13 @@ class Lora(sft.Plugin):
         pairs = {}
         for name, layer in self.layers.items():
             pairs[name] = run.hook.lora_export(layer=layer) or (layer.lora_A.numpy(), layer.lora_B.numpy())
+        scalings = {name: layer.scaling for name, layer in self.layers.items()}
         base, modules = str(run.settings.model.model_name_or_path), sft.module_names(self.layers, self.targets)
-        return adapter_files(pairs, modules, self.alpha, self.scaling, base, self.options.lora_dropout)
+        return adapter_files(pairs, modules, self.alphas, scalings, base, self.options.lora_dropout)
 
     @sft.hookimpl
     def sft_import_adapter(self, model: Any, folder: Path) -> bool:
-        self._adapt_from(model, folder, trains=False)
+        self._adapt_from(model, folder)
         return True
 
     @sft.hookimpl
@@ -118,10 +124,6 @@ class Lora(sft.Plugin):
         return LoraMerger(folder)
 
     # --- the parts ------------------------------------------------------------------------------------------
-
-    @property
-    def _rank(self) -> int:
-        return int(next(iter(self.layers.values())).rank)
 
     def _alpha(self, hook: Any, rank: int) -> float:
         if self.options.lora_alpha is not None:
@@ -139,11 +141,8 @@ class Lora(sft.Plugin):
         self.layers[target.name] = layer
         return layer
 
-    def _adapt_from(self, model: Any, folder: Path, trains: bool) -> None:
-        """Adapt ``model`` with the pairs of an adapter folder; every pair must find its layer, and fit it.
-
-        What ``trains`` is written as one adapter of one rank and scaling, so it must begin as one.
-        """
+    def _adapt_from(self, model: Any, folder: Path) -> None:
+        """Adapt ``model`` with the pairs of an adapter folder; every pair must find its layer, and fit it."""
         from sft_peft_lora.files import LoraFolder
 
         adapter = LoraFolder(folder)
@@ -154,14 +153,16 @@ class Lora(sft.Plugin):
             if target is None or (target.in_features, target.out_features) != (a.shape[0], b.shape[1]):
                 raise UsageError(f"The adapter in {folder} has weights for {name}, which do not fit this model.")
             layer = self._wrap(target, a.shape[1], adapter.scaling(name))
+            self.alphas[name] = adapter.alpha(name)
             layer.lora_A.set_value(a)
             layer.lora_B.set_value(b)
-        scalings = {layer.scaling for layer in self.layers.values()}
-        ranks = {layer.rank for layer in self.layers.values()}
-        if trains and (len(scalings) > 1 or len(ranks) > 1):
-            raise UsageError(f"The adapter in {folder} has several ranks or scalings; training needs one of each.")
-        self.scaling = scalings.pop()
-        self.alpha = float(adapter.config.get("lora_alpha", self.scaling * self._rank))
+
+
+def _span(what: str, values: list[Any]) -> str:
+    """ "rank 8", or "ranks 4 to 16"."""
+    if len(values) == 1:
+        return f"{what} {values[0]:g}"
+    return f"{what}s {values[0]:g} to {values[-1]:g}"
 
 
 def _scaling(hook: Any, rank: int, alpha: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sft.activation import choose, explicit, of_idle_plugins, switched_off
+from sft.activation import check_numbers, choose, explicit, of_idle_plugins, switched_off
 from sft.compatibility import explain
 from sft.plugins import Plugins, entries
 from sft.settings import Settings, build, core_options, known_names
@@ -17,6 +17,7 @@ def resolve(values: Mapping[str, Any], extra: Iterable[type]) -> tuple[Settings,
     """
     entries.cache_clear()  # what was installed since the last run counts
     names, left = choose(values, core_options())
+    check_numbers(values, left)
     active = Plugins.load(names, extra, explicit(values))
     left, idle = of_idle_plugins(left, active, switched_off(values, active.names))
     left, foreign = explain(left, known_names(active))

@@ -244,7 +244,7 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
     unknown = [name for name in values if name not in owners]
     if unknown:
         also = f" Also unknown: {', '.join(unknown[1:])}." if len(unknown) > 1 else ""
-        raise UsageError(unknown_setting(unknown[0], owners, plugins.inactive()) + also)
+        raise UsageError(unknown_setting(unknown[0], owners, plugins) + also)
 
     def fill(cls: type) -> Any:
         declared = options_of(cls)
@@ -274,15 +274,21 @@ def known_names(plugins: Plugins) -> set[str]:
     return {name for option in found for name in (option.name, *option.aliases)}
 
 
-def unknown_setting(name: str, known: Iterable[str], inactive: Iterable[str]) -> str:
+def unknown_setting(name: str, known: Iterable[str], plugins: Plugins) -> str:
     """The sentence for a name that nobody declares, with what the user most likely meant."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
     if close:
         return f"Unknown setting {name}; did you mean {close[0]}?"
     # The longest plugin name that the setting begins with, else the first part of one.
-    names = sorted(inactive, key=len, reverse=True)
+    names = sorted(plugins.inactive(), key=len, reverse=True)
     stems = [(plugin.replace("-", "_"), plugin) for plugin in names]
     for stem, plugin in [*stems, *((stem.partition("_")[0], plugin) for stem, plugin in reversed(stems))]:
         if name.startswith(stem + "_"):
+            rival = plugins.rival(plugin)
+            if rival is not None:
+                return (
+                    f"Unknown setting {name}; if it belongs to plugin {plugin}, that cannot work together with "
+                    f"{rival}: leave one of them out."
+                )
             return f"Unknown setting {name}; if it belongs to plugin {plugin}, add --plugin {plugin}."
     return f"Unknown setting {name}; `sft run --help` lists the settings (with --plugin NAME, the plugin's too)."

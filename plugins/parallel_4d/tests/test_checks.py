@@ -143,3 +143,28 @@ def test_a_class_cannot_follow_into_processes(config_of: Callable[..., Path], tm
     values = {"model_name_or_path": str(config_of()), "dataset_name_or_path": str(data), "nproc": 2}
     with pytest.raises(sft.UsageError, match="Plugin mine was given as a class"):
         sft.run({**values, "output_dir": str(tmp_path / "out")}, plugins=[Mine], say=lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nproc": 0}, "nproc: expected a whole number of at least 1, got 0"),
+        ({"nproc": "0"}, "nproc: expected a whole number of at least 1, got '0'"),
+        ({"nproc": -1}, "nproc: expected a whole number of at least 1, got -1"),
+    ],
+)
+def test_no_processes_are_refused_whoever_asks_for_the_plugin(
+    config_of: Callable[..., Path], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    """A number that is none does not count as not given."""
+    values = {"model_name_or_path": str(config_of()), "dataset_name_or_path": str(tmp_path)}
+    with pytest.raises(sft.UsageError, match=message):
+        sft.run({**values, "output_dir": str(tmp_path / "out"), **settings}, say=lambda text: None)
+
+
+@pytest.mark.parametrize("settings", [{"nproc": 1, TENSOR: 1, PIPELINE: -1, "sharding_degree": "-1"}, {"nproc": None}])
+def test_numbers_that_divide_nothing_ask_for_nothing(settings: dict[str, Any]) -> None:
+    """As PaddleNLP's files give them."""
+    from sft.resolution import resolve
+
+    assert "parallel-4d" not in resolve(settings, ())[1].names

@@ -263,3 +263,13 @@ def test_lora_and_vera_are_refused_in_one_sentence(train: Any, tmp_path: Path) -
     with pytest.raises(sft.UsageError, match=message):
         train(plugin=["lora", "vera"])
     assert not (tmp_path / "out").exists()
+
+
+@needs("lora")
+def test_an_option_of_lora_beside_vera_is_not_answered_with_lora(train: Any, tmp_path: Path) -> None:
+    """Which could not be added."""
+    message = (
+        r"^Unknown setting lora_path; .* plugin lora, that cannot work together with vera: leave one of them out\.$"
+    )
+    with pytest.raises(sft.UsageError, match=message):
+        train(plugin=["vera"], lora_path=str(tmp_path))

@@ -139,7 +139,10 @@ def sft_run_started(run: Run) -> None:
 
 @hookspec
 def sft_micro_batch(run: Run, batch: Batch) -> None:
-    """``batch`` is about to go forward and backward in training; draws are a function of seed and step."""
+    """``batch`` is about to go forward and backward in training; draws are a function of seed and step.
+
+    Where processes of a run have different numbers of micro-batches and wait for each other, some go through the model
+    in vain, with a batch of nothing: the model is in evaluation mode then, and this is not called."""
 
 
 @hookspec
@@ -193,8 +196,8 @@ def sft_export_adapter(run: Run, model: Any) -> AdapterFiles:
 
 @single
 def sft_import_adapter(model: Any, folder: Path) -> bool:
-    """Adapt ``model`` with the adapter in ``folder``, for inference. Called for folders whose ``peft_type`` the
-    plugin's metadata names; return True."""
+    """Adapt ``model`` with the adapter in ``folder``, for inference. Called for folders that the plugin's metadata
+    claims (``adapter.TYPE``, or ``adapter.TYPE.K``: docs/plugins.md); return True."""
 
 
 @single

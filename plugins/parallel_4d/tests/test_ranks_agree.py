@@ -64,6 +64,20 @@ def test_stages_draw_their_own(trainings: Trainings) -> None:
     assert not set(first) & set(second)
 
 
+@pytest.mark.parametrize("plan", ["dp2", "stage2", pytest.param("stage3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("plugin", [[], pytest.param(["neftune"], marks=needs("neftune"))])
+def test_ranks_together_count_what_one_process_counts(
+    trainings: Trainings, uneven_data: Path, plan: str, plugin: list[str]
+) -> None:
+    """Also where one has fewer micro-batches and goes through others in vain, and with noise on what is real."""
+    settings = {"dataset_name_or_path": str(uneven_data), "num_train_epochs": 1, "max_steps": -1, "plugin": plugin}
+    _, (alone,) = trainings.many(PLANS["one"], job="jobs:count", **settings)
+    _, results = trainings.many(PLANS[plan], job="jobs:count", **settings)
+    for key in ("batches", "rows", "tokens"):
+        assert sum(result.value[key] for result in results) == alone.value[key] > 0, key
+    assert len({result.value["batches"] for result in results}) == 2
+
+
 @pytest.mark.parametrize(
     ("plan", "draw"),
     [("tp2", {}), ("tp2-sequence", {"top_k": 0, "temperature": 2.0}), ("stage3", {})],

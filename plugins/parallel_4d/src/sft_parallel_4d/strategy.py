@@ -145,13 +145,15 @@ class Parallel:
 
     @phase("forward and backward")
     def backward(self, model: Any, batches: Sequence[Batch], loss_scale: float) -> float:
+        real = len(batches)
         batches, scales = self._even(batches, loss_scale)
         losses: list[float] = []
         if self._tensor is not None:
             self._tensor.seed_dropout()
 
         def forward(batch: Batch, received: Any) -> Any:
-            self._run.hook.sft_micro_batch(run=self._run, batch=batch)
+            if any(batch is one for one in batches[:real]):
+                self._run.hook.sft_micro_batch(run=self._run, batch=batch)
             self.phases.go_on()
             with self._run.precision.autocast():
                 return self._forward(model, batch, received, self._loss)
@@ -167,8 +169,10 @@ class Parallel:
             if self._pipe is not None:
                 self._pipe.train(batches, self._stream_shape, self._run.precision.weights, forward, start)
             else:
-                for batch in batches:
-                    start(forward(batch, None))
+                for number, batch in enumerate(batches):
+                    # What is gone through in vain is not trained on, so what plugins do to what is stays away from it.
+                    with _evaluating(model) if number >= real else contextlib.nullcontext():
+                        start(forward(batch, None))
                     if self._shards is not None:
                         self._shards.release()
         self._reduce_gradients()
@@ -339,6 +343,15 @@ def _flag(owner: Any | None, name: str) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, False)
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
 
 
 def _nothing() -> Batch:

@@ -58,6 +58,24 @@ class Draw(sft.Plugin):
         self.found["draws"].append(float(paddle.rand([1])))
 
 
+def count(settings: dict[str, Any]) -> dict[str, Any]:
+    """One rank of a run that counts what goes into its micro-batches."""
+    found: dict[str, Any] = {"process": os.getpid(), "batches": 0, "rows": 0, "tokens": 0}
+    sft.run(settings, plugins=[type("Counting", (Count,), {"found": found})], say=lambda text: None)
+    return found
+
+
+class Count(sft.Plugin):
+    name = "count"
+    found: dict[str, Any]
+
+    @sft.hookimpl
+    def sft_micro_batch(self, run: sft.Run, batch: sft.Batch) -> None:
+        self.found["batches"] += 1
+        self.found["rows"] += len(batch.lengths)
+        self.found["tokens"] += batch.tokens
+
+
 class Damage(sft.Plugin):
     """Harm that rank 1 does to what it has of one matrix: ``gradient`` leaves its gradient out in step 4, ``weight``
     moves the matrix a little after it."""

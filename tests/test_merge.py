@@ -92,7 +92,8 @@ def logits(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             done = merge(*base, "--merge_model_path", output, *words)
             assert done.exit_code == 0, done.output
             assert "note:" not in done.output
-            asked[f"{technique} sft {name}"] = (str(output), "", "sft")
+            named = output / "model_state.pdparams.index.json" if name == "pdparams" else output
+            asked[f"{technique} sft {name}"] = (str(named), "", "sft")
             if name == "paddle":
                 asked[f"{technique} paddlenlp {name}"] = (str(output), "", "paddlenlp")
     line = [sys.executable, "-c", FRESH, json.dumps(asked), str(folder / "logits.npz")]

@@ -44,7 +44,7 @@ def alone(paddle: Any, models: Path) -> Callable[..., str]:
     """The answer to a text or to turns, computed by itself."""
     from sft.models.generation import answers
 
-    model, tokenizer = adapters.load_for_inference(str(find_model(str(models / MODEL))), None, lambda text: None)
+    model, tokenizer = adapters.load_for_inference(str(find_model(str(models / MODEL)).path), None, lambda text: None)
 
     def found(prompt: str | list[Turn], seed: int = 42, **settings: Any) -> str:
         turns = [Turn("user", prompt)] if isinstance(prompt, str) else prompt

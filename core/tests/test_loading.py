@@ -228,7 +228,7 @@ def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert sources.find_model("some-owner/some-model") == tmp_path
+    assert sources.find_model("some-owner/some-model").path == tmp_path
     assert "*.safetensors" in asked["some-owner/some-model"]
     assert not any(pattern.endswith((".bin", ".pt", ".pth")) for pattern in asked["some-owner/some-model"])
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import sft
 from sft.models.families import FAMILIES
 from sft.models.parts import Part, is_elsewhere, part_of, size_of, whole_shape
-from sft.models.source import Weights
+from sft.models.source import ModelFolder, Weights
 
 GATE, DOWN, ELSEWHERE = "0.mlp.gate_proj", "0.mlp.down_proj", "1.mlp.up_proj"
 """Of a model of 32 inputs, 48 inner values: what is held in two parts, and what another process holds."""
@@ -84,7 +84,7 @@ def test_a_part_is_read_as_float32(paddle: Any, tmp_path: Path, write: Callable[
     tensors = {name: np.arange(24).reshape(4, 6).astype(dtype) + dtype(number) for number, name in enumerate("ab")}
     tensors["line"] = np.arange(5).astype(dtype)
     write(paddle, tmp_path, tensors)
-    weights = Weights(tmp_path, FAMILIES["llama"])
+    weights = Weights(ModelFolder(tmp_path, allow_pickle=True), FAMILIES["llama"])
     for name, where in [
         ("a", (slice(2, 4), slice(0, 6))),
         ("b", (slice(0, 4), slice(2, 4))),

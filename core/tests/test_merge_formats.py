@@ -41,10 +41,12 @@ def write(paddle: Any, models: Path, tmp_path: Path) -> Any:
     """Write a base in a form, unchanged; the folder."""
     from sft.models.loading import open_model
     from sft.models.saving import write_merged
+    from sft.models.source import ModelFolder
 
     def make(base: Path, form: str, name: str = "merged") -> Path:
         tokenizer = Tokenizer(models / "llama-tied-gqa")
-        write_merged(tmp_path / name, open_model(base), Nothing(), tokenizer, form=FORMS[form])
+        place = ModelFolder(base, allow_pickle=True)
+        write_merged(tmp_path / name, open_model(place), Nothing(), tokenizer, form=FORMS[form])
         return tmp_path / name
 
     return make
@@ -118,8 +120,9 @@ def test_pickled_hugging_face_weights_are_refused(tmp_path: Path) -> None:
 def fingerprint_of(folder: Path) -> str:
     from sft.models.fingerprint import fingerprint
     from sft.models.loading import open_model
+    from sft.models.source import ModelFolder
 
-    return fingerprint(open_model(folder))
+    return fingerprint(open_model(ModelFolder(folder, allow_pickle=True)))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -53,7 +53,14 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     config = read_config(folder)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
-        raise UsageError(f"{folder} has no adapter_model.safetensors; save the adapter with safe serialization.")
+        pickled = [
+            file.name for file in (folder / "adapter_model.bin", folder / "adapter_model.pdparams") if file.exists()
+        ]
+        found = f" and {pickled[0]} is a pickle, which is not read" if pickled else ""
+        raise UsageError(
+            f"{folder} has no adapter_model.safetensors{found}; write it with PEFT: "
+            "PeftModel.from_pretrained(BASE, DIR).save_pretrained(DIR)."
+        )
     try:
         return config, load_file(str(path))
     except Exception as error:
@@ -145,17 +152,19 @@ def merge(
     requested: Sequence[str] = (),
     form: WeightFormat | None = None,
     device: str | None = None,
+    allow_pickle: bool = False,
 ) -> int:
     """Write ``model`` with ``adapter`` folded in to ``output`` in ``form`` (by default safetensors in Hugging Face
     layout); the number of merged tensors.
 
     Where the adapter was trained over a quantized base, it is folded into that: weights are quantized and read back.
-    ``device`` (cpu, gpu, gpu:N; by default paddle's choice) is where the arithmetic happens.
+    ``device`` (cpu, gpu, gpu:N; by default paddle's choice) is where the arithmetic happens. ``allow_pickle``: the
+    base's weights may be pickled.
     """
     plugins = plugins_for(adapter, requested)
     runtime.require_paddle()
-    folder = find_model(model)
-    tokenizer = Tokenizer(folder, chat_template=trained_template(adapter))
+    place = find_model(model, allow_pickle)
+    tokenizer = Tokenizer(place.path, chat_template=trained_template(adapter))
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise UsageError(f"{output} already exists and is not empty; choose another place or remove it.")
     # Of this process alone: cuBLAS would round the factors of float32 products to ten bits.
@@ -167,7 +176,7 @@ def merge(
     from sft.models.loading import open_model
     from sft.models.saving import write_merged
 
-    source = open_model(folder)
+    source = open_model(place)
     check_base(adapter, source, say)
     merger = plugins.hook.sft_adapter_merger(folder=adapter)
     return write_merged(output, source, merger, tokenizer, plugins.hook.sft_quantizer(run=None), form)
@@ -196,21 +205,22 @@ def load_for_inference(
     requested: Sequence[str] = (),
     plugins: Plugins | None = None,
     chat_template: str | None = None,
+    allow_pickle: bool = False,
 ) -> tuple[Any, Tokenizer]:
     """A model, with an adapter over it if one is given, and its tokenizer; a quantizer may be ``requested``.
 
     ``plugins``: those of :func:`plugins_for`, where the caller needs them too. ``chat_template``: a file, or none;
-    unset, that of the adapter's run, else the model's own.
+    unset, that of the adapter's run, else the model's own. ``allow_pickle``: the model's weights may be pickled.
     """
     plugins = plugins or plugins_for(adapter, requested)
     runtime.require_paddle()
-    folder = find_model(model)
-    tokenizer = Tokenizer(folder, chat_template=chat_template or trained_template(adapter))
+    place = find_model(model, allow_pickle)
+    tokenizer = Tokenizer(place.path, chat_template=chat_template or trained_template(adapter))
     say(runtime.prepare())
 
     from sft.models.loading import open_model
 
-    return load_with(plugins, open_model(folder), adapter, say), tokenizer
+    return load_with(plugins, open_model(place), adapter, say), tokenizer
 
 
 def load_with(plugins: Plugins, source: ModelSource, adapter: Path | None, say: Callable[[str], None]) -> Any:

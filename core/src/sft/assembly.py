@@ -23,6 +23,7 @@ from sft.files import make_folder, publish, remove_folder, remove_leftovers, wri
 from sft.training.checkpoint import checkpoints, read_state, step_of
 
 if TYPE_CHECKING:
+    from sft.models.source import ModelFolder
     from sft.running import Run, Summary
     from sft.training.journal import Journal
     from sft.training.optimizer import Optimizer
@@ -88,7 +89,7 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
         run.questions = questions(dev_files, None)
 
 
-def load_model(run: Run, folder: Path) -> None:
+def load_model(run: Run, place: ModelFolder) -> None:
     """Config, weights, attention and adapters, each with the plugins that have a say in it."""
     from sft.models import attention, loading
     from sft.models.fingerprint import fingerprint
@@ -101,11 +102,11 @@ def load_model(run: Run, folder: Path) -> None:
     run.precision = precision.choose(run.settings.training, run.say)
     run.collator = run.hook.sft_collator(run=run) or PaddedCollator(run.tokenizer.pad_id)
     run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess(run)
-    run.source = loading.open_model(folder)
+    run.source = loading.open_model(place)
     if run.exports_adapter:
         run.base_fingerprint = fingerprint(run.source)
     run.hook.sft_model_config(run=run, config=run.source.config)
-    check_model(run, folder, *(data for data in (run.train_data, run.dev_data) if data is not None))
+    check_model(run, place.path, *(data for data in (run.train_data, run.dev_data) if data is not None))
     quantizer = run.hook.sft_quantizer(run=run)
     backend = run.hook.sft_attention_backend(run=run, config=run.source.config) or attention.DefaultAttention()
     _check_packing(run, backend)

@@ -53,8 +53,8 @@ def evaluate_finished(
     if generations is not None:
         make_folder(generations.parent)
     runtime.require_paddle()
-    folder = find_model(str(settings.model.model_name_or_path))
-    run.tokenizer = Tokenizer(folder, chat_template=settings.data.chat_template or trained_template(adapter))
+    place = find_model(str(settings.model.model_name_or_path), settings.model.allow_pickle)
+    run.tokenizer = Tokenizer(place.path, chat_template=settings.data.chat_template or trained_template(adapter))
     assembly.read_data(run, [], files)
     assert run.dev_data is not None
     say(runtime.prepare())
@@ -67,8 +67,8 @@ def evaluate_finished(
     run.precision = Precision()
     run.collator = PaddedCollator(run.tokenizer.pad_id)
     run.strategy = SingleProcess(run)
-    run.source = open_model(folder)
-    assembly.check_model(run, folder, run.dev_data)
+    run.source = open_model(place)
+    assembly.check_model(run, place.path, run.dev_data)
     run.model = load_with(plugins, run.source, adapter, say)
     backend = plugins.hook.sft_attention_backend(run=run, config=run.source.config)
     install(run.model, backend or DefaultAttention())

@@ -192,16 +192,17 @@ def execute(run: Run) -> Summary:
     dataset = Path(str(run.settings.data.dataset_name_or_path)).expanduser()
     train_files, dev_files = find_files(dataset, "train"), find_files(dataset, "dev")
     runtime.require_paddle()
-    folder = find_model(str(run.settings.model.model_name_or_path))
+    model = run.settings.model
+    place = find_model(str(model.model_name_or_path), model.allow_pickle)
     source = find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
     state = read_state(source) if source is not None else None
     date = datetime.fromisoformat(state["date"]) if state is not None else None
-    named = run.settings.model.tokenizer_name_or_path
-    run.tokenizer = Tokenizer(find_model(named) if named else folder, date, run.settings.data.chat_template)
+    named = model.tokenizer_name_or_path
+    run.tokenizer = Tokenizer((find_model(named) if named else place).path, date, run.settings.data.chat_template)
     run.resumes = state is not None
     assembly.read_data(run, train_files, dev_files)
     run.say(runtime.prepare())
-    assembly.load_model(run, folder)
+    assembly.load_model(run, place)
     if not run.settings.training.do_train:
         return _only_evaluate(run, source, state, started)
     optimizer = assembly.make_optimizer(run)

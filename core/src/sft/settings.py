@@ -28,7 +28,10 @@ class ModelArguments:
     """Which model is fine-tuned."""
 
     model_name_or_path: str | None = option(
-        None, "model directory (Hugging Face or Paddle layout) or hub name; required"
+        None, "model directory (Hugging Face or Paddle layout), a weight file in one, or hub name; required"
+    )
+    allow_pickle: bool = option(
+        False, "read weights that are pickled (.pdparams, .bin) too: the tensors in them, and nothing is run"
     )
     tokenizer_name_or_path: str | None = option(None, "tokenizer directory or hub name; unset: the model's own")
 

@@ -37,11 +37,14 @@ def command(model: str, adapter: str | None, plugins: tuple[str, ...], system: s
     from sft.adapters import load_for_inference, plugins_for, refuse_idle
 
     generation, seed = generation_of(settings)
-    template = given(settings).get("chat_template")
+    typed = given(settings)
+    template, allow_pickle = typed.get("chat_template"), typed.get("allow_pickle", False)
     folder = Path(adapter) if adapter else None
     active = plugins_for(folder, plugins)
     refuse_idle(active, plugins, ("sft_quantizer",), "sft chat")
-    loaded, tokenizer = load_for_inference(model, folder, say, plugins=active, chat_template=template)
+    loaded, tokenizer = load_for_inference(
+        model, folder, say, plugins=active, chat_template=template, allow_pickle=allow_pickle
+    )
     chat = Chat(loaded, tokenizer, generation, seed, system)
     if tokenizer.chat_template is None:
         say("note: this model has no chat template, so turns follow each other as they are")

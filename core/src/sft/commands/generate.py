@@ -59,7 +59,8 @@ def command(
     from sft.adapters import load_for_inference, plugins_for, refuse_idle
 
     generation, seed = generation_of(settings)
-    template = given(settings).get("chat_template")
+    typed = given(settings)
+    template, allow_pickle = typed.get("chat_template"), typed.get("allow_pickle", False)
     if prompts and file:
         raise UsageError("--prompt and --prompts_file are both given; leave one of them out.")
     if stream and (as_json or (batch_size or 1) > 1):
@@ -72,7 +73,9 @@ def command(
         raise UsageError(f"{file or 'Standard input'} has no prompt; give --prompt TEXT, a file or lines of text.")
     if stream is None:
         stream = len(questions) == 1 and sys.stdout.isatty() and not as_json
-    loaded, tokenizer = load_for_inference(model, folder, say, plugins=active, chat_template=template)
+    loaded, tokenizer = load_for_inference(
+        model, folder, say, plugins=active, chat_template=template, allow_pickle=allow_pickle
+    )
 
     from sft.data.encoding import encode_prompt
     from sft.models.generation import answers, check_room

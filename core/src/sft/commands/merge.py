@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
-from sft.commands.shared import ADAPTER, MODEL, PLUGIN
+from sft.commands.shared import ADAPTER, MODEL, PLUGIN, given, setting_options
 
 FORMATS = ("hf", "paddle")
 
 
 @click.command(name="merge")
-@click.option(*MODEL, required=True, help="The base model: a directory or a hub name.")
+@click.option(*MODEL, required=True, help="The base model: a directory, a weight file in one, or a hub name.")
+@setting_options("allow_pickle")
 @click.option(*ADAPTER, required=True, help="The adapter: the folder that a run wrote, or any PEFT adapter.")
 @click.option(
     "--output_path", "--output-path", "--merge_model_path", "--merge-model-path", "output", required=True,
@@ -38,6 +39,7 @@ FORMATS = ("hf", "paddle")
 @click.option(*PLUGIN, multiple=True, help="A quantizer, where the adapter does not name it; no:NAME leaves one out.")
 def command(
     model: str,
+    allow_pickle: str | None,
     adapter: str,
     output: str,
     layout: str,
@@ -55,6 +57,7 @@ def command(
     from sft.adapters import merge
     from sft.models.shards import WeightFormat, parse_size
 
+    allowed = given({"allow_pickle": allow_pickle}).get("allow_pickle", False)
     form = WeightFormat(layout, safe, parse_size(shard), dtype)
-    changed = merge(model, Path(adapter), Path(output), click.echo, plugins, form, device)
+    changed = merge(model, Path(adapter), Path(output), click.echo, plugins, form, device, allowed)
     click.echo(f"merged {changed} tensors; written to {output}")

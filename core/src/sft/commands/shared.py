@@ -30,7 +30,10 @@ def model_options(plugin: str) -> Callable[[Any], Any]:
         function = click.option(*ADAPTER, help="An adapter for it: the folder that a run wrote, or any PEFT adapter.")(
             function
         )
-        return click.option(*MODEL, required=True, help="The model: a directory or a hub name.")(function)
+        function = setting_options("allow_pickle")(function)
+        return click.option(*MODEL, required=True, help="The model: a directory, a weight file in one, or a hub name.")(
+            function
+        )
 
     return add
 

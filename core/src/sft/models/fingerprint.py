@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 
 from sft.models.loading import ModelSource
-from sft.models.source import Weights
 
 CORNER = 8
 
@@ -17,7 +16,7 @@ def fingerprint(source: ModelSource) -> str:
     """
     import numpy as np
 
-    weights = Weights(source.folder, source.family)
+    weights = source.weights()
     corners = {}
     for original in weights:
         name = original if weights.layout == "hf" else source.family.to_hf(original)

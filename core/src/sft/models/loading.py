@@ -17,7 +17,7 @@ from sft.models.config import paddle_config, read_config
 from sft.models.families import Family
 from sft.models.layers import Target, target_layers
 from sft.models.parts import is_elsewhere, part_of, whole_shape
-from sft.models.source import Weights
+from sft.models.source import ModelFolder, Weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,17 +29,26 @@ if TYPE_CHECKING:
 class ModelSource:
     """A model directory whose config has been read and checked; no weight has been touched."""
 
-    folder: Path
+    place: ModelFolder
     values: dict[str, Any]
     family: Family
     config: Any
 
+    @property
+    def folder(self) -> Path:
+        return self.place.path
 
-def open_model(folder: Path) -> ModelSource:
+    def weights(self) -> Weights:
+        """The tensors in its files; raises :class:`UsageError` where there are none that may be read."""
+        return Weights(self.place, self.family)
+
+
+def open_model(place: Path | ModelFolder) -> ModelSource:
     """Read and check ``config.json``; see :func:`sft.models.config.paddle_config` for what is refused."""
-    values = read_config(folder)
-    family, config = paddle_config(values, folder)
-    return ModelSource(folder, values, family, config)
+    place = place if isinstance(place, ModelFolder) else ModelFolder(place)
+    values = read_config(place.path)
+    family, config = paddle_config(values, place.path)
+    return ModelSource(place, values, family, config)
 
 
 def load_model(
@@ -70,7 +79,7 @@ def load_model(
 
 def fill(model: Any, source: ModelSource, strategy: ParallelStrategy, quantizer: Quantizer | None = None) -> None:
     """Stream the weights of ``source.folder`` into ``model``; raises as :func:`load_model` does."""
-    weights = Weights(source.folder, source.family)
+    weights = source.weights()
     stored = {_paddle_name(name, weights, source.family): name for name in weights}
     if quantizer is not None:
         for target in target_layers(model):

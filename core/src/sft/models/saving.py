@@ -15,7 +15,6 @@ from sft.files import staged_folder, write_json
 from sft.models.config import hf_config
 from sft.models.loading import ModelSource
 from sft.models.shards import WeightFormat, write_tensors
-from sft.models.source import Weights
 
 if TYPE_CHECKING:
     from sft.seams import AdapterMerger, Quantizer
@@ -62,7 +61,7 @@ def write_merged(
     The folder appears complete under its name or not at all. Returns the number of tensors that changed.
     """
     form = form or WeightFormat()
-    weights = Weights(source.folder, source.family)
+    weights = source.weights()
     changed = 0
     dtypes: set[str] = set()
 

@@ -4,26 +4,54 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
 from sft.models.families import Family
+from sft.models.pickles import SUFFIXES as PICKLED
+from sft.models.pickles import read_pickled
 
 if TYPE_CHECKING:
     import numpy as np
 
+_INDEX = ".index.json"
+_SAFE = ("model.safetensors.index.json", "model.safetensors")
+_UNSAFE = (
+    *("model_state.pdparams.index.json", "model_state.pdparams"),
+    *("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
 _PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 
 
-def find_model(name_or_path: str) -> Path:
-    """The local directory of a model; a hub name (``owner/name``) is downloaded with ``huggingface_hub``."""
-    return _find(name_or_path, _PATTERNS)
+@dataclass(frozen=True)
+class ModelFolder:
+    """Where a model is, and which of its weight files may be read."""
+
+    path: Path
+    file: str | None = None
+    """The weight file, or the index of such, that the user named; it is read even if it is pickled."""
+    allow_pickle: bool = False
+    """Whether pickled weights are read although nobody named them."""
+
+
+def find_model(name_or_path: str, allow_pickle: bool = False) -> ModelFolder:
+    """The local directory of a model; a hub name (``owner/name``) is downloaded with ``huggingface_hub``.
+
+    ``name_or_path`` may also be a weight file in such a directory, or an index of weight files.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file() and path.name.endswith((".safetensors", *PICKLED, _INDEX)):
+        return ModelFolder(path.parent, path.name, allow_pickle)
+    patterns = [*_PATTERNS, *(f"*{suffix}" for suffix in PICKLED if allow_pickle)]
+    return ModelFolder(_find(name_or_path, patterns), None, allow_pickle)
 
 
 def find_config(name_or_path: str) -> Path:
     """A local directory with a model's ``config.json``; of a hub name nothing else is downloaded."""
-    return _find(name_or_path, ["config.json"])
+    path = Path(name_or_path).expanduser()
+    return find_model(name_or_path).path if path.is_file() else _find(name_or_path, ["config.json"])
 
 
 def _find(name_or_path: str, patterns: list[str]) -> Path:
@@ -52,18 +80,17 @@ class Weights:
     ``layout`` is "hf" (Linear weights [out, in], names ``model.…``) or "paddle" ([in, out], ``llama.…``).
     """
 
-    def __init__(self, folder: Path, family: Family) -> None:
-        self.folder = folder
+    def __init__(self, place: Path | ModelFolder, family: Family) -> None:
+        """Raises :class:`UsageError` where there are none that may be read; see :func:`weight_files`."""
         self._where: dict[str, Path] = {}
         self._handles: dict[Path, Any] = {}
         self._pickled: dict[str, Any] = {}
-        files = self._files()
-        for path in files:
+        for path in weight_files(place if isinstance(place, ModelFolder) else ModelFolder(place)):
             if path.suffix == ".safetensors":
                 for name in self._open(path).keys():  # noqa: SIM118  (no dict)
                     self._where[name] = path
             else:
-                self._load_pdparams(path)
+                self._pickled.update(read_pickled(path))
         paddle = any(name.startswith(family.prefix + ".") for name in self)
         self.layout = "paddle" if paddle else "hf"
 
@@ -113,37 +140,65 @@ class Weights:
         """The first ``size`` values along each dimension of a tensor as float32, in the file's layout."""
         return self.read_part(name, tuple(slice(size) for _ in self.shape(name)))
 
-    def _files(self) -> list[Path]:
-        for index in ("model.safetensors.index.json", "model_state.pdparams.index.json"):
-            if (self.folder / index).is_file():
-                try:
-                    names = json.loads((self.folder / index).read_text(encoding="utf-8"))["weight_map"].values()
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise UsageError(
-                        f"{self.folder / index} is not an index of weights ({error}); replace it."
-                    ) from error
-                files = [self.folder / name for name in dict.fromkeys(names)]
-                missing = [path.name for path in files if not path.is_file()]
-                if missing:
-                    raise UsageError(f"{self.folder} lacks {', '.join(missing)}, named by {index}; copy it there.")
-                return files
-        for name in ("model.safetensors", "model_state.pdparams"):
-            if (self.folder / name).is_file():
-                return [self.folder / name]
-        raise UsageError(
-            f"{self.folder} has no weights; it needs model.safetensors (or its shards and index), "
-            "or Paddle's model_state.pdparams."
-        )
-
     def _open(self, path: Path) -> Any:
         if path not in self._handles:
             self._handles[path] = _safetensors(path)
         return self._handles[path]
 
-    def _load_pdparams(self, path: Path) -> None:
-        import paddle
 
-        self._pickled.update(paddle.load(str(path), return_numpy=True))
+def weight_files(place: ModelFolder) -> list[Path]:
+    """The files that hold a model's weights: the named one, or what the folder has under the usual names.
+
+    Pickled ones count only where the user named them or allowed them. An index may name files beside itself, of its own
+    kind, and nothing else: it came with the model, and no model has a say in what else is opened on this machine.
+    """
+    folder = place.path
+    if place.file is not None:
+        return _expand(folder, place.file)
+    for name in (*_SAFE, *(_UNSAFE if place.allow_pickle else ())):
+        if (folder / name).is_file():
+            return _expand(folder, name)
+    for name in _UNSAFE:
+        if (folder / name).is_file():
+            kind = "Paddle's" if ".pdparams" in name else "torch's"
+            raise UsageError(
+                f"{folder} has weights in {name} alone, which is {kind} pickle and is not read unasked, since a pickle "
+                f"can carry code; name the file (--model_name_or_path {folder / name}) or set allow_pickle true, and "
+                "its tensors are read and nothing else, or convert it to safetensors, as transformers and PaddleNLP do "
+                "where they save a model."
+            )
+    raise UsageError(
+        f"{folder} has no weights; it needs model.safetensors (or its shards and index), or with allow_pickle true "
+        "Paddle's model_state.pdparams or torch's pytorch_model.bin."
+    )
+
+
+def _expand(folder: Path, name: str) -> list[Path]:
+    """The weight files that ``name`` stands for: itself, or where it is an index, those that it names."""
+    if not name.endswith(_INDEX):
+        return [folder / name]
+    path = folder / name
+    suffix = Path(name.removesuffix(_INDEX)).suffix
+    try:
+        names = list(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise UsageError(f"{path} is not an index of weights ({error}); replace it.") from error
+    for named in names:
+        if not _is_plain(named) or not named.endswith(suffix) or suffix not in (".safetensors", *PICKLED):
+            raise UsageError(
+                f"{path} names {str(named)[:80]!r} as a file of weights, where only the name of a {suffix} file beside "
+                "it may stand; replace the index."
+            )
+    files = [folder / named for named in dict.fromkeys(names)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UsageError(f"{folder} lacks {', '.join(missing)}, named by {name}; copy it there.")
+    return files
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether ``name`` is that of a file and no path."""
+    return isinstance(name, str) and name.isprintable() and len(name.encode()) < 256 and not set(name) & set("/\\:")
 
 
 def _safetensors(path: Path) -> Any:

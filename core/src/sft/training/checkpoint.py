@@ -150,13 +150,14 @@ def load(run: Run, optimizer: Optimizer, folder: Path, state: dict[str, Any]) ->
 def load_model(run: Run, folder: Path, state: dict[str, Any]) -> None:
     """Put the model back as it was: its trainable parameters by name, and plugin state."""
     from sft.models.loading import fill
+    from sft.models.source import ModelFolder
 
     trainer, strategy = folder / "trainer", run.strategy
     if run.exports_adapter:
         trainable = {name: p for name, p in strategy.parameters(run.model) if not p.stop_gradient}
         _load_trainable(strategy, trainable, _read(trainer / "trainable.safetensors"), folder)
     else:
-        fill(run.model, replace(run.source, folder=folder), strategy)
+        fill(run.model, replace(run.source, place=ModelFolder(folder)), strategy)
     arrays = _read(trainer / "plugins.safetensors")
     with strategy.assembled(run.model):
         for name in run.plugins.names:

@@ -64,6 +64,7 @@ def looking(input_ids: np.ndarray) -> tuple[type[sft.Plugin], list[np.ndarray]]:
 
     class Look(sft.Plugin):
         name = "look"
+        api_version = 1
 
         @sft.hookimpl
         def sft_run_ended(self, run: sft.Run, summary: sft.Summary) -> None:

@@ -76,6 +76,7 @@ def run(folder: Path, data: Path, **changes: Any) -> Outcome:
 
     class Watch(sft.Plugin):
         name = "watch"
+        api_version = 1
         order = 100
 
         @sft.hookimpl

@@ -52,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(folder, records)
 
 
-class StopError(Exception):
+class StopError(sft.SftError):
     """Raised by a plugin in the middle of a run."""
 
 
@@ -60,6 +60,7 @@ class Watch(sft.Plugin):
     """Keeps the trained model's logits, and stops the run after ``stop_after`` steps."""
 
     name = "watch"
+    api_version = 1
     stop_after = 0
     logits: Any = None
 

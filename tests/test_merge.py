@@ -201,6 +201,7 @@ def test_the_metadata_of_an_adapter_stand_in_one_order(adapters: Path) -> None:
         (["--device", "tpu"], "There is no device 'tpu'; give cpu, gpu or gpu:N"),
         (["--max_shard_size", "2XB"], "'2XB' is no size; give"),
         (["--safe_serialization", "false"], "the hf format would need torch"),
+        (["--plugin", "neftune"], "Plugin neftune has no part in sft merge; leave it out."),
     ],
 )
 def test_refusals(adapters: Path, tmp_path: Path, words: list[str], message: str) -> None:

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from toy_plugins import active, plugin
+from toy_plugins import refusal as refused
 
 import sft
 from sft.activation import choose, requests
+from sft.resolution import resolve
 from sft.settings import core_options
 
 Distribute = Callable[..., None]
@@ -204,6 +207,31 @@ def test_requests_without_a_plugin_of_the_same_object_ask_for_nothing(distribute
     assert "find_me" not in requests("setting")
 
 
+# --- settings that a plugin named no: does not read ---------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize(
+    ("setting", "value", "plugin"),
+    [
+        ("grind_algo", "fine4", "fine"),
+        ("use_polish", True, "polish"),
+        ("polish_degree", 4, "polish"),
+        ("big_saw", "true", "big-saw"),
+    ],
+)
+def test_a_setting_whose_plugin_is_switched_off_by_name_is_told(setting: str, value: Any, plugin: str) -> None:
+    _, active, without_effect = resolve({setting: value, "plugin": f"no:{plugin}"}, ())
+    assert active.names == []
+    assert without_effect == [(f"{setting} {value}", f"no:{plugin} switches that off")]
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize(("setting", "value"), [("grind_algo", "none"), ("use_polish", False), ("polish_degree", 1)])
+def test_one_that_asks_for_nothing_is_not_told(setting: str, value: Any) -> None:
+    assert resolve({setting: value, "plugin": "no:polish,no:fine,no:coarse"}, ())[2] == []
+
+
 # --- commands -----------------------------------------------------------------------------------------------
 
 GREETER = """
@@ -212,6 +240,7 @@ GREETER = """
 
     class Greeter(sft.Plugin):
         name = "greeter"
+        api_version = 1
 
         @sft.hookimpl
         def sft_commands(self, cli):
@@ -239,10 +268,58 @@ def test_help_lists_commands_of_plugins_unimported(distribute: Distribute, sft_c
 
 
 def test_a_command_that_its_plugin_does_not_add(distribute: Distribute, sft_command: Command) -> None:
-    source = "import sft\nclass Idle(sft.Plugin):\n    name = 'idle'\n"
+    source = "import sft\nclass Idle(sft.Plugin):\n    name = 'idle'\n    api_version = 1\n"
     distribute("sft-test-idle", source, {"idle": "Idle"}, {"command.idle": "Idle"})
     done = sft_command("idle")
-    assert (done.returncode, done.stderr) == (2, "sft: There is no command 'idle'; `sft --help` lists the commands.\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "sft: Plugin idle (sft-test-idle 1.0) declares the command idle and adds none of that name; upgrade it.\n"
+    )
+
+
+def test_a_command_of_two_plugins(distribute: Distribute, sft_command: Command) -> None:
+    for number in ("one", "two"):
+        source = GREETER.replace('"greeter"', f'"{number}"')
+        distribute(f"sft-test-{number}", source, {number: "Greeter"}, {"command.greet": "Greeter"})
+    done = sft_command("greet", "you")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "one (sft-test-one 1.0)" in done.stderr
+    assert "two (sft-test-two 1.0)" in done.stderr
+    assert done.stderr.endswith("; pip uninstall one of them.\n")
+
+
+def test_a_plugin_cannot_take_a_command_of_the_core(distribute: Distribute, sft_command: Command) -> None:
+    distribute("sft-test-run", BROKEN, {"other": "Other"}, {"command.run": "Other"})
+    assert "from plugin other" not in sft_command("--help").stdout
+    assert sft_command("run").stderr.startswith("sft: model_name_or_path is not set;")
+
+
+# --- requests that can ask for nothing ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_", "target", "fault"),
+    [
+        ("settng.use_it", "Tool", "which is of no known kind; did you mean setting.use_it?"),
+        ("weather.fine", "Tool", "which is of no known kind; there are setting, value, number, environment, "),
+        ("setting", "Tool", "which lacks a part of setting.X."),
+        ("value.grind_algo", "Tool", "which lacks a part of value.X.V."),
+        ("setting.use_it", "Other", "for sft_test_tool:Other, which is no plugin of its own; add it to sft.plugins."),
+    ],
+)
+def test_a_request_that_can_ask_for_nothing_is_refused_and_listed(
+    distribute: Distribute, sft_command: Command, request_: str, target: str, fault: str
+) -> None:
+    distribute("sft-test-tool", plugin("tool"), {"tool": "Tool"}, {request_: target})
+    distribute("sft-test-fine", plugin("fine"), {"fine": "Tool"})
+    message = refused("tool")
+    assert message.startswith(f"Plugin tool (sft-test-tool 1.0) declares the request {request_!r}")
+    assert fault in message
+    assert active("fine", "lora").names == ["fine", "lora"]  # those of other distributions are not concerned
+    listed = [line for line in sft_command("plugins").stdout.splitlines() if line.startswith("note: ")]
+    assert len(listed) == 1
+    assert listed[0].startswith(f"note: sft-test-tool declares the request {request_!r}")
+    assert fault in listed[0]
 
 
 def test_an_unknown_command(sft_command: Command) -> None:

@@ -23,6 +23,8 @@ READERS = """
     import sft
 
     class Reader(sft.Plugin):
+        api_version = 1
+
         @sft.hookimpl
         def sft_import_adapter(self, model, folder):
             model.read_by = self.name
@@ -44,6 +46,7 @@ READERS = """
 
     class Worn(sft.Plugin):
         name = "worn"
+        api_version = 1
         requires = ("plain",)
 """
 

@@ -129,6 +129,7 @@ def test_questions_of_every_format_are_answered(typed: Type, alone: Any, tmp_pat
 
     class Pairs(sft.Plugin):
         name = "pairs"
+        api_version = 1
 
         @sft.hookimpl
         def sft_record_format(self, record):
@@ -200,7 +201,9 @@ def test_generate_refuses(typed: Type, arguments: list[str], lines: str | None, 
 
 
 def test_a_plugin_without_a_part_in_it_is_refused(typed: Type, distribute: Any) -> None:
-    distribute("idle", "import sft\n\nclass Idle(sft.Plugin):\n    name = 'idle'\n", {"idle": "Idle"})
+    distribute(
+        "idle", "import sft\n\nclass Idle(sft.Plugin):\n    name = 'idle'\n    api_version = 1\n", {"idle": "Idle"}
+    )
     for name in ("generate", "chat"):
         with pytest.raises(sft.UsageError, match=f"Plugin idle has no part in sft {name}; leave it out"):
             typed(name, "--plugin", "idle", lines="a\n")

@@ -24,6 +24,7 @@ def judged(losses: list[float]) -> type[sft.Plugin]:
 
     class Judge(sft.Plugin):
         name = "judge"
+        api_version = 1
 
         @sft.hookimpl
         def sft_evaluated(self, run: sft.Run, record: dict[str, Any]) -> None:
@@ -70,6 +71,7 @@ def test_another_metric_decides(train: Callable[..., Any], tmp_path: Path) -> No
 
     class Judge(sft.Plugin):
         name = "judge"
+        api_version = 1
 
         @sft.hookimpl
         def sft_evaluated(self, run: sft.Run, record: dict[str, Any]) -> None:

@@ -108,6 +108,7 @@ def test_a_checkpoint_that_could_not_be_written_is_not_there(train: Train, tmp_p
 
     class Broken(sft.Plugin):
         name = "broken"
+        api_version = 1
 
         @sft.hookimpl
         def sft_state(self, run: sft.Run) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def test_a_checkpoint_that_could_not_be_written_is_not_there(train: Train, tmp_p
                 raise OSError("No space left on device")
             return {}
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(sft.PluginError, match=r"failed in sft_state \(OSError: No space left"):
         train(plugins=(Broken,), **SETTINGS)
     assert checkpoints_of(tmp_path / "out") == ["checkpoint-3"]
     assert not list((tmp_path / "out").glob(".staging*"))
@@ -141,6 +142,7 @@ def keeping(log: list[Any]) -> type[sft.Plugin]:
 
     class Keep(sft.Plugin):
         name = "keep"
+        api_version = 1
 
         def __init__(self, options: Any = None) -> None:
             super().__init__(options)
@@ -191,6 +193,7 @@ def test_plugins_do_not_see_each_others_state(train: Train) -> None:
     def plugin(called: str, state: dict[str, Any] | None) -> type[sft.Plugin]:
         class Keep(sft.Plugin):
             name = called
+            api_version = 1
 
             @sft.hookimpl
             def sft_state(self, run: sft.Run) -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ def test_listing_names_plugin_and_distribution(distribute: Distribute, sft_comma
         "distribution": "sft-test-tool",
         "version": "2.3",
         "also_requested_by": ["setting use_tool"],
+        "wrong_requests": [],
     } in rows
 
 
@@ -131,8 +132,10 @@ def test_a_plugin_of_two_distributions_names_both(distribute: Distribute) -> Non
 def test_another_api_version(distribute: Distribute) -> None:
     distribute("sft-test-old", plugin("old", "api_version = 0"), {"old": "Tool"})
     message = refusal("old")
-    assert message.startswith("Plugin old of sft-test-old 1.0 is written for plugin API 0, and this sft has 1;")
-    assert message.endswith("install versions of sft-core and sft-test-old that go together.")
+    assert message == (
+        "Plugin old (sft-test-old 1.0) is written for plugin API 0, and this sft has 1; install versions of sft-core "
+        "and of the plugin that go together."
+    )
 
 
 @pytest.mark.parametrize(

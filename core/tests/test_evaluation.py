@@ -23,6 +23,7 @@ class Catch(sft.Plugin):
     """Keeps the run, and what evaluations found."""
 
     name = "catch"
+    api_version = 1
     runs: list[sft.Run] = []
     records: list[dict[str, Any]] = []
 
@@ -285,7 +286,9 @@ def test_data_is_the_dev_split_or_the_file_itself(models: Path, dataset: Path, t
 
 def test_what_would_be_ignored_is_refused(models: Path, dataset: Path, distribute: Any, tmp_path: Path) -> None:
     model = models / "llama-tied-gqa"
-    distribute("idle", "import sft\n\nclass Idle(sft.Plugin):\n    name = 'idle'\n", {"idle": "Idle"})
+    distribute(
+        "idle", "import sft\n\nclass Idle(sft.Plugin):\n    name = 'idle'\n    api_version = 1\n", {"idle": "Idle"}
+    )
     with pytest.raises(sft.UsageError, match="Plugin idle has no part in sft evaluate"):
         evaluate(model, dataset, plugins=["idle"])
     with pytest.raises(sft.UsageError, match="generations: no answers are asked for; set eval_with_do_generation"):
@@ -306,6 +309,7 @@ def test_an_attention_can_be_requested(models: Path, dataset: Path, distribute: 
 
     class Blind(sft.Plugin):
         name = "blind"
+        api_version = 1
 
         @sft.hookimpl
         def sft_attention_backend(self, run, config):

@@ -21,6 +21,7 @@ def recording(events: list[str], skip: tuple[str, ...] = ()) -> type[sft.Plugin]
 
     class Recorder(sft.Plugin):
         name = "recorder"
+        api_version = 1
 
     def note(hook: str) -> Any:
         return sft.hookimpl(lambda self: events.append(hook))
@@ -72,6 +73,7 @@ def test_hooks_are_called_in_the_order_of_their_page(train: Train) -> None:
         *building,
         "sft_evaluated",  # the dev loss before training
         "sft_run_started",
+        "sft_state",  # to see that it can be kept
         *step,
         *step,
         "sft_run_ended",
@@ -87,6 +89,7 @@ def test_events_tell_what_has_happened(train: Train, metrics: Metrics, tmp_path:
 
     class Watch(sft.Plugin):
         name = "watch"
+        api_version = 1
 
         @sft.hookimpl
         def sft_run_started(self, run: sft.Run) -> None:
@@ -129,6 +132,7 @@ def test_events_tell_what_has_happened(train: Train, metrics: Metrics, tmp_path:
 def test_an_error_in_a_plugin_is_not_swallowed(train: Train, tmp_path: Path) -> None:
     class Broken(sft.Plugin):
         name = "broken"
+        api_version = 1
 
         @sft.hookimpl
         def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
@@ -138,12 +142,13 @@ def test_an_error_in_a_plugin_is_not_swallowed(train: Train, tmp_path: Path) -> 
 
     class Told(sft.Plugin):
         name = "told"
+        api_version = 1
 
         @sft.hookimpl
         def sft_run_failed(self, run: sft.Run, error: BaseException) -> None:
             told.append((run.model is not None, error))
 
-    with pytest.raises(KeyError, match="a bug") as caught:
+    with pytest.raises(sft.PluginError, match=r"failed in sft_step_ended \(KeyError: 'a bug'\)") as caught:
         train("out", (Broken, Told))
     assert told == [(True, caught.value)]
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"
@@ -155,6 +160,7 @@ def test_each_run_has_instances_of_its_own(train: Train) -> None:
 
     class Counting(sft.Plugin):
         name = "counting"
+        api_version = 1
 
         def __init__(self, options: Any = None) -> None:
             super().__init__(options)
@@ -178,6 +184,7 @@ def test_random_numbers_depend_on_seed_and_name_alone(train: Train) -> None:
 
     class Drawing(sft.Plugin):
         name = "drawing"
+        api_version = 1
 
         @sft.hookimpl
         def sft_run_started(self, run: sft.Run) -> None:

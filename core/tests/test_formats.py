@@ -164,6 +164,7 @@ class Dialogue(sft.Plugin):
     """Knows ``{"dialogue": [...]}``, and takes ``{"src", "tgt", "swap"}`` from the core."""
 
     name = "dialogue"
+    api_version = 1
 
     @sft.hookimpl
     def sft_record_format(self, record: dict[str, Any]) -> list[Turn] | None:
@@ -178,6 +179,7 @@ class Dialogue(sft.Plugin):
 
 class Second(sft.Plugin):
     name = "second"
+    api_version = 1
 
     @sft.hookimpl
     def sft_record_format(self, record: dict[str, Any]) -> list[Turn] | None:

@@ -23,6 +23,7 @@ def test_the_config_can_be_changed_before_any_layer_exists(train: Train, models:
 
     class Epsilon(sft.Plugin):
         name = "epsilon"
+        api_version = 1
 
         @sft.hookimpl
         def sft_model_config(self, run: sft.Run, config: Any) -> None:
@@ -46,6 +47,7 @@ class Scaling(sft.Plugin):
     """A toy adapter: y = base(x) ⊙ (1 + v) on every v_proj; only the vectors train, and only they are kept."""
 
     name = "scaling"
+    api_version = 1
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
@@ -153,6 +155,7 @@ def test_a_quantizer_and_an_adapter_work_together(train: Train, models: Path, tm
 def test_a_plugin_may_choose_what_trains(train: Train, models: Path, tmp_path: Path) -> None:
     class Norms(sft.Plugin):
         name = "norms"
+        api_version = 1
 
         @sft.hookimpl
         def sft_adapt_model(self, run: sft.Run, model: Any) -> None:
@@ -169,6 +172,7 @@ def test_a_plugin_may_choose_what_trains(train: Train, models: Path, tmp_path: P
 def test_a_run_in_which_nothing_trains_is_refused(train: Train, tmp_path: Path) -> None:
     class Frozen(sft.Plugin):
         name = "frozen"
+        api_version = 1
 
         @sft.hookimpl
         def sft_adapt_model(self, run: sft.Run, model: Any) -> None:

@@ -27,15 +27,18 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 class Base(sft.Plugin):
     name = "base"
+    api_version = 1
 
 
 class Refinement(sft.Plugin):
     name = "refinement"
+    api_version = 1
     requires = ("base",)
 
 
 class Rival(sft.Plugin):
     name = "rival"
+    api_version = 1
     conflicts = ("base",)
 
 
@@ -43,7 +46,7 @@ def test_requires() -> None:
     assert refusal(extra=(Refinement,)) == (
         "Plugin refinement refines base, which is not active; add --plugin base or leave refinement out."
     )
-    assert active(extra=(Refinement, Base)).names == ["refinement", "base"]
+    assert active(extra=(Refinement, Base)).names == ["base", "refinement"]
 
 
 @pytest.mark.parametrize("pair", [(Base, Rival), (Rival, Base)])
@@ -78,18 +81,22 @@ def test_the_conflict_comes_before_model_and_data_are_looked_at(distribute: Dist
 def test_an_unknown_hook() -> None:
     class Typo(sft.Plugin):
         name = "typo"
+        api_version = 1
 
         @sft.hookimpl
         def sft_chek(self, run: Any) -> None: ...
 
     message = refusal(extra=(Typo,))
     assert message.startswith("Plugin typo (given directly as ")
-    assert "implements a hook that no active plugin publishes (unknown hook 'sft_chek'); upgrade it" in message
+    assert (
+        "implements a hook that no active plugin publishes (unknown hook 'sft_chek'; did you mean sft_check?); upgrade"
+    ) in message
 
 
 def test_a_wrong_argument() -> None:
     class Wrong(sft.Plugin):
         name = "wrong"
+        api_version = 1
 
         @sft.hookimpl
         def sft_check(self, run: Any, weather: Any) -> None: ...
@@ -106,6 +113,7 @@ def test_fewer_arguments_are_fine() -> None:
 
     class Short(sft.Plugin):
         name = "short"
+        api_version = 1
 
         @sft.hookimpl
         def sft_step_ended(self, record: Any) -> None:
@@ -120,6 +128,8 @@ def test_fewer_arguments_are_fine() -> None:
 
 def recorder(name: str, order: int, calls: list[str]) -> type:
     class Recorder(sft.Plugin):
+        api_version = 1
+
         @sft.hookimpl
         def sft_check(self, run: Any) -> None:
             calls.append(self.name)
@@ -144,11 +154,39 @@ def test_order_then_request(requested: list[tuple[str, int]], called: list[str])
     assert calls == called == plugins.names
 
 
+def chain(name: str, requires: tuple[str, ...] = (), order: int = 0) -> type:
+    members = {"name": name, "api_version": 1, "requires": requires, "order": order}
+    return type(name.title(), (sft.Plugin,), members)
+
+
+@pytest.mark.parametrize(
+    ("requested", "called"),
+    [
+        ([chain("c", ("b",)), chain("b", ("a",)), chain("a")], ["a", "b", "c"]),
+        ([chain("x"), chain("b", ("a",)), chain("y"), chain("a"), chain("z")], ["x", "y", "a", "b", "z"]),
+        ([chain("b", ("A_1",)), chain("a-1")], ["a-1", "b"]),
+        # A plugin's own order counts among those that may come next, and never against what it requires.
+        ([chain("b", ("a",), order=-5), chain("a"), chain("c")], ["a", "b", "c"]),
+        ([chain("b", ("a",)), chain("a", order=5), chain("c")], ["c", "a", "b"]),
+        ([chain("d", ("a", "c")), chain("c", ("a",)), chain("a")], ["a", "c", "d"]),
+    ],
+)
+def test_a_plugin_comes_after_what_it_requires(requested: list[type], called: list[str]) -> None:
+    assert active(extra=tuple(requested)).names == called
+
+
+def test_plugins_that_require_each_other_are_refused() -> None:
+    ring = (chain("c", ("a",)), chain("a", ("b",)), chain("b", ("c",)), chain("alone"), chain("user", ("a",)))
+    assert refusal(extra=ring) == "Plugins c and a and b require each other; upgrade them."
+    assert refusal(extra=(chain("self", ("self",)),)) == "Plugin self requires itself; upgrade it."
+
+
 # --- published hooks ----------------------------------------------------------------------------------------
 
 
 class Publisher(sft.Plugin):
     name = "base"
+    api_version = 1
 
     class hookspecs:  # noqa: N801
         @sft.single
@@ -162,6 +200,7 @@ class Publisher(sft.Plugin):
 
 def doubler(called: str) -> type:
     class Doubler(sft.Plugin):
+        api_version = 1
         requires = ("base",)
 
         @sft.hookimpl
@@ -183,6 +222,7 @@ def test_a_refinement_without_what_it_refines() -> None:
 
     class Careless(sft.Plugin):
         name = "careless"
+        api_version = 1
 
         @sft.hookimpl
         def base_factor(self, rank: int) -> float:
@@ -201,6 +241,7 @@ def test_a_published_single_hook_has_one_place_too() -> None:
 def test_a_hook_is_published_once() -> None:
     class Copy(sft.Plugin):
         name = "copy"
+        api_version = 1
         hookspecs = Publisher.hookspecs
 
     message = refusal(extra=(Publisher, Copy))
@@ -217,6 +258,7 @@ def test_a_module_is_a_plugin(distribute: Distribute) -> None:
         import sft
 
         name = "as-module"
+        api_version = 1
         calls = []
 
         @sft.hookimpl
@@ -231,7 +273,7 @@ def test_a_module_is_a_plugin(distribute: Distribute) -> None:
 
 
 def test_help_of_a_module_plugin(distribute: Distribute, sft_command: Command) -> None:
-    distribute("sft-test-module", "name = 'as-module'", {"as-module": ""})
+    distribute("sft-test-module", "name = 'as-module'; api_version = 1", {"as-module": ""})
     done = sft_command("run", "--plugin", "as-module", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "Plugin as-module (sft-test-module 1.0)" in done.stdout
@@ -239,7 +281,7 @@ def test_help_of_a_module_plugin(distribute: Distribute, sft_command: Command) -
 
 def test_a_module_given_directly() -> None:
     module = types.ModuleType("given")
-    module.name = "given"
+    module.name, module.api_version = "given", 1
     assert active(extra=(module,)).origin("given") == "given directly as given"
 
 
@@ -250,6 +292,7 @@ class ToolOptions:
 
 class Tool(sft.Plugin):
     name = "My_Tool"
+    api_version = 1
     Options = ToolOptions
 
 
@@ -264,6 +307,7 @@ def test_options_reach_a_plugin_whose_name_is_spelled_in_another_way(distribute:
 
         class Tool(sft.Plugin):
             name = "My_Tool"
+            api_version = 1
             Options = ToolOptions
 
             @sft.hookimpl
@@ -286,6 +330,7 @@ def test_a_class_given_directly_stands_for_the_installed_one(distribute: Distrib
 
 class Stateful(sft.Plugin):
     name = "stateful"
+    api_version = 1
     Options = ToolOptions
 
     @sft.hookimpl
@@ -295,6 +340,7 @@ class Stateful(sft.Plugin):
 
 class AlsoStateful(sft.Plugin):
     name = "also-stateful"
+    api_version = 1
 
     @sft.hookimpl
     def sft_state(self, run: Any) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def test_layers_are_run_twice(train: Callable[..., Any]) -> None:
 
     class Count(sft.Plugin):
         name = "count"
+        api_version = 1
 
         @sft.hookimpl
         def sft_run_started(self, run: sft.Run) -> None:

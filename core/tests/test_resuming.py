@@ -59,6 +59,7 @@ def test_a_run_that_was_stopped_after_its_last_checkpoint_only_finishes(
 
     class StopAtTheEnd(sft.Plugin):
         name = "stop"
+        api_version = 1
 
         @sft.hookimpl
         def sft_run_ended(self, run: sft.Run, summary: sft.Summary) -> None:
@@ -127,6 +128,7 @@ def test_lines_after_the_checkpoint_are_dropped(train: Train, metrics: Metrics, 
 
     class Look(sft.Plugin):
         name = "look"
+        api_version = 1
 
         @sft.hookimpl
         def sft_run_started(self, run: sft.Run) -> None:

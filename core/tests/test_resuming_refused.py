@@ -71,6 +71,7 @@ def test_nothing_is_said_where_nothing_changed(train: Train, stopped: Path) -> N
 
     class Stop(sft.Plugin):  # active in the stopped run, so it must be here
         name = "stop"
+        api_version = 1
 
     train(plugins=(Stop,), resume_from_checkpoint="auto", say=said.append, **SETTINGS)
     assert not [line for line in said if line.startswith("note: ")]
@@ -107,6 +108,7 @@ def test_other_trainable_parameters_are_refused(train: Train, tmp_path: Path) ->
     def training(*names: str) -> type[sft.Plugin]:
         class Only(sft.Plugin):
             name = "only"
+            api_version = 1
 
             @sft.hookimpl
             def sft_adapt_model(self, run: sft.Run, model: Any) -> None:

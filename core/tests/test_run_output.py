@@ -38,6 +38,7 @@ def catching(caught: list[Any]) -> type[sft.Plugin]:
 
     class Catch(sft.Plugin):
         name = "catch"
+        api_version = 1
 
         @sft.hookimpl
         def sft_run_started(self, run: sft.Run) -> None:
@@ -147,6 +148,7 @@ def test_padding_is_what_fills_the_rows(train: Train, metrics: Metrics, tmp_path
 
     class Watch(sft.Plugin):
         name = "watch"
+        api_version = 1
 
         @sft.hookimpl
         def sft_collator(self, run: sft.Run) -> Any:
@@ -205,6 +207,7 @@ def test_evaluation_does_not_change_training(train: Train, metrics: Metrics, tmp
 def test_run_json_tells_what_was_run(train: Train, models: Path, dataset: Path, tmp_path: Path) -> None:
     class Idle(sft.Plugin):
         name = "idle"
+        api_version = 1
 
     summary = train(plugins=(Idle,), max_steps=2, seed=9)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -227,6 +230,7 @@ def test_run_json_says_while_a_run_is_not_finished(train: Train, tmp_path: Path)
 
     class Look(sft.Plugin):
         name = "look"
+        api_version = 1
 
         @sft.hookimpl
         def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
@@ -263,13 +267,14 @@ def test_samples_are_answers_before_and_after(train: Train, models: Path, datase
 def test_the_result_is_written_before_the_last_measurement(train: Train, tmp_path: Path) -> None:
     class Fails(sft.Plugin):
         name = "fails"
+        api_version = 1
 
         @sft.hookimpl
         def sft_evaluated(self, run: sft.Run, record: dict[str, Any]) -> None:
             if record["step"]:
                 raise RuntimeError("out of memory")
 
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(sft.PluginError, match="out of memory"):
         train(plugins=(Fails,), max_steps=1)
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"

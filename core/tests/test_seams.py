@@ -80,6 +80,7 @@ class Backend:
 
 class Attention(sft.Plugin):
     name = "attention"
+    api_version = 1
     packs = True
 
     @sft.hookimpl
@@ -233,6 +234,7 @@ def test_parameter_groups_are_what_the_optimizer_uses(train: Train, models: Path
 
     class Rates(sft.Plugin):
         name = "rates"
+        api_version = 1
 
         @sft.hookimpl
         def sft_parameter_groups(self, run: sft.Run, groups: list[sft.ParameterGroup]) -> None:
@@ -253,6 +255,7 @@ def test_parameter_groups_are_what_the_optimizer_uses(train: Train, models: Path
 def test_a_plugin_that_loses_a_parameter_is_found_out(train: Train, tmp_path: Path) -> None:
     class Losing(sft.Plugin):
         name = "losing"
+        api_version = 1
 
         @sft.hookimpl
         def sft_parameter_groups(self, run: sft.Run, groups: list[sft.ParameterGroup]) -> None:
@@ -265,6 +268,7 @@ def test_a_plugin_that_loses_a_parameter_is_found_out(train: Train, tmp_path: Pa
 
 class Questions(sft.Plugin):
     name = "questions"
+    api_version = 1
 
     @sft.hookimpl
     def sft_record_format(self, record: dict[str, Any]) -> list[sft.Turn] | None:
@@ -299,6 +303,7 @@ def test_what_a_record_format_finds_wrong_gets_file_and_line(train: Train, tmp_p
 def test_a_check_comes_before_anything_is_read(train: Train, tmp_path: Path) -> None:
     class Picky(sft.Plugin):
         name = "picky"
+        api_version = 1
 
         @sft.hookimpl
         def sft_check(self, run: sft.Run) -> None:

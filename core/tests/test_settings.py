@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,13 @@ class FirstOptions:
 
 class First(sft.Plugin):
     name = "first"
+    api_version = 1
     Options = FirstOptions
 
 
 class Twin(sft.Plugin):
     name = "twin"
+    api_version = 1
     Options = FirstOptions
 
 
@@ -154,6 +156,35 @@ def test_a_setting_of_an_inactive_plugin_names_the_plugin(distribute: Callable[.
         built({"blur_width": 1})
 
 
+TRACKERS = """
+    from dataclasses import dataclass
+    import sft
+
+    @dataclass
+    class {name}Options:
+        {setting}: str | None = sft.option(None, "a place")
+
+    class {name}(sft.Plugin):
+        name = "tracker-{plugin}"
+        api_version = 1
+        Options = {name}Options
+"""
+
+
+def test_a_setting_of_one_of_two_twins_is_not_blamed_on_the_other(distribute: Callable[..., None]) -> None:
+    for name, setting in (("Csv", "tracker_csv_path"), ("Sqlite", "tracker_path")):
+        source = TRACKERS.format(name=name, plugin=name.lower(), setting=setting)
+        distribute(f"sft-test-{name.lower()}", source, {f"tracker-{name.lower()}": name})
+    for setting, owner in (("tracker_path", "tracker-sqlite"), ("tracker_csv_path", "tracker-csv")):
+        with pytest.raises(sft.UsageError) as caught:
+            built({setting: 1})
+        assert str(caught.value) == (
+            f"Unknown setting {setting}; if it belongs to plugin {owner}, add --plugin {owner}."
+        )
+    with pytest.raises(sft.UsageError, match=r"belongs to plugin tracker-csv or tracker-sqlite, add --plugin NAME\.$"):
+        built({"tracker_color": 1})
+
+
 def test_the_unknown_name_is_reported_before_wrong_values() -> None:
     with pytest.raises(sft.UsageError, match="learning_rat;"):
         built({"learning_rate": "fast", "learning_rat": 1})
@@ -172,7 +203,30 @@ def test_a_setting_of_the_core_cannot_be_declared_again() -> None:
         seed: int = sft.option(1, "another seed")
 
     with pytest.raises(sft.UsageError, match=r"^Setting seed is declared by both the core and plugin twin "):
-        built({}, type("Other", (sft.Plugin,), {"name": "twin", "Options": Options}))
+        built({}, type("Other", (sft.Plugin,), {"name": "twin", "api_version": 1, "Options": Options}))
+
+
+def aliased(plugin: str, setting: str, *aliases: str) -> type:
+    options = make_dataclass("Options", [(setting, int, sft.option(1, "a number", aliases=aliases))])
+    return type("Toy", (sft.Plugin,), {"name": plugin, "api_version": 1, "Options": options})
+
+
+def test_an_alias_cannot_take_a_setting_from_its_owner() -> None:
+    thief = aliased("thief", "thief_rate", "learning_rate")
+    with pytest.raises(sft.UsageError) as caught:
+        built({"learning_rate": "3e-4"}, thief)
+    assert str(caught.value) == (
+        "Setting learning_rate is declared by both the core and plugin thief (given directly as Toy); leave thief out."
+    )
+    for one, other in (
+        (aliased("one", "a_rate", "shared"), aliased("two", "b_rate", "shared")),
+        (aliased("one", "a_rate", "b_rate"), aliased("two", "b_rate")),
+        (aliased("one", "b_rate"), aliased("two", "a_rate", "b_rate")),
+    ):
+        with pytest.raises(sft.UsageError, match=r"^Setting (shared|b_rate) is declared by both plugin one and plugin"):
+            built({}, one, other)
+    with pytest.raises(sft.UsageError, match="has an option of its own name, which is its switch"):
+        built({}, aliased("one", "a_rate", "one"))
 
 
 # --- files --------------------------------------------------------------------------------------------------

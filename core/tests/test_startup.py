@@ -28,6 +28,7 @@ TOOL = """
 
     class Tool(sft.Plugin):
         name = "tool"
+        api_version = 1
         Options = ToolOptions
 """
 # Runs the command line like the console script, then says which modules that has imported.

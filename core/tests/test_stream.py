@@ -156,12 +156,13 @@ def test_a_streamed_run_resumes_where_it_stopped(
     """30 records in windows of 7, 3 rows a step: step 9 is in the middle of a window, 14 in the second pass."""
     monkeypatch.setattr(Stream.__init__, "__defaults__", (7,))
 
-    class StopError(Exception):
+    class StopError(sft.SftError):
         pass
 
     def stopping(after: int) -> type[sft.Plugin]:
         class Stop(sft.Plugin):
             name = "stop"
+            api_version = 1
 
             @sft.hookimpl
             def sft_checkpoint_saved(self, run: sft.Run, folder: Path) -> None:

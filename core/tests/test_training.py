@@ -26,6 +26,7 @@ class MeanOfMeans(sft.Plugin):
     """The bug that every trainer had: each micro-batch counts alike, however many targets it has."""
 
     name = "mean-of-means"
+    api_version = 1
 
     @sft.hookimpl
     def sft_parallel_strategy(self, run: sft.Run) -> Any:
@@ -99,6 +100,7 @@ def test_a_run_inside_a_run_disturbs_neither(train: Train, metrics: Metrics, tmp
 
     class Interrupt(sft.Plugin):
         name = "interrupt"
+        api_version = 1
 
         @sft.hookimpl
         def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:

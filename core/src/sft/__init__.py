@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sft.errors import SftError, UsageError
+from sft.declarations import API_VERSION
+from sft.errors import PluginError, SftError, UsageError
 from sft.options import option
-from sft.plugins import API_VERSION, Plugin, hookimpl, hookspec, single
+from sft.plugins import Plugin, hookimpl, hookspec, single
 from sft.seams import (
     AdapterFiles,
     AdapterMerger,
@@ -70,6 +71,7 @@ __all__ = [
     "ParallelStrategy",
     "ParameterGroup",
     "Plugin",
+    "PluginError",
     "Quantizer",
     "Run",
     "SftError",

@@ -60,17 +60,14 @@ def choose(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], 
     """
     left = dict(values)
     asked = _asked(left.pop("plugin", []))
-    wanted: list[str] = []
+    switches, numbers, cases = _switches(), requests("number"), _value_requests()
+    by_setting = _by_settings(left, known)
+    wanted = [name for names in by_setting.values() for name in names]
     switched_off: set[str] = set()
-    for key, names in _switches().items():
-        if key in left and key not in set(known):
-            if _switch(key, left.pop(key), names):
-                wanted += names
-            else:
-                switched_off.update(names)
-    numbers, cases = requests("number"), _value_requests()
-    for key in [key for key in left if key in numbers or key in cases]:
-        wanted += _by_value(key, left[key], numbers.get(key, []), cases.get(key, {}))
+    for key in [key for key in left if key in switches and key not in set(known)]:
+        del left[key]
+        if not by_setting[key]:
+            switched_off.update(switches[key])
     off = _left_out(asked)
     for name in sorted(off - set(installed())):
         raise UsageError(f"Plugin {name}, which no:{name} switches off, is not installed{_close(name)}")
@@ -87,6 +84,15 @@ def choose(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], 
         if not any(name in chosen for name in readers):
             left.pop(key, None)
     return chosen, left
+
+
+def overruled(values: Mapping[str, Any], known: Iterable[str]) -> list[tuple[str, str]]:
+    """Given settings that ask for a plugin and do nothing, since ``no:NAME`` switches it off, with that reason."""
+    off, found = _left_out(_asked(values.get("plugin", []))), []
+    for key, names in _by_settings(values, known).items():
+        if names and off.issuperset(names):
+            found.append((f"{key} {values[key]}", " and ".join(f"no:{name} switches that off" for name in names)))
+    return found
 
 
 def check_numbers(values: Mapping[str, Any], left: Mapping[str, Any]) -> None:
@@ -180,7 +186,10 @@ def of_idle_plugins(
     # Only what a name points to is imported.
     named = [name for name in active.inactive() if any(key.startswith(name.replace("-", "_") + "_") for key in unknown)]
     for name in dict.fromkeys([*off, *named]):
-        declared = getattr(import_plugin(name), "Options", None)
+        try:
+            declared = getattr(import_plugin(name), "Options", None)
+        except UsageError:
+            continue  # it is broken and not asked for: a setting of its own will be unknown, which names it
         for found in options_of(declared).values() if declared is not None else ():
             for key in (found.name, *found.aliases):
                 if key not in values or key in known:
@@ -196,6 +205,19 @@ def of_idle_plugins(
 def explicit(values: Mapping[str, Any]) -> set[str]:
     """The plugins that ``values`` request by name."""
     return {canonical(name) for name in _asked(values.get("plugin", []))}
+
+
+def _by_settings(values: Mapping[str, Any], known: Iterable[str]) -> dict[str, list[str]]:
+    """Of the settings that can request plugins, those that are given, with the plugins that each requests now."""
+    core, found = set(known), {}
+    for key, names in _switches().items():
+        if key in values and key not in core:
+            found[key] = list(names) if _switch(key, values[key], names) else []
+    numbers, cases = requests("number"), _value_requests()
+    for key in values:
+        if key not in found and (key in numbers or key in cases):
+            found[key] = _by_value(key, values[key], numbers.get(key, []), cases.get(key, {}))
+    return found
 
 
 def _asked(value: Any) -> list[str]:

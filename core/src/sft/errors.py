@@ -1,4 +1,8 @@
-"""The two kinds of failure that a user sees. Anything else is a bug and keeps its traceback."""
+"""The kinds of failure that a user sees. Anything else is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+import traceback
 
 
 class SftError(Exception):
@@ -11,3 +15,15 @@ class UsageError(SftError):
     """The request cannot be honoured as it stands; the message says what is wrong, where, and what to do."""
 
     exit_code = 2
+
+
+class PluginError(SftError):
+    """A plugin's code failed in a hook, or returned what the hook does not expect; the message names both.
+
+    ``__cause__`` is what the plugin raised, with its traceback from the plugin's own function on; None where it only
+    returned something wrong.
+    """
+
+    def details(self) -> str:
+        """The plugin's own traceback as Python prints it; empty where it raised nothing."""
+        return "" if self.__cause__ is None else "".join(traceback.format_exception(self.__cause__))

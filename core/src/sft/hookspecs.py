@@ -164,7 +164,10 @@ def sft_evaluated(run: Run, record: dict[str, Any]) -> None:
 
 @hookspec
 def sft_state(run: Run) -> dict[str, Any]:
-    """What this plugin needs to go on from a checkpoint: JSON values and numpy arrays by name."""
+    """What this plugin needs to go on from a checkpoint: JSON values and numpy arrays by name.
+
+    Where checkpoints are to be written it is also asked for once before the first step, to see that it can be kept.
+    """
 
 
 @hookspec

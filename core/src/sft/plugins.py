@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 
 import pluggy
 
+from sft.declarations import check_form, in_order, meant
 from sft.errors import UsageError
-from sft.options import options_of
+from sft.hook_calls import guard
 
-API_VERSION = 1
 SHAPING = ("sft_collator", "sft_model_config", "sft_quantizer", "sft_adapt_model", "sft_parameter_groups")
 """Hooks whose implementation may change what is learned; others only watch, or compute the same in another way."""
 
@@ -44,14 +44,16 @@ class Plugin:
     summary: ClassVar[str] = ""
     reference: ClassVar[str] = ""
     """The paper or document that defines the technique."""
-    api_version: ClassVar[int] = API_VERSION
+    api_version: ClassVar[int]
+    """The plugin API that it is written for, as a number: 1. Not inherited from the sft that happens to be there."""
     requires: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
     supersedes: ClassVar[tuple[str, ...]] = ()
     """Plugins that do part of what this one does: where their settings are true together, this one alone is active.
     Both requested by name are as any other two that need the same place."""
     order: ClassVar[int] = 0
-    """Hooks that all plugins answer are called in ascending order, then in the order of the requests."""
+    """Hooks that all plugins answer are called in ascending order, then in the order of the requests; but a plugin
+    always after those that it ``requires``."""
     Options: ClassVar[type | None] = None
     """A dataclass of :func:`sft.option` fields: the settings that the plugin adds."""
     hookspecs: Any = None
@@ -104,6 +106,31 @@ def installed() -> dict[str, list[Installed]]:
     return dict(sorted(found.items()))
 
 
+REQUESTS = ("setting", "value", "number", "environment", "adapter", "command")
+"""The kinds of request that ``activation.py`` knows, which come before the first dot."""
+
+
+def strange_requests() -> dict[str, list[str]]:
+    """By distribution, what is wrong with entry points in ``sft.requests`` that can never ask for a plugin."""
+    objects = {(item.distribution, item.entry.value) for items in installed().values() for item in items}
+    found: dict[str, list[str]] = {}
+    for entry in entries("sft.requests"):
+        kind, _, what = entry.name.partition(".")
+        distribution = entry.dist.name if entry.dist else "unknown"
+        if kind not in REQUESTS:
+            close = difflib.get_close_matches(kind, REQUESTS, n=1)
+            hint = f"did you mean {close[0]}.{what}?" if close else f"there are {', '.join(REQUESTS)}."
+            found.setdefault(distribution, []).append(f"the request {entry.name!r}, which is of no known kind; {hint}")
+        elif not what or (kind == "value" and "." not in what):
+            full = "value.X.V" if kind == "value" else f"{kind}.X"
+            found.setdefault(distribution, []).append(f"the request {entry.name!r}, which lacks a part of {full}.")
+        elif (distribution, entry.value) not in objects:
+            found.setdefault(distribution, []).append(
+                f"the request {entry.name!r} for {entry.value}, which is no plugin of its own; add it to sft.plugins."
+            )
+    return found
+
+
 class Plugins:
     """The active plugins of one run: classes first (``load``), instances when the settings are known (``start``)."""
 
@@ -113,6 +140,7 @@ class Plugins:
         self.readers: list[str] = []
         """Those that read the adapter which is opened: its reader, and what that refines."""
         self.manager = pluggy.PluginManager("sft")
+        self._callers: dict[tuple[str, str], pluggy.HookCaller] = {}
 
     @classmethod
     def load(cls, names: Sequence[str], extra: Iterable[Any] = (), explicit: Iterable[str] = ()) -> Plugins:
@@ -122,20 +150,22 @@ class Plugins:
         origins: dict[str, str] = {}
         extra = list(extra)
         for plugin in extra:
-            given = canonical(plugin.name)
+            given = _name_of(plugin)
             classes[given] = plugin
             origins[given] = f"given directly as {getattr(plugin, '__qualname__', plugin.__name__)}"
-        available = installed()
+        available, strange = installed(), strange_requests()
         for name in names:
             if name not in classes:
                 item = _find(name, available)
+                for fault in strange.get(item.distribution, ()):
+                    raise UsageError(f"Plugin {name} ({item.origin}) declares {fault}")
                 classes[name], origins[name] = _import(item), item.origin
         superseded = {canonical(other) for plugin in classes.values() for other in getattr(plugin, "supersedes", ())}
         superseded -= {*explicit, *(canonical(plugin.name) for plugin in extra)}
         classes = {name: plugin for name, plugin in classes.items() if name not in superseded}
-        ordered = dict(sorted(classes.items(), key=lambda pair: getattr(pair[1], "order", 0)))
-        plugins = cls(ordered, origins)
+        plugins = cls(classes, origins)
         plugins._check_declarations()
+        plugins._classes = in_order(classes, canonical)
         plugins._check_single()
         return plugins
 
@@ -151,7 +181,7 @@ class Plugins:
             try:
                 self.manager.add_hookspecs(published)
             except ValueError as error:
-                raise UsageError(f"Plugin {name} ({self.origin(name)}) cannot publish its hooks: {error}.") from error
+                raise UsageError(f"{self.who(name)} cannot publish its hooks: {error}.") from error
         # pluggy calls the last one registered first.
         for name, plugin in reversed(self._classes.items()):
             instance = plugin if isinstance(plugin, ModuleType) else self._make(name, plugin, options.get(name))
@@ -159,16 +189,19 @@ class Plugins:
                 self.manager.register(instance, name=name)
             except pluggy.PluginValidationError as error:
                 cause = " ".join(str(error).split())
-                raise UsageError(f"Plugin {name} ({self.origin(name)}) does not fit the hooks: {cause}.") from error
+                raise UsageError(f"{self.who(name)} does not fit the hooks: {cause}.") from error
         try:
             self.manager.check_pending()
         except pluggy.PluginValidationError as error:
             name = str(self.manager.get_name(error.plugin))
             cause = str(error).partition(" in plugin ")[0]
+            hint = meant(cause.partition("'")[2].rstrip("'"), self._hooks())
             raise UsageError(
-                f"Plugin {name} ({self.origin(name)}) implements a hook that no active plugin publishes ({cause}); "
+                f"{self.who(name)} implements a hook that no active plugin publishes ({cause}{hint}); "
                 "upgrade it, or add the plugin that it refines."
             ) from error
+        for name, _ in self:
+            guard(self.manager, self.manager.get_plugin(name), self.who(name))
 
     def _make(self, name: str, plugin: Any, options: Any) -> Any:
         try:
@@ -177,9 +210,7 @@ class Plugins:
             raise
         except Exception as error:
             cause = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UsageError(
-                f"Plugin {name} ({self.origin(name)}) fails to start ({cause}); upgrade it, or leave it out."
-            ) from error
+            raise UsageError(f"{self.who(name)} fails to start ({cause}); upgrade it, or leave it out.") from error
 
     @property
     def hook(self) -> Any:
@@ -196,6 +227,10 @@ class Plugins:
     def origin(self, name: str) -> str:
         """Distribution and version of an active plugin."""
         return self._origins[name]
+
+    def who(self, name: str) -> str:
+        """An active plugin as messages name it, at the beginning of a sentence."""
+        return f"Plugin {name} ({self.origin(name)})"
 
     def shaping(self) -> list[str]:
         """Those that change what is learned, themselves or through the plugin that they refine."""
@@ -221,8 +256,10 @@ class Plugins:
 
     def ask(self, name: str, hook: str, **arguments: Any) -> Any:
         """Call ``hook`` of one plugin alone; None when it does not implement it."""
-        others = [plugin for other, plugin in self.manager.list_name_plugin() if other != name]
-        caller = self.manager.subset_hook_caller(hook, remove_plugins=others)
+        caller = self._callers.get((name, hook))
+        if caller is None:  # making one takes longer than most calls, and records are many
+            others = [plugin for other, plugin in self.manager.list_name_plugin() if other != name]
+            caller = self._callers[name, hook] = self.manager.subset_hook_caller(hook, remove_plugins=others)
         found = caller(**arguments)
         if caller.spec is not None and caller.spec.opts.get("firstresult"):
             return found  # itself, though it may be a list
@@ -240,7 +277,7 @@ class Plugins:
 
     def _check_declarations(self) -> None:
         for name, plugin in self._classes.items():
-            self._check_form(name, plugin)
+            check_form(plugin, self.who(name), self._hooks())
         for name, plugin in self._classes.items():
             for needed in map(canonical, getattr(plugin, "requires", ())):
                 if needed not in self._classes:
@@ -261,24 +298,20 @@ class Plugins:
                         "work together; leave one of them out."
                     )
 
-    def _check_form(self, name: str, plugin: Any) -> None:
-        tuples = ("requires", "conflicts", "supersedes")
-        faults = [f"{key} is not a tuple" for key in tuples if isinstance(getattr(plugin, key, ()), str)]
-        if getattr(plugin, "Options", None) is not None:
-            try:
-                options_of(plugin.Options)
-            except Exception as error:
-                faults.append(f"its Options are no dataclass of settings ({type(error).__name__}: {error})")
-        if faults:
-            raise UsageError(f"Plugin {name} ({self.origin(name)}) is not well formed: {faults[0]}; upgrade it.")
+    def _hooks(self) -> list[str]:
+        """Every hook that exists among these plugins: the core's, and those that they publish."""
+        return [hook for specs in self._specifications() for hook in dir(specs) if _is_spec(specs, hook)]
 
-    def _check_single(self) -> None:
+    def _specifications(self) -> list[Any]:
         from sft import hookspecs
 
         published = (getattr(plugin, "hookspecs", None) for plugin in self._classes.values())
-        for specs in (hookspecs, *published):
-            for hook, spec in vars(specs).items() if specs is not None else ():
-                if not getattr(spec, "sft_single", False):
+        return [hookspecs, *(specs for specs in published if specs is not None)]
+
+    def _check_single(self) -> None:
+        for specs in self._specifications():
+            for hook in dir(specs):
+                if not getattr(getattr(specs, hook), "sft_single", False):
                     continue
                 # pluggy's own mark of an implementation, read before there is an instance.
                 providers = [name for name, plugin in self if implements(plugin, hook)]
@@ -304,9 +337,25 @@ def with_refined(name: str) -> list[str]:
     return found
 
 
+def _is_spec(specs: Any, name: str) -> bool:
+    return hasattr(getattr(specs, name), "sft_spec")
+
+
 def implements(plugin: Any, hook: str) -> bool:
     """Whether a plugin class or module implements ``hook``."""
     return hasattr(getattr(plugin, hook, None), "sft_impl")
+
+
+def _name_of(plugin: Any) -> str:
+    """The name of a plugin that was given directly, which must be a class (or a module) with one."""
+    if not isinstance(plugin, (type, ModuleType)):
+        raise UsageError(f"plugins: expected plugin classes, got {plugin!r}; give the class, not an instance.")
+    name = getattr(plugin, "name", None)
+    if not isinstance(name, str) or not name.strip():
+        raise UsageError(
+            f"Plugin class {plugin.__name__} has no name; set name to the text that it is to be requested by."
+        )
+    return canonical(name)
 
 
 def _find(name: str, available: Mapping[str, list[Installed]]) -> Installed:
@@ -336,11 +385,5 @@ def _import(item: Installed) -> Any:
         raise UsageError(
             f"Plugin {item.name} of {item.origin} names itself {declared!r}; its entry point and its name differ: "
             f"pip install --upgrade {item.distribution}."
-        )
-    version = getattr(plugin, "api_version", API_VERSION)
-    if version != API_VERSION:
-        raise UsageError(
-            f"Plugin {item.name} of {item.origin} is written for plugin API {version}, and this sft has "
-            f"{API_VERSION}; install versions of sft-core and {item.distribution} that go together."
         )
     return plugin

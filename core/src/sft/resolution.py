@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sft.activation import check_numbers, choose, explicit, of_idle_plugins, switched_off
+from sft.activation import check_numbers, choose, explicit, of_idle_plugins, overruled, switched_off
 from sft.compatibility import explain
 from sft.plugins import Plugins, entries
 from sft.settings import Settings, build, core_options, known_names
@@ -23,4 +23,4 @@ def resolve(values: Mapping[str, Any], extra: Iterable[type]) -> tuple[Settings,
     left, foreign = explain(left, known_names(active))
     settings = build(left, active)
     active.start(settings.options)
-    return settings, active, [*foreign, *idle]
+    return settings, active, [*foreign, *idle, *overruled(values, core_options())]

@@ -226,6 +226,8 @@ def execute(run: Run) -> Summary:
     else:
         run.before = assembly.before_or_after(run, 0, 0.0, journal)
     run.hook.sft_run_started(run=run)
+    if run.settings.training.save_strategy != "no":
+        checkpoint.check_plugin_state(run)
     start = state["step"] if state is not None else 0
     bar = run.strategy.is_main and not run.settings.training.disable_tqdm
     display = Display(schedule.total_steps, start, bar=bar, say=run.say)

@@ -224,25 +224,28 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
 
     Raises :class:`UsageError` for the first unknown name or wrong value.
     """
-    owners: dict[str, str] = dict.fromkeys(core_options(), "the core")
+    owners = {name: "the core" for found in core_options().values() for name in (found.name, *found.aliases)}
     classes: dict[str, type] = {}
     for owner, plugin in plugins:
         declared = getattr(plugin, "Options", None)
         if declared is None:
             continue
         classes[owner] = declared
-        if owner.replace("-", "_") in options_of(declared):
-            raise UsageError(
-                f"Plugin {owner} ({plugins.origin(owner)}) has an option of its own name, which is its switch; "
-                "upgrade the plugin."
-            )
-        for name in options_of(declared):
-            if name in owners:
-                raise UsageError(
-                    f"Setting {name} is declared by both {owners[name]} and plugin {owner} "
-                    f"({plugins.origin(owner)}); switch one of them off with --plugin no:NAME."
-                )
-            owners[name] = f"plugin {owner}"
+        for found in options_of(declared).values():
+            for name in (found.name, *found.aliases):
+                if name == owner.replace("-", "_"):
+                    raise UsageError(
+                        f"Plugin {owner} ({plugins.origin(owner)}) has an option of its own name, which is its switch; "
+                        "upgrade the plugin."
+                    )
+                if name in owners:
+                    core = owners[name] == "the core"
+                    cure = f"leave {owner} out" if core else "switch one of them off with --plugin no:NAME"
+                    raise UsageError(
+                        f"Setting {name} is declared by both {owners[name]} and plugin {owner} "
+                        f"({plugins.origin(owner)}); {cure}."
+                    )
+                owners[name] = f"plugin {owner}"
     values = _by_own_names(values, [*GROUPS.values(), *classes.values()])
     unknown = [name for name in values if name not in owners]
     if unknown:
@@ -282,16 +285,30 @@ def unknown_setting(name: str, known: Iterable[str], plugins: Plugins) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
     if close:
         return f"Unknown setting {name}; did you mean {close[0]}?"
-    # The longest plugin name that the setting begins with, else the first part of one.
-    names = sorted(plugins.inactive(), key=len, reverse=True)
-    stems = [(plugin.replace("-", "_"), plugin) for plugin in names]
-    for stem, plugin in [*stems, *((stem.partition("_")[0], plugin) for stem, plugin in reversed(stems))]:
-        if name.startswith(stem + "_"):
-            rival = plugins.rival(plugin)
-            if rival is not None:
-                return (
-                    f"Unknown setting {name}; if it belongs to plugin {plugin}, that cannot work together with "
-                    f"{rival}: leave one of them out."
-                )
-            return f"Unknown setting {name}; if it belongs to plugin {plugin}, add --plugin {plugin}."
+    stems = {plugin: plugin.replace("-", "_") for plugin in plugins.inactive()}
+    near = [plugin for plugin, stem in stems.items() if name.startswith(stem.partition("_")[0] + "_")]
+    whole = sorted((plugin for plugin, stem in stems.items() if name.startswith(stem + "_")), key=len)
+    # The plugins that have it; else the one with the longest name that it begins with, else all whose first part.
+    owners = [plugin for plugin in near if _declares(plugin, name)] or whole[-1:] or near
+    if owners:
+        these = f"{', '.join(owners[:-1])} or {owners[-1]}" if len(owners) > 1 else owners[0]
+        rival = plugins.rival(owners[0]) if len(owners) == 1 else None
+        if rival is not None:
+            return (
+                f"Unknown setting {name}; if it belongs to plugin {these}, that cannot work together with {rival}: "
+                "leave one of them out."
+            )
+        cure = "NAME" if len(owners) > 1 else owners[0]
+        return f"Unknown setting {name}; if it belongs to plugin {these}, add --plugin {cure}."
     return f"Unknown setting {name}; `sft run --help` lists the settings (with --plugin NAME, the plugin's too)."
+
+
+def _declares(plugin: str, name: str) -> bool:
+    """Whether an installed plugin has the setting ``name``; not known, where it cannot be imported."""
+    from sft.plugins import import_plugin
+
+    try:
+        declared = getattr(import_plugin(plugin), "Options", None)
+    except UsageError:
+        return False
+    return declared is not None and any(name in (found.name, *found.aliases) for found in options_of(declared).values())

@@ -182,7 +182,7 @@ def adapt(train: Callable[..., sft.Summary]) -> Callable[..., sft.Run]:
     """``adapt(*plugins, **settings)``: a run that stands before its first step: its model is adapted and has learned
     nothing. Built on train."""
 
-    class ReadyError(Exception):
+    class ReadyError(sft.SftError):
         pass
 
     def make(*plugins: type, **settings: Any) -> sft.Run:
@@ -190,6 +190,7 @@ def adapt(train: Callable[..., sft.Summary]) -> Callable[..., sft.Run]:
 
         class Catch(sft.Plugin):
             name = "catch"
+            api_version = 1
 
             @sft.hookimpl
             def sft_run_started(self, run: sft.Run) -> None:

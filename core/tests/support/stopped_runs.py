@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-class StoppedError(Exception):
+class StoppedError(sft.SftError):
     """The end of the process, as it were."""
 
 
@@ -43,6 +43,7 @@ def stopping(step: int) -> type[sft.Plugin]:
 
     class Stop(sft.Plugin):
         name = "stop"
+        api_version = 1
 
         @sft.hookimpl
         def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
@@ -62,6 +63,7 @@ def watching(steps: list[int]) -> type[sft.Plugin]:
 
     class Watch(sft.Plugin):
         name = "watch"
+        api_version = 1
 
         @sft.hookimpl
         def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:

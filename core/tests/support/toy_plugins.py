@@ -14,6 +14,7 @@ PLUGIN = """
 
     class Tool(sft.Plugin):
         name = "{name}"
+        api_version = 1
         {body}
 """
 
@@ -28,7 +29,7 @@ def providing(hook: str, given: Any, called: str = "toy") -> type[sft.Plugin]:
     def answer(self: sft.Plugin, run: sft.Run) -> Any:
         return given(run)
 
-    return type("Toy", (sft.Plugin,), {"name": called, hook: sft.hookimpl(answer)})
+    return type("Toy", (sft.Plugin,), {"name": called, "api_version": 1, hook: sft.hookimpl(answer)})
 
 
 def active(*names: str, extra: tuple[Any, ...] = (), options: dict[str, Any] | None = None) -> Plugins:

@@ -152,6 +152,7 @@ class Keep(sft.Plugin):
     """Every batch of every run that it is given to."""
 
     name = "keep"
+    api_version = 1
     batches: list[sft.Batch] = []
 
     @sft.hookimpl
@@ -270,6 +271,7 @@ class Blind(sft.Plugin):
     """An attention that cannot tell documents apart."""
 
     name = "blind"
+    api_version = 1
 
     @sft.hookimpl
     def sft_attention_backend(self, run: sft.Run, config: Any) -> Any:
@@ -292,6 +294,7 @@ def test_trap_an_attention_that_ignores_the_indices_is_refused(train: Any, tmp_p
 def test_two_collators_are_refused(train: Any, tmp_path: Path) -> None:
     class Other(sft.Plugin):
         name = "other"
+        api_version = 1
 
         @sft.hookimpl
         def sft_collator(self, run: sft.Run) -> Any:

@@ -33,6 +33,7 @@ class Pairs(sft.Plugin):
     """Two consecutive records a row."""
 
     name = "pairs"
+    api_version = 1
 
     @sft.hookimpl
     def sft_collator(self, run: sft.Run) -> Any:
@@ -166,6 +167,7 @@ def test_every_micro_batch_of_a_run_has_the_noise_of_its_own_documents(train: An
 
     class Hear(sft.Plugin):
         name = "hear"
+        api_version = 1
 
         @sft.hookimpl
         def sft_run_started(self, run: sft.Run) -> None:
@@ -237,6 +239,7 @@ def heard(train: Any) -> Callable[..., list[np.ndarray]]:
 
         class Hear(sft.Plugin):
             name = "hear"
+            api_version = 1
 
             @sft.hookimpl
             def sft_run_started(self, run: sft.Run) -> None:

@@ -137,6 +137,7 @@ def test_no_processes_are_not_a_degree(planned: Planned, name: str) -> None:
 def test_a_class_cannot_follow_into_processes(config_of: Callable[..., Path], tmp_path: Path) -> None:
     class Mine(sft.Plugin):
         name = "mine"
+        api_version = 1
 
     data = tmp_path / "train.json"
     data.write_text('{"src": "a", "tgt": "b"}')

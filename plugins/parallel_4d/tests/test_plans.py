@@ -184,6 +184,7 @@ def test_refusals(config_of: Callable[..., Path], arguments: list[str], reason: 
 def test_a_plugin_that_does_not_say_what_it_does_is_refused(config_of: Callable[..., Path]) -> None:
     class Secret(sft.Plugin):
         name = "secret"
+        api_version = 1
 
         @sft.hookimpl
         def sft_adapt_model(self, run: sft.Run, model: Any) -> None: ...

@@ -59,6 +59,7 @@ def trained(
 
     class Look(sft.Plugin):
         name = "look"
+        api_version = 1
 
         @sft.hookimpl
         def sft_run_ended(self, run: sft.Run, summary: sft.Summary) -> None:

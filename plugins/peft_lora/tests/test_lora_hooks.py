@@ -21,6 +21,7 @@ class Scaling(sft.Plugin):
     """s = 3 / rank, whatever alpha is."""
 
     name = "toy-scaling"
+    api_version = 1
     requires = ("lora",)
 
     @sft.hookimpl
@@ -33,6 +34,7 @@ class RootScaling(sft.Plugin):
     """α / √r."""
 
     name = "toy-root"
+    api_version = 1
     requires = ("lora",)
 
     @sft.hookimpl
@@ -44,6 +46,7 @@ class Residual(sft.Plugin):
     """A and B begin random, and the base loses s·A·B: the sum begins as it was. On disk, a plain LoRA of rank 2r."""
 
     name = "toy-residual"
+    api_version = 1
     requires = ("lora",)
 
     def __init__(self, options: Any = None) -> None:
@@ -70,6 +73,7 @@ class Residual(sft.Plugin):
 
 class DefaultAlpha(sft.Plugin):
     name = "toy-alpha"
+    api_version = 1
     requires = ("lora",)
 
     @sft.hookimpl
@@ -198,6 +202,7 @@ def test_what_decides_how_an_adapter_begins_is_refused_where_one_is_given(
 def test_a_refinement_that_only_exports_goes_on_from_an_adapter(train: Any, peft: Path, tmp_path: Path) -> None:
     class Export(sft.Plugin):
         name = "toy-export"
+        api_version = 1
         requires = ("lora",)
 
         @sft.hookimpl

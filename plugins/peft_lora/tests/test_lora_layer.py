@@ -216,6 +216,7 @@ def test_training_changes_the_adapter_and_never_the_base(train: Any, models: Pat
 
     class Compare(sft.Plugin):
         name = "compare"
+        api_version = 1
 
         @sft.hookimpl
         def sft_run_ended(self, run: sft.Run, summary: sft.Summary) -> None:

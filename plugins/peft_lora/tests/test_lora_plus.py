@@ -32,6 +32,7 @@ def step(train: Any, peft: Path) -> Callable[..., tuple[Pairs, Pairs]]:
 
         class Keep(sft.Plugin):
             name = "keep"
+            api_version = 1
 
             @sft.hookimpl
             def sft_run_started(self, run: sft.Run) -> None:
@@ -89,6 +90,7 @@ def test_the_groups_keep_their_weight_decay(step: Any) -> None:
 
     class Look(sft.Plugin):
         name = "look"
+        api_version = 1
         order = 9
 
         @sft.hookimpl
@@ -111,6 +113,7 @@ def test_a_group_that_is_slower_already_stays_so_in_both_halves(step: Any) -> No
 
     class Slow(sft.Plugin):
         name = "slow"
+        api_version = 1
         order = -1
 
         @sft.hookimpl

@@ -214,6 +214,7 @@ def test_what_is_written_is_a_plain_lora_of_twice_the_rank_over_the_original_bas
 
     class Keep(sft.Plugin):
         name = "keep"
+        api_version = 1
 
         @sft.hookimpl
         def sft_run_ended(self, run: sft.Run, summary: sft.Summary) -> None:

@@ -156,6 +156,7 @@ def test_trap_only_the_two_vectors_train_and_the_count_is_printed(
 
     class Look(sft.Plugin):
         name = "look"
+        api_version = 1
 
         @sft.hookimpl
         def sft_run_started(self, run: sft.Run) -> None:
@@ -193,6 +194,7 @@ def test_training_changes_the_vectors_and_neither_the_pair_nor_the_base(train: A
 
     class Compare(sft.Plugin):
         name = "compare"
+        api_version = 1
 
         @sft.hookimpl
         def sft_run_started(self, run: sft.Run) -> None:

@@ -94,11 +94,12 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 def test_a_resumed_run_is_the_run_that_was_never_stopped(
     train: Callable[..., Any], tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    class StoppedError(Exception):
+    class StoppedError(sft.SftError):
         pass
 
     class Stop(sft.Plugin):
         name = "stop"
+        api_version = 1
 
         @sft.hookimpl
         def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:

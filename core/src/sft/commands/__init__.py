@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sft.errors import SftError, UsageError
+from sft.errors import PluginError, SftError, UsageError
 
 COMMANDS = {
     "run": "Fine-tune a model.",
@@ -27,7 +27,7 @@ class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         from sft.activation import requests
 
-        return [*COMMANDS, *sorted(requests("command"))]
+        return [*COMMANDS, *sorted(set(requests("command")) - set(COMMANDS))]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in COMMANDS:
@@ -44,7 +44,8 @@ class _Commands(click.Group):
         from sft.activation import requests
 
         rows = list(COMMANDS.items())
-        rows += [(name, f"from plugin {', '.join(names)}") for name, names in sorted(requests("command").items())]
+        others = sorted(requests("command").items())
+        rows += [(name, f"from plugin {', '.join(names)}") for name, names in others if name not in COMMANDS]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
@@ -56,10 +57,17 @@ class _Commands(click.Group):
         plugins = requests("command").get(name)
         if not plugins:
             return None
-        active = Plugins.load(plugins)
+        active = Plugins.load(plugins[:1])
+        if len(plugins) > 1:
+            origins = " and ".join(f"{plugin} ({Plugins.load([plugin]).origin(plugin)})" for plugin in plugins)
+            raise UsageError(f"sft {name} is declared by plugins {origins}; pip uninstall one of them.")
         active.start(build({}, active).options)
         active.hook.sft_commands(cli=self)
-        return self.commands.get(name)
+        if name not in self.commands:
+            raise UsageError(
+                f"{active.who(plugins[0])} declares the command {name} and adds none of that name; upgrade it."
+            )
+        return self.commands[name]
 
 
 @click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -78,6 +86,9 @@ def main() -> None:
     """The console script: errors that a user can cure are one line, with exit code 2."""
     try:
         cli.main(standalone_mode=False)
+    except PluginError as error:
+        click.echo(error.details(), err=True, nl=False)
+        _fail(str(error), error.exit_code)
     except SftError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:

@@ -7,7 +7,7 @@ import json
 import click
 
 from sft.activation import requests
-from sft.plugins import installed
+from sft.plugins import REQUESTS, installed, strange_requests
 
 
 @click.command(name="plugins")
@@ -15,16 +15,18 @@ from sft.plugins import installed
 def command(as_json: bool) -> None:
     """List the installed plugins. None of them is imported."""
     ways: dict[str, list[str]] = {}
-    for kind in ("setting", "value", "number", "adapter", "command"):
+    for kind in REQUESTS:
         for what, names in requests(kind).items():
             for name in names:
                 ways.setdefault(name, []).append(f"{kind} {what}")
+    strange = strange_requests()
     rows = [
         {
             "name": name,
             "distribution": item.distribution,
             "version": item.version,
             "also_requested_by": ways.get(name, []),
+            "wrong_requests": strange.get(item.distribution, []),
         }
         for name, items in installed().items()
         for item in items
@@ -40,3 +42,6 @@ def command(as_json: bool) -> None:
     for row in rows:
         also = f"  (also requested by {', '.join(row['also_requested_by'])})" if row["also_requested_by"] else ""
         click.echo(f"{row['name']:<{width}}  {row['distribution']} {row['version']}{also}")
+    for distribution, faults in strange.items():
+        for fault in faults:
+            click.echo(f"note: {distribution} declares {fault}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sft.data.sources import Record
-from sft.errors import UsageError
+from sft.errors import PluginError, UsageError
 from sft.plugins import Plugins
 from sft.seams import Turn
 
@@ -49,6 +49,8 @@ class Formats:
             name, turns = self._read(record.value, needs_target)
         except ValueError as error:
             raise UsageError(f"{record.place}: {error}") from error
+        except PluginError as error:
+            raise PluginError(f"{error} It was reading {record.place}.") from error.__cause__
         if self.name and name != self.name:
             raise UsageError(
                 f"{record.place}: this record is {name}, and {self._place} is {self.name}; keep the records of one "

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sft.errors import UsageError
+from sft.errors import PluginError, UsageError
 from sft.files import remove_folder, save_tensors, staged_folder, staging_of, write_json
+from sft.hook_calls import a_or_an
 from sft.models.parts import is_elsewhere, whole_shape
 from sft.training.pieces import SavedState, save_pieces
 
@@ -192,13 +193,41 @@ def _load_trainable(
             strategy.store(parameter, values[name].__getitem__)
 
 
+def check_plugin_state(run: Run) -> None:
+    """Ask for plugins' state before the first step, so that what no checkpoint could hold does not cost a training."""
+    with run.strategy.assembled(run.model):
+        if run.strategy.is_main:
+            _plugin_state(run)
+
+
 def _plugin_state(run: Run) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     plain: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     for name in run.plugins.names:
         for key, value in (run.plugins.ask(name, "sft_state", run=run) or {}).items():
+            wrong = _not_kept(value)
+            if wrong is not None:
+                raise PluginError(
+                    f"{run.plugins.who(name)} answers sft_state with {wrong} under {key!r}, which a checkpoint cannot "
+                    "keep; give JSON values and numpy arrays, or leave the plugin out."
+                )
             if isinstance(value, np.ndarray):
                 arrays[f"{name}/{key}"] = value
             else:
                 plain.setdefault(name, {})[key] = value
     return plain, arrays
+
+
+def _not_kept(value: Any) -> str | None:
+    """The kind of what in ``value`` would not come back from JSON, or from a file of tensors, as it was."""
+    if isinstance(value, np.ndarray):
+        numbers = value.dtype.kind in "biuf" or (value.dtype.kind == "V" and value.dtype.names is None)  # bfloat16
+        return None if numbers else f"an array of {value.dtype}"
+    if value is None or isinstance(value, (str, int, float)):
+        return None
+    if not isinstance(value, (dict, list)):
+        return a_or_an(type(value).__name__)
+    keys = [f"the key {key!r}" for key in value if not isinstance(key, str)] if isinstance(value, dict) else []
+    inside = list(value.values()) if isinstance(value, dict) else value
+    arrays = [f"an array in a {type(value).__name__}" for item in inside if isinstance(item, np.ndarray)]
+    return next(filter(None, [*keys, *arrays, *map(_not_kept, inside)]), None)

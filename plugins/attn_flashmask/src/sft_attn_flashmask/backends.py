@@ -35,6 +35,7 @@ class FlashAttention(sft.Plugin):
     """Attention in blocks: memory linear in the row (arXiv 2205.14135). Only rows of several documents get masks."""
 
     name = "flash-attention"
+    api_version = 1
     summary = "Attention in blocks, memory linear in the length of a row (FlashAttention)."
     reference = "arXiv 2205.14135"
 
@@ -51,6 +52,7 @@ class FlashMask(sft.Plugin):
     """Attention in blocks that skips what column-wise masks hide (arXiv 2410.01359)."""
 
     name = "flashmask"
+    api_version = 1
     summary = "Attention in blocks that skips what is masked: documents of a packed row, padding (FlashMask)."
     reference = "arXiv 2410.01359"
     supersedes = ("flash-attention",)

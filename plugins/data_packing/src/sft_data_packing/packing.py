@@ -15,6 +15,7 @@ class ZeroPadding(sft.Plugin):
     """Consecutive records are concatenated while they fit into a row of ``max_length``."""
 
     name = "zero-padding"
+    api_version = 1
     summary = "Consecutive records share a row (next-fit)."
     reference = "PaddleNLP, zero padding"
 
@@ -35,6 +36,7 @@ class GreedyZeroPadding(sft.Plugin):
     """Best-fit-decreasing packing within groups of records."""
 
     name = "greedy-zero-padding"
+    api_version = 1
     summary = "Records share a row by best-fit-decreasing within groups."
     reference = "Johnson 1973, best-fit-decreasing; PaddleNLP, greedy zero padding"
     supersedes = ("zero-padding",)

@@ -26,6 +26,7 @@ class Neftune(sft.Plugin):
     """
 
     name = "neftune"
+    api_version = 1
     summary = "Uniform noise on the embedding output while training."
     reference = "arXiv 2310.05914"
     Options = NeftuneOptions

@@ -119,6 +119,8 @@ def record(error: BaseException, sure: bool = True) -> None:
     code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
     expected = isinstance(error, (SftError, OSError, KeyboardInterrupt))
     details = "" if expected else "".join(traceback.format_exception(error))
+    if isinstance(error, sft.PluginError):
+        details = error.details()
     _write_record(text, code, details, sure, relayed=isinstance(error, OtherRankError))
 
 

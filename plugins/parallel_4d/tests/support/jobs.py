@@ -32,6 +32,7 @@ def draw(settings: dict[str, Any]) -> dict[str, Any]:
 
 class Watch(sft.Plugin):
     name = "watch"
+    api_version = 1
     copies: dict[str, str]
 
     @sft.hookimpl
@@ -45,6 +46,7 @@ class Watch(sft.Plugin):
 
 class Draw(sft.Plugin):
     name = "draw"
+    api_version = 1
     found: dict[str, Any]
 
     @sft.hookimpl
@@ -67,6 +69,7 @@ def count(settings: dict[str, Any]) -> dict[str, Any]:
 
 class Count(sft.Plugin):
     name = "count"
+    api_version = 1
     found: dict[str, Any]
 
     @sft.hookimpl
@@ -81,6 +84,7 @@ class Damage(sft.Plugin):
     moves the matrix a little after it."""
 
     name = "damage"
+    api_version = 1
     kind: str
     matrix = "layers.3.mlp.up_proj.weight"
     step = 4
@@ -111,6 +115,7 @@ def train_and_die(settings: dict[str, Any], rank: int, step: int) -> None:
 
 class Kill(sft.Plugin):
     name = "kill"
+    api_version = 1
     rank: int
     step: int
 
@@ -128,6 +133,7 @@ def held(settings: dict[str, Any]) -> dict[str, Any]:
 
     class Look(sft.Plugin):
         name = "look"
+        api_version = 1
 
         @sft.hookimpl
         def sft_run_started(self, run: sft.Run) -> None:
@@ -150,6 +156,7 @@ class Strange(sft.Plugin):
     """A scale of its own on the outputs of one Linear."""
 
     name = "strange"
+    api_version = 1
 
     @sft.hookimpl
     def sft_adapt_model(self, run: sft.Run, model: Any) -> None:
@@ -182,4 +189,5 @@ def stand_still(settings: dict[str, Any], rank: int, hook: str) -> None:
         if distributed.get_rank() == rank:
             time.sleep(60)
 
-    sft.run(settings, plugins=[type("Stand", (sft.Plugin,), {"name": "stand", hook: sft.hookimpl(stand)})], say=print)
+    members = {"name": "stand", "api_version": 1, hook: sft.hookimpl(stand)}
+    sft.run(settings, plugins=[type("Stand", (sft.Plugin,), members)], say=print)

@@ -110,6 +110,7 @@ def train(settings: dict[str, Any], rows: int, length: int) -> dict[str, Any]:
 
     class Measure(sft.Plugin):
         name = "measure"
+        api_version = 1
 
         @sft.hookimpl
         def sft_collator(self, run: sft.Run) -> FullRows:

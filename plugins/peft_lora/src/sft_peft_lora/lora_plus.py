@@ -20,6 +20,7 @@ class LoraPlus(sft.Plugin):
     """lr(B) = λ · lr(A), in parameter groups of their own."""
 
     name = "lora-plus"
+    api_version = 1
     summary = "Train LoRA's B with a larger learning rate than its A."
     reference = "arXiv 2402.12354"
     requires = ("lora",)

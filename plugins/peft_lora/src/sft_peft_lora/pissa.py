@@ -26,6 +26,7 @@ class Pissa(sft.Plugin):
     """
 
     name = "pissa"
+    api_version = 1
     summary = "Start LoRA from the principal singular vectors of each weight."
     reference = "arXiv 2404.02948"
     requires = ("lora",)
@@ -40,7 +41,7 @@ class Pissa(sft.Plugin):
     def sft_check(self, run: Run) -> None:
         self.run = run
 
-    @sft.hookimpl(trylast=True)  # what lora adds must be there
+    @sft.hookimpl
     def sft_outline(self, outline: Outline) -> None:
         for linear in outline.targets():
             pair = [weight for weight in linear.weights if weight.name in ("lora_A", "lora_B")]

@@ -11,6 +11,7 @@ class RsLora(sft.Plugin):
     """s = α / √r instead of α / r, so that the update keeps its size as the rank grows."""
 
     name = "rslora"
+    api_version = 1
     summary = "Scale LoRA's update by alpha / sqrt(r)."
     reference = "arXiv 2312.03732"
     requires = ("lora",)

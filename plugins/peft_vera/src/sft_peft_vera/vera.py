@@ -30,6 +30,7 @@ class Vera(sft.Plugin):
     """y = x·W + ((x·A) ⊙ d)·B ⊙ b; A and B are Kaiming-uniform, frozen, and sliced to each layer's shape."""
 
     name = "vera"
+    api_version = 1
     summary = "Vector-based random adaptation: two vectors a layer over one shared frozen pair."
     reference = "arXiv 2310.11454"
     conflicts = ("lora",)

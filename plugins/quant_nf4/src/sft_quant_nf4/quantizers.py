@@ -86,6 +86,7 @@ def _scales(outputs: int, groups: int) -> Weight:
 
 
 class _FourBit(sft.Plugin):
+    api_version = 1
     kind: ClassVar[str]
     reference = "arXiv 2305.14314"
 
@@ -138,6 +139,7 @@ class Int8(sft.Plugin):
     """absmax / 127 of each output channel."""
 
     name = "int8"
+    api_version = 1
     summary = "Hold the base model's Linears in 8-bit whole numbers."
     reference = "PaddleNLP, weight_only_int8"
     Options = Int8Options
@@ -160,6 +162,7 @@ class Int4(sft.Plugin):
     """absmax / 7 of each output channel, or of each group of its inputs."""
 
     name = "int4"
+    api_version = 1
     summary = "Hold the base model's Linears in 4-bit whole numbers."
     reference = "PaddleNLP, weight_only_int4"
     Options = Int4Options

@@ -1,0 +1,92 @@
+"""What a plugin's class (or module) must declare, checked when it is loaded, before there is an instance."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from sft.errors import UsageError
+from sft.options import options_of
+
+API_VERSION = 1
+"""Which hooks there are, with their arguments and results; raised when a plugin that is right today would be wrong."""
+
+
+def check_form(plugin: Any, who: str, hooks: Iterable[str]) -> None:
+    """Refuse a ``plugin`` that is not well formed; ``who`` names it, ``hooks`` are those that exist in its company."""
+    _check_version(plugin, who)
+    for key in ("requires", "conflicts", "supersedes"):
+        if isinstance(getattr(plugin, key, ()), str):
+            raise UsageError(f"{who} is not well formed: {key} is not a tuple; upgrade it.")
+    if getattr(plugin, "Options", None) is not None:
+        try:
+            options_of(plugin.Options)
+        except Exception as error:
+            cause = f"its Options are no dataclass of settings ({type(error).__name__}: {error})"
+            raise UsageError(f"{who} is not well formed: {cause}; upgrade it.") from error
+    _check_markers(plugin, who, list(hooks))
+
+
+def _check_version(plugin: Any, who: str) -> None:
+    """The number stands in the plugin itself: one inherited from the installed sft would always fit."""
+    declared = getattr(plugin, "api_version", None)
+    if declared is None:
+        raise UsageError(
+            f"{who} does not say for which plugin API it is written; add api_version = {API_VERSION} to it, once it "
+            "fits docs/plugins.md."
+        )
+    if declared != API_VERSION:
+        raise UsageError(
+            f"{who} is written for plugin API {declared}, and this sft has {API_VERSION}; install versions of sft-core "
+            "and of the plugin that go together."
+        )
+
+
+def _check_markers(plugin: Any, who: str, hooks: list[str]) -> None:
+    """A function that is called like a hook and is not marked as one would never be called."""
+    for name in dir(plugin):
+        member = getattr(plugin, name, None)
+        if not (name.startswith("sft_") or name in hooks) or not inspect.isroutine(member):
+            continue
+        if hasattr(member, "sft_impl"):
+            continue
+        if name in hooks:
+            raise UsageError(f"{who} has {name} without @sft.hookimpl, so it is never called; put that above it.")
+        hint = meant(name, hooks) or "; give it another name."
+        raise UsageError(
+            f"{who} has {name}, and a name that begins with sft_ is that of a hook, which this is not{hint}"
+        )
+
+
+def meant(name: str, hooks: Iterable[str]) -> str:
+    """What to add about a name that is nearly that of a hook."""
+    close = difflib.get_close_matches(name, list(hooks), n=1, cutoff=0.8)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def in_order(classes: dict[str, Any], canonical: Any) -> dict[str, Any]:
+    """The plugins in the order in which their hooks are called: each after those that it requires; of those that may
+    come next, the one of the lowest ``order``, then the one that was requested first."""
+    left = dict(sorted(classes.items(), key=lambda pair: getattr(pair[1], "order", 0)))
+    needs = {name: {*map(canonical, getattr(plugin, "requires", ()))} & {*left} for name, plugin in left.items()}
+    found: dict[str, Any] = {}
+    while left:
+        free = next((name for name in left if not needs[name] - {*found}), None)
+        if free is None:
+            circle = _circle(needs, found)
+            if len(circle) == 1:
+                raise UsageError(f"Plugin {circle[0]} requires itself; upgrade it.")
+            raise UsageError(f"Plugins {' and '.join(circle)} require each other; upgrade them.")
+        found[free] = left.pop(free)
+    return found
+
+
+def _circle(needs: dict[str, set[str]], done: Iterable[str]) -> list[str]:
+    """Plugins each of which requires the next, and the last the first."""
+    name, path = next(name for name in needs if name not in {*done}), []
+    while name not in path:
+        path.append(name)
+        name = min(needs[name] - {*done})
+    return path[path.index(name) :]

@@ -1,0 +1,118 @@
+"""What a plugin must declare: an API version of its own, a name, and marks on what it means to be hooks."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from toy_plugins import active, refusal
+
+import sft
+
+Distribute = Callable[..., None]
+
+
+def toy(**members: Any) -> type:
+    return type("Toy", (sft.Plugin,), {"name": "toy", "api_version": 1, **members})
+
+
+WHO = "Plugin toy (given directly as Toy)"
+
+
+# --- the API version ----------------------------------------------------------------------------------------
+
+
+def test_a_plugin_says_itself_which_api_it_is_written_for() -> None:
+    class Old(sft.Plugin):
+        name = "toy"
+
+    Old.__qualname__ = "Toy"
+    assert refusal(extra=(Old,)) == (
+        f"{WHO} does not say for which plugin API it is written; add api_version = 1 to it, once it fits "
+        "docs/plugins.md."
+    )
+
+
+def test_an_installed_one_and_a_module_too(distribute: Distribute) -> None:
+    distribute("sft-test-old", "import sft\nclass Old(sft.Plugin):\n    name = 'old'\n", {"old": "Old"})
+    distribute("sft-test-module", "name = 'as-module'", {"as-module": ""})
+    for name in ("old", "as-module"):
+        assert "does not say for which plugin API it is written" in refusal(name)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1"])
+def test_one_of_another_api_is_refused_also_as_a_class(version: Any) -> None:
+    message = refusal(extra=(toy(api_version=version),))
+    assert message.startswith(f"{WHO} is written for plugin API {version}, and this sft has 1; install versions of")
+
+
+def test_a_newer_sft_refuses_the_plugins_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the declaration is for: it stays in the plugin while the core moves on."""
+    active("lora")
+    monkeypatch.setattr("sft.declarations.API_VERSION", 2)
+    assert "is written for plugin API 1, and this sft has 2" in refusal("lora")
+    assert "is written for plugin API 1, and this sft has 2" in refusal(extra=(toy(),))
+
+
+def test_a_base_of_the_authors_own_may_declare_it() -> None:
+    assert active(extra=(type("Two", (toy(),), {"name": "two"}),)).names == ["two"]
+
+
+# --- names --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("members", [{}, {"name": None}, {"name": 3}, {"name": " "}])
+def test_a_class_without_a_name(members: dict[str, Any]) -> None:
+    nameless = type("Nameless", (sft.Plugin,), {"api_version": 1, **members})
+    assert refusal(extra=(nameless,)) == (
+        "Plugin class Nameless has no name; set name to the text that it is to be requested by."
+    )
+
+
+def test_an_instance_is_no_plugin_class() -> None:
+    message = refusal(extra=(toy()(None),))
+    assert message.startswith("plugins: expected plugin classes, got <")
+    assert message.endswith("; give the class, not an instance.")
+
+
+# --- hooks without a mark -----------------------------------------------------------------------------------
+
+
+def unmarked(*args: Any) -> None: ...
+
+
+def test_a_hook_without_its_mark() -> None:
+    assert refusal(extra=(toy(sft_step_ended=unmarked),)) == (
+        f"{WHO} has sft_step_ended without @sft.hookimpl, so it is never called; put that above it."
+    )
+
+
+def test_a_misspelt_hook_without_its_mark() -> None:
+    message = refusal(extra=(toy(sft_step_end=unmarked),))
+    assert message.startswith(f"{WHO} has sft_step_end, and a name that begins with sft_ is that of a hook")
+    assert message.endswith("; did you mean sft_step_ended?")
+    assert refusal(extra=(toy(sft_helper=unmarked),)).endswith("; give it another name.")
+
+
+def test_a_published_hook_without_its_mark() -> None:
+    class Publisher(sft.Plugin):
+        name = "base"
+        api_version = 1
+
+        class hookspecs:  # noqa: N801
+            @sft.single
+            def base_factor(self, rank: int) -> float:
+                """A factor."""
+
+    assert "has base_factor without @sft.hookimpl" in refusal(extra=(Publisher, toy(base_factor=unmarked)))
+    assert "did you mean base_factor?" in refusal(extra=(Publisher, toy(base_facter=sft.hookimpl(lambda self: None))))
+    # Without the plugin that publishes it, it is a method like any other.
+    assert active(extra=(toy(base_factor=unmarked),)).names == ["toy"]
+
+
+def test_a_function_of_a_module_without_its_mark() -> None:
+    module = types.ModuleType("Toy")
+    vars(module).update(name="toy", api_version=1, sft_check=unmarked, sft_folder=types.ModuleType("sft_folder"))
+    assert "has sft_check without @sft.hookimpl" in refusal(extra=(module,))

@@ -156,9 +156,34 @@ def test_lists(value: Any, expected: list[str]) -> None:
     assert convert(OPTIONS["parts"], value) == expected
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (r".*\.\d{1,2}\..*", [r".*\.\d{1,2}\..*"]),
+        (r"q_proj, .*\.\d{1,2}\.v_proj ,o_proj", ["q_proj", r".*\.\d{1,2}\.v_proj", "o_proj"]),
+        (r"(a{1,2}|b,c),[x,y],d", ["(a{1,2}|b,c)", "[x,y]", "d"]),
+        (r"[({,],a", ["[({,]", "a"]),
+        (r"a\(,b\\,c\,d", [r"a\(", r"b\\", r"c\,d"]),
+        (r"a),b}", ["a)", "b}"]),
+        ("(a,b", ["(a,b"]),
+        ('["q_proj", ".*{1,2}"]', ["q_proj", ".*{1,2}"]),
+        ("[]", []),
+        (' ["a"] ', ["a"]),
+        ("[qk]_proj,v", ["[qk]_proj", "v"]),
+    ],
+)
+def test_commas_of_regular_expressions_divide_nothing_and_json_is_read(value: str, expected: list[str]) -> None:
+    assert convert(OPTIONS["parts"], value) == expected
+
+
+@pytest.mark.parametrize("value", ['["a", 1]', "[[]]", "[null]"])
+def test_a_json_list_of_something_else(value: str) -> None:
+    assert "expected a list" in refusal("parts", value)
+
+
 @pytest.mark.parametrize("value", [[1, 2], 3, None, {"q_proj": True}])
 def test_what_is_no_list_of_names(value: Any) -> None:
-    assert refusal("parts", value) == f"parts: expected a comma-separated list, got {value!r}."
+    assert refusal("parts", value) == f"parts: expected a list (JSON, or with commas), got {value!r}."
 
 
 @pytest.mark.parametrize("name", ["limit", "maybe_flag", "name"])

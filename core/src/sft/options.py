@@ -6,10 +6,13 @@ The core's argument groups and every plugin's ``Options`` are plain dataclasses 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from sft.errors import UsageError
@@ -143,7 +146,7 @@ def _convert(kind: Any, value: Any) -> Any:
         return _REFUSED
     if typing.get_origin(kind) is list:
         if isinstance(value, str):
-            return [part.strip() for part in value.split(",") if part.strip()]
+            value = _listed(value)
         return list(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else _REFUSED
     if kind is bool:
         if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
@@ -170,12 +173,37 @@ def _convert(kind: Any, value: Any) -> Any:
     return number
 
 
+def _listed(text: str) -> list[Any]:
+    """The items of a list that is written as JSON, or with commas between them."""
+    if text.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):  # a regular expression may begin like a list
+            return list(json.loads(text))
+    return [part.strip() for part in _parts(text) if part.strip()]
+
+
+def _parts(text: str) -> Iterator[str]:
+    """``text`` divided at its commas, but for those within brackets, braces or parentheses and after a backslash."""
+    start, closing, escaped = 0, "", False
+    for place, letter in enumerate(text):
+        if escaped or letter == "\\":
+            escaped = not escaped
+        elif letter in _CLOSING and not closing.startswith("]"):  # within [...] the others are letters
+            closing = _CLOSING[letter] + closing
+        elif closing and letter == closing[0]:
+            closing = closing[1:]
+        elif letter == "," and not closing:
+            yield text[start:place]
+            start = place + 1
+    yield text[start:]
+
+
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def _describe(option: Option) -> str:
     words = [
-        "a comma-separated list" if typing.get_origin(kind) is list else _NAMES.get(kind, "a value")
+        "a list (JSON, or with commas)" if typing.get_origin(kind) is list else _NAMES.get(kind, "a value")
         for kind in option.kinds
         if kind is not type(None)
     ]

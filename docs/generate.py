@@ -52,24 +52,28 @@ def _default(option: Option) -> str:
 
 def hooks_page() -> str:
     lines = ["# Hooks", "", "In the order in which a run calls them. Made by `make docs` from `hookspecs.py`.", ""]
-    for name, function in vars(hookspecs).items():
-        if not name.startswith("sft_"):
+    lines += _hooks(hookspecs, "##")
+    for name, plugin in own_plugins().items():
+        if plugin.hookspecs is None:
+            continue
+        lines += [f"## Published by plugin `{name}`", ""]
+        lines += ["Its refinements implement them; each is called where that plugin needs the answer.", ""]
+        lines += _hooks(plugin.hookspecs, "###")
+    return "\n".join(lines)
+
+
+def _hooks(specs: Any, heading: str) -> list[str]:
+    lines = []
+    for name, function in vars(specs).items():
+        if not hasattr(function, "sft_spec"):
             continue
         kind = "one plugin at most" if getattr(function, "sft_single", False) else "all active plugins"
         if kind.startswith("all") and function.sft_spec["firstresult"]:
             kind = "all active plugins, until one does not say None"
         signature = str(inspect.signature(function)).replace("'", "")
-        lines += [
-            f"## `{name}`",
-            "",
-            f"`{name}{signature}`",
-            "",
-            f"Answered by: {kind}.",
-            "",
-            inspect.getdoc(function) or "",
-            "",
-        ]
-    return "\n".join(lines)
+        lines += [f"{heading} `{name}`", "", f"`{name}{signature}`", "", f"Answered by: {kind}.", ""]
+        lines += [inspect.getdoc(function) or "", ""]
+    return lines
 
 
 def commands_page() -> str:

@@ -169,3 +169,29 @@ def test_numbers_that_divide_nothing_ask_for_nothing(settings: dict[str, Any]) -
     from sft.resolution import resolve
 
     assert "parallel-4d" not in resolve(settings, ())[1].names
+
+
+def test_a_model_of_the_hub_is_looked_at_when_the_checks_are_done(
+    config_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``sft_check`` is instant: it waits for no download, and refuses what the settings alone say."""
+    asked: list[str] = []
+    folder = config_of()
+
+    def download(name: str, **options: Any) -> str:
+        asked.append(name)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "3")
+    values = {"model_name_or_path": "owner/model", "dataset_name_or_path": str(tmp_path), "plugin": ["parallel-4d"]}
+    values = {**values, "output_dir": str(tmp_path / "out")}
+    with pytest.raises(sft.UsageError, match="sequence_parallel needs tensor parallelism"):
+        prepare({**values, "sequence_parallel": True}, (), print)
+    prepare({**values, "tensor_parallel_degree": 2}, (), print)
+    assert not asked
+    with pytest.raises(
+        sft.UsageError, match=r"tensor parallel degree 2 .* does not divide 3 processes; on 3 processes"
+    ):
+        sft.run({**values, "tensor_parallel_degree": 2}, say=lambda text: None)
+    assert asked == ["owner/model"]

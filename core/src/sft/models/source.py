@@ -54,12 +54,18 @@ def find_config(name_or_path: str) -> Path:
     return find_model(name_or_path).path if path.is_file() else _find(name_or_path, ["config.json"])
 
 
+def is_hub_name(name_or_path: str) -> bool:
+    """Whether a model is named that is not here, so that reading anything of it may take a download."""
+    path = Path(name_or_path).expanduser()
+    looks_like_path = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1
+    return not looks_like_path and not path.exists()
+
+
 def _find(name_or_path: str, patterns: list[str]) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
-    looks_like_path = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1
-    if looks_like_path or path.exists():
+    if not is_hub_name(name_or_path):
         kind = "is not a directory" if path.exists() else "does not exist"
         raise UsageError(f"Model {name_or_path} {kind}; give model_name_or_path a model directory or a hub name.")
     from huggingface_hub import snapshot_download

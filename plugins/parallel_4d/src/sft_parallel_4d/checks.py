@@ -15,41 +15,50 @@ if TYPE_CHECKING:
     from sft_parallel_4d.plugin import ParallelOptions
 
 
-def check(run: Run, options: ParallelOptions, world: int) -> Plan:
-    """The plan for ``world`` processes that the settings ask for."""
-    stage, offload = stage_and_offload(options.sharding)
+def check_settings(run: Run, options: ParallelOptions, world: int) -> None:
+    """Refuse what the settings alone say of ``world`` processes; nothing of the model is looked at."""
+    stage, _ = stage_and_offload(options.sharding)
     for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
         if getattr(options, name) == 0:
             raise UsageError(f"{name}: expected a number of processes, or -1 for one, got 0.")
-    tensor, pipeline = max(1, options.tensor_parallel_degree), max(1, options.pipeline_parallel_degree)
-    model = str(run.settings.model.model_name_or_path)
-    folder = find_config(model)
+    tensor, pipeline = degrees(options)
+    needed = tensor * pipeline
+    if world == 1 and needed > 1:
+        raise UsageError(
+            f"tensor parallel degree {tensor} x pipeline parallel degree {pipeline} needs {needed} processes or a "
+            f"multiple of it, and there is 1: add --nproc {needed}, or start sft with python -m paddle.distributed."
+            "launch."
+        )
+    if not stage and options.sharding_parallel_degree > 1:
+        raise UsageError("sharding_parallel_degree is set and sharding is not; set it to stage1, stage2 or stage3.")
+    left = world // needed
+    if world % needed == 0 and left % _sharding(options, stage, left):
+        possible_degrees = ", ".join(str(degree) for degree in range(1, left + 1) if left % degree == 0)
+        raise UsageError(
+            f"sharding_parallel_degree {options.sharding_parallel_degree} does not divide the data processes ({left}); "
+            f"give one of {possible_degrees}, or leave it out: all of them."
+        )
+    if options.sequence_parallel and tensor == 1:
+        raise UsageError("sequence_parallel needs tensor parallelism; set tensor_parallel_degree, or leave it out.")
+    _check_run(run, stage, pipeline, world)
+
+
+def plan_for(run: Run, options: ParallelOptions, world: int) -> Plan:
+    """The plan for ``world`` processes that checked settings ask for; reads or fetches the model's ``config.json``."""
+    stage, offload = stage_and_offload(options.sharding)
+    tensor, pipeline = degrees(options)
+    folder = find_config(str(run.settings.model.model_name_or_path))
     values = read_config(folder)
     outline = of_config(values, checked_family(values, folder))
 
     def refuse(why: str) -> UsageError:
         return UsageError(f"{why}; {_instead(outline, world, stage)}")
 
-    needed = tensor * pipeline
-    if world % needed:
-        count = "1 process" if world == 1 else f"{world} processes"
-        degrees = f"tensor parallel degree {tensor} x pipeline parallel degree {pipeline}"
-        if world == 1:
-            raise UsageError(
-                f"{degrees} needs {needed} processes or a multiple of it, and there is 1: add --nproc {needed}, or "
-                "start sft with python -m paddle.distributed.launch."
-            )
-        raise refuse(f"{degrees} does not divide {count}")
-    left = world // needed
-    sharding = 1 if not stage else left if options.sharding_parallel_degree < 1 else options.sharding_parallel_degree
-    if not stage and options.sharding_parallel_degree > 1:
-        raise UsageError("sharding_parallel_degree is set and sharding is not; set it to stage1, stage2 or stage3.")
-    if left % sharding:
-        degrees = ", ".join(str(degree) for degree in range(1, left + 1) if left % degree == 0)
-        raise UsageError(
-            f"sharding_parallel_degree {sharding} does not divide the data processes ({left}); give one of {degrees}, "
-            "or leave it out: all of them."
-        )
+    if world % (tensor * pipeline):
+        given = f"tensor parallel degree {tensor} x pipeline parallel degree {pipeline}"
+        raise refuse(f"{given} does not divide {world} processes")
+    left = world // (tensor * pipeline)
+    sharding = _sharding(options, stage, left)
     why = refusal(outline, tensor, pipeline)
     if why is not None:
         raise refuse(why)
@@ -58,9 +67,6 @@ def check(run: Run, options: ParallelOptions, world: int) -> Plan:
             verb = "do" if len(allowed) > 1 else "does"
             these = " and ".join(f"stage{number}" for number in allowed)
             raise refuse(f"sharding stage{stage} does not go with {other} parallelism; {these} {verb}")
-    if options.sequence_parallel and tensor == 1:
-        raise UsageError("sequence_parallel needs tensor parallelism; set tensor_parallel_degree, or leave it out.")
-    _check_run(run, stage, pipeline, world)
     return Plan(
         left // sharding,
         sharding,
@@ -72,6 +78,16 @@ def check(run: Run, options: ParallelOptions, world: int) -> Plan:
         run.settings.training.gradient_accumulation_steps,
         offload,
     )
+
+
+def degrees(options: ParallelOptions) -> tuple[int, int]:
+    """Processes that share each layer, and stages of layers."""
+    return max(1, options.tensor_parallel_degree), max(1, options.pipeline_parallel_degree)
+
+
+def _sharding(options: ParallelOptions, stage: int, left: int) -> int:
+    """How many of the ``left`` data processes share pieces."""
+    return 1 if not stage else left if options.sharding_parallel_degree < 1 else options.sharding_parallel_degree
 
 
 def _check_run(run: Run, stage: int, pipeline: int, world: int) -> None:

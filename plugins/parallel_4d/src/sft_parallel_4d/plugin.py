@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sft
+from sft.models.source import is_hub_name
 from sft.plugins import installed
 
 if TYPE_CHECKING:
     import click
 
     from sft import ParallelStrategy, Run, Summary
+    from sft_parallel_4d.plans import Plan
     from sft_parallel_4d.watch import Watch
 
 FOLDER = "SFT_LAUNCH_DIR"
@@ -52,6 +54,7 @@ class Parallel4d(sft.Plugin):
     def __init__(self, options: ParallelOptions) -> None:
         super().__init__(options)
         self.watch: Watch | None = None
+        self.plan: Plan | None = None
 
     @sft.hookimpl
     def sft_commands(self, cli: click.Group) -> None:
@@ -61,19 +64,26 @@ class Parallel4d(sft.Plugin):
 
     @sft.hookimpl
     def sft_check(self, run: Run) -> None:
-        from sft_parallel_4d.checks import check
+        from sft_parallel_4d.checks import check_settings, plan_for
 
         world, nproc = processes(self.options), self.options.nproc
         if nproc > 1 and nproc != world and FOLDER not in os.environ:
             raise sft.UsageError(
                 f"nproc is {nproc}, and a launcher has started {world} of this program; leave one of them out."
             )
-        self.plan = check(run, self.options, world)
+        check_settings(run, self.options, world)
+        self.plan = None
+        if not is_hub_name(str(run.settings.model.model_name_or_path)):
+            self.plan = plan_for(run, self.options, world)
         if rank() > 0:
             run.say = lambda text: None
 
     @sft.hookimpl
     def sft_launch(self, run: Run) -> Summary | None:
+        if self.plan is None:  # a model of the hub, whose config.json a check must not wait for
+            from sft_parallel_4d.checks import plan_for
+
+            self.plan = plan_for(run, self.options, processes(self.options))
         if self.options.nproc == 1 or is_launched():
             return None
         here = [name for name in run.plugins.names if name not in installed()]
@@ -94,6 +104,7 @@ class Parallel4d(sft.Plugin):
         from sft_parallel_4d.strategy import Parallel
         from sft_parallel_4d.topology import connect
 
+        assert self.plan is not None  # since sft_launch
         if self.options.sharding and not self.plan.stage:
             run.say(f"note: sharding {self.options.sharding} divides nothing: one process reads all records")
         if self.plan.devices > 1:

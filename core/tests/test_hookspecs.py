@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import pydoc
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -80,3 +83,33 @@ def test_the_whole_public_api_is_there() -> None:
         assert getattr(sft, name) is not None
     with pytest.raises(AttributeError, match="module 'sft' has no attribute 'nothing'"):
         _ = sft.nothing
+
+
+CLASSES = [name for name in sft.__all__ if inspect.isclass(getattr(sft, name))]
+
+
+def test_help_lists_every_public_name() -> None:
+    assert set(sft.__all__) <= set(dir(sft))
+    text = pydoc.plain(pydoc.render_doc(sft))
+    assert [name for name in sft.__all__ if not re.search(rf"^ +(class )?{name}\b", text, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_help_names_every_attribute_and_hides_no_description(name: str) -> None:
+    """A text below an attribute is for readers of the code alone; help() shows the docstring of the class."""
+    cls = getattr(sft, name)
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(tree, ast.ClassDef)
+    inits = [node.body for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    attributes, hidden = [], []
+    for body in (tree.body, *inits):
+        for statement, following in zip(body, [*body[1:], None], strict=True):
+            if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+                target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
+                attributes.append(ast.unparse(target).removeprefix("self."))
+                if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                    hidden.append(attributes[-1])
+    assert hidden == []
+    text = pydoc.plain(pydoc.render_doc(cls))
+    public = [attribute for attribute in attributes if not attribute.startswith("_")]
+    assert [attribute for attribute in public if not re.search(rf"\b{attribute}\b", text)] == []

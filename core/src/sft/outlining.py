@@ -20,13 +20,16 @@ CHANGES_TENSORS = ("sft_adapt_model", "sft_quantizer")
 
 @dataclass(frozen=True)
 class PaperRun:
-    """A run that has been resolved and will not happen."""
+    """A run that has been resolved and will not happen.
+
+    Attributes:
+        without_effect: What to say of given settings that do nothing.
+    """
 
     settings: Settings
     plugins: tuple[str, ...]
     outline: Outline
     without_effect: tuple[str, ...]
-    """What to say of given settings that do nothing."""
 
 
 def outline(values: Mapping[str, Any], extra: Iterable[type] = ()) -> PaperRun:

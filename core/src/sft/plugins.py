@@ -37,27 +37,34 @@ class Plugin:
     """Base of a plugin: subclass it, set the attributes, implement hooks with ``@sft.hookimpl``.
 
     One instance is made for each run, with that run's ``Options``; keep the run's state on ``self``.
+
+    Attributes:
+        name: The name it is requested by; equal to the entry point's.
+        summary: One line for listings.
+        reference: The paper or document that defines the technique.
+        api_version: The plugin API that it is written for, as a number: 1. Not inherited from the sft that happens to
+            be there.
+        requires: Plugins that must be active too; this one is called after them.
+        conflicts: Plugins that it cannot work together with.
+        supersedes: Plugins that do part of what this one does: where their settings are true together, this one alone
+            is active. Both requested by name are as any other two that need the same place.
+        order: Hooks that all plugins answer are called in ascending order, then in the order of the requests; but a
+            plugin always after those that it ``requires``.
+        Options: A dataclass of :func:`sft.option` fields: the settings that the plugin adds.
+        hookspecs: A module or class with hook specifications that this plugin publishes for its refinements.
+        options: The instance of ``Options`` of this run.
     """
 
     name: ClassVar[str]
-    """The name it is requested by; equal to the entry point's."""
     summary: ClassVar[str] = ""
     reference: ClassVar[str] = ""
-    """The paper or document that defines the technique."""
     api_version: ClassVar[int]
-    """The plugin API that it is written for, as a number: 1. Not inherited from the sft that happens to be there."""
     requires: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
     supersedes: ClassVar[tuple[str, ...]] = ()
-    """Plugins that do part of what this one does: where their settings are true together, this one alone is active.
-    Both requested by name are as any other two that need the same place."""
     order: ClassVar[int] = 0
-    """Hooks that all plugins answer are called in ascending order, then in the order of the requests; but a plugin
-    always after those that it ``requires``."""
     Options: ClassVar[type | None] = None
-    """A dataclass of :func:`sft.option` fields: the settings that the plugin adds."""
     hookspecs: Any = None
-    """A module or class with hook specifications that this plugin publishes for its refinements."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = options

@@ -32,7 +32,14 @@ from sft.training.precision import Precision
 
 @dataclass
 class Summary:
-    """What a run did and learned, in numbers. Losses are nats per target token."""
+    """What a run did and learned, in numbers. Losses are nats per target token.
+
+    Attributes:
+        rows: Rows that were trained: records, or packs of several.
+        skipped_steps: Steps that overflowed in float16 and changed nothing.
+        samples: ``prompt``, ``before``, ``after`` and the ``reference`` answer of each sample prompt.
+        speaks: Whether this process tells the user: of several that share a run, one.
+    """
 
     output_dir: Path
     steps: int
@@ -48,15 +55,11 @@ class Summary:
     target_tokens: int
     padding_tokens: int
     rows: int
-    """Rows that were trained: records, or packs of several."""
     skipped_steps: int
-    """Steps that overflowed in float16 and changed nothing."""
     peak_memory_mib: int
     data: dict[str, dict[str, int]] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
-    """``prompt``, ``before``, ``after`` and the ``reference`` answer of each sample prompt."""
     speaks: bool = True
-    """Whether this process tells the user: of several that share a run, one."""
 
     def as_dict(self) -> dict[str, Any]:
         values = {**asdict(self), "output_dir": str(self.output_dir)}
@@ -65,16 +68,39 @@ class Summary:
 
 
 class Run:
-    """One run. Plugins find here what they need; two runs in one process share nothing."""
+    """One run. Plugins find here what they need; two runs in one process share nothing.
+
+    Attributes:
+        model: The paddle model, from ``sft_adapt_model`` on.
+        source: Where the model came from: ``folder``, ``values`` (config.json), ``family``, ``config``.
+        base_fingerprint: Tells the weights that an exported adapter belongs to; see ``models/fingerprint.py``.
+        resumes: Whether a checkpoint is about to be put back: what the model begins with will be replaced by what is in
+            it.
+        tokenizer: From ``sft_record_format`` on.
+        train_data: The encoded records, from ``sft_collator`` on.
+        dev_data: Likewise; None where there are none, or none are used.
+        collator: What ``sft_collator`` gave, from ``sft_parallel_strategy`` on.
+        strategy: The processes of the run (:class:`sft.ParallelStrategy`), from ``sft_model_config`` on.
+        precision: The dtypes of the run, from ``sft_collator`` on.
+        sizes: Trainable parameters and all of them, of the whole model, as numbers of values.
+        settings: The resolved settings: ``model``, ``data``, ``generation``, ``training``, and ``options`` of plugins
+            by name.
+        given: The settings by name as they came, ``plugin`` among them.
+        without_effect: Settings that were given and do nothing here, with the reason.
+        plugins: The active plugins: ``names``, ``provider(hook)``, ``origin(name)``.
+        hook: Calls hooks, those too that plugins publish: ``run.hook.NAME(argument=…)``.
+        say: Tells the user one line.
+        before: What was measured before training.
+        evaluation: The record of the last evaluation, as ``sft_evaluated`` has it.
+        best: The record of the best evaluation that has a checkpoint (``load_best_model_at_end``).
+        samples: What is answered before and after training (``num_samples``).
+        questions: What is answered in each evaluation (``eval_with_do_generation``).
+    """
 
     model: Any
-    """The paddle model, from ``sft_adapt_model`` on."""
     source: Any
-    """Where the model came from: ``folder``, ``values`` (config.json), ``family``, ``config``."""
     base_fingerprint: str
-    """Tells the weights that an exported adapter belongs to; see ``models/fingerprint.py``."""
     resumes = False
-    """Whether a checkpoint is about to be put back: what the model begins with will be replaced by what is in it."""
     tokenizer: Tokenizer
     train_data: Data
     dev_data: Encoded | None = None
@@ -82,16 +108,13 @@ class Run:
     strategy: ParallelStrategy
     precision: Precision
     sizes: tuple[int, int]
-    """Trainable parameters and all of them, of the whole model, as numbers of values."""
 
     def __init__(
         self, settings: Settings, plugins: Plugins, say: Callable[[str], None], given: Mapping[str, Any] | None = None
     ) -> None:
         self.settings = settings
         self.given = dict(given or {})
-        """The settings by name as they came, ``plugin`` among them."""
         self.without_effect: list[tuple[str, str]] = []
-        """Settings that were given and do nothing here, with the reason."""
         self.plugins = plugins
         self.hook = plugins.hook
         self.say = say
@@ -99,9 +122,7 @@ class Run:
         self.evaluation: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
         self.samples: list[Question] = []
-        """What is answered before and after training (``num_samples``)."""
         self.questions: list[Question] = []
-        """What is answered in each evaluation (``eval_with_do_generation``)."""
 
     def rng(self, name: str) -> np.random.Generator:
         """Random numbers that depend on the run's seed and ``name`` alone, not on what was drawn before."""

@@ -72,10 +72,13 @@ class Batch:
 
 
 class DataCollator(Protocol):
-    """Decides which records share a row, and makes batches of rows."""
+    """Decides which records share a row, and makes batches of rows.
+
+    Attributes:
+        packs: Whether a row may hold several records; attention must then be able to keep them apart.
+    """
 
     packs: bool
-    """Whether a row may hold several records; attention must then be able to keep them apart."""
 
     def rows(self, lengths: np.ndarray, rng: np.random.Generator | None) -> list[tuple[int, ...]]:
         """Record numbers of each row of one pass over the data, in training order.
@@ -91,12 +94,15 @@ class DataCollator(Protocol):
 
 
 class AttentionBackend(Protocol):
-    """Computes attention in every decoder layer while training and evaluating (generation keeps the model's own)."""
+    """Computes attention in every decoder layer while training and evaluating (generation keeps the model's own).
+
+    Attributes:
+        packed: Whether ``startend_row_indices`` are honoured; if not (or unset), rows of several documents are refused.
+        describes_padding: Whether it wants the indices for rows of one document too, to leave their padding out.
+    """
 
     packed: bool
-    """Whether ``startend_row_indices`` are honoured; if not, rows of several documents are refused."""
     describes_padding: bool
-    """Whether it wants the indices for rows of one document too, to leave their padding out."""
 
     def attend(self, query: Any, key: Any, value: Any, startend_row_indices: Any | None) -> Any:
         """Causal attention, scaled by 1/√D. query [B, S, H, D]; key, value [B, S, K, D] → [B, S, H, D].
@@ -125,17 +131,22 @@ class ParallelStrategy(Protocol):
 
     The members below :attr:`is_first` stand in the order in which a run uses them. Each process of a run calls them in
     the same order, for they may wait for the others.
+
+    Attributes:
+        data_rank: Which share of a step's rows is this process's, from 0.
+        data_world: Of how many shares.
+        draw_rank: What makes draws (dropout, noise) differ from other processes'; equal where the same values must be
+            drawn.
+        is_main: Whether this process writes the run directory and speaks to the user.
+        is_first: Whether this process is the first of those that read the same records, and writes what is made of
+            them.
     """
 
     data_rank: int
     data_world: int
-    """Which share of a step's rows is this process's, of how many."""
     draw_rank: int
-    """What makes draws (dropout, noise) differ from other processes'; equal where the same values must be drawn."""
     is_main: bool
-    """Whether this process writes the run directory and speaks to the user."""
     is_first: bool
-    """Whether this process is the first of those that read the same records, and writes what is made of them."""
 
     # --- the model ---
 
@@ -224,11 +235,14 @@ class ParallelStrategy(Protocol):
 
 @dataclass
 class ParameterGroup:
-    """Parameters that share an optimizer setting; ``learning_rate`` multiplies the schedule's."""
+    """Parameters that share an optimizer setting; ``learning_rate`` multiplies the schedule's.
+
+    Attributes:
+        parameters: Structured parameter name → paddle Parameter.
+    """
 
     name: str
     parameters: dict[str, Any] = field(default_factory=dict)
-    """Structured parameter name → paddle Parameter."""
     learning_rate: float = 1.0
     weight_decay: float = 0.0
 

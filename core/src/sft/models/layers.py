@@ -13,10 +13,13 @@ from sft.models.parts import part_of, size_of
 
 @dataclass(frozen=True)
 class Target:
-    """A Linear of a transformer block: its name as Hugging Face has it, its place, and the layer itself."""
+    """A Linear of a transformer block: its name as Hugging Face has it, its place, and the layer itself.
+
+    Attributes:
+        name: For example ``model.layers.0.self_attn.q_proj``.
+    """
 
     name: str
-    """For example ``model.layers.0.self_attn.q_proj``."""
     parent: Any
     attribute: str
     layer: Any

@@ -17,14 +17,17 @@ _HEADS = {"qwen2": 32, "mistral": 8, "gemma": 16}
 @dataclass(frozen=True)
 class Weight:
     """A tensor on paper. ``sides`` says what each dimension is: "in" or "out" of its Linear, "vocabulary", "all" (of
-    a tensor that lies flat and is divided whichever side of its Linear is), or "" (of nothing that is divided)."""
+    a tensor that lies flat and is divided whichever side of its Linear is), or "" (of nothing that is divided).
+
+    Attributes:
+        bits: Of one value; None: what the run's precision gives to weights.
+    """
 
     name: str
     shape: tuple[int, ...]
     sides: tuple[str, ...]
     trains: bool = True
     bits: int | None = None
-    """Of one value; None: what the run's precision gives to weights."""
 
     @property
     def size(self) -> int:
@@ -34,21 +37,33 @@ class Weight:
 
 @dataclass
 class LinearOutline:
-    """A Linear of a transformer block (or what stands for one), by its Hugging Face name."""
+    """A Linear of a transformer block (or what stands for one), by its Hugging Face name.
+
+    Attributes:
+        kept: Values a token that a technique keeps for backward, beside what the Linear itself keeps.
+        kept_once: Values that it keeps for each micro-batch, whatever its tokens.
+    """
 
     name: str
     in_features: int
     out_features: int
     weights: list[Weight]
     kept: int = 0
-    """Values a token that a technique keeps for backward, beside what the Linear itself keeps."""
     kept_once: int = 0
-    """Values that it keeps for each micro-batch, whatever its tokens."""
 
 
 @dataclass
 class Outline:
-    """A model on paper, for a plugin to change (``sft_outline``) as it changes the model itself."""
+    """A model on paper, for a plugin to change (``sft_outline``) as it changes the model itself.
+
+    Attributes:
+        blocks: The Linears of each transformer block.
+        head: None where it is the embedding.
+        norm: One RMSNorm; each block has two, and one comes after the last block.
+        shared: Tensors that a technique holds once in each process, for all blocks.
+        attention_in_blocks: Whether attention keeps its inputs, its output and a sum a row for backward, and no [S, S]
+            probabilities.
+    """
 
     family: Family
     hidden: int
@@ -59,17 +74,12 @@ class Outline:
     vocabulary: int
     positions: int
     blocks: list[list[LinearOutline]]
-    """The Linears of each transformer block."""
     tied: bool
     embedding: Weight
     head: Weight | None
-    """None where it is the embedding."""
     norm: Weight
-    """One RMSNorm; each block has two, and one comes after the last block."""
     shared: list[Weight] = field(default_factory=list)
-    """Tensors that a technique holds once in each process, for all blocks."""
     attention_in_blocks: bool = False
-    """Whether attention keeps its inputs, its output and a sum a row for backward, and no [S, S] probabilities."""
 
     def targets(self, patterns: Sequence[str] | None = None) -> list[LinearOutline]:
         """The Linears that ``patterns`` choose, all without any; as :func:`sft.target_layers` chooses layers."""

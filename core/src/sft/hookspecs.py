@@ -185,6 +185,7 @@ def sft_run_failed(run: Run, error: BaseException) -> None:
     """The run ends with ``error``, or was interrupted; after this the caller of :func:`sft.run` gets it.
 
     Called for everything that goes wrong once :func:`sft_check` has passed; what ended the run cannot be changed here.
+    What the run had not made by then is no attribute of ``run``.
     """
 
 

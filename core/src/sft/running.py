@@ -62,6 +62,7 @@ class Summary:
     speaks: bool = True
 
     def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON values, as ``run.json`` has it."""
         values = {**asdict(self), "output_dir": str(self.output_dir)}
         del values["speaks"]
         return values
@@ -84,7 +85,7 @@ class Run:
         precision: The dtypes of the run, from ``sft_collator`` on.
         sizes: Trainable parameters and all of them, of the whole model, as numbers of values.
         settings: The resolved settings: ``model``, ``data``, ``generation``, ``training``, and ``options`` of plugins
-            by name.
+            by name; ``flat()`` is all of them by their own names.
         given: The settings by name as they came, ``plugin`` among them.
         without_effect: Settings that were given and do nothing here, with the reason.
         plugins: The active plugins: ``names``, ``provider(hook)``, ``origin(name)``.
@@ -130,6 +131,7 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
+        """The run directory; it is made before the first evaluation, or else before ``sft_run_started``."""
         return Path(str(self.settings.training.output_dir)).expanduser()
 
     @property
@@ -144,6 +146,7 @@ class Run:
 
     @property
     def eval_steps(self) -> int:
+        """Steps between evaluations."""
         return self.settings.training.eval_steps or self.settings.training.logging_steps
 
     def write_result(self, folder: Path) -> None:

@@ -79,7 +79,8 @@ def _random_weights(values: Mapping[str, Any], seed: int) -> dict[str, np.ndarra
 
 
 def write_data(folder: Path, train: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]] = ()) -> Path:
-    """Write records to ``train.json`` and, if there are any, ``dev.json``; ``folder``."""
+    """Write records to ``train.json`` and, if there are any, ``dev.json`` in ``folder``, which is made; ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name, records in (("train", train), ("dev", dev)):
         if records:
             lines = (json.dumps(record, ensure_ascii=False) for record in records)

@@ -1,0 +1,87 @@
+"""Plugins of third parties: an example distribution tests itself, and stands beside ours without breaking anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft.testing import make_model, write_data
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def install(example: str, site: Path) -> None:
+    """What ``pip install --target SITE --no-deps`` does, without building a wheel."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((EXAMPLES / example / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for source in (EXAMPLES / example / "src").iterdir():
+        if source.suffix == ".py":
+            shutil.copy(source, site)
+    info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    lines = []
+    for group, entries in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+
+def python(folder: Path, site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *filter(None, sys.path[1:])])}
+    line = [sys.executable, *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=folder, timeout=110)
+
+
+@pytest.mark.slow
+def test_the_sqlite_tracker_tests_itself(tmp_path: Path) -> None:
+    shutil.copytree(EXAMPLES / "sqlite_tracker", tmp_path / "plugin")
+    source = tmp_path / "plugin" / "src"
+    done = python(tmp_path / "plugin", source, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^8 passed", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_sqlite_tracker_beside_our_plugins(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    install("sqlite_tracker", site)
+    make_model(tmp_path / "model")
+    write_data(tmp_path / "data", [{"src": f"type#{n}", "tgt": "A coat."} for n in range(12)])
+
+    def sft(*arguments: str) -> str:
+        done = python(tmp_path, site, "-m", "sft", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    listed = sft("plugins")
+    assert re.search(r"^sqlite +sft-example-sqlite 0\.1\.0$", listed, re.MULTILINE)
+    assert re.search(r"^lora +sft-peft-lora ", listed, re.MULTILINE)
+    assert "--sqlite_path TEXT" in sft("run", "--plugin", "sqlite", "--help")
+    run = ("run", "--model_name_or_path", "model", "--dataset_name_or_path", "data", "--max_steps", "3")
+    run = (*run, "--plugin", "lora", "--logging_steps", "1")
+    sft(*run, "--output_dir", "without")
+    sft(*run, "--output_dir", "with", "--plugin", "sqlite", "--sqlite_path", "runs.sqlite")
+    losses = [values["loss"] for values in lines(tmp_path / "with") if "loss" in values]
+    assert losses == [values["loss"] for values in lines(tmp_path / "without") if "loss" in values]
+    adapter = "adapter_model.safetensors"
+    assert (tmp_path / "with" / adapter).read_bytes() == (tmp_path / "without" / adapter).read_bytes()
+    with sqlite3.connect(tmp_path / "runs.sqlite") as database:
+        stored = database.execute("SELECT value FROM metrics WHERE name = 'loss' ORDER BY step").fetchall()
+        assert stored == [(loss,) for loss in losses]
+        assert database.execute("SELECT id, status FROM runs").fetchall() == [(1, "finished")]
+    ask = ("generate", "--model_name_or_path", "model", "--prompt", "type#1", "--max_new_tokens", "4", "--lora_path")
+    assert sft(*ask, "with") == sft(*ask, "without")
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -77,6 +77,18 @@ def test_what_passes_unchanged(error: BaseException) -> None:
     assert caught.value is error
 
 
+def test_a_plugin_that_cannot_be_made() -> None:
+    class Toy(toy()):  # type: ignore[misc]
+        def __init__(self, options: Any) -> None:
+            raise KeyError("a bug")
+
+    Toy.__qualname__ = "Toy"
+    with pytest.raises(sft.PluginError) as caught:
+        active(extra=(Toy,))
+    assert str(caught.value).startswith(f"{WHO} failed in its __init__ (KeyError: 'a bug'); tell its author")
+    assert caught.value.details().count("  File ") == 1
+
+
 def test_a_published_hook_too() -> None:
     class Publisher(sft.Plugin):
         name = "base"

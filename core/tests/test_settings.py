@@ -225,8 +225,19 @@ def test_an_alias_cannot_take_a_setting_from_its_owner() -> None:
     ):
         with pytest.raises(sft.UsageError, match=r"^Setting (shared|b_rate) is declared by both plugin one and plugin"):
             built({}, one, other)
-    with pytest.raises(sft.UsageError, match="has an option of its own name, which is its switch"):
-        built({}, aliased("one", "a_rate", "one"))
+
+
+def test_an_option_is_no_switch_of_a_plugin(distribute: Callable[..., None]) -> None:
+    """What a switch is given is a request, which nobody hands on."""
+    distribute("sft-test-saw", "1 / 0", {"big-saw": "Saw"}, {"setting.use_saw": "Saw"})
+    for name, owner in (("one", "one"), ("big_saw", "big-saw"), ("use_saw", "big-saw")):
+        for plugin in (aliased("one", "a_rate", name), aliased("one", name)):
+            with pytest.raises(sft.UsageError) as caught:
+                built({}, plugin)
+            assert str(caught.value) == (
+                f"Plugin one (given directly as Toy) has an option {name}, which is the switch of plugin {owner}, so "
+                "it would never get a value; upgrade it."
+            )
 
 
 # --- files --------------------------------------------------------------------------------------------------

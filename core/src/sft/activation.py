@@ -60,14 +60,14 @@ def choose(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], 
     """
     left = dict(values)
     asked = _asked(left.pop("plugin", []))
-    switches, numbers, cases = _switches(), requests("number"), _value_requests()
+    switch_of, numbers, cases = switches(), requests("number"), _value_requests()
     by_setting = _by_settings(left, known)
     wanted = [name for names in by_setting.values() for name in names]
     switched_off: set[str] = set()
-    for key in [key for key in left if key in switches and key not in set(known)]:
+    for key in [key for key in left if key in switch_of and key not in set(known)]:
         del left[key]
         if not by_setting[key]:
-            switched_off.update(switches[key])
+            switched_off.update(switch_of[key])
     off = _left_out(asked)
     for name in sorted(off - set(installed())):
         raise UsageError(f"Plugin {name}, which no:{name} switches off, is not installed{_close(name)}")
@@ -166,7 +166,7 @@ def _origins(names: Iterable[str]) -> str:
 
 def switched_off(values: Mapping[str, Any], chosen: Iterable[str]) -> list[str]:
     """Plugins that a given setting could have requested and did not: ``name: false``, or another value of X."""
-    ways = {**_switches(), **requests("number")}
+    ways = {**switches(), **requests("number")}
     for key, cases in _value_requests().items():
         ways[key] = [*ways.get(key, []), *(name for names in cases.values() for name in names)]
     found = [name for key, names in ways.items() if key in values for name in names]
@@ -210,7 +210,7 @@ def explicit(values: Mapping[str, Any]) -> set[str]:
 def _by_settings(values: Mapping[str, Any], known: Iterable[str]) -> dict[str, list[str]]:
     """Of the settings that can request plugins, those that are given, with the plugins that each requests now."""
     core, found = set(known), {}
-    for key, names in _switches().items():
+    for key, names in switches().items():
         if key in values and key not in core:
             found[key] = list(names) if _switch(key, values[key], names) else []
     numbers, cases = requests("number"), _value_requests()
@@ -232,7 +232,7 @@ def _left_out(asked: Iterable[str]) -> set[str]:
     return {canonical(name[3:]) for name in asked if name.lower().startswith("no:")}
 
 
-def _switches() -> dict[str, list[str]]:
+def switches() -> dict[str, list[str]]:
     """Setting → plugins: each plugin's own name, and its ``setting.X``."""
     found = {name.replace("-", "_"): [name] for name in installed()}
     for key, names in requests("setting").items():

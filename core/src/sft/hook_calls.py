@@ -45,7 +45,7 @@ def _guarded(function: Callable[..., Any], caller: pluggy.HookCaller, who: str) 
         except passed:
             raise
         except Exception as error:
-            raise _failed(error, hook, who) from _from_plugin(error)
+            raise failed(error, hook, who) from from_plugin(error)
         if (result is not None or answers) and caller.spec is not None:
             wrong = mismatch(result, _expected(caller.spec.function))
             if answers and result is False:
@@ -66,7 +66,7 @@ def _guarded_wrapper(function: Callable[..., Any], caller: pluggy.HookCaller, wh
         except _passed(caller.name):
             raise
         except Exception as error:
-            raise _failed(error, caller.name, who) from _from_plugin(error)
+            raise failed(error, caller.name, who) from from_plugin(error)
 
     return guarded
 
@@ -76,13 +76,14 @@ def _passed(hook: str) -> tuple[type[Exception], ...]:
     return (SftError, *RAISES.get(hook, ()))
 
 
-def _failed(error: Exception, hook: str, who: str) -> PluginError:
+def failed(error: Exception, hook: str, who: str) -> PluginError:
+    """What is said of ``error``, which the plugin that is called ``who`` raised in ``hook``."""
     text = " ".join(str(error).split())
     cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return PluginError(f"{who} failed in {hook} ({cause}); tell its author, or leave the plugin out.")
 
 
-def _from_plugin(error: Exception) -> Exception:
+def from_plugin(error: Exception) -> Exception:
     """``error`` with the traceback from the plugin's function on."""
     trace = error.__traceback__
     return error.with_traceback(trace.tb_next if trace is not None else None)

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import pluggy
 
 from sft.declarations import check_form, in_order, meant
-from sft.errors import UsageError
-from sft.hook_calls import guard
+from sft.errors import SftError, UsageError
+from sft.hook_calls import failed, from_plugin, guard
 
 SHAPING = ("sft_collator", "sft_model_config", "sft_quantizer", "sft_adapt_model", "sft_parameter_groups")
 """Hooks whose implementation may change what is learned; others only watch, or compute the same in another way."""
@@ -213,11 +213,10 @@ class Plugins:
     def _make(self, name: str, plugin: Any, options: Any) -> Any:
         try:
             return plugin(options)
-        except UsageError:
+        except SftError:
             raise
         except Exception as error:
-            cause = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UsageError(f"{self.who(name)} fails to start ({cause}); upgrade it, or leave it out.") from error
+            raise failed(error, "its __init__", self.who(name)) from from_plugin(error)
 
     @property
     def hook(self) -> Any:

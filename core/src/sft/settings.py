@@ -224,7 +224,10 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
 
     Raises :class:`UsageError` for the first unknown name or wrong value.
     """
+    from sft.activation import switches
+
     owners = {name: "the core" for found in core_options().values() for name in (found.name, *found.aliases)}
+    switch_of = switches()
     classes: dict[str, type] = {}
     for owner, plugin in plugins:
         declared = getattr(plugin, "Options", None)
@@ -233,10 +236,11 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
         classes[owner] = declared
         for found in options_of(declared).values():
             for name in (found.name, *found.aliases):
-                if name == owner.replace("-", "_"):
+                if name == owner.replace("-", "_") or name in switch_of:
+                    asked = " and ".join(switch_of.get(name, [owner]))
                     raise UsageError(
-                        f"Plugin {owner} ({plugins.origin(owner)}) has an option of its own name, which is its switch; "
-                        "upgrade the plugin."
+                        f"{plugins.who(owner)} has an option {name}, which is the switch of plugin {asked}, so it "
+                        "would never get a value; upgrade it."
                     )
                 if name in owners:
                     core = owners[name] == "the core"

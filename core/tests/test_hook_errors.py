@@ -145,6 +145,15 @@ def test_a_run_ends_with_it(train: Train) -> None:
     assert caught.value.__cause__ is error
 
 
+def test_what_a_run_has_not_yet_says_so(train: Train) -> None:
+    with pytest.raises(
+        sft.PluginError, match=r"failed in sft_check \(AttributeError: run\.model is not there yet; help"
+    ):
+        train("out", (toy(sft_check=lambda self, run: run.model),))
+    with pytest.raises(sft.PluginError, match=r"\(AttributeError: 'Run' object has no attribute 'modell'\)"):
+        train("out", (toy(sft_check=lambda self, run: run.modell),))
+
+
 def test_a_broken_reader_of_records_is_no_error_of_the_data(train: Train, dataset: Path) -> None:
     with pytest.raises(sft.PluginError) as caught:
         train("out", (toy(sft_record_format=lambda self, record: record["question"]),))

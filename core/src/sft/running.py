@@ -125,6 +125,13 @@ class Run:
         self.samples: list[Question] = []
         self.questions: list[Question] = []
 
+    def __getattr__(self, name: str) -> Any:
+        if name in Run.__annotations__:
+            text = f"run.{name} is not there yet; help(sft.Run) says from which hook on it is"
+        else:
+            text = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(text, name=name, obj=self)
+
     def rng(self, name: str) -> np.random.Generator:
         """Random numbers that depend on the run's seed and ``name`` alone, not on what was drawn before."""
         return np.random.default_rng([self.settings.training.seed, zlib.crc32(name.encode())])

@@ -45,8 +45,10 @@ class SqliteTracker(sft.Plugin):
         path = self.path(run)
         if path.is_dir():
             raise sft.UsageError(f"sqlite_path {path} is a folder; give a file.")
-        if path.is_file() and path.read_bytes()[:16] not in (b"", b"SQLite format 3\x00"):
-            raise sft.UsageError(f"sqlite_path {path} is no SQLite database; give another file.")
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(16) not in (b"", b"SQLite format 3\x00"):
+                    raise sft.UsageError(f"sqlite_path {path} is no SQLite database; give another file.")
         if self.options.sqlite_path is not None and not path.parent.is_dir():
             raise sft.UsageError(f"sqlite_path {path} lies in a folder that does not exist; make {path.parent}.")
 

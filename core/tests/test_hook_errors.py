@@ -177,7 +177,7 @@ BROKEN = """
             self.look(run)
 
         def look(self, run):
-            return run.nothing_like_it
+            return run.given["nothing_like_it"]
 """
 
 
@@ -192,8 +192,8 @@ def test_the_command_line_shows_the_plugins_lines_and_one_sentence(
     assert first == "Traceback (most recent call last):"
     assert [line.rpartition(" in ")[2] for line in middle if line.startswith("  File ")] == ["sft_check", "look"]
     assert last == (
-        "sft: Plugin tool (sft-test-tool 2.3) failed in sft_check (AttributeError: 'Run' object has no attribute "
-        "'nothing_like_it'); tell its author, or leave the plugin out."
+        "sft: Plugin tool (sft-test-tool 2.3) failed in sft_check (KeyError: 'nothing_like_it'); tell its author, or "
+        "leave the plugin out."
     )
 
 

@@ -55,6 +55,12 @@ def test_an_exception_names_plugin_distribution_and_hook(hook: str) -> None:
     assert caught.value.exit_code == 1
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError()])
+def test_what_the_machine_may_be_to_blame_for(error: Exception) -> None:
+    with pytest.raises(sft.PluginError, match="; if the machine is not to blame, tell its author, or leave"):
+        call(active(extra=(toy(sft_check=raising(error)),)), "sft_check")
+
+
 def test_the_cause_begins_in_the_plugins_own_function() -> None:
     plugins = active(extra=(toy(sft_check=raising(ZeroDivisionError())),))
     with pytest.raises(sft.PluginError) as caught:

@@ -25,6 +25,8 @@ RAISES: dict[str, tuple[type[Exception], ...]] = {"sft_record_format": (ValueErr
 ANSWERS = ("sft_export_adapter", "sft_import_adapter", "sft_adapter_merger")
 """Hooks whose None means nothing: there is no other way of doing what they are asked for."""
 
+_CURE = "tell its author, or leave the plugin out"
+
 
 def guard(manager: pluggy.PluginManager, plugin: Any, who: str) -> None:
     """Let the hooks of a registered ``plugin`` say whose they are where they go wrong; ``who`` names it."""
@@ -80,7 +82,9 @@ def failed(error: Exception, hook: str, who: str) -> PluginError:
     """What is said of ``error``, which the plugin that is called ``who`` raised in ``hook``."""
     text = " ".join(str(error).split())
     cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return PluginError(f"{who} failed in {hook} ({cause}); tell its author, or leave the plugin out.")
+    machine = isinstance(error, (OSError, MemoryError))  # a full disk, too little memory
+    cure = "if the machine is not to blame, tell its author, or leave the plugin out" if machine else _CURE
+    return PluginError(f"{who} failed in {hook} ({cause}); {cure}.")
 
 
 def from_plugin(error: Exception) -> Exception:

@@ -29,6 +29,8 @@ FINGERPRINT = "sft.base"
 """Where adapter_model.safetensors keeps the fingerprint of the weights that it was trained over."""
 QUANTIZER = "sft.quantizer"
 """Where it keeps the plugin that quantized them, with its options: they travel with the file."""
+CONFIG = "sft.config"
+"""Where it keeps the plugins that changed the base's config, with their options."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -78,13 +80,13 @@ def settings_for(
     """What a model needs after training, started: the reader of the adapter in ``folder`` with what it refines, the
     quantizer that it was trained over, with its options, and what is ``requested`` by name. The
     settings are those ``given`` by name, and the defaults."""
-    trained = quantizer_of(folder) if folder is not None else {}
-    names = list(trained.get("plugin", []))
+    trained = base_plugins(folder) if folder is not None else {}
+    names = list(trained)
     for name in names:
         if name not in installed():
             raise UsageError(
-                f"{folder} was trained over a base that plugin {name} quantizes, which is not installed; pip install "
-                "the distribution that provides it."
+                f"{folder} was trained over a base that plugin {name} changes, which is not installed; pip install the "
+                "distribution that provides it."
             )
     names = choose({"plugin": [*names, *requested]}, ())[0]
     readers: list[str] = []
@@ -95,8 +97,9 @@ def settings_for(
     active.readers = readers
     values = dict(given or {})
     for name, plugin in active:
-        if name in trained.get("plugin", []) and getattr(plugin, "Options", None) is not None:
-            values.update({key: trained[key] for key in options_of(plugin.Options) if key in trained})
+        if name in trained and getattr(plugin, "Options", None) is not None:
+            own = trained[name]
+            values.update({key: own[key] for key in options_of(plugin.Options) if key in own and key not in values})
     settings = build(values, active)
     active.start(settings.options)
     return settings, active
@@ -114,20 +117,33 @@ def refuse_idle(plugins: Plugins, requested: Sequence[str], hooks: Sequence[str]
 
 def about_base(run: Run) -> dict[str, str]:
     """What an adapter file says, as metadata, about the base that it was trained over."""
+    about = {FINGERPRINT: run.base_fingerprint}
+    given = {name: asdict(options) for name, options in run.settings.options.items()}
+    if run.source.changed_by:
+        about[CONFIG] = json.dumps({name: given.get(name, {}) for name in run.source.changed_by})
     name = run.plugins.provider("sft_quantizer")
-    if name is None:
-        return {FINGERPRINT: run.base_fingerprint}
-    options = run.settings.options.get(name)
-    values = {"plugin": [name], **(asdict(options) if options is not None else {})}
-    return {FINGERPRINT: run.base_fingerprint, QUANTIZER: json.dumps(values)}
+    if name is not None:
+        about[QUANTIZER] = json.dumps({"plugin": [name], **given.get(name, {})})
+    return about
 
 
-def quantizer_of(folder: Path) -> dict[str, Any]:
-    """The quantizer (``plugin``) and its options, of the base that the adapter was trained over; empty without one."""
+def base_plugins(folder: Path) -> dict[str, dict[str, Any]]:
+    """The plugins that made the base of the adapter in ``folder`` what it is, each with its options: those that changed
+    its config, and the quantizer."""
+    found: dict[str, dict[str, Any]] = {}
+    metadata = _metadata(folder)
     try:
-        return dict(json.loads(_metadata(folder)[QUANTIZER]))
-    except (KeyError, ValueError):
-        return {}
+        found.update(json.loads(metadata.get(CONFIG, "{}")))
+        quantizer = dict(json.loads(metadata.get(QUANTIZER, "{}")))
+        found.update(dict.fromkeys(quantizer.pop("plugin", ()), quantizer))
+        if not all(isinstance(options, dict) for options in found.values()):
+            raise TypeError("options are an object")
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"{folder}: what adapter_model.safetensors says of its base's plugins is damaged ({error}); copy the adapter "
+            "again."
+        ) from error
+    return found
 
 
 def _metadata(folder: Path) -> dict[str, str]:
@@ -177,7 +193,7 @@ def merge(
     from sft.models.loading import open_model
     from sft.models.saving import write_merged
 
-    source = open_model(place)
+    source = open_model(place, plugins)
     check_base(adapter, source, say)
     merger = plugins.hook.sft_adapter_merger(folder=adapter)
     return write_merged(output, source, merger, tokenizer, plugins.hook.sft_quantizer(run=None), form)
@@ -221,7 +237,7 @@ def load_for_inference(
 
     from sft.models.loading import open_model
 
-    return load_with(plugins, open_model(place), adapter, say), tokenizer
+    return load_with(plugins, open_model(place, plugins), adapter, say), tokenizer
 
 
 def load_with(plugins: Plugins, source: ModelSource, adapter: Path | None, say: Callable[[str], None]) -> Any:

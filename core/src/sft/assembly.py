@@ -102,10 +102,9 @@ def load_model(run: Run, place: ModelFolder) -> None:
     run.precision = precision.choose(run.settings.training, run.say)
     run.collator = run.hook.sft_collator(run=run) or PaddedCollator(run.tokenizer.pad_id)
     run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess(run)
-    run.source = loading.open_model(place)
+    loading.open_model(place, run.plugins, run)
     if run.exports_adapter:
         run.base_fingerprint = fingerprint(run.source)
-    run.hook.sft_model_config(run=run, config=run.source.config)
     check_model(run, place.path, *(data for data in (run.train_data, run.dev_data) if data is not None))
     quantizer = run.hook.sft_quantizer(run=run)
     backend = run.hook.sft_attention_backend(run=run, config=run.source.config) or attention.DefaultAttention()

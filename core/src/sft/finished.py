@@ -23,7 +23,7 @@ from sft.running import Run
 from sft.settings import GenerationArguments, check_draw
 from sft.training.precision import Precision
 
-HOOKS = ("sft_quantizer", "sft_attention_backend", "sft_record_format")
+HOOKS = ("sft_model_config", "sft_quantizer", "sft_attention_backend", "sft_record_format")
 
 
 def evaluate_finished(
@@ -67,7 +67,7 @@ def evaluate_finished(
     run.precision = Precision()
     run.collator = PaddedCollator(run.tokenizer.pad_id)
     run.strategy = SingleProcess(run)
-    run.source = open_model(place)
+    run.source = open_model(place, plugins)
     assembly.check_model(run, place.path, run.dev_data)
     run.model = load_with(plugins, run.source, adapter, say)
     backend = plugins.hook.sft_attention_backend(run=run, config=run.source.config)

@@ -86,8 +86,13 @@ def sft_parallel_strategy(run: Run) -> ParallelStrategy:
 
 
 @hookspec
-def sft_model_config(run: Run, config: Any) -> None:
-    """Change the model's config (paddlenlp ``PretrainedConfig``) in place; no layer has been built."""
+def sft_model_config(run: Run | None, config: Any) -> None:
+    """Change the model's config (paddlenlp ``PretrainedConfig``) in place; no layer has been built.
+
+    Called wherever the model is opened, with ``run`` None outside a run: all that counts then are the plugin's options.
+    An adapter's file names the plugins that changed its base's config, with their options, and brings them back; a
+    whole model's ``config.json`` says what was changed. What ``config.json`` cannot say is refused.
+    """
 
 
 @single

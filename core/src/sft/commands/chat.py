@@ -41,7 +41,7 @@ def command(model: str, adapter: str | None, plugins: tuple[str, ...], system: s
     template, allow_pickle = typed.get("chat_template"), typed.get("allow_pickle", False)
     folder = Path(adapter) if adapter else None
     active = plugins_for(folder, plugins)
-    refuse_idle(active, plugins, ("sft_quantizer",), "sft chat")
+    refuse_idle(active, plugins, ("sft_model_config", "sft_quantizer"), "sft chat")
     loaded, tokenizer = load_for_inference(
         model, folder, say, plugins=active, chat_template=template, allow_pickle=allow_pickle
     )

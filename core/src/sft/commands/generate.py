@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sft.plugins import Plugins
 
 BATCH_SIZE = 8
-HOOKS = ("sft_quantizer", "sft_record_format")
+HOOKS = ("sft_model_config", "sft_quantizer", "sft_record_format")
 
 
 @click.command(name="generate")

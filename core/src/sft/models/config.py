@@ -7,12 +7,16 @@ where it can be, and refused where it cannot.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 from sft.errors import UsageError
 from sft.models.families import Family, family_of
+
+_PADDLE_SCALING = ("rope_scaling_type", "rope_scaling_factor")
+"""How PaddleNLP's config spells a linear scaling of the rotary embedding."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -44,12 +48,23 @@ def rope_of(values: dict[str, Any]) -> tuple[float, dict[str, Any]]:
 
 
 def paddle_config(values: dict[str, Any], where: Any) -> tuple[Family, Any]:
-    """The family and a PaddleNLP config for float32 training on one device.
+    """The family and a PaddleNLP config for float32 training on one device; raises as :func:`checked_settings` does."""
+    family, settings = checked_settings(values, where)
+    config_class, _ = family.classes()
+    config = config_class(**settings)
+    config.dtype = "float32"
+    for name in ("use_flash_attention", "fuse_attention_qkv", "fuse_attention_ffn"):
+        setattr(config, name, False)
+    return family, config
+
+
+def checked_settings(values: dict[str, Any], where: Any) -> tuple[Family, dict[str, Any]]:
+    """The family and what its PaddleNLP config is made with; paddle is not imported.
 
     Raises :class:`UsageError` for a setting that PaddleNLP's model would silently ignore.
     """
     family = checked_family(values, where)
-    theta, scaling = rope_of(values)
+    theta, scaling = _checked_rope(values, where)
     kind = scaling["rope_type"]
     if any(isinstance(value, dict) for value in scaling.values()) or scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise UsageError(f"{where}: rotary settings by layer type or for part of a head are not supported.")
@@ -75,12 +90,17 @@ def paddle_config(values: dict[str, Any], where: Any) -> tuple[Family, Any]:
         kept.update(rope_scaling_type="linear", rope_scaling_factor=float(scaling["factor"]))
     if family.default_window is not None:
         kept["max_position_embeddings"] = positions_in_window(values, family.default_window)
-    config_class, _ = family.classes()
-    config = config_class(**kept)
-    config.dtype = "float32"
-    for name in ("use_flash_attention", "fuse_attention_qkv", "fuse_attention_ffn"):
-        setattr(config, name, False)
-    return family, config
+    return family, kept
+
+
+def _checked_rope(values: dict[str, Any], where: Any) -> tuple[float, dict[str, Any]]:
+    try:
+        return rope_of(values)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"{where}: config.json describes the rotary embedding by something else than numbers and an object of them "
+            f"({error}); correct rope_theta, rope_scaling or rope_parameters."
+        ) from error
 
 
 def checked_family(values: dict[str, Any], where: Any) -> Family:
@@ -125,6 +145,51 @@ def _refuse_ignored(values: dict[str, Any], family: Family, where: Any) -> None:
                 f"{where}: {name} = {values.get(name)!r} is ignored by PaddleNLP's {family.model_class}, which "
                 "would compute something else; use a model without it."
             )
+
+
+_EXECUTION = (
+    *("use_flash", "fuse_", "recompute", "no_recompute", "tensor_parallel", "sequence_parallel", "pipeline_parallel"),
+    *("pp_", "sep_parallel", "context_parallel", "virtual_pp"),
+)
+"""What begins so in PaddleNLP's config says how a model is computed, and nothing of what it is."""
+
+
+def says(config: Any) -> dict[str, Any]:
+    """A copy of what PaddleNLP's config says of a model."""
+    return {key: copy.deepcopy(value) for key, value in vars(config).items() if not key.startswith(_EXECUTION)}
+
+
+def changed_values(values: dict[str, Any], before: dict[str, Any], config: Any, who: str, where: Any) -> dict[str, Any]:
+    """``values`` (a ``config.json``) with what ``who`` changed in PaddleNLP's config since it said ``before``, in
+    Hugging Face's terms; :class:`UsageError` where they do not have it: the saved model would be another one.
+    """
+    after = says(config)
+    changed = {key: value for key, value in after.items() if key not in before or before[key] != value}
+    rope = {key: changed.pop(key) for key in ("rope_theta", "rope_scaling", *_PADDLE_SCALING) if key in changed}
+    new = {**values, **changed}
+    if rope:
+        theta, scaling = rope_of(values)
+        theta = rope.get("rope_theta", theta)
+        if "rope_scaling" in rope:
+            scaling = rope_of({"rope_scaling": rope["rope_scaling"]})[1]
+        elif set(rope) & set(_PADDLE_SCALING):
+            kind, factor = (after.get(key) for key in _PADDLE_SCALING)
+            scaling = {"rope_type": kind, "factor": factor} if kind else {"rope_type": "default"}
+        for key in ("rope_parameters", "rope_scaling", *_PADDLE_SCALING):
+            new.pop(key, None)
+        new["rope_theta"] = theta
+        if scaling["rope_type"] != "default":
+            new["rope_scaling"] = scaling
+        if "rope_parameters" in values:
+            new["rope_parameters"] = {**scaling, "rope_theta": theta}
+    again = says(paddle_config(new, f"{where}, as {who} changes it")[1])
+    lost = sorted(key for key in changed | rope if again.get(key) != after.get(key))
+    if lost:
+        raise UsageError(
+            f"{who} sets {lost[0]} of the model's config to {after.get(lost[0])!r}, which config.json has no way to "
+            "say, so the result would be read as another model; leave the plugin out."
+        )
+    return new
 
 
 def hf_config(values: dict[str, Any], dtype: str) -> dict[str, Any]:

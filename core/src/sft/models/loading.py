@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
-from sft.models.config import paddle_config, read_config
+from sft.models.config import changed_values, paddle_config, read_config, says
 from sft.models.families import Family
 from sft.models.layers import Target, target_layers
 from sft.models.parts import is_elsewhere, part_of, whole_shape
@@ -22,6 +22,8 @@ from sft.models.source import ModelFolder, Weights
 if TYPE_CHECKING:
     import numpy as np
 
+    from sft.plugins import Plugins
+    from sft.running import Run
     from sft.seams import ParallelStrategy, Quantizer
 
 
@@ -31,8 +33,11 @@ class ModelSource:
 
     place: ModelFolder
     values: dict[str, Any]
+    """``config.json``, with what plugins changed in it."""
     family: Family
     config: Any
+    changed_by: tuple[str, ...] = ()
+    """The plugins that changed the config (``sft_model_config``)."""
 
     @property
     def folder(self) -> Path:
@@ -43,12 +48,24 @@ class ModelSource:
         return Weights(self.place, self.family)
 
 
-def open_model(place: Path | ModelFolder) -> ModelSource:
-    """Read and check ``config.json``; see :func:`sft.models.config.paddle_config` for what is refused."""
+def open_model(place: Path | ModelFolder, plugins: Plugins | None = None, run: Run | None = None) -> ModelSource:
+    """Read and check ``config.json``, and let ``plugins`` change what it says, as they do wherever the model is opened.
+
+    See :func:`sft.models.config.checked_settings` and :func:`sft.models.config.changed_values` for what is refused.
+    """
     place = place if isinstance(place, ModelFolder) else ModelFolder(place)
     values = read_config(place.path)
     family, config = paddle_config(values, place.path)
-    return ModelSource(place, values, family, config)
+    source = ModelSource(place, values, family, config)
+    if run is not None:
+        run.source = source
+    for name in plugins.implementing("sft_model_config") if plugins is not None else ():
+        before = says(config)
+        plugins.ask(name, "sft_model_config", run=run, config=config)
+        if says(config) != before:
+            source.values = changed_values(source.values, before, config, f"plugin {name}", place.path)
+            source.changed_by += (name,)
+    return source
 
 
 def load_model(

@@ -222,8 +222,11 @@ def test_lengths_that_leave_no_target(refused: Callable[..., str]) -> None:
 def test_records_longer_than_the_model_reads(refused: Callable[..., str], work: Path) -> None:
     (work / "data" / "train.json").write_text(RECORD + RECORD.replace("river", "river " * 30), encoding="utf-8")
     message = refused()
-    assert message.startswith("The longest record has ")
-    assert " and model reads 64 (max_position_embeddings, or a smaller sliding_window); set max_length" in message
+    assert message.startswith("A record has ")
+    assert (
+        " tokens and model reads at most 65, the last of which is only predicted (max_position_embeddings, or a"
+        in message
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -257,7 +260,7 @@ def test_a_setting_of_a_plugin_that_is_not_requested(refused: Callable[..., str]
         ("config.json", "model has no config.json; give a model directory in Hugging Face or Paddle layout."),
         (
             "model.safetensors",
-            "model has no weights; it needs model.safetensors (or its shards and index), or Paddle's",
+            "model has no weights; it needs model.safetensors (or its shards and index), or with allow",
         ),
     ],
 )

@@ -174,7 +174,9 @@ def test_a_record_longer_than_the_sliding_window_is_refused(
     train: Callable[..., Any], variant: Callable[..., Path]
 ) -> None:
     folder = variant("mistral-gqa", sliding_window=16)
-    with pytest.raises(sft.UsageError, match=r"longest record has \d+ tokens and .* reads 16 \(.*sliding_window\)"):
+    with pytest.raises(
+        sft.UsageError, match=r"A record has \d+ tokens and .* at most 17, .*sliding_window.*--max_length 17\."
+    ):
         train(model_name_or_path=str(folder))
 
 

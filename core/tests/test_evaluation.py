@@ -323,5 +323,5 @@ def test_an_attention_can_be_requested(models: Path, dataset: Path, distribute: 
 def test_a_record_that_the_model_cannot_read_is_refused(models: Path, tmp_path: Path) -> None:
     long = tmp_path / "long.json"
     long.write_text(json.dumps({"src": "a b c " * 60, "tgt": "d"}))
-    with pytest.raises(sft.UsageError, match=r"The longest record has \d+ tokens and .* reads 64"):
+    with pytest.raises(sft.UsageError, match=r"A record has \d+ tokens and .* reads at most 65"):
         evaluate(models / "llama-tied-gqa", long)

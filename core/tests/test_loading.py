@@ -240,3 +240,17 @@ def test_a_failed_download_says_why_in_one_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(sft.UsageError, match=r"could not be downloaded from the hub \(no route to host\)"):
         sources.find_model("some-owner/some-model")
+
+
+def test_a_long_message_of_the_hub_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As huggingface_hub words it where there is no connection."""
+    first = "An error happened while trying to locate the files on the Hub and we cannot find the appropriate snapshot"
+    rest = " folder for the specified revision on the local disk. Please check your internet connection and try again."
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        raise OSError(first + rest + " Otherwise," + " and so on" * 40 + ".")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(sft.UsageError, match="could not be downloaded") as caught:
+        sources.find_model("some-owner/some-model")
+    assert f"({(first + rest)[:-1]});" in str(caught.value)

@@ -265,6 +265,16 @@ def test_the_hubs_links_are_followed_and_its_pickles_fetched_where_they_are_allo
     assert "model_state.pdparams" in fetched
 
 
+def test_the_weights_of_a_hub_model_that_cannot_be_used_are_not_fetched(
+    opened: Callable[..., Any], hub: Any, models: Path, variant: Callable[..., Path]
+) -> None:
+    fetched = hub(variant(CASE, model_type="mamba"))
+    for command in ("run", "generate", "evaluate"):
+        with pytest.raises(sft.UsageError, match="model_type 'mamba' has not been verified"):
+            opened(command, "some/model")
+    assert set(fetched) == {"config.json"}
+
+
 # --- weights that are read ----------------------------------------------------------------------------------
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,7 +87,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(train: Train, models: Path
 def test_records_longer_than_the_models_positions_are_refused(train: Train, models: Path, tmp_path: Path) -> None:
     data = tmp_path / "long.json"
     data.write_text(json.dumps({"src": "a b c " * 30, "tgt": "d e f"}))
-    message = r"longest record has \d+ tokens and .* reads 64 \(max_position_embeddings, or a smaller sliding_window\)"
+    message = r"A record has \d+ tokens and .* reads at most 65, the last .* predicted \(max_position_embeddings, or"
     refused(train, tmp_path, message, dataset_name_or_path=str(data))
 
 
@@ -107,3 +110,88 @@ def test_settings_can_come_from_a_file(paddle: Any, models: Path, dataset: Path,
     assert summary.steps == 1
     assert summary.output_dir == tmp_path / "out"
     assert any(line.startswith("train data: 30 records") for line in said)
+
+
+# --- cheap things first -------------------------------------------------------------------------------------
+
+FIRST = """
+import json, sys
+import sft
+from sft import adapters
+from sft.finished import evaluate_finished
+for model, data, message, with_data in json.loads(sys.argv[1]):
+    values = {"model_name_or_path": model, "dataset_name_or_path": data}
+    said = []
+    for open_it in (
+        lambda: sft.run({**values, "output_dir": sys.argv[2]}, say=said.append),
+        lambda: evaluate_finished(values, None, said.append),
+        lambda: adapters.load_for_inference(model, None, said.append),
+    ):
+        try:
+            open_it()
+        except sft.UsageError as error:
+            assert message in str(error), (message, str(error))
+        else:
+            raise AssertionError(message)
+        if with_data:
+            break
+    assert "paddle" not in sys.modules, message
+    assert not any(" data:" in line for line in said), said
+"""
+
+
+def test_a_model_that_cannot_be_used_is_refused_before_data_is_read_or_paddle_imported(
+    models: Path, tmp_path: Path
+) -> None:
+    """The data is no JSON, which nobody gets to see; and once it holds a record that is too long."""
+    broken, long = tmp_path / "broken", tmp_path / "long"
+    for folder, text in ((broken, "{"), (long, json.dumps({"src": "a b c " * 30, "tgt": "d e f"}))):
+        folder.mkdir()
+        for split in ("train", "dev"):
+            (folder / f"{split}.json").write_text(text)
+    cases = []
+
+    def case(
+        message: str, data: Path = broken, without: str = "", text: str = "", file: str = "config.json", **config: Any
+    ) -> None:
+        model = tmp_path / f"model-{len(cases)}"
+        shutil.copytree(models / "llama-tied-gqa", model)
+        values = {**json.loads((model / "config.json").read_text()), **config}
+        (model / "config.json").write_text(json.dumps(values))
+        if text:
+            (model / file).write_text(text)
+        if without:
+            (model / without).unlink()
+        cases.append((str(model), str(data), message, "reads at most" in message or "its tokenizer has" in message))
+
+    case("model_type 'mamba' has not been verified", model_type="mamba")
+    case("model_type ['llama'] has not been verified", model_type=["llama"])
+    case("is not valid JSON", text="{")
+    case("is not valid JSON", text="[" * 100_000)
+    case("rotary scaling 'yarn' is not computed", rope_scaling={"rope_type": "yarn", "factor": 2.0})
+    case("something else than numbers", rope_scaling="linear")
+    case("something else than numbers", rope_parameters=None, rope_theta="high")
+    case("linear rotary scaling needs the number factor, not None", rope_scaling={"rope_type": "linear"})
+    case("must hold one JSON object, and holds a list", text="[]", file="tokenizer_config.json")
+    case("must give eos_token as text", text='{"eos_token": {"x": 1}}', file="tokenizer_config.json")
+    case("has no tokenizer.json", without="tokenizer.json")
+    case("has no weights", without="model.safetensors")
+    case("has no config.json", without="config.json")
+    case("its tokenizer has 320 tokens, its model 128", vocab_size=128)
+    case("reads at most 65", data=long)
+    line = [sys.executable, "-c", FIRST, json.dumps(cases), str(tmp_path / "out")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_number_that_is_offered_for_max_length_works_and_a_larger_one_does_not(
+    train: Train, models: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "long.json"
+    data.write_text(json.dumps({"src": "a b c", "tgt": "d e f " * 30}))
+    with pytest.raises(sft.UsageError, match=r"to cut longer records, give --max_length (\d+)\.") as caught:
+        train("out", dataset_name_or_path=str(data), max_steps=1)
+    offered = int(re.findall(r"--max_length (\d+)", str(caught.value))[0])
+    with pytest.raises(sft.UsageError, match="to cut longer records"):
+        train("out", dataset_name_or_path=str(data), max_steps=1, max_length=offered + 1)
+    assert train("out", dataset_name_or_path=str(data), max_steps=1, max_length=offered).tokens == 64

@@ -99,9 +99,9 @@ def test_a_record_that_does_not_fit_is_refused_when_its_window_is_read() -> None
     data.check_fits(Path("model"), 5)
     windows = data.windows()
     assert len(next(windows).data) == 4
-    with pytest.raises(sft.UsageError, match=r"The longest record has 7 tokens and model reads 5 .*set max_length"):
+    with pytest.raises(sft.UsageError, match=r"A record has 8 tokens and model reads at most 6, .*--max_length 6\."):
         next(windows)
-    with pytest.raises(sft.UsageError, match="The longest record has 5 tokens and model reads 4"):
+    with pytest.raises(sft.UsageError, match="A record has 6 tokens and model reads at most 5"):
         Stream([], Reader([1, 2, 3, 4]), growing, 4).check_fits(Path("model"), 4)
 
 
@@ -210,7 +210,7 @@ def test_a_long_record_behind_the_first_window_does_not_train(
     monkeypatch.setattr(Stream.__init__, "__defaults__", (4,))
     data = lines(tmp_path / "data", *[("a", "b")] * 6, ("a b c " * 60, "d"))
     settings = {"dataset_name_or_path": data, "lazy": True, "max_steps": 4, "per_device_train_batch_size": 2}
-    with pytest.raises(sft.UsageError, match=r"The longest record has \d+ tokens and .* reads 64 .*set max_length"):
+    with pytest.raises(sft.UsageError, match=r"A record has \d+ tokens and .* reads at most 65, .*--max_length 65"):
         train(**settings)
     assert [line["step"] for line in metrics(tmp_path / "out")] == [1, 2]
     assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -26,7 +26,7 @@ from sft.seams import (
 )
 
 if TYPE_CHECKING:
-    from sft.adapters import read_adapter
+    from sft.adapters import check_continued, read_adapter
     from sft.commands.run import collect
     from sft.data.batches import assemble
     from sft.models.layers import Target, linear_weight, module_names, target_layers
@@ -45,6 +45,7 @@ _LAZY = {
     "Run": "sft.running",
     "Summary": "sft.running",
     "assemble": "sft.data.batches",
+    "check_continued": "sft.adapters",
     "module_names": "sft.models.layers",
     "read_adapter": "sft.adapters",
     "run": "sft.running",
@@ -81,6 +82,7 @@ __all__ = [
     "UsageError",
     "Weight",
     "assemble",
+    "check_continued",
     "collect",
     "hookimpl",
     "hookspec",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from sft import runtime
 from sft.activation import choose, choose_reader
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
-from sft.models.source import find_model
+from sft.models.loading import find_usable_model
 from sft.options import options_of
 from sft.plugins import Plugins, canonical, implements, installed, with_refined
 from sft.settings import Settings, build
@@ -140,8 +141,8 @@ def base_plugins(folder: Path) -> dict[str, dict[str, Any]]:
             raise TypeError("options are an object")
     except (ValueError, TypeError) as error:
         raise UsageError(
-            f"{folder}: what adapter_model.safetensors says of its base's plugins is damaged ({error}); copy the adapter "
-            "again."
+            f"{folder}: what adapter_model.safetensors says of its base's plugins is damaged ({error}); copy the "
+            "adapter again."
         ) from error
     return found
 
@@ -180,7 +181,7 @@ def merge(
     plugins = plugins_for(adapter, requested)
     refuse_idle(plugins, requested, ("sft_quantizer", "sft_adapter_merger"), "sft merge")
     runtime.require_paddle()
-    place = find_model(model, allow_pickle)
+    place, _ = find_usable_model(model, allow_pickle)
     tokenizer = Tokenizer(place.path, chat_template=trained_template(adapter))
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise UsageError(f"{output} already exists and is not empty; choose another place or remove it.")
@@ -202,17 +203,57 @@ def merge(
 def check_base(adapter: Path, source: ModelSource, say: Callable[[str], None]) -> None:
     """Say so if ``adapter`` was trained over other weights than those of ``source``, as far as it tells.
 
-    A run keeps its base's fingerprint in the adapter file; adapters from elsewhere only name their base.
+    A run keeps its base's fingerprint in the adapter file. Adapters from elsewhere only name their base: where that is
+    a model here, the weights are compared; where it is not, the last part of its name, which copies tend to keep.
     """
     from sft.models.fingerprint import fingerprint
+    from sft.models.loading import open_model
 
-    metadata = _metadata(adapter)
     named = read_config(adapter).get("base_model_name_or_path")
-    if FINGERPRINT in metadata and metadata[FINGERPRINT] != fingerprint(source):
+    expected = trained_over(adapter)
+    if expected is None and isinstance(named, str) and named:
+        with contextlib.suppress(UsageError, OSError):  # it may be no model any more
+            expected = fingerprint(open_model(Path(named).expanduser()))
+        if expected is None and Path(named).name.lower() not in _names(source.folder):
+            say(
+                f"note: the adapter names {named} as its base, and this is {source.folder}; if the weights are not the "
+                "same, it means something else over these"
+            )
+    if expected is not None and expected != fingerprint(source):
         say(
             f"note: the adapter was trained over other weights than those of {source.folder} (its base was {named}); "
             "over these it means something else"
         )
+
+
+def check_continued(run: Run, adapter: Path) -> None:
+    """Say so if ``adapter``, from which ``run`` goes on, was trained over another base than the run's: over other
+    weights (see :func:`check_base`), or one that other plugins had changed."""
+    check_base(adapter, run.source, run.say)
+    quantizer = run.plugins.provider("sft_quantizer")
+    here = {*run.source.changed_by, *([quantizer] if quantizer is not None else ())}
+    there = set(base_plugins(adapter))
+    for name in sorted(there - here):
+        run.say(
+            f"note: the adapter was trained over a base that plugin {name} changes, and this run does without {name}"
+        )
+    for name in sorted(here - there):
+        run.say(
+            f"note: plugin {name} changes this run's base, and the adapter was trained over one that it had not changed"
+        )
+
+
+def trained_over(adapter: Path) -> str | None:
+    """The fingerprint of the weights that an adapter, or a checkpoint with one, was trained over; None where its file
+    does not say."""
+    return _metadata(adapter).get(FINGERPRINT)
+
+
+def _names(folder: Path) -> set[str]:
+    """What a model in ``folder`` may be called, in small letters: the folder, and in the hub's cache the repository."""
+    folder = folder.resolve()
+    cached = [part.rpartition("--")[2] for part in folder.parts if part.startswith("models--")]
+    return {name.lower() for name in (folder.name, *cached)}
 
 
 def load_for_inference(
@@ -231,7 +272,7 @@ def load_for_inference(
     """
     plugins = plugins or plugins_for(adapter, requested)
     runtime.require_paddle()
-    place = find_model(model, allow_pickle)
+    place, _ = find_usable_model(model, allow_pickle)
     tokenizer = Tokenizer(place.path, chat_template=chat_template or trained_template(adapter))
     say(runtime.prepare())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -29,10 +29,23 @@ if TYPE_CHECKING:
     from sft.training.optimizer import Optimizer
 
 
-def read_data(run: Run, train_files: list[Path], dev_files: list[Path]) -> None:
-    """Read, check and encode every record; says what became of them."""
+def read_data(run: Run, train_files: list[Path], dev_files: list[Path], model: Path, sizes: Mapping[str, Any]) -> None:
+    """Read, check and encode every record; says what became of them.
+
+    ``sizes``: of the model in folder ``model``, as far as ``config.json`` gives them. Unless plugins may change them,
+    they are held against the tokenizer and each record at once, and not only by :func:`check_model`.
+    """
     data = run.settings.data
-    tokens_of = partial(encode, tokenizer=run.tokenizer, src_length=data.src_length, max_length=data.max_length)
+    known = {} if run.plugins.provider("sft_model_config") is not None else sizes
+    check_vocabulary(run, model, known.get("vocab_size"))
+    positions = known.get("max_position_embeddings")
+    tokens_of = partial(
+        encode,
+        tokenizer=run.tokenizer,
+        src_length=data.src_length,
+        max_length=data.max_length,
+        room=(model, positions) if positions else None,
+    )
     run.say(f"chat template: {run.tokenizer.template_name}")
 
     def conversations(files: list[Path], formats: Formats | None = None) -> Iterator[Conversation]:
@@ -135,15 +148,20 @@ def check_model(run: Run, folder: Path, *data: Data) -> None:
     from sft.models.generation import check_room
 
     config = run.source.config
-    if run.tokenizer.vocab_size > config.vocab_size:
-        raise UsageError(
-            f"{folder}: its tokenizer has {run.tokenizer.vocab_size} tokens, its model {config.vocab_size}; "
-            "they do not belong together."
-        )
+    check_vocabulary(run, folder, config.vocab_size)
     for records in data:
         records.check_fits(folder, config.max_position_embeddings)
     for question in [*run.samples, *run.questions]:
         check_room(question.ids, run.settings.generation, config.max_position_embeddings)
+
+
+def check_vocabulary(run: Run, folder: Path, size: int | None) -> None:
+    """Refuse a model that has no embedding for some of the tokenizer's tokens; ``size`` None is not known yet."""
+    if size is not None and run.tokenizer.vocab_size > size:
+        raise UsageError(
+            f"{folder}: its tokenizer has {run.tokenizer.vocab_size} tokens, its model {size}; "
+            "they do not belong together."
+        )
 
 
 def _check_packing(run: Run, backend: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.adapters import trained_over
 from sft.data.batches import Schedule
 from sft.data.tokenizer import FILES as TOKENIZER_FILES
 from sft.errors import UsageError
@@ -172,12 +173,26 @@ def check_resumable(run: Run, schedule: Schedule, source: Path, state: dict[str,
             f"{source} was trained with seed {seed} and {data['rows_per_step']} rows a step, this run has seed "
             f"{schedule.seed} and {schedule.rows_per_step}; resume with the same seed and batch sizes."
         )
+    check_same_base(run, source)
     _check_same_plugins(run, state["shaping"], source)
     free = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm"}
     now = run.settings.flat()
     for name in sorted(set(now) | set(state["settings"])):
         if name not in free and now.get(name) != state["settings"].get(name):
             run.say(f"note: {name} was {state['settings'].get(name)!r} in {source.name} and is now {now.get(name)!r}")
+
+
+def check_same_base(run: Run, source: Path) -> None:
+    """Refuse a checkpoint whose adapter was trained over other weights than this run's base.
+
+    Where the whole model trains, its weights are all in the checkpoint, and the base that it began with has no part in
+    what follows.
+    """
+    if run.exports_adapter and trained_over(source) not in (None, run.base_fingerprint):
+        raise UsageError(
+            f"{source} holds an adapter that was trained over other weights than those of {run.source.folder}; put the "
+            "base back as it was, or start a new run."
+        )
 
 
 def _check_same_plugins(run: Run, before: dict[str, Any], source: Path) -> None:

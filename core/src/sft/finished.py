@@ -17,7 +17,7 @@ from sft.data.sources import find_files
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import make_folder
-from sft.models.source import find_model
+from sft.models.loading import find_usable_model
 from sft.options import options_of
 from sft.running import Run
 from sft.settings import GenerationArguments, check_draw
@@ -53,9 +53,9 @@ def evaluate_finished(
     if generations is not None:
         make_folder(generations.parent)
     runtime.require_paddle()
-    place = find_model(str(settings.model.model_name_or_path), settings.model.allow_pickle)
+    place, sizes = find_usable_model(str(settings.model.model_name_or_path), settings.model.allow_pickle)
     run.tokenizer = Tokenizer(place.path, chat_template=settings.data.chat_template or trained_template(adapter))
-    assembly.read_data(run, [], files)
+    assembly.read_data(run, [], files, place.path, sizes)
     assert run.dev_data is not None
     say(runtime.prepare())
 

@@ -21,6 +21,7 @@ from sft.data.sources import find_files
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import save_tensors, write_json
+from sft.models.loading import find_usable_model
 from sft.models.source import find_model
 from sft.plugins import Plugins
 from sft.resolution import resolve
@@ -224,14 +225,14 @@ def execute(run: Run) -> Summary:
     train_files, dev_files = find_files(dataset, "train"), find_files(dataset, "dev")
     runtime.require_paddle()
     model = run.settings.model
-    place = find_model(str(model.model_name_or_path), model.allow_pickle)
+    place, sizes = find_usable_model(str(model.model_name_or_path), model.allow_pickle)
     source = find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
     state = read_state(source) if source is not None else None
     date = datetime.fromisoformat(state["date"]) if state is not None else None
     named = model.tokenizer_name_or_path
     run.tokenizer = Tokenizer((find_model(named) if named else place).path, date, run.settings.data.chat_template)
     run.resumes = state is not None
-    assembly.read_data(run, train_files, dev_files)
+    assembly.read_data(run, train_files, dev_files, place.path, sizes)
     run.say(runtime.prepare())
     assembly.load_model(run, place)
     if not run.settings.training.do_train:
@@ -281,6 +282,7 @@ def _only_evaluate(run: Run, source: Path | None, state: dict[str, Any] | None, 
 
     step, epoch = 0, 0.0
     if source is not None and state is not None:
+        checks.check_same_base(run, source)
         checkpoint.load_model(run, source, state)
         step, epoch = state["step"], state["epoch"]
         run.say(f"measuring {source}")

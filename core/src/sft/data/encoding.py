@@ -82,12 +82,7 @@ class Encoded:
 
     def check_fits(self, model: Path, positions: int) -> None:
         """Refuse a record that has more tokens than the model in folder ``model`` has positions."""
-        longest = int(self.lengths.max(initial=0))
-        if longest > positions:
-            raise UsageError(
-                f"The longest record has {longest} tokens and {model} reads {positions} "
-                "(max_position_embeddings, or a smaller sliding_window); set max_length to at most that."
-            )
+        _check_fits(int(self.lengths.max(initial=0)), model, positions)
 
     def report(self) -> dict[str, int]:
         return asdict(self.counts)
@@ -96,6 +91,16 @@ class Encoded:
         """Each pass over the data is a window, from the first one or from that of ``place``."""
         for number in itertools.count(place["window"] if place else 0):
             yield Window(number, self, number, number + 1, {"window": number})
+
+
+def _check_fits(length: int, model: Path, positions: int) -> None:
+    """``length``: what a record puts into a row, which is a token less than it has: the last one is only predicted."""
+    if length > positions:
+        raise UsageError(
+            f"A record has {length + 1} tokens and {model} reads at most {positions + 1}, the last of which is only "
+            "predicted (max_position_embeddings, or a smaller sliding_window, is one less); to cut longer records, "
+            f"give --max_length {positions + 1}."
+        )
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,12 @@ def encode(
     src_length: int,
     max_length: int,
     group: int = 256,
+    room: tuple[Path, int] | None = None,
 ) -> Encoded:
     """Encode every conversation. A conversation that is too long loses its oldest turns first, then the
-    beginning of its prompt (``src_length``), then the end of its answer (``max_length``); all are counted."""
+    beginning of its prompt (``src_length``), then the end of its answer (``max_length``); all are counted.
+
+    ``room``: a model's folder and its positions, where a record that is longer is to be refused at once."""
     encoder = _Encoder(tokenizer, src_length, max_length)
     ids: list[np.ndarray] = []
     trained: list[np.ndarray] = []
@@ -131,6 +139,8 @@ def encode(
             if not any(targets[1:]):
                 counts.dropped += 1
                 continue
+            if room is not None:
+                _check_fits(len(tokens) - 1, *room)
             counts.tokens += len(tokens) - 1
             counts.target_tokens += sum(targets[1:])
             ids.append(np.asarray(tokens, np.int32))

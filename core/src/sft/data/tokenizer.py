@@ -55,7 +55,7 @@ class Tokenizer:
         self.backend.no_truncation()
         self.config = _read_json(folder / "tokenizer_config.json")
         declared = {**_read_json(folder / "special_tokens_map.json"), **self.config}
-        self.special = {key: _text(declared[key]) for key in _SPECIAL if declared.get(key)}
+        self.special = {key: _text(key, declared[key], folder) for key in _SPECIAL if declared.get(key)}
         model = {**_read_json(folder / "config.json"), **_read_json(folder / "generation_config.json")}
         self.eos_ids = self._eos_ids(model)
         self.bos_id = self._id("bos_token")
@@ -167,8 +167,13 @@ class Tokenizer:
         return Pairs(self._source, self.marks) if self._source.kind == "pairs" else Plain(self.marks)
 
 
-def _text(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else str(token)
+def _text(key: str, token: Any, folder: Path) -> str:
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise UsageError(
+            f"{folder}: tokenizer_config.json must give {key} as text, or an object with its content, not {token!r}."
+        )
+    return text
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -176,6 +181,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON ({error}); correct or replace it.") from error
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        raise UsageError(
+            f"{path} must hold one JSON object, and holds a {type(value).__name__}; correct or replace it."
+        )
+    return value

@@ -15,6 +15,13 @@ from typing import Any
 from sft.errors import UsageError
 from sft.models.families import Family, family_of
 
+_WAYS = ("use_flash_attention", "fuse_attention_qkv", "fuse_attention_ffn")
+"""Ways of computing that are decided here."""
+_NEEDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""The numbers that a kind of scaling needs."""
 _PADDLE_SCALING = ("rope_scaling_type", "rope_scaling_factor")
 """How PaddleNLP's config spells a linear scaling of the rotary embedding."""
 
@@ -26,7 +33,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder} has no config.json; give a model directory in Hugging Face or Paddle layout.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON ({error}); correct or replace it.") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold one JSON object.")
@@ -51,9 +58,15 @@ def paddle_config(values: dict[str, Any], where: Any) -> tuple[Family, Any]:
     """The family and a PaddleNLP config for float32 training on one device; raises as :func:`checked_settings` does."""
     family, settings = checked_settings(values, where)
     config_class, _ = family.classes()
-    config = config_class(**settings)
+    try:
+        config = config_class(**settings)
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UsageError(
+            f"{where}: PaddleNLP's {family.config_class} does not take what config.json says ({cause}); correct it."
+        ) from error
     config.dtype = "float32"
-    for name in ("use_flash_attention", "fuse_attention_qkv", "fuse_attention_ffn"):
+    for name in _WAYS:
         setattr(config, name, False)
     return family, config
 
@@ -68,11 +81,14 @@ def checked_settings(values: dict[str, Any], where: Any) -> tuple[Family, dict[s
     kind = scaling["rope_type"]
     if any(isinstance(value, dict) for value in scaling.values()) or scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise UsageError(f"{where}: rotary settings by layer type or for part of a head are not supported.")
-    if kind not in family.rope_types:
+    if not isinstance(kind, str) or kind not in family.rope_types:
         raise UsageError(
             f"{where}: rotary scaling {kind!r} is not computed by PaddleNLP's {family.model_class}; "
             f"it knows {', '.join(family.rope_types)}."
         )
+    for name in _NEEDS.get(kind, ()):
+        if isinstance(scaling.get(name), bool) or not isinstance(scaling.get(name), (int, float)):
+            raise UsageError(f"{where}: {kind} rotary scaling needs the number {name}, not {scaling.get(name)!r}.")
     left_out = {
         "rope_parameters",
         "rope_scaling",
@@ -147,16 +163,13 @@ def _refuse_ignored(values: dict[str, Any], family: Family, where: Any) -> None:
             )
 
 
-_EXECUTION = (
-    *("use_flash", "fuse_", "recompute", "no_recompute", "tensor_parallel", "sequence_parallel", "pipeline_parallel"),
-    *("pp_", "sep_parallel", "context_parallel", "virtual_pp"),
-)
-"""What begins so in PaddleNLP's config says how a model is computed, and nothing of what it is."""
-
-
 def says(config: Any) -> dict[str, Any]:
-    """A copy of what PaddleNLP's config says of a model."""
-    return {key: copy.deepcopy(value) for key, value in vars(config).items() if not key.startswith(_EXECUTION)}
+    """A copy of what PaddleNLP's config says of a model, without what PaddleNLP itself counts as the way of computing
+    it."""
+    from paddlenlp.transformers.configuration_utils import LlmMetaConfig
+
+    ways = {*LlmMetaConfig._get_defaults(), *_WAYS}
+    return {key: copy.deepcopy(value) for key, value in vars(config).items() if key not in ways}
 
 
 def changed_values(values: dict[str, Any], before: dict[str, Any], config: Any, who: str, where: Any) -> dict[str, Any]:

@@ -97,7 +97,7 @@ FAMILIES = {
 def family_of(config: dict[str, Any], where: Any) -> Family:
     """The family of a ``config.json``; :class:`UsageError` with those there are, if it is none of them."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UsageError(
             f"{where}: model_type {model_type!r} has not been verified here; use one of {', '.join(FAMILIES)}."
         )

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
-from sft.models.config import changed_values, paddle_config, read_config, says
+from sft.models.config import changed_values, checked_settings, paddle_config, read_config, says
 from sft.models.families import Family
 from sft.models.layers import Target, target_layers
 from sft.models.parts import is_elsewhere, part_of, whole_shape
-from sft.models.source import ModelFolder, Weights
+from sft.models.source import ModelFolder, Weights, find_config, find_model, weight_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +66,17 @@ def open_model(place: Path | ModelFolder, plugins: Plugins | None = None, run: R
             source.values = changed_values(source.values, before, config, f"plugin {name}", place.path)
             source.changed_by += (name,)
     return source
+
+
+def find_usable_model(name_or_path: str, allow_pickle: bool = False) -> tuple[ModelFolder, dict[str, Any]]:
+    """The folder of a model whose ``config.json`` and weight files can be used (see ``find_model``), and what its
+    PaddleNLP config will be made with. What it refuses is refused before weights are downloaded or paddle is imported.
+    """
+    folder = find_config(name_or_path)
+    _, settings = checked_settings(read_config(folder), folder)
+    place = find_model(name_or_path, allow_pickle)
+    weight_files(place)
+    return place, settings
 
 
 def load_model(

@@ -20,9 +20,6 @@ import numpy as np
 
 from sft.errors import UsageError
 
-SUFFIXES = (".pdparams", ".bin")
-"""Names of pickled weight files end so: Paddle's, and torch's."""
-
 _NAMES = "StructuredToParameterName@@"
 """Where paddle keeps the parameters' names in its own graph; they mean nothing here."""
 _CHUNKS = "UnpackBigParamInfor@@"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
 from sft.models.families import Family
-from sft.models.pickles import SUFFIXES as PICKLED
-from sft.models.pickles import read_pickled
 
 if TYPE_CHECKING:
     import numpy as np
 
+PICKLED = (".pdparams", ".bin")
+"""Names of pickled weight files end so: Paddle's, and torch's."""
 _INDEX = ".index.json"
 _SAFE = ("model.safetensors.index.json", "model.safetensors")
 _UNSAFE = (
@@ -73,11 +75,22 @@ def _find(name_or_path: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=patterns))
     except Exception as error:
-        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        cause = _first_sentences(error)
         raise UsageError(
             f"Model {name_or_path} is not a directory here and could not be downloaded from the hub ({cause}); "
             "check the name and the connection, or give a local directory."
         ) from error
+
+
+def _first_sentences(error: Exception) -> str:
+    """What an error says, in whole sentences and few of them: the hub's go on over several lines."""
+    sentences = re.split(r"(?<=[.!?]) ", " ".join(str(error).split()) or type(error).__name__)
+    kept = sentences[0]
+    for sentence in sentences[1:]:
+        if len(kept) + len(sentence) > 250:
+            break
+        kept += " " + sentence
+    return textwrap.shorten(kept, 500, placeholder=" …").rstrip(".")
 
 
 class Weights:
@@ -96,6 +109,8 @@ class Weights:
                 for name in self._open(path).keys():  # noqa: SIM118  (no dict)
                     self._where[name] = path
             else:
+                from sft.models.pickles import read_pickled
+
                 self._pickled.update(read_pickled(path))
         paddle = any(name.startswith(family.prefix + ".") for name in self)
         self.layout = "paddle" if paddle else "hf"

@@ -69,7 +69,9 @@ class Lora(sft.Plugin):
     def sft_adapt_model(self, run: Run, model: Any) -> None:
         options = self.options
         if options.lora_path is not None:
-            self._adapt_from(model, Path(options.lora_path).expanduser())
+            folder = Path(options.lora_path).expanduser()
+            sft.check_continued(run, folder)
+            self._adapt_from(model, folder)
         else:
             rank, alpha = options.lora_rank, self._alpha(run.hook, options.lora_rank)
             scaling = _scaling(run.hook, rank, alpha)

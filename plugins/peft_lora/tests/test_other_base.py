@@ -1,0 +1,146 @@
+"""An adapter over another base than the one that it was trained over: readers say so, and a resumed run refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import sft
+from sft import adapters
+
+Train = Callable[..., sft.Summary]
+OTHER = "note: the adapter was trained over other weights than those of"
+
+
+@pytest.fixture
+def other(base_model: Path, tmp_path: Path) -> Path:
+    """A base of the same shapes, in one tensor of which another training has left its mark."""
+    folder = tmp_path / "elsewhere" / base_model.name
+    shutil.copytree(base_model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    save_file({**tensors, name: tensors[name] * np.float32(1.01)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def stranger(train: Train, tmp_path: Path) -> Callable[..., Path]:
+    """``stranger(name)``: an adapter as PEFT writes it, without a fingerprint, that names its base so."""
+
+    def make(base: str | None) -> Path:
+        train("made", max_steps=1, overwrite_output_dir=True)
+        folder = tmp_path / "stranger"
+        folder.mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(tmp_path / "made" / name, folder / name)
+        values = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**values, "base_model_name_or_path": base}))
+        save_file(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
+        return folder
+
+    return make
+
+
+def notes(train: Train, **settings: object) -> list[str]:
+    said: list[str] = []
+    train("continued", say=said.append, overwrite_output_dir=True, max_steps=1, **settings)
+    return [line for line in said if line.startswith("note: the adapter")]
+
+
+def test_a_run_that_goes_on_from_an_adapter_compares_its_base(train: Train, other: Path, tmp_path: Path) -> None:
+    train("first", max_steps=1)
+    assert notes(train, lora_path=str(tmp_path / "first")) == []
+    (note,) = notes(train, lora_path=str(tmp_path / "first"), model_name_or_path=str(other))
+    assert note.startswith(f"{OTHER} {other} (its base was ")
+
+
+def test_an_adapter_without_a_fingerprint_is_told_by_the_base_that_it_names(
+    train: Train, other: Path, base_model: Path, stranger: Callable[..., Path]
+) -> None:
+    """A folder that is here: the weights decide, and not where they are."""
+    adapter = stranger(str(base_model))
+    assert notes(train, lora_path=str(adapter)) == []
+    (note,) = notes(train, lora_path=str(adapter), model_name_or_path=str(other))
+    assert note.startswith(f"{OTHER} {other}")
+    copy = other.parent / "another-name"
+    shutil.copytree(base_model, copy)
+    assert notes(train, lora_path=str(adapter), model_name_or_path=str(copy)) == []
+    said: list[str] = []
+    adapters.load_for_inference(str(other), adapter, said.append)
+    assert sum(line.startswith(OTHER) for line in said) == 1
+
+
+@pytest.mark.parametrize(
+    ("named", "is_said"), [("some/{}", False), ("/nowhere/{}", False), ("some/other-7b", True), (None, False)]
+)
+def test_a_base_that_is_not_here_is_told_by_its_name(
+    paddle: None, base_model: Path, stranger: Callable[..., Path], named: str | None, is_said: bool
+) -> None:
+    adapter = stranger(named and named.format(base_model.name.upper()))
+    said: list[str] = []
+    adapters.load_for_inference(str(base_model), adapter, said.append)
+    found = [line for line in said if line.startswith("note:")]
+    assert found == (
+        [
+            f"note: the adapter names some/other-7b as its base, and this is {base_model}; if the weights are not the "
+            "same, it means something else over these"
+        ]
+        if is_said
+        else []
+    )
+
+
+def test_a_base_in_the_hubs_cache_has_the_repositorys_name(
+    paddle: None, base_model: Path, stranger: Callable[..., Path], tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "hub" / "models--some--Tiny-1b" / "snapshots" / "c0ffee"
+    shutil.copytree(base_model, snapshot)
+    adapter = stranger("some/tiny-1b")
+    said: list[str] = []
+    adapters.load_for_inference(str(snapshot), adapter, said.append)
+    assert not any(line.startswith("note:") for line in said)
+
+
+def test_a_run_does_not_resume_over_another_base(train: Train, base_model: Path, tmp_path: Path) -> None:
+    base = tmp_path / base_model.name
+    shutil.copytree(base_model, base)
+    settings = {"model_name_or_path": str(base), "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    train("out", **settings)
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    save_file({**tensors, name: tensors[name] * np.float32(1.01)}, base / "model.safetensors")
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    for more in ({}, {"do_train": False}):
+        with pytest.raises(
+            sft.UsageError, match=r"checkpoint-2 holds an adapter that was trained over other weights than"
+        ):
+            train("again", resume_from_checkpoint=checkpoint, **{**settings, **more})
+    assert not (tmp_path / "again").exists()
+    save_file(tensors, base / "model.safetensors")
+    train("again", resume_from_checkpoint=checkpoint, **settings)
+
+
+def test_a_whole_model_resumes_without_its_base(train: Train, base_model: Path, tmp_path: Path) -> None:
+    """All weights are in the checkpoint: the base may be another, and the end is the same."""
+    base = tmp_path / base_model.name
+    shutil.copytree(base_model, base)
+    settings = {
+        "model_name_or_path": str(base),
+        "plugin": [],
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 4,
+    }
+    train("out", **settings)
+    tensors = load_file(base / "model.safetensors")
+    save_file({key: value * np.float32(1.5) for key, value in tensors.items()}, base / "model.safetensors")
+    train("again", resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"), **settings)
+    expected = load_file(tmp_path / "out" / "model.safetensors")
+    found = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)

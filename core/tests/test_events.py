@@ -129,6 +129,28 @@ def test_events_tell_what_has_happened(train: Train, metrics: Metrics, tmp_path:
     assert ended == [summary]
 
 
+def test_what_a_plugin_does_to_a_record_is_its_own_affair(train: Train, metrics: Metrics, tmp_path: Path) -> None:
+    """The journal, the summary and the choice of the best model are the run's."""
+
+    class Changes(sft.Plugin):
+        name = "changes"
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            record.update(loss=0.0, grad_norm=0.0)
+
+        @sft.hookimpl
+        def sft_evaluated(self, run: sft.Run, record: dict[str, Any]) -> None:
+            record["eval_loss"] = -float(record["step"] == 1)
+            record["extra"] = 1
+
+    kept = {"save_strategy": "steps", "save_steps": 1, "evaluation_strategy": "steps", "load_best_model_at_end": True}
+    changed, plain = (train(name, plugins, max_steps=2, **kept) for name, plugins in (("one", (Changes,)), ("two", ())))
+    assert metrics(tmp_path / "one", same=True) == metrics(tmp_path / "two", same=True)
+    assert (changed.eval_loss_before, changed.eval_loss_after) == (plain.eval_loss_before, plain.eval_loss_after)
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (tmp_path / "two" / "model.safetensors").read_bytes()
+
+
 def test_an_error_in_a_plugin_is_not_swallowed(train: Train, tmp_path: Path) -> None:
     class Broken(sft.Plugin):
         name = "broken"

@@ -86,7 +86,12 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path], model: P
         run.train_data = (streamed if data.lazy else encoded)(train_files, "train")
     if uses_dev:
         run.dev_data = encoded(dev_files, "dev")
-    needs_dev = training.evaluation_strategy != "no" or training.do_eval or not training.do_train
+    needs_dev = training.evaluation_strategy != "no" or training.do_eval
+    if not training.do_train and run.dev_data is None:
+        raise UsageError(
+            f"do_train is false, and {data.dataset_name_or_path} has no dev data to measure; add dev.json, or measure "
+            "a file with sft evaluate."
+        )
     if needs_dev and run.dev_data is None:
         raise UsageError(
             f"Evaluation is asked for, and {data.dataset_name_or_path} has no dev data in use; add dev.json, "
@@ -189,6 +194,7 @@ def make_optimizer(run: Run) -> Optimizer:
 def make_schedule(run: Run) -> Schedule:
     """Which rows belong to which step, and how many steps there are."""
     training = run.settings.training
+    assert run.train_data is not None
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * run.strategy.data_world
     return Schedule(run.train_data, run.collator, training.seed, rows, training.num_train_epochs, training.max_steps)
 
@@ -292,9 +298,8 @@ def summarise(run: Run, journal: Any, steps: int, epochs: float, after: dict[str
         {"prompt": question.prompt, "before": before, "after": later, "reference": question.reference}
         for question, (before, later) in zip(run.samples, answers, strict=True)
     ]
-    data = {"train": run.train_data.report()}
-    if run.dev_data is not None:
-        data["dev"] = run.dev_data.report()
+    found = {"train": run.train_data, "dev": run.dev_data}
+    data = {split: records.report() for split, records in found.items() if records is not None}
     return Summary(
         output_dir=run.output_dir,
         steps=steps,

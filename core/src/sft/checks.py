@@ -30,7 +30,7 @@ RESULT_FILES = (
 IDLE_WITHOUT_TRAINING = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm"),
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"),
-    *("save_strategy", "evaluation_strategy", "load_best_model_at_end", "recompute"),
+    *("save_strategy", "evaluation_strategy", "load_best_model_at_end", "recompute", "lazy"),
 )
 
 
@@ -41,7 +41,7 @@ def check_settings(settings: Settings) -> list[tuple[str, str]]:
         raise UsageError("max_steps is 0, so nothing would be trained; give -1 to let num_train_epochs decide.")
     if training.bf16 and training.fp16:
         raise UsageError("bf16 and fp16 are both set; leave one of them out.")
-    if settings.data.lazy and training.max_steps < 1:
+    if settings.data.lazy and training.do_train and training.max_steps < 1:
         raise UsageError("lazy streams the data, whose length is then unknown; give max_steps.")
     if not training.do_train and training.do_eval is False:
         raise UsageError("do_train and do_eval are both false, so there is nothing to do; leave one of them out.")
@@ -174,7 +174,6 @@ def check_resumable(run: Run, schedule: Schedule, source: Path, state: dict[str,
             f"{schedule.seed} and {schedule.rows_per_step}; resume with the same seed and batch sizes."
         )
     check_same_base(run, source)
-    _check_same_plugins(run, state["shaping"], source)
     free = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm"}
     now = run.settings.flat()
     for name in sorted(set(now) | set(state["settings"])):
@@ -195,18 +194,21 @@ def check_same_base(run: Run, source: Path) -> None:
         )
 
 
-def _check_same_plugins(run: Run, before: dict[str, Any], source: Path) -> None:
-    """What is trained stays what it is: the same shaping plugins with the same options. Others may come and go."""
-    now = run.shaping()
+def check_same_plugins(run: Run, source: Path, state: dict[str, Any]) -> None:
+    """What was trained stays what it is, trained on or measured: the same shaping plugins with the same options. Others
+    may come and go."""
+    before, now = state["shaping"], run.shaping()
+    go_on = "resume" if run.settings.training.do_train else "measure it"
+    otherwise = ", or start a new run" if run.settings.training.do_train else ""
     if set(before) != set(now):
         raise UsageError(
             f"{source} was trained with plugins {', '.join(sorted(before)) or 'none'}, and this run has "
-            f"{', '.join(sorted(now)) or 'none'}; resume with the same plugins, or start a new run."
+            f"{', '.join(sorted(now)) or 'none'}; {go_on} with the same plugins{otherwise}."
         )
     for name, options in now.items():
         for key, value in options.items():
             if before[name].get(key) != value:
                 raise UsageError(
                     f"{source} was trained with {key} {before[name].get(key)!r} of plugin {name}, and this run has "
-                    f"{value!r}; resume with the same value, or start a new run."
+                    f"{value!r}; {go_on} with the same value{otherwise}."
                 )

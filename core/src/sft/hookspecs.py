@@ -153,7 +153,7 @@ def sft_micro_batch(run: Run, batch: Batch) -> None:
 @hookspec
 def sft_step_ended(run: Run, record: dict[str, Any]) -> None:
     """An optimizer step is done. ``record`` has ``step``, ``epoch``, ``loss`` (mean over target tokens),
-    ``learning_rate``, ``grad_norm``, ``tokens``, ``target_tokens``, ``padding_tokens`` of this step."""
+    ``learning_rate``, ``grad_norm``, ``tokens``, ``target_tokens``, ``padding_tokens`` of this step. It is a copy."""
 
 
 @hookspec
@@ -161,7 +161,7 @@ def sft_evaluated(run: Run, record: dict[str, Any]) -> None:
     """An evaluation is done. ``record`` has ``step``, ``epoch``, ``eval_loss`` (mean over target tokens, nats),
     ``eval_ppl`` (its exponential), ``eval_accuracy`` (share of target tokens that are the likeliest token),
     ``eval_tokens``, ``eval_seconds``, and with ``eval_with_do_generation`` the scores of the model's own answers,
-    0 to 1: ``eval_bleu4``, ``eval_rouge1``, ``eval_rouge2``, ``eval_rougel``.
+    0 to 1: ``eval_bleu4``, ``eval_rouge1``, ``eval_rouge2``, ``eval_rougel``. It is a copy.
 
     The first one, of ``step`` 0, comes before :func:`sft_run_started`; with ``do_train false`` only
     :func:`sft_run_ended` follows."""

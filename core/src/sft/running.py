@@ -104,7 +104,8 @@ class Run:
     base_fingerprint: str
     resumes = False
     tokenizer: Tokenizer
-    train_data: Data
+    train_data: Data | None = None
+    """None where nothing is trained."""
     dev_data: Encoded | None = None
     collator: DataCollator
     strategy: ParallelStrategy
@@ -222,12 +223,15 @@ def execute(run: Run) -> Summary:
     if run.without_effect:
         run.say(listing(run.without_effect))
     dataset = Path(str(run.settings.data.dataset_name_or_path)).expanduser()
-    train_files, dev_files = find_files(dataset, "train"), find_files(dataset, "dev")
+    train_files = find_files(dataset, "train") if run.settings.training.do_train else []
+    dev_files = find_files(dataset, "dev")
     runtime.require_paddle()
     model = run.settings.model
     place, sizes = find_usable_model(str(model.model_name_or_path), model.allow_pickle)
     source = find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
     state = read_state(source) if source is not None else None
+    if source is not None and state is not None:
+        checks.check_same_plugins(run, source, state)
     date = datetime.fromisoformat(state["date"]) if state is not None else None
     named = model.tokenizer_name_or_path
     run.tokenizer = Tokenizer((find_model(named) if named else place).path, date, run.settings.data.chat_template)

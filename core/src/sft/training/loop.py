@@ -73,7 +73,7 @@ def train(
             display.step(record, tokens / (time.monotonic() - began))
             if step % settings.logging_steps == 0 or step in (1, total):
                 display.line(journal.step_line(step, epoch, rate, grad_norm))
-            run.hook.sft_step_ended(run=run, record=record)
+            run.hook.sft_step_ended(run=run, record=dict(record))
         elif scale.gives_up:
             raise SftError(
                 f"The loss or its gradient is no longer finite at step {step} (loss {loss_sum / max(1, targets)}, "

@@ -148,7 +148,9 @@ def test_what_a_plugin_does_to_a_record_is_its_own_affair(train: Train, metrics:
     changed, plain = (train(name, plugins, max_steps=2, **kept) for name, plugins in (("one", (Changes,)), ("two", ())))
     assert metrics(tmp_path / "one", same=True) == metrics(tmp_path / "two", same=True)
     assert (changed.eval_loss_before, changed.eval_loss_after) == (plain.eval_loss_before, plain.eval_loss_after)
-    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (tmp_path / "two" / "model.safetensors").read_bytes()
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        tmp_path / "two" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_an_error_in_a_plugin_is_not_swallowed(train: Train, tmp_path: Path) -> None:
@@ -173,7 +175,8 @@ def test_an_error_in_a_plugin_is_not_swallowed(train: Train, tmp_path: Path) -> 
     with pytest.raises(sft.PluginError, match=r"failed in sft_step_ended \(KeyError: 'a bug'\)") as caught:
         train("out", (Broken, Told))
     assert told == [(True, caught.value)]
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"
+    report = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (report["status"], report["error"]) == ("failed", "KeyError: 'a bug'")
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 

@@ -277,7 +277,7 @@ def test_the_result_is_written_before_the_last_measurement(train: Train, tmp_pat
     with pytest.raises(sft.PluginError, match="out of memory"):
         train(plugins=(Fails,), max_steps=1)
     assert (tmp_path / "out" / "model.safetensors").exists()
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
 
 
 def test_a_sample_that_has_no_room_is_refused_before_training(train: Train, tmp_path: Path) -> None:
@@ -299,5 +299,5 @@ def test_without_dev_data_samples_come_from_the_training_data(
 def test_a_diverged_run_stops_with_a_sentence_and_valid_lines(train: Train, metrics: Metrics, tmp_path: Path) -> None:
     with pytest.raises(sft.SftError, match=r"no longer finite at step \d+ .*lower learning_rate"):
         train(learning_rate=1e30, max_grad_norm=0, max_steps=13, per_device_train_batch_size=4)
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
     assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path / "out") if "loss" in line)

@@ -18,8 +18,9 @@ from sft.data.encoding import Encoded, Question, encode
 from sft.data.formats import Conversation, Formats
 from sft.data.sources import read
 from sft.data.stream import WINDOW, Stream
+from sft.ending import write_report
 from sft.errors import UsageError
-from sft.files import make_folder, publish, remove_folder, remove_leftovers, write_json
+from sft.files import make_folder, remove_folder, remove_leftovers
 from sft.training.checkpoint import checkpoints, read_state, step_of
 
 if TYPE_CHECKING:
@@ -199,46 +200,37 @@ def make_schedule(run: Run) -> Schedule:
     return Schedule(run.train_data, run.collator, training.seed, rows, training.num_train_epochs, training.max_steps)
 
 
-def open_journal(run: Run, source: Path | None) -> Journal:
-    """The journal in the run directory; the main process has emptied that of older runs, and writes."""
+def open_journal(run: Run, source: Path | None, record: dict[str, Any]) -> Journal:
+    """The journal in the run directory; the main process has emptied that of older runs, and writes. ``run.json`` says
+    ``record``, and that the run is under way."""
     from sft.training.journal import Journal
 
     if run.strategy.is_main:
-        _open_output(run, source)
+        _open_output(run, source, record)
     run.strategy.wait()
     return Journal(run.output_dir / "metrics.jsonl" if run.strategy.is_main else None)
 
 
-def write_report(run: Run, record: dict[str, Any]) -> None:
-    """``run.json``, written once however many processes there are."""
-    if run.strategy.is_main:
-        write_json(run.output_dir / "run.json", record)
+def _open_output(run: Run, source: Path | None, record: dict[str, Any]) -> None:
+    """The run directory, with nothing of an older run in it unless that run goes on from ``source``.
 
-
-def publish_result(run: Run) -> None:
-    """The result of a run into its directory, where it appears complete."""
-    if not run.strategy.is_main:
-        run.write_result(run.output_dir)
-        return
-    with publish(run.output_dir) as staging:
-        run.write_result(staging)
-
-
-def _open_output(run: Run, source: Path | None) -> None:
-    """The run directory, with nothing of an older run in it unless that run goes on from ``source``."""
+    Whatever stops this, the folder is known as a run's: run.json comes before anything else and is never away.
+    """
     make_folder(run.output_dir)
     remove_leftovers(run.output_dir)
+    is_used = holds_run(run.output_dir)
+    write_report(run, {"status": "running", **record})
     if source is not None and source.parent.resolve() == run.output_dir.resolve():
         for folder in checkpoints(run.output_dir):
             if step_of(folder) > step_of(source):  # of a future that this run does not have
                 remove_folder(folder)
         return
-    if not holds_run(run.output_dir):
+    if not is_used:
         return
     for folder in checkpoints(run.output_dir):
         remove_folder(folder)
     for pattern in RESULT_FILES:
-        for path in run.output_dir.glob(pattern):
+        for path in run.output_dir.glob(pattern) if pattern != "run.json" else ():
             path.unlink()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,19 +11,24 @@ from sft.adapters import trained_over
 from sft.data.batches import Schedule
 from sft.data.tokenizer import FILES as TOKENIZER_FILES
 from sft.errors import UsageError
+from sft.files import read_report
 from sft.settings import Settings
 from sft.training.best import check as check_best
-from sft.training.checkpoint import asks_to_resume, find_checkpoint
+from sft.training.checkpoint import asks_to_resume, checkpoints, find_checkpoint, is_checkpoint
 
 if TYPE_CHECKING:
     from sft.running import Run
 
-RESULT_FILES = (
-    *("run.json", "metrics.jsonl", "generations-*.jsonl", "adapter_config.json", "adapter_model.safetensors"),
-    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
+RESULT_KEYS = ("adapter_config.json", "config.json")
+"""The files with which every reader of an adapter or a model begins."""
+PUBLISHED = (
+    *RESULT_KEYS,
+    *("adapter_model.safetensors", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
     *("model.safetensors.index.json", *TOKENIZER_FILES),
 )
-"""What a run writes into its folder beside checkpoints; an overwriting run removes it first."""
+"""The files of a result."""
+RESULT_FILES = ("run.json", *PUBLISHED, "metrics.jsonl", "generations-*.jsonl")
+"""What a run writes into its folder beside checkpoints."""
 
 
 IDLE_WITHOUT_TRAINING = (
@@ -128,7 +132,8 @@ def check_output(run: Run) -> None:
         return
     if asks_to_resume(training.resume_from_checkpoint) and training.do_train:
         source = find_checkpoint(training.resume_from_checkpoint, run.output_dir)
-        if source is None and _status(run.output_dir) != "finished":  # it was stopped before its first checkpoint
+        status = read_report(run.output_dir).get("status")
+        if source is None and status != "finished":  # it was stopped before its first checkpoint
             return
         if source is not None and source.parent.resolve() == run.output_dir.resolve():
             return
@@ -144,15 +149,8 @@ def _resumes_here(run: Run) -> bool:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run has written into ``folder``."""
-    return (folder / "run.json").exists()
-
-
-def _status(folder: Path) -> str:
-    try:
-        return str(json.loads((folder / "run.json").read_text(encoding="utf-8")).get("status"))
-    except (OSError, ValueError):
-        return "unknown"
+    """Whether a run has written into ``folder``: run.json, the first file that it writes, or a checkpoint says so."""
+    return (folder / "run.json").exists() or any(is_checkpoint(path) for path in checkpoints(folder))
 
 
 def check_resumable(run: Run, schedule: Schedule, source: Path, state: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """``run.json`` of a run directory; empty where there is none, or none that can be read."""
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
@@ -88,15 +97,29 @@ def staged_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def publish(folder: Path) -> Iterator[Path]:
-    """A folder to fill, whose files move into ``folder`` at the end, each replacing its namesake in one step."""
+def publish(folder: Path, keys: Sequence[str] = (), kinds: Sequence[str] = ()) -> Iterator[Path]:
+    """A folder to fill, whose files move into ``folder`` at the end, each replacing its namesake in one step.
+
+    Files of ``folder`` that match ``kinds`` are of an older result, and go unless they are replaced. Nobody reads a
+    mixture of the two: ``keys`` are files without which no reader takes the folder for a result; they go before
+    anything else changes, and come when all is there.
+    """
     staging = folder / f"{STAGING}result"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         yield staging
-        for path in sorted(staging.iterdir()):
+        written = sorted(staging.iterdir(), key=lambda path: (path.name in keys, path.name))
+        for path in written:
             _finish(path)
+        older = {path for kind in (*keys, *kinds) for path in folder.glob(kind)}
+        for path in sorted(older, key=lambda path: (path.name not in keys, path.name)):
+            if path.name in keys or not (staging / path.name).exists():
+                path.unlink()
+                _sync(folder)
+        for path in written:
+            if path.name in keys:
+                _sync(folder)
             os.replace(path, folder / path.name)
         _sync(folder)
     finally:

@@ -182,14 +182,20 @@ def sft_checkpoint_saved(run: Run, folder: Path) -> None:
 
 @hookspec
 def sft_run_ended(run: Run, summary: Summary) -> None:
-    """The result has been written to ``run.output_dir`` and measured (with ``do_train false``: the model was)."""
+    """The result has been written to ``run.output_dir`` and measured (with ``do_train false``: the model was); run.json
+    says so.
+
+    All plugins are told, also where one of them raises an error; the first error is raised afterwards, and the run has
+    finished all the same: :func:`sft_run_failed` is not called after this."""
 
 
 @hookspec
 def sft_run_failed(run: Run, error: BaseException) -> None:
-    """The run ends with ``error``, or was interrupted; after this the caller of :func:`sft.run` gets it.
+    """The run ends with ``error``, or was interrupted; after this the caller of :func:`sft.run` gets it. Where the run
+    had begun to write, run.json says so.
 
-    Called for everything that goes wrong once :func:`sft_check` has passed; what ended the run cannot be changed here.
+    Called for everything that goes wrong from when :func:`sft_check` has passed until :func:`sft_run_ended`. All
+    plugins are told. What ended the run cannot be changed here: an error that is raised here is said, and no more.
     What the run had not made by then is no attribute of ``run``.
     """
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from sft import assembly, checks, runtime
+from sft import assembly, checks, ending, runtime
 from sft.compatibility import listing
 from sft.data.batches import Data
 from sft.data.encoding import Encoded, Question
 from sft.data.sources import find_files
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
-from sft.files import save_tensors, write_json
+from sft.files import read_report, save_tensors, write_json
 from sft.models.loading import find_usable_model
 from sft.models.source import find_model
 from sft.plugins import Plugins
@@ -79,7 +79,7 @@ class Run:
         resumes: Whether a checkpoint is about to be put back: what the model begins with will be replaced by what is in
             it.
         tokenizer: From ``sft_record_format`` on.
-        train_data: The encoded records, from ``sft_collator`` on.
+        train_data: The encoded records, from ``sft_collator`` on; None where nothing is trained.
         dev_data: Likewise; None where there are none, or none are used.
         collator: What ``sft_collator`` gave, from ``sft_parallel_strategy`` on.
         strategy: The processes of the run (:class:`sft.ParallelStrategy`), from ``sft_model_config`` on.
@@ -95,6 +95,11 @@ class Run:
         before: What was measured before training.
         evaluation: The record of the last evaluation, as ``sft_evaluated`` has it.
         best: The record of the best evaluation that has a checkpoint (``load_best_model_at_end``).
+        step: The last optimizer step that was made, from 1.
+        executes: Whether the run is done in this process, not in others that are started for it.
+        finished: Whether the run has finished; nothing that goes wrong now changes that.
+        report: What this process has written to run.json.
+        earlier_report: What run.json said before this run.
         samples: What is answered before and after training (``num_samples``).
         questions: What is answered in each evaluation (``eval_with_do_generation``).
     """
@@ -105,7 +110,6 @@ class Run:
     resumes = False
     tokenizer: Tokenizer
     train_data: Data | None = None
-    """None where nothing is trained."""
     dev_data: Encoded | None = None
     collator: DataCollator
     strategy: ParallelStrategy
@@ -124,6 +128,11 @@ class Run:
         self.before: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
+        self.step = 0
+        self.executes = False
+        self.finished = False
+        self.report: dict[str, Any] = {}
+        self.earlier_report: dict[str, Any] = {}
         self.samples: list[Question] = []
         self.questions: list[Question] = []
 
@@ -158,22 +167,23 @@ class Run:
         """Steps between evaluations."""
         return self.settings.training.eval_steps or self.settings.training.logging_steps
 
-    def write_result(self, folder: Path) -> None:
+    def write_result(self, folder: Path | None) -> None:
         """What a user loads afterwards: the adapter in PEFT layout or the whole model, and the tokenizer. All processes
-        of a run take part, and the main one writes."""
+        of a run take part, and the main one writes; with None it only takes part."""
         from sft.adapters import about_base
         from sft.models.saving import write_model
 
         if not self.exports_adapter:
             whole = self.strategy.whole(self.strategy.parameters(self.model))
-            if self.strategy.is_main:
-                write_model(folder, whole, self.source, self.tokenizer)
-            else:
-                for _ in whole:
+            try:
+                if folder is not None:
+                    write_model(folder, whole, self.source, self.tokenizer)
+            finally:
+                for _ in whole:  # where the disk is full the others still wait in it
                     pass
             return
         with self.strategy.assembled(self.model):
-            if not self.strategy.is_main:
+            if folder is None:
                 return
             files = self.hook.sft_export_adapter(run=self, model=self.model)
             write_json(folder / "adapter_config.json", files.config)
@@ -198,7 +208,7 @@ def run(
     try:
         return current.hook.sft_launch(run=current) or execute(current)
     except BaseException as error:
-        current.hook.sft_run_failed(run=current, error=error)
+        ending.fail(current, error)
         raise
 
 
@@ -212,14 +222,15 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
             raise UsageError(f"{name} is not set; add --{name} VALUE or put it into the settings file.")
     current.without_effect = [*without_effect, *checks.check_settings(settings)]
     checks.check_output(current)
-    active.hook.sft_check(run=current)
     checks.check_plugins(current)
+    current.earlier_report = read_report(current.output_dir)
+    active.hook.sft_check(run=current)
     return current
 
 
 def execute(run: Run) -> Summary:
     """Data, model, training, result. The run directory appears only when training is about to begin."""
-    started = time.time()
+    started, run.executes = time.time(), True
     if run.without_effect:
         run.say(listing(run.without_effect))
     dataset = Path(str(run.settings.data.dataset_name_or_path)).expanduser()
@@ -253,8 +264,7 @@ def execute(run: Run) -> Summary:
     if source is not None and state is not None:
         checkpoint.load(run, optimizer, source, state)
     record = assembly.describe(run)
-    journal = assembly.open_journal(run, source)
-    assembly.write_report(run, {"status": "running", **record})
+    journal = assembly.open_journal(run, source, record)
     if source is not None and state is not None:
         journal.rewind(state["journal"], source.parent / "metrics.jsonl")
         run.before, run.evaluation, run.best = state["before"], state["evaluation"], assembly.best_so_far(run, state)
@@ -264,19 +274,20 @@ def execute(run: Run) -> Summary:
     run.hook.sft_run_started(run=run)
     if run.settings.training.save_strategy != "no":
         checkpoint.check_plugin_state(run)
-    start = state["step"] if state is not None else 0
+    start = run.step = state["step"] if state is not None else 0
     bar = run.strategy.is_main and not run.settings.training.disable_tqdm
     display = Display(schedule.total_steps, start, bar=bar, say=run.say)
     try:
         steps, epochs = train(run, optimizer, schedule, journal, display, state)
+    except OSError as error:
+        raise ending.rescued(run, optimizer, error) from error
     finally:
         display.close()
     best = assembly.load_best(run) if run.settings.training.load_best_model_at_end else None
-    assembly.publish_result(run)  # before anything else can go wrong
+    ending.publish_result(run, optimizer)  # before anything else can go wrong
     after = assembly.before_or_after(run, best or steps, epochs, journal)
     summary = assembly.summarise(run, journal, steps, epochs, after, time.time() - started)
-    assembly.write_report(run, {**record, "status": "finished", "result": summary.as_dict()})
-    run.hook.sft_run_ended(run=run, summary=summary)
+    ending.finish(run, record, summary)
     return summary
 
 
@@ -290,12 +301,12 @@ def _only_evaluate(run: Run, source: Path | None, state: dict[str, Any] | None, 
         checkpoint.load_model(run, source, state)
         step, epoch = state["step"], state["epoch"]
         run.say(f"measuring {source}")
-    journal = assembly.open_journal(run, None)
+    record = assembly.describe(run)
+    journal = assembly.open_journal(run, None, record)
     run.model.eval()
     run.before = assembly.before_or_after(run, step, epoch, journal)
     summary = assembly.summarise(run, journal, step, epoch, run.before, time.time() - started)
-    assembly.write_report(run, {"status": "finished", **assembly.describe(run), "result": summary.as_dict()})
-    run.hook.sft_run_ended(run=run, summary=summary)
+    ending.finish(run, record, summary)
     return summary
 
 

@@ -209,6 +209,10 @@ class ParallelStrategy(Protocol):
         """The element-wise sum over all data ranks."""
         ...
 
+    def largest(self, value: float) -> float:
+        """The largest of all processes' values."""
+        ...
+
     # --- what is written ---
 
     def whole(self, parameters: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ import click
 
 from sft.activation import choose, explicit
 from sft.errors import SftError, UsageError
+from sft.files import read_report
 from sft.options import Bare, Option, options_of
 from sft.plugins import Plugins
 from sft.settings import GROUPS, core_options, normalise, read_file
@@ -32,11 +33,22 @@ def command(arguments: tuple[str, ...]) -> None:
     try:
         summary = run(values)
     except KeyboardInterrupt:
-        raise SftError(
-            "interrupted; the same command with --resume_from_checkpoint auto goes on from the last checkpoint."
-        ) from None
+        raise SftError(_interrupted(values)) from None
     if summary.speaks:
         report(summary)
+
+
+def _interrupted(values: dict[str, Any]) -> str:
+    """What to type to go on after Ctrl-C, in a sentence that is true of what the run had written by then."""
+    from sft.training.checkpoint import checkpoints
+
+    folder = Path(str(values.get("output_dir"))).expanduser()
+    if read_report(folder).get("status") != "interrupted":
+        return "interrupted before anything was written."
+    found = checkpoints(folder)
+    without = " and without --overwrite_output_dir" if "overwrite_output_dir" in values else ""
+    goes_on = f"goes on from {found[-1].name}" if found else "begins again, for there is no checkpoint yet"
+    return f"interrupted; the same command with --resume_from_checkpoint auto{without} {goes_on}."
 
 
 def collect(arguments: list[str]) -> dict[str, Any]:

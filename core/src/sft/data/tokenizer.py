@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from sft.data.jinja_template import JinjaTemplate
 from sft.data.templates import JINJA_FILE, PAIRS_FILE, Marks, Pairs, Plain, Template, find_source
-from sft.errors import SftError, UsageError
+from sft.errors import UsageError
 from sft.seams import Turn
 
 FILES = (
@@ -40,15 +39,16 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         self.folder = folder
+        self._files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         self.now = now or datetime.datetime.now()
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        if "tokenizer.json" not in self._files:
             raise UsageError(
                 f"{folder} has no tokenizer.json; write one with transformers: "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
             )
         try:
-            self.backend = Backend.from_file(str(path))
+            self.backend = Backend.from_str(self._files["tokenizer.json"].decode("utf-8"))
         except Exception as error:
             raise UsageError(f"{path} cannot be read by the tokenizers library ({error}); replace it.") from error
         self.backend.no_padding()
@@ -132,13 +132,9 @@ class Tokenizer:
         return ids
 
     def save(self, folder: Path) -> None:
-        """Copy the tokenizer's files unchanged, but for a chat template that is not its own."""
-        if not (self.folder / "tokenizer.json").is_file():
-            raise SftError(f"The tokenizer of {self.folder} has gone since the run began; its files cannot be copied.")
-        for name in FILES:
-            source = self.folder / name
-            if source.is_file() and source.resolve() != (folder / name).resolve():
-                shutil.copyfile(source, folder / name)
+        """Write the tokenizer's files as they were when it was read, but for a chat template that is not its own."""
+        for name, content in self._files.items():
+            (folder / name).write_bytes(content)
         if not self._source.same(self._own):
             self._source.write(folder)
 

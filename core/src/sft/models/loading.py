@@ -38,6 +38,8 @@ class ModelSource:
     config: Any
     changed_by: tuple[str, ...] = ()
     """The plugins that changed the config (``sft_model_config``)."""
+    generation: bytes | None = None
+    """``generation_config.json`` as it stands, if there is one; it goes with the weights."""
 
     @property
     def folder(self) -> Path:
@@ -56,7 +58,9 @@ def open_model(place: Path | ModelFolder, plugins: Plugins | None = None, run: R
     place = place if isinstance(place, ModelFolder) else ModelFolder(place)
     values = read_config(place.path)
     family, config = paddle_config(values, place.path)
-    source = ModelSource(place, values, family, config)
+    generation = place.path / "generation_config.json"
+    kept = generation.read_bytes() if generation.is_file() else None
+    source = ModelSource(place, values, family, config, generation=kept)
     if run is not None:
         run.source = source
     for name in plugins.implementing("sft_model_config") if plugins is not None else ():

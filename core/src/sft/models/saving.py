@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,7 +126,6 @@ def _write_settings(folder: Path, source: ModelSource, tokenizer: Tokenizer, dty
         if scaling.get("rope_type") == "linear":  # PaddleNLP's own spelling, the only one that it computes
             values.update(rope_scaling_type="linear", rope_scaling_factor=scaling["factor"])
     write_json(folder / "config.json", values)
-    generation = source.folder / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, folder / generation.name)
+    if source.generation is not None:
+        (folder / "generation_config.json").write_bytes(source.generation)
     tokenizer.save(folder)

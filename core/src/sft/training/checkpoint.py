@@ -51,6 +51,11 @@ def step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a run has written ``folder``, whatever its name is now."""
+    return (folder / "trainer" / "state.json").is_file()
+
+
 def asks_to_resume(request: bool | str | None) -> bool:
     """Whether ``--resume_from_checkpoint`` asks for anything."""
     return bool(request) and str(request).lower() != "false"
@@ -64,7 +69,7 @@ def find_checkpoint(request: bool | str | None, output_dir: Path) -> Path | None
         found = checkpoints(output_dir)
         return found[-1] if found else None
     path = Path(str(request)).expanduser()
-    if not (path / "trainer" / "state.json").is_file():
+    if not is_checkpoint(path):
         raise UsageError(
             f"{path} is not a checkpoint of sft (no trainer/state.json); give a checkpoint-N folder or auto."
         )
@@ -89,10 +94,13 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:
     """Write ``checkpoint-N`` for ``state["step"]`` and drop the oldest ones beyond ``save_total_limit``; the best one
-    stays where the run is to end with it.
+    stays where the run is to end with it. Weights that are not finite are an :class:`SftError` before anything changes.
 
     Where several processes share the run each writes its part of the optimizer's state, and the main one the rest.
     """
+    from sft.training.divergence import check_finite
+
+    check_finite(run, optimizer)
     strategy = run.strategy
     folder = run.output_dir / f"checkpoint-{state['step']}"
     if strategy.is_main and folder.exists():  # left from a run that this one has rewound past
@@ -102,7 +110,7 @@ def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:
         trainable = [(name, p) for name, p in strategy.parameters(run.model) if not p.stop_gradient]
         values = {name: p.numpy() for name, p in strategy.whole(trainable)} if run.exports_adapter else {}
         with strategy.assembled(run.model):
-            run.write_result(staging)
+            run.write_result(staging if strategy.is_main else None)
             plugins, arrays = _plugin_state(run) if strategy.is_main else ({}, {})
         if strategy.is_main:
             trainer.mkdir()

@@ -14,9 +14,9 @@ import paddle
 from sft import metrics
 from sft.data.batches import make_batch
 from sft.data.encoding import Question
-from sft.errors import SftError
 from sft.files import write_text
 from sft.models.generation import answers
+from sft.training.divergence import explained
 
 if TYPE_CHECKING:
     from sft.running import Run
@@ -57,9 +57,7 @@ def dev_loss(run: Run) -> dict[str, Any]:
     loss, right, every = run.strategy.sum([loss, correct, targets])
     mean = loss / every
     if not math.isfinite(mean):
-        raise SftError(
-            f"The dev loss is no longer finite ({mean}); lower learning_rate, and resume from a checkpoint before it."
-        )
+        raise explained(run, f"The dev loss is {'no longer' if run.step else 'not'} finite ({mean})")
     return {
         "eval_loss": mean,
         "eval_ppl": math.exp(min(mean, _LARGEST_EXPONENT)),

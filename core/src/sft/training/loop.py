@@ -17,9 +17,9 @@ import numpy as np
 import paddle
 
 from sft.data.batches import Schedule, Step, make_batches
-from sft.errors import SftError
 from sft.training import checkpoint
 from sft.training.best import better
+from sft.training.divergence import explained
 from sft.training.evaluation import evaluate
 from sft.training.journal import Journal
 from sft.training.optimizer import Optimizer, clip_factor, learning_rate
@@ -59,6 +59,7 @@ def train(
         if scale.accepts(loss_sum, grad_norm):
             optimizer.step(rate, unscaled * clip_factor(grad_norm, settings.max_grad_norm))
             strategy.updated()
+            run.step = step
             record = {
                 "step": step,
                 "epoch": epoch,
@@ -75,10 +76,9 @@ def train(
                 display.line(journal.step_line(step, epoch, rate, grad_norm))
             run.hook.sft_step_ended(run=run, record=dict(record))
         elif scale.gives_up:
-            raise SftError(
-                f"The loss or its gradient is no longer finite at step {step} (loss {loss_sum / max(1, targets)}, "
-                f"gradient norm {grad_norm}); lower learning_rate, and resume from a checkpoint before it."
-            )
+            found = f"loss {loss_sum / max(1, targets)}, gradient norm {grad_norm}"
+            still = "no longer" if run.step else "not"
+            raise explained(run, f"The loss or its gradient is {still} finite at step {step} ({found})")
         else:
             optimizer.clear()
             journal.skipped_steps += 1

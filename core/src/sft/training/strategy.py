@@ -84,6 +84,9 @@ class SingleProcess:
     def sum(self, values: Sequence[float]) -> list[float]:
         return list(values)
 
+    def largest(self, value: float) -> float:
+        return value
+
     def whole(self, parameters: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         return iter(parameters)
 

@@ -100,6 +100,7 @@ class Parallel4d(sft.Plugin):
 
     @sft.hookimpl
     def sft_parallel_strategy(self, run: Run) -> ParallelStrategy:
+        from sft.ending import close_report
         from sft_parallel_4d.launch import report
         from sft_parallel_4d.strategy import Parallel
         from sft_parallel_4d.topology import connect
@@ -110,18 +111,28 @@ class Parallel4d(sft.Plugin):
         if self.plan.devices > 1:
             from sft_parallel_4d.watch import Watch
 
-            self.watch = Watch(rank(), self.plan.devices, self.options.parallel_timeout, report)
+            def ends(text: str) -> None:
+                close_report(run, sft.SftError(text))
+                report(text)
+
+            self.watch = Watch(rank(), self.plan.devices, self.options.parallel_timeout, ends)
             self.watch.start()
         return Parallel(run, connect(self.plan), self.watch)
 
     @sft.hookimpl
     def sft_run_ended(self, run: Run, summary: Summary) -> None:
         if self.watch is not None:
-            self.watch.stop()
+            try:
+                self.watch.stop()
+            except sft.SftError as error:  # another process did not come to its end
+                from sft_parallel_4d.launch import record
+
+                record(error)
+                raise
         if FOLDER in os.environ:
             summary.speaks = False  # the process that started this one does
 
-    @sft.hookimpl
+    @sft.hookimpl(trylast=True)  # it may end this process
     def sft_run_failed(self, run: Run, error: BaseException) -> None:
         if is_launched():
             from sft_parallel_4d.launch import failed

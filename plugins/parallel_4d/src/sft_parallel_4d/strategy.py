@@ -294,6 +294,10 @@ class Parallel:
         tensor = paddle.to_tensor(list(values), dtype="float64")
         return list(map(float, self._at.data.sum(self._at.sharding.sum(tensor))))
 
+    @phase("comparing")
+    def largest(self, value: float) -> float:
+        return float(self._at.world.maximum(paddle.to_tensor([value], dtype="float64")))
+
     # --- what is written ------------------------------------------------------------------------------------
 
     @paddle.no_grad()

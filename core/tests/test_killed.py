@@ -1,0 +1,238 @@
+"""Processes that end before any single operation on files: whatever is left can be read, or is refused, and can go on.
+
+An audit hook of Python stands for the end of the process: from one operation on, none is made any more.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stopped_runs import SETTINGS, checkpoints_of, contents
+
+import sft
+from sft.checks import PUBLISHED, RESULT_KEYS
+from sft.files import publish
+from sft.models.config import read_config
+from sft.models.families import FAMILIES
+from sft.models.shards import WeightFormat, write_tensors
+from sft.models.source import Weights
+
+Train = Callable[..., sft.Summary]
+
+
+class KilledError(BaseException):
+    """Not an Exception: nothing catches it to go on."""
+
+
+class Killer:
+    """Counts operations that change files under ``folder``; before number ``last`` and any later one: the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._last, self._active = str(folder), 0, False
+        self.count = 0
+
+    def kills(self, last: int, work: Callable[[], Any]) -> bool:
+        """Whether ``work`` was stopped before its operation number ``last``, from 0."""
+        self.count, self._last, self._active = 0, last, True
+        try:
+            work()
+        except KilledError:
+            return True
+        finally:
+            self._active = False
+        return self.count > last  # what came of it was caught by somebody
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self._active or event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"):
+            return
+        if event == "open" and not isinstance(arguments[1], str) and not arguments[2] & 0o3:
+            return
+        if event == "open" and isinstance(arguments[1], str) and not set(arguments[1]) & set("wax+"):
+            return
+        if self._folder in str(arguments[0]) or event in ("os.remove", "os.rmdir"):  # rmtree names no folder
+            self.count += 1
+            if self.count > self._last:
+                raise KilledError
+
+
+_killers: dict[Path, Killer] = {}
+
+
+@pytest.fixture
+def killer(tmp_path: Path) -> Iterator[Killer]:
+    if not _killers:
+        sys.addaudithook(lambda event, arguments: [one(event, arguments) for one in _killers.values()] and None)
+    _killers[tmp_path] = Killer(tmp_path)
+    yield _killers[tmp_path]
+    _killers[tmp_path]._active = False
+
+
+# --- a result over an older one -----------------------------------------------------------------------------
+
+
+def write_model(folder: Path, value: float, parts: int) -> None:
+    """A folder with config and weights, all of them ``value``, in so many files."""
+    tensors = {f"llama.layers.{n}.weight": np.full((8, 8), value, np.float32) for n in range(12)}
+    form = WeightFormat(shard_bytes=sum(tensor.nbytes for tensor in tensors.values()) // parts)
+    write_tensors(folder, iter(tensors.items()), form)
+    (folder / "config.json").write_text(f'{{"value": {value}}}')
+    (folder / "tokenizer.json").write_text(f"{value}")
+
+
+def value_of(folder: Path) -> set[float]:
+    """What a reader finds in the weights; :class:`sft.UsageError` where it refuses the folder."""
+    found = {read_config(folder)["value"]}
+    weights = Weights(folder, FAMILIES["llama"])
+    assert len(list(weights)) == 12
+    return found.union(*(set(weights.read(name).ravel().tolist()) for name in weights))
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 4), (4, 3), (1, 4), (4, 1), (1, 1)])
+def test_no_reader_sees_a_mixture_of_two_results(tmp_path: Path, killer: Killer, before: int, after: int) -> None:
+    (tmp_path / "old").mkdir()
+    write_model(tmp_path / "old", 1.0, before)
+    out = tmp_path / "out"
+
+    def work() -> None:
+        with publish(out, RESULT_KEYS, PUBLISHED) as staging:
+            write_model(staging, 2.0, after)
+
+    seen = []
+    for operation in range(1000):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(tmp_path / "old", out)
+        killed = killer.kills(operation, work)
+        try:
+            (value,) = value_of(out)
+        except sft.UsageError:
+            value = 0.0
+        seen.append(value)
+        if not killed:
+            break
+        work()
+        assert value_of(out) == {2.0}
+    assert killer.count > 5
+    assert seen == sorted(seen, key=[1.0, 0.0, 2.0].index)  # the old one, then none, then the new one
+    assert set(seen) == {1.0, 0.0, 2.0}
+    assert {path.name for path in out.iterdir()} == {path.name for path in fresh(tmp_path, after).iterdir()}
+
+
+def fresh(folder: Path, parts: int) -> Path:
+    (folder / "fresh").mkdir()
+    write_model(folder / "fresh", 2.0, parts)
+    return folder / "fresh"
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_publishes_goes_on(
+    train: Train, dataset: Path, tmp_path: Path, killer: Killer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run in shards that is made longer: its folder holds the old model, none, or the new one."""
+    from sft import ending
+    from sft.finished import evaluate_finished
+
+    monkeypatch.setattr(WeightFormat.__init__, "__defaults__", ("hf", True, 20_000, "base"))
+    settings = {**SETTINGS, "save_steps": 2, "evaluation_strategy": "no", "eval_steps": None}
+    train("whole", **{**settings, "max_steps": 4})
+    train("old", **{**settings, "max_steps": 2})
+    assert len(list((tmp_path / "old").glob("model-*"))) > 3
+    own, out = ending.publish_result, tmp_path / "out"
+
+    def loss(folder: Path) -> float | None:
+        given = {"model_name_or_path": str(folder), "dataset_name_or_path": str(dataset)}
+        try:
+            return float(evaluate_finished(given, None, lambda text: None)["eval_loss"])
+        except sft.UsageError as error:
+            if "has no config.json" not in str(error):
+                raise
+            return None
+
+    old, new = loss(tmp_path / "old"), loss(tmp_path / "whole")
+    seen = []
+    for operation in range(0, 1000, 7):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(tmp_path / "old", out)
+        killed: list[bool] = []
+
+        def published(run: Any, optimizer: Any, operation: int = operation, killed: list[bool] = killed) -> None:
+            killed.append(killer.kills(operation, lambda: own(run, optimizer)))
+            if killed[0]:
+                raise KilledError
+
+        monkeypatch.setattr(ending, "publish_result", published)
+        try:
+            train("out", resume_from_checkpoint="auto", **{**settings, "max_steps": 4})
+        except KilledError:
+            pass
+        seen.append(loss(out))
+        monkeypatch.setattr(ending, "publish_result", own)
+        if not killed[0]:
+            break
+        train("out", resume_from_checkpoint="auto", **{**settings, "max_steps": 4})
+        assert contents(out) == contents(tmp_path / "whole")
+    assert seen == sorted(seen, key=[old, None, new].index)
+    assert set(seen) == {old, None, new}
+
+
+# --- folders that stay known --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["overwriting", "measuring", "measuring over"])
+def test_a_folder_stays_known_as_a_run(
+    train: Train, tmp_path: Path, killer: Killer, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Killed before any operation of a start, it can be overwritten, and resumed where it has a checkpoint."""
+    from sft import assembly, checks
+
+    old, out = tmp_path / "old", tmp_path / "out"
+    train("old", **{**SETTINGS, "max_steps": 3, "save_steps": 1})
+    prepared: list[Any] = []
+    own = assembly._open_output
+    monkeypatch.setattr(assembly, "_open_output", lambda *arguments: prepared.append(arguments) or own(*arguments))
+    over = {"overwrite_output_dir": True} if kind != "measuring" else {}
+    settings = {**over, **({"do_train": False} if "measuring" in kind else {"max_steps": 1, "do_eval": False})}
+    if over:
+        shutil.copytree(old, out)
+    train("out", **settings)
+    ((run, source, record),) = prepared
+    for operation in range(1000):
+        shutil.rmtree(out, ignore_errors=True)
+        if over:
+            shutil.copytree(old, out)
+        run.report = {}
+        killed = killer.kills(operation, lambda: own(run, source, record))
+        for name, value in (("overwrite_output_dir", True), ("resume_from_checkpoint", "auto")):
+            training = run.settings.training
+            asked = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "do_train": True, name: value}
+            held = {key: getattr(training, key) for key in asked}
+            for key, wanted in asked.items():
+                setattr(training, key, wanted)
+            checks.check_output(run)
+            for key, wanted in held.items():
+                setattr(training, key, wanted)
+        if not killed:
+            break
+    assert killer.count > (5 if over else 1)
+    assert not checkpoints_of(out)
+
+
+def test_checkpoints_tell_that_a_folder_is_a_run(train: Train, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings = {**SETTINGS, "max_steps": 4}
+    train("whole", **settings)
+    train("out", **settings)
+    for path in [out / "run.json", *out.glob("model*")]:
+        path.unlink()
+    with pytest.raises(sft.UsageError, match="already holds a run; choose another folder, continue it"):
+        train("out", **settings)
+    train("out", resume_from_checkpoint="auto", **settings)
+    assert contents(out) == contents(tmp_path / "whole")
+    (out / "run.json").unlink()
+    train("out", overwrite_output_dir=True, max_steps=1)
+    assert not checkpoints_of(out)

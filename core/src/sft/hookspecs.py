@@ -206,7 +206,10 @@ def sft_run_failed(run: Run, error: BaseException) -> None:
 @single
 def sft_export_adapter(run: Run, model: Any) -> AdapterFiles:
     """The trained adapter in the PEFT layout, loadable over the original base. Without one: the whole model is
-    written."""
+    written.
+
+    Every trainable parameter must have a part in it. Before the first step it is called some times, with changed
+    values, to see that; so it may change nothing."""
 
 
 @single

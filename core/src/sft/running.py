@@ -257,12 +257,14 @@ def execute(run: Run) -> Summary:
     if source is not None and state is not None:
         checks.check_resumable(run, schedule, source, state)
 
+    from sft.exporting import check_export
     from sft.training import checkpoint
     from sft.training.loop import train
     from sft.training.progress import Display
 
     if source is not None and state is not None:
         checkpoint.load(run, optimizer, source, state)
+    check_export(run)
     record = assembly.describe(run)
     journal = assembly.open_journal(run, source, record)
     if source is not None and state is not None:

@@ -1,0 +1,96 @@
+"""Whether the files of an adapter hold all that trains: asked before hours are spent on what would be lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import paddle
+
+from sft.errors import UsageError
+from sft.models.layers import trainable
+
+if TYPE_CHECKING:
+    from sft.running import Run
+    from sft.seams import AdapterFiles
+
+
+def check_export(run: Run) -> None:
+    """Refuse an adapter of which a trained parameter has no part in what ``sft_export_adapter`` gives.
+
+    That is found out by changing parameters and looking at what changes in the files, whatever the export makes of
+    them; afterwards they are bit by bit what they were. All processes take part, and the main one looks.
+    """
+    if not run.exports_adapter:
+        return
+    with run.strategy.assembled(run.model):
+        if not run.strategy.is_main:
+            return
+        missing = left_out(trainable(run.model), lambda: run.hook.sft_export_adapter(run=run, model=run.model))
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3:,} more" if len(missing) > 3 else "")
+        raise UsageError(
+            f"Plugin {run.plugins.provider('sft_export_adapter')} leaves {shown} out of the adapter that it writes, so "
+            "what they learn would be lost; upgrade the plugin that trains them, or leave it out."
+        )
+
+
+@paddle.no_grad()
+def left_out(parameters: Mapping[str, Any], export: Callable[[], AdapterFiles]) -> list[str]:
+    """The names of those ``parameters`` on whose values nothing depends that ``export`` gives.
+
+    Parameters are numbered, and those are changed together that have the same value of one binary digit. What changes
+    in the files with exactly one value of each digit depends on the parameter of that number alone. So some
+    2·log₂(number of parameters) exports tell all from each other but those that only change things together: they are
+    changed one by one.
+    """
+    names = list(parameters)
+    held = {name: parameter.clone() for name, parameter in parameters.items()}
+
+    def change(chosen: Iterable[str], kind: float) -> None:
+        for name in chosen:
+            parameters[name].set_value(_varied(held[name], kind))
+
+    def changed_by(chosen: list[str]) -> set[str]:
+        change(chosen, 1.7)
+        found = _digests(export())
+        change(chosen, 1.0)
+        return {key for key in found.keys() | plain.keys() if found.get(key) != plain.get(key)}
+
+    try:
+        change(names, 1.0)  # zeros, as adapters begin with, hide what they are multiplied with
+        plain = _digests(export())
+        digits = range(max(1, (len(names) - 1).bit_length()))
+        numbers: dict[str, int | None] = dict.fromkeys(plain, 0)
+        for digit in digits:
+            zero, one = (
+                changed_by([name for number, name in enumerate(names) if number >> digit & 1 == value])
+                for value in (0, 1)
+            )
+            for key, number in numbers.items():
+                alone = number is not None and (key in zero) != (key in one)
+                numbers[key] = number | (key in one) << digit if alone and number is not None else None
+        kept = {names[number] for number in numbers.values() if number is not None}
+        return [name for name in names if name not in kept and not changed_by([name])]
+    finally:
+        for name, parameter in parameters.items():
+            parameter.set_value(held[name])
+
+
+def _varied(value: Any, kind: float) -> Any:
+    """``value`` with each element moved by another share of itself, keeping its sign or, if it is 0, becoming positive;
+    differently for each ``kind``."""
+    shares = 0.5 + 0.4 * paddle.sin(kind * paddle.arange(1, value.size + 1, dtype="float32"))
+    flat = value.astype("float32").reshape([-1])
+    return (flat * (1.0 + shares) + 0.01 * shares).reshape(value.shape).astype(value.dtype)
+
+
+def _digests(files: AdapterFiles) -> dict[str, bytes]:
+    """What stands for each tensor of ``files``, and for the config."""
+    found = {"": json.dumps(files.config, sort_keys=True, default=str).encode()}
+    for name, tensor in files.tensors.items():
+        found[f"tensor {name}"] = hashlib.blake2b(np.ascontiguousarray(tensor).tobytes()).digest()
+    return found

@@ -19,17 +19,27 @@ from sft.training import best
 STEPS = {"save_strategy": "steps", "evaluation_strategy": "steps", "save_steps": 1, "eval_steps": 1}
 
 
-def judged(losses: list[float]) -> type[sft.Plugin]:
-    """A plugin that puts given dev losses into the evaluations after steps 1, 2, …; others stay as they are."""
+def judged(losses: list[float], accuracies: list[float] | None = None) -> type[sft.Plugin]:
+    """A plugin that measures given dev losses (and accuracies) after steps 1, 2, …; before, what is true."""
 
     class Judge(sft.Plugin):
         name = "judge"
         api_version = 1
 
         @sft.hookimpl
-        def sft_evaluated(self, run: sft.Run, record: dict[str, Any]) -> None:
-            if record["step"]:
-                record["eval_loss"] = losses[record["step"] - 1]
+        def sft_parallel_strategy(self, run: sft.Run) -> Any:
+            from sft.training.strategy import SingleProcess
+
+            class Judging(SingleProcess):
+                def scores(self, model: Any, batches: Any) -> tuple[float, int]:
+                    found = super().scores(model, batches)
+                    targets = sum(batch.target_tokens for batch in batches)
+                    if not run.step:
+                        return found
+                    right = accuracies[run.step - 1] * targets if accuracies else found[1]
+                    return losses[run.step - 1] * targets, right  # type: ignore[return-value]
+
+            return Judging(run)
 
     return Judge
 
@@ -67,21 +77,11 @@ def test_the_result_is_the_best_checkpoint(
 
 def test_another_metric_decides(train: Callable[..., Any], tmp_path: Path) -> None:
     """Accuracies that rise and fall while the loss only falls."""
-    accuracies = [0.1, 0.7, 0.3]
-
-    class Judge(sft.Plugin):
-        name = "judge"
-        api_version = 1
-
-        @sft.hookimpl
-        def sft_evaluated(self, run: sft.Run, record: dict[str, Any]) -> None:
-            if record["step"]:
-                record.update(eval_accuracy=accuracies[record["step"] - 1], eval_loss=1.0 / record["step"])
-
+    judge = judged([1.0, 1 / 2, 1 / 3], [0.1, 0.7, 0.3])
     said: list[str] = []
     same: dict[str, Any] = {"max_steps": 3, "load_best_model_at_end": True, "say": said.append, **STEPS}
-    train("accuracy", (Judge,), metric_for_best_model="accuracy", **same)
-    train("loss", (Judge,), **same)
+    train("accuracy", (judge,), metric_for_best_model="accuracy", **same)
+    train("loss", (judge,), **same)
     assert [line for line in said if line.startswith("best model")] == [
         "best model: checkpoint-2, eval_accuracy 0.7000",
         "best model: checkpoint-3, eval_loss 0.3333",

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from sft import runtime
 from sft.errors import PluginError, SftError, UsageError
 
 COMMANDS = {
@@ -84,22 +85,27 @@ def cli(context: click.Context) -> None:
 
 def main() -> None:
     """The console script: errors that a user can cure are one line, with exit code 2."""
+    code = 0
     try:
         cli.main(standalone_mode=False)
     except PluginError as error:
         click.echo(error.details(), err=True, nl=False)
-        _fail(str(error), error.exit_code)
+        code = _failed(str(error), error.exit_code)
     except SftError as error:
-        _fail(str(error), error.exit_code)
+        code = _failed(str(error), error.exit_code)
     except click.ClickException as error:
-        _fail(error.format_message(), 2)
+        code = _failed(error.format_message(), 2)
     except OSError as error:
         # The machine's fault, not a bug: a full disk, a folder that went away.
-        _fail(str(error), 1)
+        code = _failed(str(error), 1)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted", 130)
+        code = _failed("interrupted", 130)
+    if runtime.is_one_of_many():
+        runtime.leave(code)
+    if code:
+        sys.exit(code)
 
 
-def _fail(message: str, code: int) -> None:
+def _failed(message: str, code: int) -> int:
     click.echo(f"sft: {message}", err=True)
-    sys.exit(code)
+    return code

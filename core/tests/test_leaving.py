@@ -1,0 +1,44 @@
+"""How the command line's process ends, alone and as one of many."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import atexit, ctypes, sys, threading, time
+from pathlib import Path
+
+out = Path(sys.argv.pop(1))
+libc = ctypes.CDLL(None)
+libc.strdup.restype = ctypes.c_void_p
+assert libc.__cxa_atexit(libc.puts, ctypes.c_void_p(libc.strdup(b"library")), None) == 0
+atexit.register(lambda: (out / "python").touch())
+threading.Thread(target=lambda: (time.sleep(0.5), (out / "thread").touch())).start()
+
+from sft.commands import main
+
+print("not flushed yet")
+main()
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["nonsense"], 2)])
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_one_of_many_leaves_without_the_exit_handlers_of_libraries(
+    tmp_path: Path, count: str, arguments: list[str], code: int
+) -> None:
+    """Paddle's store now and then aborts in them. All that Python does at an exit is done, and the code is the same."""
+    line = [sys.executable, "-c", PROGRAM, str(tmp_path), *arguments]
+    environ = {**os.environ, "PADDLE_TRAINERS_NUM": count}
+    done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert done.stdout.startswith("not flushed yet\n")
+    assert ("There is no command" in done.stderr) == bool(code)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"python", "thread"}
+    assert ("library" in done.stdout) == (count == "1")

@@ -16,13 +16,13 @@ import sft
 Train = Callable[..., sft.Summary]
 
 
-class CauseError(Exception):
+class CauseError(sft.SftError):
     """What ends a run."""
 
 
 def plugin(called: str, **hooks: Callable[..., Any]) -> type[sft.Plugin]:
     marked = {hook: sft.hookimpl(function) for hook, function in hooks.items()}
-    return type("Toy", (sft.Plugin,), {"name": called, **marked})
+    return type("Toy", (sft.Plugin,), {"name": called, "api_version": 1, **marked})
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
@@ -54,10 +54,11 @@ def test_an_error_in_sft_run_failed_is_said_and_no_more(train: Train, tmp_path: 
     with pytest.raises(CauseError, match="the cause"):
         train("out", (listening(heard, "a"), fails, bad, listening(heard, "z")), say=said.append)
     assert heard == ["a: CauseError", "z: CauseError"]
-    assert said[-1] == "note: plugin fails failed when it was told how the run ends (ValueError: a bug)"
+    assert said[-1].startswith("note: Plugin fails (")
+    assert "failed in sft_run_failed (ValueError: a bug)" in said[-1]
     assert (report(tmp_path / "out")["status"], report(tmp_path / "out")["error"]) == (
         "failed",
-        "CauseError: the cause",
+        "the cause",
     )
 
 
@@ -70,7 +71,7 @@ def test_an_error_in_sft_run_ended_comes_when_all_have_been_told(train: Train, t
     with pytest.raises(CauseError, match="first"):
         train("out", plugins, max_steps=1, say=said.append)
     assert heard == ["a: ended", "z: ended"]
-    assert said[-1] == "note: plugin second failed at the end, too (CauseError: second)"
+    assert said[-1] == "note: second"
     assert report(tmp_path / "out")["status"] == "finished"
     assert report(tmp_path / "out")["result"]["steps"] == 1
 
@@ -116,6 +117,7 @@ from sft.commands import main
 
 class Stop(sft.Plugin):
     name = "stop"
+    api_version = 1
 
     @sft.hookimpl
     def {hook}(self):
@@ -157,6 +159,8 @@ def ruining(step: int, name: str = "llama.layers.1.mlp.up_proj.weight") -> type[
     """A plugin after whose ``step`` one value of a tensor is infinite: what no loss has seen yet."""
 
     class Ruin(sft.Plugin):
+        api_version = 1
+
         @sft.hookimpl
         def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
             if record["step"] == step:
@@ -288,6 +292,7 @@ def test_a_disk_that_is_full_at_the_end_does_not_cost_the_weights(
 
     class Fill(sft.Plugin):
         name = "fill"
+        api_version = 1
 
         @sft.hookimpl
         def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:

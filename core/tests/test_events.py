@@ -135,6 +135,7 @@ def test_what_a_plugin_does_to_a_record_is_its_own_affair(train: Train, metrics:
 
     class Changes(sft.Plugin):
         name = "changes"
+        api_version = 1
 
         @sft.hookimpl
         def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
@@ -177,7 +178,7 @@ def test_an_error_in_a_plugin_is_not_swallowed(train: Train, tmp_path: Path) -> 
         train("out", (Broken, Told))
     assert told == [(True, caught.value)]
     report = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert (report["status"], report["error"]) == ("failed", "KeyError: 'a bug'")
+    assert (report["status"], report["error"]) == ("failed", str(caught.value))
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 

@@ -112,6 +112,7 @@ class Forgets(sft.Plugin):
     """Trains two vectors on each v_proj, and writes one of them."""
 
     name = "forgets"
+    api_version = 1
 
     @sft.hookimpl
     def sft_adapt_model(self, run: sft.Run, model: Any) -> None:

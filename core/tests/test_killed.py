@@ -21,7 +21,7 @@ from sft.files import publish
 from sft.models.config import read_config
 from sft.models.families import FAMILIES
 from sft.models.shards import WeightFormat, write_tensors
-from sft.models.source import Weights
+from sft.models.source import ModelFolder, Weights
 
 Train = Callable[..., sft.Summary]
 
@@ -88,7 +88,7 @@ def write_model(folder: Path, value: float, parts: int) -> None:
 def value_of(folder: Path) -> set[float]:
     """What a reader finds in the weights; :class:`sft.UsageError` where it refuses the folder."""
     found = {read_config(folder)["value"]}
-    weights = Weights(folder, FAMILIES["llama"])
+    weights = Weights(ModelFolder(folder), FAMILIES["llama"])
     assert len(list(weights)) == 12
     return found.union(*(set(weights.read(name).ravel().tolist()) for name in weights))
 

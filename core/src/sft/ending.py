@@ -156,7 +156,7 @@ def finish(run: Run, record: dict[str, Any], summary: Summary) -> None:
             run.plugins.ask(name, "sft_run_ended", run=run, summary=summary)
         except Exception as error:
             if first is not None:
-                run.say(f"note: plugin {name} failed at the end, too ({sentence(error)})")
+                run.say(f"note: {sentence(error)}")
             first = first or error
     if first is not None:
         raise first
@@ -173,4 +173,4 @@ def fail(run: Run, error: BaseException) -> None:
             run.plugins.ask(name, "sft_run_failed", run=run, error=error)
         except Exception as other:
             with contextlib.suppress(Exception):
-                run.say(f"note: plugin {name} failed when it was told how the run ends ({sentence(other)})")
+                run.say(f"note: {sentence(other)}")

@@ -301,7 +301,8 @@ def _only_evaluate(run: Run, source: Path | None, state: dict[str, Any] | None, 
     if source is not None and state is not None:
         checks.check_same_base(run, source)
         checkpoint.load_model(run, source, state)
-        step, epoch = state["step"], state["epoch"]
+        run.step = step = state["step"]
+        epoch = state["epoch"]
         run.say(f"measuring {source}")
     record = assembly.describe(run)
     journal = assembly.open_journal(run, None, record)

@@ -193,6 +193,40 @@ def test_a_plugin_that_does_not_say_what_it_does_is_refused(config_of: Callable[
         sft.outline({"model_name_or_path": str(config_of())}, extra=[Secret])
 
 
+class Scaled(sft.Plugin):
+    """Adds a tensor to each Linear, and does not say how it is divided."""
+
+    name = "scaled"
+    sides: tuple[str, ...] = ()
+
+    @sft.hookimpl
+    def sft_outline(self, outline: sft.Outline) -> None:
+        for linear in outline.targets():
+            linear.weights.append(sft.Weight("scale", (linear.out_features,), self.sides))
+
+
+class Divided(Scaled):
+    name = "divided"
+    sides = ("out",)
+
+
+def test_a_layer_that_does_not_say_how_it_is_divided_is_not_planned_to_be(config_of: Callable[..., Path]) -> None:
+    """Neither by tensor or pipeline parallelism nor in stage 3, which a run would refuse."""
+    values = {"model_name_or_path": str(config_of())}
+    unsaid, said = (sft.outline(values, extra=[plugin]).outline for plugin in (Scaled, Divided))
+    found, all_plans = (legal_plans(outline, 4, 8, 2) for outline in (unsaid, said))
+    expected = [plan for plan in all_plans if plan.tensor == plan.pipeline == 1 and plan.stage < 3]
+    assert found == expected
+    assert 0 < len(expected) < len(all_plans)
+    message = (
+        r"scale of model\.layers\.0\.self_attn\.q_proj does not say how it is divided .* \(its layer lacks sides\)"
+    )
+    for wanted in (Wanted(tensor=2), Wanted(pipeline=4), Wanted(stage=3)):
+        assert legal_plans(said, 4, 8, 2, wanted)
+        with pytest.raises(sft.UsageError, match=message):
+            legal_plans(unsaid, 4, 8, 2, wanted)
+
+
 @needs("lora")
 def test_planning_does_not_import_paddle(config_of: Callable[..., Path]) -> None:
     code = (

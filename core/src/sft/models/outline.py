@@ -17,7 +17,9 @@ _HEADS = {"qwen2": 32, "mistral": 8, "gemma": 16}
 @dataclass(frozen=True)
 class Weight:
     """A tensor on paper. ``sides`` says what each dimension is: "in" or "out" of its Linear, "vocabulary", "all" (of
-    a tensor that lies flat and is divided whichever side of its Linear is), or "" (of nothing that is divided).
+    a tensor that lies flat and is divided whichever side of its Linear is), or "" (of nothing that is divided); without
+    it, nobody says how the tensor is divided. Of an adapter layer they are the ``sides`` of its class: a layer that
+    declares none has none on paper.
 
     Attributes:
         bits: Of one value; None: what the run's precision gives to weights.
@@ -25,7 +27,7 @@ class Weight:
 
     name: str
     shape: tuple[int, ...]
-    sides: tuple[str, ...]
+    sides: tuple[str, ...] = ()
     trains: bool = True
     bits: int | None = None
 
@@ -88,6 +90,14 @@ class Outline:
             return list(found.values())
         chosen = matching(list(found), patterns)
         return [linear for name, linear in found.items() if name in chosen]
+
+    def undivided(self) -> str | None:
+        """The name of a tensor of a Linear of which nobody says how processes divide it, where there is one."""
+        for linear in self.targets():
+            for weight in linear.weights:
+                if weight.shape and not weight.sides:
+                    return f"{weight.name} of {linear.name}"
+        return None
 
     def freeze(self) -> None:
         """Nothing of the base trains; what techniques add afterwards may."""

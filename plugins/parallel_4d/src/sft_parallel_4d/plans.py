@@ -54,6 +54,9 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
     Raises :class:`UsageError` that says why, if there is none.
     """
     wanted = wanted or Wanted()
+    unsaid = outline.undivided()
+    if unsaid is not None and wanted.stage == 3:
+        raise UsageError(f"{_unsaid(unsaid)}; leave its plugin out, or sharding stage3.")
     found, refused = [], dict.fromkeys(_divisions(devices, wanted))
     if not refused:
         raise UsageError(
@@ -70,6 +73,7 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
             found += [
                 Plan(data, sharding, stage, tensor, pipeline, sequence, recompute, accumulation, wanted.offload)
                 for stage in _stages(sharding, tensor, pipeline, wanted)
+                if stage < 3 or unsaid is None
                 for sequence in _either(wanted.sequence)
                 if tensor > 1 or not sequence
                 for recompute in (_either(wanted.recompute))
@@ -91,12 +95,19 @@ def refusal(outline: Outline, tensor: int, pipeline: int) -> str | None:
         "the vocabulary": outline.vocabulary,
         "the intermediate size": outline.inner,
     }
+    unsaid = outline.undivided()
+    if unsaid is not None and tensor * pipeline > 1:
+        return _unsaid(unsaid)
     for name, size in parts.items():
         if size % tensor:
             return f"tensor parallel degree {tensor} does not divide {name} ({size})"
     if pipeline > len(outline.blocks):
         return f"{pipeline} pipeline stages are more than {len(outline.blocks)} layers"
     return None
+
+
+def _unsaid(tensor: str) -> str:
+    return f"{tensor} does not say how it is divided among processes (its layer lacks sides)"
 
 
 def possible(outline: Outline, devices: int) -> list[tuple[int, int]]:

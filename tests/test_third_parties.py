@@ -12,9 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from sft.testing import make_model, write_data
+import sft
+from sft.plugins import entries
+from sft.testing import forward, load, make_model, needs, paddle, write_data  # noqa: F401
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -26,12 +29,14 @@ def install(example: str, site: Path) -> None:
     for source in (EXAMPLES / example / "src").iterdir():
         if source.suffix == ".py":
             shutil.copy(source, site)
+        elif (source / "__init__.py").exists():
+            shutil.copytree(source, site / source.name)
     info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     lines = []
-    for group, entries in project["entry-points"].items():
-        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())]
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in points.items())]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -58,19 +63,19 @@ def test_the_sqlite_tracker_beside_our_plugins(tmp_path: Path) -> None:
     make_model(tmp_path / "model")
     write_data(tmp_path / "data", [{"src": f"type#{n}", "tgt": "A coat."} for n in range(12)])
 
-    def sft(*arguments: str) -> str:
+    def typed(*arguments: str) -> str:
         done = python(tmp_path, site, "-m", "sft", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    listed = sft("plugins")
+    listed = typed("plugins")
     assert re.search(r"^sqlite +sft-example-sqlite 0\.1\.0$", listed, re.MULTILINE)
     assert re.search(r"^lora +sft-peft-lora ", listed, re.MULTILINE)
-    assert "--sqlite_path TEXT" in sft("run", "--plugin", "sqlite", "--help")
+    assert "--sqlite_path TEXT" in typed("run", "--plugin", "sqlite", "--help")
     run = ("run", "--model_name_or_path", "model", "--dataset_name_or_path", "data", "--max_steps", "3")
     run = (*run, "--plugin", "lora", "--logging_steps", "1")
-    sft(*run, "--output_dir", "without")
-    sft(*run, "--output_dir", "with", "--plugin", "sqlite", "--sqlite_path", "runs.sqlite")
+    typed(*run, "--output_dir", "without")
+    typed(*run, "--output_dir", "with", "--plugin", "sqlite", "--sqlite_path", "runs.sqlite")
     losses = [values["loss"] for values in lines(tmp_path / "with") if "loss" in values]
     assert losses == [values["loss"] for values in lines(tmp_path / "without") if "loss" in values]
     adapter = "adapter_model.safetensors"
@@ -80,7 +85,48 @@ def test_the_sqlite_tracker_beside_our_plugins(tmp_path: Path) -> None:
         assert stored == [(loss,) for loss in losses]
         assert database.execute("SELECT id, status FROM runs").fetchall() == [(1, "finished")]
     ask = ("generate", "--model_name_or_path", "model", "--prompt", "type#1", "--max_new_tokens", "4", "--lora_path")
-    assert sft(*ask, "with") == sft(*ask, "without")
+    assert typed(*ask, "with") == typed(*ask, "without")
+
+
+@pytest.mark.slow
+def test_dora_tests_itself(tmp_path: Path) -> None:
+    """With the parity that its fixtures of PEFT ask for, over models that it makes."""
+    shutil.copytree(EXAMPLES / "dora_plugin", tmp_path / "plugin")
+    (tmp_path / "site").mkdir()
+    install("dora_plugin", tmp_path / "site")
+    done = python(tmp_path / "plugin", tmp_path / "site", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^17 passed", done.stdout, re.MULTILINE)
+
+
+@needs("lora")
+def test_dora_reads_dora_and_leaves_lora_alone(
+    paddle: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Folders of both, of the same peft_type, are read and merged by who claims them."""
+    from sft.adapters import merge, plugins_for
+
+    (tmp_path / "site").mkdir()
+    install("dora_plugin", tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    entries.cache_clear()
+    base = make_model(tmp_path / "base")
+    write_data(tmp_path / "data", [{"src": f"a{n}", "tgt": "b"} for n in range(4)])
+    settings = {"model_name_or_path": str(base), "dataset_name_or_path": str(tmp_path / "data"), "max_steps": 2}
+    for plugin in ("lora", "dora"):
+        sft.run({**settings, "plugin": plugin, "output_dir": str(tmp_path / plugin)}, say=lambda text: None)
+    of_peft = EXAMPLES / "dora_plugin" / "tests" / "fixtures" / "llama"
+    ids = np.arange(4, 24)[None]
+    for folder, reader in ((tmp_path / "lora", "lora"), (tmp_path / "dora", "dora"), (of_peft, "dora")):
+        assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+        assert plugins_for(folder).names == [reader]
+        merged = tmp_path / f"merged {folder.name}"
+        merge(str(base), folder, merged, lambda text: None)
+        np.testing.assert_allclose(forward(load(base, folder), ids), forward(load(merged), ids), atol=2e-5, rtol=0)
+    with pytest.raises(sft.UsageError, match="use_dora = True is more than LoRA"):
+        load(base, of_peft, ["no:dora"])
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

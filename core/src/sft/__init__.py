@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sft.data.batches import assemble
     from sft.models.layers import Target, linear_weight, module_names, target_layers
     from sft.models.outline import LinearOutline, Outline, Weight
+    from sft.models.parts import sum_over
     from sft.models.shards import parse_size
     from sft.outlining import PaperRun, outline
     from sft.running import Run, Summary, run
@@ -55,6 +56,7 @@ _LAZY = {
     "outline": "sft.outlining",
     "parse_size": "sft.models.shards",
     "linear_weight": "sft.models.layers",
+    "sum_over": "sft.models.parts",
     "target_layers": "sft.models.layers",
 }
 
@@ -94,6 +96,7 @@ __all__ = [
     "read_adapter",
     "run",
     "single",
+    "sum_over",
     "target_layers",
 ]
 

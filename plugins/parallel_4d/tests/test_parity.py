@@ -157,6 +157,27 @@ def test_an_adapter_that_does_not_say_how_it_is_divided_is_refused(trainings: Tr
         trainings.many(PLANS[plan], job="jobs:train_strange")
 
 
+@pytest.mark.parametrize("job", ["jobs:train_dora", "jobs:train_normed"])
+@pytest.mark.parametrize("plan", ["tp2", slow("tp2-sequence"), slow("tp2-pp2"), slow("stage3"), slow("tp2-stage2")])
+def test_an_adapter_that_needs_whole_dimensions_sums_over_their_parts(
+    trainings: Trainings, plan: str, job: str
+) -> None:
+    """A norm over all inputs of a Linear, as DoRA's, and norms of both sides with their gradients."""
+    one, _ = trainings.many(PLANS["one"], job=job)
+    many, _ = trainings.many(PLANS[plan], job=job)
+    assert_equal(one, many)
+
+
+@pytest.mark.parametrize("plan", ["tp2", slow("tp2-pp2")])
+def test_an_adapter_that_forgets_to_sum_is_refused(trainings: Trainings, plan: str) -> None:
+    """It would learn other numbers than on one process, as a norm of a part is not that of the whole."""
+    with pytest.raises(
+        RankError, match=r"Scaled computes something else where processes share the (in|out)puts of its"
+    ):
+        trainings.many(PLANS[plan], job="jobs:train_unsummed")
+    assert_equal(*(trainings.many(PLANS[alone], job="jobs:train_unsummed")[0] for alone in ("one", "dp2")))
+
+
 def test_it_learns_on_data_ranks_all_the_same(trainings: Trainings) -> None:
     one, _ = trainings.many(PLANS["one"], job="jobs:train_strange")
     two, _ = trainings.many(PLANS["stage1"], job="jobs:train_strange")

@@ -197,6 +197,7 @@ class Scaled(sft.Plugin):
     """Adds a tensor to each Linear, and does not say how it is divided."""
 
     name = "scaled"
+    api_version = 1
     sides: tuple[str, ...] = ()
 
     @sft.hookimpl

@@ -1,7 +1,8 @@
 """What of a model this process holds, where several share it; on one process every tensor is whole and here.
 
 A strategy marks what it divides: a parameter (and the Linear that it is the weight of) gets ``sft_part``, a parameter
-that another process holds gets ``sft_elsewhere`` and is never allocated. Unmarked tensors are whole.
+that another process holds gets ``sft_elsewhere`` and is never allocated. Unmarked tensors are whole. A layer in the
+place of a divided Linear gets ``sft_sums``: the divided side, and what sums a tensor over the processes.
 """
 
 from __future__ import annotations
@@ -42,6 +43,20 @@ def whole_shape(tensor: Any) -> tuple[int, ...]:
 def is_elsewhere(parameter: Any) -> bool:
     """Whether another process holds this parameter."""
     return bool(getattr(parameter, "sft_elsewhere", False))
+
+
+def sum_over(layer: Any, side: str, values: Any) -> Any:
+    """The sum of ``values`` over the processes that divide the ``side`` ("in" or "out") of the Linear in whose place
+    ``layer`` stands; each gets it. Where that side is whole, as on one process: ``values`` themselves.
+
+    For a layer whose ``forward`` needs something of a whole dimension that processes share, such as a norm over all
+    inputs: ``values`` is a tensor of any shape that each has from its own part. Gradients flow through it. Every
+    process that has the layer calls it, and in the same order.
+    """
+    if side not in ("in", "out"):
+        raise ValueError(f'The sides of a Linear are "in" and "out", not {side!r}.')
+    total = getattr(layer, "sft_sums", {}).get(side)
+    return values if total is None else total(values)
 
 
 def size_of(parameter: Any) -> int:

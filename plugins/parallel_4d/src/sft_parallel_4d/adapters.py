@@ -11,6 +11,7 @@ from paddle.base.framework import EagerParamBase
 
 from sft import UsageError
 from sft.models.parts import Part, is_elsewhere
+from sft_parallel_4d import trial
 from sft_parallel_4d.tensor import adapters
 from sft_parallel_4d.topology import Axis
 
@@ -41,6 +42,8 @@ class Adapters:
                     f"{type(layer).__name__} does not say how it is divided among processes (its class lacks sides); "
                     "leave its plugin out, or tensor and pipeline parallelism and sharding stage3."
                 )
+        if self._tensor.size > 1:
+            trial.check([(layer, side) for layer, side, _ in self._layers if not is_elsewhere(layer)], self._tensor)
 
     @paddle.no_grad()
     def divide(self) -> None:

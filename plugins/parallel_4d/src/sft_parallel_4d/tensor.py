@@ -132,6 +132,7 @@ class TensorParallel:
         blocks = list(backbone.layers)
         for block in blocks:
             for layer, side in adapters(block):
+                layer.sft_sums = {side: self._sum_within}
                 if side == "in":
                     self._draw_apart(layer)
             _around(block.self_attn, self._enter, self._leave)
@@ -187,6 +188,12 @@ class TensorParallel:
 
     def _sum(self, x: Any) -> Any:
         return _Crossing.apply(x, lambda x: self._axis.sum(x.clone()), lambda gradient: gradient)
+
+    def _sum_within(self, x: Any) -> Any:
+        """Summands → their sum for all, each of whom computes something else with it: their gradients add up, too."""
+        return _Crossing.apply(
+            x, lambda x: self._axis.sum(x.clone()), lambda gradient: self._axis.sum(gradient.clone())
+        )
 
     def _gather(self, x: Any) -> Any:
         return self._axis.gather(x, SEQUENCE)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import sft
@@ -144,6 +146,70 @@ def held(settings: dict[str, Any]) -> dict[str, Any]:
 
     sft.run(settings, plugins=[Look], say=lambda text: None)
     return found
+
+
+def train_dora(settings: dict[str, Any]) -> dict[str, Any]:
+    """One rank of a run with the DoRA of a third party, of examples/."""
+    sys.path.insert(0, str(Path(__file__).parents[4] / "examples" / "dora_plugin" / "src"))
+    from sft_dora.plugin import Dora
+
+    sft.run(settings, plugins=[Dora], say=lambda text: None)
+    return {"process": os.getpid()}
+
+
+def train_normed(settings: dict[str, Any]) -> dict[str, Any]:
+    """One rank of a run whose adapter's forward needs norms of whole dimensions, and their gradients."""
+    sft.run(settings, plugins=[Normed], say=lambda text: None)
+    return {"process": os.getpid()}
+
+
+def train_unsummed(settings: dict[str, Any]) -> dict[str, Any]:
+    """One rank of a run whose adapter takes a norm of its part of a dimension for that of the whole."""
+    sft.run(settings, plugins=[type("Unsummed", (Normed,), {"sums": False})], say=lambda text: None)
+    return {"process": os.getpid()}
+
+
+class Normed(sft.Plugin):
+    """y = W(x ⊙ u/|u|) ⊙ v/|v| on every Linear, with trainable u [in] and v [out]; |·| is the root mean square."""
+
+    name = "normed"
+    api_version = 1
+    sums = True
+
+    @sft.hookimpl
+    def sft_adapt_model(self, run: sft.Run, model: Any) -> None:
+        import paddle
+
+        sum_over = sft.sum_over if self.sums else lambda layer, side, values: values
+
+        class Scaled(paddle.nn.Layer):
+            sides = {"u": ("in",), "v": ("out",)}
+
+            def __init__(self, base: Any, in_features: int, out_features: int, rng: Any) -> None:
+                super().__init__()
+                self.base, self.sizes = base, {"u": in_features, "v": out_features}
+                for name, size in self.sizes.items():
+                    parameter = self.create_parameter([size])
+                    parameter.set_value(rng.uniform(0.5, 1.5, size).astype("float32"))
+                    setattr(self, name, parameter)
+
+            def unit(self, name: str, side: str) -> Any:
+                factor = getattr(self, name)
+                return factor * (sum_over(self, side, factor.square().sum()) / self.sizes[name]).rsqrt()
+
+            def forward(self, x: Any) -> Any:
+                return self.base(x * self.unit("u", "in")) * self.unit("v", "out")
+
+        self.layers = {}
+        for target in sft.target_layers(model):
+            layer = Scaled(target.layer, target.in_features, target.out_features, run.rng(target.name))
+            self.layers[target.name] = layer
+            target.replace(layer)
+
+    @sft.hookimpl
+    def sft_export_adapter(self, run: sft.Run, model: Any) -> sft.AdapterFiles:
+        tensors = {f"{name}.{key}": getattr(one, key).numpy() for name, one in self.layers.items() for key in "uv"}
+        return sft.AdapterFiles({"peft_type": "NORMED"}, tensors)
 
 
 def train_strange(settings: dict[str, Any]) -> dict[str, Any]:

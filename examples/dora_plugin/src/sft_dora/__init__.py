@@ -1,0 +1,1 @@
+"""DoRA as an sft plugin of a third party."""

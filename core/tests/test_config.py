@@ -143,6 +143,33 @@ def test_a_damaged_config_is_named(tmp_path: Path, text: str | None, message: st
         open_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"self": 1}, "PaddleNLP's LlamaConfig does not take what config.json says"),
+        ({"num_labels": "x"}, "PaddleNLP's LlamaConfig does not take what config.json says"),
+        ({"id2label": 5}, "PaddleNLP's LlamaConfig does not take what config.json says"),
+        ({"use_long_sequence_strategies": True}, "makes PaddleNLP compute another model"),
+        ({"alibi": True}, "makes PaddleNLP compute another model"),
+        ({"rms_norm_eps": None}, "must give rms_norm_eps as a number above 0, not None"),
+        ({"rms_norm_eps": -1e-6}, "must give rms_norm_eps as a number above 0, not -1e-06"),
+        ({"rope_parameters": None, "rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"rope_parameters": None, "rope_theta": [1]}, "something else than numbers above 0"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, r"rotary scaling \['linear'\] is not computed by"),
+    ],
+)
+def test_values_that_no_model_has_are_refused(paddle: Any, models: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(sft.UsageError, match=rf"^the-model: .*{message}"):
+        paddle_config({**config_of(models / "llama-tied-gqa"), **changes}, "the-model")
+
+
+def test_how_paddlenlp_computed_elsewhere_is_no_part_of_the_model(paddle: Any, models: Path) -> None:
+    """Its configs keep the degrees of the run that saved them, with which its layers would need other processes."""
+    left = {"tensor_parallel_degree": 2, "sequence_parallel": True, "pipeline_parallel_degree": 2, "recompute": True}
+    config = paddle_config({**config_of(models / "llama-tied-gqa"), **left}, "here")[1]
+    assert (config.tensor_parallel_degree, config.sequence_parallel, config.recompute) == (1, False, False)
+
+
 # --- what families have of their own ------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import read_report, save_tensors, write_json
 from sft.models.loading import find_usable_model
-from sft.models.source import find_model
+from sft.models.source import find_tokenizer
 from sft.plugins import Plugins
 from sft.resolution import resolve
 from sft.seams import DataCollator, ParallelStrategy
@@ -245,7 +245,7 @@ def execute(run: Run) -> Summary:
         checks.check_same_plugins(run, source, state)
     date = datetime.fromisoformat(state["date"]) if state is not None else None
     named = model.tokenizer_name_or_path
-    run.tokenizer = Tokenizer((find_model(named) if named else place).path, date, run.settings.data.chat_template)
+    run.tokenizer = Tokenizer(find_tokenizer(named) if named else place.path, date, run.settings.data.chat_template)
     run.resumes = state is not None
     assembly.read_data(run, train_files, dev_files, place.path, sizes)
     run.say(runtime.prepare())

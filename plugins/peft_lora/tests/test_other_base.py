@@ -144,3 +144,12 @@ def test_a_whole_model_resumes_without_its_base(train: Train, base_model: Path, 
     expected = load_file(tmp_path / "out" / "model.safetensors")
     found = load_file(tmp_path / "again" / "model.safetensors")
     assert all(np.array_equal(found[key], expected[key]) for key in expected)
+
+
+def test_an_adapter_that_cannot_be_read_is_refused_before_the_data_is(train: Train, tmp_path: Path) -> None:
+    train("first", max_steps=1)
+    path = tmp_path / "first" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    (tmp_path / "train.json").write_text("{")
+    with pytest.raises(sft.UsageError, match="is not a readable safetensors file"):
+        train("continued", lora_path=str(tmp_path / "first"), dataset_name_or_path=str(tmp_path))

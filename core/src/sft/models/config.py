@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def paddle_config(values: dict[str, Any], where: Any) -> tuple[Family, Any]:
     family, settings = checked_settings(values, where)
     config_class, _ = family.classes()
     try:
-        config = config_class(**settings)
+        # PaddleNLP keeps how it computed beside what it computed; how this process does is decided here.
+        config = config_class(**{key: value for key, value in settings.items() if key not in _ways()})
     except Exception as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UsageError(
@@ -111,11 +113,14 @@ def checked_settings(values: dict[str, Any], where: Any) -> tuple[Family, dict[s
 
 def _checked_rope(values: dict[str, Any], where: Any) -> tuple[float, dict[str, Any]]:
     try:
-        return rope_of(values)
+        theta, scaling = rope_of(values)
+        if not 0 < theta < math.inf:
+            raise ValueError(f"rope_theta is {theta}")
+        return theta, scaling
     except (TypeError, ValueError, KeyError) as error:
         raise UsageError(
-            f"{where}: config.json describes the rotary embedding by something else than numbers and an object of them "
-            f"({error}); correct rope_theta, rope_scaling or rope_parameters."
+            f"{where}: config.json describes the rotary embedding by something else than numbers above 0 and an object "
+            f"of them ({error}); correct rope_theta, rope_scaling or rope_parameters."
         ) from error
 
 
@@ -142,6 +147,9 @@ def _refuse_ignored(values: dict[str, Any], family: Family, where: Any) -> None:
     for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"):
         if values.get(name) is not None and (not isinstance(values[name], int) or values[name] < 1):
             raise UsageError(f"{where}: config.json must give {name} as a whole number or null, not {values[name]!r}.")
+    epsilon = values.get("rms_norm_eps", 1e-6)
+    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)) or not 0 < epsilon < math.inf:
+        raise UsageError(f"{where}: config.json must give rms_norm_eps as a number above 0, not {epsilon!r}.")
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
     activations = (None, family.activation, *family.also_activation)
     ignored = {
@@ -155,6 +163,12 @@ def _refuse_ignored(values: dict[str, Any], family: Family, where: Any) -> None:
         "tie_word_embeddings": not family.can_tie and bool(values.get("tie_word_embeddings")),
         "quantization_config": bool(values.get("quantization_config")),
     }
+    for name in ("use_long_sequence_strategies", "alibi"):
+        if values.get(name):
+            raise UsageError(
+                f"{where}: {name} = {values[name]!r} makes PaddleNLP compute another model, which has not been "
+                "verified here; use a model without it."
+            )
     for name, is_ignored in ignored.items():
         if is_ignored:
             raise UsageError(
@@ -166,10 +180,15 @@ def _refuse_ignored(values: dict[str, Any], family: Family, where: Any) -> None:
 def says(config: Any) -> dict[str, Any]:
     """A copy of what PaddleNLP's config says of a model, without what PaddleNLP itself counts as the way of computing
     it."""
+    ways = _ways()
+    return {key: copy.deepcopy(value) for key, value in vars(config).items() if key not in ways}
+
+
+def _ways() -> set[str]:
+    """Names in PaddleNLP's config that say how a model is computed, and nothing of what it is."""
     from paddlenlp.transformers.configuration_utils import LlmMetaConfig
 
-    ways = {*LlmMetaConfig._get_defaults(), *_WAYS}
-    return {key: copy.deepcopy(value) for key, value in vars(config).items() if key not in ways}
+    return {*LlmMetaConfig._get_defaults(), *_WAYS}
 
 
 def changed_values(values: dict[str, Any], before: dict[str, Any], config: Any, who: str, where: Any) -> dict[str, Any]:

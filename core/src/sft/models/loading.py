@@ -63,7 +63,9 @@ def open_model(place: Path | ModelFolder, plugins: Plugins | None = None, run: R
     source = ModelSource(place, values, family, config, generation=kept)
     if run is not None:
         run.source = source
-    for name in plugins.implementing("sft_model_config") if plugins is not None else ():
+    if plugins is None:
+        return source
+    for name in plugins.implementing("sft_model_config"):
         before = says(config)
         plugins.ask(name, "sft_model_config", run=run, config=config)
         if says(config) != before:

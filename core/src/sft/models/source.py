@@ -50,6 +50,11 @@ def find_model(name_or_path: str, allow_pickle: bool = False) -> ModelFolder:
     return ModelFolder(_find(name_or_path, patterns), None, allow_pickle)
 
 
+def find_tokenizer(name_or_path: str) -> Path:
+    """A local directory with a tokenizer; of a hub name no weights are downloaded."""
+    return _find(name_or_path, [pattern for pattern in _PATTERNS if pattern != "*.safetensors"])
+
+
 def find_config(name_or_path: str) -> Path:
     """A local directory with a model's ``config.json``; of a hub name nothing else is downloaded."""
     path = Path(name_or_path).expanduser()

@@ -64,6 +64,9 @@ class Lora(sft.Plugin):
                     f"Plugin {plugin} decides how a new adapter begins ({hook}), and lora_path brings one that has "
                     "begun; leave one of them out."
                 )
+        from sft_peft_lora.files import LoraFolder
+
+        LoraFolder(Path(self.options.lora_path).expanduser())  # one that cannot be read is refused before data is
 
     @sft.hookimpl
     def sft_adapt_model(self, run: Run, model: Any) -> None:

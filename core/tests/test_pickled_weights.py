@@ -117,8 +117,14 @@ HOSTILE: dict[str, tuple[Callable[[Path, Path], None], str]] = {
         by_text_file,
         r"names 'merges\.txt' as a file of weights, where only the name of a \.safetensors file",
     ),
-    "pdparams": (by_pdparams, r"weights in model_state\.pdparams alone, which is Paddle's pickle.* allow_pickle true"),
-    "bin": (by_bin, r"weights in pytorch_model\.bin alone, which is torch's pickle.*convert it to safetensors"),
+    "pdparams": (
+        by_pdparams,
+        r"weights in model_state\.pdparams alone, a pickle, .* allow_pickle true .* with PaddleNLP: Auto",
+    ),
+    "bin": (
+        by_bin,
+        r"weights in pytorch_model\.bin alone, a pickle, .*convert it to safetensors with transformers: Auto",
+    ),
     "index-of-pdparams": (by_index_of_pdparams, r"weights in model_state\.pdparams\.index\.json alone"),
     "relative-path": (by_relative_path, r"names '\.\./outside\.bin' as a file of weights"),
     "absolute-path": (by_absolute_path, r"names '/.*/outside.* as a file of weights"),

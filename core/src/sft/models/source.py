@@ -186,12 +186,12 @@ def weight_files(place: ModelFolder) -> list[Path]:
             return _expand(folder, name)
     for name in _UNSAFE:
         if (folder / name).is_file():
-            kind = "Paddle's" if ".pdparams" in name else "torch's"
+            whose, more = ("PaddleNLP", ", safe_serialization=True") if ".pdparams" in name else ("transformers", "")
             raise UsageError(
-                f"{folder} has weights in {name} alone, which is {kind} pickle and is not read unasked, since a pickle "
-                f"can carry code; name the file (--model_name_or_path {folder / name}) or set allow_pickle true, and "
-                "its tensors are read and nothing else, or convert it to safetensors, as transformers and PaddleNLP do "
-                "where they save a model."
+                f"{folder} has weights in {name} alone, a pickle, which is not read unasked because a pickle can carry "
+                f"code; name the file (--model_name_or_path {folder / name}) or set allow_pickle true to have the "
+                f"tensors in it read and nothing run, or convert it to safetensors with {whose}: "
+                f"AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW{more})."
             )
     raise UsageError(
         f"{folder} has no weights; it needs model.safetensors (or its shards and index), or with allow_pickle true "
@@ -212,7 +212,7 @@ def _expand(folder: Path, name: str) -> list[Path]:
     for named in names:
         if not _is_plain(named) or not named.endswith(suffix) or suffix not in (".safetensors", *PICKLED):
             raise UsageError(
-                f"{path} names {str(named)[:80]!r} as a file of weights, where only the name of a {suffix} file beside "
+                f"{path} names {str(named)[:200]!r} as a file of weights, where only the name of a {suffix} file beside "
                 "it may stand; replace the index."
             )
     files = [folder / named for named in dict.fromkeys(names)]

@@ -212,8 +212,8 @@ def _expand(folder: Path, name: str) -> list[Path]:
     for named in names:
         if not _is_plain(named) or not named.endswith(suffix) or suffix not in (".safetensors", *PICKLED):
             raise UsageError(
-                f"{path} names {str(named)[:200]!r} as a file of weights, where only the name of a {suffix} file beside "
-                "it may stand; replace the index."
+                f"{path} names {str(named)[:200]!r} as a file of weights, where only the name of a {suffix} file "
+                "beside it may stand; replace the index."
             )
     files = [folder / named for named in dict.fromkeys(names)]
     missing = [file.name for file in files if not file.is_file()]

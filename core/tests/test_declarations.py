@@ -10,6 +10,7 @@ import pytest
 from toy_plugins import active, refusal
 
 import sft
+from sft.plugins import import_plugin
 
 Distribute = Callable[..., None]
 
@@ -54,6 +55,13 @@ def test_a_newer_sft_refuses_the_plugins_of_today(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sft.declarations.API_VERSION", 2)
     assert "is written for plugin API 1, and this sft has 2" in refusal("lora")
     assert "is written for plugin API 1, and this sft has 2" in refusal(extra=(toy(),))
+
+
+def test_a_plugin_of_others_does_not_declare_it() -> None:
+    source = import_plugin("lora")
+    derived = type("Derived", (source,), {"name": "derived"})
+    assert "does not say for which plugin API it is written" in refusal(extra=(derived,))
+    assert active(extra=(type("Derived", (source,), {"name": "derived", "api_version": 1}),)).names == ["derived"]
 
 
 def test_a_base_of_the_authors_own_may_declare_it() -> None:

@@ -30,8 +30,7 @@ def check_form(plugin: Any, who: str, hooks: Iterable[str]) -> None:
 
 
 def _check_version(plugin: Any, who: str) -> None:
-    """The number stands in the plugin itself: one inherited from the installed sft would always fit."""
-    declared = getattr(plugin, "api_version", None)
+    declared = _version_of(plugin)
     if declared is None:
         raise UsageError(
             f"{who} does not say for which plugin API it is written; add api_version = {API_VERSION} to it, once it "
@@ -42,6 +41,18 @@ def _check_version(plugin: Any, who: str) -> None:
             f"{who} is written for plugin API {declared}, and this sft has {API_VERSION}; install versions of sft-core "
             "and of the plugin that go together."
         )
+
+
+def _version_of(plugin: Any) -> Any:
+    """What its own code declares: a number inherited from sft, or from a plugin of others, is that of what is installed
+    now, and would always fit."""
+    if not isinstance(plugin, type):
+        return getattr(plugin, "api_version", None)
+    for base in plugin.__mro__:
+        if "api_version" in vars(base):
+            own = base.__module__.partition(".")[0] == plugin.__module__.partition(".")[0]
+            return vars(base)["api_version"] if own else None
+    return None
 
 
 def _check_markers(plugin: Any, who: str, hooks: list[str]) -> None:

@@ -213,9 +213,13 @@ def test_evaluation_without_dev_data(refused: Callable[..., str]) -> None:
     assert refused(do_eval=True).startswith("Evaluation is asked for, and data has no dev data in use;")
 
 
-def test_lengths_that_leave_no_target(refused: Callable[..., str]) -> None:
-    assert refused(max_length=4) == (
-        "No train record keeps a target within src_length 1024 and max_length 4; raise them."
+def test_a_template_that_leaves_no_target(refused: Callable[..., str], work: Path) -> None:
+    """It writes the answer alone, and of an answer of one token nothing is learned: nothing stands before it."""
+    (work / "data" / "train.json").write_text('{"src": "a", "tgt": "b"}', encoding="utf-8")
+    (work / "answer.jinja").write_text("{% generation %}{{ messages[-1].content }}{% endgeneration %}")
+    assert refused(chat_template="answer.jinja") == (
+        "No train record keeps a target, not one token of an answer that has another before it; check the data and the "
+        "chat template, or raise max_length."
     )
 
 

@@ -50,7 +50,7 @@ def test_src_length_keeps_bos(models: Path, tokenizer_with: TokenizerWith) -> No
 
 def test_max_length_cuts_the_end_of_the_answer(models: Path, plain: Tokenizer) -> None:
     source_ids = texts(models)[0][1]
-    encoded = one(answered(SOURCE, TARGET), plain, max_length=21)
+    encoded = one(answered(SOURCE, TARGET), plain, src_length=20, max_length=21)
     assert tokens_of(encoded) == [*source_ids, 198, 198]
     assert encoded.counts == Counts(records=1, targets_truncated=1, tokens=20, target_tokens=2)
 
@@ -62,26 +62,60 @@ def test_both_limits(models: Path, plain: Tokenizer) -> None:
     assert encoded.counts == Counts(records=1, prompts_truncated=1, targets_truncated=1, tokens=8, target_tokens=3)
 
 
-def test_a_record_that_keeps_no_target_is_dropped_and_counted(plain: Tokenizer) -> None:
-    fits = answered("a", "b")
-    encoded = encode([fits, answered(SOURCE, TARGET), fits], plain, LONG, 19)
-    assert len(encoded) == 2
-    assert encoded.counts.records == 3
-    assert encoded.counts.dropped == 1
-    assert encoded.counts.tokens == encoded.lengths.sum() == 4
-    assert tokens_of(encoded, 1) == tokens_of(encoded, 0)
+@pytest.mark.parametrize(
+    ("max_length", "prompt", "targets"),
+    [(24, 19, 5), (23, 18, 5), (12, 7, 5), (10, 5, 5), (8, 4, 4), (5, 2, 3), (2, 1, 1)],
+)
+def test_a_prompt_that_may_fill_max_length_leaves_its_answer_room(
+    models: Path, plain: Tokenizer, max_length: int, prompt: int, targets: int
+) -> None:
+    """19 tokens and 5: the answer is whole as long as it is no more than half of max_length, the prompt loses its
+    beginning alone, and every token of max_length is used."""
+    source_ids = texts(models)[0][1]
+    encoded = one(answered(SOURCE, TARGET), plain, src_length=1024, max_length=max_length)
+    assert tokens_of(encoded) == [*source_ids[-prompt:], *[198, 198, 198, 198, EOS][:targets]]
+    assert encoded.counts == Counts(
+        records=1,
+        prompts_truncated=int(prompt < 19),
+        targets_truncated=int(targets < 5),
+        tokens=max_length - 1,
+        target_tokens=targets,
+    )
+
+
+def test_a_dropped_record_counts_as_nothing_else(plain: Tokenizer) -> None:
+    encoded = encode([answered("a", "b"), answered("", TARGET), answered("a", "b")], plain, LONG, 1)
+    assert encoded.counts == Counts(records=3, records_dropped=3)
+
+
+def test_a_long_conversation_loses_what_a_short_one_loses(tokenizer_with: TokenizerWith) -> None:
+    """Against the last turns alone, found one by one; and quickly, though the template writes it all down."""
+    turns = [Turn("system", "Short.")]
+    for number in range(1000):
+        turns += [Turn("user", f"question {number}"), Turn("assistant", f"answer {number}", trains=True)]
+    for template in ({}, {"template": None}):
+        tokenizer = tokenizer_with("llama-tied-gqa", **template)
+        kept = 1
+        while len(tokens_of(one([turns[0], *turns[-2 * (kept + 1) :]], tokenizer))) <= 200:
+            kept += 1
+        found = one(turns, tokenizer, max_length=200)
+        assert tokens_of(found) == tokens_of(one([turns[0], *turns[-2 * kept :]], tokenizer))
+        assert found.counts.turns_dropped == 2000 - 2 * kept
+        asked = fitting([*turns, Turn("user", "?")], tokenizer, 100)
+        assert len(encode_prompt(asked, tokenizer)) <= 100
+        assert len(encode_prompt([turns[0], *turns[-len(asked) :], Turn("user", "?")], tokenizer)) > 100
 
 
 def test_a_first_token_alone_is_no_target_to_keep_a_record_for(plain: Tokenizer) -> None:
-    assert one(answered("", TARGET), plain, max_length=1).counts.dropped == 1
+    assert one(answered("", TARGET), plain, max_length=1).counts.records_dropped == 1
     assert targets_of(one(answered("", TARGET), plain, max_length=2)) == [198]
 
 
 def test_when_every_record_is_dropped(plain: Tokenizer) -> None:
-    encoded = encode([answered(SOURCE, TARGET)] * 3, plain, LONG, 10)
+    encoded = encode([answered("", TARGET)] * 3, plain, LONG, 1)
     assert len(encoded) == 0
     assert encoded.lengths.tolist() == []
-    assert encoded.report()["dropped"] == 3
+    assert encoded.report()["records_dropped"] == 3
 
 
 CONVERSATION = answered("first question", "one", "second question", "two", "third question", "three", system="Short.")
@@ -98,7 +132,11 @@ def test_the_oldest_turns_go_first_and_the_system_turn_stays(
     assert tokens_of(encoded) == expected
     assert encoded.counts.turns_dropped == 2 * dropped
     assert encoded.counts.records == 1
-    assert (encoded.counts.prompts_truncated, encoded.counts.targets_truncated, encoded.counts.dropped) == (0, 0, 0)
+    assert (encoded.counts.prompts_truncated, encoded.counts.targets_truncated, encoded.counts.records_dropped) == (
+        0,
+        0,
+        0,
+    )
 
 
 def test_the_last_turns_are_cut_when_they_alone_are_too_long(tokenizer_with: TokenizerWith) -> None:

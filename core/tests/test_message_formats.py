@@ -171,3 +171,16 @@ def test_system_and_history_come_first() -> None:
 )
 def test_wrong_alpaca_records(change: dict[str, Any], message: str) -> None:
     assert refused({"instruction": "a", "output": "b", **change}) == message
+
+
+@pytest.mark.parametrize("tools", [[], "[]", "", " [ ] ", "null", {}, "{}"])
+def test_a_list_of_no_tools_passes_as_text_too(tools: Any) -> None:
+    assert read({"messages": [USER, BOT], "tools": tools}) == read({"messages": [USER, BOT]})
+
+
+@pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]', "see above"])
+def test_tools_are_refused_with_what_to_take_out(tools: Any) -> None:
+    message = refused({"messages": [USER, BOT], "tools": tools})
+    assert message == (
+        'the record has "tools", which are not supported; take "tools" out, or the record where its answers call them.'
+    )

@@ -59,7 +59,7 @@ def test_training_tokens_are_those_of_paddlenlp(make: Make, case: dict[str, Any]
     marks = [(number - has_system) % 2 == 1 and number >= has_system for number in range(len(case["parts"]))]
     assert encoded.trained.tolist() == [m for m, part in zip(marks, case["parts"], strict=True) for _ in part]
     ends = tokenizer.decode(case["parts"][-1]).rstrip().endswith(("</s>", "<|im_end|>"))
-    assert encoded.counts.answers_without_end == (0 if ends else 1)
+    assert encoded.counts.records_without_end == (0 if ends else 1)
     assert ends == (case["template"] != "pairs_bare")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import sft
-from sft.data.sources import find_files, read
+from sft.data.sources import find_files, read, size_of, unread
 
 LINE = '{"src": "a", "tgt": "b"}'
 
@@ -195,9 +195,9 @@ def test_a_line_that_is_no_object(tmp_path: Path, line: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (f"[\n{LINE},\n3\n]", "train.json, line 3 holds int, not a JSON object"),
-        (f"[\n{LINE},\n{{]\n", "train.json, line 3 is not JSON ("),
-        (f"[\n{LINE},\n{LINE}\n", "train.json, line 4 is not JSON ("),
+        (f"[\n{LINE},\n3\n]", "train.json, line 3 (record 2) holds int, not a JSON object"),
+        (f"[\n{LINE},\n{{]\n", "train.json, line 3 (record 2) is not JSON ("),
+        (f"[\n{LINE},\n{LINE}\n", "train.json, line 4 (record 3) is not JSON ("),
         (f"[{LINE}]\n[{LINE}]\n", "train.json, line 2 is not JSON ("),
         (f"[\n{LINE}\n]\n\n{LINE}\n", "train.json, line 5 is not JSON ("),
     ],
@@ -224,3 +224,55 @@ def test_the_column_of_an_unfinished_line_is_its_end(tmp_path: Path) -> None:
     path.write_text('{"src": "a", "tgt": "b"}\n{"src": ["a"\n')
     with pytest.raises(sft.UsageError, match=r"line 2 is not JSON \(Expecting ',' delimiter at column 13\)"):
         list(read([path]))
+
+
+@pytest.mark.parametrize("separator", [", ", ",\n"])
+def test_a_record_of_an_array_is_named_by_its_number(tmp_path: Path, separator: str) -> None:
+    records = [{"src": "a", "tgt": "b"}, {"src": "a"}, {"src": "a", "tgt": "c"}]
+    path = tmp_path / "train.json"
+    path.write_text(f"[{separator.join(map(json.dumps, records))}]")
+    line = 2 if "\n" in separator else 1
+    assert [record.place for record in read([path])][1] == f"{path}, line {line} (record 2)"
+
+
+@pytest.mark.parametrize(
+    "record", ['{"src": "a", "tgt": "b", "src": "c"}', '{"m": [{"src": "a", "src": "a"}], "tgt": 1}']
+)
+def test_a_name_that_stands_twice_in_a_record_is_refused(tmp_path: Path, record: str) -> None:
+    """JSON readers take the last one in silence."""
+    cause = 'cannot be read as JSON ("src" stands twice in one object); correct it.'
+    assert refusal(tmp_path, f"{LINE}\n{record}\n") == f"train.json, line 2 {cause}"
+    assert refusal(tmp_path, f"[{LINE}, {record}]") == f"train.json, line 1 (record 2) {cause}"
+
+
+def test_what_has_been_read_ends_with_all_bytes(tmp_path: Path) -> None:
+    """Of JSON lines, arrays and tables, so that a bar reaches its end and no further."""
+    (tmp_path / "a.json").write_text(f"{LINE}\n" * 3000)
+    (tmp_path / "b.json").write_text("[" + ",\n".join([LINE] * 50) + "]")
+    (tmp_path / "c.csv").write_text("src,tgt\n" + "a,b\n" * 5000)
+    files = sorted(tmp_path.iterdir())
+    done = [record.done for record in read(files)]
+    assert done == sorted(done)
+    assert size_of(files) - 2 <= done[-1] <= size_of(files) == sum(len(path.read_bytes()) for path in files)
+    assert done[1500] < done[2999] == (tmp_path / "a.json").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "name", ["validation.json", "validation.parquet", "validation/1.jsonl", "validation-00000-of-00001.csv"]
+)
+def test_dev_data_may_be_called_validation(tmp_path: Path, name: str) -> None:
+    for path in (tmp_path / "train.json", tmp_path / name):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(LINE)
+    assert find_files(tmp_path, "dev") == [tmp_path / name]
+    assert unread(tmp_path, find_files(tmp_path, "dev")) == []
+
+
+def test_what_looks_like_data_and_is_not_read_is_named(tmp_path: Path) -> None:
+    for name in ("train.json", "dev.json", "validation.json", "test.jsonl", "eval.txt"):
+        (tmp_path / name).write_text(LINE)
+    (tmp_path / "valid").mkdir()
+    (tmp_path / "valid" / "1.csv").write_text("src,tgt")
+    files = find_files(tmp_path, "dev")
+    assert files == [tmp_path / "dev.json"]
+    assert unread(tmp_path, files) == ["validation.json", "valid/1.csv", "test.jsonl"]

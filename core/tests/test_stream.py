@@ -23,7 +23,7 @@ def encode(conversations: Any) -> Encoded:
     numbers = [int(turns[0].content) for turns in conversations]
     kept = [number for number in numbers if number >= 0]
     ids = np.repeat(np.array(kept, np.int32), 3)
-    counts = Counts(records=len(numbers), dropped=len(numbers) - len(kept), tokens=2 * len(kept))
+    counts = Counts(records=len(numbers), records_dropped=len(numbers) - len(kept), tokens=2 * len(kept))
     return Encoded(ids, np.ones(len(ids), bool), np.arange(0, len(ids) + 1, 3, dtype=np.int64), counts)
 
 
@@ -79,7 +79,7 @@ def test_windows_without_a_target_are_passed_over_and_counted() -> None:
     (window,) = itertools.islice(data.windows(), 1)
     assert window.data.ids.tolist() == [5, 5, 5]
     assert data.report()["records"] == 6
-    assert data.report()["dropped"] == 5
+    assert data.report()["records_dropped"] == 5
 
 
 def test_data_without_any_target_is_an_error_and_not_endless() -> None:
@@ -221,11 +221,14 @@ def test_a_first_window_without_a_target_is_passed_over(
     train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Stream.__init__, "__defaults__", (2,))
-    data = lines(tmp_path / "data", *[("a b c " * 60, "d")] * 2, ("a", "b"), ("c", "d"))
+    data = lines(tmp_path / "data", *[("a", "d")] * 2, ("a", "be kind"), ("c", "be good"))
+    # Writes the answer alone: of an answer of one token nothing is learned, for nothing stands before it.
+    template = "{% generation %}{{ messages[-1].content }}{% endgeneration %}"
+    (tmp_path / "answer.jinja").write_text(template)
     settings = {"dataset_name_or_path": data, "lazy": True, "per_device_train_batch_size": 1}
-    summary = train(max_steps=2, max_length=32, **settings)
+    summary = train(max_steps=2, chat_template=str(tmp_path / "answer.jinja"), **settings)
     # Of the one window that was dropped and the one that trained; none was read behind the last step.
-    assert (summary.rows, summary.data["train"]["records"], summary.data["train"]["dropped"]) == (2, 4, 2)
+    assert (summary.rows, summary.data["train"]["records"], summary.data["train"]["records_dropped"]) == (2, 4, 2)
 
 
 def test_samples_are_the_first_records_however_often_they_are_read(train: Callable[..., Any], tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_the_answers_are_learned_with_their_ends(make: Make, case: dict[str, Any
     answers = sum(m["role"] == "assistant" for m in case["messages"])
     counts = encoded.counts
     assert counts.answers_rewritten_by_template == (answers - 1 if case["template"] == "qwen3" else 0)
-    assert counts.answers_without_end == 0
+    assert counts.records_without_end == 0
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "mask" in c], ids=name)
@@ -219,7 +219,7 @@ def test_blocks_without_the_end_of_a_turn_are_counted(make: Make) -> None:
     tokenizer = make(HEADER + body + FOOTER)
     encoded = one(TALK, tokenizer)
     assert learned(encoded, tokenizer) == ["<think>b</think>c", "<think>e</think>f"]
-    assert encoded.counts.answers_without_end == 1
+    assert encoded.counts.records_without_end == 1
 
 
 def test_end_of_text_that_is_not_marked_special_ends_a_turn_too(make: Make) -> None:

@@ -17,6 +17,7 @@ from sft.errors import UsageError
 from sft.models.loading import find_usable_model
 from sft.options import options_of
 from sft.plugins import Plugins, canonical, implements, installed, with_refined
+from sft.progress import Progress
 from sft.settings import Settings, build
 
 if TYPE_CHECKING:
@@ -197,7 +198,8 @@ def merge(
     source = open_model(place, plugins)
     check_base(adapter, source, say)
     merger = plugins.hook.sft_adapter_merger(folder=adapter)
-    return write_merged(output, source, merger, tokenizer, plugins.hook.sft_quantizer(run=None), form)
+    with Progress(say) as progress:
+        return write_merged(output, source, merger, tokenizer, plugins.hook.sft_quantizer(run=None), form, progress)
 
 
 def check_base(adapter: Path, source: ModelSource, say: Callable[[str], None]) -> None:
@@ -278,14 +280,18 @@ def load_for_inference(
 
     from sft.models.loading import open_model
 
-    return load_with(plugins, open_model(place, plugins), adapter, say), tokenizer
+    with Progress(say) as progress:
+        return load_with(plugins, open_model(place, plugins), adapter, progress), tokenizer
 
 
-def load_with(plugins: Plugins, source: ModelSource, adapter: Path | None, say: Callable[[str], None]) -> Any:
+def load_with(plugins: Plugins, source: ModelSource, adapter: Path | None, progress: Progress) -> Any:
     """The model of ``source`` as the quantizer among ``plugins`` holds it, with the adapter over it if one is given."""
+    from sft.models.layers import held_by, sizes
     from sft.models.loading import load_model
 
-    loaded = load_model(source, plugins.hook.sft_quantizer(run=None))
+    loaded, say = load_model(source, plugins.hook.sft_quantizer(run=None), progress=progress), progress.say
+    _, total = sizes(dict(loaded.named_parameters()), loaded)
+    say(f"model: {total:,} parameters{held_by(plugins.provider('sft_quantizer'), loaded)}")
     if adapter is not None:
         check_base(adapter, source, say)
         plugins.hook.sft_import_adapter(model=loaded, folder=adapter)

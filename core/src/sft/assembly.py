@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice, zip_longest
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from sft import runtime
 from sft.checks import RESULT_FILES, holds_run
 from sft.data.batches import Data, PaddedCollator, Schedule
-from sft.data.encoding import Encoded, Question, encode
+from sft.data.encoding import NO_TARGET, Encoded, Question, encode
 from sft.data.formats import Conversation, Formats
-from sft.data.sources import read
+from sft.data.sources import read, size_of, unread
 from sft.data.stream import WINDOW, Stream
 from sft.ending import write_report
 from sft.errors import UsageError
@@ -25,6 +24,7 @@ from sft.training.checkpoint import checkpoints, read_state, step_of
 
 if TYPE_CHECKING:
     from sft.models.source import ModelFolder
+    from sft.progress import Task
     from sft.running import Run, Summary
     from sft.training.journal import Journal
     from sft.training.optimizer import Optimizer
@@ -49,36 +49,30 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path], model: P
     )
     run.say(f"chat template: {run.tokenizer.template_name}")
 
-    def conversations(files: list[Path], formats: Formats | None = None) -> Iterator[Conversation]:
+    def conversations(
+        files: list[Path], formats: Formats | None = None, task: Task | None = None
+    ) -> Iterator[Conversation]:
         formats = formats or Formats(run.plugins)
-        return (formats.turns(record) for record in read(files))
+        for record in read(files):
+            if task is not None:
+                task.advance(done=record.done)
+            yield formats.turns(record)
 
     def questions(files: list[Path], number: int | None) -> list[Question]:
         return [Question.of(turns, run.tokenizer, data.src_length) for turns in islice(conversations(files), number)]
 
     def encoded(files: list[Path], split: str) -> Encoded:
         formats = Formats(run.plugins)
-        found = tokens_of(conversations(files, formats))
+        with run.progress.task(f"reading {split} data", "records", size_of(files)) as task:
+            found = tokens_of(conversations(files, formats, task))
         if not len(found):
-            raise UsageError(
-                f"No {split} record keeps a target within src_length {data.src_length} and max_length "
-                f"{data.max_length}; raise them."
-            )
-        counts = found.counts
-        run.say(
-            f"{split} data: {counts.records:,} records of {formats.name}, {counts.tokens:,} tokens, "
-            f"{counts.target_tokens:,} targets"
-            + "".join(
-                f", {value:,} {name.replace('_', ' ')}"
-                for name, value in asdict(counts).items()
-                if name not in ("records", "tokens", "target_tokens") and value
-            )
-        )
+            raise UsageError(NO_TARGET.format(split))
+        run.say(f"{split} data: {found.counts.records:,} records of {formats.name}, {found.counts}")
         return found
 
     def streamed(files: list[Path], split: str) -> Stream:
         run.say(f"{split} data: streamed from {len(files)} file{'s' * (len(files) > 1)}, {WINDOW:,} records at a time")
-        return Stream(files, partial(conversations, files), tokens_of)
+        return Stream(files, partial(conversations, files), tokens_of, progress=run.progress)
 
     training = run.settings.training
     evaluates = training.do_eval is not False or training.evaluation_strategy != "no" or not training.do_train
@@ -108,11 +102,22 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path], model: P
         run.questions = questions(dev_files, None)
 
 
+def note_unread(run: Run, dataset: Path, files: list[Path]) -> None:
+    """Say which files of a data folder look like data to measure on and are not read."""
+    found = unread(dataset, files)
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        run.say(
+            f"note: {', '.join(found[:3])}{more} in {dataset} {'are' if len(found) > 1 else 'is'} not read; dev data "
+            "is what is called dev or validation, and sft evaluate measures any file that it is given"
+        )
+
+
 def load_model(run: Run, place: ModelFolder) -> None:
     """Config, weights, attention and adapters, each with the plugins that have a say in it."""
     from sft.models import attention, loading
     from sft.models.fingerprint import fingerprint
-    from sft.models.layers import sizes, trainable
+    from sft.models.layers import held_by, sizes, trainable
     from sft.training import precision
     from sft.training.strategy import SingleProcess
 
@@ -128,7 +133,7 @@ def load_model(run: Run, place: ModelFolder) -> None:
     quantizer = run.hook.sft_quantizer(run=run)
     backend = run.hook.sft_attention_backend(run=run, config=run.source.config) or attention.DefaultAttention()
     _check_packing(run, backend)
-    run.model = loading.load_model(run.source, quantizer, run.precision.weights, run.strategy)
+    run.model = loading.load_model(run.source, quantizer, run.precision.weights, run.strategy, run.progress)
     attention.install(run.model, backend)
     if run.settings.training.recompute:
         run.model.recompute_enable()
@@ -146,7 +151,8 @@ def load_model(run: Run, place: ModelFolder) -> None:
         raise UsageError("Nothing trains: the active plugins left no trainable parameter.")
     run.sizes = count, total = sizes(dict(run.strategy.parameters(run.model)), run.model)
     run.strategy.connect(run.model)
-    run.say(f"model: {total:,} parameters, {count:,} train ({100 * count / total:.2f} %)")
+    held = held_by(run.plugins.provider("sft_quantizer"), run.model)
+    run.say(f"model: {total:,} parameters, {count:,} train ({100 * count / total:.2f} %){held}")
 
 
 def check_model(run: Run, folder: Path, *data: Data) -> None:
@@ -270,6 +276,13 @@ def before_or_after(run: Run, step: int, epoch: float, journal: Any) -> dict[str
 
     found: dict[str, Any] = {}
     if run.dev_data is not None:
+        if step == 0 and run.settings.training.do_train:
+            training = run.settings.training
+            asked = training.do_eval or training.evaluation_strategy != "no"
+            run.say(
+                f"dev data is measured before and after training: {len(run.dev_data):,} records, "
+                f"{int(run.dev_data.lengths.sum()):,} tokens{'' if asked else ' (do_eval false leaves that out)'}"
+            )
         if run.evaluation.get("step") != step:
             journal.write(evaluate(run, step, epoch))
         found["eval_loss"] = run.evaluation["eval_loss"]

@@ -5,6 +5,7 @@ What was trained in bfloat16 or float16 is measured in float32 too, so its numbe
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from sft.running import Run
 from sft.settings import GenerationArguments, check_draw
 from sft.training.precision import Precision
 
+LENGTHS = ("src_length", "max_length")
+"""Settings of the data that decide what is measured."""
 HOOKS = ("sft_model_config", "sft_quantizer", "sft_attention_backend", "sft_record_format")
 
 
@@ -39,11 +42,18 @@ def evaluate_finished(
     ``generations`` is where the answers of ``eval_with_do_generation`` are written, if anywhere.
     """
     started = time.monotonic()
-    settings, plugins = settings_for(adapter, requested, given)
+    model = Path(str(given.get("model_name_or_path"))).expanduser()
+    lengths = {} if all(name in given for name in LENGTHS) else _trained_lengths(adapter or model)
+    settings, plugins = settings_for(adapter, requested, {**lengths, **given})
     refuse_idle(plugins, requested, HOOKS, "sft evaluate")
     check_draw(settings.generation)
     run = Run(settings, plugins, say)
-    files = _dev_files(Path(str(settings.data.dataset_name_or_path)).expanduser())
+    taken = [f"{name} {value}" for name, value in lengths.items() if name not in given]
+    if taken:
+        say(f"{' and '.join(taken)}, as in the run that wrote {adapter or model}")
+    dataset = Path(str(settings.data.dataset_name_or_path)).expanduser()
+    files = _dev_files(dataset)
+    assembly.note_unread(run, dataset, files)
     if not settings.data.eval_with_do_generation:
         idle = [name for name in (*options_of(GenerationArguments), "seed") if name in given]
         idle += ["generations"] if generations is not None else []
@@ -52,12 +62,18 @@ def evaluate_finished(
             raise UsageError(f"{names}: no answers are asked for; set eval_with_do_generation, or leave it out.")
     if generations is not None:
         make_folder(generations.parent)
+    with run.progress:
+        return {**_measure(run, files, adapter, generations), "eval_seconds": round(time.monotonic() - started, 3)}
+
+
+def _measure(run: Run, files: list[Path], adapter: Path | None, generations: Path | None) -> dict[str, Any]:
     runtime.require_paddle()
+    settings, plugins = run.settings, run.plugins
     place, sizes = find_usable_model(str(settings.model.model_name_or_path), settings.model.allow_pickle)
     run.tokenizer = Tokenizer(place.path, chat_template=settings.data.chat_template or trained_template(adapter))
     assembly.read_data(run, [], files, place.path, sizes)
     assert run.dev_data is not None
-    say(runtime.prepare())
+    run.say(runtime.prepare())
 
     from sft.models.attention import DefaultAttention, install
     from sft.models.loading import open_model
@@ -69,13 +85,25 @@ def evaluate_finished(
     run.strategy = SingleProcess(run)
     run.source = open_model(place, plugins)
     assembly.check_model(run, place.path, run.dev_data)
-    run.model = load_with(plugins, run.source, adapter, say)
+    run.model = load_with(plugins, run.source, adapter, run.progress)
     backend = plugins.hook.sft_attention_backend(run=run, config=run.source.config)
     install(run.model, backend or DefaultAttention())
     record = dev_loss(run)
     if run.questions:
         record.update(score(run, generations))
-    return {**record, "eval_seconds": round(time.monotonic() - started, 3)}
+    return record
+
+
+def _trained_lengths(result: Path) -> dict[str, int]:
+    """The settings :data:`LENGTHS` of the run that wrote ``result``, or a checkpoint of it; those that were not set, or
+    no run tells, are left out."""
+    for folder in (result, result.parent) if (result / "trainer").is_dir() else (result,):
+        try:
+            settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+            return {name: int(settings[name]) for name in LENGTHS if settings.get(name) is not None}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue
+    return {}
 
 
 def _dev_files(dataset: Path) -> list[Path]:

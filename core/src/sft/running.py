@@ -24,6 +24,7 @@ from sft.files import read_report, save_tensors, write_json
 from sft.models.loading import find_usable_model
 from sft.models.source import find_tokenizer
 from sft.plugins import Plugins
+from sft.progress import Printer, Progress
 from sft.resolution import resolve
 from sft.seams import DataCollator, ParallelStrategy
 from sft.settings import Settings, normalise, read_file
@@ -125,6 +126,8 @@ class Run:
         self.plugins = plugins
         self.hook = plugins.hook
         self.say = say
+        self.progress = Progress(say, bars=not settings.training.disable_tqdm)
+        """How far long work is, for the user."""
         self.before: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
@@ -174,7 +177,8 @@ class Run:
         from sft.models.saving import write_model
 
         if not self.exports_adapter:
-            whole = self.strategy.whole(self.strategy.parameters(self.model))
+            parameters = list(self.strategy.parameters(self.model))
+            whole = self.progress.over(self.strategy.whole(parameters), "writing weights", "tensors", len(parameters))
             try:
                 if folder is not None:
                     write_model(folder, whole, self.source, self.tokenizer)
@@ -204,9 +208,10 @@ def run(
     command line answers with exit code 2, before anything has been written.
     """
     values = read_file(Path(settings)) if isinstance(settings, (str, os.PathLike)) else settings
-    current = prepare(normalise(values), plugins, say or _print)
+    current = prepare(normalise(values), plugins, say or Printer("stdout"))
     try:
-        return current.hook.sft_launch(run=current) or execute(current)
+        with current.progress:
+            return current.hook.sft_launch(run=current) or execute(current)
     except BaseException as error:
         ending.fail(current, error)
         raise
@@ -246,6 +251,7 @@ def execute(run: Run) -> Summary:
     date = datetime.fromisoformat(state["date"]) if state is not None else None
     named = model.tokenizer_name_or_path
     run.tokenizer = Tokenizer(find_tokenizer(named) if named else place.path, date, run.settings.data.chat_template)
+    assembly.note_unread(run, dataset, [*train_files, *dev_files])
     run.resumes = state is not None
     assembly.read_data(run, train_files, dev_files, place.path, sizes)
     run.say(runtime.prepare())
@@ -277,8 +283,7 @@ def execute(run: Run) -> Summary:
     if run.settings.training.save_strategy != "no":
         checkpoint.check_plugin_state(run)
     start = run.step = state["step"] if state is not None else 0
-    bar = run.strategy.is_main and not run.settings.training.disable_tqdm
-    display = Display(schedule.total_steps, start, bar=bar, say=run.say)
+    display = Display(schedule.total_steps, start, run.progress)
     try:
         steps, epochs = train(run, optimizer, schedule, journal, display, state)
     except OSError as error:
@@ -311,7 +316,3 @@ def _only_evaluate(run: Run, source: Path | None, state: dict[str, Any] | None, 
     summary = assembly.summarise(run, journal, step, epoch, run.before, time.time() - started)
     ending.finish(run, record, summary)
     return summary
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)

@@ -43,7 +43,11 @@ class DataArguments:
     dataset_name_or_path: str | None = option(
         None, "DIR with train.json, .jsonl, .csv or .parquet, or train/ with such (dev likewise), or one file; required"
     )
-    src_length: int = option(1024, "longest prompt, tokens", minimum=1)
+    src_length: int = option(
+        1024,
+        "longest prompt, tokens; from max_length on, a prompt that is too long leaves the answer up to half",
+        minimum=1,
+    )
     max_length: int = option(2048, "longest record (prompt and answer together), tokens", minimum=2)
     chat_template: str | None = option(
         None,

@@ -257,9 +257,9 @@ def test_trap_records_that_are_too_long_are_truncated_and_counted_and_not_lost(
     settings = {"max_steps": -1, "num_train_epochs": 1, "max_length": 28}
     train("out", (Keep,), plugin=[kind], say=said.append, **settings)
     counts = json.loads((tmp_path / "out" / "run.json").read_text())["result"]["data"]["train"]
-    assert (counts["records"], counts["dropped"]) == (24, 0)
+    assert (counts["records"], counts["records_dropped"]) == (24, 0)
     assert counts["targets_truncated"] > 0
-    assert any(f"{counts['targets_truncated']} targets truncated" in line for line in said)
+    assert any(f"{counts['targets_truncated']} answers cut" in line for line in said)
     assert sum(len(row) for batch in Keep.batches for row in batch.lengths) == 24
     assert max(sum(row) for batch in Keep.batches for row in batch.lengths) <= 28
 

@@ -11,7 +11,17 @@ from typing import Any
 
 import click
 
-from sft.commands.shared import GENERATION, SEED, TEMPLATE, generation_of, given, model_options, say, setting_options
+from sft.commands.shared import (
+    GENERATION,
+    SEED,
+    TEMPLATE,
+    generation_of,
+    given,
+    lines_of_standard_input,
+    model_options,
+    say,
+    setting_options,
+)
 from sft.errors import UsageError
 from sft.seams import Turn
 
@@ -49,7 +59,7 @@ def command(model: str, adapter: str | None, plugins: tuple[str, ...], system: s
     if tokenizer.chat_template is None:
         say("note: this model has no chat template, so turns follow each other as they are")
     if not sys.stdin.isatty():
-        _talk(chat, sys.stdin, _ANYWHERE)
+        _talk(chat, lines_of_standard_input(), _ANYWHERE)
         return
     say(HELP)
     with CtrlC().heard() as ctrl_c:

@@ -35,7 +35,8 @@ def command(
     """Measure a finished model, with or without an adapter, on dev data: what a run measures at its end.
 
     Loss (mean over target tokens, in nats), perplexity (its exponential) and accuracy (share of target tokens that
-    are the likeliest token). Give src_length and max_length of the run to get the run's own numbers.
+    are the likeliest token). Where src_length and max_length are not given, they are those of the run that wrote the
+    adapter or model, if it tells, so that its own numbers come out.
     """
     from sft.errors import UsageError
     from sft.finished import evaluate_finished

@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sft.commands.shared import GENERATION, SEED, TEMPLATE, generation_of, given, model_options, say, setting_options
+from sft.commands.shared import (
+    GENERATION,
+    SEED,
+    TEMPLATE,
+    generation_of,
+    given,
+    lines_of_standard_input,
+    model_options,
+    say,
+    setting_options,
+)
 from sft.errors import UsageError
+from sft.progress import Progress
 from sft.seams import Turn
 
 if TYPE_CHECKING:
@@ -84,15 +95,22 @@ def command(
     for ids in encoded:  # before the first answer
         check_room(ids, generation, loaded.config.max_position_embeddings)
     size = 1 if stream else batch_size or BATCH_SIZE
-    for start in range(0, len(questions), size):
-        found = answers(loaded, tokenizer, encoded[start : start + size], generation, seed, _show if stream else None)
-        for text, (turns, reference) in zip(found, questions[start : start + size], strict=True):
-            if as_json:
-                line = {"prompt": turns[-1].content, "answer": text}
-                line.update({} if reference is None else {"reference": reference})
-                click.echo(json.dumps(line, ensure_ascii=False))
-            else:
-                click.echo("" if stream else text)
+    silent = stream or sys.stdout.isatty()  # the answers themselves show how far it is
+    with (
+        Progress((lambda _: None) if silent else say) as progress,
+        progress.task("answering", "prompts", len(questions)) as task,
+    ):
+        for start in range(0, len(questions), size):
+            batch, show = encoded[start : start + size], _show if stream else None
+            found = answers(loaded, tokenizer, batch, generation, seed, show)
+            for text, (turns, reference) in zip(found, questions[start : start + size], strict=True):
+                if as_json:
+                    line = {"prompt": turns[-1].content, "answer": text}
+                    line.update({} if reference is None else {"reference": reference})
+                    click.echo(json.dumps(line, ensure_ascii=False))
+                else:
+                    click.echo("" if stream else text)
+            task.advance(len(found))
 
 
 def _show(piece: str) -> None:
@@ -102,7 +120,7 @@ def _show(piece: str) -> None:
 def _standard_input() -> Iterator[str]:
     if sys.stdin.isatty():
         say("a prompt on each line; Ctrl-D ends")
-    return (line.rstrip("\r\n") for line in sys.stdin)
+    return (line.rstrip("\r\n") for line in lines_of_standard_input())
 
 
 def _texts(lines: Any) -> Iterator[tuple[list[Turn], str | None]]:

@@ -56,8 +56,9 @@ def command(
     """
     from sft.adapters import merge
     from sft.models.shards import WeightFormat, parse_size
+    from sft.progress import Printer
 
     allowed = given({"allow_pickle": allow_pickle}).get("allow_pickle", False)
     form = WeightFormat(layout, safe, parse_size(shard), dtype)
-    changed = merge(model, Path(adapter), Path(output), click.echo, plugins, form, device, allowed)
+    changed = merge(model, Path(adapter), Path(output), Printer("stdout"), plugins, form, device, allowed)
     click.echo(f"merged {changed} tensors; written to {output}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import click
 
+from sft.errors import UsageError
 from sft.options import Option, convert
+from sft.progress import Printer
 from sft.settings import GenerationArguments, check_draw, core_options
 
 MODEL = ("--model_name_or_path", "--model-name-or-path", "model")
@@ -87,6 +90,19 @@ def generation_of(values: Mapping[str, Any]) -> tuple[GenerationArguments, int]:
     return generation, seed
 
 
-def say(text: str) -> None:
-    """What is not the result goes to standard error."""
-    click.echo(text, err=True)
+def lines_of_standard_input() -> Iterator[str]:
+    """The lines of standard input, each with its end. Raises :class:`UsageError` where one is not UTF-8."""
+    number = 0
+    try:
+        for line in sys.stdin:
+            number += 1
+            line.encode()  # in some locales Python lets foreign bytes through as halves of surrogate pairs
+            yield line
+    except UnicodeError as error:
+        raise UsageError(
+            f"Standard input is not UTF-8 text (at line {number + 1} or a little later: {error}); convert it."
+        ) from error
+
+
+say = Printer("stderr")
+"""What is not the result goes to standard error."""

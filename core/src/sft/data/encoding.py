@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,27 +25,51 @@ from sft.errors import UsageError
 from sft.seams import Example, Turn
 
 IGNORED = -100
+T = TypeVar("T")
+NO_TARGET = (
+    "No {} record keeps a target, not one token of an answer that has another before it; check the data and the chat "
+    "template, or raise max_length."
+)
+_MANY_TURNS = 32
 
 
 @dataclass
 class Counts:
-    """What became of the records; part of every run's report, so that nothing is dropped in silence."""
+    """What became of the records; part of every run's report, so that nothing is dropped in silence. What was cut or
+    dropped is counted of the records that are kept."""
 
     records: int = 0
-    dropped: int = 0
+    """Records that were read, those that are dropped among them."""
+    records_dropped: int = 0
     """Records left without a target by ``src_length`` and ``max_length``."""
     turns_dropped: int = 0
+    """Turns that conversations lost from their beginning."""
     prompts_truncated: int = 0
+    """Records whose prompt lost tokens from its beginning."""
     targets_truncated: int = 0
+    """Records whose answer lost tokens from its end."""
     answers_rewritten_by_template: int = 0
-    """Not learned, because the template writes them otherwise once the conversation has gone on."""
-    answers_without_end: int = 0
+    """Answers that are not learned, because the template writes them otherwise once the conversation has gone on."""
+    records_without_end: int = 0
     """Records whose template teaches the model no token on which to stop."""
     tokens: int = 0
     target_tokens: int = 0
 
+    def __str__(self) -> str:
+        """The counts for a line of a run, without those that are zero."""
+        said = {
+            "records_dropped": "{} records dropped (no target left)",
+            "turns_dropped": "{} turns dropped",
+            "prompts_truncated": "{} prompts cut",
+            "targets_truncated": "{} answers cut",
+            "answers_rewritten_by_template": "{} answers rewritten by template",
+            "records_without_end": "{} records without end",
+        }
+        counts = [text.format(f"{getattr(self, name):,}") for name, text in said.items() if getattr(self, name)]
+        return ", ".join([f"{self.tokens:,} tokens", f"{self.target_tokens:,} of them targets", *counts])
+
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Counts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 @dataclass
@@ -126,25 +151,21 @@ def encode(
     """Encode every conversation. A conversation that is too long loses its oldest turns first, then the
     beginning of its prompt (``src_length``), then the end of its answer (``max_length``); all are counted.
 
-    ``room``: a model's folder and its positions, where a record that is longer is to be refused at once."""
+    Where ``src_length`` would let a prompt fill ``max_length`` alone, the prompt of a longer record leaves its answer
+    room, up to half of ``max_length``. ``room``: a model's folder and its positions, where a record that is longer is to
+    be refused at once.
+    """
     encoder = _Encoder(tokenizer, src_length, max_length)
     ids: list[np.ndarray] = []
     trained: list[np.ndarray] = []
-    counts = encoder.counts
     pending: list[list[Turn]] = []
 
     def flush() -> None:
         for tokens, targets in encoder.encode(pending):
-            counts.records += 1
-            if not any(targets[1:]):
-                counts.dropped += 1
-                continue
             if room is not None:
                 _check_fits(len(tokens) - 1, *room)
-            counts.tokens += len(tokens) - 1
-            counts.target_tokens += sum(targets[1:])
-            ids.append(np.asarray(tokens, np.int32))
-            trained.append(np.asarray(targets, bool))
+            ids.append(tokens)
+            trained.append(targets)
         pending.clear()
 
     for conversation in conversations:
@@ -152,6 +173,7 @@ def encode(
         if len(pending) == group:
             flush()
     flush()
+    counts = encoder.counts
     offsets = np.concatenate([[0], np.cumsum([len(part) for part in ids])]).astype(np.int64)
     if not ids:
         return Encoded(np.zeros(0, np.int32), np.zeros(0, bool), offsets, counts)
@@ -173,12 +195,7 @@ def fitting(turns: list[Turn], tokenizer: Tokenizer, longest: int) -> list[Turn]
 
     A system turn and the last question stay, even where these alone are longer.
     """
-    while len(encode_prompt(turns, tokenizer)) > longest:
-        shorter = _without_oldest(turns)
-        if shorter is None:
-            break
-        turns = shorter
-    return turns
+    return _shortened(_suffixes(turns), longest, lambda kept: len(encode_prompt(kept, tokenizer)))
 
 
 @dataclass(frozen=True)
@@ -205,10 +222,10 @@ class Question:
 
 @dataclass(frozen=True)
 class _Row:
-    """A conversation in tokens, before it is made to fit."""
+    """A conversation in tokens, before it is made to fit: ``ids`` int32 [n], ``trained`` bool [n]."""
 
-    ids: list[int]
-    trained: list[bool]
+    ids: np.ndarray
+    trained: np.ndarray
     written: Written
 
 
@@ -219,84 +236,126 @@ class _Encoder:
         self.max_length = max_length
         self.counts = Counts()
 
-    def encode(self, conversations: list[list[Turn]]) -> list[tuple[list[int], list[bool]]]:
-        rows = self._tokenize(conversations)
-        return [self._fit(turns, row) for turns, row in zip(conversations, rows, strict=True)]
+    def encode(self, conversations: list[list[Turn]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids and targets of those that keep a target, in order."""
+        shortened = [self._shorten(turns) for turns in conversations]
+        rows = self._tokenize(shortened)
+        for turns, kept, row in zip(conversations, shortened, rows, strict=True):
+            found, counts = self._fit(kept, row)
+            counts.turns_dropped += len(turns) - len(kept)
+            self.counts.records += 1
+            if found.trained[1:].any():
+                counts.tokens = len(found.ids) - 1
+                counts.target_tokens = int(found.trained[1:].sum())
+                self.counts = self.counts + counts
+                yield found.ids, found.trained
+            else:
+                self.counts.records_dropped += 1
+
+    def _shorten(self, turns: list[Turn]) -> list[Turn]:
+        """A long conversation without the oldest turns that ``max_length`` has no room for. :meth:`_fit` would come to
+        the same, after writing the whole conversation down once for each of its turns."""
+        if len(turns) <= _MANY_TURNS:
+            return turns
+        candidates = [kept for kept in _suffixes(turns) if any(turn.trains for turn in kept)]
+        return _shortened(candidates, self.max_length, self._length)
+
+    def _length(self, turns: list[Turn]) -> int:
+        """Tokens of a conversation, before it is made to fit."""
+        template = self.tokenizer.template
+        ids = [token for text in _checked(template.texts, turns) for token in self.tokenizer.encode(text)]
+        return len(self.tokenizer.with_bos(ids) if template.one_bos else ids)
 
     def _tokenize(self, conversations: list[list[Turn]]) -> list[_Row]:
         template = self.tokenizer.template
-        texts = [_written(self.tokenizer, turns) for turns in conversations]
+        texts = [_checked(template.training, turns) for turns in conversations]
         found = iter(self.tokenizer.encode_spans([piece.text for written in texts for piece in written.pieces]))
         rows = []
         for written in texts:
             ids: list[int] = []
-            trained: list[bool] = []
+            marks: list[np.ndarray] = []
             for piece in written.pieces:
                 tokens, spans = next(found)
                 ids += tokens
-                trained += _mark(spans, piece.targets)
+                marks.append(_mark(spans, piece.targets))
             fixed = self.tokenizer.with_bos(ids) if template.one_bos else ids
             added = len(fixed) - len(ids)
-            rows.append(_Row(fixed, [False] * added + trained if added >= 0 else trained[-added:], written))
+            trained = np.concatenate([np.zeros(max(0, added), bool), *marks])[max(0, -added) :]
+            rows.append(_Row(np.array(fixed, np.int32), trained, written))
         return rows
 
-    def _fit(self, turns: list[Turn], row: _Row) -> tuple[list[int], list[bool]]:
-        while len(row.ids) > self.max_length or _prompt_length(row.trained) > self.src_length:
+    def _fit(self, turns: list[Turn], row: _Row) -> tuple[_Row, Counts]:
+        """The row cut to what there is room for, and what it lost."""
+        counts, longest = Counts(), self.src_length
+        while len(row.ids) > self.max_length or _prompt_length(row.trained) > longest:
             shorter = _without_oldest(turns)
             if shorter is None or not any(turn.trains for turn in shorter):
                 break
-            self.counts.turns_dropped += len(turns) - len(shorter)
+            counts.turns_dropped += len(turns) - len(shorter)
             turns = shorter
             (row,) = self._tokenize([turns])
-        self.counts.answers_rewritten_by_template += row.written.rewritten
-        self.counts.answers_without_end += not row.written.ends
+        counts.answers_rewritten_by_template = row.written.rewritten
+        counts.records_without_end = int(not row.written.ends)
         ids, trained = row.ids, row.trained
         prompt = _prompt_length(trained)
-        if prompt > self.src_length:
-            self.counts.prompts_truncated += 1
-            cut = _beginning(ids, prompt - self.src_length, self.tokenizer)
-            del ids[cut], trained[cut]
+        if longest >= self.max_length and len(ids) > self.max_length:
+            longest = max(self.max_length // 2, self.max_length - (len(ids) - prompt))
+        if prompt > longest:
+            counts.prompts_truncated = 1
+            cut = _beginning(ids, prompt - longest, self.tokenizer)
+            ids, trained = np.delete(ids, cut), np.delete(trained, cut)
         if len(ids) > self.max_length:
-            self.counts.targets_truncated += 1
+            counts.targets_truncated = 1
             ids, trained = ids[: self.max_length], trained[: self.max_length]
-        return ids, trained
+        return _Row(ids, trained, row.written), counts
 
 
-def _written(tokenizer: Tokenizer, turns: list[Turn]) -> Written:
+def _checked(write: Callable[[list[Turn]], T], turns: list[Turn]) -> T:
+    """What ``write`` makes of ``turns``; what it refuses is said with the place of the record."""
     try:
-        return tokenizer.template.training(turns)
+        return write(turns)
     except UsageError as error:
         place = getattr(turns, "place", "")
         raise UsageError(f"{place}: {error}" if place else str(error)) from error
 
 
-def _mark(spans: list[tuple[int, int]], targets: tuple[tuple[int, int], ...]) -> list[bool]:
-    """Tokens with at least one character in a target; one that reaches over its beginning belongs to it."""
-    if not targets:
-        return [False] * len(spans)
-    starts = np.fromiter((span[0] for span in spans), np.int64, len(spans))
-    ends = np.fromiter((span[1] for span in spans), np.int64, len(spans))
+def _mark(spans: list[tuple[int, int]], targets: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Tokens with at least one character in a target, bool [n]; one that reaches over its beginning belongs to it."""
     marked = np.zeros(len(spans), bool)
-    for start, end in targets:
-        marked |= (starts < end) & (ends > start)
-    return [bool(mark) for mark in marked]
+    if targets and spans:
+        starts, ends = (np.array(edges, np.int64) for edges in zip(*spans, strict=True))
+        for start, end in targets:
+            marked |= (starts < end) & (ends > start)
+    return marked
 
 
-def _prompt_length(trained: list[bool]) -> int:
+def _prompt_length(trained: np.ndarray) -> int:
     """Tokens before the first target."""
-    return trained.index(True) if True in trained else len(trained)
+    return int(trained.argmax()) if trained.any() else len(trained)
 
 
 def _without_oldest(turns: list[Turn]) -> list[Turn] | None:
     """The conversation without its oldest question and answer (a system turn stays); None if one is left."""
+    return next(itertools.islice(_suffixes(turns), 1, None), None)
+
+
+def _suffixes(turns: list[Turn]) -> Iterator[list[Turn]]:
+    """The conversation, then without its oldest question and answer, and so on; a system turn stays."""
+    yield turns
     head = 1 if turns and turns[0].role == "system" else 0
-    following = next((index for index in range(head + 1, len(turns)) if turns[index].role == "user"), None)
-    if following is None:
-        return None
-    return Conversation(turns[:head] + turns[following:], getattr(turns, "place", ""))
+    for index in range(head + 1, len(turns)):
+        if turns[index].role == "user":
+            yield Conversation(turns[:head] + turns[index:], getattr(turns, "place", ""))
 
 
-def _beginning(ids: list[int], excess: int, tokenizer: Tokenizer) -> slice:
+def _shortened(candidates: Iterable[list[Turn]], longest: int, length: Callable[[list[Turn]], int]) -> list[Turn]:
+    """The first of ``candidates``, each of which is shorter than the one before, that has at most ``longest`` tokens;
+    the last one if none has. Most are not measured: that would take the square of the turns."""
+    found = list(candidates)
+    return found[bisect_left(found, True, 0, len(found) - 1, key=lambda turns: length(turns) <= longest)]
+
+
+def _beginning(ids: Sequence[int] | np.ndarray, excess: int, tokenizer: Tokenizer) -> slice:
     """The first ``excess`` tokens of a prompt, which it loses where it is too long; a BOS before them stays."""
     first = int(tokenizer.bos_id is not None and ids[0] == tokenizer.bos_id)
     return slice(first, first + excess)

@@ -6,6 +6,7 @@ formats (``sft_record_format``) and are asked first.
 
 from __future__ import annotations
 
+import json
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -166,8 +167,11 @@ def _conversation(record: Mapping[str, Any], key: str) -> list[Turn]:
     value = record[key]
     if not isinstance(value, list) or not value:
         raise ValueError(f'"{key}" must be a list of at least one message, not {reprlib.repr(value)}.')
-    if record.get("tools"):
-        raise ValueError('the record has "tools", which are not supported; take it out.')
+    if _has_tools(record.get("tools")):
+        raise ValueError(
+            'the record has "tools", which are not supported; take "tools" out, or the record where its answers call '
+            "them."
+        )
     turns = _system(record)
     if turns and isinstance(value[0], dict) and "system" in (value[0].get("role"), value[0].get("from")):
         raise ValueError(f'"system" and the first message of "{key}" both are system turns; keep one.')
@@ -178,6 +182,16 @@ def _conversation(record: Mapping[str, Any], key: str) -> list[Turn]:
             f'"{key}" begins with an answer to nothing; begin with a user\'s message, or give it weight 0.'
         )
     return turns
+
+
+def _has_tools(value: Any) -> bool:
+    """Whether there are any: some data sets hold the list as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "null")
+        except ValueError:
+            return True
+    return bool(value)
 
 
 def _message(message: Any, what: str) -> Turn:

@@ -42,8 +42,15 @@ class JinjaTemplate:
         return [self.render(turns, add_generation_prompt=True)]
 
     def training(self, turns: Sequence[Turn]) -> Written:
-        turns = turns[: 1 + max(index for index, turn in enumerate(turns) if turn.trains)]
+        turns = _learned(turns)
         return self._by_blocks(turns) if self._has_blocks else self._by_prompts(turns)
+
+    def texts(self, turns: Sequence[Turn]) -> list[str]:
+        if self._has_blocks:
+            return [piece.text for piece in self.training(turns).pieces]
+        text = self.render(_learned(turns))
+        end = self.marks.end_of_turn(text)
+        return [text[:end] if end is not None else text + self.marks.eos]
 
     # --- which characters are learned -----------------------------------------------------------------------
 
@@ -67,7 +74,7 @@ class JinjaTemplate:
                 rewritten += 1
                 continue
             end = self.marks.end_of_turn(until)
-            if end is None and is_last:
+            if end is None and is_last:  # as ``texts`` does
                 until += self.marks.eos
                 text, end = until, len(until)
             targets.append((len(before), end if end is not None else len(until)))
@@ -182,6 +189,11 @@ def _difference(before: str, until: str) -> str:
     at = next((i for i, (a, b) in enumerate(zip(before, until, strict=False)) if a != b), min(len(before), len(until)))
     shown = [json.dumps(text[at : at + 30], ensure_ascii=False) for text in (until, before)]
     return f"{shown[0]} in the place of {shown[1]}"
+
+
+def _learned(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """The turns up to the last one that trains."""
+    return turns[: 1 + max(index for index, turn in enumerate(turns) if turn.trains)]
 
 
 def _roles(turns: Sequence[Turn]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from sft.data.tables import read_csv, read_parquet
 from sft.errors import UsageError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+NAMES = {"train": ("train",), "dev": ("dev", "validation")}
+"""What the files of a split are called; the first name that has any counts."""
+_NOT_READ = ("validation", "valid", "val", "eval", "test")
 
 
 @dataclass(frozen=True)
@@ -22,15 +26,24 @@ class Record:
     path: Path
     line: int
     """From 1; in a parquet file, the row."""
+    number: int | None = None
+    """In an array, which of its records it is, from 1: all may stand on one line."""
+    done: int = 0
+    """Bytes of all files that have been read when it has."""
 
     @property
     def place(self) -> str:
-        return f"{self.path}, {'row' if self.path.suffix == '.parquet' else 'line'} {self.line}"
+        return _place(self.path, self.line, self.number)
+
+
+Found = tuple[dict[str, Any], int, int | None, float]
+"""A record, its line, its number in an array, and how much of the file (0 to 1) has been read by then."""
 
 
 def find_files(dataset: Path, split: str) -> list[Path]:
     """Files of ``split`` ("train" or "dev"): ``DIR/train.json`` (or .jsonl, .csv, .parquet), else the files of
     ``DIR/train/`` in name order, all of one kind, else the shards ``DIR/train-00000-of-00002.parquet`` and so on.
+    The dev split may be called validation, as on the hub.
 
     A dataset that is one file is its own training split and has no dev split. A missing dev split is an empty
     list; a missing training split is an error.
@@ -39,24 +52,42 @@ def find_files(dataset: Path, split: str) -> list[Path]:
         raise UsageError(f"Data {dataset} does not exist; give dataset_name_or_path an existing folder or file.")
     if dataset.is_file():
         return [dataset] if split == "train" else []
-    single = [dataset / f"{split}{suffix}" for suffix in SUFFIXES if (dataset / f"{split}{suffix}").is_file()]
-    if len(single) > 1:
-        raise UsageError(f"{single[0]} and {single[1].name} both exist; keep one of them.")
-    folder = _files(dataset / split, "*")
-    shards = _files(dataset, f"{split}-*-of-*")
-    places = [(single, str(single[0]) if single else ""), (folder, f"{dataset / split}/"), (shards, f"{split}-*-of-*")]
-    held = [(files, name) for files, name in places if files]
-    if len(held) > 1:
-        raise UsageError(f"{held[0][1]} and {held[1][1]} both hold {split} data; keep one of them.")
-    files = held[0][0] if held else []
-    other = next((path for path in files if _kind(path) != _kind(files[0])), None)
-    if other is not None:
-        raise UsageError(f"{files[0]} and {other.name} are files of different kinds; keep one kind for {split} data.")
+    files = next((found for name in NAMES[split] if (found := _files_of(dataset, name))), [])
     if split == "train" and not files:
         raise UsageError(
             f"{dataset} has no training data; it needs train.json, train.jsonl or train/*.json with one "
             "JSON object on each line, or train.csv, train.parquet and the like."
         )
+    return files
+
+
+def unread(dataset: Path, files: list[Path]) -> list[str]:
+    """What lies in ``dataset`` beside the ``files`` in use and is called like data to measure on."""
+    if not dataset.is_dir():
+        return []
+    found = []
+    for name in _NOT_READ:
+        places = [*(dataset / f"{name}{suffix}" for suffix in SUFFIXES), *_files(dataset, f"{name}-*-of-*")]
+        places += _files(dataset / name, "*")
+        found += [str(path.relative_to(dataset)) for path in places if path.is_file() and path not in files]
+    return found
+
+
+def _files_of(dataset: Path, name: str) -> list[Path]:
+    """The data files that are called ``name``."""
+    single = [dataset / f"{name}{suffix}" for suffix in SUFFIXES if (dataset / f"{name}{suffix}").is_file()]
+    if len(single) > 1:
+        raise UsageError(f"{single[0]} and {single[1].name} both exist; keep one of them.")
+    folder = _files(dataset / name, "*")
+    shards = _files(dataset, f"{name}-*-of-*")
+    places = [(single, str(single[0]) if single else ""), (folder, f"{dataset / name}/"), (shards, f"{name}-*-of-*")]
+    held = [(files, place) for files, place in places if files]
+    if len(held) > 1:
+        raise UsageError(f"{held[0][1]} and {held[1][1]} both hold {name} data; keep one of them.")
+    files = held[0][0] if held else []
+    other = next((path for path in files if _kind(path) != _kind(files[0])), None)
+    if other is not None:
+        raise UsageError(f"{files[0]} and {other.name} are files of different kinds; keep one kind for {name} data.")
     return files
 
 
@@ -73,21 +104,32 @@ def _kind(path: Path) -> str:
 def read(files: list[Path]) -> Iterator[Record]:
     """The records of ``files``, in order: rows of a table, or JSON (:func:`_read_json`) in a file of any other name."""
     needs = {".csv": "a row of names and one of texts", ".parquet": "one row"}
+    before = 0
     for path in files:
-        count = 0
-        for value, line in _read_file(path):
+        count, size = 0, size_of([path])
+        for value, line, number, share in _read_file(path):
             count += 1
-            yield Record(value, path, line)
+            yield Record(value, path, line, number, before + int(share * size))
+        before += size
         if not count:
             raise UsageError(
                 f"{path} is empty; it needs at least {needs.get(path.suffix, 'one JSON object on a line')}."
             )
 
 
-def _read_file(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    readers = {".csv": read_csv, ".parquet": read_parquet}
+def size_of(files: list[Path]) -> int:
+    """Bytes of all files; one that is not there counts nothing, and :func:`read` says so."""
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def _read_file(path: Path) -> Iterator[Found]:
+    tables = {".csv": read_csv, ".parquet": read_parquet}
     try:
-        yield from readers.get(path.suffix, _read_json)(path)
+        if path.suffix in tables:
+            for value, line, share in tables[path.suffix](path):
+                yield value, line, None, share
+        else:
+            yield from _read_json(path)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}, line {_not_utf8(path)} is not UTF-8 text ({error.reason}); convert it.") from error
     except OSError as error:
@@ -95,9 +137,9 @@ def _read_file(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
         raise UsageError(f"{path} cannot be read ({cause}); check the path and its permissions.") from error
 
 
-def _read_json(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+def _read_json(path: Path) -> Iterator[Found]:
     """One JSON object a line, or a whole file that is one JSON array. Blank lines pass."""
-    with path.open(encoding="utf-8-sig") as stream:
+    with path.open("rb") as file, io.TextIOWrapper(file, encoding="utf-8-sig") as stream:
         first = stream.read(1)
         while first.isspace():
             first = stream.read(1)
@@ -105,11 +147,12 @@ def _read_json(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
         if first == "[":
             yield from _read_array(path, stream.read())
             return
+        size = size_of([path]) or 1
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.rstrip("\r\n"))
+                value = _DECODER.decode(line.rstrip("\r\n"))
             except (ValueError, RecursionError) as error:
                 if not isinstance(error, json.JSONDecodeError):
                     raise UsageError(f"{path}, line {number} cannot be read as JSON ({error}); correct it.") from error
@@ -117,12 +160,11 @@ def _read_json(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                     f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}); "
                     "each line must hold one JSON object."
                 ) from error
-            yield _object(value, path, number), number
+            yield _object(value, _place(path, number)), number, None, file.tell() / size
 
 
-def _read_array(path: Path, text: str) -> Iterator[tuple[dict[str, Any], int]]:
-    decoder = json.JSONDecoder()
-    position, line, seen = text.index("[") + 1, 1, 0
+def _read_array(path: Path, text: str) -> Iterator[Found]:
+    position, line, seen, number = text.index("[") + 1, 1, 0, 0
     while True:
         while position < len(text) and text[position] in " \t\r\n,":
             position += 1
@@ -134,13 +176,35 @@ def _read_array(path: Path, text: str) -> Iterator[tuple[dict[str, Any], int]]:
                 line = text.count("\n", 0, len(text) - len(rest)) + 1
                 raise UsageError(f"{path}, line {line} is not JSON (text after the end of the array); remove it.")
             return
+        number += 1
         try:
-            value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
+            value, position = _DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            if not isinstance(error, json.JSONDecodeError):
+                place = _place(path, line, number)
+                raise UsageError(f"{place} cannot be read as JSON ({error}); correct it.") from error
             raise UsageError(
-                f"{path}, line {error.lineno} is not JSON ({error.msg}); correct the array there."
+                f"{_place(path, error.lineno, number)} is not JSON ({error.msg}); correct the array there."
             ) from error
-        yield _object(value, path, line), line
+        yield _object(value, _place(path, line, number)), line, number, position / len(text)
+
+
+def _place(path: Path, line: int, number: int | None = None) -> str:
+    unit = "row" if path.suffix == ".parquet" else "line"
+    return f"{path}, {unit} {line}{'' if number is None else f' (record {number})'}"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON lets the last of several equal names win in silence."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{json.dumps(twice, ensure_ascii=False)} stands twice in one object")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _not_utf8(path: Path) -> int:
@@ -153,7 +217,7 @@ def _not_utf8(path: Path) -> int:
     return content.count(b"\n") + 1
 
 
-def _object(value: Any, path: Path, line: int) -> dict[str, Any]:
+def _object(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UsageError(f'{path}, line {line} holds {type(value).__name__}, not a JSON object like {{"src": …}}.')
+        raise UsageError(f'{place} holds {type(value).__name__}, not a JSON object like {{"src": …}}.')
     return value

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from sft.data.encoding import Counts, Encoded, Window
+from sft.data.encoding import NO_TARGET, Counts, Encoded, Window
 from sft.errors import UsageError
+from sft.progress import Progress
 from sft.seams import Turn
 
 WINDOW = 4096
@@ -33,11 +34,14 @@ class Stream:
         conversations: Callable[[], Iterator[list[Turn]]],
         encode: Callable[[Iterable[list[Turn]]], Encoded],
         size: int = WINDOW,
+        *,
+        progress: Progress | None = None,
     ) -> None:
         self.files = files
         self.counts = Counts()
         self._conversations, self._encode, self._size = conversations, encode, size
         self._room: tuple[Path, int] | None = None
+        self._progress = progress or Progress(lambda text: None)
 
     @cached_property
     def _first(self) -> Encoded:
@@ -58,7 +62,9 @@ class Stream:
         self.counts = Counts(**place["counts"]) if place else Counts()
         kept = offset > 0
         while True:
-            records = itertools.islice(self._conversations(), offset, None)
+            records = self._conversations()
+            for _ in self._progress.over(itertools.islice(records, offset), "passing over records", "records", offset):
+                pass
             following = next(records, None)
             while following is not None:
                 found = list(itertools.islice(itertools.chain([following], records), self._size))
@@ -73,7 +79,7 @@ class Stream:
                     yield Window(number, data, passed, passed + (following is None), place)
                 number, offset = number + 1, offset + len(found)
             if not kept:
-                raise UsageError("No train record keeps a target within src_length and max_length; raise them.")
+                raise UsageError(NO_TARGET.format("train"))
             passed, offset = passed + 1, 0
 
     def fingerprint(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ _ROWS = 256
 """Rows of a parquet file that are in memory as Python objects at a time."""
 
 
-def read_csv(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+Row = tuple[dict[str, Any], int, float]
+"""A record, its line (in parquet, its number from 1), and how much of the file (0 to 1) has been read by then."""
+
+
+def read_csv(path: Path) -> Iterator[Row]:
     """Each row by the names of the first one, all values text, and the line on which it begins. Blank lines pass."""
     csv.field_size_limit(2**31 - 1)  # the library's own is 131,072 characters a cell
     end = 0
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
+        with path.open("rb") as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as stream:
+            reader, size = csv.reader(stream, strict=True), path.stat().st_size or 1
             names: list[str] = []
             for cells in reader:
                 line, end = end + 1, reader.line_num
@@ -33,19 +38,20 @@ def read_csv(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                         f"{path}, line {line} has {len(cells)} cells and the header {len(names)}; put texts with "
                         "commas or line ends in double quotes."
                     )
-                yield dict(zip(names, cells, strict=True)), line
+                yield dict(zip(names, cells, strict=True)), line, file.tell() / size
     except csv.Error as error:
         raise UsageError(f"{path}, line {end + 1} is not CSV ({error}); correct it.") from error
 
 
-def _header(names: list[str], path: Path, line: int) -> list[str]:
+def _header(names: list[str], path: Path, line: int | None = None) -> list[str]:
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"{path}, line {line} names the column {name!r} twice; the header must name each once.")
+            where = path if line is None else f"{path}, line {line}"
+            raise UsageError(f"{where} names the column {name!r} twice; the header must name each once.")
     return names
 
 
-def read_parquet(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+def read_parquet(path: Path) -> Iterator[Row]:
     """Each row as Python values (nested columns as lists and dictionaries) and its number from 1."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
@@ -53,10 +59,11 @@ def read_parquet(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     number = 0
     try:
         with ParquetFile(path) as file:
+            _header(file.schema_arrow.names, path)
             for batch in file.iter_batches(batch_size=_ROWS):
                 for value in _python_values(batch):
                     number += 1
-                    yield value, number
+                    yield value, number, number / file.metadata.num_rows
     except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.strerror:  # the system's; pyarrow's own has only a message
             raise

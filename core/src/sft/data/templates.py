@@ -65,6 +65,10 @@ class Template(Protocol):
         """The text up to the last answer that trains. Raises :class:`UsageError` where no mask would be right."""
         ...
 
+    def texts(self, turns: Sequence[Turn]) -> list[str]:
+        """The pieces of text that :meth:`training` makes, in a time that grows with the turns alone."""
+        ...
+
     def prompt(self, turns: Sequence[Turn]) -> list[str]:
         """The pieces of text from which the model is to answer."""
         ...
@@ -217,6 +221,9 @@ class Plain:
         pieces = zip(texts, turns, strict=False)
         return Written(tuple(Piece(text, ((0, len(text)),) if turn.trains else ()) for text, turn in pieces))
 
+    def texts(self, turns: Sequence[Turn]) -> list[str]:
+        return [piece.text for piece in self.training(turns).pieces]
+
     def prompt(self, turns: Sequence[Turn]) -> list[str]:
         return [turn.content + (self.marks.eos if turn.role == "assistant" else "") for turn in turns]
 
@@ -244,6 +251,9 @@ class Pairs:
         texts, targets = self._parts(turns[: last + 1], {"is_training": True})
         pieces = tuple(Piece(t, ((0, len(t)),) if target else ()) for t, target in zip(texts, targets, strict=True))
         return Written(pieces, ends=self.marks.end_of_turn(texts[-1]) is not None)
+
+    def texts(self, turns: Sequence[Turn]) -> list[str]:
+        return [piece.text for piece in self.training(turns).pieces]
 
     def prompt(self, turns: Sequence[Turn]) -> list[str]:
         if not turns or turns[-1].role != "user":

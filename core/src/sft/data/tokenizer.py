@@ -76,7 +76,7 @@ class Tokenizer:
     def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """For each text its ids and, for each id, the range of characters that it stands for."""
         found = self.backend.encode_batch(list(texts), add_special_tokens=False)
-        return [(list(one.ids), list(one.offsets)) for one in found]
+        return [(one.ids, one.offsets) for one in found]  # lists, made anew
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))

@@ -22,7 +22,11 @@ REPLACEMENT = "\ufffd"
 
 
 def check_room(ids: Sequence[int], generation: GenerationArguments, positions: int) -> None:
-    """Refuse a prompt whose answer would not fit into the model's positions."""
+    """Refuse a prompt without a token, and one whose answer would not fit into the model's positions."""
+    if not ids:
+        raise UsageError(
+            "A prompt has no token: it is empty, and the chat template adds nothing to it; write something."
+        )
     if len(ids) + generation.max_new_tokens > positions:
         raise UsageError(
             f"A prompt of {len(ids)} tokens and an answer of max_new_tokens {generation.max_new_tokens} do not fit "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft.errors import UsageError
-from sft.models.parts import part_of, size_of
+from sft.models.parts import is_elsewhere, part_of, size_of
 
 
 @dataclass(frozen=True)
@@ -140,3 +140,12 @@ def sizes(parameters: dict[str, Any], model: Any) -> tuple[int, int]:
     found = [(size_of(parameter), not parameter.stop_gradient) for parameter in parameters.values()]
     total = sum(size for size, _ in found) + quantized_values(model)
     return sum(size for size, trains in found if trains), total
+
+
+def held_by(quantizer: str | None, model: Any) -> str:
+    """For a line about a model: how many of its Linears plugin ``quantizer`` holds; empty where there is none."""
+    if quantizer is None:
+        return ""
+    count = sum(hasattr(layer, "dequantize") for layer in model.sublayers())
+    part = " of this process" if any(is_elsewhere(layer) for layer in model.sublayers()) else ""
+    return f", {count:,} Linears{part} held by {quantizer}"

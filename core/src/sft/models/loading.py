@@ -18,6 +18,7 @@ from sft.models.families import Family
 from sft.models.layers import Target, target_layers
 from sft.models.parts import is_elsewhere, part_of, whole_shape
 from sft.models.source import ModelFolder, Weights, find_config, find_model, weight_files
+from sft.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,6 +91,7 @@ def load_model(
     quantizer: Quantizer | None = None,
     dtype: str = "float32",
     strategy: ParallelStrategy | None = None,
+    progress: Progress | None = None,
 ) -> Any:
     """The model with weights of ``dtype``; with ``quantizer`` its quantized Linears never existed in float. With a
     ``strategy``, what this process holds of it.
@@ -106,17 +108,24 @@ def load_model(
         source.family.correct(model)
     norms.install(model, source.family.norm_offset)
     strategy.divide(model, source)
-    fill(model, source, strategy, quantizer)
+    fill(model, source, strategy, quantizer, progress)
     model.eval()
     return model
 
 
-def fill(model: Any, source: ModelSource, strategy: ParallelStrategy, quantizer: Quantizer | None = None) -> None:
+def fill(
+    model: Any,
+    source: ModelSource,
+    strategy: ParallelStrategy,
+    quantizer: Quantizer | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Stream the weights of ``source.folder`` into ``model``; raises as :func:`load_model` does."""
+    progress = progress or Progress(lambda text: None)
     weights = source.weights()
     stored = {_paddle_name(name, weights, source.family): name for name in weights}
     if quantizer is not None:
-        for target in target_layers(model):
+        for target in progress.over(target_layers(model), "quantizing", "Linears"):
             if not is_elsewhere(target.layer):
                 _quantize(target, quantizer, weights, stored, source)
     expected = dict(strategy.parameters(model))
@@ -124,7 +133,7 @@ def fill(model: Any, source: ModelSource, strategy: ParallelStrategy, quantizer:
         stored.pop("lm_head.weight", None)  # some writers store the tied matrix twice
     stored = {name: original for name, original in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     _compare(set(expected), set(stored), source)
-    for name, parameter in expected.items():
+    for name, parameter in progress.over(expected.items(), "reading weights", "tensors"):
         _check_shape(stored[name], whole_shape(parameter), weights, source)
         if not is_elsewhere(parameter):
             strategy.store(parameter, partial(_read, stored[name], weights, source))

@@ -14,6 +14,7 @@ from sft.files import staged_folder, write_json
 from sft.models.config import hf_config
 from sft.models.loading import ModelSource
 from sft.models.shards import WeightFormat, write_tensors
+from sft.progress import Progress
 
 if TYPE_CHECKING:
     from sft.seams import AdapterMerger, Quantizer
@@ -53,20 +54,21 @@ def write_merged(
     tokenizer: Tokenizer,
     quantizer: Quantizer | None = None,
     form: WeightFormat | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """``source``'s weights with an adapter folded in, tensor by tensor: float32 arithmetic, ``form``'s dtype.
 
     With a ``quantizer`` the Linears of the blocks are quantized and read back first, and all is written in float32.
     The folder appears complete under its name or not at all. Returns the number of tensors that changed.
     """
-    form = form or WeightFormat()
+    form, progress = form or WeightFormat(), progress or Progress(lambda text: None)
     weights = source.weights()
     changed = 0
     dtypes: set[str] = set()
 
     def merged() -> Iterable[tuple[str, np.ndarray]]:
         nonlocal changed
-        for original in weights:
+        for original in progress.over(list(weights), "merging", "tensors"):
             if original.endswith("rotary_emb.inv_freq"):
                 continue
             if original == "lm_head.weight" and source.config.tie_word_embeddings:

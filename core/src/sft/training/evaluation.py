@@ -17,10 +17,13 @@ from sft.data.encoding import Question
 from sft.files import write_text
 from sft.models.generation import answers
 from sft.training.divergence import explained
+from sft.training.strategy import SingleProcess
 
 if TYPE_CHECKING:
     from sft.running import Run
 
+_TOGETHER = 8
+"""Batches that processes measure together, between which progress shows: enough to keep a pipeline mostly full."""
 _LARGEST_EXPONENT = 700.0
 """exp of it is a double still; JSON has no infinity."""
 
@@ -44,16 +47,24 @@ def dev_loss(run: Run) -> dict[str, Any]:
     """
     data, size = run.dev_data, run.settings.training.per_device_eval_batch_size
     assert data is not None
-    rows = run.collator.rows(data.lengths, None)
-    mine = range(run.strategy.data_rank * size, len(rows), run.strategy.data_world * size)
-    batches = [make_batch(data, run.collator, rows[start : start + size]) for start in mine]
+    rows, rank, world = run.collator.rows(data.lengths, None), run.strategy.data_rank, run.strategy.data_world
+    together = size * world * (1 if isinstance(run.strategy, SingleProcess) else _TOGETHER)
+    loss, correct, targets = 0.0, 0, 0
     was_training = run.model.training
     run.model.eval()
-    with paddle.no_grad(), run.precision.autocast():
-        loss, correct = run.strategy.scores(run.model, batches)
+    with run.progress.task("measuring dev data", "rows", len(rows)) as task:
+        # Each process makes the same number of calls, the last one perhaps with nothing.
+        for first in range(0, len(rows), together):
+            group = rows[first : first + together]
+            starts = range(rank * size, len(group), world * size)
+            batches = [make_batch(data, run.collator, group[start : start + size]) for start in starts]
+            with paddle.no_grad(), run.precision.autocast():
+                found = run.strategy.scores(run.model, batches)
+            loss, correct = loss + found[0], correct + found[1]
+            targets += sum(batch.target_tokens for batch in batches)
+            task.advance(len(group))
     if was_training:
         run.model.train()
-    targets = sum(batch.target_tokens for batch in batches)
     loss, right, every = run.strategy.sum([loss, correct, targets])
     mean = loss / every
     if not math.isfinite(mean):
@@ -89,10 +100,11 @@ def answer(run: Run, questions: Sequence[Question]) -> list[str]:
     """The model's answers, ``per_device_eval_batch_size`` at a time."""
     size = run.settings.training.per_device_eval_batch_size
     found: list[str] = []
-    with run.strategy.answering() as gone_on:
+    with run.strategy.answering() as gone_on, run.progress.task("answering", "prompts", len(questions)) as task:
         for start in range(0, len(questions), size):
             prompts = [question.ids for question in questions[start : start + size]]
             with run.precision.autocast():
                 found += answers(run.model, run.tokenizer, prompts, run.settings.generation, run.settings.training.seed)
             gone_on()
+            task.advance(len(prompts))
     return found

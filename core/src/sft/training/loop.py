@@ -71,9 +71,12 @@ def train(
                 "padding_tokens": padding,
             }
             journal.add(loss_sum, tokens, targets, padding, len(at.rows))
-            display.step(record, tokens / (time.monotonic() - began))
+            speed = tokens / (time.monotonic() - began)
+            display.step(record, speed)
             if step % settings.logging_steps == 0 or step in (1, total):
                 display.line(journal.step_line(step, epoch, rate, grad_norm))
+            else:
+                display.between(record, speed)
             run.hook.sft_step_ended(run=run, record=dict(record))
         elif scale.gives_up:
             found = f"loss {loss_sum / max(1, targets)}, gradient norm {grad_norm}"

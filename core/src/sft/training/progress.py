@@ -1,15 +1,15 @@
-"""What a person sees while a run goes on: a progress bar in a terminal, plain lines elsewhere."""
+"""What a person sees of the training itself: its steps as a bar in a terminal, as plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from sft.metrics import NAMES as ANSWER_SCORES
+from sft.progress import Progress, duration
+
+LINE_EVERY = 60.0
+"""Seconds after which a step is said though ``logging_steps`` does not ask for its line yet."""
 
 
 def figures(record: dict[str, Any]) -> str:
@@ -24,43 +24,31 @@ def _short(value: float) -> str:
 
 
 class Display:
-    """Shows steps, logged lines and evaluations. ``bar`` off, or no terminal: lines only."""
+    """Shows steps, logged lines and evaluations."""
 
-    def __init__(self, total: int, done: int, bar: bool, say: Callable[[str], None]) -> None:
-        self._console, self._say = Console(highlight=False, soft_wrap=True), say
-        self._progress: Progress | None = None
+    def __init__(self, total: int, done: int, progress: Progress) -> None:
+        self._progress = progress
         self._total, self._first, self._done = total, done, done
-        self._began = time.monotonic()
-        if bar and self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._task = self._progress.add_task("train", total=total, completed=done, figures="")
-            self._progress.start()
+        self._began = self._said = time.monotonic()
+        self._bar = progress.show("step", total) if progress.has_bars else None
+        if self._bar is not None:
+            progress.update(self._bar, done, f"{done}/{total}")
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar if there is one."""
-        if self._progress is not None:
-            self._console.print(text, markup=False)
-        else:
-            self._say(text)
+        self._said = time.monotonic()
+        self._progress.say(text)
 
     def step(self, record: dict[str, Any], tokens_per_second: float) -> None:
         """An optimizer step is done."""
         self._done = record["step"]
-        if self._progress is not None:
-            figures = f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {tokens_per_second:,.0f} tokens/s"
-            self._progress.update(self._task, completed=record["step"], figures=figures)
+        figures = f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {tokens_per_second:,.0f} tokens/s"
+        if self._bar is not None:
+            self._progress.update(self._bar, self._done, f"{self._done}/{self._total}  {figures}")
 
     def line(self, line: dict[str, Any]) -> None:
         """A logged step, in plain text (the bar shows the same figures at every step)."""
-        if self._progress is None:
+        if self._bar is None:
             speed = line["tokens"] / max(line["seconds"], 1e-9)
             self.say(
                 f"step {line['step']}/{self._total}  epoch {line['epoch']:.2f}  loss {line['loss']:.4f}  "
@@ -68,14 +56,22 @@ class Display:
                 f"ETA {self._eta()}"
             )
 
+    def between(self, record: dict[str, Any], tokens_per_second: float) -> None:
+        """A step that is not logged: said where nothing has been said for long, so that slow training is not silent."""
+        if self._bar is None and time.monotonic() - self._said >= LINE_EVERY:
+            self.say(
+                f"step {record['step']}/{self._total}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f} (of this "
+                f"step)  {tokens_per_second:,.0f} tokens/s  ETA {self._eta()}"
+            )
+
     def evaluation(self, record: dict[str, Any]) -> None:
         self.say(f"step {record['step']}/{self._total}  dev {figures(record)}")
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._bar is not None:
+            self._progress.keep(self._bar)
+            self._bar = None
 
     def _eta(self) -> str:
         rate = (time.monotonic() - self._began) / max(1, self._done - self._first)
-        seconds = int(rate * (self._total - self._done))
-        return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
+        return duration(rate * (self._total - self._done))

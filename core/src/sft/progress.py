@@ -1,0 +1,183 @@
+"""How far long work is: a bar in a terminal, and elsewhere a line now and then. Short work says nothing.
+
+Everything that may take long goes through :meth:`Progress.over` or :meth:`Progress.task`, so that the bars of a
+process share one place at the bottom of its terminal, and lines go where the run's other lines go.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+BAR_AFTER = 1.0
+"""Seconds that work has taken before its bar appears in a terminal: what is quicker would only flicker."""
+LINE_EVERY = 10.0
+"""Seconds between the lines of work that is shown in lines, the first one included."""
+
+
+class Printer:
+    """Prints lines to standard output or standard error; bars may stand below its lines where that is a terminal."""
+
+    def __init__(self, stream: str) -> None:
+        self._stream = stream
+
+    def __call__(self, text: str) -> None:
+        print(text, file=self.file, flush=True)
+
+    @property
+    def file(self) -> Any:
+        """The stream as it is now: tests and notebooks replace it."""
+        return getattr(sys, self._stream)
+
+
+class Progress:
+    """Where a run shows how far it is. ``say`` gets its lines; bars need a ``say`` that is a :class:`Printer`, whose
+    stream is a terminal, and ``bars``."""
+
+    def __init__(self, say: Callable[[str], None], bars: bool = True) -> None:
+        self.say = say
+        self._bars = bars
+        self._live: Any = None
+        self._shown = 0
+
+    def over(self, items: Iterable[T], what: str, unit: str, total: int | None = None) -> Iterator[T]:
+        """``items`` one by one, as a task of ``total`` of them (of ``len(items)`` where they have one)."""
+        if total is None and isinstance(items, Sized):
+            total = len(items)
+        with self.task(what, unit, total) as task:
+            for item in items:
+                yield item
+                task.advance()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def task(self, what: str, unit: str, total: float | None = None) -> Iterator[Task]:
+        """Work that calls :meth:`Task.advance`; ``what`` and ``unit`` say of what, as "reading train data", "records".
+        Ends, and leaves nothing on a terminal, with the block."""
+        task = Task(self, what, unit, total)
+        try:
+            yield task
+        finally:
+            task.close()
+
+    @property
+    def has_bars(self) -> bool:
+        """Whether there is a terminal for bars."""
+        dumb = os.environ.get("TERM") in ("dumb", "unknown")
+        return self._bars and not dumb and isinstance(self.say, Printer) and bool(self.say.file.isatty())
+
+    def show(self, description: str, total: float | None) -> int:
+        """Open a bar below those that are there; its number for :meth:`update` and :meth:`hide`."""
+        if self._live is None:
+            self._live = _bars(self.say)
+            self._live.start()
+        self._shown += 1
+        return int(self._live.add_task(description, total=total, text=""))
+
+    def update(self, bar: int, completed: float, text: str) -> None:
+        self._live.update(bar, completed=completed, text=text)
+
+    def hide(self, bar: int) -> None:
+        """Take a bar away. The last one that goes leaves the terminal as it was."""
+        if self._live is None:
+            return
+        self._live.remove_task(bar)
+        self._shown -= 1
+        if not self._shown:
+            self.close()
+
+    def keep(self, bar: int) -> None:
+        """Leave a bar as it is on the terminal, if it is the only one; those that come open below it."""
+        if self._live is not None and self._shown == 1:
+            self._live.live.transient = False
+            self.close()
+        else:
+            self.hide(bar)
+
+    def close(self) -> None:
+        """No bars any more; an error may have left some."""
+        if self._live is not None:
+            self._live.stop()
+            self._live, self._shown = None, 0
+
+
+class Task:
+    """Work that is going on; made by :meth:`Progress.task`."""
+
+    def __init__(self, progress: Progress, what: str, unit: str, total: float | None) -> None:
+        self._progress, self._what, self._unit, self._total = progress, what, unit, total
+        self._began = time.monotonic()
+        self._bars = progress.has_bars
+        self._bar: int | None = None
+        self._count, self._done = 0, 0.0
+        self._due = self._began + (BAR_AFTER if self._bars else LINE_EVERY)
+
+    def advance(self, count: int = 1, done: float | None = None) -> None:
+        """``count`` more units have been done; ``done`` says where that is on the way to the total, where the total is
+        of something else than units (bytes of files whose records are counted)."""
+        self._count += count
+        self._done = self._count if done is None else done
+        now = time.monotonic()
+        if now < self._due:
+            return
+        if not self._bars:
+            self._due = now + LINE_EVERY
+            if self._done != self._total:  # what comes after the work says that it is done
+                self._progress.say(f"{self._what}: {self._text(now)}{self._left(now)}")
+            return
+        self._due = now + 0.1
+        if self._bar is None:
+            self._bar = self._progress.show(self._what, self._total)
+        self._progress.update(self._bar, self._done, self._text(now))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._progress.hide(self._bar)
+            self._bar = None
+
+    def _text(self, now: float) -> str:
+        speed = self._count / (now - self._began)
+        of = f" of {self._total:,}" if self._total is not None and self._done == self._count else ""
+        return f"{self._count:,}{of} {self._unit}, {speed:,.{0 if speed >= 10 else 1}f} a second"
+
+    def _left(self, now: float) -> str:
+        if not self._total or not self._done:
+            return ""
+        share = min(1.0, self._done / self._total)
+        return f", {100 * share:.0f} %, {duration((now - self._began) * (1 - share) / share)} left"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as 0:01:30."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+
+
+def _bars(say: Any) -> Any:
+    """rich's display; what is printed while it is there appears above it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=Console(file=say.file, highlight=False, soft_wrap=True),
+        transient=True,
+        # What goes to a file or a pipe is no line above the bar.
+        redirect_stdout=sys.stdout.isatty(),
+        redirect_stderr=sys.stderr.isatty(),
+    )

@@ -1,0 +1,215 @@
+"""Long work is not silent: a bar in a terminal, lines elsewhere, and nothing of what is quick."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sft
+from sft import progress as module
+from sft.progress import Printer, Progress
+
+Train = Callable[..., sft.Summary]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A clock that stands still until it is put forward."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def forward(seconds: float) -> None:
+        now[0] += seconds
+
+    return forward
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Terminal]:
+    """Makes standard output a terminal; in the test itself, because pytest replaces it after the fixtures."""
+
+    def make() -> Terminal:
+        stream = Terminal()
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setenv("TERM", "xterm")
+        return stream
+
+    return make
+
+
+# --- lines --------------------------------------------------------------------------------------------------
+
+
+def test_a_line_every_ten_seconds(clock: Callable[[float], None]) -> None:
+    """One unit a second: 25 of 40 are 62.5 %, and 15 s are left."""
+    said: list[str] = []
+    for _ in Progress(said.append).over(range(40), "counting", "numbers"):
+        clock(1)
+    assert said[:2] == [
+        "counting: 10 of 40 numbers, 1.0 a second, 25 %, 0:00:30 left",
+        "counting: 20 of 40 numbers, 1.0 a second, 50 %, 0:00:20 left",
+    ]
+    assert len(said) == 3  # and none that says that all is done
+
+
+def test_what_is_quick_says_nothing(clock: Callable[[float], None]) -> None:
+    said: list[str] = []
+    for _ in Progress(said.append).over(range(9), "counting", "numbers"):
+        clock(1)
+    assert said == []
+
+
+def test_the_way_may_be_measured_in_something_else(clock: Callable[[float], None]) -> None:
+    """Records are counted, and how far it is is known in bytes."""
+    said: list[str] = []
+    with Progress(said.append).task("reading", "records", 5000) as task:
+        clock(20)
+        task.advance(3000, done=1000)
+    assert said == ["reading: 3,000 records, 150 a second, 20 %, 0:01:20 left"]
+
+
+def test_without_a_total_only_the_count_is_said(clock: Callable[[float], None]) -> None:
+    said: list[str] = []
+    with Progress(said.append).task("reading", "records") as task:
+        clock(10)
+        task.advance(5)
+    assert said == ["reading: 5 records, 0.5 a second"]
+
+
+def test_a_slow_run_says_its_steps_though_logging_steps_does_not_ask(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sft.training.progress.LINE_EVERY", 0.0)
+    said: list[str] = []
+    train(say=said.append, max_steps=4, logging_steps=500, do_eval=False)
+    steps = [line.split("  ")[0] for line in said if line.startswith("step ")]
+    assert steps == ["step 1/4", "step 2/4", "step 3/4", "step 4/4"]
+    monkeypatch.undo()
+    train(say=said.append, max_steps=4, logging_steps=500, do_eval=False, overwrite_output_dir=True)
+    assert [line.split("  ")[0] for line in said if line.startswith("step ")][4:] == ["step 1/4", "step 4/4"]
+
+
+def test_all_that_is_long_in_a_run_shows_how_far_it_is(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINE_EVERY", 0.0)
+    said: list[str] = []
+    train(
+        say=said.append,
+        max_steps=1,
+        num_samples=3,
+        eval_with_do_generation=True,
+        max_new_tokens=4,
+        per_device_eval_batch_size=2,
+    )
+    for what in ("reading train data", "reading dev data", "reading weights", "measuring dev data", "answering"):
+        assert any(line.startswith(f"{what}: ") for line in said), what
+    assert any(line.startswith("writing weights: ") for line in said)
+
+
+# --- bars ---------------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_gets_a_bar_that_goes_away(terminal: Callable[[], Terminal], clock: Callable[[float], None]) -> None:
+    screen = terminal()
+    with Progress(Printer("stdout")) as progress, progress.task("counting", "numbers", 40) as task:
+        clock(0.5)
+        task.advance(10)
+        assert screen.getvalue() == ""  # it would only flicker
+        clock(1)
+        task.advance(10)
+        print("a line of its own")
+    shown = screen.getvalue()
+    assert "counting" in shown
+    assert "\u2501" in shown
+    assert "a line of its own\n" in shown
+    assert shown.index("a line of its own") < shown.rindex("\x1b[2K")  # the bar is wiped, the line is not
+    assert "\x1b[?25h" in shown  # and the cursor is back
+    assert sys.stdout is screen
+
+
+@pytest.mark.parametrize("bars", ["no terminal", "disable_tqdm", "say of one's own", "dumb terminal"])
+def test_where_there_is_no_bar_there_are_lines(
+    bars: str, terminal: Callable[[], Terminal], clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A callable that the user gave gets every line, and the terminal none."""
+    screen = terminal()
+    if bars == "no terminal":
+        screen.isatty = lambda: False  # type: ignore[method-assign]
+    if bars == "dumb terminal":
+        monkeypatch.setenv("TERM", "dumb")
+    said: list[str] = []
+    say: Any = said.append if bars == "say of one's own" else Printer("stdout")
+    for _ in Progress(say, bars != "disable_tqdm").over(range(20), "counting", "numbers"):
+        clock(1)
+    text = "\n".join(said) if bars == "say of one's own" else screen.getvalue()
+    assert text.strip() == "counting: 10 of 20 numbers, 1.0 a second, 50 %, 0:00:10 left"
+
+
+def test_an_error_leaves_the_terminal_as_it_was(
+    terminal: Callable[[], Terminal], clock: Callable[[float], None]
+) -> None:
+    screen = terminal()
+
+    def interrupted() -> None:
+        with Progress(Printer("stdout")) as progress:
+            for _ in progress.over(range(9), "counting", "numbers"):
+                clock(2)
+                if "counting" in screen.getvalue():
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert "\x1b[?25h" in screen.getvalue()
+    assert sys.stdout is screen
+
+
+def test_results_in_a_file_stay_there_while_a_bar_is_on_standard_error(
+    clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, err = io.StringIO(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setenv("TERM", "xterm")
+    with Progress(Printer("stderr")) as progress, progress.task("answering", "prompts", 9) as task:
+        clock(2)
+        task.advance()
+        print("an answer")
+    assert out.getvalue() == "an answer\n"
+    assert "answering" in err.getvalue()
+
+
+# --- dev data, said beforehand ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("settings", "hint"), [({}, True), ({"do_eval": True}, False)])
+def test_a_run_says_what_it_is_about_to_measure(train: Train, settings: dict[str, Any], hint: bool) -> None:
+    said: list[str] = []
+    summary = train(say=said.append, max_steps=1, **settings)
+    tokens = summary.data["dev"]["tokens"]
+    line = f"dev data is measured before and after training: 7 records, {tokens:,} tokens"
+    assert f"{line} (do_eval false leaves that out)" if hint else line in said
+    assert said.index(next(text for text in said if text.startswith(line))) < said.index(
+        next(text for text in said if text.startswith("dev data before training"))
+    )
+
+
+def test_files_that_look_like_dev_data_are_named(train: Train, dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, source in (("train.json", "train.json"), ("validation.json", "dev.json"), ("test.json", "dev.json")):
+        (folder / name).write_bytes((dataset / source).read_bytes())
+    said: list[str] = []
+    summary = train(say=said.append, max_steps=1, dataset_name_or_path=str(folder))
+    assert summary.data["dev"]["records"] == 7
+    (note,) = [line for line in said if line.startswith("note: ") and "not read" in line]
+    assert note.startswith(f"note: test.json in {folder} is not read; dev data is what is called dev or validation")

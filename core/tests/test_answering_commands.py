@@ -301,3 +301,58 @@ def test_ctrl_c_is_raised_where_it_is_expected_and_kept_where_it_is_not(paddle: 
             time.sleep(0.3)  # the ticks do nothing
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM))
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+# --- input that cannot be answered --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_standard_input_that_is_not_utf8_is_named_by_its_line(typed: Type, command: str) -> None:
+    with pytest.raises(sft.UsageError, match=r"Standard input, line 2 is not UTF-8 text .*; convert it\."):
+        typed(command, "--max_new_tokens", "2", lines=b"hello\nso-so \xff\xfe\n")  # type: ignore[arg-type]
+
+
+def test_a_prompt_without_a_token_is_refused(typed: Type, tmp_path: Path) -> None:
+    (tmp_path / "nothing.jinja").write_text("{% if false %}{{ messages }}{% endif %}")
+    with pytest.raises(sft.UsageError, match="A prompt has no token"):
+        typed("generate", "--prompt", "hello", "--chat_template", str(tmp_path / "nothing.jinja"))
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(models: Path, tmp_path: Path, paddle: Any) -> None:
+    """In a prompt; a tokenizer that knows one more token than its model answers all other prompts."""
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(models / MODEL, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for number in range(vocabulary - 320 + 1):
+        tokenizer["added_tokens"].append({"id": 320 + number, "content": f"<{number}>", "special": True, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    command = import_module("sft.commands.generate").command
+    line = ["--model_name_or_path", str(folder), "--max_new_tokens", "2", "--prompt"]
+    run = click.testing.CliRunner().invoke
+    assert run(command, [*line, "hello"], standalone_mode=False, catch_exceptions=False).exit_code == 0
+    with pytest.raises(sft.UsageError, match=f"A prompt has the token id {vocabulary}, and the model's vocabulary has"):
+        run(command, [*line, f"<{vocabulary - 320}>"], standalone_mode=False, catch_exceptions=False)
+
+
+# --- what a finished model is measured with -----------------------------------------------------------------
+
+
+def test_evaluate_takes_its_lengths_from_the_run(
+    typed: Type, train: Callable[..., sft.Summary], models: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Of the result and of a checkpoint, and not where others are given; the run's own loss comes out to 1e-6."""
+    summary = train(max_steps=2, max_length=24, src_length=9, save_strategy="steps", save_steps=2)
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-2"):
+        said: list[str] = []
+        values = {"model_name_or_path": str(folder), "dataset_name_or_path": str(dataset)}
+        record = finished.evaluate_finished(values, None, said.append)
+        assert record["eval_loss"] == pytest.approx(summary.eval_loss_after, abs=1e-6)
+        assert record["eval_tokens"] == summary.data["dev"]["tokens"]
+        assert f"src_length 9 and max_length 24, as in the run that wrote {folder}" in said
+        other = finished.evaluate_finished({**values, "max_length": 64}, None, said.append)
+        assert f"src_length 9, as in the run that wrote {folder}" in said
+        assert other["eval_tokens"] > record["eval_tokens"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import sft
+from sft.finished import evaluate_finished
 from sft.testing import needs, read_metrics
 
 
@@ -70,12 +71,22 @@ def test_a_group_that_does_not_divide_a_layer_is_refused(train: Callable[..., An
 
 @needs("lora")
 @pytest.mark.parametrize("name", ["nf4", "int8"])
-def test_codes_count_as_parameters(train: Callable[..., Any], models: Path, name: str) -> None:
+def test_codes_count_as_parameters(
+    train: Callable[..., Any], models: Path, dataset: Path, tmp_path: Path, name: str
+) -> None:
     """Qwen2's biases too, which a quantized layer keeps beside its codes."""
-    settings = {"model_name_or_path": str(models / "qwen2-untied"), "max_steps": 1}
-    plain, quantized = train("plain", plugin=["lora"], **settings), train("codes", plugin=["lora", name], **settings)
+    settings: dict[str, Any] = {"model_name_or_path": str(models / "qwen2-untied")}
+    said: list[str] = []
+    plain = train("plain", plugin=["lora"], max_steps=1, **settings)
+    quantized = train("codes", plugin=["lora", name], max_steps=1, say=said.append, **settings)
     assert quantized.total_parameters == plain.total_parameters
     assert quantized.trainable_parameters == plain.trainable_parameters
+    line = next(line for line in said if line.startswith("model: "))
+    assert line.endswith(f" %), 14 Linears held by {name}")  # seven in each of the two blocks
+    evaluate_finished({**settings, "dataset_name_or_path": str(dataset)}, tmp_path / "codes", said.append)
+    assert (
+        f"model: {plain.total_parameters - plain.trainable_parameters:,} parameters, 14 Linears held by {name}" in said
+    )
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

@@ -91,17 +91,15 @@ def generation_of(values: Mapping[str, Any]) -> tuple[GenerationArguments, int]:
 
 
 def lines_of_standard_input() -> Iterator[str]:
-    """The lines of standard input, each with its end. Raises :class:`UsageError` where one is not UTF-8."""
-    number = 0
-    try:
-        for line in sys.stdin:
-            number += 1
-            line.encode()  # in some locales Python lets foreign bytes through as halves of surrogate pairs
-            yield line
-    except UnicodeError as error:
-        raise UsageError(
-            f"Standard input is not UTF-8 text (at line {number + 1} or a little later: {error}); convert it."
-        ) from error
+    """The lines of standard input, each with its end, in UTF-8 whatever the locale says. Raises :class:`UsageError`."""
+    stream = getattr(sys.stdin, "buffer", sys.stdin)
+    for number, line in enumerate(stream, start=1):
+        try:
+            yield line.decode("utf-8") if isinstance(line, bytes) else line
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"Standard input, line {number} is not UTF-8 text ({error.reason}); convert it."
+            ) from error
 
 
 say = Printer("stderr")

@@ -46,6 +46,11 @@ def answers(
     assert show is None or len(prompts) == 1
     for prompt in prompts:
         check_room(prompt, generation, model.config.max_position_embeddings)
+        if max(prompt) >= model.config.vocab_size:
+            raise UsageError(
+                f"A prompt has the token id {max(prompt)}, and the model's vocabulary has {model.config.vocab_size} "
+                "tokens; the tokenizer, or its chat template, belongs to another model."
+            )
     found: list[list[int]] = [[] for _ in prompts]
     text = Text(tokenizer)
     with _evaluating(model):

@@ -142,7 +142,7 @@ def test_the_oldest_turns_go_first_and_the_system_turn_stays(
 def test_the_last_turns_are_cut_when_they_alone_are_too_long(tokenizer_with: TokenizerWith) -> None:
     tokenizer = tokenizer_with("llama-tied-gqa")
     last = tokens_of(one([CONVERSATION[0], *CONVERSATION[5:]], tokenizer))
-    encoded = one(CONVERSATION, tokenizer, max_length=len(last) - 1)
+    encoded = one(CONVERSATION, tokenizer, src_length=len(last) - 2, max_length=len(last) - 1)
     assert tokens_of(encoded) == last[:-1]
     assert encoded.counts.turns_dropped == 4
     assert encoded.counts.targets_truncated == 1

@@ -100,10 +100,19 @@ def test_a_slow_run_says_its_steps_though_logging_steps_does_not_ask(
     assert [line.split("  ")[0] for line in said if line.startswith("step ")][4:] == ["step 1/4", "step 4/4"]
 
 
-def test_all_that_is_long_in_a_run_shows_how_far_it_is(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_that_is_long_in_a_run_shows_how_far_it_is(
+    train: Train, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "LINE_EVERY", 0.0)
     said: list[str] = []
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.json").write_text(
+        "\n".join([(dataset / "train.json").read_text()] * 20)
+    )  # more than is read at once
+    (folder / "dev.json").write_text((dataset / "dev.json").read_text())
     train(
+        dataset_name_or_path=str(folder),
         say=said.append,
         max_steps=1,
         num_samples=3,
@@ -111,7 +120,7 @@ def test_all_that_is_long_in_a_run_shows_how_far_it_is(train: Train, monkeypatch
         max_new_tokens=4,
         per_device_eval_batch_size=2,
     )
-    for what in ("reading train data", "reading dev data", "reading weights", "measuring dev data", "answering"):
+    for what in ("reading train data", "reading weights", "measuring dev data", "answering"):
         assert any(line.startswith(f"{what}: ") for line in said), what
     assert any(line.startswith("writing weights: ") for line in said)
 

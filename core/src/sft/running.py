@@ -93,6 +93,7 @@ class Run:
         plugins: The active plugins: ``names``, ``provider(hook)``, ``origin(name)``.
         hook: Calls hooks, those too that plugins publish: ``run.hook.NAME(argument=…)``.
         say: Tells the user one line.
+        progress: Shows the user how far long work is: ``for item in run.progress.over(items, "reading", "files")``.
         before: What was measured before training.
         evaluation: The record of the last evaluation, as ``sft_evaluated`` has it.
         best: The record of the best evaluation that has a checkpoint (``load_best_model_at_end``).
@@ -127,7 +128,6 @@ class Run:
         self.hook = plugins.hook
         self.say = say
         self.progress = Progress(say, bars=not settings.training.disable_tqdm)
-        """How far long work is, for the user."""
         self.before: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
         self.best: dict[str, Any] = {}

@@ -152,8 +152,8 @@ def encode(
     beginning of its prompt (``src_length``), then the end of its answer (``max_length``); all are counted.
 
     Where ``src_length`` would let a prompt fill ``max_length`` alone, the prompt of a longer record leaves its answer
-    room, up to half of ``max_length``. ``room``: a model's folder and its positions, where a record that is longer is to
-    be refused at once.
+    room, up to half of ``max_length``. ``room``: a model's folder and its positions, where a record that is longer is
+    to be refused at once.
     """
     encoder = _Encoder(tokenizer, src_length, max_length)
     ids: list[np.ndarray] = []

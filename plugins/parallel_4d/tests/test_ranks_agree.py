@@ -175,3 +175,18 @@ def test_a_rank_that_stands_still_is_named(trainings: Trainings, hook: str) -> N
     values = trainings.settings(PLANS["tp2"], **asked)
     with pytest.raises(RankError, match=r"rank 1 is missing: the others have waited 2 s in '"):
         run_ranks(2, "jobs:stand_still", values, 1, hook, timeout=40)
+
+
+@pytest.mark.parametrize("plan", ["tp2", "pp2"])
+def test_a_value_that_is_not_finite_in_one_rank_ends_all(trainings: Trainings, plan: str) -> None:
+    """The main rank, which writes, does not hold it, and knows its name. Nothing has been saved."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "do_eval": False, "evaluation_strategy": "no"}
+    values = trainings.settings(PLANS[plan], **saving)
+    name = "llama.layers.3.mlp.up_proj.weight"
+    with pytest.raises(RankError):
+        run_ranks(2, "jobs:train_and_ruin", values, 1, name, timeout=60)
+    output = Path(values["output_dir"])
+    found = json.loads((output / "run.json").read_text())
+    assert found["status"] == "failed"
+    assert found["error"].startswith(f"The weights are no longer finite after step 1 ({name} has values")
+    assert sorted(path.name for path in output.iterdir()) == ["metrics.jsonl", "run.json"]

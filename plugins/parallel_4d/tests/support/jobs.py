@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import sft
 from sft.models.parts import is_elsewhere, part_of
 
@@ -127,6 +129,28 @@ class Kill(sft.Plugin):
 
         if record["step"] == self.step and distributed.get_rank() == self.rank:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_and_ruin(settings: dict[str, Any], rank: int, name: str) -> None:
+    """One rank of a run in which ``rank`` has a value that is not finite in parameter ``name`` after the first step."""
+    sft.run(settings, plugins=[type("Ruining", (Ruin,), {"rank": rank, "parameter": name})], say=lambda text: None)
+
+
+class Ruin(sft.Plugin):
+    name = "ruin"
+    api_version = 1
+    rank: int
+    parameter: str
+
+    @sft.hookimpl
+    def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+        from paddle import distributed
+
+        if record["step"] == 1 and distributed.get_rank() == self.rank:
+            parameter = dict(run.model.named_parameters())[self.parameter]
+            values = parameter.numpy()
+            values[1, 1] = np.nan
+            parameter.set_value(values)
 
 
 def held(settings: dict[str, Any]) -> dict[str, Any]:

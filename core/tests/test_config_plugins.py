@@ -90,7 +90,7 @@ def test_an_adapter_brings_the_plugin_back(
     ids = np.arange(3, 43)[None]
     expected = own_logits(load(scaled, out), ids)  # which is scaled already, by the same
     assert np.array_equal(own_logits(load(base_model, out), ids), expected)
-    adapters.merge(str(base_model), out, tmp_path / "merged", lambda text: None)
+    adapters.merge(str(base_model), out, tmp_path / "merged", lambda text: None, ["rotary"])
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
     np.testing.assert_allclose(

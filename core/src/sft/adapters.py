@@ -180,7 +180,7 @@ def merge(
     base's weights may be pickled.
     """
     plugins = plugins_for(adapter, requested)
-    refuse_idle(plugins, requested, ("sft_quantizer", "sft_adapter_merger"), "sft merge")
+    refuse_idle(plugins, requested, ("sft_model_config", "sft_quantizer", "sft_adapter_merger"), "sft merge")
     runtime.require_paddle()
     place, _ = find_usable_model(model, allow_pickle)
     tokenizer = Tokenizer(place.path, chat_template=trained_template(adapter))

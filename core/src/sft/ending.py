@@ -36,8 +36,12 @@ def publish_result(run: Run, optimizer: Optimizer) -> None:
 
     check_finite(run, optimizer)
     failure = _write(run, lambda: publish(run.output_dir, RESULT_KEYS, PUBLISHED))
-    if failure is not None:
-        raise SftError(f"The result could not be written to {run.output_dir} ({failure}); {_rescue(run)}.")
+    if failure is None:
+        return
+    where = _rescue(run)
+    if not run.strategy.is_main:
+        run.strategy.wait()  # the main process knows what to say, and ends the others with it
+    raise SftError(f"The result could not be written to {run.output_dir} ({failure}); {where}.")
 
 
 def rescued(run: Run, optimizer: Optimizer, error: OSError) -> BaseException:
@@ -101,7 +105,7 @@ def _write(run: Run, place: Callable[[], AbstractContextManager[Path]]) -> str |
             run.write_result(None)
     if not run.strategy.largest(float(failure is not None)):
         return None
-    return failure or "see the main process"
+    return failure or "said by the main process"
 
 
 def _cause(error: OSError) -> str:

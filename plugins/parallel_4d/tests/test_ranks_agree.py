@@ -190,3 +190,22 @@ def test_a_value_that_is_not_finite_in_one_rank_ends_all(trainings: Trainings, p
     assert found["status"] == "failed"
     assert found["error"].startswith(f"The weights are no longer finite after step 1 ({name} has values")
     assert sorted(path.name for path in output.iterdir()) == ["metrics.jsonl", "run.json"]
+
+
+@pytest.mark.parametrize("plan", ["tp2", "pp2"])
+def test_a_result_that_its_folder_cannot_take_is_whole_elsewhere(
+    trainings: Trainings, tmp_path: Path, plan: str
+) -> None:
+    """All ranks collect it a second time, and the one that writes says where it is."""
+    settings = {"do_eval": False, "evaluation_strategy": "no", "max_steps": 1}
+    values = trainings.settings(PLANS[plan], **settings)
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, "jobs:train_on_full_disk", values, str(tmp_path), timeout=60)
+    (place,) = tmp_path.iterdir()
+    error = json.loads((Path(values["output_dir"]) / "run.json").read_text())["error"]
+    assert "No space left on device" in error
+    assert f"it is in {place} instead" in error
+    assert f"it is in {place} instead" in caught.value.output
+    found, whole = (load_file(folder / "model.safetensors") for folder in (place, trainings.one(**settings)))
+    assert found.keys() == whole.keys()
+    assert all(abs(found[name] - whole[name]).max() < 1e-4 for name in whole)

@@ -153,6 +153,23 @@ class Ruin(sft.Plugin):
             parameter.set_value(values)
 
 
+def train_on_full_disk(settings: dict[str, Any], temporary: str) -> None:
+    """One rank of a run whose folder has no room for weights; there is some in the folder of ``temporary`` files."""
+    import tempfile
+
+    import safetensors.numpy
+
+    own, tempfile.tempdir = safetensors.numpy.save_file, temporary
+
+    def save_file(tensors: Any, path: str, **more: Any) -> None:
+        if str(settings["output_dir"]) in str(path):
+            raise OSError(28, "No space left on device", path)
+        own(tensors, path, **more)
+
+    safetensors.numpy.save_file = save_file
+    sft.run(settings, say=lambda text: None)
+
+
 def held(settings: dict[str, Any]) -> dict[str, Any]:
     """One rank of a run: shapes of what it holds of the model, and the lengths of what goes into blocks' norms."""
     found: dict[str, Any] = {"process": os.getpid(), "shapes": {}, "lengths": []}

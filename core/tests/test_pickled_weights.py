@@ -409,6 +409,8 @@ def tensor(shape: str, strides: str, offset: int = 0) -> bytes:
         (lambda path: path.write_bytes(pickle.dumps([MATRIX])), r"holds list in place of tensors by name"),
         (lambda path: path.write_bytes(pickle.dumps({"w": MATRIX})[:60]), r"not a readable file of weights"),
         (lambda path: path.write_bytes(b""), r"not a readable file of weights"),
+        (lambda path: path.write_bytes(b"cos\x1b[31m\nsystem\n."), r"calls os\?\[31m\.system"),
+        (lambda path: path.write_bytes(b"N\x51."), r"not a readable file of weights"),  # a persistent id
         (lambda path: torch_zip(path, pickle.dumps({"w": os.system})), r"calls posix\.system"),
         (lambda path: torch_zip(path, tensor("(I3\nI2\nt", "(I2\nI1\nt")), r"reaches beyond its storage"),
         (lambda path: torch_zip(path, tensor("(I2\nt", "(I1\nt", offset=-1)), r"negative size"),

@@ -52,13 +52,20 @@ def read_pickled(path: Path) -> dict[str, np.ndarray]:
             return _tensors(found)
     except _RefusedError as error:
         raise UsageError(
-            f"{path} {error}, where weights have nothing but tensors, so it is not read; get the model as safetensors."
+            f"{path} {_shown(error)}, where weights have nothing but tensors, so it is not read; "
+            "get the model as safetensors."
         ) from error
     except Exception as error:
         raise UsageError(
-            f"{path} is not a readable file of weights ({str(error)[:200] or type(error).__name__}); "
+            f"{path} is not a readable file of weights ({_shown(error) or type(error).__name__}); "
             "copy it again, or get the model as safetensors."
         ) from error
+
+
+def _shown(error: Exception) -> str:
+    """What an error says in one line; words of the file may be in it."""
+    line = " ".join(str(error).split())[:200]
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 class _RefusedError(Exception):

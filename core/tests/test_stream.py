@@ -15,6 +15,7 @@ import sft
 from sft.data.batches import PaddedCollator, Schedule
 from sft.data.encoding import Counts, Encoded
 from sft.data.stream import Stream
+from sft.progress import Progress
 from sft.seams import Turn
 
 
@@ -72,6 +73,15 @@ def test_a_place_is_found_again(number: int) -> None:
         (w.number, w.passes, w.passes_after, w.place) for w in whole[number:]
     ]
     assert [w.data.ids.tolist() for w in again] == [w.data.ids.tolist() for w in whole[number:]]
+
+
+def test_records_before_a_place_are_passed_over_with_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sft.progress.LINE_EVERY", 0.0)
+    place = list(itertools.islice(stream(list(range(10))).windows(), 2))[1].place
+    said: list[str] = []
+    fresh = Stream([], Reader(list(range(10))), encode, 4, progress=Progress(said.append))
+    assert next(fresh.windows(place)).data.ids.tolist() == np.repeat(range(4, 8), 3).tolist()
+    assert [line.split(",")[0] for line in said] == [f"passing over records: {n} of 4 records" for n in (1, 2, 3)]
 
 
 def test_windows_without_a_target_are_passed_over_and_counted() -> None:

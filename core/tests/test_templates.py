@@ -127,6 +127,16 @@ def test_the_answers_are_learned_with_their_ends(make: Make, case: dict[str, Any
     assert counts.records_without_end == 0
 
 
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if (c["template"], c["conversation"]) != ("mistral_v03", "system")], ids=name
+)
+def test_the_quick_way_to_the_texts_of_training_gives_the_same(make: Make, case: dict[str, Any]) -> None:
+    """It is what long conversations are measured by before they are cut."""
+    template, turns = of_case(make, case).template, turns_of(case["messages"])
+    if any(turn.trains for turn in turns):
+        assert template.texts(turns) == [piece.text for piece in template.training(turns).pieces]
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if "mask" in c], ids=name)
 def test_generation_blocks_are_masked_as_by_transformers(make: Make, case: dict[str, Any]) -> None:
     encoded = one(turns_of(case["messages"]), of_case(make, case))

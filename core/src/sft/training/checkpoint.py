@@ -166,7 +166,7 @@ def load_model(run: Run, folder: Path, state: dict[str, Any]) -> None:
         trainable = {name: p for name, p in strategy.parameters(run.model) if not p.stop_gradient}
         _load_trainable(strategy, trainable, _read(trainer / "trainable.safetensors"), folder)
     else:
-        fill(run.model, replace(run.source, place=ModelFolder(folder)), strategy)
+        fill(run.model, replace(run.source, place=ModelFolder(folder)), strategy, progress=run.progress)
     arrays = _read(trainer / "plugins.safetensors")
     with strategy.assembled(run.model):
         for name in run.plugins.names:

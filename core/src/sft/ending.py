@@ -81,7 +81,10 @@ class _Elsewhere:
         self.folder = Path()
 
     def __enter__(self) -> Path:
-        self.folder = Path(tempfile.mkdtemp(prefix="sft-result-", dir=self._find()))
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix="sft-result-", dir=self._find()))
+        except RuntimeError as error:  # there is no home
+            raise OSError(str(error)) from error
         return self.folder
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:

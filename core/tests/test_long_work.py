@@ -125,6 +125,24 @@ def test_all_that_is_long_in_a_run_shows_how_far_it_is(
     assert any(line.startswith("writing weights: ") for line in said)
 
 
+def test_a_plugin_that_silences_a_run_silences_its_progress(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As parallel runs do in all processes but one."""
+
+    class Silent(sft.Plugin):
+        name = "silent"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_check(self, run: sft.Run) -> None:
+            run.say = lambda text: None
+
+    for module_name in ("sft.progress", "sft.training.progress"):
+        monkeypatch.setattr(f"{module_name}.LINE_EVERY", 0.0)
+    said: list[str] = []
+    train(plugins=(Silent,), say=said.append, max_steps=2, logging_steps=500)
+    assert said == []
+
+
 # --- bars ---------------------------------------------------------------------------------------------------
 
 

@@ -92,7 +92,6 @@ class Run:
         without_effect: Settings that were given and do nothing here, with the reason.
         plugins: The active plugins: ``names``, ``provider(hook)``, ``origin(name)``.
         hook: Calls hooks, those too that plugins publish: ``run.hook.NAME(argument=…)``.
-        say: Tells the user one line.
         progress: Shows the user how far long work is: ``for item in run.progress.over(items, "reading", "files")``.
         before: What was measured before training.
         evaluation: The record of the last evaluation, as ``sft_evaluated`` has it.
@@ -126,7 +125,6 @@ class Run:
         self.without_effect: list[tuple[str, str]] = []
         self.plugins = plugins
         self.hook = plugins.hook
-        self.say = say
         self.progress = Progress(say, bars=not settings.training.disable_tqdm)
         self.before: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
@@ -145,6 +143,15 @@ class Run:
         else:
             text = f"{type(self).__name__!r} object has no attribute {name!r}"
         raise AttributeError(text, name=name, obj=self)
+
+    @property
+    def say(self) -> Callable[[str], None]:
+        """Tells the user one line. Setting it replaces the voice of :attr:`progress` too."""
+        return self.progress.say
+
+    @say.setter
+    def say(self, say: Callable[[str], None]) -> None:
+        self.progress.say = say
 
     def rng(self, name: str) -> np.random.Generator:
         """Random numbers that depend on the run's seed and ``name`` alone, not on what was drawn before."""

@@ -101,13 +101,13 @@ def test_a_run_that_ends_before_it_writes_leaves_the_folder_alone(train: Train, 
     assert report(tmp_path / "out") == {"status": "running"}
 
 
-def test_a_refusal_that_comes_before_sft_check_is_heard_by_nobody(train: Train) -> None:
-    """A quantizer without an adapter: all that is refused before the check has not begun for any plugin."""
+def test_a_refusal_after_sft_check_is_heard(train: Train) -> None:
+    """A quantizer without an adapter: whoever opened something when it was checked can close it."""
     heard: list[str] = []
     checked = plugin("checked", sft_check=lambda self: heard.append("check"), sft_quantizer=lambda self: None)
     with pytest.raises(sft.UsageError, match="quantizes the base model"):
         train("out", (checked, listening(heard, "a")))
-    assert heard == []
+    assert heard == ["check", "a: UsageError"]
 
 
 INTERRUPT = """

@@ -217,6 +217,7 @@ def run(
     values = read_file(Path(settings)) if isinstance(settings, (str, os.PathLike)) else settings
     current = prepare(normalise(values), plugins, say or Printer("stdout"))
     try:
+        checks.check_plugins(current)
         with current.progress:
             return current.hook.sft_launch(run=current) or execute(current)
     except BaseException as error:
@@ -234,7 +235,6 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
             raise UsageError(f"{name} is not set; add --{name} VALUE or put it into the settings file.")
     current.without_effect = [*without_effect, *checks.check_settings(settings)]
     checks.check_output(current)
-    checks.check_plugins(current)
     current.earlier_report = read_report(current.output_dir)
     active.hook.sft_check(run=current)
     return current

@@ -44,7 +44,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_a_run_prints(work: Path) -> None:
     text = (work / "run.txt").read_text()
-    assert re.search(r"^train data: 400 records of src/tgt, [\d,]+ tokens, [\d,]+ targets$", text, re.MULTILINE)
+    assert re.search(r"^train data: 400 records of src/tgt, [\d,]+ tokens, [\d,]+ target tokens$", text, re.MULTILINE)
     assert re.search(r"^runtime: .*OMP_NUM_THREADS=\d+", text, re.MULTILINE)
     assert "lora: 42 layers, rank 8, scaling 2" in text
     assert [int(step) for step in re.findall(r"^step (\d+)/8 ", text, re.MULTILINE)] == [1, 4, 8]

@@ -66,7 +66,7 @@ class Counts:
             "records_without_end": "{} records without end",
         }
         counts = [text.format(f"{getattr(self, name):,}") for name, text in said.items() if getattr(self, name)]
-        return ", ".join([f"{self.tokens:,} tokens", f"{self.target_tokens:,} of them targets", *counts])
+        return ", ".join([f"{self.tokens:,} tokens", f"{self.target_tokens:,} target tokens", *counts])
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))

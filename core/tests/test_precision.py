@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,71 @@ def test_a_step_that_overflows_is_skipped(
     assert len(lines) == 12 - len(skipped)
     assert lines[0]["step"] == len(skipped) + 1
     assert all(np.isfinite(line["loss"]) and np.isfinite(line["grad_norm"]) for line in lines)
+
+
+def with_overflows(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Let runs be scaled as in float16, and overflow at these steps."""
+    from sft.training import loop
+    from sft.training.strategy import SingleProcess
+
+    at: list[int] = [0]
+    own = SingleProcess.grad_norm
+
+    def seed_step(seed: int, step: int, rank: int) -> None:
+        at[0] = step
+
+    def grad_norm(self: SingleProcess, stepped: Any) -> float:
+        return float("inf") if at[0] in steps else own(self, stepped)
+
+    monkeypatch.setattr(loop, "LossScale", lambda precision, initial: LossScale(FLOAT16, initial))
+    monkeypatch.setattr(loop, "seed_step", seed_step)
+    monkeypatch.setattr(SingleProcess, "grad_norm", grad_norm)
+
+
+def test_a_line_whose_step_overflows_comes_with_the_next_step(
+    train: Callable[..., Any], metrics: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logged every 3 steps; 1, 6 and the last one, 11, overflow. No token that was trained is missing in the lines, and
+    a run that is resumed in between writes the same ones."""
+    with_overflows(monkeypatch, 1, 6, 11)
+    settings = {"logging_steps": 3, "max_steps": 11, "save_strategy": "steps", "save_steps": 6, "do_eval": False}
+    summary = train("whole", **settings)
+    lines = metrics(tmp_path / "whole", same=True)
+    assert [line["step"] for line in lines] == [2, 3, 7, 9, 11]
+    assert sum(line["target_tokens"] for line in lines) == summary.target_tokens
+    assert sum(line["tokens"] for line in lines) == summary.tokens
+    assert summary.skipped_steps == 3
+    assert all(line["grad_norm"] > 0 for line in lines)
+    train("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"), **settings)
+    assert metrics(tmp_path / "resumed", same=True) == lines
+
+
+def test_a_checkpoint_of_another_precision_goes_on_in_float16_with_a_scale_of_its_own(
+    train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun at 1, the first overflow would end the run. A float16 checkpoint keeps its scale."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "do_eval": False}
+    train("plain", max_steps=2, **settings)
+    with_overflows(monkeypatch, 3)
+    said: list[str] = []
+    resumed = {"resume_from_checkpoint": str(tmp_path / "plain" / "checkpoint-2"), "scale_loss": 1024.0}
+    summary = train("scaled", max_steps=4, say=said.append, **resumed, **settings)
+    assert summary.skipped_steps == 1
+    assert [line for line in said if "float16" in line] == [
+        "step 3: float16 overflow, skipped; the loss scale is now 512"
+    ]
+    again = {"resume_from_checkpoint": str(tmp_path / "scaled" / "checkpoint-4"), "scale_loss": 1024.0}
+    train("again", max_steps=6, **again, **settings)
+    state = json.loads((tmp_path / "again" / "checkpoint-6" / "trainer" / "state.json").read_text())
+    assert state["loss_scale"] == {"dynamic": True, "value": 512.0, "good_steps": 3}
+
+
+def test_a_scale_is_loaded_where_it_means_something() -> None:
+    float16, float32 = {"value": 256.0, "good_steps": 5}, {"value": 1.0, "good_steps": 0}  # as older ones say it
+    for state, expected in ((float16, (256.0, 5)), (float32, (1024.0, 0))):
+        scale = LossScale(FLOAT16, 1024.0)
+        scale.load(state)
+        assert (scale.value, scale.good_steps) == expected
+    scale = LossScale(Precision(), 1024.0)
+    scale.load(float16)
+    assert scale.value == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -111,15 +112,147 @@ def test_a_fresh_process_is_set_up_before_paddle_is_imported() -> None:
         denormals,
     }
     assert (flag, threads, mkl) == (False, "1", "5")
-    assert again == "runtime: paddle was already imported and keeps its threads: 1"
+    assert again == line
     assert not [word for word in ("warn", "ccache", "swiglu") if word in done.stderr.lower()], done.stderr
 
 
-def test_once_paddle_is_imported_nothing_is_changed(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    before = dict(os.environ)
-    assert runtime.prepare() == ("runtime: paddle was already imported and keeps its threads: 1 (paddle's default)")
-    assert dict(os.environ) == before
+TRAIN = """
+import hashlib, json, sys
+first, settings = sys.argv[1], json.loads(sys.argv[2])
+if first:
+    import paddle
+if first == "product":
+    paddle.matmul(paddle.ones([8, 8]), paddle.ones([8, 8]))
+    paddle.ones([8, 8])[:, :4].exp()  # with strided kernels
+import sft
+said = []
+sft.run(settings, say=said.append)
+strides = sft.prepare() and __import__("paddle").get_flags("FLAGS_use_stride_kernel")["FLAGS_use_stride_kernel"]
+weights = open(settings["output_dir"] + "/model.safetensors", "rb").read()
+print(json.dumps([hashlib.sha256(weights).hexdigest(), [line for line in said if line.startswith("runtime")], strides]))
+"""
+
+
+def trained(first: str, folder: Path, model: Path, dataset: Path) -> subprocess.Popen[str]:
+    """A process that trains after importing ``first``, as a user starts it: without variables."""
+    settings = {
+        "model_name_or_path": str(model),
+        "dataset_name_or_path": str(dataset),
+        "output_dir": str(folder / (first or "plain")),
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "do_eval": False,
+        "disable_tqdm": True,
+    }
+    environ = {name: value for name, value in os.environ.items() if name not in runtime.VARIABLES}
+    line = [sys.executable, "-c", TRAIN, first, json.dumps(settings)]
+    return subprocess.Popen(line, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_trap_paddle_imported_first_computes_the_same_bits(base_model: Path, dataset: Path, tmp_path: Path) -> None:
+    """In a notebook ``import paddle`` comes before sft. Its threads and its path of MKL are still free then; only after
+    a product the path is not, on AMD, and then the line says so and run.json has it."""
+    kinds = ["", "paddle", "product"]
+    processes = [trained(first, tmp_path, base_model, dataset) for first in kinds]
+    plain, imported, product = (json.loads(process.communicate(timeout=100)[0]) for process in processes)
+    assert imported == plain
+    reports = [json.loads((tmp_path / (kind or "plain") / "run.json").read_text())["arithmetic"] for kind in kinds]
+    assert reports[1] == reports[0]
+    assert reports[0]["threads"] == runtime.physical_cores()
+    assert reports[0]["stride_kernels"] is False
+    if runtime.cpu_info()["vendor"] == AMD:
+        assert product[1][0].startswith(plain[1][0] + "; but paddle has computed before")
+        assert "begin the program with import sft; sft.prepare()" in product[1][0]
+        assert runtime.differences(reports[0], reports[2]) == "mkl_path 5 (now 0)"
+    else:
+        assert product == plain
+        assert reports[2] == reports[0]
+
+
+def test_a_resumed_run_says_what_is_computed_otherwise(
+    train: Any, base_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """In one line; nothing where nothing differs, nor where the checkpoint does not say."""
+    settings = {"learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
+    train("out", max_steps=2, **settings)
+    state = tmp_path / "out" / "checkpoint-2" / "trainer" / "state.json"
+    written = json.loads(state.read_text())
+    assert written["arithmetic"] == json.loads((tmp_path / "out" / "run.json").read_text())["arithmetic"]
+    assert written["arithmetic"]["paddle"]
+    assert written["arithmetic"]["cpu"] == (runtime.cpu_info()["model"] or runtime.cpu_info()["vendor"])
+
+    def notes(folder: str) -> list[str]:
+        said: list[str] = []
+        train(folder, say=said.append, max_steps=3, resume_from_checkpoint=str(state.parents[1]), **settings)
+        return [line for line in said if "arithmetic" in line]
+
+    assert notes("same") == []
+    threads = written["arithmetic"]["threads"]
+    more = {
+        **{name: value for name, value in os.environ.items() if name not in runtime.VARIABLES},
+        "OMP_NUM_THREADS": str(threads + 1),
+        "FLAGS_use_stride_kernel": "1",
+    }
+    resumed = {**settings, "model_name_or_path": base_model, "dataset_name_or_path": dataset, "max_steps": 3}
+    resumed.update(output_dir=tmp_path / "other", resume_from_checkpoint=state.parents[1])
+    line = [sys.executable, "-m", "sft", "run", *(f"--{name}={value}" for name, value in resumed.items())]
+    done = subprocess.run(line, env=more, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (note,) = [line for line in done.stdout.splitlines() if "arithmetic" in line]
+    assert note.startswith("note: checkpoint-2 was computed with another arithmetic, ")
+    assert f"threads {threads} (now {threads + 1})" in note
+    assert "stride_kernels False (now True)" in note
+    assert "cpu" not in note
+
+    del written["arithmetic"]
+    state.write_text(json.dumps(written))
+    assert notes("silent") == []
+
+
+def test_what_a_run_sets_for_itself_ends_with_it(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device, kernels, and cuBLAS's rounding."""
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    places = ["gpu:1"]
+    monkeypatch.setattr(runtime, "use_device", places.append)
+    monkeypatch.setattr(paddle.device, "set_device", places.append)
+    monkeypatch.setattr(paddle.device, "get_device", lambda: places[-1])
+    paddle.set_flags({"FLAGS_use_stride_kernel": True})
+    try:
+        with runtime.restored("cpu"):
+            runtime.use_device("cpu")
+            runtime.exact_products()
+            paddle.set_flags({"FLAGS_use_stride_kernel": False})
+            assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+        assert places == ["gpu:1", "cpu", "gpu:1"]
+        assert os.environ["NVIDIA_TF32_OVERRIDE"] == "1"
+        assert paddle.get_flags("FLAGS_use_stride_kernel") == {"FLAGS_use_stride_kernel": True}
+        with runtime.restored(None):  # nobody asked for a device: what several processes agreed on stays
+            runtime.use_device("gpu:3")
+        assert places[-1] == "gpu:3"
+    finally:
+        paddle.set_flags({"FLAGS_use_stride_kernel": False})
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_on_a_device_of_its_own_leaves_the_next_one_where_it_was(
+    paddle: Any, train: Any, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Whether it ends or fails."""
+    places: list[str] = []
+    monkeypatch.setattr(runtime, "use_device", lambda name: places.append(f"run on {name}"))
+    monkeypatch.setattr(paddle.device, "set_device", places.append)
+
+    class Fails(sft.Plugin):
+        name = "fails"
+
+        @sft.hookimpl
+        def sft_run_started(self, run: sft.Run) -> None:
+            if fails:
+                raise KeyError
+
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+        train(device="cpu", max_steps=1, plugins=(Fails,))
+    assert places == ["run on cpu", "cpu"]
 
 
 def test_without_paddle_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +283,10 @@ def test_the_machine_is_described(paddle: Any) -> None:
 
 DENORMALS = """
 import numpy as np
-from sft import runtime
-runtime.prepare()
 import paddle
+paddle.exp(paddle.ones([512, 512])); paddle.matmul(paddle.ones([512, 512]), paddle.ones([512, 512]))  # threads exist
+import sft
+sft.prepare()
 # Large enough that every thread of the pool takes a share.
 small = paddle.to_tensor(np.full((512, 512), 1e-40, np.float32))
 print(int((paddle.matmul(small, paddle.ones([512, 512])).numpy() != 0).sum()), int(((small * 0.5).numpy() != 0).sum()))
@@ -164,7 +298,7 @@ def test_denormals_are_zero_in_every_thread_of_paddle() -> None:
     environ = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", DENORMALS], env=environ, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "0"]
-    kept = DENORMALS.replace("runtime.prepare()", "")
+    kept = DENORMALS.replace("sft.prepare()", "")
     done = subprocess.run([sys.executable, "-c", kept], env=environ, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(512 * 512)] * 2
 

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from sft.models.outline import LinearOutline, Outline, Weight
     from sft.models.parts import sum_over
     from sft.models.shards import parse_size
+    from sft.models.sums import row_sums
     from sft.outlining import PaperRun, outline
     from sft.running import Run, Summary, run
+    from sft.runtime import prepare
 
 __version__ = "0.1.0"
 
@@ -48,6 +50,7 @@ _LAZY = {
     "assemble": "sft.data.batches",
     "check_continued": "sft.adapters",
     "module_names": "sft.models.layers",
+    "prepare": "sft.runtime",
     "read_adapter": "sft.adapters",
     "run": "sft.running",
     "Target": "sft.models.layers",
@@ -55,6 +58,7 @@ _LAZY = {
     "collect": "sft.commands.run",
     "outline": "sft.outlining",
     "parse_size": "sft.models.shards",
+    "row_sums": "sft.models.sums",
     "linear_weight": "sft.models.layers",
     "sum_over": "sft.models.parts",
     "target_layers": "sft.models.layers",
@@ -93,7 +97,9 @@ __all__ = [
     "option",
     "outline",
     "parse_size",
+    "prepare",
     "read_adapter",
+    "row_sums",
     "run",
     "single",
     "sum_over",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -186,20 +185,20 @@ def merge(
     tokenizer = Tokenizer(place.path, chat_template=trained_template(adapter))
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise UsageError(f"{output} already exists and is not empty; choose another place or remove it.")
-    # Of this process alone: cuBLAS would round the factors of float32 products to ten bits.
-    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
-    say(runtime.prepare())
-    if device is not None:
-        runtime.use_device(device)
+    with runtime.restored(device):
+        runtime.exact_products()
+        say(runtime.prepare())
+        if device is not None:
+            runtime.use_device(device)
 
-    from sft.models.loading import open_model
-    from sft.models.saving import write_merged
+        from sft.models.loading import open_model
+        from sft.models.saving import write_merged
 
-    source = open_model(place, plugins)
-    check_base(adapter, source, say)
-    merger = plugins.hook.sft_adapter_merger(folder=adapter)
-    with Progress(say) as progress:
-        return write_merged(output, source, merger, tokenizer, plugins.hook.sft_quantizer(run=None), form, progress)
+        source = open_model(place, plugins)
+        check_base(adapter, source, say)
+        merger = plugins.hook.sft_adapter_merger(folder=adapter)
+        with Progress(say) as progress:
+            return write_merged(output, source, merger, tokenizer, plugins.hook.sft_quantizer(run=None), form, progress)
 
 
 def check_base(adapter: Path, source: ModelSource, say: Callable[[str], None]) -> None:

@@ -123,6 +123,7 @@ def load_model(run: Run, place: ModelFolder) -> None:
 
     if run.settings.training.device is not None:
         runtime.use_device(run.settings.training.device)
+    run.arithmetic = runtime.arithmetic()
     run.precision = precision.choose(run.settings.training, run.say)
     run.collator = run.hook.sft_collator(run=run) or PaddedCollator(run.tokenizer.pad_id)
     run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess(run)
@@ -342,4 +343,5 @@ def describe(run: Run) -> dict[str, Any]:
         "plugins": {name: run.plugins.origin(name) for name in run.plugins.names},
         "packages": packages,
         "machine": runtime.machine(),
+        "arithmetic": run.arithmetic,
     }

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft import runtime
 from sft.adapters import trained_over
 from sft.data.batches import Schedule
 from sft.data.tokenizer import FILES as TOKENIZER_FILES
@@ -177,6 +178,12 @@ def check_resumable(run: Run, schedule: Schedule, source: Path, state: dict[str,
     for name in sorted(set(now) | set(state["settings"])):
         if name not in free and now.get(name) != state["settings"].get(name):
             run.say(f"note: {name} was {state['settings'].get(name)!r} in {source.name} and is now {now.get(name)!r}")
+    differences = runtime.differences(state.get("arithmetic", run.arithmetic), run.arithmetic)
+    if differences:
+        run.say(
+            f"note: {source.name} was computed with another arithmetic, {differences}; what follows may differ in its "
+            "last digits from what that run would have computed"
+        )
 
 
 def check_same_base(run: Run, source: Path) -> None:

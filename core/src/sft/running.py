@@ -115,6 +115,8 @@ class Run:
     collator: DataCollator
     strategy: ParallelStrategy
     precision: Precision
+    arithmetic: dict[str, Any]
+    """On what the last bits of its numbers depend: see :func:`sft.runtime.arithmetic`."""
     sizes: tuple[int, int]
 
     def __init__(
@@ -242,6 +244,11 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
 
 def execute(run: Run) -> Summary:
     """Data, model, training, result. The run directory appears only when training is about to begin."""
+    with runtime.restored(run.settings.training.device):
+        return _execute(run)
+
+
+def _execute(run: Run) -> Summary:
     started, run.executes = time.time(), True
     if run.without_effect:
         run.say(listing(run.without_effect))

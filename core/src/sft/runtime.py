@@ -1,4 +1,4 @@
-"""What must be set before paddle is imported: threads, BLAS dispatch, kernels. Variables that the user set win.
+"""What must be set before paddle computes: threads, BLAS dispatch, kernels. Variables that the user set win.
 
 Measured on 2-core machines: paddle's bundled MKL runs with one thread unless OMP_NUM_THREADS says otherwise
 (40 → 75 GFLOP/s of float32 GEMM), takes a generic path on AMD processors unless MKL_DEBUG_CPU_TYPE=5 selects
@@ -18,7 +18,7 @@ import platform
 import sys
 import threading
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,7 +55,10 @@ def cpu_info() -> dict[str, str]:
     return info
 
 
-def choose(environ: MutableMapping[str, str], cores: int, vendor: str) -> dict[str, str]:
+VARIABLES = ("OMP_NUM_THREADS", "FLAGS_use_stride_kernel", "MKL_DEBUG_CPU_TYPE")
+
+
+def choose(environ: Mapping[str, str], cores: int, vendor: str) -> dict[str, str]:
     """The variables to set for ``cores`` and ``vendor``, leaving out those that ``environ`` already has."""
     wanted = {"OMP_NUM_THREADS": str(cores), "FLAGS_use_stride_kernel": "0"}
     if vendor == "AuthenticAMD":
@@ -63,25 +66,85 @@ def choose(environ: MutableMapping[str, str], cores: int, vendor: str) -> dict[s
     return {name: value for name, value in wanted.items() if name not in environ}
 
 
-def prepare() -> str:
-    """Set the process up for paddle and return one line that says what was chosen.
+_settled: dict[str, str] = {}
+"""The variables that :func:`prepare` looked after, with the values that they got."""
+_own: set[str] = set()
+"""Those of them that were not the user's."""
 
-    Raises :class:`UsageError` when no build of paddle is installed. Once paddle is imported its threads are
-    fixed: the line then says so, and nothing is changed.
+
+def prepare() -> str:
+    """Set the process and this thread up for paddle and return one line that says what was chosen.
+
+    Call it before anything is computed: a notebook begins with ``import sft; sft.prepare()``. Imported paddle changes
+    nothing, its threads and its path are still free; only the path that it has multiplied matrices on stays, which
+    the line then says. Later calls set up threads that have not been, and return the same line.
+
+    Raises :class:`UsageError` when no build of paddle is installed.
     """
     require_paddle()
-    if "paddle" in sys.modules:
-        threads = os.environ.get("OMP_NUM_THREADS", "1 (paddle's default)")
-        return f"runtime: paddle was already imported and keeps its threads: {threads}"
     vendor = cpu_info()["vendor"]
-    chosen = choose(os.environ, physical_cores(), vendor)
-    kept = [name for name in ("OMP_NUM_THREADS", "FLAGS_use_stride_kernel", "MKL_DEBUG_CPU_TYPE") if name in os.environ]
-    os.environ.update(chosen)
-    flushes = flush_denormals()
+    if not _settled:
+        _settle(vendor)
+    flushes, imported = flush_denormals(), "paddle" in sys.modules
     _import_quietly()
-    parts = [f"{name}={os.environ[name]}" + (" (yours)" if name in kept else "") for name in [*chosen, *kept]]
+    import paddle
+
+    global _default_device
+    if not imported:
+        _default_device = paddle.device.get_device()
+    openmp = _library("libiomp5.so")
+    if openmp is not None and "OMP_NUM_THREADS" in _own:
+        openmp.omp_set_num_threads(int(_settled["OMP_NUM_THREADS"]))
+    if "FLAGS_use_stride_kernel" in _own:
+        paddle.set_flags({"FLAGS_use_stride_kernel": False})
+    parts = [f"{name}={value}" + ("" if name in _own else " (yours)") for name, value in _settled.items()]
     parts.append("denormals are zero" if flushes else "denormals are kept")
-    return f"runtime: {platform.machine()} {vendor}".rstrip() + ", " + ", ".join(parts)
+    line = f"runtime: {platform.machine()} {vendor}".rstrip() + ", " + ", ".join(parts)
+    if "MKL_DEBUG_CPU_TYPE" in _own and mkl_path() not in (None, int(_settled["MKL_DEBUG_CPU_TYPE"])):
+        line += (
+            "; but paddle has computed before, so matrix products stay on MKL's slow path: begin the program with "
+            "import sft; sft.prepare()"
+        )
+    return line
+
+
+def _settle(vendor: str) -> None:
+    """Decide about the variables, once; what the user set stays."""
+    users = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    # Imported paddle has set this one itself where nobody had.
+    if "paddle" in sys.modules and users.get("OMP_NUM_THREADS") == "1" and not _began_with("OMP_NUM_THREADS"):
+        del users["OMP_NUM_THREADS"]
+    chosen = choose(users, physical_cores(), vendor)
+    os.environ.update(chosen)
+    _own.update(chosen)
+    _settled.update({**chosen, **users})
+
+
+def _began_with(name: str) -> bool:
+    """Whether the variable was there when this process began."""
+    try:
+        return any(
+            entry.startswith(f"{name}=".encode()) for entry in Path("/proc/self/environ").read_bytes().split(b"\0")
+        )
+    except OSError:
+        return False
+
+
+def _library(name: str) -> ctypes.CDLL | None:
+    """A library of the imported paddle's own; None where this build has none."""
+    import paddle
+
+    path = Path(paddle.__file__).parent / "libs" / name
+    return ctypes.CDLL(str(path)) if path.is_file() else None
+
+
+def mkl_path() -> int | None:
+    """The path that paddle's MKL has chosen for this process, 0 being the generic one; None without MKL.
+
+    It chooses at the first product, or here.
+    """
+    mkl = _library("libmklml_intel.so")
+    return None if mkl is None or not hasattr(mkl, "mkl_serv_cpu_detect") else int(mkl.mkl_serv_cpu_detect())
 
 
 def flush_denormals() -> bool:
@@ -90,14 +153,23 @@ def flush_denormals() -> bool:
     paddle's softmax gives masked positions 1e-28 instead of 0, whose gradients are denormals by the million, and
     an operation on a denormal takes a hundred times as long: backward was measured to be five times slower.
     """
-    if platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc":
+    libm, environment = _control()
+    if libm is None:
         return False
-    libm = ctypes.CDLL(ctypes.util.find_library("m") or "libm.so.6")
-    environment = (ctypes.c_uint32 * 8)()  # glibc's fenv_t: the x87 registers, then MXCSR
-    if libm.fegetenv(environment) != 0:
-        return False
-    environment[7] |= 0x8040  # flush to zero, denormals are zero
+    environment[7] |= _FLUSH
     return bool(libm.fesetenv(environment) == 0)
+
+
+_FLUSH = 0x8040  # MXCSR: flush to zero, denormals are zero
+
+
+def _control() -> tuple[Any, Any]:
+    """The C library, and this thread's glibc fenv_t: the x87 registers, then MXCSR. None where they are others."""
+    if platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc":
+        return None, None
+    libm = ctypes.CDLL(ctypes.util.find_library("m") or "libm.so.6")
+    environment = (ctypes.c_uint32 * 8)()
+    return (libm, environment) if libm.fegetenv(environment) == 0 else (None, None)
 
 
 def _import_quietly() -> None:
@@ -173,6 +245,86 @@ def peak_memory_mib() -> int:
         return int(paddle.device.cuda.max_memory_allocated() >> 20)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak >> 20 if sys.platform == "darwin" else peak >> 10
+
+
+def arithmetic() -> dict[str, Any]:
+    """What, beside settings and data, the last bits of this thread's results depend on, as it is in effect."""
+    import paddle
+
+    openmp, mkl = _library("libiomp5.so"), _library("libmklml_intel.so")
+    _, control = _control()
+    found: dict[str, Any] = {
+        "paddle": paddle.__version__,
+        "device": paddle.device.get_device(),
+        "cpu": cpu_info()["model"] or cpu_info()["vendor"],
+        "cpu_features": _cpu_features(),
+        "cores": physical_cores(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "") if openmp is None else int(openmp.omp_get_max_threads()),
+        "dynamic_threads": openmp is not None and bool(openmp.omp_get_dynamic()),
+        "mkl_threads": None if mkl is None else int(mkl.MKL_Get_Max_Threads()),
+        "mkl_path": mkl_path(),
+        "denormals": "zero" if control is not None and control[7] & _FLUSH == _FLUSH else "kept",
+        "stride_kernels": bool(paddle.get_flags("FLAGS_use_stride_kernel")["FLAGS_use_stride_kernel"]),
+    }
+    if found["device"].startswith("gpu"):
+        found["gpu"] = paddle.device.cuda.get_device_name()
+    variables = ("MKL_DYNAMIC", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", _TF32)
+    return {**found, **{name: os.environ[name] for name in variables if name in os.environ}}
+
+
+_FEATURES = ("avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
+"""Of a processor's instructions those by which paddle, MKL and oneDNN choose what to run."""
+
+
+def _cpu_features() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    found = next((line for line in lines if line.startswith(("flags", "Features"))), "").partition(":")[2].split()
+    return " ".join(feature for feature in _FEATURES if feature in found)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two of :func:`arithmetic`, in words; empty if nothing does."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {before.get(name, 'unset')} (now {now.get(name, 'unset')})" for name in names)
+
+
+@contextlib.contextmanager
+def restored(device: str | None) -> Iterator[None]:
+    """What a run sets for itself is afterwards as it was before: paddle's device, where it asks for ``device``, its
+    strided kernels, and the variable that decides about cuBLAS's rounding."""
+    imported, rounding = "paddle" in sys.modules, os.environ.get(_TF32)
+    before: tuple[str, dict[str, Any]] | None = None
+    if imported:
+        import paddle
+
+        before = paddle.device.get_device(), paddle.get_flags("FLAGS_use_stride_kernel")
+    try:
+        yield
+    finally:
+        os.environ.pop(_TF32, None)
+        if rounding is not None:
+            os.environ[_TF32] = rounding
+        if "paddle" in sys.modules:
+            import paddle
+
+            if before is not None:
+                paddle.set_flags(before[1])
+            there = _default_device if before is None else before[0]
+            if device is not None and there:
+                paddle.device.set_device(there)
+
+
+_TF32 = "NVIDIA_TF32_OVERRIDE"
+_default_device = ""
+"""What paddle chose when :func:`prepare` imported it."""
+
+
+def exact_products() -> None:
+    """Let cuBLAS keep all bits of the factors of float32 products, of which it may round off all but ten."""
+    os.environ[_TF32] = "0"
 
 
 def machine() -> dict[str, Any]:

@@ -140,6 +140,30 @@ def test_documents_of_3_and_2_in_a_row_of_7(paddle: Any) -> None:
     np.testing.assert_allclose(found[3].ravel(), [1 + 1 / 2 + 1 / 3, 5 / 6, 1 / 3, 1.5, 0.5, 1, 1], rtol=1e-6)
 
 
+def test_a_row_of_32768_loses_no_small_weights(paddle: Any) -> None:
+    """The last 128 queries see all keys, the others their own: one key is looked at much, all others hardly. Paddle's
+    softmax of such rows does not add up to 1 (1e-3 is missing)."""
+    length, seen = 32_768, 128
+    inputs = arrays(1, length, 1, 1, size=16)
+    inputs[0][:], inputs[1][:] = 1.0, 0.0
+    inputs[1][:, 5] = 17.375 / 4  # times 16 inputs over √16
+    indices = np.empty((1, 1, length, 2), np.int32)
+    indices[..., 0], indices[..., 1] = np.arange(1, length + 1), length - seen
+    found = computed(inputs, indices)
+    query, key, value, upstream = (x[0, :, 0].astype(np.float64) for x in inputs)
+    scores = query[-seen:] @ key.T / 4
+    weights = np.tril(np.exp(scores - scores.max(-1, keepdims=True)), length - seen)
+    weights /= weights.sum(-1, keepdims=True)
+    output = weights @ value
+    slope = weights * (upstream[-seen:] @ value.T - (upstream[-seen:] * output).sum(-1, keepdims=True)) / 4
+    np.testing.assert_allclose(found[0][0, -seen:, 0], output, rtol=0, atol=1e-6 * np.abs(output).max())
+    whole = np.abs(upstream[-seen:] @ value.T).max() * np.abs(key).max() / 4  # of which little is left
+    np.testing.assert_allclose(found[1][0, -seen:, 0], slope @ key, rtol=0, atol=1e-6 * whole)
+    expected = weights.T @ upstream[-seen:]
+    expected[:-seen] += upstream[:-seen]
+    np.testing.assert_allclose(found[3][0, :, 0], expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("wanted", [0, 1, 2], ids=["query", "key", "value"])
 def test_only_what_wants_a_gradient_gets_one(paddle: Any, wanted: int) -> None:
     from sft_attn_flashmask.blockwise import attention

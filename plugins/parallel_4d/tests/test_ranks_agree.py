@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,17 @@ def test_copies_stay_equal(trainings: Trainings, plan: str, settings: dict[str, 
             copies[name].append(digest)
     assert max(map(len, copies.values())) > 1
     assert {name for name, digests in copies.items() if len(set(digests)) > 1} == set()
+
+
+@pytest.mark.parametrize("columns", [49_152, 256_000])
+def test_the_loss_of_peaked_logits_in_two_parts(columns: int) -> None:
+    """Against float64: e^17.375 in one part, and V - 1 times 1 beside it."""
+    others = columns - 1
+    expected = [math.log1p(others * math.exp(-17.375)), math.log(math.exp(17.375) + others)]
+    expected.append(math.log(math.exp(8.6875) + others))
+    for result in run_ranks(2, "group_jobs:peaked_loss", columns, timeout=60):
+        assert result.value[:3] == pytest.approx(expected, abs=1e-6)
+        assert result.value[3] == pytest.approx(sum(expected), rel=1e-6)
 
 
 @needs("lora")

@@ -11,6 +11,8 @@ from typing import Any
 
 import paddle
 
+from sft.models.sums import column_sums, row_sums
+
 
 class _RMSNorm(paddle.autograd.PyLayer):
     """x [..., hidden] of any float type, weight [hidden] → [..., hidden] in the weight's type."""
@@ -18,7 +20,7 @@ class _RMSNorm(paddle.autograd.PyLayer):
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, epsilon: float, offset: float = 0.0) -> Any:
         wide = x.astype("float32")
-        inverse = paddle.rsqrt((wide * wide).mean(-1, keepdim=True) + epsilon)
+        inverse = paddle.rsqrt(row_sums(wide * wide) / wide.shape[-1] + epsilon)
         normal = wide * inverse
         ctx.save_for_backward(normal, weight, inverse)
         ctx.wants = (not x.stop_gradient, not weight.stop_gradient)
@@ -34,10 +36,10 @@ class _RMSNorm(paddle.autograd.PyLayer):
         x_grad = weight_grad = None
         if ctx.wants[0]:
             slope = upstream * (weight.astype("float32") + ctx.offset)
-            x_grad = ((slope - normal * (slope * normal).mean(-1, keepdim=True)) * inverse).astype(ctx.dtype)
+            along = row_sums(slope * normal) / slope.shape[-1]
+            x_grad = ((slope - normal * along) * inverse).astype(ctx.dtype)
         if ctx.wants[1]:
-            axes = list(range(upstream.ndim - 1))
-            weight_grad = (upstream * normal).sum(axes).astype(weight.dtype)
+            weight_grad = column_sums((upstream * normal).reshape([-1, weight.shape[0]])).astype(weight.dtype)
         return x_grad, weight_grad
 
 

@@ -21,6 +21,8 @@ class Window:
     target_tokens: int = 0
     padding_tokens: int = 0
     rows: int = 0
+    grad_norm: float = 0.0
+    """Of the last step."""
 
 
 @dataclass
@@ -37,11 +39,15 @@ class Journal:
     last_loss: float | None = None
     lines: int = 0
     """Lines in the file."""
+    due: bool = False
+    """Whether the next step that is taken writes a line; a logging step may overflow and be none."""
     skipped_steps: int = 0
     """Steps that overflowed in float16 and changed nothing."""
     _since: float = field(default_factory=time.monotonic)
 
-    def add(self, loss_sum: float, tokens: int, target_tokens: int, padding_tokens: int, rows: int) -> None:
+    def add(
+        self, loss_sum: float, tokens: int, target_tokens: int, padding_tokens: int, rows: int, grad_norm: float
+    ) -> None:
         """Count one step; ``loss_sum`` is over its target tokens."""
         for sums in (self.window, self.total):
             sums.loss += loss_sum
@@ -49,8 +55,9 @@ class Journal:
             sums.target_tokens += target_tokens
             sums.padding_tokens += padding_tokens
             sums.rows += rows
+            sums.grad_norm = grad_norm
 
-    def step_line(self, step: int, epoch: float, learning_rate: float, grad_norm: float) -> dict[str, Any]:
+    def step_line(self, step: int, epoch: float, learning_rate: float) -> dict[str, Any]:
         """Write the line of a logged step; loss is the mean over all target tokens since the line before."""
         now = time.monotonic()
         line = {
@@ -58,14 +65,14 @@ class Journal:
             "epoch": round(epoch, 4),
             "loss": self.window.loss / max(1, self.window.target_tokens),
             "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
+            "grad_norm": self.window.grad_norm,
             "seconds": round(now - self._since, 3),
             "tokens": self.window.tokens,
             "target_tokens": self.window.target_tokens,
             "padding_tokens": self.window.padding_tokens,
             "peak_memory_mib": peak_memory_mib(),
         }
-        self._since, self.window = now, Window()
+        self._since, self.window, self.due = now, Window(), False
         self.first_loss = line["loss"] if self.first_loss is None else self.first_loss
         self.last_loss = line["loss"]
         self.write(line)
@@ -92,6 +99,7 @@ class Journal:
             "first_loss": self.first_loss,
             "last_loss": self.last_loss,
             "lines": self.lines,
+            "due": self.due,
             "skipped_steps": self.skipped_steps,
         }
 
@@ -100,6 +108,7 @@ class Journal:
         self.window, self.total = Window(**state["window"]), Window(**state["total"])
         self.first_loss, self.last_loss = state["first_loss"], state["last_loss"]
         self.skipped_steps, self.lines = state["skipped_steps"], state["lines"]
+        self.due = state.get("due", False)
         if self.path is None:
             return
         kept = _lines(written)[: state["lines"]]

@@ -56,6 +56,7 @@ def train(
         (loss_sum,) = strategy.sum([strategy.backward(model, batches, scale.value / max(1, targets))])
         grad_norm = strategy.grad_norm(optimizer.parameters) / scale.value
         rate, unscaled = learning_rate(step, total, settings), 1.0 / scale.value
+        journal.due |= step % settings.logging_steps == 0 or step in (1, total)
         if scale.accepts(loss_sum, grad_norm):
             optimizer.step(rate, unscaled * clip_factor(grad_norm, settings.max_grad_norm))
             strategy.updated()
@@ -70,11 +71,11 @@ def train(
                 "target_tokens": targets,
                 "padding_tokens": padding,
             }
-            journal.add(loss_sum, tokens, targets, padding, len(at.rows))
+            journal.add(loss_sum, tokens, targets, padding, len(at.rows), grad_norm)
             speed = tokens / (time.monotonic() - began)
             display.step(record, speed)
-            if step % settings.logging_steps == 0 or step in (1, total):
-                display.line(journal.step_line(step, epoch, rate, grad_norm))
+            if journal.due:
+                display.line(journal.step_line(step, epoch, rate))
             else:
                 display.between(record, speed)
             run.hook.sft_step_ended(run=run, record=dict(record))
@@ -86,6 +87,8 @@ def train(
             optimizer.clear()
             journal.skipped_steps += 1
             display.say(f"step {step}: float16 overflow, skipped; the loss scale is now {scale.value:g}")
+            if step == total and journal.window.rows:  # no step comes that could take what is due along
+                display.line(journal.step_line(step, epoch, rate))
 
         saves = _due(settings.save_strategy, settings.save_steps, at, total)
         if run.dev_data is not None and _due(settings.evaluation_strategy, run.eval_steps, at, total):
@@ -120,6 +123,7 @@ def state_after(run: Run, schedule: Schedule, journal: Journal, at: Step, scale:
         "best": run.best,
         "settings": run.settings.flat(),
         "shaping": run.shaping(),
+        "arithmetic": run.arithmetic,
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import paddle
 
 from sft.data.encoding import IGNORED
+from sft.models.sums import row_sums
 
 CHUNK_BYTES = 64 << 20
 """Size of one chunk of float32 logits; bounds the memory of the loss whatever the batch."""
@@ -45,10 +46,10 @@ def _chunk(part: Any, label: Any, weight: Any, transpose_y: bool, vocabulary: Vo
     logits = paddle.matmul(part, weight, transpose_y=transpose_y).astype("float32")
     logits = logits - vocabulary.maximum(logits.max(axis=-1, keepdim=True))
     exponentials = logits.exp()
-    normaliser = vocabulary.total(exponentials.sum(axis=-1, keepdim=True))
+    normaliser = vocabulary.total(row_sums(exponentials))
     column, here = _place(label, logits.shape[-1], vocabulary)
     chosen = vocabulary.total(paddle.take_along_axis(logits, column, axis=-1) * here)
-    return logits, exponentials, normaliser, (normaliser.log() - chosen).astype("float64")
+    return logits, exponentials, normaliser, normaliser.astype("float64").log() - chosen.astype("float64")
 
 
 def _rows(weight: Any, transpose_y: bool) -> int:

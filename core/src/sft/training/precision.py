@@ -95,8 +95,11 @@ class LossScale:
         """Whether a step that is not finite is the end of the run: nothing is left to scale down."""
         return not self.dynamic or self.value < 1.0
 
-    def state(self) -> dict[str, float]:
-        return {"value": self.value, "good_steps": self.good_steps}
+    def state(self) -> dict[str, Any]:
+        return {"dynamic": self.dynamic, "value": self.value, "good_steps": self.good_steps}
 
-    def load(self, state: dict[str, float]) -> None:
-        self.value, self.good_steps = float(state["value"]), int(state["good_steps"])
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on with the scale of a checkpoint, if that is float16's and this run's precision is too."""
+        # Checkpoints of before "dynamic" was written: other precisions have 1.
+        if self.dynamic and state.get("dynamic", state["value"] != 1.0):
+            self.value, self.good_steps = float(state["value"]), int(state["good_steps"])

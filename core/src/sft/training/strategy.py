@@ -13,6 +13,7 @@ import paddle
 from sft.models.attention import hidden_states
 from sft.models.layers import linear_weight
 from sft.models.parts import Part
+from sft.models.sums import row_sums
 from sft.seams import Batch, ParameterGroup
 from sft.training.loss import target_loss, target_scores
 from sft.training.pieces import Piece
@@ -118,5 +119,5 @@ def set_value(parameter: Any, value: np.ndarray) -> None:
 def squares(parameters: Iterable[Any]) -> float:
     """The sum of the squares of all gradients of ``parameters``, in float32; those without one count as zero."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    parts = [gradient.astype("float32").square().sum() for gradient in gradients]
-    return float(paddle.add_n(parts)) if parts else 0.0
+    parts = [row_sums(gradient.astype("float32").square().reshape([1, -1])) for gradient in gradients]
+    return float(paddle.add_n([part.astype("float64") for part in parts])) if parts else 0.0

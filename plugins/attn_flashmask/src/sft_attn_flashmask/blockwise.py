@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import paddle
 
+from sft import row_sums
 from sft_attn_flashmask.masks import ColumnMask
 
 BLOCK = 128
@@ -71,11 +72,14 @@ def _unfold(x: Any, rows: int) -> Any:
     return x.reshape([x.shape[0], -1, rows, x.shape[-1]]).transpose([0, 2, 1, 3])
 
 
-def _probabilities(query: Any, key: Any, masked: np.ndarray | None, groups: int) -> Any:
-    """Softmax of folded, scaled queries [b, K, G·rows, D] over keys [b, K, keys, D]; rows that see nothing are 0."""
+def _probabilities(query: Any, key: Any, masked: np.ndarray | None, groups: int) -> tuple[Any, Any]:
+    """Softmax of folded, scaled queries [b, K, G·rows, D] over keys [b, K, keys, D], and the sum of each row
+    [b, K, G·rows, 1], by which what is made of them is to be divided: paddle's softmax loses small terms of long rows
+    (1e-5 of 32,768). Rows that see nothing are 0."""
     scores = paddle.matmul(query, key, transpose_y=True)
     if masked is None:
-        return paddle.nn.functional.softmax(scores, axis=-1)
+        weights = paddle.nn.functional.softmax(scores, axis=-1)
+        return weights, row_sums(weights)
 
     def fold(per_head: np.ndarray) -> Any:
         tensor = paddle.to_tensor(per_head).astype(scores.dtype)
@@ -86,8 +90,9 @@ def _probabilities(query: Any, key: Any, masked: np.ndarray | None, groups: int)
     weights = paddle.nn.functional.softmax(
         scores.add_(fold(np.where(masked, np.float32(-1e30), np.float32(0)))), axis=-1
     )
+    total = row_sums(weights)
     blind = masked.all(axis=-1, keepdims=True)
-    return weights * fold(~blind) if blind.any() else weights
+    return (weights * fold(~blind) if blind.any() else weights), total
 
 
 class _Blockwise(paddle.autograd.PyLayer):
@@ -103,8 +108,9 @@ class _Blockwise(paddle.autograd.PyLayer):
                 if keys.stop == keys.start:
                     parts.append(paddle.zeros_like(q))
                     continue
-                weights = _probabilities(_fold(q, groups) * scale, keys_first[batch, :, keys], masked, groups)
-                parts.append(_unfold(paddle.matmul(weights, values_first[batch, :, keys]), rows.stop - rows.start))
+                weights, total = _probabilities(_fold(q, groups) * scale, keys_first[batch, :, keys], masked, groups)
+                seen = paddle.matmul(weights, values_first[batch, :, keys]) / total
+                parts.append(_unfold(seen, rows.stop - rows.start))
             blocks.append(paddle.concat(parts))
         output = paddle.concat(blocks, axis=1)
         ctx.save_for_backward(query, key, value, output)
@@ -127,9 +133,10 @@ class _Blockwise(paddle.autograd.PyLayer):
                     continue
                 q, dy, y = (_fold(x[batch, rows], groups) for x in (query, upstream, output))
                 q, k, v = q * scale, keys_first[batch, :, keys], values_first[batch, :, keys]
-                weights = _probabilities(q, k, masked, groups)
+                weights, total = _probabilities(q, k, masked, groups)
+                dy = dy / total
                 value_grad[batch, :, keys] += paddle.matmul(weights, dy, transpose_x=True)
-                slope = weights * (paddle.matmul(dy, v, transpose_y=True) - (dy * y).sum(axis=-1, keepdim=True))
+                slope = weights * (paddle.matmul(dy, v, transpose_y=True) - row_sums(dy * y))
                 key_grad[batch, :, keys] += paddle.matmul(slope, q, transpose_x=True)
                 parts.append(_unfold(paddle.matmul(slope, k) * scale, rows.stop - rows.start))
             query_grads.append(paddle.concat(parts))

@@ -225,3 +225,30 @@ def fail(how: str, folder: str) -> None:
     if rank == 1 and how == "leave":
         os._exit(0)
     time.sleep(1000)
+
+
+def peaked_loss(columns: int) -> list[float]:
+    """Losses of three positions, in evaluation and their sum in training, where each rank has a part of ``columns``
+    logits: 0 but for one, which is 17.375 (8.6875 at the last position)."""
+    from types import SimpleNamespace
+
+    import paddle
+
+    from sft.training.loss import target_loss, target_scores
+    from sft_parallel_4d.tensor import _Columns
+    from sft_parallel_4d.topology import Axis
+
+    dist, fleet_groups = start(mp_degree=2)
+    rank, part = dist.get_rank(), columns // 2
+    weight = np.zeros((1, columns), np.float32)
+    weight[0, columns // 3] = 17.375
+    vocabulary = _Columns(Axis(rank, fleet_groups.get_model_parallel_group()), rank * part)
+    own = paddle.to_tensor(weight[:, rank * part :][:, :part].copy())
+    lm_head = SimpleNamespace(weight=own, transpose_y=False, sft_vocabulary=vocabulary)
+    hidden, labels = paddle.to_tensor([[[1.0], [1.0], [0.5]]]), np.array([[columns // 3, 5, columns - 1]])
+    found = []
+    for position in range(3):
+        one = np.full_like(labels, -100)
+        one[0, position] = labels[0, position]
+        found.append(target_scores(hidden, paddle.to_tensor(one), lm_head)[0])
+    return [*found, float(target_loss(hidden, paddle.to_tensor(labels), lm_head))]

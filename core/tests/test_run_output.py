@@ -211,14 +211,14 @@ def test_run_json_tells_what_was_run(train: Train, models: Path, dataset: Path, 
 
     summary = train(plugins=(Idle,), max_steps=2, seed=9)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert set(record) == {"status", "started", "settings", "plugins", "packages", "machine", "result"}
+    assert set(record) == {"status", "started", "settings", "plugins", "packages", "machine", "arithmetic", "result"}
     assert record["status"] == "finished"
     assert record["settings"]["seed"] == 9
     assert record["settings"]["weight_decay"] == 0.0  # defaults are written too
     assert record["settings"]["model_name_or_path"] == str(models / "llama-tied-gqa")
     assert record["plugins"] == {"idle": f"given directly as {Idle.__qualname__}"}
     assert record["packages"]["paddlepaddle"] == version("paddlepaddle")
-    assert set(record["machine"]) == {"system", "python", "cpu", "cores", "device", "threads"}
+    assert set(record["machine"]) == {"system", "python", "cpu", "cores", "device", "threads", "stride_kernels"}
     assert record["result"] == json.loads(json.dumps(summary.as_dict()))
     assert record["result"]["data"]["train"]["records"] == 30
     assert record["result"]["data"]["dev"]["records"] == 7

@@ -95,8 +95,6 @@ def prepare() -> str:
     openmp = _library("libiomp5.so")
     if openmp is not None and "OMP_NUM_THREADS" in _own:
         openmp.omp_set_num_threads(int(_settled["OMP_NUM_THREADS"]))
-    if "FLAGS_use_stride_kernel" in _own:
-        paddle.set_flags({"FLAGS_use_stride_kernel": False})
     parts = [f"{name}={value}" + ("" if name in _own else " (yours)") for name, value in _settled.items()]
     parts.append("denormals are zero" if flushes else "denormals are kept")
     line = f"runtime: {platform.machine()} {vendor}".rstrip() + ", " + ", ".join(parts)
@@ -115,6 +113,10 @@ def _settle(vendor: str) -> None:
     if "paddle" in sys.modules and users.get("OMP_NUM_THREADS") == "1" and not _began_with("OMP_NUM_THREADS"):
         del users["OMP_NUM_THREADS"]
     chosen = choose(users, physical_cores(), vendor)
+    if (
+        "paddle" in sys.modules
+    ):  # tensors that are views of others may be there, and would be lost without these kernels
+        chosen.pop("FLAGS_use_stride_kernel", None)
     os.environ.update(chosen)
     _own.update(chosen)
     _settled.update({**chosen, **users})
@@ -264,7 +266,6 @@ def arithmetic() -> dict[str, Any]:
         "mkl_threads": None if mkl is None else int(mkl.MKL_Get_Max_Threads()),
         "mkl_path": mkl_path(),
         "denormals": "zero" if control is not None and control[7] & _FLUSH == _FLUSH else "kept",
-        "stride_kernels": bool(paddle.get_flags("FLAGS_use_stride_kernel")["FLAGS_use_stride_kernel"]),
     }
     if found["device"].startswith("gpu"):
         found["gpu"] = paddle.device.cuda.get_device_name()
@@ -293,28 +294,24 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def restored(device: str | None) -> Iterator[None]:
-    """What a run sets for itself is afterwards as it was before: paddle's device, where it asks for ``device``, its
-    strided kernels, and the variable that decides about cuBLAS's rounding."""
-    imported, rounding = "paddle" in sys.modules, os.environ.get(_TF32)
-    before: tuple[str, dict[str, Any]] | None = None
-    if imported:
+    """What a run sets for itself is afterwards as it was before: paddle's device, where it asks for ``device``, and the
+    variable that decides about cuBLAS's rounding."""
+    before, rounding = "", os.environ.get(_TF32)
+    if device is not None and "paddle" in sys.modules:
         import paddle
 
-        before = paddle.device.get_device(), paddle.get_flags("FLAGS_use_stride_kernel")
+        before = paddle.device.get_device()
     try:
         yield
     finally:
         os.environ.pop(_TF32, None)
         if rounding is not None:
             os.environ[_TF32] = rounding
-        if "paddle" in sys.modules:
+        before = before or _default_device
+        if device is not None and before:
             import paddle
 
-            if before is not None:
-                paddle.set_flags(before[1])
-            there = _default_device if before is None else before[0]
-            if device is not None and there:
-                paddle.device.set_device(there)
+            paddle.device.set_device(before)
 
 
 _TF32 = "NVIDIA_TF32_OVERRIDE"
@@ -339,4 +336,5 @@ def machine() -> dict[str, Any]:
         "cores": physical_cores(),
         "device": paddle.device.get_device(),
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
+        "stride_kernels": bool(paddle.get_flags("FLAGS_use_stride_kernel")["FLAGS_use_stride_kernel"]),
     }

@@ -240,9 +240,9 @@ def test_a_run_on_a_device_of_its_own_leaves_the_next_one_where_it_was(
         @sft.hookimpl
         def sft_run_started(self, run: sft.Run) -> None:
             if fails:
-                raise KeyError
+                raise sft.UsageError("it fails")
 
-    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+    with pytest.raises(sft.UsageError, match="it fails") if fails else contextlib.nullcontext():
         train(device="cpu", max_steps=1, plugins=(Fails,))
     assert places == ["run on cpu", "cpu"]
 

@@ -251,3 +251,8 @@ def test_samples_are_the_first_records_however_often_they_are_read(train: Callab
 def test_a_stream_needs_max_steps(train: Callable[..., Any]) -> None:
     with pytest.raises(sft.UsageError, match="give max_steps"):
         train(lazy=True)
+
+
+def test_counts_of_older_checkpoints_are_read() -> None:
+    found = Counts.of({"records": 3, "dropped": 1, "answers_without_end": 2, "tokens": 9})
+    assert found == Counts(records=3, records_dropped=1, records_without_end=2, tokens=9)

@@ -154,9 +154,10 @@ def test_a_run_says_which_template_it_uses(
     said: list[str] = []
     model = str(models / "llama-tied-gqa")
     chosen = given and given.replace("MODEL", model)
-    with pytest.raises(sft.UsageError, match="No train record keeps a target"):
-        train(say=said.append, chat_template=chosen, max_length=2)
-    assert said == [f"chat template: {name.replace('MODEL', model)}"]
+    train(say=said.append, chat_template=chosen, max_steps=1, do_eval=False)
+    assert [line for line in said if line.startswith("chat template")] == [
+        f"chat template: {name.replace('MODEL', model)}"
+    ]
 
 
 def test_an_adapters_template_is_used_with_it(models: Path, pairs: Path, tmp_path: Path) -> None:

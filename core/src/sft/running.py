@@ -85,6 +85,7 @@ class Run:
         collator: What ``sft_collator`` gave, from ``sft_parallel_strategy`` on.
         strategy: The processes of the run (:class:`sft.ParallelStrategy`), from ``sft_model_config`` on.
         precision: The dtypes of the run, from ``sft_collator`` on.
+        arithmetic: On what the last bits of its numbers depend, as run.json has it.
         sizes: Trainable parameters and all of them, of the whole model, as numbers of values.
         settings: The resolved settings: ``model``, ``data``, ``generation``, ``training``, and ``options`` of plugins
             by name; ``flat()`` is all of them by their own names.
@@ -116,7 +117,6 @@ class Run:
     strategy: ParallelStrategy
     precision: Precision
     arithmetic: dict[str, Any]
-    """On what the last bits of its numbers depend: see :func:`sft.runtime.arithmetic`."""
     sizes: tuple[int, int]
 
     def __init__(

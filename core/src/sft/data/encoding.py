@@ -68,6 +68,12 @@ class Counts:
         counts = [text.format(f"{getattr(self, name):,}") for name, text in said.items() if getattr(self, name)]
         return ", ".join([f"{self.tokens:,} tokens", f"{self.target_tokens:,} target tokens", *counts])
 
+    @classmethod
+    def of(cls, values: dict[str, int]) -> Counts:
+        """The counts of a checkpoint, those too that had another name when it was written."""
+        renamed = {"dropped": "records_dropped", "answers_without_end": "records_without_end"}
+        return cls(**{renamed.get(name, name): value for name, value in values.items()})
+
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 

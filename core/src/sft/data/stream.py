@@ -59,7 +59,7 @@ class Stream:
     def windows(self, place: dict[str, Any] | None = None) -> Iterator[Window]:
         """See :class:`sft.data.batches.Data`. Raises :class:`UsageError` if a whole pass has no target."""
         number, passed, offset = (place[key] if place else 0 for key in ("window", "passes", "offset"))
-        self.counts = Counts(**place["counts"]) if place else Counts()
+        self.counts = Counts.of(place["counts"]) if place else Counts()
         kept = offset > 0
         while True:
             records = self._conversations()

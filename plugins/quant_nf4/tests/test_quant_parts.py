@@ -47,8 +47,8 @@ def test_parts_hold_the_values_of_the_whole(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_of_parts_are_those_of_the_whole(paddle: Any, kind: str) -> None:
-    """Values and input gradients: outputs stand side by side, inputs add up. Each is within float32's bound for a sum of n
-    products, n · 2⁻²⁴ · Σ|x·w|, of the sum in float64 (n + 3: three parts and a bias are added too)."""
+    """Values and input gradients: outputs stand side by side, inputs add up. Each is within float32's bound for sums of
+    n products, n · 2⁻²⁴ · Σ|x·w|, of the sum in float64 (n + 3: three parts and a bias are added too)."""
     generator = np.random.default_rng(4)
     bias = generator.standard_normal(OUT).astype(np.float32)
     x, upstream = (generator.standard_normal((5, size)).astype(np.float32) for size in (IN, OUT))

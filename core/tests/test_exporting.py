@@ -105,7 +105,34 @@ def test_few_exports_are_enough(paddle: Any) -> None:
         return files({name: p.numpy() for name, p in parameters.items() if name != "77"})
 
     assert left_out(parameters, export) == ["77"]
-    assert len(asked) == 1 + 2 * 7 + 1
+    assert len(asked) == (1 + 2 * 7 + 1) + (
+        1 + 1
+    )  # all together, then the one that is missing; each time once more as it was
+
+
+@pytest.mark.parametrize("tensors", ["", "b"])
+@pytest.mark.parametrize("every", [1, 3, 9], ids="each {} exports".format)
+def test_what_changes_by_itself_tells_nothing(paddle: Any, every: int, tensors: str) -> None:
+    """A date in the config, or a tensor of random numbers, which may change at each export or seldom."""
+    from sft.exporting import left_out
+
+    parameters = made(paddle, *SHAPES[:5])
+    count = 0
+
+    def export() -> sft.AdapterFiles:
+        nonlocal count
+        count += 1
+        date = count // every
+        return files(
+            {
+                "noise": np.float32([date]),
+                f"of {date}": np.ones(1),
+                **{name: parameters[name].numpy() for name in tensors},
+            },
+            created=date,
+        )
+
+    assert left_out(parameters, export) == [name for name in parameters if name not in tensors]
 
 
 class Forgets(sft.Plugin):

@@ -45,7 +45,7 @@ def left_out(parameters: Mapping[str, Any], export: Callable[[], AdapterFiles]) 
     Parameters are numbered, and those are changed together that have the same value of one binary digit. What changes
     in the files with exactly one value of each digit depends on the parameter of that number alone. So some
     2·log₂(number of parameters) exports tell all from each other but those that only change things together: they are
-    changed one by one.
+    changed one by one. What differs between exports by itself, as a date does, tells nothing and is set aside.
     """
     names = list(parameters)
     held = {name: parameter.clone() for name, parameter in parameters.items()}
@@ -54,27 +54,39 @@ def left_out(parameters: Mapping[str, Any], export: Callable[[], AdapterFiles]) 
         for name in chosen:
             parameters[name].set_value(_varied(held[name], kind))
 
-    def changed_by(chosen: list[str]) -> set[str]:
+    def changed(found: Mapping[str, bytes]) -> set[str]:
+        return {key for key, digest in plain.items() if found.get(key) != digest}
+
+    def varied(chosen: list[str]) -> dict[str, bytes]:
         change(chosen, 1.7)
         found = _digests(export())
         change(chosen, 1.0)
-        return {key for key in found.keys() | plain.keys() if found.get(key) != plain.get(key)}
+        return found
+
+    def set_aside() -> None:
+        """Leave out what differs though nothing was changed since the first export: a date, a random name."""
+        for key in changed(_digests(export())):
+            del plain[key]
 
     try:
         change(names, 1.0)  # zeros, as adapters begin with, hide what they are multiplied with
         plain = _digests(export())
         digits = range(max(1, (len(names) - 1).bit_length()))
+        found = [
+            [varied([name for number, name in enumerate(names) if number >> digit & 1 == value]) for value in (0, 1)]
+            for digit in digits
+        ]
+        set_aside()  # now, not at once: a date in seconds changes seldom
         numbers: dict[str, int | None] = dict.fromkeys(plain, 0)
         for digit in digits:
-            zero, one = (
-                changed_by([name for number, name in enumerate(names) if number >> digit & 1 == value])
-                for value in (0, 1)
-            )
+            zero, one = (changed(digests) for digests in found[digit])
             for key, number in numbers.items():
-                alone = number is not None and (key in zero) != (key in one)
-                numbers[key] = number | (key in one) << digit if alone and number is not None else None
+                single = number is not None and (key in zero) != (key in one)
+                numbers[key] = number | (key in one) << digit if single and number is not None else None
         kept = {names[number] for number in numbers.values() if number is not None}
-        return [name for name in names if name not in kept and not changed_by([name])]
+        alone = {name: varied([name]) for name in names if name not in kept}
+        set_aside()
+        return [name for name, digests in alone.items() if not changed(digests)]
     finally:
         for name, parameter in parameters.items():
             parameter.set_value(held[name])
@@ -89,8 +101,10 @@ def _varied(value: Any, kind: float) -> Any:
 
 
 def _digests(files: AdapterFiles) -> dict[str, bytes]:
-    """What stands for each tensor of ``files``, and for the config."""
-    found = {"": json.dumps(files.config, sort_keys=True, default=str).encode()}
+    """What stands for each tensor of ``files``, and for each entry of its config."""
+    found = {
+        f"config {key}": json.dumps(value, sort_keys=True, default=str).encode() for key, value in files.config.items()
+    }
     for name, tensor in files.tensors.items():
         found[f"tensor {name}"] = hashlib.blake2b(np.ascontiguousarray(tensor).tobytes()).digest()
     return found

@@ -42,3 +42,41 @@ def test_one_of_many_leaves_without_the_exit_handlers_of_libraries(
     found = {path.name for path in tmp_path.iterdir()}
     assert found == {"python", "thread"}
     assert ("library" in done.stdout) == (count == "1")
+
+
+HELD = """
+import os, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+out = Path(sys.argv[1])
+pool = ThreadPoolExecutor(2)
+pool.submit(print, "in the pool").result()
+text, binary = (out / "text").open("w"), (out / "binary").open("wb")
+text.write("held")
+binary.write(b"held")
+reader, full = os.pipe()
+os.set_blocking(full, False)
+try:
+    while True:
+        os.write(full, bytes(4096))
+except BlockingIOError:
+    os.set_blocking(full, True)
+pipe = os.fdopen(full, "wb")
+if sys.argv[2] == "unread":
+    pipe.write(b"held")
+
+from sft import runtime
+
+runtime._FLUSHING = 2.0
+runtime.leave(3)
+"""
+
+
+@pytest.mark.parametrize("case", ["read", "unread"])
+def test_leaving_ends_idle_pools_and_writes_what_open_files_hold(tmp_path: Path, case: str) -> None:
+    """As the interpreter does; and a pipe that nobody reads does not hold the process for ever."""
+    line = [sys.executable, "-c", HELD, str(tmp_path), case]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "in the pool\n", "")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"text": "held", "binary": "held"}

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import ctypes.util
+import gc
 import importlib.util
 import io
 import os
@@ -195,16 +196,29 @@ def leave(code: int) -> NoReturn:
     In a process that has met others a thread of paddle's store goes on, which now and then aborts while the objects
     that it uses are destroyed: what had ended well would look killed.
     """
-    for thread in threading.enumerate():
-        if not thread.daemon and thread is not threading.current_thread():
-            thread.join()
     try:
+        # Its own handlers first, by which an idle pool's workers end; then it joins the threads.
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # whoever read it has gone
-                stream.flush()
+        # Beside a lock that a daemon thread holds, or a pipe that nobody reads, a flush would wait for ever.
+        flushing = threading.Thread(target=_flush_files, daemon=True)
+        flushing.start()
+        flushing.join(_FLUSHING)
         os._exit(code)
+
+
+_FLUSHING = 10.0
+"""Seconds that :func:`leave` gives to what open files still hold."""
+
+
+def _flush_files() -> None:
+    """Write what open files hold, as the interpreter does where it takes them down; standard output is one of them."""
+    files = io.IOBase.__bases__[0]  # asked itself, not the abstract class: that would look into every lazy module
+    for one in gc.get_objects():
+        if issubclass(type(one), files):
+            with contextlib.suppress(Exception):  # closed, not for writing, or whoever read it has gone
+                one.flush()
 
 
 def use_device(name: str) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import sft
@@ -259,10 +260,18 @@ def test_peak_memory_grows_with_what_is_used(paddle: Any) -> None:
         pytest.skip("paddle runs on a GPU: its memory counts")
     before = runtime.peak_memory_mib()
     now = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
-    block = bytearray(os.urandom(1 << 20) * (before - now + 64))
+    block = np.ones((before - now + 64) << 20, np.uint8)
     grown = runtime.peak_memory_mib() - before
     assert len(block) >= 64 << 20
     assert 32 <= grown <= 256
+
+
+def test_the_peak_is_that_of_the_process_alone(paddle: Any) -> None:
+    """Not that of a larger one that started it."""
+    block = np.ones(600 << 20, np.uint8)
+    line = [sys.executable, "-c", "import paddle; from sft import runtime; print(runtime.peak_memory_mib())"]
+    found = int(subprocess.run(line, capture_output=True, text=True, check=True, timeout=100).stdout.split()[-1])
+    assert 50 < found < block.size >> 20
 
 
 def test_the_machine_is_described(paddle: Any) -> None:

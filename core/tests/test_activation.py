@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from dataclasses import make_dataclass
 from typing import Any
 
 import pytest
@@ -230,6 +231,31 @@ def test_a_setting_whose_plugin_is_switched_off_by_name_is_told(setting: str, va
 @pytest.mark.parametrize(("setting", "value"), [("grind_algo", "none"), ("use_polish", False), ("polish_degree", 1)])
 def test_one_that_asks_for_nothing_is_not_told(setting: str, value: Any) -> None:
     assert resolve({setting: value, "plugin": "no:polish,no:fine,no:coarse"}, ())[2] == []
+
+
+# --- settings of the same name as another plugin's request ---------------------------------------------------
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize("aliased", [False, True], ids=["its name", "its alias"])
+@pytest.mark.parametrize(
+    ("setting", "kind", "given"),
+    [
+        ("polish_degree", int, 0),
+        ("polish_degree", int, 1),
+        ("polish_degree", int, -1),
+        ("grind_algo", str, "none"),
+    ],
+)
+def test_an_active_plugin_reads_its_own_setting(setting: str, kind: type, given: Any, aliased: bool) -> None:
+    """Though another plugin, which is installed and not active, might have been asked for by that name."""
+    option = sft.option(kind(7), "x", aliases=(setting,) if aliased else ())
+    options = make_dataclass("Options", [("depth" if aliased else setting, kind, option)])
+    owner = type("Owner", (sft.Plugin,), {"name": "owner", "api_version": 1, "Options": options})
+    settings, plugins, without_effect = resolve({setting: given, "plugin": []}, (owner,))
+    assert plugins.names == ["owner"]
+    assert vars(settings.options["owner"]) == {"depth" if aliased else setting: given}
+    assert without_effect == []
 
 
 # --- commands -----------------------------------------------------------------------------------------------

@@ -17,10 +17,13 @@ def resolve(values: Mapping[str, Any], extra: Iterable[type]) -> tuple[Settings,
     """
     entries.cache_clear()  # what was installed since the last run counts
     names, left = choose(values, core_options())
-    check_numbers(values, left)
     active = Plugins.load(names, extra, explicit(values))
+    known = known_names(active) - {"plugin"}
+    # What asks for one plugin may be another's setting, which that plugin then reads, whatever was asked for.
+    left.update({key: value for key, value in values.items() if key in known})
+    check_numbers(values, left)
     left, idle = of_idle_plugins(left, active, switched_off(values, active.names))
-    left, foreign = explain(left, known_names(active))
+    left, foreign = explain(left, known)
     settings = build(left, active)
     active.start(settings.options)
-    return settings, active, [*foreign, *idle, *overruled(values, core_options())]
+    return settings, active, [*foreign, *idle, *overruled(values, known)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 import subprocess
@@ -190,6 +191,37 @@ def test_the_metadata_of_an_adapter_stand_in_one_order(adapters: Path) -> None:
         assert set(opened.metadata()) == {"format", "sft.base"}
     size = int.from_bytes(path.read_bytes()[:8], "little")
     assert list(json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]) == ["format", "sft.base"]
+
+
+@pytest.mark.parametrize("weight", [1e6, math.nan], ids=["too large", "damaged"])
+def test_what_the_merge_writes_is_finite(adapters: Path, tmp_path: Path, weight: float) -> None:
+    """An adapter whose product is larger than float16's 65,504, or one with a value that is none."""
+    half = tmp_path / "half"
+    shutil.copytree(MODEL, half)
+    stored = {name: t.astype(np.float16) for name, t in load_file(MODEL / "model.safetensors").items()}
+    save_file(stored, half / "model.safetensors", metadata={"format": "pt"})
+    large = tmp_path / "large"
+    shutil.copytree(adapters / "lora", large)
+    factors = load_file(large / "adapter_model.safetensors")
+    name = next(name for name in factors if "layers.1.self_attn.q_proj.lora_B" in name)
+    factors[name][0] = weight
+    factors[name.replace("lora_B", "lora_A")][:] = 1
+    with safe_open(str(large / "adapter_model.safetensors"), framework="numpy") as file:
+        save_file(factors, large / "adapter_model.safetensors", metadata=file.metadata())
+    words = ("--model_name_or_path", half, "--lora_path", large, "--output_path", tmp_path / "merged")
+    done = merge(*words)
+    assert isinstance(done.exception, sft.UsageError)
+    assert "With the adapter, model.layers.1.self_attn.q_proj.weight " in str(done.exception)
+    assert not (tmp_path / "merged").exists()
+    wide = merge(*words, "--dtype", "float32")
+    if math.isnan(weight):
+        assert "would not be finite; the adapter is damaged: copy it again." in str(wide.exception)
+    else:
+        assert "has values that do not fit into float16, the base's; add --dtype float32." in str(done.exception)
+        assert wide.exit_code == 0, wide.output
+        assert all(
+            np.isfinite(tensor).all() for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()
+        )
 
 
 # --- what is refused ----------------------------------------------------------------------------------------

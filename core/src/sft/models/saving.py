@@ -79,9 +79,12 @@ def write_merged(
                 stored = stored.T
             weight, is_new = _merge_one(name, stored, merger, quantizer)
             if quantizer is None and form.dtype == "base":
-                weight = weight.astype(stored.dtype, copy=False)
+                with np.errstate(over="ignore"):  # it is an error below
+                    weight = weight.astype(stored.dtype, copy=False)
             elif form.dtype == "float32":
                 weight = weight.astype(np.float32, copy=False)
+            if weight is not stored:
+                _check_finite(name, stored, weight)
             changed += is_new
             dtypes.add(str(weight.dtype))
             if form.layout == "paddle":
@@ -118,6 +121,17 @@ def _merge_one(
     array = weight.numpy()
     is_new = weight is not base and not np.array_equal(array, base.numpy())
     return array, is_new
+
+
+def _check_finite(name: str, stored: np.ndarray, weight: np.ndarray) -> None:
+    """Refuse a ``weight`` to be written that is not finite where the base's, as ``stored``, is."""
+    if np.isfinite(weight).all() or not (np.isfinite(stored) & ~np.isfinite(weight)).any():
+        return
+    if weight.dtype == np.float32:
+        raise UsageError(f"With the adapter, {name} would not be finite; the adapter is damaged: copy it again.")
+    raise UsageError(
+        f"With the adapter, {name} has values that do not fit into {weight.dtype}, the base's; add --dtype float32."
+    )
 
 
 def _write_settings(folder: Path, source: ModelSource, tokenizer: Tokenizer, dtype: str, layout: str = "hf") -> None:

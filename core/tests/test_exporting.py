@@ -193,3 +193,35 @@ def test_our_adapters_are_as_if_nobody_had_asked(
     train("unasked", **settings)
     one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "unasked"))
     assert one == other
+
+
+def adapter(export: Callable[[Any], sft.AdapterFiles], **hooks: Callable[..., Any]) -> type[sft.Plugin]:
+    """Trains the weight of each q_proj; ``export`` makes the files, given the run's model."""
+
+    def adapt(self: Any, model: Any) -> None:
+        for target in sft.target_layers(model, ["q_proj"]):
+            target.layer.weight.stop_gradient = False
+
+    members = {"sft_adapt_model": adapt, "sft_export_adapter": lambda self, model: export(model), **hooks}
+    marked = {name: sft.hookimpl(function) for name, function in members.items()}
+    return type("Toy", (sft.Plugin,), {"name": "toy", "api_version": 1, **marked})
+
+
+def weights(model: Any) -> dict[str, np.ndarray]:
+    """What the adapter trains, [out, in]: views of paddle's [in, out]."""
+    return {target.name: target.layer.weight.numpy().T for target in sft.target_layers(model, ["q_proj"])}
+
+
+def test_an_export_may_transpose(train: Train, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    trained: dict[str, np.ndarray] = {}
+    keep = adapter(
+        lambda model: files(weights(model)),
+        sft_run_ended=lambda self, run: trained.update(weights(run.model)),
+    )
+    train("out", (keep,), max_steps=1, do_eval=False)
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert found.keys() == trained.keys()
+    for name, tensor in trained.items():
+        np.testing.assert_array_equal(found[name], tensor)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import sft
@@ -199,3 +200,33 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-1").mkdir()
     files.remove_leftovers(tmp_path)
     assert tree(tmp_path) == {".hidden": "kept", "checkpoint-1": None}
+
+
+# --- tensors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int64"])
+def test_tensors_come_back_as_they_were_however_they_lie_in_memory(tmp_path: Path, dtype: str) -> None:
+    import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
+    from safetensors.numpy import load_file
+
+    plain = np.arange(24).reshape(4, 6).astype(dtype)
+    given = {
+        "plain": plain,
+        "transposed": plain.T,
+        "fortran": np.asfortranarray(plain),
+        "strided": plain[::2, 1::2],
+        "slice": plain[:, 2:5],
+        "reversed": plain[::-1],
+        "axes": plain.reshape(2, 3, 4).transpose(2, 0, 1),
+        "repeated": np.broadcast_to(plain[0], (3, 6)),
+        "number": np.asarray(plain[1, 1]),
+        "empty": plain[:0].T,
+    }
+    files.save_tensors(tmp_path / "x.safetensors", given)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == given.keys()
+    for name, tensor in given.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape, name
+        assert found[name].tolist() == tensor.tolist(), name

@@ -43,13 +43,17 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file of contiguous arrays; raises :class:`OSError` where it cannot be written."""
+    """A safetensors file of arrays, whatever their order in memory; raises :class:`OSError` where it cannot be
+    written."""
     import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
+    import numpy as np
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    # The library writes an array's memory as it lies: what is transposed or sliced would come back scrambled.
+    laid_out = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     try:
-        save_file(dict(tensors), str(path), metadata=dict(metadata or {}) or None)
+        save_file(laid_out, str(path), metadata=dict(metadata or {}) or None)
     except SafetensorError as error:
         raise OSError(f"{path.name} could not be written: {error}") from error
     if metadata is not None and len(metadata) > 1:

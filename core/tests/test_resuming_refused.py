@@ -102,6 +102,27 @@ def test_other_shaping_plugins_and_options_are_refused(
     assert contents(tmp_path / "out", without=()) == before
 
 
+@needs("lora")
+@pytest.mark.parametrize("training", [True, False], ids=["resumed", "measured"])
+def test_a_refinement_that_requires_nothing_is_refused_when_it_is_gone(
+    train: Train, tmp_path: Path, training: bool
+) -> None:
+    """It answers another plugin's question, and so decides what is learned."""
+
+    class Doubled(sft.Plugin):
+        name = "doubled"
+        api_version = 1
+
+        @sft.hookimpl
+        def lora_scaling(self, rank: int, alpha: float) -> float:
+            return 2 * alpha / rank
+
+    train(plugins=(Doubled,), **{**SETTINGS, **LORA, "max_steps": 3})
+    changes = {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-3"), "do_train": training}
+    with pytest.raises(sft.UsageError, match="was trained with plugins doubled, lora, and this run has lora"):
+        train("again", **{**SETTINGS, **LORA, **changes})
+
+
 def test_other_trainable_parameters_are_refused(train: Train, tmp_path: Path) -> None:
     """A plugin that trains other layers than before, without an option that says so."""
 

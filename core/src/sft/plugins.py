@@ -239,11 +239,20 @@ class Plugins:
         return f"Plugin {name} ({self.origin(name)})"
 
     def shaping(self) -> list[str]:
-        """Those that change what is learned, themselves or through the plugin that they refine."""
+        """Those that change what is learned, themselves or through the plugin that they refine: one that they require,
+        or whose hooks they implement."""
+        published = {name: getattr(plugin, "hookspecs", None) for name, plugin in self}
+
+        def refines(name: str, plugin: Any) -> bool:
+            others = [specs for other, specs in published.items() if specs is not None and other != name]
+            return any(_is_spec(specs, hook) and implements(plugin, hook) for specs in others for hook in dir(specs))
+
         return [
             name
             for name, plugin in self
-            if getattr(plugin, "requires", ()) or any(implements(plugin, hook) for hook in SHAPING)
+            if getattr(plugin, "requires", ())
+            or any(implements(plugin, hook) for hook in SHAPING)
+            or refines(name, plugin)
         ]
 
     def inactive(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +125,27 @@ def test_a_run_does_not_resume_over_another_base(train: Train, base_model: Path,
     assert not (tmp_path / "again").exists()
     save_file(tensors, base / "model.safetensors")
     train("again", resume_from_checkpoint=checkpoint, **settings)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["resumed", "measured"])
+def test_a_run_does_not_resume_with_another_scaling(train: Train, tmp_path: Path, training: bool) -> None:
+    """That of the adapter in ``lora_path``, which somebody changed there since."""
+    train("first", max_steps=1)
+    settings = {"lora_path": str(tmp_path / "first"), "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    train("out", **settings)
+    path = tmp_path / "first" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "lora_alpha": 4 * config["lora_alpha"]}))
+    again = {**settings, "resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2"), "do_train": training}
+    message = (
+        "The checkpoint was trained with the scaling 2 of model.layers.0.mlp.down_proj, and lora_path "
+        f"{tmp_path / 'first'} has 8 now; put that back as it was, or start a new run."
+    )
+    with pytest.raises(sft.UsageError, match=f"^{re.escape(message)}$"):
+        train("again", **again)
+    assert not (tmp_path / "again").exists()
+    path.write_text(json.dumps(config))
+    train("again", **again)
 
 
 def test_a_whole_model_resumes_without_its_base(train: Train, base_model: Path, tmp_path: Path) -> None:

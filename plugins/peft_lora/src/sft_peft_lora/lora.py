@@ -119,6 +119,23 @@ class Lora(sft.Plugin):
         return adapter_files(pairs, modules, self.alphas, scalings, base, self.options.lora_dropout)
 
     @sft.hookimpl
+    def sft_state(self, run: Run) -> dict[str, Any]:
+        return {"scalings": {name: layer.scaling for name, layer in self.layers.items()}}
+
+    @sft.hookimpl
+    def sft_restore(self, run: Run, state: dict[str, Any]) -> None:
+        """Scalings come from options, from refinements and from the folder in ``lora_path``, of which options alone are
+        compared when a run goes on; ranks and targets show in the shapes of what trains."""
+        before = state.get("scalings", {})
+        for name, layer in self.layers.items():
+            if before.get(name, layer.scaling) != layer.scaling:
+                whose = f"lora_path {self.options.lora_path}" if self.options.lora_path else "this version of lora"
+                raise UsageError(
+                    f"The checkpoint was trained with the scaling {before[name]:g} of {name}, and {whose} has "
+                    f"{layer.scaling:g} now; put that back as it was, or start a new run."
+                )
+
+    @sft.hookimpl
     def sft_import_adapter(self, model: Any, folder: Path) -> bool:
         self._adapt_from(model, folder)
         return True

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -413,8 +415,8 @@ def tensor(shape: str, strides: str, offset: int = 0) -> bytes:
         (lambda path: path.write_bytes(b"N\x51."), r"not a readable file of weights"),  # a persistent id
         (lambda path: torch_zip(path, pickle.dumps({"w": os.system})), r"calls posix\.system"),
         (lambda path: torch_zip(path, tensor("(I3\nI2\nt", "(I2\nI1\nt")), r"reaches beyond its storage"),
-        (lambda path: torch_zip(path, tensor("(I2\nt", "(I1\nt", offset=-1)), r"negative size"),
-        (lambda path: torch_zip(path, tensor("(I2\nt", "(I-1\nt")), r"negative size"),
+        (lambda path: torch_zip(path, tensor("(I2\nt", "(I1\nt", offset=-1)), r"not a whole number of 0 or more"),
+        (lambda path: torch_zip(path, tensor("(I2\nt", "(I-1\nt")), r"not a whole number of 0 or more"),
         (lambda path: torch_zip(path, tensor("(I2\nt", "(I1\nt"), compression=8), r"its tensors are compressed"),
     ],
 )
@@ -425,6 +427,79 @@ def test_anything_but_tensors_is_refused_by_name(tmp_path: Path, make: Callable[
         read_pickled(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+ZERO_D = (
+    REBUILD + STORAGE.replace(b"Float", b"Long").replace(b"V0", b"Vnumber").replace(b"I4", b"I1") + b"I0\n(t(tI00\nNtR"
+)
+"""Protocol 0 for a tensor without dimensions that holds one int64."""
+NESTED = b"(" * 200_000 + b"t" * 200_000
+
+
+def forged(storage: bytes, offset: bytes, shape: bytes, strides: bytes) -> bytes:
+    return b"(dVw\n" + REBUILD + storage + offset + b"(" + shape + b"t(" + strides + b"tI00\nNtRs."
+
+
+@pytest.mark.parametrize(
+    ("pickled", "number", "answer"),
+    [
+        pytest.param(forged(STORAGE, ZERO_D, b"I2\n", b"I1\n"), 2**63 - 1, "not a whole number", id="offset"),
+        pytest.param(
+            forged(STORAGE, b"I0\n", b"I5\nI2\n", ZERO_D + b"I1\n"),
+            2**62 - 1024,
+            "not a whole number",
+            id="stride",
+        ),
+        pytest.param(forged(STORAGE, b"I0\n", ZERO_D, b"I1\n"), 2**62, "not a whole number", id="shape"),
+        pytest.param(forged(STORAGE, b"I01\n", b"I2\n", b"I1\n"), 0, "not a whole number", id="bool"),
+        pytest.param(
+            forged(STORAGE, b"I0\n", b"I1000000000000\n", b"I0\n"),
+            0,
+            "beyond its storage",
+            id="more values than are stored",
+        ),
+        pytest.param(forged(STORAGE, b"I0\n", b"I0\nI%d\n" % 2**70, b"I1\nI1\n"), 0, "", id="huge beside none"),
+        pytest.param(
+            forged(STORAGE.replace(b"I4", b"I5"), b"I0\n", b"I1\n", b"I1\n"), 0, "shorter than it says", id="count"
+        ),
+        pytest.param(
+            forged(STORAGE.replace(b"I4", b"I-1"), b"I0\n", b"I1\n", b"I1\n"),
+            0,
+            "not a whole number",
+            id="negative count",
+        ),
+        pytest.param(
+            forged(STORAGE.replace(b"V0", b"Varchive"), b"I0\n", b"I1\n", b"I1\n"),
+            0,
+            "no item named",
+            id="no such storage",
+        ),
+        pytest.param(forged(b"(Vabc\n", b"I0\n", b"I1\n", b"I1\n"), 0, "has no storage", id="no storage"),
+        pytest.param(b"(d" + NESTED + b"I1\ns.", 0, "names something by a tuple", id="a key that is nested deep"),
+        pytest.param(b"ccollections\nOrderedDict\n(((" + NESTED + b"I1\ntttR.", 0, "", id="in pairs"),
+        pytest.param(b"\x80\x04\x8f(" + NESTED + b"\x90.", 0, "holds a set", id="in a set"),
+        pytest.param(b"(dr\xff\xff\xff\xff.", 0, "read {}", id="a memo of 64 GiB"),
+    ],
+)
+def test_no_forged_number_or_nesting_reaches_memory(tmp_path: Path, pickled: bytes, number: int, answer: str) -> None:
+    """In a process of its own, as what went wrong before took the whole process down."""
+    path = tmp_path / "forged.bin"
+    torch_zip(path, pickled)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/data/number", number.to_bytes(8, "little"))
+    reads = (
+        "import resource, sys\nfrom pathlib import Path\nfrom sft import UsageError\n"
+        "from sft.models.pickles import read_pickled\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
+        "try:\n    found = read_pickled(Path(sys.argv[1]))\n"
+        "except UsageError as error:\n    print('refused:', error)\n"
+        "else:\n    print('read', {name: bytes(value)[:9] for name, value in found.items()})"
+    )
+    done = subprocess.run([sys.executable, "-c", reads, str(path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("refused:") != answer.startswith("read")
+    assert answer in done.stdout
 
 
 def test_the_tensor_of_the_hostile_zips_is_read_where_it_fits(tmp_path: Path) -> None:

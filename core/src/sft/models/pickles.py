@@ -3,7 +3,11 @@
 A pickle says which functions to call to put its objects together, so whoever opens one with Python's own unpickler runs
 whatever its author liked. Here the few names that tensors need stand for functions of this module, which build
 numpy arrays and nothing else; any other name is refused. Not even numpy's own are lent: a forged state of a real dtype
-makes numpy take numbers for pointers.
+makes numpy take numbers for pointers. And whatever a file gives as a number is held to be a plain int before anything
+is computed with it: with numpy's the sums wrap round, and a bound is kept that is none.
+
+It is Python's unpickler in Python, not the one in C: there a number in the file says how long a table is to be, and a
+tuple of tuples as a key overruns the stack. A file of weights takes some ten operations a tensor, so it is as quick.
 """
 
 from __future__ import annotations
@@ -76,8 +80,8 @@ class _DType:
     """What stands for a numpy dtype while an array is put together: its letters, such as f4, and its byte order."""
 
     def __init__(self, letters: Any, *flags: Any) -> None:
-        if letters not in _TYPES:
-            raise _RefusedError(f"holds numpy arrays of dtype {str(letters)[:40]!r}")
+        if type(letters) is not str or letters not in _TYPES:
+            raise _RefusedError(f"holds numpy arrays of dtype {_named(letters)}")
         self.letters, self.order = letters, "<"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -85,26 +89,94 @@ class _DType:
 
 
 class _Array:
-    """What stands for a numpy array until its content has come."""
+    """What stands for a numpy array, whose own state no file may set."""
 
-    value: np.ndarray
+    def __init__(self, value: np.ndarray | None = None) -> None:
+        self.value = value
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, is_fortran, content = state
+        if not isinstance(dtype, _DType) or type(content) is not bytes:
+            raise ValueError("an array has no content")
+        shape = _counts(shape)
         flat = np.frombuffer(content, np.dtype(dtype.order + dtype.letters))
         flat = flat.astype(flat.dtype.newbyteorder("="), copy=False)
         self.value = flat.reshape(shape, order="F" if is_fortran else "C")
 
 
-class _Unpickler(pickle.Unpickler):
+class _Storage:
+    """What stands for a storage of torch: the values that tensors lie in, in one row."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+
+_PythonUnpickler: Any = pickle._Unpickler
+
+
+class _Unpickler(_PythonUnpickler):
     """Admits the names in ``admitted``, and gives what stands there for them."""
 
     admitted: dict[str, Callable[..., Any] | str]
+    dispatch = dict(_PythonUnpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in self.admitted:
             raise _RefusedError(f"calls {module}.{name}"[:100])
         return self.admitted[f"{module}.{name}"]
+
+    def load_build(self) -> None:
+        """Give the state on top of the stack to the object below: to those alone that expect one."""
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], (_DType, _Array)):
+            self.stack[-1].__setstate__(state)
+        elif not isinstance(self.stack[-1], OrderedDict):  # torch's versions of modules, which say nothing here
+            raise _RefusedError(f"sets the state of a {type(self.stack[-1]).__name__}")
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        _put(self.stack[-1], [key, value])
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        _put(self.stack[-1], items)
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append(_put({}, items))
+
+    def load_set(self) -> None:
+        raise _RefusedError("holds a set")
+
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+    for _code in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET):
+        dispatch[_code[0]] = load_set
+
+
+def _put(target: Any, items: list[Any]) -> Any:
+    """Set keys and values, which alternate in ``items``; only what is hashed without descending may be a key."""
+    if not isinstance(target, dict):
+        raise ValueError("items are set in what has none")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if type(key) not in (str, int):
+            raise _RefusedError(f"names something by a {type(key).__name__}")
+        target[key] = value
+    return target
+
+
+def _counts(numbers: Any) -> tuple[int, ...]:
+    """``numbers``, if they are plain ints of 0 or more: not bools, and nothing of numpy's, whose sums wrap round."""
+    if type(numbers) not in (tuple, list) or not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("a size is not a whole number of 0 or more")
+    return tuple(numbers)
+
+
+def _named(what: Any) -> str:
+    """What a file gives as a name, for a message; it may be any object."""
+    return repr(what[:40]) if type(what) is str else type(what).__name__
 
 
 class _PaddleUnpickler(_Unpickler):
@@ -115,7 +187,7 @@ class _PaddleUnpickler(_Unpickler):
             "numpy.ndarray": "ndarray",
             "numpy.dtype": lambda *state: _DType(*state),
             "_codecs.encode": lambda text, _: text.encode("latin1"),  # bytes, in protocol 2
-            "collections.OrderedDict": OrderedDict,
+            "collections.OrderedDict": lambda: OrderedDict(),
         }
         for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             self.admitted[f"{module}._reconstruct"] = lambda *_: _Array()
@@ -125,21 +197,23 @@ class _PaddleUnpickler(_Unpickler):
 
 
 class _TorchUnpickler(_Unpickler):
-    def __init__(self, stream: Any, storage: Callable[[str, str, int], np.ndarray]) -> None:
+    def __init__(self, stream: Any, storage: Callable[[str, str, int], _Storage]) -> None:
         super().__init__(stream)
         self.storage = storage
         self.admitted = {
-            "collections.OrderedDict": OrderedDict,
+            "collections.OrderedDict": lambda: OrderedDict(),
             "torch._utils._rebuild_tensor_v2": lambda *parts: _rebuild(*parts[:4]),
             "torch._utils._rebuild_parameter": lambda data, *_: data,
             **{f"torch.{name}": dtype for name, dtype in _TORCH_TYPES.items()},
         }
 
-    def persistent_load(self, what: Any) -> np.ndarray:
+    def persistent_load(self, what: Any) -> _Storage:
         kind, dtype, key, _, count = what
-        if kind != "storage" or dtype not in _TORCH_TYPES.values():
-            raise _RefusedError(f"asks for a {str(kind)[:40]} of {str(dtype)[:40]}")
-        return self.storage(dtype, key, count)
+        if type(kind) is not str or kind != "storage" or type(dtype) is not str or dtype not in _TORCH_TYPES.values():
+            raise _RefusedError(f"asks for a {_named(kind)} of {_named(dtype)}")
+        if type(key) is not str:
+            raise ValueError("a storage has no name")
+        return self.storage(dtype, key, *_counts((count,)))
 
 
 def _from_torch(path: Path) -> Any:
@@ -147,15 +221,22 @@ def _from_torch(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
         (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         root = pickled[: -len("data.pkl")]
-        if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-            raise ValueError("it is big-endian")
+        if f"{root}byteorder" in archive.namelist():
+            with archive.open(f"{root}byteorder") as stream:
+                if stream.read(16) != b"little":
+                    raise ValueError("it is big-endian")
         mapped: dict[str, np.ndarray] = {}
 
-        def storage(dtype: str, key: str, count: int) -> np.ndarray:
+        def storage(dtype: str, key: str, count: int) -> _Storage:
             if key not in mapped:
                 mapped[key] = _mapped(path, archive.getinfo(f"{root}data/{key}"))
-            return mapped[key].view(dtype)[:count]
+            values = mapped[key].view(dtype)
+            if count > values.size:
+                raise ValueError(f"storage {key} is shorter than it says")
+            return _Storage(values[:count])
 
+        if archive.getinfo(pickled).compress_type != zipfile.ZIP_STORED:
+            raise ValueError("its tensors are compressed")
         with archive.open(pickled) as stream:
             return _TorchUnpickler(stream, storage).load()
 
@@ -170,20 +251,26 @@ def _mapped(path: Path, entry: zipfile.ZipInfo) -> np.ndarray:
         stream.seek(entry.header_offset + 26)  # the lengths of name and extra field, which come before the content
         lengths = stream.read(4)
     start = entry.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+    if start < 0 or start + entry.file_size > path.stat().st_size:
+        raise ValueError("a storage reaches beyond the file")
     return np.memmap(path, np.uint8, "r", start, (entry.file_size,))
 
 
-def _rebuild(storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
+def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any) -> _Array:
     """The tensor that lies in ``storage`` from ``offset`` on, with ``strides`` in values."""
-    if min((offset, *shape, *strides)) < 0 or len(shape) != len(strides):
-        raise ValueError("a tensor has a negative size")
+    (offset,), shape, strides = _counts((offset,)), _counts(shape), _counts(strides)
+    if not isinstance(storage, _Storage) or len(shape) != len(strides):
+        raise ValueError("a tensor has no storage")
+    values = storage.values
     if 0 in shape:
-        return np.zeros(shape, storage.dtype)
-    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if last >= storage.size:
+        return _Array(np.zeros(shape, values.dtype))
+    steps = [stride if size > 1 else 0 for size, stride in zip(shape, strides, strict=True)]
+    last = offset + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
+    if last >= values.size or math.prod(shape) > values.size:
         raise ValueError("a tensor reaches beyond its storage")
-    steps = [stride * storage.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False)
+    size = values.itemsize
+    # numpy checks this against the buffer once more, which as_strided does not.
+    return _Array(np.ndarray(shape, values.dtype, values, offset * size, [step * size for step in steps]))
 
 
 def _tensors(found: Any) -> dict[str, np.ndarray]:
@@ -192,7 +279,7 @@ def _tensors(found: Any) -> dict[str, np.ndarray]:
         raise _RefusedError(f"holds {type(found).__name__} in place of tensors by name")
     found.pop(_NAMES, None)
     chunks = found.pop(_CHUNKS, {})
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name, value in found.items():
         if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
             value = value[1]
@@ -202,7 +289,10 @@ def _tensors(found: Any) -> dict[str, np.ndarray]:
             raise _RefusedError(f"holds {type(value).__name__} under {str(name)[:80]!r}")
         tensors[name] = value
     for name, about in chunks.items():
-        shape, parts = about["OriginShape"], [tensors.pop(part) for part in about["slices"]]
+        shape, names = _counts(about["OriginShape"]), about["slices"]
+        if type(names) not in (tuple, list) or not all(type(part) is str for part in names):
+            raise ValueError(f"the parts of {name} have no names")
+        parts = [tensors.pop(part) for part in names]
         if math.prod(shape) != sum(part.size for part in parts):
             raise ValueError(f"the parts of {name} do not add up")
         tensors[name] = np.concatenate(parts).reshape(shape)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import RankError
+from processes import RankError, run_ranks
 from trainings import PLANS, Trainings, assert_equal
 
 from sft.testing import needs
@@ -168,14 +168,40 @@ def test_an_adapter_that_needs_whole_dimensions_sums_over_their_parts(
     assert_equal(one, many)
 
 
-@pytest.mark.parametrize("plan", ["tp2", slow("tp2-pp2")])
-def test_an_adapter_that_forgets_to_sum_is_refused(trainings: Trainings, plan: str) -> None:
-    """It would learn other numbers than on one process, as a norm of a part is not that of the whole."""
+@pytest.mark.parametrize(
+    ("plan", "where"), [("tp2", ""), ("tp2", "layers.3.mlp.down_proj"), ("tp2", "training"), slow("tp2-pp2", "")]
+)
+def test_an_adapter_that_forgets_to_sum_is_refused(trainings: Trainings, plan: str, where: str) -> None:
+    """It would learn other numbers than on one process, as a norm of a part is not that of the whole; be it on one
+    target, or in training alone."""
+    values = trainings.settings(PLANS[plan])
     with pytest.raises(
         RankError, match=r"Scaled computes something else where processes share the (in|out)puts of its"
     ):
-        trainings.many(PLANS[plan], job="jobs:train_unsummed")
+        run_ranks(PLANS[plan].processes, "jobs:train_unsummed", values, where, timeout=60)
+
+
+def test_that_adapter_learns_on_data_ranks(trainings: Trainings) -> None:
     assert_equal(*(trainings.many(PLANS[alone], job="jobs:train_unsummed")[0] for alone in ("one", "dp2")))
+
+
+def test_an_adapter_that_cannot_be_tried_is_said(trainings: Trainings) -> None:
+    """Once for each class and reason, and it trains; what can be tried says nothing."""
+    one, _ = trainings.many(PLANS["one"], job="jobs:train_knowing")
+    many, (main, other) = trainings.many(PLANS["tp2"], job="jobs:train_knowing")
+    assert_equal(one, many)
+    (line,) = (line for line in main.value["said"] if "Scaled" in line)
+    assert "could not be tried (AttributeError: 'NoneType' object has no attribute 'input_ids')" in line
+    assert other.value["said"] == []
+
+
+@pytest.mark.parametrize(
+    "plugins", [pytest.param(names, marks=needs(*names)) for names in (["lora", "pissa"], ["vera"])]
+)
+def test_our_adapters_can_be_tried(trainings: Trainings, plugins: list[str]) -> None:
+    dropout = {f"{plugins[0]}_dropout": 0.1}
+    _, (main, _) = trainings.many(PLANS["tp2"], plugin=plugins, max_steps=1, do_eval=False, **dropout)
+    assert not [line for line in main.value["said"] if "could not be tried" in line]
 
 
 def test_it_learns_on_data_ranks_all_the_same(trainings: Trainings) -> None:

@@ -33,8 +33,9 @@ class Adapters:
         for layer, _, _ in self._layers:
             _mark_stage(layer)
 
-    def check(self) -> None:
-        """Refuse a layer that does not say how its parameters are divided; :class:`UsageError`."""
+    def check(self, say: Callable[[str], None]) -> None:
+        """Refuse a layer that does not say how its parameters are divided, or is wrong in it; :class:`UsageError`.
+        ``say`` gets a line where that could not be tried."""
         for layer, _, _ in self._layers:
             own = [name for name, p in layer.named_parameters(include_sublayers=False) if p is not None]
             if not set(own) <= set(getattr(layer, "sides", {})):
@@ -43,7 +44,8 @@ class Adapters:
                     "leave its plugin out, or tensor and pipeline parallelism and sharding stage3."
                 )
         if self._tensor.size > 1:
-            trial.check([(layer, side) for layer, side, _ in self._layers if not is_elsewhere(layer)], self._tensor)
+            # Those of other stages too: they are still here, and the process that speaks must know of all.
+            trial.check([(layer, side) for layer, side, _ in self._layers], self._tensor, say)
 
     @paddle.no_grad()
     def divide(self) -> None:

@@ -104,7 +104,7 @@ class Parallel:
             self.store,
         )
         if self._at.plan.stage == 3 or self._at.tensor.size * self._at.pipe.size > 1:
-            self._adapters.check()
+            self._adapters.check(self._run.say)
         self._adapters.divide()
         self._all = list(model.named_parameters())
         if pipe is not None:

@@ -204,10 +204,20 @@ def train_normed(settings: dict[str, Any]) -> dict[str, Any]:
     return {"process": os.getpid()}
 
 
-def train_unsummed(settings: dict[str, Any]) -> dict[str, Any]:
-    """One rank of a run whose adapter takes a norm of its part of a dimension for that of the whole."""
-    sft.run(settings, plugins=[type("Unsummed", (Normed,), {"sums": False})], say=lambda text: None)
-    return {"process": os.getpid()}
+def train_unsummed(settings: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """One rank of a run whose adapter takes a norm of its part of a dimension for that of the whole: on the targets
+    whose names end with ``where``, or in "training" alone. The lines it said."""
+    members = {"unsummed": "" if where == "training" else where, "unsummed_training": where == "training"}
+    said: list[str] = []
+    sft.run(settings, plugins=[type("Unsummed", (Normed,), members)], say=said.append)
+    return {"process": os.getpid(), "said": said}
+
+
+def train_knowing(settings: dict[str, Any]) -> dict[str, Any]:
+    """One rank of a run whose adapter, right in all, needs to know the batch. The lines it said."""
+    said: list[str] = []
+    sft.run(settings, plugins=[type("Knowing", (Normed,), {"knows": True})], say=said.append)
+    return {"process": os.getpid(), "said": said}
 
 
 class Normed(sft.Plugin):
@@ -215,19 +225,31 @@ class Normed(sft.Plugin):
 
     name = "normed"
     api_version = 1
-    sums = True
+    unsummed: str | None = None
+    unsummed_training = False
+    knows = False
+    batch: Any = None
+
+    @sft.hookimpl
+    def sft_micro_batch(self, run: sft.Run, batch: sft.Batch) -> None:
+        self.batch = batch
 
     @sft.hookimpl
     def sft_adapt_model(self, run: sft.Run, model: Any) -> None:
         import paddle
 
-        sum_over = sft.sum_over if self.sums else lambda layer, side, values: values
+        plugin = self
+
+        def sum_over(layer: Any, side: str, values: Any) -> Any:
+            summed = layer.sums or (plugin.unsummed_training and not layer.training)
+            return sft.sum_over(layer, side, values) if summed else values
 
         class Scaled(paddle.nn.Layer):
             sides = {"u": ("in",), "v": ("out",)}
 
-            def __init__(self, base: Any, in_features: int, out_features: int, rng: Any) -> None:
+            def __init__(self, base: Any, in_features: int, out_features: int, rng: Any, sums: bool) -> None:
                 super().__init__()
+                self.sums = sums
                 self.base, self.sizes = base, {"u": in_features, "v": out_features}
                 for name, size in self.sizes.items():
                     parameter = self.create_parameter([size])
@@ -239,11 +261,14 @@ class Normed(sft.Plugin):
                 return factor * (sum_over(self, side, factor.square().sum()) / self.sizes[name]).rsqrt()
 
             def forward(self, x: Any) -> Any:
+                if plugin.knows and self.training:
+                    assert plugin.batch.input_ids is not None
                 return self.base(x * self.unit("u", "in")) * self.unit("v", "out")
 
         self.layers = {}
         for target in sft.target_layers(model):
-            layer = Scaled(target.layer, target.in_features, target.out_features, run.rng(target.name))
+            sums = self.unsummed is None or not target.name.endswith(self.unsummed)
+            layer = Scaled(target.layer, target.in_features, target.out_features, run.rng(target.name), sums)
             self.layers[target.name] = layer
             target.replace(layer)
 

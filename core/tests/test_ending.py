@@ -76,6 +76,58 @@ def test_an_error_in_sft_run_ended_comes_when_all_have_been_told(train: Train, t
     assert report(tmp_path / "out")["result"]["steps"] == 1
 
 
+@pytest.mark.parametrize("leaves", [KeyboardInterrupt(), SystemExit(0)], ids=["Ctrl-C", "exit"])
+def test_leaving_in_sft_run_failed_is_said_and_no_more(train: Train, tmp_path: Path, leaves: BaseException) -> None:
+    heard: list[str] = []
+    said: list[str] = []
+    fails = plugin("fails", sft_run_failed=raising(leaves))
+    bad = plugin("bad", sft_step_ended=raising(CauseError("the cause")))
+    with pytest.raises(CauseError, match="the cause"):
+        train("out", (listening(heard, "a"), fails, bad, listening(heard, "z")), say=said.append)
+    assert heard == ["a: CauseError", "z: CauseError"]
+    assert said[-1].startswith("note: Plugin fails (")
+    assert "in sft_run_failed" in said[-1]
+    assert report(tmp_path / "out")["error"] == "the cause"
+
+
+@pytest.mark.parametrize(
+    ("leaves", "comes"),
+    [(KeyboardInterrupt(), KeyboardInterrupt), (SystemExit(0), sft.PluginError)],
+    ids=["Ctrl-C", "exit"],
+)
+def test_leaving_in_sft_run_ended_comes_when_all_have_been_told(
+    train: Train, tmp_path: Path, leaves: BaseException, comes: type[BaseException]
+) -> None:
+    heard: list[str] = []
+    fails = plugin("fails", sft_run_ended=raising(leaves))
+    with pytest.raises(comes):
+        train("out", (listening(heard, "a"), fails, listening(heard, "z")), max_steps=1)
+    assert heard == ["a: ended", "z: ended"]
+    assert report(tmp_path / "out")["status"] == "finished"
+
+
+def test_an_exit_in_a_hook_is_no_end_without_a_word(train: Train, tmp_path: Path) -> None:
+    heard: list[str] = []
+    exits = plugin("exits", sft_step_ended=raising(SystemExit(0)))
+    with pytest.raises(sft.PluginError, match=r"^Plugin exits .* failed in sft_step_ended \(SystemExit: 0\); tell its"):
+        train("out", (exits, listening(heard, "a")))
+    assert heard == ["a: PluginError"]
+    assert report(tmp_path / "out")["status"] == "failed"
+
+
+@pytest.mark.parametrize("fails_in", ["sft_run_ended", "sft_step_ended"])
+def test_who_only_starts_a_run_hears_of_its_failure_alone(train: Train, tmp_path: Path, fails_in: str) -> None:
+    """Where the run has finished, and something goes wrong then, nobody hears that it failed."""
+    heard: list[str] = []
+    bad = plugin("bad", **{fails_in: raising(CauseError("the cause"))})
+    elsewhere = plugin("elsewhere", sft_launch=lambda self: train("out", (bad,), max_steps=1))
+    with pytest.raises(CauseError, match="the cause"):
+        train("out", (elsewhere, listening(heard, "a")), max_steps=1)
+    finished = fails_in == "sft_run_ended"
+    assert heard == ([] if finished else ["a: CauseError"])
+    assert report(tmp_path / "out")["status"] == ("finished" if finished else "failed")
+
+
 @pytest.mark.parametrize("settings", [{}, {"do_train": False}], ids=["training", "measuring"])
 def test_an_interrupted_run_says_so(train: Train, tmp_path: Path, settings: dict[str, Any]) -> None:
     heard: list[str] = []

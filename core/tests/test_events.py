@@ -230,3 +230,23 @@ def test_a_run_that_only_measures_ends_too(train: Train) -> None:
     events: list[str] = []
     train("out", (recording(events, (*ADAPTER_FOLDERS, "sft_quantizer", "sft_adapt_model")),), do_train=False)
     assert events[-2:] == ["sft_evaluated", "sft_run_ended"]
+
+
+def test_each_plugin_has_a_record_of_its_own(train: Train, metrics: Metrics, tmp_path: Path) -> None:
+    """What one does with it reaches neither the others nor the journal."""
+    seen: list[dict[str, Any]] = []
+
+    def spoiling(called: str) -> type[sft.Plugin]:
+        def spoil(self: Any, record: dict[str, Any]) -> None:
+            seen.append(dict(record))
+            record["loss"] = record["eval_loss"] = "spoilt"
+            del record["step"]
+
+        hooks = {"sft_step_ended": sft.hookimpl(spoil), "sft_evaluated": sft.hookimpl(spoil)}
+        return type("Spoiling", (sft.Plugin,), {"name": called, "api_version": 1, **hooks})
+
+    train("out", (spoiling("first"), spoiling("second")), max_steps=1)
+    assert seen[::2] == seen[1::2]
+    written = metrics(tmp_path / "out")
+    assert [record["step"] for record in seen[::2]] == [record["step"] for record in written]
+    assert "spoilt" not in str([seen, written])

@@ -75,12 +75,23 @@ def test_the_cause_begins_in_the_plugins_own_function() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [sft.UsageError("do this"), sft.SftError("that"), sft.PluginError("of another"), KeyboardInterrupt(), SystemExit()],
+    [sft.UsageError("do this"), sft.SftError("that"), sft.PluginError("of another"), KeyboardInterrupt()],
 )
 def test_what_passes_unchanged(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught:
         call(active(extra=(toy(sft_check=raising(error)),)), "sft_check")
     assert caught.value is error
+
+
+def test_an_exit_is_an_error_of_the_plugin() -> None:
+    """It would end the run without a word, and with 0 as success does."""
+    for hook in HOOKS:
+        if hook != "sft_launch":
+            with pytest.raises(sft.PluginError) as caught:
+                call(active(extra=(toy(**{hook: raising(SystemExit(0))}),)), hook)
+            assert str(caught.value).startswith(f"{WHO} failed in {hook} (SystemExit: 0); tell its author")
+    with pytest.raises(SystemExit):  # told to end from outside, it passes that on
+        call(active(extra=(toy(sft_launch=raising(SystemExit(143))),)), "sft_launch")
 
 
 def test_a_plugin_that_cannot_be_made() -> None:

@@ -157,13 +157,13 @@ def finish(run: Run, record: dict[str, Any], summary: Summary) -> None:
     when all have been; that the run has finished stands."""
     write_report(run, {**record, "status": "finished", "result": summary.as_dict()})
     run.finished = True
-    first = None
+    first: BaseException | None = None
     for name in run.plugins.implementing("sft_run_ended"):
         try:
             run.plugins.ask(name, "sft_run_ended", run=run, summary=summary)
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C too ends one plugin's part alone
             if first is not None:
-                run.say(f"note: {sentence(error)}")
+                run.say(f"note: {_sentence_of(run, name, 'sft_run_ended', error)}")
             first = first or error
     if first is not None:
         raise first
@@ -172,12 +172,24 @@ def finish(run: Run, record: dict[str, Any], summary: Summary) -> None:
 def fail(run: Run, error: BaseException) -> None:
     """The run ends with ``error`` (unless it had finished): ``run.json`` says so, then all plugins are told. What goes
     wrong in that is said, and does not take the place of ``error``."""
-    if run.finished:
+    if run.finished or _has_finished_elsewhere(run):
         return
     close_report(run, error)
     for name in run.plugins.implementing("sft_run_failed"):
         try:
             run.plugins.ask(name, "sft_run_failed", run=run, error=error)
-        except Exception as other:
+        except BaseException as other:
             with contextlib.suppress(Exception):
-                run.say(f"note: {sentence(other)}")
+                run.say(f"note: {_sentence_of(run, name, 'sft_run_failed', other)}")
+
+
+def _sentence_of(run: Run, name: str, hook: str, error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return f"{run.plugins.who(name)} was interrupted in {hook}."
+    return sentence(error)
+
+
+def _has_finished_elsewhere(run: Run) -> bool:
+    """Whether the processes that this one has started have finished the run, whatever went wrong in them then."""
+    found = {} if run.executes else read_report(run.output_dir)
+    return found != run.earlier_report and found.get("status") == "finished"

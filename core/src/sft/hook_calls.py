@@ -5,6 +5,7 @@ What a hook may return is the return annotation of its specification, for the ho
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -20,10 +21,12 @@ import pluggy
 
 from sft.errors import PluginError, SftError
 
-RAISES: dict[str, tuple[type[Exception], ...]] = {"sft_record_format": (ValueError,)}
+RAISES: dict[str, tuple[type[BaseException], ...]] = {"sft_record_format": (ValueError,), "sft_launch": (SystemExit,)}
 """Exceptions that a hook is documented to raise, beside those of sft."""
 ANSWERS = ("sft_export_adapter", "sft_import_adapter", "sft_adapter_merger")
 """Hooks whose None means nothing: there is no other way of doing what they are asked for."""
+COPIED = {"sft_step_ended": "record", "sft_evaluated": "record"}
+"""Arguments of which each plugin gets a copy of its own: what one does with it is no business of the others."""
 
 _CURE = "tell its author, or leave the plugin out"
 
@@ -34,19 +37,21 @@ def guard(manager: pluggy.PluginManager, plugin: Any, who: str) -> None:
         for implementation in caller.get_hookimpls():
             if implementation.plugin is plugin:
                 wraps = implementation.wrapper or implementation.hookwrapper
-                function = (_guarded_wrapper if wraps else _guarded)(implementation.function, caller, who)
+                arguments = list(implementation.argnames)
+                own = arguments.index(COPIED[caller.name]) if COPIED.get(caller.name) in arguments else -1
+                function = (_guarded_wrapper if wraps else _guarded)(implementation.function, caller, who, own)
                 implementation.function = function  # type: ignore[misc]
 
 
-def _guarded(function: Callable[..., Any], caller: pluggy.HookCaller, who: str) -> Callable[..., Any]:
+def _guarded(function: Callable[..., Any], caller: pluggy.HookCaller, who: str, own: int) -> Callable[..., Any]:
     hook, passed, answers = caller.name, _passed(caller.name), caller.name in ANSWERS
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
-            result = function(*args, **kwargs)
+            result = function(*_own(args, own), **kwargs)
         except passed:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an exit would end the run without a word
             raise failed(error, hook, who) from from_plugin(error)
         if (result is not None or answers) and caller.spec is not None:
             wrong = mismatch(result, _expected(caller.spec.function))
@@ -59,26 +64,31 @@ def _guarded(function: Callable[..., Any], caller: pluggy.HookCaller, who: str) 
     return guarded
 
 
-def _guarded_wrapper(function: Callable[..., Any], caller: pluggy.HookCaller, who: str) -> Callable[..., Any]:
+def _guarded_wrapper(function: Callable[..., Any], caller: pluggy.HookCaller, who: str, own: int) -> Callable[..., Any]:
     """Of one that yields where the others' calls are: what these raise goes through it unchanged."""
 
     def guarded(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         try:
-            return (yield from function(*args, **kwargs))
+            return (yield from function(*_own(args, own), **kwargs))
         except _passed(caller.name):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise failed(error, caller.name, who) from from_plugin(error)
 
     return guarded
 
 
-def _passed(hook: str) -> tuple[type[Exception], ...]:
+def _own(args: tuple[Any, ...], index: int) -> tuple[Any, ...]:
+    """``args`` with a copy of the one that is the plugin's own (-1: none is)."""
+    return args if index < 0 else (*args[:index], copy.deepcopy(args[index]), *args[index + 1 :])
+
+
+def _passed(hook: str) -> tuple[type[BaseException], ...]:
     """What a plugin raises for the user, and not because it is broken."""
     return (SftError, *RAISES.get(hook, ()))
 
 
-def failed(error: Exception, hook: str, who: str) -> PluginError:
+def failed(error: BaseException, hook: str, who: str) -> PluginError:
     """What is said of ``error``, which the plugin that is called ``who`` raised in ``hook``."""
     text = " ".join(str(error).split())
     cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -87,7 +97,7 @@ def failed(error: Exception, hook: str, who: str) -> PluginError:
     return PluginError(f"{who} failed in {hook} ({cause}); {cure}.")
 
 
-def from_plugin(error: Exception) -> Exception:
+def from_plugin(error: BaseException) -> BaseException:
     """``error`` with the traceback from the plugin's function on."""
     trace = error.__traceback__
     return error.with_traceback(trace.tb_next if trace is not None else None)

@@ -56,7 +56,10 @@ def sft_check(run: Run) -> None:
 @single
 def sft_launch(run: Run) -> Summary | None:
     """Do the run elsewhere, as in processes that are started for it with the settings ``run.given``, and return what
-    came of it. Without one, or None: it is done here."""
+    came of it. Without one, or None: it is done here.
+
+    The process that starts others calls no hook after this one but :func:`sft_run_failed`. A signal that ends it may be
+    raised as :class:`SystemExit`."""
 
 
 # --- data ---------------------------------------------------------------------------------------------------
@@ -186,7 +189,9 @@ def sft_run_ended(run: Run, summary: Summary) -> None:
     says so.
 
     All plugins are told, also where one of them raises an error; the first error is raised afterwards, and the run has
-    finished all the same: :func:`sft_run_failed` is not called after this."""
+    finished all the same: :func:`sft_run_failed` is not called after this.
+
+    Called in the processes that do the run, not in one that starts them (:func:`sft_launch`)."""
 
 
 @hookspec
@@ -196,7 +201,8 @@ def sft_run_failed(run: Run, error: BaseException) -> None:
 
     Called for everything that goes wrong from when :func:`sft_check` has passed until :func:`sft_run_ended`. All
     plugins are told. What ended the run cannot be changed here: an error that is raised here is said, and no more.
-    What the run had not made by then is no attribute of ``run``.
+    What the run had not made by then is no attribute of ``run``. The process that starts others for the run
+    (:func:`sft_launch`) hears of it too, unless the run has finished there: what goes wrong after that is no failure.
     """
 
 

@@ -215,7 +215,7 @@ class Plugins:
             return plugin(options)
         except SftError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise failed(error, "its __init__", self.who(name)) from from_plugin(error)
 
     @property

@@ -225,3 +225,37 @@ def test_an_export_may_transpose(train: Train, tmp_path: Path) -> None:
     assert found.keys() == trained.keys()
     for name, tensor in trained.items():
         np.testing.assert_array_equal(found[name], tensor)
+
+
+TWICE: list[Any] = []
+TWICE.append(TWICE)
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "message"),
+    [
+        ({"target_modules": {"q_proj"}}, None, "cannot be written as JSON: 'target_modules' is a set (Object of type"),
+        ({"r": np.int64(3)}, None, "cannot be written as JSON: 'r' is an int64 (Object of type int64 is not"),
+        ({"deep": [{"x": np.float32(3)}]}, None, "cannot be written as JSON: 'deep' is a list (Object of type float32"),
+        ({"round": TWICE}, None, "cannot be written as JSON: 'round' is a list (Circular reference detected)"),
+        ({"text": "half \ud83d"}, None, "cannot be written as JSON: 'text' is a str ("),
+        (
+            {"peft_type": None},
+            None,
+            "a config whose 'peft_type' is None where the kind of adapter, a text, is expected",
+        ),
+        ({}, object, "a tensor that safetensors cannot hold: 'model.layers.0.self_attn.q_proj' is of object"),
+        ({}, np.longdouble, "a tensor that safetensors cannot hold: 'model.layers.0.self_attn.q_proj' is of float"),
+    ],
+)
+def test_an_export_that_cannot_be_written_is_found_before_the_first_step(
+    train: Train, tmp_path: Path, config: dict[str, Any], dtype: Any, message: str
+) -> None:
+    def export(model: Any) -> sft.AdapterFiles:
+        return files({name: tensor.astype(dtype or tensor.dtype) for name, tensor in weights(model).items()}, **config)
+
+    with pytest.raises(sft.PluginError) as caught:
+        train("out", (adapter(export),), do_eval=False)
+    assert str(caught.value).startswith("Plugin toy (given directly as Toy) answers sft_export_adapter with a ")
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()

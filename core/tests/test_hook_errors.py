@@ -307,6 +307,10 @@ def test_a_wrong_answer_ends_a_run_before_it_trains(train: Train) -> None:
         train("out", (toy(sft_collator=lambda self: []),))
 
 
+ROUND: list[Any] = []
+ROUND.append({"again": ROUND})
+
+
 @pytest.mark.parametrize(
     ("value", "what"),
     [
@@ -318,6 +322,10 @@ def test_a_wrong_answer_ends_a_run_before_it_trains(train: Train) -> None:
         ([np.zeros(2)], "an array in a list"),
         ({"deep": np.zeros(2)}, "an array in a dict"),
         (Path("x"), "a PosixPath"),
+        (ROUND, "a list that holds itself"),
+        (["half \ud83d of a pair"], "text that is not Unicode ('half \\ud83d of a pair')"),
+        ({"\ud83d": 1}, "the key '\\ud83d'"),
+        (np.zeros(2, np.longdouble), f"an array of {np.dtype(np.longdouble)}"),
     ],
 )
 def test_state_that_cannot_be_kept_is_found_before_the_first_step(

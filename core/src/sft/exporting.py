@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import paddle
 
-from sft.errors import UsageError
+from sft.errors import PluginError, UsageError
+from sft.files import can_write
+from sft.hook_calls import a_or_an
 from sft.models.layers import trainable
 
 if TYPE_CHECKING:
@@ -19,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def check_export(run: Run) -> None:
-    """Refuse an adapter of which a trained parameter has no part in what ``sft_export_adapter`` gives.
+    """Refuse an adapter that could not be written, or of which a trained parameter has no part in what
+    ``sft_export_adapter`` gives.
 
-    That is found out by changing parameters and looking at what changes in the files, whatever the export makes of
+    The latter is found out by changing parameters and looking at what changes in the files, whatever it makes of
     them; afterwards they are bit by bit what they were. All processes take part, and the main one looks.
     """
     if not run.exports_adapter:
@@ -29,13 +32,36 @@ def check_export(run: Run) -> None:
     with run.strategy.assembled(run.model):
         if not run.strategy.is_main:
             return
-        missing = left_out(trainable(run.model), lambda: run.hook.sft_export_adapter(run=run, model=run.model))
+        wrong = not_written(run.hook.sft_export_adapter(run=run, model=run.model))
+        missing = []
+        if wrong is None:
+            missing = left_out(trainable(run.model), lambda: run.hook.sft_export_adapter(run=run, model=run.model))
+    if wrong is not None:
+        who = run.plugins.who(str(run.plugins.provider("sft_export_adapter")))
+        raise PluginError(f"{who} answers sft_export_adapter with {wrong}; correct it there, or leave the plugin out.")
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3:,} more" if len(missing) > 3 else "")
         raise UsageError(
             f"Plugin {run.plugins.provider('sft_export_adapter')} leaves {shown} out of the adapter that it writes, so "
             "what they learn would be lost; upgrade the plugin that trains them, or leave it out."
         )
+
+
+def not_written(files: AdapterFiles) -> str | None:
+    """What of ``files`` no adapter's folder could hold, or without which nobody could read it; None if all is well."""
+    for key, value in files.config.items():
+        try:
+            json.dumps({key: value}, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            cause = " ".join(str(error).split())
+            return f"a config that cannot be written as JSON: {key!r} is {a_or_an(type(value).__name__)} ({cause})"
+    kind = files.config.get("peft_type")
+    if not isinstance(kind, str) or not kind:
+        return f"a config whose 'peft_type' is {kind!r} where the kind of adapter, a text, is expected"
+    for name, tensor in files.tensors.items():
+        if not can_write(tensor.dtype):
+            return f"a tensor that safetensors cannot hold: {name!r} is of {tensor.dtype}"
+    return None
 
 
 @paddle.no_grad()

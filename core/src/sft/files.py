@@ -60,6 +60,19 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappin
         _sort_metadata(path)
 
 
+def can_write(dtype: Any) -> bool:
+    """Whether :func:`save_tensors` can write arrays of a numpy ``dtype``, tried with an empty one."""
+    import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
+    import numpy as np
+    from safetensors.numpy import save
+
+    try:
+        save({"x": np.empty(0, dtype)})
+    except Exception:
+        return False
+    return True
+
+
 def _sort_metadata(path: Path) -> None:
     """The library writes metadata in an order that differs from process to process; equal content is equal bytes."""
     with path.open("r+b") as stream:

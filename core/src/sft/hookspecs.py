@@ -214,7 +214,8 @@ def sft_export_adapter(run: Run, model: Any) -> AdapterFiles:
     """The trained adapter in the PEFT layout, loadable over the original base. Without one: the whole model is
     written.
 
-    Every trainable parameter must have a part in it. Before the first step it is called some times, with changed
+    The config holds JSON values, ``peft_type`` among them, and the tensors are of dtypes that safetensors knows. Every
+    trainable parameter must have a part in it. Before the first step it is called some times, with changed
     values, to see that; so it may change nothing."""
 
 

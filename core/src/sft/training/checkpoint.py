@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft.errors import PluginError, UsageError
-from sft.files import remove_folder, save_tensors, staged_folder, staging_of, write_json
+from sft.files import can_write, remove_folder, save_tensors, staged_folder, staging_of, write_json
 from sft.hook_calls import a_or_an
 from sft.models.parts import is_elsewhere, whole_shape
 from sft.training.pieces import SavedState, save_pieces
@@ -213,7 +213,7 @@ def _plugin_state(run: Run) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     arrays: dict[str, np.ndarray] = {}
     for name in run.plugins.names:
         for key, value in (run.plugins.ask(name, "sft_state", run=run) or {}).items():
-            wrong = _not_kept(value)
+            wrong = _not_kept({key: None}) or _not_kept(value)
             if wrong is not None:
                 raise PluginError(
                     f"{run.plugins.who(name)} answers sft_state with {wrong} under {key!r}, which a checkpoint cannot "
@@ -226,16 +226,33 @@ def _plugin_state(run: Run) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return plain, arrays
 
 
-def _not_kept(value: Any) -> str | None:
-    """The kind of what in ``value`` would not come back from JSON, or from a file of tensors, as it was."""
+def _not_kept(value: Any, above: tuple[int, ...] = ()) -> str | None:
+    """The kind of what in ``value`` would not come back from JSON, or from a file of tensors, as it was; ``above`` are
+    the ids of what it lies in."""
     if isinstance(value, np.ndarray):
         numbers = value.dtype.kind in "biuf" or (value.dtype.kind == "V" and value.dtype.names is None)  # bfloat16
-        return None if numbers else f"an array of {value.dtype}"
-    if value is None or isinstance(value, (str, int, float)):
+        return None if numbers and can_write(value.dtype) else f"an array of {value.dtype}"
+    if isinstance(value, str):
+        return None if _is_text(value) else f"text that is not Unicode ({value!r})"
+    if value is None or isinstance(value, (int, float)):
         return None
     if not isinstance(value, (dict, list)):
         return a_or_an(type(value).__name__)
-    keys = [f"the key {key!r}" for key in value if not isinstance(key, str)] if isinstance(value, dict) else []
+    if id(value) in above:
+        return f"a {type(value).__name__} that holds itself"
+    keys = [key for key in value if not (isinstance(key, str) and _is_text(key))] if isinstance(value, dict) else []
     inside = list(value.values()) if isinstance(value, dict) else value
     arrays = [f"an array in a {type(value).__name__}" for item in inside if isinstance(item, np.ndarray)]
-    return next(filter(None, [*keys, *arrays, *map(_not_kept, inside)]), None)
+    deeper = (_not_kept(item, (*above, id(value))) for item in inside)
+    return next(filter(None, [*(f"the key {key!r}" for key in keys), *arrays]), None) or next(
+        filter(None, deeper), None
+    )
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written: half of a surrogate pair cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

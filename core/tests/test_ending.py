@@ -173,6 +173,7 @@ class Stop(sft.Plugin):
 
     @sft.hookimpl
     def {hook}(self):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a background job are deaf to it
         os.kill(os.getpid(), signal.SIGINT)
 """
 

@@ -152,3 +152,23 @@ def test_training_of_any_tensor_changes_the_fingerprint(paddle: Any, models: Pat
         save_tensors(base / "model.safetensors", {**tensors, name: tensor * np.float32(1.001)})
         found.add(fingerprint_of(base))
     assert len(found) == 1 + len(tensors)
+
+
+@pytest.mark.parametrize("column", [0, 50, 150, 309], ids="column {}".format)
+@pytest.mark.parametrize("row", [0, 20, 100, 193], ids="row {}".format)
+def test_a_change_of_a_part_of_a_matrix_changes_the_fingerprint(
+    paddle: Any, models: Path, tmp_path: Path, row: int, column: int
+) -> None:
+    """7 x 11 values of a matrix [200, 320] are doubled."""
+    from sft.files import save_tensors
+
+    base = tmp_path / "base"
+    shutil.copytree(models / "llama-tied-gqa", base)
+    name, tensors = "model.layers.1.mlp.down_proj.weight", load_file(base / "model.safetensors")
+    weight = np.random.default_rng(0).normal(size=(200, 320)).astype(np.float32)
+    found = set()
+    for factor in (1, 2):
+        weight[row : row + 7, column : column + 11] *= factor
+        save_tensors(base / "model.safetensors", {**tensors, name: weight})
+        found.add(fingerprint_of(base))
+    assert len(found) == 2

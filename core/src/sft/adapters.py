@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import runtime
-from sft.activation import choose, choose_reader
+from sft.activation import choose, choose_reader, requests
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.models.loading import find_usable_model
@@ -119,13 +119,17 @@ def refuse_idle(plugins: Plugins, requested: Sequence[str], hooks: Sequence[str]
 def about_base(run: Run) -> dict[str, str]:
     """What an adapter file says, as metadata, about the base that it was trained over."""
     about = {FINGERPRINT: run.base_fingerprint}
-    given = {name: asdict(options) for name, options in run.settings.options.items()}
     if run.source.changed_by:
-        about[CONFIG] = json.dumps({name: given.get(name, {}) for name in run.source.changed_by})
+        about[CONFIG] = json.dumps({name: _options(run, name) for name in run.source.changed_by})
     name = run.plugins.provider("sft_quantizer")
     if name is not None:
-        about[QUANTIZER] = json.dumps({"plugin": [name], **given.get(name, {})})
+        about[QUANTIZER] = json.dumps({"plugin": [name], **_options(run, name)})
     return about
+
+
+def _options(run: Run, name: str) -> dict[str, Any]:
+    """The options of a plugin of ``run`` by name."""
+    return asdict(run.settings.options[name]) if name in run.settings.options else {}
 
 
 def base_plugins(folder: Path) -> dict[str, dict[str, Any]]:
@@ -207,7 +211,7 @@ def check_base(adapter: Path, source: ModelSource, say: Callable[[str], None]) -
     A run keeps its base's fingerprint in the adapter file. Adapters from elsewhere only name their base: where that is
     a model here, the weights are compared; where it is not, the last part of its name, which copies tend to keep.
     """
-    from sft.models.fingerprint import fingerprint
+    from sft.models.fingerprint import fingerprint, has_fingerprint
     from sft.models.loading import open_model
 
     named = read_config(adapter).get("base_model_name_or_path")
@@ -220,7 +224,7 @@ def check_base(adapter: Path, source: ModelSource, say: Callable[[str], None]) -
                 f"note: the adapter names {named} as its base, and this is {source.folder}; if the weights are not the "
                 "same, it means something else over these"
             )
-    if expected is not None and expected != fingerprint(source):
+    if expected is not None and not has_fingerprint(source, expected):
         say(
             f"note: the adapter was trained over other weights than those of {source.folder} (its base was {named}); "
             "over these it means something else"
@@ -229,11 +233,21 @@ def check_base(adapter: Path, source: ModelSource, say: Callable[[str], None]) -
 
 def check_continued(run: Run, adapter: Path) -> None:
     """Say so if ``adapter``, from which ``run`` goes on, was trained over another base than the run's: over other
-    weights (see :func:`check_base`), or one that other plugins had changed."""
+    weights (see :func:`check_base`), or one that other plugins, or plugins with other options, had changed."""
     check_base(adapter, run.source, run.say)
     quantizer = run.plugins.provider("sft_quantizer")
     here = {*run.source.changed_by, *([quantizer] if quantizer is not None else ())}
-    there = set(base_plugins(adapter))
+    trained = base_plugins(adapter)
+    there = set(trained)
+    asking = {what.partition(".")[0] for what in requests("value")}  # unset where the plugin is asked for by its name
+    for name in sorted(there & here):
+        for key, value in json.loads(json.dumps(_options(run, name))).items():
+            before = trained[name].get(key, value)  # an older version of the plugin may not have had it
+            if before != value and not (key in asking and None in (before, value)):
+                run.say(
+                    f"note: the adapter was trained over a base that plugin {name} changes with {key} {before!r}, and "
+                    f"this run has {value!r}; over this base it means something else"
+                )
     for name in sorted(there - here):
         run.say(
             f"note: the adapter was trained over a base that plugin {name} changes, and this run does without {name}"

@@ -192,7 +192,10 @@ def check_same_base(run: Run, source: Path) -> None:
     Where the whole model trains, its weights are all in the checkpoint, and the base that it began with has no part in
     what follows.
     """
-    if run.exports_adapter and trained_over(source) not in (None, run.base_fingerprint):
+    from sft.models.fingerprint import has_fingerprint
+
+    before = trained_over(source) if run.exports_adapter else None
+    if before is not None and not has_fingerprint(run.source, before):
         raise UsageError(
             f"{source} holds an adapter that was trained over other weights than those of {run.source.folder}; put the "
             "base back as it was, or start a new run."

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import sft
 from sft import adapters
+from sft.testing import needs
 
 Train = Callable[..., sft.Summary]
 OTHER = "note: the adapter was trained over other weights than those of"
@@ -59,6 +63,74 @@ def test_a_run_that_goes_on_from_an_adapter_compares_its_base(train: Train, othe
     assert notes(train, lora_path=str(tmp_path / "first")) == []
     (note,) = notes(train, lora_path=str(tmp_path / "first"), model_name_or_path=str(other))
     assert note.startswith(f"{OTHER} {other} (its base was ")
+
+
+@dataclass
+class StretchOptions:
+    stretch_factor: float = sft.option(2.0, "how much positions are stretched")
+
+
+class Stretch(sft.Plugin):
+    name = "stretch"
+    api_version = 1
+    Options = StretchOptions
+
+    @sft.hookimpl
+    def sft_model_config(self, run: sft.Run | None, config: Any) -> None:
+        config.rope_scaling_type, config.rope_scaling_factor = "linear", self.options.stretch_factor
+
+
+@pytest.mark.parametrize(
+    ("plugins", "more", "option", "before", "now"),
+    [
+        pytest.param((Stretch,), {}, "stretch_factor", 2.0, 4.0, id="config"),
+        pytest.param(
+            (), {"plugin": ["lora", "nf4"]}, "qlora_weight_blocksize", 64, 32, id="quantizer", marks=needs("nf4")
+        ),
+    ],
+)
+def test_a_run_that_goes_on_from_an_adapter_compares_what_changed_its_base(
+    train: Train, tmp_path: Path, plugins: tuple[type, ...], more: dict[str, Any], option: str, before: Any, now: Any
+) -> None:
+    train("first", plugins, max_steps=1, **more, **{option: before})
+    more = {**more, "plugins": plugins, "lora_path": str(tmp_path / "first")}
+    assert notes(train, **more, **{option: before}) == []
+    (note,) = notes(train, **more, **{option: now})
+    if not plugins:  # asked for in another way
+        assert notes(train, **{**more, "plugin": "lora", "weight_quantize_algo": "nf4"}, **{option: before}) == []
+    name = plugins[0].name if plugins else "nf4"
+    assert note == (
+        f"note: the adapter was trained over a base that plugin {name} changes with {option} {before}, and this run "
+        f"has {now}; over this base it means something else"
+    )
+
+
+def corners(folder: Path) -> str:
+    """The fingerprint that adapters of earlier versions hold."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
+        corner = tensor[:8, :8] if tensor.ndim == 2 else tensor[:8]
+        digest.update(name.encode() + b"\0" + np.ascontiguousarray(corner).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def test_an_adapter_with_a_fingerprint_of_the_older_form_is_known(
+    train: Train, base_model: Path, other: Path, tmp_path: Path
+) -> None:
+    """By readers, by a run that goes on from it, and by one that resumes."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    train("first", **settings)
+    for folder in (tmp_path / "first", tmp_path / "first" / "checkpoint-1"):
+        path = folder / "adapter_model.safetensors"
+        save_file(load_file(path), path, metadata={"format": "pt", adapters.FINGERPRINT: corners(base_model)})
+    adapter = str(tmp_path / "first")
+    assert notes(train, lora_path=adapter) == []
+    (note,) = notes(train, lora_path=adapter, model_name_or_path=str(other))
+    assert note.startswith(OTHER)
+    settings |= {"resume_from_checkpoint": str(tmp_path / "first" / "checkpoint-1"), "max_steps": 2}
+    train("again", **settings)
+    with pytest.raises(sft.UsageError, match="was trained over other weights than"):
+        train("another", model_name_or_path=str(other), **settings)
 
 
 def test_an_adapter_without_a_fingerprint_is_told_by_the_base_that_it_names(

@@ -152,19 +152,27 @@ class Weights:
 
     def read_part(self, name: str, where: tuple[slice, ...]) -> np.ndarray:
         """What is at ``where`` of a tensor as float32, in the file's layout; nothing else is read."""
-        import ml_dtypes
-        import numpy as np
-
         if name in self._pickled:
-            array = self._pickled[name]
-        else:
-            array = _safetensors(self._where[name]).get_slice(name)
-        part = np.asarray(array[where])
-        return (part.view(ml_dtypes.bfloat16) if part.dtype == np.uint16 else part).astype(np.float32, copy=False)
+            return _as_float32(self._pickled[name][where])
+        return _as_float32(_safetensors(self._where[name]).get_slice(name)[where])
 
     def read_corner(self, name: str, size: int) -> np.ndarray:
         """The first ``size`` values along each dimension of a tensor as float32, in the file's layout."""
         return self.read_part(name, tuple(slice(size) for _ in self.shape(name)))
+
+    def read_grid(self, name: str, places: int) -> np.ndarray:
+        """Of a matrix what is at ``places`` even places along each dimension, from the first to the last, and of any
+        other tensor all; as float32, in the file's layout. Few rows of the file are read."""
+        import numpy as np
+
+        shape = self.shape(name)
+        if not shape:
+            return self.read(name)
+        held = self._pickled[name] if name in self._pickled else self._open(self._where[name]).get_slice(name)
+        if len(shape) != 2:
+            return _as_float32(held[:])
+        rows, columns = (np.unique(np.linspace(0, size - 1, places).round().astype(int)) for size in shape)
+        return _as_float32(np.stack([np.asarray(held[row : row + 1])[0, columns] for row in map(int, rows)]))
 
     def _open(self, path: Path) -> Any:
         if path not in self._handles:
@@ -225,6 +233,15 @@ def _expand(folder: Path, name: str) -> list[Path]:
 def _is_plain(name: Any) -> bool:
     """Whether ``name`` is that of a file and no path."""
     return isinstance(name, str) and name.isprintable() and len(name.encode()) < 256 and not set(name) & set("/\\:")
+
+
+def _as_float32(array: Any) -> np.ndarray:
+    """An array of a weight file; uint16 stands for bfloat16 there."""
+    import ml_dtypes
+    import numpy as np
+
+    array = np.asarray(array)
+    return (array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array).astype(np.float32, copy=False)
 
 
 def _safetensors(path: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import sft
 from sft import progress as module
 from sft.progress import Printer, Progress
+from sft.training.progress import Display
 
 Train = Callable[..., sft.Summary]
 
@@ -73,7 +75,7 @@ def test_what_is_quick_says_nothing(clock: Callable[[float], None]) -> None:
 def test_the_way_may_be_measured_in_something_else(clock: Callable[[float], None]) -> None:
     """Records are counted, and how far it is is known in bytes."""
     said: list[str] = []
-    with Progress(said.append).task("reading", "records", 5000) as task:
+    with Progress(said.append).task("reading", "records", 5000, of_units=False) as task:
         clock(20)
         task.advance(3000, done=1000)
     assert said == ["reading: 3,000 records, 150 a second, 20 %, 0:01:20 left"]
@@ -143,6 +145,118 @@ def test_a_plugin_that_silences_a_run_silences_its_progress(train: Train, monkey
     assert said == []
 
 
+def seen_within(seconds: float, there: Callable[[], bool]) -> bool:
+    """Whether ``there`` comes true, in real time."""
+    ended = threading.Event()
+    for _ in range(int(seconds / 0.01)):
+        if there():
+            return True
+        ended.wait(0.01)
+    return there()
+
+
+def test_work_that_does_not_advance_says_lines_by_time(
+    clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_EVERY", 0.01)
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with Progress(Printer("stdout")) as progress, progress.task("measuring", "rows", 60):
+        clock(9)
+        assert not seen_within(0.1, lambda: bool(stream.getvalue()))
+        clock(2)
+        assert seen_within(5, lambda: stream.getvalue() == "measuring: 0 of 60 rows, 0:00:11 so far\n")
+        clock(10)
+        assert seen_within(5, lambda: stream.getvalue().endswith("\nmeasuring: 0 of 60 rows, 0:00:21 so far\n"))
+    clock(100)
+    assert not seen_within(0.1, lambda: stream.getvalue().count("\n") != 2)  # it has ended
+
+
+def test_what_an_error_has_left_open_says_nothing_more(
+    clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_EVERY", 0.01)
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with Progress(Printer("stdout")) as progress:
+        items = progress.over(range(60), "counting", "numbers")
+        next(items)
+    clock(100)
+    assert not seen_within(0.1, lambda: bool(stream.getvalue()))
+
+
+def test_a_callable_of_the_user_is_called_by_no_other_thread(
+    clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_EVERY", 0.01)
+    said: list[str] = []
+    with Progress(said.append).task("counting", "numbers", 40):
+        clock(100)
+        assert not seen_within(0.1, lambda: bool(said))
+
+
+def test_before_anything_is_done_a_total_of_something_else_is_not_said(
+    clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_EVERY", 0.01)
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with Progress(Printer("stdout")) as progress, progress.task("reading", "records", 5000, of_units=False):
+        clock(10)
+        assert seen_within(5, lambda: stream.getvalue() == "reading: 0 records, 0:00:10 so far\n")
+
+
+def test_answers_of_one_batch_show_their_tokens(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three prompts, up to 4 tokens each, answered together: so much is known before the first answer is whole."""
+    monkeypatch.setattr(module, "LINE_EVERY", 0.0)
+    said: list[str] = []
+    train(say=said.append, max_steps=1, num_samples=3, max_new_tokens=4, per_device_eval_batch_size=8, do_eval=False)
+    lines = [line for line in said if line.startswith("answering: ")]
+    assert lines[0].startswith("answering: 3 tokens for 3 prompts, ")
+    assert ", 25 %, " in lines[0]
+    assert ", 75 %, " in lines[2]
+
+
+def test_micro_batches_of_a_long_step_are_said(train: Train, clock: Callable[[float], None]) -> None:
+    """Each takes 25 s: after 60 s a line says how far the step is."""
+
+    class Slow(sft.Plugin):
+        name = "slow"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_micro_batch(self, run: sft.Run) -> None:
+            clock(25)
+
+    said: list[str] = []
+    train(
+        plugins=(Slow,),
+        say=said.append,
+        max_steps=1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=7,
+        do_eval=False,
+    )
+    assert [line for line in said if "micro-batch" in line] == [
+        "step 1/1: micro-batch 4 of 7, 0:01:15 so far",
+        "step 1/1: micro-batch 7 of 7, 0:02:30 so far",
+    ]
+
+
+def test_one_long_micro_batch_is_said(clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_EVERY", 0.01)
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with Progress(Printer("stdout")) as progress:
+        display = Display(10, 3, progress)
+        with display.within(4, 1):
+            display.sft_micro_batch()
+            clock(59)
+            assert not seen_within(0.1, lambda: bool(stream.getvalue()))
+            clock(2)
+            assert seen_within(5, lambda: stream.getvalue() == "step 4/10: micro-batch 1 of 1, 0:01:01 so far\n")
+
+
 # --- bars ---------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +276,34 @@ def test_a_terminal_gets_a_bar_that_goes_away(terminal: Callable[[], Terminal], 
     assert shown.index("a line of its own") < shown.rindex("\x1b[2K")  # the bar is wiped, the line is not
     assert "\x1b[?25h" in shown  # and the cursor is back
     assert sys.stdout is screen
+
+
+def test_a_bar_appears_though_nothing_advances(
+    terminal: Callable[[], Terminal], clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_EVERY", 0.01)
+    screen = terminal()
+    with Progress(Printer("stdout")) as progress, progress.task("measuring", "rows", 60):
+        clock(0.9)
+        assert not seen_within(0.1, lambda: bool(screen.getvalue()))
+        clock(0.2)
+        assert seen_within(5, lambda: "measuring" in screen.getvalue() and "0 of 60 rows" in screen.getvalue())
+    assert "\x1b[?25h" in screen.getvalue()
+    assert sys.stdout is screen
+
+
+def test_the_bar_of_steps_moves_with_micro_batches(
+    terminal: Callable[[], Terminal], clock: Callable[[float], None]
+) -> None:
+    screen = terminal()
+    with Progress(Printer("stdout")) as progress:
+        display = Display(10, 3, progress)
+        with display.within(4, 8):
+            for _ in range(5):
+                display.sft_micro_batch()
+                clock(1)
+        display.close()
+    assert "3/10, micro-batch 5/8" in screen.getvalue()
 
 
 @pytest.mark.parametrize("bars", ["no terminal", "disable_tqdm", "say of one's own", "dumb terminal"])

@@ -63,7 +63,7 @@ def read_data(run: Run, train_files: list[Path], dev_files: list[Path], model: P
 
     def encoded(files: list[Path], split: str) -> Encoded:
         formats = Formats(run.plugins)
-        with run.progress.task(f"reading {split} data", "records", size_of(files)) as task:
+        with run.progress.task(f"reading {split} data", "records", size_of(files), of_units=False) as task:
             found = tokens_of(conversations(files, formats, task))
         if not len(found):
             raise UsageError(NO_TARGET.format(split))

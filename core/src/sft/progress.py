@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -19,6 +20,15 @@ BAR_AFTER = 1.0
 """Seconds that work has taken before its bar appears in a terminal: what is quicker would only flicker."""
 LINE_EVERY = 10.0
 """Seconds between the lines of work that is shown in lines, the first one included."""
+LOOK_EVERY = 0.5
+"""Seconds between two looks at whether work that does not advance is due to be shown."""
+
+
+class Shown(Protocol):
+    """Work that is going on."""
+
+    def look(self) -> None:
+        """Show how far it is, if that is due."""
 
 
 class Printer:
@@ -38,13 +48,21 @@ class Printer:
 
 class Progress:
     """Where a run shows how far it is. ``say`` gets its lines; bars need a ``say`` that is a :class:`Printer`, whose
-    stream is a terminal, and ``bars``."""
+    stream is a terminal, and ``bars``.
+
+    Work shows itself when it advances. So that one long batch is not silent, a thread looks after it too, while there
+    is some and ``say`` is a Printer: a callable of the user's is called by the thread that works alone.
+    """
 
     def __init__(self, say: Callable[[str], None], bars: bool = True) -> None:
         self.say = say
         self._bars = bars
         self._live: Any = None
         self._shown = 0
+        self._open: list[Shown] = []
+        self._ended: threading.Event | None = None
+        self.lock = threading.RLock()
+        """Held by whoever shows something."""
 
     def over(self, items: Iterable[T], what: str, unit: str, total: int | None = None) -> Iterator[T]:
         """``items`` one by one, as a task of ``total`` of them (of ``len(items)`` where they have one)."""
@@ -62,14 +80,45 @@ class Progress:
         self.close()
 
     @contextmanager
-    def task(self, what: str, unit: str, total: float | None = None) -> Iterator[Task]:
+    def task(self, what: str, unit: str, total: float | None = None, of_units: bool = True) -> Iterator[Task]:
         """Work that calls :meth:`Task.advance`; ``what`` and ``unit`` say of what, as "reading train data", "records".
-        Ends, and leaves nothing on a terminal, with the block."""
-        task = Task(self, what, unit, total)
+        ``of_units`` is false where the total is of something else than units (bytes of files whose records are
+        counted). Ends, and leaves nothing on a terminal, with the block."""
+        task = Task(self, what, unit, total, of_units)
+        with self.looking_after(task):
+            try:
+                yield task
+            finally:
+                task.close()
+
+    @contextmanager
+    def looking_after(self, work: Shown) -> Iterator[None]:
+        """Within the block ``work`` is looked at from time to time, while nothing else is going on within it."""
+        with self.lock:
+            self._open.append(work)
+            if self._ended is None and isinstance(self.say, Printer):
+                self._ended = threading.Event()
+                threading.Thread(target=self._watch, args=(self._ended,), daemon=True).start()
         try:
-            yield task
+            yield
         finally:
-            task.close()
+            with self.lock:
+                if work in self._open:  # close() may have come first
+                    self._open.remove(work)
+                if not self._open:
+                    self._stop_watching()
+
+    def _watch(self, ended: threading.Event) -> None:
+        with suppress(OSError, ValueError):  # the stream is closed: the thread that works meets that too
+            while not ended.wait(LOOK_EVERY):
+                with self.lock:
+                    if not ended.is_set() and isinstance(self.say, Printer):
+                        self._open[-1].look()
+
+    def _stop_watching(self) -> None:
+        if self._ended is not None:
+            self._ended.set()
+            self._ended = None
 
     @property
     def has_bars(self) -> bool:
@@ -79,34 +128,45 @@ class Progress:
 
     def show(self, description: str, total: float | None) -> int:
         """Open a bar below those that are there; its number for :meth:`update` and :meth:`hide`."""
-        if self._live is None:
-            self._live = _bars(self.say)
-            self._live.start()
-        self._shown += 1
-        return int(self._live.add_task(description, total=total, text=""))
+        with self.lock:
+            if self._live is None:
+                self._live = _bars(self.say)
+                self._live.start()
+            self._shown += 1
+            return int(self._live.add_task(description, total=total, text=""))
 
     def update(self, bar: int, completed: float, text: str) -> None:
-        self._live.update(bar, completed=completed, text=text)
+        with self.lock:
+            if self._live is not None:
+                self._live.update(bar, completed=completed, text=text)
 
     def hide(self, bar: int) -> None:
         """Take a bar away. The last one that goes leaves the terminal as it was."""
-        if self._live is None:
-            return
-        self._live.remove_task(bar)
-        self._shown -= 1
-        if not self._shown:
-            self.close()
+        with self.lock:
+            if self._live is None:
+                return
+            self._live.remove_task(bar)
+            self._shown -= 1
+            if not self._shown:
+                self._stop_bars()
 
     def keep(self, bar: int) -> None:
         """Leave a bar as it is on the terminal, if it is the only one; those that come open below it."""
-        if self._live is not None and self._shown == 1:
-            self._live.live.transient = False
-            self.close()
-        else:
-            self.hide(bar)
+        with self.lock:
+            if self._live is not None and self._shown == 1:
+                self._live.live.transient = False
+                self._stop_bars()
+            else:
+                self.hide(bar)
 
     def close(self) -> None:
-        """No bars any more; an error may have left some."""
+        """No bars and no lines any more; an error may have left some work open."""
+        with self.lock:
+            self._open.clear()
+            self._stop_watching()
+            self._stop_bars()
+
+    def _stop_bars(self) -> None:
         if self._live is not None:
             self._live.stop()
             self._live, self._shown = None, 0
@@ -115,8 +175,8 @@ class Progress:
 class Task:
     """Work that is going on; made by :meth:`Progress.task`."""
 
-    def __init__(self, progress: Progress, what: str, unit: str, total: float | None) -> None:
-        self._progress, self._what, self._unit, self._total = progress, what, unit, total
+    def __init__(self, progress: Progress, what: str, unit: str, total: float | None, of_units: bool) -> None:
+        self._progress, self._what, self._unit, self._total, self._of_units = progress, what, unit, total, of_units
         self._began = time.monotonic()
         self._bars = progress.has_bars
         self._bar: int | None = None
@@ -125,9 +185,14 @@ class Task:
 
     def advance(self, count: int = 1, done: float | None = None) -> None:
         """``count`` more units have been done; ``done`` says where that is on the way to the total, where the total is
-        of something else than units (bytes of files whose records are counted)."""
-        self._count += count
-        self._done = self._count if done is None else done
+        of something else than units."""
+        with self._progress.lock:
+            self._count += count
+            self._done = self._count if done is None else done
+            self.look()
+
+    def look(self) -> None:
+        """Show how far it is, if that is due."""
         now = time.monotonic()
         if now < self._due:
             return
@@ -147,11 +212,15 @@ class Task:
             self._bar = None
 
     def _text(self, now: float) -> str:
+        of = f" of {self._total:,}" if self._total is not None and self._of_units else ""
+        if not self._count:
+            return f"{self._count:,}{of} {self._unit}"
         speed = self._count / (now - self._began)
-        of = f" of {self._total:,}" if self._total is not None and self._done == self._count else ""
         return f"{self._count:,}{of} {self._unit}, {speed:,.{0 if speed >= 10 else 1}f} a second"
 
     def _left(self, now: float) -> str:
+        if not self._count:
+            return f", {duration(now - self._began)} so far"
         if not self._total or not self._done:
             return ""
         share = min(1.0, self._done / self._total)
@@ -167,12 +236,13 @@ def duration(seconds: float) -> str:
 def _bars(say: Any) -> Any:
     """rich's display; what is printed while it is there appears above it."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[text]}", markup=False),
+        TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
         console=Console(file=say.file, highlight=False, soft_wrap=True),

@@ -298,6 +298,7 @@ def _execute(run: Run) -> Summary:
         checkpoint.check_plugin_state(run)
     start = run.step = state["step"] if state is not None else 0
     display = Display(schedule.total_steps, start, run.progress)
+    run.plugins.manager.register(display)
     try:
         steps, epochs = train(run, optimizer, schedule, journal, display, state)
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from sft.commands.shared import (
     setting_options,
 )
 from sft.errors import UsageError
-from sft.progress import Progress
+from sft.progress import Progress, Task
 from sft.seams import Turn
 
 if TYPE_CHECKING:
@@ -89,20 +90,21 @@ def command(
     )
 
     from sft.data.encoding import encode_prompt
-    from sft.models.generation import answers, check_room
+    from sft.models.generation import answers, check_room, unit
 
     encoded = [encode_prompt(turns, tokenizer) for turns, _ in questions]
     for ids in encoded:  # before the first answer
         check_room(ids, generation, loaded.config.max_position_embeddings)
     size = 1 if stream else batch_size or BATCH_SIZE
-    silent = stream or sys.stdout.isatty()  # the answers themselves show how far it is
     with (
-        Progress((lambda _: None) if silent else say) as progress,
-        progress.task("answering", "prompts", len(questions)) as task,
+        # A stream of answers itself shows how far it is.
+        Progress((lambda _: None) if stream else say) as progress,
+        progress.task("answering", unit(len(questions)), len(questions), of_units=False) as task,
     ):
         for start in range(0, len(questions), size):
             batch, show = encoded[start : start + size], _show if stream else None
-            found = answers(loaded, tokenizer, batch, generation, seed, show)
+            advanced = partial(_advance, task, start)
+            found = answers(loaded, tokenizer, batch, generation, seed, show, advanced)
             for text, (turns, reference) in zip(found, questions[start : start + size], strict=True):
                 if as_json:
                     line = {"prompt": turns[-1].content, "answer": text}
@@ -110,7 +112,10 @@ def command(
                     click.echo(json.dumps(line, ensure_ascii=False))
                 else:
                     click.echo("" if stream else text)
-            task.advance(len(found))
+
+
+def _advance(task: Task, before: int, tokens: int, answers: float) -> None:
+    task.advance(tokens, before + answers)
 
 
 def _show(piece: str) -> None:

@@ -41,8 +41,13 @@ def answers(
     generation: GenerationArguments,
     seed: int,
     show: Callable[[str], None] | None = None,
+    advanced: Callable[[int, float], None] | None = None,
 ) -> list[str]:
-    """The answers to prompts (ids), computed together as one batch; ``show`` is for a single prompt."""
+    """The answers to prompts (ids), computed together as one batch.
+
+    ``show`` is for a single prompt: it gets the answer piece by piece. ``advanced`` is called after each step with the
+    number of new tokens, and how many of the answers are done: of one that has not ended, its share of max_new_tokens.
+    """
     assert show is None or len(prompts) == 1
     for prompt in prompts:
         check_room(prompt, generation, model.config.max_position_embeddings)
@@ -54,14 +59,22 @@ def answers(
     found: list[list[int]] = [[] for _ in prompts]
     text = Text(tokenizer)
     with _evaluating(model):
-        for tokens in _decode(model, tokenizer, prompts, generation, seed):
+        steps = _decode(model, tokenizer, prompts, generation, seed)
+        for step, tokens in enumerate(steps, start=1):
             for row, token in tokens.items():
                 found[row].append(token)
             if show is not None and tokens and (piece := text.grown(found[0])):
                 show(piece)
+            if advanced is not None:
+                advanced(len(tokens), len(prompts) - len(tokens) * (1 - step / generation.max_new_tokens))
     if show is not None and (piece := text.grown(found[0], complete=True)):
         show(piece)
     return [text.of(tokens) for tokens in found]
+
+
+def unit(prompts: int) -> str:
+    """What is counted while so many prompts are answered, as in "40 tokens for 3 prompts"."""
+    return f"tokens for {prompts:,} prompt{'s' if prompts != 1 else ''}"
 
 
 class Text:

@@ -15,7 +15,7 @@ from sft import metrics
 from sft.data.batches import make_batch
 from sft.data.encoding import Question
 from sft.files import write_text
-from sft.models.generation import answers
+from sft.models.generation import answers, unit
 from sft.training.divergence import explained
 from sft.training.strategy import SingleProcess
 
@@ -100,11 +100,24 @@ def answer(run: Run, questions: Sequence[Question]) -> list[str]:
     """The model's answers, ``per_device_eval_batch_size`` at a time."""
     size = run.settings.training.per_device_eval_batch_size
     found: list[str] = []
-    with run.strategy.answering() as gone_on, run.progress.task("answering", "prompts", len(questions)) as task:
+
+    def advanced(tokens: int, answers: float) -> None:
+        task.advance(tokens, len(found) + answers)
+
+    with (
+        run.strategy.answering() as gone_on,
+        run.progress.task("answering", unit(len(questions)), len(questions), of_units=False) as task,
+    ):
         for start in range(0, len(questions), size):
             prompts = [question.ids for question in questions[start : start + size]]
             with run.precision.autocast():
-                found += answers(run.model, run.tokenizer, prompts, run.settings.generation, run.settings.training.seed)
+                found += answers(
+                    run.model,
+                    run.tokenizer,
+                    prompts,
+                    run.settings.generation,
+                    run.settings.training.seed,
+                    advanced=advanced,
+                )
             gone_on()
-            task.advance(len(prompts))
     return found

@@ -53,7 +53,8 @@ def train(
             ),
         )
         seed_step(settings.seed, step, strategy.draw_rank)
-        (loss_sum,) = strategy.sum([strategy.backward(model, batches, scale.value / max(1, targets))])
+        with display.within(step, len(batches)):
+            (loss_sum,) = strategy.sum([strategy.backward(model, batches, scale.value / max(1, targets))])
         grad_norm = strategy.grad_norm(optimizer.parameters) / scale.value
         rate, unscaled = learning_rate(step, total, settings), 1.0 / scale.value
         journal.due |= step % settings.logging_steps == 0 or step in (1, total)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sft.metrics import NAMES as ANSWER_SCORES
-from sft.progress import Progress, duration
+from sft.plugins import hookimpl
+from sft.progress import BAR_AFTER, Progress, duration
 
 LINE_EVERY = 60.0
 """Seconds after which a step is said though ``logging_steps`` does not ask for its line yet."""
@@ -24,13 +27,15 @@ def _short(value: float) -> str:
 
 
 class Display:
-    """Shows steps, logged lines and evaluations."""
+    """Shows steps, logged lines and evaluations. Registered beside the plugins, it hears of micro-batches too."""
 
     def __init__(self, total: int, done: int, progress: Progress) -> None:
         self._progress = progress
         self._total, self._first, self._done = total, done, done
         self._began = self._said = time.monotonic()
         self._bar = progress.show("step", total) if progress.has_bars else None
+        self._figures = ""
+        self._step, self._step_began, self._batch, self._batches = done, self._began, 0, 0
         if self._bar is not None:
             progress.update(self._bar, done, f"{done}/{total}")
 
@@ -43,8 +48,38 @@ class Display:
         """An optimizer step is done."""
         self._done = record["step"]
         figures = f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {tokens_per_second:,.0f} tokens/s"
+        self._figures = f"  {figures}"
         if self._bar is not None:
-            self._progress.update(self._bar, self._done, f"{self._done}/{self._total}  {figures}")
+            self._progress.update(self._bar, self._done, f"{self._done}/{self._total}{self._figures}")
+
+    @contextmanager
+    def within(self, step: int, batches: int) -> Iterator[None]:
+        """The block goes through the ``batches`` micro-batches of a step, which is shown where that takes long."""
+        with self._progress.lock:
+            self._step, self._step_began, self._batch, self._batches = step, time.monotonic(), 0, batches
+        with self._progress.looking_after(self):
+            yield
+
+    @hookimpl
+    def sft_micro_batch(self) -> None:
+        with self._progress.lock:
+            self._batch += 1
+            if self._batch > 1:  # a step that has only begun shows nothing by itself
+                self.look()
+
+    def look(self) -> None:
+        """Show how far the step is, if that is due."""
+        now = time.monotonic()
+        if self._bar is not None:
+            if now - self._step_began >= BAR_AFTER and 0 < self._batch <= self._batches and self._batches > 1:
+                done = self._done + (self._batch - 1) / self._batches
+                at = f"{self._done}/{self._total}, micro-batch {self._batch}/{self._batches}"
+                self._progress.update(self._bar, done, f"{at}{self._figures}")
+        elif now - max(self._said, self._step_began) >= LINE_EVERY:
+            self.say(
+                f"step {self._step}/{self._total}: micro-batch {max(1, self._batch)} of {self._batches}, "
+                f"{duration(now - self._step_began)} so far"
+            )
 
     def line(self, line: dict[str, Any]) -> None:
         """A logged step, in plain text (the bar shows the same figures at every step)."""

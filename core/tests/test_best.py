@@ -104,6 +104,42 @@ def test_a_best_model_that_cannot_be_had_is_forgotten(train: Callable[..., Any],
     assert (tmp_path / where / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=needs("lora"))], ids=["whole", "adapter"])
+@pytest.mark.parametrize(
+    ("save_steps", "where"),
+    [
+        (1, "the weights after its last step are in {}/checkpoint-4"),
+        (3, "there is no other checkpoint, so nothing is left of the run"),
+    ],
+)
+def test_a_best_checkpoint_that_is_damaged_at_the_end(
+    train: Callable[..., Any], tmp_path: Path, save_steps: int, where: str, adapter: bool
+) -> None:
+    """The error says where the last weights are."""
+    best, file = save_steps, "trainer/trainable.safetensors" if adapter else "model.safetensors"
+
+    class Hurt(sft.Plugin):
+        name = "hurt"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            if record["step"] == 4:
+                (run.output_dir / f"checkpoint-{best}" / file).write_bytes(b"x")
+
+    losses = [9.0, 9.0, 9.0, 9.0]
+    losses[best - 1] = 1.0
+    settings = {**STEPS, "save_steps": save_steps, "eval_steps": save_steps, "load_best_model_at_end": True}
+    more = {"plugin": ["lora"]} if adapter else {}
+    with pytest.raises(sft.SftError) as caught:
+        train("out", (judged(losses), Hurt), max_steps=4, **settings, **more)
+    message = str(caught.value)
+    assert message.startswith("The run cannot end with its best model (")
+    assert f"checkpoint-{best}/{file}" in message
+    assert message.endswith(f"; {where.format(tmp_path / 'out')}.")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
+
+
 def test_the_best_checkpoint_outlives_the_limit(train: Callable[..., Any], tmp_path: Path) -> None:
     losses = [1.0, 3.0, 2.0, 4.0]
     train("out", (judged(losses),), max_steps=4, load_best_model_at_end=True, save_total_limit=1, **STEPS)

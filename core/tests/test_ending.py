@@ -76,6 +76,31 @@ def test_an_error_in_sft_run_ended_comes_when_all_have_been_told(train: Train, t
     assert report(tmp_path / "out")["result"]["steps"] == 1
 
 
+def test_what_a_plugin_does_to_the_summary_is_its_own(train: Train, tmp_path: Path) -> None:
+    """Except that another process tells the user."""
+
+    def plugin(number: int) -> type[sft.Plugin]:
+        class Vain(sft.Plugin):
+            name = f"vain-{number}"
+            api_version = 1
+
+            @sft.hookimpl
+            def sft_run_ended(self, run: sft.Run, summary: sft.Summary) -> None:
+                seen.append(summary.as_dict())
+                summary.eval_loss_after = -1.0
+                summary.data["dev"]["records"] = -1
+                summary.speaks = number != 1
+
+        return Vain
+
+    seen: list[dict[str, Any]] = []
+    summary = train("out", (plugin(1), plugin(2)), max_steps=1)
+    result = json.loads((tmp_path / "out" / "run.json").read_text())["result"]
+    assert seen == [result, result]
+    assert summary.as_dict() == result
+    assert not summary.speaks
+
+
 @pytest.mark.parametrize("leaves", [KeyboardInterrupt(), SystemExit(0)], ids=["Ctrl-C", "exit"])
 def test_leaving_in_sft_run_failed_is_said_and_no_more(train: Train, tmp_path: Path, leaves: BaseException) -> None:
     heard: list[str] = []

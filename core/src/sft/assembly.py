@@ -17,7 +17,7 @@ from sft.data.encoding import NO_TARGET, Encoded, Question, encode
 from sft.data.formats import Conversation, Formats
 from sft.data.sources import read, size_of, unread
 from sft.data.stream import WINDOW, Stream
-from sft.ending import write_report
+from sft.ending import without_best, write_report
 from sft.errors import UsageError
 from sft.files import make_folder, remove_folder, remove_leftovers
 from sft.training.checkpoint import checkpoints, read_state, step_of
@@ -263,7 +263,10 @@ def load_best(run: Run) -> int | None:
         return None
     folder = run.output_dir / f"checkpoint-{run.best['step']}"
     run.strategy.wait()  # the main process may still be writing it
-    checkpoint.load_model(run, folder, read_state(folder))
+    try:
+        checkpoint.load_model(run, folder, read_state(folder))
+    except UsageError as error:
+        raise without_best(run, folder, error) from error
     key, _ = best.metric(run.settings)
     run.evaluation = run.best
     run.say(f"best model: {folder.name}, {key} {run.best[key]:.4f}")

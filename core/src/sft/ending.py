@@ -12,11 +12,12 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.checks import PUBLISHED, RESULT_KEYS
-from sft.errors import SftError
+from sft.errors import SftError, UsageError
 from sft.files import publish, read_report, write_json
 
 if TYPE_CHECKING:
@@ -56,6 +57,21 @@ def rescued(run: Run, optimizer: Optimizer, error: OSError) -> BaseException:
     if not alone or run.step == (step_of(last) if last else 0) or divergence.not_finite(optimizer.parameters):
         return error
     return SftError(f"The run cannot go on after step {run.step} ({_cause(error)}); {_rescue(run)}.")
+
+
+def without_best(run: Run, best: Path, error: UsageError) -> SftError:
+    """What to raise where the ``best`` checkpoint cannot be put back at the end: it says where other weights are."""
+    from sft.training.checkpoint import checkpoints, step_of
+
+    left = [folder for folder in checkpoints(run.output_dir) if folder != best]
+    if not left:
+        where = "there is no other checkpoint, so nothing is left of the run"
+    elif step_of(left[-1]) == run.step:
+        where = f"the weights after its last step are in {left[-1]}"
+    else:
+        where = f"the last weights that are left are those in {left[-1]}, and the run ended after step {run.step}"
+    cause = str(error).partition("; ")[0]
+    return SftError(f"The run cannot end with its best model ({cause.rstrip('.')}); {where}.")
 
 
 def _rescue(run: Run) -> str:
@@ -153,14 +169,17 @@ def sentence(error: BaseException) -> str:
 
 
 def finish(run: Run, record: dict[str, Any], summary: Summary) -> None:
-    """The run has finished: ``run.json`` says so, then all plugins are told. The first error of one of them is raised
-    when all have been; that the run has finished stands."""
+    """The run has finished: ``run.json`` says so, then all plugins are told, each with a copy of ``summary``, of which
+    ``speaks`` alone is taken back: a plugin may know that another process tells the user. The first error of one of
+    them is raised when all have been; that the run has finished stands."""
     write_report(run, {**record, "status": "finished", "result": summary.as_dict()})
     run.finished = True
     first: BaseException | None = None
     for name in run.plugins.implementing("sft_run_ended"):
+        told = deepcopy(summary)
         try:
-            run.plugins.ask(name, "sft_run_ended", run=run, summary=summary)
+            run.plugins.ask(name, "sft_run_ended", run=run, summary=told)
+            summary.speaks = summary.speaks and told.speaks
         except BaseException as error:  # Ctrl-C too ends one plugin's part alone
             if first is not None:
                 run.say(f"note: {_sentence_of(run, name, 'sft_run_ended', error)}")

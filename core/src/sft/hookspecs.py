@@ -186,7 +186,7 @@ def sft_checkpoint_saved(run: Run, folder: Path) -> None:
 @hookspec
 def sft_run_ended(run: Run, summary: Summary) -> None:
     """The result has been written to ``run.output_dir`` and measured (with ``do_train false``: the model was); run.json
-    says so.
+    says so. ``summary`` is a copy, of which ``speaks`` is taken back: False leaves telling the user to another process.
 
     All plugins are told, also where one of them raises an error; the first error is raised afterwards, and the run has
     finished all the same: :func:`sft_run_failed` is not called after this.

@@ -217,7 +217,7 @@ def check_base(adapter: Path, source: ModelSource, say: Callable[[str], None]) -
     named = read_config(adapter).get("base_model_name_or_path")
     expected = trained_over(adapter)
     if expected is None and isinstance(named, str) and named:
-        with contextlib.suppress(UsageError, OSError):  # it may be no model any more
+        with contextlib.suppress(Exception):  # it is a stranger's word: no path, no model any more, or a damaged one
             expected = fingerprint(open_model(Path(named).expanduser()))
         if expected is None and Path(named).name.lower() not in _names(source.folder):
             say(

@@ -169,6 +169,27 @@ def test_a_base_that_is_not_here_is_told_by_its_name(
     )
 
 
+def test_a_base_that_cannot_be_read_is_told_by_its_name(
+    paddle: None, base_model: Path, stranger: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whatever stands there: no user's folder, no path at all, a model of tensors that are none of a model's."""
+    scalars, eights = tmp_path / "scalars", tmp_path / "eights"
+    for folder in (scalars, eights):
+        folder.mkdir()
+        shutil.copyfile(base_model / "config.json", folder / "config.json")
+    save_file({"model.norm.weight": np.zeros((), np.float32)}, scalars / "model.safetensors")
+    header = json.dumps({"model.norm.weight": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    (eights / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    adapter = stranger("some/other-7b")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for named in ("~nosuchuser/x", "a\0b", "x" * 5000, str(scalars), str(eights)):
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": named}))
+        said: list[str] = []
+        adapters.load_for_inference(str(base_model), adapter, said.append)
+        (note,) = (line for line in said if line.startswith("note:"))
+        assert note.startswith(("note: the adapter names ", OTHER)), note
+
+
 def test_a_base_in_the_hubs_cache_has_the_repositorys_name(
     paddle: None, base_model: Path, stranger: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -3,8 +3,8 @@ sum the small terms vanish (a vocabulary of 256,000 equal logits under one peak:
 
 Here blocks of some 16 values are summed in float32, by a matrix product, and the blocks' sums in float64. Of terms of
 one sign the result is off by 1e-6 at most, whatever the terms (measured: 1e-7), in a third of the time that paddle's
-own sum takes. Where nothing from 8 to 32 divides the length (32,003; 255,989) the rows are copied first, and it takes three
-times as long as paddle's. A GPU adds in a tree, which is as good.
+own sum takes. Where nothing from 8 to 32 divides the length (32,003; 255,989) the rows are copied first, and it takes
+three times as long as paddle's. A GPU adds in a tree, which is as good.
 """
 
 from __future__ import annotations

@@ -43,7 +43,15 @@ def test_an_installed_one_and_a_module_too(distribute: Distribute) -> None:
         assert "does not say for which plugin API it is written" in refusal(name)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1"])
+@pytest.mark.parametrize("version", ["1", True, 1.0, (1,)])
+def test_one_that_is_no_number(version: Any) -> None:
+    assert refusal(extra=(toy(api_version=version),)) == (
+        f"{WHO} is not well formed: api_version is {version!r}, not a number; write api_version = 1, once it fits "
+        "docs/plugins.md."
+    )
+
+
+@pytest.mark.parametrize("version", [0, 2])
 def test_one_of_another_api_is_refused_also_as_a_class(version: Any) -> None:
     message = refusal(extra=(toy(api_version=version),))
     assert message.startswith(f"{WHO} is written for plugin API {version}, and this sft has 1; install versions of")
@@ -83,6 +91,50 @@ def test_an_instance_is_no_plugin_class() -> None:
     message = refusal(extra=(toy()(None),))
     assert message.startswith("plugins: expected plugin classes, got <")
     assert message.endswith("; give the class, not an instance.")
+
+
+def test_two_classes_of_one_name_are_not_one() -> None:
+    other = type("Other", (sft.Plugin,), {"name": "Toy", "api_version": 1})
+    assert refusal(extra=(toy(), other)) == (
+        "Plugin toy is given directly as Toy and as Other; leave one out, or rename it."
+    )
+    same = toy()
+    assert active(extra=(same, same)).names == ["toy"]
+
+
+@pytest.mark.parametrize("source", ["class Own(sft.Plugin):\n    name = 'toy'\n    api_version = 1\n", "1 / 0"])
+def test_a_class_that_takes_the_place_of_an_installed_plugin_is_told(
+    distribute: Distribute, train: Callable[..., sft.Summary], source: str
+) -> None:
+    distribute("sft-test-toy", f"import sft\n{source}", {"toy": "Own"})
+    told = "note: plugin toy is given directly as Toy, not that of sft-test-toy 1.0"
+    said: list[str] = []
+    train("out", (toy(),), plugin=["toy"], max_steps=1, do_eval=False, say=said.append)
+    assert said.count(told) == 1
+    train("other", (toy(),), max_steps=1, do_eval=False, say=said.append)  # nobody asks for the installed one
+    if source != "1 / 0":  # here it is the installed one
+        train("same", (import_plugin("toy"),), plugin=["toy"], max_steps=1, do_eval=False, say=said.append)
+    assert said.count(told) == 1
+
+
+# --- relations to others ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["requires", "conflicts", "supersedes"])
+@pytest.mark.parametrize("value", [3, None, "lora", ["b", 3], [None], {"lora": 1}])
+def test_relations_are_tuples_of_names(distribute: Distribute, key: str, value: Any) -> None:
+    wrong = f"is not well formed: {key} is {value!r}, not a tuple of names; upgrade it."
+    assert refusal(extra=(toy(**{key: value}),)) == f"{WHO} {wrong}"
+    source = f"import sft\nclass Own(sft.Plugin):\n    name = 'own'\n    api_version = 1\n    {key} = {value!r}\n"
+    distribute("sft-test-own", source, {"own": "Own"})
+    assert refusal("own") == f"Plugin own (sft-test-own 1.0) {wrong}"
+
+
+@pytest.mark.parametrize("order", ["x", None, True])
+def test_order_is_a_number(order: Any) -> None:
+    assert refusal(extra=(toy(order=order),)) == (
+        f"{WHO} is not well formed: order is {order!r}, not a number; upgrade it."
+    )
 
 
 # --- hooks without a mark -----------------------------------------------------------------------------------

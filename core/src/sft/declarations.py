@@ -17,9 +17,7 @@ API_VERSION = 1
 def check_form(plugin: Any, who: str, hooks: Iterable[str]) -> None:
     """Refuse a ``plugin`` that is not well formed; ``who`` names it, ``hooks`` are those that exist in its company."""
     _check_version(plugin, who)
-    for key in ("requires", "conflicts", "supersedes"):
-        if isinstance(getattr(plugin, key, ()), str):
-            raise UsageError(f"{who} is not well formed: {key} is not a tuple; upgrade it.")
+    check_relations(plugin, who)
     if getattr(plugin, "Options", None) is not None:
         try:
             options_of(plugin.Options)
@@ -29,12 +27,29 @@ def check_form(plugin: Any, who: str, hooks: Iterable[str]) -> None:
     _check_markers(plugin, who, list(hooks))
 
 
+def check_relations(plugin: Any, who: str) -> None:
+    """Refuse a ``plugin`` whose relations to others are of no use; it comes before they are looked at."""
+    for key in ("requires", "conflicts", "supersedes"):
+        names = getattr(plugin, key, ())
+        is_collection = isinstance(names, (tuple, list, set, frozenset))
+        if not is_collection or not all(isinstance(name, str) for name in names):
+            raise UsageError(f"{who} is not well formed: {key} is {names!r}, not a tuple of names; upgrade it.")
+    order = getattr(plugin, "order", 0)
+    if isinstance(order, bool) or not isinstance(order, (int, float)):
+        raise UsageError(f"{who} is not well formed: order is {order!r}, not a number; upgrade it.")
+
+
 def _check_version(plugin: Any, who: str) -> None:
     declared = _version_of(plugin)
     if declared is None:
         raise UsageError(
             f"{who} does not say for which plugin API it is written; add api_version = {API_VERSION} to it, once it "
             "fits docs/plugins.md."
+        )
+    if isinstance(declared, bool) or not isinstance(declared, int):
+        raise UsageError(
+            f"{who} is not well formed: api_version is {declared!r}, not a number; write api_version = {API_VERSION}, "
+            "once it fits docs/plugins.md."
         )
     if declared != API_VERSION:
         raise UsageError(

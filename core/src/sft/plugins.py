@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import pluggy
 
-from sft.declarations import check_form, in_order, meant
+from sft.declarations import check_form, check_relations, in_order, meant
 from sft.errors import SftError, UsageError
 from sft.hook_calls import failed, from_plugin, guard
 
@@ -146,6 +146,8 @@ class Plugins:
         self._origins = origins
         self.readers: list[str] = []
         """Those that read the adapter which is opened: its reader, and what that refines."""
+        self.replaced: list[str] = []
+        """Clauses on installed plugins that were asked for, and whose place a class given directly takes."""
         self.manager = pluggy.PluginManager("sft")
         self._callers: dict[tuple[str, str], pluggy.HookCaller] = {}
 
@@ -155,13 +157,18 @@ class Plugins:
         ``explicit`` names those that were asked for by name, not by a setting."""
         classes: dict[str, Any] = {}
         origins: dict[str, str] = {}
+        replaced: list[str] = []
         extra = list(extra)
         for plugin in extra:
-            given = _name_of(plugin)
-            classes[given] = plugin
-            origins[given] = f"given directly as {getattr(plugin, '__qualname__', plugin.__name__)}"
+            given, own = _name_of(plugin), getattr(plugin, "__qualname__", plugin.__name__)
+            if classes.setdefault(given, plugin) is not plugin:
+                raise UsageError(f"Plugin {given} is {origins[given]} and as {own}; leave one out, or rename it.")
+            origins[given] = f"given directly as {own}"
+            check_relations(plugin, f"Plugin {given} ({origins[given]})")
         available, strange = installed(), strange_requests()
         for name in names:
+            if name in classes and any(not _is_of(item, classes[name]) for item in available.get(name, ())):
+                replaced.append(f"plugin {name} is {origins[name]}, not that of {available[name][0].origin}")
             if name not in classes:
                 item = _find(name, available)
                 for fault in strange.get(item.distribution, ()):
@@ -171,6 +178,7 @@ class Plugins:
         superseded -= {*explicit, *(canonical(plugin.name) for plugin in extra)}
         classes = {name: plugin for name, plugin in classes.items() if name not in superseded}
         plugins = cls(classes, origins)
+        plugins.replaced = replaced
         plugins._check_declarations()
         plugins._classes = in_order(classes, canonical)
         plugins._check_single()
@@ -386,6 +394,14 @@ def _find(name: str, available: Mapping[str, list[Installed]]) -> Installed:
     return items[0]
 
 
+def _is_of(item: Installed, plugin: Any) -> bool:
+    """Whether ``plugin`` is the installed one itself."""
+    try:
+        return _import(item) is plugin
+    except UsageError:  # broken, which does not matter where it is not used
+        return False
+
+
 def _import(item: Installed) -> Any:
     try:
         plugin = item.entry.load()
@@ -401,4 +417,5 @@ def _import(item: Installed) -> Any:
             f"Plugin {item.name} of {item.origin} names itself {declared!r}; its entry point and its name differ: "
             f"pip install --upgrade {item.distribution}."
         )
+    check_relations(plugin, f"Plugin {item.name} ({item.origin})")
     return plugin

@@ -231,6 +231,8 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
     """Resolve plugins and settings and run every check that is instant; nothing heavy is imported."""
     settings, active, without_effect = resolve(values, extra)
     current = Run(settings, active, say, values)
+    for clause in active.replaced:
+        say(f"note: {clause}")
     given = settings.flat()
     for name in ("model_name_or_path", "dataset_name_or_path", "output_dir"):
         if not given[name]:

@@ -83,7 +83,9 @@ class SqliteTracker(sft.Plugin):
     @sft.hookimpl
     def sft_run_failed(self, run, error):
         if self.database is not None:  # else nothing has begun, and run.strategy may not be there yet
-            self.close(run, status="failed", error=f"{type(error).__name__}: {error}")
+            stopped = isinstance(error, (KeyboardInterrupt, SystemExit))  # as run.json has it
+            text = None if stopped else f"{type(error).__name__}: {error}"
+            self.close(run, status="interrupted" if stopped else "failed", error=text)
 
     # --- the database ---------------------------------------------------------------------------------------
 
@@ -126,13 +128,12 @@ class SqliteTracker(sft.Plugin):
         numbers = [
             (name, value) for name, value in record.items() if name != "step" and isinstance(value, (int, float))
         ]
-        with self.speaking(run):
+        with self.speaking(run), self.database:  # Ctrl-C between the two leaves no transaction open
             self.database.execute("BEGIN")
             self.database.executemany(
                 "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?)",
                 [(self.run_id, record["step"], name, value) for name, value in numbers],
             )
-            self.database.execute("COMMIT")
 
     def close(self, run, **columns):
         self.open(run)

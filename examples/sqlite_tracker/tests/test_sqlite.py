@@ -72,6 +72,23 @@ def test_a_resumed_run_goes_on_under_its_number(tracked, tmp_path):
     assert rows(path, losses, 1) == rows(path, losses, 2)
 
 
+class Interrupts(sft.Plugin):
+    name = "interrupts"
+    api_version = 1
+
+    @sft.hookimpl
+    def sft_step_ended(self, record):
+        if record["step"] == 2:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_is_no_failure(tracked, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        tracked(plugins=(Interrupts,), max_steps=3)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "interrupted"
+    assert rows(tmp_path / "runs.sqlite", "SELECT status, error FROM runs") == [("interrupted", None)]
+
+
 def test_going_back_to_the_best_checkpoint_keeps_what_was_logged(tracked, tmp_path):
     said = []
     tracked(

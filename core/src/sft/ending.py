@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sft.checks import PUBLISHED, RESULT_KEYS
 from sft.errors import SftError, UsageError
 from sft.files import publish, read_report, write_json
+from sft.training.shared import SharedError
 
 if TYPE_CHECKING:
     from sft.running import Run, Summary
@@ -52,11 +53,18 @@ def rescued(run: Run, optimizer: Optimizer, error: OSError) -> BaseException:
     from sft.training.checkpoint import step_of
     from sft.training.strategy import SingleProcess
 
-    alone = isinstance(run.strategy, SingleProcess)  # others do not know of the error, and would not take part
     last = divergence.last_checkpoint(run)
-    if not alone or run.step == (step_of(last) if last else 0) or divergence.not_finite(optimizer.parameters):
-        return error
-    return SftError(f"The run cannot go on after step {run.step} ({_cause(error)}); {_rescue(run)}.")
+    is_saved = run.step == (step_of(last) if last else 0)
+    fails = f"The run cannot go on after step {run.step} ({_cause(error)})"
+    if not isinstance(error, SharedError) and not isinstance(run.strategy, SingleProcess):
+        # The others do not know of the error, and would not take part.
+        left = f"{last} is what is left" if last else "what it has learned is lost, for there is no checkpoint"
+        return error if is_saved else SftError(f"{fails}; {left}.")
+    useless = (run.strategy.is_main and is_saved) or bool(divergence.not_finite(optimizer.parameters))
+    where = None if run.strategy.largest(float(useless)) else _rescue(run)
+    if not run.strategy.is_main:
+        run.strategy.wait()  # the main process knows what to say, and ends the others with it
+    return error if where is None else SftError(f"{fails}; {where}.")
 
 
 def without_best(run: Run, best: Path, error: UsageError) -> SftError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -219,5 +220,36 @@ def test_a_result_that_its_folder_cannot_take_is_whole_elsewhere(
     assert f"it is in {place} instead" in error
     assert f"it is in {place} instead" in caught.value.output
     found, whole = (load_file(folder / "model.safetensors") for folder in (place, trainings.one(**settings)))
+    assert found.keys() == whole.keys()
+    assert all(abs(found[name] - whole[name]).max() < 1e-4 for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("plan", "what"),
+    [
+        ("dp2", "journal"),
+        ("tp2", "main"),
+        ("stage1", "other"),
+        *(
+            pytest.param(p, w, marks=pytest.mark.slow)
+            for p, w in [("pp2", "journal"), ("stage3", "main"), ("dp2", "main")]
+        ),
+    ],
+)
+@pytest.mark.parametrize("plugin", [[], pytest.param(["lora"], marks=needs("lora"))])
+def test_a_disk_that_is_lost_in_training_does_not_cost_the_weights(
+    trainings: Trainings, tmp_path: Path, plan: str, what: str, plugin: list[str]
+) -> None:
+    """Whichever rank cannot write: all of them put the result together elsewhere, once."""
+    settings = {"do_eval": False, "evaluation_strategy": "no", "max_steps": 2, "logging_steps": 1, "plugin": plugin}
+    saving = {} if what == "journal" else {"save_strategy": "steps", "save_steps": 2}
+    values = trainings.settings(PLANS[plan], **settings, **saving)
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, "jobs:train_and_lose_the_disk", values, str(tmp_path), what, timeout=60)
+    (place,) = tmp_path.iterdir()
+    cause = {"journal": "No such file or directory", "main": "No space left on device", "other": "another process"}
+    assert re.search(rf"cannot go on after step 2 \({cause[what]}.*; it is in {place} instead", caught.value.output)
+    file = "adapter_model.safetensors" if plugin else "model.safetensors"
+    found, whole = (load_file(folder / file) for folder in (place, trainings.one(**settings)))
     assert found.keys() == whole.keys()
     assert all(abs(found[name] - whole[name]).max() < 1e-4 for name in whole)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from sft.files import can_write, remove_folder, save_tensors, staged_folder, sta
 from sft.hook_calls import a_or_an
 from sft.models.parts import is_elsewhere, whole_shape
 from sft.training.pieces import SavedState, save_pieces
+from sft.training.shared import shared
 
 if TYPE_CHECKING:
     from sft.running import Run
@@ -103,45 +103,55 @@ def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:
     check_finite(run, optimizer)
     strategy = run.strategy
     folder = run.output_dir / f"checkpoint-{state['step']}"
-    if strategy.is_main and folder.exists():  # left from a run that this one has rewound past
-        remove_folder(folder)
-    with _staged(folder, strategy) as staging:
-        trainer = staging / "trainer"
+    with contextlib.ExitStack() as staged:
         trainable = [(name, p) for name, p in strategy.parameters(run.model) if not p.stop_gradient]
         values = {name: p.numpy() for name, p in strategy.whole(trainable)} if run.exports_adapter else {}
         with strategy.assembled(run.model):
-            run.write_result(staging if strategy.is_main else None)
-            plugins, arrays = _plugin_state(run) if strategy.is_main else ({}, {})
-        if strategy.is_main:
-            trainer.mkdir()
-            if run.exports_adapter:
-                save_tensors(trainer / "trainable.safetensors", values)
-            save_tensors(trainer / "plugins.safetensors", arrays)
-            write_json(trainer / "state.json", {"format": FORMAT, **state, "plugins": plugins})
-        strategy.wait()
-        own = trainer / f"{strategy.own_file(OPTIMIZER)}.safetensors"
-        save_pieces(own, optimizer.state(), strategy.pieces(optimizer.parameters))
-        strategy.wait()
-    if not strategy.is_main:
-        return folder
+            shared(strategy, lambda: _write_whole(run, folder, staged, values, state))
+        own = staging_of(folder) / "trainer" / f"{strategy.own_file(OPTIMIZER)}.safetensors"
+        pieces = strategy.pieces(optimizer.parameters)
+        shared(strategy, lambda: save_pieces(own, optimizer.state(), pieces))
+        shared(strategy, staged.close)
+    shared(strategy, lambda: _drop_old(run))
+    if strategy.is_main:
+        run.hook.sft_checkpoint_saved(run=run, folder=folder)
+    return folder
+
+
+def _write_whole(
+    run: Run, folder: Path, staged: contextlib.ExitStack, values: dict[str, np.ndarray], state: dict[str, Any]
+) -> None:
+    """What the main process writes, into the staging folder of ``folder``, which gets its name as ``staged`` closes.
+    The others take part."""
+    if not run.strategy.is_main:
+        run.write_result(None)
+        return
+    try:
+        if folder.exists():  # left from a run that this one has rewound past
+            remove_folder(folder)
+        staging = staged.enter_context(staged_folder(folder))
+    except OSError:
+        run.write_result(None)  # the others wait in it
+        raise
+    run.write_result(staging)
+    plugins, arrays = _plugin_state(run)
+    trainer = staging / "trainer"
+    trainer.mkdir()
+    if run.exports_adapter:
+        save_tensors(trainer / "trainable.safetensors", values)
+    save_tensors(trainer / "plugins.safetensors", arrays)
+    write_json(trainer / "state.json", {"format": FORMAT, **state, "plugins": plugins})
+
+
+def _drop_old(run: Run) -> None:
+    """The oldest checkpoints beyond ``save_total_limit``."""
+    if not run.strategy.is_main:
+        return
     limit = run.settings.training.save_total_limit
     keeps = run.best["step"] if run.settings.training.load_best_model_at_end and run.best else None
     for old in checkpoints(run.output_dir)[:-limit] if limit else []:
         if step_of(old) != keeps:
             remove_folder(old)
-    run.hook.sft_checkpoint_saved(run=run, folder=folder)
-    return folder
-
-
-@contextlib.contextmanager
-def _staged(folder: Path, strategy: ParallelStrategy) -> Iterator[Path]:
-    """The folder to fill; the main process makes it and gives it its name."""
-    if strategy.is_main:
-        with staged_folder(folder) as staging:
-            yield staging
-    else:
-        yield staging_of(folder)
-    strategy.wait()
 
 
 def load(run: Run, optimizer: Optimizer, folder: Path, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ other processes (the strategy does), or write final results (``running.py`` does
 from __future__ import annotations
 
 import time
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from sft.training.journal import Journal
 from sft.training.optimizer import Optimizer, clip_factor, learning_rate
 from sft.training.precision import LossScale
 from sft.training.progress import Display
+from sft.training.shared import shared
 
 if TYPE_CHECKING:
     from sft.running import Run
@@ -76,7 +78,7 @@ def train(
             speed = tokens / (time.monotonic() - began)
             display.step(record, speed)
             if journal.due:
-                display.line(journal.step_line(step, epoch, rate))
+                display.line(shared(strategy, partial(journal.step_line, step, epoch, rate)))
             else:
                 display.between(record, speed)
             run.hook.sft_step_ended(run=run, record=dict(record))
@@ -89,12 +91,12 @@ def train(
             journal.skipped_steps += 1
             display.say(f"step {step}: float16 overflow, skipped; the loss scale is now {scale.value:g}")
             if step == total and journal.window.rows:  # no step comes that could take what is due along
-                display.line(journal.step_line(step, epoch, rate))
+                display.line(shared(strategy, partial(journal.step_line, step, epoch, rate)))
 
         saves = _due(settings.save_strategy, settings.save_steps, at, total)
         if run.dev_data is not None and _due(settings.evaluation_strategy, run.eval_steps, at, total):
             evaluation = evaluate(run, step, epoch)
-            journal.write(evaluation)
+            shared(strategy, partial(journal.write, evaluation))
             journal.pause(evaluation["eval_seconds"])
             display.evaluation(evaluation)
             if saves:

@@ -170,6 +170,35 @@ def train_on_full_disk(settings: dict[str, Any], temporary: str) -> None:
     sft.run(settings, say=lambda text: None)
 
 
+def train_and_lose_the_disk(settings: dict[str, Any], temporary: str, what: str) -> None:
+    """One rank of a run of two steps: after the first, its folder is gone (``what``: "journal"), or has no room for
+    what "main" writes of a checkpoint or what "other" does; there is some in the folder of ``temporary`` files."""
+    import shutil
+    import tempfile
+
+    import safetensors.numpy
+
+    own, tempfile.tempdir = safetensors.numpy.save_file, temporary
+
+    def save_file(tensors: Any, path: str, **more: Any) -> None:
+        if str(settings["output_dir"]) in str(path) and (what == "main" or "optimizer-00001" in str(path)):
+            raise OSError(28, "No space left on device", path)
+        own(tensors, path, **more)
+
+    class Lose(sft.Plugin):
+        name = "lose"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run) -> None:
+            if what != "journal":
+                safetensors.numpy.save_file = save_file
+            elif run.step == 1 and run.strategy.is_main:
+                shutil.rmtree(run.output_dir)
+
+    sft.run(settings, plugins=[Lose], say=lambda text: None)
+
+
 def held(settings: dict[str, Any]) -> dict[str, Any]:
     """One rank of a run: shapes of what it holds of the model, and the lengths of what goes into blocks' norms."""
     found: dict[str, Any] = {"process": os.getpid(), "shapes": {}, "lengths": []}

@@ -156,7 +156,8 @@ def test_trap_paddle_imported_first_computes_the_same_bits(base_model: Path, dat
     processes = [trained(first, tmp_path, base_model, dataset) for first in kinds]
     plain, imported, product = (json.loads(process.communicate(timeout=100)[0]) for process in processes)
     assert imported[0] == plain[0]
-    assert imported[1] == [plain[1][0].replace("FLAGS_use_stride_kernel=0, ", "")]
+    (line,) = imported[1]
+    assert line.partition("; paddle was imported before")[0] == plain[1][0].replace("FLAGS_use_stride_kernel=0, ", "")
     reports = [json.loads((tmp_path / (kind or "plain") / "run.json").read_text())["arithmetic"] for kind in kinds]
     assert reports[1] == reports[0]
     assert reports[0]["threads"] == runtime.physical_cores()
@@ -327,3 +328,18 @@ def test_a_gpu_that_is_not_there_is_refused(paddle: Any, monkeypatch: pytest.Mon
     for name in ("gpu", "gpu:1", "cpu"):
         runtime.use_device(name)
     assert chosen == ["gpu", "gpu:1", "cpu"]
+
+
+def test_one_thread_that_was_asked_for_in_python_is_said_to_be_taken_for_paddles_own() -> None:
+    """Imported paddle sets the same value where nobody has set any, so the two cannot be told apart."""
+    script = (
+        "import os\nos.environ['OMP_NUM_THREADS'] = '1'\nimport paddle\nfrom sft import runtime\n"
+        "runtime.physical_cores = lambda: 3\nprint(runtime.prepare())\nprint(runtime.arithmetic()['OMP_THREAD_LIMIT'])"
+    )
+    environ = {name: value for name, value in os.environ.items() if name not in runtime.VARIABLES}
+    environ["OMP_THREAD_LIMIT"] = "2"
+    done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
+    line, limit = done.stdout.splitlines()[-2:]
+    assert "OMP_NUM_THREADS=3" in line
+    assert line.endswith("for one thread set it before Python starts")
+    assert limit == "2"

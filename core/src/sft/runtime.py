@@ -1,4 +1,6 @@
 """What must be set before paddle computes: threads, BLAS dispatch, kernels. Variables that the user set win.
+All but one: where paddle was imported first, an ``OMP_NUM_THREADS`` of 1 that was set in Python cannot be told from
+paddle's own. It is taken for paddle's, which the line says; set before Python starts it wins.
 
 Measured on 2-core machines: paddle's bundled MKL runs with one thread unless OMP_NUM_THREADS says otherwise
 (40 → 75 GFLOP/s of float32 GEMM), takes a generic path on AMD processors unless MKL_DEBUG_CPU_TYPE=5 selects
@@ -71,6 +73,8 @@ _settled: dict[str, str] = {}
 """The variables that :func:`prepare` looked after, with the values that they got."""
 _own: set[str] = set()
 """Those of them that were not the user's."""
+_threads_taken = False
+"""Whether an OMP_NUM_THREADS of 1 was taken for paddle's own."""
 
 
 def prepare() -> str:
@@ -99,6 +103,11 @@ def prepare() -> str:
     parts = [f"{name}={value}" + ("" if name in _own else " (yours)") for name, value in _settled.items()]
     parts.append("denormals are zero" if flushes else "denormals are kept")
     line = f"runtime: {platform.machine()} {vendor}".rstrip() + ", " + ", ".join(parts)
+    if _threads_taken and _settled["OMP_NUM_THREADS"] != "1":
+        line += (
+            "; paddle was imported before and OMP_NUM_THREADS was 1, as paddle itself sets it: for one thread set it "
+            "before Python starts"
+        )
     if "MKL_DEBUG_CPU_TYPE" in _own and mkl_path() not in (None, int(_settled["MKL_DEBUG_CPU_TYPE"])):
         line += (
             "; but paddle has computed before, so matrix products stay on MKL's slow path: begin the program with "
@@ -110,9 +119,11 @@ def prepare() -> str:
 def _settle(vendor: str) -> None:
     """Decide about the variables, once; what the user set stays."""
     users = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    # Imported paddle has set this one itself where nobody had.
+    global _threads_taken
+    # Imported paddle has set this one itself where nobody had. The user may have, with the same value and no trace.
     if "paddle" in sys.modules and users.get("OMP_NUM_THREADS") == "1" and not _began_with("OMP_NUM_THREADS"):
         del users["OMP_NUM_THREADS"]
+        _threads_taken = True
     chosen = choose(users, physical_cores(), vendor)
     if (
         "paddle" in sys.modules
@@ -288,7 +299,7 @@ def arithmetic() -> dict[str, Any]:
     }
     if found["device"].startswith("gpu"):
         found["gpu"] = paddle.device.cuda.get_device_name()
-    variables = ("MKL_DYNAMIC", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", _TF32)
+    variables = ("OMP_THREAD_LIMIT", "MKL_DYNAMIC", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", _TF32)
     return {**found, **{name: os.environ[name] for name in variables if name in os.environ}}
 
 

@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 
 class DefaultAttention:
-    """paddle's ``scaled_dot_product_attention``; rows of several documents get a dense mask, of O(S²) memory.
-
-    In float32 on a CPU the weights are computed here: paddle's softmax adds them one after the other, which loses the
-    small ones beside a large one (5e-5 of the result at 8,192 keys), and takes longer.
-    """
+    """paddle's ``scaled_dot_product_attention``; rows of several documents get a dense mask, of O(S²) memory."""
 
     packed = True
     describes_padding = False
@@ -35,32 +31,10 @@ class DefaultAttention:
     def attend(self, query: Any, key: Any, value: Any, startend_row_indices: Any | None) -> Any:
         from paddle.nn.functional import scaled_dot_product_attention
 
-        if query.place.is_cpu_place() and str(query.dtype) == "paddle.float32":
-            return _exact(query, key, value, startend_row_indices)
         if startend_row_indices is None:
             return scaled_dot_product_attention(query, key, value, is_causal=True)
         # With both a mask and is_causal paddle ignores the mask, so causality goes into it.
         return scaled_dot_product_attention(query, key, value, attn_mask=dense_mask(startend_row_indices))
-
-
-def _exact(query: Any, key: Any, value: Any, startend_row_indices: Any | None) -> Any:
-    """float32 [B, S, H, D] and twice [B, S, H or a divisor of it, D] → [B, S, H, D]; see :class:`DefaultAttention`."""
-    import paddle
-
-    from sft.models.sums import row_sums
-
-    length, groups = query.shape[1], query.shape[2] // key.shape[2]
-    if groups > 1:
-        key, value = (tensor.repeat_interleave(groups, axis=2) for tensor in (key, value))
-    query, key, value = (tensor.transpose([0, 2, 1, 3]) for tensor in (query, key, value))
-    if startend_row_indices is None:
-        mask = paddle.triu(paddle.full([length, length], -1e30), 1)
-    else:
-        mask = dense_mask(startend_row_indices)
-    # In place, as one array of [B, H, S, S] is much already; no gradient needs what is overwritten.
-    scores = paddle.matmul(query * query.shape[-1] ** -0.5, key, transpose_y=True).add_(mask)
-    weights = scores.subtract_(scores.max(axis=-1, keepdim=True).detach()).exp_()
-    return (paddle.matmul(weights, value) / row_sums(weights)).transpose([0, 2, 1, 3])
 
 
 def dense_mask(startend_row_indices: Any) -> Any:

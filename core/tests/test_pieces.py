@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -142,6 +142,8 @@ def test_no_file_and_a_cut_off_file_are_named(tmp_path: Path, state: dict[str, n
 class Process:
     """A strategy whose processes are threads, and what its steps have of ``state``: a half of each tensor."""
 
+    values: ClassVar[dict[int, float]] = {}
+
     def __init__(self, rank: int, barrier: threading.Barrier, state: dict[str, np.ndarray]) -> None:
         self.is_main, self._rank, self._barrier = rank == 0, rank, barrier
         _, self._pieces, lengths = list(division(1, 2))[rank]
@@ -163,7 +165,11 @@ class Process:
         return f"{stem}-{self._rank}"
 
     def largest(self, value: float) -> float:
-        return value
+        Process.values[self._rank] = value
+        self.wait()
+        found = max(Process.values.values())
+        self.wait()  # before the next one is put there
+        return found
 
     def wait(self) -> None:
         self._barrier.wait(timeout=20)

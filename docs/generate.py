@@ -13,8 +13,8 @@ from sft import hookspecs
 from sft.activation import requests
 from sft.commands import COMMANDS
 from sft.compatibility import FOREIGN
+from sft.discovery import Installed, installed
 from sft.options import Option, options_of
-from sft.plugins import Installed, installed
 from sft.settings import GROUPS, core_options
 
 ROOT = Path(__file__).parent.parent

@@ -44,8 +44,8 @@ def test_every_argument_of_run_finetune_is_honoured_or_explained() -> None:
     from paddlenlp.trl import DataConfig, ModelConfig, SFTConfig
 
     from sft.activation import requests
+    from sft.discovery import installed
     from sft.options import options_of
-    from sft.plugins import installed
     from sft.settings import core_options
 
     known = {*core_options(), *requests("setting"), *FOREIGN}
@@ -66,8 +66,8 @@ DEFAULTS = {
 
 
 def test_defaults_are_the_documents() -> None:
+    from sft.discovery import import_plugin
     from sft.options import options_of
-    from sft.plugins import import_plugin
     from sft.settings import core_options
 
     options = dict(core_options())

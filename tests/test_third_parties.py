@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import sft
-from sft.plugins import entries
+from sft.discovery import entries
 from sft.testing import forward, load, make_model, needs, paddle, write_data  # noqa: F401
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

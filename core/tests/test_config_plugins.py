@@ -104,7 +104,7 @@ def test_an_adapter_whose_plugin_is_gone_is_refused(
     rotary: None, train: Train, base_model: Path, site: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("sft_peft_lora")
-    from sft.plugins import entries
+    from sft.discovery import entries
 
     train("out", plugin=["rotary", "lora"], max_steps=1)
     shutil.rmtree(site / "toy_rotary-1.0.dist-info")

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from toy_plugins import active, refusal
+from toy_plugins import Publisher, active, refusal
 
 import sft
-from sft.plugins import import_plugin
+from sft.discovery import import_plugin
 
 Distribute = Callable[..., None]
 
@@ -157,15 +157,6 @@ def test_a_misspelt_hook_without_its_mark() -> None:
 
 
 def test_a_published_hook_without_its_mark() -> None:
-    class Publisher(sft.Plugin):
-        name = "base"
-        api_version = 1
-
-        class hookspecs:  # noqa: N801
-            @sft.single
-            def base_factor(self, rank: int) -> float:
-                """A factor."""
-
     assert "has base_factor without @sft.hookimpl" in refusal(extra=(Publisher, toy(base_factor=unmarked)))
     assert "did you mean base_factor?" in refusal(extra=(Publisher, toy(base_facter=sft.hookimpl(lambda self: None))))
     # Without the plugin that publishes it, it is a method like any other.

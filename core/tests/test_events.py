@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toy_plugins import toy
 
 import sft
 from sft import hookspecs
@@ -242,8 +243,7 @@ def test_each_plugin_has_a_record_of_its_own(train: Train, metrics: Metrics, tmp
             record["loss"] = record["eval_loss"] = "spoilt"
             del record["step"]
 
-        hooks = {"sft_step_ended": sft.hookimpl(spoil), "sft_evaluated": sft.hookimpl(spoil)}
-        return type("Spoiling", (sft.Plugin,), {"name": called, "api_version": 1, **hooks})
+        return toy(called, sft_step_ended=spoil, sft_evaluated=spoil)
 
     train("out", (spoiling("first"), spoiling("second")), max_steps=1)
     assert seen[::2] == seen[1::2]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toy_plugins import toy
 
 import sft
 from sft.testing import needs
@@ -202,9 +203,7 @@ def adapter(export: Callable[[Any], sft.AdapterFiles], **hooks: Callable[..., An
         for target in sft.target_layers(model, ["q_proj"]):
             target.layer.weight.stop_gradient = False
 
-    members = {"sft_adapt_model": adapt, "sft_export_adapter": lambda self, model: export(model), **hooks}
-    marked = {name: sft.hookimpl(function) for name, function in members.items()}
-    return type("Toy", (sft.Plugin,), {"name": "toy", "api_version": 1, **marked})
+    return toy(**{"sft_adapt_model": adapt, "sft_export_adapter": lambda self, model: export(model), **hooks})
 
 
 def weights(model: Any) -> dict[str, np.ndarray]:

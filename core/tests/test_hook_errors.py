@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toy_plugins import active
+from toy_plugins import Publisher, active, raising, toy
 
 import sft
 from sft import hookspecs
@@ -20,18 +20,6 @@ Train = Callable[..., sft.Summary]
 Distribute = Callable[..., None]
 HOOKS = [name for name in vars(hookspecs) if name.startswith("sft_")]
 WHO = "Plugin toy (given directly as Toy)"
-
-
-def toy(**members: Any) -> type:
-    hooks = {name: sft.hookimpl(value) for name, value in members.items()}
-    return type("Toy", (sft.Plugin,), {"name": "toy", "api_version": 1, **hooks})
-
-
-def raising(error: BaseException) -> Callable[[Any], Any]:
-    def fails(self: Any) -> Any:
-        raise error
-
-    return fails
 
 
 def call(plugins: Plugins, hook: str) -> Any:
@@ -96,6 +84,8 @@ def test_an_exit_is_an_error_of_the_plugin() -> None:
 
 def test_a_plugin_that_cannot_be_made() -> None:
     class Toy(toy()):  # type: ignore[misc]
+        api_version = 1
+
         def __init__(self, options: Any) -> None:
             raise KeyError("a bug")
 
@@ -107,23 +97,17 @@ def test_a_plugin_that_cannot_be_made() -> None:
 
 
 def test_a_published_hook_too() -> None:
-    class Publisher(sft.Plugin):
-        name = "base"
+    class Asking(Publisher):
         api_version = 1
-
-        class hookspecs:  # noqa: N801
-            @sft.single
-            def base_factor(self, rank: int) -> float:
-                """A factor."""
 
         @sft.hookimpl
         def sft_adapt_model(self, run: Any, model: Any) -> None:
             run(rank=2)
 
-    plugins = active(extra=(Publisher, toy(base_factor=lambda self, rank: 1 / 0)))
+    plugins = active(extra=(Asking, toy(base_factor=lambda self, rank: 1 / 0)))
     with pytest.raises(sft.PluginError, match=r"^Plugin toy .* failed in base_factor \(ZeroDivisionError: "):
         plugins.hook.sft_adapt_model(run=plugins.hook.base_factor, model=None)
-    plugins = active(extra=(Publisher, toy(base_factor=lambda self, rank: "much")))
+    plugins = active(extra=(Asking, toy(base_factor=lambda self, rank: "much")))
     with pytest.raises(sft.PluginError) as caught:
         plugins.hook.base_factor(rank=2)
     assert str(caught.value) == (
@@ -131,7 +115,7 @@ def test_a_published_hook_too() -> None:
         "plugin out."
     )
     for fine in (2, 0.5, np.float32(2)):
-        assert active(extra=(Publisher, toy(base_factor=lambda self: fine))).hook.base_factor(rank=2) == fine  # noqa: B023
+        assert active(extra=(Asking, toy(base_factor=lambda self: fine))).hook.base_factor(rank=2) == fine  # noqa: B023
 
 
 def test_one_that_is_asked_alone() -> None:

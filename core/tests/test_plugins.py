@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_plugins import active, plugin, refusal
+from toy_plugins import Publisher, active, plugin, refusal
 
 import sft
 from sft.plugins import Plugins
@@ -182,20 +182,6 @@ def test_plugins_that_require_each_other_are_refused() -> None:
 
 
 # --- published hooks ----------------------------------------------------------------------------------------
-
-
-class Publisher(sft.Plugin):
-    name = "base"
-    api_version = 1
-
-    class hookspecs:  # noqa: N801
-        @sft.single
-        def base_factor(self, rank: int) -> float:
-            """A factor that refinements may change."""
-
-        @sft.hookspec
-        def base_seen(self, name: str) -> str:
-            """Everybody may answer."""
 
 
 def doubler(called: str) -> type:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.plugins import installed
+from sft.discovery import installed
 
 Distribute = Callable[..., None]
 

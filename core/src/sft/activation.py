@@ -26,9 +26,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sft.discovery import canonical, entries, import_plugin, installed
 from sft.errors import UsageError
 from sft.options import convert, options_of
-from sft.plugins import Plugins, canonical, entries, import_plugin, installed
+from sft.plugins import Plugins
 from sft.settings import known_names
 
 _TRUE = ("true", "yes", "on", "1")

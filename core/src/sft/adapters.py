@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from sft import runtime
 from sft.activation import choose, choose_reader, requests
 from sft.data.tokenizer import Tokenizer
+from sft.discovery import canonical, installed, with_refined
 from sft.errors import UsageError
 from sft.models.loading import find_usable_model
 from sft.options import options_of
-from sft.plugins import Plugins, canonical, implements, installed, with_refined
+from sft.plugins import Plugins, implements
 from sft.progress import Progress
 from sft.settings import Settings, build
 

@@ -5,7 +5,6 @@ What was trained in bfloat16 or float16 is measured in float32 too, so its numbe
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from sft.data.batches import PaddedCollator
 from sft.data.sources import find_files
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
-from sft.files import make_folder
+from sft.files import make_folder, read_report
 from sft.models.loading import find_usable_model
 from sft.options import options_of
 from sft.running import Run
@@ -99,9 +98,9 @@ def _trained_lengths(result: Path) -> dict[str, int]:
     no run tells, are left out."""
     for folder in (result, result.parent) if (result / "trainer").is_dir() else (result,):
         try:
-            settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+            settings = read_report(folder)["settings"]
             return {name: int(settings[name]) for name in LENGTHS if settings.get(name) is not None}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             continue
     return {}
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from sft.activation import check_numbers, choose, explicit, of_idle_plugins, overruled, switched_off
 from sft.compatibility import explain
-from sft.plugins import Plugins, entries
+from sft.discovery import entries
+from sft.plugins import Plugins
 from sft.settings import Settings, build, core_options, known_names
 
 

@@ -125,9 +125,8 @@ def _settle(vendor: str) -> None:
         del users["OMP_NUM_THREADS"]
         _threads_taken = True
     chosen = choose(users, physical_cores(), vendor)
-    if (
-        "paddle" in sys.modules
-    ):  # tensors that are views of others may be there, and would be lost without these kernels
+    # Tensors that are views of others may be there, and would be lost without these kernels.
+    if "paddle" in sys.modules:
         chosen.pop("FLAGS_use_stride_kernel", None)
     os.environ.update(chosen)
     _own.update(chosen)

@@ -313,7 +313,7 @@ def unknown_setting(name: str, known: Iterable[str], plugins: Plugins) -> str:
 
 def _declares(plugin: str, name: str) -> bool:
     """Whether an installed plugin has the setting ``name``; not known, where it cannot be imported."""
-    from sft.plugins import import_plugin
+    from sft.discovery import import_plugin
 
     try:
         declared = getattr(import_plugin(plugin), "Options", None)

@@ -27,8 +27,8 @@ import numpy as np
 import pytest
 
 import sft
+from sft.discovery import canonical, installed
 from sft.files import save_tensors, write_json
-from sft.plugins import canonical, installed
 
 # --- functions ----------------------------------------------------------------------------------------------
 

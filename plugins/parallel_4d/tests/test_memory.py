@@ -11,9 +11,9 @@ import pytest
 from measuring import Allocator, full_batch
 
 import sft
+from sft.discovery import import_plugin
 from sft.models import attention, norms
 from sft.models.loading import _share_rotary_tables, open_model
-from sft.plugins import import_plugin
 from sft.testing import make_model, needs
 from sft.training.optimizer import Optimizer, default_groups
 from sft.training.strategy import batch_loss, squares

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sft
-from sft.plugins import installed
+from sft.discovery import installed
 from sft.testing import load, needs
 
 KINDS: dict[str, list[str]] = {

@@ -7,7 +7,7 @@ import json
 import click
 
 from sft.activation import requests
-from sft.plugins import REQUESTS, installed, strange_requests
+from sft.discovery import REQUESTS, installed, strange_requests
 
 
 @click.command(name="plugins")

@@ -250,13 +250,17 @@ def _not_kept(value: Any, above: tuple[int, ...] = ()) -> str | None:
         return a_or_an(type(value).__name__)
     if id(value) in above:
         return f"a {type(value).__name__} that holds itself"
-    keys = [key for key in value if not (isinstance(key, str) and _is_text(key))] if isinstance(value, dict) else []
-    inside = list(value.values()) if isinstance(value, dict) else value
-    arrays = [f"an array in a {type(value).__name__}" for item in inside if isinstance(item, np.ndarray)]
-    deeper = (_not_kept(item, (*above, id(value))) for item in inside)
-    return next(filter(None, [*(f"the key {key!r}" for key in keys), *arrays]), None) or next(
-        filter(None, deeper), None
-    )
+    if isinstance(value, dict):
+        for key in value:
+            if not (isinstance(key, str) and _is_text(key)):
+                return f"the key {key!r}"
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, np.ndarray):
+            return f"an array in a {type(value).__name__}"
+        wrong = _not_kept(item, (*above, id(value)))
+        if wrong is not None:
+            return wrong
+    return None
 
 
 def _is_text(value: str) -> bool:

@@ -36,7 +36,7 @@ def evaluate(run: Run, step: int, epoch: float) -> dict[str, Any]:
         record.update(score(run, run.output_dir / f"generations-{step}.jsonl"))
     record["eval_seconds"] = round(time.monotonic() - started, 3)
     run.evaluation = record
-    run.hook.sft_evaluated(run=run, record=dict(record))
+    run.hook.sft_evaluated(run=run, record=record)
     return record
 
 

@@ -81,7 +81,7 @@ def train(
                 display.line(shared(strategy, partial(journal.step_line, step, epoch, rate)))
             else:
                 display.between(record, speed)
-            run.hook.sft_step_ended(run=run, record=dict(record))
+            run.hook.sft_step_ended(run=run, record=record)
         elif scale.gives_up:
             found = f"loss {loss_sum / max(1, targets)}, gradient norm {grad_norm}"
             still = "no longer" if run.step else "not"

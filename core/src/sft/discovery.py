@@ -1,0 +1,143 @@
+"""What is installed: plugins and requests as their distributions declare them, read from metadata alone, and imported
+one at a time when they are asked for.
+
+A plugin is an entry point ``NAME = module:object`` in the group ``sft.plugins``; the object is a subclass of
+:class:`sft.Plugin`, or a module with the same attributes. ``activation.py`` decides which of them a run requests.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from sft.declarations import check_relations
+from sft.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A plugin as its distribution's metadata declares it; nothing has been imported."""
+
+    name: str
+    entry: EntryPoint
+
+    @property
+    def distribution(self) -> str:
+        return self.entry.dist.name if self.entry.dist else "unknown"
+
+    @property
+    def version(self) -> str:
+        return self.entry.dist.version if self.entry.dist else "unknown"
+
+    @property
+    def origin(self) -> str:
+        return f"{self.distribution} {self.version}"
+
+
+def canonical(name: str) -> str:
+    """Plugin names are the same with ``-`` and ``_``, in upper and lower case."""
+    return name.strip().replace("_", "-").lower()
+
+
+@functools.cache
+def entries(group: str) -> tuple[EntryPoint, ...]:
+    """The entry points of a group; the search through all distributions is made once for a run."""
+    return tuple(entry_points(group=group))
+
+
+def installed() -> dict[str, list[Installed]]:
+    """Every declared plugin by name; more than one under a name is a conflict, reported when it is requested."""
+    found: dict[str, list[Installed]] = {}
+    for entry in entries("sft.plugins"):
+        item = Installed(canonical(entry.name), entry)
+        same = found.setdefault(item.name, [])
+        # A path that stands twice in sys.path lists its distributions twice.
+        if all((item.origin, entry.value) != (other.origin, other.entry.value) for other in same):
+            same.append(item)
+    return dict(sorted(found.items()))
+
+
+REQUESTS = ("setting", "value", "number", "environment", "adapter", "command")
+"""The kinds of request that ``activation.py`` knows, which come before the first dot."""
+
+
+def strange_requests() -> dict[str, list[str]]:
+    """By distribution, what is wrong with entry points in ``sft.requests`` that can never ask for a plugin."""
+    objects = {(item.distribution, item.entry.value) for items in installed().values() for item in items}
+    found: dict[str, list[str]] = {}
+    for entry in entries("sft.requests"):
+        kind, _, what = entry.name.partition(".")
+        distribution = entry.dist.name if entry.dist else "unknown"
+        if kind not in REQUESTS:
+            close = difflib.get_close_matches(kind, REQUESTS, n=1)
+            hint = f"did you mean {close[0]}.{what}?" if close else f"there are {', '.join(REQUESTS)}."
+            found.setdefault(distribution, []).append(f"the request {entry.name!r}, which is of no known kind; {hint}")
+        elif not what or (kind == "value" and "." not in what):
+            full = "value.X.V" if kind == "value" else f"{kind}.X"
+            found.setdefault(distribution, []).append(f"the request {entry.name!r}, which lacks a part of {full}.")
+        elif (distribution, entry.value) not in objects:
+            found.setdefault(distribution, []).append(
+                f"the request {entry.name!r} for {entry.value}, which is no plugin of its own; add it to sft.plugins."
+            )
+    return found
+
+
+def import_plugin(name: str) -> Any:
+    """The class or module of an installed plugin; :class:`UsageError` if it is missing, broken or doubled."""
+    return imported(find(name, installed()))
+
+
+def with_refined(name: str) -> list[str]:
+    """The installed plugin ``name`` after what it ``requires``, and what that requires."""
+    found: list[str] = []
+    waiting = [name]
+    while waiting:
+        one = waiting.pop()
+        if one not in found and one in installed():
+            found.insert(0, one)
+            waiting += map(canonical, getattr(import_plugin(one), "requires", ()))
+    return found
+
+
+def find(name: str, available: Mapping[str, list[Installed]]) -> Installed:
+    items = available.get(name, [])
+    if not items:
+        close = difflib.get_close_matches(name, available, n=1)
+        hint = f"did you mean {close[0]}?" if close else "pip install the distribution that provides it."
+        listed = ", ".join(available) or "none"
+        raise UsageError(f"Plugin {name} is not installed (installed: {listed}); {hint}")
+    if len(items) > 1:
+        listed = " and ".join(f"{item.origin} ({item.entry.value})" for item in items)
+        raise UsageError(f"Plugin {name} is provided twice, by {listed}; pip uninstall one of them.")
+    return items[0]
+
+
+def is_of(item: Installed, plugin: Any) -> bool:
+    """Whether ``plugin`` is the installed one itself."""
+    try:
+        return imported(item) is plugin
+    except UsageError:  # broken, which does not matter where it is not used
+        return False
+
+
+def imported(item: Installed) -> Any:
+    try:
+        plugin = item.entry.load()
+    except (Exception, SystemExit) as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(
+            f"Plugin {item.name} of {item.origin} cannot be imported ({cause}); "
+            f"pip install --upgrade --force-reinstall {item.distribution}, or leave the plugin out."
+        ) from error
+    declared = getattr(plugin, "name", None)
+    if not isinstance(declared, str) or canonical(declared) != item.name:
+        raise UsageError(
+            f"Plugin {item.name} of {item.origin} names itself {declared!r}; its entry point and its name differ: "
+            f"pip install --upgrade {item.distribution}."
+        )
+    check_relations(plugin, f"Plugin {item.name} ({item.origin})")
+    return plugin

@@ -1,0 +1,196 @@
+"""The result of a run: nothing in it that is not finite, whole when it is there, and not lost to a full disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stopped_runs import SETTINGS
+from toy_plugins import toy
+
+import sft
+from sft.files import read_report
+
+Train = Callable[..., sft.Summary]
+
+
+# --- weights that are not finite ----------------------------------------------------------------------------
+
+
+def ruining(step: int, name: str = "llama.layers.1.mlp.up_proj.weight") -> type[sft.Plugin]:
+    """A plugin after whose ``step`` one value of a tensor is infinite: what no loss has seen yet."""
+
+    class Ruin(sft.Plugin):
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            if record["step"] == step:
+                parameter = dict(run.model.named_parameters())[name]
+                values = parameter.numpy()
+                values[3, 5] = float("inf")
+                parameter.set_value(values)
+
+    Ruin.name = "ruin"
+    return Ruin
+
+
+def test_weights_that_are_not_finite_are_not_saved(train: Train, tmp_path: Path) -> None:
+    """Nor do they push the last good checkpoint out."""
+    out = tmp_path / "out"
+    message = (
+        r"no longer finite after step 4 \(llama\.layers\.1\.mlp\.up_proj\.weight has values that are NaN or "
+        r"infinite\), and none of them has been saved; lower learning_rate \(0\.001\), and resume from .*checkpoint-2\."
+    )
+    settings = {**SETTINGS, "save_steps": 2, "save_total_limit": 1, "max_steps": 6, "evaluation_strategy": "no"}
+    with pytest.raises(sft.SftError, match=message):
+        train("out", (ruining(4),), **settings)
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "metrics.jsonl", "run.json"]
+    assert read_report(out)["status"] == "failed"
+    train("out", resume_from_checkpoint="auto", **settings)
+    train("whole", **settings)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": 1e39}, r"lower learning_rate \(1e\+39\), and start again, for there is no checkpoint"),
+        ({"adam_epsilon": 1e-300}, r"raise adam_epsilon \(1e-300 is 0 in float32; 1e-8 is usual\) or lower"),
+    ],
+)
+def test_they_are_no_result(train: Train, models: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    """One step with a finite loss and gradient is enough. Many rows of an untied embedding have no gradient."""
+    named = {"model_name_or_path": str(models / "qwen2-untied")}
+    with pytest.raises(sft.SftError, match=rf"no longer finite after step 1 \(qwen2\..*{message}"):
+        train("out", max_steps=1, do_eval=False, **named, **settings)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "run.json"]
+
+
+def test_a_model_that_is_not_finite_is_named(train: Train, variant: Callable[..., Path], tmp_path: Path) -> None:
+    """A lower learning rate would not help, and there is nothing to resume from."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = variant("llama-tied-gqa")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    for settings in ({"do_eval": False}, {}):
+        with pytest.raises(sft.SftError, match=r"is not finite.*q_proj\.weight of .* holds values .*replace the model"):
+            train(f"out{len(settings)}", model_name_or_path=str(folder), **settings)
+
+
+# --- the last write -----------------------------------------------------------------------------------------
+
+
+def swapping(model: Path) -> type[sft.Plugin]:
+    """A plugin that puts another model where the run's was."""
+
+    def swap(self: Any) -> None:
+        model.rename(model.with_name("moved"))
+        model.mkdir()
+        for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"):
+            (model / name).write_text("{}")
+
+    return toy("swap", sft_run_started=swap)
+
+
+@pytest.mark.parametrize("kind", [{}, {"plugin": ["lora"]}], ids=["full", "lora"])
+def test_a_result_has_the_tokenizer_that_was_loaded(
+    train: Train, variant: Callable[..., Path], tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    if kind:
+        pytest.importorskip("sft_peft_lora")
+    folder = variant("llama-tied-gqa")
+    train("plain", max_steps=1, model_name_or_path=str(folder), **kind)
+    train("out", (swapping(folder),), max_steps=1, model_name_or_path=str(folder), **kind)
+    found, expected = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.name not in VARYING}
+        for name in ("out", "plain")
+    )
+    assert found == expected
+    assert "tokenizer.json" in found
+
+
+VARYING = ("run.json", "metrics.jsonl")
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """From the call on, nothing can be written under a folder, as safetensors and Python write."""
+
+    def fill(folder: Path) -> None:
+        import safetensors.numpy
+
+        own, own_open = safetensors.numpy.save_file, Path.open
+
+        def refuse(path: Any) -> None:
+            if Path(path).is_relative_to(folder):
+                raise OSError(28, "No space left on device", str(path))
+
+        def save_file(tensors: Any, path: Any, **more: Any) -> None:
+            refuse(path)
+            own(tensors, path, **more)
+
+        def open_path(path: Path, mode: str = "r", *more: Any, **named: Any) -> Any:
+            if "w" in mode or "a" in mode:
+                refuse(path)
+            return own_open(path, mode, *more, **named)
+
+        monkeypatch.setattr(safetensors.numpy, "save_file", save_file)
+        monkeypatch.setattr(Path, "open", open_path)
+
+    return fill
+
+
+@pytest.mark.parametrize("when", ["publishing", "checkpoint"])
+def test_a_disk_that_is_full_at_the_end_does_not_cost_the_weights(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk: Callable[[Path], None], when: str
+) -> None:
+    train("whole", max_steps=2)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    out = tmp_path / "out"
+
+    class Fill(sft.Plugin):
+        name = "fill"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            if record["step"] == 2:
+                full_disk(out)
+
+    saving = {"save_strategy": "steps", "save_steps": 2} if when == "checkpoint" else {}
+    with pytest.raises(sft.SftError, match=r"No space left on device: .*it is in .*sft-result-\w+ instead") as caught:
+        train("out", (Fill,), max_steps=2, do_eval=False, **saving)
+    (place,) = (tmp_path / "temporary").iterdir()
+    assert str(place) in str(caught.value)
+    for path in place.iterdir():
+        assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in place.iterdir()}
+    assert not (out / "model.safetensors").exists()
+
+
+def test_where_no_place_takes_the_weights_that_is_said(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk: Callable[[Path], None]
+) -> None:
+    for name in ("temporary", "here", "home"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    fill = toy("fill", sft_step_ended=lambda self: full_disk(tmp_path))
+    with pytest.raises(sft.SftError, match=r"No space left.*nor could it be written .* it is lost, for there is no ch"):
+        train("out", (fill,), max_steps=1, do_eval=False, logging_steps=5)
+    assert not any(list((tmp_path / name).iterdir()) for name in ("temporary", "here", "home"))
+
+
+def test_a_folder_that_has_vanished_is_made_again(train: Train, tmp_path: Path) -> None:
+
+    gone = toy("gone", sft_step_ended=lambda self: shutil.rmtree(tmp_path / "out"))
+    train("out", (gone,), max_steps=1, do_eval=False)
+    assert (tmp_path / "out" / "model.safetensors").exists()

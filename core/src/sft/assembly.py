@@ -30,22 +30,22 @@ if TYPE_CHECKING:
     from sft.training.optimizer import Optimizer
 
 
-def read_data(run: Run, train_files: list[Path], dev_files: list[Path], model: Path, sizes: Mapping[str, Any]) -> None:
+def read_data(run: Run, train_files: list[Path], dev_files: list[Path], folder: Path, known: Architecture) -> None:
     """Read, check and encode every record; says what became of them.
 
-    ``sizes``: of the model in folder ``model``, as far as ``config.json`` gives them. Unless plugins may change them,
-    they are held against the tokenizer and each record at once, and not only by :func:`check_model`.
+    ``known``: what the model in ``folder`` is, by its ``config.json``. Unless plugins may change it, its sizes are held
+    against the tokenizer and each record at once, and not only by :func:`check_model`.
     """
     data = run.settings.data
-    known = {} if run.plugins.provider("sft_model_config") is not None else sizes
-    check_vocabulary(run, model, known.get("vocab_size"))
-    positions = known.get("max_position_embeddings")
+    is_final = run.plugins.provider("sft_model_config") is None
+    if is_final:
+        check_vocabulary(run, folder, known.vocabulary)
     tokens_of = partial(
         encode,
         tokenizer=run.tokenizer,
         src_length=data.src_length,
         max_length=data.max_length,
-        room=(model, positions) if positions else None,
+        room=(folder, known.positions) if is_final else None,
     )
     run.say(f"chat template: {run.tokenizer.template_name}")
 
@@ -115,7 +115,7 @@ def note_unread(run: Run, dataset: Path, files: list[Path]) -> None:
 
 def load_model(run: Run, place: ModelFolder) -> None:
     """Config, weights, attention and adapters, each with the plugins that have a say in it."""
-    from sft.models import attention, loading
+    from sft.models import loading
     from sft.models.fingerprint import fingerprint
     from sft.models.layers import held_by, sizes, trainable
     from sft.training import precision
@@ -130,14 +130,16 @@ def load_model(run: Run, place: ModelFolder) -> None:
     loading.open_model(place, run.plugins, run)
     if run.exports_adapter:
         run.base_fingerprint = fingerprint(run.source)
+    architecture = run.source.architecture
     check_model(run, place.path, *(data for data in (run.train_data, run.dev_data) if data is not None))
     quantizer = run.hook.sft_quantizer(run=run)
-    backend = run.hook.sft_attention_backend(run=run, config=run.source.config) or attention.DefaultAttention()
-    _check_packing(run, backend)
+    backend = run.hook.sft_attention_backend(run=run, config=architecture)
+    if backend is not None:
+        _check_packing(run, backend)
     run.model = loading.load_model(run.source, quantizer, run.precision.weights, run.strategy, run.progress)
-    attention.install(run.model, backend)
+    run.model.attention = backend or run.model.attention
     if run.settings.training.recompute:
-        run.model.recompute_enable()
+        run.model.model.recompute = True
     if run.exports_adapter:  # what is exported is the adapter, so the base must stay what it is
         for parameter in run.model.parameters():
             parameter.stop_gradient = True
@@ -160,17 +162,17 @@ def check_model(run: Run, folder: Path, *data: Data) -> None:
     """Refuse a model that cannot read the tokenizer's tokens, a record of ``data``, or a prompt with its answer."""
     from sft.models.generation import check_room
 
-    config = run.source.config
-    check_vocabulary(run, folder, config.vocab_size)
+    architecture = run.source.architecture
+    check_vocabulary(run, folder, architecture.vocabulary)
     for records in data:
-        records.check_fits(folder, config.max_position_embeddings)
+        records.check_fits(folder, architecture.positions)
     for question in [*run.samples, *run.questions]:
-        check_room(question.ids, run.settings.generation, config.max_position_embeddings)
+        check_room(question.ids, run.settings.generation, architecture.positions)
 
 
-def check_vocabulary(run: Run, folder: Path, size: int | None) -> None:
-    """Refuse a model that has no embedding for some of the tokenizer's tokens; ``size`` None is not known yet."""
-    if size is not None and run.tokenizer.vocab_size > size:
+def check_vocabulary(run: Run, folder: Path, size: int) -> None:
+    """Refuse a model that has no embedding for some of the tokenizer's tokens."""
+    if run.tokenizer.vocab_size > size:
         raise UsageError(
             f"{folder}: its tokenizer has {run.tokenizer.vocab_size} tokens, its model {size}; "
             "they do not belong together."

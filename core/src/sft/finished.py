@@ -68,13 +68,12 @@ def evaluate_finished(
 def _measure(run: Run, files: list[Path], adapter: Path | None, generations: Path | None) -> dict[str, Any]:
     runtime.require_paddle()
     settings, plugins = run.settings, run.plugins
-    place, sizes = find_usable_model(str(settings.model.model_name_or_path), settings.model.allow_pickle)
+    place, architecture = find_usable_model(str(settings.model.model_name_or_path), settings.model.allow_pickle)
     run.tokenizer = Tokenizer(place.path, chat_template=settings.data.chat_template or trained_template(adapter))
-    assembly.read_data(run, [], files, place.path, sizes)
+    assembly.read_data(run, [], files, place.path, architecture)
     assert run.dev_data is not None
     run.say(runtime.prepare())
 
-    from sft.models.attention import DefaultAttention, install
     from sft.models.loading import open_model
     from sft.training.evaluation import dev_loss, score
     from sft.training.strategy import SingleProcess
@@ -85,8 +84,8 @@ def _measure(run: Run, files: list[Path], adapter: Path | None, generations: Pat
     run.source = open_model(place, plugins)
     assembly.check_model(run, place.path, run.dev_data)
     run.model = load_with(plugins, run.source, adapter, run.progress)
-    backend = plugins.hook.sft_attention_backend(run=run, config=run.source.config)
-    install(run.model, backend or DefaultAttention())
+    backend = plugins.hook.sft_attention_backend(run=run, config=run.source.architecture)
+    run.model.attention = backend or run.model.attention
     record = dev_loss(run)
     if run.questions:
         record.update(score(run, generations))

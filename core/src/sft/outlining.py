@@ -8,8 +8,9 @@ from typing import Any
 
 from sft.compatibility import listing
 from sft.errors import UsageError
-from sft.models.config import checked_family, read_config
-from sft.models.outline import Outline, of_config
+from sft.models.config import read_config
+from sft.models.families import family_of
+from sft.models.outline import Outline, of_architecture
 from sft.models.source import find_config
 from sft.plugins import implements
 from sft.resolution import resolve
@@ -44,7 +45,7 @@ def outline(values: Mapping[str, Any], extra: Iterable[type] = ()) -> PaperRun:
         raise UsageError("model_name_or_path is not set; add --model_name_or_path VALUE.")
     folder = find_config(name)
     config = read_config(folder)
-    found = of_config(config, checked_family(config, folder))
+    found = of_architecture(family_of(config, folder).architecture(config, folder))
     adapts = active.provider("sft_export_adapter") is not None
     quantizer = active.provider("sft_quantizer")
     if quantizer is not None and not adapts:

@@ -259,7 +259,7 @@ def _execute(run: Run) -> Summary:
     dev_files = find_files(dataset, "dev")
     runtime.require_paddle()
     model = run.settings.model
-    place, sizes = find_usable_model(str(model.model_name_or_path), model.allow_pickle)
+    place, architecture = find_usable_model(str(model.model_name_or_path), model.allow_pickle)
     source = find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
     state = read_state(source) if source is not None else None
     if source is not None and state is not None:
@@ -269,7 +269,7 @@ def _execute(run: Run) -> Summary:
     run.tokenizer = Tokenizer(find_tokenizer(named) if named else place.path, date, run.settings.data.chat_template)
     assembly.note_unread(run, dataset, [*train_files, *dev_files])
     run.resumes = state is not None
-    assembly.read_data(run, train_files, dev_files, place.path, sizes)
+    assembly.read_data(run, train_files, dev_files, place.path, architecture)
     run.say(runtime.prepare())
     assembly.load_model(run, place)
     if not run.settings.training.do_train:

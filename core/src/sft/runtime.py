@@ -186,13 +186,10 @@ def _control() -> tuple[Any, Any]:
 
 
 def _import_quietly() -> None:
-    """Import paddle and PaddleNLP without what they print about ccache, setuptools and several threads."""
+    """Import paddle without what they print about ccache, setuptools and several threads."""
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import paddle  # noqa: F401
-        import paddlenlp.transformers  # noqa: F401
-    # PaddleNLP 3.0.0b4 calls paddle's swiglu by its old name at every layer.
-    warnings.filterwarnings("ignore", message=r"(?s).*swiglu.*is deprecated")
 
 
 def is_one_of_many() -> bool:

@@ -103,13 +103,15 @@ def load(model: Path | str, adapter: Path | None = None, plugins: Sequence[str] 
 
 
 def forward(model: Any, input_ids: np.ndarray) -> np.ndarray:
-    """float32 logits [B, S, V] of ``input_ids`` int64 [B, S] through PaddleNLP's own forward, without padding."""
+    """float32 logits [B, S, V] of ``input_ids`` int64 [B, S] each row one document."""
     import paddle
 
-    ids = paddle.to_tensor(input_ids)
+    from sft.data.batches import assemble
+    from sft.models.forward import hidden_states
+
+    batch = assemble([[sft.Example(row, np.full_like(row, -100))] for row in input_ids], pad_id=0)
     with paddle.no_grad():
-        found = model(input_ids=ids, attention_mask=paddle.ones_like(ids))
-    return np.asarray((found[0] if isinstance(found, tuple) else found).numpy())
+        return np.asarray(model.lm_head(hidden_states(model, batch)).numpy())
 
 
 def read_metrics(folder: Path, same: bool = False) -> list[dict[str, Any]]:

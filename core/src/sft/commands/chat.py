@@ -102,7 +102,7 @@ class Chat:
         from sft.models.generation import answers, check_room
 
         head = [Turn("system", self.system)] if self.system else []
-        positions = self.model.config.max_position_embeddings
+        positions = self.model.architecture.positions
         asked = [*head, *self.turns, Turn("user", text)]
         kept = fitting(asked, self.tokenizer, positions - self.generation.max_new_tokens)
         ids = encode_prompt(kept, self.tokenizer)

@@ -94,7 +94,7 @@ def command(
 
     encoded = [encode_prompt(turns, tokenizer) for turns, _ in questions]
     for ids in encoded:  # before the first answer
-        check_room(ids, generation, loaded.config.max_position_embeddings)
+        check_room(ids, generation, loaded.architecture.positions)
     size = 1 if stream else batch_size or BATCH_SIZE
     with (
         # A stream of answers itself shows how far it is.

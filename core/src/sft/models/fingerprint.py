@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+from sft.models.families import is_transposed
 from sft.models.loading import ModelSource
 
 PLACES = 32
@@ -34,12 +35,12 @@ def _digest(source: ModelSource, grid: bool) -> str:
     weights = source.weights()
     samples = {}
     for original in weights:
-        name = original if weights.layout == "hf" else source.family.to_hf(original)
-        tied = name == "lm_head.weight" and source.config.tie_word_embeddings  # some writers store it twice
+        name = source.family.to_file(source.family.from_file(original, weights.layout), "hf")
+        tied = name == "lm_head.weight" and source.architecture.tied  # some writers store it twice
         if tied or name.endswith("rotary_emb.inv_freq"):
             continue
         sample = weights.read_grid(original, PLACES) if grid else weights.read_corner(original, CORNER)
-        if weights.layout == "paddle" and source.family.is_transposed(original, sample.ndim):
+        if weights.layout == "paddle" and is_transposed(name, sample.ndim):
             sample = sample.T
         samples[name] = np.ascontiguousarray(sample).tobytes()
     digest = hashlib.sha256()

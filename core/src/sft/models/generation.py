@@ -1,4 +1,4 @@
-"""Answering prompts token by token, over PaddleNLP's key/value cache, shown exactly as training showed them.
+"""Answering prompts token by token, over a key/value cache, shown exactly as training showed them.
 
 One loop serves runs, ``sft evaluate``, ``sft generate`` and ``sft chat``: prompts of a batch are padded on the
 left, which no token sees, so an answer does not depend on the prompts beside it. A draw depends on the seed
@@ -50,11 +50,11 @@ def answers(
     """
     assert show is None or len(prompts) == 1
     for prompt in prompts:
-        check_room(prompt, generation, model.config.max_position_embeddings)
-        if max(prompt) >= model.config.vocab_size:
+        check_room(prompt, generation, model.architecture.positions)
+        if max(prompt) >= model.architecture.vocabulary:
             raise UsageError(
-                f"A prompt has the token id {max(prompt)}, and the model's vocabulary has {model.config.vocab_size} "
-                "tokens; the tokenizer, or its chat template, belongs to another model."
+                f"A prompt has the token id {max(prompt)}, and the model's vocabulary has "
+                f"{model.architecture.vocabulary} tokens; the tokenizer, or its chat template, belongs to another model."
             )
     found: list[list[int]] = [[] for _ in prompts]
     text = Text(tokenizer)
@@ -126,26 +126,18 @@ def _decode(
     """For each step the new token of every row that has not ended; tokens that end an answer are left out."""
     import paddle
 
+    from sft.models.cache import CachedReading
+
     draws = [np.random.default_rng([seed, zlib.crc32(np.asarray(ids, np.int64).tobytes())]) for ids in prompts]
     width = max(len(prompt) for prompt in prompts)
     ids = np.full((len(prompts), width), tokenizer.pad_id, np.int64)
-    seen = np.zeros((len(prompts), width), np.int64)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = prompt
-        seen[row, width - len(prompt) :] = 1
-    positions = np.maximum(seen.cumsum(axis=1) - 1, 0)
     going = set(range(len(prompts)))
-    backbone = getattr(model, model.base_model_prefix)
-    cache: Any = None
+    reading = CachedReading(model.architecture, np.asarray([width - len(prompt) for prompt in prompts]))
     for _ in range(generation.max_new_tokens):
-        hidden, cache = backbone(
-            input_ids=paddle.to_tensor(ids),
-            position_ids=paddle.to_tensor(positions),
-            attention_mask=paddle.to_tensor(seen),
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=False,
-        )[:2]
+        reading.expect(ids.shape[1])
+        hidden = model.model(model.model.embed(paddle.to_tensor(ids)), reading)
         logits = model.lm_head(hidden[:, -1:])[:, 0].astype("float32")
         if generation.top_k == 1:
             chosen = logits.argmax(axis=-1).numpy()
@@ -159,8 +151,6 @@ def _decode(
         if not going:
             return
         ids = chosen.astype(np.int64)[:, None]
-        seen = np.concatenate([seen, np.ones((len(prompts), 1), np.int64)], axis=1)
-        positions = positions[:, -1:] + 1
 
 
 @contextlib.contextmanager

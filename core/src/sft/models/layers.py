@@ -32,15 +32,18 @@ class Target:
 
 
 def target_layers(model: Any, patterns: Sequence[str] | None = None) -> list[Target]:
-    """Linear layers of the transformer blocks, in the model's order; never the embedding or lm_head.
+    """Linear layers of the transformer blocks, in the model's order; never the embedding or lm_head,
+    and routers of experts only where a pattern names them.
 
     ``patterns`` narrows them: a plain name (``q_proj``) matches the last part of a layer's name, anything else
     is a regular expression that must match the whole name. A pattern that matches nothing is a
     :class:`UsageError` that lists what there is.
     """
+    from sft.models.decoder import Router
+
     found = _linears(model)
     if not patterns:
-        return found
+        return [target for target in found if not isinstance(target.layer, Router)]
     chosen = matching([target.name for target in found], patterns)
     return [target for target in found if target.name in chosen]
 
@@ -81,18 +84,14 @@ def module_names(adapted: Iterable[str], everything: Iterable[str]) -> list[str]
 
 
 def _linears(model: Any) -> list[Target]:
-    from sft.models.families import FAMILIES
-
-    family = FAMILIES[model.config.model_type]
     targets = []
     for path, parent in model.named_sublayers():
-        if not path.startswith(f"{family.prefix}.layers."):
+        if not path.startswith("model.layers."):
             continue
         for attribute, layer in parent.named_children():
             features = linear_features(layer)
             if features is not None:
-                name = family.to_hf(f"{path}.{attribute}")
-                targets.append(Target(name, parent, attribute, layer, *features))
+                targets.append(Target(f"{path}.{attribute}", parent, attribute, layer, *features))
     return targets
 
 

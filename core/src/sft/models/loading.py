@@ -5,16 +5,16 @@ Where several processes share the model, a strategy says what of it this one hol
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
-from sft.models.config import changed_values, checked_settings, paddle_config, read_config, says
-from sft.models.families import Family
+from sft.models.architecture import Architecture
+from sft.models.config import read_config
+from sft.models.families import Family, family_of, is_transposed
 from sft.models.layers import Target, target_layers
 from sft.models.parts import is_elsewhere, part_of, whole_shape
 from sft.models.source import ModelFolder, Weights, find_config, find_model, weight_files
@@ -36,7 +36,7 @@ class ModelSource:
     values: dict[str, Any]
     """``config.json``, with what plugins changed in it."""
     family: Family
-    config: Any
+    architecture: Architecture
     changed_by: tuple[str, ...] = ()
     """The plugins that changed the config (``sft_model_config``)."""
     generation: bytes | None = None
@@ -52,38 +52,35 @@ class ModelSource:
 
 
 def open_model(place: Path | ModelFolder, plugins: Plugins | None = None, run: Run | None = None) -> ModelSource:
-    """Read and check ``config.json``, and let ``plugins`` change what it says, as they do wherever the model is opened.
-
-    See :func:`sft.models.config.checked_settings` and :func:`sft.models.config.changed_values` for what is refused.
-    """
+    """Read and check ``config.json``, and let ``plugins`` change what it says, as they do wherever the model is opened."""
     place = place if isinstance(place, ModelFolder) else ModelFolder(place)
     values = read_config(place.path)
-    family, config = paddle_config(values, place.path)
+    family = family_of(values, place.path)
     generation = place.path / "generation_config.json"
     kept = generation.read_bytes() if generation.is_file() else None
-    source = ModelSource(place, values, family, config, generation=kept)
+    source = ModelSource(place, values, family, family.architecture(values, place.path), generation=kept)
     if run is not None:
         run.source = source
-    if plugins is None:
-        return source
-    for name in plugins.implementing("sft_model_config"):
-        before = says(config)
-        plugins.ask(name, "sft_model_config", run=run, config=config)
-        if says(config) != before:
-            source.values = changed_values(source.values, before, config, f"plugin {name}", place.path)
+    for name in plugins.implementing("sft_model_config") if plugins is not None else ():
+        before = copy.deepcopy(source.values)
+        plugins.ask(name, "sft_model_config", run=run, config=source.values)
+        if source.values != before:
+            source.architecture = family.architecture(source.values, f"{place.path}, as plugin {name} changes it")
             source.changed_by += (name,)
     return source
 
 
-def find_usable_model(name_or_path: str, allow_pickle: bool = False) -> tuple[ModelFolder, dict[str, Any]]:
-    """The folder of a model whose ``config.json`` and weight files can be used (see ``find_model``), and what its
-    PaddleNLP config will be made with. What it refuses is refused before weights are downloaded or paddle is imported.
+def find_usable_model(name_or_path: str, allow_pickle: bool = False) -> tuple[ModelFolder, Architecture]:
+    """The folder of a model whose ``config.json`` and weight files can be used (see ``find_model``), and what it is.
+
+    What it refuses is refused before weights are downloaded or paddle is imported.
     """
     folder = find_config(name_or_path)
-    _, settings = checked_settings(read_config(folder), folder)
+    values = read_config(folder)
+    architecture = family_of(values, folder).architecture(values, folder)
     place = find_model(name_or_path, allow_pickle)
     weight_files(place)
-    return place, settings
+    return place, architecture
 
 
 def load_model(
@@ -98,15 +95,10 @@ def load_model(
 
     Raises :class:`UsageError` naming the tensors that are missing, left over, or of another shape.
     """
-    from sft.models import norms
     from sft.training.strategy import SingleProcess
 
     strategy = strategy or SingleProcess(None)
     model = _build(source, dtype)
-    _share_rotary_tables(model)
-    if source.family.correct is not None:
-        source.family.correct(model)
-    norms.install(model, source.family.norm_offset)
     strategy.divide(model, source)
     fill(model, source, strategy, quantizer, progress)
     model.eval()
@@ -123,13 +115,13 @@ def fill(
     """Stream the weights of ``source.folder`` into ``model``; raises as :func:`load_model` does."""
     progress = progress or Progress(lambda text: None)
     weights = source.weights()
-    stored = {_paddle_name(name, weights, source.family): name for name in weights}
+    stored = {source.family.from_file(name, weights.layout): name for name in weights}
     if quantizer is not None:
         for target in progress.over(target_layers(model), "quantizing", "Linears"):
             if not is_elsewhere(target.layer):
                 _quantize(target, quantizer, weights, stored, source)
     expected = dict(strategy.parameters(model))
-    if source.config.tie_word_embeddings:
+    if source.architecture.tied:
         stored.pop("lm_head.weight", None)  # some writers store the tied matrix twice
     stored = {name: original for name, original in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     _compare(set(expected), set(stored), source)
@@ -142,14 +134,14 @@ def fill(
 def _build(source: ModelSource, dtype: str) -> Any:
     """The model with unallocated parameters."""
     import paddle
-    from paddlenlp.transformers.model_utils import no_init_weights
 
-    _, model_class = source.family.classes()
+    from sft.models.decoder import CausalLM
+
     before = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype)
     try:
-        with _quiet(), no_init_weights(), paddle.LazyGuard():
-            return model_class(source.config)
+        with paddle.LazyGuard():
+            return CausalLM(source.architecture)
     finally:
         paddle.set_default_dtype(before)
 
@@ -157,7 +149,7 @@ def _build(source: ModelSource, dtype: str) -> Any:
 def _quantize(
     target: Target, quantizer: Quantizer, weights: Weights, stored: dict[str, str], source: ModelSource
 ) -> None:
-    name = source.family.to_paddle(target.name)
+    name = target.name
     original = stored.get(f"{name}.weight")
     if original is None:
         return  # reported with everything else that is missing
@@ -186,19 +178,15 @@ def _quantize(
     stored.pop(f"{name}.bias", None)
 
 
-def _paddle_name(name: str, weights: Weights, family: Family) -> str:
-    return family.to_paddle(name) if weights.layout == "hf" else name
-
-
 def _read(name: str, weights: Weights, source: ModelSource, where: tuple[slice, ...]) -> np.ndarray:
     """What is at ``where`` of a tensor in Paddle's layout, float32."""
-    transposed = weights.layout == "hf" and source.family.is_transposed(name, len(where))
+    transposed = weights.layout == "hf" and is_transposed(name, len(where))
     return weights.read_part(name, where[::-1]).T if transposed else weights.read_part(name, where)
 
 
 def _check_shape(name: str, shape: tuple[int, ...], weights: Weights, source: ModelSource) -> None:
     stored = tuple(weights.shape(name))
-    if weights.layout == "hf" and source.family.is_transposed(name, len(stored)):
+    if weights.layout == "hf" and is_transposed(name, len(stored)):
         stored = stored[::-1]
     if stored != tuple(shape):
         raise UsageError(
@@ -209,31 +197,9 @@ def _check_shape(name: str, shape: tuple[int, ...], weights: Weights, source: Mo
 def _compare(expected: set[str], stored: set[str], source: ModelSource) -> None:
     for names, what in ((expected - stored, "lacks"), (stored - expected, "holds unknown")):
         if names:
-            shown = sorted(source.family.to_hf(name) for name in names)
+            shown = sorted(source.family.to_file(name, "hf") for name in names)
             more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
             raise UsageError(
                 f"{source.folder} {what} tensors {', '.join(shown[:3])}{more}; weights and config.json do not "
                 "belong together."
             )
-
-
-def _share_rotary_tables(model: Any) -> None:
-    """PaddleNLP gives every layer its own copy of the same cos/sin tables: one is enough."""
-    first = None
-    for layer in model.sublayers():
-        if hasattr(layer, "rotary_emb"):
-            first = first or layer.rotary_emb
-            layer.rotary_emb = first
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """PaddleNLP logs each class it builds; a run says what matters itself."""
-    from paddlenlp.utils.log import logger
-
-    level = logger.logLevel
-    logger.set_level("ERROR")
-    try:
-        yield
-    finally:
-        logger.set_level(level)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from sft.models.families import Family
+from sft.models.architecture import Architecture, Block
 from sft.models.layers import matching
-
-_HEADS = {"qwen2": 32, "mistral": 8, "gemma": 16}
-"""Key/value heads where config.json does not say: the defaults of PaddleNLP's config classes."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class Outline:
             probabilities.
     """
 
-    family: Family
+    architecture: Architecture
     hidden: int
     inner: int
     heads: int
@@ -130,46 +126,55 @@ def _frozen(weight: Weight) -> Weight:
     return Weight(weight.name, weight.shape, weight.sides, False, weight.bits)
 
 
-def of_config(values: Mapping[str, Any], family: Family) -> Outline:
-    """The model that PaddleNLP's class of ``family`` builds from a ``config.json`` that has been checked."""
-    hidden, inner, vocabulary = values["hidden_size"], values["intermediate_size"], values["vocab_size"]
-    heads = values["num_attention_heads"]
-    kv_heads = values.get("num_key_value_heads", _HEADS.get(family.model_type)) or heads
-    size = values.get("head_dim", 256) if family.has_head_dim else hidden // heads
-    gives_tie = family.can_tie and family.has_head_dim  # only such a class (Gemma's) ties unless it is told not to
-    tied = bool(values.get("tie_word_embeddings", gives_tie))
-    biased = ("q_proj", "k_proj", "v_proj") if family.model_type == "qwen2" else ()
-    linears = {
-        "self_attn.q_proj": (hidden, heads * size),
-        "self_attn.k_proj": (hidden, kv_heads * size),
-        "self_attn.v_proj": (hidden, kv_heads * size),
-        "self_attn.o_proj": (heads * size, hidden),
-        "mlp.gate_proj": (hidden, inner),
-        "mlp.up_proj": (hidden, inner),
-        "mlp.down_proj": (inner, hidden),
-    }
+def of_architecture(architecture: Architecture) -> Outline:
+    """The model that ``decoder.py`` builds of an architecture."""
+    one = architecture
+    hidden, query, key = one.hidden, one.heads * one.head_size, one.kv_heads * one.head_size
+    if one.fused_attention:
+        attention = {"qkv_proj": (hidden, query + 2 * key, one.attention_bias)}
+    else:
+        sizes = {"q_proj": query, "k_proj": key, "v_proj": key}
+        attention = {name: (hidden, size, one.attention_bias) for name, size in sizes.items()}
+    attention["o_proj"] = (query, hidden, one.output_bias)
 
-    def linear(name: str, shape: tuple[int, int]) -> LinearOutline:
-        weights = [Weight("weight", shape, ("in", "out"))]
-        if name.endswith(biased):
-            weights.append(Weight("bias", shape[1:], ("out",)))
-        return LinearOutline(name, *shape, weights)
+    def mlp(inner: int) -> dict[str, tuple[int, int, bool]]:
+        if one.fused_mlp:
+            found = {"gate_up_proj": (hidden, 2 * inner, one.mlp_bias)}
+        else:
+            found = dict.fromkeys(("gate_proj", "up_proj"), (hidden, inner, one.mlp_bias))
+        return {**found, "down_proj": (inner, hidden, one.mlp_bias)}
+
+    def linears(block: Block) -> dict[str, tuple[int, int, bool]]:
+        found = {f"self_attn.{name}": shape for name, shape in attention.items()}
+        if block.experts is None:
+            return {**found, **{f"mlp.{name}": shape for name, shape in mlp(one.inner).items()}}
+        for number in range(block.experts.count):
+            found.update({f"mlp.experts.{number}.{k}": shape for k, shape in mlp(block.experts.inner).items()})
+        if block.experts.shared_inner is not None:
+            found.update({f"mlp.shared_expert.{k}": shape for k, shape in mlp(block.experts.shared_inner).items()})
+        return found
+
+    def linear(name: str, inputs: int, outputs: int, bias: bool) -> LinearOutline:
+        weights = [Weight("weight", (inputs, outputs), ("in", "out"))]
+        if bias:
+            weights.append(Weight("bias", (outputs,), ("out",)))
+        return LinearOutline(name, inputs, outputs, weights)
 
     return Outline(
-        family=family,
+        architecture=one,
         hidden=hidden,
-        inner=inner,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=size,
-        vocabulary=vocabulary,
-        positions=values.get("max_position_embeddings") or 2048,
+        inner=one.inner,
+        heads=one.heads,
+        kv_heads=one.kv_heads,
+        head_size=one.head_size,
+        vocabulary=one.vocabulary,
+        positions=one.positions,
         blocks=[
-            [linear(f"model.layers.{number}.{name}", shape) for name, shape in linears.items()]
-            for number in range(values["num_hidden_layers"])
+            [linear(f"model.layers.{number}.{name}", *shape) for name, shape in linears(block).items()]
+            for number, block in enumerate(one.blocks)
         ],
-        tied=tied,
-        embedding=Weight("weight", (vocabulary, hidden), ("vocabulary", "")),
-        head=None if tied else Weight("weight", (hidden, vocabulary), ("", "vocabulary")),
+        tied=one.tied,
+        embedding=Weight("weight", (one.vocabulary, hidden), ("vocabulary", "")),
+        head=None if one.tied else Weight("weight", (hidden, one.vocabulary), ("", "vocabulary")),
         norm=Weight("weight", (hidden,), ("",)),
     )

@@ -12,6 +12,7 @@ from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import staged_folder, write_json
 from sft.models.config import hf_config
+from sft.models.families import is_transposed
 from sft.models.loading import ModelSource
 from sft.models.shards import WeightFormat, write_tensors
 from sft.progress import Progress
@@ -29,9 +30,9 @@ def model_tensors(parameters: Iterable[tuple[str, Any]], source: ModelSource) ->
         array = parameter.numpy()
         if array.dtype == np.uint16:  # paddle's way of giving bfloat16 to numpy
             array = array.view(ml_dtypes.bfloat16)
-        if source.family.is_transposed(name, array.ndim):
+        if is_transposed(name, array.ndim):
             array = np.ascontiguousarray(array.T)
-        yield source.family.to_hf(name), array
+        yield source.family.to_file(name, "hf"), array
 
 
 def write_model(folder: Path, parameters: Iterable[tuple[str, Any]], source: ModelSource, tokenizer: Tokenizer) -> None:
@@ -71,11 +72,11 @@ def write_merged(
         for original in progress.over(list(weights), "merging", "tensors"):
             if original.endswith("rotary_emb.inv_freq"):
                 continue
-            if original == "lm_head.weight" and source.config.tie_word_embeddings:
+            if original == "lm_head.weight" and source.architecture.tied:
                 continue  # some writers store the tied matrix twice
             stored = weights.read_stored(original)
-            name = original if weights.layout == "hf" else source.family.to_hf(original)
-            if weights.layout == "paddle" and source.family.is_transposed(original, stored.ndim):
+            name = source.family.from_file(original, weights.layout)
+            if weights.layout == "paddle" and is_transposed(name, stored.ndim):
                 stored = stored.T
             weight, is_new = _merge_one(name, stored, merger, quantizer)
             if quantizer is None and form.dtype == "base":
@@ -87,10 +88,9 @@ def write_merged(
                 _check_finite(name, stored, weight)
             changed += is_new
             dtypes.add(str(weight.dtype))
-            if form.layout == "paddle":
-                name = source.family.to_paddle(name)
-                weight = weight.T if source.family.is_transposed(name, weight.ndim) else weight
-            yield name, np.ascontiguousarray(weight)
+            if form.layout == "paddle" and is_transposed(name, weight.ndim):
+                weight = weight.T
+            yield source.family.to_file(name, form.layout), np.ascontiguousarray(weight)
 
     with staged_folder(folder) as staging:
         write_tensors(staging, merged(), form)

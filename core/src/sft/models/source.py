@@ -117,7 +117,8 @@ class Weights:
                 from sft.models.pickles import read_pickled
 
                 self._pickled.update(read_pickled(path))
-        paddle = any(name.startswith(family.prefix + ".") for name in self)
+        prefix = family.paddle_prefix
+        paddle = prefix is not None and any(name.startswith(f"{prefix}.") for name in self)
         self.layout = "paddle" if paddle else "hf"
 
     def __iter__(self) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import paddle
@@ -41,15 +42,40 @@ def _place(label: Any, columns: int, vocabulary: Vocabulary) -> tuple[Any, Any]:
     return column.clip(0, columns - 1), here
 
 
-def _chunk(part: Any, label: Any, weight: Any, transpose_y: bool, vocabulary: Vocabulary) -> tuple[Any, Any, Any, Any]:
-    """Of some positions: float32 logits less their maximum, the exponentials of these and their sum, and the losses."""
-    logits = paddle.matmul(part, weight, transpose_y=transpose_y).astype("float32")
-    logits = logits - vocabulary.maximum(logits.max(axis=-1, keepdim=True))
+@dataclass(frozen=True)
+class _Shape:
+    """What becomes of products with lm_head: cap · tanh(scale · product / cap); without cap, scale · product."""
+
+    transpose_y: bool
+    scale: float
+    cap: float | None
+
+    @classmethod
+    def of(cls, lm_head: Any) -> _Shape:
+        return cls(lm_head.transpose_y, lm_head.scale, lm_head.cap)
+
+    def logits(self, part: Any, weight: Any) -> Any:
+        found = paddle.matmul(part, weight, transpose_y=self.transpose_y).astype("float32")
+        found = found if self.scale == 1.0 else found * self.scale
+        return found if self.cap is None else paddle.tanh(found / self.cap) * self.cap
+
+    def slope(self, gradient: Any, logits: Any) -> Any:
+        """From the gradient of ``logits`` to that of the products."""
+        if self.cap is not None:
+            gradient = gradient * (1.0 - (logits / self.cap) ** 2)
+        return gradient if self.scale == 1.0 else gradient * self.scale
+
+
+def _chunk(part: Any, label: Any, weight: Any, shape: _Shape, vocabulary: Vocabulary) -> tuple[Any, Any, Any, Any, Any]:
+    """Of some positions: float32 logits as they are, and less their maximum, the exponentials of these and their sum,
+    and the losses."""
+    products = shape.logits(part, weight)
+    logits = products - vocabulary.maximum(products.max(axis=-1, keepdim=True))
     exponentials = logits.exp()
     normaliser = vocabulary.total(row_sums(exponentials))
     column, here = _place(label, logits.shape[-1], vocabulary)
     chosen = vocabulary.total(paddle.take_along_axis(logits, column, axis=-1) * here)
-    return logits, exponentials, normaliser, normaliser.astype("float64").log() - chosen.astype("float64")
+    return products, logits, exponentials, normaliser, normaliser.astype("float64").log() - chosen.astype("float64")
 
 
 def _rows(weight: Any, transpose_y: bool) -> int:
@@ -66,23 +92,22 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
         hidden: Any,
         weight: Any,
         labels: Any,
-        transpose_y: bool,
+        shape: _Shape,
         gradients: tuple[bool, bool],
         vocabulary: Vocabulary,
     ) -> Any:
-        rows = _rows(weight, transpose_y)
+        rows, transpose_y = _rows(weight, shape.transpose_y), shape.transpose_y
         total = paddle.zeros([], "float64")
         hidden_grads, weight_grad = [], None
         for start in range(0, hidden.shape[0], rows):
             part, label = hidden[start : start + rows], labels[start : start + rows]
-            _, exponentials, normaliser, losses = _chunk(part, label, weight, transpose_y, vocabulary)
+            products, _, exponentials, normaliser, losses = _chunk(part, label, weight, shape, vocabulary)
             total += losses.sum()
             if not any(gradients):
                 continue
             column, here = _place(label, exponentials.shape[-1], vocabulary)
-            difference = paddle.put_along_axis(exponentials / normaliser, column, -here, axis=-1, reduce="add").astype(
-                hidden.dtype
-            )
+            difference = paddle.put_along_axis(exponentials / normaliser, column, -here, axis=-1, reduce="add")
+            difference = shape.slope(difference, products).astype(hidden.dtype)
             if gradients[0]:
                 hidden_grads.append(vocabulary.total(paddle.matmul(difference, weight, transpose_y=not transpose_y)))
             if gradients[1]:
@@ -106,7 +131,7 @@ def target_loss(hidden: Any, labels: Any, lm_head: Any) -> Any:
     """The summed cross-entropy (nats, a scalar float32 tensor) of all positions with a label.
 
     ``hidden`` [B, S, hidden]; ``labels`` int64 [B, S], already shifted, -100 where there is no target;
-    ``lm_head`` is PaddleNLP's (its ``weight`` is [hidden, V], or [V, hidden] when tied).
+    ``lm_head`` is the decoder's (its ``weight`` is [hidden, V], or [V, hidden] when tied).
     """
     chosen, label = _targets(hidden, labels)
     if label is None:
@@ -114,7 +139,7 @@ def target_loss(hidden: Any, labels: Any, lm_head: Any) -> Any:
     weight = lm_head.weight
     learning = paddle.is_grad_enabled()
     gradients = (learning and not chosen.stop_gradient, learning and not weight.stop_gradient)
-    return _ChunkedCrossEntropy.apply(chosen, weight, label, _is_transposed(lm_head), gradients, _vocabulary(lm_head))
+    return _ChunkedCrossEntropy.apply(chosen, weight, label, _Shape.of(lm_head), gradients, _vocabulary(lm_head))
 
 
 @paddle.no_grad()
@@ -123,12 +148,12 @@ def target_scores(hidden: Any, labels: Any, lm_head: Any) -> tuple[float, int]:
     chosen, label = _targets(hidden, labels)
     if label is None:
         return 0.0, 0
-    transpose_y, vocabulary = _is_transposed(lm_head), _vocabulary(lm_head)
-    rows = _rows(lm_head.weight, transpose_y)
+    shape, vocabulary = _Shape.of(lm_head), _vocabulary(lm_head)
+    rows = _rows(lm_head.weight, shape.transpose_y)
     total, correct = paddle.zeros([], "float64"), paddle.zeros([], "int64")
     for start in range(0, chosen.shape[0], rows):
         part = label[start : start + rows]
-        logits, _, _, losses = _chunk(chosen[start : start + rows], part, lm_head.weight, transpose_y, vocabulary)
+        _, logits, _, _, losses = _chunk(chosen[start : start + rows], part, lm_head.weight, shape, vocabulary)
         total += losses.sum()
         correct += (_likeliest(logits, vocabulary) == part).astype("int64").sum()
     return float(total), int(correct)
@@ -151,7 +176,3 @@ def _targets(hidden: Any, labels: Any) -> tuple[Any, Any | None]:
     if positions.shape[0] == 0:
         return hidden, None
     return paddle.gather(hidden, positions), paddle.gather(labels, positions)
-
-
-def _is_transposed(lm_head: Any) -> bool:
-    return bool(getattr(lm_head, "transpose_y", False))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import paddle
 
-from sft.models.attention import hidden_states
+from sft.models.forward import hidden_states
 from sft.models.layers import linear_weight
 from sft.models.parts import Part
 from sft.models.sums import row_sums

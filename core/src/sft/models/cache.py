@@ -1,0 +1,74 @@
+"""The forward pass of answers: prompts, and then token by token, over the keys and values of what came before."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle.nn import functional as F
+
+from sft.models.architecture import Architecture
+from sft.models.rotary import rotate, tables
+
+QUERIES = 512
+"""So many rows of a prompt's scores are computed at a time."""
+
+
+class CachedReading:
+    """Prompts, padded on the left to one length, and their answers: each call of the decoder takes the tokens that are
+    new, and sees the keys and values of those before, which are kept here.
+
+    ``padding`` int64 [B] is how many tokens on the left of each row are none.
+    """
+
+    def __init__(self, architecture: Architecture, padding: np.ndarray) -> None:
+        self._architecture, self._padding = architecture, padding
+        self._kept: list[tuple[Any, Any] | None] = [None] * len(architecture.blocks)
+        self._seen = 0
+        self._tables: list[Any] = []
+        self._masks: dict[int | None, Any] = {}
+
+    def expect(self, count: int) -> None:
+        """The next call brings ``count`` tokens a row."""
+        first, self._seen = self._seen, self._seen + count
+        places = np.arange(first, self._seen)
+        positions = np.maximum(places[None] - self._padding[:, None], 0)
+        lengths = np.broadcast_to((self._seen - self._padding)[:, None], positions.shape)
+        self._tables = [tables(rotary, positions, lengths) for rotary in self._architecture.rotaries]
+        keys = np.arange(self._seen)
+        visible = (keys[None, None] <= places[:, None]) & (keys[None, None] >= self._padding[:, None, None])
+        # A padding token sees itself: its softmax must not be empty, and nobody reads what comes of it.
+        visible |= keys[None, None] == places[:, None]
+        self._masks = {}
+        for window in {block.window for block in self._architecture.blocks}:
+            seen = visible if window is None else visible & (keys[None, None] > places[:, None] - window)
+            mask = np.where(seen, np.float32(0), np.float32(-1e30))
+            self._masks[window] = None if seen.all() else paddle.to_tensor(mask[:, None, None])  # [B, 1, 1, new, all]
+
+    def turn(self, x: Any, rotary: int) -> Any:
+        return rotate(x, self._architecture.rotaries[rotary], *self._tables[rotary])
+
+    def attend(self, layer: int, query: Any, key: Any, value: Any) -> Any:
+        rows, count, heads, size = query.shape
+        groups = key.shape[2]
+        key, value = key.transpose([0, 2, 1, 3]), value.transpose([0, 2, 1, 3])
+        kept = self._kept[layer]
+        if kept is not None:
+            key, value = paddle.concat([kept[0], key], axis=2), paddle.concat([kept[1], value], axis=2)
+        self._kept[layer] = (key, value)
+        mask = self._masks[self._architecture.blocks[layer].window]
+        cap = self._architecture.attention_cap
+        query = query.transpose([0, 2, 1, 3]).reshape([rows, groups, heads // groups, count, size]) / math.sqrt(size)
+        key, value = key.unsqueeze(2), value.unsqueeze(2)
+        found = []
+        for start in range(0, count, QUERIES):
+            scores = paddle.matmul(query[:, :, :, start : start + QUERIES], key, transpose_y=True).astype("float32")
+            if cap is not None:
+                scores = paddle.tanh(scores / cap) * cap
+            if mask is not None:
+                scores = scores + mask[:, :, :, start : start + QUERIES]
+            found.append(paddle.matmul(F.softmax(scores, axis=-1).astype(value.dtype), value))
+        out = found[0] if len(found) == 1 else paddle.concat(found, axis=3)
+        return out.reshape([rows, heads, count, size]).transpose([0, 2, 1, 3])

@@ -1,0 +1,273 @@
+"""A decoder-only transformer, of every family that an :class:`Architecture` can describe. Read from top to bottom.
+
+Parameters have Hugging Face's names, Linear weights Paddle's layout [in, out]. B rows, S tokens a row, H query heads,
+K key/value heads, D head size. What a forward pass needs beside tokens, it finds in a :class:`Reading`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import paddle
+from paddle import nn
+from paddle.nn import functional as F
+
+from sft.models.architecture import Architecture, Block, Experts
+from sft.models.attention import DefaultAttention
+from sft.models.norms import rms_norm
+
+
+class Reading(Protocol):
+    """One forward pass: where each token stands, and what it sees."""
+
+    def turn(self, x: Any, rotary: int) -> Any:
+        """``x`` [B, S, heads, D] turned by its positions."""
+        ...
+
+    def attend(self, layer: int, query: Any, key: Any, value: Any) -> Any:
+        """Attention of block ``layer``: query [B, S, H, D]; key, value [B, S, K, D] → [B, S, H, D]. Scores are scaled
+        by 1/√D, and capped if the architecture says so."""
+        ...
+
+
+class Meeting:
+    """Where the processes that share a block meet. One process alone has nobody to meet; a parallel strategy puts
+    another one at ``DecoderBlock.meeting``."""
+
+    def enter(self, x: Any) -> Any:
+        """Before attention, and before the MLP."""
+        return x
+
+    def leave(self, x: Any) -> Any:
+        """After attention, and after the MLP."""
+        return x
+
+
+class CausalLM(nn.Layer):
+    """The decoder with its head: tokens → logits."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.attention: Any = DefaultAttention()
+        """The backend of training and evaluation; see :class:`sft.AttentionBackend`."""
+        self.model = Decoder(architecture)
+        self.lm_head = Head(architecture, self.model.embed_tokens.weight if architecture.tied else None)
+
+    def get_input_embeddings(self) -> Any:
+        """The embedding, under the name that it has in transformers and PaddleNLP."""
+        return self.model.embed_tokens
+
+    def forward(self, tokens: Any, reading: Reading) -> Any:
+        """int64 [B, S] → logits float [B, S, V]."""
+        return self.lm_head(self.model(self.model.embed(tokens), reading))
+
+
+class Decoder(nn.Layer):
+    """Embedding, blocks, and the last norm."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(architecture.vocabulary, architecture.hidden)
+        self.layers = nn.LayerList(
+            [DecoderBlock(architecture, block, number) for number, block in enumerate(architecture.blocks)]
+        )
+        self.norm = RMSNorm(architecture.hidden, architecture)
+        self.embedding_scale = architecture.embedding_scale
+        self.recompute = False
+        """Whether training computes each block again in backward instead of keeping what is in it."""
+
+    def embed(self, tokens: Any) -> Any:
+        """int64 [B, S] → what goes into the first block, [B, S, hidden]."""
+        hidden = self.embed_tokens(tokens)
+        return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
+
+    def forward(self, hidden: Any, reading: Reading) -> Any:
+        """[B, S, hidden], through all blocks and the last norm."""
+        for block in self.layers:
+            if self.recompute and self.training and paddle.is_grad_enabled():
+                from paddle.distributed.fleet.utils import recompute
+
+                hidden = recompute(block, hidden, reading)
+            else:
+                hidden = block(hidden, reading)
+        return self.norm(hidden)
+
+
+class DecoderBlock(nn.Layer):
+    """x + attention(x), then x + mlp(x), with norms before, after or around each."""
+
+    meeting = Meeting()
+
+    def __init__(self, architecture: Architecture, block: Block, number: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(architecture, block, number)
+        self.mlp: Any = (
+            MLP(architecture, architecture.inner) if block.experts is None else SparseMLP(architecture, block.experts)
+        )
+        self.residual_scale = architecture.residual_scale
+        self._norms = architecture.norms
+        for name in vars(architecture.norms).values():
+            if name is not None:
+                setattr(self, name, RMSNorm(architecture.hidden, architecture))
+
+    def forward(self, hidden: Any, reading: Reading) -> Any:
+        norms, meeting = self._norms, self.meeting
+        entered = meeting.enter(self._norm(norms.before_attention, hidden))
+        attended = self._norm(norms.after_attention, meeting.leave(self.self_attn(entered, reading)))
+        hidden = hidden + self._scaled(attended)
+        entered = meeting.enter(self._norm(norms.before_mlp, hidden))
+        return hidden + self._scaled(self._norm(norms.after_mlp, meeting.leave(self.mlp(entered))))
+
+    def _norm(self, name: str | None, x: Any) -> Any:
+        return x if name is None else getattr(self, name)(x)
+
+    def _scaled(self, x: Any) -> Any:
+        return x if self.residual_scale == 1.0 else x * self.residual_scale
+
+
+class Attention(nn.Layer):
+    """Projections to queries, keys and values, rotation, attention, projection back."""
+
+    def __init__(self, architecture: Architecture, block: Block, number: int) -> None:
+        super().__init__()
+        self.number, self.rotary = number, block.rotary
+        self.head_size = size = architecture.head_size
+        self.heads, self.kv_heads = architecture.heads, architecture.kv_heads
+        hidden, bias = architecture.hidden, architecture.attention_bias
+        query, key = self.heads * size, self.kv_heads * size
+        if architecture.fused_attention:
+            self.qkv_proj = linear(hidden, query + 2 * key, bias)
+        else:
+            self.q_proj = linear(hidden, query, bias)
+            self.k_proj = linear(hidden, key, bias)
+            self.v_proj = linear(hidden, key, bias)
+        self.o_proj = linear(query, hidden, architecture.output_bias)
+        self.head_norm = architecture.head_norm
+        if self.head_norm is not None:
+            self.q_norm = RMSNorm(size if self.head_norm == "head" else query, architecture)
+            self.k_norm = RMSNorm(size if self.head_norm == "head" else key, architecture)
+        # Backends scale by 1/√D; another scale goes into the query.
+        scale = architecture.attention_scale
+        self.query_scale = 1.0 if scale is None else scale * math.sqrt(size)
+
+    def forward(self, x: Any, reading: Reading) -> Any:
+        """[B, S, hidden] → [B, S, hidden]."""
+        query, key, value = self._project(x)
+        if self.rotary is not None:
+            query, key = reading.turn(query, self.rotary), reading.turn(key, self.rotary)
+        if self.query_scale != 1.0:
+            query = query * self.query_scale
+        out = reading.attend(self.number, query, key, value)
+        return self.o_proj(out.reshape([0, 0, self.heads * self.head_size]))
+
+    def _project(self, x: Any) -> tuple[Any, Any, Any]:
+        """Normed queries [B, S, H, D], keys and values [B, S, K, D]."""
+        sizes = [self.heads * self.head_size, *[self.kv_heads * self.head_size] * 2]
+        if hasattr(self, "qkv_proj"):
+            query, key, value = paddle.split(self.qkv_proj(x), sizes, axis=-1)
+        else:
+            query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.head_norm == "all":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (one.reshape([0, 0, -1, self.head_size]) for one in (query, key, value))
+        if self.head_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query, key, value
+
+
+class MLP(nn.Layer):
+    """down(activation(gate(x)) · up(x))."""
+
+    def __init__(self, architecture: Architecture, inner: int) -> None:
+        super().__init__()
+        hidden, bias = architecture.hidden, architecture.mlp_bias
+        if architecture.fused_mlp:
+            self.gate_up_proj = linear(hidden, 2 * inner, bias)
+        else:
+            self.gate_proj = linear(hidden, inner, bias)
+            self.up_proj = linear(hidden, inner, bias)
+        self.down_proj = linear(inner, hidden, bias)
+        self.activation = architecture.activation
+
+    def forward(self, x: Any) -> Any:
+        """[..., hidden] → [..., hidden]."""
+        if hasattr(self, "gate_up_proj"):
+            gate, up = paddle.chunk(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.activation == "silu":
+            return self.down_proj(F.swiglu(gate, up))
+        return self.down_proj(F.gelu(gate, approximate=True) * up)
+
+
+class SparseMLP(nn.Layer):
+    """Each token goes through the experts that the router finds likeliest, weighted by its probabilities."""
+
+    def __init__(self, architecture: Architecture, experts: Experts) -> None:
+        super().__init__()
+        self.chosen, self.normalise = experts.chosen, experts.normalise
+        self.gate = Router(architecture.hidden, experts.count, bias_attr=False)
+        self.experts = nn.LayerList([MLP(architecture, experts.inner) for _ in range(experts.count)])
+        if experts.shared_inner is not None:
+            self.shared_expert = MLP(architecture, experts.shared_inner)
+            self.shared_expert_gate = Router(architecture.hidden, 1, bias_attr=False)
+
+    def forward(self, x: Any) -> Any:
+        """[B, S, hidden] → [B, S, hidden]."""
+        tokens = x.reshape([-1, x.shape[-1]])
+        weights, chosen = paddle.topk(F.softmax(self.gate(tokens).astype("float32"), axis=-1), self.chosen, axis=-1)
+        if self.normalise:
+            weights = weights / weights.sum(axis=-1, keepdim=True)
+        out = paddle.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            places = paddle.nonzero(chosen == number)  # [tokens of this expert, 2]: the token, and which choice it was
+            if places.shape[0] == 0:
+                continue
+            here = places[:, 0]
+            share = paddle.gather_nd(weights, places).unsqueeze(-1).astype(tokens.dtype)
+            out = paddle.index_add(out, here, 0, expert(paddle.gather(tokens, here)) * share)
+        if hasattr(self, "shared_expert"):
+            out = out + F.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
+        return out.reshape(x.shape)
+
+
+class Router(nn.Linear):
+    """Says how much each expert counts. Techniques leave it alone unless it is named."""
+
+
+class RMSNorm(nn.Layer):
+    """y = (offset + w) · x / √(mean(x²) + ε) over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, architecture: Architecture) -> None:
+        super().__init__()
+        self.weight = self.create_parameter([size], default_initializer=nn.initializer.Constant(1.0))
+        self.epsilon, self.offset = architecture.norm_epsilon, architecture.norm_offset
+
+    def forward(self, x: Any) -> Any:
+        return rms_norm(x, self.weight, self.epsilon, self.offset)
+
+
+class Head(nn.Layer):
+    """Hidden states → logits: W [hidden, V], or the embedding [V, hidden], transposed."""
+
+    def __init__(self, architecture: Architecture, embedding: Any | None) -> None:
+        super().__init__()
+        self.transpose_y = embedding is not None
+        shape = [architecture.hidden, architecture.vocabulary]
+        self.weight = self.create_parameter(shape) if embedding is None else embedding
+        self.scale, self.cap = architecture.logit_scale, architecture.logit_cap
+
+    def forward(self, hidden: Any) -> Any:
+        """[..., hidden] → [..., V]."""
+        return self.finished(paddle.matmul(hidden, self.weight, transpose_y=self.transpose_y))
+
+    def finished(self, products: Any) -> Any:
+        """Logits of the products with the matrix: scaled, and capped."""
+        logits = products if self.scale == 1.0 else products * self.scale
+        return logits if self.cap is None else paddle.tanh(logits / self.cap) * self.cap
+
+
+def linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    return nn.Linear(in_features, out_features, bias_attr=None if bias else False)

@@ -1,0 +1,303 @@
+"""From the ``config.json`` of each family to its :class:`Architecture`. One function reads a family; what it does not
+read has no influence on what the family computes, or is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from sft.models.architecture import Architecture, Block, Experts, Norms
+from sft.models.families.values import FULL, SLIDING, Values
+
+_SILU = {"silu": "silu", "swish": "silu"}
+_GELU = {"gelu_pytorch_tanh": "gelu_tanh"}
+_AROUND = Norms(
+    before_attention="input_layernorm",
+    after_attention="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    after_mlp="post_feedforward_layernorm",
+)
+
+
+def _plain(
+    values: Values,
+    *,
+    positions: int = 2048,
+    kv_heads: int | None = None,
+    head_size: int | None = None,
+    base: float = 10000.0,
+    epsilon: float = 1e-6,
+    tied: bool = False,
+    **more: Any,
+) -> Architecture:
+    """What Llama has, with the family's defaults; all blocks alike. ``more`` are fields of the architecture."""
+    hidden, heads = values.count("hidden_size"), values.count("num_attention_heads")
+    if values["head_dim"] is None and head_size is None and hidden % heads:
+        raise values.wrong("hidden_size", f"a multiple of num_attention_heads {heads}")
+    size = values.count("head_dim", head_size or hidden // heads)
+    kept = values.count("num_key_value_heads", kv_heads or heads)
+    if heads % kept:
+        raise values.wrong("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
+    longest = values.count("max_position_embeddings", positions)
+    values.refuse("quantization_config", "use_bidirectional_attention")
+    fields: dict[str, Any] = {
+        "vocabulary": values.count("vocab_size"),
+        "hidden": hidden,
+        "inner": values.count("intermediate_size"),
+        "heads": heads,
+        "kv_heads": kept,
+        "head_size": size,
+        "positions": longest,
+        "blocks": (Block(),) * values.count("num_hidden_layers"),
+        "norm_epsilon": values.number("rms_norm_eps", epsilon),
+        "tied": values.flag("tie_word_embeddings", tied),
+    }
+    fields.update(more)
+    if "rotaries" not in fields:
+        fields["rotaries"] = (values.rotary(size, longest, base),)
+    return Architecture(**fields)
+
+
+def _in_windows(architecture: Architecture, kinds: list[str], window: int | None) -> Architecture:
+    blocks = [
+        replace(block, window=window if kind == SLIDING else None)
+        for block, kind in zip(architecture.blocks, kinds, strict=True)
+    ]
+    return replace(architecture, blocks=tuple(blocks))
+
+
+def llama(values: Values) -> Architecture:
+    bias = values.flag("attention_bias", False)
+    values.word("hidden_act", _SILU, "silu")
+    return _plain(values, attention_bias=bias, output_bias=bias, mlp_bias=values.flag("mlp_bias", False))
+
+
+def mistral(values: Values) -> Architecture:
+    values.word("hidden_act", _SILU, "silu")
+    found = _plain(values, positions=4096 * 32, kv_heads=8)
+    return _in_windows(found, [SLIDING] * len(found.blocks), values.window(4096))
+
+
+def _qwen_windows(values: Values, architecture: Architecture) -> Architecture:
+    count = len(architecture.blocks)
+    window = values.window(4096) if values.flag("use_sliding_window", False) else None
+    below = values["max_window_layers"] if values["max_window_layers"] is not None else 28
+    otherwise = [SLIDING if window is not None and number >= below else FULL for number in range(count)]
+    return _in_windows(architecture, values.kinds(count, otherwise), window)
+
+
+def qwen2(values: Values) -> Architecture:
+    values.word("hidden_act", _SILU, "silu")
+    return _qwen_windows(values, _plain(values, positions=32768, kv_heads=32, attention_bias=True))
+
+
+def qwen3(values: Values) -> Architecture:
+    values.word("hidden_act", _SILU, "silu")
+    bias = values.flag("attention_bias", False)
+    found = _plain(
+        values,
+        positions=32768,
+        kv_heads=32,
+        head_size=128,
+        attention_bias=bias,
+        output_bias=bias,
+        head_norm="head",
+    )
+    return _qwen_windows(values, found)
+
+
+def gemma(values: Values) -> Architecture:
+    # The first releases say "gelu" and mean the tanh form, as transformers reads it.
+    word = "hidden_activation" if values["hidden_activation"] is not None else "hidden_act"
+    values.word(word, {**_GELU, "gelu": "gelu_tanh"}, "gelu_pytorch_tanh")
+    return _gemma(values, positions=8192, kv_heads=16)
+
+
+def _gemma(values: Values, **more: Any) -> Architecture:
+    bias = values.flag("attention_bias", False)
+    fields: dict[str, Any] = {
+        "head_size": 256,
+        "tied": True,
+        "norm_offset": 1.0,
+        "activation": "gelu_tanh",
+        "embedding_scale": values.count("hidden_size") ** 0.5,
+        "attention_bias": bias,
+        "output_bias": bias,
+    }
+    return _plain(values, **{**fields, **more})
+
+
+def gemma2(values: Values) -> Architecture:
+    values.word("hidden_activation", _GELU, "gelu_pytorch_tanh")
+    found = _gemma(
+        values,
+        positions=8192,
+        kv_heads=4,
+        norms=_AROUND,
+        attention_scale=values.number("query_pre_attn_scalar", 256) ** -0.5,
+        attention_cap=values.optional("attn_logit_softcapping", 50.0),
+        logit_cap=values.optional("final_logit_softcapping", 30.0),
+    )
+    count = len(found.blocks)
+    kinds = values.kinds(count, [FULL if number % 2 else SLIDING for number in range(count)])
+    return _in_windows(found, kinds, values.window(4096))
+
+
+def gemma3(values: Values) -> Architecture:
+    values.word("hidden_activation", _GELU, "gelu_pytorch_tanh")
+    size, positions = values.count("head_dim", 256), values.count("max_position_embeddings", 131072)
+    local = values.number("rope_local_base_freq", 10000.0)
+    # What scales the others leaves windows alone.
+    rotaries = (
+        values.rotary(size, positions, 1e6, FULL),
+        values.rotary(size, positions, local, SLIDING)
+        if isinstance((values["rope_parameters"] or {}).get(SLIDING), dict)
+        else Values({}, values.where).rotary(size, positions, local),
+    )
+    found = _gemma(
+        values,
+        positions=positions,
+        kv_heads=4,
+        norms=_AROUND,
+        rotaries=rotaries,
+        head_norm="head",
+        attention_scale=values.number("query_pre_attn_scalar", 256) ** -0.5,
+        attention_cap=values.optional("attn_logit_softcapping"),
+        logit_cap=values.optional("final_logit_softcapping"),
+    )
+    count = len(found.blocks)
+    every = values.count("sliding_window_pattern", 6)
+    kinds = values.kinds(count, [SLIDING if (number + 1) % every else FULL for number in range(count)])
+    found = _in_windows(found, kinds, values.window(4096))
+    blocks = [replace(block, rotary=int(kind == SLIDING)) for block, kind in zip(found.blocks, kinds, strict=True)]
+    return replace(found, blocks=tuple(blocks))
+
+
+def phi3(values: Values) -> Architecture:
+    values.word("hidden_act", _SILU, "silu")
+    found = _plain(values, positions=4096, epsilon=1e-5, fused_attention=True, fused_mlp=True)
+    return _in_windows(found, [SLIDING] * len(found.blocks), values.window())
+
+
+def smollm3(values: Values) -> Architecture:
+    values.word("hidden_act", _SILU, "silu")
+    bias = values.flag("attention_bias", False)
+    found = _plain(
+        values,
+        positions=32768,
+        kv_heads=4,
+        base=2e6,
+        tied=True,
+        attention_bias=bias,
+        output_bias=bias,
+        mlp_bias=values.flag("mlp_bias", False),
+    )
+    count = len(found.blocks)
+    turns = values["no_rope_layers"]
+    if turns is None:
+        every = values.count("no_rope_layer_interval", 4)
+        turns = [int((number + 1) % every != 0) for number in range(count)]
+    if not isinstance(turns, list) or len(turns) < count:
+        raise values.wrong("no_rope_layers", f"a list of {count} numbers, 0 or 1")
+    window = values.window() if values.flag("use_sliding_window", False) else None
+    otherwise = [SLIDING if window is not None and not turn else FULL for turn in turns[:count]]
+    found = _in_windows(found, values.kinds(count, otherwise), window)
+    blocks = [replace(block, rotary=0 if turn else None) for block, turn in zip(found.blocks, turns, strict=False)]
+    return replace(found, blocks=tuple(blocks))
+
+
+def granite(values: Values) -> Architecture:
+    values.word("hidden_act", _SILU, "silu")
+    bias = values.flag("attention_bias", False)
+    return _plain(
+        values,
+        attention_bias=bias,
+        output_bias=bias,
+        mlp_bias=values.flag("mlp_bias", False),
+        attention_scale=values.number("attention_multiplier", 1.0),
+        embedding_scale=values.number("embedding_multiplier", 1.0),
+        residual_scale=values.number("residual_multiplier", 1.0),
+        logit_scale=1.0 / values.number("logits_scaling", 1.0),
+    )
+
+
+def olmo2(values: Values) -> Architecture:
+    values.word("hidden_act", _SILU, "silu")
+    bias = values.flag("attention_bias", False)
+    return _plain(
+        values,
+        epsilon=1e-5,
+        attention_bias=bias,
+        output_bias=bias,
+        head_norm="all",
+        norms=Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    )
+
+
+def glm4(values: Values) -> Architecture:
+    values.word("hidden_act", _SILU, "silu")
+    size, positions = values.count("head_dim", 128), values.count("max_position_embeddings", 131072)
+    turned = values if values["partial_rotary_factor"] is not None else values.having(partial_rotary_factor=0.5)
+    return _plain(
+        values,
+        positions=positions,
+        kv_heads=2,
+        head_size=128,
+        epsilon=0.00000015625,
+        rotaries=(turned.rotary(size, positions, 10000.0, interleaved=True),),
+        fused_mlp=True,
+        attention_bias=values.flag("attention_bias", True),
+        norms=Norms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    )
+
+
+# --- with experts ---------------------------------------------------------------------------------------------
+
+
+def mixtral(values: Values) -> Architecture:
+    values.word("hidden_act", _SILU, "silu")
+    found = _plain(values, positions=4096 * 32, kv_heads=8, base=1e6, epsilon=1e-5)
+    count = values.count("num_local_experts", 8)
+    experts = Experts(count, values.count("num_experts_per_tok", 2), found.inner, normalise=True)
+    found = _in_windows(found, [SLIDING] * len(found.blocks), values.window())
+    return replace(found, blocks=tuple(replace(block, experts=experts) for block in found.blocks))
+
+
+def _qwen_experts(values: Values, architecture: Architecture, experts: Experts) -> Architecture:
+    alone, every = values["mlp_only_layers"] or [], values.count("decoder_sparse_step", 1)
+    blocks = [
+        replace(block, experts=None if number in alone or (number + 1) % every else experts)
+        for number, block in enumerate(architecture.blocks)
+    ]
+    return replace(architecture, blocks=tuple(blocks))
+
+
+def qwen2_moe(values: Values) -> Architecture:
+    values.word("hidden_act", _SILU, "silu")
+    found = _plain(values, positions=32768, kv_heads=16, attention_bias=values.flag("qkv_bias", True))
+    experts = Experts(
+        values.count("num_experts", 60),
+        values.count("num_experts_per_tok", 4),
+        values.count("moe_intermediate_size", 1408),
+        values.flag("norm_topk_prob", False),
+        values.count("shared_expert_intermediate_size", 5632),
+    )
+    window = values.window(4096) if values.flag("use_sliding_window", False) else None
+    below = values.count("max_window_layers", 28)
+    count = len(found.blocks)
+    otherwise = [SLIDING if window and number % 2 == 0 and number < below else FULL for number in range(count)]
+    return _qwen_experts(values, _in_windows(found, values.kinds(count, otherwise), window), experts)
+
+
+def qwen3_moe(values: Values) -> Architecture:
+    values.word("hidden_act", _SILU, "silu")
+    bias = values.flag("attention_bias", False)
+    found = _plain(values, positions=32768, kv_heads=4, attention_bias=bias, output_bias=bias, head_norm="head")
+    experts = Experts(
+        values.count("num_experts" if values["num_experts"] is not None else "num_local_experts", 128),
+        values.count("num_experts_per_tok", 8),
+        values.count("moe_intermediate_size", 768),
+        values.flag("norm_topk_prob", False),
+    )
+    window = values.window(4096) if values.flag("use_sliding_window", False) else None
+    return _qwen_experts(values, _in_windows(found, [SLIDING] * len(found.blocks), window), experts)

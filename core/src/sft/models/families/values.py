@@ -1,0 +1,154 @@
+"""Values of a ``config.json``, checked as they are read; Hugging Face's names and defaults, of versions 4 and 5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sft.errors import UsageError
+from sft.models.rotary import KINDS, Rotary
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+_LISTS = ("short_factor", "long_factor")
+_NEEDED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+    "longrope": _LISTS,
+}
+
+
+class Values:
+    """``values`` of the config of ``where``, for a reader of a family. Each method takes a name and what stands for it
+    where it is missing or null; without that it must be there."""
+
+    def __init__(self, values: Mapping[str, Any], where: Any) -> None:
+        self._values, self.where = values, where
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values.get(name)
+
+    def having(self, **more: Any) -> Values:
+        """These values, and ``more``."""
+        return Values({**self._values, **more}, self.where)
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A whole number above 0."""
+        value = self._given(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.wrong(name, "a whole number above 0")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self._given(name, default)
+        if not _is_number(value):
+            raise self.wrong(name, "a number")
+        return float(value)
+
+    def optional(self, name: str, default: float | None = None) -> float | None:
+        """A number, or null; ``default`` where it is missing."""
+        value = self._values.get(name, default)
+        if value is not None and not _is_number(value):
+            raise self.wrong(name, "a number or null")
+        return None if value is None else float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._given(name, default)
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false")
+        return value
+
+    def word(self, name: str, known: Mapping[str, str], default: str) -> str:
+        """What ``known`` says of a word."""
+        value = self._given(name, default)
+        if not isinstance(value, str) or value not in known:
+            raise self.wrong(name, f"one of {', '.join(known)}")
+        return known[value]
+
+    def window(self, default: int | None = None) -> int | None:
+        """``sliding_window``; null is none."""
+        return (
+            self.count("sliding_window", default) if self._values.get("sliding_window", default) is not None else None
+        )
+
+    def kinds(self, count: int, otherwise: Sequence[str]) -> list[str]:
+        """``layer_types`` of ``count`` layers; ``otherwise`` where the config has none."""
+        value = self._values.get("layer_types")
+        if value is None:
+            return list(otherwise)
+        if not isinstance(value, list) or len(value) < count or any(kind not in (SLIDING, FULL) for kind in value):
+            raise self.wrong("layer_types", f"{count} words, each {SLIDING} or {FULL}")
+        return value[:count]
+
+    def refuse(self, *names: str) -> None:
+        """Refuse a switch that is on and would compute something that the decoder does not."""
+        for name in names:
+            if self._values.get(name):
+                raise UsageError(
+                    f"{self.where}: {name} = {self._values[name]!r} is not computed here; use a model without it."
+                )
+
+    def rotary(self, size: int, positions: int, base: float, kind: str | None = None, **more: Any) -> Rotary:
+        """The rotary embedding of heads of ``size``; of layers of ``kind``, where the config tells kinds apart.
+
+        ``base`` is the family's default. ``rope_parameters`` is what transformers 5 writes, ``rope_scaling`` and
+        ``rope_theta`` what came before; PaddleNLP has words of its own. ``more`` are further fields of :class:`Rotary`.
+        """
+        scaling = self._values.get("rope_scaling") or self._values.get("rope_parameters") or {}
+        if not isinstance(scaling, dict):
+            raise self.wrong("rope_scaling", "an object or null")
+        if kind is not None and isinstance(scaling.get(kind), dict):
+            scaling = scaling[kind]
+        if any(isinstance(value, dict) for value in scaling.values()):
+            raise UsageError(
+                f"{self.where}: rotary settings by layer type are not known of this family; use another model."
+            )
+        scaling = dict(scaling)
+        if self._values.get("rope_scaling_type"):
+            scaling = {
+                "type": self._values["rope_scaling_type"],
+                "factor": self._values.get("rope_scaling_factor", 1.0),
+            }
+        word = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+        scaling.pop("type", None)
+        word = "longrope" if word == "su" else word
+        if word not in KINDS:
+            raise UsageError(f"{self.where}: rotary scaling {word!r} is not known; known are {', '.join(KINDS)}.")
+        theta = scaling.pop("rope_theta", None) or self._values.get("rope_theta") or base
+        share = scaling.pop("partial_rotary_factor", None) or self._values.get("partial_rotary_factor") or 1.0
+        if not _is_number(theta) or theta <= 0:
+            raise self.wrong("rope_theta", "a number above 0", theta)
+        if not _is_number(share) or not 0 < share <= 1:
+            raise self.wrong("partial_rotary_factor", "a number above 0, at most 1", share)
+        turned = int(size * share)
+        # Phi-3 keeps it beside the other parameters, where it counts first.
+        if self._values.get("original_max_position_embeddings") is not None:
+            scaling["original_max_position_embeddings"] = self.count("original_max_position_embeddings")
+        self._check_scaling(word, scaling, turned)
+        return Rotary(float(theta), turned, positions, word, scaling, **more)
+
+    def _check_scaling(self, word: str, scaling: Mapping[str, Any], size: int) -> None:
+        for name in _NEEDED.get(word, ()):
+            value = scaling.get(name)
+            if name in _LISTS:
+                if not isinstance(value, list) or len(value) != size // 2 or not all(map(_is_number, value)):
+                    raise self.wrong(f"rope_scaling.{name}", f"a list of {size // 2} numbers", value)
+            elif value is None or not _is_number(value) or value <= 0:
+                raise self.wrong(f"rope_scaling.{name}", "a number above 0", value)
+        for name, value in scaling.items():
+            if name not in _LISTS and value is not None and not isinstance(value, (int, float, bool, str)):
+                raise self.wrong(f"rope_scaling.{name}", "a number", value)
+
+    def wrong(self, name: str, expected: str, value: Any = None) -> UsageError:
+        """What to raise for a value that is not as ``expected``."""
+        found = self._values.get(name) if value is None else value
+        return UsageError(f"{self.where}: config.json must give {name} as {expected}, not {found!r}.")
+
+    def _given(self, name: str, default: Any) -> Any:
+        value = self._values.get(name)
+        return default if value is None else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")

@@ -1,0 +1,68 @@
+"""The forward pass of training and evaluation: a batch of rows, whose documents do not see each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import paddle
+
+from sft.errors import UsageError
+from sft.models.architecture import Architecture
+from sft.models.rotary import rotate, tables
+
+if TYPE_CHECKING:
+    from sft.seams import AttentionBackend, Batch
+
+
+def hidden_states(model: Any, batch: Batch, embedded: Any | None = None) -> Any:
+    """The last hidden states [B, S, hidden] of a batch, through the model's attention backend.
+
+    ``embedded`` [B, S, hidden] goes into the first block instead of the embedding of the batch's tokens.
+    """
+    if batch.packed and not getattr(model.attention, "packed", False):
+        raise UsageError(
+            f"A row holds several records, and attention backend {type(model.attention).__name__} would let them see "
+            "each other; leave the backend or the packing out."
+        )
+    if embedded is None:
+        embedded = model.model.embed(paddle.to_tensor(batch.input_ids))
+    return model.model(embedded, RowReading(model.architecture, batch, model.attention))
+
+
+class RowReading:
+    """A batch of rows, whose documents do not see each other, through an attention backend.
+
+    A window is a document that ends early: query rows from min(end of the document, j + window) on do not see key j.
+    """
+
+    def __init__(self, architecture: Architecture, batch: Batch, backend: AttentionBackend) -> None:
+        self._architecture, self._backend = architecture, backend
+        lengths = lengths_of(batch)
+        self._tables = [tables(rotary, batch.position_ids, lengths) for rotary in architecture.rotaries]
+        described = batch.packed or getattr(backend, "describes_padding", False)
+        longest = int(lengths.max(initial=0))
+        self._ends: dict[int | None, Any] = {}
+        for window in {block.window for block in architecture.blocks}:
+            ends = batch.startend_row_indices
+            if window is not None and window < longest:
+                places = np.arange(ends.shape[2], dtype=np.int32).reshape(1, 1, -1, 1)
+                self._ends[window] = paddle.to_tensor(np.minimum(ends, places + window))
+            else:  # causal attention says it all where a row is one document
+                self._ends[window] = paddle.to_tensor(ends) if described else None
+
+    def turn(self, x: Any, rotary: int) -> Any:
+        return rotate(x, self._architecture.rotaries[rotary], *self._tables[rotary])
+
+    def attend(self, layer: int, query: Any, key: Any, value: Any) -> Any:
+        ends = self._ends[self._architecture.blocks[layer].window]
+        cap = self._architecture.attention_cap
+        return self._backend.attend(query, key, value, ends, **({} if cap is None else {"cap": cap}))
+
+
+def lengths_of(batch: Batch) -> np.ndarray:
+    """int64 [B, S]: of how many tokens the document is that each token stands in; padding stands alone."""
+    found = np.ones(batch.input_ids.shape, np.int64)
+    for row, lengths in enumerate(batch.lengths):
+        found[row, : sum(lengths)] = np.repeat(lengths, lengths)
+    return found

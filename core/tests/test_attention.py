@@ -120,12 +120,11 @@ class Counting:
 
 
 def load(folder: Path, backend: Any = None) -> Any:
-    from sft.models.attention import install
     from sft.models.loading import load_model, open_model
 
     model = load_model(open_model(folder))
     if backend is not None:
-        install(model, backend)
+        model.attention = backend
     return model
 
 
@@ -133,7 +132,7 @@ def logits_of(model: Any, rows: list[list[np.ndarray]], indices: bool = True) ->
     """Logits [B, S, V] of documents packed into rows, through the installed backend."""
     import paddle
 
-    from sft.models.attention import hidden_states
+    from sft.models.forward import hidden_states
 
     batch = assemble([[Example(ids, np.full_like(ids, -100)) for ids in row] for row in rows], pad_id=0)
     if not indices:  # as if each row were one document
@@ -173,7 +172,8 @@ def test_trap_documents_in_a_packed_row_compute_what_they_compute_alone(paddle: 
 @pytest.mark.parametrize("case", [*CASES, "qwen2-tied-sharded"])
 def test_what_goes_into_the_first_block_may_be_given(paddle: Any, models: Path, case: str) -> None:
     """Instead of the embedding of the batch's tokens, which then do not count; a gradient comes back for it."""
-    from sft.models.attention import DefaultAttention, hidden_states
+    from sft.models.attention import DefaultAttention
+    from sft.models.forward import hidden_states
 
     ids = np.random.default_rng(5).permutation(np.arange(3, 128))[:14]  # each once, so each has its row's gradient
     documents = [Example(part, np.full_like(part, -100)) for part in (ids[:5], ids[5:])]
@@ -235,7 +235,6 @@ def test_two_models_in_one_process_keep_their_own_backends(paddle: Any, models: 
 @pytest.mark.parametrize("case", CASES[1:])
 def test_generation_is_the_same_after_installing(paddle: Any, models: Path, case: str) -> None:
     """Bit by bit: generation keeps PaddleNLP's own attention, with its key/value cache, and never asks the backend."""
-    from sft.models.attention import install
 
     model = load(models / case)
     tokenizer = Tokenizer(models / case)
@@ -256,7 +255,7 @@ def test_generation_is_the_same_after_installing(paddle: Any, models: Path, case
         return ids.numpy(), scores.numpy()
 
     before, logits = generated(), own_logits(model, prompt.numpy()[0])
-    install(model, backend)
+    model.attention = backend
     after = generated()
     assert before[0].shape == (1, 12)
     np.testing.assert_array_equal(after[0], before[0])
@@ -266,7 +265,7 @@ def test_generation_is_the_same_after_installing(paddle: Any, models: Path, case
 
 
 def test_a_model_without_the_seam_is_refused(paddle: Any) -> None:
-    from sft.models.attention import DefaultAttention, install
+    from sft.models.attention import DefaultAttention
 
     with pytest.raises(sft.UsageError, match="Linear has no attention seam that sft knows"):
         install(paddle.nn.Linear(2, 2), DefaultAttention())

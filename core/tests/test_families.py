@@ -23,11 +23,11 @@ Found = tuple[float, dict[str, np.ndarray]]
 
 def load(folder: Path, backend: Any = None) -> Any:
     """The model with an attention backend installed (None: the default one)."""
-    from sft.models.attention import DefaultAttention, install
+    from sft.models.attention import DefaultAttention
     from sft.models.loading import load_model, open_model
 
     model = load_model(open_model(folder))
-    install(model, backend or DefaultAttention())
+    model.attention = backend or DefaultAttention()
     return model
 
 
@@ -98,7 +98,7 @@ def test_packed_and_padded_rows_are_single_rows(paddle: Any, models: Path, case:
 @pytest.mark.parametrize("case", CASES)
 def test_rotary_positions_are_the_batchs(paddle: Any, models: Path, case: str) -> None:
     """Positions two apart, against PaddleNLP's own forward; its tables reach as far as the row, so half is padding."""
-    from sft.models.attention import hidden_states
+    from sft.models.forward import hidden_states
 
     ids = np.random.default_rng(1).integers(0, 320, (2, 24))
     positions = np.tile(2 * (np.arange(24) % 12), (2, 1))
@@ -184,7 +184,7 @@ def test_trap_no_dense_mask_in_training(
     paddle: Any, models: Path, monkeypatch: pytest.MonkeyPatch, case: str, expand: str
 ) -> None:
     """Their backbones make one of [B, 1, S, S] in every forward: 4 GiB for a row of 32k in float32."""
-    from sft.models.attention import hidden_states
+    from sft.models.forward import hidden_states
 
     class Nothing:
         packed = describes_padding = True

@@ -22,12 +22,12 @@ PROMPT = [Turn("user", "What is a river?")]
 @pytest.fixture
 def loaded(paddle: Any, models: Path, request: pytest.FixtureRequest) -> tuple[Any, Tokenizer]:
     """The model and the tokenizer of a case, with the attention of training installed, as in a run."""
-    from sft.models.attention import DefaultAttention, install
+    from sft.models.attention import DefaultAttention
     from sft.models.loading import load_model, open_model
 
     folder = models / getattr(request, "param", "llama-tied-gqa")
     model = load_model(open_model(folder))
-    install(model, DefaultAttention())
+    model.attention = DefaultAttention()
     return model, Tokenizer(folder)
 
 

@@ -33,11 +33,11 @@ def test_paddlenlps_own_forward_gives_the_logits_of_transformers(paddle: Any, mo
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_installed_backend_gives_the_logits_of_transformers(paddle: Any, models: Path, case: str) -> None:
-    from sft.models.attention import DefaultAttention, install
+    from sft.models.attention import DefaultAttention
 
     input_ids, expected = reference(models / case)
     model = load(models / case)
-    install(model, DefaultAttention())
+    model.attention = DefaultAttention()
     assert largest_difference(backend_logits(model, input_ids), expected) < TOLERANCE
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice, zip_longest
@@ -181,8 +181,20 @@ def check_vocabulary(run: Run, folder: Path, size: int) -> None:
 
 def _check_packing(run: Run, backend: Any) -> None:
     """A collator that packs and an attention that lets packed documents see each other do not go together."""
+    architecture, attention = run.source.architecture, run.plugins.provider("sft_attention_backend")
+    if architecture.attention_cap is not None and not getattr(backend, "caps", False):
+        raise UsageError(
+            f"{run.source.folder} caps its attention scores, which attention backend {attention} does not compute; "
+            "leave it out."
+        )
+    windows = [block.window for block in architecture.blocks if block.window is not None]
+    if not getattr(backend, "packed", False) and windows and min(windows) < architecture.positions:
+        raise UsageError(
+            f"{run.source.folder} has layers that see a window of {min(windows)} tokens, which attention backend "
+            f"{attention} does not compute; leave it out."
+        )
     if getattr(run.collator, "packs", False) and not getattr(backend, "packed", False):
-        collator, attention = (run.plugins.provider(h) for h in ("sft_collator", "sft_attention_backend"))
+        collator = run.plugins.provider("sft_collator")
         raise UsageError(
             f"Plugin {collator} packs several records into a row, and attention backend {attention} would let them "
             "see each other; leave one of them out."

@@ -99,15 +99,21 @@ class AttentionBackend(Protocol):
     Attributes:
         packed: Whether ``startend_row_indices`` are honoured; if not (or unset), rows of several documents are refused.
         describes_padding: Whether it wants the indices for rows of one document too, to leave their padding out.
+        caps: Whether it takes ``cap``; if not (or unset), models that cap their scores (Gemma 2) are refused.
     """
 
     packed: bool
     describes_padding: bool
+    caps: bool
 
-    def attend(self, query: Any, key: Any, value: Any, startend_row_indices: Any | None) -> Any:
+    def attend(
+        self, query: Any, key: Any, value: Any, startend_row_indices: Any | None, cap: float | None = None
+    ) -> Any:
         """Causal attention, scaled by 1/√D. query [B, S, H, D]; key, value [B, S, K, D] → [B, S, H, D].
 
-        ``startend_row_indices`` int32 [B, 1, S, 1] as in :class:`Batch`, or None: causal attention says it all.
+        ``startend_row_indices`` int32 [B, 1, S, 1] as in :class:`Batch`, or None: causal attention says it all. A layer
+        that sees a window has rows that end sooner. ``cap`` is given where there is one: scores s, scaled, become
+        cap · tanh(s / cap) before the mask.
         """
         ...
 

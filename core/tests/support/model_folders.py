@@ -37,7 +37,7 @@ def backend_logits(model: Any, input_ids: np.ndarray, position_ids: np.ndarray |
     """Through the installed attention backend, as training computes them."""
     import paddle
 
-    from sft.models.attention import hidden_states
+    from sft.models.forward import hidden_states
 
     if position_ids is None:
         position_ids = np.tile(np.arange(input_ids.shape[1]), (len(input_ids), 1))

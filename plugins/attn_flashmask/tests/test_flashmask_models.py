@@ -32,12 +32,11 @@ def backend_of(name: str) -> Any:
 
 
 def load(folder: Path, backend: Any = None) -> Any:
-    from sft.models.attention import install
     from sft.models.loading import load_model, open_model
 
     model = load_model(open_model(folder))
     if backend is not None:
-        install(model, backend)
+        model.attention = backend
     return model
 
 
@@ -107,7 +106,7 @@ def test_16_bit_tensors_on_a_gpu_go_to_paddles_kernels(
     kernel is called, not what it computes."""
     from paddle.nn.functional import flash_attention as module
 
-    from sft.models.attention import hidden_states
+    from sft.models.forward import hidden_states
 
     found, batch, asked = backend_of(backend), batch_of(rows), []
     own = found.attend

@@ -85,12 +85,11 @@ def test_trap_packed_loss_and_gradients_are_the_unpacked_ones(
     paddle: Any, models: Path, case: str, backend: str
 ) -> None:
     """Every parameter trains; rows are longer than any document may be. Elsewhere packed documents see each other."""
-    from sft.models import attention
     from sft.models.loading import load_model, open_model
     from sft.training.strategy import batch_loss
 
     model = load_model(open_model(models / case))
-    attention.install(model, attention_of(backend))
+    model.attention = attention_of(backend)
     examples = examples_of(*LENGTHS)
 
     def loss_and_gradients(batches: Sequence[sft.Batch]) -> tuple[float, dict[str, np.ndarray]]:
@@ -123,12 +122,11 @@ def test_trap_packed_loss_and_gradients_are_the_unpacked_ones(
 
 def test_documents_that_saw_each_other_would_be_noticed(paddle: Any, models: Path) -> None:
     """The tolerance above is no empty one: with one document for the whole row the loss is another."""
-    from sft.models import attention
     from sft.models.loading import load_model, open_model
     from sft.training.strategy import batch_loss
 
     model = load_model(open_model(models / "llama-tied-gqa"))
-    attention.install(model, attention_of("default"))
+    model.attention = attention_of("default")
     right = sft.assemble([examples_of(*LENGTHS)], PAD)
     width = right.input_ids.shape[1]
     wrong = sft.Batch(

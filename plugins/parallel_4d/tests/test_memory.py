@@ -35,7 +35,7 @@ def build(folder: Path, recompute: bool = False, backend: Any = None) -> Any:
     if source.family.correct is not None:
         source.family.correct(model)
     norms.install(model, source.family.norm_offset)
-    attention.install(model, backend or attention.DefaultAttention())
+    model.attention = backend or attention.DefaultAttention()
     if recompute:
         model.recompute_enable()
     model.train()

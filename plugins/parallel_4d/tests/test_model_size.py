@@ -193,7 +193,7 @@ def test_a_gradient_reaches_all_that_is_said_to_train(paddle: Any, models: Path)
     model = load_model(open_model(models / "gemma-tied"))
     from sft.models import attention
 
-    attention.install(model, attention.DefaultAttention())
+    model.attention = attention.DefaultAttention()
     ids = np.arange(8, dtype=np.int64)[None]
     row = np.full((1, 1, 8, 1), 8, np.int32)
     batch_loss(model, sft.Batch(ids, ids, ids, row, ((8,),))).backward()

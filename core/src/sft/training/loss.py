@@ -52,7 +52,8 @@ class _Shape:
 
     @classmethod
     def of(cls, lm_head: Any) -> _Shape:
-        return cls(lm_head.transpose_y, lm_head.scale, lm_head.cap)
+        transposed, cap = bool(getattr(lm_head, "transpose_y", False)), getattr(lm_head, "cap", None)
+        return cls(transposed, getattr(lm_head, "scale", 1.0), cap)
 
     def logits(self, part: Any, weight: Any) -> Any:
         found = paddle.matmul(part, weight, transpose_y=self.transpose_y).astype("float32")
@@ -131,7 +132,8 @@ def target_loss(hidden: Any, labels: Any, lm_head: Any) -> Any:
     """The summed cross-entropy (nats, a scalar float32 tensor) of all positions with a label.
 
     ``hidden`` [B, S, hidden]; ``labels`` int64 [B, S], already shifted, -100 where there is no target;
-    ``lm_head`` is the decoder's (its ``weight`` is [hidden, V], or [V, hidden] when tied).
+    ``lm_head`` has a ``weight`` [hidden, V] ([V, hidden] where it has ``transpose_y``), and may have a ``scale`` and a
+    ``cap`` for the logits.
     """
     chosen, label = _targets(hidden, labels)
     if label is None:

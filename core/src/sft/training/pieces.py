@@ -38,17 +38,16 @@ class Piece:
 
     def of(self, whole: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """This piece of the whole tensor, in the ``shape`` of what is stepped (which may end in padding)."""
-        values = whole[self.part.where].reshape(-1)[self.start : self.stop]
+        values = self.part.read(whole.__getitem__).reshape(-1)[self.start : self.stop]
         filled = np.zeros(math.prod(shape), whole.dtype)
         filled[: values.size] = values
         return filled.reshape(shape)
 
     def put(self, values: np.ndarray, whole: np.ndarray) -> None:
         """Write this piece's ``values`` to their place in ``whole``."""
-        part = whole[self.part.where]
-        flat = part.reshape(-1)
-        flat[self.start : self.stop] = values
-        whole[self.part.where] = flat.reshape(part.shape)
+        part = np.ascontiguousarray(self.part.read(whole.__getitem__))
+        part.reshape(-1)[self.start : self.stop] = values
+        self.part.write(part, whole)
 
 
 def save_pieces(path: Path, state: Mapping[str, np.ndarray], pieces: Mapping[str, Piece]) -> None:
@@ -130,8 +129,9 @@ class SavedState:
 
 def _piece(values: dict[str, Any]) -> Piece:
     part = values["part"]
+    fused = tuple(part.get("fused", ()))
     return Piece(
-        Part(tuple(part["shape"]), part["axis"], part["index"], part["count"]), values["start"], values["stop"]
+        Part(tuple(part["shape"]), part["axis"], part["index"], part["count"], fused), values["start"], values["stop"]
     )
 
 

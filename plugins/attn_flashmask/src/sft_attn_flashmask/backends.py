@@ -14,18 +14,22 @@ class _Backend:
     """16-bit tensors on a GPU go to paddle's kernels, everything else to the blockwise implementation."""
 
     packed = True
+    caps = True
 
     def __init__(self, describes_padding: bool) -> None:
         self.describes_padding = describes_padding
 
-    def attend(self, query: Any, key: Any, value: Any, startend_row_indices: Any | None) -> Any:
+    def attend(
+        self, query: Any, key: Any, value: Any, startend_row_indices: Any | None, cap: float | None = None
+    ) -> Any:
         from paddle.nn.functional import flashmask_attention
         from paddle.nn.functional.flash_attention import flash_attention
 
         from sft_attn_flashmask.blockwise import attention
 
-        if not (query.place.is_gpu_place() and str(query.dtype).endswith("float16")):  # or bfloat16
-            return attention(query, key, value, startend_row_indices)
+        # paddle's kernels know no cap; float16 here is bfloat16 too.
+        if cap is not None or not (query.place.is_gpu_place() and str(query.dtype).endswith("float16")):
+            return attention(query, key, value, startend_row_indices, cap=cap)
         if startend_row_indices is None:
             return flash_attention(query, key, value, causal=True)[0]
         return flashmask_attention(query, key, value, startend_row_indices=startend_row_indices, causal=True)

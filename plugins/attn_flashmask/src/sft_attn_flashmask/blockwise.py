@@ -24,18 +24,20 @@ SHARED = 4 * BLOCK * BLOCK
 """Scores of one head that a block shared by several rows of a batch may have."""
 
 
-def attention(query: Any, key: Any, value: Any, indices: Any | None, causal: bool = True) -> Any:
+def attention(
+    query: Any, key: Any, value: Any, indices: Any | None, causal: bool = True, cap: float | None = None
+) -> Any:
     """softmax(Q Kᵀ / √D + mask) V. query [B, S, H, D]; key, value [B, S, K, D], K divides H → [B, S, H, D].
 
     ``indices`` as in :mod:`sft_attn_flashmask.masks`, or None for plain causal attention. A query that sees no
-    key gets zeros.
+    key gets zeros. With ``cap``, scores s become cap · tanh(s / cap) before the mask.
     """
     batch, length = query.shape[:2]
     if indices is None:
         columns = np.full((batch, 1, length, 1), length, np.int32)
     else:
         columns = np.asarray(indices.numpy(), np.int32)
-    return _Blockwise.apply(query, key, value, [ColumnMask(one, causal) for one in columns])
+    return _Blockwise.apply(query, key, value, [ColumnMask(one, causal) for one in columns], cap)
 
 
 def _blocks(masks: list[ColumnMask]) -> Iterator[tuple[slice, list[tuple[slice, slice, np.ndarray | None]]]]:
@@ -72,11 +74,16 @@ def _unfold(x: Any, rows: int) -> Any:
     return x.reshape([x.shape[0], -1, rows, x.shape[-1]]).transpose([0, 2, 1, 3])
 
 
-def _probabilities(query: Any, key: Any, masked: np.ndarray | None, groups: int) -> tuple[Any, Any]:
-    """Softmax of folded, scaled queries [b, K, G·rows, D] over keys [b, K, keys, D], and the sum of each row
-    [b, K, G·rows, 1], by which what is made of them is to be divided: paddle's softmax loses small terms of long rows
-    (1e-5 of 32,768). Rows that see nothing are 0."""
+def _scores(query: Any, key: Any, cap: float | None) -> Any:
+    """Of folded, scaled queries [b, K, G·rows, D] and keys [b, K, keys, D], capped."""
     scores = paddle.matmul(query, key, transpose_y=True)
+    return scores if cap is None else paddle.tanh(scores / cap) * cap
+
+
+def _probabilities(scores: Any, masked: np.ndarray | None, groups: int) -> tuple[Any, Any]:
+    """Softmax of ``scores`` [b, K, G·rows, keys], which it may change, and the sum of each row [b, K, G·rows, 1], by
+    which what is made of them is to be divided: paddle's softmax loses small terms of long rows (1e-5 of 32,768). Rows
+    that see nothing are 0."""
     if masked is None:
         weights = paddle.nn.functional.softmax(scores, axis=-1)
         return weights, row_sums(weights)
@@ -97,7 +104,7 @@ def _probabilities(query: Any, key: Any, masked: np.ndarray | None, groups: int)
 
 class _Blockwise(paddle.autograd.PyLayer):
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, masks: list[ColumnMask]) -> Any:
+    def forward(ctx: Any, query: Any, key: Any, value: Any, masks: list[ColumnMask], cap: float | None) -> Any:
         groups, scale = query.shape[2] // key.shape[2], 1.0 / math.sqrt(query.shape[3])
         keys_first, values_first = (x.transpose([0, 2, 1, 3]) for x in (key, value))
         blocks = []
@@ -108,13 +115,14 @@ class _Blockwise(paddle.autograd.PyLayer):
                 if keys.stop == keys.start:
                     parts.append(paddle.zeros_like(q))
                     continue
-                weights, total = _probabilities(_fold(q, groups) * scale, keys_first[batch, :, keys], masked, groups)
+                scores = _scores(_fold(q, groups) * scale, keys_first[batch, :, keys], cap)
+                weights, total = _probabilities(scores, masked, groups)
                 seen = paddle.matmul(weights, values_first[batch, :, keys]) / total
                 parts.append(_unfold(seen, rows.stop - rows.start))
             blocks.append(paddle.concat(parts))
         output = paddle.concat(blocks, axis=1)
         ctx.save_for_backward(query, key, value, output)
-        ctx.masks = masks
+        ctx.masks, ctx.cap = masks, cap
         ctx.wanted = [not x.stop_gradient for x in (query, key, value)]
         return output
 
@@ -133,10 +141,13 @@ class _Blockwise(paddle.autograd.PyLayer):
                     continue
                 q, dy, y = (_fold(x[batch, rows], groups) for x in (query, upstream, output))
                 q, k, v = q * scale, keys_first[batch, :, keys], values_first[batch, :, keys]
-                weights, total = _probabilities(q, k, masked, groups)
+                scores = _scores(q, k, ctx.cap)
+                bend = None if ctx.cap is None else 1.0 - (scores / ctx.cap) ** 2
+                weights, total = _probabilities(scores, masked, groups)
                 dy = dy / total
                 value_grad[batch, :, keys] += paddle.matmul(weights, dy, transpose_x=True)
                 slope = weights * (paddle.matmul(dy, v, transpose_y=True) - row_sums(dy * y))
+                slope = slope if bend is None else slope * bend
                 key_grad[batch, :, keys] += paddle.matmul(slope, q, transpose_x=True)
                 parts.append(_unfold(paddle.matmul(slope, k) * scale, rows.stop - rows.start))
             query_grads.append(paddle.concat(parts))

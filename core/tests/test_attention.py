@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import sft
 from sft.data.batches import assemble
 from sft.data.tokenizer import Tokenizer
 from sft.seams import Example
@@ -142,7 +141,7 @@ def logits_of(model: Any, rows: list[list[np.ndarray]], indices: bool = True) ->
 
 
 def own_logits(model: Any, ids: np.ndarray) -> np.ndarray:
-    """Logits [S, V] of one document through PaddleNLP's own forward."""
+    """Logits [S, V] of one document with the default backend, unpacked."""
     return forward(model, ids[None])[0]
 
 
@@ -150,7 +149,7 @@ def own_logits(model: Any, ids: np.ndarray) -> np.ndarray:
     "case", ["llama-untied", "llama-tied-gqa", "llama3-scaled", "qwen2-untied", "mistral-gqa", "gemma-tied"]
 )
 def test_trap_documents_in_a_packed_row_compute_what_they_compute_alone(paddle: Any, models: Path, case: str) -> None:
-    """Against PaddleNLP's own forward of each document. 5e-5 is five times the float32 noise at logits of up to 7."""
+    """Against each document alone. 5e-5 is five times the float32 noise at logits of up to 7."""
     from sft.models.attention import DefaultAttention
 
     generator = np.random.default_rng(3)
@@ -180,8 +179,8 @@ def test_what_goes_into_the_first_block_may_be_given(paddle: Any, models: Path, 
     batch = assemble([documents], pad_id=0)
     other = dataclasses.replace(batch, input_ids=batch.input_ids[:, ::-1].copy())
     model = load(models / case, DefaultAttention())
-    embedding = getattr(model, model.base_model_prefix).embed_tokens
-    embedded = embedding(paddle.to_tensor(batch.input_ids)).detach()
+    embedding = model.model.embed_tokens
+    embedded = model.model.embed(paddle.to_tensor(batch.input_ids)).detach()
     embedded.stop_gradient = False
     expected, found = hidden_states(model, batch), hidden_states(model, other, embedded)
     np.testing.assert_array_equal(found.numpy(), expected.numpy())
@@ -190,7 +189,10 @@ def test_what_goes_into_the_first_block_may_be_given(paddle: Any, models: Path, 
         hidden.square().sum().backward()
     gradient = embedded.grad.numpy()[0]
     assert np.abs(gradient).max() > 0.1
-    np.testing.assert_array_equal(gradient, embedding.weight.grad.numpy()[ids])
+    # Gemma scales what it embeds.
+    np.testing.assert_array_equal(
+        gradient * np.float32(model.model.embedding_scale), embedding.weight.grad.numpy()[ids]
+    )
 
 
 def test_padding_after_a_document_changes_nothing(paddle: Any, models: Path) -> None:
@@ -233,39 +235,57 @@ def test_two_models_in_one_process_keep_their_own_backends(paddle: Any, models: 
 
 
 @pytest.mark.parametrize("case", CASES[1:])
-def test_generation_is_the_same_after_installing(paddle: Any, models: Path, case: str) -> None:
-    """Bit by bit: generation keeps PaddleNLP's own attention, with its key/value cache, and never asks the backend."""
+def test_answers_never_ask_the_backend(paddle: Any, models: Path, case: str) -> None:
+    """They have a key/value cache, and compute the same with any backend."""
+    from sft.models.generation import answers
+    from sft.settings import GenerationArguments
 
-    model = load(models / case)
-    tokenizer = Tokenizer(models / case)
-    prompt = paddle.to_tensor([tokenizer.encode("Hello there, how are you?")])
-    backend = Counting(factor=0.0)
-
-    def generated() -> tuple[np.ndarray, np.ndarray]:
-        with paddle.no_grad():
-            ids, scores = model.generate(
-                input_ids=prompt,
-                attention_mask=paddle.ones_like(prompt),
-                max_new_tokens=12,
-                decode_strategy="greedy_search",
-                eos_token_id=-1,
-                pad_token_id=0,
-                bos_token_id=0,
-            )
-        return ids.numpy(), scores.numpy()
-
-    before, logits = generated(), own_logits(model, prompt.numpy()[0])
-    model.attention = backend
-    after = generated()
-    assert before[0].shape == (1, 12)
-    np.testing.assert_array_equal(after[0], before[0])
-    np.testing.assert_array_equal(after[1], before[1])
-    np.testing.assert_array_equal(own_logits(model, prompt.numpy()[0]), logits)
+    tokenizer, backend = Tokenizer(models / case), Counting(factor=0.0)
+    prompt, settings = tokenizer.encode("Hello there, how are you?"), GenerationArguments(max_new_tokens=12)
+    found = [answers(load(models / case, one), tokenizer, [prompt], settings, 0) for one in (None, backend)]
+    assert found[0] == found[1]
     assert backend.calls == 0
 
 
-def test_a_model_without_the_seam_is_refused(paddle: Any) -> None:
+@pytest.mark.parametrize("window", [1, 3, 7])
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+def test_a_window_is_a_document_that_ends_early(paddle: Any, window: int, packed: bool) -> None:
+    """Of two blocks, the second sees ``window`` tokens: what its backend is given, against the definition."""
+    from sft.models.architecture import Architecture, Block
+    from sft.models.forward import RowReading
+
+    documents = [np.arange(3, 3 + size) for size in ((4, 6) if packed else (10,))]
+    batch = assemble([[Example(ids, np.full_like(ids, -100)) for ids in documents]], pad_id=0)
+    architecture = Architecture(
+        vocabulary=16, hidden=4, inner=4, heads=1, kv_heads=1, head_size=4, positions=64,
+        blocks=(Block(rotary=None), Block(rotary=None, window=window)), rotaries=(), norm_epsilon=1e-6, tied=False,
+    )  # fmt: skip
+    backend = Counting()
+    reading = RowReading(architecture, batch, backend)
+    tensor = paddle.zeros([1, 10, 1, 4])
+    for layer in (0, 1):
+        reading.attend(layer, tensor, tensor, tensor)
+    whole, seen = backend.indices
+    assert (whole is None) == (not packed)
+    starts = np.repeat([0, 4], [4, 6]) if packed else np.zeros(10, int)
+    query, key = np.arange(10)[:, None], np.arange(10)[None]
+    expected = (key <= query) & (key >= starts[:, None]) & (key > query - window)
+    ends = seen.numpy()[0, 0, :, 0]
+    np.testing.assert_array_equal((query >= key) & (query < ends[None]), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
+def test_a_cap_bends_scores(paddle: Any, packed: bool) -> None:
+    """cap · tanh(s / cap), in float64, before the mask."""
     from sft.models.attention import DefaultAttention
 
-    with pytest.raises(sft.UsageError, match="Linear has no attention seam that sft knows"):
-        install(paddle.nn.Linear(2, 2), DefaultAttention())
+    generator, cap = np.random.default_rng(1), 0.7
+    query, key, value = (generator.standard_normal((2, 7, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+    seen = packed_mask(PADDED_DOCUMENTS if packed else [[(0, 7)]] * 2, 7)
+    indices = paddle.to_tensor(packed_indices(PADDED_DOCUMENTS, 7)) if packed else None
+    found = DefaultAttention().attend(*map(paddle.to_tensor, (query, key, value)), indices, cap=cap).numpy()
+    q, k, v = (tensor.astype(np.float64).transpose(0, 2, 1, 3) for tensor in (query, key, value))
+    scores = cap * np.tanh(q @ k.repeat(2, axis=1).swapaxes(-1, -2) / np.sqrt(8) / cap)
+    weights = np.exp(np.where(seen[:, None], scores, -np.inf))
+    weights /= weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(found, (weights @ v.repeat(2, axis=1)).transpose(0, 2, 1, 3), atol=1e-5, rtol=0)

@@ -14,6 +14,7 @@ from sft.data.encoding import encode_prompt
 from sft.data.tokenizer import Tokenizer
 from sft.seams import Turn
 from sft.settings import GenerationArguments
+from sft.testing import forward
 
 CASES = ["llama-tied-gqa", "llama3-scaled", "qwen2-untied", "mistral-gqa", "gemma-tied"]
 PROMPT = [Turn("user", "What is a river?")]
@@ -33,12 +34,7 @@ def loaded(paddle: Any, models: Path, request: pytest.FixtureRequest) -> tuple[A
 
 def next_logits(model: Any, ids: list[int]) -> np.ndarray:
     """Logits after ``ids``, from a full forward without a cache."""
-    import paddle
-
-    row = paddle.to_tensor([ids])
-    with paddle.no_grad():
-        found = model(input_ids=row, attention_mask=paddle.ones_like(row))
-    return (found[0] if isinstance(found, tuple) else found).numpy()[0, -1]
+    return forward(model, np.asarray([ids]))[0, -1]
 
 
 def greedy(model: Any, ids: list[int], steps: int, ends: list[int]) -> list[int]:

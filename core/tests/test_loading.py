@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from model_folders import TOLERANCE, backend_logits, config_of, largest_difference, load, own_logits, reference
+from model_folders import TOLERANCE, config_of, largest_difference, load, own_logits, reference
 from safetensors.numpy import load_file, save_file
 
 import sft
@@ -26,32 +26,15 @@ CASES = (
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_paddlenlps_own_forward_gives_the_logits_of_transformers(paddle: Any, models: Path, case: str) -> None:
+def test_the_logits_are_those_of_transformers(paddle: Any, models: Path, case: str) -> None:
     input_ids, expected = reference(models / case)
     assert largest_difference(own_logits(load(models / case), input_ids), expected) < TOLERANCE
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_installed_backend_gives_the_logits_of_transformers(paddle: Any, models: Path, case: str) -> None:
-    from sft.models.attention import DefaultAttention
-
-    input_ids, expected = reference(models / case)
-    model = load(models / case)
-    model.attention = DefaultAttention()
-    assert largest_difference(backend_logits(model, input_ids), expected) < TOLERANCE
 
 
 def test_a_loaded_model_is_float32_and_in_evaluation_mode(paddle: Any, models: Path) -> None:
     model = load(models / "qwen2-tied-sharded")  # bfloat16 in its files
     assert {parameter.dtype for parameter in model.parameters()} == {paddle.float32}
     assert not any(layer.training for layer in model.sublayers(include_self=True))
-
-
-def test_rotary_tables_are_shared_by_all_layers(paddle: Any, models: Path) -> None:
-    model = load(models / "llama3-scaled")
-    tables = [layer.rotary_emb for layer in model.sublayers() if hasattr(layer, "rotary_emb")]
-    assert len(tables) == 2
-    assert tables[0] is tables[1]
 
 
 # --- tensors that do not fit --------------------------------------------------------------------------------

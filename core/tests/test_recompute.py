@@ -49,7 +49,7 @@ def test_layers_are_run_twice(train: Callable[..., Any]) -> None:
 
         @sft.hookimpl
         def sft_run_started(self, run: sft.Run) -> None:
-            run.model.llama.layers[1].mlp.register_forward_pre_hook(lambda layer, inputs: calls.append(layer.training))
+            run.model.model.layers[1].mlp.register_forward_pre_hook(lambda layer, inputs: calls.append(layer.training))
 
     for recompute, expected in ((False, 2), (True, 4)):
         calls.clear()

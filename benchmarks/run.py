@@ -57,7 +57,7 @@ def sft_step(folder: Path, ids: np.ndarray, labels: np.ndarray) -> Callable[[], 
     from sft.models.layers import trainable
     from sft.models.loading import load_model, open_model
     from sft.seams import Batch
-    from sft.settings import TrainingArguments
+    from sft.settings.arguments import TrainingArguments
     from sft.training.optimizer import Optimizer, clip_factor, default_groups
     from sft.training.strategy import SingleProcess, batch_loss
     from sft_peft_lora.layer import LoraLinear

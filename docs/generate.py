@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sft import hookspecs
-from sft.activation import requests
 from sft.commands import COMMANDS
-from sft.compatibility import FOREIGN
-from sft.discovery import Installed, installed
-from sft.options import Option, options_of
-from sft.settings import GROUPS, core_options
+from sft.plugins.discovery import Installed, installed
+from sft.plugins.requests import requests
+from sft.settings.arguments import GROUPS, core_options
+from sft.settings.options import Option, options_of
+from sft.settings.paddlenlp import FOREIGN
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "reference"

@@ -18,9 +18,9 @@ import pytest
 from click.testing import CliRunner
 
 import sft
-from sft.adapters import load_for_inference
 from sft.commands import cli
-from sft.finished import evaluate_finished
+from sft.inference.adapter import load_for_inference
+from sft.inference.evaluate import evaluate_finished
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "core" / "src" / "sft" / "demo" / "model"
@@ -90,7 +90,7 @@ def test_packing_is_for_the_loss_alone(data: Path, tmp_path: Path) -> None:
 def test_answers_of_a_quantized_adapter_do_not_depend_on_the_batch(data: Path, tmp_path: Path) -> None:
     from sft.data.encoding import encode_prompt
     from sft.models.generation import answers
-    from sft.settings import GenerationArguments
+    from sft.settings.arguments import GenerationArguments
 
     run(data, tmp_path / "out", "lora", "nf4", eval_with_do_generation=False)
     model, tokenizer = load_for_inference(str(MODEL), tmp_path / "out", quiet)

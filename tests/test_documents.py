@@ -14,9 +14,9 @@ import yaml
 
 import sft
 from sft.models.families import FAMILIES
-from sft.options import options_of
-from sft.plugins import Plugins
-from sft.settings import core_options
+from sft.plugins.registry import Plugins
+from sft.settings.arguments import core_options
+from sft.settings.options import options_of
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import sft
-from sft.adapters import load_for_inference
 from sft.commands.merge import command
+from sft.inference.adapter import load_for_inference
 from sft.testing import write_data
 
 MODEL = Path(__file__).parent.parent / "core" / "tests" / "fixtures" / "models" / "llama-tied-gqa"

@@ -10,7 +10,7 @@ import pytest
 from effects import EFFECTS, ELSEWHERE, MODELS, PARALLEL, make_data, run
 
 import sft
-from sft.compatibility import FOREIGN
+from sft.settings.paddlenlp import FOREIGN
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +43,10 @@ def test_every_argument_of_run_finetune_is_honoured_or_explained() -> None:
 
     from paddlenlp.trl import DataConfig, ModelConfig, SFTConfig
 
-    from sft.activation import requests
-    from sft.discovery import installed
-    from sft.options import options_of
-    from sft.settings import core_options
+    from sft.plugins.discovery import installed
+    from sft.plugins.requests import requests
+    from sft.settings.arguments import core_options
+    from sft.settings.options import options_of
 
     known = {*core_options(), *requests("setting"), *FOREIGN}
     for name, items in installed().items():
@@ -66,9 +66,9 @@ DEFAULTS = {
 
 
 def test_defaults_are_the_documents() -> None:
-    from sft.discovery import import_plugin
-    from sft.options import options_of
-    from sft.settings import core_options
+    from sft.plugins.discovery import import_plugin
+    from sft.settings.arguments import core_options
+    from sft.settings.options import options_of
 
     options = dict(core_options())
     for plugin in ("lora", "vera", "neftune"):
@@ -78,7 +78,7 @@ def test_defaults_are_the_documents() -> None:
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_setting_without_meaning_is_named_with_its_reason(name: str) -> None:
-    from sft.compatibility import explain, listing
+    from sft.settings.paddlenlp import explain, listing
 
     foreign = FOREIGN[name]
     plain = {"true or false": "true", "a number": "7", "text": "anything"}.get(foreign.kind, foreign.kind)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import sft
-from sft.discovery import entries
+from sft.plugins.discovery import entries
 from sft.testing import forward, load, make_model, needs, paddle, write_data  # noqa: F401
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -106,7 +106,7 @@ def test_dora_reads_dora_and_leaves_lora_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Folders of both, of the same peft_type, are read and merged by who claims them."""
-    from sft.adapters import merge, plugins_for
+    from sft.inference.adapter import merge, plugins_for
 
     (tmp_path / "site").mkdir()
     install("dora_plugin", tmp_path / "site")

@@ -17,7 +17,7 @@ import pytest
 from conversations import tokenizer_with  # noqa: F401
 from stopped_runs import shared, stopped, whole  # noqa: F401
 
-from sft.discovery import entries
+from sft.plugins.discovery import entries
 from sft.testing import metrics, paddle, train, write_data  # noqa: F401
 
 

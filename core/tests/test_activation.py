@@ -12,9 +12,9 @@ from toy_plugins import active, plugin
 from toy_plugins import refusal as refused
 
 import sft
-from sft.activation import choose, requests
-from sft.resolution import resolve
-from sft.settings import core_options
+from sft.plugins.requests import choose, requests
+from sft.settings.arguments import core_options
+from sft.settings.resolve import resolve
 
 Distribute = Callable[..., None]
 Command = Callable[..., subprocess.CompletedProcess[str]]

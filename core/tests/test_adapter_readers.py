@@ -13,7 +13,7 @@ import click.testing
 import pytest
 
 import sft
-from sft import adapters
+from sft.inference import adapter as adapters
 
 Distribute = Callable[..., None]
 MODEL = "llama-tied-gqa"

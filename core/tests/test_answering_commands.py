@@ -14,12 +14,13 @@ import click.testing
 import pytest
 
 import sft
-from sft import adapters, finished
 from sft.commands.chat import Chat, CtrlC
 from sft.data.encoding import encode_prompt
+from sft.inference import adapter as adapters
+from sft.inference import evaluate as finished
 from sft.models.source import find_model
 from sft.seams import Turn
-from sft.settings import GenerationArguments
+from sft.settings.arguments import GenerationArguments
 
 Type = Callable[..., click.testing.Result]
 MODEL = "llama-tied-gqa"

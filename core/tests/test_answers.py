@@ -12,7 +12,7 @@ import pytest
 from sft.data.encoding import encode_prompt
 from sft.data.tokenizer import Tokenizer
 from sft.seams import Turn
-from sft.settings import GenerationArguments
+from sft.settings.arguments import GenerationArguments
 
 CASES = ["llama-tied-gqa", "llama3-scaled", "qwen2-untied"]
 PROMPTS = ["What is a river?", "coat", "type#dress*color#red", "Hi there, who are you"]

@@ -238,7 +238,7 @@ def test_two_models_in_one_process_keep_their_own_backends(paddle: Any, models: 
 def test_answers_never_ask_the_backend(paddle: Any, models: Path, case: str) -> None:
     """They have a key/value cache, and compute the same with any backend."""
     from sft.models.generation import answers
-    from sft.settings import GenerationArguments
+    from sft.settings.arguments import GenerationArguments
 
     tokenizer, backend = Tokenizer(models / case), Counting(factor=0.0)
     prompt, settings = tokenizer.encode("Hello there, how are you?"), GenerationArguments(max_new_tokens=12)

@@ -14,7 +14,7 @@ from sft import Example
 from sft.assembly import make_schedule
 from sft.data.batches import PaddedCollator, Schedule, assemble, make_batches
 from sft.data.encoding import Encoded
-from sft.settings import TrainingArguments
+from sft.settings.arguments import TrainingArguments
 
 PAD = 99
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import sft
-from sft.settings import Settings
+from sft.settings.arguments import Settings
 from sft.testing import needs
 from sft.training import best
 
@@ -186,7 +186,7 @@ def test_what_cannot_be_is_refused(train: Callable[..., Any], settings: dict[str
     ],
 )
 def test_names_of_metrics(name: str | None, greater: bool | None, expected: tuple[str, bool]) -> None:
-    from sft.settings import DataArguments, GenerationArguments, ModelArguments, TrainingArguments
+    from sft.settings.arguments import DataArguments, GenerationArguments, ModelArguments, TrainingArguments
 
     training = TrainingArguments(metric_for_best_model=name, greater_is_better=greater)
     assert best.metric(Settings(ModelArguments(), DataArguments(), GenerationArguments(), training)) == expected

@@ -158,14 +158,7 @@ def test_a_damaged_config_is_named(tmp_path: Path, text: str | None, message: st
 )
 def test_values_that_no_model_has_are_refused(paddle: Any, models: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(sft.UsageError, match=rf"^the-model: .*{message}"):
-        paddle_config({**config_of(models / "llama-tied-gqa"), **changes}, "the-model")
-
-
-def test_how_paddlenlp_computed_elsewhere_is_no_part_of_the_model(paddle: Any, models: Path) -> None:
-    """Its configs keep the degrees of the run that saved them, with which its layers would need other processes."""
-    left = {"tensor_parallel_degree": 2, "sequence_parallel": True, "pipeline_parallel_degree": 2, "recompute": True}
-    config = paddle_config({**config_of(models / "llama-tied-gqa"), **left}, "here")[1]
-    assert (config.tensor_parallel_degree, config.sequence_parallel, config.recompute) == (1, False, False)
+        architecture_of({**config_of(models / "llama-tied-gqa"), **changes})
 
 
 # --- what families have of their own ------------------------------------------------------------------------

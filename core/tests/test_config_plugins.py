@@ -15,8 +15,8 @@ from model_folders import own_logits
 from safetensors import safe_open
 
 import sft
-from sft import adapters
-from sft.finished import evaluate_finished
+from sft.inference import adapter as adapters
+from sft.inference.evaluate import evaluate_finished
 from sft.testing import forward, load
 
 Train = Callable[..., sft.Summary]
@@ -104,7 +104,7 @@ def test_an_adapter_whose_plugin_is_gone_is_refused(
     rotary: None, train: Train, base_model: Path, site: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("sft_peft_lora")
-    from sft.discovery import entries
+    from sft.plugins.discovery import entries
 
     train("out", plugin=["rotary", "lora"], max_steps=1)
     shutil.rmtree(site / "toy_rotary-1.0.dist-info")

@@ -10,7 +10,7 @@ import pytest
 from toy_plugins import Publisher, active, refusal
 
 import sft
-from sft.discovery import import_plugin
+from sft.plugins.discovery import import_plugin
 
 Distribute = Callable[..., None]
 
@@ -60,7 +60,7 @@ def test_one_of_another_api_is_refused_also_as_a_class(version: Any) -> None:
 def test_a_newer_sft_refuses_the_plugins_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the declaration is for: it stays in the plugin while the core moves on."""
     active("lora")
-    monkeypatch.setattr("sft.declarations.API_VERSION", 2)
+    monkeypatch.setattr("sft.plugins.declarations.API_VERSION", 2)
     assert "is written for plugin API 1, and this sft has 2" in refusal("lora")
     assert "is written for plugin API 1, and this sft has 2" in refusal(extra=(toy(),))
 

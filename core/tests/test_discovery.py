@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from toy_plugins import active, plugin, refusal
 
-from sft.discovery import installed
+from sft.plugins.discovery import installed
 
 Distribute = Callable[..., None]
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import sft
-from sft import adapters, finished
-from sft import metrics as measures
+from sft.inference import adapter as adapters
+from sft.inference import evaluate as finished
+from sft.training import answer_scores as measures
 
 Train = Callable[..., sft.Summary]
 GENERATES = {"eval_with_do_generation": True, "max_new_tokens": 8}
@@ -126,7 +127,7 @@ def test_answers_are_those_of_the_model_and_are_scored(train: Train, dataset: Pa
     """The last file is what a model that is loaded again answers, one prompt at a time."""
     from sft.data.encoding import encode_prompt
     from sft.models.generation import answers
-    from sft.settings import GenerationArguments
+    from sft.settings.arguments import GenerationArguments
 
     train(plugins=(Catch,), max_steps=4, evaluation_strategy="steps", eval_steps=2, **GENERATES)
     out = tmp_path / "out"

@@ -14,7 +14,7 @@ import sft
 from sft import Turn
 from sft.data.formats import Conversation, Formats, src_tgt
 from sft.data.sources import Record
-from sft.plugins import Plugins
+from sft.plugins.registry import Plugins
 
 
 def formats(*plugins: type) -> Formats:

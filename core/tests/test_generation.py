@@ -13,7 +13,7 @@ import sft
 from sft.data.encoding import encode_prompt
 from sft.data.tokenizer import Tokenizer
 from sft.seams import Turn
-from sft.settings import GenerationArguments
+from sft.settings.arguments import GenerationArguments
 from sft.testing import forward
 
 CASES = ["llama-tied-gqa", "llama3-scaled", "qwen2-untied", "mistral-gqa", "gemma-tied"]

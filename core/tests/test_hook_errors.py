@@ -14,7 +14,7 @@ from toy_plugins import Publisher, active, raising, toy
 
 import sft
 from sft import hookspecs
-from sft.plugins import Plugins
+from sft.plugins.registry import Plugins
 
 Train = Callable[..., sft.Summary]
 Distribute = Callable[..., None]

@@ -13,7 +13,7 @@ import pytest
 
 import sft
 from sft import hookspecs
-from sft.plugins import Plugins
+from sft.plugins.registry import Plugins
 
 HOOKS = {name: value for name, value in vars(hookspecs).items() if name.startswith("sft_")}
 

@@ -135,7 +135,7 @@ def test_a_run_killed_while_it_publishes_goes_on(
 ) -> None:
     """A finished run in shards that is made longer: its folder holds the old model, none, or the new one."""
     from sft import ending
-    from sft.finished import evaluate_finished
+    from sft.inference.evaluate import evaluate_finished
 
     monkeypatch.setattr(WeightFormat.__init__, "__defaults__", ("hf", True, 20_000, "base"))
     settings = {**SETTINGS, "save_steps": 2, "evaluation_strategy": "no", "eval_steps": None}

@@ -108,7 +108,7 @@ def test_a_linear_rotary_scaling_reaches_paddlenlp(write: Any, models: Path, tmp
 
 
 def test_pickled_hugging_face_weights_are_refused(tmp_path: Path) -> None:
-    from sft.adapters import merge
+    from sft.inference.adapter import merge
 
     with pytest.raises(sft.UsageError, match="would need torch to pickle its tensors; leave safe_serialization true"):
         merge("base", tmp_path, tmp_path / "merged", print, form=WeightFormat("hf", safe=False))

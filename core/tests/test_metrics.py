@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from sft import metrics
+from sft.training import answer_scores as metrics
 
 ENGLISH = [
     ("The cat sat on the mat, and it slept.", "The cat lay on the mat, and then it slept."),

@@ -10,7 +10,7 @@ import pytest
 
 import sft
 from sft.seams import ParameterGroup
-from sft.settings import TrainingArguments
+from sft.settings.arguments import TrainingArguments
 
 SHAPES = {"block.weight": (4, 3), "block.bias": (3,), "head.weight": (3, 5)}
 

@@ -20,7 +20,7 @@ from model_folders import TOLERANCE, largest_difference, own_logits, reference
 from safetensors.numpy import load_file, save_file
 
 import sft
-from sft import adapters
+from sft.inference import adapter as adapters
 
 CASE = "llama-tied-gqa"
 COMMANDS = ("run", "generate", "evaluate", "merge")

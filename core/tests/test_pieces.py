@@ -17,9 +17,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import sft
-from sft.models.parts import Part
+from sft.distributed.parts import Part
+from sft.distributed.pieces import Piece, SavedState, save_pieces
 from sft.training import checkpoint
-from sft.training.pieces import Piece, SavedState, save_pieces
 
 SHAPES = {"linear": (6, 8), "norm": (7,), "table": (12, 5)}
 KINDS = ("moment1", "moment2", "beta1_pow_acc")

@@ -14,9 +14,9 @@ import pytest
 from toy_plugins import Publisher, active, plugin, refusal
 
 import sft
-from sft.plugins import Plugins
+from sft.plugins.registry import Plugins
 from sft.running import prepare
-from sft.settings import build
+from sft.settings.arguments import build
 
 Distribute = Callable[..., None]
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sft
-from sft.settings import TrainingArguments
+from sft.settings.arguments import TrainingArguments
 from sft.training import precision
 from sft.training.precision import LossScale, Precision
 

@@ -250,7 +250,7 @@ def test_samples_are_answers_before_and_after(train: Train, models: Path, datase
     from sft.data.tokenizer import Tokenizer
     from sft.models.generation import answers
     from sft.models.loading import load_model, open_model
-    from sft.settings import GenerationArguments
+    from sft.settings.arguments import GenerationArguments
 
     summary = train(num_samples=2, max_new_tokens=6)
     records = [json.loads(line) for line in (dataset / "dev.json").read_text().splitlines()][:2]

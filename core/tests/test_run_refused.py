@@ -117,8 +117,8 @@ def test_settings_can_come_from_a_file(paddle: Any, models: Path, dataset: Path,
 FIRST = """
 import json, sys
 import sft
-from sft import adapters
-from sft.finished import evaluate_finished
+from sft.inference import adapter as adapters
+from sft.inference.evaluate import evaluate_finished
 for model, data, message, with_data in json.loads(sys.argv[1]):
     values = {"model_name_or_path": model, "dataset_name_or_path": data}
     said = []

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import sft
-from sft.activation import choose
 from sft.commands.run import collect
-from sft.plugins import Plugins
-from sft.settings import Settings, build, core_options, normalise, read_file
+from sft.plugins.registry import Plugins
+from sft.plugins.requests import choose
+from sft.settings.arguments import Settings, build, core_options, normalise, read_file
 
 # What the section "精调参数介绍" of PaddleNLP's llm/docs/finetune.md gives as defaults of the names that sft has.
 # do_eval is not among them: unset means "when there is dev data" here (docs/decisions/0002-settings.md).

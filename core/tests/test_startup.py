@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.discovery import installed
+from sft.plugins.discovery import installed
 
 Distribute = Callable[..., None]
 

@@ -14,7 +14,7 @@ import pytest
 import sft
 from sft.data.formats import Formats
 from sft.data.sources import Record, find_files, read
-from sft.plugins import Plugins
+from sft.plugins.registry import Plugins
 
 
 def records(path: Path, content: str | bytes | None = None) -> list[Record]:

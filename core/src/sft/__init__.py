@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sft.declarations import API_VERSION
 from sft.errors import PluginError, SftError, UsageError
-from sft.options import option
-from sft.plugins import Plugin, hookimpl, hookspec, single
+from sft.plugins.declarations import API_VERSION
+from sft.plugins.registry import Plugin, hookimpl, hookspec, single
 from sft.seams import (
     AdapterFiles,
     AdapterMerger,
@@ -24,14 +23,15 @@ from sft.seams import (
     Quantizer,
     Turn,
 )
+from sft.settings.options import option
 
 if TYPE_CHECKING:
-    from sft.adapters import check_continued, read_adapter
     from sft.commands.run import collect
     from sft.data.batches import assemble
+    from sft.distributed.parts import sum_over
+    from sft.inference.adapter import check_continued, read_adapter
     from sft.models.layers import Target, linear_weight, module_names, target_layers
     from sft.models.outline import LinearOutline, Outline, Weight
-    from sft.models.parts import sum_over
     from sft.models.shards import parse_size
     from sft.models.sums import row_sums
     from sft.outlining import PaperRun, outline
@@ -48,10 +48,10 @@ _LAZY = {
     "Run": "sft.running",
     "Summary": "sft.running",
     "assemble": "sft.data.batches",
-    "check_continued": "sft.adapters",
+    "check_continued": "sft.inference.adapter",
     "module_names": "sft.models.layers",
     "prepare": "sft.runtime",
-    "read_adapter": "sft.adapters",
+    "read_adapter": "sft.inference.adapter",
     "run": "sft.running",
     "Target": "sft.models.layers",
     "Weight": "sft.models.outline",
@@ -60,7 +60,7 @@ _LAZY = {
     "parse_size": "sft.models.shards",
     "row_sums": "sft.models.sums",
     "linear_weight": "sft.models.layers",
-    "sum_over": "sft.models.parts",
+    "sum_over": "sft.distributed.parts",
     "target_layers": "sft.models.layers",
 }
 

@@ -23,6 +23,7 @@ from sft.files import make_folder, remove_folder, remove_leftovers
 from sft.training.checkpoint import checkpoints, read_state, step_of
 
 if TYPE_CHECKING:
+    from sft.models.architecture import Architecture
     from sft.models.source import ModelFolder
     from sft.progress import Task
     from sft.running import Run, Summary

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import runtime
-from sft.adapters import trained_over
 from sft.data.batches import Schedule
 from sft.data.tokenizer import FILES as TOKENIZER_FILES
 from sft.errors import UsageError
 from sft.files import read_report
-from sft.settings import Settings
+from sft.inference.adapter import trained_over
+from sft.settings.arguments import Settings
 from sft.training.best import check as check_best
 from sft.training.checkpoint import asks_to_resume, checkpoints, find_checkpoint, is_checkpoint
 

@@ -12,8 +12,8 @@ import paddle
 
 from sft.errors import PluginError, UsageError
 from sft.files import can_write
-from sft.hook_calls import a_or_an
 from sft.models.layers import trainable
+from sft.plugins.calls import a_or_an
 
 if TYPE_CHECKING:
     from sft.running import Run

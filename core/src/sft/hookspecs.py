@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.plugins import hookspec, single
+from sft.plugins.registry import hookspec, single
 
 if TYPE_CHECKING:
     import click

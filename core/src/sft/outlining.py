@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sft.compatibility import listing
 from sft.errors import UsageError
 from sft.models.config import read_config
 from sft.models.families import family_of
 from sft.models.outline import Outline, of_architecture
 from sft.models.source import find_config
-from sft.plugins import implements
-from sft.resolution import resolve
-from sft.settings import Settings, normalise
+from sft.plugins.registry import implements
+from sft.settings.arguments import Settings, normalise
+from sft.settings.paddlenlp import listing
+from sft.settings.resolve import resolve
 
 CHANGES_TENSORS = ("sft_adapt_model", "sft_quantizer")
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from sft import assembly, checks, ending, runtime
-from sft.compatibility import listing
 from sft.data.batches import Data
 from sft.data.encoding import Encoded, Question
 from sft.data.sources import find_files
@@ -23,11 +22,12 @@ from sft.errors import UsageError
 from sft.files import read_report, save_tensors, write_json
 from sft.models.loading import find_usable_model
 from sft.models.source import find_tokenizer
-from sft.plugins import Plugins
+from sft.plugins.registry import Plugins
 from sft.progress import Printer, Progress
-from sft.resolution import resolve
 from sft.seams import DataCollator, ParallelStrategy
-from sft.settings import Settings, normalise, read_file
+from sft.settings.arguments import Settings, normalise, read_file
+from sft.settings.paddlenlp import listing
+from sft.settings.resolve import resolve
 from sft.training.checkpoint import find_checkpoint, read_state
 from sft.training.precision import Precision
 
@@ -182,7 +182,7 @@ class Run:
     def write_result(self, folder: Path | None) -> None:
         """What a user loads afterwards: the adapter in PEFT layout or the whole model, and the tokenizer. All processes
         of a run take part, and the main one writes; with None it only takes part."""
-        from sft.adapters import about_base
+        from sft.inference.adapter import about_base
         from sft.models.saving import write_model
 
         if not self.exports_adapter:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
+    from sft.distributed.pieces import Piece
     from sft.models.loading import ModelSource
-    from sft.training.pieces import Piece
 
 
 @dataclass(frozen=True)

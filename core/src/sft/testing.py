@@ -27,8 +27,8 @@ import numpy as np
 import pytest
 
 import sft
-from sft.discovery import canonical, installed
 from sft.files import save_tensors, write_json
+from sft.plugins.discovery import canonical, installed
 
 # --- functions ----------------------------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ def needs(*plugins: str) -> pytest.MarkDecorator:
 
 def load(model: Path | str, adapter: Path | None = None, plugins: Sequence[str] = ()) -> Any:
     """The model of a folder, with an adapter over it if one is given; ``plugins`` may name a quantizer."""
-    from sft.adapters import load_for_inference
+    from sft.inference.adapter import load_for_inference
 
     return load_for_inference(str(model), adapter, lambda text: None, plugins)[0]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import sft
-from sft.plugins import Plugins
+from sft.plugins.registry import Plugins
 
 PLUGIN = """
     import sft

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sft import activation
 from sft.data.batches import assemble
 from sft.data.tokenizer import Tokenizer
-from sft.plugins import Plugins
+from sft.plugins import requests as activation
+from sft.plugins.registry import Plugins
 from sft.seams import Batch, Example
-from sft.settings import build
+from sft.settings.arguments import build
 from sft.testing import needs, read_metrics
 
 CASES = ["llama-tied-gqa", "llama3-scaled", "qwen2-untied", "mistral-gqa", "gemma-tied"]

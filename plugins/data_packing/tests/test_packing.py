@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sft
-from sft.discovery import import_plugin
+from sft.plugins.discovery import import_plugin
 from sft.testing import needs
 
 PAD = 319

@@ -11,9 +11,9 @@ import pytest
 from measuring import Allocator, full_batch
 
 import sft
-from sft.discovery import import_plugin
 from sft.models import attention, norms
 from sft.models.loading import _share_rotary_tables, open_model
+from sft.plugins.discovery import import_plugin
 from sft.testing import make_model, needs
 from sft.training.optimizer import Optimizer, default_groups
 from sft.training.strategy import batch_loss, squares
@@ -98,7 +98,7 @@ def test_peak_of_real_steps(
     memory = Allocator()
     model = build(folder, recompute)
     parameters = dict(model.named_parameters())
-    optimizer = Optimizer(default_groups(parameters, 0.0), sft.settings.TrainingArguments())
+    optimizer = Optimizer(default_groups(parameters, 0.0), sft.settings.arguments.TrainingArguments())
     tokens = full_batch(rows, length, model.config.vocab_size)
     for _ in range(2):
         memory.forget()

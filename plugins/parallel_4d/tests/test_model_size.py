@@ -14,9 +14,9 @@ import pytest
 
 import sft
 import sft.assembly
-import sft.settings
+import sft.settings.arguments
+from sft.distributed.parts import is_elsewhere
 from sft.models.loading import load_model, open_model
-from sft.models.parts import is_elsewhere
 from sft.testing import make_model, needs
 from sft.training.optimizer import Optimizer, default_groups
 from sft.training.strategy import batch_loss
@@ -69,7 +69,7 @@ def write_config(folder: Path, values: dict[str, Any]) -> None:
 def test_optimizer_bytes_are_those_of_its_state(paddle: Any, models: Path, case: str, dtype: str) -> None:
     model = load_model(open_model(models / case), dtype=dtype)
     parameters = dict(model.named_parameters())
-    optimizer = Optimizer(default_groups(parameters, 0.0), sft.settings.TrainingArguments())
+    optimizer = Optimizer(default_groups(parameters, 0.0), sft.settings.arguments.TrainingArguments())
     for parameter in parameters.values():
         parameter.grad = paddle.zeros_like(parameter)
     optimizer.step(1e-3)

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 from trainings import PLANS, ROWS, TOLERANCE, Plan, Trainings, assert_equal
 
 import sft
+from sft.distributed.pieces import SavedState
 from sft.testing import needs
-from sft.training.pieces import SavedState
 
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 CHANGES = [

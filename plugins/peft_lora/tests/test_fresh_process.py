@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sft
-from sft.discovery import installed
+from sft.plugins.discovery import installed
 from sft.testing import load, needs
 
 KINDS: dict[str, list[str]] = {
@@ -31,7 +31,7 @@ ELSEWHERE = """
 import sys
 from pathlib import Path
 import numpy as np
-from sft import adapters
+from sft.inference import adapter as adapters
 from sft.testing import forward, load
 model, folder, *cases = sys.argv[1:]
 ids = np.load(Path(folder) / "ids.npy")

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import sft
-from sft import adapters
+from sft.inference import adapter as adapters
 from sft.testing import load
 
 RANK, ALPHA = 4, 8.0

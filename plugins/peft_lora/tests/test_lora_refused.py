@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import sft
-from sft import adapters
+from sft.inference import adapter as adapters
 from sft.testing import load
 
 

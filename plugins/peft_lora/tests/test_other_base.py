@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import sft
-from sft import adapters
+from sft.inference import adapter as adapters
 from sft.testing import needs
 
 Train = Callable[..., sft.Summary]

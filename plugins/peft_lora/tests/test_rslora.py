@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import sft
-from sft import adapters
+from sft.inference import adapter as adapters
 from sft.testing import load, needs
 
 Adapt = Callable[..., sft.Run]

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sft import activation, plugins
-from sft.settings import build
+from sft.plugins import registry as plugins
+from sft.plugins import requests as activation
+from sft.settings.arguments import build
 from sft.testing import forward
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -125,8 +126,9 @@ class Sizes:
 LOAD = """
 import sys
 from pathlib import Path
-from sft import plugins, runtime
-from sft.settings import build
+from sft import runtime
+from sft.plugins import registry as plugins
+from sft.settings.arguments import build
 runtime.prepare()
 import paddle
 from sft.models.loading import load_model, open_model

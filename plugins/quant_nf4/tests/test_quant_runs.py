@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import sft
-from sft.finished import evaluate_finished
+from sft.inference.evaluate import evaluate_finished
 from sft.testing import needs, read_metrics
 
 

@@ -26,7 +26,7 @@ class _Commands(click.Group):
     """Knows the commands by name; imports the module of the one that is typed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        from sft.activation import requests
+        from sft.plugins.requests import requests
 
         return [*COMMANDS, *sorted(set(requests("command")) - set(COMMANDS))]
 
@@ -42,7 +42,7 @@ class _Commands(click.Group):
             raise UsageError(f"There is no command {args[0]!r}; `sft --help` lists the commands.") from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from sft.activation import requests
+        from sft.plugins.requests import requests
 
         rows = list(COMMANDS.items())
         others = sorted(requests("command").items())
@@ -51,9 +51,9 @@ class _Commands(click.Group):
             formatter.write_dl(rows)
 
     def _from_plugin(self, name: str) -> click.Command | None:
-        from sft.activation import requests
-        from sft.plugins import Plugins
-        from sft.settings import build
+        from sft.plugins.registry import Plugins
+        from sft.plugins.requests import requests
+        from sft.settings.arguments import build
 
         plugins = requests("command").get(name)
         if not plugins:

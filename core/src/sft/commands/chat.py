@@ -44,7 +44,7 @@ def command(model: str, adapter: str | None, plugins: tuple[str, ...], system: s
 
     Without a terminal, the lines of standard input are the turns, and standard output has the answers.
     """
-    from sft.adapters import load_for_inference, plugins_for, refuse_idle
+    from sft.inference.adapter import load_for_inference, plugins_for, refuse_idle
 
     generation, seed = generation_of(settings)
     typed = given(settings)

@@ -39,7 +39,7 @@ def command(
     adapter or model, if it tells, so that its own numbers come out.
     """
     from sft.errors import UsageError
-    from sft.finished import evaluate_finished
+    from sft.inference.evaluate import evaluate_finished
     from sft.training.progress import figures
 
     if settings["dataset_name_or_path"] is None:

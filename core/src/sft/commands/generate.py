@@ -27,7 +27,7 @@ from sft.progress import Progress, Task
 from sft.seams import Turn
 
 if TYPE_CHECKING:
-    from sft.plugins import Plugins
+    from sft.plugins.registry import Plugins
 
 BATCH_SIZE = 8
 HOOKS = ("sft_model_config", "sft_quantizer", "sft_record_format")
@@ -68,7 +68,7 @@ def command(
     everything else to standard error. The likeliest token is taken at each step (top_k 1); --top_k 0 or another
     number draws, with top_p and temperature.
     """
-    from sft.adapters import load_for_inference, plugins_for, refuse_idle
+    from sft.inference.adapter import load_for_inference, plugins_for, refuse_idle
 
     generation, seed = generation_of(settings)
     typed = given(settings)

@@ -6,8 +6,8 @@ import json
 
 import click
 
-from sft.activation import requests
-from sft.discovery import REQUESTS, installed, strange_requests
+from sft.plugins.discovery import REQUESTS, installed, strange_requests
+from sft.plugins.requests import requests
 
 
 @click.command(name="plugins")

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from sft.activation import choose, explicit
 from sft.errors import SftError, UsageError
 from sft.files import read_report
-from sft.options import Bare, Option, options_of
-from sft.plugins import Plugins
-from sft.settings import GROUPS, core_options, normalise, read_file
+from sft.plugins.registry import Plugins
+from sft.plugins.requests import choose, explicit
+from sft.settings.arguments import GROUPS, core_options, normalise, read_file
+from sft.settings.options import Bare, Option, options_of
 
 
 @click.command(

@@ -13,7 +13,7 @@ from typing import Any
 
 from sft.data.sources import Record
 from sft.errors import PluginError, UsageError
-from sft.plugins import Plugins
+from sft.plugins.registry import Plugins
 from sft.seams import Turn
 
 

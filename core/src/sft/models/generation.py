@@ -16,7 +16,7 @@ import numpy as np
 
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
-from sft.settings import GenerationArguments
+from sft.settings.arguments import GenerationArguments
 
 REPLACEMENT = "\ufffd"
 
@@ -51,10 +51,11 @@ def answers(
     assert show is None or len(prompts) == 1
     for prompt in prompts:
         check_room(prompt, generation, model.architecture.positions)
-        if max(prompt) >= model.architecture.vocabulary:
+        size = model.architecture.vocabulary
+        if max(prompt) >= size:
             raise UsageError(
-                f"A prompt has the token id {max(prompt)}, and the model's vocabulary has "
-                f"{model.architecture.vocabulary} tokens; the tokenizer, or its chat template, belongs to another model."
+                f"A prompt has the token id {max(prompt)}, and the model's vocabulary has {size} tokens; the "
+                "tokenizer, or its chat template, belongs to another model."
             )
     found: list[list[int]] = [[] for _ in prompts]
     text = Text(tokenizer)

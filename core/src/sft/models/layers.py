@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sft.distributed.parts import is_elsewhere, part_of, size_of
 from sft.errors import UsageError
-from sft.models.parts import is_elsewhere, part_of, size_of
 
 
 @dataclass(frozen=True)

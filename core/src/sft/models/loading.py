@@ -11,19 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.distributed.parts import is_elsewhere, part_of, whole_shape
 from sft.errors import UsageError
 from sft.models.architecture import Architecture
 from sft.models.config import read_config
 from sft.models.families import Family, family_of, is_transposed
 from sft.models.layers import Target, target_layers
-from sft.models.parts import is_elsewhere, part_of, whole_shape
 from sft.models.source import ModelFolder, Weights, find_config, find_model, weight_files
 from sft.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from sft.plugins import Plugins
+    from sft.plugins.registry import Plugins
     from sft.running import Run
     from sft.seams import ParallelStrategy, Quantizer
 
@@ -52,7 +52,7 @@ class ModelSource:
 
 
 def open_model(place: Path | ModelFolder, plugins: Plugins | None = None, run: Run | None = None) -> ModelSource:
-    """Read and check ``config.json``, and let ``plugins`` change what it says, as they do wherever the model is opened."""
+    """Read and check ``config.json``, and let ``plugins`` change what it says, as wherever the model is opened."""
     place = place if isinstance(place, ModelFolder) else ModelFolder(place)
     values = read_config(place.path)
     family = family_of(values, place.path)
@@ -61,7 +61,9 @@ def open_model(place: Path | ModelFolder, plugins: Plugins | None = None, run: R
     source = ModelSource(place, values, family, family.architecture(values, place.path), generation=kept)
     if run is not None:
         run.source = source
-    for name in plugins.implementing("sft_model_config") if plugins is not None else ():
+    if plugins is None:
+        return source
+    for name in plugins.implementing("sft_model_config"):
         before = copy.deepcopy(source.values)
         plugins.ask(name, "sft_model_config", run=run, config=source.values)
         if source.values != before:

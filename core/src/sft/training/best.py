@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
-from sft.metrics import NAMES
-from sft.settings import Settings
+from sft.settings.arguments import Settings
+from sft.training.answer_scores import NAMES
 
 if TYPE_CHECKING:
     from sft.running import Run

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sft.distributed.parts import is_elsewhere, whole_shape
+from sft.distributed.pieces import SavedState, save_pieces
 from sft.errors import PluginError, UsageError
 from sft.files import can_write, remove_folder, save_tensors, staged_folder, staging_of, write_json
-from sft.hook_calls import a_or_an
-from sft.models.parts import is_elsewhere, whole_shape
-from sft.training.pieces import SavedState, save_pieces
+from sft.plugins.calls import a_or_an
 from sft.training.shared import shared
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import paddle
 
-from sft import metrics
 from sft.data.batches import make_batch
 from sft.data.encoding import Question
 from sft.files import write_text
 from sft.models.generation import answers, unit
+from sft.training import answer_scores
 from sft.training.divergence import explained
 from sft.training.strategy import SingleProcess
 
@@ -92,8 +92,8 @@ def score(run: Run, path: Path | None) -> dict[str, float]:
             for question, text in zip(mine, found, strict=True)
         ]
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    counts = run.strategy.sum(metrics.count(found, [question.reference for question in mine]))
-    return {f"eval_{name}": value for name, value in metrics.scores(counts).items()}
+    counts = run.strategy.sum(answer_scores.count(found, [question.reference for question in mine]))
+    return {f"eval_{name}": value for name, value in answer_scores.scores(counts).items()}
 
 
 def answer(run: Run, questions: Sequence[Question]) -> list[str]:

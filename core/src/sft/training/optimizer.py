@@ -10,7 +10,7 @@ import paddle
 
 from sft.errors import SftError, UsageError
 from sft.seams import ParameterGroup
-from sft.settings import TrainingArguments
+from sft.settings.arguments import TrainingArguments
 
 
 def default_groups(parameters: dict[str, Any], weight_decay: float) -> list[ParameterGroup]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
-from sft.settings import TrainingArguments
+from sft.settings.arguments import TrainingArguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable

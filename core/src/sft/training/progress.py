@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sft.metrics import NAMES as ANSWER_SCORES
-from sft.plugins import hookimpl
+from sft.plugins.registry import hookimpl
 from sft.progress import BAR_AFTER, Progress, duration
+from sft.training.answer_scores import NAMES as ANSWER_SCORES
 
 LINE_EVERY = 60.0
 """Seconds after which a step is said though ``logging_steps`` does not ask for its line yet."""

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import paddle
 
+from sft.distributed.parts import Part
+from sft.distributed.pieces import Piece
 from sft.models.forward import hidden_states
 from sft.models.layers import linear_weight
-from sft.models.parts import Part
 from sft.models.sums import row_sums
 from sft.seams import Batch, ParameterGroup
 from sft.training.loss import target_loss, target_scores
-from sft.training.pieces import Piece
 
 if TYPE_CHECKING:
     from sft.models.loading import ModelSource

@@ -10,7 +10,7 @@ import paddle
 from paddle.base.framework import EagerParamBase
 
 from sft import UsageError
-from sft.models.parts import Part, is_elsewhere
+from sft.distributed.parts import Part, is_elsewhere
 from sft_parallel_4d import trial
 from sft_parallel_4d.tensor import adapters
 from sft_parallel_4d.topology import Axis

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sft
-from sft.discovery import installed
 from sft.models.source import is_hub_name
+from sft.plugins.discovery import installed
 
 if TYPE_CHECKING:
     import click

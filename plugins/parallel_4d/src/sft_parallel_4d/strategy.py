@@ -12,11 +12,11 @@ import numpy as np
 import paddle
 
 from sft import Batch, ParameterGroup
+from sft.distributed.parts import Part, is_elsewhere, part_of, whole_shape
+from sft.distributed.pieces import Piece
 from sft.models.attention import hidden_states
 from sft.models.layers import linear_features, linear_weight
-from sft.models.parts import Part, is_elsewhere, part_of, whole_shape
 from sft.training.loss import target_loss, target_scores
-from sft.training.pieces import Piece
 from sft.training.strategy import set_value, squares
 from sft_parallel_4d.adapters import Adapters
 from sft_parallel_4d.phases import Phases, phase

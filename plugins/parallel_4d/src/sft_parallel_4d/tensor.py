@@ -18,7 +18,7 @@ from paddle.autograd import PyLayer
 from paddle.distributed.fleet.layers.mpu.random import get_rng_state_tracker
 
 from sft import Batch, UsageError
-from sft.models.parts import Part, part_of
+from sft.distributed.parts import Part, part_of
 from sft.training.loss import Vocabulary
 from sft_parallel_4d.model_size import divided_side
 from sft_parallel_4d.topology import Axis

@@ -15,7 +15,7 @@ import paddle
 from paddle.base.framework import EagerParamBase
 
 from sft import UsageError
-from sft.models.parts import Part, part_of
+from sft.distributed.parts import Part, part_of
 from sft_parallel_4d.topology import Axis
 
 TOLERANCE = 1e-3

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import sft
-from sft.models.parts import is_elsewhere, part_of
+from sft.distributed.parts import is_elsewhere, part_of
 
 
 def train(settings: dict[str, Any], damage: str | None = None) -> dict[str, Any]:

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from sft import assembly, runtime
-from sft.adapters import load_with, refuse_idle, settings_for, trained_template
 from sft.data.batches import PaddedCollator
 from sft.data.sources import find_files
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import make_folder, read_report
+from sft.inference.adapter import load_with, refuse_idle, settings_for, trained_template
 from sft.models.loading import find_usable_model
-from sft.options import options_of
 from sft.running import Run
-from sft.settings import GenerationArguments, check_draw
+from sft.settings.arguments import GenerationArguments, check_draw
+from sft.settings.options import options_of
 from sft.training.precision import Precision
 
 LENGTHS = ("src_length", "max_length")

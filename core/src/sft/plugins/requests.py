@@ -26,11 +26,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sft.discovery import canonical, entries, import_plugin, installed
 from sft.errors import UsageError
-from sft.options import convert, options_of
-from sft.plugins import Plugins
-from sft.settings import known_names
+from sft.plugins.discovery import canonical, entries, import_plugin, installed
+from sft.plugins.registry import Plugins
+from sft.settings.arguments import known_names
+from sft.settings.options import convert, options_of
 
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")

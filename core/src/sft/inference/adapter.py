@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import runtime
-from sft.activation import choose, choose_reader, requests
 from sft.data.tokenizer import Tokenizer
-from sft.discovery import canonical, installed, with_refined
 from sft.errors import UsageError
 from sft.models.loading import find_usable_model
-from sft.options import options_of
-from sft.plugins import Plugins, implements
+from sft.plugins.discovery import canonical, installed, with_refined
+from sft.plugins.registry import Plugins, implements
+from sft.plugins.requests import choose, choose_reader, requests
 from sft.progress import Progress
-from sft.settings import Settings, build
+from sft.settings.arguments import Settings, build
+from sft.settings.options import options_of
 
 if TYPE_CHECKING:
     import numpy as np

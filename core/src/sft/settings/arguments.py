@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
-from sft.options import Option, convert, option, options_of
+from sft.settings.options import Option, convert, option, options_of
 
 if TYPE_CHECKING:
-    from sft.plugins import Plugins
+    from sft.plugins.registry import Plugins
 
 
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")
@@ -228,7 +228,7 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
 
     Raises :class:`UsageError` for the first unknown name or wrong value.
     """
-    from sft.activation import switches
+    from sft.plugins.requests import switches
 
     owners = {name: "the core" for found in core_options().values() for name in (found.name, *found.aliases)}
     switch_of = switches()
@@ -313,7 +313,7 @@ def unknown_setting(name: str, known: Iterable[str], plugins: Plugins) -> str:
 
 def _declares(plugin: str, name: str) -> bool:
     """Whether an installed plugin has the setting ``name``; not known, where it cannot be imported."""
-    from sft.discovery import import_plugin
+    from sft.plugins.discovery import import_plugin
 
     try:
         declared = getattr(import_plugin(plugin), "Options", None)

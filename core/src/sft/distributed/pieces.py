@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from sft.distributed.parts import Part
 from sft.errors import UsageError
 from sft.files import save_tensors
-from sft.models.parts import Part
 
 METADATA = "sft.pieces"
 

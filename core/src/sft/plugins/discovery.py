@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from sft.declarations import check_relations
 from sft.errors import UsageError
+from sft.plugins.declarations import check_relations
 
 
 @dataclass(frozen=True)

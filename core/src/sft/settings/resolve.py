@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sft.activation import check_numbers, choose, explicit, of_idle_plugins, overruled, switched_off
-from sft.compatibility import explain
-from sft.discovery import entries
-from sft.plugins import Plugins
-from sft.settings import Settings, build, core_options, known_names
+from sft.plugins.discovery import entries
+from sft.plugins.registry import Plugins
+from sft.plugins.requests import check_numbers, choose, explicit, of_idle_plugins, overruled, switched_off
+from sft.settings.arguments import Settings, build, core_options, known_names
+from sft.settings.paddlenlp import explain
 
 
 def resolve(values: Mapping[str, Any], extra: Iterable[type]) -> tuple[Settings, Plugins, list[tuple[str, str]]]:

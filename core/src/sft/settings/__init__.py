@@ -1,0 +1,1 @@
+"""Settings: what a run can be told, and from where."""

@@ -6,8 +6,8 @@
     python scripts/import_graph.py --check             exit with 1 if there is a circle, or if that page is out of date
 
 An import counts wherever it stands: at the top of a file, inside a function, or under TYPE_CHECKING for an annotation
-alone. The name of a module as text counts too ("sft.runtime", f"sft.commands.{name}"): that is how modules are loaded
-on first use. Importing ``a.b.c`` runs ``a/b/__init__.py``, so this is an import as well, unless that file holds no code.
+alone. So does the name of a module as text ("sft.runtime", f"sft.commands.{name}"), by which modules are loaded on
+first use. Importing ``a.b.c`` runs ``a/b/__init__.py``, so this is an import as well, unless that file holds no code.
 The ``__init__.py`` of the whole package is its door, for those outside; a file inside that imports from it makes a
 circle.
 

@@ -175,7 +175,9 @@ class Process:
         self._barrier.wait(timeout=20)
 
 
-def test_two_processes_write_one_checkpoint(tmp_path: Path, state: dict[str, np.ndarray]) -> None:
+def test_two_processes_write_one_checkpoint(
+    tmp_path: Path, state: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each its half of the optimizer's state, one of them all the rest; ``checkpoint-2`` is there when all have. Either
     is slow once, so that the other would be too early if it did not wait."""
     barrier, told = threading.Barrier(2), []
@@ -188,13 +190,19 @@ def test_two_processes_write_one_checkpoint(tmp_path: Path, state: dict[str, np.
             **{"strategy": strategy, "output_dir": tmp_path, "model": None, "exports_adapter": True, "hook": hook},
             settings=SimpleNamespace(training=training),
             plugins=SimpleNamespace(names=["counter"], ask=lambda name, hook, run: {"count": rank}),
-            write_result=lambda folder: late(0.4 * (rank == 0)) and (folder / "adapter").write_text("whole"),
         )
         return run, SimpleNamespace(state=lambda: (late(0.1 * (rank == 1)), strategy.state)[1], parameters={})
 
     def late(seconds: float) -> bool:
         time.sleep(seconds)
         return seconds > 0
+
+    def write_result(run: Any, folder: Path | None) -> None:
+        if folder is not None:
+            late(0.4)
+            (folder / "adapter").write_text("whole")
+
+    monkeypatch.setattr(checkpoint, "write_result", write_result)
 
     def contents(folder: Path) -> set[str]:
         return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}

@@ -14,8 +14,8 @@ import pytest
 from toy_plugins import Publisher, active, plugin, refusal
 
 import sft
+from sft.fine_tune import prepare
 from sft.plugins.registry import Plugins
-from sft.running import prepare
 from sft.settings.arguments import build
 
 Distribute = Callable[..., None]

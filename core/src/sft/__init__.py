@@ -27,15 +27,16 @@ from sft.settings.options import option
 
 if TYPE_CHECKING:
     from sft.commands.run import collect
+    from sft.context import Run, Summary
     from sft.data.batches import assemble
     from sft.distributed.parts import sum_over
+    from sft.fine_tune import run
     from sft.inference.adapter import check_continued, read_adapter
     from sft.models.layers import Target, linear_weight, module_names, target_layers
     from sft.models.outline import LinearOutline, Outline, Weight
     from sft.models.shards import parse_size
     from sft.models.sums import row_sums
     from sft.outlining import PaperRun, outline
-    from sft.running import Run, Summary, run
     from sft.runtime import prepare
 
 __version__ = "0.1.0"
@@ -45,14 +46,14 @@ _LAZY = {
     "LinearOutline": "sft.models.outline",
     "Outline": "sft.models.outline",
     "PaperRun": "sft.outlining",
-    "Run": "sft.running",
-    "Summary": "sft.running",
+    "Run": "sft.context",
+    "Summary": "sft.context",
     "assemble": "sft.data.batches",
     "check_continued": "sft.inference.adapter",
     "module_names": "sft.models.layers",
     "prepare": "sft.runtime",
     "read_adapter": "sft.inference.adapter",
-    "run": "sft.running",
+    "run": "sft.fine_tune",
     "Target": "sft.models.layers",
     "Weight": "sft.models.outline",
     "collect": "sft.commands.run",

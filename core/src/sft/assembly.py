@@ -1,4 +1,4 @@
-"""The parts that a run is put together from, in the order in which ``running.execute`` uses them."""
+"""The parts that a run is put together from, in the order in which ``fine_tune.execute`` uses them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from sft.files import make_folder, remove_folder, remove_leftovers
 from sft.training.checkpoint import checkpoints, read_state, step_of
 
 if TYPE_CHECKING:
+    from sft.context import Run, Summary
     from sft.models.architecture import Architecture
     from sft.models.source import ModelFolder
     from sft.progress import Task
-    from sft.running import Run, Summary
     from sft.training.journal import Journal
     from sft.training.optimizer import Optimizer
 
@@ -313,7 +313,7 @@ def before_or_after(run: Run, step: int, epoch: float, journal: Any) -> dict[str
 
 def summarise(run: Run, journal: Any, steps: int, epochs: float, after: dict[str, Any], seconds: float) -> Summary:
     """The numbers that a run ends with."""
-    from sft.running import Summary
+    from sft.context import Summary
 
     count, total = run.sizes
     # A run that resumes with a larger num_samples has not asked all of them before training.

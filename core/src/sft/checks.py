@@ -18,7 +18,7 @@ from sft.training.best import check as check_best
 from sft.training.checkpoint import asks_to_resume, checkpoints, find_checkpoint, is_checkpoint
 
 if TYPE_CHECKING:
-    from sft.running import Run
+    from sft.context import Run
 
 RESULT_KEYS = ("adapter_config.json", "config.json")
 """The files with which every reader of an adapter or a model begins."""

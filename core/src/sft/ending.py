@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 from sft.checks import PUBLISHED, RESULT_KEYS
 from sft.errors import SftError, UsageError
 from sft.files import publish, read_report, write_json
+from sft.training.result import write_result
 from sft.training.shared import SharedError
 
 if TYPE_CHECKING:
-    from sft.running import Run, Summary
+    from sft.context import Run, Summary
     from sft.training.optimizer import Optimizer
 
 # --- the result ---------------------------------------------------------------------------------------------
@@ -123,13 +124,13 @@ def _write(run: Run, place: Callable[[], AbstractContextManager[Path]]) -> str |
         if run.strategy.is_main:
             with place() as folder:
                 has_written = True
-                run.write_result(folder)
+                write_result(run, folder)
         else:
-            run.write_result(None)
+            write_result(run, None)
     except OSError as error:
         failure = _cause(error)
         if not has_written:  # the others wait in it
-            run.write_result(None)
+            write_result(run, None)
     if not run.strategy.largest(float(failure is not None)):
         return None
     return failure or "said by the main process"

@@ -16,7 +16,7 @@ from sft.models.layers import trainable
 from sft.plugins.calls import a_or_an
 
 if TYPE_CHECKING:
-    from sft.running import Run
+    from sft.context import Run
     from sft.seams import AdapterFiles
 
 

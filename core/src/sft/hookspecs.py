@@ -17,8 +17,8 @@ from sft.plugins.registry import hookspec, single
 if TYPE_CHECKING:
     import click
 
+    from sft.context import Run, Summary
     from sft.models.outline import Outline
-    from sft.running import Run, Summary
     from sft.seams import (
         AdapterFiles,
         AdapterMerger,

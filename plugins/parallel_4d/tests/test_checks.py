@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import sft
-from sft.running import prepare
+from sft.fine_tune import prepare
 from sft_parallel_4d.plans import Plan
 from sft_parallel_4d.plugin import Parallel4d
 

@@ -19,7 +19,7 @@ DEFAULT = "sft-demo"
 @click.option("--output_dir", "--output-dir", default=DEFAULT, show_default=True, help="Where the run is written.")
 def command(output_dir: str) -> None:
     """Fine-tune the tiny embedded model in under a minute, and show its answers before and after."""
-    from sft.running import run
+    from sft.fine_tune import run
 
     settings = settings_for(output_dir)
     click.echo(f"$ {command_line(settings)}\n")

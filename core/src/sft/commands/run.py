@@ -28,7 +28,7 @@ def command(arguments: tuple[str, ...]) -> None:
     if wants_help:
         click.echo(help_text(values))
         return
-    from sft.running import run
+    from sft.fine_tune import run
 
     try:
         summary = run(values)

@@ -23,9 +23,9 @@ from sft.settings.options import options_of
 if TYPE_CHECKING:
     import numpy as np
 
+    from sft.context import Run
     from sft.models.loading import ModelSource
     from sft.models.shards import WeightFormat
-    from sft.running import Run
 
 FINGERPRINT = "sft.base"
 """Where adapter_model.safetensors keeps the fingerprint of the weights that it was trained over."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import assembly, runtime
+from sft.context import Run
 from sft.data.batches import PaddedCollator
 from sft.data.sources import find_files
 from sft.data.tokenizer import Tokenizer
@@ -18,7 +19,6 @@ from sft.errors import UsageError
 from sft.files import make_folder, read_report
 from sft.inference.adapter import load_with, refuse_idle, settings_for, trained_template
 from sft.models.loading import find_usable_model
-from sft.running import Run
 from sft.settings.arguments import GenerationArguments, check_draw
 from sft.settings.options import options_of
 from sft.training.precision import Precision

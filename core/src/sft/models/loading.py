@@ -23,8 +23,8 @@ from sft.progress import Progress
 if TYPE_CHECKING:
     import numpy as np
 
+    from sft.context import Run
     from sft.plugins.registry import Plugins
-    from sft.running import Run
     from sft.seams import ParallelStrategy, Quantizer
 
 

@@ -9,7 +9,7 @@ from sft.settings.arguments import Settings
 from sft.training.answer_scores import NAMES
 
 if TYPE_CHECKING:
-    from sft.running import Run
+    from sft.context import Run
 
 LOWER = ("loss", "ppl")
 GREATER = ("accuracy",)

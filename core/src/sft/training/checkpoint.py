@@ -24,10 +24,11 @@ from sft.distributed.pieces import SavedState, save_pieces
 from sft.errors import PluginError, UsageError
 from sft.files import can_write, remove_folder, save_tensors, staged_folder, staging_of, write_json
 from sft.plugins.calls import a_or_an
+from sft.training.result import write_result
 from sft.training.shared import shared
 
 if TYPE_CHECKING:
-    from sft.running import Run
+    from sft.context import Run
     from sft.seams import ParallelStrategy
     from sft.training.optimizer import Optimizer
 
@@ -124,16 +125,16 @@ def _write_whole(
     """What the main process writes, into the staging folder of ``folder``, which gets its name as ``staged`` closes.
     The others take part."""
     if not run.strategy.is_main:
-        run.write_result(None)
+        write_result(run, None)
         return
     try:
         if folder.exists():  # left from a run that this one has rewound past
             remove_folder(folder)
         staging = staged.enter_context(staged_folder(folder))
     except OSError:
-        run.write_result(None)  # the others wait in it
+        write_result(run, None)  # the others wait in it
         raise
-    run.write_result(staging)
+    write_result(run, staging)
     plugins, arrays = _plugin_state(run)
     trainer = staging / "trainer"
     trainer.mkdir()

@@ -14,7 +14,7 @@ from sft.errors import SftError, UsageError
 from sft.training.checkpoint import checkpoints, find_checkpoint
 
 if TYPE_CHECKING:
-    from sft.running import Run
+    from sft.context import Run
     from sft.training.optimizer import Optimizer
 
 

@@ -20,7 +20,7 @@ from sft.training.divergence import explained
 from sft.training.strategy import SingleProcess
 
 if TYPE_CHECKING:
-    from sft.running import Run
+    from sft.context import Run
 
 _TOGETHER = 8
 """Batches that processes measure together, between which progress shows: enough to keep a pipeline mostly full."""

@@ -4,7 +4,7 @@ It does: shuffle by seed, accumulate micro-batches, normalise the loss by the ta
 window (of all processes), clip, step AdamW on the schedule (skip a step that overflows in float16), log, evaluate,
 checkpoint, resume.
 It does not: know any technique (those are in the model, the batches and the optimizer's groups by now), know
-other processes (the strategy does), or write final results (``running.py`` does).
+other processes (the strategy does), or write final results (``training/result.py`` does).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sft.training.progress import Display
 from sft.training.shared import shared
 
 if TYPE_CHECKING:
-    from sft.running import Run
+    from sft.context import Run
 
 
 def train(

@@ -19,8 +19,8 @@ from sft.seams import Batch, ParameterGroup
 from sft.training.loss import target_loss, target_scores
 
 if TYPE_CHECKING:
+    from sft.context import Run
     from sft.models.loading import ModelSource
-    from sft.running import Run
 
 
 def batch_loss(model: Any, batch: Batch) -> Any:

@@ -32,7 +32,7 @@ MAIN = SUPPORT / "rank_main.py"
 IMPORTS = [  # what the server imports
     "paddle.distributed.fleet",
     "paddlenlp.transformers.llama.modeling",
-    "sft.running",
+    "sft.fine_tune",
     "sft.models.loading",
     "sft.training.loop",
     "sft_parallel_4d.strategy",

@@ -1,0 +1,38 @@
+"""What a user loads after a run, written to a folder: the adapter, or the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sft.files import save_tensors, write_json
+
+if TYPE_CHECKING:
+    from sft.context import Run
+
+
+def write_result(run: Run, folder: Path | None) -> None:
+    """Write the adapter in PEFT layout, or the whole model, and the tokenizer to ``folder``.
+
+    All processes of a run call this. The main one gives a folder and writes; the others give None and only take part.
+    """
+    from sft.inference.adapter import about_base
+    from sft.models.saving import write_model
+
+    if not run.exports_adapter:
+        parameters = list(run.strategy.parameters(run.model))
+        whole = run.progress.over(run.strategy.whole(parameters), "writing weights", "tensors", len(parameters))
+        try:
+            if folder is not None:
+                write_model(folder, whole, run.source, run.tokenizer)
+        finally:
+            for _ in whole:  # where the disk is full, the other processes still wait for this one
+                pass
+        return
+    with run.strategy.assembled(run.model):
+        if folder is None:
+            return
+        files = run.hook.sft_export_adapter(run=run, model=run.model)
+        write_json(folder / "adapter_config.json", files.config)
+        save_tensors(folder / "adapter_model.safetensors", files.tensors, {"format": "pt", **about_base(run)})
+        run.tokenizer.save(folder)

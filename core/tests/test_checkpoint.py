@@ -34,15 +34,15 @@ def test_a_checkpoint_is_safetensors_and_json_under_structured_names(
     assert {path.name for path in trainer.iterdir()} == (names | {"trainable.safetensors"} if kind else names)
     projections = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
     projections += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    linears = [f"llama.layers.{n}.{name}" for n in (0, 1) for name in projections]
+    linears = [f"model.layers.{n}.{name}" for n in (0, 1) for name in projections]
     if kind:
         trained = {f"{name}.lora_{half}" for name in linears for half in "AB"}
         assert set(load_file(trainer / "trainable.safetensors")) == trained
         assert (folder / "adapter_model.safetensors").is_file()
         assert not (folder / "model.safetensors").exists()
     else:
-        norms = [f"llama.layers.{n}.{name}_layernorm" for n in (0, 1) for name in ("input", "post_attention")]
-        trained = {f"{name}.weight" for name in [*linears, *norms, "llama.norm", "llama.embed_tokens"]}
+        norms = [f"model.layers.{n}.{name}_layernorm" for n in (0, 1) for name in ("input", "post_attention")]
+        trained = {f"{name}.weight" for name in [*linears, *norms, "model.norm", "model.embed_tokens"]}
         assert (folder / "model.safetensors").is_file()
     kinds = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
     assert set(load_file(trainer / "optimizer.safetensors")) == {f"{name}.{kind}" for name in trained for kind in kinds}

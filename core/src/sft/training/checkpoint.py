@@ -161,9 +161,10 @@ def load(run: Run, optimizer: Optimizer, folder: Path, state: dict[str, Any]) ->
     saved, pieces = SavedState(folder / "trainer", OPTIMIZER), run.strategy.pieces(optimizer.parameters)
     values = {}
     for key in saved:
-        name = key.rpartition(".")[0]
+        name, _, kind = key.rpartition(".")
+        name = _todays_name(run, name)
         if name in pieces:
-            values[key] = saved.piece(key, pieces[name], tuple(optimizer.parameters[name].shape))
+            values[f"{name}.{kind}"] = saved.piece(key, pieces[name], tuple(optimizer.parameters[name].shape))
     optimizer.load(values)
 
 
@@ -175,7 +176,9 @@ def load_model(run: Run, folder: Path, state: dict[str, Any]) -> None:
     trainer, strategy = folder / "trainer", run.strategy
     if run.exports_adapter:
         trainable = {name: p for name, p in strategy.parameters(run.model) if not p.stop_gradient}
-        _load_trainable(strategy, trainable, _read(trainer / "trainable.safetensors"), folder)
+        stored = _read(trainer / "trainable.safetensors")
+        values = {_todays_name(run, name): value for name, value in stored.items()}
+        _load_trainable(strategy, trainable, values, folder)
     else:
         fill(run.model, replace(run.source, place=ModelFolder(folder)), strategy, progress=run.progress)
     arrays = _read(trainer / "plugins.safetensors")
@@ -185,6 +188,12 @@ def load_model(run: Run, folder: Path, state: dict[str, Any]) -> None:
             own.update(state["plugins"].get(name, {}))
             if own:
                 run.plugins.ask(name, "sft_restore", run=run, state=own)
+
+
+def _todays_name(run: Run, name: str) -> str:
+    """The name of a parameter whose name in a checkpoint is ``name``: the first ones had PaddleNLP's."""
+    renamed: str = run.source.family.from_file(name, "paddle")
+    return renamed
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from sft import hookspecs
 from sft.commands import COMMANDS
+from sft.options import Option, options_of
 from sft.plugins.discovery import Installed, installed
 from sft.plugins.requests import requests
 from sft.settings.arguments import GROUPS, core_options
-from sft.settings.options import Option, options_of
 from sft.settings.paddlenlp import FOREIGN
 
 ROOT = Path(__file__).parent.parent

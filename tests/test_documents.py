@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 import sft
+from sft import hookspecs
 from sft.models.families import FAMILIES
+from sft.options import options_of
 from sft.plugins.registry import Plugins
 from sft.settings.arguments import core_options
-from sft.settings.options import options_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,7 +38,7 @@ def test_readme_python_runs_as_shown(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md", "docs/tutorial.md", "docs/data.md"])
 def test_commands_in_documents_name_real_settings(page: str) -> None:
-    known = {*core_options(), *options_of(next(iter(Plugins.load(["lora"])))[1].Options), "plugin", "help"}
+    known = {*core_options(), *options_of(next(iter(Plugins.load(["lora"], hookspecs)))[1].Options), "plugin", "help"}
     known |= {"lora_path", "output_path", "prompt"}  # of merge, evaluate, generate and chat
     commands = " ".join(blocks(page, "bash"))
     assert "sft run" in commands
@@ -124,7 +125,7 @@ def test_the_data_guide_shows_each_format(tmp_path: Path) -> None:
     from sft.data.formats import FORMATS, Formats
     from sft.data.sources import read
 
-    plugins = Plugins.load([])
+    plugins = Plugins.load([], hookspecs)
     plugins.start({})
     text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
     shown = re.findall(r"### ([^\n]+)\n\n```(json|csv)\n(.*?)```", text, re.DOTALL)

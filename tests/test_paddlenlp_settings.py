@@ -43,10 +43,10 @@ def test_every_argument_of_run_finetune_is_honoured_or_explained() -> None:
 
     from paddlenlp.trl import DataConfig, ModelConfig, SFTConfig
 
+    from sft.options import options_of
     from sft.plugins.discovery import installed
     from sft.plugins.requests import requests
     from sft.settings.arguments import core_options
-    from sft.settings.options import options_of
 
     known = {*core_options(), *requests("setting"), *FOREIGN}
     for name, items in installed().items():
@@ -66,9 +66,9 @@ DEFAULTS = {
 
 
 def test_defaults_are_the_documents() -> None:
+    from sft.options import options_of
     from sft.plugins.discovery import import_plugin
     from sft.settings.arguments import core_options
-    from sft.settings.options import options_of
 
     options = dict(core_options())
     for plugin in ("lora", "vera", "neftune"):

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 import sft
-from sft import Turn
+from sft import Turn, hookspecs
 from sft.data.formats import Conversation, Formats, src_tgt
 from sft.data.sources import Record
 from sft.plugins.registry import Plugins
 
 
 def formats(*plugins: type) -> Formats:
-    active = Plugins.load([], plugins)
+    active = Plugins.load([], hookspecs, plugins)
     active.start({})
     return Formats(active)
 

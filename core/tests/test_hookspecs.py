@@ -69,7 +69,7 @@ def test_the_core_calls_the_hook_with_all_that_it_promises(name: str) -> None:
 
 
 def test_single_hooks() -> None:
-    plugins = Plugins.load([])
+    plugins = Plugins.load([], hookspecs)
     plugins.start({})
     callers = {name: getattr(plugins.hook, name) for name in HOOKS}
     assert {name for name, caller in callers.items() if hasattr(caller.spec.function, "sft_single")} == SINGLE

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import sft
-from sft.settings.options import convert, options_of
+from sft.options import convert, options_of
 
 
 @dataclass

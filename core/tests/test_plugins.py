@@ -14,6 +14,7 @@ import pytest
 from toy_plugins import Publisher, active, plugin, refusal
 
 import sft
+from sft import hookspecs
 from sft.fine_tune import prepare
 from sft.plugins.registry import Plugins
 from sft.settings.arguments import build
@@ -301,7 +302,7 @@ def test_options_reach_a_plugin_whose_name_is_spelled_in_another_way(distribute:
                 return {"size": self.options.tool_size}
     """
     distribute("sft-test-tool", source, {"my-tool": "Tool"})
-    plugins = Plugins.load(["my-tool"])
+    plugins = Plugins.load(["my-tool"], hookspecs)
     plugins.start(build({"tool_size": 7}, plugins).options)
     assert plugins.ask("my-tool", "sft_state", run=None) == {"size": 7}
 

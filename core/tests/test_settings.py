@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import sft
+from sft import hookspecs
 from sft.commands.run import collect
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import choose
@@ -74,7 +75,7 @@ class Twin(sft.Plugin):
 
 
 def built(values: dict[str, Any], *plugins: type) -> Settings:
-    return build(values, Plugins.load([], plugins))
+    return build(values, Plugins.load([], hookspecs, plugins))
 
 
 @pytest.mark.parametrize(("name", "default"), sorted({**DOCUMENTED, **OF_THE_TRAINER}.items()))
@@ -105,7 +106,7 @@ def test_values_reach_their_group() -> None:
 
 def test_a_tilde_in_output_dir_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/somewhere")
-    run = sft.Run(built({"output_dir": "~/runs/one"}), Plugins.load([]), print)
+    run = sft.Run(built({"output_dir": "~/runs/one"}), Plugins.load([], hookspecs), print)
     assert run.output_dir == Path("/somewhere/runs/one")
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import sft
+from sft import hookspecs
 from sft.data.formats import Formats
 from sft.data.sources import Record, find_files, read
 from sft.plugins.registry import Plugins
@@ -33,7 +34,7 @@ def refusal(path: Path, content: str | bytes | None = None) -> str:
 
 
 def turns(path: Path) -> list[list[sft.Turn]]:
-    plugins = Plugins.load([])
+    plugins = Plugins.load([], hookspecs)
     plugins.start({})
     formats = Formats(plugins)
     return [list(formats.turns(record)) for record in read([path])]

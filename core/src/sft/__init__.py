@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import PluginError, SftError, UsageError
+from sft.options import option
 from sft.plugins.declarations import API_VERSION
 from sft.plugins.registry import Plugin, hookimpl, hookspec, single
 from sft.seams import (
@@ -23,7 +24,6 @@ from sft.seams import (
     Quantizer,
     Turn,
 )
-from sft.settings.options import option
 
 if TYPE_CHECKING:
     from sft.commands.run import collect

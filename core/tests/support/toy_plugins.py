@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import sft
+from sft import hookspecs
 from sft.plugins.registry import Plugins
 
 PLUGIN = """
@@ -65,7 +66,7 @@ def providing(hook: str, given: Any, called: str = "toy") -> type[sft.Plugin]:
 
 
 def active(*names: str, extra: tuple[Any, ...] = (), options: dict[str, Any] | None = None) -> Plugins:
-    plugins = Plugins.load(names, extra)
+    plugins = Plugins.load(names, hookspecs, extra)
     plugins.start(options or {})
     return plugins
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sft import hookspecs
 from sft.data.batches import assemble
 from sft.data.tokenizer import Tokenizer
 from sft.plugins import requests as activation
@@ -26,7 +27,7 @@ def backend_of(name: str) -> Any:
         from sft.models.attention import DefaultAttention
 
         return DefaultAttention()
-    active = Plugins.load([name])
+    active = Plugins.load([name], hookspecs)
     active.start(build({}, active).options)
     return active.hook.sft_attention_backend(run=None, config=None)
 
@@ -180,7 +181,7 @@ def test_a_lora_run_has_the_losses_of_the_default(
 
 
 def test_flashmask_takes_the_place_of_flash_attention(paddle: Any) -> None:
-    active = Plugins.load(["flash-attention", "flashmask"])
+    active = Plugins.load(["flash-attention", "flashmask"], hookspecs)
     active.start(build({}, active).options)
     assert active.provider("sft_attention_backend") == "flashmask"
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sft import hookspecs
 from sft.plugins import registry as plugins
 from sft.plugins import requests as activation
 from sft.settings.arguments import build
@@ -21,7 +22,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def quantizer(name: str, **options: Any) -> Any:
-    active = plugins.Plugins.load([name])
+    active = plugins.Plugins.load([name], hookspecs)
     active.start(build(options, active).options)
     return active.hook.sft_quantizer(run=None)
 
@@ -95,7 +96,7 @@ def test_weight_quantize_algo_activates_the_plugin_of_that_value(algo: str) -> N
     names, left = activation.choose({"weight_quantize_algo": algo}, ())
     assert names == [algo.removeprefix("weight_only_")]
     assert left == {"weight_quantize_algo": algo}
-    build(left, plugins.Plugins.load(names))
+    build(left, plugins.Plugins.load(names, hookspecs))
 
 
 # --- memory -------------------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ class Sizes:
 LOAD = """
 import sys
 from pathlib import Path
-from sft import runtime
+from sft import hookspecs, runtime
 from sft.plugins import registry as plugins
 from sft.settings.arguments import build
 runtime.prepare()
@@ -134,7 +135,7 @@ import paddle
 from sft.models.loading import load_model, open_model
 import sft_quant_nf4.layers
 paddle.ones([2, 2]).matmul(paddle.ones([2, 2])).numpy()
-active = plugins.Plugins.load(["nf4"])
+active = plugins.Plugins.load(["nf4"], hookspecs)
 active.start(build({}, active).options)
 quantizer, source = active.hook.sft_quantizer(run=None), open_model(Path(sys.argv[1]))
 

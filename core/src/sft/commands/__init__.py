@@ -51,6 +51,7 @@ class _Commands(click.Group):
             formatter.write_dl(rows)
 
     def _from_plugin(self, name: str) -> click.Command | None:
+        from sft import hookspecs
         from sft.plugins.registry import Plugins
         from sft.plugins.requests import requests
         from sft.settings.arguments import build
@@ -58,9 +59,11 @@ class _Commands(click.Group):
         plugins = requests("command").get(name)
         if not plugins:
             return None
-        active = Plugins.load(plugins[:1])
+        active = Plugins.load(plugins[:1], hookspecs)
         if len(plugins) > 1:
-            origins = " and ".join(f"{plugin} ({Plugins.load([plugin]).origin(plugin)})" for plugin in plugins)
+            origins = " and ".join(
+                f"{plugin} ({Plugins.load([plugin], hookspecs).origin(plugin)})" for plugin in plugins
+            )
             raise UsageError(f"sft {name} is declared by plugins {origins}; pip uninstall one of them.")
         active.start(build({}, active).options)
         active.hook.sft_commands(cli=self)

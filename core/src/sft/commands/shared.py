@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from sft.errors import UsageError
+from sft.options import Option, convert
 from sft.progress import Printer
 from sft.settings.arguments import GenerationArguments, check_draw, core_options
-from sft.settings.options import Option, convert
 
 MODEL = ("--model_name_or_path", "--model-name-or-path", "model")
 PLUGIN = ("--plugin", "plugins")

@@ -9,16 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft import runtime
+from sft import hookspecs, runtime
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.models.loading import find_usable_model
+from sft.options import options_of
 from sft.plugins.discovery import canonical, installed, with_refined
 from sft.plugins.registry import Plugins, implements
 from sft.plugins.requests import choose, choose_reader, requests
 from sft.progress import Progress
 from sft.settings.arguments import Settings, build
-from sft.settings.options import options_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,7 +95,7 @@ def settings_for(
     if folder is not None:
         readers = with_refined(choose_reader(folder, read_config(folder), requested))
         names += [name for name in readers if name not in names]
-    active = Plugins.load(names)
+    active = Plugins.load(names, hookspecs)
     active.readers = readers
     values = dict(given or {})
     for name, plugin in active:

@@ -19,8 +19,8 @@ from sft.errors import UsageError
 from sft.files import make_folder, read_report
 from sft.inference.adapter import load_with, refuse_idle, settings_for, trained_template
 from sft.models.loading import find_usable_model
+from sft.options import options_of
 from sft.settings.arguments import GenerationArguments, check_draw
-from sft.settings.options import options_of
 from sft.training.precision import Precision
 
 LENGTHS = ("src_length", "max_length")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sft.errors import UsageError
-from sft.settings.options import options_of
+from sft.options import options_of
 
 API_VERSION = 1
 """Which hooks there are, with their arguments and results; raised when a plugin that is right today would be wrong."""

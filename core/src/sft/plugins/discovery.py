@@ -2,7 +2,7 @@
 one at a time when they are asked for.
 
 A plugin is an entry point ``NAME = module:object`` in the group ``sft.plugins``; the object is a subclass of
-:class:`sft.Plugin`, or a module with the same attributes. ``activation.py`` decides which of them a run requests.
+:class:`sft.Plugin`, or a module with the same attributes. ``requests.py`` decides which of them a run requests.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Plugins: the base class, and the set that is active in one run.
 
-``discovery.py`` finds what is installed; ``activation.py`` decides which of it a run requests.
+``discovery.py`` finds what is installed; ``requests.py`` decides which of it a run requests.
 """
 
 from __future__ import annotations
@@ -69,9 +69,10 @@ class Plugin:
 class Plugins:
     """The active plugins of one run: classes first (``load``), instances when the settings are known (``start``)."""
 
-    def __init__(self, classes: dict[str, Any], origins: dict[str, str]) -> None:
+    def __init__(self, classes: dict[str, Any], origins: dict[str, str], hookspecs: Any) -> None:
         self._classes = classes
         self._origins = origins
+        self._hookspecs = hookspecs
         self.readers: list[str] = []
         """Those that read the adapter which is opened: its reader, and what that refines."""
         self.replaced: list[str] = []
@@ -80,9 +81,14 @@ class Plugins:
         self._callers: dict[tuple[str, str], pluggy.HookCaller] = {}
 
     @classmethod
-    def load(cls, names: Sequence[str], extra: Iterable[Any] = (), explicit: Iterable[str] = ()) -> Plugins:
-        """Import the requested plugins and check what they declare; ``extra`` are plugin classes given directly, and
-        ``explicit`` names those that were asked for by name, not by a setting."""
+    def load(
+        cls, names: Sequence[str], hookspecs: Any, extra: Iterable[Any] = (), explicit: Iterable[str] = ()
+    ) -> Plugins:
+        """Import the requested plugins and check what they declare.
+
+        ``hookspecs`` is the module of the core's hooks, ``extra`` are plugin classes given directly, and ``explicit``
+        names those that were asked for by name, not by a setting.
+        """
         classes: dict[str, Any] = {}
         origins: dict[str, str] = {}
         replaced: list[str] = []
@@ -105,7 +111,7 @@ class Plugins:
         superseded = {canonical(other) for plugin in classes.values() for other in getattr(plugin, "supersedes", ())}
         superseded -= {*explicit, *(canonical(plugin.name) for plugin in extra)}
         classes = {name: plugin for name, plugin in classes.items() if name not in superseded}
-        plugins = cls(classes, origins)
+        plugins = cls(classes, origins, hookspecs)
         plugins.replaced = replaced
         plugins._check_declarations()
         plugins._classes = in_order(classes, canonical)
@@ -114,9 +120,7 @@ class Plugins:
 
     def start(self, options: Mapping[str, Any]) -> None:
         """Make the instances, publish their hooks and register them; refuse two providers of a single seam."""
-        from sft import hookspecs
-
-        self.manager.add_hookspecs(hookspecs)
+        self.manager.add_hookspecs(self._hookspecs)
         for name, plugin in self._classes.items():
             published = getattr(plugin, "hookspecs", None)
             if published is None:
@@ -254,10 +258,8 @@ class Plugins:
         return [hook for specs in self._specifications() for hook in dir(specs) if _is_spec(specs, hook)]
 
     def _specifications(self) -> list[Any]:
-        from sft import hookspecs
-
         published = (getattr(plugin, "hookspecs", None) for plugin in self._classes.values())
-        return [hookspecs, *(specs for specs in published if specs is not None)]
+        return [self._hookspecs, *(specs for specs in published if specs is not None)]
 
     def _check_single(self) -> None:
         for specs in self._specifications():

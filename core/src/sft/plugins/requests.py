@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import UsageError
+from sft.options import convert, options_of
 from sft.plugins.discovery import canonical, entries, import_plugin, installed
 from sft.plugins.registry import Plugins
-from sft.settings.arguments import known_names
-from sft.settings.options import convert, options_of
 
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
@@ -175,14 +174,15 @@ def switched_off(values: Mapping[str, Any], chosen: Iterable[str]) -> list[str]:
 
 
 def of_idle_plugins(
-    values: Mapping[str, Any], active: Plugins, off: Iterable[str]
+    values: Mapping[str, Any], active: Plugins, known: set[str], off: Iterable[str]
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """``values`` without options of plugins that are not active, and those options with the reason.
+    """``values`` without options of plugins that are not active, and those options with the reason; ``known`` are the
+    names that the core and the active plugins read.
 
     Of the plugins in ``off``, which a setting switches off, that is any option; of the others, one that has its default
     (PaddleNLP's files are full of them). Another value asks for a plugin, and is left for the error that says so.
     """
-    known, idle = known_names(active), {}
+    idle = {}
     unknown = [key for key in values if key not in known]
     # Only what a name points to is imported.
     named = [name for name in active.inactive() if any(key.startswith(name.replace("-", "_") + "_") for key in unknown)]

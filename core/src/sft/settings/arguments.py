@@ -11,14 +11,13 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sft.errors import UsageError
-from sft.settings.options import Option, convert, option, options_of
-
-if TYPE_CHECKING:
-    from sft.plugins.registry import Plugins
-
+from sft.options import Option, convert, option, options_of
+from sft.plugins.discovery import import_plugin
+from sft.plugins.registry import Plugins
+from sft.plugins.requests import switches
 
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")
 
@@ -228,8 +227,6 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
 
     Raises :class:`UsageError` for the first unknown name or wrong value.
     """
-    from sft.plugins.requests import switches
-
     owners = {name: "the core" for found in core_options().values() for name in (found.name, *found.aliases)}
     switch_of = switches()
     classes: dict[str, type] = {}
@@ -313,8 +310,6 @@ def unknown_setting(name: str, known: Iterable[str], plugins: Plugins) -> str:
 
 def _declares(plugin: str, name: str) -> bool:
     """Whether an installed plugin has the setting ``name``; not known, where it cannot be imported."""
-    from sft.plugins.discovery import import_plugin
-
     try:
         declared = getattr(import_plugin(plugin), "Options", None)
     except UsageError:

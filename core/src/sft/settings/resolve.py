@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sft import hookspecs
 from sft.plugins.discovery import entries
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import check_numbers, choose, explicit, of_idle_plugins, overruled, switched_off
@@ -18,12 +19,12 @@ def resolve(values: Mapping[str, Any], extra: Iterable[type]) -> tuple[Settings,
     """
     entries.cache_clear()  # what was installed since the last run counts
     names, left = choose(values, core_options())
-    active = Plugins.load(names, extra, explicit(values))
+    active = Plugins.load(names, hookspecs, extra, explicit(values))
     known = known_names(active) - {"plugin"}
     # What asks for one plugin may be another's setting, which that plugin then reads, whatever was asked for.
     left.update({key: value for key, value in values.items() if key in known})
     check_numbers(values, left)
-    left, idle = of_idle_plugins(left, active, switched_off(values, active.names))
+    left, idle = of_idle_plugins(left, active, known, switched_off(values, active.names))
     left, foreign = explain(left, known)
     settings = build(left, active)
     active.start(settings.options)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from sft import Example
-from sft.assembly import make_schedule
 from sft.data.batches import PaddedCollator, Schedule, assemble, make_batches
 from sft.data.encoding import Encoded
 from sft.settings.arguments import TrainingArguments
@@ -206,13 +204,7 @@ def test_total_steps_where_epochs_differ_in_rows() -> None:
 
 def plan_of(world: int, **training: Any) -> Schedule:
     """The schedule that a run of ``world`` processes makes."""
-    run: Any = SimpleNamespace(
-        settings=SimpleNamespace(training=TrainingArguments(**training)),
-        strategy=SimpleNamespace(data_world=world),
-        train_data=data(50),
-        collator=PaddedCollator(PAD),
-    )
-    return make_schedule(run)
+    return Schedule.of(TrainingArguments(**training), data(50), PaddedCollator(PAD), world)
 
 
 def test_a_step_reads_the_same_rows_however_many_processes_share_it() -> None:

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 import sft
 from sft.settings.arguments import Settings
+from sft.settings.best_metric import best_metric
 from sft.testing import needs
-from sft.training import best
 
 STEPS = {"save_strategy": "steps", "evaluation_strategy": "steps", "save_steps": 1, "eval_steps": 1}
 
@@ -189,4 +189,4 @@ def test_names_of_metrics(name: str | None, greater: bool | None, expected: tupl
     from sft.settings.arguments import DataArguments, GenerationArguments, ModelArguments, TrainingArguments
 
     training = TrainingArguments(metric_for_best_model=name, greater_is_better=greater)
-    assert best.metric(Settings(ModelArguments(), DataArguments(), GenerationArguments(), training)) == expected
+    assert best_metric(Settings(ModelArguments(), DataArguments(), GenerationArguments(), training)) == expected

@@ -75,7 +75,7 @@ def test_checkpoints_at_the_end_of_epochs(train: Train, tmp_path: Path) -> None:
 
 
 def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) -> None:
-    from sft.training.checkpoint import checkpoints, find_checkpoint
+    from sft.training.checkpoint_folder import checkpoints, find_checkpoint
 
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-100", "checkpoint-x", "checkpoint-11-old", ".staging-9"):
         (tmp_path / name).mkdir()

@@ -138,7 +138,7 @@ def test_answers_are_those_of_the_model_and_are_scored(train: Train, dataset: Pa
         lines = lines_of(out / f"generations-{step}.jsonl")
         assert [(line["prompt"], line["reference"]) for line in lines] == [(r["src"], r["tgt"]) for r in records]
         found = measures.scores(measures.count([line["answer"] for line in lines], [r["tgt"] for r in records]))
-        assert {name: record[f"eval_{name}"] for name in measures.NAMES} == found
+        assert {name: record[f"eval_{name}"] for name in measures.ANSWER_SCORES} == found
     for line in lines:
         prompt = encode_prompt([sft.Turn("user", line["prompt"])], tokenizer)
         assert [line["answer"]] == answers(model, tokenizer, [prompt], GenerationArguments(max_new_tokens=8), 0)

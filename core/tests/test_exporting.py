@@ -40,7 +40,7 @@ SHAPES = ((4, 2), (2, 3), (3,), (), (1,), (5, 2), (2, 4))
 @pytest.mark.parametrize("count", range(1, 8))
 def test_each_single_parameter_is_missed(paddle: Any, count: int, dtype: str) -> None:
     """And what is asked leaves no trace."""
-    from sft.exporting import left_out
+    from sft.training.export_checks import left_out
 
     parameters = made(paddle, *SHAPES[:count], dtype=dtype)
     before = {name: p.numpy().tobytes() for name, p in parameters.items()}
@@ -79,7 +79,7 @@ HELD = {
 
 @pytest.mark.parametrize("kind", EXPORTS)
 def test_whatever_the_export_makes_of_them(paddle: Any, kind: str) -> None:
-    from sft.exporting import left_out
+    from sft.training.export_checks import left_out
 
     parameters = made(paddle, *SHAPES)
     found = left_out(
@@ -89,14 +89,14 @@ def test_whatever_the_export_makes_of_them(paddle: Any, kind: str) -> None:
 
 
 def test_a_number_in_the_config_counts(paddle: Any) -> None:
-    from sft.exporting import left_out
+    from sft.training.export_checks import left_out
 
     parameters = made(paddle, (), ())
     assert left_out(parameters, lambda: files({}, gate=float(parameters["a"]))) == ["b"]
 
 
 def test_few_exports_are_enough(paddle: Any) -> None:
-    from sft.exporting import left_out
+    from sft.training.export_checks import left_out
 
     parameters = {str(number): one["a"] for number in range(100) for one in [made(paddle, (2, 2))]}
     asked: list[None] = []
@@ -115,7 +115,7 @@ def test_few_exports_are_enough(paddle: Any) -> None:
 @pytest.mark.parametrize("every", [1, 3, 9], ids="each {} exports".format)
 def test_what_changes_by_itself_tells_nothing(paddle: Any, every: int, tensors: str) -> None:
     """A date in the config, or a tensor of random numbers, which may change at each export or seldom."""
-    from sft.exporting import left_out
+    from sft.training.export_checks import left_out
 
     parameters = made(paddle, *SHAPES[:5])
     count = 0
@@ -190,7 +190,7 @@ def test_our_adapters_are_as_if_nobody_had_asked(
     settings = {"plugin": plugins, "max_steps": 2, "do_eval": False, "vera_rank": 2, "lora_rank": 2}
     settings = {key: value for key, value in settings.items() if not key.endswith("rank") or key[:4] in plugins}
     train("out", **settings)
-    monkeypatch.setattr("sft.exporting.check_export", lambda run: None)
+    monkeypatch.setattr("sft.training.export_checks.check_export", lambda run: None)
     train("unasked", **settings)
     one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "unasked"))
     assert one == other

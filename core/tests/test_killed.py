@@ -16,12 +16,12 @@ import pytest
 from stopped_runs import SETTINGS, checkpoints_of, contents
 
 import sft
-from sft.checks import PUBLISHED, RESULT_KEYS
 from sft.files import publish
 from sft.models.config import read_config
 from sft.models.families import FAMILIES
 from sft.models.shards import WeightFormat, write_tensors
 from sft.models.source import ModelFolder, Weights
+from sft.training.result import PUBLISHED, RESULT_KEYS
 
 Train = Callable[..., sft.Summary]
 
@@ -134,15 +134,15 @@ def test_a_run_killed_while_it_publishes_goes_on(
     train: Train, dataset: Path, tmp_path: Path, killer: Killer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A finished run in shards that is made longer: its folder holds the old model, none, or the new one."""
-    from sft import ending
     from sft.inference.evaluate import evaluate_finished
+    from sft.training import publish
 
     monkeypatch.setattr(WeightFormat.__init__, "__defaults__", ("hf", True, 20_000, "base"))
     settings = {**SETTINGS, "save_steps": 2, "evaluation_strategy": "no", "eval_steps": None}
     train("whole", **{**settings, "max_steps": 4})
     train("old", **{**settings, "max_steps": 2})
     assert len(list((tmp_path / "old").glob("model-*"))) > 3
-    own, out = ending.publish_result, tmp_path / "out"
+    own, out = publish.publish_result, tmp_path / "out"
 
     def loss(folder: Path) -> float | None:
         given = {"model_name_or_path": str(folder), "dataset_name_or_path": str(dataset)}
@@ -165,13 +165,13 @@ def test_a_run_killed_while_it_publishes_goes_on(
             if killed[0]:
                 raise KilledError
 
-        monkeypatch.setattr(ending, "publish_result", published)
+        monkeypatch.setattr(publish, "publish_result", published)
         try:
             train("out", resume_from_checkpoint="auto", **{**settings, "max_steps": 4})
         except KilledError:
             pass
         seen.append(loss(out))
-        monkeypatch.setattr(ending, "publish_result", own)
+        monkeypatch.setattr(publish, "publish_result", own)
         if not killed[0]:
             break
         train("out", resume_from_checkpoint="auto", **{**settings, "max_steps": 4})
@@ -188,13 +188,13 @@ def test_a_folder_stays_known_as_a_run(
     train: Train, tmp_path: Path, killer: Killer, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Killed before any operation of a start, it can be overwritten, and resumed where it has a checkpoint."""
-    from sft import assembly, checks
+    from sft.training import run_folder
 
     old, out = tmp_path / "old", tmp_path / "out"
     train("old", **{**SETTINGS, "max_steps": 3, "save_steps": 1})
     prepared: list[Any] = []
-    own = assembly._open_output
-    monkeypatch.setattr(assembly, "_open_output", lambda *arguments: prepared.append(arguments) or own(*arguments))
+    own = run_folder._clear
+    monkeypatch.setattr(run_folder, "_clear", lambda *arguments: prepared.append(arguments) or own(*arguments))
     over = {"overwrite_output_dir": True} if kind != "measuring" else {}
     settings = {**over, **({"do_train": False} if "measuring" in kind else {"max_steps": 1, "do_eval": False})}
     if over:
@@ -213,7 +213,7 @@ def test_a_folder_stays_known_as_a_run(
             held = {key: getattr(training, key) for key in asked}
             for key, wanted in asked.items():
                 setattr(training, key, wanted)
-            checks.check_output(run)
+            run_folder.check_output(run)
             for key, wanted in held.items():
                 setattr(training, key, wanted)
         if not killed:

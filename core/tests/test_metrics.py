@@ -122,9 +122,9 @@ def test_words_and_characters(text: str, tokens: list[str]) -> None:
 def test_equal_answers_score_one_and_unrelated_ones_nothing() -> None:
     for pairs in (ENGLISH, CHINESE):
         found = score([(reference, reference) for _, reference in pairs])
-        assert found == pytest.approx(dict.fromkeys(metrics.NAMES, 1.0), rel=1e-12)
-    assert score([("aa bb cc dd", "ee ff gg hh")]) == dict.fromkeys(metrics.NAMES, 0.0)
-    assert score([("", "ee ff gg hh")]) == dict.fromkeys(metrics.NAMES, 0.0)
+        assert found == pytest.approx(dict.fromkeys(metrics.ANSWER_SCORES, 1.0), rel=1e-12)
+    assert score([("aa bb cc dd", "ee ff gg hh")]) == dict.fromkeys(metrics.ANSWER_SCORES, 0.0)
+    assert score([("", "ee ff gg hh")]) == dict.fromkeys(metrics.ANSWER_SCORES, 0.0)
 
 
 def test_counts_of_shares_add_up_to_those_of_all() -> None:

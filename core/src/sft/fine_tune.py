@@ -1,5 +1,5 @@
-"""The procedure of a run, from settings to result: ``sft.run(...)``. How each part is done stands where it is imported
-from."""
+"""The procedure of a run, from settings to result: ``sft.run(...)``. It reads as one page; how each part is done stands
+in the module that it is imported from."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sft import assembly, checks, ending, runtime
+from sft import runtime
 from sft.context import Run, Summary
+from sft.data.batches import PaddedCollator, Schedule
+from sft.data.reading import note_unread, read_data
 from sft.data.sources import find_files
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
@@ -20,9 +22,17 @@ from sft.models.loading import find_usable_model
 from sft.models.source import find_tokenizer
 from sft.progress import Printer
 from sft.settings.arguments import normalise, read_file
+from sft.settings.checks import check_plugins, check_settings
 from sft.settings.paddlenlp import listing
 from sft.settings.resolve import resolve
-from sft.training.checkpoint import find_checkpoint, read_state
+from sft.training.checkpoint_folder import Checkpoint, read_checkpoint
+from sft.training.ending import fail, finish
+from sft.training.report import describe, summarise
+from sft.training.resume_checks import check_resumable, check_same_base, check_same_plugins
+from sft.training.run_folder import check_output, open_run_folder
+
+if TYPE_CHECKING:
+    from sft.models.source import ModelFolder
 
 
 def run(
@@ -40,11 +50,11 @@ def run(
     values = read_file(Path(settings)) if isinstance(settings, (str, os.PathLike)) else settings
     current = prepare(normalise(values), plugins, say or Printer("stdout"))
     try:
-        checks.check_plugins(current)
+        check_plugins(current.plugins)
         with current.progress:
             return current.hook.sft_launch(run=current) or execute(current)
     except BaseException as error:
-        ending.fail(current, error)
+        fail(current, error)
         raise
 
 
@@ -58,8 +68,8 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
     for name in ("model_name_or_path", "dataset_name_or_path", "output_dir"):
         if not given[name]:
             raise UsageError(f"{name} is not set; add --{name} VALUE or put it into the settings file.")
-    current.without_effect = [*without_effect, *checks.check_settings(settings)]
-    checks.check_output(current)
+    current.without_effect = [*without_effect, *check_settings(settings)]
+    check_output(current)
     current.earlier_report = read_report(current.output_dir)
     active.hook.sft_check(run=current)
     return current
@@ -68,89 +78,119 @@ def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str
 def execute(run: Run) -> Summary:
     """Data, model, training, result. The run directory appears only when training is about to begin."""
     with runtime.restored(run.settings.training.device):
-        return _execute(run)
+        started, run.executes = time.time(), True
+        if run.without_effect:
+            run.say(listing(run.without_effect))
+        place, resumed = _read(run)
+        run.say(runtime.prepare())
+        _set_up(run, place)
+        if run.settings.training.do_train:
+            return _train(run, resumed, started)
+        return _only_evaluate(run, resumed, started)
 
 
-def _execute(run: Run) -> Summary:
-    started, run.executes = time.time(), True
-    if run.without_effect:
-        run.say(listing(run.without_effect))
-    dataset = Path(str(run.settings.data.dataset_name_or_path)).expanduser()
-    train_files = find_files(dataset, "train") if run.settings.training.do_train else []
+def _read(run: Run) -> tuple[ModelFolder, Checkpoint | None]:
+    """Find the model and the checkpoint that the run goes on from, if any, and read the data. Paddle is not needed."""
+    settings = run.settings
+    dataset = Path(str(settings.data.dataset_name_or_path)).expanduser()
+    train_files = find_files(dataset, "train") if settings.training.do_train else []
     dev_files = find_files(dataset, "dev")
     runtime.require_paddle()
-    model = run.settings.model
-    place, architecture = find_usable_model(str(model.model_name_or_path), model.allow_pickle)
-    source = find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
-    state = read_state(source) if source is not None else None
-    if source is not None and state is not None:
-        checks.check_same_plugins(run, source, state)
-    date = datetime.fromisoformat(state["date"]) if state is not None else None
-    named = model.tokenizer_name_or_path
-    run.tokenizer = Tokenizer(find_tokenizer(named) if named else place.path, date, run.settings.data.chat_template)
-    assembly.note_unread(run, dataset, [*train_files, *dev_files])
-    run.resumes = state is not None
-    assembly.read_data(run, train_files, dev_files, place.path, architecture)
-    run.say(runtime.prepare())
-    assembly.load_model(run, place)
-    if not run.settings.training.do_train:
-        return _only_evaluate(run, source, state, started)
-    optimizer = assembly.make_optimizer(run)
-    schedule = assembly.make_schedule(run)
-    if source is not None and state is not None:
-        checks.check_resumable(run, schedule, source, state)
+    place, architecture = find_usable_model(str(settings.model.model_name_or_path), settings.model.allow_pickle)
+    resumed = read_checkpoint(settings.training.resume_from_checkpoint, run.output_dir)
+    if resumed is not None:
+        check_same_plugins(run, resumed)
+    run.resumes = resumed is not None
+    date = datetime.fromisoformat(resumed.state["date"]) if resumed is not None else None
+    named = settings.model.tokenizer_name_or_path
+    run.tokenizer = Tokenizer(find_tokenizer(named) if named else place.path, date, settings.data.chat_template)
+    note_unread(dataset, [*train_files, *dev_files], run.say)
+    run.train_data, run.dev_data, run.samples, run.questions = read_data(
+        settings, run.plugins, run.tokenizer, run.progress, train_files, dev_files, place.path, architecture
+    )
+    return place, resumed
 
-    from sft.exporting import check_export
-    from sft.training import checkpoint
+
+def _set_up(run: Run, place: ModelFolder) -> None:
+    """Device, precision, collator, processes and the model itself."""
+    from sft.models.setup import set_up
+    from sft.training import precision
+    from sft.training.strategy import SingleProcess
+
+    if run.settings.training.device is not None:
+        runtime.use_device(run.settings.training.device)
+    run.arithmetic = runtime.arithmetic()
+    run.precision = precision.choose(run.settings.training, run.say)
+    run.collator = run.hook.sft_collator(run=run) or PaddedCollator(run.tokenizer.pad_id)
+    run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess(run)
+    set_up(run, place)
+
+
+def _train(run: Run, resumed: Checkpoint | None, started: float) -> Summary:
+    """Train the model that has been set up, write the result, and measure the model before and after."""
+    from sft.training import best, checkpoint
+    from sft.training.evaluation import before_or_after
+    from sft.training.export_checks import check_export
     from sft.training.loop import train
+    from sft.training.optimizer import make_optimizer
     from sft.training.progress import Display
+    from sft.training.publish import publish_result, rescued
 
-    if source is not None and state is not None:
-        checkpoint.load(run, optimizer, source, state)
+    training = run.settings.training
+    assert run.train_data is not None
+    schedule = Schedule.of(training, run.train_data, run.collator, run.strategy.data_world)
+    optimizer = make_optimizer(run)
+    if resumed is not None:
+        check_resumable(run, schedule, resumed)
+        checkpoint.load(run, optimizer, resumed.folder, resumed.state)
     check_export(run)
-    record = assembly.describe(run)
-    journal = assembly.open_journal(run, source, record)
-    if source is not None and state is not None:
-        journal.rewind(state["journal"], source.parent / "metrics.jsonl")
-        run.before, run.evaluation, run.best = state["before"], state["evaluation"], assembly.best_so_far(run, state)
-        run.say(f"resuming from {source} after step {state['step']}")
+    record = describe(run)
+    journal = open_run_folder(run, resumed.folder if resumed is not None else None, record)
+    if resumed is not None:
+        state = resumed.state
+        journal.rewind(state["journal"], resumed.folder.parent / "metrics.jsonl")
+        run.before, run.evaluation, run.best = state["before"], state["evaluation"], best.best_so_far(run, state)
+        run.step = state["step"]
+        run.say(f"resuming from {resumed.folder} after step {run.step}")
     else:
-        run.before = assembly.before_or_after(run, 0, 0.0, journal)
+        run.before = before_or_after(run, 0, 0.0, journal)
     run.hook.sft_run_started(run=run)
-    if run.settings.training.save_strategy != "no":
+    if training.save_strategy != "no":
         checkpoint.check_plugin_state(run)
-    start = run.step = state["step"] if state is not None else 0
-    display = Display(schedule.total_steps, start, run.progress)
+    display = Display(schedule.total_steps, run.step, run.progress)
     run.plugins.manager.register(display)
     try:
-        steps, epochs = train(run, optimizer, schedule, journal, display, state)
+        steps, epochs = train(
+            run, optimizer, schedule, journal, display, resumed.state if resumed is not None else None
+        )
     except OSError as error:
-        raise ending.rescued(run, optimizer, error) from error
+        raise rescued(run, optimizer, error) from error
     finally:
         display.close()
-    best = assembly.load_best(run) if run.settings.training.load_best_model_at_end else None
-    ending.publish_result(run, optimizer)  # before anything else can go wrong
-    after = assembly.before_or_after(run, best or steps, epochs, journal)
-    summary = assembly.summarise(run, journal, steps, epochs, after, time.time() - started)
-    ending.finish(run, record, summary)
+    best_step = best.load_best(run) if training.load_best_model_at_end else None
+    publish_result(run, optimizer)  # before anything else can go wrong
+    after = before_or_after(run, best_step or steps, epochs, journal)
+    summary = summarise(run, journal, steps, epochs, after, time.time() - started)
+    finish(run, record, summary)
     return summary
 
 
-def _only_evaluate(run: Run, source: Path | None, state: dict[str, Any] | None, started: float) -> Summary:
+def _only_evaluate(run: Run, resumed: Checkpoint | None, started: float) -> Summary:
     """``do_train false``: measure the model as it is, or as it was in a checkpoint; no weights are written."""
     from sft.training import checkpoint
+    from sft.training.evaluation import before_or_after
 
     step, epoch = 0, 0.0
-    if source is not None and state is not None:
-        checks.check_same_base(run, source)
-        checkpoint.load_model(run, source, state)
-        run.step = step = state["step"]
-        epoch = state["epoch"]
-        run.say(f"measuring {source}")
-    record = assembly.describe(run)
-    journal = assembly.open_journal(run, None, record)
+    if resumed is not None:
+        check_same_base(run, resumed.folder)
+        checkpoint.load_model(run, resumed.folder, resumed.state)
+        run.step = step = resumed.state["step"]
+        epoch = resumed.state["epoch"]
+        run.say(f"measuring {resumed.folder}")
+    record = describe(run)
+    journal = open_run_folder(run, None, record)
     run.model.eval()
-    run.before = assembly.before_or_after(run, step, epoch, journal)
-    summary = assembly.summarise(run, journal, step, epoch, run.before, time.time() - started)
-    ending.finish(run, record, summary)
+    run.before = before_or_after(run, step, epoch, journal)
+    summary = summarise(run, journal, step, epoch, run.before, time.time() - started)
+    finish(run, record, summary)
     return summary

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import sft
-import sft.assembly
 import sft.settings.arguments
 from sft.distributed.parts import is_elsewhere
 from sft.models.loading import load_model, open_model

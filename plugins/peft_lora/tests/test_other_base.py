@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 import sft
 from sft.inference import adapter as adapters
 from sft.testing import needs
+from sft.training.base import FINGERPRINT
 
 Train = Callable[..., sft.Summary]
 OTHER = "note: the adapter was trained over other weights than those of"
@@ -122,7 +123,7 @@ def test_an_adapter_with_a_fingerprint_of_the_older_form_is_known(
     train("first", **settings)
     for folder in (tmp_path / "first", tmp_path / "first" / "checkpoint-1"):
         path = folder / "adapter_model.safetensors"
-        save_file(load_file(path), path, metadata={"format": "pt", adapters.FINGERPRINT: corners(base_model)})
+        save_file(load_file(path), path, metadata={"format": "pt", FINGERPRINT: corners(base_model)})
     adapter = str(tmp_path / "first")
     assert notes(train, lora_path=adapter) == []
     (note,) = notes(train, lora_path=adapter, model_name_or_path=str(other))

@@ -41,7 +41,7 @@ def command(arguments: tuple[str, ...]) -> None:
 
 def _interrupted(values: dict[str, Any]) -> str:
     """What to type to go on after Ctrl-C, in a sentence that is true of what the run had written by then."""
-    from sft.training.checkpoint import checkpoints
+    from sft.training.checkpoint_folder import checkpoints
 
     folder = Path(str(values.get("output_dir"))).expanduser()
     if read_report(folder).get("status") != "interrupted":

@@ -13,6 +13,7 @@ import numpy as np
 
 from sft.data.encoding import IGNORED, Encoded, Window
 from sft.seams import Batch, DataCollator, Example
+from sft.settings.arguments import TrainingArguments
 
 
 class PaddedCollator:
@@ -119,6 +120,12 @@ class Schedule:
     epochs: float
     max_steps: int
     """-1: ``epochs`` decides."""
+
+    @classmethod
+    def of(cls, training: TrainingArguments, data: Data, collator: DataCollator, processes: int) -> Schedule:
+        """The schedule that the settings ask for, where ``processes`` share the rows of each step."""
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+        return cls(data, collator, training.seed, rows, training.num_train_epochs, training.max_steps)
 
     @cached_property
     def total_steps(self) -> int:

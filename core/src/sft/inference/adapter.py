@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from sft.plugins.registry import Plugins, implements
 from sft.plugins.requests import choose, choose_reader, requests
 from sft.progress import Progress
 from sft.settings.arguments import Settings, build
+from sft.training.base import base_plugins, options_of_plugin, trained_over
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,13 +26,6 @@ if TYPE_CHECKING:
     from sft.context import Run
     from sft.models.loading import ModelSource
     from sft.models.shards import WeightFormat
-
-FINGERPRINT = "sft.base"
-"""Where adapter_model.safetensors keeps the fingerprint of the weights that it was trained over."""
-QUANTIZER = "sft.quantizer"
-"""Where it keeps the plugin that quantized them, with its options: they travel with the file."""
-CONFIG = "sft.config"
-"""Where it keeps the plugins that changed the base's config, with their options."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -117,50 +110,6 @@ def refuse_idle(plugins: Plugins, requested: Sequence[str], hooks: Sequence[str]
             raise UsageError(f"Plugin {name} has no part in {what}; leave it out.")
 
 
-def about_base(run: Run) -> dict[str, str]:
-    """What an adapter file says, as metadata, about the base that it was trained over."""
-    about = {FINGERPRINT: run.base_fingerprint}
-    if run.source.changed_by:
-        about[CONFIG] = json.dumps({name: _options(run, name) for name in run.source.changed_by})
-    name = run.plugins.provider("sft_quantizer")
-    if name is not None:
-        about[QUANTIZER] = json.dumps({"plugin": [name], **_options(run, name)})
-    return about
-
-
-def _options(run: Run, name: str) -> dict[str, Any]:
-    """The options of a plugin of ``run`` by name."""
-    return asdict(run.settings.options[name]) if name in run.settings.options else {}
-
-
-def base_plugins(folder: Path) -> dict[str, dict[str, Any]]:
-    """The plugins that made the base of the adapter in ``folder`` what it is, each with its options: those that changed
-    its config, and the quantizer."""
-    found: dict[str, dict[str, Any]] = {}
-    metadata = _metadata(folder)
-    try:
-        found.update(json.loads(metadata.get(CONFIG, "{}")))
-        quantizer = dict(json.loads(metadata.get(QUANTIZER, "{}")))
-        found.update(dict.fromkeys(quantizer.pop("plugin", ()), quantizer))
-        if not all(isinstance(options, dict) for options in found.values()):
-            raise TypeError("options are an object")
-    except (ValueError, TypeError) as error:
-        raise UsageError(
-            f"{folder}: what adapter_model.safetensors says of its base's plugins is damaged ({error}); copy the "
-            "adapter again."
-        ) from error
-    return found
-
-
-def _metadata(folder: Path) -> dict[str, str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(str(folder / "adapter_model.safetensors"), framework="numpy").metadata() or {}
-    except (OSError, SafetensorError):
-        return {}  # whoever reads the tensors says what is wrong
-
-
 def trained_template(adapter: Path | None) -> str | None:
     """The tokenizer folder whose chat template an adapter was trained with; None where it does not say."""
     return str(adapter) if adapter is not None and (adapter / "tokenizer.json").is_file() else None
@@ -242,7 +191,7 @@ def check_continued(run: Run, adapter: Path) -> None:
     there = set(trained)
     asking = {what.partition(".")[0] for what in requests("value")}  # unset where the plugin is asked for by its name
     for name in sorted(there & here):
-        for key, value in json.loads(json.dumps(_options(run, name))).items():
+        for key, value in json.loads(json.dumps(options_of_plugin(run, name))).items():
             before = trained[name].get(key, value)  # an older version of the plugin may not have had it
             if before != value and not (key in asking and None in (before, value)):
                 run.say(
@@ -257,12 +206,6 @@ def check_continued(run: Run, adapter: Path) -> None:
         run.say(
             f"note: plugin {name} changes this run's base, and the adapter was trained over one that it had not changed"
         )
-
-
-def trained_over(adapter: Path) -> str | None:
-    """The fingerprint of the weights that an adapter, or a checkpoint with one, was trained over; None where its file
-    does not say."""
-    return _metadata(adapter).get(FINGERPRINT)
 
 
 def _names(folder: Path) -> set[str]:

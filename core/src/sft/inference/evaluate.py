@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft import assembly, runtime
+from sft import runtime
 from sft.context import Run
 from sft.data.batches import PaddedCollator
+from sft.data.reading import note_unread, read_data
 from sft.data.sources import find_files
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
@@ -52,7 +53,7 @@ def evaluate_finished(
         say(f"{' and '.join(taken)}, as in the run that wrote {adapter or model}")
     dataset = Path(str(settings.data.dataset_name_or_path)).expanduser()
     files = _dev_files(dataset)
-    assembly.note_unread(run, dataset, files)
+    note_unread(dataset, files, say)
     if not settings.data.eval_with_do_generation:
         idle = [name for name in (*options_of(GenerationArguments), "seed") if name in given]
         idle += ["generations"] if generations is not None else []
@@ -70,11 +71,14 @@ def _measure(run: Run, files: list[Path], adapter: Path | None, generations: Pat
     settings, plugins = run.settings, run.plugins
     place, architecture = find_usable_model(str(settings.model.model_name_or_path), settings.model.allow_pickle)
     run.tokenizer = Tokenizer(place.path, chat_template=settings.data.chat_template or trained_template(adapter))
-    assembly.read_data(run, [], files, place.path, architecture)
+    _, run.dev_data, run.samples, run.questions = read_data(
+        settings, plugins, run.tokenizer, run.progress, [], files, place.path, architecture
+    )
     assert run.dev_data is not None
     run.say(runtime.prepare())
 
     from sft.models.loading import open_model
+    from sft.models.setup import check_model
     from sft.training.evaluation import dev_loss, score
     from sft.training.strategy import SingleProcess
 
@@ -82,7 +86,7 @@ def _measure(run: Run, files: list[Path], adapter: Path | None, generations: Pat
     run.collator = PaddedCollator(run.tokenizer.pad_id)
     run.strategy = SingleProcess(run)
     run.source = open_model(place, plugins)
-    assembly.check_model(run, place.path, run.dev_data)
+    check_model(run, place.path, run.dev_data)
     run.model = load_with(plugins, run.source, adapter, run.progress)
     backend = plugins.hook.sft_attention_backend(run=run, config=run.source.architecture)
     run.model.attention = backend or run.model.attention

@@ -11,7 +11,8 @@ from typing import Any
 
 import regex
 
-NAMES = ("bleu4", "rouge1", "rouge2", "rougel")
+from sft.settings.best_metric import ANSWER_SCORES
+
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 _ORDERS = 4
 
@@ -55,7 +56,7 @@ def scores(counts: Sequence[float]) -> dict[str, float]:
     answered, referred, *measures, records = counts[2 * _ORDERS :]
     bleu = _bleu().compute_bleu(matched, every, int(answered), int(referred), smooth_method="exp")
     values = [bleu.score / 100, *(measure / records for measure in measures)]
-    return dict(zip(NAMES, map(float, values), strict=True))
+    return dict(zip(ANSWER_SCORES, map(float, values), strict=True))
 
 
 def _bleu() -> Any:

@@ -1,55 +1,63 @@
-"""The best model of a run: which evaluation was best, and what best means."""
+"""The best model of a run: which evaluation was best, and going back to its checkpoint at the end."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.errors import UsageError
-from sft.settings.arguments import Settings
-from sft.training.answer_scores import NAMES
+from sft.errors import SftError, UsageError
+from sft.settings.best_metric import best_metric
+from sft.training.checkpoint import load_model
+from sft.training.checkpoint_folder import checkpoints, read_state, step_of
 
 if TYPE_CHECKING:
     from sft.context import Run
 
-LOWER = ("loss", "ppl")
-GREATER = ("accuracy",)
-
-
-def check(settings: Settings) -> None:
-    """Refuse settings with which no best model could be found. The best one is that of a checkpoint."""
-    training = settings.training
-    metric(settings)
-    if not training.load_best_model_at_end:
-        return
-    save, evaluate = training.save_strategy, training.evaluation_strategy
-    if save != evaluate or save == "no":
-        raise UsageError(
-            f"load_best_model_at_end needs a checkpoint at each evaluation, and save_strategy is {save}, "
-            f"evaluation_strategy {evaluate}; set both to steps or both to epoch."
-        )
-    eval_steps = training.eval_steps or training.logging_steps
-    if save == "steps" and training.save_steps % eval_steps:
-        raise UsageError(
-            f"load_best_model_at_end needs an evaluation at each checkpoint: save_steps {training.save_steps} is no "
-            f"multiple of eval_steps {eval_steps}; change one of them."
-        )
-
-
-def metric(settings: Settings) -> tuple[str, bool]:
-    """The key of an evaluation's record that decides, and whether a greater one is better."""
-    training = settings.training
-    name = (training.metric_for_best_model or "loss").lower().removeprefix("eval_")
-    known = [*LOWER, *GREATER, *(NAMES if settings.data.eval_with_do_generation else ())]
-    if name not in known:
-        more = ", which needs eval_with_do_generation" if name in NAMES else ""
-        raise UsageError(f"metric_for_best_model: expected one of {', '.join(known)}, got {name!r}{more}.")
-    greater = training.greater_is_better
-    return f"eval_{name}", name not in LOWER if greater is None else greater
-
 
 def better(run: Run, evaluation: dict[str, Any]) -> dict[str, Any]:
     """The record of the better of ``evaluation`` and the best one so far; the earlier one of equals."""
-    key, greater = metric(run.settings)
+    key, greater = best_metric(run.settings)
     if not run.best or (evaluation[key] > run.best[key] if greater else evaluation[key] < run.best[key]):
         return evaluation
     return run.best
+
+
+def best_so_far(run: Run, state: dict[str, Any]) -> dict[str, Any]:
+    """The best evaluation before a checkpoint, where its own checkpoint is still there and says what best now means."""
+    best: dict[str, Any] = state["best"]
+    if not run.settings.training.load_best_model_at_end or not best:
+        return {}
+    if best_metric(run.settings)[0] in best and (run.output_dir / f"checkpoint-{best['step']}").is_dir():
+        return best
+    run.say(f"note: the best model so far (step {best['step']}) is not comparable or not here; the search begins anew")
+    return {}
+
+
+def load_best(run: Run) -> int | None:
+    """Go back to the checkpoint whose evaluation was best; its step, or None if there is no such checkpoint."""
+    if not run.best:
+        run.say("note: no checkpoint was evaluated, so the run ends with its last weights")
+        return None
+    folder = run.output_dir / f"checkpoint-{run.best['step']}"
+    run.strategy.wait()  # the main process may still be writing it
+    try:
+        load_model(run, folder, read_state(folder))
+    except UsageError as error:
+        raise _without_best(run, folder, error) from error
+    key, _ = best_metric(run.settings)
+    run.evaluation = run.best
+    run.say(f"best model: {folder.name}, {key} {run.best[key]:.4f}")
+    return step_of(folder)
+
+
+def _without_best(run: Run, best: Path, error: UsageError) -> SftError:
+    """What to raise where the ``best`` checkpoint cannot be put back at the end: it says where other weights are."""
+    left = [folder for folder in checkpoints(run.output_dir) if folder != best]
+    if not left:
+        where = "there is no other checkpoint, so nothing is left of the run"
+    elif step_of(left[-1]) == run.step:
+        where = f"the weights after its last step are in {left[-1]}"
+    else:
+        where = f"the last weights that are left are those in {left[-1]}, and the run ended after step {run.step}"
+    cause = str(error).partition("; ")[0]
+    return SftError(f"The run cannot end with its best model ({cause.rstrip('.')}); {where}.")

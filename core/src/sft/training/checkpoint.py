@@ -11,8 +11,6 @@ Randomness has no hidden state: every draw is a function of the seed and the ste
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +22,8 @@ from sft.distributed.pieces import SavedState, save_pieces
 from sft.errors import PluginError, UsageError
 from sft.files import can_write, remove_folder, save_tensors, staged_folder, staging_of, write_json
 from sft.plugins.calls import a_or_an
+from sft.training.checkpoint_folder import FORMAT, checkpoints, step_of
+from sft.training.divergence import check_finite
 from sft.training.result import write_result
 from sft.training.shared import shared
 
@@ -32,65 +32,7 @@ if TYPE_CHECKING:
     from sft.seams import ParallelStrategy
     from sft.training.optimizer import Optimizer
 
-FORMAT = 2
 OPTIMIZER = "optimizer"
-_KEYS = (
-    *("date", "step", "epoch", "seed", "data", "loss_scale", "journal", "before", "evaluation", "best", "settings"),
-    *("shaping", "plugins"),
-)
-_NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run directory, oldest step first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """The step after which ``checkpoint-N`` was written."""
-    return int(folder.name.rpartition("-")[2])
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a run has written ``folder``, whatever its name is now."""
-    return (folder / "trainer" / "state.json").is_file()
-
-
-def asks_to_resume(request: bool | str | None) -> bool:
-    """Whether ``--resume_from_checkpoint`` asks for anything."""
-    return bool(request) and str(request).lower() != "false"
-
-
-def find_checkpoint(request: bool | str | None, output_dir: Path) -> Path | None:
-    """What ``--resume_from_checkpoint`` asks for; None is a fresh start. Raises :class:`UsageError`."""
-    if not asks_to_resume(request):
-        return None
-    if str(request).lower() in ("auto", "true"):
-        found = checkpoints(output_dir)
-        return found[-1] if found else None
-    path = Path(str(request)).expanduser()
-    if not is_checkpoint(path):
-        raise UsageError(
-            f"{path} is not a checkpoint of sft (no trainer/state.json); give a checkpoint-N folder or auto."
-        )
-    return path
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint."""
-    path = folder / "trainer" / "state.json"
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
-    if not isinstance(state, dict) or "format" not in state:
-        raise UsageError(f"{path} is not the state of a run; resume from another checkpoint.")
-    if state["format"] != FORMAT:
-        raise UsageError(f"{folder} was written by another version of sft (format {state['format']}).")
-    if not set(_KEYS) <= set(state):
-        raise UsageError(f"{path} is not complete; resume from another checkpoint.")
-    return state
 
 
 def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:
@@ -99,8 +41,6 @@ def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:
 
     Where several processes share the run each writes its part of the optimizer's state, and the main one the rest.
     """
-    from sft.training.divergence import check_finite
-
     check_finite(run, optimizer)
     strategy = run.strategy
     folder = run.output_dir / f"checkpoint-{state['step']}"

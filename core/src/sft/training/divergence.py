@@ -11,7 +11,7 @@ import numpy as np
 import paddle
 
 from sft.errors import SftError, UsageError
-from sft.training.checkpoint import checkpoints, find_checkpoint
+from sft.training.checkpoint_folder import checkpoints, find_checkpoint
 
 if TYPE_CHECKING:
     from sft.context import Run

@@ -17,6 +17,7 @@ from sft.files import write_text
 from sft.models.generation import answers, unit
 from sft.training import answer_scores
 from sft.training.divergence import explained
+from sft.training.progress import figures
 from sft.training.strategy import SingleProcess
 
 if TYPE_CHECKING:
@@ -26,6 +27,26 @@ _TOGETHER = 8
 """Batches that processes measure together, between which progress shows: enough to keep a pipeline mostly full."""
 _LARGEST_EXPONENT = 700.0
 """exp of it is a double still; JSON has no infinity."""
+
+
+def before_or_after(run: Run, step: int, epoch: float, journal: Any) -> dict[str, Any]:
+    """Dev loss and sample answers, before or after training."""
+    measured: dict[str, Any] = {}
+    if run.dev_data is not None:
+        if step == 0 and run.settings.training.do_train:
+            training = run.settings.training
+            asked = training.do_eval or training.evaluation_strategy != "no"
+            run.say(
+                f"dev data is measured before and after training: {len(run.dev_data):,} records, "
+                f"{int(run.dev_data.lengths.sum()):,} tokens{'' if asked else ' (do_eval false leaves that out)'}"
+            )
+        if run.evaluation.get("step") != step:
+            journal.write(evaluate(run, step, epoch))
+        measured["eval_loss"] = run.evaluation["eval_loss"]
+        run.say(f"dev data {'before' if step == 0 else 'after'} training: {figures(run.evaluation)}")
+    if run.samples:
+        measured["samples"] = answer(run, run.samples)
+    return measured
 
 
 def evaluate(run: Run, step: int, epoch: float) -> dict[str, Any]:

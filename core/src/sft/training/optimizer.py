@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import paddle
 
 from sft.errors import SftError, UsageError
+from sft.models.layers import trainable
 from sft.seams import ParameterGroup
 from sft.settings.arguments import TrainingArguments
+
+if TYPE_CHECKING:
+    from sft.context import Run
 
 
 def default_groups(parameters: dict[str, Any], weight_decay: float) -> list[ParameterGroup]:
@@ -144,3 +148,12 @@ def _master(parameter: Any) -> Any:
     copy = paddle.base.framework.EagerParamBase.from_tensor(parameter.astype("float32"))
     copy.stop_gradient = False
     return copy
+
+
+def make_optimizer(run: Run) -> Optimizer:
+    """AdamW over the trainable parameters, in the groups that plugins made of them."""
+    parameters = trainable(run.model)
+    groups = default_groups(parameters, run.settings.training.weight_decay)
+    run.hook.sft_parameter_groups(run=run, groups=groups)
+    check_groups(groups, parameters)
+    return Optimizer(run.strategy.share(groups), run.settings.training)

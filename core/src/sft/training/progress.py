@@ -9,7 +9,7 @@ from typing import Any
 
 from sft.plugins.registry import hookimpl
 from sft.progress import BAR_AFTER, Progress, duration
-from sft.training.answer_scores import NAMES as ANSWER_SCORES
+from sft.settings.best_metric import ANSWER_SCORES
 
 LINE_EVERY = 60.0
 """Seconds after which a step is said though ``logging_steps`` does not ask for its line yet."""

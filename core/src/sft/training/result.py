@@ -1,14 +1,25 @@
-"""What a user loads after a run, written to a folder: the adapter, or the whole model."""
+"""The result of a run, which a user loads afterwards: the adapter, or the whole model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft.data.tokenizer import FILES as TOKENIZER_FILES
 from sft.files import save_tensors, write_json
+from sft.training.base import about_base
 
 if TYPE_CHECKING:
     from sft.context import Run
+
+RESULT_KEYS = ("adapter_config.json", "config.json")
+"""The files with which every reader of an adapter or a model begins."""
+PUBLISHED = (
+    *RESULT_KEYS,
+    *("adapter_model.safetensors", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
+    *("model.safetensors.index.json", *TOKENIZER_FILES),
+)
+"""The files of a result."""
 
 
 def write_result(run: Run, folder: Path | None) -> None:
@@ -16,7 +27,6 @@ def write_result(run: Run, folder: Path | None) -> None:
 
     All processes of a run call this. The main one gives a folder and writes; the others give None and only take part.
     """
-    from sft.inference.adapter import about_base
     from sft.models.saving import write_model
 
     if not run.exports_adapter:

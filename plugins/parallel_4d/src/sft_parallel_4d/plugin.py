@@ -100,7 +100,7 @@ class Parallel4d(sft.Plugin):
 
     @sft.hookimpl
     def sft_parallel_strategy(self, run: Run) -> ParallelStrategy:
-        from sft.ending import close_report
+        from sft.training.report import close_report
         from sft_parallel_4d.launch import report
         from sft_parallel_4d.strategy import Parallel
         from sft_parallel_4d.topology import connect

@@ -1,0 +1,145 @@
+"""Reading what a run learns from and is measured on: each record found, checked and encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from sft.data.encoding import NO_TARGET, Encoded, Question, encode
+from sft.data.formats import Conversation, Formats
+from sft.data.sources import read, size_of, unread
+from sft.data.stream import WINDOW, Stream
+from sft.errors import UsageError
+
+if TYPE_CHECKING:
+    from sft.data.batches import Data
+    from sft.data.tokenizer import Tokenizer
+    from sft.plugins.registry import Plugins
+    from sft.progress import Progress, Task
+    from sft.settings.arguments import Settings
+
+
+class ModelSizes(Protocol):
+    """What limits the data a model can read."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it has an embedding for."""
+        ...
+
+    @property
+    def positions(self) -> int:
+        """The longest document that it can read, in tokens."""
+        ...
+
+
+class RunData(NamedTuple):
+    """The data of a run, read and encoded."""
+
+    train: Data | None
+    dev: Encoded | None
+    samples: list[Question]
+    """What is answered before and after training (``num_samples``)."""
+    questions: list[Question]
+    """What is answered in each evaluation (``eval_with_do_generation``)."""
+
+
+def read_data(
+    settings: Settings,
+    plugins: Plugins,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    train_files: list[Path],
+    dev_files: list[Path],
+    model: Path,
+    sizes: ModelSizes,
+) -> RunData:
+    """Read, check and encode every record, and say what became of them.
+
+    ``sizes`` are those that ``config.json`` of the folder ``model`` gives. Where no plugin may change them, data that
+    is too large for the model is refused here; otherwise when the model is set up.
+    """
+    data, training, say = settings.data, settings.training, progress.say
+    is_final = plugins.provider("sft_model_config") is None
+    if is_final:
+        check_vocabulary(tokenizer, model, sizes.vocabulary)
+    tokens_of = partial(
+        encode,
+        tokenizer=tokenizer,
+        src_length=data.src_length,
+        max_length=data.max_length,
+        room=(model, sizes.positions) if is_final else None,
+    )
+    say(f"chat template: {tokenizer.template_name}")
+
+    def conversations(
+        files: list[Path], formats: Formats | None = None, task: Task | None = None
+    ) -> Iterator[Conversation]:
+        formats = formats or Formats(plugins)
+        for record in read(files):
+            if task is not None:
+                task.advance(done=record.done)
+            yield formats.turns(record)
+
+    def questions(files: list[Path], number: int | None) -> list[Question]:
+        return [Question.of(turns, tokenizer, data.src_length) for turns in islice(conversations(files), number)]
+
+    def encoded(files: list[Path], split: str) -> Encoded:
+        formats = Formats(plugins)
+        with progress.task(f"reading {split} data", "records", size_of(files), of_units=False) as task:
+            records = tokens_of(conversations(files, formats, task))
+        if not len(records):
+            raise UsageError(NO_TARGET.format(split))
+        say(f"{split} data: {records.counts.records:,} records of {formats.name}, {records.counts}")
+        return records
+
+    def streamed(files: list[Path], split: str) -> Stream:
+        say(f"{split} data: streamed from {len(files)} file{'s' * (len(files) > 1)}, {WINDOW:,} records at a time")
+        return Stream(files, partial(conversations, files), tokens_of, progress=progress)
+
+    evaluates = training.do_eval is not False or training.evaluation_strategy != "no" or not training.do_train
+    uses_dev = bool(dev_files) and evaluates
+    train: Data | None = None
+    if train_files:
+        train = (streamed if data.lazy else encoded)(train_files, "train")
+    dev = encoded(dev_files, "dev") if uses_dev else None
+    needs_dev = training.evaluation_strategy != "no" or training.do_eval
+    if not training.do_train and dev is None:
+        raise UsageError(
+            f"do_train is false, and {data.dataset_name_or_path} has no dev data to measure; add dev.json, or measure "
+            "a file with sft evaluate."
+        )
+    if needs_dev and dev is None:
+        raise UsageError(
+            f"Evaluation is asked for, and {data.dataset_name_or_path} has no dev data in use; add dev.json, "
+            "or set evaluation_strategy to no and leave do_eval out."
+        )
+    if data.eval_with_do_generation and dev is None:
+        raise UsageError(
+            f"eval_with_do_generation answers dev data, and {data.dataset_name_or_path} has none in use; add dev.json, "
+            "or leave do_eval and eval_with_do_generation out."
+        )
+    samples = questions(dev_files if uses_dev else train_files, settings.generation.num_samples)
+    return RunData(train, dev, samples, questions(dev_files, None) if data.eval_with_do_generation else [])
+
+
+def note_unread(dataset: Path, files: list[Path], say: Callable[[str], None]) -> None:
+    """Say which files of a data folder look like data to measure on and are not read."""
+    names = unread(dataset, files)
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        say(
+            f"note: {', '.join(names[:3])}{more} in {dataset} {'are' if len(names) > 1 else 'is'} not read; dev data "
+            "is what is called dev or validation, and sft evaluate measures any file that it is given"
+        )
+
+
+def check_vocabulary(tokenizer: Tokenizer, folder: Path, size: int) -> None:
+    """Refuse a model that has no embedding for some of the tokenizer's tokens."""
+    if tokenizer.vocab_size > size:
+        raise UsageError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model {size}; they do not belong together."
+        )

@@ -1,0 +1,89 @@
+"""The model of a run: config, weights, attention and adapters, each with the plugins that have a say in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sft.data.reading import check_vocabulary
+from sft.errors import UsageError
+from sft.models import loading
+from sft.models.fingerprint import fingerprint
+from sft.models.generation import check_room
+from sft.models.layers import held_by, sizes, trainable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sft.context import Run
+    from sft.data.batches import Data
+    from sft.models.source import ModelFolder
+
+
+def set_up(run: Run, place: ModelFolder) -> None:
+    """Open the model in ``place``, fill it with weights, and let plugins adapt it: :attr:`run.source` and
+    :attr:`run.model`.
+
+    Each plugin that has a say in it is asked. Raises :class:`UsageError` where plugins, model and data do not go
+    together.
+    """
+    loading.open_model(place, run.plugins, run)
+    if run.exports_adapter:
+        run.base_fingerprint = fingerprint(run.source)
+    architecture = run.source.architecture
+    check_model(run, place.path, *(data for data in (run.train_data, run.dev_data) if data is not None))
+    quantizer = run.hook.sft_quantizer(run=run)
+    backend = run.hook.sft_attention_backend(run=run, config=architecture)
+    if backend is not None:
+        _check_packing(run, backend)
+    run.model = loading.load_model(run.source, quantizer, run.precision.weights, run.strategy, run.progress)
+    run.model.attention = backend or run.model.attention
+    if run.settings.training.recompute:
+        run.model.model.recompute = True
+    if run.exports_adapter:  # what is exported is the adapter, so the base must stay what it is
+        for parameter in run.model.parameters():
+            parameter.stop_gradient = True
+    names = {name for name, _ in run.model.named_parameters()}
+    run.hook.sft_adapt_model(run=run, model=run.model)
+    if not run.exports_adapter and names != {name for name, _ in run.model.named_parameters()}:
+        raise UsageError(
+            f"Plugins {', '.join(run.plugins.names)} change the model's layers and none of them exports an adapter, "
+            "so the result could not be saved; add one that does."
+        )
+    if not trainable(run.model):
+        raise UsageError("Nothing trains: the active plugins left no trainable parameter.")
+    run.sizes = count, total = sizes(dict(run.strategy.parameters(run.model)), run.model)
+    run.strategy.connect(run.model)
+    held = held_by(run.plugins.provider("sft_quantizer"), run.model)
+    run.say(f"model: {total:,} parameters, {count:,} train ({100 * count / total:.2f} %){held}")
+
+
+def check_model(run: Run, folder: Path, *data: Data) -> None:
+    """Refuse a model that cannot read the tokenizer's tokens, a record of ``data``, or a prompt with its answer."""
+    architecture = run.source.architecture
+    check_vocabulary(run.tokenizer, folder, architecture.vocabulary)
+    for records in data:
+        records.check_fits(folder, architecture.positions)
+    for question in [*run.samples, *run.questions]:
+        check_room(question.ids, run.settings.generation, architecture.positions)
+
+
+def _check_packing(run: Run, backend: Any) -> None:
+    """A collator that packs and an attention that lets packed documents see each other do not go together."""
+    architecture, attention = run.source.architecture, run.plugins.provider("sft_attention_backend")
+    if architecture.attention_cap is not None and not getattr(backend, "caps", False):
+        raise UsageError(
+            f"{run.source.folder} caps its attention scores, which attention backend {attention} does not compute; "
+            "leave it out."
+        )
+    windows = [block.window for block in architecture.blocks if block.window is not None]
+    if not getattr(backend, "packed", False) and windows and min(windows) < architecture.positions:
+        raise UsageError(
+            f"{run.source.folder} has layers that see a window of {min(windows)} tokens, which attention backend "
+            f"{attention} does not compute; leave it out."
+        )
+    if getattr(run.collator, "packs", False) and not getattr(backend, "packed", False):
+        collator = run.plugins.provider("sft_collator")
+        raise UsageError(
+            f"Plugin {collator} packs several records into a row, and attention backend {attention} would let them "
+            "see each other; leave one of them out."
+        )

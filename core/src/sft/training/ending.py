@@ -1,0 +1,64 @@
+"""How a run ends: ``run.json`` and all plugins hear of it.
+
+A run ends once. *finished*: the result is whole in its folder, and each plugin's ``sft_run_ended`` is called. *failed*
+or *interrupted*: before that, and each plugin's ``sft_run_failed`` is called. All plugins are told the same, whatever
+one of them does with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+from sft.files import read_report
+from sft.training.report import close_report, sentence, write_report
+
+if TYPE_CHECKING:
+    from sft.context import Run, Summary
+
+
+def finish(run: Run, record: dict[str, Any], summary: Summary) -> None:
+    """The run has finished: ``run.json`` says so, then all plugins are told, each with a copy of ``summary``, of which
+    ``speaks`` alone is taken back: a plugin may know that another process tells the user. The first error of one of
+    them is raised when all have been; that the run has finished stands."""
+    write_report(run, {**record, "status": "finished", "result": summary.as_dict()})
+    run.finished = True
+    first: BaseException | None = None
+    for name in run.plugins.implementing("sft_run_ended"):
+        told = deepcopy(summary)
+        try:
+            run.plugins.ask(name, "sft_run_ended", run=run, summary=told)
+            summary.speaks = summary.speaks and told.speaks
+        except BaseException as error:  # Ctrl-C too ends one plugin's part alone
+            if first is not None:
+                run.say(f"note: {_sentence_of(run, name, 'sft_run_ended', error)}")
+            first = first or error
+    if first is not None:
+        raise first
+
+
+def fail(run: Run, error: BaseException) -> None:
+    """The run ends with ``error`` (unless it had finished): ``run.json`` says so, then all plugins are told. What goes
+    wrong in that is said, and does not take the place of ``error``."""
+    if run.finished or _has_finished_elsewhere(run):
+        return
+    close_report(run, error)
+    for name in run.plugins.implementing("sft_run_failed"):
+        try:
+            run.plugins.ask(name, "sft_run_failed", run=run, error=error)
+        except BaseException as other:
+            with contextlib.suppress(Exception):
+                run.say(f"note: {_sentence_of(run, name, 'sft_run_failed', other)}")
+
+
+def _sentence_of(run: Run, name: str, hook: str, error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return f"{run.plugins.who(name)} was interrupted in {hook}."
+    return sentence(error)
+
+
+def _has_finished_elsewhere(run: Run) -> bool:
+    """Whether the processes that this one has started have finished the run, whatever went wrong in them then."""
+    report = {} if run.executes else read_report(run.output_dir)
+    return report != run.earlier_report and report.get("status") == "finished"

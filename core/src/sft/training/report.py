@@ -1,0 +1,98 @@
+"""``run.json``: what a run is, how it stands, and what it came to."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+from sft import runtime
+from sft.context import Summary
+from sft.errors import SftError
+from sft.files import read_report, write_json
+
+if TYPE_CHECKING:
+    from sft.context import Run
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """The part of ``run.json`` that is known before training: settings, plugins with versions, machine."""
+    packages = {}
+    for name in ("sft-core", "paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "numpy", "tokenizers"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "settings": run.settings.flat(),
+        "plugins": {name: run.plugins.origin(name) for name in run.plugins.names},
+        "packages": packages,
+        "machine": runtime.machine(),
+        "arithmetic": run.arithmetic,
+    }
+
+
+def summarise(run: Run, journal: Any, steps: int, epochs: float, after: dict[str, Any], seconds: float) -> Summary:
+    """The numbers that a run ends with."""
+    count, total = run.sizes
+    # A run that resumes with a larger num_samples has not asked all of them before training.
+    answers = zip_longest(run.before.get("samples", [])[: len(run.samples)], after.get("samples", []), fillvalue="")
+    samples = [
+        {"prompt": question.prompt, "before": before, "after": later, "reference": question.reference}
+        for question, (before, later) in zip(run.samples, answers, strict=True)
+    ]
+    splits = {"train": run.train_data, "dev": run.dev_data}
+    data = {split: records.report() for split, records in splits.items() if records is not None}
+    return Summary(
+        output_dir=run.output_dir,
+        steps=steps,
+        epochs=epochs,
+        seconds=round(seconds, 1),
+        train_loss_first=journal.first_loss,
+        train_loss_last=journal.last_loss,
+        eval_loss_before=run.before.get("eval_loss"),
+        eval_loss_after=after.get("eval_loss"),
+        trainable_parameters=count,
+        total_parameters=total,
+        tokens=journal.total.tokens,
+        target_tokens=journal.total.target_tokens,
+        padding_tokens=journal.total.padding_tokens,
+        rows=journal.total.rows,
+        skipped_steps=journal.skipped_steps,
+        peak_memory_mib=runtime.peak_memory_mib(),
+        data=data,
+        samples=samples,
+        speaks=run.strategy.is_main,
+    )
+
+
+def write_report(run: Run, record: dict[str, Any]) -> None:
+    """``run.json``, written once however many processes there are."""
+    if run.strategy.is_main:
+        write_json(run.output_dir / "run.json", record)
+        run.report = record
+
+
+def close_report(run: Run, error: BaseException) -> None:
+    """Let ``run.json`` say that the run has failed, and of what, or was interrupted; where it has been written by this
+    run, or by the processes that this one has started for it, and says that the run goes on."""
+    record = run.report
+    if not run.executes:
+        written = read_report(run.output_dir)
+        record = written if written != run.earlier_report else {}
+    if record.get("status") != "running":
+        return
+    stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+    end = {"status": "interrupted"} if stopped else {"status": "failed", "error": sentence(error)}
+    with contextlib.suppress(OSError):  # what has ended the run is what counts
+        write_json(run.output_dir / "run.json", {**record, **end})
+        run.report = {**record, **end}
+
+
+def sentence(error: BaseException) -> str:
+    """An error as one line: with its type, unless it was written for users."""
+    text = str(error) if isinstance(error, (SftError, OSError)) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())

@@ -1,0 +1,84 @@
+"""What is refused where a run goes on from a checkpoint, or measures one: other plugins, data or weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sft import runtime
+from sft.errors import UsageError
+from sft.models.fingerprint import has_fingerprint
+from sft.training.base import trained_over
+
+if TYPE_CHECKING:
+    from sft.context import Run
+    from sft.data.batches import Schedule
+    from sft.training.checkpoint_folder import Checkpoint
+
+
+def check_resumable(run: Run, schedule: Schedule, resumed: Checkpoint) -> None:
+    """Refuse a checkpoint from which this run cannot go on exactly; says which settings have changed."""
+    source, state = resumed
+    data, seed = state["data"], state["seed"]
+    if state["step"] > schedule.total_steps:
+        raise UsageError(
+            f"{source} is after step {state['step']} and this run ends at step {schedule.total_steps}; raise max_steps "
+            "or num_train_epochs, or resume from an earlier checkpoint."
+        )
+    if data["fingerprint"] != schedule.data.fingerprint():
+        raise UsageError(
+            f"{source} was trained on other tokens, so its place in the data means nothing here; resume with the same "
+            "data, model and lengths, or start a new run from its weights."
+        )
+    if data["rows_per_step"] != schedule.rows_per_step or seed != schedule.seed:
+        raise UsageError(
+            f"{source} was trained with seed {seed} and {data['rows_per_step']} rows a step, this run has seed "
+            f"{schedule.seed} and {schedule.rows_per_step}; resume with the same seed and batch sizes."
+        )
+    check_same_base(run, source)
+    free = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm"}
+    now = run.settings.flat()
+    for name in sorted(set(now) | set(state["settings"])):
+        if name not in free and now.get(name) != state["settings"].get(name):
+            run.say(f"note: {name} was {state['settings'].get(name)!r} in {source.name} and is now {now.get(name)!r}")
+    differences = runtime.differences(state.get("arithmetic", run.arithmetic), run.arithmetic)
+    if differences:
+        run.say(
+            f"note: {source.name} was computed with another arithmetic, {differences}; what follows may differ in its "
+            "last digits from what that run would have computed"
+        )
+
+
+def check_same_base(run: Run, source: Path) -> None:
+    """Refuse a checkpoint whose adapter was trained over other weights than this run's base.
+
+    Where the whole model trains, its weights are all in the checkpoint, and the base that it began with has no part in
+    what follows.
+    """
+    before = trained_over(source) if run.exports_adapter else None
+    if before is not None and not has_fingerprint(run.source, before):
+        raise UsageError(
+            f"{source} holds an adapter that was trained over other weights than those of {run.source.folder}; put the "
+            "base back as it was, or start a new run."
+        )
+
+
+def check_same_plugins(run: Run, resumed: Checkpoint) -> None:
+    """What was trained stays what it is, trained on or measured: the same shaping plugins with the same options. Others
+    may come and go."""
+    source, state = resumed
+    before, now = state["shaping"], run.shaping()
+    go_on = "resume" if run.settings.training.do_train else "measure it"
+    otherwise = ", or start a new run" if run.settings.training.do_train else ""
+    if set(before) != set(now):
+        raise UsageError(
+            f"{source} was trained with plugins {', '.join(sorted(before)) or 'none'}, and this run has "
+            f"{', '.join(sorted(now)) or 'none'}; {go_on} with the same plugins{otherwise}."
+        )
+    for name, options in now.items():
+        for key, value in options.items():
+            if before[name].get(key) != value:
+                raise UsageError(
+                    f"{source} was trained with {key} {before[name].get(key)!r} of plugin {name}, and this run has "
+                    f"{value!r}; {go_on} with the same value{otherwise}."
+                )

@@ -1,0 +1,104 @@
+"""The folder of a run: what a run may not destroy there, and how it is made ready."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.errors import UsageError
+from sft.files import make_folder, read_report, remove_folder, remove_leftovers
+from sft.training.checkpoint_folder import asks_to_resume, checkpoints, find_checkpoint, is_checkpoint, step_of
+from sft.training.journal import Journal
+from sft.training.report import write_report
+from sft.training.result import PUBLISHED
+
+if TYPE_CHECKING:
+    from sft.context import Run
+
+RESULT_FILES = ("run.json", *PUBLISHED, "metrics.jsonl", "generations-*.jsonl")
+"""What a run writes into its folder beside checkpoints."""
+
+
+def check_output(run: Run) -> None:
+    """Refuse an output folder in which this run would destroy something."""
+    training = run.settings.training
+    existing = next(path for path in (run.output_dir, *run.output_dir.parents) if path.exists())
+    if not existing.is_dir():
+        raise UsageError(f"output_dir {run.output_dir}: {existing} is a file; give a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"output_dir {run.output_dir}: {existing} is not writable; give another folder.")
+    if training.overwrite_output_dir and _resumes_here(run):
+        raise UsageError("A run cannot be continued and overwritten; leave one of the two settings out.")
+    for name in ("model_name_or_path", "dataset_name_or_path"):
+        path = Path(str(run.settings.flat()[name])).expanduser()
+        if path.exists() and path.resolve().is_relative_to(run.output_dir.resolve()):
+            raise UsageError(
+                f"output_dir {run.output_dir} contains {name} {path}, which would be overwritten; change one."
+            )
+    if not holds_run(run.output_dir):
+        taken = [path.name for pattern in RESULT_FILES for path in run.output_dir.glob(pattern)]
+        if taken:
+            raise UsageError(
+                f"output_dir {run.output_dir} holds {', '.join(taken[:3])}, which are no run's of sft and would be "
+                "overwritten; choose another folder."
+            )
+    if not holds_run(run.output_dir) or training.overwrite_output_dir:
+        find_checkpoint(training.resume_from_checkpoint, run.output_dir)
+        return
+    if asks_to_resume(training.resume_from_checkpoint) and training.do_train:
+        source = find_checkpoint(training.resume_from_checkpoint, run.output_dir)
+        status = read_report(run.output_dir).get("status")
+        if source is None and status != "finished":  # it was stopped before its first checkpoint
+            return
+        if source is not None and source.parent.resolve() == run.output_dir.resolve():
+            return
+    raise UsageError(
+        f"output_dir {run.output_dir} already holds a run; choose another folder, continue it with "
+        "--resume_from_checkpoint auto, or replace it with --overwrite_output_dir."
+    )
+
+
+def _resumes_here(run: Run) -> bool:
+    source = find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
+    return source is not None and source.parent.resolve() == run.output_dir.resolve()
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has written into ``folder``: run.json, the first file that it writes, or a checkpoint says so."""
+    return (folder / "run.json").exists() or any(is_checkpoint(path) for path in checkpoints(folder))
+
+
+def open_run_folder(run: Run, source: Path | None, record: dict[str, Any]) -> Journal:
+    """Make the run's folder ready and return its journal. Only the main process writes to either.
+
+    What older runs left there is removed, except what a run that goes on from the checkpoint ``source`` needs.
+    ``run.json`` then says ``record``, and that the run is under way.
+    """
+    if run.strategy.is_main:
+        _clear(run, source, record)
+    run.strategy.wait()
+    return Journal(run.output_dir / "metrics.jsonl" if run.strategy.is_main else None)
+
+
+def _clear(run: Run, source: Path | None, record: dict[str, Any]) -> None:
+    """The run directory, with nothing of an older run in it unless that run goes on from ``source``.
+
+    Whatever stops this, the folder is known as a run's: run.json comes before anything else and is never away.
+    """
+    make_folder(run.output_dir)
+    remove_leftovers(run.output_dir)
+    is_used = holds_run(run.output_dir)
+    write_report(run, {"status": "running", **record})
+    if source is not None and source.parent.resolve() == run.output_dir.resolve():
+        for folder in checkpoints(run.output_dir):
+            if step_of(folder) > step_of(source):  # of a future that this run does not have
+                remove_folder(folder)
+        return
+    if not is_used:
+        return
+    for folder in checkpoints(run.output_dir):
+        remove_folder(folder)
+    for pattern in RESULT_FILES:
+        for path in run.output_dir.glob(pattern) if pattern != "run.json" else ():
+            path.unlink()

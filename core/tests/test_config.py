@@ -93,8 +93,8 @@ def test_a_linear_scaling_divides_positions(paddle: Any, models: Path, variant: 
             r"rope_scaling\.factor as a number above 0, not None",
         ),
         ("llama-untied", {"rope_scaling": [1]}, "rope_scaling as an object or null"),
-        ("llama-untied", {"rope_theta": "many"}, "rope_theta as a number above 0, not 'many'"),
-        ("llama-untied", {"rope_theta": -1}, "rope_theta as a number above 0, not -1"),
+        ("llama-untied", {"rope_theta": "many"}, "rope_theta as a number above 1, not 'many'"),
+        ("llama-untied", {"rope_theta": -1}, "rope_theta as a number above 1, not -1"),
         ("llama-untied", {"rms_norm_eps": "small"}, "rms_norm_eps as a number"),
         ("llama-tied-gqa", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "by layer type"),
         (
@@ -144,21 +144,36 @@ def test_a_damaged_config_is_named(tmp_path: Path, text: str | None, message: st
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"self": 1}, "PaddleNLP's LlamaConfig does not take what config.json says"),
-        ({"num_labels": "x"}, "PaddleNLP's LlamaConfig does not take what config.json says"),
-        ({"id2label": 5}, "PaddleNLP's LlamaConfig does not take what config.json says"),
-        ({"use_long_sequence_strategies": True}, "makes PaddleNLP compute another model"),
-        ({"alibi": True}, "makes PaddleNLP compute another model"),
+        ({"use_long_sequence_strategies": True}, "use_long_sequence_strategies = True is not computed here"),
+        ({"alibi": True}, "alibi = True is not computed here"),
         ({"rms_norm_eps": None}, "must give rms_norm_eps as a number above 0, not None"),
         ({"rms_norm_eps": -1e-6}, "must give rms_norm_eps as a number above 0, not -1e-06"),
-        ({"rope_parameters": None, "rope_theta": -1.0}, "rope_theta is -1.0"),
-        ({"rope_parameters": None, "rope_theta": [1]}, "something else than numbers above 0"),
-        ({"rope_scaling": {"rope_type": ["linear"]}}, r"rotary scaling \['linear'\] is not computed by"),
+        ({"rope_parameters": None, "rope_theta": -1.0}, "rope_theta as a number above 1, not -1.0"),
+        ({"rope_parameters": None, "rope_theta": 0}, "rope_theta as a number above 1, not 0"),
+        ({"rope_parameters": None, "rope_theta": [1]}, r"rope_theta as a number above 1, not \[1\]"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, r"rotary scaling \['linear'\] is not known"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "head_dim": 2}, "gives no angles that are numbers"),
+        ({"head_dim": 7}, "gives 7 of the 7 of a head to it; correct head_dim"),
     ],
 )
-def test_values_that_no_model_has_are_refused(paddle: Any, models: Path, changes: dict[str, Any], message: str) -> None:
+def test_values_that_no_model_has_are_refused(models: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(sft.UsageError, match=rf"^the-model: .*{message}"):
-        architecture_of({**config_of(models / "llama-tied-gqa"), **changes})
+        architecture_of({**config_of(models / "llama-tied-gqa"), **changes}, "the-model")
+
+
+def test_what_says_nothing_of_the_decoder_is_not_read(models: Path) -> None:
+    """PaddleNLP keeps how a model was computed beside what it is; others keep what is of other models."""
+    values = config_of(models / "llama-tied-gqa")
+    other = {"self": 1, "num_labels": "x", "id2label": 5, "tensor_parallel_degree": 2, "sequence_parallel": True}
+    other.update(recompute=True, use_flash_attention=True, fuse_attention_qkv=True, pipeline_parallel_degree=2)
+    assert architecture_of({**values, **other}) == architecture_of(values)
+
+
+@pytest.mark.parametrize("case", ["llama-tied-gqa", "mistral-gqa", "qwen2-untied"])
+def test_without_a_number_of_key_value_heads_each_head_has_its_own(models: Path, case: str) -> None:
+    """Null says so; what is missing has the family's default, as in transformers."""
+    values = config_of(models / case)
+    assert architecture_of({**values, "num_key_value_heads": None}).kv_heads == 4
 
 
 # --- what families have of their own ------------------------------------------------------------------------

@@ -35,11 +35,14 @@ def _plain(
     if values["head_dim"] is None and head_size is None and hidden % heads:
         raise values.wrong("hidden_size", f"a multiple of num_attention_heads {heads}")
     size = values.count("head_dim", head_size or hidden // heads)
-    kept = values.count("num_key_value_heads", kv_heads or heads)
+    # Null is one for each head in every family, also where what is missing is another number.
+    missing = "num_key_value_heads" not in values
+    kept = values.count("num_key_value_heads", kv_heads if kv_heads and missing else heads)
     if heads % kept:
         raise values.wrong("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
     longest = values.count("max_position_embeddings", positions)
-    values.refuse("quantization_config", "use_bidirectional_attention")
+    # The last two are PaddleNLP's.
+    values.refuse("quantization_config", "use_bidirectional_attention", "alibi", "use_long_sequence_strategies")
     fields: dict[str, Any] = {
         "vocabulary": values.count("vocab_size"),
         "hidden": hidden,
@@ -81,7 +84,7 @@ def mistral(values: Values) -> Architecture:
 def _qwen_windows(values: Values, architecture: Architecture) -> Architecture:
     count = len(architecture.blocks)
     window = values.window(4096) if values.flag("use_sliding_window", False) else None
-    below = values["max_window_layers"] if values["max_window_layers"] is not None else 28
+    below = values.count("max_window_layers", 28, least=0)
     otherwise = [SLIDING if window is not None and number >= below else FULL for number in range(count)]
     return _in_windows(architecture, values.kinds(count, otherwise), window)
 
@@ -151,7 +154,7 @@ def gemma3(values: Values) -> Architecture:
     rotaries = (
         values.rotary(size, positions, 1e6, FULL),
         values.rotary(size, positions, local, SLIDING)
-        if isinstance((values["rope_parameters"] or {}).get(SLIDING), dict)
+        if isinstance(values["rope_parameters"], dict) and isinstance(values["rope_parameters"].get(SLIDING), dict)
         else Values({}, values.where).rotary(size, positions, local),
     )
     found = _gemma(
@@ -197,7 +200,7 @@ def smollm3(values: Values) -> Architecture:
     if turns is None:
         every = values.count("no_rope_layer_interval", 4)
         turns = [int((number + 1) % every != 0) for number in range(count)]
-    if not isinstance(turns, list) or len(turns) < count:
+    if not isinstance(turns, list) or len(turns) < count or any(turn not in (0, 1) for turn in turns):
         raise values.wrong("no_rope_layers", f"a list of {count} numbers, 0 or 1")
     window = values.window() if values.flag("use_sliding_window", False) else None
     otherwise = [SLIDING if window is not None and not turn else FULL for turn in turns[:count]]
@@ -264,7 +267,9 @@ def mixtral(values: Values) -> Architecture:
 
 
 def _qwen_experts(values: Values, architecture: Architecture, experts: Experts) -> Architecture:
-    alone, every = values["mlp_only_layers"] or [], values.count("decoder_sparse_step", 1)
+    if experts.chosen > experts.count:
+        raise values.wrong("num_experts_per_tok", f"at most the number of experts, {experts.count}")
+    alone, every = values.layers("mlp_only_layers"), values.count("decoder_sparse_step", 1)
     blocks = [
         replace(block, experts=None if number in alone or (number + 1) % every else experts)
         for number, block in enumerate(architecture.blocks)
@@ -283,7 +288,7 @@ def qwen2_moe(values: Values) -> Architecture:
         values.count("shared_expert_intermediate_size", 5632),
     )
     window = values.window(4096) if values.flag("use_sliding_window", False) else None
-    below = values.count("max_window_layers", 28)
+    below = values.count("max_window_layers", 28, least=0)
     count = len(found.blocks)
     otherwise = [SLIDING if window and number % 2 == 0 and number < below else FULL for number in range(count)]
     return _qwen_experts(values, _in_windows(found, values.kinds(count, otherwise), window), experts)

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from sft.errors import UsageError
 from sft.models.rotary import KINDS, Rotary
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 _LISTS = ("short_factor", "long_factor")
+_NUMBERS = (
+    *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    *("attention_factor", "beta_fast", "beta_slow"),
+)
+_WEIGHTS = ("mscale", "mscale_all_dim")
 _NEEDED = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -21,7 +28,7 @@ _NEEDED = {
 
 class Values:
     """``values`` of the config of ``where``, for a reader of a family. Each method takes a name and what stands for it
-    where it is missing or null; without that it must be there."""
+    where it is missing; without that it must be there. Null is as good as missing, but for numbers."""
 
     def __init__(self, values: Mapping[str, Any], where: Any) -> None:
         self._values, self.where = values, where
@@ -29,28 +36,32 @@ class Values:
     def __getitem__(self, name: str) -> Any:
         return self._values.get(name)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
     def having(self, **more: Any) -> Values:
         """These values, and ``more``."""
         return Values({**self._values, **more}, self.where)
 
-    def count(self, name: str, default: int | None = None) -> int:
-        """A whole number above 0."""
+    def count(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number, ``least`` or more."""
         value = self._given(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.wrong(name, "a whole number above 0")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self.wrong(name, "a whole number above 0" if least == 1 else f"a whole number, {least} or more")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._given(name, default)
-        if not _is_number(value):
-            raise self.wrong(name, "a number")
+    def number(self, name: str, default: float) -> float:
+        """A number above 0."""
+        value = self._values.get(name, default)
+        if not _is_positive(value):
+            raise self.wrong(name, "a number above 0")
         return float(value)
 
     def optional(self, name: str, default: float | None = None) -> float | None:
-        """A number, or null; ``default`` where it is missing."""
+        """A number above 0, or null; ``default`` where it is missing."""
         value = self._values.get(name, default)
-        if value is not None and not _is_number(value):
-            raise self.wrong(name, "a number or null")
+        if value is not None and not _is_positive(value):
+            raise self.wrong(name, "a number above 0 or null")
         return None if value is None else float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -80,6 +91,13 @@ class Values:
         if not isinstance(value, list) or len(value) < count or any(kind not in (SLIDING, FULL) for kind in value):
             raise self.wrong("layer_types", f"{count} words, each {SLIDING} or {FULL}")
         return value[:count]
+
+    def layers(self, name: str) -> list[int]:
+        """A list of numbers of layers; none where it is missing."""
+        value = self._given(name, [])
+        if not isinstance(value, list) or not all(isinstance(one, int) for one in value):
+            raise self.wrong(name, "a list of whole numbers")
+        return value
 
     def refuse(self, *names: str) -> None:
         """Refuse a switch that is on and would compute something that the decoder does not."""
@@ -115,30 +133,58 @@ class Values:
         word = "longrope" if word == "su" else word
         if word not in KINDS:
             raise UsageError(f"{self.where}: rotary scaling {word!r} is not known; known are {', '.join(KINDS)}.")
-        theta = scaling.pop("rope_theta", None) or self._values.get("rope_theta") or base
-        share = scaling.pop("partial_rotary_factor", None) or self._values.get("partial_rotary_factor") or 1.0
-        if not _is_number(theta) or theta <= 0:
-            raise self.wrong("rope_theta", "a number above 0", theta)
+        theta = _first(scaling.pop("rope_theta", None), self._values.get("rope_theta"), base)
+        share = _first(scaling.pop("partial_rotary_factor", None), self._values.get("partial_rotary_factor"), 1.0)
+        if not _is_number(theta) or theta <= 1:
+            raise self.wrong("rope_theta", "a number above 1", theta)
         if not _is_number(share) or not 0 < share <= 1:
             raise self.wrong("partial_rotary_factor", "a number above 0, at most 1", share)
         turned = int(size * share)
+        if turned % 2 or turned < 2:
+            raise UsageError(
+                f"{self.where}: rotary embedding turns pairs of dimensions, and config.json gives {turned} of the "
+                f"{size} of a head to it; correct head_dim or partial_rotary_factor."
+            )
         # Phi-3 keeps it beside the other parameters, where it counts first.
         if self._values.get("original_max_position_embeddings") is not None:
             scaling["original_max_position_embeddings"] = self.count("original_max_position_embeddings")
         self._check_scaling(word, scaling, turned)
-        return Rotary(float(theta), turned, positions, word, scaling, **more)
+        found = Rotary(float(theta), turned, positions, word, scaling, **more)
+        self._check_angles(found)
+        return found
+
+    def _check_angles(self, rotary: Rotary) -> None:
+        """Refuse numbers that are well each for itself, and together give angles that are none."""
+        try:
+            with np.errstate(all="ignore"):
+                computed = [rotary.frequencies(length) for length in (1, rotary.positions + 1)]
+            are_numbers = all(np.isfinite(angles).all() and 0 < scale < np.inf for angles, scale in computed)
+        except (ArithmeticError, ValueError):
+            are_numbers = False
+        if not are_numbers:
+            raise UsageError(
+                f"{self.where}: what config.json says of the rotary embedding ({rotary.kind}, base {rotary.base:g}, "
+                f"{dict(rotary.values)}) gives no angles that are numbers; correct it."
+            )
 
     def _check_scaling(self, word: str, scaling: Mapping[str, Any], size: int) -> None:
         for name in _NEEDED.get(word, ()):
             value = scaling.get(name)
             if name in _LISTS:
-                if not isinstance(value, list) or len(value) != size // 2 or not all(map(_is_number, value)):
-                    raise self.wrong(f"rope_scaling.{name}", f"a list of {size // 2} numbers", value)
-            elif value is None or not _is_number(value) or value <= 0:
+                if not isinstance(value, list) or len(value) != size // 2 or not all(map(_is_positive, value)):
+                    raise self.wrong(f"rope_scaling.{name}", f"a list of {size // 2} numbers above 0", value)
+            elif not _is_positive(value):
                 raise self.wrong(f"rope_scaling.{name}", "a number above 0", value)
-        for name, value in scaling.items():
-            if name not in _LISTS and value is not None and not isinstance(value, (int, float, bool, str)):
-                raise self.wrong(f"rope_scaling.{name}", "a number", value)
+        for name in _NUMBERS:
+            value = scaling.get(name)
+            if value is not None and not _is_positive(value):
+                raise self.wrong(f"rope_scaling.{name}", "a number above 0", value)
+        for name in _WEIGHTS:
+            value = scaling.get(name)
+            if value is not None and not (_is_number(value) and value >= 0):
+                raise self.wrong(f"rope_scaling.{name}", "a number, 0 or more", value)
+        if not isinstance(scaling.get("truncate", True), bool):
+            raise self.wrong("rope_scaling.truncate", "true or false", scaling["truncate"])
 
     def wrong(self, name: str, expected: str, value: Any = None) -> UsageError:
         """What to raise for a value that is not as ``expected``."""
@@ -152,3 +198,12 @@ class Values:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not null."""
+    return next(value for value in values if value is not None)

@@ -13,8 +13,8 @@ from toy_plugins import refusal as refused
 
 import sft
 from sft.plugins.requests import choose, requests
+from sft.resolve import resolve
 from sft.settings.arguments import core_options
-from sft.settings.resolve import resolve
 
 Distribute = Callable[..., None]
 Command = Callable[..., subprocess.CompletedProcess[str]]

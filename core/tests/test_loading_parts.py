@@ -104,7 +104,7 @@ def second_of_two(paddle: Any) -> Any:
     from sft.training.strategy import SingleProcess, set_value
 
     class Second(SingleProcess):
-        def divide(self, model: Any, source: Any) -> None:
+        def divide(self, model: Any) -> None:
             for name, axis in ((GATE, 1), (DOWN, 0)):
                 linear = self.linear(model, name)
                 linear.sft_part, linear.sft_other = Part(tuple(linear.weight.shape), axis, 1, 2), "kept"

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import sft
+from sft.precision import Precision
 from sft.settings.arguments import TrainingArguments
 from sft.training import precision
-from sft.training.precision import LossScale, Precision
+from sft.training.precision import LossScale
 
 FLOAT16 = Precision("float16", "float32")
 

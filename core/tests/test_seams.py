@@ -145,10 +145,10 @@ def test_a_parallel_strategy_is_asked_for_everything_that_crosses_processes(
         from sft.training.strategy import SingleProcess
 
         class Noting(SingleProcess):
-            def divide(self, model: Any, source: Any) -> None:
+            def divide(self, model: Any) -> None:
                 assert not any(parameter._is_initialized() for parameter in model.parameters())
                 calls.append(("divide",))
-                super().divide(model, source)
+                super().divide(model)
 
             def connect(self, model: Any) -> None:
                 calls.append(("connect", model is run.model))

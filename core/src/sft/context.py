@@ -8,18 +8,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sft.progress import Progress
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sft.data.batches import Data
     from sft.data.encoding import Encoded, Question
     from sft.data.tokenizer import Tokenizer
     from sft.plugins.registry import Plugins
+    from sft.precision import Precision
     from sft.seams import DataCollator, ParallelStrategy
     from sft.settings.arguments import Settings
-    from sft.training.precision import Precision
 
 
 @dataclass
@@ -147,6 +147,8 @@ class Run:
 
     def rng(self, name: str) -> np.random.Generator:
         """Random numbers that depend on the run's seed and ``name`` alone, not on what was drawn before."""
+        import numpy as np
+
         return np.random.default_rng([self.settings.training.seed, zlib.crc32(name.encode())])
 
     @property

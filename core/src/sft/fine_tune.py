@@ -21,10 +21,10 @@ from sft.files import read_report
 from sft.models.loading import find_usable_model
 from sft.models.source import find_tokenizer
 from sft.progress import Printer
+from sft.resolve import resolve
 from sft.settings.arguments import normalise, read_file
 from sft.settings.checks import check_plugins, check_settings
 from sft.settings.paddlenlp import listing
-from sft.settings.resolve import resolve
 from sft.training.checkpoint_folder import Checkpoint, read_checkpoint
 from sft.training.ending import fail, finish
 from sft.training.report import describe, summarise

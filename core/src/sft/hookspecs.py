@@ -12,12 +12,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.context import Run, Summary
 from sft.plugins.registry import hookspec, single
 
 if TYPE_CHECKING:
     import click
 
-    from sft.context import Run, Summary
     from sft.models.outline import Outline
     from sft.seams import (
         AdapterFiles,

@@ -12,9 +12,9 @@ from sft.models.families import family_of
 from sft.models.outline import Outline, of_architecture
 from sft.models.source import find_config
 from sft.plugins.registry import implements
+from sft.resolve import resolve
 from sft.settings.arguments import Settings, normalise
 from sft.settings.paddlenlp import listing
-from sft.settings.resolve import resolve
 
 CHANGES_TENSORS = ("sft_adapt_model", "sft_quantizer")
 

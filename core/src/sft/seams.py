@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sft.distributed.pieces import Piece
-    from sft.models.loading import ModelSource
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ class ParallelStrategy(Protocol):
 
     # --- the model ---
 
-    def divide(self, model: Any, source: ModelSource) -> None:
+    def divide(self, model: Any) -> None:
         """Reduce ``model``, whose parameters are not allocated, to what this process holds; ``models/parts.py`` says
         how that is marked."""
         ...

@@ -166,7 +166,7 @@ def test_no_processes_are_refused_whoever_asks_for_the_plugin(
 @pytest.mark.parametrize("settings", [{"nproc": 1, TENSOR: 1, PIPELINE: -1, "sharding_degree": "-1"}, {"nproc": None}])
 def test_numbers_that_divide_nothing_ask_for_nothing(settings: dict[str, Any]) -> None:
     """As PaddleNLP's files give them."""
-    from sft.settings.resolve import resolve
+    from sft.resolve import resolve
 
     assert "parallel-4d" not in resolve(settings, ())[1].names
 

@@ -21,8 +21,8 @@ from sft.files import make_folder, read_report
 from sft.inference.adapter import load_with, refuse_idle, settings_for, trained_template
 from sft.models.loading import find_usable_model
 from sft.options import options_of
+from sft.precision import Precision
 from sft.settings.arguments import GenerationArguments, check_draw
-from sft.training.precision import Precision
 
 LENGTHS = ("src_length", "max_length")
 """Settings of the data that decide what is measured."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.distributed.parts import is_elsewhere, part_of, whole_shape
+from sft.distributed.whole import WholeModel
 from sft.errors import UsageError
 from sft.models.architecture import Architecture
 from sft.models.config import read_config
@@ -97,12 +98,10 @@ def load_model(
 
     Raises :class:`UsageError` naming the tensors that are missing, left over, or of another shape.
     """
-    from sft.training.strategy import SingleProcess
-
-    strategy = strategy or SingleProcess(None)
+    held = strategy or WholeModel()
     model = _build(source, dtype)
-    strategy.divide(model, source)
-    fill(model, source, strategy, quantizer, progress)
+    held.divide(model)
+    fill(model, source, held, quantizer, progress)
     model.eval()
     return model
 
@@ -110,7 +109,7 @@ def load_model(
 def fill(
     model: Any,
     source: ModelSource,
-    strategy: ParallelStrategy,
+    strategy: ParallelStrategy | WholeModel,
     quantizer: Quantizer | None = None,
     progress: Progress | None = None,
 ) -> None:

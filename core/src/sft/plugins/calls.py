@@ -125,10 +125,10 @@ def _resolved(annotations: dict[str, Any], names: dict[str, Any]) -> dict[str, A
     """What annotations written as text stand for, with what modules import for their types alone."""
     import numpy as np
 
-    from sft import context, seams
+    from sft import seams
 
     carrier = types.SimpleNamespace(__annotations__=annotations)
-    known = {"np": np, "Summary": context.Summary, **vars(seams)}
+    known = {"np": np, **vars(seams)}
     try:
         return typing.get_type_hints(carrier, {**known, **names})
     except NameError:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
+from sft.precision import Precision
 from sft.settings.arguments import TrainingArguments
 
 if TYPE_CHECKING:
@@ -15,22 +14,6 @@ if TYPE_CHECKING:
 
 GROWTH_STEPS = 2000
 """Steps without an overflow after which the loss scale doubles (paddle's and torch's default)."""
-
-
-@dataclass(frozen=True)
-class Precision:
-    """``dtype`` "float32", "bfloat16" or "float16" of matrix products; ``weights`` is that of the model's weights."""
-
-    dtype: str = "float32"
-    weights: str = "float32"
-
-    def autocast(self) -> Any:
-        """The context in which the model goes forward."""
-        if self.dtype == "float32":
-            return contextlib.nullcontext()
-        import paddle
-
-        return paddle.amp.auto_cast(dtype=self.dtype, level="O1" if self.weights == "float32" else "O2")
 
 
 def choose(training: TrainingArguments, say: Callable[[str], None]) -> Precision:

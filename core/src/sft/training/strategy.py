@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import paddle
 
 from sft.distributed.parts import Part
 from sft.distributed.pieces import Piece
+from sft.distributed.whole import WholeModel
 from sft.models.forward import hidden_states
 from sft.models.layers import linear_weight
 from sft.models.sums import row_sums
@@ -20,7 +20,6 @@ from sft.training.loss import target_loss, target_scores
 
 if TYPE_CHECKING:
     from sft.context import Run
-    from sft.models.loading import ModelSource
 
 
 def batch_loss(model: Any, batch: Batch) -> Any:
@@ -28,7 +27,7 @@ def batch_loss(model: Any, batch: Batch) -> Any:
     return target_loss(hidden_states(model, batch), paddle.to_tensor(batch.labels), model.lm_head)
 
 
-class SingleProcess:
+class SingleProcess(WholeModel):
     """See :class:`sft.ParallelStrategy` for what each member means. ``run`` may be None where nothing is trained."""
 
     data_rank = 0
@@ -39,15 +38,6 @@ class SingleProcess:
 
     def __init__(self, run: Run | None) -> None:
         self._run = run
-
-    def divide(self, model: Any, source: ModelSource) -> None:
-        pass
-
-    def parameters(self, model: Any) -> Iterable[tuple[str, Any]]:
-        return model.named_parameters()
-
-    def store(self, parameter: Any, read: Callable[[tuple[slice, ...]], np.ndarray]) -> None:
-        set_value(parameter, read(tuple(slice(0, length) for length in parameter.shape)))
 
     def linear_weight(self, layer: Any) -> Any:
         return linear_weight(layer)
@@ -107,12 +97,6 @@ class SingleProcess:
 def batch_scores(model: Any, batch: Batch) -> tuple[float, int]:
     """Summed loss of a batch's target tokens, and how many of them are the likeliest token."""
     return target_scores(hidden_states(model, batch), paddle.to_tensor(batch.labels), model.lm_head)
-
-
-def set_value(parameter: Any, value: np.ndarray) -> None:
-    """Give a parameter the float32 ``value``, rounded to its dtype."""
-    value = np.ascontiguousarray(value)
-    parameter.set_value(value if parameter.dtype == paddle.float32 else paddle.to_tensor(value).astype(parameter.dtype))
 
 
 @paddle.no_grad()

@@ -14,10 +14,11 @@ import paddle
 from sft import Batch, ParameterGroup
 from sft.distributed.parts import Part, is_elsewhere, part_of, whole_shape
 from sft.distributed.pieces import Piece
+from sft.distributed.whole import set_value
 from sft.models.attention import hidden_states
 from sft.models.layers import linear_features, linear_weight
 from sft.training.loss import target_loss, target_scores
-from sft.training.strategy import set_value, squares
+from sft.training.strategy import squares
 from sft_parallel_4d.adapters import Adapters
 from sft_parallel_4d.phases import Phases, phase
 from sft_parallel_4d.pipeline import Pipeline
@@ -27,7 +28,6 @@ from sft_parallel_4d.topology import Topology
 
 if TYPE_CHECKING:
     from sft import Run
-    from sft.models.loading import ModelSource
     from sft_parallel_4d.watch import Watch
 
 
@@ -52,12 +52,11 @@ class Parallel:
 
     # --- the model ------------------------------------------------------------------------------------------
 
-    def divide(self, model: Any, source: ModelSource) -> None:
-        self._scales = source.family.scales_embeddings
+    def divide(self, model: Any) -> None:
         if self._tensor is not None:
             self._tensor.divide(model)
         if self._at.pipe.size > 1:
-            self._pipe = Pipeline(self._at.pipe, source.config.num_hidden_layers)
+            self._pipe = Pipeline(self._at.pipe, len(model.architecture.blocks))
             self._pipe.divide(model)
 
     def parameters(self, model: Any) -> Iterable[tuple[str, Any]]:

@@ -1,0 +1,32 @@
+"""A model that one process holds alone: nothing is divided, and every parameter is here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+
+class WholeModel:
+    """The part of :class:`sft.ParallelStrategy` that reading a model's weights needs, for a process that is alone."""
+
+    def divide(self, model: Any) -> None:
+        """Keep all of ``model``."""
+
+    def parameters(self, model: Any) -> Iterable[tuple[str, Any]]:
+        """All parameters by structured name, tied ones once."""
+        named: Iterable[tuple[str, Any]] = model.named_parameters()
+        return named
+
+    def store(self, parameter: Any, read: Callable[[tuple[slice, ...]], np.ndarray]) -> None:
+        """Give a parameter its value, which is all that ``read`` has."""
+        set_value(parameter, read(tuple(slice(0, length) for length in parameter.shape)))
+
+
+def set_value(parameter: Any, value: np.ndarray) -> None:
+    """Give a parameter the float32 ``value``, rounded to its dtype."""
+    import paddle
+
+    value = np.ascontiguousarray(value)
+    parameter.set_value(value if parameter.dtype == paddle.float32 else paddle.to_tensor(value).astype(parameter.dtype))

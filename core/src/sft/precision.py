@@ -1,0 +1,23 @@
+"""The dtypes of a run."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Precision:
+    """``dtype`` "float32", "bfloat16" or "float16" of matrix products; ``weights`` is that of the model's weights."""
+
+    dtype: str = "float32"
+    weights: str = "float32"
+
+    def autocast(self) -> Any:
+        """The context in which the model goes forward."""
+        if self.dtype == "float32":
+            return contextlib.nullcontext()
+        import paddle
+
+        return paddle.amp.auto_cast(dtype=self.dtype, level="O1" if self.weights == "float32" else "O2")

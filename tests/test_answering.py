@@ -19,8 +19,8 @@ from click.testing import CliRunner
 
 import sft
 from sft.commands import cli
-from sft.inference.adapter import load_for_inference
 from sft.inference.evaluate import evaluate_finished
+from sft.inference.open import load_for_inference
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "core" / "src" / "sft" / "demo" / "model"

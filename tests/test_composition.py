@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sft
-from sft.inference.adapter import merge
+from sft.inference.merge import merge
 from sft.testing import forward, load, read_metrics, write_data
 
 MODELS = Path(__file__).parent.parent / "core" / "tests" / "fixtures" / "models"

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import sft
 from sft.commands.merge import command
-from sft.inference.adapter import load_for_inference
+from sft.inference.open import load_for_inference
 from sft.testing import write_data
 
 MODEL = Path(__file__).parent.parent / "core" / "tests" / "fixtures" / "models" / "llama-tied-gqa"

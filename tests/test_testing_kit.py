@@ -42,7 +42,7 @@ def test_a_made_model_is_a_model(paddle: Any, tmp_path: Path, config: dict[str, 
     """sft and PaddleNLP's own loader compute the same with it, and its tokens tell each other apart."""
     from paddlenlp.transformers import AutoModelForCausalLM
 
-    from sft.inference.adapter import load_for_inference
+    from sft.inference.open import load_for_inference
 
     folder = make_model(tmp_path / "model", **config)
     ids = np.arange(4, 24)[None]

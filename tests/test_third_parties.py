@@ -106,7 +106,8 @@ def test_dora_reads_dora_and_leaves_lora_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Folders of both, of the same peft_type, are read and merged by who claims them."""
-    from sft.inference.adapter import merge, plugins_for
+    from sft.inference.merge import merge
+    from sft.inference.open import settings_for
 
     (tmp_path / "site").mkdir()
     install("dora_plugin", tmp_path / "site")
@@ -121,7 +122,7 @@ def test_dora_reads_dora_and_leaves_lora_alone(
     ids = np.arange(4, 24)[None]
     for folder, reader in ((tmp_path / "lora", "lora"), (tmp_path / "dora", "dora"), (of_peft, "dora")):
         assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
-        assert plugins_for(folder).names == [reader]
+        assert settings_for(folder)[1].names == [reader]
         merged = tmp_path / f"merged {folder.name}"
         merge(str(base), folder, merged, lambda text: None)
         np.testing.assert_allclose(forward(load(base, folder), ids), forward(load(merged), ids), atol=2e-5, rtol=0)

@@ -13,7 +13,7 @@ import click.testing
 import pytest
 
 import sft
-from sft.inference import adapter as adapters
+from sft.inference.open import load_adapted, settings_for
 
 Distribute = Callable[..., None]
 MODEL = "llama-tied-gqa"
@@ -77,7 +77,7 @@ def adapter(tmp_path: Path) -> Callable[..., Path]:
 
 def reader(folder: Path, *requested: str) -> str:
     """The plugin that answers to ``sft_import_adapter``."""
-    active = adapters.plugins_for(folder, requested)
+    _, active = settings_for(folder, requested)
     found = active.provider("sft_import_adapter")
     assert found is not None
     return found
@@ -85,7 +85,7 @@ def reader(folder: Path, *requested: str) -> str:
 
 def refusal(folder: Path, *requested: str) -> str:
     with pytest.raises(sft.UsageError) as caught:
-        adapters.plugins_for(folder, requested)
+        settings_for(folder, requested)
     return str(caught.value)
 
 
@@ -139,8 +139,8 @@ def test_equals_are_left_to_the_user(plain: Distribute, adapter: Any) -> None:
 
 def test_a_refinement_brings_what_it_refines(plain: Distribute, adapter: Any) -> None:
     plain("sft-test-worn", READERS, {"worn": "Worn"}, {"adapter.YARN.worn": "Worn"})
-    assert set(adapters.plugins_for(adapter(worn=True)).names) == {"plain", "worn"}
-    assert adapters.plugins_for(adapter()).names == ["plain"]
+    assert set(settings_for(adapter(worn=True))[1].names) == {"plain", "worn"}
+    assert settings_for(adapter())[1].names == ["plain"]
 
 
 def test_a_plugin_that_claims_other_adapters_need_not_work(plain: Distribute, adapter: Any) -> None:
@@ -165,15 +165,15 @@ def test_every_command_that_opens_an_adapter(
 ) -> None:  # fmt: skip
     """``--plugin`` decides, and whoever it names is no plugin without a part."""
     said: list[str] = []
-    load = adapters.load_with
+    load = load_adapted
 
-    def watched(plugins: Any, source: Any, folder: Path | None, say: Any) -> Any:
-        model = load(plugins, source, folder, say)
+    def watched(*args: Any) -> Any:
+        model = load(*args)
         said.append(model.read_by)
         return model
 
-    for name in ("adapters", "finished"):
-        monkeypatch.setattr(f"sft.{name}.load_with", watched)
+    for name in ("open", "evaluate"):
+        monkeypatch.setattr(f"sft.inference.{name}.load_adapted", watched)
     more = {"evaluate": ["--dataset_name_or_path", str(dataset)], "merge": ["--output_path", str(tmp_path / "merged")]}
     line = ["--model_name_or_path", str(models / MODEL), "--lora_path", str(adapter(use_spin=True)), *arguments]
     line += [*more.get(command, []), *(word for name in requested for word in ("--plugin", name))]

@@ -16,9 +16,10 @@ import pytest
 import sft
 from sft.commands.chat import Chat, CtrlC
 from sft.data.encoding import encode_prompt
-from sft.inference import adapter as adapters
-from sft.inference import evaluate as finished
+from sft.inference.evaluate import evaluate_finished
+from sft.inference.open import Opened, load_for_inference
 from sft.models.source import find_model
+from sft.precision import Precision
 from sft.seams import Turn
 from sft.settings.arguments import GenerationArguments
 
@@ -45,7 +46,7 @@ def alone(paddle: Any, models: Path) -> Callable[..., str]:
     """The answer to a text or to turns, computed by itself."""
     from sft.models.generation import answers
 
-    model, tokenizer = adapters.load_for_inference(str(find_model(str(models / MODEL)).path), None, lambda text: None)
+    model, tokenizer = load_for_inference(str(find_model(str(models / MODEL)).path), None, lambda text: None)
 
     def found(prompt: str | list[Turn], seed: int = 42, **settings: Any) -> str:
         turns = [Turn("user", prompt)] if isinstance(prompt, str) else prompt
@@ -66,7 +67,7 @@ def test_evaluate_prints_one_line_of_json_and_nothing_else(typed: Type, models: 
     assert result.stdout.count("\n") == 1
     found = json.loads(result.stdout)
     values = {"model_name_or_path": str(models / MODEL), "dataset_name_or_path": str(dataset), **settings}
-    expected = finished.evaluate_finished({**values, "eval_with_do_generation": True}, None, lambda text: None)
+    expected = evaluate_finished({**values, "eval_with_do_generation": True}, None, lambda text: None)
     assert {**found, "eval_seconds": 0} == {**expected, "eval_seconds": 0}
     assert "dev data: 7 records" in result.stderr
     plain = [*line[:6], "--eval_with_do_generation", "false", *line[-2:]]
@@ -170,7 +171,7 @@ def test_another_chat_template_is_used(typed: Type, paddle: Any, models: Path, d
     """Without one, a prompt is its text alone; all three commands take it."""
     from sft.models.generation import answers
 
-    plain = adapters.load_for_inference(str(models / MODEL), None, lambda text: None, chat_template="none")
+    plain = load_for_inference(str(models / MODEL), None, lambda text: None, chat_template="none")
     prompt = encode_prompt([Turn("user", "coat")], plain[1])
     expected = answers(*plain, [prompt], GenerationArguments(max_new_tokens=6), 42)[0] + "\n"
     option = ("--chat_template", "none")
@@ -249,8 +250,8 @@ def test_a_question_without_room_is_refused_and_the_chat_goes_on(typed: Type, al
 
 
 def test_an_interrupted_answer_remains_as_far_as_it_was_given(paddle: Any, models: Path, alone: Any) -> None:
-    model, tokenizer = adapters.load_for_inference(str(models / MODEL), None, lambda text: None)
-    chat = Chat(model, tokenizer, GenerationArguments(max_new_tokens=6), 42, None)
+    model, tokenizer = load_for_inference(str(models / MODEL), None, lambda text: None)
+    chat = Chat(Opened(model, tokenizer, Precision()), GenerationArguments(max_new_tokens=6), 42, None)
 
     pieces: list[str] = []
 
@@ -270,8 +271,8 @@ def test_an_interrupted_answer_remains_as_far_as_it_was_given(paddle: Any, model
 
 def test_ctrl_c_is_raised_where_it_is_expected_and_kept_where_it_is_not(paddle: Any, models: Path) -> None:
     """A signal before an answer stops that answer; one while the conversation is written down waits for the next."""
-    model, tokenizer = adapters.load_for_inference(str(models / MODEL), None, lambda text: None)
-    chat, ctrl_c = Chat(model, tokenizer, GenerationArguments(max_new_tokens=6), 42, None), CtrlC()
+    model, tokenizer = load_for_inference(str(models / MODEL), None, lambda text: None)
+    chat, ctrl_c = Chat(Opened(model, tokenizer, Precision()), GenerationArguments(max_new_tokens=6), 42, None), CtrlC()
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)
 
     def press(piece: str = "") -> None:
@@ -350,10 +351,10 @@ def test_evaluate_takes_its_lengths_from_the_run(
     for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-2"):
         said: list[str] = []
         values = {"model_name_or_path": str(folder), "dataset_name_or_path": str(dataset)}
-        record = finished.evaluate_finished(values, None, said.append)
+        record = evaluate_finished(values, None, said.append)
         assert record["eval_loss"] == pytest.approx(summary.eval_loss_after, abs=1e-6)
         assert record["eval_tokens"] == summary.data["dev"]["tokens"]
         assert f"src_length 9 and max_length 24, as in the run that wrote {folder}" in said
-        other = finished.evaluate_finished({**values, "max_length": 64}, None, said.append)
+        other = evaluate_finished({**values, "max_length": 64}, None, said.append)
         assert f"src_length 9, as in the run that wrote {folder}" in said
         assert other["eval_tokens"] > record["eval_tokens"]

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from sft.commands import cli
-from sft.inference.adapter import load_for_inference
+from sft.inference.open import load_for_inference
 from sft.testing import forward, load, needs, read_metrics
 
 OLD = Path(__file__).parent / "fixtures" / "before_decoder"

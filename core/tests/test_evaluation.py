@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import sft
-from sft.inference import adapter as adapters
-from sft.inference import evaluate as finished
+from sft.inference.evaluate import evaluate_finished
+from sft.inference.open import load_for_inference
 from sft.training import answer_scores as measures
 
 Train = Callable[..., sft.Summary]
@@ -51,14 +51,14 @@ def evaluate(model: Path, dataset: Path, adapter: Path | None = None, **given: A
     generations = given.pop("generations", None)
     requested = given.pop("plugins", ())
     values = {"model_name_or_path": str(model), "dataset_name_or_path": str(dataset), **given}
-    return finished.evaluate_finished(values, adapter, quiet, requested, generations)
+    return evaluate_finished(values, adapter, quiet, requested, generations)
 
 
 def loss_and_accuracy(folder: Path, run: sft.Run) -> tuple[float, float]:
     """From full logits, one record at a time, in float64."""
     import paddle
 
-    model, _ = adapters.load_for_inference(str(folder), None, quiet)
+    model, _ = load_for_inference(str(folder), None, quiet)
     loss, correct, count = 0.0, 0, 0
     assert run.dev_data is not None
     for index in range(len(run.dev_data)):
@@ -132,7 +132,7 @@ def test_answers_are_those_of_the_model_and_are_scored(train: Train, dataset: Pa
     train(plugins=(Catch,), max_steps=4, evaluation_strategy="steps", eval_steps=2, **GENERATES)
     out = tmp_path / "out"
     assert sorted(path.name for path in out.glob("generations-*")) == [f"generations-{n}.jsonl" for n in (0, 2, 4)]
-    model, tokenizer = adapters.load_for_inference(str(out), None, quiet)
+    model, tokenizer = load_for_inference(str(out), None, quiet)
     records = lines_of(dataset / "dev.json")
     for step, record in zip((0, 2, 4), Catch.records, strict=True):
         lines = lines_of(out / f"generations-{step}.jsonl")

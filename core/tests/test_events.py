@@ -61,10 +61,10 @@ def test_hooks_are_called_in_the_order_of_their_page(train: Train) -> None:
     building = [
         "sft_check",
         "sft_launch",
+        "sft_model_config",
         "sft_record_format",
         "sft_collator",
         "sft_parallel_strategy",
-        "sft_model_config",
         "sft_quantizer",
         "sft_attention_backend",
         "sft_adapt_model",

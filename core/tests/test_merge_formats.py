@@ -41,12 +41,11 @@ def write(paddle: Any, models: Path, tmp_path: Path) -> Any:
     """Write a base in a form, unchanged; the folder."""
     from sft.models.loading import open_model
     from sft.models.saving import write_merged
-    from sft.models.source import ModelFolder
 
     def make(base: Path, form: str, name: str = "merged") -> Path:
         tokenizer = Tokenizer(models / "llama-tied-gqa")
-        place = ModelFolder(base, allow_pickle=True)
-        write_merged(tmp_path / name, open_model(place), Nothing(), tokenizer, form=FORMS[form])
+        source = open_model(base, allow_pickle=True)
+        write_merged(tmp_path / name, source, Nothing(), tokenizer, form=FORMS[form])
         return tmp_path / name
 
     return make
@@ -108,7 +107,7 @@ def test_a_linear_rotary_scaling_reaches_paddlenlp(write: Any, models: Path, tmp
 
 
 def test_pickled_hugging_face_weights_are_refused(tmp_path: Path) -> None:
-    from sft.inference.adapter import merge
+    from sft.inference.merge import merge
 
     with pytest.raises(sft.UsageError, match="would need torch to pickle its tensors; leave safe_serialization true"):
         merge("base", tmp_path, tmp_path / "merged", print, form=WeightFormat("hf", safe=False))
@@ -120,9 +119,8 @@ def test_pickled_hugging_face_weights_are_refused(tmp_path: Path) -> None:
 def fingerprint_of(folder: Path) -> str:
     from sft.models.fingerprint import fingerprint
     from sft.models.loading import open_model
-    from sft.models.source import ModelFolder
 
-    return fingerprint(open_model(ModelFolder(folder, allow_pickle=True)))
+    return fingerprint(open_model(folder, allow_pickle=True))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -28,7 +28,7 @@ def test_the_config_can_be_changed_before_any_layer_exists(train: Train, models:
         @sft.hookimpl
         def sft_model_config(self, run: sft.Run, config: Any) -> None:
             assert not hasattr(run, "model")
-            config.rms_norm_eps = 0.5
+            config["rms_norm_eps"] = 0.5
 
     folder = tmp_path / "model"
     folder.mkdir()

@@ -20,7 +20,8 @@ from model_folders import TOLERANCE, largest_difference, own_logits, reference
 from safetensors.numpy import load_file, save_file
 
 import sft
-from sft.inference import adapter as adapters
+from sft.inference.open import load_for_inference
+from sft.models.adapter_folder import read_adapter
 
 CASE = "llama-tied-gqa"
 COMMANDS = ("run", "generate", "evaluate", "merge")
@@ -164,7 +165,7 @@ def test_pickles_that_the_user_asks_for_run_nothing_either(
 def test_an_index_of_other_types_is_a_sentence(paddle: Any, hostile: Path, names: Any) -> None:
     write_index(hostile, names)
     with pytest.raises(sft.UsageError, match=r"index\.json (names .* as a file of weights|is not an index of weights)"):
-        adapters.load_for_inference(str(hostile), None, print)
+        load_for_inference(str(hostile), None, print)
 
 
 @pytest.mark.parametrize("name", ["model_state.pdparams", "pytorch_model.bin"])
@@ -173,7 +174,7 @@ def test_an_index_that_is_allowed_stays_in_its_folder(paddle: Any, hostile: Path
     (tmp_path / f"outside{suffix}").write_bytes(pickle.dumps({}))
     write_index(hostile, {"x": f"../outside{suffix}"}, f"{name}.index.json")
     with pytest.raises(sft.UsageError, match=rf"names '\.\./outside\{suffix}' as a file of weights"):
-        adapters.load_for_inference(str(hostile), None, print, allow_pickle=True)
+        load_for_inference(str(hostile), None, print, allow_pickle=True)
 
 
 # --- the hub ------------------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ def test_the_hubs_links_are_followed_and_its_pickles_fetched_where_they_are_allo
     """A snapshot's files are links to ../../blobs."""
     shutil.copyfile(models / CASE / "model.safetensors", hostile / "model.safetensors")
     fetched = hub(hostile)
-    model, tokenizer = adapters.load_for_inference("some/model", None, lambda text: None)
+    model, tokenizer = load_for_inference("some/model", None, lambda text: None)
     assert (tokenizer.folder / "model.safetensors").is_symlink()
     input_ids, expected = reference(models / CASE)
     assert largest_difference(own_logits(model, input_ids), expected) < TOLERANCE
@@ -264,7 +265,7 @@ def test_the_hubs_links_are_followed_and_its_pickles_fetched_where_they_are_allo
     by_pdparams(hostile, tmp_path / "proof")
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(sft.UsageError, match=r"model_state\.pdparams calls posix\.mkdir"):
-        adapters.load_for_inference("some/model", None, lambda text: None, allow_pickle=True)
+        load_for_inference("some/model", None, lambda text: None, allow_pickle=True)
     assert "model_state.pdparams" in fetched
 
 
@@ -318,7 +319,7 @@ def test_safetensors_win_over_pickles_that_are_allowed(
     folder = variant(CASE)
     by_pdparams(folder, tmp_path / "proof")
     by_bin(folder, tmp_path / "proof")
-    model, _ = adapters.load_for_inference(str(folder), None, lambda text: None, allow_pickle=True)
+    model, _ = load_for_inference(str(folder), None, lambda text: None, allow_pickle=True)
     input_ids, expected = reference(models / CASE)
     assert largest_difference(own_logits(model, input_ids), expected) < TOLERANCE
     assert not (tmp_path / "proof").exists()
@@ -328,4 +329,4 @@ def test_a_pickled_adapter_is_refused_with_the_cure(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(sft.UsageError, match=r"adapter_model\.bin is a pickle, which is not read; write it with PEFT"):
-        adapters.read_adapter(tmp_path)
+        read_adapter(tmp_path)

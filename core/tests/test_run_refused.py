@@ -117,7 +117,7 @@ def test_settings_can_come_from_a_file(paddle: Any, models: Path, dataset: Path,
 FIRST = """
 import json, sys
 import sft
-from sft.inference import adapter as adapters
+from sft.inference.open import load_for_inference
 from sft.inference.evaluate import evaluate_finished
 for model, data, message, with_data in json.loads(sys.argv[1]):
     values = {"model_name_or_path": model, "dataset_name_or_path": data}
@@ -125,7 +125,7 @@ for model, data, message, with_data in json.loads(sys.argv[1]):
     for open_it in (
         lambda: sft.run({**values, "output_dir": sys.argv[2]}, say=said.append),
         lambda: evaluate_finished(values, None, said.append),
-        lambda: adapters.load_for_inference(model, None, said.append),
+        lambda: load_for_inference(model, None, said.append),
     ):
         try:
             open_it()

@@ -166,7 +166,6 @@ def test_a_base_in_paddles_layout_is_written_in_hugging_faces(
 ) -> None:
     from sft.models.loading import load_model, open_model
     from sft.models.saving import write_merged
-    from sft.models.source import ModelFolder
 
     case = models / "qwen2-tied-sharded"  # exact in bfloat16
     base = tmp_path / "base"
@@ -176,7 +175,7 @@ def test_a_base_in_paddles_layout_is_written_in_hugging_faces(
     paddle.save(state, str(base / "model_state.pdparams"))
     name = "model.layers.0.mlp.down_proj.weight"
     merger = Merger({name: 1.0})
-    write_merged(tmp_path / "merged", open_model(ModelFolder(base, allow_pickle=True)), merger, tokenizer)
+    write_merged(tmp_path / "merged", open_model(base, allow_pickle=True), merger, tokenizer)
     written = tensors_of(tmp_path / "merged")
     assert "lm_head.weight" in state  # paddle's state_dict has the tied matrix twice, here it comes once
     expected = in_float32(tensors_of(case))

@@ -161,7 +161,7 @@ def test_a_run_says_which_template_it_uses(
 
 
 def test_an_adapters_template_is_used_with_it(models: Path, pairs: Path, tmp_path: Path) -> None:
-    from sft.inference.adapter import trained_template
+    from sft.inference.open import trained_template
 
     adapter = tmp_path / "adapter"
     adapter.mkdir()

@@ -31,13 +31,14 @@ if TYPE_CHECKING:
     from sft.data.batches import assemble
     from sft.distributed.parts import sum_over
     from sft.fine_tune import run
-    from sft.inference.adapter import check_continued, read_adapter
+    from sft.models.adapter_folder import read_adapter
     from sft.models.layers import Target, linear_weight, module_names, target_layers
     from sft.models.outline import LinearOutline, Outline, Weight
     from sft.models.shards import parse_size
     from sft.models.sums import row_sums
     from sft.outlining import PaperRun, outline
     from sft.runtime import prepare
+    from sft.training.resume_checks import check_continued
 
 __version__ = "0.1.0"
 
@@ -49,10 +50,10 @@ _LAZY = {
     "Run": "sft.context",
     "Summary": "sft.context",
     "assemble": "sft.data.batches",
-    "check_continued": "sft.inference.adapter",
+    "check_continued": "sft.training.resume_checks",
     "module_names": "sft.models.layers",
     "prepare": "sft.runtime",
-    "read_adapter": "sft.inference.adapter",
+    "read_adapter": "sft.models.adapter_folder",
     "run": "sft.fine_tune",
     "Target": "sft.models.layers",
     "Weight": "sft.models.outline",

@@ -65,7 +65,8 @@ class Run:
 
     Attributes:
         model: The paddle model, from ``sft_adapt_model`` on.
-        source: Where the model came from: ``folder``, ``values`` (config.json), ``family``, ``config``.
+        source: Where the model comes from: ``folder``, ``values`` (config.json), ``family``, ``architecture``. From
+            ``sft_model_config`` on.
         base_fingerprint: Tells the weights that an exported adapter belongs to; see ``models/fingerprint.py``.
         resumes: Whether a checkpoint is about to be put back: what the model begins with will be replaced by what is in
             it.
@@ -73,7 +74,7 @@ class Run:
         train_data: The encoded records, from ``sft_collator`` on; None where nothing is trained.
         dev_data: Likewise; None where there are none, or none are used.
         collator: What ``sft_collator`` gave, from ``sft_parallel_strategy`` on.
-        strategy: The processes of the run (:class:`sft.ParallelStrategy`), from ``sft_model_config`` on.
+        strategy: The processes of the run (:class:`sft.ParallelStrategy`), from ``sft_quantizer`` on.
         precision: The dtypes of the run, from ``sft_collator`` on.
         arithmetic: On what the last bits of its numbers depend, as run.json has it.
         sizes: Trainable parameters and all of them, of the whole model, as numbers of values.

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sft import runtime
 from sft.context import Run, Summary
@@ -18,7 +18,7 @@ from sft.data.sources import find_files
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import read_report
-from sft.models.loading import find_usable_model
+from sft.models.loading import open_model
 from sft.models.source import find_tokenizer
 from sft.progress import Printer
 from sft.resolve import resolve
@@ -30,9 +30,6 @@ from sft.training.ending import fail, finish
 from sft.training.report import describe, summarise
 from sft.training.resume_checks import check_resumable, check_same_base, check_same_plugins
 from sft.training.run_folder import check_output, open_run_folder
-
-if TYPE_CHECKING:
-    from sft.models.source import ModelFolder
 
 
 def run(
@@ -81,37 +78,37 @@ def execute(run: Run) -> Summary:
         started, run.executes = time.time(), True
         if run.without_effect:
             run.say(listing(run.without_effect))
-        place, resumed = _read(run)
+        resumed = _read(run)
         run.say(runtime.prepare())
-        _set_up(run, place)
+        _set_up(run)
         if run.settings.training.do_train:
             return _train(run, resumed, started)
         return _only_evaluate(run, resumed, started)
 
 
-def _read(run: Run) -> tuple[ModelFolder, Checkpoint | None]:
-    """Find the model and the checkpoint that the run goes on from, if any, and read the data. Paddle is not needed."""
+def _read(run: Run) -> Checkpoint | None:
+    """Open the model, find the checkpoint that the run goes on from, if any, and read the data, all without paddle."""
     settings = run.settings
     dataset = Path(str(settings.data.dataset_name_or_path)).expanduser()
     train_files = find_files(dataset, "train") if settings.training.do_train else []
     dev_files = find_files(dataset, "dev")
     runtime.require_paddle()
-    place, architecture = find_usable_model(str(settings.model.model_name_or_path), settings.model.allow_pickle)
+    source = open_model(str(settings.model.model_name_or_path), run.plugins, settings.model.allow_pickle, run)
     resumed = read_checkpoint(settings.training.resume_from_checkpoint, run.output_dir)
     if resumed is not None:
         check_same_plugins(run, resumed)
     run.resumes = resumed is not None
     date = datetime.fromisoformat(resumed.state["date"]) if resumed is not None else None
     named = settings.model.tokenizer_name_or_path
-    run.tokenizer = Tokenizer(find_tokenizer(named) if named else place.path, date, settings.data.chat_template)
+    run.tokenizer = Tokenizer(find_tokenizer(named) if named else source.folder, date, settings.data.chat_template)
     note_unread(dataset, [*train_files, *dev_files], run.say)
     run.train_data, run.dev_data, run.samples, run.questions = read_data(
-        settings, run.plugins, run.tokenizer, run.progress, train_files, dev_files, place.path, architecture
+        settings, run.plugins, run.tokenizer, run.progress, train_files, dev_files, source.folder, source.architecture
     )
-    return place, resumed
+    return resumed
 
 
-def _set_up(run: Run, place: ModelFolder) -> None:
+def _set_up(run: Run) -> None:
     """Device, precision, collator, processes and the model itself."""
     from sft.models.setup import set_up
     from sft.training import precision
@@ -123,7 +120,7 @@ def _set_up(run: Run, place: ModelFolder) -> None:
     run.precision = precision.choose(run.settings.training, run.say)
     run.collator = run.hook.sft_collator(run=run) or PaddedCollator(run.tokenizer.pad_id)
     run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess(run)
-    set_up(run, place)
+    set_up(run)
 
 
 def _train(run: Run, resumed: Checkpoint | None, started: float) -> Summary:

@@ -62,6 +62,19 @@ def sft_launch(run: Run) -> Summary | None:
     raised as :class:`SystemExit`."""
 
 
+# --- the model's config -------------------------------------------------------------------------------------
+
+
+@hookspec
+def sft_model_config(run: Run | None, config: dict[str, Any]) -> None:
+    """Change the model's ``config.json`` in place, before anything is made of it.
+
+    Called wherever a model is opened, before its data is read, with ``run`` None outside a run: all that counts then
+    are the plugin's options. An adapter's file names the plugins that changed its base's config, with their options,
+    and brings them back; a whole model's ``config.json`` says what was changed.
+    """
+
+
 # --- data ---------------------------------------------------------------------------------------------------
 
 
@@ -86,16 +99,6 @@ def sft_collator(run: Run) -> DataCollator:
 @single
 def sft_parallel_strategy(run: Run) -> ParallelStrategy:
     """How several processes share the run, from reading the weights on. Without one: a single process."""
-
-
-@hookspec
-def sft_model_config(run: Run | None, config: Any) -> None:
-    """Change the model's config (paddlenlp ``PretrainedConfig``) in place; no layer has been built.
-
-    Called wherever the model is opened, with ``run`` None outside a run: all that counts then are the plugin's options.
-    An adapter's file names the plugins that changed its base's config, with their options, and brings them back; a
-    whole model's ``config.json`` says what was changed. What ``config.json`` cannot say is refused.
-    """
 
 
 @single

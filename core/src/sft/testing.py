@@ -97,7 +97,7 @@ def needs(*plugins: str) -> pytest.MarkDecorator:
 
 def load(model: Path | str, adapter: Path | None = None, plugins: Sequence[str] = ()) -> Any:
     """The model of a folder, with an adapter over it if one is given; ``plugins`` may name a quantizer."""
-    from sft.inference.adapter import load_for_inference
+    from sft.inference.open import load_for_inference
 
     return load_for_inference(str(model), adapter, lambda text: None, plugins)[0]
 

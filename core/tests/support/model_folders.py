@@ -19,9 +19,8 @@ TOLERANCE = 1e-4
 
 def load(folder: Path, quantizer: Any = None) -> Any:
     from sft.models.loading import load_model, open_model
-    from sft.models.source import ModelFolder
 
-    return load_model(open_model(ModelFolder(folder, allow_pickle=True)), quantizer)
+    return load_model(open_model(folder, allow_pickle=True), quantizer)
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from conftest import FIXTURES
 from safetensors.numpy import load_file, save_file
 
 import sft
-from sft.inference.adapter import merge
+from sft.inference.merge import merge
 from sft.testing import load
 
 CASES = ["llama", "qwen2-qv-rs"]

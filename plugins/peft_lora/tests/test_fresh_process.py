@@ -31,14 +31,14 @@ ELSEWHERE = """
 import sys
 from pathlib import Path
 import numpy as np
-from sft.inference import adapter as adapters
+from sft.inference.merge import merge
 from sft.testing import forward, load
 model, folder, *cases = sys.argv[1:]
 ids = np.load(Path(folder) / "ids.npy")
 for case in cases:
     adapter, merged = Path(folder) / case, Path(folder) / f"{case}-merged"
     np.save(adapter / "loaded.npy", forward(load(model, adapter), ids))
-    adapters.merge(model, adapter, merged, lambda text: None)
+    merge(model, adapter, merged, lambda text: None)
     np.save(merged / "loaded.npy", forward(load(merged), ids))
 """
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import sft
-from sft.inference import adapter as adapters
+from sft.inference.merge import merge
 from sft.testing import load
 
 CASES = {
@@ -68,7 +68,7 @@ def test_merging_gives_pefts_merged_model(
 ) -> None:
     expected = load_file(peft / case / "reference.safetensors")
     base, merged = models / CASES[case], tmp_path / "merged"
-    changed = adapters.merge(str(base), peft / case, merged, quiet)
+    changed = merge(str(base), peft / case, merged, quiet)
     assert changed == (14 if "all-linear" in case else 4)
     found = logits_of(load(merged), expected["input_ids"])
     np.testing.assert_allclose(found, expected["merged_logits"], atol=TOLERANCE, rtol=0)
@@ -85,7 +85,7 @@ def test_merging_gives_pefts_merged_model(
 def test_a_merged_weight_is_w_plus_s_b_a(paddle: Any, models: Path, peft: Path, tmp_path: Path, case: str) -> None:
     """In Hugging Face's layout: W [out, in] + s·B [out, r]·A [r, in], in float64."""
     base, merged = models / CASES[case], tmp_path / "merged"
-    adapters.merge(str(base), peft / case, merged, quiet)
+    merge(str(base), peft / case, merged, quiet)
     before, after = load_file(base / "model.safetensors"), load_file(merged / "model.safetensors")
     tensors = load_file(peft / case / "adapter_model.safetensors")
     scaling = SCALINGS[case.partition("-")[2]]
@@ -138,7 +138,7 @@ def test_an_adapter_with_patterns_gives_pefts_logits(
 ) -> None:
     expected = load_file(peft / PATTERNS / "reference.safetensors")
     base, merged = models / "llama-tied-gqa", tmp_path / "merged"
-    adapters.merge(str(base), peft / PATTERNS, merged, quiet)
+    merge(str(base), peft / PATTERNS, merged, quiet)
     for model, name in ((load(base, peft / PATTERNS), "logits"), (load(merged), "merged_logits")):
         np.testing.assert_allclose(logits_of(model, expected["input_ids"]), expected[name], atol=TOLERANCE, rtol=0)
 
@@ -196,7 +196,7 @@ def test_a_written_adapter_over_a_fresh_base_is_the_trained_model(
     base = models / "llama-tied-gqa"
     np.testing.assert_array_equal(logits_of(load(base, tmp_path / "out"), input_ids), trained[0])
     assert np.abs(logits_of(load(base), input_ids) - trained[0]).max() > 0.01
-    adapters.merge(str(base), tmp_path / "out", tmp_path / "merged", quiet)
+    merge(str(base), tmp_path / "out", tmp_path / "merged", quiet)
     merged = logits_of(load(tmp_path / "merged"), input_ids)
     assert np.abs(merged - trained[0]).max() < 1e-5 * np.abs(trained[0]).max()
 

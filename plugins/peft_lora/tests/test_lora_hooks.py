@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import sft
-from sft.inference import adapter as adapters
+from sft.inference.merge import merge
 from sft.testing import load
 
 RANK, ALPHA = 4, 8.0
@@ -155,7 +155,7 @@ def test_what_is_exported_adds_the_same_to_the_original_base(
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (2 * RANK, 2 * ALPHA, False)
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {2 * RANK}
-    adapters.merge(str(base), tmp_path / "out", tmp_path / "merged", lambda text: None)
+    merge(str(base), tmp_path / "out", tmp_path / "merged", lambda text: None)
     adapted = load(base, tmp_path / "out")
     merged = load(tmp_path / "merged")
     for model in (adapted, merged):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import sft
-from sft.inference import adapter as adapters
+from sft.inference.merge import merge
 from sft.testing import load
 
 
@@ -42,7 +42,7 @@ def test_more_than_lora_is_refused_and_not_left_out(
     with pytest.raises(sft.UsageError, match=message):
         load(base, folder)
     with pytest.raises(sft.UsageError, match=message):
-        adapters.merge(str(base), folder, tmp_path / "merged", quiet)
+        merge(str(base), folder, tmp_path / "merged", quiet)
     with pytest.raises(sft.UsageError, match=message):
         train(lora_path=str(folder))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
@@ -59,7 +59,7 @@ def test_an_adapter_over_a_base_that_its_start_changed_is_refused(
     with pytest.raises(sft.UsageError, match=message):
         load(base, folder)
     with pytest.raises(sft.UsageError, match=message):
-        adapters.merge(str(base), folder, tmp_path / "merged", quiet)
+        merge(str(base), folder, tmp_path / "merged", quiet)
     with pytest.raises(sft.UsageError, match=message):
         train(lora_path=str(folder))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
@@ -126,7 +126,7 @@ def test_an_adapter_of_more_than_blocks_is_refused_by_its_target(
     with pytest.raises(sft.UsageError, match=message):
         load(models / "llama-tied-gqa", folder)
     with pytest.raises(sft.UsageError, match=message):
-        adapters.merge(str(models / "llama-tied-gqa"), folder, tmp_path / "merged", quiet)
+        merge(str(models / "llama-tied-gqa"), folder, tmp_path / "merged", quiet)
     with pytest.raises(sft.UsageError, match=message):
         train(lora_path=str(folder))
 
@@ -160,7 +160,7 @@ def test_an_adapter_of_another_model_is_refused(train: Any, models: Path, peft: 
     with pytest.raises(sft.UsageError, match=message):
         train(model_name_or_path=str(base), lora_path=str(adapter))
     with pytest.raises(sft.UsageError, match=r"[kv]_proj is 16x32 and the model's .* is 32x32; it belongs to another"):
-        adapters.merge(str(base), adapter, tmp_path / "merged", quiet)
+        merge(str(base), adapter, tmp_path / "merged", quiet)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -171,7 +171,7 @@ def test_an_adapter_of_a_deeper_model_is_refused(paddle: Any, models: Path, vari
     with pytest.raises(sft.UsageError, match=r"has weights for model\.layers\.9\.mlp\.up_proj"):
         load(base, folder)
     with pytest.raises(sft.UsageError, match=r"no place for \(model\.layers\.9\.mlp\.up_proj\)"):
-        adapters.merge(str(base), folder, tmp_path / "merged", quiet)
+        merge(str(base), folder, tmp_path / "merged", quiet)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
@@ -180,5 +180,5 @@ def test_merging_does_not_write_into_a_folder_that_holds_something(
 ) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(sft.UsageError, match="already exists and is not empty"):
-        adapters.merge(str(models / "llama-tied-gqa"), peft / "llama-lora-qv-rs", tmp_path, quiet)
+        merge(str(models / "llama-tied-gqa"), peft / "llama-lora-qv-rs", tmp_path, quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

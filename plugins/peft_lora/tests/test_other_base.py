@@ -16,9 +16,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import sft
-from sft.inference import adapter as adapters
+from sft.inference.open import load_for_inference
+from sft.models.adapter_folder import FINGERPRINT
 from sft.testing import needs
-from sft.training.base import FINGERPRINT
 
 Train = Callable[..., sft.Summary]
 OTHER = "note: the adapter was trained over other weights than those of"
@@ -78,7 +78,7 @@ class Stretch(sft.Plugin):
 
     @sft.hookimpl
     def sft_model_config(self, run: sft.Run | None, config: Any) -> None:
-        config.rope_scaling_type, config.rope_scaling_factor = "linear", self.options.stretch_factor
+        config.update(rope_scaling_type="linear", rope_scaling_factor=self.options.stretch_factor)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_a_run_that_goes_on_from_an_adapter_compares_what_changed_its_base(
         assert notes(train, **{**more, "plugin": "lora", "weight_quantize_algo": "nf4"}, **{option: before}) == []
     name = plugins[0].name if plugins else "nf4"
     assert note == (
-        f"note: the adapter was trained over a base that plugin {name} changes with {option} {before}, and this run "
-        f"has {now}; over this base it means something else"
+        f"note: the adapter was trained over a base that plugin {name} changes with {option} {before}, and here "
+        f"with {now}; over this base it means something else"
     )
 
 
@@ -146,7 +146,7 @@ def test_an_adapter_without_a_fingerprint_is_told_by_the_base_that_it_names(
     shutil.copytree(base_model, copy)
     assert notes(train, lora_path=str(adapter), model_name_or_path=str(copy)) == []
     said: list[str] = []
-    adapters.load_for_inference(str(other), adapter, said.append)
+    load_for_inference(str(other), adapter, said.append)
     assert sum(line.startswith(OTHER) for line in said) == 1
 
 
@@ -158,7 +158,7 @@ def test_a_base_that_is_not_here_is_told_by_its_name(
 ) -> None:
     adapter = stranger(named and named.format(base_model.name.upper()))
     said: list[str] = []
-    adapters.load_for_inference(str(base_model), adapter, said.append)
+    load_for_inference(str(base_model), adapter, said.append)
     found = [line for line in said if line.startswith("note:")]
     assert found == (
         [
@@ -186,7 +186,7 @@ def test_a_base_that_cannot_be_read_is_told_by_its_name(
     for named in ("~nosuchuser/x", "a\0b", "x" * 5000, str(scalars), str(eights)):
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": named}))
         said: list[str] = []
-        adapters.load_for_inference(str(base_model), adapter, said.append)
+        load_for_inference(str(base_model), adapter, said.append)
         (note,) = (line for line in said if line.startswith("note:"))
         assert note.startswith(("note: the adapter names ", OTHER)), note
 
@@ -198,7 +198,7 @@ def test_a_base_in_the_hubs_cache_has_the_repositorys_name(
     shutil.copytree(base_model, snapshot)
     adapter = stranger("some/tiny-1b")
     said: list[str] = []
-    adapters.load_for_inference(str(snapshot), adapter, said.append)
+    load_for_inference(str(snapshot), adapter, said.append)
     assert not any(line.startswith("note:") for line in said)
 
 

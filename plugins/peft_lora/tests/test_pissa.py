@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import sft
-from sft.inference import adapter as adapters
+from sft.inference.merge import merge
 from sft.testing import load, needs
 
 Adapt = Callable[..., sft.Run]
@@ -238,7 +238,7 @@ def test_what_is_written_is_a_plain_lora_of_twice_the_rank_over_the_original_bas
     base = models / "llama-tied-gqa"
     adapted = load(base, tmp_path / "out")
     assert {type(layer).__name__ for layer in adapted.sublayers() if hasattr(layer, "lora_A")} == {"LoraLinear"}
-    adapters.merge(str(base), tmp_path / "out", tmp_path / "merged", quiet)
+    merge(str(base), tmp_path / "out", tmp_path / "merged", quiet)
     merged = load(tmp_path / "merged")
     for model in (adapted, merged):
         assert np.abs(logits_of(model, input_ids) - trained[0]).max() < 1e-5 * np.abs(trained[0]).max()
@@ -260,7 +260,7 @@ def test_trap_a_merge_adds_to_the_residual_and_not_to_the_weight(train: Any, mod
     """W + s(AB − A₀B₀); with nothing learned, that is W."""
     base = models / "llama-tied-gqa"
     train("out", plugin=PLUGINS, lora_rank=RANK, learning_rate=0.0, max_steps=1)
-    adapters.merge(str(base), tmp_path / "out", tmp_path / "merged", quiet)
+    merge(str(base), tmp_path / "out", tmp_path / "merged", quiet)
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     for name, weight in before.items():
         np.testing.assert_allclose(after[name], weight, atol=1e-6, err_msg=name)

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import sft
-from sft.inference import adapter as adapters
+from sft.inference.merge import merge
 from sft.testing import load, needs
 
 Adapt = Callable[..., sft.Run]
@@ -88,7 +88,7 @@ def test_what_is_written_says_use_rslora_and_is_the_trained_model(
     adapted = load(base, tmp_path / "out")
     np.testing.assert_array_equal(logits_of(adapted, input_ids), trained[0])
 
-    adapters.merge(str(base), tmp_path / "out", tmp_path / "merged", lambda text: None)
+    merge(str(base), tmp_path / "out", tmp_path / "merged", lambda text: None)
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     name = "model.layers.1.mlp.down_proj"

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import sft
-from sft.inference import adapter as adapters
+from sft.inference.merge import merge
 from sft.testing import load, needs
 
 CASES = ["llama-vera-all-linear", "llama-vera-qv"]
@@ -52,7 +52,7 @@ def test_merging_gives_pefts_merged_model(
     paddle: Any, base: Path, peft: Path, tmp_path: Path, logits_of: Any, case: str
 ) -> None:
     expected = load_file(peft / case / "reference.safetensors")
-    changed = adapters.merge(str(base), peft / case, tmp_path / "merged", quiet)
+    changed = merge(str(base), peft / case, tmp_path / "merged", quiet)
     assert changed == (14 if "all-linear" in case else 4)
     found = logits_of(load(tmp_path / "merged"), expected["input_ids"])
     np.testing.assert_allclose(found, expected["merged_logits"], atol=TOLERANCE, rtol=0)
@@ -63,7 +63,7 @@ def test_merging_gives_pefts_merged_model(
 @pytest.mark.parametrize("case", CASES)
 def test_a_merged_weight_is_w_plus_b_b_d_a(paddle: Any, base: Path, peft: Path, tmp_path: Path, case: str) -> None:
     """In Hugging Face's layout: W [out, in] + diag(b)·B[:out]·diag(d)·A[:, :in], in float64."""
-    adapters.merge(str(base), peft / case, tmp_path / "merged", quiet)
+    merge(str(base), peft / case, tmp_path / "merged", quiet)
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     tensors = {n: t.astype(np.float64) for n, t in load_file(peft / case / "adapter_model.safetensors").items()}
     A, B = tensors["base_model.vera_A"], tensors["base_model.vera_B"]
@@ -124,7 +124,7 @@ def test_a_written_adapter_over_a_fresh_base_is_the_trained_model(
     train(plugins=(look,), **settings)
     np.testing.assert_array_equal(logits_of(load(base, tmp_path / "out"), input_ids), trained[0])
     assert np.abs(logits_of(load(base), input_ids) - trained[0]).max() > 0.01
-    adapters.merge(str(base), tmp_path / "out", tmp_path / "merged", quiet)
+    merge(str(base), tmp_path / "out", tmp_path / "merged", quiet)
     merged = logits_of(load(tmp_path / "merged"), input_ids)
     assert np.abs(merged - trained[0]).max() < 1e-5 * np.abs(trained[0]).max()
 
@@ -137,7 +137,7 @@ def test_over_a_quantized_base_too(
     train(plugins=(look,), plugin=["vera", "nf4"])
     adapted = load(base, tmp_path / "out")
     np.testing.assert_array_equal(logits_of(adapted, input_ids), trained[0])
-    adapters.merge(str(base), tmp_path / "out", tmp_path / "merged", quiet)
+    merge(str(base), tmp_path / "out", tmp_path / "merged", quiet)
     merged = logits_of(load(tmp_path / "merged"), input_ids)
     assert np.abs(merged - trained[0]).max() < 1e-5 * np.abs(trained[0]).max()
 
@@ -190,7 +190,7 @@ def test_trap_projections_that_were_not_saved_are_refused_and_not_drawn_again(
     with pytest.raises(sft.UsageError, match=message):
         load(base, folder)
     with pytest.raises(sft.UsageError, match=message):
-        adapters.merge(str(base), folder, tmp_path / "merged", quiet)
+        merge(str(base), folder, tmp_path / "merged", quiet)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_an_adapter_that_does_not_fit_the_model_is_refused(
     with pytest.raises(sft.UsageError, match=r"has vectors for model\.layers\.0\.\S+, which do not fit this model"):
         load(base, folder)
     with pytest.raises(sft.UsageError, match=r"does not fit the model's model\.layers\.0\.\S+; it belongs to another"):
-        adapters.merge(str(base), folder, tmp_path / "merged", quiet)
+        merge(str(base), folder, tmp_path / "merged", quiet)
 
 
 def test_an_adapter_of_a_deeper_model_is_refused(paddle: Any, base: Path, variant: Any, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_an_adapter_of_a_deeper_model_is_refused(paddle: Any, base: Path, varian
     with pytest.raises(sft.UsageError, match=r"has vectors for model\.layers\.9\.mlp\.up_proj"):
         load(base, folder)
     with pytest.raises(sft.UsageError, match=r"no place for \(model\.layers\.9\.mlp\.up_proj\)"):
-        adapters.merge(str(base), folder, tmp_path / "merged", quiet)
+        merge(str(base), folder, tmp_path / "merged", quiet)
 
 
 def test_a_rank_that_is_not_the_configs_is_refused(paddle: Any, base: Path, variant: Any) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,7 +15,6 @@ from sft.commands.shared import (
     GENERATION,
     SEED,
     TEMPLATE,
-    generation_of,
     given,
     lines_of_standard_input,
     model_options,
@@ -24,6 +23,12 @@ from sft.commands.shared import (
 )
 from sft.errors import UsageError
 from sft.seams import Turn
+from sft.settings.arguments import check_draw
+
+if TYPE_CHECKING:
+    from sft.inference.open import Opened
+
+USES = ("sft chat", ("sft_model_config", "sft_quantizer"))
 
 HELP = "/exit or Ctrl-D leaves, /reset forgets the conversation, /system TEXT sets the system message, Ctrl-C stops."
 _ANYWHERE = nullcontext()
@@ -44,26 +49,21 @@ def command(model: str, adapter: str | None, plugins: tuple[str, ...], system: s
 
     Without a terminal, the lines of standard input are the turns, and standard output has the answers.
     """
-    from sft.inference.adapter import load_for_inference, plugins_for, refuse_idle
+    from sft.inference.open import opened, settings_for
 
-    generation, seed = generation_of(settings)
-    typed = given(settings)
-    template, allow_pickle = typed.get("chat_template"), typed.get("allow_pickle", False)
     folder = Path(adapter) if adapter else None
-    active = plugins_for(folder, plugins)
-    refuse_idle(active, plugins, ("sft_model_config", "sft_quantizer"), "sft chat")
-    loaded, tokenizer = load_for_inference(
-        model, folder, say, plugins=active, chat_template=template, allow_pickle=allow_pickle
-    )
-    chat = Chat(loaded, tokenizer, generation, seed, system)
-    if tokenizer.chat_template is None:
-        say("note: this model has no chat template, so turns follow each other as they are")
-    if not sys.stdin.isatty():
-        _talk(chat, lines_of_standard_input(), _ANYWHERE)
-        return
-    say(HELP)
-    with CtrlC().heard() as ctrl_c:
-        _talk(chat, _typed(ctrl_c), ctrl_c)
+    chosen, active = settings_for(folder, plugins, {"model_name_or_path": model, **given(settings)}, USES)
+    check_draw(chosen.generation)
+    with opened(chosen, active, folder, say) as found:
+        chat = Chat(found, chosen.generation, chosen.training.seed, system)
+        if found.tokenizer.chat_template is None:
+            say("note: this model has no chat template, so turns follow each other as they are")
+        if not sys.stdin.isatty():
+            _talk(chat, lines_of_standard_input(), _ANYWHERE)
+            return
+        say(HELP)
+        with CtrlC().heard() as ctrl_c:
+            _talk(chat, _typed(ctrl_c), ctrl_c)
 
 
 def _talk(chat: Chat, lines: Iterable[str], stoppable: AbstractContextManager[Any]) -> None:
@@ -86,8 +86,9 @@ def _talk(chat: Chat, lines: Iterable[str], stoppable: AbstractContextManager[An
 class Chat:
     """A conversation: its turns, and the model that answers."""
 
-    def __init__(self, model: Any, tokenizer: Any, generation: Any, seed: int, system: str | None) -> None:
-        self.model, self.tokenizer, self.generation, self.seed = model, tokenizer, generation, seed
+    def __init__(self, opened: Opened, generation: Any, seed: int, system: str | None) -> None:
+        self.model, self.tokenizer, self.precision = opened.model, opened.tokenizer, opened.precision
+        self.generation, self.seed = generation, seed
         self.system = system
         self.turns: list[Turn] = []
         """What has been said and is not forgotten, without the system message."""
@@ -114,7 +115,7 @@ class Chat:
             show(piece)
 
         try:
-            with stoppable:
+            with stoppable, self.precision.autocast():
                 answers(self.model, self.tokenizer, [ids], self.generation, self.seed, keep)
         finally:
             if pieces:

@@ -15,7 +15,6 @@ from sft.commands.shared import (
     GENERATION,
     SEED,
     TEMPLATE,
-    generation_of,
     given,
     lines_of_standard_input,
     model_options,
@@ -25,12 +24,14 @@ from sft.commands.shared import (
 from sft.errors import UsageError
 from sft.progress import Progress, Task
 from sft.seams import Turn
+from sft.settings.arguments import Settings, check_draw
 
 if TYPE_CHECKING:
+    from sft.inference.open import Opened
     from sft.plugins.registry import Plugins
 
 BATCH_SIZE = 8
-HOOKS = ("sft_model_config", "sft_quantizer", "sft_record_format")
+USES = ("sft generate", ("sft_model_config", "sft_quantizer", "sft_record_format"))
 
 
 @click.command(name="generate")
@@ -68,44 +69,48 @@ def command(
     everything else to standard error. The likeliest token is taken at each step (top_k 1); --top_k 0 or another
     number draws, with top_p and temperature.
     """
-    from sft.inference.adapter import load_for_inference, plugins_for, refuse_idle
+    from sft.inference.open import opened, settings_for
 
-    generation, seed = generation_of(settings)
-    typed = given(settings)
-    template, allow_pickle = typed.get("chat_template"), typed.get("allow_pickle", False)
     if prompts and file:
         raise UsageError("--prompt and --prompts_file are both given; leave one of them out.")
     if stream and (as_json or (batch_size or 1) > 1):
         raise UsageError("--stream prints one answer at a time, as text; leave --json and --batch_size out.")
     folder = Path(adapter) if adapter else None
-    active = plugins_for(folder, plugins)
-    refuse_idle(active, plugins, HOOKS, "sft generate")
+    chosen, active = settings_for(folder, plugins, {"model_name_or_path": model, **given(settings)}, USES)
+    check_draw(chosen.generation)
     questions = list(_records(Path(file), active) if file else _texts(prompts or _standard_input()))
     if not questions:
         raise UsageError(f"{file or 'Standard input'} has no prompt; give --prompt TEXT, a file or lines of text.")
     if stream is None:
         stream = len(questions) == 1 and sys.stdout.isatty() and not as_json
-    loaded, tokenizer = load_for_inference(
-        model, folder, say, plugins=active, chat_template=template, allow_pickle=allow_pickle
-    )
+    size = 1 if stream else batch_size or BATCH_SIZE
+    with opened(chosen, active, folder, say) as found:
+        _answer(found, chosen, questions, size, stream, as_json)
 
+
+def _answer(
+    found: Opened, chosen: Settings, questions: list[tuple[list[Turn], str | None]], size: int, stream: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Answer the ``questions``, ``size`` at a time, and print the answers."""
     from sft.data.encoding import encode_prompt
     from sft.models.generation import answers, check_room, unit
 
+    generation, tokenizer = chosen.generation, found.tokenizer
     encoded = [encode_prompt(turns, tokenizer) for turns, _ in questions]
     for ids in encoded:  # before the first answer
-        check_room(ids, generation, loaded.architecture.positions)
-    size = 1 if stream else batch_size or BATCH_SIZE
+        check_room(ids, generation, found.model.architecture.positions)
     with (
         # A stream of answers itself shows how far it is.
         Progress((lambda _: None) if stream else say) as progress,
         progress.task("answering", unit(len(questions)), len(questions), of_units=False) as task,
+        found.precision.autocast(),
     ):
         for start in range(0, len(questions), size):
             batch, show = encoded[start : start + size], _show if stream else None
             advanced = partial(_advance, task, start)
-            found = answers(loaded, tokenizer, batch, generation, seed, show, advanced)
-            for text, (turns, reference) in zip(found, questions[start : start + size], strict=True):
+            texts = answers(found.model, tokenizer, batch, generation, chosen.training.seed, show, advanced)
+            for text, (turns, reference) in zip(texts, questions[start : start + size], strict=True):
                 if as_json:
                     line = {"prompt": turns[-1].content, "answer": text}
                     line.update({} if reference is None else {"reference": reference})

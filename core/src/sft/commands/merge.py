@@ -54,7 +54,7 @@ def command(
     Weights are streamed, at most one file of them in memory: float32 arithmetic, and on disk the
     base's dtype (float32 over a quantized base, or with --dtype float32).
     """
-    from sft.inference.adapter import merge
+    from sft.inference.merge import merge
     from sft.models.shards import WeightFormat, parse_size
     from sft.progress import Printer
 

@@ -11,11 +11,14 @@ import click
 from sft.errors import UsageError
 from sft.options import Option, convert
 from sft.progress import Printer
-from sft.settings.arguments import GenerationArguments, check_draw, core_options
+from sft.settings.arguments import core_options
 
 MODEL = ("--model_name_or_path", "--model-name-or-path", "model")
 PLUGIN = ("--plugin", "plugins")
 ADAPTER = ("--adapter_path", "--adapter-path", "--lora_path", "--lora-path", "adapter")
+
+OPENING = ("allow_pickle", "device", "bf16", "fp16", "fp16_opt_level", "require_precision")
+"""The settings that say how a model is opened and in which precision it computes, in a run too."""
 
 GENERATION = ("max_new_tokens", "top_k", "top_p", "temperature", "seed")
 """The settings that say how answers are drawn."""
@@ -33,7 +36,7 @@ def model_options(plugin: str) -> Callable[[Any], Any]:
         function = click.option(*ADAPTER, help="An adapter for it: the folder that a run wrote, or any PEFT adapter.")(
             function
         )
-        function = setting_options("allow_pickle")(function)
+        function = setting_options(*OPENING)(function)
         return click.option(*MODEL, required=True, help="The model: a directory, a weight file in one, or a hub name.")(
             function
         )
@@ -79,15 +82,6 @@ def given(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that were typed, checked."""
     declared = core_options()
     return {name: convert(declared[name], value) for name, value in values.items() if value is not None}
-
-
-def generation_of(values: Mapping[str, Any]) -> tuple[GenerationArguments, int]:
-    """How answers are drawn, and the seed, from the options of :data:`GENERATION`."""
-    typed = given({name: values[name] for name in GENERATION})
-    seed = typed.pop("seed", core_options()["seed"].default)
-    generation = GenerationArguments(**typed)
-    check_draw(generation)
-    return generation, seed
 
 
 def lines_of_standard_input() -> Iterator[str]:

@@ -59,19 +59,20 @@ def read_data(
 ) -> RunData:
     """Read, check and encode every record, and say what became of them.
 
-    ``sizes`` are those that ``config.json`` of the folder ``model`` gives. Where no plugin may change them, data that
-    is too large for the model is refused here; otherwise when the model is set up.
+    ``sizes`` are those of the model in the folder ``model``; data that is too large for it is refused.
     """
     data, training, say = settings.data, settings.training, progress.say
-    is_final = plugins.provider("sft_model_config") is None
-    if is_final:
-        check_vocabulary(tokenizer, model, sizes.vocabulary)
+    if tokenizer.vocab_size > sizes.vocabulary:
+        raise UsageError(
+            f"{model}: its tokenizer has {tokenizer.vocab_size} tokens, its model {sizes.vocabulary}; they do not "
+            "belong together."
+        )
     tokens_of = partial(
         encode,
         tokenizer=tokenizer,
         src_length=data.src_length,
         max_length=data.max_length,
-        room=(model, sizes.positions) if is_final else None,
+        room=(model, sizes.positions),
     )
     say(f"chat template: {tokenizer.template_name}")
 
@@ -105,6 +106,7 @@ def read_data(
     train: Data | None = None
     if train_files:
         train = (streamed if data.lazy else encoded)(train_files, "train")
+        train.check_fits(model, sizes.positions)  # reads the first window of a stream
     dev = encoded(dev_files, "dev") if uses_dev else None
     needs_dev = training.evaluation_strategy != "no" or training.do_eval
     if not training.do_train and dev is None:
@@ -134,12 +136,4 @@ def note_unread(dataset: Path, files: list[Path], say: Callable[[str], None]) ->
         say(
             f"note: {', '.join(names[:3])}{more} in {dataset} {'are' if len(names) > 1 else 'is'} not read; dev data "
             "is what is called dev or validation, and sft evaluate measures any file that it is given"
-        )
-
-
-def check_vocabulary(tokenizer: Tokenizer, folder: Path, size: int) -> None:
-    """Refuse a model that has no embedding for some of the tokenizer's tokens."""
-    if tokenizer.vocab_size > size:
-        raise UsageError(
-            f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model {size}; they do not belong together."
         )

@@ -1,6 +1,6 @@
-"""A finished model or adapter measured on data, with the numbers that a run in float32 would have found at its end.
+"""A finished model or adapter measured on data: the numbers that a run in the same precision finds at its end.
 
-What was trained in bfloat16 or float16 is measured in float32 too, so its numbers differ by that rounding.
+Without bf16 or fp16 that is float32, also for what was trained in another precision.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ from sft.context import Run
 from sft.data.batches import PaddedCollator
 from sft.data.reading import note_unread, read_data
 from sft.data.sources import find_files
-from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import make_folder, read_report
-from sft.inference.adapter import load_with, refuse_idle, settings_for, trained_template
-from sft.models.loading import find_usable_model
+from sft.inference.open import load_adapted, settings_for, tokenizer_of, use
+from sft.models.loading import open_model
 from sft.options import options_of
-from sft.precision import Precision
 from sft.settings.arguments import GenerationArguments, check_draw
 
 LENGTHS = ("src_length", "max_length")
 """Settings of the data that decide what is measured."""
-HOOKS = ("sft_model_config", "sft_quantizer", "sft_attention_backend", "sft_record_format")
+USES = ("sft evaluate", ("sft_model_config", "sft_quantizer", "sft_attention_backend", "sft_record_format"))
 
 
 def evaluate_finished(
@@ -44,8 +42,7 @@ def evaluate_finished(
     started = time.monotonic()
     model = Path(str(given.get("model_name_or_path"))).expanduser()
     lengths = {} if all(name in given for name in LENGTHS) else _trained_lengths(adapter or model)
-    settings, plugins = settings_for(adapter, requested, {**lengths, **given})
-    refuse_idle(plugins, requested, HOOKS, "sft evaluate")
+    settings, plugins = settings_for(adapter, requested, {**lengths, **given}, USES)
     check_draw(settings.generation)
     run = Run(settings, plugins, say)
     taken = [f"{name} {value}" for name, value in lengths.items() if name not in given]
@@ -62,33 +59,32 @@ def evaluate_finished(
             raise UsageError(f"{names}: no answers are asked for; set eval_with_do_generation, or leave it out.")
     if generations is not None:
         make_folder(generations.parent)
-    with run.progress:
+    with run.progress, runtime.restored(settings.training.device):
         return {**_measure(run, files, adapter, generations), "eval_seconds": round(time.monotonic() - started, 3)}
 
 
 def _measure(run: Run, files: list[Path], adapter: Path | None, generations: Path | None) -> dict[str, Any]:
     runtime.require_paddle()
     settings, plugins = run.settings, run.plugins
-    place, architecture = find_usable_model(str(settings.model.model_name_or_path), settings.model.allow_pickle)
-    run.tokenizer = Tokenizer(place.path, chat_template=settings.data.chat_template or trained_template(adapter))
+    source = open_model(str(settings.model.model_name_or_path), plugins, settings.model.allow_pickle, run)
+    run.tokenizer = tokenizer_of(source, settings, adapter)
     _, run.dev_data, run.samples, run.questions = read_data(
-        settings, plugins, run.tokenizer, run.progress, [], files, place.path, architecture
+        settings, plugins, run.tokenizer, run.progress, [], files, source.folder, source.architecture
     )
-    assert run.dev_data is not None
     run.say(runtime.prepare())
 
-    from sft.models.loading import open_model
-    from sft.models.setup import check_model
+    from sft.models.setup import check_attention, check_questions
     from sft.training.evaluation import dev_loss, score
     from sft.training.strategy import SingleProcess
 
-    run.precision = Precision()
+    check_questions(run)
+    run.precision = use(settings, run.say)
     run.collator = PaddedCollator(run.tokenizer.pad_id)
     run.strategy = SingleProcess(run)
-    run.source = open_model(place, plugins)
-    check_model(run, place.path, run.dev_data)
-    run.model = load_with(plugins, run.source, adapter, run.progress)
-    backend = plugins.hook.sft_attention_backend(run=run, config=run.source.architecture)
+    backend = plugins.hook.sft_attention_backend(run=run, config=source.architecture)
+    if backend is not None:
+        check_attention(run, backend)
+    run.model = load_adapted(source, settings, plugins, adapter, run.precision, run.progress)
     run.model.attention = backend or run.model.attention
     record = dev_loss(run)
     if run.questions:

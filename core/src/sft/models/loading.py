@@ -24,7 +24,6 @@ from sft.progress import Progress
 if TYPE_CHECKING:
     import numpy as np
 
-    from sft.context import Run
     from sft.plugins.registry import Plugins
     from sft.seams import ParallelStrategy, Quantizer
 
@@ -52,38 +51,43 @@ class ModelSource:
         return Weights(self.place, self.family)
 
 
-def open_model(place: Path | ModelFolder, plugins: Plugins | None = None, run: Run | None = None) -> ModelSource:
-    """Read and check ``config.json``, and let ``plugins`` change what it says, as wherever the model is opened."""
-    place = place if isinstance(place, ModelFolder) else ModelFolder(place)
-    values = read_config(place.path)
-    family = family_of(values, place.path)
+def open_model(
+    name_or_path: str | Path,
+    plugins: Plugins | None = None,
+    allow_pickle: bool = False,
+    run: Any = None,
+    weights: bool = True,
+) -> ModelSource:
+    """The one door to a model: its ``config.json`` is read, changed by ``plugins`` (``sft_model_config``) and checked.
+
+    ``name_or_path`` is a directory, a weight file in one, or a hub name. A config that cannot be computed is refused
+    before weights are downloaded, and weights that may not be read (see ``find_model``) before paddle is imported; with
+    ``weights`` false nobody looks for them. ``run`` is what the hook gets, and its ``source`` is set. Raises
+    :class:`UsageError`.
+    """
+    name = str(name_or_path)
+    folder = find_config(name)
+    values = read_config(folder)
+    family = family_of(values, folder)
+    architecture = family.architecture(values, folder)
+    place = ModelFolder(folder)
+    if weights:
+        place = find_model(name, allow_pickle)
+        weight_files(place)
     generation = place.path / "generation_config.json"
     kept = generation.read_bytes() if generation.is_file() else None
-    source = ModelSource(place, values, family, family.architecture(values, place.path), generation=kept)
+    source = ModelSource(place, values, family, architecture, generation=kept)
     if run is not None:
         run.source = source
     if plugins is None:
         return source
-    for name in plugins.implementing("sft_model_config"):
-        before = copy.deepcopy(source.values)
-        plugins.ask(name, "sft_model_config", run=run, config=source.values)
-        if source.values != before:
-            source.architecture = family.architecture(source.values, f"{place.path}, as plugin {name} changes it")
-            source.changed_by += (name,)
+    for plugin in plugins.implementing("sft_model_config"):
+        before = copy.deepcopy(values)
+        plugins.ask(plugin, "sft_model_config", run=run, config=values)
+        if values != before:
+            source.architecture = family.architecture(values, f"{place.path}, as plugin {plugin} changes it")
+            source.changed_by += (plugin,)
     return source
-
-
-def find_usable_model(name_or_path: str, allow_pickle: bool = False) -> tuple[ModelFolder, Architecture]:
-    """The folder of a model whose ``config.json`` and weight files can be used (see ``find_model``), and what it is.
-
-    What it refuses is refused before weights are downloaded or paddle is imported.
-    """
-    folder = find_config(name_or_path)
-    values = read_config(folder)
-    architecture = family_of(values, folder).architecture(values, folder)
-    place = find_model(name_or_path, allow_pickle)
-    weight_files(place)
-    return place, architecture
 
 
 def load_model(

@@ -1,10 +1,9 @@
-"""The model of a run: config, weights, attention and adapters, each with the plugins that have a say in it."""
+"""The model of a run: weights, attention and adapters, each with the plugins that have a say in it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sft.data.reading import check_vocabulary
 from sft.errors import UsageError
 from sft.models import loading
 from sft.models.fingerprint import fingerprint
@@ -12,29 +11,22 @@ from sft.models.generation import check_room
 from sft.models.layers import held_by, sizes, trainable
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sft.context import Run
-    from sft.data.batches import Data
-    from sft.models.source import ModelFolder
 
 
-def set_up(run: Run, place: ModelFolder) -> None:
-    """Open the model in ``place``, fill it with weights, and let plugins adapt it: :attr:`run.source` and
-    :attr:`run.model`.
+def set_up(run: Run) -> None:
+    """Build the model of :attr:`run.source`, fill it with weights, and let plugins adapt it: :attr:`run.model`.
 
     Each plugin that has a say in it is asked. Raises :class:`UsageError` where plugins, model and data do not go
     together.
     """
-    loading.open_model(place, run.plugins, run)
     if run.exports_adapter:
         run.base_fingerprint = fingerprint(run.source)
-    architecture = run.source.architecture
-    check_model(run, place.path, *(data for data in (run.train_data, run.dev_data) if data is not None))
+    check_questions(run)
     quantizer = run.hook.sft_quantizer(run=run)
-    backend = run.hook.sft_attention_backend(run=run, config=architecture)
+    backend = run.hook.sft_attention_backend(run=run, config=run.source.architecture)
     if backend is not None:
-        _check_packing(run, backend)
+        check_attention(run, backend)
     run.model = loading.load_model(run.source, quantizer, run.precision.weights, run.strategy, run.progress)
     run.model.attention = backend or run.model.attention
     if run.settings.training.recompute:
@@ -57,18 +49,14 @@ def set_up(run: Run, place: ModelFolder) -> None:
     run.say(f"model: {total:,} parameters, {count:,} train ({100 * count / total:.2f} %){held}")
 
 
-def check_model(run: Run, folder: Path, *data: Data) -> None:
-    """Refuse a model that cannot read the tokenizer's tokens, a record of ``data``, or a prompt with its answer."""
-    architecture = run.source.architecture
-    check_vocabulary(run.tokenizer, folder, architecture.vocabulary)
-    for records in data:
-        records.check_fits(folder, architecture.positions)
+def check_questions(run: Run) -> None:
+    """Refuse a prompt that has no room in the model together with its answer."""
     for question in [*run.samples, *run.questions]:
-        check_room(question.ids, run.settings.generation, architecture.positions)
+        check_room(question.ids, run.settings.generation, run.source.architecture.positions)
 
 
-def _check_packing(run: Run, backend: Any) -> None:
-    """A collator that packs and an attention that lets packed documents see each other do not go together."""
+def check_attention(run: Run, backend: Any) -> None:
+    """Refuse an attention ``backend`` that would leave out what the model, or a collator that packs, needs of it."""
     architecture, attention = run.source.architecture, run.plugins.provider("sft_attention_backend")
     if architecture.attention_cap is not None and not getattr(backend, "caps", False):
         raise UsageError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sft.data.tokenizer import FILES as TOKENIZER_FILES
 from sft.files import save_tensors, write_json
-from sft.training.base import about_base
+from sft.models.adapter_folder import base_metadata
 
 if TYPE_CHECKING:
     from sft.context import Run
@@ -44,5 +44,6 @@ def write_result(run: Run, folder: Path | None) -> None:
             return
         files = run.hook.sft_export_adapter(run=run, model=run.model)
         write_json(folder / "adapter_config.json", files.config)
-        save_tensors(folder / "adapter_model.safetensors", files.tensors, {"format": "pt", **about_base(run)})
+        base = base_metadata(run.base_fingerprint, run.source, run.plugins, run.settings.options)
+        save_tensors(folder / "adapter_model.safetensors", files.tensors, {"format": "pt", **base})
         run.tokenizer.save(folder)

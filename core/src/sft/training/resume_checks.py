@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from sft import runtime
 from sft.errors import UsageError
-from sft.models.fingerprint import has_fingerprint
-from sft.training.base import trained_over
+from sft.models.adapter_folder import base_differences, check_base
 
 if TYPE_CHECKING:
     from sft.context import Run
@@ -50,17 +49,24 @@ def check_resumable(run: Run, schedule: Schedule, resumed: Checkpoint) -> None:
 
 
 def check_same_base(run: Run, source: Path) -> None:
-    """Refuse a checkpoint whose adapter was trained over other weights than this run's base.
+    """Refuse a checkpoint whose adapter was trained over another base than this run's.
 
     Where the whole model trains, its weights are all in the checkpoint, and the base that it began with has no part in
     what follows.
     """
-    before = trained_over(source) if run.exports_adapter else None
-    if before is not None and not has_fingerprint(run.source, before):
+    if not run.exports_adapter:
+        return
+    for clause in base_differences(source, run.source, run.plugins, run.settings.options):
         raise UsageError(
-            f"{source} holds an adapter that was trained over other weights than those of {run.source.folder}; put the "
-            "base back as it was, or start a new run."
+            f"{source} holds an adapter that was trained over {clause}; put the base back as it was, or start a new "
+            "run."
         )
+
+
+def check_continued(run: Run, adapter: Path) -> None:
+    """Say so if ``adapter``, from which ``run`` goes on, was trained over another base than the run's: over other
+    weights, or one that other plugins, or plugins with other options, had changed."""
+    check_base(adapter, run.source, run.plugins, run.settings.options, run.say)
 
 
 def check_same_plugins(run: Run, resumed: Checkpoint) -> None:

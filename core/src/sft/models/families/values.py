@@ -125,6 +125,7 @@ class Values:
         scaling = dict(scaling)
         if self._values.get("rope_scaling_type"):
             scaling = {
+                **{key: scaling[key] for key in ("rope_theta", "partial_rotary_factor") if key in scaling},
                 "type": self._values["rope_scaling_type"],
                 "factor": self._values.get("rope_scaling_factor", 1.0),
             }

@@ -1,0 +1,155 @@
+"""Opening a model after training: the plugins that an adapter's folder asks for, the base, and the adapter over it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft import hookspecs, runtime
+from sft.data.tokenizer import Tokenizer
+from sft.errors import UsageError
+from sft.models.adapter_folder import base_plugins, check_base, read_adapter_config
+from sft.models.loading import ModelSource, open_model
+from sft.options import options_of
+from sft.plugins.discovery import canonical, installed, with_refined
+from sft.plugins.registry import Plugins, implements
+from sft.plugins.requests import choose, choose_reader
+from sft.progress import Progress
+from sft.settings.arguments import Settings, build
+
+if TYPE_CHECKING:
+    from sft.precision import Precision
+
+
+def settings_for(
+    adapter: Path | None,
+    requested: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+    uses: tuple[str, Sequence[str]] | None = None,
+) -> tuple[Settings, Plugins]:
+    """Settings and started plugins of what is done with a model after training.
+
+    The plugins are those that read ``adapter`` or changed the base that it was trained over, with the options of that
+    time, and those ``requested`` by name. The settings are those ``given`` by name, and the defaults. ``uses``: a
+    command, and the hooks that it calls; a plugin that is requested and has no part in it is refused.
+    """
+    trained = base_plugins(adapter) if adapter is not None else {}
+    names = list(trained)
+    for name in names:
+        if name not in installed():
+            raise UsageError(
+                f"{adapter} was trained over a base that plugin {name} changes, which is not installed; pip install "
+                "the distribution that provides it."
+            )
+    names = choose({"plugin": [*names, *requested]}, ())[0]
+    readers: list[str] = []
+    if adapter is not None:
+        readers = with_refined(choose_reader(adapter, read_adapter_config(adapter), requested))
+        names += [name for name in readers if name not in names]
+    active = Plugins.load(names, hookspecs)
+    active.readers = readers
+    values = dict(given or {})
+    for name, plugin in active:
+        if name in trained and getattr(plugin, "Options", None) is not None:
+            own = trained[name]
+            values.update({key: own[key] for key in options_of(plugin.Options) if key in own and key not in values})
+    settings = build(values, active)
+    active.start(settings.options)
+    if uses is not None:
+        _refuse_idle(active, requested, *uses)
+    return settings, active
+
+
+def _refuse_idle(plugins: Plugins, requested: Sequence[str], what: str, hooks: Sequence[str]) -> None:
+    """Refuse a plugin that is ``requested`` by name, implements none of the ``hooks`` that ``what`` calls, and does
+    not read the adapter."""
+    for name, plugin in plugins:
+        if name in plugins.readers:
+            continue
+        if name in map(canonical, requested) and not any(implements(plugin, hook) for hook in hooks):
+            raise UsageError(f"Plugin {name} has no part in {what}; leave it out.")
+
+
+def trained_template(adapter: Path | None) -> str | None:
+    """The tokenizer folder whose chat template an adapter was trained with; None where it does not say."""
+    return str(adapter) if adapter is not None and (adapter / "tokenizer.json").is_file() else None
+
+
+def tokenizer_of(source: ModelSource, settings: Settings, adapter: Path | None) -> Tokenizer:
+    """The tokenizer of a model, with the chat template that is set, or else that of the adapter's run, or the
+    model's own."""
+    return Tokenizer(source.folder, chat_template=settings.data.chat_template or trained_template(adapter))
+
+
+@dataclass
+class Opened:
+    """A model that answers or is measured: in evaluation mode, with the adapter over it if there is one."""
+
+    model: Any
+    tokenizer: Tokenizer
+    precision: Precision
+    """In which it computes; its ``autocast()`` is around each use of the model."""
+
+
+@contextlib.contextmanager
+def opened(settings: Settings, plugins: Plugins, adapter: Path | None, say: Callable[[str], None]) -> Iterator[Opened]:
+    """The model that ``settings`` name, as a run would open it: with what plugins change in its config, on the device
+    and in the precision that are set. Afterwards paddle has its device of before."""
+    with runtime.restored(settings.training.device):
+        yield _open(settings, plugins, adapter, say)
+
+
+def load_for_inference(
+    model: str, adapter: Path | None, say: Callable[[str], None], requested: Sequence[str] = (), **given: Any
+) -> tuple[Any, Tokenizer]:
+    """A model, with an adapter over it if one is given, and its tokenizer; a quantizer may be ``requested``, and
+    settings ``given`` by name, such as ``chat_template``."""
+    settings, plugins = settings_for(adapter, requested, {"model_name_or_path": model, **given})
+    found = _open(settings, plugins, adapter, say)
+    return found.model, found.tokenizer
+
+
+def _open(settings: Settings, plugins: Plugins, adapter: Path | None, say: Callable[[str], None]) -> Opened:
+    runtime.require_paddle()
+    model = settings.model
+    source = open_model(str(model.model_name_or_path), plugins, model.allow_pickle)
+    tokenizer = tokenizer_of(source, settings, adapter)
+    say(runtime.prepare())
+    with Progress(say) as progress:
+        precision = use(settings, progress.say)
+        return Opened(load_adapted(source, settings, plugins, adapter, precision, progress), tokenizer, precision)
+
+
+def use(settings: Settings, say: Callable[[str], None]) -> Precision:
+    """Let paddle compute on the device that is set; the precision that is set, or what the device can."""
+    from sft.training import precision
+
+    if settings.training.device is not None:
+        runtime.use_device(settings.training.device)
+    return precision.choose(settings.training, say)
+
+
+def load_adapted(
+    source: ModelSource,
+    settings: Settings,
+    plugins: Plugins,
+    adapter: Path | None,
+    precision: Precision,
+    progress: Progress,
+) -> Any:
+    """The model of ``source`` as the quantizer among ``plugins`` holds it, with the adapter over it if one is given."""
+    from sft.models.layers import held_by, sizes
+    from sft.models.loading import load_model
+
+    quantizer = plugins.hook.sft_quantizer(run=None)
+    loaded = load_model(source, quantizer, precision.weights, progress=progress)
+    _, total = sizes(dict(loaded.named_parameters()), loaded)
+    progress.say(f"model: {total:,} parameters{held_by(plugins.provider('sft_quantizer'), loaded)}")
+    if adapter is not None:
+        check_base(adapter, source, plugins, settings.options, progress.say)
+        plugins.hook.sft_import_adapter(model=loaded, folder=adapter)
+    loaded.eval()
+    return loaded

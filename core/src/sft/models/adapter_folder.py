@@ -1,0 +1,198 @@
+"""An adapter's folder in PEFT's layout: reading it, and whether a base is the one that it was trained over.
+
+A run writes into the adapter's file what it was trained over: a fingerprint of the weights, and the plugins that
+changed the base, with their options. Whoever reads an adapter compares that here: inference, merging, a run that goes
+on from an adapter, and a run that resumes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.errors import UsageError
+from sft.models.fingerprint import fingerprint, has_fingerprint
+from sft.models.loading import ModelSource, open_model
+from sft.plugins.requests import requests
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sft.plugins.registry import Plugins
+
+FINGERPRINT = "sft.base"
+"""Where adapter_model.safetensors keeps the fingerprint of the weights that it was trained over."""
+QUANTIZER = "sft.quantizer"
+"""Where it keeps the plugin that quantized them, with its options: they travel with the file."""
+CONFIG = "sft.config"
+"""Where it keeps the plugins that changed the base's config, with their options."""
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """``adapter_config.json`` of an adapter folder; :class:`UsageError` if there is none, or it is not an adapter's."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} holds no adapter (no adapter_config.json); give the folder that a run wrote.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} is not valid JSON ({error}); copy the adapter again.") from error
+    if not isinstance(values, dict) or not values.get("peft_type"):
+        raise UsageError(f"{path} names no peft_type, so it is not an adapter's config.")
+    return values
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Config and tensors of an adapter folder in PEFT's layout, as they stand in the files."""
+    import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
+    from safetensors.numpy import load_file
+
+    config = read_adapter_config(folder)
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        pickled = [
+            file.name for file in (folder / "adapter_model.bin", folder / "adapter_model.pdparams") if file.exists()
+        ]
+        other = f" and {pickled[0]} is a pickle, which is not read" if pickled else ""
+        raise UsageError(
+            f"{folder} has no adapter_model.safetensors{other}; write it with PEFT: "
+            "PeftModel.from_pretrained(BASE, DIR).save_pretrained(DIR)."
+        )
+    try:
+        return config, load_file(str(path))
+    except Exception as error:
+        raise UsageError(f"{path} is not a readable safetensors file ({error}); copy it again.") from error
+
+
+def _metadata(folder: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(str(folder / "adapter_model.safetensors"), framework="numpy").metadata() or {}
+    except (OSError, SafetensorError):
+        return {}  # whoever reads the tensors says what is wrong
+
+
+# --- the base -----------------------------------------------------------------------------------------------
+
+
+def base_metadata(
+    base_fingerprint: str, source: ModelSource, plugins: Plugins, options: Mapping[str, Any]
+) -> dict[str, str]:
+    """What an adapter's file says, as metadata, about the base that it was trained over; ``options`` are the plugins'
+    by name."""
+    about = {FINGERPRINT: base_fingerprint}
+    if source.changed_by:
+        about[CONFIG] = json.dumps({name: _values(options, name) for name in source.changed_by})
+    quantizer = plugins.provider("sft_quantizer")
+    if quantizer is not None:
+        about[QUANTIZER] = json.dumps({"plugin": [quantizer], **_values(options, quantizer)})
+    return about
+
+
+def base_plugins(folder: Path) -> dict[str, dict[str, Any]]:
+    """The plugins that made the base of the adapter in ``folder`` what it is, each with its options: those that changed
+    its config, and the quantizer."""
+    changed: dict[str, dict[str, Any]] = {}
+    metadata = _metadata(folder)
+    try:
+        changed.update(json.loads(metadata.get(CONFIG, "{}")))
+        quantizer = dict(json.loads(metadata.get(QUANTIZER, "{}")))
+        changed.update(dict.fromkeys(quantizer.pop("plugin", ()), quantizer))
+        if not all(isinstance(options, dict) for options in changed.values()):
+            raise TypeError("options are an object")
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"{folder}: what adapter_model.safetensors says of its base's plugins is damaged ({error}); copy the "
+            "adapter again."
+        ) from error
+    return changed
+
+
+def check_base(
+    adapter: Path, source: ModelSource, plugins: Plugins, options: Mapping[str, Any], say: Callable[[str], None]
+) -> None:
+    """Say so where ``adapter`` was trained over another base than the one here: ``source``, as ``plugins`` with their
+    ``options`` change it."""
+    expected = _fingerprint_of(adapter)
+    for clause in _differences(adapter, expected, source, plugins, options):
+        say(f"note: the adapter was trained over {clause}; over this base it means something else")
+    named = read_adapter_config(adapter).get("base_model_name_or_path")
+    if expected is None and isinstance(named, str) and named and Path(named).name.lower() not in _names(source.folder):
+        say(
+            f"note: the adapter names {named} as its base, and this is {source.folder}; if the weights are not the "
+            "same, it means something else over these"
+        )
+
+
+def base_differences(adapter: Path, source: ModelSource, plugins: Plugins, options: Mapping[str, Any]) -> list[str]:
+    """How the base here differs from the one that ``adapter`` was trained over: clauses that begin with that one. Empty
+    where it is the same, or nothing tells: adapters from elsewhere only name their base, and where that is a model here
+    the weights are compared."""
+    return _differences(adapter, _fingerprint_of(adapter), source, plugins, options)
+
+
+def _differences(
+    adapter: Path, expected: str | None, source: ModelSource, plugins: Plugins, options: Mapping[str, Any]
+) -> list[str]:
+    """:func:`base_differences`, with the fingerprint that is ``expected``."""
+    clauses = []
+    if expected is not None and not has_fingerprint(source, expected):
+        named = read_adapter_config(adapter).get("base_model_name_or_path")
+        clauses.append(f"other weights than those of {source.folder} (its base was {named})")
+    if FINGERPRINT in _metadata(adapter):  # of an adapter from elsewhere nobody knows what changed its base
+        clauses += _plugin_differences(base_plugins(adapter), source, plugins, options)
+    return clauses
+
+
+def _plugin_differences(
+    there: Mapping[str, Mapping[str, Any]], source: ModelSource, plugins: Plugins, options: Mapping[str, Any]
+) -> list[str]:
+    """Of the plugins that change the base, those that did ``there`` and do not do it here, or not in the same way, and
+    the reverse."""
+    quantizer = plugins.provider("sft_quantizer")
+    here = {*source.changed_by, *([quantizer] if quantizer is not None else ())}
+    asking = {what.partition(".")[0] for what in requests("value")}  # unset where the plugin is asked for by its name
+    clauses = []
+    for name in sorted({*there} & here):
+        for key, value in json.loads(json.dumps(_values(options, name))).items():
+            before = there[name].get(key, value)  # an older version of the plugin may not have had it
+            if before != value and not (key in asking and None in (before, value)):
+                clauses.append(f"a base that plugin {name} changes with {key} {before!r}, and here with {value!r}")
+    clauses += [f"a base that plugin {name} changes, and here it is not active" for name in sorted({*there} - here)]
+    clauses += [f"a base that plugin {name} had not changed, and here it does" for name in sorted(here - {*there})]
+    return clauses
+
+
+def _fingerprint_of(adapter: Path) -> str | None:
+    """The fingerprint of the weights that an adapter was trained over, as its file has it, or else of the model that it
+    names as its base, where there is one here; None where neither tells."""
+    said = _metadata(adapter).get(FINGERPRINT)
+    if said is not None or not (adapter / "adapter_config.json").is_file():
+        return said
+    named = read_adapter_config(adapter).get("base_model_name_or_path")
+    if isinstance(named, str) and named:
+        with contextlib.suppress(Exception):  # it is a stranger's word: no path, no model any more, or a damaged one
+            folder = Path(named).expanduser()
+            if folder.is_dir():
+                return fingerprint(open_model(folder))
+    return None
+
+
+def _values(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The options of a plugin by name."""
+    return asdict(options[name]) if name in options else {}
+
+
+def _names(folder: Path) -> set[str]:
+    """What a model in ``folder`` may be called, in small letters: the folder, and in the hub's cache the repository."""
+    folder = folder.resolve()
+    cached = [part.rpartition("--")[2] for part in folder.parts if part.startswith("models--")]
+    return {name.lower() for name in (folder.name, *cached)}

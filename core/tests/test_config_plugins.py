@@ -17,8 +17,12 @@ from safetensors import safe_open
 import sft
 from sft.inference.evaluate import evaluate_finished
 from sft.inference.merge import merge
+from sft.models.architecture import Architecture
+from sft.models.config import with_one_spelling
+from sft.models.families import family_of
 from sft.testing import forward, load
 
+FIXTURES = Path(__file__).parent / "fixtures"
 Train = Callable[..., sft.Summary]
 
 ROTARY = """
@@ -36,7 +40,7 @@ ROTARY = """
 
         @sft.hookimpl
         def sft_model_config(self, run, config):
-            config.update(rope_scaling_type="linear", rope_scaling_factor=self.options.rotary_factor)
+            config["rope_scaling"] = {"rope_type": "linear", "factor": self.options.rotary_factor}
 """
 
 
@@ -56,6 +60,10 @@ def scaled(models: Path, tmp_path: Path) -> Path:
     values.update(rope_theta=theta, rope_scaling={"rope_type": "linear", "factor": 4.0})
     (folder / "config.json").write_text(json.dumps(values))
     return folder
+
+
+def architecture_of(values: dict[str, Any]) -> Architecture:
+    return family_of(values, "here").architecture(values, "here")
 
 
 def measured(model: Path, adapter: Path | None, dataset: Path, *plugins: str) -> float:
@@ -140,30 +148,52 @@ def test_commands_take_the_plugin_by_name(
     assert answer(base_model, "--plugin", "rotary") == answer(scaled)
 
 
-def test_the_config_says_what_is_trained_and_saved(train: Train, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rms_norm_eps", 0.5, None),
+        ("mlp_bias", True, "lacks tensors model.layers.0.mlp.down_proj.bias"),
+        ("rope_scaling", {"rope_type": "spiral"}, "plugin toy changes it: rotary scaling 'spiral' is not known"),
+        ("model_type", "qwen2", r"toy \(.*\) sets model_type of the model's config to 'qwen2', which follows from"),
+        (
+            "torch_dtype",
+            "float16",
+            r"toy \(.*\) sets torch_dtype of the model's config to 'float16', which follows from",
+        ),
+        ("rms_norm_eps", np.float32(0.5), r"toy \(.*\) puts a value into the model's config that JSON does not have"),
+    ],
+)
+def test_a_change_counts_or_is_refused(train: Train, tmp_path: Path, key: str, value: Any, message: str | None) -> None:
     class Toy(sft.Plugin):
         name = "toy"
         api_version = 1
 
         @sft.hookimpl
         def sft_model_config(self, run: sft.Run, config: dict[str, Any]) -> None:
-            config.update(rms_norm_eps=0.5, use_flash_attention=True)
+            config[key] = value
 
-    train("out", (Toy,), max_steps=1)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["rms_norm_eps"] == 0.5
-
-
-def test_a_config_that_cannot_be_computed_names_the_plugin(train: Train) -> None:
-    class Toy(sft.Plugin):
-        name = "toy"
-        api_version = 1
-
-        @sft.hookimpl
-        def sft_model_config(self, run: sft.Run, config: dict[str, Any]) -> None:
-            config.update(rope_scaling_type="spiral")
-
-    with pytest.raises(sft.UsageError, match=r"as plugin toy changes it: rotary scaling 'spiral' is not known"):
+    if message is None:
         train("out", (Toy,), max_steps=1)
+        assert json.loads((tmp_path / "out" / "config.json").read_text())[key] == value
+    else:
+        with pytest.raises(sft.SftError, match=message):
+            train("out", (Toy,), max_steps=1)
+
+
+@pytest.mark.parametrize("case", sorted(path.parent.name for path in FIXTURES.glob("*/*/config.json")))
+def test_plugins_see_one_spelling_of_the_same_model(case: str) -> None:
+    """Rotary scaling has four spellings in files; a plugin sets one of them, and it counts."""
+    values = json.loads(next(FIXTURES.glob(f"*/{case}/config.json")).read_text())
+    found = with_one_spelling(values)
+    assert architecture_of(found) == architecture_of(values)
+    rotary = architecture_of(values).rotaries[0]
+    if case != "gemma3":
+        assert "rope_parameters" not in found
+        assert found.get("rope_theta", rotary.base) == rotary.base
+        assert (found["rope_scaling"] or {"rope_type": "default"})["rope_type"] == rotary.kind
+        found["rope_scaling"] = {"rope_type": "linear", "factor": 3.0}
+        assert architecture_of(found).rotaries[0].base == rotary.base
+        assert architecture_of(found).rotaries[0].kind == "linear"
 
 
 def test_the_data_is_measured_against_the_changed_config(train: Train, tmp_path: Path) -> None:

@@ -67,7 +67,11 @@ def sft_launch(run: Run) -> Summary | None:
 
 @hookspec
 def sft_model_config(run: Run | None, config: dict[str, Any]) -> None:
-    """Change the model's ``config.json`` in place, before anything is made of it.
+    """Change what the model's ``config.json`` says, in place: JSON values by Hugging Face's names.
+
+    The rotary embedding stands in ``rope_theta``, ``rope_scaling`` (null, or an object with ``rope_type``) and
+    ``partial_rotary_factor``, whatever the file calls them; only where it tells layer types apart it is as it was.
+    What is changed is computed, or refused as in a file.
 
     Called wherever a model is opened, before its data is read, with ``run`` None outside a run: all that counts then
     are the plugin's options. An adapter's file names the plugins that changed its base's config, with their options,
@@ -112,8 +116,12 @@ def sft_quantizer(run: Run | None) -> Quantizer:
 
 
 @single
-def sft_attention_backend(run: Run, config: Any) -> AttentionBackend:
-    """How attention is computed in training and evaluation. Without one: paddle's scaled_dot_product_attention."""
+def sft_attention_backend(run: Run, config: Architecture) -> AttentionBackend:
+    """How attention is computed in training and evaluation. Without one: paddle's scaled_dot_product_attention.
+
+    ``config`` is what the model is made of. A backend says what it can beside plain attention (see
+    :class:`sft.AttentionBackend`); a model that needs more is refused.
+    """
 
 
 @hookspec

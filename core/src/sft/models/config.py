@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 from sft.errors import UsageError
 from sft.models.families import family_of
+
+OF_THE_WEIGHTS = ("model_type", "architectures", "dtype", "torch_dtype")
+"""What a config says of the weights that there are, and no plugin changes."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -23,6 +27,28 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold one JSON object.")
     return values
+
+
+def with_one_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of ``values`` in which the rotary embedding stands in ``rope_theta``, ``rope_scaling`` (null, or an object
+    with ``rope_type``) and ``partial_rotary_factor``, whatever the file calls them. Where a file tells layer types
+    apart, it stays as it is."""
+    kept = copy.deepcopy(dict(values))
+    scaling = kept.get("rope_scaling") or kept.get("rope_parameters") or {}
+    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
+        return kept
+    scaling = dict(scaling)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        given = scaling.pop(name, None)
+        if given is not None:
+            kept[name] = given
+    kind = scaling.pop("type", None)
+    kind = scaling.pop("rope_type", None) or kind or "default"
+    own = [kept.pop(name, None) for name in ("rope_parameters", "rope_scaling_type", "rope_scaling_factor")]
+    if own[1]:  # PaddleNLP's
+        kind, scaling = own[1], {"factor": own[2] if own[2] is not None else 1.0}
+    kept["rope_scaling"] = {"rope_type": kind, **scaling} if kind != "default" else None
+    return kept
 
 
 def hf_config(values: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Where several processes share the model, a strategy says what of it this one hol
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from sft.distributed.parts import is_elsewhere, part_of, whole_shape
 from sft.distributed.whole import WholeModel
-from sft.errors import UsageError
+from sft.errors import PluginError, UsageError
 from sft.models.architecture import Architecture
-from sft.models.config import read_config
+from sft.models.config import OF_THE_WEIGHTS, read_config, with_one_spelling
 from sft.models.families import Family, family_of, is_transposed
 from sft.models.layers import Target, target_layers
 from sft.models.source import ModelFolder, Weights, find_config, find_model, weight_files
@@ -82,12 +83,34 @@ def open_model(
     if plugins is None:
         return source
     for plugin in plugins.implementing("sft_model_config"):
-        before = copy.deepcopy(values)
-        plugins.ask(plugin, "sft_model_config", run=run, config=values)
-        if values != before:
-            source.architecture = family.architecture(values, f"{place.path}, as plugin {plugin} changes it")
-            source.changed_by += (plugin,)
+        _let_change(source, plugin, plugins, run)
     return source
+
+
+def _let_change(source: ModelSource, name: str, plugins: Plugins, run: Any) -> None:
+    """Let plugin ``name`` change the config."""
+    source.values = before = with_one_spelling(source.values)
+    changed = copy.deepcopy(before)
+    plugins.ask(name, "sft_model_config", run=run, config=changed)
+    if changed == before:
+        return
+    who = plugins.who(name)
+    for key in OF_THE_WEIGHTS:
+        if changed.get(key) != before.get(key):
+            raise UsageError(
+                f"{who} sets {key} of the model's config to {changed.get(key)!r}, which follows from the weights; "
+                "leave the plugin out, or tell its author."
+            )
+    try:
+        json.dumps(changed, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise PluginError(
+            f"{who} puts a value into the model's config that JSON does not have ({error}); leave the plugin out, or "
+            "tell its author."
+        ) from error
+    where = f"{source.folder}, as plugin {name} changes it"
+    source.values, source.architecture = changed, source.family.architecture(changed, where)
+    source.changed_by += (name,)
 
 
 def load_model(

@@ -18,6 +18,7 @@ from sft.plugins.registry import hookspec, single
 if TYPE_CHECKING:
     import click
 
+    from sft.models.architecture import Architecture
     from sft.models.outline import Outline
     from sft.seams import (
         AdapterFiles,

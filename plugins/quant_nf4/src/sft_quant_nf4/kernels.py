@@ -10,15 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import paddle
 
 from sft_quant_nf4.tables import table
-
-if TYPE_CHECKING:
-    from sft_quant_nf4.layers import ChannelLinear
 
 ARCHITECTURES = (75, 80, 86, 89, 90)
 """Compute capabilities that share the layout below; 70 has another one, and for others paddle has no kernel."""
@@ -61,10 +58,35 @@ def _numbers(bits: int) -> np.ndarray:
     return numbers.astype(np.float32)
 
 
+class ChannelLayer(Protocol):
+    """An int8 or int4 layer, as far as the kernel needs it; :class:`sft_quant_nf4.layers.ChannelLinear` is one."""
+
+    bits: int
+    in_features: int
+    out_features: int
+    parts: list[tuple[int, int]]
+    """Channels from and to, which are computed together."""
+    scales: Any
+    """float32 [out, groups]."""
+    codes: Any
+    """As in :class:`sft_quant_nf4.codes.Channels`; None as soon as ``packed`` has them."""
+    packed: Packed | None
+    refused: bool
+    """Whether the kernel cannot compute this layer."""
+
+    def values(self, start: int, stop: int) -> Any:
+        """The whole numbers of channels ``start`` to ``stop``, float32 [channels, in]."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Any:
+        """The weights of these channels, float32 [channels, in]."""
+        ...
+
+
 class Packed:
     """The codes of one layer in the kernel's layout, and its scales in 16 bits."""
 
-    def __init__(self, layer: ChannelLinear, dtype: str) -> None:
+    def __init__(self, layer: ChannelLayer, dtype: str) -> None:
         self.bits, self.group, self.dtype = layer.bits, group_of(layer), dtype
         self.shape = (layer.out_features, layer.in_features)
         self.codes = paddle.to_tensor(pack(_plus_half(layer), self.bits))
@@ -102,7 +124,7 @@ class Kernel:
         self._say = say
         self._works: dict[tuple[int, int, str], bool] = {}
 
-    def takes(self, layer: ChannelLinear, x: Any) -> bool:
+    def takes(self, layer: ChannelLayer, x: Any) -> bool:
         """Whether the kernel computes ``layer`` of ``x``; then the layer's codes have its layout, and no other."""
         if not on_gpu(x):
             return False
@@ -114,7 +136,7 @@ class Kernel:
                 layer.packed, layer.codes = packed, None
         return layer.packed is not None and layer.packed.dtype == dtype
 
-    def _pack(self, layer: ChannelLinear, dtype: str) -> Packed | None:
+    def _pack(self, layer: ChannelLayer, dtype: str) -> Packed | None:
         kind = (layer.bits, group_of(layer), dtype)
         if not (fits(layer) and self._works.get(kind, True) and scales_fit(layer, dtype)):
             return None
@@ -149,26 +171,26 @@ def product_dtype(x: Any) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def group_of(layer: ChannelLinear) -> int:
+def group_of(layer: ChannelLayer) -> int:
     """Inputs that share a scale; -1: all."""
     groups = layer.scales.shape[1]
     return -1 if groups == 1 else layer.in_features // groups
 
 
-def fits(layer: ChannelLinear) -> bool:
+def fits(layer: ChannelLayer) -> bool:
     """Whether the kernel has this GPU, this group size and these sizes, which must be whole tiles."""
     whole = layer.in_features % TILE == 0 and layer.out_features % TILE == 0
     return whole and group_of(layer) in (-1, 64, 128) and architecture() in ARCHITECTURES
 
 
-def scales_fit(layer: ChannelLinear, dtype: str) -> bool:
+def scales_fit(layer: ChannelLayer, dtype: str) -> bool:
     """Whether the scales are numbers of a 16-bit type, none of them too small or too large for it."""
     scales = layer.scales.numpy()
     rounded = layer.scales.astype(dtype).astype("float32").numpy()
     return bool((np.abs(rounded - scales) <= ROUNDING[dtype] * scales).all())
 
 
-def compare(layer: ChannelLinear, packed: Packed) -> str | None:
+def compare(layer: ChannelLayer, packed: Packed) -> str | None:
     """What is wrong with the kernel's layout or its product for ``layer``, whose own codes are still there.
 
     Few rows and many are two kernels. Scale, weight and result are each rounded once in 16 bits; for random rows each
@@ -192,7 +214,7 @@ def compare(layer: ChannelLinear, packed: Packed) -> str | None:
     return None
 
 
-def _plus_half(layer: ChannelLinear) -> np.ndarray:
+def _plus_half(layer: ChannelLayer) -> np.ndarray:
     """The layer's whole numbers plus 2^(bits-1), uint8 [out, in]."""
     codes = layer.codes.numpy()
     if layer.bits == 8:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import hookspecs
-from sft.commands import COMMANDS
+from sft.commands.cli import COMMANDS
 from sft.options import Option, options_of
 from sft.plugins.discovery import Installed, installed
 from sft.plugins.requests import requests

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 import sft
-from sft.commands import cli
+from sft.commands.cli import cli
 from sft.inference.evaluate import evaluate_finished
 from sft.inference.open import load_for_inference
 
@@ -105,7 +105,7 @@ IN_TERMINAL = """
 import fcntl, signal, termios
 signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a background job are deaf to it
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C typed there becomes a signal here
-from sft.commands import main
+from sft.commands.cli import main
 main()
 """
 

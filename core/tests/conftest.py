@@ -113,7 +113,7 @@ def sft_command(site: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Type ``sft ...`` in a process of its own, which finds what is installed in ``site``."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-c", "from sft.commands import main; main()", *arguments]
+        line = [sys.executable, "-c", "from sft.commands.cli import main; main()", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(site)}
         return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=site.parent, timeout=60)
 

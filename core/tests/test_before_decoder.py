@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
-from sft.commands import cli
+from sft.commands.cli import cli
 from sft.inference.open import load_for_inference
 from sft.testing import forward, load, needs, read_metrics
 

@@ -178,7 +178,7 @@ def test_a_refusal_after_sft_check_is_heard(train: Train) -> None:
 INTERRUPT = """
 import os, signal, sys
 import sft
-from sft.commands import main
+from sft.commands.cli import main
 
 class Stop(sft.Plugin):
     name = "stop"

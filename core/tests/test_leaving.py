@@ -20,7 +20,7 @@ assert libc.__cxa_atexit(libc.puts, ctypes.c_void_p(libc.strdup(b"library")), No
 atexit.register(lambda: (out / "python").touch())
 threading.Thread(target=lambda: (time.sleep(0.5), (out / "thread").touch())).start()
 
-from sft.commands import main
+from sft.commands.cli import main
 
 print("not flushed yet")
 main()

@@ -15,7 +15,7 @@ pty = pytest.importorskip("pty", reason="there are no pseudo-terminals on this s
 def typed_in_a_terminal(*arguments: str) -> str:
     """What ``sft ...`` writes when its output is a terminal."""
     master, slave = pty.openpty()
-    line = [sys.executable, "-c", "from sft.commands import main; main()", *arguments]
+    line = [sys.executable, "-c", "from sft.commands.cli import main; main()", *arguments]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(line, stdout=slave, stderr=slave, env=environment)
     os.close(slave)

@@ -64,7 +64,7 @@ def test_less_memory(tmp_path: Path) -> None:
     data.write_text("\n".join([json.dumps(record)] * 4))
     peaks = {}
     for recompute in (False, True):
-        line = [sys.executable, "-c", "from sft.commands import main; main()", "run"]
+        line = [sys.executable, "-c", "from sft.commands.cli import main; main()", "run"]
         values = {
             "model_name_or_path": DEMO / "model",
             "dataset_name_or_path": data,

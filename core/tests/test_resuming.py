@@ -100,7 +100,13 @@ def test_a_killed_process_is_resumed(
     }
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     out = tmp_path / "out"
-    command = [sys.executable, "-c", "from sft.commands import main; main()", "run", str(tmp_path / "settings.json")]
+    command = [
+        sys.executable,
+        "-c",
+        "from sft.commands.cli import main; main()",
+        "run",
+        str(tmp_path / "settings.json"),
+    ]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([*command, "--output_dir", str(out)], stdout=log, stderr=log)
         try:

@@ -34,7 +34,7 @@ TOOL = """
 # Runs the command line like the console script, then says which modules that has imported.
 TYPED = """
 import json, sys
-from sft.commands import main
+from sft.commands.cli import main
 try:
     main()
 except SystemExit as end:
@@ -111,7 +111,7 @@ def test_help_and_lists_are_instant(distribute: Distribute, python: Python, argu
 def seconds_of(python: Python, *arguments: str) -> float:
     """Time from start to end of ``sft ...``, without what other processes of a busy machine take from it."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    assert python("from sft.commands import main; main()", *arguments).returncode == 0
+    assert python("from sft.commands.cli import main; main()", *arguments).returncode == 0
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     return min(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
@@ -167,7 +167,7 @@ def test_without_paddle_a_run_says_what_to_install(models: Path, site: Path, tmp
     (tmp_path / "train.json").write_text('{"src": "a", "tgt": "b"}\n')
     model, out = models / "llama-tied-gqa", tmp_path / "out"
     arguments = ["--model_name_or_path", model, "--dataset_name_or_path", tmp_path, "--output_dir", out]
-    done = python("from sft.commands import main; main()", "run", *map(str, arguments))
+    done = python("from sft.commands.cli import main; main()", "run", *map(str, arguments))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "sft: PaddlePaddle is not installed; pip install 'sft-core[cpu]' for CPUs or 'sft-core[gpu]' for NVIDIA GPUs.\n"
@@ -178,5 +178,5 @@ def test_without_paddle_a_run_says_what_to_install(models: Path, site: Path, tmp
 def test_without_paddle_help_and_lists_work(site: Path, python: Python) -> None:
     (site / "sitecustomize.py").write_text(HIDE_PADDLE)
     for arguments in (("--help",), ("plugins",), ("run", "--help")):
-        done = python("from sft.commands import main; main()", *arguments)
+        done = python("from sft.commands.cli import main; main()", *arguments)
         assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,114 @@
+"""The command line: one small module for each command, loaded when it is typed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from sft import runtime
+from sft.errors import PluginError, SftError, UsageError
+
+COMMANDS = {
+    "run": "Fine-tune a model.",
+    "demo": "Fine-tune the tiny embedded model and show what it learned.",
+    "merge": "Fold an adapter into its base model.",
+    "evaluate": "Measure a model on data, with or without an adapter.",
+    "generate": "Answer prompts with a model, with or without an adapter.",
+    "chat": "Talk with a model in the terminal, with or without an adapter.",
+    "plugins": "List the installed plugins.",
+}
+
+
+class _Commands(click.Group):
+    """Knows the commands by name; imports the module of the one that is typed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from sft.plugins.requests import requests
+
+        return [*COMMANDS, *sorted(set(requests("command")) - set(COMMANDS))]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in COMMANDS:
+            return importlib.import_module(f"sft.commands.{name}").command
+        return super().get_command(ctx, name) or self._from_plugin(name)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            raise UsageError(f"There is no command {args[0]!r}; `sft --help` lists the commands.") from error
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from sft.plugins.requests import requests
+
+        rows = list(COMMANDS.items())
+        others = sorted(requests("command").items())
+        rows += [(name, f"from plugin {', '.join(names)}") for name, names in others if name not in COMMANDS]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def _from_plugin(self, name: str) -> click.Command | None:
+        from sft import hookspecs
+        from sft.plugins.registry import Plugins
+        from sft.plugins.requests import requests
+        from sft.settings.arguments import build
+
+        plugins = requests("command").get(name)
+        if not plugins:
+            return None
+        active = Plugins.load(plugins[:1], hookspecs)
+        if len(plugins) > 1:
+            origins = " and ".join(
+                f"{plugin} ({Plugins.load([plugin], hookspecs).origin(plugin)})" for plugin in plugins
+            )
+            raise UsageError(f"sft {name} is declared by plugins {origins}; pip uninstall one of them.")
+        active.start(build({}, active).options)
+        active.hook.sft_commands(cli=self)
+        if name not in self.commands:
+            raise UsageError(
+                f"{active.who(plugins[0])} declares the command {name} and adds none of that name; upgrade it."
+            )
+        return self.commands[name]
+
+
+@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sft-core", prog_name="sft")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Supervised fine-tuning of large language models on PaddlePaddle; every technique is a plugin.
+
+    Start with `sft demo`, then `sft run --help`.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+def main() -> None:
+    """The console script: errors that a user can cure are one line, with exit code 2."""
+    code = 0
+    try:
+        cli.main(standalone_mode=False)
+    except PluginError as error:
+        click.echo(error.details(), err=True, nl=False)
+        code = _failed(str(error), error.exit_code)
+    except SftError as error:
+        code = _failed(str(error), error.exit_code)
+    except click.ClickException as error:
+        code = _failed(error.format_message(), 2)
+    except OSError as error:
+        # The machine's fault, not a bug: a full disk, a folder that went away.
+        code = _failed(str(error), 1)
+    except (KeyboardInterrupt, click.Abort):
+        code = _failed("interrupted", 130)
+    if runtime.is_one_of_many():
+        runtime.leave(code)
+    if code:
+        sys.exit(code)
+
+
+def _failed(message: str, code: int) -> int:
+    click.echo(f"sft: {message}", err=True)
+    return code

@@ -32,8 +32,13 @@ if TYPE_CHECKING:
     from sft.distributed.parts import sum_over
     from sft.fine_tune import run
     from sft.models.adapter_folder import read_adapter
+    from sft.models.architecture import Architecture, Block, Experts, ModelShape, Norms
+    from sft.models.attention import DefaultAttention
+    from sft.models.families.family import Family, LanguageModel, Reading
+    from sft.models.families.values import Values
     from sft.models.layers import Target, linear_weight, module_names, target_layers
     from sft.models.outline import LinearOutline, Outline, Weight
+    from sft.models.rotary import Rotary
     from sft.models.shards import parse_size
     from sft.models.sums import row_sums
     from sft.outlining import PaperRun, outline
@@ -44,6 +49,17 @@ __version__ = "0.1.0"
 
 # Loaded on first use: they stay out of `sft --help`.
 _LAZY = {
+    "Architecture": "sft.models.architecture",
+    "Block": "sft.models.architecture",
+    "DefaultAttention": "sft.models.attention",
+    "Experts": "sft.models.architecture",
+    "Family": "sft.models.families.family",
+    "LanguageModel": "sft.models.families.family",
+    "ModelShape": "sft.models.architecture",
+    "Norms": "sft.models.architecture",
+    "Reading": "sft.models.families.family",
+    "Rotary": "sft.models.rotary",
+    "Values": "sft.models.families.values",
     "LinearOutline": "sft.models.outline",
     "Outline": "sft.models.outline",
     "PaperRun": "sft.outlining",
@@ -70,11 +86,19 @@ __all__ = [
     "API_VERSION",
     "AdapterFiles",
     "AdapterMerger",
+    "Architecture",
     "AttentionBackend",
     "Batch",
+    "Block",
     "DataCollator",
+    "DefaultAttention",
     "Example",
+    "Experts",
+    "Family",
+    "LanguageModel",
     "LinearOutline",
+    "ModelShape",
+    "Norms",
     "Outline",
     "PaperRun",
     "ParallelStrategy",
@@ -82,12 +106,15 @@ __all__ = [
     "Plugin",
     "PluginError",
     "Quantizer",
+    "Reading",
+    "Rotary",
     "Run",
     "SftError",
     "Summary",
     "Target",
     "Turn",
     "UsageError",
+    "Values",
     "Weight",
     "assemble",
     "check_continued",

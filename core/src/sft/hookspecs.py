@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import click
 
     from sft.models.architecture import Architecture
+    from sft.models.families.family import Family
     from sft.models.outline import Outline
     from sft.seams import (
         AdapterFiles,
@@ -64,6 +65,17 @@ def sft_launch(run: Run) -> Summary | None:
 
 
 # --- the model's config -------------------------------------------------------------------------------------
+
+
+@hookspec
+def sft_model_family(config: dict[str, Any]) -> Family | None:
+    """How a model with this ``config.json`` is read, or None where it is not this plugin's.
+
+    Asked of all plugins wherever a model is opened; two that have an answer, or one for a family of sft's own, are
+    refused with their names. An :class:`sft.Family` has a reader that makes an :class:`sft.Architecture`, which the
+    decoder computes, or builds a class of its own that keeps :class:`sft.LanguageModel` (docs/plugins.md).
+    An adapter's file names the plugin that read its base, and brings it back.
+    """
 
 
 @hookspec

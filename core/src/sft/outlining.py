@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft.errors import UsageError
-from sft.models.config import read_config
-from sft.models.families import family_of
+from sft.models.architecture import Architecture
+from sft.models.loading import open_model
 from sft.models.outline import Outline, of_architecture
-from sft.models.source import find_config
 from sft.plugins.registry import implements
 from sft.resolve import resolve
 from sft.settings.arguments import Settings, normalise
@@ -43,9 +42,14 @@ def outline(values: Mapping[str, Any], extra: Iterable[type] = ()) -> PaperRun:
     name = settings.model.model_name_or_path
     if not name:
         raise UsageError("model_name_or_path is not set; add --model_name_or_path VALUE.")
-    folder = find_config(name)
-    config = read_config(folder)
-    found = of_architecture(family_of(config, folder).architecture(config, folder))
+    source = open_model(name, active, weights=False)
+    architecture = source.architecture
+    if source.family.build is not None or not isinstance(architecture, Architecture):
+        raise UsageError(
+            f"{source.folder}: model_type {source.family.model_type!r} is a class of a plugin's own, of which nothing "
+            "is known on paper, so nothing can be planned with it; plan with a model of the decoder's families."
+        )
+    found = of_architecture(architecture)
     adapts = active.provider("sft_export_adapter") is not None
     quantizer = active.provider("sft_quantizer")
     if quantizer is not None and not adapts:

@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 
 import sft
+from sft.conformance import check_family  # noqa: F401  (for tests to import)
 from sft.files import save_tensors, write_json
 from sft.plugins.discovery import canonical, installed
 

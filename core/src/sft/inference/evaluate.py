@@ -24,7 +24,10 @@ from sft.settings.arguments import GenerationArguments, check_draw
 
 LENGTHS = ("src_length", "max_length")
 """Settings of the data that decide what is measured."""
-USES = ("sft evaluate", ("sft_model_config", "sft_quantizer", "sft_attention_backend", "sft_record_format"))
+USES = (
+    "sft evaluate",
+    ("sft_model_family", "sft_model_config", "sft_quantizer", "sft_attention_backend", "sft_record_format"),
+)
 
 
 def evaluate_finished(

@@ -16,7 +16,7 @@ from sft.progress import Progress
 if TYPE_CHECKING:
     from sft.models.shards import WeightFormat
 
-USES = ("sft merge", ("sft_model_config", "sft_quantizer", "sft_adapter_merger"))
+USES = ("sft merge", ("sft_model_family", "sft_model_config", "sft_quantizer", "sft_adapter_merger"))
 
 
 def merge(

@@ -29,7 +29,7 @@ FINGERPRINT = "sft.base"
 QUANTIZER = "sft.quantizer"
 """Where it keeps the plugin that quantized them, with its options: they travel with the file."""
 CONFIG = "sft.config"
-"""Where it keeps the plugins that changed the base's config, with their options."""
+"""Where it keeps the plugins that read the base's family or changed its config, with their options."""
 
 
 # --- reading ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import paddle
 from paddle.nn import functional as F
 
-from sft.models.architecture import Architecture
+from sft.models.architecture import ModelShape
 from sft.models.rotary import rotate, tables
 
 QUERIES = 512
@@ -23,7 +23,9 @@ class CachedReading:
     ``padding`` int64 [B] is how many tokens on the left of each row are none.
     """
 
-    def __init__(self, architecture: Architecture, padding: np.ndarray) -> None:
+    positions: Any
+
+    def __init__(self, architecture: ModelShape, padding: np.ndarray) -> None:
         self._architecture, self._padding = architecture, padding
         self._kept: list[tuple[Any, Any] | None] = [None] * len(architecture.blocks)
         self._seen = 0
@@ -35,6 +37,7 @@ class CachedReading:
         first, self._seen = self._seen, self._seen + count
         places = np.arange(first, self._seen)
         positions = np.maximum(places[None] - self._padding[:, None], 0)
+        self.positions = paddle.to_tensor(positions)
         lengths = np.broadcast_to((self._seen - self._padding)[:, None], positions.shape)
         self._tables = [tables(rotary, positions, lengths) for rotary in self._architecture.rotaries]
         keys = np.arange(self._seen)

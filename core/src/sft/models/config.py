@@ -10,6 +10,7 @@ from typing import Any
 
 from sft.errors import UsageError
 from sft.models.families import family_of
+from sft.models.families.family import Family
 
 OF_THE_WEIGHTS = ("model_type", "architectures", "dtype", "torch_dtype")
 """What a config says of the weights that there are, and no plugin changes."""
@@ -51,19 +52,27 @@ def with_one_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def hf_config(values: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def hf_config(values: Mapping[str, Any], dtype: str, family: Family | None = None) -> dict[str, Any]:
     """``values`` for a Hugging Face directory of ``dtype`` weights that transformers 4, 5 and PaddleNLP read alike."""
-    family = family_of(values, "config.json")
-    rotary = family.architecture(values, "config.json").rotaries[0]
+    family = family or family_of(values, "config.json")
     left_out = ("dtype", "paddlenlp_version", "quantization_config", "rope_scaling_type", "rope_scaling_factor")
     kept = {key: value for key, value in values.items() if key not in left_out}
-    kept.update(architectures=[family.causal_lm], torch_dtype=dtype, rope_theta=rotary.base)
+    kept.update(architectures=[family.causal_lm], torch_dtype=dtype)
+    if family.build is not None:  # its class reads what was there
+        return kept
+    found = values.get("rope_parameters")
+    found = found if isinstance(found, dict) else {}
+    if any(isinstance(value, dict) for value in found.values()):
+        return kept  # by kind of layer, which transformers 5 alone reads and nothing else can say
+    rotary = family.architecture(values, "config.json").rotaries[0]
+    kept["rope_theta"] = rotary.base
     kept.pop("rope_scaling", None)
     scaling = {"rope_type": rotary.kind, **rotary.values}
     if rotary.kind != "default":
         kept["rope_scaling"] = scaling
-    found = values.get("rope_parameters")
-    if isinstance(found, dict) and not any(isinstance(value, dict) for value in found.values()):
+    if "partial_rotary_factor" in found:
+        kept["partial_rotary_factor"] = found["partial_rotary_factor"]
+    if found:
         kept["rope_parameters"] = {**found, **scaling, "rope_theta": rotary.base}
         kept["rope_parameters"].pop("type", None)
     return kept

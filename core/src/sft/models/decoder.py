@@ -7,7 +7,7 @@ K key/value heads, D head size. What a forward pass needs beside tokens, it find
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import paddle
 from paddle import nn
@@ -15,20 +15,8 @@ from paddle.nn import functional as F
 
 from sft.models.architecture import Architecture, Block, Experts
 from sft.models.attention import DefaultAttention
+from sft.models.families.family import Reading
 from sft.models.norms import rms_norm
-
-
-class Reading(Protocol):
-    """One forward pass: where each token stands, and what it sees."""
-
-    def turn(self, x: Any, rotary: int) -> Any:
-        """``x`` [B, S, heads, D] turned by its positions."""
-        ...
-
-    def attend(self, layer: int, query: Any, key: Any, value: Any) -> Any:
-        """Attention of block ``layer``: query [B, S, H, D]; key, value [B, S, K, D] → [B, S, H, D]. Scores are scaled
-        by 1/√D, and capped if the architecture says so."""
-        ...
 
 
 class Meeting:
@@ -45,7 +33,7 @@ class Meeting:
 
 
 class CausalLM(nn.Layer):
-    """The decoder with its head: tokens → logits."""
+    """The decoder with its head: tokens → logits. It is what a :class:`sft.LanguageModel` must be."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -59,9 +47,26 @@ class CausalLM(nn.Layer):
         """The embedding, under the name that it has in transformers and PaddleNLP."""
         return self.model.embed_tokens
 
+    @property
+    def recompute(self) -> bool:
+        """Whether training computes each block again in backward instead of keeping what is in it."""
+        return self.model.recompute
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        self.model.recompute = value
+
+    def embed(self, tokens: Any) -> Any:
+        """int64 [B, S] → what goes into the first block, [B, S, hidden]."""
+        return self.model.embed(tokens)
+
+    def hidden_states(self, embedded: Any, reading: Reading) -> Any:
+        """[B, S, hidden], through all blocks and the last norm."""
+        return self.model(embedded, reading)
+
     def forward(self, tokens: Any, reading: Reading) -> Any:
         """int64 [B, S] → logits float [B, S, V]."""
-        return self.lm_head(self.model(self.model.embed(tokens), reading))
+        return self.lm_head(self.hidden_states(self.embed(tokens), reading))
 
 
 class Decoder(nn.Layer):

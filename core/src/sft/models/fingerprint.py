@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 
-from sft.models.families import is_transposed
 from sft.models.loading import ModelSource
 
 PLACES = 32
@@ -40,7 +39,7 @@ def _digest(source: ModelSource, grid: bool) -> str:
         if tied or name.endswith("rotary_emb.inv_freq"):
             continue
         sample = weights.read_grid(original, PLACES) if grid else weights.read_corner(original, CORNER)
-        if weights.layout == "paddle" and is_transposed(name, sample.ndim):
+        if weights.layout == "paddle" and source.family.is_transposed(name, sample.ndim):
             sample = sample.T
         samples[name] = np.ascontiguousarray(sample).tobytes()
     digest = hashlib.sha256()

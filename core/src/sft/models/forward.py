@@ -8,7 +8,7 @@ import numpy as np
 import paddle
 
 from sft.errors import UsageError
-from sft.models.architecture import Architecture
+from sft.models.architecture import ModelShape
 from sft.models.rotary import rotate, tables
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ def hidden_states(model: Any, batch: Batch, embedded: Any | None = None) -> Any:
             "each other; leave the backend or the packing out."
         )
     if embedded is None:
-        embedded = model.model.embed(paddle.to_tensor(batch.input_ids))
-    return model.model(embedded, RowReading(model.architecture, batch, model.attention))
+        embedded = model.embed(paddle.to_tensor(batch.input_ids))
+    return model.hidden_states(embedded, RowReading(model.architecture, batch, model.attention))
 
 
 class RowReading:
@@ -36,8 +36,9 @@ class RowReading:
     A window is a document that ends early: query rows from min(end of the document, j + window) on do not see key j.
     """
 
-    def __init__(self, architecture: Architecture, batch: Batch, backend: AttentionBackend) -> None:
+    def __init__(self, architecture: ModelShape, batch: Batch, backend: AttentionBackend) -> None:
         self._architecture, self._backend = architecture, backend
+        self.positions = paddle.to_tensor(batch.position_ids)
         lengths = lengths_of(batch)
         self._tables = [tables(rotary, batch.position_ids, lengths) for rotary in architecture.rotaries]
         described = batch.packed or getattr(backend, "describes_padding", False)

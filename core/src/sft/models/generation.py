@@ -138,7 +138,7 @@ def _decode(
     reading = CachedReading(model.architecture, np.asarray([width - len(prompt) for prompt in prompts]))
     for _ in range(generation.max_new_tokens):
         reading.expect(ids.shape[1])
-        hidden = model.model(model.model.embed(paddle.to_tensor(ids)), reading)
+        hidden = model.hidden_states(model.embed(paddle.to_tensor(ids)), reading)
         logits = model.lm_head(hidden[:, -1:])[:, 0].astype("float32")
         if generation.top_k == 1:
             chosen = logits.argmax(axis=-1).numpy()

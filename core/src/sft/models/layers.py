@@ -84,9 +84,9 @@ def module_names(adapted: Iterable[str], everything: Iterable[str]) -> list[str]
 
 
 def _linears(model: Any) -> list[Target]:
-    targets = []
+    targets, blocks = [], f"{model.architecture.block_names}."
     for path, parent in model.named_sublayers():
-        if not path.startswith("model.layers."):
+        if not path.startswith(blocks):
             continue
         for attribute, layer in parent.named_children():
             features = linear_features(layer)

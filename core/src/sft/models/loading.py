@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from sft.distributed.parts import is_elsewhere, part_of, whole_shape
 from sft.distributed.whole import WholeModel
 from sft.errors import PluginError, UsageError
-from sft.models.architecture import Architecture
+from sft.models.architecture import Architecture, ModelShape
 from sft.models.config import OF_THE_WEIGHTS, read_config, with_one_spelling
-from sft.models.families import Family, family_of, is_transposed
+from sft.models.families import family_of
+from sft.models.families.family import Family, LanguageModel
 from sft.models.layers import Target, target_layers
 from sft.models.source import ModelFolder, Weights, find_config, find_model, weight_files
+from sft.plugins.calls import checked, given
 from sft.progress import Progress
 
 if TYPE_CHECKING:
@@ -37,9 +40,10 @@ class ModelSource:
     values: dict[str, Any]
     """``config.json``, with what plugins changed in it."""
     family: Family
-    architecture: Architecture
+    architecture: ModelShape
     changed_by: tuple[str, ...] = ()
-    """The plugins that changed the config (``sft_model_config``)."""
+    """The plugins without which its config means something else: what read its family (``sft_model_family``), and those
+    that changed the config (``sft_model_config``)."""
     generation: bytes | None = None
     """``generation_config.json`` as it stands, if there is one; it goes with the weights."""
 
@@ -69,7 +73,7 @@ def open_model(
     name = str(name_or_path)
     folder = find_config(name)
     values = read_config(folder)
-    family = family_of(values, folder)
+    family, reader = _family(values, folder, plugins)
     architecture = family.architecture(values, folder)
     place = ModelFolder(folder)
     if weights:
@@ -77,7 +81,7 @@ def open_model(
         weight_files(place)
     generation = place.path / "generation_config.json"
     kept = generation.read_bytes() if generation.is_file() else None
-    source = ModelSource(place, values, family, architecture, generation=kept)
+    source = ModelSource(place, values, family, architecture, reader, kept)
     if run is not None:
         run.source = source
     if plugins is None:
@@ -111,6 +115,24 @@ def _let_change(source: ModelSource, name: str, plugins: Plugins, run: Any) -> N
     where = f"{source.folder}, as plugin {name} changes it"
     source.values, source.architecture = changed, source.family.architecture(changed, where)
     source.changed_by += (name,)
+
+
+def _family(values: dict[str, Any], where: Path, plugins: Plugins | None) -> tuple[Family, tuple[str, ...]]:
+    """The family of ``values``, a ``config.json``, and the name of the plugin that has it, if a plugin does."""
+    offered = {}
+    if plugins is not None:
+        for name in plugins.implementing("sft_model_family"):
+            family = plugins.ask(name, "sft_model_family", config=copy.deepcopy(values))
+            if family is not None:
+                offered[name] = checked(family, Family, "sft_model_family", plugins.who(name))
+    if plugins is None or not offered:
+        return family_of(values, where), ()
+    family_of(values, where, {plugins.who(name): one for name, one in offered.items()})
+    ((name, family),) = offered.items()
+    who, kind = plugins.who(name), Architecture if family.build is None else ModelShape
+    read = given(family.read, kind, "sft_model_family's read", who)
+    build = family.build and given(family.build, LanguageModel, "sft_model_family's build", who)
+    return replace(family, read=read, build=build), (name,)
 
 
 def load_model(
@@ -169,7 +191,8 @@ def _build(source: ModelSource, dtype: str) -> Any:
     paddle.set_default_dtype(dtype)
     try:
         with paddle.LazyGuard():
-            return CausalLM(source.architecture)
+            build: Callable[[Any], Any] = source.family.build or CausalLM
+            return build(source.architecture)
     finally:
         paddle.set_default_dtype(before)
 
@@ -208,13 +231,13 @@ def _quantize(
 
 def _read(name: str, weights: Weights, source: ModelSource, where: tuple[slice, ...]) -> np.ndarray:
     """What is at ``where`` of a tensor in Paddle's layout, float32."""
-    transposed = weights.layout == "hf" and is_transposed(name, len(where))
+    transposed = weights.layout == "hf" and source.family.is_transposed(name, len(where))
     return weights.read_part(name, where[::-1]).T if transposed else weights.read_part(name, where)
 
 
 def _check_shape(name: str, shape: tuple[int, ...], weights: Weights, source: ModelSource) -> None:
     stored = tuple(weights.shape(name))
-    if weights.layout == "hf" and is_transposed(name, len(stored)):
+    if weights.layout == "hf" and source.family.is_transposed(name, len(stored)):
         stored = stored[::-1]
     if stored != tuple(shape):
         raise UsageError(

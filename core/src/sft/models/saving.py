@@ -12,7 +12,6 @@ from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import staged_folder, write_json
 from sft.models.config import hf_config
-from sft.models.families import is_transposed
 from sft.models.loading import ModelSource
 from sft.models.shards import WeightFormat, write_tensors
 from sft.progress import Progress
@@ -30,7 +29,7 @@ def model_tensors(parameters: Iterable[tuple[str, Any]], source: ModelSource) ->
         array = parameter.numpy()
         if array.dtype == np.uint16:  # paddle's way of giving bfloat16 to numpy
             array = array.view(ml_dtypes.bfloat16)
-        if is_transposed(name, array.ndim):
+        if source.family.is_transposed(name, array.ndim):
             array = np.ascontiguousarray(array.T)
         yield source.family.to_file(name, "hf"), array
 
@@ -63,7 +62,7 @@ def write_merged(
     The folder appears complete under its name or not at all. Returns the number of tensors that changed.
     """
     form, progress = form or WeightFormat(), progress or Progress(lambda text: None)
-    weights = source.weights()
+    weights, blocks = source.weights(), f"{source.architecture.block_names}."
     changed = 0
     dtypes: set[str] = set()
 
@@ -76,9 +75,9 @@ def write_merged(
                 continue  # some writers store the tied matrix twice
             stored = weights.read_stored(original)
             name = source.family.from_file(original, weights.layout)
-            if weights.layout == "paddle" and is_transposed(name, stored.ndim):
+            if weights.layout == "paddle" and source.family.is_transposed(name, stored.ndim):
                 stored = stored.T
-            weight, is_new = _merge_one(name, stored, merger, quantizer)
+            weight, is_new = _merge_one(name, stored, merger, quantizer, name.startswith(blocks))
             if quantizer is None and form.dtype == "base":
                 with np.errstate(over="ignore"):  # it is an error below
                     weight = weight.astype(stored.dtype, copy=False)
@@ -88,7 +87,7 @@ def write_merged(
                 _check_finite(name, stored, weight)
             changed += is_new
             dtypes.add(str(weight.dtype))
-            if form.layout == "paddle" and is_transposed(name, weight.ndim):
+            if form.layout == "paddle" and source.family.is_transposed(name, weight.ndim):
                 weight = weight.T
             yield source.family.to_file(name, form.layout), np.ascontiguousarray(weight)
 
@@ -105,13 +104,13 @@ def write_merged(
 
 
 def _merge_one(
-    name: str, stored: np.ndarray, merger: AdapterMerger, quantizer: Quantizer | None
+    name: str, stored: np.ndarray, merger: AdapterMerger, quantizer: Quantizer | None, of_block: bool
 ) -> tuple[np.ndarray, bool]:
     """One tensor [out, in], in float32 if the adapter or the quantizer changed it, and whether the adapter did."""
     import paddle
 
     base = paddle.to_tensor(np.ascontiguousarray(stored.astype(np.float32, copy=False)))
-    if quantizer is not None and base.ndim == 2 and ".layers." in name:
+    if quantizer is not None and of_block and base.ndim == 2:
         weight = np.ascontiguousarray(stored.astype(np.float32, copy=False).T)
         layer = quantizer.quantize(name.removesuffix(".weight"), weight, None)
         base = base if layer is None else layer.dequantize().T
@@ -135,7 +134,7 @@ def _check_finite(name: str, stored: np.ndarray, weight: np.ndarray) -> None:
 
 
 def _write_settings(folder: Path, source: ModelSource, tokenizer: Tokenizer, dtype: str, layout: str = "hf") -> None:
-    values = hf_config(source.values, dtype)
+    values = hf_config(source.values, dtype, source.family)
     if layout == "paddle":
         values["dtype"] = dtype
         scaling = values.get("rope_scaling") or {}

@@ -30,7 +30,7 @@ def set_up(run: Run) -> None:
     run.model = loading.load_model(run.source, quantizer, run.precision.weights, run.strategy, run.progress)
     run.model.attention = backend or run.model.attention
     if run.settings.training.recompute:
-        run.model.model.recompute = True
+        run.model.recompute = True
     if run.exports_adapter:  # what is exported is the adapter, so the base must stay what it is
         for parameter in run.model.parameters():
             parameter.stop_gradient = True

@@ -88,6 +88,30 @@ def _passed(hook: str) -> tuple[type[BaseException], ...]:
     return (SftError, *RAISES.get(hook, ()))
 
 
+def given(function: Callable[..., Any], expected: Any, what: str, who: str) -> Callable[..., Any]:
+    """``function``, which the plugin that is called ``who`` gave as ``what``, so that what goes wrong in it, or comes
+    of it that is not as ``expected``, is said with the plugin's name."""
+
+    def called(*args: Any) -> Any:
+        try:
+            result = function(*args)
+        except SftError:
+            raise
+        except Exception as error:
+            raise failed(error, what, who) from from_plugin(error)
+        return checked(result, expected, what, who)
+
+    return called
+
+
+def checked(result: Any, expected: Any, what: str, who: str) -> Any:
+    """``result``, with which the plugin that is called ``who`` answers ``what``, if it is as ``expected``."""
+    wrong = mismatch(result, expected)
+    if wrong is not None:
+        raise PluginError(f"{who} answers {what} with {wrong}; correct it there, or leave the plugin out.")
+    return result
+
+
 def failed(error: BaseException, hook: str, who: str) -> PluginError:
     """What is said of ``error``, which the plugin that is called ``who`` raised in ``hook``."""
     text = " ".join(str(error).split())

@@ -16,7 +16,10 @@ from sft.plugins.calls import failed, from_plugin, guard
 from sft.plugins.declarations import check_form, check_relations, in_order, meant
 from sft.plugins.discovery import canonical, find, import_plugin, imported, installed, is_of, strange_requests
 
-SHAPING = ("sft_collator", "sft_model_config", "sft_quantizer", "sft_adapt_model", "sft_parameter_groups")
+SHAPING = (
+    *("sft_collator", "sft_model_family", "sft_model_config", "sft_quantizer"),
+    *("sft_adapt_model", "sft_parameter_groups"),
+)
 """Hooks whose implementation may change what is learned; others only watch, or compute the same in another way."""
 
 hookspec = pluggy.HookspecMarker("sft")

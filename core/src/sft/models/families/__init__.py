@@ -1,63 +1,17 @@
-"""The model families: what ``model_type`` in a ``config.json`` means. One that is not here is refused, not guessed.
+"""The model families: what ``model_type`` in a ``config.json`` means. One that is not here, nor a plugin's, is refused,
+not guessed.
 
 A family is listed when its logits, gradients and greedy answers equal those of transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from sft.errors import UsageError
-from sft.models.architecture import Architecture
 from sft.models.families import readers
-from sft.models.families.values import Values
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a family's checkpoints are read and written."""
-
-    model_type: str
-    causal_lm: str
-    """Its class in transformers, which ``architectures`` of a config names."""
-    read: Callable[[Values], Architecture]
-    paddle_prefix: str | None = None
-    """The backbone's name in PaddleNLP's layout; None: PaddleNLP has no such family."""
-    renamed: tuple[tuple[str, str], ...] = ()
-    """Names in Hugging Face's files and what they are called here, as pairs of parts of names."""
-
-    def architecture(self, values: Mapping[str, Any], where: Any) -> Architecture:
-        """What a ``config.json`` describes; :class:`UsageError` naming ``where`` for what cannot be computed."""
-        return self.read(Values(values, where))
-
-    def from_file(self, name: str, layout: str) -> str:
-        """A tensor's name in a file of ``layout`` ("hf" or "paddle") → its parameter's."""
-        if layout == "paddle":
-            return _swap(name, f"{self.paddle_prefix}.", "model.")
-        for theirs, ours in self.renamed:
-            name = name.replace(theirs, ours)
-        return name
-
-    def to_file(self, name: str, layout: str) -> str:
-        """A parameter's name → its tensor's in a file of ``layout``."""
-        if layout == "paddle":
-            return _swap(name, "model.", f"{self.paddle_prefix}.")
-        for theirs, ours in self.renamed:
-            name = name.replace(ours, theirs)
-        return name
-
-
-def _swap(name: str, old: str, new: str) -> str:
-    return new + name[len(old) :] if name.startswith(old) else name
-
-
-def is_transposed(name: str, dimensions: int) -> bool:
-    """Whether files in Hugging Face's layout hold a tensor as [out, in] that is [in, out] here: every matrix but the
-    embedding is a Linear's."""
-    return dimensions == 2 and not name.endswith("embed_tokens.weight")
-
+from sft.models.families.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -91,11 +45,21 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(config: Mapping[str, Any], where: Any) -> Family:
-    """The family of a ``config.json``; :class:`UsageError` with those there are, if it is none of them."""
+def family_of(config: Mapping[str, Any], where: Any, offered: Mapping[str, Family] | None = None) -> Family:
+    """The family of a ``config.json``. ``offered``: those that plugins have for it, by what a message calls the plugin.
+
+    Raises :class:`UsageError` where nobody has one, with those that there are, and where more than one has.
+    """
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    own = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    candidates = {**({} if own is None else {"sft itself": own}), **(offered or {})}
+    if not candidates:
         raise UsageError(
-            f"{where}: model_type {model_type!r} is not a family that is known here; use one of {', '.join(FAMILIES)}."
+            f"{where}: model_type {model_type!r} is not a family that is known here; use one of {', '.join(FAMILIES)}, "
+            "or a plugin that reads it (--plugin NAME)."
         )
-    return FAMILIES[model_type]
+    if len(candidates) > 1:
+        raise UsageError(
+            f"{where}: {' and '.join(candidates)} both read model_type {model_type!r}; leave a plugin out."
+        )
+    return next(iter(candidates.values()))

@@ -28,10 +28,16 @@ _NEEDED = {
 
 class Values:
     """``values`` of the config of ``where``, for a reader of a family. Each method takes a name and what stands for it
-    where it is missing; without that it must be there. Null is as good as missing, but for numbers."""
+    where it is missing; without that it must be there. Null is as good as missing, but for numbers. ``values[name]`` is
+    a value as it stands, or None.
+
+    Attributes:
+        where: The model's folder, as messages name it.
+    """
 
     def __init__(self, values: Mapping[str, Any], where: Any) -> None:
-        self._values, self.where = values, where
+        self._values = values
+        self.where = where
 
     def __getitem__(self, name: str) -> Any:
         return self._values.get(name)

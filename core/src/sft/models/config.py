@@ -60,19 +60,23 @@ def hf_config(values: Mapping[str, Any], dtype: str, family: Family | None = Non
     kept.update(architectures=[family.causal_lm], torch_dtype=dtype)
     if family.build is not None:  # its class reads what was there
         return kept
-    found = values.get("rope_parameters")
-    found = found if isinstance(found, dict) else {}
-    if any(isinstance(value, dict) for value in found.values()):
-        return kept  # by kind of layer, which transformers 5 alone reads and nothing else can say
-    rotary = family.architecture(values, "config.json").rotaries[0]
+    architecture = family.architecture(values, "config.json")
+    rotary = architecture.rotaries[0]
     kept["rope_theta"] = rotary.base
     kept.pop("rope_scaling", None)
     scaling = {"rope_type": rotary.kind, **rotary.values}
-    if rotary.kind != "default":
+    if rotary.kind == "longrope":  # transformers 4 takes these three names alone, and the length from beside them
+        kept["original_max_position_embeddings"] = rotary.limit
+        apart = ("rope_type", "original_max_position_embeddings")
+        kept["rope_scaling"] = {"type": "longrope", **{key: scaling[key] for key in scaling if key not in apart}}
+    elif rotary.kind != "default":
         kept["rope_scaling"] = scaling
-    if "partial_rotary_factor" in found:
-        kept["partial_rotary_factor"] = found["partial_rotary_factor"]
-    if found:
+    if rotary.size != architecture.head_size:
+        kept["partial_rotary_factor"] = rotary.size / architecture.head_size
+    if len(architecture.rotaries) > 1:  # Gemma 3's for windows, as transformers 4 calls it
+        kept["rope_local_base_freq"] = architecture.rotaries[1].base
+    found = values.get("rope_parameters")
+    if isinstance(found, dict) and not any(isinstance(value, dict) for value in found.values()):
         kept["rope_parameters"] = {**found, **scaling, "rope_theta": rotary.base}
         kept["rope_parameters"].pop("type", None)
     return kept

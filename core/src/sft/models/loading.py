@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from sft.seams import ParallelStrategy, Quantizer
 
 
+_ROWS = 64
+"""So many rows of two matrices are compared."""
+
+
 @dataclass
 class ModelSource:
     """A model directory whose config has been read and checked; no weight has been touched."""
@@ -52,8 +56,18 @@ class ModelSource:
         return self.place.path
 
     def weights(self) -> Weights:
-        """The tensors in its files; raises :class:`UsageError` where there are none that may be read."""
-        return Weights(self.place, self.family)
+        """The tensors in its files; raises :class:`UsageError` where there are none that may be read, and where the
+        config calls a head the embedding that is another matrix."""
+        weights = Weights(self.place, self.family)
+        names = ("model.embed_tokens.weight", "lm_head.weight")
+        if self.architecture.tied and weights.layout == "hf" and all(name in weights for name in names):
+            embedding, head = (weights.read_grid(name, _ROWS) for name in names)
+            if embedding.shape != head.shape or not (embedding == head).all():
+                raise UsageError(
+                    f"{self.folder}: config.json says that lm_head is the embedding (tie_word_embeddings), and the "
+                    "files hold another lm_head.weight; set tie_word_embeddings false to use it."
+                )
+        return weights
 
 
 def open_model(

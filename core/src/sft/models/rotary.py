@@ -39,6 +39,14 @@ class Rotary:
             return self.positions
         return self._original if self.kind == "longrope" else None
 
+    @property
+    def reach(self) -> int:
+        """The length of the longest document. Some scalings say how much longer it is than the model's positions."""
+        factor = float(self.values.get("factor") or 1.0)
+        if self.kind in ("linear", "dynamic"):
+            return int(self.positions * factor)
+        return max(self.positions, int(self._original * factor)) if self.kind == "yarn" else self.positions
+
     def frequencies(self, length: int = 0) -> tuple[np.ndarray, float]:
         """The angle of each pair for one position, float64 [size / 2], and the factor of cosines and sines, for a
         document of ``length`` tokens."""

@@ -53,6 +53,11 @@ def family_of(config: Mapping[str, Any], where: Any, offered: Mapping[str, Famil
     model_type = config.get("model_type")
     own = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     candidates = {**({} if own is None else {"sft itself": own}), **(offered or {})}
+    if not candidates and isinstance(config.get("text_config"), dict):
+        raise UsageError(
+            f"{where}: model_type {model_type!r} reads more than text (its config has a text_config of its own), and "
+            "only models of text alone are known here; use one, such as google/gemma-3-1b-it."
+        )
     if not candidates:
         raise UsageError(
             f"{where}: model_type {model_type!r} is not a family that is known here; use one of {', '.join(FAMILIES)}, "

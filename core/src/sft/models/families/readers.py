@@ -22,7 +22,7 @@ _AROUND = Norms(
 def _plain(
     values: Values,
     *,
-    positions: int = 2048,
+    longest: int = 2048,
     kv_heads: int | None = None,
     head_size: int | None = None,
     base: float = 10000.0,
@@ -40,7 +40,7 @@ def _plain(
     kept = values.count("num_key_value_heads", kv_heads if kv_heads and missing else heads)
     if heads % kept:
         raise values.wrong("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
-    longest = values.count("max_position_embeddings", positions)
+    longest = values.count("max_position_embeddings", longest)
     # The last two are PaddleNLP's.
     values.refuse("quantization_config", "use_bidirectional_attention", "alibi", "use_long_sequence_strategies")
     fields: dict[str, Any] = {
@@ -50,7 +50,6 @@ def _plain(
         "heads": heads,
         "kv_heads": kept,
         "head_size": size,
-        "positions": longest,
         "blocks": (Block(),) * values.count("num_hidden_layers"),
         "norm_epsilon": values.number("rms_norm_eps", epsilon),
         "tied": values.flag("tie_word_embeddings", tied),
@@ -58,6 +57,8 @@ def _plain(
     fields.update(more)
     if "rotaries" not in fields:
         fields["rotaries"] = (values.rotary(size, longest, base),)
+    if "positions" not in more:
+        fields["positions"] = fields["rotaries"][0].reach
     return Architecture(**fields)
 
 
@@ -77,7 +78,7 @@ def llama(values: Values) -> Architecture:
 
 def mistral(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
-    found = _plain(values, positions=4096 * 32, kv_heads=8)
+    found = _plain(values, longest=4096 * 32, kv_heads=8)
     return _in_windows(found, [SLIDING] * len(found.blocks), values.window(4096))
 
 
@@ -91,7 +92,7 @@ def _qwen_windows(values: Values, architecture: Architecture) -> Architecture:
 
 def qwen2(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
-    return _qwen_windows(values, _plain(values, positions=32768, kv_heads=32, attention_bias=True))
+    return _qwen_windows(values, _plain(values, longest=32768, kv_heads=32, attention_bias=True))
 
 
 def qwen3(values: Values) -> Architecture:
@@ -99,7 +100,7 @@ def qwen3(values: Values) -> Architecture:
     bias = values.flag("attention_bias", False)
     found = _plain(
         values,
-        positions=32768,
+        longest=32768,
         kv_heads=32,
         head_size=128,
         attention_bias=bias,
@@ -113,7 +114,7 @@ def gemma(values: Values) -> Architecture:
     # The first releases say "gelu" and mean the tanh form, as transformers reads it.
     word = "hidden_activation" if values["hidden_activation"] is not None else "hidden_act"
     values.word(word, {**_GELU, "gelu": "gelu_tanh"}, "gelu_pytorch_tanh")
-    return _gemma(values, positions=8192, kv_heads=16)
+    return _gemma(values, longest=8192, kv_heads=16)
 
 
 def _gemma(values: Values, **more: Any) -> Architecture:
@@ -134,7 +135,7 @@ def gemma2(values: Values) -> Architecture:
     values.word("hidden_activation", _GELU, "gelu_pytorch_tanh")
     found = _gemma(
         values,
-        positions=8192,
+        longest=8192,
         kv_heads=4,
         norms=_AROUND,
         attention_scale=values.number("query_pre_attn_scalar", 256) ** -0.5,
@@ -151,12 +152,9 @@ def gemma3(values: Values) -> Architecture:
     size, positions = values.count("head_dim", 256), values.count("max_position_embeddings", 131072)
     local = values.number("rope_local_base_freq", 10000.0)
     # What scales the others leaves windows alone.
-    rotaries = (
-        values.rotary(size, positions, 1e6, FULL),
-        values.rotary(size, positions, local, SLIDING)
-        if isinstance(values["rope_parameters"], dict) and isinstance(values["rope_parameters"].get(SLIDING), dict)
-        else Values({}, values.where).rotary(size, positions, local),
-    )
+    kinds_apart = values["rope_parameters"] if isinstance(values["rope_parameters"], dict) else {}
+    windowed = Values({"rope_parameters": kinds_apart.get(SLIDING)}, values.where)
+    rotaries = (values.rotary(size, positions, 1e6, FULL), windowed.rotary(size, positions, local))
     found = _gemma(
         values,
         positions=positions,
@@ -178,7 +176,9 @@ def gemma3(values: Values) -> Architecture:
 
 def phi3(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
-    found = _plain(values, positions=4096, epsilon=1e-5, fused_attention=True, fused_mlp=True)
+    if values["original_max_position_embeddings"] is None:
+        values = values.having(original_max_position_embeddings=4096)
+    found = _plain(values, longest=4096, epsilon=1e-5, fused_attention=True, fused_mlp=True)
     return _in_windows(found, [SLIDING] * len(found.blocks), values.window())
 
 
@@ -187,7 +187,7 @@ def smollm3(values: Values) -> Architecture:
     bias = values.flag("attention_bias", False)
     found = _plain(
         values,
-        positions=32768,
+        longest=32768,
         kv_heads=4,
         base=2e6,
         tied=True,
@@ -243,7 +243,7 @@ def glm4(values: Values) -> Architecture:
     turned = values if values["partial_rotary_factor"] is not None else values.having(partial_rotary_factor=0.5)
     return _plain(
         values,
-        positions=positions,
+        longest=131072,
         kv_heads=2,
         head_size=128,
         epsilon=0.00000015625,
@@ -259,7 +259,7 @@ def glm4(values: Values) -> Architecture:
 
 def mixtral(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
-    found = _plain(values, positions=4096 * 32, kv_heads=8, base=1e6, epsilon=1e-5)
+    found = _plain(values, longest=4096 * 32, kv_heads=8, base=1e6, epsilon=1e-5)
     count = values.count("num_local_experts", 8)
     experts = Experts(count, values.count("num_experts_per_tok", 2), found.inner, normalise=True)
     found = _in_windows(found, [SLIDING] * len(found.blocks), values.window())
@@ -279,7 +279,7 @@ def _qwen_experts(values: Values, architecture: Architecture, experts: Experts) 
 
 def qwen2_moe(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
-    found = _plain(values, positions=32768, kv_heads=16, attention_bias=values.flag("qkv_bias", True))
+    found = _plain(values, longest=32768, kv_heads=16, attention_bias=values.flag("qkv_bias", True))
     experts = Experts(
         values.count("num_experts", 60),
         values.count("num_experts_per_tok", 4),
@@ -297,7 +297,7 @@ def qwen2_moe(values: Values) -> Architecture:
 def qwen3_moe(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
     bias = values.flag("attention_bias", False)
-    found = _plain(values, positions=32768, kv_heads=4, attention_bias=bias, output_bias=bias, head_norm="head")
+    found = _plain(values, longest=32768, kv_heads=4, attention_bias=bias, output_bias=bias, head_norm="head")
     experts = Experts(
         values.count("num_experts" if values["num_experts"] is not None else "num_local_experts", 128),
         values.count("num_experts_per_tok", 8),

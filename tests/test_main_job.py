@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from sft.commands.demo import FOLDER, curve, settings_for
+from sft.commands.demo import FOLDER, curve, demo_settings
 
 SFT = Path(sys.executable).with_name("sft")
 PROMPT = "type#bag*color#red*material#canvas"
@@ -137,8 +137,8 @@ def test_demo_data_is_the_advertisement_format_and_dev_is_disjoint() -> None:
 
 
 def test_demo_overwrites_its_own_folder_alone() -> None:
-    assert settings_for("sft-demo")["overwrite_output_dir"] is True
-    assert settings_for("somewhere")["overwrite_output_dir"] is False
+    assert demo_settings("sft-demo")["overwrite_output_dir"] is True
+    assert demo_settings("somewhere")["overwrite_output_dir"] is False
 
 
 def test_curve_falls_with_the_loss() -> None:

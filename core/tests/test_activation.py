@@ -12,7 +12,7 @@ from toy_plugins import active, plugin
 from toy_plugins import refusal as refused
 
 import sft
-from sft.plugins.requests import choose, requests
+from sft.plugins.requests import choose_plugins, requests
 from sft.resolve import resolve
 from sft.settings.arguments import core_options
 
@@ -42,7 +42,7 @@ def tools(distribute: Distribute) -> None:
 
 
 def chosen(**values: Any) -> tuple[list[str], dict[str, Any]]:
-    return choose(values, core_options())
+    return choose_plugins(values, core_options())
 
 
 def refusal(**values: Any) -> str:

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import sft
-from sft.distributed.parts import Part, is_elsewhere, part_of, size_of, whole_shape
+from sft.distributed.parts import Part, is_elsewhere, part_of, whole_shape, whole_size
 from sft.models.families import FAMILIES
 from sft.models.source import ModelFolder, Weights
 
@@ -41,8 +41,8 @@ def test_parts_side_by_side_are_the_whole(shape: tuple[int, ...], axis: int, cou
 def test_marks_say_what_the_whole_is(paddle: Any) -> None:
     plain, marked = paddle.zeros([2, 3]), paddle.zeros([2, 3])
     marked.sft_part, marked.sft_elsewhere = Part((2, 12), 1, 0, 4), True
-    assert (part_of(plain), whole_shape(plain), size_of(plain), is_elsewhere(plain)) == (None, (2, 3), 6, False)
-    assert (part_of(marked), whole_shape(marked), size_of(marked)) == (Part((2, 12), 1, 0, 4), (2, 12), 24)
+    assert (part_of(plain), whole_shape(plain), whole_size(plain), is_elsewhere(plain)) == (None, (2, 3), 6, False)
+    assert (part_of(marked), whole_shape(marked), whole_size(marked)) == (Part((2, 12), 1, 0, 4), (2, 12), 24)
     assert is_elsewhere(marked)
 
 

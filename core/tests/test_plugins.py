@@ -15,7 +15,7 @@ from toy_plugins import Publisher, active, plugin, refusal
 
 import sft
 from sft import hookspecs
-from sft.fine_tune import prepare
+from sft.fine_tune import prepare_run
 from sft.plugins.registry import Plugins
 from sft.settings.arguments import build
 
@@ -76,7 +76,7 @@ def test_the_conflict_comes_before_model_and_data_are_looked_at(distribute: Dist
         distribute(f"sft-test-{number}", plugin(number, body), {number: "Tool"})
     values = {"plugin": ["one", "two"], "model_name_or_path": "missing", "dataset_name_or_path": "missing"}
     with pytest.raises(sft.UsageError, match="both provide sft_quantizer"):
-        prepare({**values, "output_dir": str(tmp_path / "out")}, (), print)
+        prepare_run({**values, "output_dir": str(tmp_path / "out")}, (), print)
 
 
 def test_an_unknown_hook() -> None:

@@ -21,7 +21,7 @@ FLOAT16 = Precision("float16", "float32")
 
 def chosen(paddle: Any, **training: Any) -> tuple[Precision, list[str]]:
     said: list[str] = []
-    return precision.choose(TrainingArguments(**training), said.append), said
+    return precision.choose_precision(TrainingArguments(**training), said.append), said
 
 
 def test_float32_without_a_word(paddle: Any) -> None:

@@ -21,11 +21,11 @@ INTEL, AMD = "GenuineIntel", "AuthenticAMD"
 
 @pytest.mark.parametrize("vendor", [INTEL, "", "ARM"])
 def test_threads_and_kernels_are_chosen_everywhere(vendor: str) -> None:
-    assert runtime.choose({}, 6, vendor) == {"OMP_NUM_THREADS": "6", "FLAGS_use_stride_kernel": "0"}
+    assert runtime.variables_to_set({}, 6, vendor) == {"OMP_NUM_THREADS": "6", "FLAGS_use_stride_kernel": "0"}
 
 
 def test_on_amd_mkl_is_told_to_use_avx2() -> None:
-    assert runtime.choose({}, 2, AMD) == {
+    assert runtime.variables_to_set({}, 2, AMD) == {
         "OMP_NUM_THREADS": "2",
         "FLAGS_use_stride_kernel": "0",
         "MKL_DEBUG_CPU_TYPE": "5",
@@ -35,7 +35,7 @@ def test_on_amd_mkl_is_told_to_use_avx2() -> None:
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "FLAGS_use_stride_kernel", "MKL_DEBUG_CPU_TYPE"])
 def test_a_users_variables_are_left_alone(name: str) -> None:
     environ = {name: "7"}
-    chosen = runtime.choose(environ, 2, AMD)
+    chosen = runtime.variables_to_set(environ, 2, AMD)
     assert set(chosen) == {"OMP_NUM_THREADS", "FLAGS_use_stride_kernel", "MKL_DEBUG_CPU_TYPE"} - {name}
     assert environ == {name: "7"}
 

@@ -14,7 +14,7 @@ import sft
 from sft import hookspecs
 from sft.commands.run import collect
 from sft.plugins.registry import Plugins
-from sft.plugins.requests import choose
+from sft.plugins.requests import choose_plugins
 from sft.settings.arguments import Settings, build, core_options, normalise, read_file
 
 # What the section "精调参数介绍" of PaddleNLP's llm/docs/finetune.md gives as defaults of the names that sft has.
@@ -115,7 +115,7 @@ def test_flat_settings_can_be_given_again() -> None:
     flat = settings.flat()
     assert flat["plugin"] == ["first"]
     assert flat["first_rank"] == 3
-    names, left = choose({**flat, "plugin": []}, core_options())
+    names, left = choose_plugins({**flat, "plugin": []}, core_options())
     assert names == []
     assert built(json.loads(json.dumps(left)), First) == settings
 

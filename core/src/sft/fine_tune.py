@@ -45,7 +45,7 @@ def run(
     command line answers with exit code 2, before anything has been written.
     """
     values = read_file(Path(settings)) if isinstance(settings, (str, os.PathLike)) else settings
-    current = prepare(normalise(values), plugins, say or Printer("stdout"))
+    current = prepare_run(normalise(values), plugins, say or Printer("stdout"))
     try:
         check_plugins(current.plugins)
         with current.progress:
@@ -55,7 +55,7 @@ def run(
         raise
 
 
-def prepare(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str], None]) -> Run:
+def prepare_run(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str], None]) -> Run:
     """Resolve plugins and settings and run every check that is instant; nothing heavy is imported."""
     settings, active, without_effect = resolve(values, extra)
     current = Run(settings, active, say, values)
@@ -111,13 +111,13 @@ def _read(run: Run) -> Checkpoint | None:
 def _set_up(run: Run) -> None:
     """Device, precision, collator, processes and the model itself."""
     from sft.models.setup import set_up
-    from sft.training import precision
+    from sft.training.precision import choose_precision
     from sft.training.strategy import SingleProcess
 
     if run.settings.training.device is not None:
         runtime.use_device(run.settings.training.device)
     run.arithmetic = runtime.arithmetic()
-    run.precision = precision.choose(run.settings.training, run.say)
+    run.precision = choose_precision(run.settings.training, run.say)
     run.collator = run.hook.sft_collator(run=run) or PaddedCollator(run.tokenizer.pad_id)
     run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess(run)
     set_up(run)
@@ -139,7 +139,7 @@ def _train(run: Run, resumed: Checkpoint | None, started: float) -> Summary:
     optimizer = make_optimizer(run)
     if resumed is not None:
         check_resumable(run, schedule, resumed)
-        checkpoint.load(run, optimizer, resumed.folder, resumed.state)
+        checkpoint.restore(run, optimizer, resumed.folder, resumed.state)
     check_export(run)
     record = describe(run)
     journal = open_run_folder(run, resumed.folder if resumed is not None else None, record)
@@ -180,7 +180,7 @@ def _only_evaluate(run: Run, resumed: Checkpoint | None, started: float) -> Summ
     step, epoch = 0, 0.0
     if resumed is not None:
         check_same_base(run, resumed.folder)
-        checkpoint.load_model(run, resumed.folder, resumed.state)
+        checkpoint.restore_model(run, resumed.folder, resumed.state)
         run.step = step = resumed.state["step"]
         epoch = resumed.state["epoch"]
         run.say(f"measuring {resumed.folder}")

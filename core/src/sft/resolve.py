@@ -8,7 +8,7 @@ from typing import Any
 from sft import hookspecs
 from sft.plugins.discovery import entries
 from sft.plugins.registry import Plugins
-from sft.plugins.requests import check_numbers, choose, explicit, of_idle_plugins, overruled, switched_off
+from sft.plugins.requests import check_numbers, choose_plugins, explicit, of_idle_plugins, overruled, switched_off
 from sft.settings.arguments import Settings, build, core_options, known_names
 from sft.settings.paddlenlp import explain
 
@@ -18,7 +18,7 @@ def resolve(values: Mapping[str, Any], extra: Iterable[type]) -> tuple[Settings,
     nothing here, each with the reason. Raises :class:`UsageError` for all that settings alone can get wrong.
     """
     entries.cache_clear()  # what was installed since the last run counts
-    names, left = choose(values, core_options())
+    names, left = choose_plugins(values, core_options())
     active = Plugins.load(names, hookspecs, extra, explicit(values))
     known = known_names(active) - {"plugin"}
     # What asks for one plugin may be another's setting, which that plugin then reads, whatever was asked for.

@@ -61,7 +61,7 @@ def cpu_info() -> dict[str, str]:
 VARIABLES = ("OMP_NUM_THREADS", "FLAGS_use_stride_kernel", "MKL_DEBUG_CPU_TYPE")
 
 
-def choose(environ: Mapping[str, str], cores: int, vendor: str) -> dict[str, str]:
+def variables_to_set(environ: Mapping[str, str], cores: int, vendor: str) -> dict[str, str]:
     """The variables to set for ``cores`` and ``vendor``, leaving out those that ``environ`` already has."""
     wanted = {"OMP_NUM_THREADS": str(cores), "FLAGS_use_stride_kernel": "0"}
     if vendor == "AuthenticAMD":
@@ -124,7 +124,7 @@ def _settle(vendor: str) -> None:
     if "paddle" in sys.modules and users.get("OMP_NUM_THREADS") == "1" and not _began_with("OMP_NUM_THREADS"):
         del users["OMP_NUM_THREADS"]
         _threads_taken = True
-    chosen = choose(users, physical_cores(), vendor)
+    chosen = variables_to_set(users, physical_cores(), vendor)
     # Tensors that are views of others may be there, and would be lost without these kernels.
     if "paddle" in sys.modules:
         chosen.pop("FLAGS_use_stride_kernel", None)

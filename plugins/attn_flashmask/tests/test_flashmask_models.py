@@ -198,6 +198,6 @@ def test_flashmask_takes_the_place_of_flash_attention(paddle: Any) -> None:
     ids=str,
 )
 def test_paddlenlps_settings_activate(settings: dict[str, Any], expected: list[str]) -> None:
-    names, left = activation.choose(settings, ())
+    names, left = activation.choose_plugins(settings, ())
     assert sorted(names) == expected
     assert not left

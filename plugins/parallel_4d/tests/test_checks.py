@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import sft
-from sft.fine_tune import prepare
+from sft.fine_tune import prepare_run
 from sft_parallel_4d.plans import Plan
 from sft_parallel_4d.plugin import Parallel4d
 
@@ -27,7 +27,7 @@ def planned(config_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.
         if processes is not None:
             monkeypatch.setenv("PADDLE_TRAINERS_NUM", str(processes))
         values = {"model_name_or_path": str(config_of(**(model or {}))), "dataset_name_or_path": str(tmp_path)}
-        run = prepare({"output_dir": str(tmp_path / "out"), **values, **settings}, (), lambda text: None)
+        run = prepare_run({"output_dir": str(tmp_path / "out"), **values, **settings}, (), lambda text: None)
         (provider,) = run.hook.sft_parallel_strategy.get_hookimpls()
         assert isinstance(provider.plugin, Parallel4d)
         return provider.plugin.plan
@@ -187,8 +187,8 @@ def test_a_model_of_the_hub_is_looked_at_when_the_checks_are_done(
     values = {"model_name_or_path": "owner/model", "dataset_name_or_path": str(tmp_path), "plugin": ["parallel-4d"]}
     values = {**values, "output_dir": str(tmp_path / "out")}
     with pytest.raises(sft.UsageError, match="sequence_parallel needs tensor parallelism"):
-        prepare({**values, "sequence_parallel": True}, (), print)
-    prepare({**values, "tensor_parallel_degree": 2}, (), print)
+        prepare_run({**values, "sequence_parallel": True}, (), print)
+    prepare_run({**values, "tensor_parallel_degree": 2}, (), print)
     assert not asked
     with pytest.raises(
         sft.UsageError, match=r"tensor parallel degree 2 .* does not divide 3 processes; on 3 processes"

@@ -93,7 +93,7 @@ def test_trap_codes_are_those_of_the_transposed_weight(paddle: Any, bitsandbytes
 
 @pytest.mark.parametrize("algo", ["nf4", "fp4", "weight_only_int8", "weight_only_int4"])
 def test_weight_quantize_algo_activates_the_plugin_of_that_value(algo: str) -> None:
-    names, left = activation.choose({"weight_quantize_algo": algo}, ())
+    names, left = activation.choose_plugins({"weight_quantize_algo": algo}, ())
     assert names == [algo.removeprefix("weight_only_")]
     assert left == {"weight_quantize_algo": algo}
     build(left, plugins.Plugins.load(names, hookspecs))

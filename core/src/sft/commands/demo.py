@@ -21,7 +21,7 @@ def command(output_dir: str) -> None:
     """Fine-tune the tiny embedded model in under a minute, and show its answers before and after."""
     from sft.fine_tune import run
 
-    settings = settings_for(output_dir)
+    settings = demo_settings(output_dir)
     click.echo(f"$ {command_line(settings)}\n")
     summary = run(settings)
     click.echo(f"\ntrain loss by step\n{curve(losses(Path(output_dir) / 'metrics.jsonl'))}")
@@ -32,7 +32,7 @@ def command(output_dir: str) -> None:
     )
 
 
-def settings_for(output_dir: str) -> dict[str, Any]:
+def demo_settings(output_dir: str) -> dict[str, Any]:
     """The demo's settings; they stand in the package, as a user's would in a file."""
     settings: dict[str, Any] = json.loads((FOLDER / "settings.json").read_text(encoding="utf-8"))
     settings["model_name_or_path"] = str(FOLDER / "model")

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sft.data.encoding import IGNORED, Encoded, Window
+from sft.data.encoding import IGNORED, DataWindow, Encoded
 from sft.seams import Batch, DataCollator, Example
 from sft.settings.arguments import TrainingArguments
 
@@ -82,7 +82,7 @@ class Data(Protocol):
         those that have been read, and the others when they are."""
         ...
 
-    def windows(self, place: dict[str, Any] | None = None) -> Iterator[Window]:
+    def windows(self, place: dict[str, Any] | None = None) -> Iterator[DataWindow]:
         """Endless windows from the beginning, or from the one that has ``place``."""
         ...
 
@@ -153,8 +153,8 @@ class Schedule:
                     place = {**window.place, "first_step": first}
                     yield Step(number, epoch, window.data, chosen, place, passes > 0 and index + 1 == steps)
 
-    def _rows(self, window: Window) -> list[tuple[int, ...]]:
+    def _rows(self, window: DataWindow) -> list[tuple[int, ...]]:
         return self.collator.rows(window.data.lengths, np.random.default_rng([self.seed, window.number]))
 
-    def _steps_in(self, window: Window) -> int:
+    def _steps_in(self, window: DataWindow) -> int:
         return math.ceil(len(self._rows(window)) / self.rows_per_step)

@@ -118,10 +118,10 @@ class Encoded:
     def report(self) -> dict[str, int]:
         return asdict(self.counts)
 
-    def windows(self, place: dict[str, Any] | None = None) -> Iterator[Window]:
+    def windows(self, place: dict[str, Any] | None = None) -> Iterator[DataWindow]:
         """Each pass over the data is a window, from the first one or from that of ``place``."""
         for number in itertools.count(place["window"] if place else 0):
-            yield Window(number, self, number, number + 1, {"window": number})
+            yield DataWindow(number, self, number, number + 1, {"window": number})
 
 
 def _check_fits(length: int, model: Path, positions: int) -> None:
@@ -135,7 +135,7 @@ def _check_fits(length: int, model: Path, positions: int) -> None:
 
 
 @dataclass(frozen=True)
-class Window:
+class DataWindow:
     """Records that are shuffled, and perhaps packed, among each other. ``passes`` over all data are done before it."""
 
     number: int

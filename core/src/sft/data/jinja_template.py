@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from sft.data.templates import Marks, Piece, Source, Written, sandbox
+from sft.data.templates import Marks, Source, Written, WrittenText, sandbox
 from sft.errors import UsageError
 from sft.seams import Turn
 
@@ -78,7 +78,7 @@ class JinjaTemplate:
                 until += self.marks.eos
                 text, end = until, len(until)
             targets.append((len(before), end if end is not None else len(until)))
-        return Written((Piece(text[: targets[-1][1]], tuple(targets)),), rewritten)
+        return Written((WrittenText(text[: targets[-1][1]], tuple(targets)),), rewritten)
 
     def _by_blocks(self, turns: Sequence[Turn]) -> Written:
         """The blocks as they stand; a block belongs to the answer of the same number."""
@@ -101,7 +101,7 @@ class JinjaTemplate:
             )
         text = text[: chosen[-1][1]]
         ends = self.marks.end_of_turn(text) is not None
-        return Written((Piece(text, tuple(chosen)),), max(0, len(answers) - len(blocks)), ends)
+        return Written((WrittenText(text, tuple(chosen)),), max(0, len(answers) - len(blocks)), ends)
 
     # --- rendering ------------------------------------------------------------------------------------------
 

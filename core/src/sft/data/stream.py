@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sft.data.encoding import NO_TARGET, Counts, Encoded, Window
+from sft.data.encoding import NO_TARGET, Counts, DataWindow, Encoded
 from sft.errors import UsageError
 from sft.progress import Progress
 from sft.seams import Turn
@@ -56,7 +56,7 @@ class Stream:
         self._room = (model, positions)
         self._first.check_fits(model, positions)
 
-    def windows(self, place: dict[str, Any] | None = None) -> Iterator[Window]:
+    def windows(self, place: dict[str, Any] | None = None) -> Iterator[DataWindow]:
         """See :class:`sft.data.batches.Data`. Raises :class:`UsageError` if a whole pass has no target."""
         number, passed, offset = (place[key] if place else 0 for key in ("window", "passes", "offset"))
         self.counts = Counts.of(place["counts"]) if place else Counts()
@@ -76,7 +76,7 @@ class Stream:
                 self.counts = self.counts + data.counts
                 if len(data):
                     kept = True
-                    yield Window(number, data, passed, passed + (following is None), place)
+                    yield DataWindow(number, data, passed, passed + (following is None), place)
                 number, offset = number + 1, offset + len(found)
             if not kept:
                 raise UsageError(NO_TARGET.format("train"))

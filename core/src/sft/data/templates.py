@@ -21,7 +21,7 @@ PAIRS_FILE = "chat_template.json"
 
 
 @dataclass(frozen=True)
-class Piece:
+class WrittenText:
     """Text that is tokenised as a whole, and the character ranges in it that are targets."""
 
     text: str
@@ -32,7 +32,7 @@ class Piece:
 class Written:
     """A conversation as training reads it."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[WrittenText, ...]
     rewritten: int = 0
     """Answers that were to be learned and are not, because the template writes them otherwise once they are past."""
     ends: bool = True
@@ -219,7 +219,7 @@ class Plain:
         last = max(index for index, turn in enumerate(turns) if turn.trains)
         texts = self.prompt(turns[: last + 1])
         pieces = zip(texts, turns, strict=False)
-        return Written(tuple(Piece(text, ((0, len(text)),) if turn.trains else ()) for text, turn in pieces))
+        return Written(tuple(WrittenText(text, ((0, len(text)),) if turn.trains else ()) for text, turn in pieces))
 
     def texts(self, turns: Sequence[Turn]) -> list[str]:
         return [piece.text for piece in self.training(turns).pieces]
@@ -249,7 +249,9 @@ class Pairs:
     def training(self, turns: Sequence[Turn]) -> Written:
         last = max(index for index, turn in enumerate(turns) if turn.trains)
         texts, targets = self._parts(turns[: last + 1], {"is_training": True})
-        pieces = tuple(Piece(t, ((0, len(t)),) if target else ()) for t, target in zip(texts, targets, strict=True))
+        pieces = tuple(
+            WrittenText(t, ((0, len(t)),) if target else ()) for t, target in zip(texts, targets, strict=True)
+        )
         return Written(pieces, ends=self.marks.end_of_turn(texts[-1]) is not None)
 
     def texts(self, turns: Sequence[Turn]) -> list[str]:

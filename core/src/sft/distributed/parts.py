@@ -101,7 +101,7 @@ def sum_over(layer: Any, side: str, values: Any) -> Any:
     return values if total is None else total(values)
 
 
-def size_of(parameter: Any) -> int:
+def whole_size(parameter: Any) -> int:
     """The number of values of the whole tensor."""
     size = 1
     for length in whole_shape(parameter):

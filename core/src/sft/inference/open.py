@@ -16,7 +16,7 @@ from sft.models.loading import ModelSource, open_model
 from sft.options import options_of
 from sft.plugins.discovery import canonical, installed, with_refined
 from sft.plugins.registry import Plugins, implements
-from sft.plugins.requests import choose, choose_reader
+from sft.plugins.requests import choose_plugins, choose_reader
 from sft.progress import Progress
 from sft.settings.arguments import Settings, build
 
@@ -44,7 +44,7 @@ def settings_for(
                 f"{adapter} was trained over a base that plugin {name} changes, which is not installed; pip install "
                 "the distribution that provides it."
             )
-    names = choose({"plugin": [*names, *requested]}, ())[0]
+    names = choose_plugins({"plugin": [*names, *requested]}, ())[0]
     readers: list[str] = []
     if adapter is not None:
         readers = with_refined(choose_reader(adapter, read_adapter_config(adapter), requested))
@@ -125,11 +125,11 @@ def _open(settings: Settings, plugins: Plugins, adapter: Path | None, say: Calla
 
 def use(settings: Settings, say: Callable[[str], None]) -> Precision:
     """Let paddle compute on the device that is set; the precision that is set, or what the device can."""
-    from sft.training import precision
+    from sft.training.precision import choose_precision
 
     if settings.training.device is not None:
         runtime.use_device(settings.training.device)
-    return precision.choose(settings.training, say)
+    return choose_precision(settings.training, say)
 
 
 def load_adapted(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft.distributed.parts import is_elsewhere, part_of, size_of
+from sft.distributed.parts import is_elsewhere, part_of, whole_size
 from sft.errors import UsageError
 
 
@@ -136,7 +136,7 @@ def trainable(model: Any) -> dict[str, Any]:
 
 def sizes(parameters: dict[str, Any], model: Any) -> tuple[int, int]:
     """Trainable and all parameters, as numbers of values of the whole model; a quantizer's codes count too."""
-    found = [(size_of(parameter), not parameter.stop_gradient) for parameter in parameters.values()]
+    found = [(whole_size(parameter), not parameter.stop_gradient) for parameter in parameters.values()]
     total = sum(size for size, _ in found) + quantized_values(model)
     return sum(size for size, trains in found if trains), total
 

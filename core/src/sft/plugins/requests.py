@@ -53,7 +53,7 @@ def requests(kind: str) -> dict[str, list[str]]:
     return found
 
 
-def choose(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+def choose_plugins(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
     """Which plugins ``values`` request, in order, and the values that are left for the settings.
 
     ``known`` holds names of the core's settings, which are never taken for a plugin's switch.
@@ -96,7 +96,8 @@ def overruled(values: Mapping[str, Any], known: Iterable[str]) -> list[tuple[str
 
 
 def check_numbers(values: Mapping[str, Any], left: Mapping[str, Any]) -> None:
-    """Refuse a number that :func:`choose` took away, for it asks for no plugin, and that no plugin would accept."""
+    """Refuse a number that :func:`choose_plugins` took away because it asks for no plugin, if no plugin would accept it
+    either."""
     for key, names in requests("number").items():
         if key in left or values.get(key) is None:
             continue

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.errors import SftError, UsageError
 from sft.settings.best_metric import best_metric
-from sft.training.checkpoint import load_model
+from sft.training.checkpoint import restore_model
 from sft.training.checkpoint_folder import checkpoints, read_state, step_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def load_best(run: Run) -> int | None:
     folder = run.output_dir / f"checkpoint-{run.best['step']}"
     run.strategy.wait()  # the main process may still be writing it
     try:
-        load_model(run, folder, read_state(folder))
+        restore_model(run, folder, read_state(folder))
     except UsageError as error:
         raise _without_best(run, folder, error) from error
     key, _ = best_metric(run.settings)

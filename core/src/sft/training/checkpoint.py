@@ -95,9 +95,9 @@ def _drop_old(run: Run) -> None:
             remove_folder(old)
 
 
-def load(run: Run, optimizer: Optimizer, folder: Path, state: dict[str, Any]) -> None:
+def restore(run: Run, optimizer: Optimizer, folder: Path, state: dict[str, Any]) -> None:
     """Put parameters, optimizer state and plugin state back. The model has been built and adapted."""
-    load_model(run, folder, state)
+    restore_model(run, folder, state)
     saved, pieces = SavedState(folder / "trainer", OPTIMIZER), run.strategy.pieces(optimizer.parameters)
     values = {}
     for key in saved:
@@ -108,7 +108,7 @@ def load(run: Run, optimizer: Optimizer, folder: Path, state: dict[str, Any]) ->
     optimizer.load(values)
 
 
-def load_model(run: Run, folder: Path, state: dict[str, Any]) -> None:
+def restore_model(run: Run, folder: Path, state: dict[str, Any]) -> None:
     """Put the model back as it was: its trainable parameters by name, and plugin state."""
     from sft.models.loading import fill
     from sft.models.source import ModelFolder

@@ -13,7 +13,7 @@ from sft.runtime import peak_memory_mib
 
 
 @dataclass
-class Window:
+class Totals:
     """Sums over the steps since the line before."""
 
     loss: float = 0.0
@@ -33,8 +33,8 @@ class Journal:
     """
 
     path: Path | None
-    window: Window = field(default_factory=Window)
-    total: Window = field(default_factory=Window)
+    window: Totals = field(default_factory=Totals)
+    total: Totals = field(default_factory=Totals)
     first_loss: float | None = None
     last_loss: float | None = None
     lines: int = 0
@@ -72,7 +72,7 @@ class Journal:
             "padding_tokens": self.window.padding_tokens,
             "peak_memory_mib": peak_memory_mib(),
         }
-        self._since, self.window, self.due = now, Window(), False
+        self._since, self.window, self.due = now, Totals(), False
         self.first_loss = line["loss"] if self.first_loss is None else self.first_loss
         self.last_loss = line["loss"]
         self.write(line)
@@ -105,7 +105,7 @@ class Journal:
 
     def rewind(self, state: dict[str, Any], written: Path) -> None:
         """Go back to a checkpoint: restore the sums, and keep the lines that ``written`` had by then."""
-        self.window, self.total = Window(**state["window"]), Window(**state["total"])
+        self.window, self.total = Totals(**state["window"]), Totals(**state["total"])
         self.first_loss, self.last_loss = state["first_loss"], state["last_loss"]
         self.skipped_steps, self.lines = state["skipped_steps"], state["lines"]
         self.due = state.get("due", False)

@@ -16,7 +16,7 @@ GROWTH_STEPS = 2000
 """Steps without an overflow after which the loss scale doubles (paddle's and torch's default)."""
 
 
-def choose(training: TrainingArguments, say: Callable[[str], None]) -> Precision:
+def choose_precision(training: TrainingArguments, say: Callable[[str], None]) -> Precision:
     """What the settings ask for, or float32, said in a line, where the device cannot do it.
 
     With ``require_precision`` that is a :class:`UsageError`.

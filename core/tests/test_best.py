@@ -116,7 +116,7 @@ def test_a_best_checkpoint_that_is_damaged_at_the_end(
     train: Callable[..., Any], tmp_path: Path, save_steps: int, where: str, adapter: bool
 ) -> None:
     """The error says where the last weights are."""
-    best, file = save_steps, "trainer/trainable.safetensors" if adapter else "model.safetensors"
+    best, file = save_steps, "adapter_model.safetensors" if adapter else "model.safetensors"
 
     class Hurt(sft.Plugin):
         name = "hurt"

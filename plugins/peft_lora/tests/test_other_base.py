@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import sft
+from sft.inference.merge import merge
 from sft.inference.open import load_for_inference
 from sft.models.adapter_folder import FINGERPRINT
 from sft.testing import needs
@@ -269,3 +270,33 @@ def test_an_adapter_that_cannot_be_read_is_refused_before_the_data_is(train: Tra
     (tmp_path / "train.json").write_text("{")
     with pytest.raises(sft.UsageError, match="is not a readable safetensors file"):
         train("continued", lora_path=str(tmp_path / "first"), dataset_name_or_path=str(tmp_path))
+
+
+@needs("nf4")
+def test_readers_compare_what_quantized_the_base(train: Train, base_model: Path, tmp_path: Path) -> None:
+    """Left out, or added: generate, chat, evaluate and merge, which all open the adapter through these two."""
+    train("plain", max_steps=1)
+    train("coded", plugin=["lora", "nf4"], max_steps=1)
+    ends = "; over this base it means something else"
+    for name, requested, expected in (
+        ("plain", [], []),
+        ("coded", [], []),
+        ("coded", ["no:nf4"], ["a base that plugin nf4 changes, and here it is not active"]),
+        ("plain", ["nf4"], ["a base that plugin nf4 had not changed, and here it does"]),
+    ):
+        told: list[list[str]] = [[], []]
+        load_for_inference(str(base_model), tmp_path / name, told[0].append, requested)
+        merged = tmp_path / f"merged-{name}-{len(requested)}"
+        merge(str(base_model), tmp_path / name, merged, told[1].append, requested)
+        notes = [f"note: the adapter was trained over {clause}{ends}" for clause in expected]
+        assert [[line for line in said if line.startswith("note:")] for said in told] == [notes, notes]
+
+
+@needs("nf4")
+def test_of_a_strangers_base_nobody_knows_what_changed_it(
+    train: Train, base_model: Path, stranger: Callable[..., Path]
+) -> None:
+    """PEFT's QLoRA adapters do not say: the user names the quantizer, and is not told that it had not been there."""
+    said: list[str] = []
+    load_for_inference(str(base_model), stranger(str(base_model)), said.append, ["nf4"])
+    assert not [line for line in said if line.startswith("note:")]

@@ -20,6 +20,11 @@ ADAPTER = ("--adapter_path", "--adapter-path", "--lora_path", "--lora-path", "ad
 OPENING = ("allow_pickle", "device", "bf16", "fp16", "fp16_opt_level", "require_precision")
 """The settings that say how a model is opened and in which precision it computes, in a run too."""
 
+OPENING_HELP = {
+    "fp16": "compute in float16 where the device can",
+    "fp16_opt_level": "O1: float32 weights, 16-bit operations; O2: 16-bit weights",
+}
+
 GENERATION = ("max_new_tokens", "top_k", "top_p", "temperature", "seed")
 """The settings that say how answers are drawn."""
 
@@ -36,7 +41,7 @@ def model_options(plugin: str) -> Callable[[Any], Any]:
         function = click.option(*ADAPTER, help="An adapter for it: the folder that a run wrote, or any PEFT adapter.")(
             function
         )
-        function = setting_options(*OPENING)(function)
+        function = setting_options(*OPENING, **OPENING_HELP)(function)
         return click.option(*MODEL, required=True, help="The model: a directory, a weight file in one, or a hub name.")(
             function
         )

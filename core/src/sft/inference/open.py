@@ -18,7 +18,7 @@ from sft.plugins.discovery import canonical, installed, with_refined
 from sft.plugins.registry import Plugins, implements
 from sft.plugins.requests import choose_plugins, choose_reader
 from sft.progress import Progress
-from sft.settings.arguments import Settings, build
+from sft.settings.arguments import Settings, build, check_precision
 
 if TYPE_CHECKING:
     from sft.precision import Precision
@@ -57,10 +57,20 @@ def settings_for(
             own = trained[name]
             values.update({key: own[key] for key in options_of(plugin.Options) if key in own and key not in values})
     settings = build(values, active)
+    _check_precision(settings)
     active.start(settings.options)
     if uses is not None:
         _refuse_idle(active, requested, *uses)
     return settings, active
+
+
+def _check_precision(settings: Settings) -> None:
+    """Refuse settings of a precision that contradict each other, or do nothing."""
+    training = settings.training
+    check_precision(training)
+    for name in ("fp16_opt_level", "require_precision"):
+        if name in settings.given and not (training.bf16 or training.fp16):
+            raise UsageError(f"{name} does nothing, for neither bf16 nor fp16 is set; add one, or leave it out.")
 
 
 def _refuse_idle(plugins: Plugins, requested: Sequence[str], what: str, hooks: Sequence[str]) -> None:

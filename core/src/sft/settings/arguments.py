@@ -126,6 +126,12 @@ class TrainingArguments:
     seed: int = option(42, "seed of shuffling, initialisation and dropout", minimum=0, maximum=2**31 - 1)
 
 
+def check_precision(training: TrainingArguments) -> None:
+    """Refuse settings of two precisions at once."""
+    if training.bf16 and training.fp16:
+        raise UsageError("bf16 and fp16 are both set; leave one of them out.")
+
+
 def check_draw(generation: GenerationArguments) -> None:
     """Refuse settings of a draw where there is none."""
     if generation.top_k == 1 and (generation.temperature != 1.0 or generation.top_p != 1.0):

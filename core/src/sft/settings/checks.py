@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sft.errors import UsageError
-from sft.settings.arguments import Settings
+from sft.settings.arguments import Settings, check_precision
 from sft.settings.best_metric import check_best
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ def check_settings(settings: Settings) -> list[tuple[str, str]]:
     training = settings.training
     if training.max_steps == 0:
         raise UsageError("max_steps is 0, so nothing would be trained; give -1 to let num_train_epochs decide.")
-    if training.bf16 and training.fp16:
-        raise UsageError("bf16 and fp16 are both set; leave one of them out.")
+    check_precision(training)
     if settings.data.lazy and training.do_train and training.max_steps < 1:
         raise UsageError("lazy streams the data, whose length is then unknown; give max_steps.")
     if not training.do_train and training.do_eval is False:

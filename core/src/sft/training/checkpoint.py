@@ -1,9 +1,10 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in safetensors and JSON.
 
 ``checkpoint-N/`` holds what a user would load (the adapter in PEFT layout, or the whole model) and, in
-``trainer/``, what resuming needs: the trainable parameters bit by bit (``trainable.safetensors``, where what
-is exported is an adapter), the optimizer's state (in pieces, where several processes share the run) and plugins'
-arrays by structured names, and ``state.json``. It resumes on any number of processes, however they divide the model.
+``trainer/``, what resuming needs beside it: the optimizer's state (in pieces, where several processes share the run),
+plugins' arrays, and ``state.json``. Trainable parameters come back bit by bit: from the adapter's file, where
+``state.json`` says at which place of it they are, and otherwise from ``trainable.safetensors``. It resumes on
+any number of processes, however they divide the model.
 Randomness has no hidden state: every draw is a function of the seed and the step number, both of which are in
 ``state.json``, as is the position in the data. The folder appears complete or not at all.
 """
@@ -24,6 +25,7 @@ from sft.files import can_write, remove_folder, save_tensors, staged_folder, sta
 from sft.plugins.calls import a_or_an
 from sft.training.checkpoint_folder import FORMAT, checkpoints, step_of
 from sft.training.divergence import check_finite
+from sft.training.held_once import find_places, take
 from sft.training.result import write_result
 from sft.training.shared import shared
 
@@ -74,14 +76,17 @@ def _write_whole(
     except OSError:
         write_result(run, None)  # the others wait in it
         raise
-    write_result(run, staging)
+    adapter = write_result(run, staging)
     plugins, arrays = _plugin_state(run)
     trainer = staging / "trainer"
     trainer.mkdir()
-    if run.exports_adapter:
-        save_tensors(trainer / "trainable.safetensors", values)
-    save_tensors(trainer / "plugins.safetensors", arrays)
-    write_json(trainer / "state.json", {"format": FORMAT, **state, "plugins": plugins})
+    places = {}
+    for kind, found in (("trainable", values), ("plugins", arrays)):
+        places[kind] = find_places(adapter, found)
+        left = {name: array for name, array in found.items() if name not in places[kind]}
+        if left or kind == "plugins":
+            save_tensors(trainer / f"{kind}.safetensors", left)
+    write_json(trainer / "state.json", {"format": FORMAT, **state, "plugins": plugins, "in_adapter": places})
 
 
 def _drop_old(run: Run) -> None:
@@ -113,15 +118,15 @@ def restore_model(run: Run, folder: Path, state: dict[str, Any]) -> None:
     from sft.models.loading import fill
     from sft.models.source import ModelFolder
 
-    trainer, strategy = folder / "trainer", run.strategy
+    strategy = run.strategy
     if run.exports_adapter:
         trainable = {name: p for name, p in strategy.parameters(run.model) if not p.stop_gradient}
-        stored = _read(trainer / "trainable.safetensors")
+        stored = _arrays(folder, state, "trainable")
         values = {_todays_name(run, name): value for name, value in stored.items()}
         _load_trainable(strategy, trainable, values, folder)
     else:
         fill(run.model, replace(run.source, place=ModelFolder(folder)), strategy, progress=run.progress)
-    arrays = _read(trainer / "plugins.safetensors")
+    arrays = _arrays(folder, state, "plugins")
     with strategy.assembled(run.model):
         for name in run.plugins.names:
             own = {key.partition("/")[2]: value for key, value in arrays.items() if key.startswith(f"{name}/")}
@@ -136,7 +141,22 @@ def _todays_name(run: Run, name: str) -> str:
     return renamed
 
 
+def _arrays(folder: Path, state: dict[str, Any], kind: str) -> dict[str, np.ndarray]:
+    """The arrays of a ``kind`` ("trainable" or "plugins") of a checkpoint, from its own file and the adapter's."""
+    path, places = folder / "trainer" / f"{kind}.safetensors", state.get("in_adapter", {}).get(kind, {})
+    arrays = _read(path) if kind == "plugins" or path.exists() else {}
+    if places:
+        path = folder / "adapter_model.safetensors"
+        adapter = _read(path)
+        try:
+            arrays.update({name: take(adapter, place) for name, place in places.items()})
+        except KeyError as error:
+            raise UsageError(f"{path} has no tensor {error}; resume from another checkpoint.") from error
+    return arrays
+
+
 def _read(path: Path) -> dict[str, np.ndarray]:
+    import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
     from safetensors.numpy import load_file
 
     try:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from sft.errors import UsageError
 
-FORMAT = 2
+FORMAT = 3
+"""How checkpoints are written today. Those of format 2 hold all that trains twice, and are read too."""
 _KEYS = (
     *("date", "step", "epoch", "seed", "data", "loss_scale", "journal", "before", "evaluation", "best", "settings"),
     *("shaping", "plugins"),
@@ -76,7 +77,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
     if not isinstance(state, dict) or "format" not in state:
         raise UsageError(f"{path} is not the state of a run; resume from another checkpoint.")
-    if state["format"] != FORMAT:
+    if state["format"] not in (2, FORMAT):
         raise UsageError(f"{folder} was written by another version of sft (format {state['format']}).")
     if not set(_KEYS) <= set(state):
         raise UsageError(f"{path} is not complete; resume from another checkpoint.")

@@ -10,6 +10,8 @@ from sft.files import save_tensors, write_json
 from sft.models.adapter_folder import base_metadata
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sft.context import Run
 
 RESULT_KEYS = ("adapter_config.json", "config.json")
@@ -22,8 +24,9 @@ PUBLISHED = (
 """The files of a result."""
 
 
-def write_result(run: Run, folder: Path | None) -> None:
-    """Write the adapter in PEFT layout, or the whole model, and the tokenizer to ``folder``.
+def write_result(run: Run, folder: Path | None) -> dict[str, np.ndarray]:
+    """Write the adapter in PEFT layout, or the whole model, and the tokenizer to ``folder``. Returns the adapter's
+    tensors, by their names in its file.
 
     All processes of a run call this. The main one gives a folder and writes; the others give None and only take part.
     """
@@ -38,12 +41,13 @@ def write_result(run: Run, folder: Path | None) -> None:
         finally:
             for _ in whole:  # where the disk is full, the other processes still wait for this one
                 pass
-        return
+        return {}
     with run.strategy.assembled(run.model):
         if folder is None:
-            return
+            return {}
         files = run.hook.sft_export_adapter(run=run, model=run.model)
         write_json(folder / "adapter_config.json", files.config)
         base = base_metadata(run.base_fingerprint, run.source, run.plugins, run.settings.options)
         save_tensors(folder / "adapter_model.safetensors", files.tensors, {"format": "pt", **base})
         run.tokenizer.save(folder)
+        return dict(files.tensors)

@@ -14,7 +14,7 @@ import yaml
 
 import sft
 from sft import hookspecs
-from sft.models.families import FAMILIES
+from sft.models.families.known import FAMILIES
 from sft.options import options_of
 from sft.plugins.registry import Plugins
 from sft.settings.arguments import core_options

@@ -15,7 +15,7 @@ from sft.models.architecture import Architecture
 
 
 def architecture_of(values: dict[str, Any], where: Any = "here") -> Architecture:
-    from sft.models.families import family_of
+    from sft.models.families.known import family_of
 
     return family_of(values, where).architecture(values, where)
 

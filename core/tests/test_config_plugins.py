@@ -19,7 +19,7 @@ from sft.inference.evaluate import evaluate_finished
 from sft.inference.merge import merge
 from sft.models.architecture import Architecture
 from sft.models.config import with_one_spelling
-from sft.models.families import family_of
+from sft.models.families.known import family_of
 from sft.testing import forward, load
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -13,7 +13,7 @@ import pytest
 
 import sft
 from sft.models.architecture import Architecture
-from sft.models.families import family_of
+from sft.models.families.known import family_of
 
 FAMILIES = Path(__file__).parent / "fixtures" / "families"
 STRANGE = [

@@ -23,7 +23,7 @@ TINY = {path.parent.name: json.loads(path.read_text()) for path in sorted(FIXTUR
 
 
 def read(config: dict[str, Any]) -> Architecture:
-    from sft.models.families import family_of
+    from sft.models.families.known import family_of
 
     return family_of(config, "here").architecture(config, "here")
 

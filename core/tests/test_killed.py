@@ -18,7 +18,7 @@ from stopped_runs import SETTINGS, checkpoints_of, contents
 import sft
 from sft.files import publish
 from sft.models.config import read_config
-from sft.models.families import FAMILIES
+from sft.models.families.known import FAMILIES
 from sft.models.shards import WeightFormat, write_tensors
 from sft.models.source import ModelFolder, Weights
 from sft.training.result import PUBLISHED, RESULT_KEYS

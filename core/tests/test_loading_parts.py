@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import sft
 from sft.distributed.parts import Part, is_elsewhere, part_of, whole_shape, whole_size
-from sft.models.families import FAMILIES
+from sft.models.families.known import FAMILIES
 from sft.models.source import ModelFolder, Weights
 
 GATE, DOWN, ELSEWHERE = "0.mlp.gate_proj", "0.mlp.down_proj", "1.mlp.up_proj"

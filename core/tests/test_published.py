@@ -22,7 +22,7 @@ DOCS = HERE.parents[1] / "docs" / "models.md"
 
 
 def read(name: str) -> Architecture:
-    from sft.models.families import family_of
+    from sft.models.families.known import family_of
 
     config = PUBLISHED[name]["config"]
     return family_of(config, name).architecture(config, name)
@@ -112,7 +112,7 @@ def test_experts_are_those_of_the_checkpoints() -> None:
 
 
 def test_every_family_has_a_published_checkpoint_and_docs_name_it() -> None:
-    from sft.models.families import FAMILIES
+    from sft.models.families.known import FAMILIES
 
     assert {entry["config"]["model_type"] for entry in PUBLISHED.values()} == set(FAMILIES)
     page = DOCS.read_text(encoding="utf-8")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import UsageError
-from sft.models.families import family_of
 from sft.models.families.family import Family
+from sft.models.families.known import family_of
 
 OF_THE_WEIGHTS = ("model_type", "architectures", "dtype", "torch_dtype")
 """What a config says of the weights that there are, and no plugin changes."""

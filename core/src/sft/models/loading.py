@@ -18,8 +18,8 @@ from sft.distributed.whole import WholeModel
 from sft.errors import PluginError, UsageError
 from sft.models.architecture import Architecture, ModelShape
 from sft.models.config import OF_THE_WEIGHTS, read_config, with_one_spelling
-from sft.models.families import family_of
 from sft.models.families.family import Family, LanguageModel
+from sft.models.families.known import family_of
 from sft.models.layers import Target, target_layers
 from sft.models.source import ModelFolder, Weights, find_config, find_model, weight_files
 from sft.plugins.calls import checked, given

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
-from sft.models.families import Family
+from sft.models.families.family import Family
 
 if TYPE_CHECKING:
     import numpy as np

@@ -53,8 +53,9 @@ format: .venv/installed-dev ## Put the code into the house format
 bench: .venv/installed-$(DEVICE) ## Run the benchmarks
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-docs: .venv/installed-$(DEVICE) ## Generate the reference pages in docs/
+docs: .venv/installed-$(DEVICE) ## Generate the reference pages in docs/, and the picture of the floors
 	$(BIN)/python docs/generate.py
+	$(BIN)/python scripts/import_graph.py --write
 
 clean: ## Remove .venv and all caches
 	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -220,13 +221,14 @@ def drawing(root: Path) -> str:
     """The made part of docs/architecture.md."""
     core, *plugins = packages(root)
     graph = file_graph(core)
-    lines = ["## The core, floor by floor", "", *_picture(room_graphs(graph)[""]), ""]
-    lines += ["Of the arrows, those are left out that a way over other rooms says already.", ""]
-    lines += _tables(core, graph)
-    lines += ["## The plugins, each from the ground up", ""]
+    lines = ["## The core", "", *_picture(room_graphs(graph)[""]), ""]
+    lines += ["An arrow is left out where a longer way over other rooms says the same.", ""]
+    lines += ["| floor | file | what it is for |", "|---|---|---|", *_rows(core, graph), ""]
+    lines += ["## The plugins", "", "Each from its ground floor up; files between two arrows stand on one floor.", ""]
     for package in plugins:
-        rows = [" · ".join(f"`{room}`" for room in floor) for floor in floors(room_graphs(file_graph(package))[""])]
-        lines += [f"- **{package.name}**: {' → '.join(rows)}"]
+        rooms = (_written(package, "", floor) for floor in floors(room_graphs(file_graph(package))[""]))
+        shown = (" ".join(f"`{room}`" for room in floor) for floor in rooms)
+        lines += [f"- **{package.name}**: {' → '.join(floor for floor in shown if floor)}"]
     return "\n".join([*lines, ""])
 
 
@@ -244,31 +246,33 @@ def _picture(rooms: Graph) -> list[str]:
     return [*lines, "```"]
 
 
-def _tables(package: Path, graph: Graph) -> list[str]:
-    """For each floor what its files are for; a folder's files from its own ground up."""
+def _rows(package: Path, graph: Graph) -> list[str]:
+    """A line of the table for each file of a package, from the top floor down; a folder's likewise."""
     all_rooms = room_graphs(graph)
-    lines: list[str] = []
 
-    def rows(folder: str) -> Iterator[str]:
+    def within(folder: str) -> Iterator[str]:
         for floor in reversed(floors(all_rooms[folder])):
-            for room in floor:
-                if room.endswith("/"):
-                    yield from rows(folder + room)
-                elif room != "__init__.py" or graph[folder + room] or _has_code(package / folder / room):
-                    yield f"| `{folder}{room}` | {_first_sentence(package / folder / room)} |"
+            for room in _written(package, folder, floor):
+                yield from within(folder + room) if room.endswith("/") else [folder + room]
 
+    rows = []
     for number, floor in reversed([*enumerate(floors(all_rooms[""]))]):
-        lines += [f"### Floor {number}", "", "| file | what it is for |", "|---|---|"]
-        for room in floor:
-            lines += rows(room) if room.endswith("/") else [f"| `{room}` | {_first_sentence(package / room)} |"]
-        lines.append("")
-    return lines
+        for room in _written(package, "", floor):
+            files = within(room) if room.endswith("/") else [room]
+            rows += [f"| {number} | `{name}` | {_first_sentence(package / name)} |" for name in files]
+    return rows
+
+
+def _written(package: Path, folder: str, rooms: list[str]) -> list[str]:
+    """Of rooms of a folder those that are worth a word: not an ``__init__.py`` without code."""
+    return [room for room in rooms if room.endswith("/") or _has_code(package / folder / room)]
 
 
 def _first_sentence(path: Path) -> str:
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     paragraph = " ".join(docstring.partition("\n\n")[0].split())
-    return paragraph.split(". ")[0].rstrip(".").replace("|", "\\|")
+    plain = re.sub(r":\w+:`([^`]+)`", r"`\1`", paragraph).replace("``", "`")
+    return plain.split(". ")[0].rstrip(".").replace("|", "\\|")
 
 
 def page(root: Path) -> str:

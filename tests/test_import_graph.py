@@ -110,3 +110,8 @@ def test_floors_are_counted_from_what_is_imported(tmp_path: Path) -> None:
     rooms = graphs.room_graphs(graphs.file_graph(house))
     assert graphs.floors(rooms[""]) == [["__init__.py", "c.py", "errors.py"], ["rooms/"], ["b.py"]]
     assert graphs.floors(rooms["rooms/"]) == [["__init__.py", "a.py"]]
+
+
+def test_the_picture_in_the_documentation_is_the_graph() -> None:
+    """Where it is not: .venv/bin/python scripts/import_graph.py --write."""
+    assert (ROOT / graphs.PAGE).read_text(encoding="utf-8") == graphs.page(ROOT)

@@ -12,7 +12,7 @@ from sft_parallel_4d.plans import Plan, possible, refusal, stages_beside
 
 if TYPE_CHECKING:
     from sft import Run
-    from sft_parallel_4d.plugin import ParallelOptions
+    from sft_parallel_4d.options import ParallelOptions
 
 
 def check_settings(run: Run, options: ParallelOptions, world: int) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import sft
 from sft import SftError, UsageError
-from sft_parallel_4d.plugin import FOLDER
+from sft_parallel_4d.environment import FOLDER
 from sft_parallel_4d.watch import OtherRankError, Watch
 
 HIDDEN = "SFT_LAUNCH_HIDES_GPUS"

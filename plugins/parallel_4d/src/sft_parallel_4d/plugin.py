@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sft
 from sft.models.source import is_hub_name
 from sft.plugins.discovery import installed
+from sft_parallel_4d.environment import FOLDER, is_launched, processes, rank
+from sft_parallel_4d.options import ParallelOptions
 
 if TYPE_CHECKING:
     import click
@@ -18,25 +19,6 @@ if TYPE_CHECKING:
     from sft import ParallelStrategy, Run, Summary
     from sft_parallel_4d.plans import Plan
     from sft_parallel_4d.watch import Watch
-
-FOLDER = "SFT_LAUNCH_DIR"
-"""Where ``--nproc`` started this process: the environment variable with the folder of that launch."""
-
-
-@dataclass
-class ParallelOptions:
-    tensor_parallel_degree: int = sft.option(1, "processes that share each layer; -1: one", minimum=-1)
-    pipeline_parallel_degree: int = sft.option(1, "stages of consecutive layers; -1: one", minimum=-1)
-    sharding: str | None = sft.option(
-        None, "what data ranks keep in pieces: stage1 (optimizer), stage2 (gradients too) or stage3 (weights too); "
-        "offload beside it: the pieces rest in the host's memory"
-    )  # fmt: skip
-    sharding_parallel_degree: int = sft.option(
-        -1, "data ranks that share pieces; -1: all of them", minimum=-1, aliases=("sharding_degree",)
-    )
-    sequence_parallel: bool = sft.option(False, "divide the residual stream along the tensor parallel processes too")
-    nproc: int = sft.option(1, "start this many processes on this machine", minimum=1)
-    parallel_timeout: float = sft.option(600.0, "seconds of waiting after which a missing process is named", above=0)
 
 
 class Parallel4d(sft.Plugin):
@@ -138,18 +120,3 @@ class Parallel4d(sft.Plugin):
             from sft_parallel_4d.launch import failed
 
             failed(error, rank(), self.watch)
-
-
-def processes(options: ParallelOptions) -> int:
-    """How many processes share the run: as the launcher says, or as one is going to be asked for."""
-    return int(os.environ.get("PADDLE_TRAINERS_NUM") or options.nproc)
-
-
-def rank() -> int:
-    """The number of this process, from 0."""
-    return int(os.environ.get("PADDLE_TRAINER_ID") or 0)
-
-
-def is_launched() -> bool:
-    """Whether a launcher has started this process."""
-    return bool(os.environ.get("PADDLE_TRAINERS_NUM"))

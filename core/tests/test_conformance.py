@@ -44,7 +44,7 @@ def forgets_positions(model: Any) -> None:
         """Positions of the whole row, whatever documents are in it."""
 
         def __init__(self, given: Any, count: int) -> None:
-            from sft.models.rotary import rotate, tables
+            from sft.models.turning import rotate, tables
 
             positions = np.broadcast_to(np.arange(count), given.positions.shape)
             rotary = model.architecture.rotaries[0]

@@ -61,7 +61,7 @@ def together(paddle: Any, starts: Sequence[int], work: Callable[[int, Columns], 
 
 def head(paddle: Any, weight: np.ndarray, tied: bool, vocabulary: Vocabulary | None = None) -> Any:
     value = paddle.to_tensor(np.ascontiguousarray(weight.T if tied else weight), stop_gradient=False)
-    return SimpleNamespace(weight=value, transpose_y=tied, sft_vocabulary=vocabulary)
+    return SimpleNamespace(weight=value, transpose_y=tied, vocabulary=vocabulary)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import paddle
 from paddle.nn import functional as F
 
 from sft.models.architecture import ModelShape
-from sft.models.rotary import rotate, tables
+from sft.models.turning import rotate, tables
 
 QUERIES = 512
 """So many rows of a prompt's scores are computed at a time."""

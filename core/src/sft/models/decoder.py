@@ -7,29 +7,18 @@ K key/value heads, D head size. What a forward pass needs beside tokens, it find
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
+from sft.distributed.meeting import Meeting, Vocabulary
 from sft.models.architecture import Architecture, Block, Experts
 from sft.models.attention import DefaultAttention
 from sft.models.families.family import Reading
 from sft.models.norms import rms_norm
-
-
-class Meeting:
-    """Where the processes that share a block meet. One process alone has nobody to meet; a parallel strategy puts
-    another one at ``DecoderBlock.meeting``."""
-
-    def enter(self, x: Any) -> Any:
-        """Before attention, and before the MLP."""
-        return x
-
-    def leave(self, x: Any) -> Any:
-        """After attention, and after the MLP."""
-        return x
 
 
 class CausalLM(nn.Layer):
@@ -72,6 +61,8 @@ class CausalLM(nn.Layer):
 class Decoder(nn.Layer):
     """Embedding, blocks, and the last norm."""
 
+    meeting = Meeting()
+
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(architecture.vocabulary, architecture.hidden)
@@ -90,14 +81,19 @@ class Decoder(nn.Layer):
 
     def forward(self, hidden: Any, reading: Reading) -> Any:
         """[B, S, hidden], through all blocks and the last norm."""
+        hidden = self.meeting.begin(hidden)
+        recomputes = self.recompute and self.training and paddle.is_grad_enabled()
+        if recomputes and hidden.stop_gradient:  # a frozen embedding: paddle recomputes only what has a gradient
+            hidden = hidden.detach()
+            hidden.stop_gradient = False
         for block in self.layers:
-            if self.recompute and self.training and paddle.is_grad_enabled():
+            if recomputes:
                 from paddle.distributed.fleet.utils import recompute
 
                 hidden = recompute(block, hidden, reading)
             else:
                 hidden = block(hidden, reading)
-        return self.norm(hidden)
+        return self.meeting.end(self.norm(hidden))
 
 
 class DecoderBlock(nn.Layer):
@@ -245,17 +241,23 @@ class Router(nn.Linear):
 class RMSNorm(nn.Layer):
     """y = (offset + w) · x / √(mean(x²) + ε) over the last dimension (arXiv 1910.07467)."""
 
+    total: Callable[[Any], Any] | None = None
+    """Where processes share the last dimension: what sums a tensor over them."""
+
     def __init__(self, size: int, architecture: Architecture) -> None:
         super().__init__()
         self.weight = self.create_parameter([size], default_initializer=nn.initializer.Constant(1.0))
         self.epsilon, self.offset = architecture.norm_epsilon, architecture.norm_offset
+        self.size = size
 
     def forward(self, x: Any) -> Any:
-        return rms_norm(x, self.weight, self.epsilon, self.offset)
+        return rms_norm(x, self.weight, self.epsilon, self.offset, self.size, self.total)
 
 
 class Head(nn.Layer):
     """Hidden states → logits: W [hidden, V], or the embedding [V, hidden], transposed."""
+
+    vocabulary = Vocabulary()
 
     def __init__(self, architecture: Architecture, embedding: Any | None) -> None:
         super().__init__()
@@ -266,7 +268,8 @@ class Head(nn.Layer):
 
     def forward(self, hidden: Any) -> Any:
         """[..., hidden] → [..., V]."""
-        return self.finished(paddle.matmul(hidden, self.weight, transpose_y=self.transpose_y))
+        products = paddle.matmul(hidden, self.weight, transpose_y=self.transpose_y)
+        return self.vocabulary.whole(self.finished(products))
 
     def finished(self, products: Any) -> Any:
         """Logits of the products with the matrix: scaled, and capped."""

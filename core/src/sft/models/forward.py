@@ -9,7 +9,7 @@ import paddle
 
 from sft.errors import UsageError
 from sft.models.architecture import ModelShape
-from sft.models.rotary import rotate, tables
+from sft.models.turning import rotate, tables
 
 if TYPE_CHECKING:
     from sft.seams import AttentionBackend, Batch

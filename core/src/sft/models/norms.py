@@ -5,6 +5,7 @@ As five operations its backward was measured at seven times the cost on CPU (19 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import paddle
@@ -16,13 +17,15 @@ class _RMSNorm(paddle.autograd.PyLayer):
     """x [..., hidden] of any float type, weight [hidden] → [..., hidden] in the weight's type."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, epsilon: float, offset: float = 0.0) -> Any:
+    def forward(
+        ctx: Any, x: Any, weight: Any, epsilon: float, offset: float, size: int, total: Callable[[Any], Any]
+    ) -> Any:
         wide = x.astype("float32")
-        inverse = paddle.rsqrt(row_sums(wide * wide) / wide.shape[-1] + epsilon)
+        inverse = paddle.rsqrt(total(row_sums(wide * wide)) / size + epsilon)
         normal = wide * inverse
         ctx.save_for_backward(normal, weight, inverse)
         ctx.wants = (not x.stop_gradient, not weight.stop_gradient)
-        ctx.dtype, ctx.offset = x.dtype, offset
+        ctx.dtype, ctx.offset, ctx.size, ctx.total = x.dtype, offset, size, total
         if offset:  # 1 + w would lose w's last bits in 16 bit
             return (normal * (weight.astype("float32") + offset)).astype(weight.dtype)
         return normal.astype(weight.dtype) * weight
@@ -34,13 +37,23 @@ class _RMSNorm(paddle.autograd.PyLayer):
         x_grad = weight_grad = None
         if ctx.wants[0]:
             slope = upstream * (weight.astype("float32") + ctx.offset)
-            along = row_sums(slope * normal) / slope.shape[-1]
+            along = ctx.total(row_sums(slope * normal)) / ctx.size
             x_grad = ((slope - normal * along) * inverse).astype(ctx.dtype)
         if ctx.wants[1]:
             weight_grad = column_sums((upstream * normal).reshape([-1, weight.shape[0]])).astype(weight.dtype)
         return x_grad, weight_grad
 
 
-def rms_norm(x: Any, weight: Any, epsilon: float, offset: float = 0.0) -> Any:
-    """``x`` [..., hidden], normed over its last dimension, times ``offset`` + ``weight`` [hidden]."""
-    return _RMSNorm.apply(x, weight, epsilon, offset)
+def rms_norm(
+    x: Any,
+    weight: Any,
+    epsilon: float,
+    offset: float = 0.0,
+    size: int | None = None,
+    total: Callable[[Any], Any] | None = None,
+) -> Any:
+    """``x`` [..., hidden], normed over its last dimension, times ``offset`` + ``weight`` [hidden].
+
+    Where processes share that dimension, which then has ``size`` values in all, ``total`` sums a tensor over them.
+    """
+    return _RMSNorm.apply(x, weight, epsilon, offset, size or x.shape[-1], total or (lambda sums: sums))

@@ -57,7 +57,9 @@ class Outline:
     Attributes:
         blocks: The Linears of each transformer block.
         head: None where it is the embedding.
-        norm: One RMSNorm; each block has two, and one comes after the last block.
+        norm: One RMSNorm of the residual stream; each block has ``norms`` of them, and one comes after the last block.
+        inside: Of each block what its attention and MLP have beside Linears that techniques work on: norms of queries
+            and keys, and what routes tokens to experts. Each process has those whole whose ``sides`` are "".
         shared: Tensors that a technique holds once in each process, for all blocks.
         attention_in_blocks: Whether attention keeps its inputs, its output and a sum a row for backward, and no [S, S]
             probabilities.
@@ -76,6 +78,8 @@ class Outline:
     embedding: Weight
     head: Weight | None
     norm: Weight
+    norms: int
+    inside: list[list[Weight]]
     shared: list[Weight] = field(default_factory=list)
     attention_in_blocks: bool = False
 
@@ -100,13 +104,15 @@ class Outline:
         for linear in self.targets():
             linear.weights = [_frozen(weight) for weight in linear.weights]
         self.embedding, self.norm = _frozen(self.embedding), _frozen(self.norm)
+        self.inside = [[_frozen(weight) for weight in weights] for weights in self.inside]
         self.head = None if self.head is None else _frozen(self.head)
 
     def weights(self) -> Iterator[Weight]:
         """Every tensor, as often as it is there; a tied matrix once."""
         yield self.embedding
-        for block in self.blocks:
-            yield from (self.norm, self.norm)
+        for block, inside in zip(self.blocks, self.inside, strict=True):
+            yield from (self.norm,) * self.norms
+            yield from inside
             for linear in block:
                 yield from linear.weights
         yield self.norm
@@ -154,6 +160,18 @@ def of_architecture(architecture: Architecture) -> Outline:
             found.update({f"mlp.shared_expert.{k}": shape for k, shape in mlp(block.experts.shared_inner).items()})
         return found
 
+    def inside(block: Block) -> list[Weight]:
+        found = []
+        if one.head_norm is not None:
+            sizes = (one.head_size, one.head_size) if one.head_norm == "head" else (query, key)
+            side = "" if one.head_norm == "head" else "out"
+            found = [Weight(f"{name}_norm", (size,), (side,)) for name, size in zip("qk", sizes, strict=True)]
+        if block.experts is not None:
+            found.append(Weight("gate", (hidden, block.experts.count), ("", "")))
+            if block.experts.shared_inner is not None:
+                found.append(Weight("shared_expert_gate", (hidden, 1), ("", "")))
+        return found
+
     def linear(name: str, inputs: int, outputs: int, bias: bool) -> LinearOutline:
         weights = [Weight("weight", (inputs, outputs), ("in", "out"))]
         if bias:
@@ -177,4 +195,6 @@ def of_architecture(architecture: Architecture) -> Outline:
         embedding=Weight("weight", (one.vocabulary, hidden), ("vocabulary", "")),
         head=None if one.tied else Weight("weight", (hidden, one.vocabulary), ("", "vocabulary")),
         norm=Weight("weight", (hidden,), ("",)),
+        norms=sum(name is not None for name in vars(one.norms).values()),
+        inside=[inside(block) for block in one.blocks],
     )

@@ -1,4 +1,5 @@
-"""Rotary position embedding (arXiv 2104.09864): the frequencies of each kind of scaling, and the rotation itself.
+"""Rotary position embedding (arXiv 2104.09864): the frequencies of each kind of scaling. The rotation itself is in
+``turning.py``; nothing here imports paddle.
 
 The definitions are those of Hugging Face's checkpoints (``rope_parameters``, formerly ``rope_scaling``). Two kinds,
 ``dynamic`` and ``longrope``, depend on how long a document is; each document counts for itself, so it is read alike
@@ -119,46 +120,3 @@ class Rotary:
             growth = self.positions / original
         scale = 1.0 if growth <= 1 else math.sqrt(1 + math.log(growth) / math.log(original))
         return plain / np.asarray(factors, np.float64), float(given) if given is not None else scale
-
-
-def tables(rotary: Rotary, positions: np.ndarray, lengths: np.ndarray) -> tuple[Any, Any]:
-    """Cosines and sines, float32 [B, S, 1, size], of tokens at ``positions`` int64 [B, S] of documents that are
-    ``lengths`` int64 [B, S] tokens long. Angles are float32, as those that the published models were trained with."""
-    import paddle
-
-    limit = rotary.limit
-    places = positions[..., None].astype(np.float32)
-    if limit is None or lengths.max(initial=0) <= limit:
-        frequencies, scale = rotary.frequencies()
-        angles = places * frequencies.astype(np.float32)
-    else:
-        own = {int(length): rotary.frequencies(int(length)) for length in np.unique(lengths)}
-        scale = next(iter(own.values()))[1]
-        each = np.stack([own[int(length)][0] for length in lengths.flat]).astype(np.float32)
-        angles = places * each.reshape(*lengths.shape, -1)
-    angles = np.repeat(angles, 2, -1) if rotary.interleaved else np.concatenate([angles, angles], -1)
-    factor = np.float32(scale)
-    return paddle.to_tensor(np.cos(angles)[:, :, None] * factor), paddle.to_tensor(np.sin(angles)[:, :, None] * factor)
-
-
-def rotate(x: Any, rotary: Rotary, cosines: Any, sines: Any) -> Any:
-    """Turn the first ``rotary.size`` dimensions of each head of ``x`` [B, S, heads, D]."""
-    import paddle
-
-    if rotary.size == x.shape[-1]:
-        return _turn(x, rotary, cosines, sines)
-    turning, still = x[..., : rotary.size], x[..., rotary.size :]
-    return paddle.concat([_turn(turning, rotary, cosines, sines), still], axis=-1)
-
-
-def _turn(x: Any, rotary: Rotary, cosines: Any, sines: Any) -> Any:
-    import paddle
-
-    if rotary.interleaved:
-        pairs = x.reshape([0, 0, 0, -1, 2])
-        partner = paddle.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
-    else:
-        half = rotary.size // 2
-        partner = paddle.concat([-x[..., half:], x[..., :half]], axis=-1)
-    # In float32 whatever x is: a 16-bit cosine is wrong in the third digit.
-    return (x * cosines + partner * sines).astype(x.dtype)

@@ -8,28 +8,15 @@ from typing import Any
 import paddle
 
 from sft.data.encoding import IGNORED
+from sft.distributed.meeting import Vocabulary
 from sft.models.sums import row_sums
 
 CHUNK_BYTES = 64 << 20
 """Size of one chunk of float32 logits; bounds the memory of the loss whatever the batch."""
 
 
-class Vocabulary:
-    """Which columns of the logits this process computes: here all. A strategy that divides lm_head puts another one at
-    ``lm_head.sft_vocabulary``, whose operations are over all processes that have a part."""
-
-    start: int | None = None
-    """The token of the first column; None: all columns are here."""
-
-    def maximum(self, values: Any) -> Any:
-        return values
-
-    def total(self, values: Any) -> Any:
-        return values
-
-
 def _vocabulary(lm_head: Any) -> Vocabulary:
-    return getattr(lm_head, "sft_vocabulary", None) or Vocabulary()
+    return getattr(lm_head, "vocabulary", None) or Vocabulary()
 
 
 def _place(label: Any, columns: int, vocabulary: Vocabulary) -> tuple[Any, Any]:
@@ -60,23 +47,24 @@ class _Shape:
         found = found if self.scale == 1.0 else found * self.scale
         return found if self.cap is None else paddle.tanh(found / self.cap) * self.cap
 
-    def slope(self, gradient: Any, logits: Any) -> Any:
-        """From the gradient of ``logits`` to that of the products."""
+    def slope(self, gradient: Any, capped: Any) -> Any:
+        """From the gradient of logits to that of the products; ``capped`` are the logits, if they are."""
         if self.cap is not None:
-            gradient = gradient * (1.0 - (logits / self.cap) ** 2)
+            gradient = gradient.multiply_((capped / self.cap).square_().scale_(-1.0, 1.0))
         return gradient if self.scale == 1.0 else gradient * self.scale
 
 
 def _chunk(part: Any, label: Any, weight: Any, shape: _Shape, vocabulary: Vocabulary) -> tuple[Any, Any, Any, Any, Any]:
-    """Of some positions: float32 logits as they are, and less their maximum, the exponentials of these and their sum,
-    and the losses."""
-    products = shape.logits(part, weight)
-    logits = products - vocabulary.maximum(products.max(axis=-1, keepdim=True))
+    """Of some positions: float32 logits as they are (if they are capped), and less their maximum, the exponentials of
+    these and their sum, and the losses."""
+    logits = shape.logits(part, weight)
+    capped = None if shape.cap is None else logits
+    logits = logits - vocabulary.maximum(logits.max(axis=-1, keepdim=True))
     exponentials = logits.exp()
     normaliser = vocabulary.total(row_sums(exponentials))
     column, here = _place(label, logits.shape[-1], vocabulary)
     chosen = vocabulary.total(paddle.take_along_axis(logits, column, axis=-1) * here)
-    return products, logits, exponentials, normaliser, normaliser.astype("float64").log() - chosen.astype("float64")
+    return capped, logits, exponentials, normaliser, normaliser.astype("float64").log() - chosen.astype("float64")
 
 
 def _rows(weight: Any, transpose_y: bool) -> int:
@@ -102,13 +90,13 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
         hidden_grads, weight_grad = [], None
         for start in range(0, hidden.shape[0], rows):
             part, label = hidden[start : start + rows], labels[start : start + rows]
-            products, _, exponentials, normaliser, losses = _chunk(part, label, weight, shape, vocabulary)
+            capped, _, exponentials, normaliser, losses = _chunk(part, label, weight, shape, vocabulary)
             total += losses.sum()
             if not any(gradients):
                 continue
             column, here = _place(label, exponentials.shape[-1], vocabulary)
             difference = paddle.put_along_axis(exponentials / normaliser, column, -here, axis=-1, reduce="add")
-            difference = shape.slope(difference, products).astype(hidden.dtype)
+            difference = shape.slope(difference, capped).astype(hidden.dtype)
             if gradients[0]:
                 hidden_grads.append(vocabulary.total(paddle.matmul(difference, weight, transpose_y=not transpose_y)))
             if gradients[1]:
@@ -133,7 +121,7 @@ def target_loss(hidden: Any, labels: Any, lm_head: Any) -> Any:
 
     ``hidden`` [B, S, hidden]; ``labels`` int64 [B, S], already shifted, -100 where there is no target;
     ``lm_head`` has a ``weight`` [hidden, V] ([V, hidden] where it has ``transpose_y``), and may have a ``scale`` and a
-    ``cap`` for the logits.
+    ``cap`` for the logits, and a ``vocabulary`` where processes share it.
     """
     chosen, label = _targets(hidden, labels)
     if label is None:

@@ -8,14 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sft import Outline
+from sft.models.architecture import Architecture, Block
 from sft_parallel_4d.model_size import ROW, Division, Precision, of_block, total
 
 CHUNK = 64 << 20
 """Bytes of a chunk of float32 logits, as the core's loss has it."""
-GATED = ("llama", "qwen2")
-"""Families whose gate is one operation (swiglu) and keeps one tensor less."""
-WITHOUT_TABLES = ("gemma",)
-"""Families that compute cosines and sines anew in each layer."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +38,65 @@ class Shape:
 
 def block_kept(outline: Outline, number: int, shape: Shape, precision: Precision) -> int:
     """Of block ``number``, without recomputation."""
-    tensor, heads = shape.tensor, outline.heads
-    hidden, inner, query = outline.hidden, outline.inner, outline.heads * outline.head_size
-    key = outline.kv_heads * outline.head_size
-    # Two RMSNorms keep x / rms and 1 / rms in float32.
-    wide = 2 * (hidden + 1) / shape.spread
-    # Linears keep their inputs, all of the sequence; q, k and v share one, gate and up the other.
+    model, tensor = outline.architecture, shape.tensor
+    hidden, query, key = model.hidden, model.heads * model.head_size, model.kv_heads * model.head_size
+    # RMSNorms keep x / rms and 1 / rms in float32; those of queries and keys one of each head, or of all together.
+    wide: float = outline.norms * (hidden + 1) / shape.spread
+    if model.head_norm == "head":
+        wide += (query + key + model.heads + model.kv_heads) / tensor
+    elif model.head_norm == "all":
+        wide += (query + key) / tensor + 2
+    # Linears keep their inputs, all of the sequence; q, k and v share one, gate and up the other. Rotation keeps none.
     narrow: float = 2 * hidden
-    # Rotation keeps both factors of its four products: q, k, their rotated halves, cos and sin.
-    narrow += (2 * query + 2 * key) / tensor + 2 * outline.head_size
     if outline.attention_in_blocks:
         narrow += (2 * query + 2 * key) / tensor  # q, k, v, and the output, which is o_proj's input
-        wide += heads / tensor  # and a sum a row
+        wide += model.heads / tensor  # and a sum a row
+    elif model.attention_cap is not None:
+        narrow += (2 * query + 2 * key) / tensor
+        wide += 2 * model.heads * shape.length / tensor  # tanh of the scores, and probabilities
     else:
-        narrow += (4 * query + heads * shape.length) / tensor  # q, k and v of all heads, output; probabilities
-    narrow += (3 if outline.family.model_type in GATED else 4) * inner / tensor
-    block = outline.blocks[number]
-    narrow += sum(linear.kept for linear in block)
-    once = sum(linear.kept_once / (1 if linear.name.endswith(ROW) else tensor) for linear in block)
+        narrow += (4 * query + model.heads * shape.length) / tensor  # q, k and v of all heads, output; probabilities
+    narrow += _mlp_kept(model, model.blocks[number], tensor)
+    wide += _routing_kept(model.blocks[number])
+    linears = outline.blocks[number]
+    narrow += sum(linear.kept for linear in linears)
+    once = sum(linear.kept_once / (1 if linear.name.endswith(ROW) else tensor) for linear in linears)
     kept = shape.tokens * (4 * wide + precision.products / 8 * narrow) + 4 * once
     if precision.casts:
-        kept += precision.products / 8 * total(of_block(outline, block), Division(tensor), precision).values
+        kept += precision.products / 8 * total(of_block(outline, number), Division(tensor), precision).values
     return round(kept)
+
+
+def _factors(model: Architecture) -> int:
+    """Of the intermediate size, what an MLP keeps: gate, up and their product; tanh-GELU's result too."""
+    return 3 if model.activation == "silu" else 4
+
+
+def _mlp_kept(model: Architecture, block: Block, tensor: int) -> float:
+    """Of a token, beside the MLP's input."""
+    if block.experts is None:
+        return _factors(model) * model.inner / tensor
+    experts = block.experts
+    # Of each chosen expert its input, what its MLP keeps, and its result, which its weight is multiplied with.
+    kept = experts.chosen * (2 * model.hidden + _factors(model) * experts.inner / tensor)
+    if experts.shared_inner is not None:
+        kept += _factors(model) * experts.shared_inner / tensor + model.hidden
+    return kept
+
+
+def _routing_kept(block: Block) -> int:
+    """Of a token, what leads it to its experts and back, in values of 4 bytes: probabilities of all; of each chosen
+    one its number, the places that it is gathered from and added to (64 bits each), and its weight."""
+    if block.experts is None:
+        return 0
+    experts = block.experts
+    normalised = 2 * experts.chosen + 1 if experts.normalise else 0
+    return experts.count + 11 * experts.chosen + normalised + (experts.shared_inner is not None)
+
+
+def reading_kept(outline: Outline, shape: Shape) -> int:
+    """Of a micro-batch for all blocks: float32 cosines and sines of each token, for each kind of rotary embedding."""
+    return sum(8 * shape.tokens * rotary.size for rotary in outline.architecture.rotaries)
 
 
 def boundary(outline: Outline, shape: Shape, precision: Precision) -> int:
@@ -72,12 +106,14 @@ def boundary(outline: Outline, shape: Shape, precision: Precision) -> int:
 
 def backward_extra(outline: Outline, shape: Shape, precision: Precision) -> int:
     """What a block's backward holds beyond what forward kept: gradients of the widest intermediate results."""
-    tensor, query = shape.tensor, outline.heads * outline.head_size
-    factors = 3 if outline.family.model_type in GATED else 4
-    mlp = 3 * outline.hidden + factors * outline.inner / tensor
-    freed = factors * outline.inner / tensor + 2 * outline.hidden
-    scores = 0 if outline.attention_in_blocks else 2 * outline.heads * shape.length / tensor
-    attention = scores + 3 * query / tensor + 2 * outline.hidden - freed
+    model, tensor = outline.architecture, shape.tensor
+    query, in_mlp = model.heads * model.head_size, {_mlp_kept(model, block, tensor) for block in model.blocks}
+    mlp = 3 * model.hidden + max(in_mlp)
+    # When attention goes back, the MLP has freed what it kept, and so have the norms behind attention.
+    behind = outline.norms - (model.norms.before_attention is not None)
+    freed = min(in_mlp) + model.hidden + behind * (model.hidden + 1) / shape.spread
+    scores = 0 if outline.attention_in_blocks else 2 * model.heads * shape.length / tensor
+    attention = scores + 2 * query / tensor + model.hidden - freed
     return round(shape.tokens * precision.products / 8 * max(mlp, attention))
 
 
@@ -102,24 +138,20 @@ def last_kept(outline: Outline, shape: Shape, precision: Precision) -> int:
 
 def logits(outline: Outline, shape: Shape, precision: Precision) -> int:
     """The most that the chunked loss holds at a time while it runs: logits of a chunk, in four or five float32
-    stages, the hidden states, and between chunks two gradients of lm_head."""
+    stages (one more where they are capped), the hidden states, and between chunks two gradients of lm_head."""
     width = outline.vocabulary // shape.tensor
     rows = max(1, min(shape.targets, CHUNK // (4 * width)))
     chunk, narrow = 4 * rows * width, precision.products // 8
     states = (shape.tokens + shape.targets) * outline.hidden * narrow
+    capped = outline.architecture.logit_cap is not None
     if rows == shape.targets:
-        return states + max(4 * chunk, 3 * chunk + last_kept(outline, shape, precision))
+        return states + capped * chunk + max(4 * chunk, 3 * chunk + last_kept(outline, shape, precision))
     # What is left of the chunk before is still there while the next one is made.
     second, chunks = 4 * min(rows, shape.targets - rows) * width, -(-shape.targets // rows)
     heads = min(2, chunks - 1) * _head_gradient(outline, shape, precision)
-    return states + max(4 * chunk, 3 * chunk + 2 * second + heads)
+    return states + capped * (chunk + second) + max(4 * chunk, 3 * chunk + 2 * second + heads)
 
 
 def _head_gradient(outline: Outline, shape: Shape, precision: Precision) -> int:
     weight = outline.embedding if outline.head is None else outline.head
     return weight.size // shape.tensor * precision.weights // 8 if weight.trains else 0
-
-
-def tables(outline: Outline) -> int:
-    """The float32 tables of cosines and sines."""
-    return 0 if outline.family.model_type in WITHOUT_TABLES else 8 * outline.positions * outline.head_size

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import paddle
 from paddle.base.framework import EagerParamBase
 
 from sft import UsageError
-from sft.distributed.parts import Part, is_elsewhere
+from sft.distributed.parts import Part, is_elsewhere, part_of
 from sft_parallel_4d import trial
 from sft_parallel_4d.tensor import adapters
 from sft_parallel_4d.topology import Axis
@@ -50,30 +50,31 @@ class Adapters:
     @paddle.no_grad()
     def divide(self) -> None:
         """Whole tensors → what this process holds of them."""
-        seen: dict[tuple[int, str], Any] = {}
+        seen: dict[Hashable, Any] = {}
         for layer, side, stage in self._layers:
             for name, whole in _tensors(layer):
-                part = self._part(whole, layer.sides[name], side)
+                part = self._part(layer, name, side, tuple(whole.shape))
                 if isinstance(whole, EagerParamBase):
                     layer._parameters[name] = self._local(whole, part, stage)
                     continue
-                key = (id(whole), side)
+                key = (id(whole), part)
                 if key not in seen:  # with the whole, whose identity must not be another's meanwhile
-                    seen[key] = (whole, whole if part is None else self._tensor.own(whole, part.axis))
+                    seen[key] = (whole, whole if part is None else self._tensor.part(whole, part))
                 setattr(layer, name, seen[key][1])
 
     @contextlib.contextmanager
     def assembled(self) -> Iterator[None]:
         """Within it, all layers hold whole tensors; what they hold at its end is divided again."""
         held: list[tuple[Any, str, str, Any]] = []
-        seen: dict[tuple[int, str], Any] = {}
+        seen: dict[Hashable, Any] = {}
         with paddle.no_grad():
             for layer, side, _ in self._layers:
                 for name, local in _tensors(layer):
                     held.append((layer, name, side, local))
-                    key = (id(local), side)
+                    part = self._part(layer, name, side, self._whole_shape(layer, name, side, local))
+                    key = (id(local), part)
                     if key not in seen:
-                        seen[key] = self._undivided(local, layer.sides[name], side)
+                        seen[key] = self._undivided(local, part)
                     _put(layer, name, seen[key], local)
         self.is_whole = True
         try:
@@ -83,15 +84,28 @@ class Adapters:
             with paddle.no_grad():
                 self._take_apart(held)
 
-    def _part(self, whole: Any, sides: Sequence[str | None], side: str) -> Part | None:
-        if self._tensor.size == 1 or side not in sides:
+    def _axis(self, layer: Any, name: str, side: str) -> int | None:
+        """The dimension of a layer's tensor that processes divide, as its Linear's ``side`` is."""
+        sides = list(layer.sides[name])
+        return sides.index(side) if self._tensor.size > 1 and side in sides else None
+
+    def _part(self, layer: Any, name: str, side: str, shape: tuple[int, ...]) -> Part | None:
+        """What of the layer's tensor, of whole ``shape``, is this process's; None: all of it."""
+        axis = self._axis(layer, name, side)
+        if axis is None:
             return None
-        return Part(tuple(whole.shape), list(sides).index(side), self._tensor.rank, self._tensor.size)
+        linear = next((part for part in map(part_of, layer.sublayers()) if part is not None), None)
+        fused = linear.fused if linear is not None and side == "out" else ()
+        return Part(shape, axis, self._tensor.rank, self._tensor.size, fused)
+
+    def _whole_shape(self, layer: Any, name: str, side: str, local: Any) -> tuple[int, ...]:
+        axis = self._axis(layer, name, side)
+        return tuple(n * self._tensor.size if place == axis else n for place, n in enumerate(local.shape))
 
     def _local(self, whole: Any, part: Part | None, stage: int) -> Any:
         local = whole
         if part is not None:
-            local = EagerParamBase.from_tensor(self._tensor.own(whole, part.axis).clone())
+            local = EagerParamBase.from_tensor(self._tensor.part(whole, part))
             local.stop_gradient, local.sft_part = whole.stop_gradient, part
         if self._pipe is not None:
             local.sft_stage, local.sft_elsewhere = stage, stage != self._pipe.rank
@@ -99,16 +113,15 @@ class Adapters:
                 local._clear_data()
         return local
 
-    def _undivided(self, local: Any, sides: Sequence[str | None], side: str) -> Any:
+    def _undivided(self, local: Any, part: Part | None) -> Any:
         if isinstance(local, EagerParamBase):
             return self._whole(local)
         # Frozen tensors are kept by all stages.
-        divided = self._tensor.size > 1 and side in sides
-        return self._tensor.gather(local, list(sides).index(side)) if divided else local.clone()
+        return local.clone() if part is None else self._tensor.whole(local, part)
 
     def _take_apart(self, held: list[tuple[Any, str, str, Any]]) -> None:
         """Put what was held back, with the values that the whole tensors have now."""
-        seen: dict[tuple[int, str], Any] = {}
+        seen: dict[Hashable, Any] = {}
         for layer, name, side, local in held:
             whole = getattr(layer, name)
             if isinstance(local, EagerParamBase):
@@ -116,10 +129,10 @@ class Adapters:
                 if not is_elsewhere(local):
                     self._store(local, whole.astype("float32").numpy().__getitem__)
                 continue
-            key = (id(whole), side)
+            part = self._part(layer, name, side, tuple(whole.shape))
+            key = (id(whole), part)
             if key not in seen:
-                part = self._part(whole, layer.sides[name], side)
-                seen[key] = (whole, whole if part is None else self._tensor.own(whole, part.axis))
+                seen[key] = (whole, whole if part is None else self._tensor.part(whole, part))
             setattr(layer, name, seen[key][1])
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sft import UsageError
-from sft.models.config import checked_family, read_config
-from sft.models.outline import Outline, of_config
+from sft.models.config import read_config
+from sft.models.families.known import family_of
+from sft.models.outline import Outline, of_architecture
 from sft.models.source import find_config
 from sft_parallel_4d.plans import Plan, possible, refusal, stages_beside
 
@@ -49,7 +50,7 @@ def plan_for(run: Run, options: ParallelOptions, world: int) -> Plan:
     tensor, pipeline = degrees(options)
     folder = find_config(str(run.settings.model.model_name_or_path))
     values = read_config(folder)
-    outline = of_config(values, checked_family(values, folder))
+    outline = of_architecture(family_of(values, folder).architecture(values, folder))
 
     def refuse(why: str) -> UsageError:
         return UsageError(f"{why}; {_instead(outline, world, stage)}")

@@ -69,9 +69,12 @@ def _tensor(calculator: Calculator, plan: Plan, stage: Stage) -> float:
     leave_forward, leave_backward = (half, half) if plan.sequence else (2 * half, 0)
     forward, backward = 2 * (enter_forward + leave_forward), 2 * (enter_backward + leave_backward)
     count = len(stage.blocks)
-    bare = stage.first and not trains  # nothing goes back to a frozen embedding, nor is the block over it recomputed
-    again = count - bare if plan.recompute else 0
-    micro = count * (forward + backward) + again * forward - (enter_backward if bare else 0)
+    again = count if plan.recompute else 0
+    micro = count * (forward + backward) + again * forward
+    if stage.first and not trains and not plan.recompute:
+        micro -= enter_backward  # nothing goes back to a frozen embedding
+    if outline.architecture.head_norm == "all":  # sums of squares of queries and of keys, and their gradients
+        micro += (2 * count + again) * 2 * 2 * part * shape.tokens * 4
     if stage.first:
         micro += 2 * half + (half if plan.sequence and trains else 0)
     if stage.last:

@@ -79,7 +79,8 @@ class Calculator:
         if plan.stage == 3:
             parameters, pieces = parameters - size.matrices, pieces + size.frozen_pieces
         if plan.stage >= 2:
-            gradients, passing = size.pieces, size.largest
+            late = stage.late
+            gradients, passing = size.pieces - late.pieces + late.gradients, size.largest
         return Held(parameters, pieces, size.optimizer, gradients, passing)
 
     def rank(self, plan: Plan, number: int, stage: Stage) -> Memory:
@@ -89,7 +90,8 @@ class Calculator:
         whole_block, whole_head = (stage.largest_block.matrices, stage.head.matrices) if plan.stage == 3 else (0, 0)
         # One forward, one backward: a stage works ahead as far as there are stages behind it.
         flying = min(plan.pipeline - number, plan.accumulation)
-        kept, again = self._kept(stage.blocks, shape, plan.recompute, stage.first)
+        kept, again = self._kept(stage.blocks, shape, plan.recompute)
+        reading = activations.reading_kept(outline, shape)
         kept += activations.at_borders(outline, shape, precision, plan.recompute, stage.first, stage.last)
         extra = activations.backward_extra(outline, shape, precision)
         last = activations.last_kept(outline, shape, precision) if stage.last else 0
@@ -101,9 +103,9 @@ class Calculator:
         after = (held.gradients if on_device or plan.stage < 2 else 0) + held.passing
         one_block = (kept // len(stage.blocks) if not plan.recompute else again) + whole_block
         moments = {
-            "loss": before + kept * flying + norm + loss + whole_head,
-            "last block backward": before + kept * flying + last + again + extra + whole_block,
-            "first block backward": after + kept * (flying - 1) + one_block + extra,
+            "loss": before + (kept + reading) * flying + norm + loss + whole_head,
+            "last block backward": before + (kept + reading) * flying + last + again + extra + whole_block,
+            "first block backward": after + kept * (flying - 1) + reading * flying + one_block + extra,
         }
         stepping = 4 * size.stepped * (1 if precision.weights == 32 else 2) + size.masters
         stepped = size.gradients if not plan.stage else size.pieces
@@ -113,24 +115,20 @@ class Calculator:
             moments["step"] = stepped + stepping
         if plan.stage in (1, 2):
             moments["spread"] = 2 * size.largest
-        resting = held.parameters + activations.tables(outline)
         aside = held.pieces + held.optimizer
         return Memory(
-            resting + (held.pieces if on_device else 0) + max(whole_block, whole_head),
+            held.parameters + (held.pieces if on_device else 0) + max(whole_block, whole_head),
             max(after, size.gradients if plan.stage == 1 else 0),
             held.optimizer if on_device else 0,
-            kept * flying + last + again + extra,
+            (kept + reading) * flying + last + again + extra,
             loss,
-            resting + (aside if on_device else 0) + max(moments.values()),
+            held.parameters + (aside if on_device else 0) + max(moments.values()),
             0 if on_device else aside + stepped + stepping,
         )
 
-    def _kept_of_blocks(self, blocks: range, shape: Shape, recompute: bool, first: bool) -> tuple[int, int]:
+    def _kept_of_blocks(self, blocks: range, shape: Shape, recompute: bool) -> tuple[int, int]:
         """What ``blocks`` keep of a micro-batch, and what the one that is recomputed holds beside it."""
         full = [activations.block_kept(self.outline, number, shape, self.precision) for number in blocks]
         if not recompute:
             return sum(full), 0
-        thin = activations.boundary(self.outline, shape, self.precision)
-        # PaddleNLP recomputes a block only if its input has a gradient, and a frozen embedding's output has none.
-        whole = full[0] if first and not self.outline.embedding.trains else thin
-        return whole + thin * (len(full) - 1), max(full)
+        return activations.boundary(self.outline, shape, self.precision) * len(full), max(full)

@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass, fields
 from functools import cache
 from itertools import pairwise
 
-from sft import LinearOutline, Outline, Weight
+from sft import Outline, Weight
 
 ROW = ("o_proj", "down_proj")
 """Linears that tensor parallelism divides by their inputs; all others by their outputs."""
@@ -129,15 +129,23 @@ def total(weights: tuple[tuple[Weight, str], ...], division: Division, precision
     return sum((size_of(weight, side, division, precision) for weight, side in weights), Size())
 
 
-def of_block(outline: Outline, block: list[LinearOutline]) -> tuple[tuple[Weight, str], ...]:
-    """The weights of a transformer block, each with the divided side of its Linear ("" of a norm)."""
+def of_block(outline: Outline, number: int) -> tuple[tuple[Weight, str], ...]:
+    """The weights of a transformer block, each with the divided side of its Linear ("" of a norm of the residual
+    stream; "out" of what lies within attention and MLP)."""
 
     def pairs() -> Iterator[tuple[Weight, str]]:
-        yield from ((outline.norm, ""), (outline.norm, ""))
-        for linear in block:
+        yield from ((outline.norm, ""),) * outline.norms
+        yield from ((weight, "out") for weight in outline.inside[number])
+        for linear in outline.blocks[number]:
             yield from ((weight, divided_side(linear.name)) for weight in linear.weights)
 
     return tuple(pairs())
+
+
+def of_experts(outline: Outline, number: int) -> tuple[tuple[Weight, str], ...]:
+    """Of a block's weights, those of experts that tokens are led to."""
+    linears = [linear for linear in outline.blocks[number] if ".experts." in linear.name]
+    return tuple((weight, divided_side(linear.name)) for linear in linears for weight in linear.weights)
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,9 @@ class Stage:
     size: Size
     """Of everything the stage holds."""
     largest_block: Size
+    late: Size
+    """Of experts: a micro-batch may lead to them in one process and not in another, so that sharding leaves their
+    gradients whole until the last one is through."""
     embedding: Size
     head: Size
     """lm_head, or the embedding where it is one with it; both are of nothing in stages that have none."""
@@ -161,7 +172,7 @@ def stages(outline: Outline, division: Division, pipeline: int, precision: Preci
     def one(weight: Weight) -> Size:
         return size_of(weight, "", division, precision)
 
-    blocks = [total(of_block(outline, block), division, precision) for block in outline.blocks]
+    blocks = [total(of_block(outline, number), division, precision) for number in range(len(outline.blocks))]
     embedding, norm = one(outline.embedding), one(outline.norm)
     head = embedding if outline.head is None else one(outline.head)
     shared = sum(map(one, outline.shared), Size())
@@ -172,8 +183,9 @@ def stages(outline: Outline, division: Division, pipeline: int, precision: Preci
         if last and not (first and outline.head is None):  # a tied matrix is on the first stage, and on the last
             mine.append(head)
         largest = max(blocks[start:stop], key=lambda size: size.matrices)
+        late = sum((total(of_experts(outline, number), division, precision) for number in range(start, stop)), Size())
         here = (embedding if first else Size()), (head if last else Size())
-        found.append(Stage(range(start, stop), sum(mine, shared), largest, *here, first, last))
+        found.append(Stage(range(start, stop), sum(mine, shared), largest, late, *here, first, last))
     return found
 
 

@@ -1,13 +1,12 @@
 """Pipeline parallelism: each stage has some of the blocks, and micro-batches go through them one forward, one backward
 (1F1B; arXiv 1811.06965, 2104.04473).
 
-Stages are PaddleNLP's ordinary class with the blocks of other stages left out, so names, adapters and attention are
+Stages are the ordinary decoder with the blocks of other stages left out, so names, adapters and attention are
 those of one process. What goes from stage to stage is the residual stream, of a shape that both know from the batch.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -33,7 +32,7 @@ class Pipeline:
 
     def divide(self, model: Any) -> None:
         """Mark the parameters of other stages; nothing is allocated."""
-        backbone = getattr(model, model.base_model_prefix)
+        backbone = model.model
         self.tied = model.lm_head.weight is backbone.embed_tokens.weight
         places = [(block, self._stages[number]) for number, block in enumerate(backbone.layers)]
         places += [(backbone.embed_tokens, 0), (backbone.norm, self._axis.size - 1)]
@@ -60,21 +59,17 @@ class Pipeline:
 
     def blocks(self, model: Any) -> Iterator[tuple[Any, int]]:
         """The blocks of the whole model and their stages, while all are there."""
-        backbone = getattr(model, model.base_model_prefix)
+        backbone = model.model
         return zip(backbone.layers, self._stages, strict=True)
 
-    def leave_out(self, model: Any, scales_embeddings: bool) -> None:
+    def leave_out(self, model: Any) -> None:
         """Take the layers of other stages out of ``model``."""
-        backbone = getattr(model, model.base_model_prefix)
+        backbone = model.model
         for number, stage in enumerate(self._stages):
             if stage != self._axis.rank:
                 del backbone.layers._sub_layers[str(number)]
-        if not self.first:
-            if not (self.last and self.tied):
-                del backbone._sub_layers["embed_tokens"]
-            if scales_embeddings:  # Gemma multiplies whatever it is given by √hidden
-                backbone.config = copy.copy(backbone.config)
-                backbone.config.hidden_size = 1
+        if not self.first and not (self.last and self.tied):
+            del backbone._sub_layers["embed_tokens"]
         if not self.last:
             backbone.norm = paddle.nn.Identity()
             del model._sub_layers["lm_head"]

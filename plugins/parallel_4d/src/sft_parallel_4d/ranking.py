@@ -51,8 +51,12 @@ def _seconds(calculator: Calculator, plan: Plan, volume: Volume, device: Device)
     return passes * forward * tokens / plan.devices / device.flops * idle + volume.total / device.bandwidth
 
 
-def _operations(outline: Outline, length: int) -> int:
+def _operations(outline: Outline, length: int) -> float:
     """Of a token's forward: two a weight of a matrix, and causal attention's two products over half a row."""
-    matrices = sum(linear.in_features * linear.out_features for linear in outline.targets())
+    matrices = 0.0
+    for block, linears in zip(outline.architecture.blocks, outline.blocks, strict=True):
+        for linear in linears:
+            chosen = block.experts.chosen / block.experts.count if block.experts and ".experts." in linear.name else 1
+            matrices += linear.in_features * linear.out_features * chosen
     attention = 2 * outline.heads * outline.head_size * length * len(outline.blocks)
     return 2 * (matrices + outline.vocabulary * outline.hidden) + attention

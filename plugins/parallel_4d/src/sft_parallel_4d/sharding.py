@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
 import paddle
@@ -27,6 +27,7 @@ class Shards:
         self._pieces: dict[int, Any] = {}
         self._whole: list[Any] = []
         """Parameters that are whole now and shall not stay so."""
+        self._late: Set[int] = frozenset()
         self.goes_back = False
         """Whether backward is under way."""
 
@@ -84,12 +85,18 @@ class Shards:
 
     # --- gradients and steps ---
 
-    def watch(self, parameters: Iterable[Any]) -> None:
-        """From stage 2 on: sum each gradient to its piece as soon as backward has it."""
+    def watch(self, parameters: Iterable[Any], late: Set[int] = frozenset()) -> None:
+        """From stage 2 on: sum each gradient to its piece as soon as backward has it; those of ``late`` (identities),
+        which a micro-batch may lead to in one process and not in another, after the last one, as in stage 1."""
+        self._late = late
         for parameter in parameters:
             self.piece(parameter)
-            if self.stage >= 2:
+            if not self.waits(parameter):
                 parameter._register_backward_hook(lambda *_, p=parameter: self.collect(p))
+
+    def waits(self, parameter: Any) -> bool:
+        """Whether the parameter's gradient stays whole until the last micro-batch is through."""
+        return self.stage == 1 or id(parameter) in self._late
 
     @paddle.no_grad()
     def collect(self, parameter: Any) -> None:
@@ -117,33 +124,31 @@ class Shards:
 
     def unit(self, layer: Any, again: bool = True) -> None:
         """The matrices of ``layer`` exist while it goes forward, and ``again`` from when its backward begins."""
-        own, gather, release = layer.forward, self.gather, self.release
 
-        def forward(*arguments: Any, **named: Any) -> Any:
+        def before(layer: Any, _: Any) -> None:
+            self.gather(self._matrices(layer))
+
+        def after(layer: Any, inputs: tuple[Any, ...], result: Any) -> None:
             parameters = self._matrices(layer)
-            gather(parameters)
-            result = own(*arguments, **named)
-            entering = arguments[0] if arguments else None
             if self.goes_back:  # recomputed: its backward is next
-                release_with(entering, parameters)
-                return result
-            release(parameters)
-            first = result[0] if isinstance(result, tuple) else result
-            if again and paddle.is_grad_enabled() and not first.stop_gradient:
-                first.register_hook(lambda _: take_turn(parameters))
-                release_with(entering, parameters)
-            return result
+                release_with(inputs[0], parameters)
+                return
+            self.release(parameters)
+            if again and paddle.is_grad_enabled() and not result.stop_gradient:
+                result.register_hook(lambda _: take_turn(parameters))
+                release_with(inputs[0], parameters)
 
         def release_with(entering: Any, parameters: list[Any]) -> None:
             """When the gradient of what entered is there, backward is through with the layer."""
-            if isinstance(entering, paddle.Tensor) and not entering.stop_gradient:
-                entering.register_hook(lambda _: release(parameters))
+            if not entering.stop_gradient:
+                entering.register_hook(lambda _: self.release(parameters))
 
         def take_turn(parameters: list[Any]) -> None:
-            release()  # the layer behind has its gradients now, and may not have been told yet
-            gather(parameters)
+            self.release()  # the layer behind has its gradients now, and may not have been told yet
+            self.gather(parameters)
 
-        layer.forward = forward
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_post_hook(after)
 
     @contextlib.contextmanager
     def whole(self, layer: Any) -> Iterator[None]:

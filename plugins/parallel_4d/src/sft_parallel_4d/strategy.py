@@ -15,7 +15,8 @@ from sft import Batch, ParameterGroup
 from sft.distributed.parts import Part, is_elsewhere, part_of, whole_shape
 from sft.distributed.pieces import Piece
 from sft.distributed.whole import set_value
-from sft.models.attention import hidden_states
+from sft.models.decoder import SparseMLP
+from sft.models.forward import hidden_states
 from sft.models.layers import linear_features, linear_weight
 from sft.training.loss import target_loss, target_scores
 from sft.training.strategy import squares
@@ -63,8 +64,8 @@ class Parallel:
         return list(model.named_parameters()) if self._all is None else self._all
 
     def store(self, parameter: Any, read: Callable[[tuple[slice, ...]], np.ndarray]) -> None:
-        part = part_of(parameter)
-        value = read(part.where if part else tuple(slice(0, length) for length in parameter.shape))
+        part = part_of(parameter) or Part(tuple(parameter.shape), 0, 0, 1)
+        value = part.read(read)
         if self._shards is not None and self._shards.takes(parameter):
             self._shards.put(parameter, paddle.to_tensor(np.ascontiguousarray(value)))
             return
@@ -90,10 +91,10 @@ class Parallel:
         return contextlib.nullcontext() if self._shards is None else self._shards.whole(layer)
 
     def _undivided(self, tensor: Any, part: Part | None) -> Any:
-        return tensor if part is None else self._at.tensor.gather(tensor.detach(), part.axis)
+        return tensor if part is None else self._at.tensor.whole(tensor.detach(), part)
 
     def connect(self, model: Any) -> None:
-        pipe, backbone = self._pipe, getattr(model, model.base_model_prefix)
+        pipe, backbone = self._pipe, model.model
         blocks = pipe.blocks(model) if pipe is not None else ((block, 0) for block in backbone.layers)
         self._adapters = Adapters(
             blocks,
@@ -107,7 +108,7 @@ class Parallel:
         self._adapters.divide()
         self._all = list(model.named_parameters())
         if pipe is not None:
-            pipe.leave_out(model, self._scales)
+            pipe.leave_out(model)
         first, last = (pipe.first, pipe.last) if pipe is not None else (True, True)
         if self._tensor is not None:
             self._tensor.connect(model, first, last)
@@ -123,7 +124,9 @@ class Parallel:
                     self._shards.unit(layer)
                 for layer in (backbone.embed_tokens, model.lm_head):
                     self._shards.unit(layer, again=False)
-            self._shards.watch(self._trained.values())
+            experts = [block.mlp.experts for block in backbone.layers if isinstance(block.mlp, SparseMLP)]
+            chosen_sometimes = {id(parameter) for layers in experts for parameter in layers.parameters()}
+            self._shards.watch(self._trained.values(), chosen_sometimes)
 
     @contextlib.contextmanager
     def assembled(self, model: Any) -> Iterator[None]:
@@ -164,7 +167,7 @@ class Parallel:
             losses.append(float(loss) if scale else 0.0)
             self.phases.go_on()
 
-        with _flag(self._tensor, "active"):
+        with self._together():
             if self._pipe is not None:
                 self._pipe.train(batches, self._stream_shape, self._run.precision.weights, forward, start)
             else:
@@ -176,6 +179,9 @@ class Parallel:
                         self._shards.release()
         self._reduce_gradients()
         return self._at_last_stage([sum(losses)])[0]
+
+    def _together(self) -> contextlib.AbstractContextManager[None]:
+        return _flag(None if self._tensor is None else self._tensor.meeting, "active")
 
     def _even(self, batches: Sequence[Batch], loss_scale: float) -> tuple[list[Batch], list[float]]:
         """As many micro-batches as any other process has, and the factor of each: where stages 2 and 3 wait for all at
@@ -205,7 +211,7 @@ class Parallel:
     def _stream_shape(self, batch: Batch) -> list[int]:
         rows, length = batch.input_ids.shape
         parts = self._at.tensor.size if self._tensor is not None and self._tensor.sequence else 1
-        return [rows, length // parts, self._run.source.config.hidden_size]
+        return [rows, length // parts, self._run.source.architecture.hidden]
 
     def _complete(self, parameter: Any, gradient: Any) -> None:
         if id(parameter) in self._partial:
@@ -222,7 +228,7 @@ class Parallel:
                 self._add_other_end(parameter)
             if shards is None:
                 self._complete(parameter, parameter.grad)
-            elif shards.stage == 1:
+            elif shards.waits(parameter):
                 shards.collect(parameter)
             stepped = parameter if shards is None else shards.piece(parameter)
             if self._at.data.size > 1:
@@ -265,7 +271,7 @@ class Parallel:
             self.phases.go_on()
             return self._forward(model, batch, received, scored)
 
-        with _flag(self._tensor, "active"):
+        with self._together():
             if self._pipe is not None:
                 self._pipe.measure(batches, self._stream_shape, self._run.precision.weights, forward)
             else:

@@ -13,6 +13,7 @@ import paddle
 from paddle import distributed
 from paddle.distributed import fleet
 
+from sft.distributed.parts import Part
 from sft_parallel_4d.plans import Plan
 
 
@@ -57,6 +58,16 @@ class Axis:
             return tensor
         size = tensor.shape[dimension] // self.size
         return tensor.slice([dimension], [self.rank * size], [(self.rank + 1) * size]).clone()
+
+    def part(self, whole: Any, part: Part) -> Any:
+        """The ``part`` of a whole tensor, a copy of its own."""
+        values = [whole[place] for place in part.places]
+        return values[0].clone() if len(values) == 1 else paddle.concat(values, axis=part.axis)
+
+    def whole(self, values: Any, part: Part) -> Any:
+        """The whole tensor of which each process has its ``part``."""
+        found, order = self.gather(values, part.axis), part.order
+        return found if order is None else paddle.index_select(found, paddle.to_tensor(order), axis=part.axis)
 
     def sum_own(self, tensor: Any, dimension: int) -> Any:
         """This process's part, along ``dimension``, of the sum over the axis."""

@@ -244,7 +244,7 @@ def peaked_loss(columns: int) -> list[float]:
     weight[0, columns // 3] = 17.375
     vocabulary = _Columns(Axis(rank, fleet_groups.get_model_parallel_group()), rank * part)
     own = paddle.to_tensor(weight[:, rank * part :][:, :part].copy())
-    lm_head = SimpleNamespace(weight=own, transpose_y=False, sft_vocabulary=vocabulary)
+    lm_head = SimpleNamespace(weight=own, transpose_y=False, vocabulary=vocabulary)
     hidden, labels = paddle.to_tensor([[[1.0], [1.0], [0.5]]]), np.array([[columns // 3, 5, columns - 1]])
     found = []
     for position in range(3):

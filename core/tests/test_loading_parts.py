@@ -13,7 +13,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import sft
-from sft.distributed.parts import Part, is_elsewhere, part_of, whole_shape, whole_size
+from sft.distributed.parts import (
+    Part,
+    is_elsewhere,
+    mark_part,
+    mark_stage,
+    mark_sums,
+    part_of,
+    stage_of,
+    whole_shape,
+    whole_size,
+)
 from sft.models.families.known import FAMILIES
 from sft.models.source import ModelFolder, Weights
 
@@ -33,17 +43,28 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("shape", "axis", "count"), [((6,), 0, 3), ((4, 6), 1, 2), ((4, 6), 0, 4), ((4, 6), 1, 1)])
 def test_parts_side_by_side_are_the_whole(shape: tuple[int, ...], axis: int, count: int) -> None:
     whole = np.arange(np.prod(shape)).reshape(shape)
-    parts = [whole[Part(shape, axis, index, count).where] for index in range(count)]
+    parts = [Part(shape, axis, index, count).read(whole.__getitem__) for index in range(count)]
     for part, expected in zip(parts, np.split(whole, count, axis), strict=True):
         np.testing.assert_array_equal(part, expected)
 
 
 def test_marks_say_what_the_whole_is(paddle: Any) -> None:
     plain, marked = paddle.zeros([2, 3]), paddle.zeros([2, 3])
-    marked.sft_part, marked.sft_elsewhere = Part((2, 12), 1, 0, 4), True
+    mark_part(marked, Part((2, 12), 1, 0, 4))
+    mark_stage(marked, 3, here=False)
     assert (part_of(plain), whole_shape(plain), whole_size(plain), is_elsewhere(plain)) == (None, (2, 3), 6, False)
     assert (part_of(marked), whole_shape(marked), whole_size(marked)) == (Part((2, 12), 1, 0, 4), (2, 12), 24)
-    assert is_elsewhere(marked)
+    assert (stage_of(plain), stage_of(marked), is_elsewhere(marked)) == (None, 3, True)
+
+
+def test_a_layer_sums_over_those_who_divide_its_side(paddle: Any) -> None:
+    layer, values = paddle.nn.Linear(2, 3), np.arange(3)
+    assert sft.sum_over(layer, "in", values) is values
+    mark_sums(layer, "in", lambda values: 2 * values)
+    np.testing.assert_array_equal(sft.sum_over(layer, "in", values), [0, 2, 4])
+    assert sft.sum_over(layer, "out", values) is values
+    with pytest.raises(ValueError, match="not 'middle'"):
+        sft.sum_over(layer, "middle", values)
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -101,29 +122,32 @@ def test_a_part_is_read_as_float32(paddle: Any, tmp_path: Path, write: Callable[
 
 def second_of_two(paddle: Any) -> Any:
     """A strategy that holds the second part of a Linear's outputs and of another's inputs, and not a third Linear."""
-    from sft.training.strategy import SingleProcess, set_value
+    from sft.distributed.whole import set_value
+    from sft.training.strategy import SingleProcess
 
     class Second(SingleProcess):
         def divide(self, model: Any) -> None:
             for name, axis in ((GATE, 1), (DOWN, 0)):
                 linear = self.linear(model, name)
-                linear.sft_part, linear.sft_other = Part(tuple(linear.weight.shape), axis, 1, 2), "kept"
-                shape = [where.stop - where.start for where in linear.sft_part.where]
+                part = Part(tuple(linear.weight.shape), axis, 1, 2)
+                mark_part(linear, part)
+                mark_stage(linear, 1, here=True)
                 with paddle.LazyGuard():
-                    linear.weight = paddle.create_parameter(shape, "float32")
-                linear.weight.sft_part = linear.sft_part
+                    linear.weight = paddle.create_parameter(list(part.local_shape), "float32")
+                mark_part(linear.weight, part)
             linear = self.linear(model, ELSEWHERE)
-            linear.sft_elsewhere = linear.weight.sft_elsewhere = True
+            mark_stage(linear, 0, here=False)
+            mark_stage(linear.weight, 0, here=False)
 
         def linear(self, model: Any, name: str) -> Any:
-            found = model.llama.layers
+            found = model.model.layers
             for step in name.split("."):
                 found = found[int(step)] if step.isdecimal() else getattr(found, step)
             return found
 
         def store(self, parameter: Any, read: Callable[[tuple[slice, ...]], np.ndarray]) -> None:
-            part = part_of(parameter)
-            set_value(parameter, read(part.where if part else tuple(slice(0, size) for size in parameter.shape)))
+            part = part_of(parameter) or Part(tuple(parameter.shape), 0, 0, 1)
+            set_value(parameter, part.read(read))
 
     return Second(None)
 
@@ -234,7 +258,7 @@ def test_a_quantized_layer_is_divided_after_it_was_quantized(
     for name, axis, place in ((GATE, 1, np.s_[:, 24:]), (DOWN, 0, np.s_[24:])):
         layer, weight = strategy.linear(model, name), stored[f"model.layers.{name}.weight"].T
         np.testing.assert_array_equal(layer.dequantize().numpy(), weight[place])
-        assert (layer.sft_part, layer.sft_other) == (Part(weight.shape, axis, 1, 2), "kept")
+        assert (part_of(layer), stage_of(layer)) == (Part(weight.shape, axis, 1, 2), 1)
     assert f"model.layers.{ELSEWHERE}" not in quantizer.names
     assert f"model.layers.{ELSEWHERE}.weight" not in read["whole"] + read["part"]
     assert len(quantizer.names) == 13

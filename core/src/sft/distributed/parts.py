@@ -1,14 +1,15 @@
 """What of a model this process holds, where several share it; on one process every tensor is whole and here.
 
-A strategy marks what it divides: a parameter (and the Linear that it is the weight of) gets ``sft_part``, a parameter
-that another process holds gets ``sft_elsewhere`` and is never allocated. Unmarked tensors are whole. A layer in the
-place of a divided Linear gets ``sft_sums``: the divided side, and what sums a tensor over the processes.
+A strategy marks what it divides. A parameter, and the Linear that it is the weight of, may be a :class:`Part` of a
+whole (:func:`mark_part`), or be held by other processes (:func:`mark_stage`): then it is never allocated here. A layer
+in the place of a divided Linear is told how to sum over the processes (:func:`mark_sums`). What is not marked is whole.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -70,10 +71,44 @@ class Part:
             start = stop
 
 
+@dataclass
+class _Marks:
+    """What is known of one tensor or layer."""
+
+    part: Part | None = None
+    stage: int | None = None
+    elsewhere: bool = False
+    sums: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
+
+
+_MARKS = "_marks_of_division"
+"""The attribute in which a tensor or layer carries its marks: they end with it, and belong to no other."""
+
+
+def _marks_of(tensor: Any) -> _Marks:
+    """The marks of a tensor or layer, to be read."""
+    marks: _Marks | None = getattr(tensor, _MARKS, None)
+    if marks is None:  # until parallel-4d calls the functions below: the marks that it writes itself
+        old = {name: getattr(tensor, f"sft_{name}", None) for name in ("part", "stage", "elsewhere", "sums")}
+        return _Marks(old["part"], old["stage"], bool(old["elsewhere"]), old["sums"] or {})
+    return marks
+
+
+def _own_marks(tensor: Any) -> _Marks:
+    """The marks of a tensor or layer, to be changed."""
+    if getattr(tensor, _MARKS, None) is None:
+        setattr(tensor, _MARKS, _Marks())
+    return _marks_of(tensor)
+
+
+def mark_part(tensor: Any, part: Part | None) -> None:
+    """Say that ``tensor``, a parameter or a Linear, is a ``part`` of a whole. None: it is whole."""
+    _own_marks(tensor).part = part
+
+
 def part_of(tensor: Any) -> Part | None:
     """What part of a whole a parameter, or a Linear's weight, is; None: all of it."""
-    part: Part | None = getattr(tensor, "sft_part", None)
-    return part
+    return _marks_of(tensor).part
 
 
 def whole_shape(tensor: Any) -> tuple[int, ...]:
@@ -82,9 +117,32 @@ def whole_shape(tensor: Any) -> tuple[int, ...]:
     return part.shape if part is not None else tuple(tensor.shape)
 
 
+def whole_size(parameter: Any) -> int:
+    """The number of values of the whole tensor."""
+    return math.prod(whole_shape(parameter))
+
+
+def mark_stage(tensor: Any, stage: int, *, here: bool) -> None:
+    """Say to which ``stage`` of a model whose blocks are shared out a parameter or a layer belongs, and whether this
+    process holds it."""
+    marks = _own_marks(tensor)
+    marks.stage, marks.elsewhere = stage, not here
+
+
+def stage_of(tensor: Any) -> int | None:
+    """The stage that a parameter or a layer belongs to; None where nobody has said."""
+    return _marks_of(tensor).stage
+
+
 def is_elsewhere(parameter: Any) -> bool:
-    """Whether another process holds this parameter."""
-    return bool(getattr(parameter, "sft_elsewhere", False))
+    """Whether another process holds this parameter, or this layer."""
+    return _marks_of(parameter).elsewhere
+
+
+def mark_sums(layer: Any, side: str, total: Callable[[Any], Any]) -> None:
+    """Say that processes divide the ``side`` ("in" or "out") of the Linear in whose place ``layer`` stands, and that
+    ``total`` sums a tensor over them."""
+    _own_marks(layer).sums = {side: total}
 
 
 def sum_over(layer: Any, side: str, values: Any) -> Any:
@@ -97,13 +155,10 @@ def sum_over(layer: Any, side: str, values: Any) -> Any:
     """
     if side not in ("in", "out"):
         raise ValueError(f'The sides of a Linear are "in" and "out", not {side!r}.')
-    total = getattr(layer, "sft_sums", {}).get(side)
+    total = _marks_of(layer).sums.get(side)
     return values if total is None else total(values)
 
 
-def whole_size(parameter: Any) -> int:
-    """The number of values of the whole tensor."""
-    size = 1
-    for length in whole_shape(parameter):
-        size *= length
-    return size
+def copy_marks(old: Any, new: Any) -> None:
+    """Say of the layer ``new``, which takes the place of ``old``, what has been said of that."""
+    setattr(new, _MARKS, replace(_marks_of(old)))

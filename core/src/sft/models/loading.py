@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.distributed.parts import is_elsewhere, part_of, whole_shape
+from sft.distributed.parts import copy_marks, is_elsewhere, part_of, whole_shape
 from sft.distributed.whole import WholeModel
 from sft.errors import PluginError, UsageError
 from sft.models.architecture import Architecture, ModelShape
@@ -235,9 +235,7 @@ def _quantize(
                 "tensor parallelism out."
             )
         layer = layer.part(part.axis, part.index, part.count)
-    for mark, value in vars(target.layer).items():  # what a strategy says of the Linear holds for its successor
-        if mark.startswith("sft_"):
-            setattr(layer, mark, value)
+    copy_marks(target.layer, layer)
     target.replace(layer)
     stored.pop(f"{name}.weight")
     stored.pop(f"{name}.bias", None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sft.errors import PluginError, SftError, UsageError
+from sft.errors import PluginError, SftError, TooEarlyError, UsageError
 from sft.options import option
 from sft.plugins.declarations import API_VERSION
 from sft.plugins.registry import Plugin, hookimpl, hookspec, single
@@ -112,6 +112,7 @@ __all__ = [
     "SftError",
     "Summary",
     "Target",
+    "TooEarlyError",
     "Turn",
     "UsageError",
     "Values",

@@ -1,4 +1,6 @@
-"""What hooks receive, :class:`Run`, and what the caller of a run gets, :class:`Summary`: state without procedure."""
+"""The state of a run: :class:`Run` is what plugins see of it, :class:`CoreRun` what the core keeps beside that, and
+:class:`Summary` what it came to. The procedure is in ``fine_tune.py``.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.errors import TooEarlyError
 from sft.progress import Progress
 
 if TYPE_CHECKING:
@@ -60,91 +63,93 @@ class Summary:
         return values
 
 
-class Run:
-    """One run. Plugins find here what they need; two runs in one process share nothing.
+class Member:
+    """A member of :class:`Run` that exists from a hook on. Reading it earlier raises :class:`sft.TooEarlyError`.
 
-    Attributes:
-        model: The paddle model, from ``sft_adapt_model`` on.
-        source: Where the model comes from: ``folder``, ``values`` (config.json), ``family``, ``architecture``. From
-            ``sft_model_config`` on.
-        base_fingerprint: Tells the weights that an exported adapter belongs to; see ``models/fingerprint.py``.
-        resumes: Whether a checkpoint is about to be put back: what the model begins with will be replaced by what is in
-            it.
-        tokenizer: From ``sft_record_format`` on.
-        train_data: The encoded records, from ``sft_collator`` on; None where nothing is trained.
-        dev_data: Likewise; None where there are none, or none are used.
-        collator: What ``sft_collator`` gave, from ``sft_parallel_strategy`` on.
-        strategy: The processes of the run (:class:`sft.ParallelStrategy`), from ``sft_quantizer`` on.
-        precision: The dtypes of the run, from ``sft_collator`` on.
-        arithmetic: On what the last bits of its numbers depend, as run.json has it.
-        sizes: Trainable parameters and all of them, of the whole model, as numbers of values.
-        settings: The resolved settings: ``model``, ``data``, ``generation``, ``training``, and ``options`` of plugins
-            by name; ``flat()`` is all of them by their own names.
-        given: The settings by name as they came, ``plugin`` among them.
-        without_effect: Settings that were given and do nothing here, with the reason.
-        plugins: The active plugins: ``names``, ``provider(hook)``, ``origin(name)``.
-        hook: Calls hooks, those too that plugins publish: ``run.hook.NAME(argument=…)``.
-        progress: Shows the user how far long work is: ``for item in run.progress.over(items, "reading", "files")``.
-        before: What was measured before training.
-        evaluation: The record of the last evaluation, as ``sft_evaluated`` has it.
-        best: The record of the best evaluation that has a checkpoint (``load_best_model_at_end``).
-        step: The last optimizer step that was made, from 1.
-        executes: Whether the run is done in this process, not in others that are started for it.
-        finished: Whether the run has finished; nothing that goes wrong now changes that.
-        report: What this process has written to run.json.
-        earlier_report: What run.json said before this run.
-        samples: What is answered before and after training (``num_samples``).
-        questions: What is answered in each evaluation (``eval_with_do_generation``).
+    A value that is assigned to the instance hides this descriptor, so it is asked only while there is none.
     """
 
-    model: Any
-    source: Any
-    base_fingerprint: str
-    resumes = False
-    tokenizer: Tokenizer
-    train_data: Data | None = None
-    dev_data: Encoded | None = None
-    collator: DataCollator
-    strategy: ParallelStrategy
-    precision: Precision
-    arithmetic: dict[str, Any]
-    sizes: tuple[int, int]
+    def __init__(self, since: str, meaning: str) -> None:
+        self.since, self.meaning, self.name = since, meaning, ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: Run | None, owner: type) -> Any:
+        if run is None:
+            return self
+        raise TooEarlyError(f"run.{self.name} does not exist yet: it does from {self.since} on", self.name, run)
+
+    def __repr__(self) -> str:
+        return f"<from {self.since} on>"
+
+
+def since(hook: str, meaning: str) -> Any:
+    """A :class:`Member`, for a class body that annotates it with the type of its value."""
+    return Member(hook, meaning)
+
+
+class Run:
+    """One run, as plugins see it. What stands here is all that they may use; two runs in one process share nothing.
+
+    Each member exists from one hook on, and in all hooks that are called after that one; reading it earlier raises
+    :class:`sft.TooEarlyError`, which names the hook.
+    """
+
+    settings: Settings = since(
+        "sft_check",
+        "The resolved settings: `model`, `data`, `generation`, `training`, and `options` of plugins by name; "
+        "`flat()` is all of them by their own names.",
+    )
+    given: dict[str, Any] = since("sft_check", "The settings by name as they came, `plugin` among them.")
+    plugins: Plugins = since("sft_check", "The active plugins: `names`, `provider(hook)`, `origin(name)`.")
+    hook: Any = since(
+        "sft_check", "Calls hooks, also those that plugins publish: `run.hook.NAME(argument=...)`, by keyword."
+    )
+    progress: Progress = since(
+        "sft_check",
+        'Shows how far long work has come: `for item in run.progress.over(items, "reading", "files")`.',
+    )
+    source: Any = since(
+        "sft_model_config",
+        "The model before it is built: its `folder`, `values` (the content of config.json), `family` and "
+        "`architecture`. What plugins change in the config is in `architecture` when all of them have been asked.",
+    )
+    resumes: bool = since(
+        "sft_collator", "True if a checkpoint will be restored, so that a costly initialisation can be skipped."
+    )
+    tokenizer: Tokenizer = since("sft_collator", "The tokenizer, with its chat template.")
+    precision: Precision = since(
+        "sft_collator", "The dtypes of the run: `dtype` of matrix products, `weights` of the model; `autocast()`."
+    )
+    step: int = since("sft_collator", "The last optimizer step that was made, from 1; 0 before the first.")
+    strategy: ParallelStrategy = since(
+        "sft_quantizer", "The processes that share the run (`sft.ParallelStrategy`); `is_main` says who writes files."
+    )
+    model: Any = since("sft_adapt_model", "The paddle model, with its weights.")
 
     def __init__(
         self, settings: Settings, plugins: Plugins, say: Callable[[str], None], given: Mapping[str, Any] | None = None
     ) -> None:
         self.settings = settings
         self.given = dict(given or {})
-        self.without_effect: list[tuple[str, str]] = []
         self.plugins = plugins
         self.hook = plugins.hook
         self.progress = Progress(say, bars=not settings.training.disable_tqdm)
-        self.before: dict[str, Any] = {}
-        self.evaluation: dict[str, Any] = {}
-        self.best: dict[str, Any] = {}
-        self.step = 0
-        self.executes = False
-        self.finished = False
-        self.report: dict[str, Any] = {}
-        self.earlier_report: dict[str, Any] = {}
-        self.samples: list[Question] = []
-        self.questions: list[Question] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name in Run.__annotations__:
-            text = f"run.{name} is not there yet; help(sft.Run) says from which hook on it is"
-        else:
-            text = f"{type(self).__name__!r} object has no attribute {name!r}"
-        raise AttributeError(text, name=name, obj=self)
 
     @property
     def say(self) -> Callable[[str], None]:
-        """Tells the user one line. Setting it replaces the voice of :attr:`progress` too."""
+        """Tells the user one line. Setting it replaces the voice of `progress` too."""
         return self.progress.say
 
     @say.setter
     def say(self, say: Callable[[str], None]) -> None:
         self.progress.say = say
+
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder. It is made before the first evaluation, or else before `sft_run_started`."""
+        return Path(str(self.settings.training.output_dir)).expanduser()
 
     def rng(self, name: str) -> np.random.Generator:
         """Random numbers that depend on the run's seed and ``name`` alone, not on what was drawn before."""
@@ -152,22 +157,75 @@ class Run:
 
         return np.random.default_rng([self.settings.training.seed, zlib.crc32(name.encode())])
 
-    @property
-    def output_dir(self) -> Path:
-        """The run directory; it is made before the first evaluation, or else before ``sft_run_started``."""
-        return Path(str(self.settings.training.output_dir)).expanduser()
+
+def members() -> dict[str, tuple[str, str]]:
+    """The members of :class:`Run` in the order in which they come to exist: from which hook on, and what each is."""
+    late = {name: (m.since, m.meaning) for name, m in vars(Run).items() if isinstance(m, Member)}
+    always = {name: ("sft_check", (getattr(Run, name).__doc__ or "")) for name in ("say", "output_dir", "rng")}
+    first = {name: row for name, row in late.items() if row[0] == "sft_check"}
+    return {**first, **always, **late}
+
+
+Run.__doc__ = f"{Run.__doc__}\n    Members:\n" + "".join(
+    f"        {name}: (from {hook} on) {meaning}\n" for name, (hook, meaning) in members().items()
+)
+
+
+class CoreRun(Run):
+    """A run with what the core alone keeps of it. It is no business of plugins, and may change with any version.
+
+    Attributes:
+        without_effect: Settings that were given and do nothing here, with the reason.
+        train_data: The records to train on, encoded; None where nothing is trained.
+        dev_data: Those to measure; None where there are none, or none are used.
+        samples: What is answered before and after training (``num_samples``).
+        questions: What is answered in each evaluation (``eval_with_do_generation``).
+        collator: Makes rows and batches of records.
+        arithmetic: What the last bits of the run's numbers depend on, as run.json has it.
+        base_fingerprint: Tells the weights that an exported adapter belongs to; see ``models/fingerprint.py``.
+        sizes: How many parameters train and how many there are, of the whole model, counted in values.
+        before: What was measured before training.
+        evaluation: The record of the last evaluation, as ``sft_evaluated`` has it.
+        best: The record of the best evaluation that has a checkpoint (``load_best_model_at_end``).
+        executes: Whether the run is done in this process, not in others that are started for it.
+        finished: Whether the run has finished; nothing that goes wrong afterwards changes that.
+        report: What this process has written to run.json.
+        earlier_report: What run.json said before this run.
+    """
+
+    collator: DataCollator
+    arithmetic: dict[str, Any]
+    base_fingerprint: str
+    sizes: tuple[int, int]
+
+    def __init__(
+        self, settings: Settings, plugins: Plugins, say: Callable[[str], None], given: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(settings, plugins, say, given)
+        self.without_effect: list[tuple[str, str]] = []
+        self.train_data: Data | None = None
+        self.dev_data: Encoded | None = None
+        self.samples: list[Question] = []
+        self.questions: list[Question] = []
+        self.before: dict[str, Any] = {}
+        self.evaluation: dict[str, Any] = {}
+        self.best: dict[str, Any] = {}
+        self.executes = False
+        self.finished = False
+        self.report: dict[str, Any] = {}
+        self.earlier_report: dict[str, Any] = {}
 
     @property
     def exports_adapter(self) -> bool:
         """Whether the result is an adapter; if not, it is the whole model."""
         return self.plugins.provider("sft_export_adapter") is not None
 
-    def shaping(self) -> dict[str, dict[str, Any]]:
-        """The options of the plugins that change what is learned, by plugin: what a resumed run must have too."""
-        options = self.settings.options
-        return {name: asdict(options[name]) if name in options else {} for name in self.plugins.shaping()}
-
     @property
     def eval_steps(self) -> int:
         """Steps between evaluations."""
         return self.settings.training.eval_steps or self.settings.training.logging_steps
+
+    def shaping(self) -> dict[str, dict[str, Any]]:
+        """The options of the plugins that change what is learned, by plugin: what a resumed run must have too."""
+        options = self.settings.options
+        return {name: asdict(options[name]) if name in options else {} for name in self.plugins.shaping()}

@@ -27,3 +27,11 @@ class PluginError(SftError):
     def details(self) -> str:
         """The plugin's own traceback as Python prints it; empty where it raised nothing."""
         return "" if self.__cause__ is None else "".join(traceback.format_exception(self.__cause__))
+
+
+class TooEarlyError(SftError, AttributeError):
+    """A member of ``run`` was read in a hook that is called before it exists; the message names it and its hook."""
+
+    def __init__(self, message: str, name: str, run: object) -> None:
+        SftError.__init__(self, message)
+        AttributeError.__init__(self, message, name=name, obj=run)

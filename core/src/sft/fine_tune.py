@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import runtime
-from sft.context import Run, Summary
+from sft.context import CoreRun, Summary
 from sft.data.batches import PaddedCollator, Schedule
 from sft.data.reading import note_unread, read_data
 from sft.data.sources import find_files
@@ -55,10 +55,10 @@ def run(
         raise
 
 
-def prepare_run(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str], None]) -> Run:
+def prepare_run(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str], None]) -> CoreRun:
     """Resolve plugins and settings and run every check that is instant; nothing heavy is imported."""
     settings, active, without_effect = resolve(values, extra)
-    current = Run(settings, active, say, values)
+    current = CoreRun(settings, active, say, values)
     for clause in active.replaced:
         say(f"note: {clause}")
     given = settings.flat()
@@ -72,7 +72,7 @@ def prepare_run(values: Mapping[str, Any], extra: Iterable[type], say: Callable[
     return current
 
 
-def execute(run: Run) -> Summary:
+def execute(run: CoreRun) -> Summary:
     """Data, model, training, result. The run directory appears only when training is about to begin."""
     with runtime.restored(run.settings.training.device):
         started, run.executes = time.time(), True
@@ -86,7 +86,7 @@ def execute(run: Run) -> Summary:
         return _only_evaluate(run, resumed, started)
 
 
-def _read(run: Run) -> Checkpoint | None:
+def _read(run: CoreRun) -> Checkpoint | None:
     """Open the model, find the checkpoint that the run goes on from, if any, and read the data, all without paddle."""
     settings = run.settings
     dataset = Path(str(settings.data.dataset_name_or_path)).expanduser()
@@ -97,7 +97,7 @@ def _read(run: Run) -> Checkpoint | None:
     resumed = read_checkpoint(settings.training.resume_from_checkpoint, run.output_dir)
     if resumed is not None:
         check_same_plugins(run, resumed)
-    run.resumes = resumed is not None
+    run.resumes, run.step = resumed is not None, resumed.state["step"] if resumed is not None else 0
     date = datetime.fromisoformat(resumed.state["date"]) if resumed is not None else None
     named = settings.model.tokenizer_name_or_path
     run.tokenizer = Tokenizer(find_tokenizer(named) if named else source.folder, date, settings.data.chat_template)
@@ -108,7 +108,7 @@ def _read(run: Run) -> Checkpoint | None:
     return resumed
 
 
-def _set_up(run: Run) -> None:
+def _set_up(run: CoreRun) -> None:
     """Device, precision, collator, processes and the model itself."""
     from sft.models.setup import set_up
     from sft.training.precision import choose_precision
@@ -123,7 +123,7 @@ def _set_up(run: Run) -> None:
     set_up(run)
 
 
-def _train(run: Run, resumed: Checkpoint | None, started: float) -> Summary:
+def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     """Train the model that has been set up, write the result, and measure the model before and after."""
     from sft.training import best, checkpoint
     from sft.training.evaluation import before_or_after
@@ -147,7 +147,6 @@ def _train(run: Run, resumed: Checkpoint | None, started: float) -> Summary:
         state = resumed.state
         journal.rewind(state["journal"], resumed.folder.parent / "metrics.jsonl")
         run.before, run.evaluation, run.best = state["before"], state["evaluation"], best.best_so_far(run, state)
-        run.step = state["step"]
         run.say(f"resuming from {resumed.folder} after step {run.step}")
     else:
         run.before = before_or_after(run, 0, 0.0, journal)
@@ -172,7 +171,7 @@ def _train(run: Run, resumed: Checkpoint | None, started: float) -> Summary:
     return summary
 
 
-def _only_evaluate(run: Run, resumed: Checkpoint | None, started: float) -> Summary:
+def _only_evaluate(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     """``do_train false``: measure the model as it is, or as it was in a checkpoint; no weights are written."""
     from sft.training import checkpoint
     from sft.training.evaluation import before_or_after
@@ -181,8 +180,7 @@ def _only_evaluate(run: Run, resumed: Checkpoint | None, started: float) -> Summ
     if resumed is not None:
         check_same_base(run, resumed.folder)
         checkpoint.restore_model(run, resumed.folder, resumed.state)
-        run.step = step = resumed.state["step"]
-        epoch = resumed.state["epoch"]
+        step, epoch = run.step, resumed.state["epoch"]
         run.say(f"measuring {resumed.folder}")
     record = describe(run)
     journal = open_run_folder(run, None, record)

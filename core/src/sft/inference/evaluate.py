@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import runtime
-from sft.context import Run
+from sft.context import CoreRun
 from sft.data.batches import PaddedCollator
 from sft.data.reading import note_unread, read_data
 from sft.data.sources import find_files
@@ -47,7 +47,7 @@ def evaluate_finished(
     lengths = {} if all(name in given for name in LENGTHS) else _trained_lengths(adapter or model)
     settings, plugins = settings_for(adapter, requested, {**lengths, **given}, USES)
     check_draw(settings.generation)
-    run = Run(settings, plugins, say)
+    run = CoreRun(settings, plugins, say)
     taken = [f"{name} {value}" for name, value in lengths.items() if name not in given]
     if taken:
         say(f"{' and '.join(taken)}, as in the run that wrote {adapter or model}")
@@ -66,10 +66,11 @@ def evaluate_finished(
         return {**_measure(run, files, adapter, generations), "eval_seconds": round(time.monotonic() - started, 3)}
 
 
-def _measure(run: Run, files: list[Path], adapter: Path | None, generations: Path | None) -> dict[str, Any]:
+def _measure(run: CoreRun, files: list[Path], adapter: Path | None, generations: Path | None) -> dict[str, Any]:
     runtime.require_paddle()
     settings, plugins = run.settings, run.plugins
     source = open_model(str(settings.model.model_name_or_path), plugins, settings.model.allow_pickle, run)
+    run.step = 0
     run.tokenizer = tokenizer_of(source, settings, adapter)
     _, run.dev_data, run.samples, run.questions = read_data(
         settings, plugins, run.tokenizer, run.progress, [], files, source.folder, source.architecture

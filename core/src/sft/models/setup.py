@@ -11,10 +11,10 @@ from sft.models.generation import check_room
 from sft.models.layers import held_by, sizes, trainable
 
 if TYPE_CHECKING:
-    from sft.context import Run
+    from sft.context import CoreRun
 
 
-def set_up(run: Run) -> None:
+def set_up(run: CoreRun) -> None:
     """Build the model of :attr:`run.source`, fill it with weights, and let plugins adapt it: :attr:`run.model`.
 
     Each plugin that has a say in it is asked. Raises :class:`UsageError` where plugins, model and data do not go
@@ -49,13 +49,13 @@ def set_up(run: Run) -> None:
     run.say(f"model: {total:,} parameters, {count:,} train ({100 * count / total:.2f} %){held}")
 
 
-def check_questions(run: Run) -> None:
+def check_questions(run: CoreRun) -> None:
     """Refuse a prompt that has no room in the model together with its answer."""
     for question in [*run.samples, *run.questions]:
         check_room(question.ids, run.settings.generation, run.source.architecture.positions)
 
 
-def check_attention(run: Run, backend: Any) -> None:
+def check_attention(run: CoreRun, backend: Any) -> None:
     """Refuse an attention ``backend`` that would leave out what the model, or a collator that packs, needs of it."""
     architecture, attention = run.source.architecture, run.plugins.provider("sft_attention_backend")
     if architecture.attention_cap is not None and not getattr(backend, "caps", False):

@@ -19,7 +19,7 @@ from typing import Any
 
 import pluggy
 
-from sft.errors import PluginError, SftError
+from sft.errors import PluginError, SftError, TooEarlyError
 
 RAISES: dict[str, tuple[type[BaseException], ...]] = {"sft_record_format": (ValueError,), "sft_launch": (SystemExit,)}
 """Exceptions that a hook is documented to raise, beside those of sft."""
@@ -49,6 +49,8 @@ def _guarded(function: Callable[..., Any], caller: pluggy.HookCaller, who: str, 
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             result = function(*_own(args, own), **kwargs)
+        except TooEarlyError as error:
+            raise failed(error, hook, who) from from_plugin(error)
         except passed:
             raise
         except (Exception, SystemExit) as error:  # an exit would end the run without a word
@@ -70,6 +72,8 @@ def _guarded_wrapper(function: Callable[..., Any], caller: pluggy.HookCaller, wh
     def guarded(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         try:
             return (yield from function(*_own(args, own), **kwargs))
+        except TooEarlyError as error:
+            raise failed(error, caller.name, who) from from_plugin(error)
         except _passed(caller.name):
             raise
         except (Exception, SystemExit) as error:

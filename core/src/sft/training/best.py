@@ -11,10 +11,10 @@ from sft.training.checkpoint import restore_model
 from sft.training.checkpoint_folder import checkpoints, read_state, step_of
 
 if TYPE_CHECKING:
-    from sft.context import Run
+    from sft.context import CoreRun
 
 
-def better(run: Run, evaluation: dict[str, Any]) -> dict[str, Any]:
+def better(run: CoreRun, evaluation: dict[str, Any]) -> dict[str, Any]:
     """The record of the better of ``evaluation`` and the best one so far; the earlier one of equals."""
     key, greater = best_metric(run.settings)
     if not run.best or (evaluation[key] > run.best[key] if greater else evaluation[key] < run.best[key]):
@@ -22,7 +22,7 @@ def better(run: Run, evaluation: dict[str, Any]) -> dict[str, Any]:
     return run.best
 
 
-def best_so_far(run: Run, state: dict[str, Any]) -> dict[str, Any]:
+def best_so_far(run: CoreRun, state: dict[str, Any]) -> dict[str, Any]:
     """The best evaluation before a checkpoint, where its own checkpoint is still there and says what best now means."""
     best: dict[str, Any] = state["best"]
     if not run.settings.training.load_best_model_at_end or not best:
@@ -33,7 +33,7 @@ def best_so_far(run: Run, state: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def load_best(run: Run) -> int | None:
+def load_best(run: CoreRun) -> int | None:
     """Go back to the checkpoint whose evaluation was best; its step, or None if there is no such checkpoint."""
     if not run.best:
         run.say("note: no checkpoint was evaluated, so the run ends with its last weights")
@@ -50,7 +50,7 @@ def load_best(run: Run) -> int | None:
     return step_of(folder)
 
 
-def _without_best(run: Run, best: Path, error: UsageError) -> SftError:
+def _without_best(run: CoreRun, best: Path, error: UsageError) -> SftError:
     """What to raise where the ``best`` checkpoint cannot be put back at the end: it says where other weights are."""
     left = [folder for folder in checkpoints(run.output_dir) if folder != best]
     if not left:

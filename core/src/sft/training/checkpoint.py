@@ -30,14 +30,14 @@ from sft.training.result import write_result
 from sft.training.shared import shared
 
 if TYPE_CHECKING:
-    from sft.context import Run
+    from sft.context import CoreRun
     from sft.seams import ParallelStrategy
     from sft.training.optimizer import Optimizer
 
 OPTIMIZER = "optimizer"
 
 
-def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:
+def save(run: CoreRun, optimizer: Optimizer, state: dict[str, Any]) -> Path:
     """Write ``checkpoint-N`` for ``state["step"]`` and drop the oldest ones beyond ``save_total_limit``; the best one
     stays where the run is to end with it. Weights that are not finite are an :class:`SftError` before anything changes.
 
@@ -62,7 +62,7 @@ def save(run: Run, optimizer: Optimizer, state: dict[str, Any]) -> Path:
 
 
 def _write_whole(
-    run: Run, folder: Path, staged: contextlib.ExitStack, values: dict[str, np.ndarray], state: dict[str, Any]
+    run: CoreRun, folder: Path, staged: contextlib.ExitStack, values: dict[str, np.ndarray], state: dict[str, Any]
 ) -> None:
     """What the main process writes, into the staging folder of ``folder``, which gets its name as ``staged`` closes.
     The others take part."""
@@ -89,7 +89,7 @@ def _write_whole(
     write_json(trainer / "state.json", {"format": FORMAT, **state, "plugins": plugins, "in_adapter": places})
 
 
-def _drop_old(run: Run) -> None:
+def _drop_old(run: CoreRun) -> None:
     """The oldest checkpoints beyond ``save_total_limit``."""
     if not run.strategy.is_main:
         return
@@ -100,7 +100,7 @@ def _drop_old(run: Run) -> None:
             remove_folder(old)
 
 
-def restore(run: Run, optimizer: Optimizer, folder: Path, state: dict[str, Any]) -> None:
+def restore(run: CoreRun, optimizer: Optimizer, folder: Path, state: dict[str, Any]) -> None:
     """Put parameters, optimizer state and plugin state back. The model has been built and adapted."""
     restore_model(run, folder, state)
     saved, pieces = SavedState(folder / "trainer", OPTIMIZER), run.strategy.pieces(optimizer.parameters)
@@ -113,7 +113,7 @@ def restore(run: Run, optimizer: Optimizer, folder: Path, state: dict[str, Any])
     optimizer.load(values)
 
 
-def restore_model(run: Run, folder: Path, state: dict[str, Any]) -> None:
+def restore_model(run: CoreRun, folder: Path, state: dict[str, Any]) -> None:
     """Put the model back as it was: its trainable parameters by name, and plugin state."""
     from sft.models.loading import fill
     from sft.models.source import ModelFolder
@@ -135,7 +135,7 @@ def restore_model(run: Run, folder: Path, state: dict[str, Any]) -> None:
                 run.plugins.ask(name, "sft_restore", run=run, state=own)
 
 
-def _todays_name(run: Run, name: str) -> str:
+def _todays_name(run: CoreRun, name: str) -> str:
     """The name of a parameter whose name in a checkpoint is ``name``: the first ones had PaddleNLP's."""
     renamed: str = run.source.family.from_file(name, "paddle")
     return renamed
@@ -181,14 +181,14 @@ def _load_trainable(
             strategy.store(parameter, values[name].__getitem__)
 
 
-def check_plugin_state(run: Run) -> None:
+def check_plugin_state(run: CoreRun) -> None:
     """Ask for plugins' state before the first step, so that what no checkpoint could hold does not cost a training."""
     with run.strategy.assembled(run.model):
         if run.strategy.is_main:
             _plugin_state(run)
 
 
-def _plugin_state(run: Run) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _plugin_state(run: CoreRun) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     plain: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     for name in run.plugins.names:

@@ -14,11 +14,11 @@ from sft.errors import SftError, UsageError
 from sft.training.checkpoint_folder import checkpoints, find_checkpoint
 
 if TYPE_CHECKING:
-    from sft.context import Run
+    from sft.context import CoreRun
     from sft.training.optimizer import Optimizer
 
 
-def check_finite(run: Run, optimizer: Optimizer) -> None:
+def check_finite(run: CoreRun, optimizer: Optimizer) -> None:
     """Refuse, before anything is written or removed, trained weights of which a value is NaN or infinite.
 
     All processes raise the same :class:`SftError`, which names a tensor. A step with a finite loss and a finite
@@ -41,7 +41,7 @@ def not_finite(parameters: Mapping[str, Any]) -> list[str]:
         return [name for name, p in parameters.items() if p._is_initialized() and not bool(paddle.isfinite(p).all())]
 
 
-def explained(run: Run, what: str) -> SftError:
+def explained(run: CoreRun, what: str) -> SftError:
     """The error of a loss that is not finite: ``what`` is so, why, and what helps."""
     bad = not_finite(dict(run.model.named_parameters()))
     if run.step:
@@ -56,7 +56,7 @@ def explained(run: Run, what: str) -> SftError:
     return SftError(f"{what}; {cure}.")
 
 
-def last_checkpoint(run: Run) -> Path | None:
+def last_checkpoint(run: CoreRun) -> Path | None:
     """The newest checkpoint of the run, or the one that it went on from."""
     with contextlib.suppress(UsageError):
         found = checkpoints(run.output_dir)
@@ -64,7 +64,7 @@ def last_checkpoint(run: Run) -> Path | None:
     return None
 
 
-def _cure(run: Run) -> str:
+def _cure(run: CoreRun) -> str:
     training = run.settings.training
     changes = [f"lower learning_rate ({training.learning_rate:g})"]
     if np.float32(training.adam_epsilon) < np.finfo(np.float32).tiny:

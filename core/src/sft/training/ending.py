@@ -15,10 +15,10 @@ from sft.files import read_report
 from sft.training.report import close_report, sentence, write_report
 
 if TYPE_CHECKING:
-    from sft.context import Run, Summary
+    from sft.context import CoreRun, Summary
 
 
-def finish(run: Run, record: dict[str, Any], summary: Summary) -> None:
+def finish(run: CoreRun, record: dict[str, Any], summary: Summary) -> None:
     """The run has finished: ``run.json`` says so, then all plugins are told, each with a copy of ``summary``, of which
     ``speaks`` alone is taken back: a plugin may know that another process tells the user. The first error of one of
     them is raised when all have been; that the run has finished stands."""
@@ -38,7 +38,7 @@ def finish(run: Run, record: dict[str, Any], summary: Summary) -> None:
         raise first
 
 
-def fail(run: Run, error: BaseException) -> None:
+def fail(run: CoreRun, error: BaseException) -> None:
     """The run ends with ``error`` (unless it had finished): ``run.json`` says so, then all plugins are told. What goes
     wrong in that is said, and does not take the place of ``error``."""
     if run.finished or _has_finished_elsewhere(run):
@@ -52,13 +52,13 @@ def fail(run: Run, error: BaseException) -> None:
                 run.say(f"note: {_sentence_of(run, name, 'sft_run_failed', other)}")
 
 
-def _sentence_of(run: Run, name: str, hook: str, error: BaseException) -> str:
+def _sentence_of(run: CoreRun, name: str, hook: str, error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return f"{run.plugins.who(name)} was interrupted in {hook}."
     return sentence(error)
 
 
-def _has_finished_elsewhere(run: Run) -> bool:
+def _has_finished_elsewhere(run: CoreRun) -> bool:
     """Whether the processes that this one has started have finished the run, whatever went wrong in them then."""
     report = {} if run.executes else read_report(run.output_dir)
     return report != run.earlier_report and report.get("status") == "finished"

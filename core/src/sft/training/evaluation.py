@@ -21,7 +21,7 @@ from sft.training.progress import figures
 from sft.training.strategy import SingleProcess
 
 if TYPE_CHECKING:
-    from sft.context import Run
+    from sft.context import CoreRun
 
 _TOGETHER = 8
 """Batches that processes measure together, between which progress shows: enough to keep a pipeline mostly full."""
@@ -29,7 +29,7 @@ _LARGEST_EXPONENT = 700.0
 """exp of it is a double still; JSON has no infinity."""
 
 
-def before_or_after(run: Run, step: int, epoch: float, journal: Any) -> dict[str, Any]:
+def before_or_after(run: CoreRun, step: int, epoch: float, journal: Any) -> dict[str, Any]:
     """Dev loss and sample answers, before or after training."""
     measured: dict[str, Any] = {}
     if run.dev_data is not None:
@@ -49,7 +49,7 @@ def before_or_after(run: Run, step: int, epoch: float, journal: Any) -> dict[str
     return measured
 
 
-def evaluate(run: Run, step: int, epoch: float) -> dict[str, Any]:
+def evaluate(run: CoreRun, step: int, epoch: float) -> dict[str, Any]:
     """Measure the dev data; the record is described at ``sft_evaluated``. The model's training mode is restored."""
     started = time.monotonic()
     record = {"step": step, "epoch": round(epoch, 4), **dev_loss(run)}
@@ -61,7 +61,7 @@ def evaluate(run: Run, step: int, epoch: float) -> dict[str, Any]:
     return record
 
 
-def dev_loss(run: Run) -> dict[str, Any]:
+def dev_loss(run: CoreRun) -> dict[str, Any]:
     """Loss, perplexity and token accuracy of the dev data, each over all its target tokens.
 
     The batches are those of one process, which all that share the data take by turns.
@@ -98,7 +98,7 @@ def dev_loss(run: Run) -> dict[str, Any]:
     }
 
 
-def score(run: Run, path: Path | None) -> dict[str, float]:
+def score(run: CoreRun, path: Path | None) -> dict[str, float]:
     """Answer this process's share of the questions, write the answers to ``path``, and score those of all processes.
 
     Where several processes share the data, each share has a file of its own, with its number in the name.
@@ -117,7 +117,7 @@ def score(run: Run, path: Path | None) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in answer_scores.scores(counts).items()}
 
 
-def answer(run: Run, questions: Sequence[Question]) -> list[str]:
+def answer(run: CoreRun, questions: Sequence[Question]) -> list[str]:
     """The model's answers, ``per_device_eval_batch_size`` at a time."""
     size = run.settings.training.per_device_eval_batch_size
     found: list[str] = []

@@ -16,11 +16,11 @@ from sft.models.layers import trainable
 from sft.plugins.calls import a_or_an
 
 if TYPE_CHECKING:
-    from sft.context import Run
+    from sft.context import CoreRun
     from sft.seams import AdapterFiles
 
 
-def check_export(run: Run) -> None:
+def check_export(run: CoreRun) -> None:
     """Refuse an adapter that could not be written, or of which a trained parameter has no part in what
     ``sft_export_adapter`` gives.
 

@@ -29,11 +29,16 @@ from sft.training.progress import Display
 from sft.training.shared import shared
 
 if TYPE_CHECKING:
-    from sft.context import Run
+    from sft.context import CoreRun
 
 
 def train(
-    run: Run, optimizer: Optimizer, schedule: Schedule, journal: Journal, display: Display, state: dict[str, Any] | None
+    run: CoreRun,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    journal: Journal,
+    display: Display,
+    state: dict[str, Any] | None,
 ) -> tuple[int, float]:
     """Train to the end, from the moment of a checkpoint's ``state`` on if there is one; the last step and epoch."""
     settings, strategy = run.settings.training, run.strategy
@@ -107,7 +112,7 @@ def train(
     return max(start, total), epoch
 
 
-def state_after(run: Run, schedule: Schedule, journal: Journal, at: Step, scale: LossScale) -> dict[str, Any]:
+def state_after(run: CoreRun, schedule: Schedule, journal: Journal, at: Step, scale: LossScale) -> dict[str, Any]:
     """What ``state.json`` says about the moment after a step: enough to find the next batch and draw."""
     return {
         "step": at.number,

@@ -14,7 +14,7 @@ from sft.seams import ParameterGroup
 from sft.settings.arguments import TrainingArguments
 
 if TYPE_CHECKING:
-    from sft.context import Run
+    from sft.context import CoreRun
 
 
 def default_groups(parameters: dict[str, Any], weight_decay: float) -> list[ParameterGroup]:
@@ -150,7 +150,7 @@ def _master(parameter: Any) -> Any:
     return copy
 
 
-def make_optimizer(run: Run) -> Optimizer:
+def make_optimizer(run: CoreRun) -> Optimizer:
     """AdamW over the trainable parameters, in the groups that plugins made of them."""
     parameters = trainable(run.model)
     groups = default_groups(parameters, run.settings.training.weight_decay)

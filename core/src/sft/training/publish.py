@@ -18,11 +18,11 @@ from sft.training.shared import SharedError
 from sft.training.strategy import SingleProcess
 
 if TYPE_CHECKING:
-    from sft.context import Run
+    from sft.context import CoreRun
     from sft.training.optimizer import Optimizer
 
 
-def publish_result(run: Run, optimizer: Optimizer) -> None:
+def publish_result(run: CoreRun, optimizer: Optimizer) -> None:
     """The result of a run into its directory, where it appears complete; all processes take part.
 
     Where it cannot be written there it goes to another place, which the :class:`SftError` names that is then raised.
@@ -38,7 +38,7 @@ def publish_result(run: Run, optimizer: Optimizer) -> None:
     raise SftError(f"The result could not be written to {run.output_dir} ({failure}); {where}.")
 
 
-def rescued(run: Run, optimizer: Optimizer, error: OSError) -> BaseException:
+def rescued(run: CoreRun, optimizer: Optimizer, error: OSError) -> BaseException:
     """What to raise where ``error``, the machine's fault, ends the training: the weights by then have been put
     somewhere, if they have learned anything that no checkpoint has."""
     last = last_checkpoint(run)
@@ -55,7 +55,7 @@ def rescued(run: Run, optimizer: Optimizer, error: OSError) -> BaseException:
     return error if where is None else SftError(f"{fails}; {where}.")
 
 
-def _rescue(run: Run) -> str:
+def _rescue(run: CoreRun) -> str:
     """Write the result to the first place that takes it; a clause that says where it is now."""
     failure = None
     for find in (tempfile.gettempdir, Path.cwd, Path.home):
@@ -87,7 +87,7 @@ class _Elsewhere:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _write(run: Run, place: Callable[[], AbstractContextManager[Path]]) -> str | None:
+def _write(run: CoreRun, place: Callable[[], AbstractContextManager[Path]]) -> str | None:
     """Write the result into ``place``. Where the main process cannot, all processes get a reason (None: it could)."""
     failure, has_written = None, False
     try:

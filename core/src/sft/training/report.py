@@ -6,18 +6,15 @@ import contextlib
 import time
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sft import runtime
-from sft.context import Summary
+from sft.context import CoreRun, Run, Summary
 from sft.errors import SftError
 from sft.files import read_report, write_json
 
-if TYPE_CHECKING:
-    from sft.context import Run
 
-
-def describe(run: Run) -> dict[str, Any]:
+def describe(run: CoreRun) -> dict[str, Any]:
     """The part of ``run.json`` that is known before training: settings, plugins with versions, machine."""
     packages = {}
     for name in ("sft-core", "paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "numpy", "tokenizers"):
@@ -35,7 +32,7 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def summarise(run: Run, journal: Any, steps: int, epochs: float, after: dict[str, Any], seconds: float) -> Summary:
+def summarise(run: CoreRun, journal: Any, steps: int, epochs: float, after: dict[str, Any], seconds: float) -> Summary:
     """The numbers that a run ends with."""
     count, total = run.sizes
     # A run that resumes with a larger num_samples has not asked all of them before training.
@@ -69,7 +66,7 @@ def summarise(run: Run, journal: Any, steps: int, epochs: float, after: dict[str
     )
 
 
-def write_report(run: Run, record: dict[str, Any]) -> None:
+def write_report(run: CoreRun, record: dict[str, Any]) -> None:
     """``run.json``, written once however many processes there are."""
     if run.strategy.is_main:
         write_json(run.output_dir / "run.json", record)
@@ -79,6 +76,7 @@ def write_report(run: Run, record: dict[str, Any]) -> None:
 def close_report(run: Run, error: BaseException) -> None:
     """Let ``run.json`` say that the run has failed, and of what, or was interrupted; where it has been written by this
     run, or by the processes that this one has started for it, and says that the run goes on."""
+    assert isinstance(run, CoreRun)
     record = run.report
     if not run.executes:
         written = read_report(run.output_dir)

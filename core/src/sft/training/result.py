@@ -12,7 +12,7 @@ from sft.models.adapter_folder import base_metadata
 if TYPE_CHECKING:
     import numpy as np
 
-    from sft.context import Run
+    from sft.context import CoreRun
 
 RESULT_KEYS = ("adapter_config.json", "config.json")
 """The files with which every reader of an adapter or a model begins."""
@@ -24,7 +24,7 @@ PUBLISHED = (
 """The files of a result."""
 
 
-def write_result(run: Run, folder: Path | None) -> dict[str, np.ndarray]:
+def write_result(run: CoreRun, folder: Path | None) -> dict[str, np.ndarray]:
     """Write the adapter in PEFT layout, or the whole model, and the tokenizer to ``folder``. Returns the adapter's
     tensors, by their names in its file.
 

@@ -10,12 +10,12 @@ from sft.errors import UsageError
 from sft.models.adapter_folder import base_differences, check_base
 
 if TYPE_CHECKING:
-    from sft.context import Run
+    from sft.context import CoreRun, Run
     from sft.data.batches import Schedule
     from sft.training.checkpoint_folder import Checkpoint
 
 
-def check_resumable(run: Run, schedule: Schedule, resumed: Checkpoint) -> None:
+def check_resumable(run: CoreRun, schedule: Schedule, resumed: Checkpoint) -> None:
     """Refuse a checkpoint from which this run cannot go on exactly; says which settings have changed."""
     source, state = resumed
     data, seed = state["data"], state["seed"]
@@ -48,7 +48,7 @@ def check_resumable(run: Run, schedule: Schedule, resumed: Checkpoint) -> None:
         )
 
 
-def check_same_base(run: Run, source: Path) -> None:
+def check_same_base(run: CoreRun, source: Path) -> None:
     """Refuse a checkpoint whose adapter was trained over another base than this run's.
 
     Where the whole model trains, its weights are all in the checkpoint, and the base that it began with has no part in
@@ -69,7 +69,7 @@ def check_continued(run: Run, adapter: Path) -> None:
     check_base(adapter, run.source, run.plugins, run.settings.options, run.say)
 
 
-def check_same_plugins(run: Run, resumed: Checkpoint) -> None:
+def check_same_plugins(run: CoreRun, resumed: Checkpoint) -> None:
     """What was trained stays what it is, trained on or measured: the same shaping plugins with the same options. Others
     may come and go."""
     source, state = resumed

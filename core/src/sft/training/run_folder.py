@@ -14,13 +14,13 @@ from sft.training.report import write_report
 from sft.training.result import PUBLISHED
 
 if TYPE_CHECKING:
-    from sft.context import Run
+    from sft.context import CoreRun
 
 RESULT_FILES = ("run.json", *PUBLISHED, "metrics.jsonl", "generations-*.jsonl")
 """What a run writes into its folder beside checkpoints."""
 
 
-def check_output(run: Run) -> None:
+def check_output(run: CoreRun) -> None:
     """Refuse an output folder in which this run would destroy something."""
     training = run.settings.training
     existing = next(path for path in (run.output_dir, *run.output_dir.parents) if path.exists())
@@ -59,7 +59,7 @@ def check_output(run: Run) -> None:
     )
 
 
-def _resumes_here(run: Run) -> bool:
+def _resumes_here(run: CoreRun) -> bool:
     source = find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
     return source is not None and source.parent.resolve() == run.output_dir.resolve()
 
@@ -69,7 +69,7 @@ def holds_run(folder: Path) -> bool:
     return (folder / "run.json").exists() or any(is_checkpoint(path) for path in checkpoints(folder))
 
 
-def open_run_folder(run: Run, source: Path | None, record: dict[str, Any]) -> Journal:
+def open_run_folder(run: CoreRun, source: Path | None, record: dict[str, Any]) -> Journal:
     """Make the run's folder ready and return its journal. Only the main process writes to either.
 
     What older runs left there is removed, except what a run that goes on from the checkpoint ``source`` needs.
@@ -81,7 +81,7 @@ def open_run_folder(run: Run, source: Path | None, record: dict[str, Any]) -> Jo
     return Journal(run.output_dir / "metrics.jsonl" if run.strategy.is_main else None)
 
 
-def _clear(run: Run, source: Path | None, record: dict[str, Any]) -> None:
+def _clear(run: CoreRun, source: Path | None, record: dict[str, Any]) -> None:
     """The run directory, with nothing of an older run in it unless that run goes on from ``source``.
 
     Whatever stops this, the folder is known as a run's: run.json comes before anything else and is never away.

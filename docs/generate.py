@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sft import hookspecs
 from sft.commands.cli import COMMANDS
+from sft.context import members
 from sft.options import Option, options_of
 from sft.plugins.discovery import Installed, installed
 from sft.plugins.requests import requests
@@ -46,13 +47,27 @@ def _table(cls: type) -> list[str]:
     return ["| setting | default | meaning |", "|---|---|---|", *rows, ""]
 
 
+def _cell(text: str) -> str:
+    """``text`` on one line, in Markdown's spelling, for a table."""
+    return " ".join(text.split()).replace("``", "`").replace("|", "\\|")
+
+
 def _default(option: Option) -> str:
     return "unset" if option.default in (None, []) else f"`{option.default}`"
 
 
 def hooks_page() -> str:
     lines = ["# Hooks", "", "In the order in which a run calls them. Made by `make docs` from `hookspecs.py`.", ""]
-    lines += _hooks(hookspecs, "##")
+    lines += ["## What `run` has", ""]
+    lines += [
+        "`run` is `sft.Run`. Each member exists from one hook on, and in all that are called later; reading it in an "
+        "earlier one raises `sft.TooEarlyError`, which names that hook.",
+        "",
+    ]
+    lines += ["| member | from which hook on | what it is |", "|---|---|---|"]
+    lines += [f"| `run.{name}` | `{hook}` | {_cell(meaning)} |" for name, (hook, meaning) in members().items()]
+    lines += [""]
+    lines += _hooks(hookspecs, "##", _members_by_hook())
     for name, plugin in own_plugins().items():
         if plugin.hookspecs is None:
             continue
@@ -62,7 +77,22 @@ def hooks_page() -> str:
     return "\n".join(lines)
 
 
-def _hooks(specs: Any, heading: str) -> list[str]:
+def _members_by_hook() -> dict[str, str]:
+    """For each hook of the core that is given ``run``, which of its members exist by then."""
+    known: list[str] = []
+    sentences = {}
+    for hook, function in vars(hookspecs).items():
+        if not hasattr(function, "sft_spec"):
+            continue
+        known += [name for name, (since, _) in members().items() if since == hook]
+        if "run" in inspect.signature(function).parameters:
+            names = ", ".join(f"`{name}`" for name in known)
+            sentences[hook] = "all its members" if len(known) == len(members()) else names
+    sentences["sft_run_failed"] = "those members that it had when the run failed"
+    return sentences
+
+
+def _hooks(specs: Any, heading: str, members_by: Mapping[str, str] | None = None) -> list[str]:
     lines = []
     for name, function in vars(specs).items():
         if not hasattr(function, "sft_spec"):
@@ -72,6 +102,8 @@ def _hooks(specs: Any, heading: str) -> list[str]:
             kind = "all active plugins, until one does not say None"
         signature = str(inspect.signature(function)).replace("'", "")
         lines += [f"{heading} `{name}`", "", f"`{name}{signature}`", "", f"Answered by: {kind}.", ""]
+        if members_by and name in members_by:
+            lines += [f"`run` has by then: {members_by[name]}.", ""]
         lines += [inspect.getdoc(function) or "", ""]
     return lines
 

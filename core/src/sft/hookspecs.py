@@ -4,7 +4,9 @@
 active plugin may implement it; two are refused before anything heavy happens, naming both. A hook that
 refuses something raises :class:`sft.UsageError` with the cause and the cure in one sentence.
 
-Objects that cross a hook are described in ``seams.py``; ``run`` is :class:`sft.Run`.
+Objects that cross a hook are described in ``seams.py``. ``run`` is :class:`sft.Run`. Its members come one after the
+other: where a hook below says that ``run`` has a member from here on, that hook and all later ones find it; reading it
+earlier raises :class:`sft.TooEarlyError`, which names the hook.
 """
 
 from __future__ import annotations
@@ -52,7 +54,11 @@ def sft_outline(outline: Outline) -> None:
 
 @hookspec
 def sft_check(run: Run) -> None:
-    """Refuse settings that do not go together. Neither data nor weights have been touched; keep it instant."""
+    """Refuse settings that do not go together. Neither data nor weights have been touched; keep it instant.
+
+    From here on ``run`` has ``settings``, ``given``, ``plugins``, ``hook``, ``progress``, ``say``, ``output_dir`` and
+    ``rng``.
+    """
 
 
 @single
@@ -89,6 +95,8 @@ def sft_model_config(run: Run | None, config: dict[str, Any]) -> None:
     Called wherever a model is opened, before its data is read, with ``run`` None outside a run: all that counts then
     are the plugin's options. An adapter's file names the plugins that changed its base's config, with their options,
     and brings them back; a whole model's ``config.json`` says what was changed.
+
+    From here on ``run`` has ``source``.
     """
 
 
@@ -107,7 +115,10 @@ def sft_record_format(record: dict[str, Any]) -> list[Turn] | None:
 
 @single
 def sft_collator(run: Run) -> DataCollator:
-    """Which records share a row, and how rows become batches. Without one: a record a row, padded on the right."""
+    """Which records share a row, and how rows become batches. Without one: a record a row, padded on the right.
+
+    From here on ``run`` has ``resumes``, ``tokenizer``, ``precision`` and ``step``.
+    """
 
 
 # --- the model ----------------------------------------------------------------------------------------------
@@ -125,6 +136,8 @@ def sft_quantizer(run: Run | None) -> Quantizer:
     ``run`` is None where a model is loaded outside a run, for answers, ``sft evaluate`` or ``sft merge``: all that
     counts then are the plugin's options. Without a quantizer: Linear layers in the dtype of ``run.precision.weights``
     (float32, or that of bf16 and fp16 under O2), and in float32 outside a run.
+
+    From here on ``run`` has ``strategy``.
     """
 
 
@@ -144,6 +157,8 @@ def sft_adapt_model(run: Run, model: Any) -> None:
     The layers to adapt come from :func:`sft.target_layers`, a layer's whole weight from ``run.strategy.linear_weight``.
     A layer that is put in place says by its class's ``sides`` how processes divide its tensors (docs/plugins.md). When
     no active plugin implements this hook, all parameters train.
+
+    From here on ``run`` has ``model``, and with it all its members.
     """
 
 
@@ -166,7 +181,7 @@ def sft_restore(run: Run, state: dict[str, Any]) -> None:
 
 @hookspec
 def sft_run_started(run: Run) -> None:
-    """Everything is in place (``run.model``, ``run.tokenizer``); the first step is next."""
+    """Everything is in place; the first step is next."""
 
 
 @hookspec
@@ -225,7 +240,7 @@ def sft_run_failed(run: Run, error: BaseException) -> None:
 
     Called for everything that goes wrong from when :func:`sft_check` has passed until :func:`sft_run_ended`. All
     plugins are told. What ended the run cannot be changed here: an error that is raised here is said, and no more.
-    What the run had not made by then is no attribute of ``run``. The process that starts others for the run
+    ``run`` has the members that it had when that happened. The process that starts others for the run
     (:func:`sft_launch`) hears of it too, unless the run has finished there: what goes wrong after that is no failure.
     """
 

@@ -70,7 +70,7 @@ def _measure(run: CoreRun, files: list[Path], adapter: Path | None, generations:
     runtime.require_paddle()
     settings, plugins = run.settings, run.plugins
     source = open_model(str(settings.model.model_name_or_path), plugins, settings.model.allow_pickle, run)
-    run.step = 0
+    run.resumes, run.step = False, 0
     run.tokenizer = tokenizer_of(source, settings, adapter)
     _, run.dev_data, run.samples, run.questions = read_data(
         settings, plugins, run.tokenizer, run.progress, [], files, source.folder, source.architecture

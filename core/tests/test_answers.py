@@ -13,6 +13,7 @@ from sft.data.encoding import encode_prompt
 from sft.data.tokenizer import Tokenizer
 from sft.seams import Turn
 from sft.settings.arguments import GenerationArguments
+from sft.testing import forward
 
 CASES = ["llama-tied-gqa", "llama3-scaled", "qwen2-untied"]
 PROMPTS = ["What is a river?", "coat", "type#dress*color#red", "Hi there, who are you"]
@@ -99,9 +100,7 @@ def test_draws_follow_the_probabilities(paddle: Any, models: Path) -> None:
     """First tokens of 400 seeds against the model's own distribution: chi-square over the 4 likeliest and the rest."""
     model, tokenizer = load(models, "llama-tied-gqa")
     (ids,) = prompts(tokenizer)[:1]
-    row = paddle.to_tensor([ids])
-    logits = model(input_ids=row, attention_mask=paddle.ones_like(row))
-    logits = (logits[0] if isinstance(logits, tuple) else logits).numpy()[0, -1].astype(np.float64)
+    logits = forward(model, np.asarray([ids]))[0, -1].astype(np.float64)
     probabilities = np.exp(logits / 2 - (logits / 2).max())
     probabilities /= probabilities.sum()
     likeliest = np.argsort(-probabilities)[:4]

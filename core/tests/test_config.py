@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from model_folders import TOLERANCE, backend_logits, config_of, largest_difference, load, own_logits, reference
+from model_folders import (
+    TOLERANCE,
+    architecture_of,
+    backend_logits,
+    config_of,
+    largest_difference,
+    load,
+    own_logits,
+    reference,
+)
 
 import sft
-from sft.models.architecture import Architecture
-
-
-def architecture_of(values: dict[str, Any], where: Any = "here") -> Architecture:
-    from sft.models.families.known import family_of
-
-    return family_of(values, where).architecture(values, where)
-
 
 # --- the rotary embedding's spellings -----------------------------------------------------------------------
 

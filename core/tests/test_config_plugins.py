@@ -11,15 +11,13 @@ from typing import Any
 import click.testing
 import numpy as np
 import pytest
-from model_folders import own_logits
+from model_folders import architecture_of, own_logits
 from safetensors import safe_open
 
 import sft
 from sft.inference.evaluate import evaluate_finished
 from sft.inference.merge import merge
-from sft.models.architecture import Architecture
 from sft.models.config import with_one_spelling
-from sft.models.families.known import family_of
 from sft.testing import forward, load
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -60,10 +58,6 @@ def scaled(models: Path, tmp_path: Path) -> Path:
     values.update(rope_theta=theta, rope_scaling={"rope_type": "linear", "factor": 4.0})
     (folder / "config.json").write_text(json.dumps(values))
     return folder
-
-
-def architecture_of(values: dict[str, Any]) -> Architecture:
-    return family_of(values, "here").architecture(values, "here")
 
 
 def measured(model: Path, adapter: Path | None, dataset: Path, *plugins: str) -> float:

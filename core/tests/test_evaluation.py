@@ -14,6 +14,7 @@ import pytest
 import sft
 from sft.inference.evaluate import evaluate_finished
 from sft.inference.open import load_for_inference
+from sft.testing import forward
 from sft.training import answer_scores as measures
 
 Train = Callable[..., sft.Summary]
@@ -56,17 +57,12 @@ def evaluate(model: Path, dataset: Path, adapter: Path | None = None, **given: A
 
 def loss_and_accuracy(folder: Path, run: sft.Run) -> tuple[float, float]:
     """From full logits, one record at a time, in float64."""
-    import paddle
-
     model, _ = load_for_inference(str(folder), None, quiet)
     loss, correct, count = 0.0, 0, 0
     assert run.dev_data is not None
     for index in range(len(run.dev_data)):
         example = run.dev_data[index]
-        row = paddle.to_tensor(example.input_ids[None])
-        with paddle.no_grad():
-            logits = model(input_ids=row, attention_mask=paddle.ones_like(row))
-        logits = (logits[0] if isinstance(logits, tuple) else logits).numpy()[0].astype(np.float64)
+        logits = forward(model, example.input_ids[None])[0].astype(np.float64)
         places = np.flatnonzero(example.labels != -100)
         labels = example.labels[places]
         log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -246,7 +242,7 @@ def test_loss_and_answers_are_computed_in_the_precision_of_the_run(train: Train)
             within[0] = False
 
     run.precision = Precision()  # type: ignore[assignment]
-    run.model.llama.register_forward_pre_hook(lambda layer, inputs: seen.append(within[0]))
+    run.model.model.register_forward_pre_hook(lambda layer, inputs: seen.append(within[0]))
     for compute in (lambda: dev_loss(run), lambda: score(run, None), lambda: answer(run, run.samples)):
         seen.clear()
         assert compute()

@@ -167,7 +167,7 @@ class Forgets(sft.Plugin):
 
 def test_such_an_adapter_is_refused_before_it_trains(train: Train, tmp_path: Path) -> None:
     message = (
-        r"Plugin forgets leaves llama\.layers\.0\.self_attn\.v_proj\.w, llama\.layers\.1\.self_attn\.v_proj\.w "
+        r"Plugin forgets leaves model\.layers\.0\.self_attn\.v_proj\.w, model\.layers\.1\.self_attn\.v_proj\.w "
         "out of the adapter that it writes, so what they learn would be lost"
     )
     with pytest.raises(sft.UsageError, match=message):

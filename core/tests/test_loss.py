@@ -38,7 +38,7 @@ def example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def head(paddle: Any, weight: np.ndarray, tied: bool, trains: bool = True) -> Any:
-    """PaddleNLP's lm_head: weight [V, h] when it is the embedding's, else [h, V]."""
+    """A head, as a model's lm_head is one: weight [V, h] when it is the embedding's, else [h, V]."""
     value = paddle.to_tensor(np.ascontiguousarray(weight.T) if tied else weight, stop_gradient=not trains)
     return SimpleNamespace(weight=value, transpose_y=tied)
 
@@ -196,15 +196,15 @@ def test_logits_exist_for_one_chunk_at_a_time(
     "case", ["llama-untied", "llama-tied-gqa", "qwen2-untied", "qwen2-tied-sharded", "mistral-gqa", "gemma-tied"]
 )
 def test_a_models_own_lm_head_is_read_the_right_way_round(paddle: Any, models: Path, case: str) -> None:
-    """Against log-softmax of the logits that PaddleNLP's lm_head itself computes."""
+    """Against log-softmax of the logits that the head itself computes."""
     from sft.models.loading import load_model, open_model
     from sft.training.loss import target_loss
 
     model = load_model(open_model(models / case))
-    size = model.config.hidden_size
+    size = model.architecture.hidden
     generator = np.random.default_rng(6)
     hidden = paddle.to_tensor(generator.standard_normal((2, 5, size)).astype(np.float32))
-    labels = generator.integers(0, model.config.vocab_size, (2, 5))
+    labels = generator.integers(0, model.architecture.vocabulary, (2, 5))
     labels[0, :2] = -100
     with paddle.no_grad():
         logits = model.lm_head(hidden).numpy().astype(np.float64)

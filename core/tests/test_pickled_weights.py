@@ -274,7 +274,7 @@ def test_the_weights_of_a_hub_model_that_cannot_be_used_are_not_fetched(
 ) -> None:
     fetched = hub(variant(CASE, model_type="mamba"))
     for command in ("run", "generate", "evaluate"):
-        with pytest.raises(sft.UsageError, match="model_type 'mamba' has not been verified"):
+        with pytest.raises(sft.UsageError, match="model_type 'mamba' is not a family"):
             opened(command, "some/model")
     assert set(fetched) == {"config.json"}
 

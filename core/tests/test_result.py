@@ -20,7 +20,7 @@ Train = Callable[..., sft.Summary]
 # --- weights that are not finite ----------------------------------------------------------------------------
 
 
-def ruining(step: int, name: str = "llama.layers.1.mlp.up_proj.weight") -> type[sft.Plugin]:
+def ruining(step: int, name: str = "model.layers.1.mlp.up_proj.weight") -> type[sft.Plugin]:
     """A plugin after whose ``step`` one value of a tensor is infinite: what no loss has seen yet."""
 
     class Ruin(sft.Plugin):
@@ -42,7 +42,7 @@ def test_weights_that_are_not_finite_are_not_saved(train: Train, tmp_path: Path)
     """Nor do they push the last good checkpoint out."""
     out = tmp_path / "out"
     message = (
-        r"no longer finite after step 4 \(llama\.layers\.1\.mlp\.up_proj\.weight has values that are NaN or "
+        r"no longer finite after step 4 \(model\.layers\.1\.mlp\.up_proj\.weight has values that are NaN or "
         r"infinite\), and none of them has been saved; lower learning_rate \(0\.001\), and resume from .*checkpoint-2\."
     )
     settings = {**SETTINGS, "save_steps": 2, "save_total_limit": 1, "max_steps": 6, "evaluation_strategy": "no"}
@@ -65,7 +65,7 @@ def test_weights_that_are_not_finite_are_not_saved(train: Train, tmp_path: Path)
 def test_they_are_no_result(train: Train, models: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     """One step with a finite loss and gradient is enough. Many rows of an untied embedding have no gradient."""
     named = {"model_name_or_path": str(models / "qwen2-untied")}
-    with pytest.raises(sft.SftError, match=rf"no longer finite after step 1 \(qwen2\..*{message}"):
+    with pytest.raises(sft.SftError, match=rf"no longer finite after step 1 \(model\..*{message}"):
         train("out", max_steps=1, do_eval=False, **named, **settings)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "run.json"]
 

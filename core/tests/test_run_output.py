@@ -14,6 +14,7 @@ from run_files import largest_difference, steps_of, weights_of
 
 import sft
 from sft.seams import Example, Turn
+from sft.testing import forward
 
 Train = Callable[..., sft.Summary]
 Metrics = Callable[..., list[dict[str, Any]]]
@@ -48,18 +49,13 @@ def catching(caught: list[Any]) -> type[sft.Plugin]:
 
 
 def full_logits_loss(folder: Path, examples: list[Example]) -> float:
-    """Mean loss a target token: each example alone through PaddleNLP's own forward, log-softmax in float64."""
-    import paddle
-
+    """Mean loss a target token: each example alone, log-softmax in float64."""
     from sft.models.loading import load_model, open_model
 
     model = load_model(open_model(folder))
     total, targets = 0.0, 0
     for example in examples:
-        ids = paddle.to_tensor(example.input_ids[None])
-        with paddle.no_grad():
-            found = model(input_ids=ids, attention_mask=paddle.ones_like(ids))
-        logits = (found[0] if isinstance(found, tuple) else found).numpy()[0].astype(np.float64)
+        logits = forward(model, example.input_ids[None])[0].astype(np.float64)
         logits -= logits.max(-1, keepdims=True)
         log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         places = np.nonzero(example.labels != -100)[0]

@@ -85,7 +85,7 @@ class Attention(sft.Plugin):
 
     @sft.hookimpl
     def sft_attention_backend(self, run: sft.Run, config: Any) -> Any:
-        assert config is run.source.config
+        assert config is run.source.architecture
         run.backend = Backend(run, self.packs)  # type: ignore[attr-defined]
         return run.backend  # type: ignore[attr-defined]
 

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 import sft
+from sft.models.architecture import Architecture
+from sft.models.families.known import family_of
 from sft.testing import forward as own_logits  # noqa: F401  (the other way of computing them)
 
 # float32 noise between two implementations is 1e-5 at logits of up to 7; the smallest mistake that
@@ -25,6 +28,10 @@ def load(folder: Path, quantizer: Any = None) -> Any:
 
 def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
+
+
+def architecture_of(values: dict[str, Any], where: Any = "here") -> Architecture:
+    return family_of(values, where).architecture(values, where)
 
 
 def reference(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -45,6 +52,19 @@ def backend_logits(model: Any, input_ids: np.ndarray, position_ids: np.ndarray |
     batch = sft.Batch(input_ids, np.full_like(input_ids, -100), position_ids, ends, one_document)
     with paddle.no_grad():
         return model.lm_head(hidden_states(model, batch)).numpy()
+
+
+def paddlenlps_logits(folder: Path, input_ids: np.ndarray, **loading: Any) -> np.ndarray:
+    """Of PaddleNLP's own class, which loads the folder by itself."""
+    import paddle
+
+    transformers = pytest.importorskip("paddlenlp.transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype="float32", **loading)
+    model.eval()
+    ids = paddle.to_tensor(input_ids)
+    with paddle.no_grad():
+        found = model(input_ids=ids, attention_mask=paddle.ones_like(ids))
+    return np.asarray((found[0] if isinstance(found, tuple) else found).numpy())
 
 
 def largest_difference(first: np.ndarray, second: np.ndarray) -> float:

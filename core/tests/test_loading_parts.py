@@ -48,6 +48,22 @@ def test_parts_side_by_side_are_the_whole(shape: tuple[int, ...], axis: int, cou
         np.testing.assert_array_equal(part, expected)
 
 
+def test_parts_of_matrices_that_lie_in_one_tensor() -> None:
+    """Of each of them the same share, as of q, k and v in one matrix; what is written lands where it was read."""
+    whole = np.arange(2 * 12).reshape(2, 12)
+    parts = [Part((2, 12), 1, index, 2, fused=(8, 4)) for index in range(2)]
+    expected = [np.concatenate([whole[:, :4], whole[:, 8:10]], 1), np.concatenate([whole[:, 4:8], whole[:, 10:]], 1)]
+    written = np.zeros_like(whole)
+    for part, values in zip(parts, expected, strict=True):
+        np.testing.assert_array_equal(part.read(whole.__getitem__), values)
+        assert part.local_shape == values.shape
+        part.write(values, written)
+    np.testing.assert_array_equal(written, whole)
+    order = parts[0].order
+    assert order is not None
+    np.testing.assert_array_equal(np.concatenate(expected, 1)[:, order], whole)
+
+
 def test_marks_say_what_the_whole_is(paddle: Any) -> None:
     plain, marked = paddle.zeros([2, 3]), paddle.zeros([2, 3])
     mark_part(marked, Part((2, 12), 1, 0, 4))

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
+from sft.models.families.family import Family
+from sft.models.families.known import FAMILIES
 from sft.models.fingerprint import fingerprint, has_fingerprint
 from sft.models.loading import ModelSource, open_model
 from sft.plugins.requests import requests
+from sft.seams import AdapterFiles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +53,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Config and tensors of an adapter folder in PEFT's layout, as they stand in the files."""
+    """Config and tensors of an adapter folder in PEFT's layout, as they stand in the files, but for the names of layers
+    that are called otherwise here than in Hugging Face's files (Mixtral's experts)."""
     import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
     from safetensors.numpy import load_file
 
@@ -66,9 +70,32 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             "PeftModel.from_pretrained(BASE, DIR).save_pretrained(DIR)."
         )
     try:
-        return config, load_file(str(path))
+        tensors = load_file(str(path))
     except Exception as error:
         raise UsageError(f"{path} is not a readable safetensors file ({error}); copy it again.") from error
+    for family in FAMILIES.values():  # an adapter does not say of which family it is, and no other has these names
+        if family.renamed:
+            config, tensors = _renamed(config, tensors, lambda name, family=family: family.from_file(name, "hf"))
+    return config, tensors
+
+
+def as_in_files(files: AdapterFiles, family: Family) -> AdapterFiles:
+    """An adapter with the names of layers that Hugging Face's files have."""
+    if not family.renamed:
+        return files
+    return AdapterFiles(*_renamed(files.config, files.tensors, lambda name: family.to_file(name, "hf")))
+
+
+def _renamed(
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], rename: Callable[[str], str]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    config = dict(config)
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"] = [rename(name) for name in config["target_modules"]]
+    for key in ("rank_pattern", "alpha_pattern"):
+        if isinstance(config.get(key), dict):
+            config[key] = {rename(pattern): value for pattern, value in config[key].items()}
+    return config, {rename(name): tensor for name, tensor in tensors.items()}
 
 
 def _metadata(folder: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sft.data.tokenizer import FILES as TOKENIZER_FILES
 from sft.files import save_tensors, write_json
-from sft.models.adapter_folder import base_metadata
+from sft.models.adapter_folder import as_in_files, base_metadata
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +45,7 @@ def write_result(run: CoreRun, folder: Path | None) -> dict[str, np.ndarray]:
     with run.strategy.assembled(run.model):
         if folder is None:
             return {}
-        files = run.hook.sft_export_adapter(run=run, model=run.model)
+        files = as_in_files(run.hook.sft_export_adapter(run=run, model=run.model), run.source.family)
         write_json(folder / "adapter_config.json", files.config)
         base = base_metadata(run.base_fingerprint, run.source, run.plugins, run.settings.options)
         save_tensors(folder / "adapter_model.safetensors", files.tensors, {"format": "pt", **base})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -86,7 +87,7 @@ class Family:
         causal_lm: Its class in transformers, which ``architectures`` of a config names.
         read: From a config's :class:`Values`; :class:`sft.UsageError` for what is not computed.
         paddle_prefix: The backbone's name in PaddleNLP's layout; None: PaddleNLP has no such family.
-        renamed: Names in Hugging Face's files and what they are called here, as pairs of parts of names.
+        renamed: What parts of names are called in Hugging Face's files and here, as pairs of words between dots.
         build: The model of what ``read`` gave, with any weights; None: the decoder.
         upright: How the names of matrices end that are no Linear's: they lie in files as they do here, those of
             Linears transposed.
@@ -109,7 +110,7 @@ class Family:
         if layout == "paddle":
             return _swap(name, f"{self.paddle_prefix}.", "model.")
         for theirs, ours in self.renamed:
-            name = name.replace(theirs, ours)
+            name = re.sub(rf"\b{theirs}\b", ours, name)
         return name
 
     def to_file(self, name: str, layout: str) -> str:
@@ -117,7 +118,7 @@ class Family:
         if layout == "paddle":
             return _swap(name, "model.", f"{self.paddle_prefix}.")
         for theirs, ours in self.renamed:
-            name = name.replace(ours, theirs)
+            name = re.sub(rf"\b{ours}\b", theirs, name)
         return name
 
     def is_transposed(self, name: str, dimensions: int) -> bool:

@@ -11,6 +11,7 @@ from sft.errors import UsageError
 from sft.models.rotary import KINDS, Rotary
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+_BY_LENGTH = ("llama3", "yarn", "longrope")
 _LISTS = ("short_factor", "long_factor")
 _NUMBERS = (
     *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -153,7 +154,7 @@ class Values:
                 f"{size} of a head to it; correct head_dim or partial_rotary_factor."
             )
         # Phi-3 keeps it beside the other parameters, where it counts first.
-        if self._values.get("original_max_position_embeddings") is not None:
+        if word in _BY_LENGTH and self._values.get("original_max_position_embeddings") is not None:
             scaling["original_max_position_embeddings"] = self.count("original_max_position_embeddings")
         self._check_scaling(word, scaling, turned)
         found = Rotary(float(theta), turned, positions, word, scaling, **more)

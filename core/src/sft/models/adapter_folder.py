@@ -11,6 +11,7 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise UsageError(f"{path} is not a readable safetensors file ({error}); copy it again.") from error
     for family in FAMILIES.values():  # an adapter does not say of which family it is, and no other has these names
         if family.renamed:
-            config, tensors = _renamed(config, tensors, lambda name, family=family: family.from_file(name, "hf"))
+            config, tensors = _renamed(config, tensors, partial(family.from_file, layout="hf"))
     return config, tensors
 
 
@@ -83,7 +84,7 @@ def as_in_files(files: AdapterFiles, family: Family) -> AdapterFiles:
     """An adapter with the names of layers that Hugging Face's files have."""
     if not family.renamed:
         return files
-    return AdapterFiles(*_renamed(files.config, files.tensors, lambda name: family.to_file(name, "hf")))
+    return AdapterFiles(*_renamed(files.config, files.tensors, partial(family.to_file, layout="hf")))
 
 
 def _renamed(

@@ -1,7 +1,7 @@
 """sft: supervised fine-tuning of large language models on PaddlePaddle, one plugin a technique.
 
 The names below are the whole public API for plugin authors and Python users. Importing this package
-imports neither paddle nor paddlenlp.
+does not import paddle.
 """
 
 from __future__ import annotations

@@ -104,4 +104,4 @@ def squares(parameters: Iterable[Any]) -> float:
     """The sum of the squares of all gradients of ``parameters``, in float32; those without one count as zero."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     parts = [row_sums(gradient.astype("float32").square().reshape([1, -1])) for gradient in gradients]
-    return float(paddle.add_n([part.astype("float64") for part in parts])) if parts else 0.0
+    return paddle.add_n([part.astype("float64") for part in parts]).item() if parts else 0.0

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from sft.models.families.values import Values
     from sft.models.layers import Target, linear_weight, module_names, target_layers
     from sft.models.outline import LinearOutline, Outline, Weight
+    from sft.models.recompute import recomputed
     from sft.models.rotary import Rotary
     from sft.models.shards import parse_size
     from sft.models.sums import row_sums
@@ -69,6 +70,7 @@ _LAZY = {
     "check_continued": "sft.training.resume_checks",
     "module_names": "sft.models.layers",
     "prepare": "sft.runtime",
+    "recomputed": "sft.models.recompute",
     "read_adapter": "sft.models.adapter_folder",
     "run": "sft.fine_tune",
     "Target": "sft.models.layers",
@@ -129,6 +131,7 @@ __all__ = [
     "parse_size",
     "prepare",
     "read_adapter",
+    "recomputed",
     "row_sums",
     "run",
     "single",

@@ -19,6 +19,7 @@ from sft.models.architecture import Architecture, Block, Experts
 from sft.models.attention import DefaultAttention
 from sft.models.families.family import Reading
 from sft.models.norms import rms_norm
+from sft.models.recompute import recomputed
 
 
 class CausalLM(nn.Layer):
@@ -82,17 +83,9 @@ class Decoder(nn.Layer):
     def forward(self, hidden: Any, reading: Reading) -> Any:
         """[B, S, hidden], through all blocks and the last norm."""
         hidden = self.meeting.begin(hidden)
-        recomputes = self.recompute and self.training and paddle.is_grad_enabled()
-        if recomputes and hidden.stop_gradient:  # a frozen embedding: paddle recomputes only what has a gradient
-            hidden = hidden.detach()
-            hidden.stop_gradient = False
+        again = self.recompute and self.training
         for block in self.layers:
-            if recomputes:
-                from paddle.distributed.fleet.utils import recompute
-
-                hidden = recompute(block, hidden, reading)
-            else:
-                hidden = block(hidden, reading)
+            hidden = recomputed(block, hidden, reading) if again else block(hidden, reading)
         return self.meeting.end(self.norm(hidden))
 
 

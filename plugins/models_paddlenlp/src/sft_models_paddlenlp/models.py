@@ -66,15 +66,13 @@ class _Model(nn.Layer):
         """[B, S, hidden] → [B, S, hidden], through all blocks and the last norm."""
         hidden = self.enter(embedded)
         for block in self.blocks:
-            if self.recompute and self.training and paddle.is_grad_enabled():
-                from paddle.distributed.fleet.utils import recompute
-
-                hidden = recompute(self._read, block, hidden, reading)
+            if self.recompute and self.training:
+                hidden = sft.recomputed(self._read, hidden, block, reading)
             else:
-                hidden = self._read(block, hidden, reading)
+                hidden = self._read(hidden, block, reading)
         return self.leave(hidden)
 
-    def _read(self, block: Any, hidden: Any, reading: Any) -> Any:
+    def _read(self, hidden: Any, block: Any, reading: Any) -> Any:
         self._reading = reading
         try:
             return self.through(block, hidden)

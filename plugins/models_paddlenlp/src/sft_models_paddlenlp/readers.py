@@ -96,6 +96,7 @@ def deepseek_v2(values: sft.Values) -> PaddleNLPShape:
     query_rank = None if values["q_lora_rank"] is None else values.count("q_lora_rank")
     names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "intermediate_size")
     experts: dict[str, Any] = {"n_routed_experts": None, "n_shared_experts": None}
+    experts.update({name: values.count(name) for name in names})
     if values["n_routed_experts"] is not None:
         for name in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"):
             experts[name] = values.count(name)
@@ -127,7 +128,6 @@ def deepseek_v2(values: sft.Values) -> PaddleNLPShape:
         rms_norm_eps=values.number("rms_norm_eps", 1e-6),
         attention_bias=values.flag("attention_bias", False),
         aux_loss_alpha=0.0,
-        **{name: values.count(name) for name in names},
         **experts,
     )
 

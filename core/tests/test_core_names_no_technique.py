@@ -43,7 +43,7 @@ ALLOWED = {
     "demo/settings.json": {"lora", "lora_alpha", "lora_rank"},
     "seams.py": {"flashmask"},
     # PaddleNLP's settings that nobody here reads: names of what the core does not do.
-    "compatibility.py": {
+    "settings/paddlenlp.py": {
         "expert_tensor_parallel_degree",
         "lora_use_mixer",
         "pipeline_parallel_config",
@@ -58,9 +58,6 @@ ALLOWED = {
         "use_quick_lora",
     },
     "data/batches.py": {"flashmask"},
-    # PaddleNLP's own configuration has a switch of this name, which the core sets.
-    "models/attention.py": {"use_flash_attention"},
-    "models/config.py": {"use_flash_attention"},
 }
 
 
@@ -90,7 +87,7 @@ def test_no_technique_is_named() -> None:
         if path.suffix in (".py", ".json", ".yaml", ".jinja") and "demo/data" not in path.as_posix()
         if (names := found_in(path))
     }
-    assert found == {name: names for name, names in ALLOWED.items() if name in found}
+    assert found == ALLOWED
 
 
 def test_no_plugin_is_imported() -> None:

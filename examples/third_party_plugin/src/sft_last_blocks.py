@@ -21,7 +21,7 @@ class LastBlocks(sft.Plugin):
 
     @sft.hookimpl
     def sft_adapt_model(self, run, model):
-        first = model.config.num_hidden_layers - self.options.blocks
+        first = len(model.architecture.blocks) - self.options.blocks
         for parameter in model.parameters():
             parameter.stop_gradient = True
         for target in sft.target_layers(model):

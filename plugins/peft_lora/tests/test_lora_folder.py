@@ -34,11 +34,7 @@ def quiet(text: str) -> None:
 
 def lora_layers(model: Any) -> dict[str, Any]:
     """Adapted layers by their name in PEFT's files."""
-    return {
-        "base_model.model." + path.replace("llama.", "model.", 1).replace("qwen2.", "model.", 1): layer
-        for path, layer in model.named_sublayers()
-        if hasattr(layer, "lora_A")
-    }
+    return {"base_model.model." + path: layer for path, layer in model.named_sublayers() if hasattr(layer, "lora_A")}
 
 
 # --- what PEFT wrote ----------------------------------------------------------------------------------------

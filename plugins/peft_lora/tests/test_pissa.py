@@ -34,11 +34,7 @@ def quiet(text: str) -> None:
 
 def layers_of(run: sft.Run) -> dict[str, Any]:
     """Adapted layers by the target's Hugging Face name."""
-    return {
-        path.replace("llama.", "model.", 1): layer
-        for path, layer in run.model.named_sublayers()
-        if hasattr(layer, "lora_A")
-    }
+    return {path: layer for path, layer in run.model.named_sublayers() if hasattr(layer, "lora_A")}
 
 
 def weight_of(layer: Any) -> np.ndarray:

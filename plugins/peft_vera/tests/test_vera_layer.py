@@ -25,11 +25,7 @@ SIZES = {
 
 def layers_of(run: sft.Run) -> dict[str, Any]:
     """Adapted layers by the target's Hugging Face name."""
-    return {
-        path.replace("llama.", "model.", 1): layer
-        for path, layer in run.model.named_sublayers()
-        if hasattr(layer, "vera_d")
-    }
+    return {path: layer for path, layer in run.model.named_sublayers() if hasattr(layer, "vera_d")}
 
 
 def plugin_of(run: sft.Run) -> Any:
@@ -163,8 +159,7 @@ def test_trap_only_the_two_vectors_train_and_the_count_is_printed(
             trained.append({name for name, p in run.model.named_parameters() if not p.stop_gradient})
 
     summary = train(plugins=(Look,), say=said.append, vera_rank=rank, vera_target_modules=asked, max_steps=1)
-    paths = [name.replace("model.", "llama.", 1) for name in names]
-    assert trained == [{f"{path}.vera_{which}" for path in paths for which in "bd"}]
+    assert trained == [{f"{name}.vera_{which}" for name in names for which in "bd"}]
     assert summary.trainable_parameters == expected
     assert f"vera: {len(names)} layers, rank {rank}, {expected:,} trainable parameters" in said
 
@@ -207,7 +202,7 @@ def test_training_changes_the_vectors_and_neither_the_pair_nor_the_base(train: A
                 if "vera_" in name:
                     assert not np.isclose(parameter.numpy(), 0.1 if name.endswith("_d") else 0.0, atol=1e-6).all()
                     continue
-                original = before[name.replace("llama.", "model.", 1).replace(".base.", ".")]
+                original = before[name.replace(".base.", ".")]
                 transposed = original.ndim == 2 and "embed" not in name
                 np.testing.assert_array_equal(parameter.numpy(), original.T if transposed else original)
 

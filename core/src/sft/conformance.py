@@ -180,7 +180,8 @@ def _gradients(model: Any, documents: list[np.ndarray]) -> dict[str, np.ndarray]
     model.train()
     batch_loss(model, _rows(documents[:2], documents[2:])).backward()
     model.eval()
-    found = {name: one.grad.numpy() for name, one in model.named_parameters() if one.grad is not None}
+    learned = {name: one for name, one in model.named_parameters() if not one.stop_gradient}
+    found = {name: one.grad.numpy() for name, one in learned.items() if one.grad is not None}
     for parameter in model.parameters():
         parameter.clear_gradient(set_to_zero=False)
     return found

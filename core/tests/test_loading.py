@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,18 @@ def test_a_loaded_model_is_float32_and_in_evaluation_mode(paddle: Any, models: P
     model = load(models / "qwen2-tied-sharded")  # bfloat16 in its files
     assert {parameter.dtype for parameter in model.parameters()} == {paddle.float32}
     assert not any(layer.training for layer in model.sublayers(include_self=True))
+
+
+def test_bfloat16_is_read_by_a_process_that_did_nothing_before(models: Path) -> None:
+    """numpy knows the type only once somebody has imported ml_dtypes, as the tests have."""
+    code = (
+        "import sys; from pathlib import Path; from sft.models.loading import open_model; "
+        "weights = open_model(Path(sys.argv[1])).weights(); name = sorted(weights)[0]; "
+        "print(weights.read_part(name, (slice(2), slice(3))).dtype)"
+    )
+    line = [sys.executable, "-c", code, str(models / "qwen2-tied-sharded")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "float32\n", done.stderr
 
 
 # --- tensors that do not fit --------------------------------------------------------------------------------

@@ -141,17 +141,16 @@ def test_16_bit_tensors_on_a_gpu_go_to_paddles_kernels(
 def test_answers_are_the_same_with_a_backend(paddle: Any, models: Path, case: str) -> None:
     """Of a prompt of the model's own, for which the likeliest next token is asked again and again through the backend:
     what answers are computed with, a cache, agrees with it."""
-    from sft.models.generation import tokens_of
+    from sft.models.generation import answers
 
     tokenizer = Tokenizer(models / case)
     prompt = tokenizer.encode("Hello there, how are you?")
+    tokenizer.stop_ids = []
     model, grown = load(models / case, backend_of("flashmask")), list(prompt)
     for _ in range(8):
         grown.append(int(forward(model, np.asarray([grown]))[0, -1].argmax()))
-    tokenizer.stop_ids = []
-    with paddle.no_grad():
-        found = tokens_of(model, tokenizer, [prompt], GenerationArguments(max_new_tokens=8), 0)
-    assert found == [grown[len(prompt) :]]
+    found = answers(model, tokenizer, [prompt], GenerationArguments(max_new_tokens=8), 0)
+    assert found == [tokenizer.decode(grown[len(prompt) :])]
 
 
 # --- runs ---------------------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def test_loading_in_nf4_never_holds_the_model(paddle: Any, tmp_path: Path, sizes
     """Peak memory above that of a process that has imported paddle, the file's mapped pages included.
 
     In float32 a model alone would take twice the bound and more. ``objects`` (MiB) is what shows in a model with next
-    to no weights: 5 for PaddleNLP's code of the family and numpy's scratch, 0.1 for the Python objects of a block.
+    to no weights: 0.1 for the Python objects of a block, and numpy's scratch.
     """
     write_llama(tmp_path, sizes)
     line = [sys.executable, "-c", LOAD, str(tmp_path)]

@@ -246,6 +246,7 @@ def _as_float32(array: Any) -> np.ndarray:
 
 
 def _safetensors(path: Path) -> Any:
+    import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
     from safetensors import safe_open
 
     try:

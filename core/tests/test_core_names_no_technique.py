@@ -36,11 +36,8 @@ TECHNIQUES = (
 NAMES = re.compile(rf"(?<![a-z0-9])([a-z0-9]+[-_])*({'|'.join(TECHNIQUES)})([-_][a-z0-9]+)*(?![a-z0-9])", re.IGNORECASE)
 
 # Each stands for what it means to users of PaddleNLP or in a paper, not for a technique that the core treats in a
-# special way: an alias on the command line, the demo's settings, the format in which masks cross the attention seam.
+# special way: PaddleNLP's names of settings, the format in which masks cross the attention seam.
 ALLOWED = {
-    "commands/shared.py": {"lora_path", "lora-path"},
-    "commands/demo.py": {"lora_path"},
-    "demo/settings.json": {"lora", "lora_alpha", "lora_rank"},
     "seams.py": {"flashmask"},
     # PaddleNLP's settings that nobody here reads: names of what the core does not do.
     "settings/paddlenlp.py": {

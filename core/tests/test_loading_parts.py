@@ -284,6 +284,6 @@ def test_a_quantized_layer_is_divided_after_it_was_quantized(
 
 
 def test_a_quantized_layer_that_cannot_be_divided_is_refused_by_name(paddle: Any, models: Path) -> None:
-    message = rf"Doubled, which stands for model\.layers\.{GATE}, cannot be divided; leave the quantizer or tensor"
+    message = rf"Doubled, which stands for model\.layers\.{GATE}, cannot be divided among processes; leave the"
     with pytest.raises(sft.UsageError, match=message):
         load(paddle, models / "llama-untied", Doubling(divides=False))

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sft.commands.run import report
+from sft.commands.shared import PLUGIN
+from sft.errors import UsageError
+from sft.plugins.discovery import canonical, import_plugin
+from sft.plugins.requests import requests
 
 FOLDER = Path(__file__).parent.parent / "demo"
 DEFAULT = "sft-demo"
@@ -17,24 +22,32 @@ DEFAULT = "sft-demo"
 
 @click.command(name="demo")
 @click.option("--output_dir", "--output-dir", default=DEFAULT, show_default=True, help="Where the run is written.")
-def command(output_dir: str) -> None:
-    """Fine-tune the tiny embedded model in under a minute, and show its answers before and after."""
+@click.option(*PLUGIN, multiple=True, help="A plugin that has a demo, where several have one; no:NAME leaves one out.")
+def command(output_dir: str, plugins: tuple[str, ...]) -> None:
+    """Fine-tune the tiny embedded model in under a minute, and show its answers before and after.
+
+    A plugin that is installed may bring its own settings for it; without one, all parameters train.
+    """
     from sft.fine_tune import run
 
-    settings = demo_settings(output_dir)
+    settings = demo_settings(output_dir, plugins)
     click.echo(f"$ {command_line(settings)}\n")
     summary = run(settings)
     click.echo(f"\ntrain loss by step\n{curve(losses(Path(output_dir) / 'metrics.jsonl'))}")
     report(summary)
-    click.echo(
-        f"\nnext: sft generate --model_name_or_path {settings['model_name_or_path']} --lora_path {output_dir} "
-        '--prompt "type#dress*color#green*style#elegant"'
-    )
+    is_adapter = (Path(output_dir) / "adapter_config.json").is_file()
+    model = f"{settings['model_name_or_path']} --adapter_path {output_dir}" if is_adapter else output_dir
+    click.echo(f'\nnext: sft generate --model_name_or_path {model} --prompt "type#dress*color#green*style#elegant"')
 
 
-def demo_settings(output_dir: str) -> dict[str, Any]:
-    """The demo's settings; they stand in the package, as a user's would in a file."""
-    settings: dict[str, Any] = json.loads((FOLDER / "settings.json").read_text(encoding="utf-8"))
+def demo_settings(output_dir: str, plugins: Sequence[str] = ()) -> dict[str, Any]:
+    """The demo's settings: they stand in the package, as a user's would in a file, and an installed plugin that claims
+    the command ``demo`` adds its own (:attr:`sft.Plugin.demo`). ``plugins`` choose among several."""
+    settings: dict[str, Any] = {"plugin": []}
+    settings |= json.loads((FOLDER / "settings.json").read_text(encoding="utf-8"))
+    name = _shown(plugins)
+    if name is not None:
+        settings |= {**getattr(import_plugin(name), "demo", {}), "plugin": [name]}
     settings["model_name_or_path"] = str(FOLDER / "model")
     settings["dataset_name_or_path"] = str(FOLDER / "data")
     settings["output_dir"] = output_dir
@@ -43,11 +56,24 @@ def demo_settings(output_dir: str) -> dict[str, Any]:
     return settings
 
 
+def _shown(plugins: Sequence[str]) -> str | None:
+    """The plugin that the demo shows: the one that is asked for, or the first that has a demo and is not left out."""
+    having = requests("command").get("demo", [])
+    left_out = {canonical(name[3:]) for name in plugins if name.lower().startswith("no:")}
+    asked = [canonical(name) for name in plugins if not name.lower().startswith("no:")]
+    for name in asked:
+        if name not in having:
+            raise UsageError(f"Plugin {name} has no demo; those that have one are {', '.join(having) or 'none'}.")
+    if len(asked) > 1:
+        raise UsageError(f"The demo shows one plugin, and {' and '.join(asked)} are asked for; leave one of them out.")
+    return next((name for name in asked or having if name not in left_out), None)
+
+
 def command_line(settings: dict[str, Any]) -> str:
     """What a user would type for the same run."""
-    plugins = " ".join(f"--plugin {name}" for name in settings["plugin"])
-    rest = " ".join(f"--{name} {value}" for name, value in settings.items() if name != "plugin" and value is not False)
-    return f"sft run {plugins} {rest}"
+    words = [f"--plugin {name}" for name in settings["plugin"]]
+    words += [f"--{name} {value}" for name, value in settings.items() if name != "plugin" and value is not False]
+    return " ".join(["sft run", *words])
 
 
 def losses(path: Path) -> list[float]:

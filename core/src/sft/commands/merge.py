@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sft.commands.shared import ADAPTER, MODEL, PLUGIN, given, setting_options
+from sft.commands.shared import MODEL, PLUGIN, adapter_names, given, setting_options
 
 FORMATS = ("hf", "paddle")
 
@@ -14,7 +14,7 @@ FORMATS = ("hf", "paddle")
 @click.command(name="merge")
 @click.option(*MODEL, required=True, help="The base model: a directory, a weight file in one, or a hub name.")
 @setting_options("allow_pickle")
-@click.option(*ADAPTER, required=True, help="The adapter: the folder that a run wrote, or any PEFT adapter.")
+@click.option(*adapter_names(), required=True, help="The adapter: the folder that a run wrote, or any PEFT adapter.")
 @click.option(
     "--output_path", "--output-path", "--merge_model_path", "--merge-model-path", "output", required=True,
     help="Where the merged model is written; must be new or empty.",

@@ -1,4 +1,4 @@
-"""Options that several commands share. ``lora_path`` is PaddleNLP's name for an adapter folder of any type."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import click
 
 from sft.errors import UsageError
 from sft.options import Option, convert
+from sft.plugins.requests import requests
 from sft.progress import Printer
 from sft.settings.arguments import core_options
 
 MODEL = ("--model_name_or_path", "--model-name-or-path", "model")
 PLUGIN = ("--plugin", "plugins")
-ADAPTER = ("--adapter_path", "--adapter-path", "--lora_path", "--lora-path", "adapter")
+
 
 OPENING = ("allow_pickle", "device", "bf16", "fp16", "fp16_opt_level", "require_precision")
 """The settings that say how a model is opened and in which precision it computes, in a run too."""
@@ -33,14 +34,21 @@ TEMPLATE = "file with a chat template, or none; unset: that of the adapter's run
 SEED = "seed of draws (top_k other than 1): the same seed and prompt give the same answer, in a batch or alone"
 
 
+def adapter_names() -> tuple[str, ...]:
+    """The names of the option that gives an adapter folder: ``adapter_path``, and those that installed plugins claim
+    (``path.X``)."""
+    names = ("adapter_path", *sorted(requests("path")))
+    return (*(f"--{form}" for name in names for form in dict.fromkeys((name, name.replace("_", "-")))), "adapter")
+
+
 def model_options(plugin: str) -> Callable[[Any], Any]:
     """The options that choose a finished model; ``plugin`` is what is said of --plugin."""
 
     def add(function: Any) -> Any:
         function = click.option(*PLUGIN, multiple=True, help=plugin)(function)
-        function = click.option(*ADAPTER, help="An adapter for it: the folder that a run wrote, or any PEFT adapter.")(
-            function
-        )
+        function = click.option(
+            *adapter_names(), help="An adapter for it: the folder that a run wrote, or any PEFT adapter."
+        )(function)
         function = setting_options(*OPENING, **OPENING_HELP)(function)
         return click.option(*MODEL, required=True, help="The model: a directory, a weight file in one, or a hub name.")(
             function

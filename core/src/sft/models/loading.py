@@ -231,8 +231,8 @@ def _quantize(
     if part is not None:  # of the whole layer's codes: the same on however many processes
         if not hasattr(layer, "part"):
             raise UsageError(
-                f"{type(layer).__name__}, which stands for {target.name}, cannot be divided; leave the quantizer or "
-                "tensor parallelism out."
+                f"{type(layer).__name__}, which stands for {target.name}, cannot be divided among processes; leave the "
+                "quantizer out, or give each process whole layers."
             )
         layer = layer.part(part.axis, part.index, part.count)
     copy_marks(target.layer, layer)

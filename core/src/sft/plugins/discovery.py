@@ -61,8 +61,8 @@ def installed() -> dict[str, list[Installed]]:
     return dict(sorted(found.items()))
 
 
-REQUESTS = ("setting", "value", "number", "environment", "adapter", "command")
-"""The kinds of request that ``activation.py`` knows, which come before the first dot."""
+REQUESTS = ("setting", "value", "number", "environment", "adapter", "path", "command")
+"""The kinds of request that ``requests.py`` knows, which come before the first dot."""
 
 
 def strange_requests() -> dict[str, list[str]]:

@@ -49,6 +49,7 @@ class Plugin:
             is active. Both requested by name are as any other two that need the same place.
         order: Hooks that all plugins answer are called in ascending order, then in the order of the requests; but a
             plugin always after those that it ``requires``.
+        demo: Settings with which ``sft demo`` shows this plugin, where its distribution claims ``command.demo``.
         Options: A dataclass of :func:`sft.option` fields: the settings that the plugin adds.
         hookspecs: A module or class with hook specifications that this plugin publishes for its refinements.
         options: The instance of ``Options`` of this run.
@@ -62,6 +63,7 @@ class Plugin:
     conflicts: ClassVar[tuple[str, ...]] = ()
     supersedes: ClassVar[tuple[str, ...]] = ()
     order: ClassVar[int] = 0
+    demo: ClassVar[Mapping[str, Any]] = {}
     Options: ClassVar[type | None] = None
     hookspecs: Any = None
 

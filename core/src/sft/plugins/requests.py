@@ -11,7 +11,8 @@ plugin, as entry points in the group ``sft.requests`` that name the same object 
 ``adapter.TYPE``       an adapter folder of that ``peft_type`` is opened
 ``adapter.TYPE.K``     likewise, and K is true in its ``adapter_config.json``
 ``adapter.TYPE.K.V``   likewise, and K is V there
-``command.X``          ``sft X`` is typed
+``path.X``             ``--X FOLDER`` gives an adapter folder of any type to a command, as ``--adapter_path`` does
+``command.X``          ``sft X`` is typed (``command.demo``: ``sft demo`` shows this plugin)
 =====================  ======================================================================================
 
 One plugin reads an adapter folder: of the claims that match, one that says more than the type goes before one of the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import sft
 from sft import UsageError
@@ -36,6 +36,7 @@ class Lora(sft.Plugin):
     summary = "Low-rank adapters beside frozen Linear layers (LoRA)."
     reference = "arXiv 2106.09685"
     Options = LoraOptions
+    demo: ClassVar[dict[str, Any]] = {"lora_rank": 8, "lora_alpha": 32, "learning_rate": 0.01}
     hookspecs = hooks
 
     def __init__(self, options: LoraOptions) -> None:

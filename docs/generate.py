@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import sys
@@ -20,6 +21,7 @@ from sft.settings.paddlenlp import FOREIGN
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "reference"
+PUBLIC = ("sft", "sft.parallel", "sft.testing")
 
 
 def own_plugins() -> dict[str, Any]:
@@ -241,7 +243,33 @@ def _reader(name: str) -> str:
     return ", ".join(f"`{plugin}`" for plugin in dict.fromkeys(found))
 
 
+def public_page() -> str:
+    """Every name of the public modules, with the first sentence of what it says of itself."""
+    lines = [
+        "# Public names",
+        "",
+        "Made by `make docs` from the code: what plugins may import. `help(sft.NAME)` says all.",
+    ]
+    for name in PUBLIC:
+        module = importlib.import_module(name)
+        lines += ["", f"## `{name}`", "", _first(module, "\n\n"), "", "| name | what it is |", "|---|---|"]
+        lines += [
+            f"| `{name}.{one}` | {_first(getattr(module, one))} |" for one in sorted(module.__all__, key=str.lower)
+        ]
+    return "\n".join([*lines, ""])
+
+
+def _first(value: Any, end: str = ". ") -> str:
+    """The first sentence (or another beginning) of a docstring; of a plain value, the value."""
+    if isinstance(value, int):
+        return f"`{value}`"
+    text = (inspect.getdoc(value) or "").partition("\n\n")[0]
+    text = re.sub(r":\w+:`([^`]+)`", r"`\1`", " ".join(text.split())).replace("``", "`").replace("|", "\\|")
+    return text.partition(end)[0].rstrip(".:")
+
+
 PAGES = {
+    "public.md": public_page,
     "settings.md": settings_page,
     "paddlenlp.md": paddlenlp_page,
     "hooks.md": hooks_page,

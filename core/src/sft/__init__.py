@@ -1,7 +1,7 @@
 """sft: supervised fine-tuning of large language models on PaddlePaddle, one plugin a technique.
 
-The names below are the whole public API for plugin authors and Python users. Importing this package
-does not import paddle.
+The names below are the whole public API for plugin authors and Python users, beside two modules: ``sft.testing`` for
+tests of plugins, and ``sft.parallel`` for parallel strategies. Importing this package imports no paddle.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from sft.plugins.declarations import API_VERSION
 from sft.plugins.registry import Plugin, hookimpl, hookspec, single
 from sft.seams import (
     AdapterFiles,
+    AdapterLayer,
     AdapterMerger,
     AttentionBackend,
     Batch,
@@ -21,6 +22,7 @@ from sft.seams import (
     Example,
     ParallelStrategy,
     ParameterGroup,
+    QuantizedLayer,
     Quantizer,
     Turn,
 )
@@ -41,9 +43,11 @@ if TYPE_CHECKING:
     from sft.models.recompute import recomputed
     from sft.models.rotary import Rotary
     from sft.models.shards import parse_size
+    from sft.models.source import is_hub_name
     from sft.models.sums import row_sums
-    from sft.outlining import PaperRun, outline
+    from sft.outlining import PaperRun, model_outline, outline
     from sft.runtime import prepare
+    from sft.settings.arguments import Settings
     from sft.training.resume_checks import check_continued
 
 __version__ = "0.1.0"
@@ -64,6 +68,9 @@ _LAZY = {
     "LinearOutline": "sft.models.outline",
     "Outline": "sft.models.outline",
     "PaperRun": "sft.outlining",
+    "Settings": "sft.settings.arguments",
+    "is_hub_name": "sft.models.source",
+    "model_outline": "sft.outlining",
     "Run": "sft.context",
     "Summary": "sft.context",
     "assemble": "sft.data.batches",
@@ -87,6 +94,7 @@ _LAZY = {
 __all__ = [
     "API_VERSION",
     "AdapterFiles",
+    "AdapterLayer",
     "AdapterMerger",
     "Architecture",
     "AttentionBackend",
@@ -107,10 +115,12 @@ __all__ = [
     "ParameterGroup",
     "Plugin",
     "PluginError",
+    "QuantizedLayer",
     "Quantizer",
     "Reading",
     "Rotary",
     "Run",
+    "Settings",
     "SftError",
     "Summary",
     "Target",
@@ -124,7 +134,9 @@ __all__ = [
     "collect",
     "hookimpl",
     "hookspec",
+    "is_hub_name",
     "linear_weight",
+    "model_outline",
     "module_names",
     "option",
     "outline",

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sft.context import Run
 from sft.errors import UsageError
 from sft.models.architecture import Architecture
 from sft.models.loading import open_model
 from sft.models.outline import Outline, of_architecture
-from sft.plugins.registry import implements
+from sft.plugins.registry import Plugins, implements
 from sft.resolve import resolve
 from sft.settings.arguments import Settings, normalise
 from sft.settings.paddlenlp import listing
@@ -42,14 +43,7 @@ def outline(values: Mapping[str, Any], extra: Iterable[type] = ()) -> PaperRun:
     name = settings.model.model_name_or_path
     if not name:
         raise UsageError("model_name_or_path is not set; add --model_name_or_path VALUE.")
-    source = open_model(name, active, weights=False)
-    architecture = source.architecture
-    if source.family.build is not None or not isinstance(architecture, Architecture):
-        raise UsageError(
-            f"{source.folder}: model_type {source.family.model_type!r} is a class of a plugin's own, of which nothing "
-            "is known on paper, so nothing can be planned with it; plan with a model of the decoder's families."
-        )
-    found = of_architecture(architecture)
+    found = _of_model(name, active)
     adapts = active.provider("sft_export_adapter") is not None
     quantizer = active.provider("sft_quantizer")
     if quantizer is not None and not adapts:
@@ -71,3 +65,23 @@ def outline(values: Mapping[str, Any], extra: Iterable[type] = ()) -> PaperRun:
     active.hook.sft_outline(outline=found)
     said = [listing(without_effect)] if without_effect else []
     return PaperRun(settings, tuple(active.names), found, tuple(said))
+
+
+def model_outline(run: Run) -> Outline:
+    """The model that ``run`` is going to open, on paper: what its ``config.json`` says and plugins change in that,
+    without adapters and quantizers. A hub name's ``config.json`` is fetched.
+
+    Raises :class:`UsageError` for a model of which nothing is known on paper.
+    """
+    return _of_model(str(run.settings.model.model_name_or_path), run.plugins)
+
+
+def _of_model(name: str, plugins: Plugins) -> Outline:
+    source = open_model(name, plugins, weights=False)
+    architecture = source.architecture
+    if source.family.build is not None or not isinstance(architecture, Architecture):
+        raise UsageError(
+            f"{source.folder}: model_type {source.family.model_type!r} is a class of a plugin's own, of which nothing "
+            "is known on paper, so nothing can be planned with it; plan with a model of the decoder's families."
+        )
+    return of_architecture(architecture)

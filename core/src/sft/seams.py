@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,16 +117,54 @@ class AttentionBackend(Protocol):
         ...
 
 
+class AdapterLayer(Protocol):
+    """What ``sft_adapt_model`` puts in the place of a Linear: a paddle Layer, [..., in] → [..., out].
+
+    Attributes:
+        sides: How processes divide its tensors. For each attribute that holds one (a parameter, or a frozen tensor):
+            which side of the Linear each dimension is, "in" or "out", and None for one that is neither. A layer
+            whose parameters are not all in it is refused where processes share the layers of a model.
+    """
+
+    sides: ClassVar[dict[str, tuple[str | None, ...]]]
+
+    def forward(self, x: Any) -> Any:
+        """[..., in] → [..., out]. What needs a whole dimension that processes share asks :func:`sft.sum_over`."""
+        ...
+
+
+class QuantizedLayer(Protocol):
+    """What stands for a quantized Linear: a paddle Layer, [..., in] → [..., out].
+
+    Attributes:
+        bias: Float32 [out]; None where there is none. It need not be a parameter.
+    """
+
+    in_features: int
+    out_features: int
+    bias: Any
+
+    def forward(self, x: Any) -> Any:
+        """[..., in] → [..., out]; gradients flow to ``x``."""
+        ...
+
+    def dequantize(self) -> Any:
+        """The weight as a float32 Tensor [in, out], for merging and for what an adapter begins with."""
+        ...
+
+    def part(self, axis: int, index: int, count: int) -> Any:
+        """The layer of part ``index`` of ``count`` of the weight [in, out] along ``axis``, in the same codes. A layer
+        without this method is refused where processes share the layers of a model."""
+        ...
+
+
 class Quantizer(Protocol):
     """Stands in for Linear layers while weights stream in, so that no float copy of the model ever exists."""
 
-    def quantize(self, name: str, weight: np.ndarray, bias: np.ndarray | None) -> Any | None:
+    def quantize(self, name: str, weight: np.ndarray, bias: np.ndarray | None) -> QuantizedLayer | None:
         """The layer that stands for Linear ``name`` (as Hugging Face names it), or None to keep it as it is.
 
-        ``weight`` float32 [in, out] (Paddle's layout), ``bias`` float32 [out]. The returned paddle Layer maps
-        [..., in] → [..., out] and offers ``in_features``, ``out_features``, and ``dequantize() -> Tensor [in, out]``
-        for merging; a bias that is no parameter is called ``bias``. Where it can be divided among processes it offers
-        ``part(axis, index, count)``: the layer of that part of the weight [in, out], in the same codes.
+        ``weight`` float32 [in, out] (Paddle's layout), ``bias`` float32 [out].
         """
         ...
 
@@ -156,8 +194,8 @@ class ParallelStrategy(Protocol):
     # --- the model ---
 
     def divide(self, model: Any) -> None:
-        """Reduce ``model``, whose parameters are not allocated, to what this process holds; ``models/parts.py`` says
-        how that is marked."""
+        """Reduce ``model``, whose parameters are not allocated, to what this process holds, marked with
+        :func:`sft.parallel.mark_part` and :func:`sft.parallel.mark_stage`."""
         ...
 
     def parameters(self, model: Any) -> Iterable[tuple[str, Any]]:

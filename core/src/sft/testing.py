@@ -27,9 +27,28 @@ import numpy as np
 import pytest
 
 import sft
-from sft.conformance import check_family  # noqa: F401  (for tests to import)
+from sft.conformance import check_family
 from sft.files import save_tensors, write_json
 from sft.plugins.discovery import canonical, installed
+
+__all__ = [
+    "adapt",
+    "base_model",
+    "check_family",
+    "dataset",
+    "forward",
+    "fresh_logits",
+    "load",
+    "logits_of",
+    "make_model",
+    "metrics",
+    "needs",
+    "paddle",
+    "read_metrics",
+    "run_settings",
+    "train",
+    "write_data",
+]
 
 # --- functions ----------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from sft.models.loading import open_model
 from sft.plugins.discovery import import_plugin
 from sft.testing import make_model, needs
 from sft.training.optimizer import Optimizer, default_groups
-from sft.training.strategy import batch_loss, squares
+from sft.training.strategy import batch_loss, squared_gradients
 from sft_parallel_4d import activations
 from sft_parallel_4d.activations import Shape
 from sft_parallel_4d.memory import Calculator
@@ -131,7 +131,7 @@ def test_peak_of_real_steps(
     for _ in range(2):
         memory.forget()
         batch_loss(model, tokens).backward()
-        squares(parameters.values())
+        squared_gradients(parameters.values())
         optimizer.step(1e-3, 0.5)
     outline = sft.outline({"model_name_or_path": str(folder)}).outline
     found = Calculator(outline, Precision(), rows, length).fullest(Plan(recompute=recompute))

@@ -8,7 +8,7 @@ in the place of a divided Linear is told how to sum over the processes (:func:`m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,14 +71,14 @@ class Part:
             start = stop
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Marks:
     """What is known of one tensor or layer."""
 
     part: Part | None = None
     stage: int | None = None
     elsewhere: bool = False
-    sums: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
+    sums: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
 
 
 _MARKS = "_marks_of_division"
@@ -86,24 +86,16 @@ _MARKS = "_marks_of_division"
 
 
 def _marks_of(tensor: Any) -> _Marks:
-    """The marks of a tensor or layer, to be read."""
-    marks: _Marks | None = getattr(tensor, _MARKS, None)
-    if marks is None:  # until parallel-4d calls the functions below: the marks that it writes itself
-        old = {name: getattr(tensor, f"sft_{name}", None) for name in ("part", "stage", "elsewhere", "sums")}
-        return _Marks(old["part"], old["stage"], bool(old["elsewhere"]), old["sums"] or {})
-    return marks
+    return getattr(tensor, _MARKS, None) or _Marks()
 
 
-def _own_marks(tensor: Any) -> _Marks:
-    """The marks of a tensor or layer, to be changed."""
-    if getattr(tensor, _MARKS, None) is None:
-        setattr(tensor, _MARKS, _Marks())
-    return _marks_of(tensor)
+def _mark(tensor: Any, **marks: Any) -> None:
+    setattr(tensor, _MARKS, replace(_marks_of(tensor), **marks))
 
 
 def mark_part(tensor: Any, part: Part | None) -> None:
     """Say that ``tensor``, a parameter or a Linear, is a ``part`` of a whole. None: it is whole."""
-    _own_marks(tensor).part = part
+    _mark(tensor, part=part)
 
 
 def part_of(tensor: Any) -> Part | None:
@@ -125,8 +117,7 @@ def whole_size(parameter: Any) -> int:
 def mark_stage(tensor: Any, stage: int, *, here: bool) -> None:
     """Say to which ``stage`` of a model whose blocks are shared out a parameter or a layer belongs, and whether this
     process holds it."""
-    marks = _own_marks(tensor)
-    marks.stage, marks.elsewhere = stage, not here
+    _mark(tensor, stage=stage, elsewhere=not here)
 
 
 def stage_of(tensor: Any) -> int | None:
@@ -142,7 +133,7 @@ def is_elsewhere(parameter: Any) -> bool:
 def mark_sums(layer: Any, side: str, total: Callable[[Any], Any]) -> None:
     """Say that processes divide the ``side`` ("in" or "out") of the Linear in whose place ``layer`` stands, and that
     ``total`` sums a tensor over them."""
-    _own_marks(layer).sums = {side: total}
+    _mark(layer, sums={side: total})
 
 
 def sum_over(layer: Any, side: str, values: Any) -> Any:
@@ -161,4 +152,4 @@ def sum_over(layer: Any, side: str, values: Any) -> Any:
 
 def copy_marks(old: Any, new: Any) -> None:
     """Say of the layer ``new``, which takes the place of ``old``, what has been said of that."""
-    setattr(new, _MARKS, replace(_marks_of(old)))
+    setattr(new, _MARKS, _marks_of(old))

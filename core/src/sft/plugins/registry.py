@@ -80,6 +80,8 @@ class Plugins:
         self._hookspecs = hookspecs
         self.readers: list[str] = []
         """Those that read the adapter which is opened: its reader, and what that refines."""
+        self.direct: list[str] = []
+        """Those that were given as classes, and that another process would not find among what is installed."""
         self.replaced: list[str] = []
         """Clauses on installed plugins that were asked for, and whose place a class given directly takes."""
         self.manager = pluggy.PluginManager("sft")
@@ -118,6 +120,11 @@ class Plugins:
         classes = {name: plugin for name, plugin in classes.items() if name not in superseded}
         plugins = cls(classes, origins, hookspecs)
         plugins.replaced = replaced
+        plugins.direct = [
+            name
+            for name in origins
+            if name in classes and not any(is_of(item, classes[name]) for item in available.get(name, ()))
+        ]
         plugins._check_declarations()
         plugins._classes = in_order(classes, canonical)
         plugins._check_single()

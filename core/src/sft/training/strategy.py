@@ -60,7 +60,7 @@ class SingleProcess(WholeModel):
         return total
 
     def grad_norm(self, stepped: Mapping[str, Any]) -> float:
-        return math.sqrt(squares(stepped.values()))
+        return math.sqrt(squared_gradients(stepped.values()))
 
     def updated(self) -> None:
         pass
@@ -100,7 +100,7 @@ def batch_scores(model: Any, batch: Batch) -> tuple[float, int]:
 
 
 @paddle.no_grad()
-def squares(parameters: Iterable[Any]) -> float:
+def squared_gradients(parameters: Iterable[Any]) -> float:
     """The sum of the squares of all gradients of ``parameters``, in float32; those without one count as zero."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     parts = [row_sums(gradient.astype("float32").square().reshape([1, -1])) for gradient in gradients]

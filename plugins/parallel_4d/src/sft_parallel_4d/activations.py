@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sft import Outline
-from sft.models.architecture import Architecture, Block
+from sft import Architecture, Block, Outline
 from sft_parallel_4d.model_size import ROW, Division, Precision, of_block, total
 
 CHUNK = 64 << 20

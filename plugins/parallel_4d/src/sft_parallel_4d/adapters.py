@@ -10,7 +10,7 @@ import paddle
 from paddle.base.framework import EagerParamBase
 
 from sft import UsageError
-from sft.distributed.parts import Part, is_elsewhere, part_of
+from sft.parallel import Part, is_elsewhere, mark_part, mark_stage, part_of, stage_of
 from sft_parallel_4d import trial
 from sft_parallel_4d.tensor import adapters
 from sft_parallel_4d.topology import Axis
@@ -106,10 +106,11 @@ class Adapters:
         local = whole
         if part is not None:
             local = EagerParamBase.from_tensor(self._tensor.part(whole, part))
-            local.stop_gradient, local.sft_part = whole.stop_gradient, part
+            local.stop_gradient = whole.stop_gradient
+            mark_part(local, part)
         if self._pipe is not None:
-            local.sft_stage, local.sft_elsewhere = stage, stage != self._pipe.rank
-            if local.sft_elsewhere:
+            mark_stage(local, stage, here=stage == self._pipe.rank)
+            if is_elsewhere(local):
                 local._clear_data()
         return local
 
@@ -138,10 +139,11 @@ class Adapters:
 
 def _mark_stage(layer: Any) -> None:
     """A layer that wraps a Linear of another stage is elsewhere, too."""
-    inner = next((part for part in layer.sublayers() if hasattr(part, "sft_stage")), None)
-    if inner is not None:
-        layer.sft_stage = inner.sft_stage
-        layer.sft_elsewhere = is_elsewhere(inner)
+    for inner in layer.sublayers():
+        stage = stage_of(inner)
+        if stage is not None:
+            mark_stage(layer, stage, here=not is_elsewhere(inner))
+            return
 
 
 def _tensors(layer: Any) -> list[tuple[str, Any]]:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sft import UsageError
-from sft.models.config import read_config
-from sft.models.families.known import family_of
-from sft.models.outline import Outline, of_architecture
-from sft.models.source import find_config
+from sft import Outline, UsageError, model_outline
 from sft_parallel_4d.plans import Plan, possible, refusal, stages_beside
 
 if TYPE_CHECKING:
@@ -48,9 +44,7 @@ def plan_for(run: Run, options: ParallelOptions, world: int) -> Plan:
     """The plan for ``world`` processes that checked settings ask for; reads or fetches the model's ``config.json``."""
     stage, offload = stage_and_offload(options.sharding)
     tensor, pipeline = degrees(options)
-    folder = find_config(str(run.settings.model.model_name_or_path))
-    values = read_config(folder)
-    outline = of_architecture(family_of(values, folder).architecture(values, folder))
+    outline = model_outline(run)
 
     def refuse(why: str) -> UsageError:
         return UsageError(f"{why}; {_instead(outline, world, stage)}")

@@ -16,7 +16,7 @@ from sft_parallel_4d.plans import Wanted, legal_plans
 from sft_parallel_4d.ranking import Answer, Device, ranked
 
 if TYPE_CHECKING:
-    from sft.settings.arguments import Settings
+    from sft import Settings
 
 NAME = "parallel-4d"
 DEGREE = click.IntRange(min=1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from paddle.autograd import PyLayer
 
-from sft.distributed.meeting import Meeting, Vocabulary
+from sft.parallel import Meeting, Vocabulary
 from sft_parallel_4d.topology import Axis
 
 SEQUENCE = 1

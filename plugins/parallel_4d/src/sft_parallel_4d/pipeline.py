@@ -14,6 +14,7 @@ from typing import Any
 import paddle
 
 from sft import Batch
+from sft.parallel import mark_stage, stage_of
 from sft_parallel_4d.model_size import cut
 from sft_parallel_4d.topology import Axis
 
@@ -27,6 +28,7 @@ class Pipeline:
         self._stages = [stage for stage in range(axis.size) for _ in range(bounds[stage], bounds[stage + 1])]
         self.first, self.last = axis.rank == 0, axis.rank == axis.size - 1
         self.tied = False
+        self._tied_weight: Any = None
 
     # --- what is here ---
 
@@ -38,24 +40,19 @@ class Pipeline:
         places += [(backbone.embed_tokens, 0), (backbone.norm, self._axis.size - 1)]
         places += [(model.lm_head, self._axis.size - 1)]
         for layer, stage in places:
-            for part in layer.sublayers(include_self=True):
-                part.sft_stage = stage
-                if stage != self._axis.rank:
-                    part.sft_elsewhere = True
-            for parameter in layer.parameters():
-                parameter.sft_elsewhere = stage != self._axis.rank
-                parameter.sft_stage = stage
+            for marked in (*layer.sublayers(include_self=True), *layer.parameters()):
+                mark_stage(marked, stage, here=stage == self._axis.rank)
         if self.tied:  # the last loop took it for lm_head's: it is in the first stage, and in the last
-            weight = backbone.embed_tokens.weight
-            weight.sft_elsewhere, weight.sft_stage, weight.sft_tied = not (self.first or self.last), 0, True
+            mark_stage(backbone.embed_tokens.weight, 0, here=self.first or self.last)
+            self._tied_weight = backbone.embed_tokens.weight
 
     def is_tied(self, parameter: Any) -> bool:
         """Whether the first and the last stage have this parameter, as embedding and as lm_head."""
-        return bool(getattr(parameter, "sft_tied", False))
+        return parameter is self._tied_weight
 
     def stage_of(self, marked: Any) -> int:
         """The stage that holds a parameter (the first one, of a tied matrix) or a Linear."""
-        return int(getattr(marked, "sft_stage", 0))
+        return stage_of(marked) or 0
 
     def blocks(self, model: Any) -> Iterator[tuple[Any, int]]:
         """The blocks of the whole model and their stages, while all are there."""

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sft
-from sft.models.source import is_hub_name
-from sft.plugins.discovery import installed
 from sft_parallel_4d.environment import FOLDER, is_launched, processes, rank
 from sft_parallel_4d.options import ParallelOptions
 
@@ -55,7 +53,7 @@ class Parallel4d(sft.Plugin):
             )
         check_settings(run, self.options, world)
         self.plan = None
-        if not is_hub_name(str(run.settings.model.model_name_or_path)):
+        if not sft.is_hub_name(str(run.settings.model.model_name_or_path)):
             self.plan = plan_for(run, self.options, world)
         if rank() > 0:
             run.say = lambda text: None
@@ -68,10 +66,10 @@ class Parallel4d(sft.Plugin):
             self.plan = plan_for(run, self.options, processes(self.options))
         if self.options.nproc == 1 or is_launched():
             return None
-        here = [name for name in run.plugins.names if name not in installed()]
+        here = ", ".join(run.plugins.direct)
         if here:
             raise sft.UsageError(
-                f"Plugin {', '.join(here)} was given as a class, which processes that nproc starts cannot find; let a "
+                f"Plugin {here} was given as a class, which processes that nproc starts cannot find; let a "
                 "distribution provide it, or start the program with python -m paddle.distributed.launch."
             )
         from sft_parallel_4d.launch import launch
@@ -82,7 +80,7 @@ class Parallel4d(sft.Plugin):
 
     @sft.hookimpl
     def sft_parallel_strategy(self, run: Run) -> ParallelStrategy:
-        from sft.training.report import close_report
+        from sft.parallel import close_report
         from sft_parallel_4d.launch import report
         from sft_parallel_4d.strategy import Parallel
         from sft_parallel_4d.topology import connect

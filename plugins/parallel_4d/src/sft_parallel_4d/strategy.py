@@ -11,15 +11,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import paddle
 
-from sft import Batch, ParameterGroup
-from sft.distributed.parts import Part, is_elsewhere, part_of, whole_shape
-from sft.distributed.pieces import Piece
-from sft.distributed.whole import set_value
-from sft.models.decoder import SparseMLP
-from sft.models.forward import hidden_states
-from sft.models.layers import linear_features, linear_weight
-from sft.training.loss import target_loss, target_scores
-from sft.training.strategy import squares
+from sft import Batch, ParameterGroup, linear_weight
+from sft.parallel import (
+    Part,
+    Piece,
+    SparseMLP,
+    hidden_states,
+    is_elsewhere,
+    linear_features,
+    part_of,
+    set_value,
+    squared_gradients,
+    target_loss,
+    target_scores,
+    whole_shape,
+)
 from sft_parallel_4d.adapters import Adapters
 from sft_parallel_4d.phases import Phases, phase
 from sft_parallel_4d.pipeline import Pipeline
@@ -249,7 +255,7 @@ class Parallel:
     @phase("the gradient norm")
     def grad_norm(self, stepped: Mapping[str, Any]) -> float:
         pieces = self.pieces(stepped)
-        own = squares(tensor for name, tensor in stepped.items() if pieces[name].written)
+        own = squared_gradients(tensor for name, tensor in stepped.items() if pieces[name].written)
         return math.sqrt(float(self._at.world.sum(paddle.to_tensor([own], dtype="float64"))))
 
     @phase("spreading new values")

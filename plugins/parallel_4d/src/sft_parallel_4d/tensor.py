@@ -17,8 +17,7 @@ from paddle.distributed.fleet.layers.mpu.random import get_rng_state_tracker
 from paddle.nn import functional as F
 
 from sft import Batch
-from sft.distributed.parts import Part, part_of
-from sft.models.decoder import SparseMLP
+from sft.parallel import Part, SparseMLP, mark_part, mark_sums, part_of
 from sft_parallel_4d.meeting import BlockMeeting, Columns
 from sft_parallel_4d.model_size import divided_side
 from sft_parallel_4d.topology import Axis
@@ -55,7 +54,7 @@ class TensorParallel:
     def _divide_linear(self, parent: Any, name: str, side: str) -> None:
         linear = getattr(parent, name)
         axis, fused = (0, ()) if side == "in" else (1, _fused(parent, name))
-        linear.sft_part = self._part(tuple(linear.weight.shape), axis, fused)
+        mark_part(linear, self._part(tuple(linear.weight.shape), axis, fused))
         if side == "in" and linear.bias is not None:
             setattr(parent, name, _Summand(linear, self._local(linear.weight, axis), self._axis.rank == 0))
             return
@@ -79,7 +78,7 @@ class TensorParallel:
         part = self._part(tuple(parameter.shape), axis, fused)
         with paddle.LazyGuard():
             local = paddle.create_parameter(list(part.local_shape), dtype=parameter.dtype)
-        local.sft_part = part
+        mark_part(local, part)
         local.stop_gradient = parameter.stop_gradient
         return local
 
@@ -92,7 +91,7 @@ class TensorParallel:
         for block in model.model.layers:
             block.meeting = self.meeting
             for layer, side in adapters(block):
-                layer.sft_sums = {side: self.meeting.total_of_parts}
+                mark_sums(layer, side, self.meeting.total_of_parts)
                 if side == "in":
                     self._draw_apart(layer)
 
@@ -171,7 +170,7 @@ class _Summand(paddle.nn.Linear):
     def __init__(self, whole: Any, weight: Any, adds: bool) -> None:
         paddle.nn.Layer.__init__(self)  # not that of Linear, which would make parameters
         self.weight, self.bias, self.name = weight, whole.bias, None
-        self.sft_part = whole.sft_part
+        mark_part(self, part_of(whole))
         self._share = float(adds)
 
     def forward(self, x: Any) -> Any:

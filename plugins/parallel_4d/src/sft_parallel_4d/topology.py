@@ -13,7 +13,7 @@ import paddle
 from paddle import distributed
 from paddle.distributed import fleet
 
-from sft.distributed.parts import Part
+from sft.parallel import Part
 from sft_parallel_4d.plans import Plan
 
 

@@ -15,13 +15,21 @@ import paddle
 from paddle.base.framework import EagerParamBase
 
 from sft import UsageError
-from sft.distributed.parts import Part, part_of
+from sft.parallel import Part, mark_part, mark_sums, part_of
 from sft_parallel_4d.topology import Axis
 
 TOLERANCE = 1e-3
 """Of the largest output, in float32: far above its noise, and far below what a forgotten sum changes."""
-_EVERY = frozenset(vars(paddle.nn.Layer()))
-"""What any layer has, also under names that count up."""
+
+
+def _marked_layer() -> Any:
+    layer = paddle.nn.Layer()
+    mark_part(layer, None)
+    return layer
+
+
+_EVERY = frozenset(vars(_marked_layer()))
+"""What any layer has that a strategy has divided: a name that counts up, and the marks."""
 
 
 class _UntriedError(Exception):
@@ -116,7 +124,7 @@ def _differs(layer: Any, side: str, axis: Axis, linears: _Linears) -> bool:
                 expected = _tried(lambda: layer(x), axis)
             setattr(layer, name, part)
             _put(layer, held, own)
-            layer.sft_sums = {side: lambda values: axis.sum(values.clone())}
+            mark_sums(layer, side, lambda values: axis.sum(values.clone()))
             found = _tried(lambda: layer(own_x), axis)
         finally:
             setattr(layer, name, base)
@@ -199,7 +207,7 @@ def _linear(weight: Any, part: Part | None = None) -> Any:
     begins = paddle.ParamAttr(initializer=paddle.nn.initializer.Constant(0.0))
     linear = paddle.nn.Linear(*weight.shape, weight_attr=begins, bias_attr=False)
     linear.weight.set_value(weight)
-    linear.sft_part = part
+    mark_part(linear, part)
     return linear
 
 

@@ -1,0 +1,50 @@
+"""What a parallel strategy (:class:`sft.ParallelStrategy`) is written with: marks on what it divides, the places where
+processes meet while a model computes, and the pieces of training that it puts in an order of its own.
+
+docs/strategies.md shows how they go together. Importing this module imports paddle.
+"""
+
+from __future__ import annotations
+
+from sft.distributed.meeting import Meeting, Vocabulary
+from sft.distributed.parts import (
+    Part,
+    is_elsewhere,
+    mark_part,
+    mark_stage,
+    mark_sums,
+    part_of,
+    stage_of,
+    whole_shape,
+)
+from sft.distributed.pieces import Piece
+from sft.distributed.whole import set_value
+from sft.models.decoder import SparseMLP
+from sft.models.forward import hidden_states
+from sft.models.layers import linear_features
+from sft.training.loss import target_loss, target_scores
+from sft.training.report import close_report
+from sft.training.strategy import SingleProcess, squared_gradients
+
+__all__ = [
+    "Meeting",
+    "Part",
+    "Piece",
+    "SingleProcess",
+    "SparseMLP",
+    "Vocabulary",
+    "close_report",
+    "hidden_states",
+    "is_elsewhere",
+    "linear_features",
+    "mark_part",
+    "mark_stage",
+    "mark_sums",
+    "part_of",
+    "set_value",
+    "squared_gradients",
+    "stage_of",
+    "target_loss",
+    "target_scores",
+    "whole_shape",
+]

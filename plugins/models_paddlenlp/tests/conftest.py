@@ -73,7 +73,7 @@ def checkpoints(paddle: Any, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 def _weights(folder: Path, case: str) -> dict[str, np.ndarray]:
     from sft.models.families.values import Values
-    from sft_models_paddlenlp.readers import FAMILIES
+    from sft_models_paddlenlp.families import FAMILIES
 
     family = FAMILIES[CONFIGS[case]["model_type"]]
     model = family.build(family.read(Values(CONFIGS[case], folder)))  # type: ignore[misc]

@@ -18,7 +18,7 @@ class PaddleNLPModels(sft.Plugin):
     @sft.hookimpl
     def sft_model_family(self, config: dict[str, Any]) -> sft.Family | None:
         """The family of a ``config.json``, where it is one of these."""
-        from sft_models_paddlenlp.readers import FAMILIES
+        from sft_models_paddlenlp.families import FAMILIES
 
         kind = config.get("model_type")
         return FAMILIES.get(kind) if isinstance(kind, str) else None

@@ -3,7 +3,7 @@ otherwise than the checkpoint's own code is refused. Nothing here imports paddle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,27 +157,3 @@ def _shape(
         block_names=block_names,
         settings={**settings, "vocab_size": size, "hidden_size": hidden, "num_hidden_layers": layers},
     )
-
-
-def _build(name: str) -> Callable[[Any], Any]:
-    """Makes the model of class ``name``; the module of it, which imports paddlenlp, is imported when it is called."""
-
-    def build(shape: PaddleNLPShape) -> Any:
-        from sft_models_paddlenlp import models
-
-        return getattr(models, name)(shape)
-
-    return build
-
-
-FAMILIES = {
-    "qwen": sft.Family("qwen", "QWenLMHeadModel", qwen, build=_build("Qwen"), upright=("wte.weight",)),
-    "chatglm": sft.Family(
-        "chatglm",
-        "ChatGLMForConditionalGeneration",
-        chatglm,
-        build=_build("ChatGLM"),
-        upright=("word_embeddings.weight",),
-    ),
-    "deepseek_v2": sft.Family("deepseek_v2", "DeepseekV2ForCausalLM", deepseek_v2, build=_build("DeepseekV2")),
-}

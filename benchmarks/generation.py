@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,10 +39,10 @@ def sft_side(folder: str) -> Answer:
     import paddle
 
     from sft.models.generation import _decode
-    from sft.models.loading import find_usable_model, load_model, open_model
+    from sft.models.loading import load_model, open_model
     from sft.settings.arguments import GenerationArguments
 
-    model = load_model(open_model(find_usable_model(folder)[0]))
+    model = load_model(open_model(Path(folder)))
     endless: Any = SimpleNamespace(pad_id=0, stop_ids=frozenset())
 
     def answer(prompts: list[list[int]], tokens: int) -> list[list[int]]:

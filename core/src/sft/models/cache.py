@@ -13,7 +13,7 @@ from sft.models.architecture import ModelShape
 from sft.models.turning import rotate, tables
 
 QUERIES = 512
-"""So many rows of a prompt's scores are computed at a time."""
+"""So many tokens of a prompt have their scores computed at a time."""
 
 
 class CachedReading:
@@ -48,30 +48,49 @@ class CachedReading:
         for window in {block.window for block in self._architecture.blocks}:
             seen = visible if window is None else visible & (keys[None, None] > places[:, None] - window)
             mask = np.where(seen, np.float32(0), np.float32(-1e30))
-            self._masks[window] = None if seen.all() else paddle.to_tensor(mask[:, None, None])  # [B, 1, 1, new, all]
+            self._masks[window] = None if seen.all() else paddle.to_tensor(mask[:, None])  # [B, 1, new, all]
+
+    @property
+    def is_outgrown(self) -> bool:
+        """Whether one more token makes a document so long that its rotary embedding is another one (longrope): then
+        the keys that are kept stand for nothing, and all tokens have to be read again."""
+        limits = {rotary.limit for rotary in self._architecture.rotaries if rotary.kind == "longrope"}
+        return any((self._seen - self._padding == limit).any() for limit in limits)
 
     def turn(self, x: Any, rotary: int) -> Any:
         return rotate(x, self._architecture.rotaries[rotary], *self._tables[rotary])
 
     def attend(self, layer: int, query: Any, key: Any, value: Any) -> Any:
-        rows, count, heads, size = query.shape
-        groups = key.shape[2]
-        key, value = key.transpose([0, 2, 1, 3]), value.transpose([0, 2, 1, 3])
+        count, size = query.shape[1], query.shape[3]
+        query, key, value = by_head(query / math.sqrt(size)), by_head(key), by_head(value)
         kept = self._kept[layer]
         if kept is not None:
             key, value = paddle.concat([kept[0], key], axis=2), paddle.concat([kept[1], value], axis=2)
         self._kept[layer] = (key, value)
         mask = self._masks[self._architecture.blocks[layer].window]
-        cap = self._architecture.attention_cap
-        query = query.transpose([0, 2, 1, 3]).reshape([rows, groups, heads // groups, count, size]) / math.sqrt(size)
-        key, value = key.unsqueeze(2), value.unsqueeze(2)
-        found = []
+        if count <= QUERIES:
+            return by_head(self._attended(query, key, value, mask))
+        parts = []
         for start in range(0, count, QUERIES):
-            scores = paddle.matmul(query[:, :, :, start : start + QUERIES], key, transpose_y=True).astype("float32")
-            if cap is not None:
-                scores = paddle.tanh(scores / cap) * cap
-            if mask is not None:
-                scores = scores + mask[:, :, :, start : start + QUERIES]
-            found.append(paddle.matmul(F.softmax(scores, axis=-1).astype(value.dtype), value))
-        out = found[0] if len(found) == 1 else paddle.concat(found, axis=3)
-        return out.reshape([rows, heads, count, size]).transpose([0, 2, 1, 3])
+            rows = slice(start, start + QUERIES)
+            parts.append(self._attended(query[:, :, rows], key, value, None if mask is None else mask[:, :, rows]))
+        return by_head(paddle.concat(parts, axis=2))
+
+    def _attended(self, query: Any, key: Any, value: Any, mask: Any | None) -> Any:
+        """Scaled queries [B, H, new, D], keys and values [B, K, all, D] → [B, H, new, D]."""
+        rows, heads, count, size = query.shape
+        groups, seen, cap = key.shape[1], key.shape[2], self._architecture.attention_cap
+        # Heads that share a key are rows of one matrix.
+        scores = paddle.matmul(query.reshape([rows, groups, -1, size]), key, transpose_y=True).astype("float32")
+        if cap is not None:
+            scores = paddle.tanh(scores / cap) * cap
+        if mask is not None:
+            scores = (scores.reshape([rows, heads, count, seen]) + mask).reshape([rows, groups, -1, seen])
+        weights = F.softmax(scores, axis=-1).astype(value.dtype)
+        return paddle.matmul(weights, value).reshape([rows, heads, count, size])
+
+
+def by_head(x: Any) -> Any:
+    """[B, S, heads, D] ↔ [B, heads, S, D]."""
+    rows, first, second, size = x.shape
+    return x.reshape([rows, second, first, size]) if 1 in (first, second) else x.transpose([0, 2, 1, 3])

@@ -135,8 +135,11 @@ def _decode(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = prompt
     going = set(range(len(prompts)))
-    reading = CachedReading(model.architecture, np.asarray([width - len(prompt) for prompt in prompts]))
+    padding = np.asarray([width - len(prompt) for prompt in prompts])
+    reading, everything = CachedReading(model.architecture, padding), ids
     for _ in range(generation.max_new_tokens):
+        if reading.is_outgrown:
+            reading, ids = CachedReading(model.architecture, padding), everything
         reading.expect(ids.shape[1])
         hidden = model.hidden_states(model.embed(paddle.to_tensor(ids)), reading)
         logits = model.lm_head(hidden[:, -1:])[:, 0].astype("float32")
@@ -152,6 +155,7 @@ def _decode(
         if not going:
             return
         ids = chosen.astype(np.int64)[:, None]
+        everything = np.concatenate([everything, ids], axis=1)
 
 
 @contextlib.contextmanager

@@ -20,15 +20,11 @@ class _RMSNorm(paddle.autograd.PyLayer):
     def forward(
         ctx: Any, x: Any, weight: Any, epsilon: float, offset: float, size: int, total: Callable[[Any], Any]
     ) -> Any:
-        wide = x.astype("float32")
-        inverse = paddle.rsqrt(total(row_sums(wide * wide)) / size + epsilon)
-        normal = wide * inverse
+        normal, inverse = _normal(x, epsilon, size, total)
         ctx.save_for_backward(normal, weight, inverse)
         ctx.wants = (not x.stop_gradient, not weight.stop_gradient)
         ctx.dtype, ctx.offset, ctx.size, ctx.total = x.dtype, offset, size, total
-        if offset:  # 1 + w would lose w's last bits in 16 bit
-            return (normal * (weight.astype("float32") + offset)).astype(weight.dtype)
-        return normal.astype(weight.dtype) * weight
+        return _weighted(normal, weight, offset)
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
@@ -56,4 +52,20 @@ def rms_norm(
 
     Where processes share that dimension, which then has ``size`` values in all, ``total`` sums a tensor over them.
     """
-    return _RMSNorm.apply(x, weight, epsilon, offset, size or x.shape[-1], total or (lambda sums: sums))
+    size, total = size or x.shape[-1], total or (lambda sums: sums)
+    if paddle.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, epsilon, offset, size, total)
+    return _weighted(_normal(x, epsilon, size, total)[0], weight, offset)
+
+
+def _normal(x: Any, epsilon: float, size: int, total: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """x / √(mean(x²) + ε) and 1 / √(mean(x²) + ε), float32."""
+    wide = x if x.dtype == paddle.float32 else x.astype("float32")
+    inverse = paddle.rsqrt(total(row_sums(wide * wide)) / size + epsilon)
+    return wide * inverse, inverse
+
+
+def _weighted(normal: Any, weight: Any, offset: float) -> Any:
+    if offset:  # 1 + w would lose w's last bits in 16 bit
+        return (normal * (weight.astype("float32") + offset)).astype(weight.dtype)
+    return (normal if weight.dtype == normal.dtype else normal.astype(weight.dtype)) * weight

@@ -15,6 +15,8 @@ import paddle
 
 BLOCK = 16
 """Values that are added in float32: 15 roundings of 6e-8 stay below 1e-6."""
+FEW = 16384
+"""So few values are all added in float64: while answers are computed, calls cost more than sums."""
 
 
 def row_sums(values: Any) -> Any:
@@ -22,6 +24,8 @@ def row_sums(values: Any) -> Any:
     length = values.shape[-1]
     if length <= BLOCK or not values.place.is_cpu_place():
         return values.sum(axis=-1, keepdim=True)
+    if values.size <= FEW:
+        return values.astype("float64").sum(axis=-1, keepdim=True).astype("float32")
     size = _block(length)
     if size is None:
         whole = length // BLOCK * BLOCK

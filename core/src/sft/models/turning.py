@@ -12,7 +12,9 @@ from sft.models.rotary import Rotary
 
 def tables(rotary: Rotary, positions: np.ndarray, lengths: np.ndarray) -> tuple[Any, Any]:
     """Cosines and sines, float32 [B, S, 1, size], of tokens at ``positions`` int64 [B, S] of documents that are
-    ``lengths`` int64 [B, S] tokens long. Angles are float32, as those that the published models were trained with."""
+    ``lengths`` int64 [B, S] tokens long. Of two dimensions that turn together, x becomes x·cos - y·sin and y becomes
+    y·cos + x·sin, so the first has a negative sine. Angles are float32, as those that the published models were
+    trained with."""
     limit = rotary.limit
     places = positions[..., None].astype(np.float32)
     if limit is None or lengths.max(initial=0) <= limit:
@@ -23,9 +25,15 @@ def tables(rotary: Rotary, positions: np.ndarray, lengths: np.ndarray) -> tuple[
         scale = next(iter(own.values()))[1]
         each = np.stack([own[int(length)][0] for length in lengths.flat]).astype(np.float32)
         angles = places * each.reshape(*lengths.shape, -1)
-    angles = np.repeat(angles, 2, -1) if rotary.interleaved else np.concatenate([angles, angles], -1)
-    factor = np.float32(scale)
-    return paddle.to_tensor(np.cos(angles)[:, :, None] * factor), paddle.to_tensor(np.sin(angles)[:, :, None] * factor)
+    cosines, sines = np.cos(angles) * np.float32(scale), np.sin(angles) * np.float32(scale)
+    return tuple(paddle.to_tensor(_paired(*pair, rotary)[:, :, None]) for pair in ((cosines, cosines), (-sines, sines)))
+
+
+def _paired(first: np.ndarray, second: np.ndarray, rotary: Rotary) -> np.ndarray:
+    """[B, S, size / 2] of the first dimensions of pairs, and of the second ones → [B, S, size]."""
+    if rotary.interleaved:
+        return np.stack([first, second], -1).reshape(*first.shape[:-1], -1)
+    return np.concatenate([first, second], -1)
 
 
 def rotate(x: Any, rotary: Rotary, cosines: Any, sines: Any) -> Any:
@@ -60,10 +68,9 @@ class _Turn(paddle.autograd.PyLayer):
 
 def _turned(x: Any, interleaved: bool, cosines: Any, sines: Any) -> Any:
     if interleaved:
-        pairs = x.reshape([0, 0, 0, -1, 2])
-        partner = paddle.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
+        partner = paddle.roll(x.reshape([0, 0, 0, -1, 2]), 1, axis=-1).reshape(x.shape)
     else:
-        half = x.shape[-1] // 2
-        partner = paddle.concat([-x[..., half:], x[..., :half]], axis=-1)
+        partner = paddle.roll(x, x.shape[-1] // 2, axis=-1)
     # In float32 whatever x is: a 16-bit cosine is wrong in the third digit.
-    return (x * cosines + partner * sines).astype(x.dtype)
+    turned = x * cosines + partner * sines
+    return turned if turned.dtype == x.dtype else turned.astype(x.dtype)

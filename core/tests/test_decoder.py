@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,27 @@ def test_greedy_answers_are_those_of_transformers_alone_and_in_a_batch(paddle: A
     together = answer([one, other, other[:9]])
     np.testing.assert_array_equal(together[:2], found["generated"])
     np.testing.assert_array_equal(together[2:], answer([other[:9]]))
+
+
+def test_an_answer_that_outgrows_longropes_first_length_is_read_again(paddle: Any) -> None:
+    """Documents beyond 12 tokens have other frequencies, also for the tokens before."""
+    from sft.models.generation import _decode
+    from sft.settings.arguments import GenerationArguments
+
+    model = load("phi3-longrope")
+    limit = model.architecture.rotaries[0].limit
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 112, size) for size in (11, 10, 9, 8, 7, 6, 5, 11, 10, 9, 8, 7)]
+    endless: Any = SimpleNamespace(pad_id=0, stop_ids=frozenset())
+    settings = GenerationArguments(max_new_tokens=10, top_k=1)
+    with paddle.no_grad():
+        steps = list(_decode(model, endless, [prompt.tolist() for prompt in prompts], settings, seed=0))
+    for row, document in enumerate(prompts):
+        assert len(document) < limit < len(document) + len(steps)
+        for step in steps:
+            likeliest = logits_of(model, batch_of([document]))[0, len(document) - 1].argmax()
+            assert step[row] == likeliest
+            document = np.append(document, likeliest)
 
 
 @pytest.mark.parametrize("case", CASES)

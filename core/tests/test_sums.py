@@ -88,7 +88,7 @@ def test_the_norm_of_gradients(paddle: Any) -> None:
 
 def test_the_norms_of_wide_rows_and_the_gradients_of_many(paddle: Any) -> None:
     """RMSNorm of rows of 16,384 with one large value, and its weight's gradient over 4,001 rows."""
-    from sft.models.norms import _RMSNorm
+    from sft.models.norms import rms_norm
 
     def grown(rows: int, size: int, large: float) -> np.ndarray:
         x = np.full((rows, size), 1.7e-4, np.float32)
@@ -96,7 +96,7 @@ def test_the_norms_of_wide_rows_and_the_gradients_of_many(paddle: Any) -> None:
         return x
 
     wide = grown(2, 16_384, 1.0)
-    y = _RMSNorm.apply(paddle.to_tensor(wide), paddle.ones([16_384]), 0.0)
+    y = rms_norm(paddle.to_tensor(wide), paddle.ones([16_384]), 0.0)
     root = np.sqrt((wide.astype(np.float64) ** 2).mean(-1, keepdims=True))
     np.testing.assert_allclose(y.numpy(), wide / root, rtol=1e-6)
 
@@ -105,5 +105,5 @@ def test_the_norms_of_wide_rows_and_the_gradients_of_many(paddle: Any) -> None:
     dy[1] = 1.0
     weight = paddle.ones([size])
     weight.stop_gradient = False
-    _RMSNorm.apply(paddle.to_tensor(x, stop_gradient=False), weight, 0.0).backward(paddle.to_tensor(dy))
+    rms_norm(paddle.to_tensor(x, stop_gradient=False), weight, 0.0).backward(paddle.to_tensor(dy))
     np.testing.assert_allclose(weight.grad.numpy(), dy.astype(np.float64).sum(0), rtol=1e-6)

@@ -78,16 +78,20 @@ def model_of(config_of: Callable[..., Path]) -> Callable[..., Path]:
     """``config_of`` with random weights beside it."""
 
     def make(model_type: str = "llama", **changes: Any) -> Path:
-        folder = config_of(model_type, **changes)
-        outline, rng = sft.outline({"model_name_or_path": str(folder)}).outline, np.random.default_rng(0)
-        shapes = {"model.embed_tokens.weight": outline.embedding.shape, "model.norm.weight": outline.norm.shape}
-        for number, block in enumerate(outline.blocks):
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                shapes[f"model.layers.{number}.{norm}.weight"] = outline.norm.shape
-            shapes |= {f"{linear.name}.{one.name}": one.shape[::-1] for linear in block for one in linear.weights}
-        if outline.head is not None:
-            shapes["lm_head.weight"] = outline.head.shape[::-1]
-        tensors = {name: 0.1 * rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+        import paddle
+
+        from sft.models.decoder import CausalLM
+        from sft.models.loading import open_model
+        from sft.models.saving import is_transposed
+
+        folder, rng = config_of(model_type, **changes), np.random.default_rng(0)
+        source = open_model(folder)
+        with paddle.LazyGuard():
+            model = CausalLM(source.architecture)
+        tensors = {}
+        for name, parameter in model.named_parameters():
+            shape = parameter.shape[::-1] if is_transposed(name, parameter.ndim) else parameter.shape
+            tensors[source.family.to_file(name, "hf")] = 0.1 * rng.standard_normal(shape, dtype=np.float32)
         save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
         return folder
 

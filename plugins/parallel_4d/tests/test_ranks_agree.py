@@ -195,7 +195,7 @@ def test_a_value_that_is_not_finite_in_one_rank_ends_all(trainings: Trainings, p
     """The main rank, which writes, does not hold it, and knows its name. Nothing has been saved."""
     saving = {"save_strategy": "steps", "save_steps": 1, "do_eval": False, "evaluation_strategy": "no"}
     values = trainings.settings(PLANS[plan], **saving)
-    name = "llama.layers.3.mlp.up_proj.weight"
+    name = "model.layers.3.mlp.up_proj.weight"
     with pytest.raises(RankError):
         run_ranks(2, "jobs:train_and_ruin", values, 1, name, timeout=60)
     output = Path(values["output_dir"])

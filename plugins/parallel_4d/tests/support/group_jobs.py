@@ -235,14 +235,14 @@ def peaked_loss(columns: int) -> list[float]:
     import paddle
 
     from sft.training.loss import target_loss, target_scores
-    from sft_parallel_4d.tensor import _Columns
+    from sft_parallel_4d.meeting import Columns
     from sft_parallel_4d.topology import Axis
 
     dist, fleet_groups = start(mp_degree=2)
     rank, part = dist.get_rank(), columns // 2
     weight = np.zeros((1, columns), np.float32)
     weight[0, columns // 3] = 17.375
-    vocabulary = _Columns(Axis(rank, fleet_groups.get_model_parallel_group()), rank * part)
+    vocabulary = Columns(Axis(rank, fleet_groups.get_model_parallel_group()), rank * part)
     own = paddle.to_tensor(weight[:, rank * part :][:, :part].copy())
     lm_head = SimpleNamespace(weight=own, transpose_y=False, vocabulary=vocabulary)
     hidden, labels = paddle.to_tensor([[[1.0], [1.0], [0.5]]]), np.array([[columns // 3, 5, columns - 1]])

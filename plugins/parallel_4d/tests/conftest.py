@@ -29,8 +29,8 @@ def config_of(tmp_path: Path) -> Callable[..., Path]:
         values = {
             **{"model_type": model_type, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4},
             **{"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 512, "sliding_window": None},
-            **{"max_position_embeddings": 512, "tie_word_embeddings": model_type == "gemma"},
-            **({"head_dim": 16} if model_type == "gemma" else {}),
+            **{"max_position_embeddings": 512, "tie_word_embeddings": model_type.startswith("gemma")},
+            **({"head_dim": 16} if model_type.startswith("gemma") else {}),
             **changes,
         }
         (tmp_path / "config.json").write_text(json.dumps(values))

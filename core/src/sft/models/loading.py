@@ -229,7 +229,7 @@ def _quantize(
         return
     part = part_of(target.layer)
     if part is not None:  # of the whole layer's codes: the same on however many processes
-        if not hasattr(layer, "part"):
+        if part.fused or not hasattr(layer, "part"):
             raise UsageError(
                 f"{type(layer).__name__}, which stands for {target.name}, cannot be divided among processes; leave the "
                 "quantizer out, or give each process whole layers."

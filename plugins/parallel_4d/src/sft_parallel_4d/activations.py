@@ -39,12 +39,9 @@ def block_kept(outline: Outline, number: int, shape: Shape, precision: Precision
     """Of block ``number``, without recomputation."""
     model, tensor = outline.architecture, shape.tensor
     hidden, query, key = model.hidden, model.heads * model.head_size, model.kv_heads * model.head_size
-    # RMSNorms keep x / rms and 1 / rms in float32; those of queries and keys one of each head, or of all together.
-    wide: float = outline.norms * (hidden + 1) / shape.spread
-    if model.head_norm == "head":
-        wide += (query + key + model.heads + model.kv_heads) / tensor
-    elif model.head_norm == "all":
-        wide += (query + key) / tensor + 2
+    # RMSNorms keep x / rms and 1 / rms in float32.
+    behind = outline.norms - (model.norms.before_attention is not None)
+    wide = _attention_norms_kept(outline, shape) + behind * (hidden + 1) / shape.spread
     # Linears keep their inputs, all of the sequence; q, k and v share one, gate and up the other. Rotation keeps none.
     narrow: float = 2 * hidden
     if outline.attention_in_blocks:
@@ -64,6 +61,19 @@ def block_kept(outline: Outline, number: int, shape: Shape, precision: Precision
     if precision.casts:
         kept += precision.products / 8 * total(of_block(outline, number), Division(tensor), precision).values
     return round(kept)
+
+
+def _attention_norms_kept(outline: Outline, shape: Shape) -> float:
+    """Of a token, in float32: by the norm before attention, and those of queries and keys: of each head, or of all
+    heads together."""
+    model, tensor = outline.architecture, shape.tensor
+    query, key = model.heads * model.head_size, model.kv_heads * model.head_size
+    kept = (model.hidden + 1) / shape.spread if model.norms.before_attention is not None else 0.0
+    if model.head_norm == "head":
+        kept += (query + key + model.heads + model.kv_heads) / tensor
+    elif model.head_norm == "all":
+        kept += (query + key) / tensor + 2
+    return kept
 
 
 def _factors(model: Architecture) -> int:
@@ -103,16 +113,30 @@ def boundary(outline: Outline, shape: Shape, precision: Precision) -> int:
     return shape.tokens * outline.hidden // shape.spread * precision.weights // 8
 
 
+def attending(outline: Outline, shape: Shape, precision: Precision) -> int:
+    """What a block holds while its attention goes forward, which is more than what is left of it when it is done:
+    scores in two or three stages, and queries, keys and values as they are and as they are multiplied."""
+    model, tensor = outline.architecture, shape.tensor
+    if outline.attention_in_blocks:
+        return 0
+    wide = _attention_norms_kept(outline, shape)
+    stages = 2 if all(block.window is not None for block in model.blocks) else 3  # masked, or causal
+    query = model.heads * model.head_size
+    narrow = model.hidden + (7 * query + stages * model.heads * shape.length) / tensor
+    return round(shape.tokens * (4 * wide + precision.products / 8 * narrow))
+
+
 def backward_extra(outline: Outline, shape: Shape, precision: Precision) -> int:
     """What a block's backward holds beyond what forward kept: gradients of the widest intermediate results."""
     model, tensor = outline.architecture, shape.tensor
     query, in_mlp = model.heads * model.head_size, {_mlp_kept(model, block, tensor) for block in model.blocks}
     mlp = 3 * model.hidden + max(in_mlp)
-    # When attention goes back, the MLP has freed what it kept, and so have the norms behind attention.
+    # When softmax goes back, the MLP has freed what it kept, so have the norms behind attention, and attention its
+    # output and its values; the gradients of its values and of the residual stream are there.
     behind = outline.norms - (model.norms.before_attention is not None)
-    freed = min(in_mlp) + model.hidden + behind * (model.hidden + 1) / shape.spread
+    freed = min(in_mlp) + model.hidden + behind * (model.hidden + 1) / shape.spread + 2 * query / tensor
     scores = 0 if outline.attention_in_blocks else 2 * model.heads * shape.length / tensor
-    attention = scores + 2 * query / tensor + model.hidden - freed
+    attention = scores + query / tensor + model.hidden - freed
     return round(shape.tokens * precision.products / 8 * max(mlp, attention))
 
 

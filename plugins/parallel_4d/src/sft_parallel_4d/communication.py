@@ -50,13 +50,13 @@ def rank(calculator: Calculator, plan: Plan, number: int, stage: Stage) -> Volum
 def _pieces(plan: Plan, stage: Stage, tied: bool) -> int:
     """Bytes of pieces that come or go: gradients to their owners, stepped weights back; in stage 3 matrices wherever
     they are used instead."""
-    size, micro = stage.size, plan.accumulation
+    size, micro, late = stage.size, plan.accumulation, stage.late.pieces
     if plan.stage < 3:
-        return size.pieces * (0, 2, 1 + micro)[plan.stage]
+        return size.pieces * (0, 2, 1 + micro)[plan.stage] - (micro - 1) * (late if plan.stage == 2 else 0)
     embedding, head = stage.embedding.matrix_pieces, stage.head.matrix_pieces
     blocks = size.matrix_pieces - embedding - (0 if tied else head)
     # Blocks are gathered forward and backward, the embedding and lm_head once.
-    return micro * (2 * blocks + embedding + head + size.pieces) + size.vector_pieces
+    return micro * (2 * blocks + embedding + head + size.pieces - late) + late + size.vector_pieces
 
 
 def _tensor(calculator: Calculator, plan: Plan, stage: Stage) -> float:

@@ -90,10 +90,17 @@ class Calculator:
         whole_block, whole_head = (stage.largest_block.matrices, stage.head.matrices) if plan.stage == 3 else (0, 0)
         # One forward, one backward: a stage works ahead as far as there are stages behind it.
         flying = min(plan.pipeline - number, plan.accumulation)
-        kept, again = self._kept(stage.blocks, shape, plan.recompute)
+        kept, block = self._kept(stage.blocks, shape, plan.recompute)
         reading = activations.reading_kept(outline, shape)
         kept += activations.at_borders(outline, shape, precision, plan.recompute, stage.first, stage.last)
         extra = activations.backward_extra(outline, shape, precision)
+        attending = activations.attending(outline, shape, precision)
+        upstream = activations.boundary(outline, shape, precision)
+        beyond = extra
+        if plan.recompute:  # a block goes forward when the gradient of its output is there
+            beyond = max(block + extra, attending + upstream)
+        if not stage.last:  # that gradient has been received, and paddle's backward begins with a copy
+            beyond += upstream
         last = activations.last_kept(outline, shape, precision) if stage.last else 0
         loss = activations.logits(outline, shape, precision) if stage.last else 0
         norm = activations.norm_kept(outline, shape) if stage.last else 0
@@ -101,12 +108,14 @@ class Calculator:
         # Gradients of earlier micro-batches are there if there are any while all that may be in flight is.
         before = held.gradients if plan.accumulation > flying and (on_device or plan.stage < 2) else 0
         after = (held.gradients if on_device or plan.stage < 2 else 0) + held.passing
-        one_block = (kept // len(stage.blocks) if not plan.recompute else again) + whole_block
+        one_block = (kept // len(stage.blocks) if not plan.recompute else 0) + beyond + whole_block
         moments = {
             "loss": before + (kept + reading) * flying + norm + loss + whole_head,
-            "last block backward": before + (kept + reading) * flying + last + again + extra + whole_block,
-            "first block backward": after + kept * (flying - 1) + reading * flying + one_block + extra,
+            "last block backward": before + (kept + reading) * flying + last + beyond + whole_block,
+            "first block backward": after + kept * (flying - 1) + reading * flying + one_block,
         }
+        if not plan.recompute:
+            moments["last block forward"] = before + (kept + reading) * flying - block + attending + whole_block
         stepping = 4 * size.stepped * (1 if precision.weights == 32 else 2) + size.masters
         stepped = size.gradients if not plan.stage else size.pieces
         if plan.stage == 1:
@@ -120,15 +129,15 @@ class Calculator:
             held.parameters + (held.pieces if on_device else 0) + max(whole_block, whole_head),
             max(after, size.gradients if plan.stage == 1 else 0),
             held.optimizer if on_device else 0,
-            (kept + reading) * flying + last + again + extra,
+            (kept + reading) * flying + last + beyond,
             loss,
             held.parameters + (aside if on_device else 0) + max(moments.values()),
             0 if on_device else aside + stepped + stepping,
         )
 
     def _kept_of_blocks(self, blocks: range, shape: Shape, recompute: bool) -> tuple[int, int]:
-        """What ``blocks`` keep of a micro-batch, and what the one that is recomputed holds beside it."""
+        """What ``blocks`` keep of a micro-batch, and what the largest of them keeps without recomputation."""
         full = [activations.block_kept(self.outline, number, shape, self.precision) for number in blocks]
         if not recompute:
-            return sum(full), 0
+            return sum(full), max(full)
         return activations.boundary(self.outline, shape, self.precision) * len(full), max(full)

@@ -32,6 +32,10 @@ FINGERPRINT = "sft.base"
 """Where adapter_model.safetensors keeps the fingerprint of the weights that it was trained over."""
 QUANTIZER = "sft.quantizer"
 """Where it keeps the plugin that quantized them, with its options: they travel with the file."""
+PREFIX = "base_model.model."
+"""What PEFT puts before the name of a layer."""
+RENAMED = "sft.renamed"
+"""Where it keeps what layers are called in its files and here, as pairs of parts of names, where that differs."""
 CONFIG = "sft.config"
 """Where it keeps the plugins that read the base's family or changed its config, with their options."""
 
@@ -74,10 +78,30 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         tensors = load_file(str(path))
     except Exception as error:
         raise UsageError(f"{path} is not a readable safetensors file ({error}); copy it again.") from error
-    for family in FAMILIES.values():  # an adapter does not say of which family it is, and no other has these names
-        if family.renamed:
-            config, tensors = _renamed(config, tensors, partial(family.from_file, layout="hf"))
+    for pairs in _pairs(folder):
+        config, tensors = _renamed(config, tensors, partial(_replaced, pairs))
     return config, tensors
+
+
+def _pairs(folder: Path) -> list[Any]:
+    """How names of layers in an adapter's files are called here: as the run that wrote it says, whose model may be of a
+    plugin's family; another adapter does not say of which family it is, and no other family has the names of these."""
+    said = _metadata(folder).get(RENAMED)
+    if said is None:
+        return [family.renamed for family in FAMILIES.values() if family.renamed]
+    try:
+        return [[(str(theirs), str(ours)) for theirs, ours in json.loads(said)]]
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"{folder}: what adapter_model.safetensors says of its layers' names is damaged ({error}); copy the "
+            "adapter again."
+        ) from error
+
+
+def _replaced(pairs: Any, name: str) -> str:
+    for theirs, ours in pairs:
+        name = name.replace(theirs, ours)
+    return name
 
 
 def as_in_files(files: AdapterFiles, family: Family) -> AdapterFiles:
@@ -90,13 +114,16 @@ def as_in_files(files: AdapterFiles, family: Family) -> AdapterFiles:
 def _renamed(
     config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], rename: Callable[[str], str]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def beyond(name: str) -> str:
+        return PREFIX + rename(name[len(PREFIX) :]) if name.startswith(PREFIX) else rename(name)
+
     config = dict(config)
     if isinstance(config.get("target_modules"), list):
         config["target_modules"] = [rename(name) for name in config["target_modules"]]
     for key in ("rank_pattern", "alpha_pattern"):
         if isinstance(config.get(key), dict):
             config[key] = {rename(pattern): value for pattern, value in config[key].items()}
-    return config, {rename(name): tensor for name, tensor in tensors.items()}
+    return config, {beyond(name): tensor for name, tensor in tensors.items()}
 
 
 def _metadata(folder: Path) -> dict[str, str]:
@@ -119,6 +146,8 @@ def base_metadata(
     about = {FINGERPRINT: base_fingerprint}
     if source.changed_by:
         about[CONFIG] = json.dumps({name: _values(options, name) for name in source.changed_by})
+    if source.family.renamed:
+        about[RENAMED] = json.dumps(source.family.renamed)
     quantizer = plugins.provider("sft_quantizer")
     if quantizer is not None:
         about[QUANTIZER] = json.dumps({"plugin": [quantizer], **_values(options, quantizer)})

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tiny_configs import CONFIGS
 
+import sft
+from sft.files import write_json
 from sft.testing import check_family, forward, load
 
 CASES = ["qwen", "chatglm", "chatglm-plain", "deepseek-v2-lite", "deepseek-v2"]
@@ -33,3 +38,65 @@ def test_logits_are_those_of_paddlenlp(
 @pytest.mark.parametrize("case", CASES)
 def test_the_protocol_is_kept(checkpoints: Callable[[str], Path], case: str) -> None:
     check_family(checkpoints(case), PLUGIN)
+
+
+@pytest.mark.parametrize("case", ["qwen", "chatglm", "deepseek-v2"])
+def test_a_lora_run_packs_learns_answers_and_merges(
+    train: Callable[..., sft.Summary], checkpoints: Callable[[str], Path], tmp_path: Path, case: str
+) -> None:
+    """What was packed and recomputed is what rows of one record without recomputation give."""
+    pytest.importorskip("sft_peft_lora")
+    from safetensors.numpy import load_file
+
+    from sft.inference.merge import merge
+    from sft.testing import read_metrics
+
+    base = checkpoints(case)
+    settings = {"model_name_or_path": str(base), "plugin": [PLUGIN, "lora"], "per_device_train_batch_size": 12}
+    train("plain", **settings, eval_with_do_generation=True, do_eval=True, max_new_tokens=3)
+    train("packed", **settings, zero_padding=True, max_length=64, recompute=True)
+    losses = [
+        [line["loss"] for line in read_metrics(tmp_path / name) if "loss" in line] for name in ("plain", "packed")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0] - 0.1
+    assert "eval_bleu4" in read_metrics(tmp_path / "plain")[-1]
+    names = set(load_file(tmp_path / "plain" / "adapter_model.safetensors"))
+    stored = set(load_file(base / "model.safetensors"))
+    linears = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in names}
+    assert linears < {name.removesuffix(".weight") for name in stored}
+    ids = np.arange(3, 23)[None]
+    adapted = forward(load(base, tmp_path / "plain"), ids)  # the file names the plugin
+    assert np.abs(adapted - forward(load(base, plugins=[PLUGIN]), ids)).max() > 1e-3
+    merge(str(base), tmp_path / "plain", tmp_path / "merged", lambda text: None)
+    merged = forward(load(tmp_path / "merged", plugins=[PLUGIN]), ids)
+    np.testing.assert_allclose(merged, adapted, rtol=0, atol=1e-5 * np.abs(adapted).max())
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("qwen", {"rotary_pct": 0.25}, "rotary_pct as 1.0, all that PaddleNLP's class computes"),
+        ("qwen", {"tie_word_embeddings": True}, "tie_word_embeddings as false"),
+        ("chatglm", {"rope_ratio": 50.0}, "rope_ratio as 1, all that PaddleNLP's class computes"),
+        ("chatglm", {"position_encoding_2d": True}, "is a ChatGLM of the first generation"),
+        ("deepseek-v2", {"rope_scaling": None}, "rope_scaling as an object of type yarn"),
+        ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method as one of greedy, group_limited_greedy"),
+    ],
+)
+def test_what_its_class_would_compute_otherwise_is_refused(
+    tmp_path: Path, case: str, changes: dict[str, Any], message: str
+) -> None:
+    write_json(tmp_path / "config.json", {**CONFIGS[case], **changes})
+    with pytest.raises(sft.UsageError, match=message):
+        check_family(tmp_path, PLUGIN)
+
+
+def test_without_the_plugin_they_are_not_known(checkpoints: Callable[[str], Path]) -> None:
+    with pytest.raises(sft.UsageError, match=r"model_type 'qwen' is not a family that is known here.*--plugin NAME"):
+        load(checkpoints("qwen"))
+
+
+def test_asking_for_the_plugin_imports_no_paddlenlp() -> None:
+    line = "import sys, sft_models_paddlenlp.plugin; sys.exit('paddlenlp' in sys.modules or 'paddle' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", line], timeout=60).returncode == 0

@@ -146,7 +146,7 @@ def base_metadata(
     about = {FINGERPRINT: base_fingerprint}
     if source.changed_by:
         about[CONFIG] = json.dumps({name: _values(options, name) for name in source.changed_by})
-    if source.family.renamed:
+    if source.family.renamed or source.family.model_type not in FAMILIES:
         about[RENAMED] = json.dumps(source.family.renamed)
     quantizer = plugins.provider("sft_quantizer")
     if quantizer is not None:

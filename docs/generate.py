@@ -122,6 +122,7 @@ SEAMS = {
     "sft_collator": ("collator", "数据整理"),
     "sft_export_adapter": ("adapter", "适配器"),
     "sft_parallel_strategy": ("parallel strategy", "并行策略"),
+    "sft_model_family": ("model family", "模型族"),
 }
 
 

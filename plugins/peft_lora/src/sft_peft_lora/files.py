@@ -17,7 +17,7 @@ _KEY = re.compile(re.escape(PREFIX) + r"(?P<target>.+)\.lora_(?P<half>[AB])\.wei
 
 # What PEFT keeps of a target, of a Linear or of an embedding; a target outside the blocks keeps its base, too.
 _OF_A_TARGET = re.compile(re.escape(PREFIX) + r"(?P<target>.+?)\.(lora_\w+|base_layer)(\..+)?")
-_IN_A_BLOCK = re.compile(r"(.+\.)?layers\.\d+\..+")
+_IN_A_BLOCK = re.compile(r".+\.\d+\..+")  # blocks are numbered, whatever a family calls them
 
 # Settings of a PEFT LoRA config that change what the adapter computes, and the values that mean plain LoRA.
 _PLAIN = {

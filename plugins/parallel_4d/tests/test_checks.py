@@ -66,6 +66,7 @@ TENSOR, PIPELINE = "tensor_parallel_degree", "pipeline_parallel_degree"
         (2, {"model_type": "gemma", "num_key_value_heads": 1}, {TENSOR: 2}, r"does not divide key/value heads \(1\)"),
         (4, {"vocab_size": 510}, {TENSOR: 4}, r"does not divide the vocabulary \(510\)"),
         (4, {"intermediate_size": 162}, {TENSOR: 4}, r"does not divide the intermediate size \(162\)"),
+        (2, {"model_type": "qwen3_moe", "moe_intermediate_size": 33}, {TENSOR: 2}, r"size of experts \(33\)"),
         (8, {}, {PIPELINE: 8}, "8 pipeline stages are more than 4 layers"),
         (4, {}, {TENSOR: 2, PIPELINE: 3}, "degree 2 x pipeline parallel degree 3 does not divide 4 processes"),
         (2, {}, {TENSOR: 4}, "does not divide 2 processes"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import run_ranks
+from processes import RankError, run_ranks
 from trainings import PLANS, Trainings, assert_equal
 
 from sft.testing import needs
@@ -83,3 +83,11 @@ def test_families_learn_what_one_process_learns(
     many = folders(trainings, tokenizer, plan, cases, SETTINGS[what])
     for one, other in zip(alone(cases, what), many, strict=True):
         assert_equal(one, other)
+
+
+@needs("lora", "nf4")
+def test_a_quantizer_over_fused_matrices_is_refused(trainings: Trainings, tokenizer: Path) -> None:
+    settings = {**FIXED, "plugin": ["lora", "nf4"]}
+    with pytest.raises(RankError, match=r"self_attn\.qkv_proj holds several matrices in one, and a quantized layer"):
+        folders(trainings, tokenizer, "tp2", ("phi3",), settings)
+    folders(trainings, tokenizer, "pp2", ("phi3",), settings)

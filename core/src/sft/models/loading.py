@@ -229,7 +229,12 @@ def _quantize(
         return
     part = part_of(target.layer)
     if part is not None:  # of the whole layer's codes: the same on however many processes
-        if part.fused or not hasattr(layer, "part"):
+        if part.fused:
+            raise UsageError(
+                f"{target.name} holds several matrices in one, and a quantized layer cannot be divided by them; leave "
+                "the quantizer or tensor parallelism out."
+            )
+        if not hasattr(layer, "part"):
             raise UsageError(
                 f"{type(layer).__name__}, which stands for {target.name}, cannot be divided among processes; leave the "
                 "quantizer out, or give each process whole layers."

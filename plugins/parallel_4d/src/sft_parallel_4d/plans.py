@@ -95,6 +95,10 @@ def refusal(outline: Outline, tensor: int, pipeline: int) -> str | None:
         "the vocabulary": outline.vocabulary,
         "the intermediate size": outline.inner,
     }
+    for experts in {block.experts for block in outline.architecture.blocks if block.experts is not None}:
+        parts["the intermediate size of experts"] = experts.inner
+        if experts.shared_inner is not None:
+            parts["the intermediate size of shared experts"] = experts.shared_inner
     unsaid = outline.undivided()
     if unsaid is not None and tensor * pipeline > 1:
         return _unsaid(unsaid)

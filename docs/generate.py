@@ -141,9 +141,7 @@ def plugin_table(chinese: bool) -> str:
         other = (
             ("命令" if chinese else "command")
             if _implements(plugin, "sft_commands")
-            else "嵌入"
-            if chinese
-            else "embedding"
+            else ("嵌入" if chinese else "embedding")
         )
         seam = kinds[0] if kinds else refines if plugin.requires else other
         cells = (_names(plugin.requires), _names(excluded(name, plugins)), _names(plugin.supersedes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import operator
 import pydoc
 import re
 import textwrap
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import sft
-from sft import hookspecs
+from sft import hookspecs, parallel
 from sft.plugins.registry import Plugins
 
 HOOKS = {name: value for name, value in vars(hookspecs).items() if name.startswith("sft_")}
@@ -85,7 +86,10 @@ def test_the_whole_public_api_is_there() -> None:
         _ = sft.nothing
 
 
-CLASSES = [name for name in sft.__all__ if inspect.isclass(getattr(sft, name))]
+CLASSES = [
+    *(name for name in sft.__all__ if inspect.isclass(getattr(sft, name))),
+    *(f"parallel.{name}" for name in parallel.__all__ if inspect.isclass(getattr(parallel, name))),
+]
 
 
 def test_help_lists_every_public_name() -> None:
@@ -97,7 +101,7 @@ def test_help_lists_every_public_name() -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_help_names_every_attribute_and_hides_no_description(name: str) -> None:
     """A text below an attribute is for readers of the code alone; help() shows the docstring of the class."""
-    cls = getattr(sft, name)
+    cls = operator.attrgetter(name)(sft)
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
     inits = [node.body for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]

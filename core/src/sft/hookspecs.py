@@ -155,7 +155,7 @@ def sft_adapt_model(run: Run, model: Any) -> None:
     """The adapter seam: weights are in place; replace or wrap layers, and set what trains (``stop_gradient``).
 
     The layers to adapt come from :func:`sft.target_layers`, a layer's whole weight from ``run.strategy.linear_weight``.
-    A layer that is put in place says by its class's ``sides`` how processes divide its tensors (docs/plugins.md). When
+    A layer that is put in place is a :class:`sft.AdapterLayer`, whose ``sides`` say how processes divide it. When
     no active plugin implements this hook, all parameters train.
 
     From here on ``run`` has ``model``, and with it all its members.

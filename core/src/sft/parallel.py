@@ -19,7 +19,6 @@ from sft.distributed.parts import (
 )
 from sft.distributed.pieces import Piece
 from sft.distributed.whole import set_value
-from sft.models.decoder import SparseMLP
 from sft.models.forward import hidden_states
 from sft.models.layers import linear_features
 from sft.training.loss import target_loss, target_scores
@@ -31,7 +30,6 @@ __all__ = [
     "Part",
     "Piece",
     "SingleProcess",
-    "SparseMLP",
     "Vocabulary",
     "close_report",
     "hidden_states",

@@ -28,10 +28,13 @@ class Meeting:
 
 
 class Vocabulary:
-    """Which columns of the logits this process computes, at ``Head.vocabulary``: here all of them."""
+    """Which columns of the logits this process computes, at ``Head.vocabulary``: here all of them.
+
+    Attributes:
+        start: The token of the first column; None: all columns are here.
+    """
 
     start: int | None = None
-    """The token of the first column; None: all columns are here."""
 
     def maximum(self, values: Any) -> Any:
         """The element-wise maximum of ``values`` over all processes that have a part of the columns."""

@@ -24,13 +24,16 @@ METADATA = "sft.pieces"
 
 @dataclass(frozen=True)
 class Piece:
-    """Values ``start`` to ``stop`` of a ``part`` of a parameter, in memory order."""
+    """Values ``start`` to ``stop`` of a ``part`` of a parameter, in memory order.
+
+    Attributes:
+        written: Whether this process writes it; if not, another one that holds the same does.
+    """
 
     part: Part
     start: int
     stop: int
     written: bool = True
-    """Whether this process writes it; if not, another one that holds the same does."""
 
     @property
     def is_whole(self) -> bool:

@@ -148,7 +148,11 @@ GROUPS: dict[str, type] = {
 
 @dataclasses.dataclass
 class Settings:
-    """The resolved settings of a run: the four groups, and the active plugins' options by plugin name."""
+    """The resolved settings of a run: the four groups, and the active plugins' options by plugin name.
+
+    Attributes:
+        given: Names of the settings that were given; the others have their defaults.
+    """
 
     model: ModelArguments
     data: DataArguments
@@ -157,7 +161,6 @@ class Settings:
     plugin: tuple[str, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
-    """Names of the settings that were given; the others have their defaults."""
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its name, as a settings file would hold it."""

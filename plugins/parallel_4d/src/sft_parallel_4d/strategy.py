@@ -15,7 +15,6 @@ from sft import Batch, ParameterGroup, linear_weight
 from sft.parallel import (
     Part,
     Piece,
-    SparseMLP,
     hidden_states,
     is_elsewhere,
     linear_features,
@@ -130,7 +129,7 @@ class Parallel:
                     self._shards.unit(layer)
                 for layer in (backbone.embed_tokens, model.lm_head):
                     self._shards.unit(layer, again=False)
-            experts = [block.mlp.experts for block in backbone.layers if isinstance(block.mlp, SparseMLP)]
+            experts = [block.mlp.experts for block in backbone.layers if hasattr(block.mlp, "experts")]
             chosen_sometimes = {id(parameter) for layers in experts for parameter in layers.parameters()}
             self._shards.watch(self._trained.values(), chosen_sometimes)
 

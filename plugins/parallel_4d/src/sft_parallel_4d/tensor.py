@@ -17,7 +17,7 @@ from paddle.distributed.fleet.layers.mpu.random import get_rng_state_tracker
 from paddle.nn import functional as F
 
 from sft import Batch
-from sft.parallel import Part, SparseMLP, mark_part, mark_sums, part_of
+from sft.parallel import Part, mark_part, mark_sums, part_of
 from sft_parallel_4d.meeting import BlockMeeting, Columns
 from sft_parallel_4d.model_size import divided_side
 from sft_parallel_4d.topology import Axis
@@ -194,7 +194,7 @@ class _DropoutApart(paddle.nn.Dropout):
 def _places(block: Any) -> Iterator[tuple[Any, str, str]]:
     """Where a block has its Linears: parent, name, and the side of the Linear that is divided."""
     parents = [block.self_attn, block.mlp]
-    if isinstance(block.mlp, SparseMLP):
+    if hasattr(block.mlp, "experts"):
         parents = [block.self_attn, *block.mlp.experts, *filter(None, [getattr(block.mlp, "shared_expert", None)])]
     for parent in parents:
         for name in LINEARS:

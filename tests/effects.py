@@ -94,13 +94,13 @@ def run(folder: Path, data: Path, **changes: Any) -> Outcome:
 
         @sft.hookimpl
         def sft_run_started(self, run: sft.Run) -> None:
-            seen["backend"] = type(run.model.sft_attention_backend).__module__
+            seen["backend"] = type(run.model.attention).__module__
 
             def forward(layer: Any, inputs: Any) -> None:
                 if not layer.training and inputs[0].shape[1] > 1:
                     seen["measured"].append(inputs[0].shape[0])
 
-            run.model.sublayers()[0].layers[0].register_forward_pre_hook(forward)
+            run.model.model.layers[0].register_forward_pre_hook(forward)
 
     settings = {
         "model_name_or_path": str(MODELS / "llama-tied-gqa"),

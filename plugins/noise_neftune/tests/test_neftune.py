@@ -133,7 +133,7 @@ def test_in_gemma_it_is_added_to_the_embeddings_before_they_are_scaled(adapt: An
     """Gemma multiplies what the embedding gives by √d, noise and all (as the plugin's paper has it: noise on the
     embeddings; transformers did so too until version 5 moved the factor into the embedding layer)."""
     run, seen = adapt(model_name_or_path=str(models / "gemma-tied")), []
-    run.model.gemma.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].numpy()))
+    run.model.model.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].numpy()))
     batch = batch_of([20, 7], [11])
     noise = noise_of(run, batch)
     assert np.abs(noise[0, :20]).max() == pytest.approx(ALPHA / math.sqrt(20 * HIDDEN), rel=0.05)

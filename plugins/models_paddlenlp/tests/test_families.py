@@ -14,7 +14,7 @@ from tiny_configs import CONFIGS
 
 import sft
 from sft.files import write_json
-from sft.testing import check_family, forward, load
+from sft.testing import check_family, forward, load, needs
 
 CASES = ["qwen", "chatglm", "chatglm-plain", "deepseek-v2-lite", "deepseek-v2"]
 PLUGIN = "paddlenlp-models"
@@ -100,3 +100,17 @@ def test_without_the_plugin_they_are_not_known(checkpoints: Callable[[str], Path
 def test_asking_for_the_plugin_imports_no_paddlenlp() -> None:
     line = "import sys, sft_models_paddlenlp.plugin; sys.exit('paddlenlp' in sys.modules or 'paddle' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", line], timeout=60).returncode == 0
+
+
+@needs("parallel-4d")
+def test_several_processes_are_refused_in_a_sentence(train: Callable[..., sft.Summary]) -> None:
+    with pytest.raises(sft.UsageError, match="'qwen' is a class of a plugin's own, of which nothing is known on paper"):
+        train(plugin=[PLUGIN, "parallel-4d"], nproc=2)
+
+
+@needs("nf4", "lora")
+def test_a_quantizer_holds_its_linears(train: Callable[..., sft.Summary], checkpoints: Callable[[str], Path]) -> None:
+    base = checkpoints("chatglm")
+    said: list[str] = []
+    train(plugin=[PLUGIN, "nf4", "lora"], model_name_or_path=str(base), say=said.append, max_steps=1)
+    assert any("8 Linears held by nf4" in line for line in said), said

@@ -43,8 +43,8 @@ class LanguageModel(Protocol):
     - It can be built with unallocated parameters (``paddle.LazyGuard``): it computes nothing from them when it is made.
     - The result of a token depends on what ``reading`` lets it see, and on nothing else in its batch.
 
-    ``sft.testing.check_family`` tries all of this. What divides a model among processes takes the decoder
-    apart, and so refuses every other class.
+    ``sft.testing.check_family`` tries all of this. Plans of several processes know the decoder's tensors alone, and so
+    refuse every other class.
 
     Attributes:
         architecture: What its family's ``read`` gave.

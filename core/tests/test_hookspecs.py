@@ -61,6 +61,14 @@ def test_a_hook_is_documented_and_typed(name: str) -> None:
         assert argument.default is inspect.Parameter.empty, argument.name
 
 
+def test_what_a_hook_takes_and_gives_is_public() -> None:
+    """Every class of sft that the page of hooks imports for its signatures."""
+    tree = ast.parse(Path(hookspecs.__file__).read_text(encoding="utf-8"))
+    guarded = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in guarded.body if isinstance(node, ast.ImportFrom)]
+    assert {alias.name for node in imports for alias in node.names} - set(sft.__all__) == set()
+
+
 @pytest.mark.parametrize("name", HOOKS)
 def test_the_core_calls_the_hook_with_all_that_it_promises(name: str) -> None:
     calls = CALLS.get(name, [])

@@ -20,7 +20,7 @@ from sft.plugins.registry import hookspec, single
 if TYPE_CHECKING:
     import click
 
-    from sft.models.architecture import Architecture
+    from sft.models.architecture import ModelShape
     from sft.models.families.family import Family
     from sft.models.outline import Outline
     from sft.seams import (
@@ -142,11 +142,11 @@ def sft_quantizer(run: Run | None) -> Quantizer:
 
 
 @single
-def sft_attention_backend(run: Run, config: Architecture) -> AttentionBackend:
+def sft_attention_backend(run: Run, config: ModelShape) -> AttentionBackend:
     """How attention is computed in training and evaluation. Without one: paddle's scaled_dot_product_attention.
 
-    ``config`` is what the model is made of. A backend says what it can beside plain attention (see
-    :class:`sft.AttentionBackend`); a model that needs more is refused.
+    ``config`` is what the model is: an :class:`sft.Architecture` where sft's own decoder computes it. A backend says
+    what it can beside plain attention (see :class:`sft.AttentionBackend`); a model that needs more is refused.
     """
 
 

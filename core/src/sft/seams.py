@@ -93,7 +93,7 @@ class DataCollator(Protocol):
 
 
 class AttentionBackend(Protocol):
-    """Computes attention in every decoder layer while training and evaluating (generation keeps the model's own).
+    """Computes attention in every decoder layer while training and evaluating; answers go through a cache.
 
     Attributes:
         packed: Whether ``startend_row_indices`` are honoured; if not (or unset), rows of several documents are refused.

@@ -1,1 +1,1 @@
-"""Models: where they come from, their layers, their attention, how they are saved. Architectures are PaddleNLP's."""
+"""Models: where they come from, their layers, their attention, how they are saved. One decoder computes them."""

@@ -197,10 +197,11 @@ def test_two_processes_write_one_checkpoint(
         time.sleep(seconds)
         return seconds > 0
 
-    def write_result(run: Any, folder: Path | None) -> None:
+    def write_result(run: Any, folder: Path | None) -> dict[str, np.ndarray]:
         if folder is not None:
             late(0.4)
             (folder / "adapter").write_text("whole")
+        return {}
 
     monkeypatch.setattr(checkpoint, "write_result", write_result)
 

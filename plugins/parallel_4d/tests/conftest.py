@@ -80,18 +80,20 @@ def model_of(config_of: Callable[..., Path]) -> Callable[..., Path]:
     def make(model_type: str = "llama", **changes: Any) -> Path:
         import paddle
 
+        from sft.models.config import read_config
         from sft.models.decoder import CausalLM
-        from sft.models.loading import open_model
-        from sft.models.saving import is_transposed
+        from sft.models.families.known import family_of
+        from  import is_transposed
 
         folder, rng = config_of(model_type, **changes), np.random.default_rng(0)
-        source = open_model(folder)
+        values = read_config(folder)
+        family = family_of(values, folder)
         with paddle.LazyGuard():
-            model = CausalLM(source.architecture)
+            model = CausalLM(family.architecture(values, folder))
         tensors = {}
         for name, parameter in model.named_parameters():
             shape = parameter.shape[::-1] if is_transposed(name, parameter.ndim) else parameter.shape
-            tensors[source.family.to_file(name, "hf")] = 0.1 * rng.standard_normal(shape, dtype=np.float32)
+            tensors[family.to_file(name, "hf")] = 0.1 * rng.standard_normal(shape, dtype=np.float32)
         save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
         return folder
 

@@ -14,7 +14,6 @@ from measuring import Allocator, full_batch
 import sft
 from sft.models.decoder import CausalLM
 from sft.models.forward import hidden_states
-from sft.models.loading import open_model
 from sft.plugins.discovery import import_plugin
 from sft.testing import make_model, needs
 from sft.training.optimizer import Optimizer, default_groups
@@ -51,7 +50,7 @@ def described(config_of: Callable[..., Path], case: str, **changes: Any) -> Path
 
 def build(folder: Path, recompute: bool = False, backend: Any = None) -> Any:
     """A model of random weights, prepared as a run prepares it."""
-    model = CausalLM(open_model(folder).architecture)
+    model = CausalLM(paper(folder).architecture)
     model.attention = backend or model.attention
     model.model.recompute = recompute
     model.train()

@@ -39,7 +39,7 @@ def built(folder: Path) -> Any:
     import paddle
 
     with paddle.LazyGuard():
-        return CausalLM(open_model(folder).architecture)
+        return CausalLM(paper(folder).architecture)
 
 
 @pytest.mark.parametrize("case", CASES)

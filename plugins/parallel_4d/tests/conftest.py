@@ -83,7 +83,6 @@ def model_of(config_of: Callable[..., Path]) -> Callable[..., Path]:
         from sft.models.config import read_config
         from sft.models.decoder import CausalLM
         from sft.models.families.known import family_of
-        from  import is_transposed
 
         folder, rng = config_of(model_type, **changes), np.random.default_rng(0)
         values = read_config(folder)
@@ -92,7 +91,11 @@ def model_of(config_of: Callable[..., Path]) -> Callable[..., Path]:
             model = CausalLM(family.architecture(values, folder))
         tensors = {}
         for name, parameter in model.named_parameters():
-            shape = parameter.shape[::-1] if is_transposed(name, parameter.ndim) else parameter.shape
+            shape = (
+                parameter.shape[::-1]
+                if parameter.ndim == 2 and not name.endswith("embed_tokens.weight")
+                else parameter.shape
+            )
             tensors[family.to_file(name, "hf")] = 0.1 * rng.standard_normal(shape, dtype=np.float32)
         save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
         return folder

@@ -117,8 +117,13 @@ def train(settings: dict[str, Any], rows: int, length: int) -> dict[str, Any]:
             return FullRows(length, 64)
 
         @sft.hookimpl
-        def sft_model_config(self, run: sft.Run, config: Any) -> None:
+        def sft_model_config(self, run: sft.Run | None, config: Any) -> None:
+            if run is None:  # as a plan is checked
+                return
             self.memory = Allocator()
+
+        @sft.hookimpl
+        def sft_run_started(self, run: sft.Run) -> None:
             if hasattr(run.strategy, "_at"):
                 sent.watch(run.strategy._at)
 

@@ -15,11 +15,11 @@ from sft.commands.shared import (
     GENERATION,
     SEED,
     TEMPLATE,
-    given,
     lines_of_standard_input,
     model_options,
     say,
     setting_options,
+    typed_values,
 )
 from sft.errors import UsageError
 from sft.seams import Turn
@@ -52,7 +52,7 @@ def command(model: str, adapter: str | None, plugins: tuple[str, ...], system: s
     from sft.inference.open import opened, settings_for
 
     folder = Path(adapter) if adapter else None
-    chosen, active = settings_for(folder, plugins, {"model_name_or_path": model, **given(settings)}, USES)
+    chosen, active = settings_for(folder, plugins, {"model_name_or_path": model, **typed_values(settings)}, USES)
     check_draw(chosen.generation)
     with opened(chosen, active, folder, say) as found:
         chat = Chat(found, chosen.generation, chosen.training.seed, system)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sft.commands.shared import GENERATION, SEED, TEMPLATE, given, model_options, say, setting_options
+from sft.commands.shared import GENERATION, SEED, TEMPLATE, model_options, say, setting_options, typed_values
 
 
 @click.command(name="evaluate")
@@ -44,7 +44,7 @@ def command(
 
     if settings["dataset_name_or_path"] is None:
         raise UsageError("dataset_name_or_path is not set; add --dataset_name_or_path VALUE.")
-    values = {"model_name_or_path": model, **given(settings)}
+    values = {"model_name_or_path": model, **typed_values(settings)}
     answers = Path(generations).expanduser() if generations else None
     record = evaluate_finished(values, Path(adapter) if adapter else None, say, plugins, answers)
     if as_json:

@@ -15,11 +15,11 @@ from sft.commands.shared import (
     GENERATION,
     SEED,
     TEMPLATE,
-    given,
     lines_of_standard_input,
     model_options,
     say,
     setting_options,
+    typed_values,
 )
 from sft.errors import UsageError
 from sft.progress import Progress, Task
@@ -76,7 +76,7 @@ def command(
     if stream and (as_json or (batch_size or 1) > 1):
         raise UsageError("--stream prints one answer at a time, as text; leave --json and --batch_size out.")
     folder = Path(adapter) if adapter else None
-    chosen, active = settings_for(folder, plugins, {"model_name_or_path": model, **given(settings)}, USES)
+    chosen, active = settings_for(folder, plugins, {"model_name_or_path": model, **typed_values(settings)}, USES)
     check_draw(chosen.generation)
     questions = list(_records(Path(file), active) if file else _texts(prompts or _standard_input()))
     if not questions:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sft.commands.shared import MODEL, PLUGIN, adapter_names, given, setting_options
+from sft.commands.shared import MODEL, PLUGIN, adapter_names, setting_options, typed_values
 
 FORMATS = ("hf", "paddle")
 
@@ -58,7 +58,7 @@ def command(
     from sft.models.shards import WeightFormat, parse_size
     from sft.progress import Printer
 
-    allowed = given({"allow_pickle": allow_pickle}).get("allow_pickle", False)
+    allowed = typed_values({"allow_pickle": allow_pickle}).get("allow_pickle", False)
     form = WeightFormat(layout, safe, parse_size(shard), dtype)
     changed = merge(model, Path(adapter), Path(output), Printer("stdout"), plugins, form, device, allowed)
     click.echo(f"merged {changed} tensors; written to {output}")

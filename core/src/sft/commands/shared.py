@@ -91,7 +91,7 @@ def _default(option: Option) -> str:
     return f"  [default: {str(option.default).lower() if option.is_flag else option.default}]"
 
 
-def given(values: Mapping[str, Any]) -> dict[str, Any]:
+def typed_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that were typed, checked."""
     declared = core_options()
     return {name: convert(declared[name], value) for name, value in values.items() if value is not None}

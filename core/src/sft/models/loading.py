@@ -22,7 +22,7 @@ from sft.models.families.family import Family, LanguageModel
 from sft.models.families.known import family_of
 from sft.models.layers import Target, target_layers
 from sft.models.source import ModelFolder, Weights, find_config, find_model, weight_files
-from sft.plugins.calls import checked, given
+from sft.plugins.calls import checked, checking
 from sft.progress import Progress
 
 if TYPE_CHECKING:
@@ -144,8 +144,8 @@ def _family(values: dict[str, Any], where: Path, plugins: Plugins | None) -> tup
     family_of(values, where, {plugins.who(name): one for name, one in offered.items()})
     ((name, family),) = offered.items()
     who, kind = plugins.who(name), Architecture if family.build is None else ModelShape
-    read = given(family.read, kind, "sft_model_family's read", who)
-    build = family.build and given(family.build, LanguageModel, "sft_model_family's build", who)
+    read = checking(family.read, kind, "sft_model_family's read", who)
+    build = family.build and checking(family.build, LanguageModel, "sft_model_family's build", who)
     return replace(family, read=read, build=build), (name,)
 
 

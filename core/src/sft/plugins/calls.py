@@ -92,7 +92,7 @@ def _passed(hook: str) -> tuple[type[BaseException], ...]:
     return (SftError, *RAISES.get(hook, ()))
 
 
-def given(function: Callable[..., Any], expected: Any, what: str, who: str) -> Callable[..., Any]:
+def checking(function: Callable[..., Any], expected: Any, what: str, who: str) -> Callable[..., Any]:
     """``function``, which the plugin that is called ``who`` gave as ``what``, so that what goes wrong in it, or comes
     of it that is not as ``expected``, is said with the plugin's name."""
 

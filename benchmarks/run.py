@@ -58,8 +58,9 @@ def sft_step(folder: Path, ids: np.ndarray, labels: np.ndarray) -> Callable[[], 
     from sft.models.loading import load_model, open_model
     from sft.seams import Batch
     from sft.settings.arguments import TrainingArguments
+    from sft.training.loss import batch_loss
     from sft.training.optimizer import Optimizer, clip_factor, default_groups
-    from sft.training.strategy import SingleProcess, batch_loss
+    from sft.training.strategy import SingleProcess
     from sft_peft_lora.layer import LoraLinear
     from sft_peft_lora.lora import initialize
 
@@ -79,7 +80,7 @@ def sft_step(folder: Path, ids: np.ndarray, labels: np.ndarray) -> Callable[[], 
     def step() -> float:
         loss = batch_loss(model, batch)
         (loss / batch.target_tokens).backward()
-        optimizer.step(1e-4, clip_factor(SingleProcess(None).grad_norm(optimizer.parameters), 1.0))
+        optimizer.step(1e-4, clip_factor(SingleProcess().grad_norm(optimizer.parameters), 1.0))
         return float(loss) / batch.target_tokens
 
     return step

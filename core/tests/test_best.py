@@ -39,7 +39,7 @@ def judged(losses: list[float], accuracies: list[float] | None = None) -> type[s
                     right = accuracies[run.step - 1] * targets if accuracies else found[1]
                     return losses[run.step - 1] * targets, right  # type: ignore[return-value]
 
-            return Judging(run)
+            return Judging()
 
     return Judge
 

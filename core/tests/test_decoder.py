@@ -110,7 +110,7 @@ def test_an_answer_that_outgrows_longropes_first_length_is_read_again(paddle: An
 def test_gradients_of_one_lora_step_are_those_of_transformers(paddle: Any, case: str) -> None:
     """With W + s·A·B in W's place, dA = s·dW·Bᵀ and dB = s·Aᵀ·dW."""
     from sft.models.layers import target_layers
-    from sft.training.strategy import batch_loss
+    from sft.training.loss import batch_loss
 
     found = load_file(FOLDER / case / "reference.safetensors")
     model = load(case)

@@ -51,7 +51,7 @@ def gradients_of(model: Any) -> dict[str, np.ndarray]:
 
 
 def loss_and_gradients(model: Any, *batches: Batch) -> Found:
-    from sft.training.strategy import batch_loss
+    from sft.training.loss import batch_loss
 
     total = 0.0
     for batch in batches:
@@ -73,7 +73,7 @@ def compare(found: Found, expected: Found) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_loss_is_cross_entropy_of_the_logits_of_transformers(paddle: Any, models: Path, case: str) -> None:
-    from sft.training.strategy import batch_loss
+    from sft.training.loss import batch_loss
 
     found = load_file(models / case / "reference.safetensors")
     ids, logits = found["input_ids"], found["logits"].astype(np.float64)[:, :-1]
@@ -131,7 +131,7 @@ class Counting:
 @pytest.mark.parametrize("case", CASES)
 def test_recomputation_passes_the_indices_again(paddle: Any, models: Path, case: str) -> None:
     """Both forwards come before either backward, so a mask kept aside would be wrong."""
-    from sft.training.strategy import batch_loss
+    from sft.training.loss import batch_loss
 
     backend = Counting()
     model = load(models / case, backend)

@@ -165,7 +165,7 @@ def second_of_two(paddle: Any) -> Any:
             part = part_of(parameter) or Part(tuple(parameter.shape), 0, 0, 1)
             set_value(parameter, part.read(read))
 
-    return Second(None)
+    return Second()
 
 
 def load(paddle: Any, folder: Path, quantizer: Any = None) -> tuple[Any, Any]:

@@ -372,7 +372,7 @@ def test_clipping_is_by_the_global_norm(paddle: Any, max_norm: float) -> None:
         parameter.grad = paddle.to_tensor(gradients[name][0])
     idle = paddle.create_parameter([2], "float32")
     norm = np.sqrt(sum((gradients[name][0].astype(np.float64) ** 2).sum() for name in parameters))
-    found = SingleProcess(None).grad_norm({**parameters, "idle": idle})
+    found = SingleProcess().grad_norm({**parameters, "idle": idle})
     assert found == pytest.approx(norm, rel=1e-6)
     optimizer.step(0.1, clip_factor(found, max_norm))
     factor = min(1.0, max_norm / norm) if max_norm else 1.0
@@ -384,4 +384,4 @@ def test_clipping_is_by_the_global_norm(paddle: Any, max_norm: float) -> None:
 def test_without_gradients_the_norm_is_zero(paddle: Any) -> None:
     from sft.training.strategy import SingleProcess
 
-    assert SingleProcess(None).grad_norm({"w": paddle.create_parameter([2], "float32")}) == 0.0
+    assert SingleProcess().grad_norm({"w": paddle.create_parameter([2], "float32")}) == 0.0

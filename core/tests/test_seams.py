@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from toy_plugins import providing
+from toy_plugins import providing, toy
 
 import sft
 from sft.data.batches import assemble
@@ -166,9 +167,9 @@ def test_a_parallel_strategy_is_asked_for_everything_that_crosses_processes(
                 calls.append(("scores", len(batches)))
                 return super().scores(model, batches)
 
-            def backward(self, model: Any, batches: Any, loss_scale: float) -> float:
-                calls.append(("backward", sum(batch.target_tokens for batch in batches) * loss_scale))
-                return super().backward(model, batches, loss_scale)
+            def accumulate(self, learning: Any, batches: Any) -> float:
+                calls.append(("accumulate", sum(batch.target_tokens for batch in batches) * learning.weight))
+                return super().accumulate(learning, batches)
 
             def sum(self, values: Any) -> list[float]:
                 calls.append(("sum", len(values)))
@@ -178,15 +179,50 @@ def test_a_parallel_strategy_is_asked_for_everything_that_crosses_processes(
                 calls.append(("grad_norm", len(stepped)))
                 return super().grad_norm(stepped)
 
-        return Noting(run)
+        return Noting()
 
     train("with", (providing("sft_parallel_strategy", strategy),), max_steps=2, max_grad_norm=0.7)
     train("without", max_steps=2, max_grad_norm=0.7)
     measured = [("scores", 1), ("sum", 3)]
-    step = [("sum", 3), ("backward", pytest.approx(1.0)), ("sum", 1), ("grad_norm", 20), ("updated",)]
+    step = [("sum", 3), ("accumulate", pytest.approx(1.0)), ("sum", 1), ("grad_norm", 20), ("updated",)]
     before = [("divide",), ("connect", True), ("share", ["decay", "no_decay"])]
     assert calls == [*before, *measured, *step, *step, *measured]
     assert metrics(tmp_path / "with", same=True) == metrics(tmp_path / "without", same=True)
+
+
+def test_a_strategy_schedules_forward_loss_and_backward_itself(train: Train, tmp_path: Path, metrics: Metrics) -> None:
+    """All forward passes, then all losses and backward passes, as in a pipeline, and an idle micro-batch at the end."""
+    announced: list[sft.Batch] = []
+    idle_batches: list[sft.Batch] = []
+
+    def strategy(run: sft.Run) -> Any:
+        from sft.training.strategy import SingleProcess
+
+        class Schedule(SingleProcess):
+            def accumulate(self, learning: sft.Learning, batches: Any) -> float:
+                assert len(batches) == 2
+                idle, nothing = learning.idle(), replace(batches[0], labels=np.full_like(batches[0].labels, 1))
+                idle_batches.append(nothing)
+                hidden = [learning.forward(batch) for batch in batches] + [idle.forward(nothing)]
+                losses = [learning.loss(one, batch) for one, batch in zip(hidden, batches, strict=False)]
+                for loss in losses:
+                    learning.backward(loss)
+                idle.backward(idle.loss(hidden[-1], nothing))
+                return sum(map(float, losses))
+
+        return Schedule()
+
+    listening = toy(
+        sft_parallel_strategy=lambda self, run: strategy(run),
+        sft_micro_batch=lambda self, batch: announced.append(batch),
+    )
+
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    train("scheduled", (listening,), **settings)
+    train("one-after-the-other", **settings)
+    assert metrics(tmp_path / "scheduled", same=True) == metrics(tmp_path / "one-after-the-other", same=True)
+    assert len(announced) == 4
+    assert not any(one is other for one in announced for other in idle_batches)
 
 
 def test_ranks_share_the_rows_of_a_step(train: Train) -> None:
@@ -201,13 +237,13 @@ def test_ranks_share_the_rows_of_a_step(train: Train) -> None:
             class Rank(SingleProcess):
                 data_rank, data_world = rank, world
 
-                def backward(self, model: Any, batches: Any, loss_scale: float) -> float:
+                def accumulate(self, learning: sft.Learning, batches: Any) -> float:
                     assert all(len(batch.input_ids) <= 2 for batch in batches)
                     rows = [(batch, row) for batch in batches for row in range(len(batch.input_ids))]
                     seen.append([tuple(batch.input_ids[row, : batch.lengths[row][0]]) for batch, row in rows])
-                    return super().backward(model, batches, loss_scale)
+                    return super().accumulate(learning, batches)
 
-            return Rank(run)
+            return Rank()
 
         train(
             f"{rank}-of-{world}",

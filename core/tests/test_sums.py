@@ -83,7 +83,7 @@ def test_the_norm_of_gradients(paddle: Any) -> None:
         parameters[name] = paddle.create_parameter(values.shape if gradient is None else gradient.shape, "float32")
         parameters[name].grad = None if gradient is None else paddle.to_tensor(gradient)
     expected = np.sqrt(sum((part.astype(np.float64) ** 2).sum() for part in (values, values[:, :5])))
-    assert SingleProcess(None).grad_norm(parameters) == pytest.approx(expected, rel=1e-6)
+    assert SingleProcess().grad_norm(parameters) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_norms_of_wide_rows_and_the_gradients_of_many(paddle: Any) -> None:

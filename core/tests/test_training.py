@@ -30,18 +30,19 @@ class MeanOfMeans(sft.Plugin):
 
     @sft.hookimpl
     def sft_parallel_strategy(self, run: sft.Run) -> Any:
-        from sft.training.strategy import SingleProcess, batch_loss
+        from sft.training.loss import batch_loss
+        from sft.training.strategy import SingleProcess
 
         class Strategy(SingleProcess):
-            def backward(self, model: Any, batches: Any, loss_scale: float) -> float:
+            def accumulate(self, learning: sft.Learning, batches: Any) -> float:
                 total = 0.0
                 for batch in batches:
-                    loss = batch_loss(model, batch)
+                    loss = batch_loss(run.model, batch)
                     (loss / (batch.target_tokens * len(batches))).backward()
                     total += float(loss)
                 return total
 
-        return Strategy(run)
+        return Strategy()
 
 
 BATCHES = {"4x1": (4, 1), "2x2": (2, 2), "1x4": (1, 4)}

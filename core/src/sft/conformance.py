@@ -161,7 +161,7 @@ def _answers_are_those_without_a_cache(model: Any, documents: list[np.ndarray]) 
 
 
 def _the_loss_is_that_of_the_logits(model: Any, documents: list[np.ndarray], alone: list[np.ndarray]) -> None:
-    from sft.training.strategy import batch_loss
+    from sft.training.loss import batch_loss
 
     expected = 0.0
     for ids, logits in zip(documents, alone, strict=True):
@@ -175,7 +175,7 @@ def _the_loss_is_that_of_the_logits(model: Any, documents: list[np.ndarray], alo
 
 def _gradients(model: Any, documents: list[np.ndarray]) -> dict[str, np.ndarray]:
     """Of one loss over all documents, by parameter; the model has none afterwards."""
-    from sft.training.strategy import batch_loss
+    from sft.training.loss import batch_loss
 
     model.train()
     batch_loss(model, _rows(documents[:2], documents[2:])).backward()

@@ -119,7 +119,7 @@ def _set_up(run: CoreRun) -> None:
     run.arithmetic = runtime.arithmetic()
     run.precision = choose_precision(run.settings.training, run.say)
     run.collator = run.hook.sft_collator(run=run) or PaddedCollator(run.tokenizer.pad_id)
-    run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess(run)
+    run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess()
     set_up(run)
 
 

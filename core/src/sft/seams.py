@@ -169,6 +169,37 @@ class Quantizer(Protocol):
         ...
 
 
+class Learning(Protocol):
+    """What a step does with one micro-batch; a strategy decides when (:meth:`ParallelStrategy.accumulate`).
+
+    Of one micro-batch, forward comes first, then loss, then backward. Between them other micro-batches may pass.
+    """
+
+    def forward(self, batch: Batch, received: Any | None = None, told: Callable[[], None] | None = None) -> Any:
+        """Tells plugins of the batch (``sft_micro_batch``), then sends it through the model, in
+        ``run.precision.autocast()``. Returns the hidden states [B, S, hidden] after the last layer that is here.
+
+        ``received``, of that shape, goes into the first block that is here instead of the embedding of the batch's
+        tokens. ``told`` is called once plugins have been told: from there on other processes may be waited for.
+        """
+        ...
+
+    def loss(self, hidden: Any, batch: Batch) -> Any:
+        """The summed loss (nats, a scalar float32 tensor) of the batch's target tokens, from the hidden states that
+        come after the model's last layer."""
+        ...
+
+    def backward(self, loss: Any) -> None:
+        """Adds the gradients of the loss, which is weighted so that all losses of a step add up to its mean loss
+        (times the loss scale of float16), to those of the parameters."""
+        ...
+
+    def idle(self) -> Learning:
+        """The same for a micro-batch that is here only because other processes wait: it is not announced to plugins,
+        and its loss weighs nothing."""
+        ...
+
+
 class ParallelStrategy(Protocol):
     """Where this process stands among all that share the run, and the operations that need the others.
 
@@ -221,12 +252,11 @@ class ParallelStrategy(Protocol):
         """The optimizer's groups, with what this process steps under each name: the parameter, or a piece of it."""
         ...
 
-    def backward(self, model: Any, batches: Sequence[Batch], loss_scale: float) -> float:
-        """Forward and backward over this process's micro-batches, calling ``sft_micro_batch`` before each; returns
-        their summed, unscaled loss. The forward passes are made in ``run.precision.autocast()``.
+    def accumulate(self, learning: Learning, batches: Sequence[Batch]) -> float:
+        """Forward, loss and backward of this process's micro-batches, as ``learning`` does each; returns the sum of
+        their losses.
 
-        What :meth:`share` gave has the gradients of ``loss_scale`` × (sum of the target tokens' losses) over all
-        data ranks.
+        Afterwards what :meth:`share` gave has the sum of the gradients over all micro-batches of all data ranks.
         """
         ...
 

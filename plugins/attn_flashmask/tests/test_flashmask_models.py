@@ -54,7 +54,7 @@ def batch_of(rows: list[tuple[int, ...]]) -> Batch:
 
 
 def loss_and_gradients(folder: Path, backend: str, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
-    from sft.training.strategy import batch_loss
+    from sft.training.loss import batch_loss
 
     model = load(folder, backend_of(backend))
     loss = batch_loss(model, batch)

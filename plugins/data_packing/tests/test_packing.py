@@ -86,7 +86,7 @@ def test_trap_packed_loss_and_gradients_are_the_unpacked_ones(
 ) -> None:
     """Every parameter trains; rows are longer than any document may be. Elsewhere packed documents see each other."""
     from sft.models.loading import load_model, open_model
-    from sft.training.strategy import batch_loss
+    from sft.training.loss import batch_loss
 
     model = load_model(open_model(models / case))
     model.attention = attention_of(backend)
@@ -123,7 +123,7 @@ def test_trap_packed_loss_and_gradients_are_the_unpacked_ones(
 def test_documents_that_saw_each_other_would_be_noticed(paddle: Any, models: Path) -> None:
     """The tolerance above is no empty one: with one document for the whole row the loss is another."""
     from sft.models.loading import load_model, open_model
-    from sft.training.strategy import batch_loss
+    from sft.training.loss import batch_loss
 
     model = load_model(open_model(models / "llama-tied-gqa"))
     model.attention = attention_of("default")

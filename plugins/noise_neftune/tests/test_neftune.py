@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 import sft
 from sft.testing import needs
+from sft.training.loop import Learning
 
 ALPHA, HIDDEN = 5.0, 32
 """The plugin's default, and d of llama-tied-gqa."""
@@ -62,7 +63,7 @@ def noise_of(run: sft.Run, batch: sft.Batch) -> np.ndarray:
     """The noise of one micro-batch in training, [B, S, d]."""
     heard = listen(run)
     run.model.train()
-    run.strategy.backward(run.model, [batch], 1.0)
+    run.strategy.accumulate(Learning(run, 1.0), [batch])
     return heard[-1]
 
 
@@ -201,7 +202,7 @@ def test_trap_none_in_evaluation_and_generation(adapt: Any, models: Path, logits
     from sft.inference.open import load_for_inference
     from sft.models.generation import answers
     from sft.settings.arguments import GenerationArguments
-    from sft.training.strategy import batch_loss
+    from sft.training.loss import batch_loss
 
     base = models / "llama-tied-gqa"
     plain, tokenizer = load_for_inference(str(base), None, lambda text: None)

@@ -16,8 +16,9 @@ from sft.models.decoder import CausalLM
 from sft.models.forward import hidden_states
 from sft.plugins.discovery import import_plugin
 from sft.testing import make_model, needs
+from sft.training.loss import batch_loss
 from sft.training.optimizer import Optimizer, default_groups
-from sft.training.strategy import batch_loss, squared_gradients
+from sft.training.strategy import squared_gradients
 from sft_parallel_4d import activations
 from sft_parallel_4d.activations import Shape
 from sft_parallel_4d.memory import Calculator

@@ -18,8 +18,8 @@ from sft.distributed.parts import is_elsewhere
 from sft.models.decoder import CausalLM
 from sft.models.loading import load_model, open_model
 from sft.testing import make_model, needs
+from sft.training.loss import batch_loss
 from sft.training.optimizer import Optimizer, default_groups
-from sft.training.strategy import batch_loss
 from sft_parallel_4d.model_size import ROW, Division, Precision, divided_side, stages, total
 from sft_parallel_4d.pipeline import Pipeline
 from sft_parallel_4d.tensor import TensorParallel

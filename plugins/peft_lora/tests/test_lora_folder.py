@@ -97,7 +97,7 @@ def test_a_merged_weight_is_w_plus_s_b_a(paddle: Any, models: Path, peft: Path, 
 @pytest.mark.parametrize("case", ["llama-lora-all-linear", "qwen2-lora-all-linear"])
 def test_loss_and_gradients_are_pefts(adapt: Any, models: Path, peft: Path, case: str) -> None:
     """Through the attention and the loss of training. Gradients are 1e-3 to 1 in size, float32 noise is 1e-6."""
-    from sft.training.strategy import batch_loss
+    from sft.training.loss import batch_loss
 
     run = adapt(model_name_or_path=str(models / CASES[case]), lora_path=str(peft / case))
     expected = load_file(peft / case / "gradients.safetensors")

@@ -84,7 +84,7 @@ def _measure(run: CoreRun, files: list[Path], adapter: Path | None, generations:
     check_questions(run)
     run.precision = use(settings, run.say)
     run.collator = PaddedCollator(run.tokenizer.pad_id)
-    run.strategy = SingleProcess(run)
+    run.strategy = SingleProcess()
     backend = plugins.hook.sft_attention_backend(run=run, config=source.architecture)
     if backend is not None:
         check_attention(run, backend)

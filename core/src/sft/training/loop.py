@@ -10,6 +10,8 @@ other processes (the strategy does), or write final results (``training/result.p
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -18,18 +20,53 @@ import numpy as np
 import paddle
 
 from sft.data.batches import Schedule, Step, make_batches
+from sft.models.forward import hidden_states
+from sft.seams import Batch
 from sft.training import checkpoint
 from sft.training.best import better
 from sft.training.divergence import explained
 from sft.training.evaluation import evaluate
 from sft.training.journal import Journal
+from sft.training.loss import target_loss
 from sft.training.optimizer import Optimizer, clip_factor, learning_rate
 from sft.training.precision import LossScale
 from sft.training.progress import Display
 from sft.training.shared import shared
 
 if TYPE_CHECKING:
-    from sft.context import CoreRun
+    from sft.context import CoreRun, Run
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a step does with each of its micro-batches: forward, loss, backward. Gradients add up in the parameters.
+
+    ``run.strategy.accumulate`` calls the three for all micro-batches of a step: on one process one micro-batch after
+    the other (``training/strategy.py``), in a pipeline as its stages hand them on. Described at :class:`sft.Learning`.
+    """
+
+    run: Run
+    weight: float
+    """What each summed loss counts: the loss scale, divided by the target tokens of the whole step."""
+    is_idle: bool = False
+
+    def forward(self, batch: Batch, received: Any | None = None, told: Callable[[], None] | None = None) -> Any:
+        if not self.is_idle:
+            self.run.hook.sft_micro_batch(run=self.run, batch=batch)
+        if told is not None:
+            told()
+        with self.run.precision.autocast():
+            return hidden_states(self.run.model, batch, received)
+
+    def loss(self, hidden: Any, batch: Batch) -> Any:
+        with self.run.precision.autocast():
+            return target_loss(hidden, paddle.to_tensor(batch.labels), self.run.model.lm_head)
+
+    def backward(self, loss: Any) -> None:
+        (loss * self.weight).backward()
+
+    def idle(self) -> Learning:
+        return replace(self, weight=0.0, is_idle=True)
 
 
 def train(
@@ -42,15 +79,17 @@ def train(
 ) -> tuple[int, float]:
     """Train to the end, from the moment of a checkpoint's ``state`` on if there is one; the last step and epoch."""
     settings, strategy = run.settings.training, run.strategy
-    model, total = run.model, schedule.total_steps
+    total = schedule.total_steps
     start, epoch, place, scale = 0, 0.0, None, LossScale(run.precision, settings.scale_loss)
     if state is not None:
         start, epoch, place = state["step"], state["epoch"], state["data"]["place"]
         scale.load(state["loss_scale"])
-    model.train()
+    run.model.train()
     journal.start()
     for at in islice(schedule.iterate(start, place), total - start):  # a step more would read a window more of a stream
         began, step, epoch = time.monotonic(), at.number, at.epoch
+
+        # The micro-batches of this process, and the tokens in those of all processes.
         mine = at.rows[strategy.data_rank :: strategy.data_world]
         batches = make_batches(at.data, schedule.collator, mine, settings.per_device_train_batch_size)
         tokens, targets, padding = map(
@@ -59,9 +98,14 @@ def train(
                 [sum(getattr(b, kind) for b in batches) for kind in ("tokens", "target_tokens", "padding_tokens")]
             ),
         )
+
+        # Forward, loss and backward of each; the gradients add up to that of the mean loss over the step's targets.
         seed_step(settings.seed, step, strategy.draw_rank)
+        learning = Learning(run, scale.value / max(1, targets))
         with display.within(step, len(batches)):
-            (loss_sum,) = strategy.sum([strategy.backward(model, batches, scale.value / max(1, targets))])
+            (loss_sum,) = strategy.sum([strategy.accumulate(learning, batches)])
+
+        # The optimizer's step: clip, then AdamW at the schedule's rate.
         grad_norm = strategy.grad_norm(optimizer.parameters) / scale.value
         rate, unscaled = learning_rate(step, total, settings), 1.0 / scale.value
         journal.due |= step % settings.logging_steps == 0 or step in (1, total)
@@ -88,9 +132,9 @@ def train(
                 display.between(record, speed)
             run.hook.sft_step_ended(run=run, record=record)
         elif scale.gives_up:
-            found = f"loss {loss_sum / max(1, targets)}, gradient norm {grad_norm}"
+            figures = f"loss {loss_sum / max(1, targets)}, gradient norm {grad_norm}"
             still = "no longer" if run.step else "not"
-            raise explained(run, f"The loss or its gradient is {still} finite at step {step} ({found})")
+            raise explained(run, f"The loss or its gradient is {still} finite at step {step} ({figures})")
         else:
             optimizer.clear()
             journal.skipped_steps += 1
@@ -98,6 +142,7 @@ def train(
             if step == total and journal.window.rows:  # no step comes that could take what is due along
                 display.line(shared(strategy, partial(journal.step_line, step, epoch, rate)))
 
+        # Evaluation and checkpoint, where they are due.
         saves = _due(settings.save_strategy, settings.save_steps, at, total)
         if run.dev_data is not None and _due(settings.evaluation_strategy, run.eval_steps, at, total):
             evaluation = evaluate(run, step, epoch)
@@ -108,7 +153,7 @@ def train(
                 run.best = better(run, evaluation)
         if saves:
             checkpoint.save(run, optimizer, state_after(run, schedule, journal, at, scale))
-    model.eval()
+    run.model.eval()
     return max(start, total), epoch
 
 

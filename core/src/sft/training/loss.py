@@ -9,7 +9,9 @@ import paddle
 
 from sft.data.encoding import IGNORED
 from sft.distributed.meeting import Vocabulary
+from sft.models.forward import hidden_states
 from sft.models.sums import row_sums
+from sft.seams import Batch
 
 CHUNK_BYTES = 64 << 20
 """Size of one chunk of float32 logits; bounds the memory of the loss whatever the batch."""
@@ -166,3 +168,13 @@ def _targets(hidden: Any, labels: Any) -> tuple[Any, Any | None]:
     if positions.shape[0] == 0:
         return hidden, None
     return paddle.gather(hidden, positions), paddle.gather(labels, positions)
+
+
+def batch_loss(model: Any, batch: Batch) -> Any:
+    """Summed loss of a batch's target tokens, a scalar tensor."""
+    return target_loss(hidden_states(model, batch), paddle.to_tensor(batch.labels), model.lm_head)
+
+
+def batch_scores(model: Any, batch: Batch) -> tuple[float, int]:
+    """Summed loss of a batch's target tokens, and how many of them are the likeliest token."""
+    return target_scores(hidden_states(model, batch), paddle.to_tensor(batch.labels), model.lm_head)

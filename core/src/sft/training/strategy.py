@@ -5,39 +5,27 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import paddle
 
 from sft.distributed.parts import Part
 from sft.distributed.pieces import Piece
 from sft.distributed.whole import WholeModel
-from sft.models.forward import hidden_states
 from sft.models.layers import linear_weight
 from sft.models.sums import row_sums
-from sft.seams import Batch, ParameterGroup
-from sft.training.loss import target_loss, target_scores
-
-if TYPE_CHECKING:
-    from sft.context import Run
-
-
-def batch_loss(model: Any, batch: Batch) -> Any:
-    """Summed loss of a batch's target tokens, a scalar tensor."""
-    return target_loss(hidden_states(model, batch), paddle.to_tensor(batch.labels), model.lm_head)
+from sft.seams import Batch, Learning, ParameterGroup
+from sft.training.loss import batch_scores
 
 
 class SingleProcess(WholeModel):
-    """See :class:`sft.ParallelStrategy` for what each member means. ``run`` may be None where nothing is trained."""
+    """See :class:`sft.ParallelStrategy` for what each member means."""
 
     data_rank = 0
     data_world = 1
     draw_rank = 0
     is_main = True
     is_first = True
-
-    def __init__(self, run: Run | None) -> None:
-        self._run = run
 
     def linear_weight(self, layer: Any) -> Any:
         return linear_weight(layer)
@@ -48,16 +36,14 @@ class SingleProcess(WholeModel):
     def share(self, groups: list[ParameterGroup]) -> list[ParameterGroup]:
         return groups
 
-    def backward(self, model: Any, batches: Sequence[Batch], loss_scale: float) -> float:
-        assert self._run is not None
-        total = 0.0
+    def accumulate(self, learning: Learning, batches: Sequence[Batch]) -> float:
+        total = paddle.zeros([], "float64")
         for batch in batches:
-            self._run.hook.sft_micro_batch(run=self._run, batch=batch)
-            with self._run.precision.autocast():
-                loss = batch_loss(model, batch)
-            (loss * loss_scale).backward()
-            total += float(loss)
-        return total
+            hidden = learning.forward(batch)
+            loss = learning.loss(hidden, batch)
+            learning.backward(loss)
+            total += loss.detach().astype("float64")
+        return float(total)
 
     def grad_norm(self, stepped: Mapping[str, Any]) -> float:
         return math.sqrt(squared_gradients(stepped.values()))
@@ -66,8 +52,8 @@ class SingleProcess(WholeModel):
         pass
 
     def scores(self, model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
-        found = [batch_scores(model, batch) for batch in batches]
-        return sum(loss for loss, _ in found), sum(correct for _, correct in found)
+        scores = [batch_scores(model, batch) for batch in batches]
+        return sum(loss for loss, _ in scores), sum(correct for _, correct in scores)
 
     def answering(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
         return contextlib.nullcontext(lambda: None)
@@ -92,11 +78,6 @@ class SingleProcess(WholeModel):
 
     def wait(self) -> None:
         pass
-
-
-def batch_scores(model: Any, batch: Batch) -> tuple[float, int]:
-    """Summed loss of a batch's target tokens, and how many of them are the likeliest token."""
-    return target_scores(hidden_states(model, batch), paddle.to_tensor(batch.labels), model.lm_head)
 
 
 @paddle.no_grad()

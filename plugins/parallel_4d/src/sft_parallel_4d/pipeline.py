@@ -75,10 +75,10 @@ class Pipeline:
 
     def train(
         self, batches: Sequence[Batch], shape: Callable[[Batch], list[int]], dtype: str,
-        forward: Callable[[Batch, Any], Any], start: Callable[[Any], None],
+        forward: Callable[[Batch, Any], Any], backward: Callable[[Any, Batch], None],
     ) -> None:  # fmt: skip
         """Forward and backward of ``batches``: ``forward(batch, received)`` gives what the next stage gets, of
-        ``shape(batch)`` (in the last stage: the loss); ``start`` begins its backward there."""
+        ``shape(batch)`` (in the last stage: the loss, from which ``backward(loss, batch)`` begins)."""
         count, stage, stages = len(batches), self._axis.rank, self._axis.size
         before, after = (stage - 1 if not self.first else None), (stage + 1 if not self.last else None)
         open_: deque[tuple[Batch, Any, Any]] = deque()
@@ -102,9 +102,9 @@ class Pipeline:
             return output.detach() if after is not None else None
 
         def back(upstream: Any) -> Any:
-            _, received, output = open_.popleft()
+            batch, received, output = open_.popleft()
             if after is None:
-                start(output)
+                backward(output, batch)
             elif not output.stop_gradient:
                 paddle.autograd.backward([output], [upstream])
             if received is None:

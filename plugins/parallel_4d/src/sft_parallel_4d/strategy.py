@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import paddle
 
-from sft import Batch, ParameterGroup, linear_weight
+from sft import Batch, Learning, ParameterGroup, linear_weight
 from sft.parallel import (
     Part,
     Piece,
@@ -21,7 +21,6 @@ from sft.parallel import (
     part_of,
     set_value,
     squared_gradients,
-    target_loss,
     target_scores,
     whole_shape,
 )
@@ -151,35 +150,35 @@ class Parallel:
         return [replace(group, parameters={name: piece(p) for name, p in group.parameters.items()}) for group in groups]
 
     @phase("forward and backward")
-    def backward(self, model: Any, batches: Sequence[Batch], loss_scale: float) -> float:
-        real = len(batches)
-        batches, scales = self._even(batches, loss_scale)
-        losses: list[float] = []
+    def accumulate(self, learning: Learning, batches: Sequence[Batch]) -> float:
+        real, idle, losses = len(batches), learning.idle(), []
+        batches = self._even(batches)
         if self._tensor is not None:
             self._tensor.seed_dropout()
 
-        def forward(batch: Batch, received: Any) -> Any:
-            if any(batch is one for one in batches[:real]):
-                self._run.hook.sft_micro_batch(run=self._run, batch=batch)
-            self.phases.go_on()
-            with self._run.precision.autocast():
-                return self._forward(model, batch, received, self._loss)
+        def learning_of(batch: Batch) -> Learning:
+            return idle if any(batch is one for one in batches[real:]) else learning
 
-        def start(loss: Any) -> None:
-            scale = scales[len(losses)]
+        def forward(batch: Batch, received: Any) -> Any:
+            """What the next stage gets; in the last one, the loss."""
+            own = learning_of(batch)
+            hidden = own.forward(batch, received, self.phases.go_on)
+            return self._finished(hidden, lambda hidden: own.loss(hidden, batch))
+
+        def backward(loss: Any, batch: Batch) -> None:
             with _flag(self._shards, "goes_back"):
-                (loss * scale).backward()
-            losses.append(float(loss) if scale else 0.0)
+                learning_of(batch).backward(loss)
+            losses.append(0.0 if learning_of(batch) is idle else float(loss))
             self.phases.go_on()
 
         with self._together():
             if self._pipe is not None:
-                self._pipe.train(batches, self._stream_shape, self._run.precision.weights, forward, start)
+                self._pipe.train(batches, self._stream_shape, self._run.precision.weights, forward, backward)
             else:
-                for number, batch in enumerate(batches):
-                    # What is gone through in vain is not trained on, so what plugins do to what is stays away from it.
-                    with _evaluating(model) if number >= real else contextlib.nullcontext():
-                        start(forward(batch, None))
+                for batch in batches:
+                    # Plugins change what is trained on, as by noise; an idle micro-batch is none of it.
+                    with _evaluating(self._run.model) if learning_of(batch) is idle else contextlib.nullcontext():
+                        backward(forward(batch, None), batch)
                     if self._shards is not None:
                         self._shards.release()
         self._reduce_gradients()
@@ -188,30 +187,24 @@ class Parallel:
     def _together(self) -> contextlib.AbstractContextManager[None]:
         return _flag(None if self._tensor is None else self._tensor.meeting, "active")
 
-    def _even(self, batches: Sequence[Batch], loss_scale: float) -> tuple[list[Batch], list[float]]:
-        """As many micro-batches as any other process has, and the factor of each: where stages 2 and 3 wait for all at
-        each of them, some must be gone through in vain."""
-        found = [self._fit(batch) for batch in batches]
-        scales = [loss_scale] * len(found)
+    def _even(self, batches: Sequence[Batch]) -> list[Batch]:
+        """``batches``, and idle ones after them where other processes have more: sharding stages 2 and 3 wait for all
+        processes at each micro-batch."""
+        even = [self._fit(batch) for batch in batches]
         if self._shards is not None and self._shards.stage >= 2:
-            most = int(self._at.world.maximum(paddle.to_tensor([len(found)], dtype="int64")))
-            found += [self._fit(_nothing())] * (most - len(found))
-            scales += [0.0] * (most - len(scales))
-        return found, scales
+            most = int(self._at.world.maximum(paddle.to_tensor([len(even)], dtype="int64")))
+            even += [self._fit(_nothing())] * (most - len(even))
+        return even
 
     def _fit(self, batch: Batch) -> Batch:
         return batch if self._tensor is None else self._tensor.fit(batch)
 
-    def _forward(self, model: Any, batch: Batch, received: Any, finish: Callable[..., Any]) -> Any:
-        hidden = hidden_states(model, batch, received)
+    def _finished(self, hidden: Any, finish: Callable[[Any], Any]) -> Any:
+        """What the next stage gets of the hidden states here; in the last stage, what ``finish`` makes of them."""
         if self._pipe is not None and not self._pipe.last:
             return hidden.astype(self._run.precision.weights)
-        with self._whole(model.lm_head):  # no longer: the loss has its gradients before backward
-            return finish(model, hidden, batch)
-
-    @staticmethod
-    def _loss(model: Any, hidden: Any, batch: Batch) -> Any:
-        return target_loss(hidden, paddle.to_tensor(batch.labels), model.lm_head)
+        with self._whole(self._run.model.lm_head):  # no longer: the loss has its gradients before backward
+            return finish(hidden)
 
     def _stream_shape(self, batch: Batch) -> list[int]:
         rows, length = batch.input_ids.shape
@@ -264,17 +257,16 @@ class Parallel:
 
     @phase("evaluation")
     def scores(self, model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
-        batches, scales = self._even(batches, 1.0)
-        found: list[tuple[float, int]] = []
-
-        def scored(model: Any, hidden: Any, batch: Batch) -> Any:
-            loss, correct = target_scores(hidden, paddle.to_tensor(batch.labels), model.lm_head)
-            counts = scales[len(found)]
-            found.append((loss * counts, int(correct * counts)))
+        real, scores = len(batches), []
+        batches = self._even(batches)
 
         def forward(batch: Batch, received: Any) -> Any:
+            """What the next stage gets; in the last one, the scores are noted."""
             self.phases.go_on()
-            return self._forward(model, batch, received, scored)
+            return self._finished(hidden_states(model, batch, received), lambda hidden: score(hidden, batch))
+
+        def score(hidden: Any, batch: Batch) -> None:
+            scores.append(target_scores(hidden, paddle.to_tensor(batch.labels), model.lm_head))
 
         with self._together():
             if self._pipe is not None:
@@ -284,7 +276,8 @@ class Parallel:
                     forward(batch, None)
                     if self._shards is not None:
                         self._shards.release()
-        loss, correct = self._at_last_stage([sum(loss for loss, _ in found), sum(right for _, right in found)])
+        own = scores[:real]  # idle ones come last
+        loss, correct = self._at_last_stage([sum(loss for loss, _ in own), sum(right for _, right in own)])
         return loss, int(correct)
 
     def _at_last_stage(self, values: list[float]) -> list[float]:

@@ -164,6 +164,7 @@ def test_a_plugin_that_reads_nothing_here_changes_nothing(train: Train, models: 
 
 
 def test_a_class_of_its_own_cannot_be_planned(distribute: Callable[..., None], base: Path) -> None:
+    paper = pytest.importorskip("sft_parallel_4d.paper")
     distribute("sft-toy-models", INSTALLED.format(kind="OwnClass", name="toys"), {"toys": "Toy"})
     with pytest.raises(sft.UsageError, match="'toy' is a class of a plugin's own, of which nothing is known"):
-        sft.outline({"model_name_or_path": str(base), "plugin": ["toys"]})
+        paper.outline({"model_name_or_path": str(base), "plugin": ["toys"]})

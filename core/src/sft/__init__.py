@@ -33,20 +33,20 @@ if TYPE_CHECKING:
     from sft.context import Run, Summary
     from sft.data.batches import assemble
     from sft.distributed.parts import sum_over
+    from sft.dry_runs import DryRun, dry_run
     from sft.fine_tune import run
     from sft.models.adapter_folder import read_adapter
     from sft.models.architecture import Architecture, Block, Experts, ModelShape, Norms
     from sft.models.attention import DefaultAttention
     from sft.models.families.family import Family, LanguageModel, Reading
     from sft.models.families.values import Values
-    from sft.models.layers import Target, linear_weight, module_names, target_layers
-    from sft.models.outline import LinearOutline, Outline, Weight
+    from sft.models.layers import Target, linear_weight, matching, module_names, target_layers
+    from sft.models.loading import open_model
     from sft.models.recompute import recomputed
     from sft.models.rotary import Rotary
     from sft.models.shards import parse_size
     from sft.models.source import is_hub_name
     from sft.models.sums import row_sums
-    from sft.outlining import PaperRun, model_outline, outline
     from sft.runtime import prepare
     from sft.settings.arguments import Settings
     from sft.training.resume_checks import check_continued
@@ -66,12 +66,10 @@ _LAZY = {
     "Reading": "sft.models.families.family",
     "Rotary": "sft.models.rotary",
     "Values": "sft.models.families.values",
-    "LinearOutline": "sft.models.outline",
-    "Outline": "sft.models.outline",
-    "PaperRun": "sft.outlining",
+    "DryRun": "sft.dry_runs",
     "Settings": "sft.settings.arguments",
     "is_hub_name": "sft.models.source",
-    "model_outline": "sft.outlining",
+    "open_model": "sft.models.loading",
     "Run": "sft.context",
     "Summary": "sft.context",
     "assemble": "sft.data.batches",
@@ -82,9 +80,9 @@ _LAZY = {
     "read_adapter": "sft.models.adapter_folder",
     "run": "sft.fine_tune",
     "Target": "sft.models.layers",
-    "Weight": "sft.models.outline",
     "collect": "sft.commands.run",
-    "outline": "sft.outlining",
+    "dry_run": "sft.dry_runs",
+    "matching": "sft.models.layers",
     "parse_size": "sft.models.shards",
     "row_sums": "sft.models.sums",
     "linear_weight": "sft.models.layers",
@@ -103,16 +101,14 @@ __all__ = [
     "Block",
     "DataCollator",
     "DefaultAttention",
+    "DryRun",
     "Example",
     "Experts",
     "Family",
     "LanguageModel",
     "Learning",
-    "LinearOutline",
     "ModelShape",
     "Norms",
-    "Outline",
-    "PaperRun",
     "ParallelStrategy",
     "ParameterGroup",
     "Plugin",
@@ -130,18 +126,18 @@ __all__ = [
     "Turn",
     "UsageError",
     "Values",
-    "Weight",
     "assemble",
     "check_continued",
     "collect",
+    "dry_run",
     "hookimpl",
     "hookspec",
     "is_hub_name",
     "linear_weight",
-    "model_outline",
+    "matching",
     "module_names",
+    "open_model",
     "option",
-    "outline",
     "parse_size",
     "prepare",
     "read_adapter",

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from sft.models.architecture import ModelShape
     from sft.models.families.family import Family
-    from sft.models.outline import Outline
     from sft.seams import (
         AdapterFiles,
         AdapterMerger,
@@ -41,12 +40,6 @@ if TYPE_CHECKING:
 @hookspec
 def sft_commands(cli: click.Group) -> None:
     """Add click commands to ``cli``. Called when a command that the plugin's metadata names is typed."""
-
-
-@hookspec
-def sft_outline(outline: Outline) -> None:
-    """Change the model on paper as this plugin changes the real one: tensors it adds, freezes or replaces, and what it
-    keeps for backward. Called to plan a run, which reads ``config.json`` alone."""
 
 
 # --- settings resolved, nothing heavy done ------------------------------------------------------------------

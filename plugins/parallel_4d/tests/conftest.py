@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from trainings import Trainings
 
-import sft
 from sft.files import save_tensors
 from sft.testing import make_model, write_data
+from sft_parallel_4d.outline import Outline
+from sft_parallel_4d.paper import outline as on_paper
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +41,9 @@ def config_of(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def outline_of(config_of: Callable[..., Path]) -> Callable[..., sft.Outline]:
-    def make(model_type: str = "llama", **changes: Any) -> sft.Outline:
-        return sft.outline({"model_name_or_path": str(config_of(model_type, **changes))}).outline
+def outline_of(config_of: Callable[..., Path]) -> Callable[..., Outline]:
+    def make(model_type: str = "llama", **changes: Any) -> Outline:
+        return on_paper({"model_name_or_path": str(config_of(model_type, **changes))}).outline
 
     return make
 

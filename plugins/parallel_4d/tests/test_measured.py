@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from processes import run_ranks
 
-import sft
 from sft.testing import needs, write_data
 from sft_parallel_4d import communication
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Precision
+from sft_parallel_4d.paper import outline as on_paper
 from sft_parallel_4d.plans import Plan
 
 LARGE = {"hidden_size": 128, "intermediate_size": 512, "tie_word_embeddings": True}
@@ -79,7 +79,7 @@ def test_ranks_hold_need_and_send_what_is_planned(
         "gradient_accumulation_steps": plan.accumulation,
     }
     ranks = [rank.value for rank in run_ranks(plan.devices, "measuring:train", {**fixed, **settings}, rows, length)]
-    outline = sft.outline({"model_name_or_path": str(folder), **settings}).outline
+    outline = on_paper({"model_name_or_path": str(folder), **settings}).outline
     calculator = Calculator(outline, Precision(), rows, length)
     stages = calculator.stages(plan)
     assert sorted({rank["stage"] for rank in ranks}) == list(range(plan.pipeline))

@@ -23,6 +23,8 @@ from sft_parallel_4d import activations
 from sft_parallel_4d.activations import Shape
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Precision
+from sft_parallel_4d.outline import Outline
+from sft_parallel_4d.paper import outline as on_paper
 from sft_parallel_4d.plans import Plan
 
 FIXTURES = Path(__file__).parents[3] / "core" / "tests" / "fixtures" / "families"
@@ -30,8 +32,8 @@ FAMILIES = ["llama", "qwen2", "mistral", "gemma", *sorted(path.name for path in 
 ROWS, LENGTH = 2, 64
 
 
-def paper(folder: Path, **settings: Any) -> sft.Outline:
-    return sft.outline({"model_name_or_path": str(folder), **settings}).outline
+def paper(folder: Path, **settings: Any) -> Outline:
+    return on_paper({"model_name_or_path": str(folder), **settings}).outline
 
 
 def described(config_of: Callable[..., Path], case: str, **changes: Any) -> Path:
@@ -133,7 +135,7 @@ def test_peak_of_real_steps(
         batch_loss(model, tokens).backward()
         squared_gradients(parameters.values())
         optimizer.step(1e-3, 0.5)
-    outline = sft.outline({"model_name_or_path": str(folder)}).outline
+    outline = on_paper({"model_name_or_path": str(folder)}).outline
     found = Calculator(outline, Precision(), rows, length).fullest(Plan(recompute=recompute))
     assert found.peak == pytest.approx(memory.peak(), rel=0.05)
     # The part that is not simply the model, too, and not only because the model outweighs it.
@@ -157,13 +159,13 @@ def test_peak_of_an_adapter_run(adapt: Callable[..., sft.Run], config_of: Any, t
         memory.forget()
         batch_loss(run.model, tokens).backward()
         plan = Plan(recompute=recompute, accumulation=2)
-        found = Calculator(sft.outline(settings).outline, Precision(), 2, 128).fullest(plan)
+        found = Calculator(on_paper(settings).outline, Precision(), 2, 128).fullest(plan)
         assert found.weights == before
         fixed = found.weights + found.gradients + found.optimizer
         assert found.peak - fixed == pytest.approx(memory.peak(), rel=0.05)
 
 
-def test_shards_divide_what_their_stage_divides(outline_of: Callable[..., sft.Outline]) -> None:
+def test_shards_divide_what_their_stage_divides(outline_of: Callable[..., Outline]) -> None:
     calculator = Calculator(outline_of(num_hidden_layers=24), Precision(16, 16), 1, 64)
     size = calculator.stages(Plan())[0].size
     whole = calculator.held(Plan(), calculator.stages(Plan())[0])
@@ -180,7 +182,7 @@ def test_shards_divide_what_their_stage_divides(outline_of: Callable[..., sft.Ou
         assert held.optimizer == 12 * size.values / 4 + (whole.optimizer - 12 * size.values)
 
 
-def test_offload_takes_pieces_from_the_device(outline_of: Callable[..., sft.Outline]) -> None:
+def test_offload_takes_pieces_from_the_device(outline_of: Callable[..., Outline]) -> None:
     calculator = Calculator(outline_of(num_hidden_layers=24), Precision(), 1, 64)
     for stage in (1, 2, 3):
         plan = Plan(sharding=4, stage=stage, accumulation=2)
@@ -192,7 +194,7 @@ def test_offload_takes_pieces_from_the_device(outline_of: Callable[..., sft.Outl
         assert there.host >= held.optimizer + 2 * held.pieces
 
 
-def test_a_pipeline_keeps_as_many_micro_batches_as_it_has_stages(outline_of: Callable[..., sft.Outline]) -> None:
+def test_a_pipeline_keeps_as_many_micro_batches_as_it_has_stages(outline_of: Callable[..., Outline]) -> None:
     calculator = Calculator(outline_of(), Precision(), 2, 64)
     plan = Plan(pipeline=4, accumulation=8)
     kept = activations.block_kept(calculator.outline, 0, calculator.shape(plan), Precision())

@@ -21,6 +21,8 @@ from sft.testing import make_model, needs
 from sft.training.loss import batch_loss
 from sft.training.optimizer import Optimizer, default_groups
 from sft_parallel_4d.model_size import ROW, Division, Precision, divided_side, stages, total
+from sft_parallel_4d.outline import Outline
+from sft_parallel_4d.paper import outline as on_paper
 from sft_parallel_4d.pipeline import Pipeline
 from sft_parallel_4d.tensor import TensorParallel
 from sft_parallel_4d.topology import Axis
@@ -30,8 +32,8 @@ CASES = sorted(str(path.parent.relative_to(MODELS)) for path in MODELS.glob("*/*
 WHOLE = Precision()
 
 
-def paper(folder: Path, **settings: Any) -> sft.Outline:
-    return sft.outline({"model_name_or_path": str(folder), **settings}).outline
+def paper(folder: Path, **settings: Any) -> Outline:
+    return on_paper({"model_name_or_path": str(folder), **settings}).outline
 
 
 def built(folder: Path) -> Any:
@@ -168,7 +170,7 @@ def test_each_rank_has_the_size_that_the_engine_gives_it(
             assert stage.size.values == sum(mine.values())
 
 
-def test_stages_hold_the_model_once_and_a_tied_matrix_twice(outline_of: Callable[..., sft.Outline]) -> None:
+def test_stages_hold_the_model_once_and_a_tied_matrix_twice(outline_of: Callable[..., Outline]) -> None:
     for tied in (False, True):
         outline = outline_of(tie_word_embeddings=tied)
         whole = sum(weight.size for weight in outline.weights())

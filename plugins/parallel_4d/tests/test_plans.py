@@ -18,9 +18,11 @@ from sft_parallel_4d.command import command
 from sft_parallel_4d.communication import busiest
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Precision
+from sft_parallel_4d.outline import Outline
+from sft_parallel_4d.paper import outline as on_paper
 from sft_parallel_4d.plans import Plan, Wanted, legal_plans
 
-Outlines = Callable[..., sft.Outline]
+Outlines = Callable[..., Outline]
 
 
 def test_plans_are_all_that_keep_the_rules(outline_of: Outlines) -> None:
@@ -181,16 +183,32 @@ def test_refusals(config_of: Callable[..., Path], arguments: list[str], reason: 
     assert reason in str(result.exception)
 
 
-def test_a_plugin_that_does_not_say_what_it_does_is_refused(config_of: Callable[..., Path]) -> None:
+def test_an_adapter_that_does_not_say_what_it_adds_is_refused(config_of: Callable[..., Path]) -> None:
     class Secret(sft.Plugin):
         name = "secret"
         api_version = 1
 
         @sft.hookimpl
+        def sft_export_adapter(self, run: sft.Run, model: Any) -> sft.AdapterFiles: ...  # type: ignore[empty-body]
+
+    with pytest.raises(sft.UsageError, match=r"Plugin secret .* does not say on paper .*it lacks parallel_outline"):
+        on_paper({"model_name_or_path": str(config_of())}, plugins=[Secret])
+
+
+def test_one_that_may_freeze_something_and_does_not_say_so_is_named(config_of: Callable[..., Path]) -> None:
+    class Silent(sft.Plugin):
+        name = "silent"
+        api_version = 1
+
+        @sft.hookimpl
         def sft_adapt_model(self, run: sft.Run, model: Any) -> None: ...
 
-    with pytest.raises(sft.UsageError, match=r"Plugin secret .* does not say on paper"):
-        sft.outline({"model_name_or_path": str(config_of())}, extra=[Secret])
+    values = {"model_name_or_path": str(config_of())}
+    silent, plain = on_paper(values, plugins=[Silent]), on_paper(values)
+    assert silent.outline == plain.outline
+    assert plain.notes == ()
+    (note,) = silent.notes
+    assert note.startswith("note: silent may change the model (sft_adapt_model) and does not say on paper how")
 
 
 class Scaled(sft.Plugin):
@@ -201,9 +219,9 @@ class Scaled(sft.Plugin):
     sides: tuple[str, ...] = ()
 
     @sft.hookimpl
-    def sft_outline(self, outline: sft.Outline) -> None:
+    def parallel_outline(self, outline: Outline) -> None:
         for linear in outline.targets():
-            linear.weights.append(sft.Weight("scale", (linear.out_features,), self.sides))
+            linear.add("scale", (linear.out_features,), self.sides, bits=None)
 
 
 class Divided(Scaled):
@@ -214,7 +232,7 @@ class Divided(Scaled):
 def test_a_layer_that_does_not_say_how_it_is_divided_is_not_planned_to_be(config_of: Callable[..., Path]) -> None:
     """Neither by tensor or pipeline parallelism nor in stage 3, which a run would refuse."""
     values = {"model_name_or_path": str(config_of())}
-    unsaid, said = (sft.outline(values, extra=[plugin]).outline for plugin in (Scaled, Divided))
+    unsaid, said = (on_paper(values, plugins=[plugin]).outline for plugin in (Scaled, Divided))
     found, all_plans = (legal_plans(outline, 4, 8, 2) for outline in (unsaid, said))
     expected = [plan for plan in all_plans if plan.tensor == plan.pipeline == 1 and plan.stage < 3]
     assert found == expected

@@ -197,7 +197,7 @@ class Plugins:
 
         def refines(name: str, plugin: Any) -> bool:
             others = [specs for other, specs in published.items() if specs is not None and other != name]
-            return any(_is_spec(specs, hook) and implements(plugin, hook) for specs in others for hook in dir(specs))
+            return any(_is_spec(specs, hook) and _needs(plugin, hook) for specs in others for hook in dir(specs))
 
         return [
             name
@@ -292,6 +292,11 @@ def _is_spec(specs: Any, name: str) -> bool:
 def implements(plugin: Any, hook: str) -> bool:
     """Whether a plugin class or module implements ``hook``."""
     return hasattr(getattr(plugin, hook, None), "sft_impl")
+
+
+def _needs(plugin: Any, hook: str) -> bool:
+    """Whether a plugin implements ``hook`` and does not go without it: one of an optional hook refines nobody."""
+    return implements(plugin, hook) and not getattr(plugin, hook).sft_impl.get("optionalhook")
 
 
 def _name_of(plugin: Any) -> str:

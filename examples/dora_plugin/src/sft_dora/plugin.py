@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import sft
 
 if TYPE_CHECKING:
-    from sft import AdapterFiles, AdapterMerger, Outline, Run
+    from sft import AdapterFiles, AdapterMerger, Run
 
 
 @dataclass
@@ -51,13 +51,13 @@ class Dora(sft.Plugin):
             layer.magnitude.set_value(weight.square().sum(axis=0).sqrt())
         run.say(f"dora: {len(self.layers)} layers, rank {rank}")
 
-    @sft.hookimpl
-    def sft_outline(self, outline: Outline) -> None:
+    @sft.hookimpl(optionalhook=True)  # of parallel-4d, which need not be installed
+    def parallel_outline(self, outline: Any) -> None:
         rank = self.options.dora_rank
         for linear in outline.targets(self.options.dora_target_modules):
-            linear.weights.append(sft.Weight("lora_A", (linear.in_features, rank), ("in", ""), True, 32))
-            linear.weights.append(sft.Weight("lora_B", (rank, linear.out_features), ("", "out"), True, 32))
-            linear.weights.append(sft.Weight("magnitude", (linear.out_features,), ("out",), True, 32))
+            linear.add("lora_A", (linear.in_features, rank), ("in", ""))
+            linear.add("lora_B", (rank, linear.out_features), ("", "out"))
+            linear.add("magnitude", (linear.out_features,), ("out",))
             linear.kept += rank + linear.out_features  # x·A, and x·V for the gradient of m
 
     @sft.hookimpl

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import sft
 
 if TYPE_CHECKING:
-    from sft import AttentionBackend, Outline, Run
+    from sft import AttentionBackend, Run
 
 
 class _Backend:
@@ -47,8 +47,8 @@ class FlashAttention(sft.Plugin):
     def sft_attention_backend(self, run: Run, config: Any) -> AttentionBackend:
         return _Backend(describes_padding=False)
 
-    @sft.hookimpl
-    def sft_outline(self, outline: Outline) -> None:
+    @sft.hookimpl(optionalhook=True)
+    def parallel_outline(self, outline: Any) -> None:
         outline.attention_in_blocks = True
 
 
@@ -65,6 +65,6 @@ class FlashMask(sft.Plugin):
     def sft_attention_backend(self, run: Run, config: Any) -> AttentionBackend:
         return _Backend(describes_padding=True)
 
-    @sft.hookimpl
-    def sft_outline(self, outline: Outline) -> None:
+    @sft.hookimpl(optionalhook=True)
+    def parallel_outline(self, outline: Any) -> None:
         outline.attention_in_blocks = True

@@ -11,7 +11,7 @@ import sft
 if TYPE_CHECKING:
     import numpy as np
 
-    from sft import Batch, Outline, Run
+    from sft import Batch, Run
 
 
 @dataclass
@@ -40,10 +40,6 @@ class Neftune(sft.Plugin):
         embedding = model.get_input_embeddings()
         embedding.register_forward_post_hook(self._add)
         self._hidden = int(embedding.weight.shape[1])
-
-    @sft.hookimpl
-    def sft_outline(self, outline: Outline) -> None:
-        """Noise is added and forgotten: no tensor, and nothing kept for backward."""
 
     @sft.hookimpl
     def sft_micro_batch(self, run: Run, batch: Batch) -> None:

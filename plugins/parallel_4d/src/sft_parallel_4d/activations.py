@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sft import Architecture, Block, Outline
+from sft import Architecture, Block
 from sft_parallel_4d.model_size import ROW, Division, Precision, of_block, total
+from sft_parallel_4d.outline import Outline
 
 CHUNK = 64 << 20
 """Bytes of a chunk of float32 logits, as the core's loss has it."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sft import Outline, UsageError, model_outline
+from sft import UsageError
+from sft_parallel_4d.outline import Outline
+from sft_parallel_4d.paper import model_outline
 from sft_parallel_4d.plans import Plan, possible, refusal, stages_beside
 
 if TYPE_CHECKING:

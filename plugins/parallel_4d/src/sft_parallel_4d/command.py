@@ -12,13 +12,13 @@ from sft import UsageError
 from sft_parallel_4d.checks import stage_and_offload
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Precision
+from sft_parallel_4d.paper import NAME, outline
 from sft_parallel_4d.plans import Wanted, legal_plans
 from sft_parallel_4d.ranking import Answer, Device, ranked
 
 if TYPE_CHECKING:
     from sft import Settings
 
-NAME = "parallel-4d"
 DEGREE = click.IntRange(min=1)
 
 
@@ -50,17 +50,17 @@ def command(
     --sharding (stage2, or "stage2 offload"), --sharding_parallel_degree, --sequence_parallel and --recompute; a degree
     of -1 leaves it open.
     """
-    paper = sft.outline(_with_this_plugin(sft.collect(list(settings))))
-    for line in paper.without_effect:
+    paper = outline(sft.collect(list(settings)))
+    for line in paper.notes:
         click.echo(line, err=True)
-    training, length = paper.settings.training, paper.settings.data.max_length
+    training, length = paper.run.settings.training, paper.run.settings.data.max_length
     if length > paper.outline.positions:
         raise UsageError(
             f"max_length is {length} and the model reads {paper.outline.positions} tokens; set it to at most that."
         )
     batch = training.per_device_train_batch_size
     rows = rows_per_step or batch * training.gradient_accumulation_steps * devices
-    plans = legal_plans(paper.outline, devices, rows, batch, wanted(paper.settings))
+    plans = legal_plans(paper.outline, devices, rows, batch, wanted(paper.run.settings))
     half = training.bf16 or training.fp16
     precision = Precision(16 if half and training.fp16_opt_level == "O2" else 32, 16 if half else 32)
     device = Device(sft.parse_size(device_memory), tflops * 1e12, sft.parse_size(bandwidth))
@@ -80,12 +80,6 @@ def command(
         f"GiB of the fullest rank, GiB that the busiest rank sends in a step. Order: seconds, estimated at {tflops:g} "
         f"TFLOP/s and {bandwidth}/s a device, nothing overlapping. docs/plan.md has the formulas."
     )
-
-
-def _with_this_plugin(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings with this plugin among those that they ask for, so that its options count whatever they are."""
-    asked = values.get("plugin") or []
-    return {**values, "plugin": [*(asked.split(",") if isinstance(asked, str) else asked), NAME]}
 
 
 def wanted(settings: Settings) -> Wanted:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from sft import Outline
 from sft_parallel_4d import activations
 from sft_parallel_4d.activations import Shape
 from sft_parallel_4d.model_size import Division, Precision, Stage, stages
+from sft_parallel_4d.outline import Outline
 from sft_parallel_4d.plans import Plan
 
 

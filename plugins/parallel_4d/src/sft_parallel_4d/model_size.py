@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass, fields
 from functools import cache
 from itertools import pairwise
 
-from sft import Outline, Weight
+from sft_parallel_4d.outline import Outline, Weight
 
 ROW = ("o_proj", "down_proj")
 """Linears that tensor parallelism divides by their inputs; all others by their outputs."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sft import Outline, UsageError
+from sft import UsageError
+from sft_parallel_4d.outline import Outline
 
 
 @dataclass(frozen=True)

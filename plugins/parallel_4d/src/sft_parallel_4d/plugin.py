@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sft
+from sft_parallel_4d import hooks
 from sft_parallel_4d.environment import FOLDER, is_launched, processes, rank
 from sft_parallel_4d.options import ParallelOptions
 
@@ -30,6 +31,7 @@ class Parallel4d(sft.Plugin):
     summary = "Divide a run among processes: data, sharding, tensor, sequence and pipeline parallelism; sft plan."
     reference = "arXiv 1909.08053, 1910.02054, 1811.06965, 2205.05198"
     Options = ParallelOptions
+    hookspecs = hooks
 
     def __init__(self, options: ParallelOptions) -> None:
         super().__init__(options)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sft import Outline
 from sft_parallel_4d.communication import Volume, busiest
 from sft_parallel_4d.memory import Calculator, Memory
+from sft_parallel_4d.outline import Outline
 from sft_parallel_4d.plans import Plan
 
 

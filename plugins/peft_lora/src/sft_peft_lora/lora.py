@@ -12,7 +12,7 @@ from sft import UsageError
 from sft_peft_lora import hooks
 
 if TYPE_CHECKING:
-    from sft import AdapterFiles, AdapterMerger, Outline, Run, Target
+    from sft import AdapterFiles, AdapterMerger, Run, Target
 
 
 @dataclass
@@ -89,8 +89,8 @@ class Lora(sft.Plugin):
         ranks, scalings = (sorted({getattr(one, key) for one in self.layers.values()}) for key in ("rank", "scaling"))
         run.say(f"lora: {len(self.layers)} layers, {_span('rank', ranks)}, {_span('scaling', scalings)}")
 
-    @sft.hookimpl
-    def sft_outline(self, outline: Outline) -> None:
+    @sft.hookimpl(optionalhook=True)
+    def parallel_outline(self, outline: Any) -> None:
         if self.options.lora_path is not None:
             from sft_peft_lora.files import LoraFolder
 
@@ -103,8 +103,8 @@ class Lora(sft.Plugin):
             if linear.name not in ranks:
                 continue
             rank = ranks[linear.name]
-            linear.weights.append(sft.Weight("lora_A", (linear.in_features, rank), ("in", ""), True, 32))
-            linear.weights.append(sft.Weight("lora_B", (rank, linear.out_features), ("", "out"), True, 32))
+            linear.add("lora_A", (linear.in_features, rank), ("in", ""))
+            linear.add("lora_B", (rank, linear.out_features), ("", "out"))
             # x·A, and with dropout its input too.
             linear.kept += rank + (linear.in_features if self.options.lora_dropout else 0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import sft
@@ -10,7 +10,7 @@ import sft
 if TYPE_CHECKING:
     import numpy as np
 
-    from sft import Outline, Run
+    from sft import Run
 
 
 @dataclass
@@ -41,11 +41,12 @@ class Pissa(sft.Plugin):
     def sft_check(self, run: Run) -> None:
         self.run = run
 
-    @sft.hookimpl
-    def sft_outline(self, outline: Outline) -> None:
+    @sft.hookimpl(optionalhook=True)
+    def parallel_outline(self, outline: Any) -> None:
         for linear in outline.targets():
             pair = [weight for weight in linear.weights if weight.name in ("lora_A", "lora_B")]
-            linear.weights += [replace(weight, name=f"pissa_{weight.name[-1]}", trains=False) for weight in pair]
+            for weight in pair:
+                linear.add(f"pissa_{weight.name[-1]}", weight.shape, weight.sides, trains=False)
             linear.kept += sum(weight.shape[1] for weight in pair[:1])
 
     @sft.hookimpl

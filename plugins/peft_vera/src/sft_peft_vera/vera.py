@@ -13,7 +13,7 @@ from sft import AdapterFiles, UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from sft import AdapterMerger, Outline, Run
+    from sft import AdapterMerger, Run
 
 
 @dataclass
@@ -57,20 +57,20 @@ class Vera(sft.Plugin):
         count = sum(layer.vera_d.size + layer.vera_b.size for layer in self.layers.values())
         run.say(f"vera: {len(self.layers)} layers, rank {rank}, {int(count):,} trainable parameters")
 
-    @sft.hookimpl
-    def sft_outline(self, outline: Outline) -> None:
+    @sft.hookimpl(optionalhook=True)
+    def parallel_outline(self, outline: Any) -> None:
         targets = outline.targets(self.options.vera_target_modules)
         rank = self.options.vera_rank
         for linear in targets:
-            linear.weights.append(sft.Weight("vera_d", (rank,), ("",), True, 32))
-            linear.weights.append(sft.Weight("vera_b", (linear.out_features,), ("out",), True, 32))
+            linear.add("vera_d", (rank,), ("",))
+            linear.add("vera_b", (linear.out_features,), ("out",))
             # x·A and (x·A) ⊙ d, and with dropout its input too; B ⊙ b.
             linear.kept += 2 * rank + (linear.in_features if self.options.vera_dropout else 0)
             linear.kept_once += rank * linear.out_features
         # The pair of the widest layer; all others see the beginning of its memory.
         widest = max(linear.in_features for linear in targets), max(linear.out_features for linear in targets)
-        outline.shared.append(sft.Weight("vera_A", (widest[0], rank), ("", ""), False, 32))
-        outline.shared.append(sft.Weight("vera_B", (rank, widest[1]), ("", ""), False, 32))
+        outline.share("vera_A", (widest[0], rank), ("", ""), trains=False)
+        outline.share("vera_B", (rank, widest[1]), ("", ""), trains=False)
 
     @sft.hookimpl
     def sft_export_adapter(self, run: Run, model: Any) -> AdapterFiles:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import sft
@@ -12,7 +12,7 @@ from sft import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from sft import Outline, Quantizer, Run, Weight
+    from sft import Quantizer, Run
 
 
 class _Quantizer:
@@ -67,22 +67,27 @@ class Int4Options:
     )
 
 
-def _replace_weights(outline: Outline, held: Callable[[int, int], list[Weight]]) -> None:
+_Held = tuple[str, tuple[int, ...], tuple[str, ...], int]
+"""A tensor on paper: its name, shape, what divides each dimension, and the bits of a value."""
+
+
+def _replace_weights(outline: Any, held: Callable[[int, int], list[_Held]]) -> None:
     """On paper: the tensors that are ``held`` for (inputs, outputs), instead of each Linear's weight."""
     for linear in outline.targets():
-        rest = [weight for weight in linear.weights if weight.name != "weight"]
-        codes = held(linear.in_features, linear.out_features)
-        linear.weights = [*codes, *(replace(weight, bits=32) for weight in rest)]
+        linear.remove("weight")
+        linear.hold("bias", 32)
+        for name, shape, sides, bits in held(linear.in_features, linear.out_features):
+            linear.add(name, shape, sides, trains=False, bits=bits)
 
 
-def _flat(name: str, count: int, bits: int) -> Weight:
+def _flat(name: str, count: int, bits: int) -> _Held:
     """``count`` values that are divided with the Linear, by its inputs or its outputs."""
-    return sft.Weight(name, (count,), ("all",), False, bits)
+    return name, (count,), ("all",), bits
 
 
-def _scales(outputs: int, groups: int) -> Weight:
+def _scales(outputs: int, groups: int) -> _Held:
     """Divided with the outputs, and with the inputs where these have ``groups``: a channel's one scale stays."""
-    return sft.Weight("scales", (outputs, groups), ("out", "all"), False, 32)
+    return "scales", (outputs, groups), ("out", "all"), 32
 
 
 class _FourBit(sft.Plugin):
@@ -103,16 +108,16 @@ class _FourBit(sft.Plugin):
         size, double = self.options.qlora_weight_blocksize, self.options.qlora_weight_double_quant
         return _Quantizer(lambda weight, bias: BlockLinear(quantize_blocks(weight, self.kind, size, double), bias))
 
-    @sft.hookimpl
-    def sft_outline(self, outline: Outline) -> None:
+    @sft.hookimpl(optionalhook=True)
+    def parallel_outline(self, outline: Any) -> None:
         size, double = self.options.qlora_weight_blocksize, self.options.qlora_weight_double_quant
 
-        def held(inputs: int, outputs: int) -> list[Weight]:
+        def held(inputs: int, outputs: int) -> list[_Held]:
             blocks = -(-inputs * outputs // size)
             absmax = [_flat("absmax", blocks, 32)]
             if double:
                 # Divided along a dimension of length 1: whole in every process.
-                of_groups = sft.Weight("double_absmax", (-(-blocks // 256), 1), ("", "all"), False, 32)
+                of_groups = ("double_absmax", (-(-blocks // 256), 1), ("", "all"), 32)
                 absmax = [_flat("double_codes", blocks, 8), of_groups]
             return [_flat("codes", -(-blocks * size // 2), 8), *absmax]
 
@@ -153,8 +158,8 @@ class Int8(sft.Plugin):
         kernel = Kernel(_say(run))
         return _Quantizer(lambda weight, bias: ChannelLinear(quantize_channels(weight, 8, None), bias, kernel))
 
-    @sft.hookimpl
-    def sft_outline(self, outline: Outline) -> None:
+    @sft.hookimpl(optionalhook=True)
+    def parallel_outline(self, outline: Any) -> None:
         _replace_weights(outline, lambda ins, outs: [_flat("codes", ins * outs, 8), _scales(outs, 1)])
 
 
@@ -182,11 +187,11 @@ class Int4(sft.Plugin):
 
         return _Quantizer(make)
 
-    @sft.hookimpl
-    def sft_outline(self, outline: Outline) -> None:
+    @sft.hookimpl(optionalhook=True)
+    def parallel_outline(self, outline: Any) -> None:
         group = self.options.weight_only_group_size
 
-        def held(inputs: int, outputs: int) -> list[Weight]:
+        def held(inputs: int, outputs: int) -> list[_Held]:
             codes = _flat("codes", outputs * -(-inputs // 2), 8)
             return [codes, _scales(outputs, inputs // group if group else 1)]
 

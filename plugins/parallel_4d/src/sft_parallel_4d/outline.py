@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from sft.models.architecture import Architecture, Block
-from sft.models.layers import matching
+from sft import Architecture, Block, matching
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,24 @@ class LinearOutline:
     kept: int = 0
     kept_once: int = 0
 
+    def add(
+        self, name: str, shape: tuple[int, ...], sides: tuple[str, ...], trains: bool = True, bits: int | None = 32
+    ) -> None:
+        """Add a tensor to this Linear; see :class:`Weight`."""
+        self.weights.append(Weight(name, shape, sides, trains, bits))
+
+    def remove(self, name: str) -> None:
+        """Take away its tensor ``name``."""
+        self.weights = [weight for weight in self.weights if weight.name != name]
+
+    def hold(self, name: str, bits: int) -> None:
+        """Let its tensor ``name``, if there is one, have values of ``bits`` whatever the run's precision is."""
+        self.weights = [replace(weight, bits=bits) if weight.name == name else weight for weight in self.weights]
+
 
 @dataclass
 class Outline:
-    """A model on paper, for a plugin to change (``sft_outline``) as it changes the model itself.
+    """A model on paper, for a plugin to change (``parallel_outline``) as it changes the model itself.
 
     Attributes:
         blocks: The Linears of each transformer block.
@@ -90,6 +103,12 @@ class Outline:
             return list(found.values())
         chosen = matching(list(found), patterns)
         return [linear for name, linear in found.items() if name in chosen]
+
+    def share(
+        self, name: str, shape: tuple[int, ...], sides: tuple[str, ...], trains: bool = True, bits: int | None = 32
+    ) -> None:
+        """Add a tensor that each process holds once, for all blocks; see :class:`Weight`."""
+        self.shared.append(Weight(name, shape, sides, trains, bits))
 
     def undivided(self) -> str | None:
         """The name of a tensor of a Linear of which nobody says how processes divide it, where there is one."""
@@ -129,7 +148,7 @@ class Outline:
 
 
 def _frozen(weight: Weight) -> Weight:
-    return Weight(weight.name, weight.shape, weight.sides, False, weight.bits)
+    return replace(weight, trains=False)
 
 
 def of_architecture(architecture: Architecture) -> Outline:

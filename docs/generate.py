@@ -7,6 +7,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sft.options import Option, options_of
 from sft.plugins.discovery import Installed, installed
 from sft.plugins.requests import requests
 from sft.settings.arguments import GROUPS, core_options
-from sft.settings.paddlenlp import FOREIGN
+from sft.settings.paddlenlp import FOREIGN, Foreign
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "reference"
@@ -222,12 +223,24 @@ def paddlenlp_page() -> str:
         "|---|---|---|",
     ]
     hidden = ("", "null", "none", "no", "off", "yes", "on")
-    for name, foreign in sorted(FOREIGN.items()):
+    for name, foreign in sorted([*FOREIGN.items(), *_answered()], key=lambda row: row[0]):
         if name in {*EFFECTS, *ELSEWHERE}:  # a plugin reads it
             continue
         shown = ", ".join(value for value in foreign.harmless or () if value not in hidden)
         lines.append(f"| `{name}` | {shown if foreign.harmless is not None else 'any'} | {foreign.reason} |")
     return "\n".join([*lines, ""])
+
+
+def _answered() -> list[tuple[str, Foreign]]:
+    """The rows of plugins, each with the names of those that have it."""
+    whose: dict[tuple[str, Foreign], list[str]] = {}
+    for plugin, cls in own_plugins().items():
+        for row in getattr(cls, "paddlenlp", {}).items():
+            whose.setdefault(row, []).append(f"`{plugin}`")
+    return [
+        (name, replace(row, reason=f"with {' or '.join(plugins)}: {row.reason}"))
+        for (name, row), plugins in whose.items()
+    ]
 
 
 def _reader(name: str) -> str:

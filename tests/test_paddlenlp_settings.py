@@ -96,6 +96,20 @@ def test_a_setting_without_meaning_is_named_with_its_reason(name: str) -> None:
             explain({name: "seven"}, set())
 
 
+def test_an_active_plugin_answers_for_itself(data: Path, tmp_path: Path) -> None:
+    """Its own rows go before the core's, which are for where it is off."""
+    settings = {"weight_double_quant_block_size": 256, "use_quick_lora": True, "eval_packing": "none"}
+    plain = run(tmp_path / "plain", data, **settings).said_of("settings without effect here")
+    assert "use_quick_lora true: it belongs to a technique that is off" in plain.replace(", weight", "\n weight")
+    found = run(tmp_path / "out", data, plugin=["lora", "nf4", "zero-padding"], **settings)
+    listed = found.said_of("settings without effect here")
+    assert "weight_double_quant_block_size 256: blocks of doubly quantized absmax have 256 values" in listed
+    assert "use_quick_lora true: it changes the speed of PaddleNLP's code, not the result" in listed
+    assert "eval_packing none: dev data is packed as training data is" in listed
+    with pytest.raises(sft.UsageError, match="weight_double_quant_block_size 64 is not possible here: bl"):
+        run(tmp_path / "other", data, plugin=["lora", "nf4"], weight_double_quant_block_size=64)
+
+
 def test_the_list_stands_in_the_run(data: Path, tmp_path: Path) -> None:
     found = run(tmp_path / "out", data, unified_checkpoint=True, sep_parallel_degree=1, save_steps=7)
     listed = found.said_of("settings without effect here")

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from sft.models.sums import row_sums
     from sft.runtime import prepare
     from sft.settings.arguments import Settings
+    from sft.settings.paddlenlp import Foreign
     from sft.training.resume_checks import check_continued
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ _LAZY = {
     "Block": "sft.models.architecture",
     "DefaultAttention": "sft.models.attention",
     "Experts": "sft.models.architecture",
+    "Foreign": "sft.settings.paddlenlp",
     "Family": "sft.models.families.family",
     "LanguageModel": "sft.models.families.family",
     "ModelShape": "sft.models.architecture",
@@ -105,6 +107,7 @@ __all__ = [
     "Example",
     "Experts",
     "Family",
+    "Foreign",
     "LanguageModel",
     "Learning",
     "ModelShape",

@@ -25,7 +25,8 @@ def resolve(values: Mapping[str, Any], extra: Iterable[type]) -> tuple[Settings,
     left.update({key: value for key, value in values.items() if key in known})
     check_numbers(values, left)
     left, idle = of_idle_plugins(left, active, known, switched_off(values, active.names))
-    left, foreign = explain(left, known)
+    answered = {name: row for _, plugin in active for name, row in getattr(plugin, "paddlenlp", {}).items()}
+    left, foreign = explain(left, known, answered)
     settings = build(left, active)
     active.start(settings.options)
     return settings, active, [*foreign, *idle, *overruled(values, known)]

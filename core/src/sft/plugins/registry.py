@@ -50,6 +50,8 @@ class Plugin:
         order: Hooks that all plugins answer are called in ascending order, then in the order of the requests; but a
             plugin always after those that it ``requires``.
         demo: Settings with which ``sft demo`` shows this plugin, where its distribution claims ``command.demo``.
+        paddlenlp: PaddleNLP's settings that it answers without reading them: an :class:`sft.Foreign` by name, which
+            says why nothing depends on it, or at which values.
         Options: A dataclass of :func:`sft.option` fields: the settings that the plugin adds.
         hookspecs: A module or class with hook specifications that this plugin publishes for its refinements.
         options: The instance of ``Options`` of this run.
@@ -64,6 +66,7 @@ class Plugin:
     supersedes: ClassVar[tuple[str, ...]] = ()
     order: ClassVar[int] = 0
     demo: ClassVar[Mapping[str, Any]] = {}
+    paddlenlp: ClassVar[Mapping[str, Any]] = {}
     Options: ClassVar[type | None] = None
     hookspecs: Any = None
 

@@ -2,7 +2,8 @@
 
 The table is asked for names that neither the core nor an active plugin declares. Most names are harmless at some
 values alone, at which PaddleNLP does what sft does; at others the run would not be what the file asks for, and that is
-an error. Names are those of ``run_finetune.py`` in paddlenlp 3.0.0b4.
+an error. An active plugin that answers some of them has rows of its own (:attr:`sft.Plugin.paddlenlp`), which go first.
+Names are those of ``run_finetune.py`` in paddlenlp 3.0.0b4.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def _each(names: str, reason: str, harmless: tuple[str, ...] | None = None, kind
 
 FLAG, NUMBER = "true or false", "a number"
 # Reasons that several names share.
-SEVERAL = "how processes exchange data is not tuned by settings here"
+SEVERAL = "one process exchanges no data with others"
+ABSENT = "it belongs to a technique that is off"
 WHOLE = "checkpoints are always whole safetensors, readable under any plan"
 JOURNAL = "a run logs to its own metrics.jsonl and run.json"
 HUB = "models come from a directory or the Hugging Face hub"
@@ -195,7 +197,6 @@ FOREIGN: dict[str, Foreign] = {
         "max_length is the longest record here, as in run_finetune.py",
         kind=NUMBER,
     ),
-    **_each("eval_packing", "dev data is packed as training data is", ("", "none", "null")),
     **_each("minimum_eval_times max_evaluate_steps", "every evaluation takes all dev data, at eval_steps", OFF),
     # Precision and speed.
     **_each(
@@ -216,10 +217,11 @@ FOREIGN: dict[str, Foreign] = {
     **_each(
         "flatten_param_grads release_grads to_static use_fast_layer_norm fuse_attention_qkv "
         "fuse_attention_ffn use_fused_rope use_fused_rms_norm use_fused_linear "
-        "use_fused_linear_cross_entropy use_quick_lora use_fused_dropout_add",
+        "use_fused_linear_cross_entropy use_fused_dropout_add",
         SPEED,
         kind=FLAG,
     ),
+    **_each("use_quick_lora eval_packing", ABSENT, kind=FLAG),
     **_each(
         "refined_recompute",
         SPEED,
@@ -250,23 +252,25 @@ FOREIGN: dict[str, Foreign] = {
         OFF,
     ),
     **_each(
-        "lokr_dim num_prefix_tokens ssa_group_size_ratio",
-        "it belongs to a technique that is off",
+        "lokr_dim num_prefix_tokens ssa_group_size_ratio weight_double_quant_block_size",
+        ABSENT,
         kind=NUMBER,
     ),
     **_each("rope_scaling_factor", "config.json says how positions are scaled", ("1.0", "1")),
-    **_each("weight_double_quant_block_size", "blocks of doubly quantized absmax have 256 values", ("256",)),
 }
 
 
-def explain(values: Mapping[str, Any], known: set[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def explain(
+    values: Mapping[str, Any], known: set[str], answered: Mapping[str, Foreign] | None = None
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """``values`` without the names of the table, and what was there: ("name value", reason).
 
-    Names in ``known`` belong to someone. Raises :class:`UsageError` for a value that is not harmless.
+    Names in ``known`` belong to someone. ``answered`` are the rows of active plugins. Raises :class:`UsageError` for a
+    value that is not harmless.
     """
     left, found = {}, []
     for name, value in values.items():
-        foreign = FOREIGN.get(name)
+        foreign = (answered or {}).get(name) or FOREIGN.get(name)
         if foreign is None or name in known:
             left[name] = value
             continue

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import sft
 
 if TYPE_CHECKING:
     from sft import DataCollator, Run
+
+
+_ANSWERED = {"eval_packing": sft.Foreign("dev data is packed as training data is", ("", "none", "null"))}
 
 
 class ZeroPadding(sft.Plugin):
@@ -18,6 +21,7 @@ class ZeroPadding(sft.Plugin):
     api_version = 1
     summary = "Consecutive records share a row (next-fit)."
     reference = "PaddleNLP, zero padding"
+    paddlenlp: ClassVar[dict[str, sft.Foreign]] = _ANSWERED
 
     @sft.hookimpl
     def sft_collator(self, run: Run) -> DataCollator:
@@ -40,6 +44,7 @@ class GreedyZeroPadding(sft.Plugin):
     summary = "Records share a row by best-fit-decreasing within groups."
     reference = "Johnson 1973, best-fit-decreasing; PaddleNLP, greedy zero padding"
     supersedes = ("zero-padding",)
+    paddlenlp: ClassVar[dict[str, sft.Foreign]] = _ANSWERED
     Options = GreedyOptions
 
     @sft.hookimpl

@@ -21,3 +21,31 @@ class ParallelOptions:
     sequence_parallel: bool = sft.option(False, "divide the residual stream along the tensor parallel processes too")
     nproc: int = sft.option(1, "start this many processes on this machine", minimum=1)
     parallel_timeout: float = sft.option(600.0, "seconds of waiting after which a missing process is named", above=0)
+
+
+def _tuning(kind: str, names: str) -> dict[str, sft.Foreign]:
+    return dict.fromkeys(
+        names.split(), sft.Foreign("how processes exchange data is not tuned by settings here", None, kind)
+    )
+
+
+ANSWERED = {
+    **_tuning(
+        "text",
+        "sharding_parallel_config tensor_parallel_config pipeline_parallel_config sequence_parallel_config "
+        "data_parallel_config hybrid_parallel_topo_order",
+    ),
+    **_tuning("dp", "sharding_parallel_mesh_dimension"),
+    **_tuning(
+        "a number",
+        "sharding_comm_buffer_size_MB expert_max_capacity expert_min_capacity pp_recompute_interval "
+        "ordered_save_group_size local_rank",
+    ),
+    **_tuning(
+        "true or false",
+        "fuse_sequence_parallel_allreduce split_inputs_sequence_dim ddp_find_unused_parameters tensor_parallel_output "
+        "distributed_dataloader force_reshard_pp save_sharding_stage1_model_include_freeze_params "
+        "auto_parallel_resume_form_hybrid_parallel log_on_each_node save_on_each_node",
+    ),
+}
+"""PaddleNLP's settings that mean nothing where processes share a run; the core has them where there is one process."""

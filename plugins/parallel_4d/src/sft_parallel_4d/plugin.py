@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import sft
 from sft_parallel_4d import hooks
 from sft_parallel_4d.environment import FOLDER, is_launched, processes, rank
-from sft_parallel_4d.options import ParallelOptions
+from sft_parallel_4d.options import ANSWERED, ParallelOptions
 
 if TYPE_CHECKING:
     import click
@@ -31,6 +31,7 @@ class Parallel4d(sft.Plugin):
     summary = "Divide a run among processes: data, sharding, tensor, sequence and pipeline parallelism; sft plan."
     reference = "arXiv 1909.08053, 1910.02054, 1811.06965, 2205.05198"
     Options = ParallelOptions
+    paddlenlp: ClassVar[dict[str, sft.Foreign]] = ANSWERED
     hookspecs = hooks
 
     def __init__(self, options: ParallelOptions) -> None:

@@ -36,6 +36,9 @@ class Lora(sft.Plugin):
     summary = "Low-rank adapters beside frozen Linear layers (LoRA)."
     reference = "arXiv 2106.09685"
     Options = LoraOptions
+    paddlenlp: ClassVar[dict[str, sft.Foreign]] = {
+        "use_quick_lora": sft.Foreign("it changes the speed of PaddleNLP's code, not the result", kind="true or false")
+    }
     demo: ClassVar[dict[str, Any]] = {"lora_rank": 8, "lora_alpha": 32, "learning_rate": 0.01}
     hookspecs = hooks
 

@@ -93,6 +93,11 @@ def _scales(outputs: int, groups: int) -> _Held:
 class _FourBit(sft.Plugin):
     api_version = 1
     kind: ClassVar[str]
+    paddlenlp: ClassVar[dict[str, sft.Foreign]] = {
+        "weight_double_quant_block_size": sft.Foreign(
+            "blocks of doubly quantized absmax have 256 values", ("256",), "a number"
+        )
+    }
     reference = "arXiv 2305.14314"
 
     @sft.hookimpl

@@ -51,6 +51,18 @@ def test_a_plugin_sets_no_attribute_that_begins_with_sft(path: Path) -> None:
             assert not node.attr.startswith("sft_"), f"{path}:{node.lineno} sets {node.attr}"
 
 
+@pytest.mark.parametrize("path", PLUGINS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_plugin_imports_no_other_plugin(path: Path) -> None:
+    """A refinement implements the hooks that another one publishes, by their names."""
+    own = path.relative_to(ROOT).parts[3]
+    others = {source.parent.name for source in PLUGINS if source.name == "__init__.py"} - {own}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            assert name.split(".")[0] not in others, f"{path}:{node.lineno} imports {name}"
+
+
 def test_the_search_finds_what_is_not_public(tmp_path: Path) -> None:
     path = tmp_path / "plugin.py"
     path.write_text("import sft\nfrom sft.files import write_json\ndef f():\n    import sft.runtime\n    sft.runtime\n")

@@ -17,13 +17,17 @@ from sft.errors import UsageError
 
 @dataclass(frozen=True)
 class Foreign:
-    """Why a setting has no effect; ``harmless`` are the values of which that is true (None: all of its ``kind``)."""
+    """Why a setting has no effect.
+
+    Attributes:
+        reason: In a clause, as a run lists it.
+        harmless: The values of which that is true; None: all of its ``kind``.
+        kind: What PaddleNLP takes: "true or false", "a number", "text", or its words, separated by commas.
+    """
 
     reason: str
     harmless: tuple[str, ...] | None = None
-
     kind: str = "text"
-    """What PaddleNLP takes: "true or false", "a number", "text", or its words, separated by commas."""
 
     def accepts(self, text: str) -> bool:
         """Whether PaddleNLP would take ``text``; an unset value always."""

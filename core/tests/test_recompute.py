@@ -57,6 +57,7 @@ def test_layers_are_run_twice(train: Callable[..., Any]) -> None:
         assert calls == [True] * expected
 
 
+@pytest.mark.slow
 def test_less_memory(tmp_path: Path) -> None:
     """Six layers and 4 rows of 512 tokens: what a layer keeps for backward is most of the memory of a step."""
     data = tmp_path / "train.json"

@@ -240,6 +240,7 @@ def one_thread(paddle: Any) -> Iterator[None]:
     core.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
 
 
+@pytest.mark.slow
 def test_time_follows_the_sum_of_squared_segments(one_thread: None) -> None:
     """4096 tokens in documents of 1024 have a quarter of the scores of one document, in documents of 256 a sixteenth.
 

@@ -53,8 +53,9 @@ def name_of(value: Any) -> str:
 
 
 def case_of(*case: Any) -> Any:
-    marks = [needs(*case[2].get("plugin", []))]
-    return pytest.param(*case, marks=[*marks, pytest.mark.slow] if case[3].recompute or case[3].devices > 2 else marks)
+    family, _, settings, plan = case
+    is_quick = not plan.recompute and plan.devices == 2 and (family in ("olmo2", "gemma") or plan.stage > 1)
+    return pytest.param(*case, marks=[needs(*settings.get("plugin", [])), *([] if is_quick else [pytest.mark.slow])])
 
 
 @pytest.mark.parametrize(

@@ -227,12 +227,11 @@ def test_a_result_that_its_folder_cannot_take_is_whole_elsewhere(
 @pytest.mark.parametrize(
     ("plan", "what"),
     [
-        ("dp2", "journal"),
         ("tp2", "main"),
         ("stage1", "other"),
         *(
             pytest.param(p, w, marks=pytest.mark.slow)
-            for p, w in [("pp2", "journal"), ("stage3", "main"), ("dp2", "main")]
+            for p, w in [("dp2", "journal"), ("pp2", "journal"), ("stage3", "main"), ("dp2", "main")]
         ),
     ],
 )

@@ -132,3 +132,27 @@ def test_a_missing_weight_is_named_with_a_quantizer_too(paddle: Any, variant: Ca
     change_tensors(folder, lambda tensors: tensors.pop(DOWN))
     with pytest.raises(sft.UsageError, match=rf"lacks tensors {DOWN}"):
         load(folder, Rounding())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "glm4"])
+def test_a_merge_quantizes_what_a_run_quantizes(paddle: Any, models: Path, tmp_path: Path, family: str) -> None:
+    """Not the router of experts, whose weight is a matrix too."""
+    from sft.data.tokenizer import Tokenizer
+    from sft.models.loading import open_model
+    from sft.models.saving import write_merged
+
+    class Nothing:
+        def merge(self, name: str, weight: Any) -> Any:
+            return weight
+
+        def unused(self) -> list[str]:
+            return []
+
+    folder, in_run, in_merge = models.parent / "families" / family, Rounding(), Rounding()
+    model = load(folder, in_run)
+    tokenizer = Tokenizer(models / "llama-tied-gqa")
+    write_merged(tmp_path / "merged", open_model(folder), Nothing(), tokenizer, in_merge)
+    assert in_merge.given.keys() == in_run.given.keys()
+    input_ids, _ = reference(folder)
+    merged = own_logits(load(tmp_path / "merged"), input_ids)
+    assert largest_difference(merged, own_logits(model, input_ids)) < TOLERANCE

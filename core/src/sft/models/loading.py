@@ -162,7 +162,7 @@ def load_model(
     Raises :class:`UsageError` naming the tensors that are missing, left over, or of another shape.
     """
     held = strategy or WholeModel()
-    model = _build(source, dtype)
+    model = build_model(source, dtype)
     held.divide(model)
     fill(model, source, held, quantizer, progress)
     model.eval()
@@ -195,7 +195,7 @@ def fill(
             strategy.store(parameter, partial(_read, stored[name], weights, source))
 
 
-def _build(source: ModelSource, dtype: str) -> Any:
+def build_model(source: ModelSource, dtype: str) -> Any:
     """The model with unallocated parameters."""
     import paddle
 

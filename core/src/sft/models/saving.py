@@ -12,7 +12,8 @@ from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import staged_folder, write_json
 from sft.models.config import hf_config
-from sft.models.loading import ModelSource
+from sft.models.layers import target_layers
+from sft.models.loading import ModelSource, build_model
 from sft.models.shards import WeightFormat, write_tensors
 from sft.progress import Progress
 
@@ -58,11 +59,13 @@ def write_merged(
 ) -> int:
     """``source``'s weights with an adapter folded in, tensor by tensor: float32 arithmetic, ``form``'s dtype.
 
-    With a ``quantizer`` the Linears of the blocks are quantized and read back first, and all is written in float32.
+    With a ``quantizer`` the Linears that it stands for in a run are quantized and read back first, and all is written
+    in float32.
     The folder appears complete under its name or not at all. Returns the number of tensors that changed.
     """
     form, progress = form or WeightFormat(), progress or Progress(lambda text: None)
-    weights, blocks = source.weights(), f"{source.architecture.block_names}."
+    weights = source.weights()
+    quantized = set() if quantizer is None else {layer.name for layer in target_layers(build_model(source, "float32"))}
     changed = 0
     dtypes: set[str] = set()
 
@@ -77,7 +80,7 @@ def write_merged(
             name = source.family.from_file(original, weights.layout)
             if weights.layout == "paddle" and source.family.is_transposed(name, stored.ndim):
                 stored = stored.T
-            weight, is_new = _merge_one(name, stored, merger, quantizer, name.startswith(blocks))
+            weight, is_new = _merge_one(name, stored, merger, quantizer, name.removesuffix(".weight") in quantized)
             if quantizer is None and form.dtype == "base":
                 with np.errstate(over="ignore"):  # it is an error below
                     weight = weight.astype(stored.dtype, copy=False)
@@ -104,13 +107,13 @@ def write_merged(
 
 
 def _merge_one(
-    name: str, stored: np.ndarray, merger: AdapterMerger, quantizer: Quantizer | None, of_block: bool
+    name: str, stored: np.ndarray, merger: AdapterMerger, quantizer: Quantizer | None, quantized: bool
 ) -> tuple[np.ndarray, bool]:
     """One tensor [out, in], in float32 if the adapter or the quantizer changed it, and whether the adapter did."""
     import paddle
 
     base = paddle.to_tensor(np.ascontiguousarray(stored.astype(np.float32, copy=False)))
-    if quantizer is not None and of_block and base.ndim == 2:
+    if quantizer is not None and quantized:
         weight = np.ascontiguousarray(stored.astype(np.float32, copy=False).T)
         layer = quantizer.quantize(name.removesuffix(".weight"), weight, None)
         base = base if layer is None else layer.dequantize().T

@@ -290,6 +290,19 @@ def test_beside_lora(train: Any) -> None:
     assert noisy.trainable_parameters == plain.trainable_parameters
 
 
+@needs("parallel-4d")
+def test_a_plan_is_that_without_noise(models: Path) -> None:
+    """And says nothing about it: there is nothing on paper that it leaves out."""
+    from click.testing import CliRunner
+    from sft_parallel_4d.command import command
+
+    words = ["--model_name_or_path", str(models / "llama-tied-gqa"), "--max_length", "64"]
+    words += ["--devices", "2", "--device_memory", "1GiB"]
+    plain, noisy = (CliRunner().invoke(command, [*words, *more]) for more in ([], ["--plugin", "neftune"]))
+    assert noisy.exit_code == 0
+    assert noisy.output == plain.output
+
+
 @pytest.mark.parametrize("alpha", [0, -5, "loud"])
 def test_a_size_that_is_none_is_refused(train: Any, tmp_path: Path, alpha: Any) -> None:
     with pytest.raises(sft.UsageError, match="neftune_noise_alpha"):

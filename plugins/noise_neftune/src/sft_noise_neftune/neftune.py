@@ -41,6 +41,10 @@ class Neftune(sft.Plugin):
         embedding.register_forward_post_hook(self._add)
         self._hidden = int(embedding.weight.shape[1])
 
+    @sft.hookimpl(optionalhook=True)
+    def parallel_outline(self, outline: Any) -> None:
+        """Changes nothing: noise has no tensor that stays, freezes none, and adding it keeps nothing for backward."""
+
     @sft.hookimpl
     def sft_micro_batch(self, run: Run, batch: Batch) -> None:
         import paddle

@@ -216,7 +216,7 @@ class Scaled(sft.Plugin):
 
     name = "scaled"
     api_version = 1
-    sides: tuple[str, ...] = ()
+    sides: tuple[str | None, ...] = ()
 
     @sft.hookimpl
     def parallel_outline(self, outline: Outline) -> None:

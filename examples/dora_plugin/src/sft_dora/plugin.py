@@ -55,8 +55,8 @@ class Dora(sft.Plugin):
     def parallel_outline(self, outline: Any) -> None:
         rank = self.options.dora_rank
         for linear in outline.targets(self.options.dora_target_modules):
-            linear.add("lora_A", (linear.in_features, rank), ("in", ""))
-            linear.add("lora_B", (rank, linear.out_features), ("", "out"))
+            linear.add("lora_A", (linear.in_features, rank), ("in", None))
+            linear.add("lora_B", (rank, linear.out_features), (None, "out"))
             linear.add("magnitude", (linear.out_features,), ("out",))
             linear.kept += rank + linear.out_features  # x·A, and x·V for the gradient of m
 

@@ -105,7 +105,7 @@ def size_of(weight: Weight, side: str, division: Division, precision: Precision)
     if not weight.trains:
         return Size(values, 0, held, matrices, frozen_pieces=piece * bits // 8 if matrices else 0)
     is_partial = side and division.tensor > 1 and values == weight.size
-    is_norm = not side and weight.sides == ("",)
+    is_norm = not side and weight.sides == (None,)
     return Size(
         values,
         values,

@@ -12,9 +12,9 @@ from sft import Architecture, Block, matching
 @dataclass(frozen=True)
 class Weight:
     """A tensor on paper. ``sides`` says what each dimension is: "in" or "out" of its Linear, "vocabulary", "all" (of
-    a tensor that lies flat and is divided whichever side of its Linear is), or "" (of nothing that is divided); without
-    it, nobody says how the tensor is divided. Of an adapter layer they are the ``sides`` of its class: a layer that
-    declares none has none on paper.
+    a tensor that lies flat and is divided whichever side of its Linear is), or None (of nothing that is divided). With
+    no sides at all, nobody says how the tensor is divided. For an adapter layer they are what its class declares
+    (:class:`sft.AdapterLayer`): a layer that declares none has none on paper.
 
     Attributes:
         bits: Of one value; None: what the run's precision gives to weights.
@@ -22,7 +22,7 @@ class Weight:
 
     name: str
     shape: tuple[int, ...]
-    sides: tuple[str, ...] = ()
+    sides: tuple[str | None, ...] = ()
     trains: bool = True
     bits: int | None = None
 
@@ -49,7 +49,12 @@ class LinearOutline:
     kept_once: int = 0
 
     def add(
-        self, name: str, shape: tuple[int, ...], sides: tuple[str, ...], trains: bool = True, bits: int | None = 32
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        sides: tuple[str | None, ...],
+        trains: bool = True,
+        bits: int | None = 32,
     ) -> None:
         """Add a tensor to this Linear; see :class:`Weight`."""
         self.weights.append(Weight(name, shape, sides, trains, bits))
@@ -72,7 +77,7 @@ class Outline:
         head: None where it is the embedding.
         norm: One RMSNorm of the residual stream; each block has ``norms`` of them, and one comes after the last block.
         inside: Of each block what its attention and MLP have beside Linears that techniques work on: norms of queries
-            and keys, and what routes tokens to experts. Each process has those whole whose ``sides`` are "".
+            and keys, and what routes tokens to experts. Each process has those whole whose ``sides`` are None.
         shared: Tensors that a technique holds once in each process, for all blocks.
         attention_in_blocks: Whether attention keeps its inputs, its output and a sum a row for backward, and no [S, S]
             probabilities.
@@ -105,7 +110,12 @@ class Outline:
         return [linear for name, linear in found.items() if name in chosen]
 
     def share(
-        self, name: str, shape: tuple[int, ...], sides: tuple[str, ...], trains: bool = True, bits: int | None = 32
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        sides: tuple[str | None, ...],
+        trains: bool = True,
+        bits: int | None = 32,
     ) -> None:
         """Add a tensor that each process holds once, for all blocks; see :class:`Weight`."""
         self.shared.append(Weight(name, shape, sides, trains, bits))
@@ -186,9 +196,9 @@ def of_architecture(architecture: Architecture) -> Outline:
             side = "" if one.head_norm == "head" else "out"
             found = [Weight(f"{name}_norm", (size,), (side,)) for name, size in zip("qk", sizes, strict=True)]
         if block.experts is not None:
-            found.append(Weight("gate", (hidden, block.experts.count), ("", "")))
+            found.append(Weight("gate", (hidden, block.experts.count), (None, None)))
             if block.experts.shared_inner is not None:
-                found.append(Weight("shared_expert_gate", (hidden, 1), ("", "")))
+                found.append(Weight("shared_expert_gate", (hidden, 1), (None, None)))
         return found
 
     def linear(name: str, inputs: int, outputs: int, bias: bool) -> LinearOutline:
@@ -211,9 +221,9 @@ def of_architecture(architecture: Architecture) -> Outline:
             for number, block in enumerate(one.blocks)
         ],
         tied=one.tied,
-        embedding=Weight("weight", (one.vocabulary, hidden), ("vocabulary", "")),
-        head=None if one.tied else Weight("weight", (hidden, one.vocabulary), ("", "vocabulary")),
-        norm=Weight("weight", (hidden,), ("",)),
+        embedding=Weight("weight", (one.vocabulary, hidden), ("vocabulary", None)),
+        head=None if one.tied else Weight("weight", (hidden, one.vocabulary), (None, "vocabulary")),
+        norm=Weight("weight", (hidden,), (None,)),
         norms=sum(name is not None for name in vars(one.norms).values()),
         inside=[inside(block) for block in one.blocks],
     )

@@ -106,8 +106,8 @@ class Lora(sft.Plugin):
             if linear.name not in ranks:
                 continue
             rank = ranks[linear.name]
-            linear.add("lora_A", (linear.in_features, rank), ("in", ""))
-            linear.add("lora_B", (rank, linear.out_features), ("", "out"))
+            linear.add("lora_A", (linear.in_features, rank), ("in", None))
+            linear.add("lora_B", (rank, linear.out_features), (None, "out"))
             # x·A, and with dropout its input too.
             linear.kept += rank + (linear.in_features if self.options.lora_dropout else 0)
 

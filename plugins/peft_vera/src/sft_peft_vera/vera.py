@@ -62,15 +62,15 @@ class Vera(sft.Plugin):
         targets = outline.targets(self.options.vera_target_modules)
         rank = self.options.vera_rank
         for linear in targets:
-            linear.add("vera_d", (rank,), ("",))
+            linear.add("vera_d", (rank,), (None,))
             linear.add("vera_b", (linear.out_features,), ("out",))
             # x·A and (x·A) ⊙ d, and with dropout its input too; B ⊙ b.
             linear.kept += 2 * rank + (linear.in_features if self.options.vera_dropout else 0)
             linear.kept_once += rank * linear.out_features
         # The pair of the widest layer; all others see the beginning of its memory.
         widest = max(linear.in_features for linear in targets), max(linear.out_features for linear in targets)
-        outline.share("vera_A", (widest[0], rank), ("", ""), trains=False)
-        outline.share("vera_B", (rank, widest[1]), ("", ""), trains=False)
+        outline.share("vera_A", (widest[0], rank), (None, None), trains=False)
+        outline.share("vera_B", (rank, widest[1]), (None, None), trains=False)
 
     @sft.hookimpl
     def sft_export_adapter(self, run: Run, model: Any) -> AdapterFiles:

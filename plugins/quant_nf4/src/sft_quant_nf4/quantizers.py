@@ -122,7 +122,7 @@ class _FourBit(sft.Plugin):
             absmax = [_flat("absmax", blocks, 32)]
             if double:
                 # Divided along a dimension of length 1: whole in every process.
-                of_groups = ("double_absmax", (-(-blocks // 256), 1), ("", "all"), 32)
+                of_groups = ("double_absmax", (-(-blocks // 256), 1), (None, "all"), 32)
                 absmax = [_flat("double_codes", blocks, 8), of_groups]
             return [_flat("codes", -(-blocks * size // 2), 8), *absmax]
 

@@ -294,6 +294,7 @@ def test_beside_lora(train: Any) -> None:
 def test_a_plan_is_that_without_noise(models: Path) -> None:
     """And says nothing about it: there is nothing on paper that it leaves out."""
     from click.testing import CliRunner
+
     from sft_parallel_4d.command import command
 
     words = ["--model_name_or_path", str(models / "llama-tied-gqa"), "--max_length", "64"]

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from sft import Architecture, Block, matching
 
+Sides = tuple[str | None, ...]
+"""What each dimension of a tensor is; see :class:`Weight`."""
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -22,7 +25,7 @@ class Weight:
 
     name: str
     shape: tuple[int, ...]
-    sides: tuple[str | None, ...] = ()
+    sides: Sides = ()
     trains: bool = True
     bits: int | None = None
 

@@ -67,7 +67,7 @@ class Int4Options:
     )
 
 
-_Held = tuple[str, tuple[int, ...], tuple[str, ...], int]
+_Held = tuple[str, tuple[int, ...], tuple[str | None, ...], int]
 """A tensor on paper: its name, shape, what divides each dimension, and the bits of a value."""
 
 

@@ -106,3 +106,29 @@ def test_a_head_beside_a_tied_embedding_counts_only_if_it_is_the_same(
     model = load_model(open_model(tmp_path))
     found = model.lm_head.weight.numpy()
     np.testing.assert_array_equal(found if is_same else found.T, head)
+
+
+def test_a_mistral_with_layer_types_has_windows_in_those_alone() -> None:
+    """transformers takes its class Ministral for it."""
+    kinds = ["full_attention", "sliding_attention"]
+    config = {**TINY["mistral-window"], "num_hidden_layers": 2, "sliding_window": 4}
+    assert [block.window for block in read(config).blocks] == [4, 4]
+    assert [block.window for block in read({**config, "layer_types": kinds}).blocks] == [None, 4]
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_heads_that_turn_in_part_are_refused_where_transformers_turns_whole_ones(name: str) -> None:
+    """Of its classes those of Phi-3 and GLM-4 alone read the setting; others compute as if it were not there."""
+    config = dict(TINY[name])
+    config.pop("rope_parameters", None)
+    config.update(partial_rotary_factor=0.5, rope_theta=1e4)
+    if config["model_type"] in ("phi3", "glm4"):
+        assert read(config).rotaries[0].size == read(config).head_size // 2
+        return
+    with pytest.raises(sft.UsageError, match=r"partial_rotary_factor = 0\.5 is not computed in this family"):
+        read(config)
+
+
+def test_gemma_3_caps_no_scores() -> None:
+    with pytest.raises(sft.UsageError, match=r"attn_logit_softcapping = 50\.0 is not computed"):
+        read({**TINY["gemma3"], "attn_logit_softcapping": 50.0})

@@ -26,6 +26,7 @@ def _plain(
     kv_heads: int | None = None,
     head_size: int | None = None,
     base: float = 10000.0,
+    share: float | None = None,
     epsilon: float = 1e-6,
     tied: bool = False,
     **more: Any,
@@ -56,7 +57,7 @@ def _plain(
     }
     fields.update(more)
     if "rotaries" not in fields:
-        fields["rotaries"] = (values.rotary(size, longest, base),)
+        fields["rotaries"] = (values.rotary(size, longest, base, share=share),)
     if "positions" not in more:
         fields["positions"] = fields["rotaries"][0].reach
     return Architecture(**fields)
@@ -79,7 +80,8 @@ def llama(values: Values) -> Architecture:
 def mistral(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
     found = _plain(values, longest=4096 * 32, kv_heads=8)
-    return _in_windows(found, [SLIDING] * len(found.blocks), values.window(4096))
+    count = len(found.blocks)
+    return _in_windows(found, values.kinds(count, [SLIDING] * count), values.window(4096))
 
 
 def _qwen_windows(values: Values, architecture: Architecture) -> Architecture:
@@ -149,6 +151,7 @@ def gemma2(values: Values) -> Architecture:
 
 def gemma3(values: Values) -> Architecture:
     values.word("hidden_activation", _GELU, "gelu_pytorch_tanh")
+    values.refuse("attn_logit_softcapping")  # Gemma 2's: transformers reads it here, and caps nothing
     size, positions = values.count("head_dim", 256), values.count("max_position_embeddings", 131072)
     local = values.number("rope_local_base_freq", 10000.0)
     # What scales the others leaves windows alone.
@@ -163,7 +166,6 @@ def gemma3(values: Values) -> Architecture:
         rotaries=rotaries,
         head_norm="head",
         attention_scale=values.number("query_pre_attn_scalar", 256) ** -0.5,
-        attention_cap=values.optional("attn_logit_softcapping"),
         logit_cap=values.optional("final_logit_softcapping"),
     )
     count = len(found.blocks)
@@ -178,7 +180,7 @@ def phi3(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
     if values["original_max_position_embeddings"] is None:
         values = values.having(original_max_position_embeddings=4096)
-    found = _plain(values, longest=4096, epsilon=1e-5, fused_attention=True, fused_mlp=True)
+    found = _plain(values, longest=4096, share=1.0, epsilon=1e-5, fused_attention=True, fused_mlp=True)
     return _in_windows(found, [SLIDING] * len(found.blocks), values.window())
 
 
@@ -240,14 +242,13 @@ def olmo2(values: Values) -> Architecture:
 def glm4(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
     size, positions = values.count("head_dim", 128), values.count("max_position_embeddings", 131072)
-    turned = values if values["partial_rotary_factor"] is not None else values.having(partial_rotary_factor=0.5)
     return _plain(
         values,
         longest=131072,
         kv_heads=2,
         head_size=128,
         epsilon=0.00000015625,
-        rotaries=(turned.rotary(size, positions, 10000.0, interleaved=True),),
+        rotaries=(values.rotary(size, positions, 10000.0, share=0.5, interleaved=True),),
         fused_mlp=True,
         attention_bias=values.flag("attention_bias", True),
         norms=Norms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),

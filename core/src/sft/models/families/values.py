@@ -114,11 +114,21 @@ class Values:
                     f"{self.where}: {name} = {self._values[name]!r} is not computed here; use a model without it."
                 )
 
-    def rotary(self, size: int, positions: int, base: float, kind: str | None = None, **more: Any) -> Rotary:
+    def rotary(
+        self,
+        size: int,
+        positions: int,
+        base: float,
+        kind: str | None = None,
+        share: float | None = None,
+        **more: Any,
+    ) -> Rotary:
         """The rotary embedding of heads of ``size``; of layers of ``kind``, where the config tells kinds apart.
 
-        ``base`` is the family's default. ``rope_parameters`` is what transformers 5 writes, ``rope_scaling`` and
-        ``rope_theta`` what came before; PaddleNLP has words of its own. ``more`` are further fields of :class:`Rotary`.
+        ``base`` is the family's default, and ``share`` that of the part of a head that turns; None: the family turns
+        whole heads, and a config that says otherwise is refused. ``rope_parameters`` is what transformers 5 writes,
+        ``rope_scaling`` and ``rope_theta`` what came before; PaddleNLP has words of its own. ``more`` are further
+        fields of :class:`Rotary`.
         """
         scaling = self._values.get("rope_scaling") or self._values.get("rope_parameters") or {}
         if not isinstance(scaling, dict):
@@ -142,12 +152,19 @@ class Values:
         if word not in KINDS:
             raise UsageError(f"{self.where}: rotary scaling {word!r} is not known; known are {', '.join(KINDS)}.")
         theta = _first(scaling.pop("rope_theta", None), self._values.get("rope_theta"), base)
-        share = _first(scaling.pop("partial_rotary_factor", None), self._values.get("partial_rotary_factor"), 1.0)
+        turning = _first(
+            scaling.pop("partial_rotary_factor", None), self._values.get("partial_rotary_factor"), share, 1.0
+        )
         if not _is_number(theta) or theta <= 1:
             raise self.wrong("rope_theta", "a number above 1", theta)
-        if not _is_number(share) or not 0 < share <= 1:
-            raise self.wrong("partial_rotary_factor", "a number above 0, at most 1", share)
-        turned = int(size * share)
+        if not _is_number(turning) or not 0 < turning <= 1:
+            raise self.wrong("partial_rotary_factor", "a number above 0, at most 1", turning)
+        if share is None and turning != 1:
+            raise UsageError(
+                f"{self.where}: partial_rotary_factor = {turning!r} is not computed in this family, which turns whole "
+                "heads; use a model without it."
+            )
+        turned = int(size * turning)
         if turned % 2 or turned < 2:
             raise UsageError(
                 f"{self.where}: rotary embedding turns pairs of dimensions, and config.json gives {turned} of the "

@@ -77,6 +77,22 @@ def test_links_lead_somewhere(page: str) -> None:
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
+def test_pages_name_files_that_are_there() -> None:
+    """A file is named by its path from some folder on; PaddleNLP's are not ours."""
+    paths = [str(path.relative_to(ROOT)) for path in ROOT.glob("**/*.py") if ".venv" not in path.parts]
+    pages = [
+        *ROOT.glob("*.md"),
+        *(page for folder in ("docs", "examples", "plugins") for page in ROOT.glob(f"{folder}/**/*.md")),
+    ]
+    gone = [
+        (str(page.relative_to(ROOT)), name)
+        for page in pages
+        for name in re.findall(r"`([\w./]+\.py)`", page.read_text(encoding="utf-8"))
+        if name != "run_finetune.py" and not any(f"/{path}".endswith(f"/{name}") for path in paths)
+    ]
+    assert gone == []
+
+
 def test_reference_pages_are_current() -> None:
     done = subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from sft.models.families.family import Family, LanguageModel
 from sft.models.families.known import family_of
 from sft.models.layers import Target, target_layers
 from sft.models.source import ModelFolder, Weights, find_config, find_model, weight_files
+from sft.models.stacked import Part
 from sft.plugins.calls import checked, checking
 from sft.progress import Progress
 
@@ -50,6 +51,8 @@ class ModelSource:
     that changed the config (``sft_model_config``)."""
     generation: bytes | None = None
     """``generation_config.json`` as it stands, if there is one; it goes with the weights."""
+    parts: dict[str, Part] = field(default_factory=dict)
+    """The matrices of experts that its files have stacked, by name; known once the files have been opened."""
 
     @property
     def folder(self) -> Path:
@@ -59,6 +62,7 @@ class ModelSource:
         """The tensors in its files; raises :class:`UsageError` where there are none that may be read, and where the
         config calls a head the embedding that is another matrix."""
         weights = Weights(self.place, self.family)
+        self.parts = weights.parts
         names = ("model.embed_tokens.weight", "lm_head.weight")
         if self.architecture.tied and weights.layout == "hf" and all(name in weights for name in names):
             embedding, head = (weights.read_grid(name, _ROWS) for name in names)
@@ -68,6 +72,11 @@ class ModelSource:
                     "files hold another lm_head.weight; set tie_word_embeddings false to use it."
                 )
         return weights
+
+    def to_file(self, name: str, layout: str = "hf") -> str:
+        """A parameter's name → its tensor's in a file of ``layout``. Files with stacked experts are transformers 5's,
+        which has one name for a part in all families: ours."""
+        return name if self.parts and layout == "hf" else self.family.to_file(name, layout)
 
 
 def open_model(
@@ -265,7 +274,7 @@ def _check_shape(name: str, shape: tuple[int, ...], weights: Weights, source: Mo
 def _compare(expected: set[str], stored: set[str], source: ModelSource) -> None:
     for names, what in ((expected - stored, "lacks"), (stored - expected, "holds unknown")):
         if names:
-            shown = sorted(source.family.to_file(name, "hf") for name in names)
+            shown = sorted(source.to_file(name) for name in names)
             more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
             raise UsageError(
                 f"{source.folder} {what} tensors {', '.join(shown[:3])}{more}; weights and config.json do not "

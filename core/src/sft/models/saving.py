@@ -15,6 +15,7 @@ from sft.models.config import hf_config
 from sft.models.layers import target_layers
 from sft.models.loading import ModelSource, build_model
 from sft.models.shards import WeightFormat, write_tensors
+from sft.models.stacked import stacked
 from sft.progress import Progress
 
 if TYPE_CHECKING:
@@ -22,17 +23,22 @@ if TYPE_CHECKING:
 
 
 def model_tensors(parameters: Iterable[tuple[str, Any]], source: ModelSource) -> Iterator[tuple[str, np.ndarray]]:
-    """Parameters in Hugging Face names and layout, in their dtype, one at a time; tied ones once."""
+    """Parameters in Hugging Face names and layout, in their dtype, one at a time; tied ones once, and experts stacked
+    where the source's files have them so."""
     import ml_dtypes
     import numpy as np
 
-    for name, parameter in parameters:
-        array = parameter.numpy()
-        if array.dtype == np.uint16:  # paddle's way of giving bfloat16 to numpy
-            array = array.view(ml_dtypes.bfloat16)
-        if source.family.is_transposed(name, array.ndim):
-            array = np.ascontiguousarray(array.T)
-        yield source.family.to_file(name, "hf"), array
+    def upright() -> Iterator[tuple[str, np.ndarray]]:
+        for name, parameter in parameters:
+            array = parameter.numpy()
+            if array.dtype == np.uint16:  # paddle's way of giving bfloat16 to numpy
+                array = array.view(ml_dtypes.bfloat16)
+            if source.family.is_transposed(name, array.ndim):
+                array = np.ascontiguousarray(array.T)
+            yield name, array
+
+    for name, array in stacked(upright(), source.parts):
+        yield source.to_file(name), array
 
 
 def write_model(folder: Path, parameters: Iterable[tuple[str, Any]], source: ModelSource, tokenizer: Tokenizer) -> None:
@@ -69,7 +75,7 @@ def write_merged(
     changed = 0
     dtypes: set[str] = set()
 
-    def merged() -> Iterable[tuple[str, np.ndarray]]:
+    def merged() -> Iterator[tuple[str, np.ndarray]]:
         nonlocal changed
         for original in progress.over(list(weights), "merging", "tensors"):
             if original.endswith("rotary_emb.inv_freq"):
@@ -92,10 +98,11 @@ def write_merged(
             dtypes.add(str(weight.dtype))
             if form.layout == "paddle" and source.family.is_transposed(name, weight.ndim):
                 weight = weight.T
-            yield source.family.to_file(name, form.layout), np.ascontiguousarray(weight)
+            yield name, np.ascontiguousarray(weight)
 
     with staged_folder(folder) as staging:
-        write_tensors(staging, merged(), form)
+        tensors = stacked(merged(), source.parts if form.layout == "hf" else {})
+        write_tensors(staging, ((source.to_file(name, form.layout), tensor) for name, tensor in tensors), form)
         if merger.unused():
             shown = ", ".join(merger.unused()[:3])
             raise UsageError(

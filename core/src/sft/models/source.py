@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
 from sft.models.families.family import Family
+from sft.models.stacked import Part, is_stack, parts_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,7 +102,8 @@ def _first_sentences(error: Exception) -> str:
 class Weights:
     """The tensors of a model directory by name, in the files' own layout; each is read when it is asked for.
 
-    ``layout`` is "hf" (Linear weights [out, in], names ``model.…``) or "paddle" ([in, out], ``llama.…``).
+    ``layout`` is "hf" (Linear weights [out, in], names ``model.…``) or "paddle" ([in, out], ``llama.…``). Where files
+    of the decoder's families have the matrices of all experts in one tensor, each is a tensor here, and in ``parts``.
     """
 
     def __init__(self, place: Path | ModelFolder, family: Family) -> None:
@@ -117,17 +119,24 @@ class Weights:
                 from sft.models.pickles import read_pickled
 
                 self._pickled.update(read_pickled(path))
+        self.parts: dict[str, Part] = {}
+        for name in [*self._where, *self._pickled] if family.build is None else ():
+            if is_stack(name, self.shape(name)):
+                self.parts.update(parts_of(name, self.shape(name)))
         prefix = family.paddle_prefix
         paddle = prefix is not None and any(name.startswith(f"{prefix}.") for name in self)
         self.layout = "paddle" if paddle else "hf"
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted([*self._where, *self._pickled]))
+        stacks = {part.stack for part in self.parts.values()}
+        return iter(sorted(name for name in (*self._where, *self._pickled, *self.parts) if name not in stacks))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._where or name in self._pickled
+        return name in self._where or name in self._pickled or name in self.parts
 
     def shape(self, name: str) -> list[int]:
+        if name in self.parts:
+            return self.parts[name].shape
         if name in self._pickled:
             return list(self._pickled[name].shape)
         return list(self._open(self._where[name]).get_slice(name).get_shape())
@@ -137,7 +146,9 @@ class Weights:
         import ml_dtypes
         import numpy as np
 
-        if name in self._pickled:
+        if name in self.parts:
+            array = np.asarray(self._at(name, (slice(None), slice(None)), _safetensors))
+        elif name in self._pickled:
             array = np.asarray(self._pickled[name])
         else:
             # A handle of its own: an open one keeps every page of the file that was ever read in memory.
@@ -153,9 +164,7 @@ class Weights:
 
     def read_part(self, name: str, where: tuple[slice, ...]) -> np.ndarray:
         """What is at ``where`` of a tensor as float32, in the file's layout; nothing else is read."""
-        if name in self._pickled:
-            return _as_float32(self._pickled[name][where])
-        return _as_float32(_safetensors(self._where[name]).get_slice(name)[where])
+        return _as_float32(self._at(name, where, _safetensors))
 
     def read_corner(self, name: str, size: int) -> np.ndarray:
         """The first ``size`` values along each dimension of a tensor as float32, in the file's layout."""
@@ -169,11 +178,20 @@ class Weights:
         shape = self.shape(name)
         if not shape:
             return self.read(name)
-        held = self._pickled[name] if name in self._pickled else self._open(self._where[name]).get_slice(name)
         if len(shape) != 2:
-            return _as_float32(held[:])
+            return _as_float32(self._at(name, (slice(None),) * len(shape), self._open))
         rows, columns = (np.unique(np.linspace(0, size - 1, places).round().astype(int)) for size in shape)
-        return _as_float32(np.stack([np.asarray(held[row : row + 1])[0, columns] for row in map(int, rows)]))
+        found = (self._at(name, (slice(row, row + 1), slice(None)), self._open) for row in map(int, rows))
+        return _as_float32(np.stack([np.asarray(row)[0, columns] for row in found]))
+
+    def _at(self, name: str, where: tuple[slice, ...], opened: Callable[[Path], Any]) -> Any:
+        """What is at ``where`` of a tensor, in the file's dtype, out of its file as ``opened`` gives it."""
+        if name in self.parts:
+            part = self.parts[name]
+            return self._at(part.stack, part.within(where), opened)[0]
+        if name in self._pickled:
+            return self._pickled[name][where]
+        return opened(self._where[name]).get_slice(name)[where]
 
     def _open(self, path: Path) -> Any:
         if path not in self._handles:

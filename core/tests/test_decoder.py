@@ -165,3 +165,45 @@ def test_every_family_has_a_case() -> None:
 
     types = {json.loads((FOLDER / case / "config.json").read_text())["model_type"] for case in CASES}
     assert types == set(FAMILIES)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen2-moe", "qwen3-moe"])
+def test_tokens_find_their_experts_by_one_sort(paddle: Any, case: str) -> None:
+    """Values and gradients are those of each token alone through each of its experts, the router's among them; an
+    expert that is chosen is called once, and no other is."""
+    from sft.models.decoder import SparseMLP
+
+    (layer,) = [one for one in load(case).sublayers() if isinstance(one, SparseMLP)][:1]
+    calls: list[int] = []
+    for number, expert in enumerate(layer.experts):
+        expert.register_forward_pre_hook(lambda _, given, number=number: calls.append(number))
+    hidden = layer.gate.weight.shape[0]
+    inputs = paddle.to_tensor(np.random.default_rng(0).standard_normal((2, 3, hidden)).astype(np.float32))
+
+    def one_by_one() -> Any:
+        rows = []
+        for token in inputs.reshape([-1, hidden]):
+            shares = paddle.nn.functional.softmax(layer.gate(token))
+            weights, chosen = paddle.topk(shares, layer.chosen)
+            weights = weights / weights.sum() if layer.normalise else weights
+            row = sum(weights[place] * layer.experts[number](token) for place, number in enumerate(chosen.tolist()))
+            if hasattr(layer, "shared_expert"):
+                row = row + paddle.nn.functional.sigmoid(layer.shared_expert_gate(token)) * layer.shared_expert(token)
+            rows.append(row)
+        return paddle.stack(rows).reshape(inputs.shape)
+
+    found: list[dict[str, np.ndarray]] = []
+    for compute in (one_by_one, lambda: layer(inputs)):
+        calls.clear()
+        out = compute()
+        called = list(calls)
+        (out**2).sum().backward()
+        found.append({"out": out.numpy()})
+        for name, parameter in layer.named_parameters():
+            if parameter.grad is not None:
+                found[-1][name] = parameter.grad.numpy()
+            parameter.clear_gradient(set_to_zero=False)
+    assert sorted(called) == sorted(set(called))
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-4, atol=1e-5 * np.abs(value).max(), err_msg=name)

@@ -214,17 +214,26 @@ class SparseMLP(nn.Layer):
         weights, chosen = paddle.topk(F.softmax(self.gate(tokens).astype("float32"), axis=-1), self.chosen, axis=-1)
         if self.normalise:
             weights = weights / weights.sum(axis=-1, keepdim=True)
-        out = paddle.zeros_like(tokens)
-        for number, expert in enumerate(self.experts):
-            places = paddle.nonzero(chosen == number)  # [tokens of this expert, 2]: the token, and which choice it was
-            if places.shape[0] == 0:
-                continue
-            here = places[:, 0]
-            share = paddle.gather_nd(weights, places).unsqueeze(-1).astype(tokens.dtype)
-            out = paddle.index_add(out, here, 0, expert(paddle.gather(tokens, here)) * share)
+        results = self._results(tokens, chosen)
+        out = paddle.matmul(weights.unsqueeze(1).astype(results.dtype), results).squeeze(1)
         if hasattr(self, "shared_expert"):
             out = out + F.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
         return out.reshape(x.shape)
+
+    def _results(self, tokens: Any, chosen: Any) -> Any:
+        """Tokens [N, hidden] and the experts that each chose [N, chosen] → what those make of it, [N, chosen, hidden].
+
+        The choices are sorted by expert, so that each expert takes its own as one matrix, and the device is asked once,
+        not for each expert, how many those are.
+        """
+        size = tokens.shape[-1]
+        choices, expert_of_choice = tokens.unsqueeze(1).expand([-1, self.chosen, -1]), chosen.flatten()
+        order = paddle.argsort(expert_of_choice, stable=True)
+        counts = paddle.bincount(expert_of_choice, minlength=len(self.experts)).tolist()
+        busy = [number for number, count in enumerate(counts) if count]
+        parts = paddle.split(paddle.gather(choices.reshape([-1, size]), order), [counts[number] for number in busy])
+        results = paddle.concat([self.experts[number](part) for number, part in zip(busy, parts, strict=True)])
+        return paddle.gather(results, paddle.argsort(order)).reshape([-1, self.chosen, size])
 
 
 class Router(nn.Linear):

@@ -1,12 +1,13 @@
 """Every hook, in the order in which a run calls them. Reading this page explains the framework.
 
-``@hookspec``: all active plugins may answer, and are called in ascending ``order``. ``@single``: at most one
-active plugin may implement it; two are refused before anything heavy happens, naming both. A hook that
-refuses something raises :class:`sft.UsageError` with the cause and the cure in one sentence.
+Any number of active plugins may implement a ``@hookspec``; each is called after the plugins that it ``requires``, and
+otherwise in ascending ``order``. Only one active plugin may implement a ``@single`` hook: if two do, the run is
+refused, naming both, before anything heavy happens. A hook that refuses something raises :class:`sft.UsageError` with
+the cause and the cure in one sentence.
 
-Objects that cross a hook are described in ``seams.py``. ``run`` is :class:`sft.Run`. Its members come one after the
-other: where a hook below says that ``run`` has a member from here on, that hook and all later ones find it; reading it
-earlier raises :class:`sft.TooEarlyError`, which names the hook.
+Objects that cross a hook are described in ``seams.py``. ``run`` is :class:`sft.Run`. Its members appear as the run goes
+on: where a hook below says that ``run`` has a member "from here on", that hook and every later one can use it. Reading
+it earlier raises :class:`sft.TooEarlyError`, which names the hook to wait for.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def sft_commands(cli: click.Group) -> None:
 
 @hookspec
 def sft_check(run: Run) -> None:
-    """Refuse settings that do not go together. Neither data nor weights have been touched; keep it instant.
+    """Refuse settings that do not go together. Neither data nor weights have been read yet, so keep it instant.
 
     From here on ``run`` has ``settings``, ``given``, ``plugins``, ``hook``, ``progress``, ``say``, ``output_dir`` and
     ``rng``.
@@ -56,11 +57,11 @@ def sft_check(run: Run) -> None:
 
 @single
 def sft_launch(run: Run) -> Summary | None:
-    """Do the run elsewhere, as in processes that are started for it with the settings ``run.given``, and return what
-    came of it. Without one, or None: it is done here.
+    """Carry out the run somewhere else, for example in processes started with the settings ``run.given``, and return
+    its summary. If no plugin implements this, or it returns None, the run happens in this process.
 
-    The process that starts others calls no hook after this one but :func:`sft_run_failed`. A signal that ends it may be
-    raised as :class:`SystemExit`."""
+    In a process that starts others, no hook is called after this one except :func:`sft_run_failed`. A signal that ends
+    that process may be raised as :class:`SystemExit`."""
 
 
 # --- the model's config -------------------------------------------------------------------------------------
@@ -68,26 +69,27 @@ def sft_launch(run: Run) -> Summary | None:
 
 @hookspec
 def sft_model_family(config: dict[str, Any]) -> Family | None:
-    """How a model with this ``config.json`` is read, or None where it is not this plugin's.
+    """How to read a model with this ``config.json``, or None if the plugin does not handle it.
 
-    Asked of all plugins wherever a model is opened; two that have an answer, or one for a family of sft's own, are
-    refused with their names. An :class:`sft.Family` has a reader that makes an :class:`sft.Architecture`, which the
-    decoder computes, or builds a class of its own that keeps :class:`sft.LanguageModel` (docs/plugins.md).
-    An adapter's file names the plugin that read its base, and brings it back.
+    Every active plugin is asked wherever a model is opened. If two of them answer, or one answers for a family that sft
+    has itself, the model is refused with their names. The reader of an :class:`sft.Family` makes an
+    :class:`sft.Architecture`, which sft's decoder computes; or the family builds a class of its own that keeps to
+    :class:`sft.LanguageModel` (docs/plugins.md). An adapter's file names the plugin that read its base, and brings it
+    back.
     """
 
 
 @hookspec
 def sft_model_config(run: Run | None, config: dict[str, Any]) -> None:
-    """Change what the model's ``config.json`` says, in place: JSON values by Hugging Face's names.
+    """Change the content of the model's ``config.json`` in place: JSON values under Hugging Face's names.
 
-    The rotary embedding stands in ``rope_theta``, ``rope_scaling`` (null, or an object with ``rope_type``) and
-    ``partial_rotary_factor``, whatever the file calls them; only where it tells layer types apart it is as it was.
-    What is changed is computed, or refused as in a file.
+    The rotary embedding is described by ``rope_theta``, ``rope_scaling`` (null, or an object with ``rope_type``) and
+    ``partial_rotary_factor``, whatever the file calls them; a file that gives each layer type settings of its own keeps
+    its spelling. The changed config is read as if the file had said so, and what the decoder cannot compute is refused.
 
-    Called wherever a model is opened, before its data is read, with ``run`` None outside a run: all that counts then
-    are the plugin's options. An adapter's file names the plugins that changed its base's config, with their options,
-    and brings them back; a whole model's ``config.json`` says what was changed.
+    Called wherever a model is opened, before data is read. Outside a run, ``run`` is None and only the plugin's options
+    count. An adapter's file names the plugins that changed its base's config, with their options, and brings them back;
+    the ``config.json`` of a whole model contains the changes.
 
     From here on ``run`` has ``source``.
     """
@@ -100,15 +102,15 @@ def sft_model_config(run: Run | None, config: dict[str, Any]) -> None:
 def sft_record_format(record: dict[str, Any]) -> list[Turn] | None:
     """The turns of one record of a data file, or None if it is not in this plugin's format.
 
-    Asked before the core's own formats. A record without a turn that ``trains`` is refused in training and
-    evaluation; for ``sft generate`` one may end with a user's turn instead. Raise ``ValueError`` with the reason for a
-    record that is in the format but wrong: the core adds file and line.
+    Called before the core tries its own formats. In training and evaluation at least one turn must be marked
+    ``trains``; for ``sft generate`` the record may end with a user's turn instead. For a record that is in the format
+    but wrong, raise ``ValueError`` with the reason: the core adds file and line.
     """
 
 
 @single
 def sft_collator(run: Run) -> DataCollator:
-    """Which records share a row, and how rows become batches. Without one: a record a row, padded on the right.
+    """Which records share a row, and how rows become batches. By default each record is a row, padded on the right.
 
     From here on ``run`` has ``resumes``, ``tokenizer``, ``precision`` and ``step``.
     """
@@ -119,16 +121,16 @@ def sft_collator(run: Run) -> DataCollator:
 
 @single
 def sft_parallel_strategy(run: Run) -> ParallelStrategy:
-    """How several processes share the run, from reading the weights on. Without one: a single process."""
+    """How several processes share the run, from reading the weights on. By default there is one process."""
 
 
 @single
 def sft_quantizer(run: Run | None) -> Quantizer:
-    """What stands for Linear layers of the transformer blocks while weights stream in.
+    """What takes the place of the transformer blocks' Linear layers while weights stream in.
 
-    ``run`` is None where a model is loaded outside a run, for answers, ``sft evaluate`` or ``sft merge``: all that
-    counts then are the plugin's options. Without a quantizer: Linear layers in the dtype of ``run.precision.weights``
-    (float32, or that of bf16 and fp16 under O2), and in float32 outside a run.
+    Where a model is loaded outside a run, for answers, ``sft evaluate`` or ``sft merge``, ``run`` is None and only the
+    plugin's options count. By default layers stay Linear layers, with weights in float32, or in the 16-bit dtype that
+    was asked for with ``fp16_opt_level`` O2.
 
     From here on ``run`` has ``strategy``.
     """
@@ -136,10 +138,10 @@ def sft_quantizer(run: Run | None) -> Quantizer:
 
 @single
 def sft_attention_backend(run: Run, config: ModelShape) -> AttentionBackend:
-    """How attention is computed in training and evaluation. Without one: paddle's scaled_dot_product_attention.
+    """How attention is computed in training and evaluation. By default: paddle's scaled_dot_product_attention.
 
-    ``config`` is what the model is: an :class:`sft.Architecture` where sft's own decoder computes it. A backend says
-    what it can beside plain attention (see :class:`sft.AttentionBackend`); a model that needs more is refused.
+    ``config`` describes the model: an :class:`sft.Architecture` if sft's own decoder computes it. A backend declares
+    what it can do beyond plain attention (see :class:`sft.AttentionBackend`); a model that needs more is refused.
     """
 
 
@@ -147,9 +149,9 @@ def sft_attention_backend(run: Run, config: ModelShape) -> AttentionBackend:
 def sft_adapt_model(run: Run, model: Any) -> None:
     """The adapter seam: weights are in place; replace or wrap layers, and set what trains (``stop_gradient``).
 
-    The layers to adapt come from :func:`sft.target_layers`, a layer's whole weight from ``run.strategy.linear_weight``.
-    A layer that is put in place is a :class:`sft.AdapterLayer`, whose ``sides`` say how processes divide it. When
-    no active plugin implements this hook, all parameters train.
+    :func:`sft.target_layers` gives the layers to adapt, ``run.strategy.linear_weight`` the whole weight of one. What
+    takes a layer's place is a :class:`sft.AdapterLayer`, whose ``sides`` say how processes divide it. If no active
+    plugin implements this hook, all parameters train.
 
     From here on ``run`` has ``model``, and with it all its members.
     """
@@ -165,7 +167,7 @@ def sft_parameter_groups(run: Run, groups: list[ParameterGroup]) -> None:
 
 @hookspec
 def sft_restore(run: Run, state: dict[str, Any]) -> None:
-    """Take back what this plugin's :func:`sft_state` gave when the checkpoint was written.
+    """Restore what this plugin's :func:`sft_state` returned when the checkpoint was written.
 
     Called when a run resumes, when it goes back to its best checkpoint at the end (``load_best_model_at_end``), and
     when a checkpoint is only measured (``do_train false``).
@@ -179,10 +181,11 @@ def sft_run_started(run: Run) -> None:
 
 @hookspec
 def sft_micro_batch(run: Run, batch: Batch) -> None:
-    """``batch`` is about to go forward and backward in training; draws are a function of seed and step.
+    """``batch`` is about to go forward and backward in training. Random numbers drawn from paddle depend on seed and
+    step alone.
 
-    Where processes of a run have different numbers of micro-batches and wait for each other, some go through the model
-    in vain, with a batch of nothing: the model is in evaluation mode then, and this is not called."""
+    Processes that wait for each other may have different numbers of micro-batches. One that has run out sends a batch
+    of nothing through the model, in evaluation mode; this hook is not called for it."""
 
 
 @hookspec
@@ -198,15 +201,15 @@ def sft_evaluated(run: Run, record: dict[str, Any]) -> None:
     ``eval_tokens``, ``eval_seconds``, and with ``eval_with_do_generation`` the scores of the model's own answers,
     0 to 1: ``eval_bleu4``, ``eval_rouge1``, ``eval_rouge2``, ``eval_rougel``. It is a copy.
 
-    The first one, of ``step`` 0, comes before :func:`sft_run_started`; with ``do_train false`` only
-    :func:`sft_run_ended` follows."""
+    The first evaluation, of ``step`` 0, comes before :func:`sft_run_started`. With ``do_train false`` it is the only
+    one, and :func:`sft_run_ended` follows."""
 
 
 @hookspec
 def sft_state(run: Run) -> dict[str, Any]:
     """What this plugin needs to go on from a checkpoint: JSON values and numpy arrays by name.
 
-    Where checkpoints are to be written it is also asked for once before the first step, to see that it can be kept.
+    If checkpoints are to be written, it is also called once before the first step, to see that its answer can be saved.
     """
 
 
@@ -217,24 +220,25 @@ def sft_checkpoint_saved(run: Run, folder: Path) -> None:
 
 @hookspec
 def sft_run_ended(run: Run, summary: Summary) -> None:
-    """The result has been written to ``run.output_dir`` and measured (with ``do_train false``: the model was); run.json
-    says so. ``summary`` is a copy, of which ``speaks`` is taken back: False leaves telling the user to another process.
+    """The result has been written to ``run.output_dir`` and measured, and run.json says so. (With ``do_train false``
+    the model has been measured, and there is no result.) ``summary`` is a copy. The core reads one field of it again:
+    set ``speaks`` to False, and this process leaves it to another one to tell the user.
 
-    All plugins are told, also where one of them raises an error; the first error is raised afterwards, and the run has
-    finished all the same: :func:`sft_run_failed` is not called after this.
+    Every plugin is called, even if one of them raises an error. The first error is raised afterwards, but the run
+    counts as finished: :func:`sft_run_failed` is not called after this.
 
-    Called in the processes that do the run, not in one that starts them (:func:`sft_launch`)."""
+    Called in the processes that carry out the run, not in one that only starts them (:func:`sft_launch`)."""
 
 
 @hookspec
 def sft_run_failed(run: Run, error: BaseException) -> None:
-    """The run ends with ``error``, or was interrupted; after this the caller of :func:`sft.run` gets it. Where the run
-    had begun to write, run.json says so.
+    """The run ends with ``error``, or was interrupted. Afterwards the error goes to the caller of :func:`sft.run`. If
+    the run had begun to write its folder, run.json says so.
 
-    Called for everything that goes wrong from when :func:`sft_check` has passed until :func:`sft_run_ended`. All
-    plugins are told. What ended the run cannot be changed here: an error that is raised here is said, and no more.
-    ``run`` has the members that it had when that happened. The process that starts others for the run
-    (:func:`sft_launch`) hears of it too, unless the run has finished there: what goes wrong after that is no failure.
+    Called for anything that goes wrong after :func:`sft_check` and before :func:`sft_run_ended`, for every plugin.
+    ``error`` cannot be replaced: an error raised here is shown to the user, and no more. ``run`` has the members that
+    it had at that moment. In a process that starts others for the run (:func:`sft_launch`) this is called too, unless
+    the run has finished in them: what goes wrong after that is no failure.
     """
 
 
@@ -243,18 +247,17 @@ def sft_run_failed(run: Run, error: BaseException) -> None:
 
 @single
 def sft_export_adapter(run: Run, model: Any) -> AdapterFiles:
-    """The trained adapter in the PEFT layout, loadable over the original base. Without one: the whole model is
-    written.
+    """The trained adapter in PEFT's layout, to be loaded over the original base. By default the whole model is written.
 
-    The config holds JSON values, ``peft_type`` among them, and the tensors are of dtypes that safetensors knows. Every
-    trainable parameter must have a part in it. Before the first step it is called some times, with changed
-    values, to see that; so it may change nothing."""
+    The config holds JSON values, ``peft_type`` among them, and the tensors have dtypes that safetensors knows. Every
+    trainable parameter must have a part in the files. To check that, the core calls this several times before the first
+    step, with changed parameters; so it must not change anything itself."""
 
 
 @single
 def sft_import_adapter(model: Any, folder: Path) -> bool:
-    """Adapt ``model`` with the adapter in ``folder``, for inference. Called for folders that the plugin's metadata
-    claims (``adapter.TYPE``, or ``adapter.TYPE.K``: docs/plugins.md); return True."""
+    """Put the adapter in ``folder`` over ``model``, for inference, and return True. Called for folders that the
+    plugin's metadata claims (``adapter.TYPE``, or ``adapter.TYPE.K``: docs/plugins.md)."""
 
 
 @single

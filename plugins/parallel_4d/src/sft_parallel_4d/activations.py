@@ -96,12 +96,12 @@ def _mlp_kept(model: Architecture, block: Block, tensor: int) -> float:
 
 def _routing_kept(block: Block) -> int:
     """Of a token, what leads it to its experts and back, in values of 4 bytes: probabilities of all; of each chosen
-    one its number, the places that it is gathered from and added to (64 bits each), and its weight."""
+    one its number, its places in the order of experts and back (64 bits each), and its weight."""
     if block.experts is None:
         return 0
     experts = block.experts
-    normalised = 2 * experts.chosen + 1 if experts.normalise else 0
-    return experts.count + 11 * experts.chosen + normalised + (experts.shared_inner is not None)
+    weights = 2 * experts.chosen + 1 if experts.normalise else experts.chosen
+    return experts.count + 6 * experts.chosen + weights + (experts.shared_inner is not None)
 
 
 def reading_kept(outline: Outline, shape: Shape) -> int:

@@ -1,8 +1,8 @@
-"""The protocols behind the hooks of ``hookspecs.py``: what a plugin hands to the core, and what the core asks of it.
+"""The protocols behind the hooks of ``hookspecs.py``: what plugins give to the core, and what the core asks of that.
 
 Shapes: B rows, S tokens in a row, H query heads, K key/value heads, D head size. The data path is numpy;
-tensors are paddle's. A technique of the adapter seam has no object of its own: it answers
-``sft_adapt_model`` and, if it has weights to keep, the three hooks about adapter folders.
+tensors are paddle's. An adapter technique has no object of its own: it implements
+``sft_adapt_model`` and, if it has weights to save, the three hooks about adapter folders.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Batch:
 
     @property
     def packed(self) -> bool:
-        """Whether a row holds several documents; if not, causal attention alone is right for all that is learned."""
+        """Whether a row holds several documents. If none does, plain causal attention gives the right loss."""
         return any(len(row) > 1 for row in self.lengths)
 
     @property
@@ -80,7 +80,7 @@ class DataCollator(Protocol):
     packs: bool
 
     def rows(self, lengths: np.ndarray, rng: np.random.Generator | None) -> list[tuple[int, ...]]:
-        """Record numbers of each row of one pass over the data, in training order.
+        """The rows of one pass over the data, in training order: for each row, the numbers of its records.
 
         ``lengths`` int64 [records] in tokens. ``rng`` shuffles; None keeps the data's order (evaluation).
         Every record must appear exactly once.
@@ -96,9 +96,9 @@ class AttentionBackend(Protocol):
     """Computes attention in every decoder layer while training and evaluating; answers go through a cache.
 
     Attributes:
-        packed: Whether ``startend_row_indices`` are honoured; if not (or unset), rows of several documents are refused.
-        describes_padding: Whether it wants the indices for rows of one document too, to leave their padding out.
-        caps: Whether it takes ``cap``; if not (or unset), models that cap their scores (Gemma 2) are refused.
+        packed: Whether it obeys ``startend_row_indices``. If False or unset, rows of several documents are refused.
+        describes_padding: Whether it wants the indices for rows of one document too, to skip their padding.
+        caps: Whether it takes ``cap``. If False or unset, models that cap their scores (Gemma 2) are refused.
     """
 
     packed: bool
@@ -110,9 +110,9 @@ class AttentionBackend(Protocol):
     ) -> Any:
         """Causal attention, scaled by 1/√D. query [B, S, H, D]; key, value [B, S, K, D] → [B, S, H, D].
 
-        ``startend_row_indices`` int32 [B, 1, S, 1] as in :class:`Batch`, or None: causal attention says it all. A layer
-        that sees a window has rows that end sooner. ``cap`` is given where there is one: scores s, scaled, become
-        cap · tanh(s / cap) before the mask.
+        ``startend_row_indices`` int32 [B, 1, S, 1] are as in :class:`Batch`; None means plain causal attention. In a
+        layer with a sliding window they end sooner. ``cap`` is passed only by models that have one: scaled scores s
+        become cap · tanh(s / cap) before the mask.
         """
         ...
 
@@ -121,15 +121,16 @@ class AdapterLayer(Protocol):
     """What ``sft_adapt_model`` puts in the place of a Linear: a paddle Layer, [..., in] → [..., out].
 
     Attributes:
-        sides: How processes divide its tensors. For each attribute that holds one (a parameter, or a frozen tensor):
-            which side of the Linear each dimension is, "in" or "out", and None for one that is neither. A layer
-            whose parameters are not all in it is refused where processes share the layers of a model.
+        sides: How processes divide its tensors. For each attribute that holds one (a parameter, or a frozen tensor) it
+            says which side of the Linear each dimension follows: "in", "out", or None for neither. Where processes
+            share the layers of a model, a layer with a parameter that is not listed is refused.
     """
 
     sides: ClassVar[dict[str, tuple[str | None, ...]]]
 
     def forward(self, x: Any) -> Any:
-        """[..., in] → [..., out]. What needs a whole dimension that processes share asks :func:`sft.sum_over`."""
+        """[..., in] → [..., out]. If it needs the whole of a dimension that processes may share, it calls
+        :func:`sft.sum_over`."""
         ...
 
 
@@ -149,20 +150,20 @@ class QuantizedLayer(Protocol):
         ...
 
     def dequantize(self) -> Any:
-        """The weight as a float32 Tensor [in, out], for merging and for what an adapter begins with."""
+        """The weight as a float32 Tensor [in, out], for merging and for adapters that start from it."""
         ...
 
     def part(self, axis: int, index: int, count: int) -> Any:
-        """The layer of part ``index`` of ``count`` of the weight [in, out] along ``axis``, in the same codes. A layer
+        """A layer for part ``index`` of ``count`` of the weight [in, out] along ``axis``, with the same codes. A layer
         without this method is refused where processes share the layers of a model."""
         ...
 
 
 class Quantizer(Protocol):
-    """Stands in for Linear layers while weights stream in, so that no float copy of the model ever exists."""
+    """Replaces Linear layers while weights stream in, so that no float copy of the model ever exists."""
 
     def quantize(self, name: str, weight: np.ndarray, bias: np.ndarray | None) -> QuantizedLayer | None:
-        """The layer that stands for Linear ``name`` (as Hugging Face names it), or None to keep it as it is.
+        """The layer that replaces Linear ``name`` (Hugging Face's name), or None to keep the Linear.
 
         ``weight`` float32 [in, out] (Paddle's layout), ``bias`` float32 [out].
         """
@@ -172,48 +173,48 @@ class Quantizer(Protocol):
 class Learning(Protocol):
     """What a step does with one micro-batch; a strategy decides when (:meth:`ParallelStrategy.accumulate`).
 
-    Of one micro-batch, forward comes first, then loss, then backward. Between them other micro-batches may pass.
+    Each micro-batch goes forward, then its loss is computed, then it goes backward. Steps of other micro-batches may
+    come in between.
     """
 
     def forward(self, batch: Batch, received: Any | None = None, told: Callable[[], None] | None = None) -> Any:
-        """Tells plugins of the batch (``sft_micro_batch``), then sends it through the model, in
+        """Announce the batch to plugins (``sft_micro_batch``), then send it through the model, in
         ``run.precision.autocast()``. Returns the hidden states [B, S, hidden] after the last layer that is here.
 
-        ``received``, of that shape, goes into the first block that is here instead of the embedding of the batch's
-        tokens. ``told`` is called once plugins have been told: from there on other processes may be waited for.
+        ``received``, of that shape, goes into the first block that is here, in place of the embedded tokens. ``told``
+        is called as soon as plugins have been told: only from then on may this process wait for others.
         """
         ...
 
     def loss(self, hidden: Any, batch: Batch) -> Any:
-        """The summed loss (nats, a scalar float32 tensor) of the batch's target tokens, from the hidden states that
-        come after the model's last layer."""
+        """The summed loss (nats, a scalar float32 tensor) of the batch's target tokens; ``hidden`` is what comes out of
+        the model's last layer."""
         ...
 
     def backward(self, loss: Any) -> None:
-        """Adds the gradients of the loss, which is weighted so that all losses of a step add up to its mean loss
-        (times the loss scale of float16), to those of the parameters."""
+        """Add the gradients of the loss to those of the parameters. The loss is weighted, so that the losses of a step
+        add up to its mean loss (times the loss scale of float16)."""
         ...
 
     def idle(self) -> Learning:
-        """The same for a micro-batch that is here only because other processes wait: it is not announced to plugins,
-        and its loss weighs nothing."""
+        """The same for a micro-batch that only keeps other processes from waiting: plugins do not hear of it, and its
+        loss has no weight."""
         ...
 
 
 class ParallelStrategy(Protocol):
-    """Where this process stands among all that share the run, and the operations that need the others.
+    """The place of this process among those that share the run, and the operations that involve the others.
 
-    The members below :attr:`is_first` stand in the order in which a run uses them. Each process of a run calls them in
-    the same order, for they may wait for the others.
+    The methods are listed in the order in which a run uses them. Every process of a run calls them in the same order,
+    because they may wait for the other processes.
 
     Attributes:
-        data_rank: Which share of a step's rows is this process's, from 0.
-        data_world: Of how many shares.
-        draw_rank: What makes draws (dropout, noise) differ from other processes'; equal where the same values must be
-            drawn.
+        data_rank: Which share of each step's rows this process gets, counted from 0.
+        data_world: The number of shares.
+        draw_rank: Processes with different values draw different random numbers (dropout, noise); those that must draw
+            the same have the same value.
         is_main: Whether this process writes the run directory and speaks to the user.
-        is_first: Whether this process is the first of those that read the same records, and writes what is made of
-            them.
+        is_first: Whether this is, of the processes that read the same records, the one that writes their results.
     """
 
     data_rank: int
@@ -225,57 +226,58 @@ class ParallelStrategy(Protocol):
     # --- the model ---
 
     def divide(self, model: Any) -> None:
-        """Reduce ``model``, whose parameters are not allocated, to what this process holds, marked with
-        :func:`sft.parallel.mark_part` and :func:`sft.parallel.mark_stage`."""
+        """Reduce ``model``, whose parameters are not allocated yet, to what this process holds. Mark what is divided
+        with :func:`sft.parallel.mark_part` and :func:`sft.parallel.mark_stage`."""
         ...
 
     def parameters(self, model: Any) -> Iterable[tuple[str, Any]]:
-        """All parameters of the whole model by structured name, tied ones once: those of other processes too."""
+        """All parameters of the whole model by structured name, including those of other processes; tied ones once."""
         ...
 
     def store(self, parameter: Any, read: Callable[[tuple[slice, ...]], np.ndarray]) -> None:
-        """Give a parameter its value: ``read`` gives what is at a place of the whole tensor, in Paddle's layout."""
+        """Give a parameter its value. ``read`` returns any region of the whole tensor, in Paddle's layout."""
         ...
 
     def linear_weight(self, layer: Any) -> Any:
-        """The whole weight of a target layer, float32 [in, out], wherever its parts are."""
+        """The whole weight of a target layer, float32 [in, out], even if other processes hold parts of it."""
         ...
 
     def connect(self, model: Any) -> None:
-        """The model has its weights, its attention and its adapters: divide what those added, and let processes work
-        together when it is called."""
+        """Called when the model has its weights, attention and adapters: divide the tensors that adapters added, and
+        make the forward pass work across processes."""
         ...
 
     # --- training ---
 
     def share(self, groups: list[ParameterGroup]) -> list[ParameterGroup]:
-        """The optimizer's groups, with what this process steps under each name: the parameter, or a piece of it."""
+        """The optimizer's groups, with what this process updates under each name: the parameter, or a piece of it."""
         ...
 
     def accumulate(self, learning: Learning, batches: Sequence[Batch]) -> float:
-        """Forward, loss and backward of this process's micro-batches, as ``learning`` does each; returns the sum of
+        """Take this process's micro-batches forward and backward by the methods of ``learning``; return the sum of
         their losses.
 
-        Afterwards what :meth:`share` gave has the sum of the gradients over all micro-batches of all data ranks.
+        Afterwards the tensors that :meth:`share` returned hold the gradients, summed over all micro-batches of all data
+        ranks.
         """
         ...
 
     def grad_norm(self, stepped: Mapping[str, Any]) -> float:
-        """The norm of all gradients over all processes, as they stand (with the loss scale); ``stepped`` is what
-        :meth:`share` gave, by name."""
+        """The norm of all gradients of all processes, with the loss scale still in them. ``stepped`` is what
+        :meth:`share` returned, by name."""
         ...
 
     def updated(self) -> None:
-        """What is stepped here has new values: let each process have those that it needs."""
+        """Called after the optimizer's step: send the new values to the processes that need them."""
         ...
 
     def scores(self, model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Without gradients: summed loss of this process's ``batches``, and how many targets are the likeliest
-        token."""
+        """Evaluate this process's ``batches``, without gradients: their summed loss, and in how many places the target
+        is the likeliest token."""
         ...
 
     def answering(self) -> AbstractContextManager[Callable[[], None]]:
-        """Within it, the model writes answers; what it gives is called after some of them."""
+        """A context in which the model writes answers. It yields a function that is called after each batch of them."""
         ...
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -289,30 +291,31 @@ class ParallelStrategy(Protocol):
     # --- what is written ---
 
     def whole(self, parameters: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-        """Of :meth:`parameters`, name and whole tensor, one at a time."""
+        """The whole tensors of ``parameters`` (some of :meth:`parameters`) with their names, one at a time."""
         ...
 
     def assembled(self, model: Any) -> AbstractContextManager[None]:
-        """Within it, adapter layers hold whole tensors, as on one process; what they hold at its end is divided
-        again."""
+        """A context in which adapter layers hold whole tensors, as on one process. At its end their tensors, changed or
+        not, are divided again."""
         ...
 
     def pieces(self, stepped: Mapping[str, Any]) -> Mapping[str, Piece]:
-        """Which piece of a whole parameter each tensor of :meth:`share` is."""
+        """For each tensor that :meth:`share` returned, which piece of the whole parameter it is."""
         ...
 
     def own_file(self, stem: str) -> str:
-        """Of the files whose names begin with ``stem``, the one (without suffix) that this process writes."""
+        """The name, without suffix, of the file that this process writes where each writes one; it begins with
+        ``stem``."""
         ...
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has called this."""
         ...
 
 
 @dataclass
 class ParameterGroup:
-    """Parameters that share an optimizer setting; ``learning_rate`` multiplies the schedule's.
+    """Parameters with the same optimizer settings. ``learning_rate`` is a factor on the schedule's rate.
 
     Attributes:
         parameters: Structured parameter name → paddle Parameter.
@@ -333,16 +336,16 @@ class AdapterFiles:
 
 
 class AdapterMerger(Protocol):
-    """Folds an adapter folder into base weights, one tensor at a time."""
+    """Merges an adapter folder into base weights, one tensor at a time."""
 
     def merge(self, name: str, weight: Any) -> Any:
         """The merged weight, or ``weight`` itself if the adapter has nothing for it.
 
-        ``name`` is the tensor's Hugging Face name; ``weight`` a float32 paddle Tensor [out, in] (one of another
-        shape where it is no Linear's) on the device of the merge, as is what is returned.
+        ``name`` is the tensor's Hugging Face name. ``weight`` is a float32 paddle Tensor on the device of the merge,
+        [out, in] if it belongs to a Linear; so is the result.
         """
         ...
 
     def unused(self) -> list[str]:
-        """Adapter tensors that no base weight has asked for; the core makes them an error."""
+        """Names of adapter tensors that no base weight has used; if there are any, the merge is refused."""
         ...

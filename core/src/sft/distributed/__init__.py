@@ -1,1 +1,1 @@
-"""What of a model one process holds, where several share it."""
+"""Which parts of a model one process holds, where several share it."""

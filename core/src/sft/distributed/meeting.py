@@ -1,5 +1,5 @@
-"""Where processes that share a model meet while it computes. One process alone has nobody to meet; a parallel strategy
-puts objects of its own in these places."""
+"""Where processes that share a model exchange tensors while it computes. On one process these do nothing; a parallel
+strategy puts objects of its own in their places."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ class Vocabulary:
         return values
 
     def whole(self, logits: Any) -> Any:
-        """The logits of all columns, of those that are here."""
+        """The logits of all columns, put together from the columns that each process has."""
         return logits

@@ -1,4 +1,4 @@
-"""What of a model this process holds, where several share it; on one process every tensor is whole and here.
+"""Which parts of a model this process holds, where several share it. On one process every tensor is whole and here.
 
 A strategy marks what it divides. A parameter, and the Linear that it is the weight of, may be a :class:`Part` of a
 whole (:func:`mark_part`), or be held by other processes (:func:`mark_stage`): then it is never allocated here. A layer
@@ -32,13 +32,13 @@ class Part:
     @property
     def places(self) -> list[tuple[slice, ...]]:
         """Where in the whole its values lie, in their order along the axis."""
-        found, start = [], 0
+        places, start = [], 0
         for length in self.fused or (self.shape[self.axis],):
             size = length // self.count
             here = slice(start + self.index * size, start + (self.index + 1) * size)
-            found.append(tuple(here if axis == self.axis else slice(0, n) for axis, n in enumerate(self.shape)))
+            places.append(tuple(here if axis == self.axis else slice(0, n) for axis, n in enumerate(self.shape)))
             start += length
-        return found
+        return places
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -57,12 +57,12 @@ class Part:
         return np.argsort(np.concatenate([np.arange(one.start, one.stop) for one in slices]))
 
     def read(self, read: Callable[[tuple[slice, ...]], np.ndarray]) -> np.ndarray:
-        """The part's values, where ``read`` gives what is at a place of the whole."""
-        found = [read(place) for place in self.places]
-        return found[0] if len(found) == 1 else np.concatenate(found, axis=self.axis)
+        """The part's values; ``read`` gives the values at a place of the whole."""
+        pieces = [read(place) for place in self.places]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
 
     def write(self, values: np.ndarray, whole: np.ndarray) -> None:
-        """Put the part's ``values`` in their place of ``whole``."""
+        """Copy the part's ``values`` to their places in ``whole``."""
         start = 0
         for place in self.places:
             stop = start + place[self.axis].stop - place[self.axis].start
@@ -73,7 +73,7 @@ class Part:
 
 @dataclass(frozen=True)
 class _Marks:
-    """What is known of one tensor or layer."""
+    """What a strategy has said of one tensor or layer."""
 
     part: Part | None = None
     stage: int | None = None
@@ -140,9 +140,9 @@ def sum_over(layer: Any, side: str, values: Any) -> Any:
     """The sum of ``values`` over the processes that divide the ``side`` ("in" or "out") of the Linear in whose place
     ``layer`` stands; each gets it. Where that side is whole, as on one process: ``values`` themselves.
 
-    For a layer whose ``forward`` needs something of a whole dimension that processes share, such as a norm over all
-    inputs: ``values`` is a tensor of any shape that each has from its own part. Gradients flow through it. Every
-    process that has the layer calls it, and in the same order.
+    For a layer whose ``forward`` needs a value that depends on a whole dimension, such as a norm over all inputs, where
+    processes share that dimension. Each process passes the ``values`` of its own part, a tensor of any shape. Gradients
+    flow through the sum. Every process that has the layer must call this, and in the same order.
     """
     if side not in ("in", "out"):
         raise ValueError(f'The sides of a Linear are "in" and "out", not {side!r}.')
@@ -151,5 +151,5 @@ def sum_over(layer: Any, side: str, values: Any) -> Any:
 
 
 def copy_marks(old: Any, new: Any) -> None:
-    """Say of the layer ``new``, which takes the place of ``old``, what has been said of that."""
+    """Give the layer ``new``, which takes the place of ``old``, the marks of that."""
     setattr(new, _MARKS, _marks_of(old))

@@ -1,7 +1,7 @@
 """Optimizer state on disk, by the structured name of the whole parameter: readable under any division of it.
 
-A file holds what one process steps. Where that is a piece of a parameter, the file's metadata say which one; reading
-puts the pieces of a tensor together from all files, and takes the piece that is stepped now.
+A file holds the state of what one process updates. Where that is a piece of a parameter, the file's metadata say which
+one. A reader puts a tensor together from the pieces in all files, and takes from it the piece that it updates itself.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Piece:
 
 
 def save_pieces(path: Path, state: Mapping[str, np.ndarray], pieces: Mapping[str, Piece]) -> None:
-    """Write an optimizer's ``state`` (``NAME.KIND``), but for what another process writes."""
+    """Write an optimizer's ``state`` (``NAME.KIND``), except for what another process writes."""
     tensors: dict[str, np.ndarray] = {}
     about: dict[str, Any] = {}
     for key, value in state.items():
@@ -104,16 +104,16 @@ class SavedState:
         return iter(self._where)
 
     def whole(self, key: str) -> np.ndarray:
-        """The whole tensor, put together where it was written in pieces."""
+        """The whole tensor, put together if it was written in pieces."""
         from safetensors import safe_open
 
-        found = self._where[key]
-        if found[0][1] is None:
-            with safe_open(str(found[0][0]), framework="numpy") as file:
+        stored = self._where[key]
+        if stored[0][1] is None:
+            with safe_open(str(stored[0][0]), framework="numpy") as file:
                 return np.asarray(file.get_tensor(key))
         whole: np.ndarray | None = None
         covered = 0
-        for path, piece in found:
+        for path, piece in stored:
             assert piece is not None
             with safe_open(str(path), framework="numpy") as file:
                 values = np.asarray(file.get_tensor(key))

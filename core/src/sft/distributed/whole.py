@@ -20,7 +20,7 @@ class WholeModel:
         return named
 
     def store(self, parameter: Any, read: Callable[[tuple[slice, ...]], np.ndarray]) -> None:
-        """Give a parameter its value, which is all that ``read`` has."""
+        """Give a parameter its value: the whole of what ``read`` gives."""
         set_value(parameter, read(tuple(slice(0, length) for length in parameter.shape)))
 
 

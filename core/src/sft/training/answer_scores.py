@@ -43,11 +43,11 @@ def count(answers: Sequence[str], references: Sequence[str]) -> list[float]:
         return [0.0] * (2 * _ORDERS + 2 + len(_ROUGE) + 1)
     from rouge_score.rouge_scorer import RougeScorer
 
-    found = _bleu().corpus_score([spaced(text) for text in answers], [[spaced(text) for text in references]])
+    bleu = _bleu().corpus_score([spaced(text) for text in answers], [[spaced(text) for text in references]])
     scorer = RougeScorer(list(_ROUGE), tokenizer=_Words())
     rouge = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
     measures = [sum(float(score[name].fmeasure) for score in rouge) for name in _ROUGE]
-    return [*map(float, found.counts), *map(float, found.totals), found.sys_len, found.ref_len, *measures, len(answers)]
+    return [*map(float, bleu.counts), *map(float, bleu.totals), bleu.sys_len, bleu.ref_len, *measures, len(answers)]
 
 
 def scores(counts: Sequence[float]) -> dict[str, float]:

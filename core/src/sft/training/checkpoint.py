@@ -81,11 +81,11 @@ def _write_whole(
     trainer = staging / "trainer"
     trainer.mkdir()
     places = {}
-    for kind, found in (("trainable", values), ("plugins", arrays)):
-        places[kind] = find_places(adapter, found)
-        left = {name: array for name, array in found.items() if name not in places[kind]}
-        if left or kind == "plugins":
-            save_tensors(trainer / f"{kind}.safetensors", left)
+    for kind, state_arrays in (("trainable", values), ("plugins", arrays)):
+        places[kind] = find_places(adapter, state_arrays)
+        remaining = {name: array for name, array in state_arrays.items() if name not in places[kind]}
+        if remaining or kind == "plugins":
+            save_tensors(trainer / f"{kind}.safetensors", remaining)
     write_json(trainer / "state.json", {"format": FORMAT, **state, "plugins": plugins, "in_adapter": places})
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from sft.errors import UsageError
 
 FORMAT = 3
-"""How checkpoints are written today. Those of format 2 hold all that trains twice, and are read too."""
+"""The format in which checkpoints are written. Format 2, which holds what trains twice, can still be read."""
 _KEYS = (
     *("date", "step", "epoch", "seed", "data", "loss_scale", "journal", "before", "evaluation", "best", "settings"),
     *("shaping", "plugins"),
@@ -20,8 +20,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run directory, oldest step first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
+    folders = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -44,8 +44,8 @@ def find_checkpoint(request: bool | str | None, output_dir: Path) -> Path | None
     if not asks_to_resume(request):
         return None
     if str(request).lower() in ("auto", "true"):
-        found = checkpoints(output_dir)
-        return found[-1] if found else None
+        written = checkpoints(output_dir)
+        return written[-1] if written else None
     path = Path(str(request)).expanduser()
     if not is_checkpoint(path):
         raise UsageError(

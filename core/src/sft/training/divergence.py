@@ -59,8 +59,8 @@ def explained(run: CoreRun, what: str) -> SftError:
 def last_checkpoint(run: CoreRun) -> Path | None:
     """The newest checkpoint of the run, or the one that it went on from."""
     with contextlib.suppress(UsageError):
-        found = checkpoints(run.output_dir)
-        return found[-1] if found else find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
+        written = checkpoints(run.output_dir)
+        return written[-1] if written else find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
     return None
 
 

@@ -1,8 +1,8 @@
 """How a run ends: ``run.json`` and all plugins hear of it.
 
-A run ends once. *finished*: the result is whole in its folder, and each plugin's ``sft_run_ended`` is called. *failed*
-or *interrupted*: before that, and each plugin's ``sft_run_failed`` is called. All plugins are told the same, whatever
-one of them does with it.
+A run ends once. It has *finished* when the whole result is in its folder; then each plugin's ``sft_run_ended`` is
+called. If it ends before that it has *failed*, or was *interrupted*, and each plugin's ``sft_run_failed`` is called.
+All plugins are told the same, even if one of them raises an error.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 
 def finish(run: CoreRun, record: dict[str, Any], summary: Summary) -> None:
-    """The run has finished: ``run.json`` says so, then all plugins are told, each with a copy of ``summary``, of which
-    ``speaks`` alone is taken back: a plugin may know that another process tells the user. The first error of one of
-    them is raised when all have been; that the run has finished stands."""
+    """The run has finished: write that to ``run.json``, then tell every plugin.
+
+    Each gets a copy of ``summary``. Only ``speaks`` is read back from it, because a plugin may know that another
+    process tells the user. If plugins raise errors, the first one is raised once all have been told; the run stays
+    finished."""
     write_report(run, {**record, "status": "finished", "result": summary.as_dict()})
     run.finished = True
     first: BaseException | None = None
@@ -30,7 +32,7 @@ def finish(run: CoreRun, record: dict[str, Any], summary: Summary) -> None:
         try:
             run.plugins.ask(name, "sft_run_ended", run=run, summary=told)
             summary.speaks = summary.speaks and told.speaks
-        except BaseException as error:  # Ctrl-C too ends one plugin's part alone
+        except BaseException as error:  # even Ctrl-C ends the part of one plugin only
             if first is not None:
                 run.say(f"note: {_sentence_of(run, name, 'sft_run_ended', error)}")
             first = first or error
@@ -39,8 +41,9 @@ def finish(run: CoreRun, record: dict[str, Any], summary: Summary) -> None:
 
 
 def fail(run: CoreRun, error: BaseException) -> None:
-    """The run ends with ``error`` (unless it had finished): ``run.json`` says so, then all plugins are told. What goes
-    wrong in that is said, and does not take the place of ``error``."""
+    """The run ends with ``error``, unless it had finished: write that to ``run.json``, then tell every plugin.
+
+    If a plugin raises an error here, the user is told of it, and ``error`` remains the run's error."""
     if run.finished or _has_finished_elsewhere(run):
         return
     close_report(run, error)
@@ -59,6 +62,6 @@ def _sentence_of(run: CoreRun, name: str, hook: str, error: BaseException) -> st
 
 
 def _has_finished_elsewhere(run: CoreRun) -> bool:
-    """Whether the processes that this one has started have finished the run, whatever went wrong in them then."""
+    """Whether the processes that this one started have finished the run, even if something went wrong in them later."""
     report = {} if run.executes else read_report(run.output_dir)
     return report != run.earlier_report and report.get("status") == "finished"

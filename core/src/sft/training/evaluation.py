@@ -64,7 +64,7 @@ def evaluate(run: CoreRun, step: int, epoch: float) -> dict[str, Any]:
 def dev_loss(run: CoreRun) -> dict[str, Any]:
     """Loss, perplexity and token accuracy of the dev data, each over all its target tokens.
 
-    The batches are those of one process, which all that share the data take by turns.
+    The batches are those that one process would make; the processes that share the data take turns with them.
     """
     data, size = run.dev_data, run.settings.training.per_device_eval_batch_size
     assert data is not None
@@ -80,8 +80,8 @@ def dev_loss(run: CoreRun) -> dict[str, Any]:
             starts = range(rank * size, len(group), world * size)
             batches = [make_batch(data, run.collator, group[start : start + size]) for start in starts]
             with paddle.no_grad(), run.precision.autocast():
-                found = run.strategy.scores(run.model, batches)
-            loss, correct = loss + found[0], correct + found[1]
+                batches_loss, batches_correct = run.strategy.scores(run.model, batches)
+            loss, correct = loss + batches_loss, correct + batches_correct
             targets += sum(batch.target_tokens for batch in batches)
             task.advance(len(group))
     if was_training:
@@ -105,25 +105,25 @@ def score(run: CoreRun, path: Path | None) -> dict[str, float]:
     """
     rank, world = run.strategy.data_rank, run.strategy.data_world
     mine = run.questions[rank::world]
-    found = answer(run, mine)
+    texts = answer(run, mine)
     if path is not None and run.strategy.is_first:
         path = path if world == 1 else path.with_name(f"{path.stem}-rank-{rank}{path.suffix}")
         lines = [
             {"prompt": question.prompt, "answer": text, "reference": question.reference}
-            for question, text in zip(mine, found, strict=True)
+            for question, text in zip(mine, texts, strict=True)
         ]
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    counts = run.strategy.sum(answer_scores.count(found, [question.reference for question in mine]))
+    counts = run.strategy.sum(answer_scores.count(texts, [question.reference for question in mine]))
     return {f"eval_{name}": value for name, value in answer_scores.scores(counts).items()}
 
 
 def answer(run: CoreRun, questions: Sequence[Question]) -> list[str]:
     """The model's answers, ``per_device_eval_batch_size`` at a time."""
     size = run.settings.training.per_device_eval_batch_size
-    found: list[str] = []
+    texts: list[str] = []
 
     def advanced(tokens: int, answers: float) -> None:
-        task.advance(tokens, len(found) + answers)
+        task.advance(tokens, len(texts) + answers)
 
     with (
         run.strategy.answering() as gone_on,
@@ -132,7 +132,7 @@ def answer(run: CoreRun, questions: Sequence[Question]) -> list[str]:
         for start in range(0, len(questions), size):
             prompts = [question.ids for question in questions[start : start + size]]
             with run.precision.autocast():
-                found += answers(
+                texts += answers(
                     run.model,
                     run.tokenizer,
                     prompts,
@@ -141,4 +141,4 @@ def answer(run: CoreRun, questions: Sequence[Question]) -> list[str]:
                     advanced=advanced,
                 )
             gone_on()
-    return found
+    return texts

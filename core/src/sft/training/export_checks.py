@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 
 
 def check_export(run: CoreRun) -> None:
-    """Refuse an adapter that could not be written, or of which a trained parameter has no part in what
-    ``sft_export_adapter`` gives.
+    """Refuse an adapter whose files could not be written, or would lack something that trains.
 
-    The latter is found out by changing parameters and looking at what changes in the files, whatever it makes of
-    them; afterwards they are bit by bit what they were. All processes take part, and the main one looks.
+    To see what the files depend on, parameters are changed and the exports compared; afterwards the parameters are
+    restored bit by bit. All processes take part, and the main one compares.
     """
     if not run.exports_adapter:
         return
@@ -66,12 +65,13 @@ def not_written(files: AdapterFiles) -> str | None:
 
 @paddle.no_grad()
 def left_out(parameters: Mapping[str, Any], export: Callable[[], AdapterFiles]) -> list[str]:
-    """The names of those ``parameters`` on whose values nothing depends that ``export`` gives.
+    """The names of those ``parameters`` whose values leave no trace in what ``export`` gives.
 
-    Parameters are numbered, and those are changed together that have the same value of one binary digit. What changes
-    in the files with exactly one value of each digit depends on the parameter of that number alone. So some
-    2·log₂(number of parameters) exports tell all from each other but those that only change things together: they are
-    changed one by one. What differs between exports by itself, as a date does, tells nothing and is set aside.
+    Parameters are numbered. For each binary digit, those that have a 0 there are changed together, and then those that
+    have a 1. An entry of the files that changes with exactly one of the two, for each digit, depends on one parameter
+    alone, and the digits spell its number. So about 2·log₂(number of parameters) exports recognise most of them; the
+    others, which share their entries, are then changed one by one. What differs from export to export by itself, such
+    as a date, proves nothing and is set aside.
     """
     names = list(parameters)
     held = {name: parameter.clone() for name, parameter in parameters.items()}
@@ -80,14 +80,14 @@ def left_out(parameters: Mapping[str, Any], export: Callable[[], AdapterFiles]) 
         for name in chosen:
             parameters[name].set_value(_varied(held[name], kind))
 
-    def changed(found: Mapping[str, bytes]) -> set[str]:
-        return {key for key, digest in plain.items() if found.get(key) != digest}
+    def changed(digests: Mapping[str, bytes]) -> set[str]:
+        return {key for key, digest in plain.items() if digests.get(key) != digest}
 
     def varied(chosen: list[str]) -> dict[str, bytes]:
         change(chosen, 1.7)
-        found = _digests(export())
+        digests = _digests(export())
         change(chosen, 1.0)
-        return found
+        return digests
 
     def set_aside() -> None:
         """Leave out what differs though nothing was changed since the first export: a date, a random name."""
@@ -98,14 +98,14 @@ def left_out(parameters: Mapping[str, Any], export: Callable[[], AdapterFiles]) 
         change(names, 1.0)  # zeros, as adapters begin with, hide what they are multiplied with
         plain = _digests(export())
         digits = range(max(1, (len(names) - 1).bit_length()))
-        found = [
+        by_digit = [
             [varied([name for number, name in enumerate(names) if number >> digit & 1 == value]) for value in (0, 1)]
             for digit in digits
         ]
         set_aside()  # now, not at once: a date in seconds changes seldom
         numbers: dict[str, int | None] = dict.fromkeys(plain, 0)
         for digit in digits:
-            zero, one = (changed(digests) for digests in found[digit])
+            zero, one = (changed(digests) for digests in by_digit[digit])
             for key, number in numbers.items():
                 single = number is not None and (key in zero) != (key in one)
                 numbers[key] = number | (key in one) << digit if single and number is not None else None
@@ -127,10 +127,10 @@ def _varied(value: Any, kind: float) -> Any:
 
 
 def _digests(files: AdapterFiles) -> dict[str, bytes]:
-    """What stands for each tensor of ``files``, and for each entry of its config."""
-    found = {
+    """A digest of each tensor of ``files``, and each entry of its config as JSON."""
+    digests = {
         f"config {key}": json.dumps(value, sort_keys=True, default=str).encode() for key, value in files.config.items()
     }
     for name, tensor in files.tensors.items():
-        found[f"tensor {name}"] = hashlib.blake2b(np.ascontiguousarray(tensor).tobytes()).digest()
-    return found
+        digests[f"tensor {name}"] = hashlib.blake2b(np.ascontiguousarray(tensor).tobytes()).digest()
+    return digests

@@ -1,7 +1,7 @@
 """Arrays of a checkpoint that its adapter's file holds already: they are read from there, and not written again.
 
 An adapter plugin writes a parameter as it is, transposed (PEFT has matrices the other way round), or with more after it
-along a dimension. Whatever it does, what is found bit by bit need not be kept twice, and what is not found is.
+along a dimension. Arrays that are in its file bit by bit are not kept a second time; all others are.
 """
 
 from __future__ import annotations

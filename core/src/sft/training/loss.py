@@ -45,9 +45,9 @@ class _Shape:
         return cls(transposed, getattr(lm_head, "scale", 1.0), cap)
 
     def logits(self, part: Any, weight: Any) -> Any:
-        found = paddle.matmul(part, weight, transpose_y=self.transpose_y).astype("float32")
-        found = found if self.scale == 1.0 else found * self.scale
-        return found if self.cap is None else paddle.tanh(found / self.cap) * self.cap
+        logits = paddle.matmul(part, weight, transpose_y=self.transpose_y).astype("float32")
+        logits = logits if self.scale == 1.0 else logits * self.scale
+        return logits if self.cap is None else paddle.tanh(logits / self.cap) * self.cap
 
     def slope(self, gradient: Any, capped: Any) -> Any:
         """From the gradient of logits to that of the products; ``capped`` are the logits, if they are."""
@@ -153,12 +153,12 @@ def target_scores(hidden: Any, labels: Any, lm_head: Any) -> tuple[float, int]:
 
 def _likeliest(logits: Any, vocabulary: Vocabulary) -> Any:
     """The likeliest token of each position, the first of equals; ``logits`` are less their maximum."""
-    found = logits.argmax(axis=-1)
+    best = logits.argmax(axis=-1)
     if vocabulary.start is None:
-        return found
+        return best
     # The maximum is where 0 is: the least such token is the greatest of their negatives.
-    last = paddle.full_like(found, -(1 << 30))
-    return -vocabulary.maximum(paddle.where(logits.max(axis=-1) == 0.0, -(found + vocabulary.start), last))
+    last = paddle.full_like(best, -(1 << 30))
+    return -vocabulary.maximum(paddle.where(logits.max(axis=-1) == 0.0, -(best + vocabulary.start), last))
 
 
 def _targets(hidden: Any, labels: Any) -> tuple[Any, Any | None]:

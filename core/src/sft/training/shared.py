@@ -19,13 +19,13 @@ class SharedError(OSError):
 def shared(strategy: ParallelStrategy, write: Callable[[], Result]) -> Result:
     """What ``write`` gives; all processes call this, and all raise :class:`SharedError` where an OSError is raised in
     one of them."""
-    failure, found = None, None
+    failure, result = None, None
     try:
-        found = write()
+        result = write()
     except OSError as error:
         failure = error
     if strategy.largest(float(failure is not None)):
         if failure is None:
             raise SharedError("another process could not write its part")
         raise SharedError(*failure.args[:2], *([failure.filename] if failure.filename else [])) from failure
-    return cast("Result", found)
+    return cast("Result", result)

@@ -194,3 +194,23 @@ def test_a_folder_that_has_vanished_is_made_again(train: Train, tmp_path: Path) 
     gone = toy("gone", sft_step_ended=lambda self: shutil.rmtree(tmp_path / "out"))
     train("out", (gone,), max_steps=1, do_eval=False)
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_what_goes_wrong_in_one_of_several_processes_does_not_wait_for_the_others(tmp_path: Path) -> None:
+    """A plugin's strategy may be a subclass of SingleProcess: its other processes do not know of the error."""
+    from types import SimpleNamespace
+
+    from sft.parallel import SingleProcess
+    from sft.training.publish import rescued
+
+    class Shared(SingleProcess):
+        def largest(self, value: float) -> float:
+            raise AssertionError("it waits for processes that never come")
+
+    training = SimpleNamespace(resume_from_checkpoint=None)
+    settings = SimpleNamespace(training=training)
+    run: Any = SimpleNamespace(strategy=Shared(), step=3, output_dir=tmp_path, settings=settings)
+    optimizer: Any = SimpleNamespace(parameters={})
+    error = rescued(run, optimizer, OSError(28, "No space left on device"))
+    assert isinstance(error, sft.SftError)
+    assert "what it has learned is lost, for there is no checkpoint" in str(error)

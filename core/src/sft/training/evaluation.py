@@ -69,7 +69,7 @@ def dev_loss(run: CoreRun) -> dict[str, Any]:
     data, size = run.dev_data, run.settings.training.per_device_eval_batch_size
     assert data is not None
     rows, rank, world = run.collator.rows(data.lengths, None), run.strategy.data_rank, run.strategy.data_world
-    together = size * world * (1 if isinstance(run.strategy, SingleProcess) else _TOGETHER)
+    together = size * world * (1 if type(run.strategy) is SingleProcess else _TOGETHER)
     loss, correct, targets = 0.0, 0, 0
     was_training = run.model.training
     run.model.eval()

@@ -44,7 +44,7 @@ def rescued(run: CoreRun, optimizer: Optimizer, error: OSError) -> BaseException
     last = last_checkpoint(run)
     is_saved = run.step == (step_of(last) if last else 0)
     fails = f"The run cannot go on after step {run.step} ({_cause(error)})"
-    if not isinstance(error, SharedError) and not isinstance(run.strategy, SingleProcess):
+    if not isinstance(error, SharedError) and type(run.strategy) is not SingleProcess:
         # The others do not know of the error, and would not take part.
         left = f"{last} is what is left" if last else "what it has learned is lost, for there is no checkpoint"
         return error if is_saved else SftError(f"{fails}; {left}.")

@@ -114,3 +114,12 @@ def test_a_quantizer_holds_its_linears(train: Callable[..., sft.Summary], checkp
     said: list[str] = []
     train(plugin=[PLUGIN, "nf4", "lora"], model_name_or_path=str(base), say=said.append, max_steps=1)
     assert any("8 Linears held by nf4" in line for line in said), said
+
+
+@pytest.mark.parametrize("case", ["qwen", "deepseek-v2"])
+def test_an_answer_brings_no_warnings_of_paddlenlps(checkpoints: Callable[[str], Path], case: str) -> None:
+    words = ["--model_name_or_path", str(checkpoints(case)), "--plugin", PLUGIN, "--prompt", "hello"]
+    line = [sys.executable, "-m", "sft", "generate", *words, "--max_new_tokens", "2"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -304,14 +305,18 @@ class _Head(nn.Layer):
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """PaddleNLP logs each class that it builds, and gives weights values that are then read from files."""
-    from paddlenlp.transformers.model_utils import no_init_weights
-    from paddlenlp.utils.log import logger
+    """PaddleNLP logs each class that it builds, warns of what its authors use, and gives weights values that are then
+    read from files."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from paddlenlp.transformers.model_utils import no_init_weights
+        from paddlenlp.utils.log import logger
 
-    level = logger.logLevel
-    logger.set_level("ERROR")
-    try:
-        with no_init_weights():
-            yield
-    finally:
-        logger.set_level(level)
+        level = logger.logLevel
+        logger.set_level("ERROR")
+        try:
+            with no_init_weights():
+                yield
+        finally:
+            logger.set_level(level)
+    warnings.filterwarnings("ignore", module=r"paddlenlp\.")  # and while it computes

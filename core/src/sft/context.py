@@ -1,5 +1,5 @@
-"""The state of a run: :class:`Run` is what plugins see of it, :class:`CoreRun` what the core keeps beside that, and
-:class:`Summary` what it came to. The procedure is in ``fine_tune.py``.
+"""The state of a run: :class:`Run` is what plugins see of it, :class:`CoreRun` adds what only the core uses, and
+:class:`Summary` is the outcome. The procedure is in ``fine_tune.py``.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Summary:
 class Member:
     """A member of :class:`Run` that exists from a hook on. Reading it earlier raises :class:`sft.TooEarlyError`.
 
-    A value that is assigned to the instance hides this descriptor, so it is asked only while there is none.
+    A value that is assigned to the instance hides this descriptor, which therefore answers only while there is none.
     """
 
     def __init__(self, since: str, meaning: str) -> None:
@@ -90,10 +90,11 @@ def since(hook: str, meaning: str) -> Any:
 
 
 class Run:
-    """One run, as plugins see it. What stands here is all that they may use; two runs in one process share nothing.
+    """One run, as plugins see it. They may use what is listed here and nothing else; two runs in one process share
+    nothing.
 
-    Each member exists from one hook on, and in all hooks that are called after that one; reading it earlier raises
-    :class:`sft.TooEarlyError`, which names the hook.
+    Each member exists from a certain hook on, and in every hook that is called later. Reading it earlier raises
+    :class:`sft.TooEarlyError`, which names that hook.
     """
 
     settings: Settings = since(
@@ -172,7 +173,7 @@ Run.__doc__ = f"{Run.__doc__}\n    Members:\n" + "".join(
 
 
 class CoreRun(Run):
-    """A run with what the core alone keeps of it. It is no business of plugins, and may change with any version.
+    """A run with what only the core uses. Plugins must not rely on it: it may change with any version.
 
     Attributes:
         without_effect: Settings that were given and do nothing here, with the reason.
@@ -182,13 +183,13 @@ class CoreRun(Run):
         questions: What is answered in each evaluation (``eval_with_do_generation``).
         collator: Makes rows and batches of records.
         arithmetic: What the last bits of the run's numbers depend on, as run.json has it.
-        base_fingerprint: Tells the weights that an exported adapter belongs to; see ``models/fingerprint.py``.
-        sizes: How many parameters train and how many there are, of the whole model, counted in values.
+        base_fingerprint: Identifies the weights that an exported adapter belongs to; see ``models/fingerprint.py``.
+        sizes: The trainable parameters of the whole model, and all of them, counted in values.
         before: What was measured before training.
         evaluation: The record of the last evaluation, as ``sft_evaluated`` has it.
         best: The record of the best evaluation that has a checkpoint (``load_best_model_at_end``).
-        executes: Whether the run is done in this process, not in others that are started for it.
-        finished: Whether the run has finished; nothing that goes wrong afterwards changes that.
+        executes: Whether the run is carried out in this process, not in others that were started for it.
+        finished: Whether the run has finished. Nothing that goes wrong afterwards changes that.
         report: What this process has written to run.json.
         earlier_report: What run.json said before this run.
     """

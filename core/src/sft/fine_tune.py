@@ -1,5 +1,5 @@
-"""The procedure of a run, from settings to result: ``sft.run(...)``. It reads as one page; how each part is done stands
-in the module that it is imported from."""
+"""The procedure of a run, from settings to result: ``sft.run(...)``. It is meant to be read as one page; each part
+is in the module from which it is imported."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def better(run: CoreRun, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The record of the better of ``evaluation`` and the best one so far; the earlier one of equals."""
+    """The record of ``evaluation`` or the best one so far, whichever is better; the earlier one if they are equal."""
     key, greater = best_metric(run.settings)
     if not run.best or (evaluation[key] > run.best[key] if greater else evaluation[key] < run.best[key]):
         return evaluation
@@ -23,7 +23,8 @@ def better(run: CoreRun, evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def best_so_far(run: CoreRun, state: dict[str, Any]) -> dict[str, Any]:
-    """The best evaluation before a checkpoint, where its own checkpoint is still there and says what best now means."""
+    """The best evaluation before a checkpoint. Empty if its own checkpoint is gone, or it lacks the number that decides
+    in this run."""
     best: dict[str, Any] = state["best"]
     if not run.settings.training.load_best_model_at_end or not best:
         return {}
@@ -51,7 +52,7 @@ def load_best(run: CoreRun) -> int | None:
 
 
 def _without_best(run: CoreRun, best: Path, error: UsageError) -> SftError:
-    """What to raise where the ``best`` checkpoint cannot be put back at the end: it says where other weights are."""
+    """The error to raise if the ``best`` checkpoint cannot be restored at the end. It says where other weights are."""
     left = [folder for folder in checkpoints(run.output_dir) if folder != best]
     if not left:
         where = "there is no other checkpoint, so nothing is left of the run"

@@ -1,4 +1,4 @@
-"""Numbers that are no longer finite: found before they are written, and answered with what helps in that case."""
+"""Numbers that are no longer finite: noticed before they are written, with an error that says what helps."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from sft.context import CoreRun
 
 _TOGETHER = 8
-"""Batches that processes measure together, between which progress shows: enough to keep a pipeline mostly full."""
+"""Batches that processes measure together before progress is shown: enough to keep a pipeline mostly full."""
 _LARGEST_EXPONENT = 700.0
-"""exp of it is a double still; JSON has no infinity."""
+"""Its exponential still fits a double; JSON has no infinity."""
 
 
 def before_or_after(run: CoreRun, step: int, epoch: float, journal: Any) -> dict[str, Any]:

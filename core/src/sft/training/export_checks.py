@@ -1,4 +1,4 @@
-"""Whether the files of an adapter hold all that trains: asked before hours are spent on what would be lost."""
+"""Whether the files of an adapter hold everything that trains: checked before hours are spent on what would be lost."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def _place(label: Any, columns: int, vocabulary: Vocabulary) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class _Shape:
-    """What becomes of products with lm_head: cap · tanh(scale · product / cap); without cap, scale · product."""
+    """How products with lm_head become logits: cap · tanh(scale · product / cap), or scale · product without a cap."""
 
     transpose_y: bool
     scale: float
@@ -50,15 +50,15 @@ class _Shape:
         return logits if self.cap is None else paddle.tanh(logits / self.cap) * self.cap
 
     def slope(self, gradient: Any, capped: Any) -> Any:
-        """From the gradient of logits to that of the products; ``capped`` are the logits, if they are."""
+        """The gradient of the products, from that of the logits; ``capped`` are the logits, if there is a cap."""
         if self.cap is not None:
             gradient = gradient.multiply_((capped / self.cap).square_().scale_(-1.0, 1.0))
         return gradient if self.scale == 1.0 else gradient * self.scale
 
 
 def _chunk(part: Any, label: Any, weight: Any, shape: _Shape, vocabulary: Vocabulary) -> tuple[Any, Any, Any, Any, Any]:
-    """Of some positions: float32 logits as they are (if they are capped), and less their maximum, the exponentials of
-    these and their sum, and the losses."""
+    """For some positions, in float32: the logits, if they are capped; the logits minus their maximum; the exponentials
+    of these, and their sum; and the losses."""
     logits = shape.logits(part, weight)
     capped = None if shape.cap is None else logits
     logits = logits - vocabulary.maximum(logits.max(axis=-1, keepdim=True))
@@ -70,7 +70,7 @@ def _chunk(part: Any, label: Any, weight: Any, shape: _Shape, vocabulary: Vocabu
 
 
 def _rows(weight: Any, transpose_y: bool) -> int:
-    """Positions in a chunk."""
+    """How many positions a chunk has."""
     return max(1, CHUNK_BYTES // (4 * (weight.shape[0] if transpose_y else weight.shape[1])))
 
 

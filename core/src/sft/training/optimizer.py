@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def default_groups(parameters: dict[str, Any], weight_decay: float) -> list[ParameterGroup]:
-    """Matrices decay; vectors (biases, norms) do not, as the field does it."""
+    """Matrices have weight decay; vectors (biases, norms) have none, as is usual."""
     decay = {name: p for name, p in parameters.items() if p.ndim > 1}
     rest = {name: p for name, p in parameters.items() if p.ndim <= 1}
     groups = [ParameterGroup("decay", decay, 1.0, weight_decay), ParameterGroup("no_decay", rest, 1.0, 0.0)]
@@ -26,7 +26,7 @@ def default_groups(parameters: dict[str, Any], weight_decay: float) -> list[Para
 
 
 def check_groups(groups: list[ParameterGroup], parameters: dict[str, Any]) -> None:
-    """Every trainable parameter is in exactly one group, or :class:`UsageError` names the first that is not."""
+    """Check that every trainable parameter is in exactly one group; :class:`UsageError` names the first that is not."""
     seen = [name for group in groups for name in group.parameters]
     for name in parameters:
         if seen.count(name) != 1:
@@ -60,14 +60,14 @@ def learning_rate(step: int, total: int, training: TrainingArguments) -> float:
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
-    """What scales gradients of global norm ``norm`` down to ``max_norm`` (0: no clipping)."""
+    """The factor that scales gradients of global norm ``norm`` down to ``max_norm`` (0: no clipping)."""
     return max_norm / norm if max_norm and norm > max_norm else 1.0
 
 
 class Optimizer:
     """paddle's AdamW; knows its parameters by structured name.
 
-    A parameter of 16 bits is stepped as a float32 master copy and rounded from that: small updates add up there.
+    For a 16-bit parameter it updates a float32 master copy and rounds that, so that small updates add up.
     """
 
     def __init__(self, groups: list[ParameterGroup], training: TrainingArguments) -> None:
@@ -109,7 +109,7 @@ class Optimizer:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the gradients, those of masters too."""
+        """Clear the gradients, also those of the master copies."""
         for parameter in (*self.parameters.values(), *self._stepped.values()):
             parameter.clear_gradient(False)  # set_to_zero, which paddle ignores by name: it would keep zeros
 
@@ -125,7 +125,7 @@ class Optimizer:
         return {**state, **masters}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
-        """Take back what :meth:`state` gave, for the same parameters."""
+        """Restore what :meth:`state` returned, for the same parameters."""
         # paddle makes its state at the first step; here it must exist before it.
         block = paddle.base.framework.default_main_program().global_block()
         self._adamw._create_accumulators(block, list(self._stepped.values()))
@@ -142,7 +142,7 @@ class Optimizer:
 
 
 def _master(parameter: Any) -> Any:
-    """What AdamW steps for ``parameter``: itself in float32, a float32 copy of it in 16 bits."""
+    """The tensor that AdamW updates for ``parameter``: itself if it is float32, else a float32 copy."""
     if parameter.dtype == paddle.float32:
         return parameter
     copy = paddle.base.framework.EagerParamBase.from_tensor(parameter.astype("float32"))
@@ -151,7 +151,7 @@ def _master(parameter: Any) -> Any:
 
 
 def make_optimizer(run: CoreRun) -> Optimizer:
-    """AdamW over the trainable parameters, in the groups that plugins made of them."""
+    """AdamW over the trainable parameters, in the groups as plugins have changed them."""
     parameters = trainable(run.model)
     groups = default_groups(parameters, run.settings.training.weight_decay)
     run.hook.sft_parameter_groups(run=run, groups=groups)

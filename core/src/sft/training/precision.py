@@ -1,4 +1,4 @@
-"""In which precision a run computes: float32, or bfloat16 or float16 where the device can."""
+"""The precision in which a run computes: float32, or bfloat16 or float16 where the device can."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ GROWTH_STEPS = 2000
 
 
 def choose_precision(training: TrainingArguments, say: Callable[[str], None]) -> Precision:
-    """What the settings ask for, or float32, said in a line, where the device cannot do it.
+    """The precision that the settings ask for. If the device cannot do it, a line says so, and it is float32.
 
-    With ``require_precision`` that is a :class:`UsageError`.
+    With ``require_precision`` that is a :class:`UsageError` instead.
     """
     if not (training.bf16 or training.fp16):
         return Precision()
@@ -37,7 +37,7 @@ def choose_precision(training: TrainingArguments, say: Callable[[str], None]) ->
 
 
 def has_matmul(dtype: str) -> bool:
-    """Whether paddle multiplies matrices of ``dtype`` on the current device; it is tried."""
+    """Try whether paddle can multiply matrices of ``dtype`` on the current device."""
     import paddle
 
     one = paddle.ones([1, 1]).astype(dtype)
@@ -62,7 +62,7 @@ class LossScale:
         self.good_steps = 0
 
     def accepts(self, loss: float, grad_norm: float) -> bool:
-        """Whether the step may be taken; if not, the scale has been halved and the step is to be skipped."""
+        """Whether the step may be taken. If not, the scale has been halved, and the step must be skipped."""
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if not self.dynamic or (not finite and self.value < 1.0):
             return finite
@@ -75,14 +75,14 @@ class LossScale:
 
     @property
     def gives_up(self) -> bool:
-        """Whether a step that is not finite is the end of the run: nothing is left to scale down."""
+        """Whether a step that is not finite ends the run, because the scale cannot go any lower."""
         return not self.dynamic or self.value < 1.0
 
     def state(self) -> dict[str, Any]:
         return {"dynamic": self.dynamic, "value": self.value, "good_steps": self.good_steps}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on with the scale of a checkpoint, if that is float16's and this run's precision is too."""
+        """Take over the scale of a checkpoint, if both the checkpoint and this run compute in float16."""
         # Checkpoints of before "dynamic" was written: other precisions have 1.
         if self.dynamic and state.get("dynamic", state["value"] != 1.0):
             self.value, self.good_steps = float(state["value"]), int(state["good_steps"])

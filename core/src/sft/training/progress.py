@@ -1,4 +1,4 @@
-"""What a person sees of the training itself: its steps as a bar in a terminal, as plain lines elsewhere."""
+"""What the user sees of the training itself: a bar of its steps in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sft.progress import BAR_AFTER, Progress, duration
 from sft.settings.best_metric import ANSWER_SCORES
 
 LINE_EVERY = 60.0
-"""Seconds after which a step is said though ``logging_steps`` does not ask for its line yet."""
+"""After so many seconds without a line, a step is shown although ``logging_steps`` does not ask for it yet."""
 
 
 def figures(record: dict[str, Any]) -> str:
-    """What an evaluation found, for a line: loss, perplexity, accuracy, and the scores of answers if there are any."""
+    """The results of an evaluation as text: loss, perplexity, accuracy, and the scores of answers if there are any."""
     text = f"loss {record['eval_loss']:.4f}  ppl {_short(record['eval_ppl'])}  accuracy {record['eval_accuracy']:.4f}"
     answers = [f"{name} {record[f'eval_{name}']:.4f}" for name in ANSWER_SCORES if f"eval_{name}" in record]
     return "  ".join([text, *answers])
@@ -54,7 +54,7 @@ class Display:
 
     @contextmanager
     def within(self, step: int, batches: int) -> Iterator[None]:
-        """The block goes through the ``batches`` micro-batches of a step, which is shown where that takes long."""
+        """A context in which the ``batches`` micro-batches of a step are computed; if that takes long, it is shown."""
         with self._progress.lock:
             self._step, self._step_began, self._batch, self._batches = step, time.monotonic(), 0, batches
         with self._progress.looking_after(self):
@@ -68,7 +68,7 @@ class Display:
                 self.look()
 
     def look(self) -> None:
-        """Show how far the step is, if that is due."""
+        """Show how far the step has come, if it is time to."""
         now = time.monotonic()
         if self._bar is not None:
             if now - self._step_began >= BAR_AFTER and 0 < self._batch <= self._batches and self._batches > 1:
@@ -92,7 +92,7 @@ class Display:
             )
 
     def between(self, record: dict[str, Any], tokens_per_second: float) -> None:
-        """A step that is not logged: said where nothing has been said for long, so that slow training is not silent."""
+        """A step that is not logged. It is shown if no line has come for long, so that slow training is not silent."""
         if self._bar is None and time.monotonic() - self._said >= LINE_EVERY:
             self.say(
                 f"step {record['step']}/{self._total}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f} (of this "

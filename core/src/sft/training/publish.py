@@ -1,4 +1,4 @@
-"""Publishing the result of a run in its folder, or where there is room: what has been learned must not be lost."""
+"""Publishing the result of a run in its folder, or wherever there is room, so that what was learned is not lost."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def publish_result(run: CoreRun, optimizer: Optimizer) -> None:
-    """The result of a run into its directory, where it appears complete; all processes take part.
+    """Put the result of a run into its folder, where it appears complete. All processes take part.
 
-    Where it cannot be written there it goes to another place, which the :class:`SftError` names that is then raised.
-    Weights that are not finite are an :class:`SftError`, and nothing is written.
+    If it cannot be written there, it is written to another place, and an :class:`SftError` names that place. If weights
+    are not finite, nothing is written and an :class:`SftError` is raised.
     """
     check_finite(run, optimizer)
     failure = _write(run, lambda: publish(run.output_dir, RESULT_KEYS, PUBLISHED))
@@ -39,8 +39,8 @@ def publish_result(run: CoreRun, optimizer: Optimizer) -> None:
 
 
 def rescued(run: CoreRun, optimizer: Optimizer, error: OSError) -> BaseException:
-    """What to raise where ``error``, the machine's fault, ends the training: the weights by then have been put
-    somewhere, if they have learned anything that no checkpoint has."""
+    """The error to raise when ``error``, one of the machine, ends the training. By then the weights have been saved
+    somewhere, unless a checkpoint has them already."""
     last = last_checkpoint(run)
     is_saved = run.step == (step_of(last) if last else 0)
     fails = f"The run cannot go on after step {run.step} ({_cause(error)})"
@@ -56,7 +56,7 @@ def rescued(run: CoreRun, optimizer: Optimizer, error: OSError) -> BaseException
 
 
 def _rescue(run: CoreRun) -> str:
-    """Write the result to the first place that takes it; a clause that says where it is now."""
+    """Write the result to the first place that has room for it, and return a clause that says where it is."""
     failure = None
     for find in (tempfile.gettempdir, Path.cwd, Path.home):
         holds = _Elsewhere(find)
@@ -69,7 +69,7 @@ def _rescue(run: CoreRun) -> str:
 
 
 class _Elsewhere:
-    """A new folder in the one that ``find`` gives; it goes again if it cannot be filled."""
+    """A new folder in the one that ``find`` returns. It is removed again if it cannot be filled."""
 
     def __init__(self, find: Callable[[], Any]) -> None:
         self._find = find
@@ -88,7 +88,7 @@ class _Elsewhere:
 
 
 def _write(run: CoreRun, place: Callable[[], AbstractContextManager[Path]]) -> str | None:
-    """Write the result into ``place``. Where the main process cannot, all processes get a reason (None: it could)."""
+    """Write the result into ``place``. If the main process fails, every process returns a reason; otherwise None."""
     failure, has_written = None, False
     try:
         if run.strategy.is_main:

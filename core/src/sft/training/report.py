@@ -1,4 +1,4 @@
-"""``run.json``: what a run is, how it stands, and what it came to."""
+"""``run.json``: what a run is, how far it is, and what came of it."""
 
 from __future__ import annotations
 

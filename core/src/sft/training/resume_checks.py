@@ -1,4 +1,4 @@
-"""What is refused where a run goes on from a checkpoint, or measures one: other plugins, data or weights."""
+"""What keeps a run from going on from a checkpoint, or from measuring one: other plugins, data or weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_resumable(run: CoreRun, schedule: Schedule, resumed: Checkpoint) -> None:
-    """Refuse a checkpoint from which this run cannot go on exactly; says which settings have changed."""
+    """Refuse a checkpoint from which this run cannot go on exactly, and tell the user which settings have changed."""
     source, state = resumed
     data, seed = state["data"], state["seed"]
     if state["step"] > schedule.total_steps:
@@ -51,8 +51,7 @@ def check_resumable(run: CoreRun, schedule: Schedule, resumed: Checkpoint) -> No
 def check_same_base(run: CoreRun, source: Path) -> None:
     """Refuse a checkpoint whose adapter was trained over another base than this run's.
 
-    Where the whole model trains, its weights are all in the checkpoint, and the base that it began with has no part in
-    what follows.
+    Where the whole model trains, all its weights are in the checkpoint, and the base does not matter any more.
     """
     if not run.exports_adapter:
         return
@@ -64,14 +63,14 @@ def check_same_base(run: CoreRun, source: Path) -> None:
 
 
 def check_continued(run: Run, adapter: Path) -> None:
-    """Say so if ``adapter``, from which ``run`` goes on, was trained over another base than the run's: over other
-    weights, or one that other plugins, or plugins with other options, had changed."""
+    """Tell the user if ``adapter``, from which ``run`` goes on, was trained over another base than the run's: over
+    other weights, or over a base that other plugins, or other options, had changed."""
     check_base(adapter, run.source, run.plugins, run.settings.options, run.say)
 
 
 def check_same_plugins(run: CoreRun, resumed: Checkpoint) -> None:
-    """What was trained stays what it is, trained on or measured: the same shaping plugins with the same options. Others
-    may come and go."""
+    """Refuse a checkpoint that was trained with other shaping plugins, or with other options of theirs. Plugins that do
+    not shape what is learned may come and go."""
     source, state = resumed
     before, now = state["shaping"], run.shaping()
     go_on = "resume" if run.settings.training.do_train else "measure it"

@@ -1,4 +1,4 @@
-"""The folder of a run: what a run may not destroy there, and how it is made ready."""
+"""The folder of a run: what a run must not destroy there, and how the folder is made ready."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def holds_run(folder: Path) -> bool:
 def open_run_folder(run: CoreRun, source: Path | None, record: dict[str, Any]) -> Journal:
     """Make the run's folder ready and return its journal. Only the main process writes to either.
 
-    What older runs left there is removed, except what a run that goes on from the checkpoint ``source`` needs.
-    ``run.json`` then says ``record``, and that the run is under way.
+    What older runs left there is removed, except what a run needs that goes on from the checkpoint ``source``.
+    ``run.json`` then contains ``record``, and says that the run is under way.
     """
     if run.strategy.is_main:
         _clear(run, source, record)
@@ -82,9 +82,9 @@ def open_run_folder(run: CoreRun, source: Path | None, record: dict[str, Any]) -
 
 
 def _clear(run: CoreRun, source: Path | None, record: dict[str, Any]) -> None:
-    """The run directory, with nothing of an older run in it unless that run goes on from ``source``.
+    """Make the folder, and remove what is left of an older run unless this run goes on from ``source``.
 
-    Whatever stops this, the folder is known as a run's: run.json comes before anything else and is never away.
+    Even if this is stopped half-way, the folder is recognised as a run's: run.json is written first, and never removed.
     """
     make_folder(run.output_dir)
     remove_leftovers(run.output_dir)

@@ -1,5 +1,5 @@
-"""What the machine refuses to one process of a run ends all of them at the same place, where they can still rescue what
-they have learned."""
+"""An error of the machine in one process is raised in every process of the run, at the same place, where they can still
+save together what they have learned."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Result = TypeVar("Result")
 
 
 class SharedError(OSError):
-    """The machine's fault in one process, raised by all of a run at the same place: they can still work together."""
+    """An error of the machine in one process, raised in all of them at the same place: they can still work together."""
 
 
 def shared(strategy: ParallelStrategy, write: Callable[[], Result]) -> Result:
-    """What ``write`` gives; all processes call this, and all raise :class:`SharedError` where an OSError is raised in
-    one of them."""
+    """Call ``write`` in every process and return its result. If it raises an OSError in one of them, all raise
+    :class:`SharedError`."""
     failure, result = None, None
     try:
         result = write()

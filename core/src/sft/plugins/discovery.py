@@ -51,14 +51,14 @@ def entries(group: str) -> tuple[EntryPoint, ...]:
 
 def installed() -> dict[str, list[Installed]]:
     """Every declared plugin by name; more than one under a name is a conflict, reported when it is requested."""
-    found: dict[str, list[Installed]] = {}
+    by_name: dict[str, list[Installed]] = {}
     for entry in entries("sft.plugins"):
         item = Installed(canonical(entry.name), entry)
-        same = found.setdefault(item.name, [])
+        same = by_name.setdefault(item.name, [])
         # A path that stands twice in sys.path lists its distributions twice.
         if all((item.origin, entry.value) != (other.origin, other.entry.value) for other in same):
             same.append(item)
-    return dict(sorted(found.items()))
+    return dict(sorted(by_name.items()))
 
 
 REQUESTS = ("setting", "value", "number", "environment", "adapter", "path", "command")
@@ -68,22 +68,22 @@ REQUESTS = ("setting", "value", "number", "environment", "adapter", "path", "com
 def strange_requests() -> dict[str, list[str]]:
     """By distribution, what is wrong with entry points in ``sft.requests`` that can never ask for a plugin."""
     objects = {(item.distribution, item.entry.value) for items in installed().values() for item in items}
-    found: dict[str, list[str]] = {}
+    faults: dict[str, list[str]] = {}
     for entry in entries("sft.requests"):
         kind, _, what = entry.name.partition(".")
         distribution = entry.dist.name if entry.dist else "unknown"
         if kind not in REQUESTS:
             close = difflib.get_close_matches(kind, REQUESTS, n=1)
             hint = f"did you mean {close[0]}.{what}?" if close else f"there are {', '.join(REQUESTS)}."
-            found.setdefault(distribution, []).append(f"the request {entry.name!r}, which is of no known kind; {hint}")
+            faults.setdefault(distribution, []).append(f"the request {entry.name!r}, which is of no known kind; {hint}")
         elif not what or (kind == "value" and "." not in what):
             full = "value.X.V" if kind == "value" else f"{kind}.X"
-            found.setdefault(distribution, []).append(f"the request {entry.name!r}, which lacks a part of {full}.")
+            faults.setdefault(distribution, []).append(f"the request {entry.name!r}, which lacks a part of {full}.")
         elif (distribution, entry.value) not in objects:
-            found.setdefault(distribution, []).append(
+            faults.setdefault(distribution, []).append(
                 f"the request {entry.name!r} for {entry.value}, which is no plugin of its own; add it to sft.plugins."
             )
-    return found
+    return faults
 
 
 def import_plugin(name: str) -> Any:
@@ -93,14 +93,14 @@ def import_plugin(name: str) -> Any:
 
 def with_refined(name: str) -> list[str]:
     """The installed plugin ``name`` after what it ``requires``, and what that requires."""
-    found: list[str] = []
+    ordered: list[str] = []
     waiting = [name]
     while waiting:
         one = waiting.pop()
-        if one not in found and one in installed():
-            found.insert(0, one)
+        if one not in ordered and one in installed():
+            ordered.insert(0, one)
             waiting += map(canonical, getattr(import_plugin(one), "requires", ()))
-    return found
+    return ordered
 
 
 def find(name: str, available: Mapping[str, list[Installed]]) -> Installed:

@@ -43,15 +43,15 @@ def requests(kind: str) -> dict[str, list[str]]:
     for name, items in installed().items():
         for item in items:
             names.setdefault((item.distribution, item.entry.value), []).append(name)
-    found: dict[str, list[str]] = {}
+    answering: dict[str, list[str]] = {}
     for entry in entries("sft.requests"):
         head, _, what = entry.name.partition(".")
         distribution = entry.dist.name if entry.dist else "unknown"
         if head == kind:
             for name in names.get((distribution, entry.value), []):
-                if name not in found.setdefault(what, []):
-                    found[what].append(name)
-    return found
+                if name not in answering.setdefault(what, []):
+                    answering[what].append(name)
+    return answering
 
 
 def choose_plugins(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
@@ -89,11 +89,11 @@ def choose_plugins(values: Mapping[str, Any], known: Iterable[str]) -> tuple[lis
 
 def overruled(values: Mapping[str, Any], known: Iterable[str]) -> list[tuple[str, str]]:
     """Given settings that ask for a plugin and do nothing, since ``no:NAME`` switches it off, with that reason."""
-    off, found = _left_out(_asked(values.get("plugin", []))), []
+    off, pairs = _left_out(_asked(values.get("plugin", []))), []
     for key, names in _by_settings(values, known).items():
         if names and off.issuperset(names):
-            found.append((f"{key} {values[key]}", " and ".join(f"no:{name} switches that off" for name in names)))
-    return found
+            pairs.append((f"{key} {values[key]}", " and ".join(f"no:{name} switches that off" for name in names)))
+    return pairs
 
 
 def check_numbers(values: Mapping[str, Any], left: Mapping[str, Any]) -> None:
@@ -107,9 +107,9 @@ def check_numbers(values: Mapping[str, Any], left: Mapping[str, Any]) -> None:
                 declared = options_of(import_plugin(name).Options)
             except Exception:
                 continue  # of a plugin that nobody asks for
-            for found in declared.values():
-                if key in (found.name, *found.aliases) and str(values[key]).lower() not in ("", "none", "null"):
-                    convert(found, values[key])
+            for option in declared.values():
+                if key in (option.name, *option.aliases) and str(values[key]).lower() not in ("", "none", "null"):
+                    convert(option, values[key])
 
 
 def choose_reader(folder: Path, config: Mapping[str, Any], requested: Iterable[str]) -> str:
@@ -171,8 +171,8 @@ def switched_off(values: Mapping[str, Any], chosen: Iterable[str]) -> list[str]:
     ways = {**switches(), **requests("number")}
     for key, cases in _value_requests().items():
         ways[key] = [*ways.get(key, []), *(name for names in cases.values() for name in names)]
-    found = [name for key, names in ways.items() if key in values for name in names]
-    return [name for name in dict.fromkeys(found) if name not in chosen]
+    askable = [name for key, names in ways.items() if key in values for name in names]
+    return [name for name in dict.fromkeys(askable) if name not in chosen]
 
 
 def of_idle_plugins(
@@ -193,13 +193,13 @@ def of_idle_plugins(
             declared = getattr(import_plugin(name), "Options", None)
         except UsageError:
             continue  # it is broken and not asked for: a setting of its own will be unknown, which names it
-        for found in options_of(declared).values() if declared is not None else ():
-            for key in (found.name, *found.aliases):
+        for option in options_of(declared).values() if declared is not None else ():
+            for key in (option.name, *option.aliases):
                 if key not in values or key in known:
                     continue
                 if name in off:
                     idle[key] = f"plugin {name} is switched off"
-                elif convert(found, values[key]) == found.default:
+                elif convert(option, values[key]) == option.default:
                     idle[key] = f"it is the default of plugin {name}, which is not asked for"
     pairs = [(f"{key} {values[key]}", idle[key]) for key in values if key in idle]
     return {key: value for key, value in values.items() if key not in idle}, pairs
@@ -212,15 +212,15 @@ def explicit(values: Mapping[str, Any]) -> set[str]:
 
 def _by_settings(values: Mapping[str, Any], known: Iterable[str]) -> dict[str, list[str]]:
     """Of the settings that can request plugins, those that are given, with the plugins that each requests now."""
-    core, found = set(known), {}
+    core, asked_for = set(known), {}
     for key, names in switches().items():
         if key in values and key not in core:
-            found[key] = list(names) if _switch(key, values[key], names) else []
+            asked_for[key] = list(names) if _switch(key, values[key], names) else []
     numbers, cases = requests("number"), _value_requests()
     for key in values:
-        if key not in found and (key in numbers or key in cases):
-            found[key] = _by_value(key, values[key], numbers.get(key, []), cases.get(key, {}))
-    return found
+        if key not in asked_for and (key in numbers or key in cases):
+            asked_for[key] = _by_value(key, values[key], numbers.get(key, []), cases.get(key, {}))
+    return asked_for
 
 
 def _asked(value: Any) -> list[str]:
@@ -237,18 +237,18 @@ def _left_out(asked: Iterable[str]) -> set[str]:
 
 def switches() -> dict[str, list[str]]:
     """Setting → plugins: each plugin's own name, and its ``setting.X``."""
-    found = {name.replace("-", "_"): [name] for name in installed()}
+    by_setting = {name.replace("-", "_"): [name] for name in installed()}
     for key, names in requests("setting").items():
-        found[key] = list(dict.fromkeys([*found.get(key, []), *names]))
-    return found
+        by_setting[key] = list(dict.fromkeys([*by_setting.get(key, []), *names]))
+    return by_setting
 
 
 def _value_requests() -> dict[str, dict[str, list[str]]]:
-    found: dict[str, dict[str, list[str]]] = {}
+    by_value: dict[str, dict[str, list[str]]] = {}
     for what, names in requests("value").items():
         key, _, needed = what.partition(".")
-        found.setdefault(key, {}).setdefault(needed.lower(), []).extend(names)
-    return found
+        by_value.setdefault(key, {}).setdefault(needed.lower(), []).extend(names)
+    return by_value
 
 
 def _switch(key: str, value: Any, names: list[str]) -> bool:

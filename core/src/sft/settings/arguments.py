@@ -172,7 +172,7 @@ class Settings:
 
 def core_options() -> dict[str, Option]:
     """The core's settings by name."""
-    return {name: found for group in GROUPS.values() for name, found in options_of(group).items()}
+    return {name: setting for group in GROUPS.values() for name, setting in options_of(group).items()}
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -222,13 +222,13 @@ def _refuse_repeated_keys(node: Any) -> None:
 
 def normalise(values: Mapping[str, Any]) -> dict[str, Any]:
     """Setting names with underscores, whatever they were written with; a name given twice is an error."""
-    found: dict[str, Any] = {}
+    normal: dict[str, Any] = {}
     for name, value in values.items():
         key = str(name).replace("-", "_")
-        if key in found:
+        if key in normal:
             raise UsageError(f"Setting {key} is given twice; keep one of them.")
-        found[key] = value
-    return found
+        normal[key] = value
+    return normal
 
 
 def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
@@ -236,7 +236,7 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
 
     Raises :class:`UsageError` for the first unknown name or wrong value.
     """
-    owners = {name: "the core" for found in core_options().values() for name in (found.name, *found.aliases)}
+    owners = {name: "the core" for setting in core_options().values() for name in (setting.name, *setting.aliases)}
     switch_of = switches()
     classes: dict[str, type] = {}
     for owner, plugin in plugins:
@@ -244,8 +244,8 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
         if declared is None:
             continue
         classes[owner] = declared
-        for found in options_of(declared).values():
-            for name in (found.name, *found.aliases):
+        for setting in options_of(declared).values():
+            for name in (setting.name, *setting.aliases):
                 if name == owner.replace("-", "_") or name in switch_of:
                     asked = " and ".join(switch_of.get(name, [owner]))
                     raise UsageError(
@@ -280,7 +280,7 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
 
 def _by_own_names(values: Mapping[str, Any], classes: Iterable[type]) -> dict[str, Any]:
     """``values`` with aliases replaced by the settings' own names."""
-    own = {alias: found.name for cls in classes for found in options_of(cls).values() for alias in found.aliases}
+    own = {alias: setting.name for cls in classes for setting in options_of(cls).values() for alias in setting.aliases}
     for alias, name in own.items():
         if alias in values and name in values:
             raise UsageError(f"{alias} and {name} are one setting, which is given twice; keep one of them.")
@@ -290,8 +290,8 @@ def _by_own_names(values: Mapping[str, Any], classes: Iterable[type]) -> dict[st
 def known_names(plugins: Plugins) -> set[str]:
     """Every name that the core or an active plugin reads."""
     declared = [getattr(plugin, "Options", None) for _, plugin in plugins]
-    found = [o for cls in (*GROUPS.values(), *declared) if cls is not None for o in options_of(cls).values()]
-    return {name for option in found for name in (option.name, *option.aliases)}
+    settings = [one for cls in (*GROUPS.values(), *declared) if cls is not None for one in options_of(cls).values()]
+    return {name for setting in settings for name in (setting.name, *setting.aliases)}
 
 
 def unknown_setting(name: str, known: Iterable[str], plugins: Plugins) -> str:
@@ -323,4 +323,6 @@ def _declares(plugin: str, name: str) -> bool:
         declared = getattr(import_plugin(plugin), "Options", None)
     except UsageError:
         return False
-    return declared is not None and any(name in (found.name, *found.aliases) for found in options_of(declared).values())
+    return declared is not None and any(
+        name in (setting.name, *setting.aliases) for setting in options_of(declared).values()
+    )

@@ -79,9 +79,9 @@ def llama(values: Values) -> Architecture:
 
 def mistral(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
-    found = _plain(values, longest=4096 * 32, kv_heads=8)
-    count = len(found.blocks)
-    return _in_windows(found, values.kinds(count, [SLIDING] * count), values.window(4096))
+    architecture = _plain(values, longest=4096 * 32, kv_heads=8)
+    count = len(architecture.blocks)
+    return _in_windows(architecture, values.kinds(count, [SLIDING] * count), values.window(4096))
 
 
 def _qwen_windows(values: Values, architecture: Architecture) -> Architecture:
@@ -100,7 +100,7 @@ def qwen2(values: Values) -> Architecture:
 def qwen3(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
     bias = values.flag("attention_bias", False)
-    found = _plain(
+    architecture = _plain(
         values,
         longest=32768,
         kv_heads=32,
@@ -109,7 +109,7 @@ def qwen3(values: Values) -> Architecture:
         output_bias=bias,
         head_norm="head",
     )
-    return _qwen_windows(values, found)
+    return _qwen_windows(values, architecture)
 
 
 def gemma(values: Values) -> Architecture:
@@ -135,7 +135,7 @@ def _gemma(values: Values, **more: Any) -> Architecture:
 
 def gemma2(values: Values) -> Architecture:
     values.word("hidden_activation", _GELU, "gelu_pytorch_tanh")
-    found = _gemma(
+    architecture = _gemma(
         values,
         longest=8192,
         kv_heads=4,
@@ -144,9 +144,9 @@ def gemma2(values: Values) -> Architecture:
         attention_cap=values.optional("attn_logit_softcapping", 50.0),
         logit_cap=values.optional("final_logit_softcapping", 30.0),
     )
-    count = len(found.blocks)
+    count = len(architecture.blocks)
     kinds = values.kinds(count, [FULL if number % 2 else SLIDING for number in range(count)])
-    return _in_windows(found, kinds, values.window(4096))
+    return _in_windows(architecture, kinds, values.window(4096))
 
 
 def gemma3(values: Values) -> Architecture:
@@ -158,7 +158,7 @@ def gemma3(values: Values) -> Architecture:
     kinds_apart = values["rope_parameters"] if isinstance(values["rope_parameters"], dict) else {}
     windowed = Values({"rope_parameters": kinds_apart.get(SLIDING)}, values.where)
     rotaries = (values.rotary(size, positions, 1e6, FULL), windowed.rotary(size, positions, local))
-    found = _gemma(
+    architecture = _gemma(
         values,
         positions=positions,
         kv_heads=4,
@@ -168,26 +168,28 @@ def gemma3(values: Values) -> Architecture:
         attention_scale=values.number("query_pre_attn_scalar", 256) ** -0.5,
         logit_cap=values.optional("final_logit_softcapping"),
     )
-    count = len(found.blocks)
+    count = len(architecture.blocks)
     every = values.count("sliding_window_pattern", 6)
     kinds = values.kinds(count, [SLIDING if (number + 1) % every else FULL for number in range(count)])
-    found = _in_windows(found, kinds, values.window(4096))
-    blocks = [replace(block, rotary=int(kind == SLIDING)) for block, kind in zip(found.blocks, kinds, strict=True)]
-    return replace(found, blocks=tuple(blocks))
+    architecture = _in_windows(architecture, kinds, values.window(4096))
+    blocks = [
+        replace(block, rotary=int(kind == SLIDING)) for block, kind in zip(architecture.blocks, kinds, strict=True)
+    ]
+    return replace(architecture, blocks=tuple(blocks))
 
 
 def phi3(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
     if values["original_max_position_embeddings"] is None:
         values = values.having(original_max_position_embeddings=4096)
-    found = _plain(values, longest=4096, share=1.0, epsilon=1e-5, fused_attention=True, fused_mlp=True)
-    return _in_windows(found, [SLIDING] * len(found.blocks), values.window())
+    architecture = _plain(values, longest=4096, share=1.0, epsilon=1e-5, fused_attention=True, fused_mlp=True)
+    return _in_windows(architecture, [SLIDING] * len(architecture.blocks), values.window())
 
 
 def smollm3(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
     bias = values.flag("attention_bias", False)
-    found = _plain(
+    architecture = _plain(
         values,
         longest=32768,
         kv_heads=4,
@@ -197,7 +199,7 @@ def smollm3(values: Values) -> Architecture:
         output_bias=bias,
         mlp_bias=values.flag("mlp_bias", False),
     )
-    count = len(found.blocks)
+    count = len(architecture.blocks)
     turns = values["no_rope_layers"]
     if turns is None:
         every = values.count("no_rope_layer_interval", 4)
@@ -206,9 +208,11 @@ def smollm3(values: Values) -> Architecture:
         raise values.wrong("no_rope_layers", f"a list of {count} numbers, 0 or 1")
     window = values.window() if values.flag("use_sliding_window", False) else None
     otherwise = [SLIDING if window is not None and not turn else FULL for turn in turns[:count]]
-    found = _in_windows(found, values.kinds(count, otherwise), window)
-    blocks = [replace(block, rotary=0 if turn else None) for block, turn in zip(found.blocks, turns, strict=False)]
-    return replace(found, blocks=tuple(blocks))
+    architecture = _in_windows(architecture, values.kinds(count, otherwise), window)
+    blocks = [
+        replace(block, rotary=0 if turn else None) for block, turn in zip(architecture.blocks, turns, strict=False)
+    ]
+    return replace(architecture, blocks=tuple(blocks))
 
 
 def granite(values: Values) -> Architecture:
@@ -260,11 +264,11 @@ def glm4(values: Values) -> Architecture:
 
 def mixtral(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
-    found = _plain(values, longest=4096 * 32, kv_heads=8, base=1e6, epsilon=1e-5)
+    architecture = _plain(values, longest=4096 * 32, kv_heads=8, base=1e6, epsilon=1e-5)
     count = values.count("num_local_experts", 8)
-    experts = Experts(count, values.count("num_experts_per_tok", 2), found.inner, normalise=True)
-    found = _in_windows(found, [SLIDING] * len(found.blocks), values.window())
-    return replace(found, blocks=tuple(replace(block, experts=experts) for block in found.blocks))
+    experts = Experts(count, values.count("num_experts_per_tok", 2), architecture.inner, normalise=True)
+    architecture = _in_windows(architecture, [SLIDING] * len(architecture.blocks), values.window())
+    return replace(architecture, blocks=tuple(replace(block, experts=experts) for block in architecture.blocks))
 
 
 def _qwen_experts(values: Values, architecture: Architecture, experts: Experts) -> Architecture:
@@ -280,7 +284,7 @@ def _qwen_experts(values: Values, architecture: Architecture, experts: Experts) 
 
 def qwen2_moe(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
-    found = _plain(values, longest=32768, kv_heads=16, attention_bias=values.flag("qkv_bias", True))
+    architecture = _plain(values, longest=32768, kv_heads=16, attention_bias=values.flag("qkv_bias", True))
     experts = Experts(
         values.count("num_experts", 60),
         values.count("num_experts_per_tok", 4),
@@ -290,15 +294,15 @@ def qwen2_moe(values: Values) -> Architecture:
     )
     window = values.window(4096) if values.flag("use_sliding_window", False) else None
     below = values.count("max_window_layers", 28, least=0)
-    count = len(found.blocks)
+    count = len(architecture.blocks)
     otherwise = [SLIDING if window and number % 2 == 0 and number < below else FULL for number in range(count)]
-    return _qwen_experts(values, _in_windows(found, values.kinds(count, otherwise), window), experts)
+    return _qwen_experts(values, _in_windows(architecture, values.kinds(count, otherwise), window), experts)
 
 
 def qwen3_moe(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
     bias = values.flag("attention_bias", False)
-    found = _plain(values, longest=32768, kv_heads=4, attention_bias=bias, output_bias=bias, head_norm="head")
+    architecture = _plain(values, longest=32768, kv_heads=4, attention_bias=bias, output_bias=bias, head_norm="head")
     experts = Experts(
         values.count("num_experts" if values["num_experts"] is not None else "num_local_experts", 128),
         values.count("num_experts_per_tok", 8),
@@ -306,4 +310,4 @@ def qwen3_moe(values: Values) -> Architecture:
         values.flag("norm_topk_prob", False),
     )
     window = values.window(4096) if values.flag("use_sliding_window", False) else None
-    return _qwen_experts(values, _in_windows(found, [SLIDING] * len(found.blocks), window), experts)
+    return _qwen_experts(values, _in_windows(architecture, [SLIDING] * len(architecture.blocks), window), experts)

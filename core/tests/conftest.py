@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from conversations import tokenizer_with  # noqa: F401
 from stopped_runs import shared, stopped, whole  # noqa: F401
+from typed_commands import typed  # noqa: F401
 
 from sft.plugins.discovery import entries
 from sft.testing import metrics, paddle, train, write_data  # noqa: F401

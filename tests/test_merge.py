@@ -256,3 +256,12 @@ def test_a_full_disk_leaves_nothing_behind(adapters: Path, tmp_path: Path) -> No
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert isinstance(done.exception, OSError)
     assert not list(tmp_path.iterdir())
+
+
+def test_paddlenlps_format_is_refused_for_a_family_that_it_does_not_have(adapters: Path, tmp_path: Path) -> None:
+    base = MODEL.parent.parent / "families" / "qwen3"
+    words = ("--model_name_or_path", base, "--lora_path", adapters / "lora", "--format", "paddle")
+    done = merge(*words, "--merge_model_path", tmp_path / "out")
+    assert isinstance(done.exception, sft.UsageError)
+    assert "PaddleNLP's format is not known here of model_type 'qwen3'" in str(done.exception)
+    assert not (tmp_path / "out").exists()

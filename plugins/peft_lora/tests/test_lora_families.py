@@ -93,3 +93,27 @@ def test_a_merged_model_gives_the_same_logits(paddle: Any, case: str) -> None:
     found = load_file(WRITTEN / case / "reference.safetensors")
     logits, expected = forward(model, found["input_ids"]), found["logits"]
     assert np.abs(logits - expected).max() <= RELATIVE * np.abs(expected).max()
+
+
+def test_an_adapter_of_a_router_is_read_again(paddle: Any, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    from sft.models.loading import load_model, open_model
+    from sft_peft_lora.files import LoraMerger, adapter_files
+    from sft_peft_lora.lora import Lora, LoraOptions
+
+    name, rng = "model.layers.0.mlp.gate", np.random.default_rng(0)
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((32, 2), (2, 4)))
+    files = adapter_files({name: (a, b)}, ["gate"], {name: 4.0}, {name: 2.0}, "base", 0.0)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(files.config))
+    save_file(dict(files.tensors), tmp_path / "adapter_model.safetensors")
+    source, plugin = open_model(FAMILIES / "qwen2-moe"), Lora(LoraOptions())
+    plain, model, merger = load_model(source), load_model(source), LoraMerger(tmp_path)
+    plugin.sft_import_adapter(model=model, folder=tmp_path)
+    router = dict(plain.named_parameters())[f"{name}.weight"]
+    ids = np.random.default_rng(1).integers(3, 112, (2, 9))
+    before = forward(plain, ids)
+    router.set_value(merger.merge(f"{name}.weight", router.T).T)
+    merged = forward(plain, ids)
+    assert np.abs(merged - before).max() > 0.1
+    assert np.abs(forward(model, ids) - merged).max() <= RELATIVE * np.abs(merged).max()

@@ -40,6 +40,11 @@ def merge(
     settings, plugins = settings_for(adapter, requested, given, USES)
     runtime.require_paddle()
     source = open_model(model, plugins, allow_pickle)
+    if form is not None and form.layout == "paddle" and source.family.paddle_prefix is None:
+        raise UsageError(
+            f"{source.folder}: PaddleNLP's format is not known here of model_type {source.family.model_type!r}; leave "
+            "--format paddle out."
+        )
     tokenizer = tokenizer_of(source, settings, adapter)
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise UsageError(f"{output} already exists and is not empty; choose another place or remove it.")

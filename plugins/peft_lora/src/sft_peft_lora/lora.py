@@ -14,6 +14,9 @@ from sft_peft_lora import hooks
 if TYPE_CHECKING:
     from sft import AdapterFiles, AdapterMerger, Run, Target
 
+EVERY = [".+"]
+"""A pattern that routers of experts match too, which are adapted where they are named."""
+
 
 @dataclass
 class LoraOptions:
@@ -82,7 +85,7 @@ class Lora(sft.Plugin):
         else:
             rank, alpha = options.lora_rank, self._alpha(run.hook, options.lora_rank)
             scaling = _scaling(run.hook, rank, alpha)
-            self.targets = [target.name for target in sft.target_layers(model)]
+            self.targets = [target.name for target in sft.target_layers(model, EVERY)]
             for target in sft.target_layers(model, options.lora_target_modules):
                 layer = self._wrap(target, rank, scaling)
                 self.alphas[target.name] = alpha
@@ -173,7 +176,7 @@ class Lora(sft.Plugin):
         from sft_peft_lora.files import LoraFolder
 
         adapter = LoraFolder(folder)
-        targets = {target.name: target for target in sft.target_layers(model)}
+        targets = {target.name: target for target in sft.target_layers(model, EVERY)}
         self.targets = list(targets)
         for name, (a, b) in adapter.pairs.items():
             target = targets.get(name)

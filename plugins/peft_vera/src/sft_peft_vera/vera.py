@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from sft import AdapterMerger, Run
 
+EVERY = [".+"]
+"""A pattern that routers of experts match too, which are adapted where they are named."""
+
 
 @dataclass
 class VeraOptions:
@@ -48,7 +51,7 @@ class Vera(sft.Plugin):
     def sft_adapt_model(self, run: Run, model: Any) -> None:
         from sft_peft_vera.layer import SharedPair
 
-        self.targets = [target.name for target in sft.target_layers(model)]
+        self.targets = [target.name for target in sft.target_layers(model, EVERY)]
         targets = sft.target_layers(model, self.options.vera_target_modules)
         rank, rng = self.options.vera_rank, run.rng("vera projections")
         widest = max(target.in_features for target in targets), max(target.out_features for target in targets)
@@ -97,7 +100,7 @@ class Vera(sft.Plugin):
 
         adapter = VeraFolder(folder)
         self.pair = SharedPair(adapter.a, adapter.b)
-        targets = {target.name: target for target in sft.target_layers(model)}
+        targets = {target.name: target for target in sft.target_layers(model, EVERY)}
         for name in adapter.vectors:
             target = targets.get(name)
             if target is None or not adapter.fits(name, target.in_features, target.out_features):

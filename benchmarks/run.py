@@ -53,7 +53,6 @@ def write_model(folder: Path, layers: int) -> None:
 
 def sft_step(folder: Path, ids: np.ndarray, labels: np.ndarray) -> Callable[[], float]:
     from sft import target_layers
-    from sft.models import attention
     from sft.models.layers import trainable
     from sft.models.loading import load_model, open_model
     from sft.seams import Batch
@@ -65,7 +64,6 @@ def sft_step(folder: Path, ids: np.ndarray, labels: np.ndarray) -> Callable[[], 
     from sft_peft_lora.lora import initialize
 
     model = load_model(open_model(folder))
-    attention.install(model, attention.DefaultAttention())
     for parameter in model.parameters():
         parameter.stop_gradient = True
     for target in target_layers(model):

@@ -132,3 +132,9 @@ def test_heads_that_turn_in_part_are_refused_where_transformers_turns_whole_ones
 def test_gemma_3_caps_no_scores() -> None:
     with pytest.raises(sft.UsageError, match=r"attn_logit_softcapping = 50\.0 is not computed"):
         read({**TINY["gemma3"], "attn_logit_softcapping": 50.0})
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe"])
+def test_more_experts_a_token_than_there_are_are_refused(name: str) -> None:
+    with pytest.raises(sft.UsageError, match="num_experts_per_tok as at most the number of experts, 4, not 5"):
+        read({**TINY[name], "num_experts_per_tok": 5})

@@ -267,13 +267,18 @@ def mixtral(values: Values) -> Architecture:
     architecture = _plain(values, longest=4096 * 32, kv_heads=8, base=1e6, epsilon=1e-5)
     count = values.count("num_local_experts", 8)
     experts = Experts(count, values.count("num_experts_per_tok", 2), architecture.inner, normalise=True)
+    _check_chosen(values, experts)
     architecture = _in_windows(architecture, [SLIDING] * len(architecture.blocks), values.window())
     return replace(architecture, blocks=tuple(replace(block, experts=experts) for block in architecture.blocks))
 
 
-def _qwen_experts(values: Values, architecture: Architecture, experts: Experts) -> Architecture:
+def _check_chosen(values: Values, experts: Experts) -> None:
     if experts.chosen > experts.count:
         raise values.wrong("num_experts_per_tok", f"at most the number of experts, {experts.count}")
+
+
+def _qwen_experts(values: Values, architecture: Architecture, experts: Experts) -> Architecture:
+    _check_chosen(values, experts)
     alone, every = values.layers("mlp_only_layers"), values.count("decoder_sparse_step", 1)
     blocks = [
         replace(block, experts=None if number in alone or (number + 1) % every else experts)

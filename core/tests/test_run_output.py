@@ -214,6 +214,7 @@ def test_run_json_tells_what_was_run(train: Train, models: Path, dataset: Path, 
     assert record["settings"]["model_name_or_path"] == str(models / "llama-tied-gqa")
     assert record["plugins"] == {"idle": f"given directly as {Idle.__qualname__}"}
     assert record["packages"]["paddlepaddle"] == version("paddlepaddle")
+    assert "paddlenlp" not in record["packages"]
     assert set(record["machine"]) == {"system", "python", "cpu", "cores", "device", "threads", "stride_kernels"}
     assert record["result"] == json.loads(json.dumps(summary.as_dict()))
     assert record["result"]["data"]["train"]["records"] == 30

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from tiny_configs import CONFIGS
 
 import sft
-from sft.files import write_json
+from sft.files import read_report, write_json
 from sft.testing import check_family, forward, load, needs
 
 CASES = ["qwen", "chatglm", "chatglm-plain", "deepseek-v2-lite", "deepseek-v2"]
@@ -112,7 +113,8 @@ def test_several_processes_are_refused_in_a_sentence(train: Callable[..., sft.Su
 def test_a_quantizer_holds_its_linears(train: Callable[..., sft.Summary], checkpoints: Callable[[str], Path]) -> None:
     base = checkpoints("chatglm")
     said: list[str] = []
-    train(plugin=[PLUGIN, "nf4", "lora"], model_name_or_path=str(base), say=said.append, max_steps=1)
+    summary = train(plugin=[PLUGIN, "nf4", "lora"], model_name_or_path=str(base), say=said.append, max_steps=1)
+    assert read_report(summary.output_dir)["packages"]["paddlenlp"] == version("paddlenlp")
     assert any("8 Linears held by nf4" in line for line in said), said
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -63,6 +64,14 @@ def installed() -> dict[str, list[Installed]]:
 
 REQUESTS = ("setting", "value", "number", "environment", "adapter", "path", "command")
 """The kinds of request that ``requests.py`` knows, which come before the first dot."""
+
+
+def dependencies(plugins: Iterable[str]) -> list[str]:
+    """What the distributions of the installed ones among ``plugins`` depend on, by name."""
+    distributions = [item.entry.dist for name in plugins for item in installed().get(name, ())]
+    requirements = [text for one in distributions if one is not None for text in one.requires or ()]
+    names = (re.match(r"[\w.-]+", text) for text in requirements if "extra ==" not in text)
+    return sorted({name[0] for name in names if name})
 
 
 def strange_requests() -> dict[str, list[str]]:

@@ -12,12 +12,16 @@ from sft import runtime
 from sft.context import CoreRun, Run, Summary
 from sft.errors import SftError
 from sft.files import read_report, write_json
+from sft.plugins.discovery import dependencies
+
+PACKAGES = ("sft-core", "paddlepaddle", "paddlepaddle-gpu", "numpy", "tokenizers")
+"""Those whose versions ``run.json`` has, beside what the distributions of active plugins depend on."""
 
 
 def describe(run: CoreRun) -> dict[str, Any]:
     """The part of ``run.json`` that is known before training: settings, plugins with versions, machine."""
     packages = {}
-    for name in ("sft-core", "paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "numpy", "tokenizers"):
+    for name in (*PACKAGES, *dependencies(run.plugins.names)):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

@@ -18,7 +18,6 @@ from sft.testing import read_metrics, write_data
 
 MODELS = Path(__file__).parent.parent / "core" / "tests" / "fixtures" / "models"
 SAVING = {"save_strategy": "steps", "save_steps": 1}
-EVALUATING = {"evaluation_strategy": "steps", "eval_steps": 1}
 GENERATING = {"num_samples": 1, "max_new_tokens": 12}
 
 

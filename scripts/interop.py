@@ -41,7 +41,7 @@ def train(folder: Path, data: Path) -> None:
     common = ["--model_name_or_path", folder / "base", "--dataset_name_or_path", data, *SMALL]
     lora = ["--plugin", "lora", "--learning_rate", "0.02"]
     if folder.name == "qwen2-moe":  # PEFT 0.21 takes its shared expert's Linears for those of others, and drops them
-        lora += [part for name in "qkvo" for part in ("--lora_target_modules", f"{name}_proj")]
+        lora += ["--lora_target_modules", "q_proj,k_proj,v_proj,o_proj"]
     sft("run", *lora, *common, "--output_dir", folder / "adapter")
     places = ["--model_name_or_path", folder / "base", "--adapter_path", folder / "adapter"]
     sft("merge", *places, "--output_path", folder / "merged", "--dtype", "float32")

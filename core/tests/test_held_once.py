@@ -23,12 +23,14 @@ def bits(array: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int64])
-def test_arrays_are_found_as_they_are_turned_and_at_the_beginning_of_longer_ones(dtype: Any) -> None:
+def test_arrays_are_found_as_they_are_turned_and_at_either_end_of_longer_ones(dtype: Any) -> None:
     draw = np.random.default_rng(0)
     arrays = {
         "same": draw.normal(size=(4, 6)) * 100,
         "turned": draw.normal(size=(3, 5)) * 100,
         "longer": draw.normal(size=(2, 7)) * 100,
+        "last": draw.normal(size=(2, 3)) * 100,
+        "last and turned": draw.normal(size=(3, 2)) * 100,
         "longer and turned": draw.normal(size=(7, 2)) * 100,
         "vector": draw.normal(size=9) * 100,
         "scalar": np.asarray(7.0),
@@ -39,6 +41,8 @@ def test_arrays_are_found_as_they_are_turned_and_at_the_beginning_of_longer_ones
         "x.turned.weight": np.ascontiguousarray(arrays["turned"].T),
         "x.longer": np.concatenate([arrays["longer"], arrays["longer"] + arrays["longer"]], axis=0),
         "x.other": np.concatenate([arrays["longer and turned"].T, arrays["longer"]], axis=0),
+        "x.ends": np.concatenate([arrays["last"] * 2, arrays["last"]], axis=0),
+        "x.ends too": np.concatenate([arrays["last and turned"].T * 2, arrays["last and turned"].T], axis=1),
         "x.vector": arrays["vector"],
         "x.scalar": arrays["scalar"],
     }
@@ -61,7 +65,7 @@ def test_nothing_is_taken_for_what_it_is_not() -> None:
     }
     assert find_places(adapter, arrays) == {}
     nan = np.asarray([np.nan, 1.0], np.float32)
-    assert find_places({"nan": nan}, {"nan": nan.copy()}) == {"nan": ["nan", False, [2]]}
+    assert find_places({"nan": nan}, {"nan": nan.copy()}) == {"nan": ["nan", False, [2], False]}
 
 
 SETTINGS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-2}
@@ -76,13 +80,11 @@ SETTINGS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning
     ],
 )
 def test_a_checkpoint_holds_what_trains_once(train: Train, tmp_path: Path, plugins: list[str]) -> None:
-    """No tensor beside the adapter's file has the bits of one in it; and a resumed run ends with the same bits."""
+    """Nothing of an adapter lies beside its file; and a resumed run ends with the same bits."""
     train("whole", plugin=plugins, **SETTINGS)
     folder = tmp_path / "whole" / "checkpoint-2"
-    adapter = {bits(tensor) for tensor in load_file(folder / "adapter_model.safetensors").values()}
-    adapter |= {bits(tensor.T) for tensor in load_file(folder / "adapter_model.safetensors").values()}
     assert not (folder / "trainer" / "trainable.safetensors").exists()
-    assert not adapter & {bits(array) for array in load_file(folder / "trainer" / "plugins.safetensors").values()}
+    assert not load_file(folder / "trainer" / "plugins.safetensors")
     train("resumed", plugin=plugins, resume_from_checkpoint=str(folder), **SETTINGS)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -1,49 +1,59 @@
 """Arrays of a checkpoint that its adapter's file holds already: they are read from there, and not written again.
 
-An adapter plugin writes a parameter as it is, transposed (PEFT has matrices the other way round), or with more after it
-along a dimension. Arrays that are in its file bit by bit are not kept a second time; all others are.
+An adapter plugin writes a parameter as it is, transposed (PEFT has matrices the other way round), or with more before
+or after it along a dimension. Arrays that are in its file bit by bit are not kept a second time; all others are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 Place = list[Any]
-"""A tensor's name in the adapter's file, whether it is transposed there, and the array's shape; JSON."""
+"""A tensor's name in the adapter's file, whether it is transposed there, the array's shape, and whether it stands at
+the end of the tensor rather than at its beginning; JSON."""
 
 
 def find_places(adapter: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> dict[str, Place]:
     """Where ``adapter`` holds each of ``arrays``, with the same dtype and bits; those that it does not hold are left
     out."""
-    by_first_value: dict[tuple[str, bytes], list[str]] = {}
+    by_corner: dict[tuple[bool, str, bytes], list[str]] = {}
     for key, tensor in adapter.items():
-        by_first_value.setdefault(_first_value(tensor), []).append(key)
+        for at_end in (False, True):
+            by_corner.setdefault((at_end, *_corner(tensor, at_end)), []).append(key)
+
+    def candidates(name: str, array: np.ndarray) -> Iterator[Place]:
+        for at_end in (False, True):
+            keys = by_corner.get((at_end, *_corner(array, at_end)), [])
+            for key in sorted(keys, key=lambda key: name not in key):  # that of its own name first
+                for transposed in (False, True):
+                    yield [key, transposed, list(array.shape), at_end]
+
     places: dict[str, Place] = {}
     for name, array in arrays.items():
-        candidates = by_first_value.get(_first_value(array), [])
-        for key in sorted(candidates, key=lambda key: name not in key):  # that of its own name first
-            for transposed in (False, True):
-                place = [key, transposed, list(array.shape)]
-                if name not in places and _has_same_bits(take(adapter, place), array):
-                    places[name] = place
-            if name in places:
+        for place in candidates(name, array):
+            if _has_same_bits(take(adapter, place), array):
+                places[name] = place
                 break
     return places
 
 
 def take(adapter: Mapping[str, np.ndarray], place: Place) -> np.ndarray:
     """What is at ``place`` of ``adapter``. Raises KeyError where there is no such tensor."""
-    key, transposed, shape = place
+    key, transposed, shape, at_end = place
     tensor = adapter[key].T if transposed else adapter[key]
-    return tensor[tuple(map(slice, shape))] if tensor.ndim == len(shape) else tensor
+    if tensor.ndim != len(shape):
+        return tensor
+    starts = [max(0, whole - size) if at_end else 0 for whole, size in zip(tensor.shape, shape, strict=True)]
+    return tensor[tuple(slice(start, start + size) for start, size in zip(starts, shape, strict=True))]
 
 
-def _first_value(array: np.ndarray) -> tuple[str, bytes]:
-    """The same for an array, its transpose, and either with more after it."""
-    return str(array.dtype), array[(slice(1),) * array.ndim].tobytes()
+def _corner(array: np.ndarray, at_end: bool) -> tuple[str, bytes]:
+    """Its dtype and first value, or its last: its transpose has the same, and either with more on the other side."""
+    corner = slice(-1, None) if at_end else slice(1)
+    return str(array.dtype), array[(corner,) * array.ndim].tobytes()
 
 
 def _has_same_bits(one: np.ndarray, other: np.ndarray) -> bool:

@@ -81,10 +81,15 @@ class Pissa(sft.Plugin):
 
     @sft.hookimpl
     def sft_state(self, run: Run) -> dict[str, np.ndarray]:
-        pairs = {name: layer.subtracted() for name, layer in self.layers.items()}
-        return {f"{name}.{half}": pairs[name][half == "B"] for name in pairs for half in "AB"}
+        """The subtracted pair, B₀ with the sign that it has in what is exported, so that a checkpoint keeps it once."""
+        state = {}
+        for name, layer in self.layers.items():
+            state[f"{name}.A"], b = layer.subtracted()
+            state[f"{name}.minus_B"] = -b
+        return state
 
     @sft.hookimpl
     def sft_restore(self, run: Run, state: dict[str, Any]) -> None:
         for name, layer in self.layers.items():
-            layer.subtract(state[f"{name}.A"], state[f"{name}.B"])
+            older = f"{name}.B" in state  # checkpoints of before have B₀ itself
+            layer.subtract(state[f"{name}.A"], state[f"{name}.B"] if older else -state[f"{name}.minus_B"])

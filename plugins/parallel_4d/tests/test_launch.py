@@ -118,7 +118,7 @@ def test_rank_0_is_heard_live_and_alone(
     assert capfd.readouterr() == ("", "quietly 0\n")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_refusal_in_one_rank_ends_all_and_is_told_once(
     program: Program, capfd: pytest.CaptureFixture[str], rank: int
 ) -> None:

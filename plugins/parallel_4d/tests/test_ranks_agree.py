@@ -21,8 +21,8 @@ from sft.testing import needs, read_metrics
     ("plan", "settings"),
     [
         ("stage3", {}),
-        ("tp2-stage2", {}),
-        ("pp2-stage1", {}),
+        pytest.param("tp2-stage2", {}, marks=pytest.mark.slow),
+        pytest.param("pp2-stage1", {}, marks=pytest.mark.slow),
         pytest.param("tp2-dp2", {"plugin": ["lora", "neftune"], "lora_dropout": 0.2}, marks=needs("lora", "neftune")),
     ],
 )
@@ -77,7 +77,7 @@ def test_stages_draw_their_own(trainings: Trainings) -> None:
     assert not set(first) & set(second)
 
 
-@pytest.mark.parametrize("plan", ["dp2", "stage2", pytest.param("stage3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("plan", ["dp2", *(pytest.param(p, marks=pytest.mark.slow) for p in ("stage2", "stage3"))])
 @pytest.mark.parametrize("plugin", [[], pytest.param(["neftune"], marks=needs("neftune"))])
 def test_ranks_together_count_what_one_process_counts(
     trainings: Trainings, uneven_data: Path, plan: str, plugin: list[str]
@@ -93,7 +93,11 @@ def test_ranks_together_count_what_one_process_counts(
 
 @pytest.mark.parametrize(
     ("plan", "draw"),
-    [("tp2", {}), ("tp2-sequence", {"top_k": 0, "temperature": 2.0}), ("stage3", {})],
+    [
+        pytest.param("tp2", {}, marks=pytest.mark.slow),
+        ("tp2-sequence", {"top_k": 0, "temperature": 2.0}),
+        pytest.param("stage3", {}, marks=pytest.mark.slow),
+    ],
 )
 def test_answers(trainings: Trainings, plan: str, draw: dict[str, Any]) -> None:
     asked = {"num_samples": 3, "max_new_tokens": 8, **draw}
@@ -105,7 +109,7 @@ def test_answers(trainings: Trainings, plan: str, draw: dict[str, Any]) -> None:
     assert reports[0] == reports[1] == alone.value["samples"]
 
 
-@pytest.mark.parametrize(("plan", "shares"), [("tp2", 1), ("tp2-dp2", 2)])
+@pytest.mark.parametrize(("plan", "shares"), [pytest.param("tp2", 1, marks=pytest.mark.slow), ("tp2-dp2", 2)])
 def test_answers_at_evaluation_are_written_once(trainings: Trainings, plan: str, shares: int) -> None:
     """Each share of the questions in one file, by the first rank of those that answer it; scores are of all."""
     asked = {"eval_with_do_generation": True, "max_new_tokens": 8, "evaluation_strategy": "no"}
@@ -126,7 +130,13 @@ def test_answers_at_evaluation_are_written_once(trainings: Trainings, plan: str,
     assert theirs == pytest.approx(last, abs=1e-9)
 
 
-@pytest.mark.parametrize(("plan", "plugins"), [("tp2-dp2", []), pytest.param("tp2-pp2", ["lora"], marks=needs("lora"))])
+@pytest.mark.parametrize(
+    ("plan", "plugins"),
+    [
+        pytest.param("tp2-dp2", [], marks=pytest.mark.slow),
+        pytest.param("tp2-pp2", ["lora"], marks=needs("lora")),
+    ],
+)
 def test_one_rank_writes_and_speaks(trainings: Trainings, plan: str, plugins: list[str]) -> None:
     saving = {"plugin": plugins, "save_strategy": "steps", "save_steps": 3}
     one, (alone,) = trainings.many(PLANS["one"], **saving)
@@ -181,7 +191,9 @@ def test_each_setting_divides_what_it_says(trainings: Trainings) -> None:
     assert lengths == [{length // 2 for length in whole}] * 2
 
 
-@pytest.mark.parametrize("hook", ["sft_evaluated", "sft_micro_batch", "sft_step_ended"])
+@pytest.mark.parametrize(
+    "hook", ["sft_evaluated", "sft_micro_batch", pytest.param("sft_step_ended", marks=pytest.mark.slow)]
+)
 def test_a_rank_that_stands_still_is_named(trainings: Trainings, hook: str) -> None:
     """In evaluation the others wait for it when the model answers, in a step when gradients are added up."""
     asked = {"num_samples": 1, "max_new_tokens": 2, "parallel_timeout": 2.0}
@@ -190,7 +202,7 @@ def test_a_rank_that_stands_still_is_named(trainings: Trainings, hook: str) -> N
         run_ranks(2, "jobs:stand_still", values, 1, hook, timeout=40)
 
 
-@pytest.mark.parametrize("plan", ["tp2", "pp2"])
+@pytest.mark.parametrize("plan", ["tp2", pytest.param("pp2", marks=pytest.mark.slow)])
 def test_a_value_that_is_not_finite_in_one_rank_ends_all(trainings: Trainings, plan: str) -> None:
     """The main rank, which writes, does not hold it, and knows its name. Nothing has been saved."""
     saving = {"save_strategy": "steps", "save_steps": 1, "do_eval": False, "evaluation_strategy": "no"}

@@ -18,11 +18,11 @@ from sft.testing import needs
 
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 CHANGES = [
-    ("tp2", "dp2"),
     ("pp2", "one"),
     ("stage3", "pp2"),
-    ("one", "stage2"),
     ("tp2-stage1", "tp2-stage1"),
+    pytest.param("tp2", "dp2", marks=pytest.mark.slow),
+    pytest.param("one", "stage2", marks=pytest.mark.slow),
     pytest.param("stage1", "tp2-sequence", marks=pytest.mark.slow),
     pytest.param("tp2-pp2", "stage3", marks=pytest.mark.slow),
     pytest.param("dp2-stage1", "tp2-pp2", marks=pytest.mark.slow),
@@ -63,7 +63,9 @@ def test_a_killed_run_goes_on_under_another_plan(trainings: Trainings, old: str,
     checked(trainings, old, new)
 
 
-@pytest.mark.parametrize(("old", "new"), [("tp2", "dp2"), ("pp2", "one"), ("tp2-pp2", "stage3")])
+@pytest.mark.parametrize(
+    ("old", "new"), [pytest.param("tp2", "dp2", marks=pytest.mark.slow), ("pp2", "one"), ("tp2-pp2", "stage3")]
+)
 @pytest.mark.parametrize(
     "plugins",
     [

@@ -175,6 +175,10 @@ def test_line_17_is_not_json(tmp_path: Path) -> None:
     )
 
 
+def test_a_string_without_an_end(tmp_path: Path) -> None:
+    assert "(Unterminated string starting at column 14);" in refusal(tmp_path, '{"src": "a", "tgt\n')
+
+
 def test_blank_lines_count(tmp_path: Path) -> None:
     assert refusal(tmp_path, f"\n{LINE}\n\n\n{{").startswith("train.json, line 5 is not JSON (")
 

@@ -156,8 +156,9 @@ def _read_json(path: Path) -> Iterator[Found]:
             except (ValueError, RecursionError) as error:
                 if not isinstance(error, json.JSONDecodeError):
                     raise UsageError(f"{path}, line {number} cannot be read as JSON ({error}); correct it.") from error
+                reason = error.msg.removesuffix(" at")
                 raise UsageError(
-                    f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}); "
+                    f"{path}, line {number} is not JSON ({reason} at column {error.colno}); "
                     "each line must hold one JSON object."
                 ) from error
             yield _object(value, _place(path, number)), number, None, file.tell() / size

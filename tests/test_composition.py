@@ -145,7 +145,9 @@ def test_combination(choices: tuple[str, ...], data: Path, tmp_path: Path) -> No
     check(" ".join(choices).split(), data, tmp_path / "work")
 
 
-@pytest.mark.parametrize("family", ["qwen2-untied", "mistral-gqa", "gemma-tied"])
+@pytest.mark.parametrize(
+    "family", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2-untied", "mistral-gqa")), "gemma-tied"]
+)
 @pytest.mark.parametrize(
     "names",
     [

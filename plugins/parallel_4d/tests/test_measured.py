@@ -54,7 +54,11 @@ def name_of(value: Any) -> str:
 
 def case_of(*case: Any) -> Any:
     family, _, settings, plan = case
-    is_quick = not plan.recompute and plan.devices == 2 and (family in ("olmo2", "gemma") or plan.stage > 1)
+    is_quick = (
+        not plan.recompute
+        and plan.devices == 2
+        and (family in ("olmo2", "gemma") or (plan.stage == 3 and family == "mixtral"))
+    )
     return pytest.param(*case, marks=[needs(*settings.get("plugin", [])), *([] if is_quick else [pytest.mark.slow])])
 
 

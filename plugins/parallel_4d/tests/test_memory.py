@@ -111,17 +111,22 @@ def test_attention_in_blocks(paddle: Any, config_of: Any, family: str) -> None:
     ("family", "changes", "rows", "length", "recompute"),
     [
         ("llama", {}, 2, 128, False),
-        ("llama", {"num_hidden_layers": 6}, 2, 128, True),
         ("qwen2", {"vocab_size": 40000}, 8, 64, False),  # several chunks of logits
-        ("gemma", {}, 2, 256, False),
         ("gemma", {"num_hidden_layers": 6, "num_key_value_heads": 1}, 2, 256, True),
-        ("mistral", {"num_key_value_heads": 8}, 4, 64, False),
         ("gemma2", {"vocab_size": 4096}, 4, 64, False),
-        ("gemma3", {}, 2, 256, True),
         ("phi3", {}, 2, 128, False),
         ("olmo2", {}, 2, 128, True),
         ("mixtral", {}, 2, 256, False),
-        ("qwen3-moe", {}, 2, 256, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("llama", {"num_hidden_layers": 6}, 2, 128, True),
+                ("gemma", {}, 2, 256, False),
+                ("mistral", {"num_key_value_heads": 8}, 4, 64, False),
+                ("gemma3", {}, 2, 256, True),
+                ("qwen3-moe", {}, 2, 256, True),
+            )
+        ),
     ],
 )
 def test_peak_of_real_steps(

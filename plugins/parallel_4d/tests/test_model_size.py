@@ -30,6 +30,8 @@ from sft_parallel_4d.topology import Axis
 MODELS = Path(__file__).parents[3] / "core" / "tests" / "fixtures"
 CASES = sorted(str(path.parent.relative_to(MODELS)) for path in MODELS.glob("*/*/config.json"))
 WHOLE = Precision()
+QUICK = ("gemma2", "olmo2", "phi3", "qwen2-moe")
+"""Of the families: caps and windows, norms over all heads, fused matrices, experts with one that all share."""
 
 
 def paper(folder: Path, **settings: Any) -> Outline:
@@ -150,7 +152,14 @@ def test_parts_of_quantized_layers(adapt: Callable[..., sft.Run], tmp_path: Path
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 3), (2, 1), (2, 2)])
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("families")])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[] if Path(case).name in QUICK else [pytest.mark.slow])
+        for case in CASES
+        if case.startswith("families")
+    ],
+)
 def test_each_rank_has_the_size_that_the_engine_gives_it(
     paddle: Any, config_of: Any, case: str, tensor: int, pipeline: int
 ) -> None:

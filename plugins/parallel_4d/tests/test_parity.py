@@ -162,7 +162,7 @@ def test_an_adapter_that_does_not_say_how_it_is_divided_is_refused(trainings: Tr
         trainings.many(PLANS[plan], job="jobs:train_strange")
 
 
-@pytest.mark.parametrize("job", ["jobs:train_dora", "jobs:train_normed"])
+@pytest.mark.parametrize("job", ["jobs:train_dora", slow("jobs:train_normed")])
 @pytest.mark.parametrize("plan", ["tp2", slow("tp2-sequence"), slow("tp2-pp2"), slow("stage3"), slow("tp2-stage2")])
 def test_an_adapter_that_needs_whole_dimensions_sums_over_their_parts(
     trainings: Trainings, plan: str, job: str

@@ -20,7 +20,7 @@ SAVES = {"save_strategy": "steps", "save_steps": 2}
 CHANGES = [
     ("pp2", "one"),
     ("stage3", "pp2"),
-    ("tp2-stage1", "tp2-stage1"),
+    pytest.param("tp2-stage1", "tp2-stage1", marks=pytest.mark.slow),
     pytest.param("tp2", "dp2", marks=pytest.mark.slow),
     pytest.param("one", "stage2", marks=pytest.mark.slow),
     pytest.param("stage1", "tp2-sequence", marks=pytest.mark.slow),
@@ -64,7 +64,12 @@ def test_a_killed_run_goes_on_under_another_plan(trainings: Trainings, old: str,
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [pytest.param("tp2", "dp2", marks=pytest.mark.slow), ("pp2", "one"), ("tp2-pp2", "stage3")]
+    ("old", "new"),
+    [
+        pytest.param("tp2", "dp2", marks=pytest.mark.slow),
+        ("pp2", "one"),
+        pytest.param("tp2-pp2", "stage3", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(
     "plugins",

@@ -187,8 +187,11 @@ def write_llama(folder: Path, sizes: Sizes) -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts memory by process")
 @pytest.mark.parametrize(
     ("sizes", "objects"),
-    [(Sizes(1024, 2816, 9, 12288), 0.0), (Sizes(1024, 2816, 3, 512), 0.0), (Sizes(256, 704, 60, 512), 11.0)],
-    ids=["large", "few-words", "narrow"],
+    [
+        pytest.param(Sizes(1024, 2816, 9, 12288), 0.0, id="large"),
+        pytest.param(Sizes(1024, 2816, 3, 512), 0.0, id="few-words", marks=pytest.mark.slow),
+        pytest.param(Sizes(256, 704, 60, 512), 11.0, id="narrow", marks=pytest.mark.slow),
+    ],
 )
 def test_loading_in_nf4_never_holds_the_model(paddle: Any, tmp_path: Path, sizes: Sizes, objects: float) -> None:
     """Peak memory above that of a process that has imported paddle, the file's mapped pages included.

@@ -21,18 +21,17 @@ from sft.plugins.declarations import check_relations
 
 @dataclass(frozen=True)
 class Installed:
-    """A plugin as its distribution's metadata declares it; nothing has been imported."""
+    """An entry point, of a plugin or of a request for one, and the distribution that declares it; nothing has been
+    imported."""
 
-    name: str
     entry: EntryPoint
+    distribution: str
+    version: str
 
     @property
-    def distribution(self) -> str:
-        return self.entry.dist.name if self.entry.dist else "unknown"
-
-    @property
-    def version(self) -> str:
-        return self.entry.dist.version if self.entry.dist else "unknown"
+    def name(self) -> str:
+        """The plugin's name."""
+        return canonical(self.entry.name)
 
     @property
     def origin(self) -> str:
@@ -45,19 +44,23 @@ def canonical(name: str) -> str:
 
 
 @functools.cache
-def entries(group: str) -> tuple[EntryPoint, ...]:
-    """The entry points of a group; the search through all distributions is made once for a run."""
-    return tuple(entry_points(group=group))
+def entries(group: str) -> tuple[Installed, ...]:
+    """The entry points of a group. Distributions are searched, and their metadata read, once for a run."""
+    found = []
+    for entry in entry_points(group=group):
+        # Asked for its name, a distribution reads and parses its file each time.
+        about = entry.dist.metadata if entry.dist else {"Name": "unknown", "Version": "unknown"}
+        found.append(Installed(entry, about["Name"], about["Version"]))
+    return tuple(found)
 
 
 def installed() -> dict[str, list[Installed]]:
     """Every declared plugin by name; more than one under a name is a conflict, reported when it is requested."""
     by_name: dict[str, list[Installed]] = {}
-    for entry in entries("sft.plugins"):
-        item = Installed(canonical(entry.name), entry)
+    for item in entries("sft.plugins"):
         same = by_name.setdefault(item.name, [])
         # A path that stands twice in sys.path lists its distributions twice.
-        if all((item.origin, entry.value) != (other.origin, other.entry.value) for other in same):
+        if all((item.origin, item.entry.value) != (other.origin, other.entry.value) for other in same):
             same.append(item)
     return dict(sorted(by_name.items()))
 
@@ -78,9 +81,9 @@ def strange_requests() -> dict[str, list[str]]:
     """By distribution, what is wrong with entry points in ``sft.requests`` that can never ask for a plugin."""
     objects = {(item.distribution, item.entry.value) for items in installed().values() for item in items}
     faults: dict[str, list[str]] = {}
-    for entry in entries("sft.requests"):
+    for request in entries("sft.requests"):
+        entry, distribution = request.entry, request.distribution
         kind, _, what = entry.name.partition(".")
-        distribution = entry.dist.name if entry.dist else "unknown"
         if kind not in REQUESTS:
             close = difflib.get_close_matches(kind, REQUESTS, n=1)
             hint = f"did you mean {close[0]}.{what}?" if close else f"there are {', '.join(REQUESTS)}."

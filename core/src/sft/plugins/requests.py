@@ -44,11 +44,10 @@ def requests(kind: str) -> dict[str, list[str]]:
         for item in items:
             names.setdefault((item.distribution, item.entry.value), []).append(name)
     answering: dict[str, list[str]] = {}
-    for entry in entries("sft.requests"):
-        head, _, what = entry.name.partition(".")
-        distribution = entry.dist.name if entry.dist else "unknown"
+    for request in entries("sft.requests"):
+        head, _, what = request.entry.name.partition(".")
         if head == kind:
-            for name in names.get((distribution, entry.value), []):
+            for name in names.get((request.distribution, request.entry.value), []):
                 if name not in answering.setdefault(what, []):
                     answering[what].append(name)
     return answering

@@ -68,6 +68,7 @@ def test_the_table_of_models_has_every_family() -> None:
         "docs/data.md",
         "docs/plugins.md",
         "docs/models.md",
+        "docs/strategies.md",
         "CONTRIBUTING.md",
     ],
 )
@@ -135,6 +136,13 @@ def test_plugin_of_the_guide_is_the_example_and_works(tmp_path: Path, monkeypatc
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     assert summary.trainable_parameters == 2 * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
+
+
+def test_the_strategy_of_the_guide_is_the_example() -> None:
+    """Which tests/test_third_parties.py runs."""
+    (shown,) = blocks("docs/strategies.md", "python")
+    source = ROOT / "examples" / "data_parallel_plugin" / "src" / "sft_data_parallel" / "strategy.py"
+    assert source.read_text(encoding="utf-8").endswith(f'"""\n\n{shown}')
 
 
 def test_the_data_guide_shows_each_format(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import sft
 from sft.plugins.discovery import entries
@@ -97,6 +98,43 @@ def test_dora_tests_itself(tmp_path: Path) -> None:
     done = python(tmp_path / "plugin", tmp_path / "site", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^17 passed", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_two_processes_of_the_data_parallel_example_learn_what_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In four steps of 4 rows, the last of which has one row; and one process goes on from a checkpoint of the two."""
+    monkeypatch.setenv("PADDLE_DISTRI_BACKEND", "gloo")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # paddle's launcher takes it for a GPU
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    (tmp_path / "site").mkdir()
+    install("data_parallel_plugin", tmp_path / "site")
+    make_model(tmp_path / "model")
+    records = [{"src": f"type#{n}", "tgt": "A coat. " * (1 + n % 3)} for n in range(13)]
+    write_data(tmp_path / "data", records, records[:3])
+    run = ("run", "--model_name_or_path", "model", "--dataset_name_or_path", "data", "--num_train_epochs", "1")
+    run = (*run, "--per_device_train_batch_size", "2", "--logging_steps", "1", "--save_strategy", "steps")
+    run = (*run, "--save_steps", "2", "--learning_rate", "1e-2", "--adam_epsilon", "1e-3")
+    one = ("-m", "sft", *run, "--gradient_accumulation_steps", "2")
+    two = ("-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--max_restart", "0")
+    two = (*two, str(Path(sys.executable).with_name("sft")), *run, "--plugin", "data-parallel,no:parallel-4d")
+    for line in (
+        (*one, "--output_dir", "one"),
+        (*two, "--output_dir", "two"),
+        (*one, "--output_dir", "resumed", "--resume_from_checkpoint", "two/checkpoint-2"),
+    ):
+        done = python(tmp_path, tmp_path / "site", *line)
+        assert done.returncode == 0, done.stdout + done.stderr
+    expected = lines(tmp_path / "one")
+    assert [values["step"] for values in expected] == [0, 1, 2, 3, 4, 4]
+    for other, steps in (("two", 6), ("resumed", 3)):
+        for values, others in zip(expected[-steps:], lines(tmp_path / other)[-steps:], strict=True):
+            for key in {"step", "loss", "grad_norm", "eval_loss", "target_tokens"} & values.keys():
+                assert others[key] == pytest.approx(values[key], rel=1e-5)
+        weights, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("one", other))
+        for name, tensor in weights.items():
+            np.testing.assert_allclose(theirs[name], tensor, atol=1e-5, rtol=0)
 
 
 @needs("lora")

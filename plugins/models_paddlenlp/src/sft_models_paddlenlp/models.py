@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import paddle
@@ -22,7 +24,7 @@ import sft
 from sft_models_paddlenlp.readers import PaddleNLPShape
 
 
-class _Model(nn.Layer):
+class _Model(nn.Layer, ABC):
     """What the three have in common. ``backbone`` is the attribute that has Hugging Face's name for it."""
 
     backbone: ClassVar[str]
@@ -33,27 +35,38 @@ class _Model(nn.Layer):
         self.attention: Any = sft.DefaultAttention()
         self.recompute = False
         self._reading: Any = None
-        self.tables: Any = None
+        self.longest = 0
+        """How long tables must be for the positions of this pass; asked of the device once, not in each block."""
+        self.tables: _Tables | None = None
         with _quietly():
             setattr(self, self.backbone, self.make(dict(shape.settings)))
         for number, block in enumerate(self.blocks):
             self.open(block, number)
 
+    @abstractmethod
     def make(self, settings: dict[str, Any]) -> Any:
         """PaddleNLP's backbone of a config."""
-        raise NotImplementedError
-
-    def open(self, block: Any, number: int) -> None:
-        """Let the attention of ``block`` ask this pass's reading."""
-        raise NotImplementedError
-
-    def through(self, block: Any, hidden: Any) -> Any:
-        """``hidden`` through one block of PaddleNLP's."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def blocks(self) -> Any:
-        raise NotImplementedError
+        """PaddleNLP's blocks, in order."""
+
+    @abstractmethod
+    def open(self, block: Any, number: int) -> None:
+        """Let the attention of ``block`` ask this pass's reading."""
+
+    @abstractmethod
+    def through(self, block: Any, hidden: Any) -> Any:
+        """``hidden`` through one block of PaddleNLP's."""
+
+    @abstractmethod
+    def leave(self, hidden: Any) -> Any:
+        """The last norm."""
+
+    def enter(self, embedded: Any) -> Any:
+        """What goes into the first block, as PaddleNLP's blocks want it."""
+        return embedded
 
     def embed(self, tokens: Any) -> Any:
         """int64 [B, S] → [B, S, hidden]."""
@@ -65,27 +78,20 @@ class _Model(nn.Layer):
 
     def hidden_states(self, embedded: Any, reading: Any) -> Any:
         """[B, S, hidden] → [B, S, hidden], through all blocks and the last norm."""
-        hidden = self.enter(embedded)
+        hidden, longest = self.enter(embedded), int(reading.positions.max()) + 1
         for block in self.blocks:
             if self.recompute and self.training:
-                hidden = sft.recomputed(self._read, hidden, block, reading)
+                hidden = sft.recomputed(self._read, hidden, block, reading, longest)
             else:
-                hidden = self._read(hidden, block, reading)
+                hidden = self._read(hidden, block, reading, longest)
         return self.leave(hidden)
 
-    def _read(self, hidden: Any, block: Any, reading: Any) -> Any:
-        self._reading = reading
+    def _read(self, hidden: Any, block: Any, reading: Any, longest: int) -> Any:
+        self._reading, self.longest = reading, longest
         try:
             return self.through(block, hidden)
         finally:
             self._reading = None
-
-    def enter(self, embedded: Any) -> Any:
-        return embedded
-
-    def leave(self, hidden: Any) -> Any:
-        """The last norm."""
-        raise NotImplementedError
 
     def attend(self, number: int, query: Any, key: Any, value: Any) -> Any:
         """Attention of block ``number`` as the reading of this pass computes it."""
@@ -96,24 +102,22 @@ class _Model(nn.Layer):
         """int64 [B, S]."""
         return self._reading.positions
 
-    @property
-    def longest(self) -> int:
-        """How long tables must be for the positions of this pass."""
-        return int(self.positions.max()) + 1
 
-
+@dataclass(eq=False)
 class _Asks:
-    """Stands for the function or layer that PaddleNLP's attention calls. An object, not a closure: a copy of the model
-    then asks that copy."""
+    """Stands for the function that attention ``number`` of PaddleNLP's calls. An object, not a closure: a copy of the
+    model then asks that copy."""
 
-    def __init__(self, model: _Model, number: int, **more: Any) -> None:
-        self.model, self.number = model, number
-        vars(self).update(more)
+    model: _Model
+    number: int
 
 
-class _Tables(_Asks):
-    """Cosines and sines of PaddleNLP's rotary embedding ``own``, as many as this pass has positions."""
+@dataclass(eq=False)
+class _Tables:
+    """Stands for the rotary embedding ``own`` of PaddleNLP's: cosines and sines for as many positions as this pass
+    has."""
 
+    model: _Model
     own: Any
 
     def __call__(self, x: Any, *_: Any, **__: Any) -> Any:
@@ -141,7 +145,7 @@ class Qwen(_Model):
 
     def open(self, block: Any, number: int) -> None:
         block.attn._attn = _QwenAttention(self, number)
-        _share_tables(self, block.attn, number)
+        _share_tables(self, block.attn)
 
     def through(self, block: Any, hidden: Any) -> Any:
         return block(hidden, position_ids=self.positions, use_cache=False)
@@ -224,8 +228,8 @@ class DeepseekV2(_Model):
     def open(self, block: Any, number: int) -> None:
         attention = block.self_attn
         scale = attention.softmax_scale * math.sqrt(attention.q_head_dim)
-        attention.attn_func = _LatentAttention(self, number, width=attention.v_head_dim, scale=scale)
-        _share_tables(self, attention, number)
+        attention.attn_func = _LatentAttention(self, number, attention.v_head_dim, scale)
+        _share_tables(self, attention)
         if hasattr(block.mlp, "experts"):
             block.mlp.forward = _Experts(block.mlp)
 
@@ -236,6 +240,7 @@ class DeepseekV2(_Model):
         return self.model.norm(hidden)
 
 
+@dataclass(eq=False)
 class _LatentAttention(_Asks):
     """Values are narrower than keys, and scores have a scale of their own: backends want neither."""
 
@@ -285,11 +290,12 @@ class _Experts:
         return weights * gate.routed_scaling_factor, chosen
 
 
-def _share_tables(model: _Model, attention: Any, number: int) -> None:
+def _share_tables(model: _Model, attention: Any) -> None:
     """PaddleNLP gives every attention layer the same tables: one is enough."""
-    own = attention.rotary_emb if number == 0 else model.tables.own
+    if model.tables is None:
+        model.tables = _Tables(model, attention.rotary_emb)
     del attention.rotary_emb
-    model.tables = attention.rotary_emb = _Tables(model, number, own=own)
+    attention.rotary_emb = model.tables
 
 
 class _Head(nn.Layer):

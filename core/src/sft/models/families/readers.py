@@ -3,6 +3,7 @@ read has no influence on what the family computes, or is refused."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -63,18 +64,30 @@ def _plain(
     return Architecture(**fields)
 
 
+def _attention_bias(values: Values) -> dict[str, bool]:
+    """The fields of an architecture whose one flag is for q, k, v and o."""
+    bias = values.flag("attention_bias", False)
+    return {"attention_bias": bias, "output_bias": bias}
+
+
+def _by_block(architecture: Architecture, field: str, values: Iterable[Any]) -> Architecture:
+    """``architecture`` whose blocks have ``values``, one each, as their ``field``."""
+    blocks = zip(architecture.blocks, values, strict=True)
+    return replace(architecture, blocks=tuple(replace(block, **{field: value}) for block, value in blocks))
+
+
 def _in_windows(architecture: Architecture, kinds: list[str], window: int | None) -> Architecture:
-    blocks = [
-        replace(block, window=window if kind == SLIDING else None)
-        for block, kind in zip(architecture.blocks, kinds, strict=True)
-    ]
-    return replace(architecture, blocks=tuple(blocks))
+    return _by_block(architecture, "window", [window if kind == SLIDING else None for kind in kinds])
+
+
+def _switched_window(values: Values, default: int | None = None) -> int | None:
+    """``sliding_window``, where ``use_sliding_window`` is on."""
+    return values.window(default) if values.flag("use_sliding_window", False) else None
 
 
 def llama(values: Values) -> Architecture:
-    bias = values.flag("attention_bias", False)
     values.word("hidden_act", _SILU, "silu")
-    return _plain(values, attention_bias=bias, output_bias=bias, mlp_bias=values.flag("mlp_bias", False))
+    return _plain(values, **_attention_bias(values), mlp_bias=values.flag("mlp_bias", False))
 
 
 def mistral(values: Values) -> Architecture:
@@ -86,7 +99,7 @@ def mistral(values: Values) -> Architecture:
 
 def _qwen_windows(values: Values, architecture: Architecture) -> Architecture:
     count = len(architecture.blocks)
-    window = values.window(4096) if values.flag("use_sliding_window", False) else None
+    window = _switched_window(values, 4096)
     below = values.count("max_window_layers", 28, least=0)
     otherwise = [SLIDING if window is not None and number >= below else FULL for number in range(count)]
     return _in_windows(architecture, values.kinds(count, otherwise), window)
@@ -99,16 +112,8 @@ def qwen2(values: Values) -> Architecture:
 
 def qwen3(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
-    bias = values.flag("attention_bias", False)
-    architecture = _plain(
-        values,
-        longest=32768,
-        kv_heads=32,
-        head_size=128,
-        attention_bias=bias,
-        output_bias=bias,
-        head_norm="head",
-    )
+    bias = _attention_bias(values)
+    architecture = _plain(values, longest=32768, kv_heads=32, head_size=128, head_norm="head", **bias)
     return _qwen_windows(values, architecture)
 
 
@@ -120,15 +125,13 @@ def gemma(values: Values) -> Architecture:
 
 
 def _gemma(values: Values, **more: Any) -> Architecture:
-    bias = values.flag("attention_bias", False)
     fields: dict[str, Any] = {
         "head_size": 256,
         "tied": True,
         "norm_offset": 1.0,
         "activation": "gelu_tanh",
         "embedding_scale": values.count("hidden_size") ** 0.5,
-        "attention_bias": bias,
-        "output_bias": bias,
+        **_attention_bias(values),
     }
     return _plain(values, **{**fields, **more})
 
@@ -172,10 +175,7 @@ def gemma3(values: Values) -> Architecture:
     every = values.count("sliding_window_pattern", 6)
     kinds = values.kinds(count, [SLIDING if (number + 1) % every else FULL for number in range(count)])
     architecture = _in_windows(architecture, kinds, values.window(4096))
-    blocks = [
-        replace(block, rotary=int(kind == SLIDING)) for block, kind in zip(architecture.blocks, kinds, strict=True)
-    ]
-    return replace(architecture, blocks=tuple(blocks))
+    return _by_block(architecture, "rotary", [int(kind == SLIDING) for kind in kinds])
 
 
 def phi3(values: Values) -> Architecture:
@@ -188,15 +188,13 @@ def phi3(values: Values) -> Architecture:
 
 def smollm3(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
-    bias = values.flag("attention_bias", False)
     architecture = _plain(
         values,
         longest=32768,
         kv_heads=4,
         base=2e6,
         tied=True,
-        attention_bias=bias,
-        output_bias=bias,
+        **_attention_bias(values),
         mlp_bias=values.flag("mlp_bias", False),
     )
     count = len(architecture.blocks)
@@ -206,22 +204,18 @@ def smollm3(values: Values) -> Architecture:
         turns = [int((number + 1) % every != 0) for number in range(count)]
     if not isinstance(turns, list) or len(turns) < count or any(turn not in (0, 1) for turn in turns):
         raise values.wrong("no_rope_layers", f"a list of {count} numbers, 0 or 1")
-    window = values.window() if values.flag("use_sliding_window", False) else None
-    otherwise = [SLIDING if window is not None and not turn else FULL for turn in turns[:count]]
+    window = _switched_window(values)
+    turns = turns[:count]
+    otherwise = [SLIDING if window is not None and not turn else FULL for turn in turns]
     architecture = _in_windows(architecture, values.kinds(count, otherwise), window)
-    blocks = [
-        replace(block, rotary=0 if turn else None) for block, turn in zip(architecture.blocks, turns, strict=False)
-    ]
-    return replace(architecture, blocks=tuple(blocks))
+    return _by_block(architecture, "rotary", [0 if turn else None for turn in turns])
 
 
 def granite(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
-    bias = values.flag("attention_bias", False)
     return _plain(
         values,
-        attention_bias=bias,
-        output_bias=bias,
+        **_attention_bias(values),
         mlp_bias=values.flag("mlp_bias", False),
         attention_scale=values.number("attention_multiplier", 1.0),
         embedding_scale=values.number("embedding_multiplier", 1.0),
@@ -232,12 +226,10 @@ def granite(values: Values) -> Architecture:
 
 def olmo2(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
-    bias = values.flag("attention_bias", False)
     return _plain(
         values,
         epsilon=1e-5,
-        attention_bias=bias,
-        output_bias=bias,
+        **_attention_bias(values),
         head_norm="all",
         norms=Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
     )
@@ -265,11 +257,13 @@ def glm4(values: Values) -> Architecture:
 def mixtral(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
     architecture = _plain(values, longest=4096 * 32, kv_heads=8, base=1e6, epsilon=1e-5)
-    count = values.count("num_local_experts", 8)
-    experts = Experts(count, values.count("num_experts_per_tok", 2), architecture.inner, normalise=True)
+    experts = Experts(
+        values.count("num_local_experts", 8), values.count("num_experts_per_tok", 2), architecture.inner, normalise=True
+    )
     _check_chosen(values, experts)
-    architecture = _in_windows(architecture, [SLIDING] * len(architecture.blocks), values.window())
-    return replace(architecture, blocks=tuple(replace(block, experts=experts) for block in architecture.blocks))
+    count = len(architecture.blocks)
+    architecture = _in_windows(architecture, [SLIDING] * count, values.window())
+    return _by_block(architecture, "experts", [experts] * count)
 
 
 def _check_chosen(values: Values, experts: Experts) -> None:
@@ -280,11 +274,9 @@ def _check_chosen(values: Values, experts: Experts) -> None:
 def _qwen_experts(values: Values, architecture: Architecture, experts: Experts) -> Architecture:
     _check_chosen(values, experts)
     alone, every = values.layers("mlp_only_layers"), values.count("decoder_sparse_step", 1)
-    blocks = [
-        replace(block, experts=None if number in alone or (number + 1) % every else experts)
-        for number, block in enumerate(architecture.blocks)
-    ]
-    return replace(architecture, blocks=tuple(blocks))
+    numbers = range(len(architecture.blocks))
+    sparse = [None if number in alone or (number + 1) % every else experts for number in numbers]
+    return _by_block(architecture, "experts", sparse)
 
 
 def qwen2_moe(values: Values) -> Architecture:
@@ -297,7 +289,7 @@ def qwen2_moe(values: Values) -> Architecture:
         values.flag("norm_topk_prob", False),
         values.count("shared_expert_intermediate_size", 5632),
     )
-    window = values.window(4096) if values.flag("use_sliding_window", False) else None
+    window = _switched_window(values, 4096)
     below = values.count("max_window_layers", 28, least=0)
     count = len(architecture.blocks)
     otherwise = [SLIDING if window and number % 2 == 0 and number < below else FULL for number in range(count)]
@@ -306,13 +298,12 @@ def qwen2_moe(values: Values) -> Architecture:
 
 def qwen3_moe(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
-    bias = values.flag("attention_bias", False)
-    architecture = _plain(values, longest=32768, kv_heads=4, attention_bias=bias, output_bias=bias, head_norm="head")
+    architecture = _plain(values, longest=32768, kv_heads=4, head_norm="head", **_attention_bias(values))
     experts = Experts(
         values.count("num_experts" if values["num_experts"] is not None else "num_local_experts", 128),
         values.count("num_experts_per_tok", 8),
         values.count("moe_intermediate_size", 768),
         values.flag("norm_topk_prob", False),
     )
-    window = values.window(4096) if values.flag("use_sliding_window", False) else None
+    window = _switched_window(values, 4096)
     return _qwen_experts(values, _in_windows(architecture, [SLIDING] * len(architecture.blocks), window), experts)

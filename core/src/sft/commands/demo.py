@@ -13,8 +13,8 @@ import click
 from sft.commands.run import report
 from sft.commands.shared import PLUGIN
 from sft.errors import UsageError
-from sft.plugins.discovery import canonical, import_plugin
-from sft.plugins.requests import requests
+from sft.plugins.discovery import import_plugin
+from sft.plugins.requests import by_name, requests
 
 FOLDER = Path(__file__).parent.parent / "demo"
 DEFAULT = "sft-demo"
@@ -59,8 +59,7 @@ def demo_settings(output_dir: str, plugins: Sequence[str] = ()) -> dict[str, Any
 def _shown(plugins: Sequence[str]) -> str | None:
     """The plugin that the demo shows: the one that is asked for, or the first that has a demo and is not left out."""
     having = requests("command").get("demo", [])
-    left_out = {canonical(name[3:]) for name in plugins if name.lower().startswith("no:")}
-    asked = [canonical(name) for name in plugins if not name.lower().startswith("no:")]
+    asked, left_out = by_name(plugins)
     for name in asked:
         if name not in having:
             raise UsageError(f"Plugin {name} has no demo; those that have one are {', '.join(having) or 'none'}.")

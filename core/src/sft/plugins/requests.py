@@ -59,7 +59,7 @@ def choose_plugins(values: Mapping[str, Any], known: Iterable[str]) -> tuple[lis
     ``known`` holds names of the core's settings, which are never taken for a plugin's switch.
     """
     left = dict(values)
-    asked = _asked(left.pop("plugin", []))
+    named, off = by_name(left.pop("plugin", []))
     switch_of, numbers, cases = switches(), requests("number"), _value_requests()
     by_setting = _by_settings(left, known)
     wanted = [name for names in by_setting.values() for name in names]
@@ -68,13 +68,12 @@ def choose_plugins(values: Mapping[str, Any], known: Iterable[str]) -> tuple[lis
         del left[key]
         if not by_setting[key]:
             switched_off.update(switch_of[key])
-    off = _left_out(asked)
     for name in sorted(off - set(installed())):
         raise UsageError(f"Plugin {name}, which no:{name} switches off, is not installed{_close(name)}")
     for key, names in requests("environment").items():
         if os.environ.get(key, "").isdecimal() and int(os.environ[key]) > 1:
             wanted += names
-    wanted += [canonical(name) for name in asked if not name.lower().startswith("no:")]
+    wanted += named
     chosen = [name for name in dict.fromkeys(wanted) if name not in off]
     for name in switched_off.intersection(chosen):
         raise UsageError(f"Plugin {name} is requested and its switch is false; keep one of them.")
@@ -88,7 +87,7 @@ def choose_plugins(values: Mapping[str, Any], known: Iterable[str]) -> tuple[lis
 
 def overruled(values: Mapping[str, Any], known: Iterable[str]) -> list[tuple[str, str]]:
     """Given settings that ask for a plugin and do nothing, since ``no:NAME`` switches it off, with that reason."""
-    off, pairs = _left_out(_asked(values.get("plugin", []))), []
+    (_, off), pairs = by_name(values.get("plugin", [])), []
     for key, names in _by_settings(values, known).items():
         if names and off.issuperset(names):
             pairs.append((f"{key} {values[key]}", " and ".join(f"no:{name} switches that off" for name in names)))
@@ -123,8 +122,7 @@ def choose_reader(folder: Path, config: Mapping[str, Any], requested: Iterable[s
                 claims[name] = max(claims.get(name, 0), 1 + ("." in claim))
             else:
                 refused.setdefault(name, []).append(claim)
-    asked = _asked(list(requested))
-    named = [canonical(name) for name in asked if not name.lower().startswith("no:")]
+    named, off = by_name(list(requested))
     kind = config["peft_type"]
     for name in named:
         if name in refused and name not in claims:
@@ -132,7 +130,6 @@ def choose_reader(folder: Path, config: Mapping[str, Any], requested: Iterable[s
                 f"Plugin {name} does not read {folder}, a {kind} adapter (it reads {', '.join(refused[name])}); leave "
                 "it out."
             )
-    off = _left_out(asked)
     left = {name: rank for name, rank in claims.items() if name not in off}
     if not left:
         if claims:
@@ -206,7 +203,7 @@ def of_idle_plugins(
 
 def explicit(values: Mapping[str, Any]) -> set[str]:
     """The plugins that ``values`` request by name."""
-    return {canonical(name) for name in _asked(values.get("plugin", []))}
+    return set(by_name(values.get("plugin", []))[0])
 
 
 def _by_settings(values: Mapping[str, Any], known: Iterable[str]) -> dict[str, list[str]]:
@@ -222,16 +219,14 @@ def _by_settings(values: Mapping[str, Any], known: Iterable[str]) -> dict[str, l
     return asked_for
 
 
-def _asked(value: Any) -> list[str]:
+def by_name(value: Any) -> tuple[list[str], set[str]]:
+    """The plugins that ``value``, a name or a list of names, asks for, and those that its ``no:NAME`` leaves out."""
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"plugin: expected a name or a list of names, got {value!r}.")
-    return [name.strip() for name in names if name.strip()]
-
-
-def _left_out(asked: Iterable[str]) -> set[str]:
-    """The plugins that ``no:NAME`` leaves out."""
-    return {canonical(name[3:]) for name in asked if name.lower().startswith("no:")}
+    named = [canonical(name) for name in names if name.strip()]
+    off = {name for name in named if name.startswith("no:")}
+    return [name for name in named if name not in off], {canonical(name.removeprefix("no:")) for name in off}
 
 
 def switches() -> dict[str, list[str]]:

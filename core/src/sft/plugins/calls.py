@@ -60,7 +60,7 @@ def _guarded(function: Callable[..., Any], caller: pluggy.HookCaller, who: str, 
             if answers and result is False:
                 wrong = "False where True is expected"
             if wrong is not None:
-                raise PluginError(f"{who} answers {hook} with {wrong}; correct it there, or leave the plugin out.")
+                raise mistaken(wrong, hook, who)
         return result
 
     return guarded
@@ -112,8 +112,13 @@ def checked(result: Any, expected: Any, what: str, who: str) -> Any:
     """``result``, with which the plugin that is called ``who`` answers ``what``, if it is as ``expected``."""
     wrong = mismatch(result, expected)
     if wrong is not None:
-        raise PluginError(f"{who} answers {what} with {wrong}; correct it there, or leave the plugin out.")
+        raise mistaken(wrong, what, who)
     return result
+
+
+def mistaken(wrong: str, hook: str, who: str) -> PluginError:
+    """What is said of the plugin that is called ``who`` and answers ``hook`` with ``wrong``."""
+    return PluginError(f"{who} answers {hook} with {wrong}; correct it there, or leave the plugin out.")
 
 
 def failed(error: BaseException, hook: str, who: str) -> PluginError:

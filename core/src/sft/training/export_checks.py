@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import paddle
 
-from sft.errors import PluginError, UsageError
+from sft.errors import UsageError
 from sft.files import can_write
 from sft.models.layers import trainable
-from sft.plugins.calls import a_or_an
+from sft.plugins.calls import a_or_an, mistaken
 
 if TYPE_CHECKING:
     from sft.context import CoreRun
@@ -31,17 +32,16 @@ def check_export(run: CoreRun) -> None:
     with run.strategy.assembled(run.model):
         if not run.strategy.is_main:
             return
-        wrong = not_written(run.hook.sft_export_adapter(run=run, model=run.model))
-        missing = []
-        if wrong is None:
-            missing = left_out(trainable(run.model), lambda: run.hook.sft_export_adapter(run=run, model=run.model))
+        export = partial(run.hook.sft_export_adapter, run=run, model=run.model)
+        wrong = not_written(export())
+        missing = left_out(trainable(run.model), export) if wrong is None else []
+    plugin = str(run.plugins.provider("sft_export_adapter"))
     if wrong is not None:
-        who = run.plugins.who(str(run.plugins.provider("sft_export_adapter")))
-        raise PluginError(f"{who} answers sft_export_adapter with {wrong}; correct it there, or leave the plugin out.")
+        raise mistaken(wrong, "sft_export_adapter", run.plugins.who(plugin))
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3:,} more" if len(missing) > 3 else "")
         raise UsageError(
-            f"Plugin {run.plugins.provider('sft_export_adapter')} leaves {shown} out of the adapter that it writes, so "
+            f"Plugin {plugin} leaves {shown} out of the adapter that it writes, so "
             "what they learn would be lost; upgrade the plugin that trains them, or leave it out."
         )
 

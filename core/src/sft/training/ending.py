@@ -11,8 +11,7 @@ import contextlib
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from sft.files import read_report
-from sft.training.report import close_report, sentence, write_report
+from sft.training.report import close_report, report_of_others, sentence, write_report
 
 if TYPE_CHECKING:
     from sft.context import CoreRun, Summary
@@ -41,10 +40,11 @@ def finish(run: CoreRun, record: dict[str, Any], summary: Summary) -> None:
 
 
 def fail(run: CoreRun, error: BaseException) -> None:
-    """The run ends with ``error``, unless it had finished: write that to ``run.json``, then tell every plugin.
+    """The run ends with ``error``, unless it had finished, here or in the processes that this one has started for it:
+    write that to ``run.json``, then tell every plugin.
 
     If a plugin raises an error here, the user is told of it, and ``error`` remains the run's error."""
-    if run.finished or _has_finished_elsewhere(run):
+    if run.finished or report_of_others(run).get("status") == "finished":
         return
     close_report(run, error)
     for name in run.plugins.implementing("sft_run_failed"):
@@ -59,9 +59,3 @@ def _sentence_of(run: CoreRun, name: str, hook: str, error: BaseException) -> st
     if isinstance(error, KeyboardInterrupt):
         return f"{run.plugins.who(name)} was interrupted in {hook}."
     return sentence(error)
-
-
-def _has_finished_elsewhere(run: CoreRun) -> bool:
-    """Whether the processes that this one started have finished the run, even if something went wrong in them later."""
-    report = {} if run.executes else read_report(run.output_dir)
-    return report != run.earlier_report and report.get("status") == "finished"

@@ -81,10 +81,7 @@ def close_report(run: Run, error: BaseException) -> None:
     """Let ``run.json`` say that the run has failed, and of what, or was interrupted; where it has been written by this
     run, or by the processes that this one has started for it, and says that the run goes on."""
     assert isinstance(run, CoreRun)
-    record = run.report
-    if not run.executes:
-        written = read_report(run.output_dir)
-        record = written if written != run.earlier_report else {}
+    record = run.report if run.executes else report_of_others(run)
     if record.get("status") != "running":
         return
     stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
@@ -92,6 +89,12 @@ def close_report(run: Run, error: BaseException) -> None:
     with contextlib.suppress(OSError):  # what has ended the run is what counts
         write_json(run.output_dir / "run.json", {**record, **end})
         run.report = {**record, **end}
+
+
+def report_of_others(run: CoreRun) -> dict[str, Any]:
+    """``run.json`` where processes that this one has started for the run have written it; otherwise empty."""
+    written = {} if run.executes else read_report(run.output_dir)
+    return written if written != run.earlier_report else {}
 
 
 def sentence(error: BaseException) -> str:

@@ -81,6 +81,7 @@ def test_pairs_in_a_model_folder_are_used_where_there_is_no_jinja(folder: Path) 
         (b" \n", "t.jinja", r"t\.jinja is empty; give a template, or none"),
         (b"\xff\xfe", "t.jinja", r"t\.jinja is not UTF-8 text \("),
         (b"{", "t.json", r"t\.json is not valid JSON \("),
+        (b"[" * 100_000, "t.json", r"t\.json is not valid JSON \("),
     ],
 )
 def test_files_that_are_no_template(
@@ -90,6 +91,13 @@ def test_files_that_are_no_template(
         (tmp_path / name).write_bytes(content)
     with pytest.raises(sft.UsageError, match=message):
         Tokenizer(folder, chat_template=str(tmp_path / name))
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not valid JSON"), ("[]", "must hold one JSON object")])
+def test_a_folder_whose_settings_are_damaged_is_refused(folder: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(sft.UsageError, match=rf"tokenizer_config\.json {message}"):
+        Tokenizer(folder, chat_template=str(tmp_path))
 
 
 # --- what is kept -------------------------------------------------------------------------------------------

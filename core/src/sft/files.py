@@ -33,6 +33,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_object(path: Path, cure: str = "correct or replace it") -> dict[str, Any]:
+    """The JSON object that ``path`` holds; :class:`UsageError`, with the ``cure``, where it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid JSON ({error}); {cure}.") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} must hold one JSON object, and holds a {type(value).__name__}; {cure}.")
+    return value
+
+
 def read_report(folder: Path) -> dict[str, Any]:
     """``run.json`` of a run directory; empty where there is none, or none that can be read."""
     try:

@@ -141,6 +141,9 @@ def test_a_folder_without_an_adapter_is_refused(train: Any, models: Path, peft: 
     (empty / "adapter_config.json").write_text('{"r": 4}')
     with pytest.raises(sft.UsageError, match="names no peft_type"):
         load(models / "llama-tied-gqa", empty)
+    (empty / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(sft.UsageError, match=r"is not valid JSON \(.*copy the adapter again"):
+        load(models / "llama-tied-gqa", empty)
     shutil.copy(peft / "llama-lora-qv-rs" / "adapter_config.json", empty)
     with pytest.raises(sft.UsageError, match=r"has no adapter_model\.safetensors"):
         load(models / "llama-tied-gqa", empty)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sft.errors import UsageError
+from sft.files import read_object
 from sft.seams import Turn
 
 JINJA_FILE = "chat_template.jinja"
@@ -135,7 +136,7 @@ def _of_folder(folder: Path) -> Source:
     if (folder / JINJA_FILE).is_file():
         return Source("jinja", _read(folder / JINJA_FILE), str(folder), f"{folder / JINJA_FILE}{_unused(folder)}")
     path = folder / "tokenizer_config.json"
-    found = json.loads(_read(path)).get("chat_template") if path.is_file() else None
+    found = read_object(path).get("chat_template") if path.is_file() else None
     if isinstance(found, list):
         named = {entry["name"]: entry["template"] for entry in found}
         found = named.get("default") or next(iter(named.values()), None)
@@ -154,7 +155,7 @@ def _of_json(path: Path, text: str) -> Source:
     """PaddleNLP's object, or one that holds a Jinja template as old processors of transformers have it."""
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"Chat template {path} is not valid JSON ({error}); correct it.") from error
     if isinstance(values, dict) and isinstance(values.get("chat_template"), str):
         return Source("jinja", values["chat_template"], str(path), str(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from sft.data.jinja_template import JinjaTemplate
 from sft.data.templates import JINJA_FILE, PAIRS_FILE, Marks, Pairs, Plain, Template, find_source
 from sft.errors import UsageError
+from sft.files import read_object
 from sft.seams import Turn
 
 FILES = (
@@ -53,10 +53,10 @@ class Tokenizer:
             raise UsageError(f"{path} cannot be read by the tokenizers library ({error}); replace it.") from error
         self.backend.no_padding()
         self.backend.no_truncation()
-        self.config = _read_json(folder / "tokenizer_config.json")
-        declared = {**_read_json(folder / "special_tokens_map.json"), **self.config}
+        self.config = _read_object(folder / "tokenizer_config.json")
+        declared = {**_read_object(folder / "special_tokens_map.json"), **self.config}
         self.special = {key: _text(key, declared[key], folder) for key in _SPECIAL if declared.get(key)}
-        model = {**_read_json(folder / "config.json"), **_read_json(folder / "generation_config.json")}
+        model = {**_read_object(folder / "config.json"), **_read_object(folder / "generation_config.json")}
         self.eos_ids = self._eos_ids(model)
         self.bos_id = self._id("bos_token")
         self.adds_bos = self.bos_id is not None and self.backend.encode("a").ids[:1] == [self.bos_id]
@@ -172,15 +172,5 @@ def _text(key: str, token: Any, folder: Path) -> str:
     return text
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid JSON ({error}); correct or replace it.") from error
-    if not isinstance(value, dict):
-        raise UsageError(
-            f"{path} must hold one JSON object, and holds a {type(value).__name__}; correct or replace it."
-        )
-    return value
+def _read_object(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}

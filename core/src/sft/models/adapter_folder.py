@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
+from sft.files import read_object
 from sft.models.families.family import Family
 from sft.models.families.known import FAMILIES
 from sft.models.fingerprint import fingerprint, has_fingerprint
@@ -48,11 +49,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise UsageError(f"{folder} holds no adapter (no adapter_config.json); give the folder that a run wrote.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{path} is not valid JSON ({error}); copy the adapter again.") from error
-    if not isinstance(values, dict) or not values.get("peft_type"):
+    values = read_object(path, "copy the adapter again")
+    if not values.get("peft_type"):
         raise UsageError(f"{path} names no peft_type, so it is not an adapter's config.")
     return values
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sft.errors import UsageError
+from sft.files import read_object
 from sft.models.families.family import Family
 from sft.models.families.known import family_of
 
@@ -21,13 +21,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UsageError(f"{folder} has no config.json; give a model directory in Hugging Face or Paddle layout.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid JSON ({error}); correct or replace it.") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} must hold one JSON object.")
-    return values
+    return read_object(path)
 
 
 def with_one_spelling(values: Mapping[str, Any]) -> dict[str, Any]:

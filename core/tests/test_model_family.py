@@ -163,8 +163,13 @@ def test_a_plugin_that_reads_nothing_here_changes_nothing(train: Train, models: 
     assert train("out", plugins=(Reader,), max_steps=1).steps == 1
 
 
-def test_a_class_of_its_own_cannot_be_planned(distribute: Callable[..., None], base: Path) -> None:
+def test_a_class_of_its_own_cannot_be_planned_or_divided(
+    distribute: Callable[..., None], train: Train, base: Path
+) -> None:
     paper = pytest.importorskip("sft_parallel_4d.paper")
     distribute("sft-toy-models", INSTALLED.format(kind="OwnClass", name="toys"), {"toys": "Toy"})
-    with pytest.raises(sft.UsageError, match="'toy' is a class of a plugin's own, of which nothing is known"):
+    message = "'toy' is a class of a plugin's own, of which nothing is known"
+    with pytest.raises(sft.UsageError, match=message):
         paper.outline({"model_name_or_path": str(base), "plugin": ["toys"]})
+    with pytest.raises(sft.UsageError, match=message):
+        train(model_name_or_path=str(base), plugin=["toys"], nproc=2)

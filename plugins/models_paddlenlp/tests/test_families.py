@@ -105,7 +105,7 @@ def test_asking_for_the_plugin_imports_no_paddlenlp() -> None:
 
 @needs("parallel-4d")
 def test_several_processes_are_refused_in_a_sentence(train: Callable[..., sft.Summary]) -> None:
-    with pytest.raises(sft.UsageError, match="'qwen' is a class of a plugin's own, of which nothing is known on paper"):
+    with pytest.raises(sft.UsageError, match=rf"{PLUGIN} \(.*\) and parallel-4d \(.*\) cannot work together"):
         train(plugin=[PLUGIN, "parallel-4d"], nproc=2)
 
 

@@ -14,6 +14,7 @@ class PaddleNLPModels(sft.Plugin):
     api_version = 1
     summary = "Qwen 1, ChatGLM2 and 3, and DeepSeek-V2, through PaddleNLP's classes."
     reference = "https://github.com/PaddlePaddle/PaddleNLP (3.0.0b4)"
+    conflicts = ("parallel-4d",)  # which divides the decoder's layers alone
 
     @sft.hookimpl
     def sft_model_family(self, config: dict[str, Any]) -> sft.Family | None:

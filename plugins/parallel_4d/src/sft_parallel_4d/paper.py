@@ -75,7 +75,8 @@ def _of_source(source: Any) -> Outline:
     if source.family.build is not None or not isinstance(source.architecture, sft.Architecture):
         raise UsageError(
             f"{source.folder}: model_type {source.family.model_type!r} is a class of a plugin's own, of which nothing "
-            "is known on paper, so nothing can be planned with it; plan with a model of the decoder's families."
+            "is known on paper, so it can be neither planned nor divided; train it on one process, or take a model of "
+            "the decoder's families."
         )
     return of_architecture(source.architecture)
 

@@ -14,17 +14,17 @@ API_VERSION = 1
 """Which hooks there are, with their arguments and results; raised when a plugin that is right today would be wrong."""
 
 
-def check_form(plugin: Any, who: str, hooks: Iterable[str]) -> None:
-    """Refuse a ``plugin`` that is not well formed; ``who`` names it, ``hooks`` are those that exist in its company."""
+def check_form(plugin: Any, who: str, hooks: list[str]) -> None:
+    """Refuse a ``plugin`` that is not well formed; ``who`` names it, ``hooks`` are those that exist in its company. Its
+    relations to others have been checked (:func:`check_relations`)."""
     _check_version(plugin, who)
-    check_relations(plugin, who)
     if getattr(plugin, "Options", None) is not None:
         try:
             options_of(plugin.Options)
         except Exception as error:
             cause = f"its Options are no dataclass of settings ({type(error).__name__}: {error})"
             raise UsageError(f"{who} is not well formed: {cause}; upgrade it.") from error
-    _check_markers(plugin, who, list(hooks))
+    _check_markers(plugin, who, hooks)
 
 
 def check_relations(plugin: Any, who: str) -> None:

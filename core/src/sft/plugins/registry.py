@@ -246,8 +246,9 @@ class Plugins:
         return None
 
     def _check_declarations(self) -> None:
+        hooks = self._hooks()
         for name, plugin in self._classes.items():
-            check_form(plugin, self.who(name), self._hooks())
+            check_form(plugin, self.who(name), hooks)
         for name, plugin in self._classes.items():
             for needed in map(canonical, getattr(plugin, "requires", ())):
                 if needed not in self._classes:

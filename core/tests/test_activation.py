@@ -283,6 +283,15 @@ def test_a_command_of_a_plugin(distribute: Distribute, sft_command: Command) -> 
     assert (done.returncode, done.stdout, done.stderr) == (0, "hello you\n", "")
 
 
+def test_a_command_of_a_plugin_that_refines_another(distribute: Distribute, sft_command: Command) -> None:
+    source = GREETER.replace('name = "greeter"', 'name, requires = "greeter", ("base",)')
+    base = 'import sft\n\nclass Base(sft.Plugin):\n    name, api_version = "base", 1\n'
+    distribute("sft-test-base", base, {"base": "Base"})
+    distribute("sft-test-greeter", source, {"greeter": "Greeter"}, {"command.greet": "Greeter"})
+    done = sft_command("greet", "you")
+    assert (done.returncode, done.stdout) == (0, "hello you\n"), done.stderr
+
+
 def test_help_lists_commands_of_plugins_unimported(distribute: Distribute, sft_command: Command) -> None:
     distribute("sft-test-broken", BROKEN, {"broken": "Broken"}, {"command.break": "Broken"})
     done = sft_command("--help")

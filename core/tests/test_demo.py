@@ -79,5 +79,8 @@ def test_a_plugin_brings_its_settings(distribute: Callable[..., None]) -> None:
     assert {key: shown[key] for key in shown if shown[key] != plain.get(key)} == {
         "plugin": ["shown"], "depth": 3, "learning_rate": 0.5,
     }  # fmt: skip
+    refining = SHOWN.replace('name = "shown"', 'name, requires = "refining", ("shown",)')
+    distribute("toy-refining", refining, {"refining": "Shown"}, {"command.demo": "Shown"})
+    assert demo.demo_settings("out", ["refining"])["plugin"] == ["shown", "refining"]
     with pytest.raises(sft.UsageError, match=r"^Plugin other has no demo; those that have one are .*shown"):
         demo.demo_settings("out", ["other"])

@@ -52,19 +52,17 @@ class _Commands(click.Group):
 
     def _from_plugin(self, name: str) -> click.Command | None:
         from sft import hookspecs
+        from sft.plugins.discovery import with_refined
         from sft.plugins.registry import Plugins
-        from sft.plugins.requests import requests
+        from sft.plugins.requests import origins, requests
         from sft.settings.arguments import build
 
         plugins = requests("command").get(name)
         if not plugins:
             return None
-        active = Plugins.load(plugins[:1], hookspecs)
         if len(plugins) > 1:
-            origins = " and ".join(
-                f"{plugin} ({Plugins.load([plugin], hookspecs).origin(plugin)})" for plugin in plugins
-            )
-            raise UsageError(f"sft {name} is declared by plugins {origins}; pip uninstall one of them.")
+            raise UsageError(f"sft {name} is declared by plugins {origins(plugins)}; pip uninstall one of them.")
+        active = Plugins.load(with_refined(plugins[0]), hookspecs)
         active.start(build({}, active).options)
         active.hook.sft_commands(cli=self)
         if name not in self.commands:

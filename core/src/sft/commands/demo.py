@@ -13,7 +13,7 @@ import click
 from sft.commands.run import report
 from sft.commands.shared import PLUGIN
 from sft.errors import UsageError
-from sft.plugins.discovery import import_plugin
+from sft.plugins.discovery import import_plugin, with_refined
 from sft.plugins.requests import by_name, requests
 
 FOLDER = Path(__file__).parent.parent / "demo"
@@ -47,7 +47,7 @@ def demo_settings(output_dir: str, plugins: Sequence[str] = ()) -> dict[str, Any
     settings |= json.loads((FOLDER / "settings.json").read_text(encoding="utf-8"))
     name = _shown(plugins)
     if name is not None:
-        settings |= {**getattr(import_plugin(name), "demo", {}), "plugin": [name]}
+        settings |= {**getattr(import_plugin(name), "demo", {}), "plugin": with_refined(name)}
     settings["model_name_or_path"] = str(FOLDER / "model")
     settings["dataset_name_or_path"] = str(FOLDER / "data")
     settings["output_dir"] = output_dir

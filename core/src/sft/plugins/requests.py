@@ -143,7 +143,7 @@ def choose_reader(folder: Path, config: Mapping[str, Any], requested: Iterable[s
     best = sorted(name for name, rank in chosen.items() if rank == max(chosen.values()))
     if len(best) > 1:
         raise UsageError(
-            f"{folder} is a {kind} adapter, which {_origins(best)} read; choose with "
+            f"{folder} is a {kind} adapter, which {origins(best)} read; choose with "
             f"{' or '.join(f'--plugin {name}' for name in best)}, or leave others out with --plugin no:NAME."
         )
     return best[0]
@@ -158,7 +158,8 @@ def _claims(claim: str, config: Mapping[str, Any]) -> bool:
     return not key or str(config.get(key)).lower() == (value.lower() or "true")
 
 
-def _origins(names: Iterable[str]) -> str:
+def origins(names: Iterable[str]) -> str:
+    """Installed plugins as a list in a sentence, with their distributions and versions."""
     return " and ".join(f"{name} ({installed()[name][0].origin})" for name in names)
 
 

@@ -105,14 +105,16 @@ class Progress:
             with self.lock:
                 if work in self._open:  # close() may have come first
                     self._open.remove(work)
-                if not self._open:
-                    self._stop_watching()
 
     def _watch(self, ended: threading.Event) -> None:
         with suppress(OSError, ValueError):  # the stream is closed: the thread that works meets that too
             while not ended.wait(LOOK_EVERY):
                 with self.lock:
-                    if not ended.is_set() and isinstance(self.say, Printer):
+                    if ended.is_set():
+                        return
+                    if not self._open:  # not as soon as there is none: a step may take less time than a thread to begin
+                        self._stop_watching()
+                    elif isinstance(self.say, Printer):
                         self._open[-1].look()
 
     def _stop_watching(self) -> None:

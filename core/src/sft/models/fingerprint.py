@@ -35,9 +35,6 @@ def _digest(source: ModelSource, grid: bool) -> str:
     samples = {}
     for original in weights:
         name = source.family.to_file(source.family.from_file(original, weights.layout), "hf")
-        tied = name == "lm_head.weight" and source.architecture.tied  # some writers store it twice
-        if tied or name.endswith("rotary_emb.inv_freq"):
-            continue
         sample = weights.read_grid(original, PLACES) if grid else weights.read_corner(original, CORNER)
         if weights.layout == "paddle" and source.family.is_transposed(name, sample.ndim):
             sample = sample.T

@@ -59,8 +59,8 @@ class ModelSource:
         return self.place.path
 
     def weights(self) -> Weights:
-        """The tensors in its files; raises :class:`UsageError` where there are none that may be read, and where the
-        config calls a head the embedding that is another matrix."""
+        """The tensors in its files, of a tied matrix only the embedding; raises :class:`UsageError` where there are
+        none that may be read, and where the config calls a head the embedding that is another matrix."""
         weights = Weights(self.place, self.family)
         self.parts = weights.parts
         names = ("model.embed_tokens.weight", "lm_head.weight")
@@ -71,6 +71,9 @@ class ModelSource:
                     f"{self.folder}: config.json says that lm_head is the embedding (tie_word_embeddings), and the "
                     "files hold another lm_head.weight; set tie_word_embeddings false to use it."
                 )
+        if self.architecture.tied:  # some writers store the matrix twice
+            layout = weights.layout
+            weights.unread |= {name for name in weights if self.family.from_file(name, layout) == "lm_head.weight"}
         return weights
 
     def to_file(self, name: str, layout: str = "hf") -> str:
@@ -194,9 +197,6 @@ def fill(
             if not is_elsewhere(target.layer):
                 _quantize(target, quantizer, weights, stored, source)
     expected = dict(strategy.parameters(model))
-    if source.architecture.tied:
-        stored.pop("lm_head.weight", None)  # some writers store the tied matrix twice
-    stored = {name: original for name, original in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     _compare(set(expected), set(stored), source)
     for name, parameter in progress.over(expected.items(), "reading weights", "tensors"):
         _check_shape(stored[name], whole_shape(parameter), weights, source)

@@ -26,7 +26,6 @@ def model_tensors(parameters: Iterable[tuple[str, Any]], source: ModelSource) ->
     """Parameters in Hugging Face names and layout, in their dtype, one at a time; tied ones once, and experts stacked
     where the source's files have them so."""
     import ml_dtypes
-    import numpy as np
 
     def upright() -> Iterator[tuple[str, np.ndarray]]:
         for name, parameter in parameters:
@@ -78,10 +77,6 @@ def write_merged(
     def merged() -> Iterator[tuple[str, np.ndarray]]:
         nonlocal changed
         for original in progress.over(list(weights), "merging", "tensors"):
-            if original.endswith("rotary_emb.inv_freq"):
-                continue
-            if original == "lm_head.weight" and source.architecture.tied:
-                continue  # some writers store the tied matrix twice
             stored = weights.read_stored(original)
             name = source.family.from_file(original, weights.layout)
             if weights.layout == "paddle" and source.family.is_transposed(name, stored.ndim):

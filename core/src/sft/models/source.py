@@ -124,12 +124,14 @@ class Weights:
             if is_stack(name, self.shape(name)):
                 self.parts.update(parts_of(name, self.shape(name)))
         prefix = family.paddle_prefix
+        self.unread = {name for name in (*self._where, *self._pickled) if name.endswith("rotary_emb.inv_freq")}
+        """What some writers store beside the weights: it is not among the names that iterating gives."""
         paddle = prefix is not None and any(name.startswith(f"{prefix}.") for name in self)
         self.layout = "paddle" if paddle else "hf"
 
     def __iter__(self) -> Iterator[str]:
-        stacks = {part.stack for part in self.parts.values()}
-        return iter(sorted(name for name in (*self._where, *self._pickled, *self.parts) if name not in stacks))
+        beside = self.unread | {part.stack for part in self.parts.values()}
+        return iter(sorted(name for name in (*self._where, *self._pickled, *self.parts) if name not in beside))
 
     def __contains__(self, name: object) -> bool:
         return name in self._where or name in self._pickled or name in self.parts

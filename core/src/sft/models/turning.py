@@ -21,9 +21,10 @@ def tables(rotary: Rotary, positions: np.ndarray, lengths: np.ndarray) -> tuple[
         frequencies, scale = rotary.frequencies()
         angles = places * frequencies.astype(np.float32)
     else:
-        own = {int(length): rotary.frequencies(int(length)) for length in np.unique(lengths)}
-        scale = next(iter(own.values()))[1]
-        each = np.stack([own[int(length)][0] for length in lengths.flat]).astype(np.float32)
+        different, which = np.unique(lengths, return_inverse=True)
+        own = [rotary.frequencies(int(length)) for length in different]
+        scale = own[0][1]
+        each = np.stack([frequencies for frequencies, _ in own]).astype(np.float32)[which]
         angles = places * each.reshape(*lengths.shape, -1)
     cosines, sines = np.cos(angles) * np.float32(scale), np.sin(angles) * np.float32(scale)
     return tuple(paddle.to_tensor(_paired(*pair, rotary)[:, :, None]) for pair in ((cosines, cosines), (-sines, sines)))

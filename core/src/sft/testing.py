@@ -27,7 +27,8 @@ import numpy as np
 import pytest
 
 import sft
-from sft.conformance import check_family
+from sft.conformance import check_family, compute_logits
+from sft.data.batches import assemble
 from sft.files import save_tensors, write_json
 from sft.plugins.discovery import canonical, installed
 
@@ -124,14 +125,7 @@ def load(model: Path | str, adapter: Path | None = None, plugins: Sequence[str] 
 
 def forward(model: Any, input_ids: np.ndarray) -> np.ndarray:
     """float32 logits [B, S, V] of ``input_ids`` int64 [B, S] each row one document."""
-    import paddle
-
-    from sft.data.batches import assemble
-    from sft.models.forward import hidden_states
-
-    batch = assemble([[sft.Example(row, np.full_like(row, -100))] for row in input_ids], pad_id=0)
-    with paddle.no_grad():
-        return np.asarray(model.lm_head(hidden_states(model, batch)).numpy())
+    return compute_logits(model, assemble([[sft.Example(row, np.full_like(row, -100))] for row in input_ids], pad_id=0))
 
 
 def read_metrics(folder: Path, same: bool = False) -> list[dict[str, Any]]:

@@ -94,8 +94,8 @@ def test_what_is_not_kept_is_said(tmp_path: Path, fault: Callable[[Any], None], 
     class Faulty(OwnClass):
         api_version = 1
 
-        def made(self, architecture: Any) -> Any:
-            model = super().made(architecture)
+        def build(self, architecture: Any) -> Any:
+            model = super().build(architecture)
             fault(model)
             return model
 

@@ -67,9 +67,6 @@ class OwnClass(Reader):
     api_version = 1
 
     def build(self, architecture: Any) -> Any:
-        return self.made(architecture)
-
-    def made(self, architecture: Any) -> Any:
         from sft.models.decoder import CausalLM
 
         class Toy(CausalLM):

@@ -13,9 +13,28 @@ import sft
 from sft.inference.merge import merge
 from sft.testing import load
 
+Refused = Callable[[Path, str], None]
+
 
 def quiet(text: str) -> None:
     pass
+
+
+@pytest.fixture
+def refused(train: Any, models: Path, tmp_path: Path) -> Refused:
+    """By everything that reads an adapter folder: inference, merging and training, of which nothing is left."""
+
+    def check(folder: Path, message: str) -> None:
+        base = models / "llama-tied-gqa"
+        with pytest.raises(sft.UsageError, match=message):
+            load(base, folder)
+        with pytest.raises(sft.UsageError, match=message):
+            merge(str(base), folder, tmp_path / "merged", quiet)
+        with pytest.raises(sft.UsageError, match=message):
+            train(lora_path=str(folder))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+    return check
 
 
 @pytest.mark.parametrize(
@@ -33,36 +52,15 @@ def quiet(text: str) -> None:
         ("use_qalora", True),
     ],
 )
-def test_more_than_lora_is_refused_and_not_left_out(
-    train: Any, models: Path, variant: Any, tmp_path: Path, key: str, value: Any
-) -> None:
-    """By everything that reads an adapter: inference, merging and training."""
-    folder = variant(**{key: value})
-    base, message = models / "llama-tied-gqa", rf"adapter: {key} = .* is more than LoRA"
-    with pytest.raises(sft.UsageError, match=message):
-        load(base, folder)
-    with pytest.raises(sft.UsageError, match=message):
-        merge(str(base), folder, tmp_path / "merged", quiet)
-    with pytest.raises(sft.UsageError, match=message):
-        train(lora_path=str(folder))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+def test_more_than_lora_is_refused_and_not_left_out(refused: Refused, variant: Any, key: str, value: Any) -> None:
+    refused(variant(**{key: value}), rf"adapter: {key} = .* is more than LoRA")
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
-def test_an_adapter_over_a_base_that_its_start_changed_is_refused(
-    train: Any, models: Path, variant: Any, tmp_path: Path, start: str
-) -> None:
+def test_an_adapter_over_a_base_that_its_start_changed_is_refused(refused: Refused, variant: Any, start: str) -> None:
     """PEFT writes W − s·B₀·A₀ nowhere; over W the adapter would add A₀ and B₀ once more."""
-    folder = variant(init_lora_weights=start)
-    base = models / "llama-tied-gqa"
     message = rf"adapter: init_lora_weights = '{start}' changed the base .* path_initial_model_for_weight_conversion"
-    with pytest.raises(sft.UsageError, match=message):
-        load(base, folder)
-    with pytest.raises(sft.UsageError, match=message):
-        merge(str(base), folder, tmp_path / "merged", quiet)
-    with pytest.raises(sft.UsageError, match=message):
-        train(lora_path=str(folder))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+    refused(variant(init_lora_weights=start), message)
 
 
 A = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"

@@ -51,14 +51,7 @@ class LinearOutline:
     kept: int = 0
     kept_once: int = 0
 
-    def add(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        sides: tuple[str | None, ...],
-        trains: bool = True,
-        bits: int | None = 32,
-    ) -> None:
+    def add(self, name: str, shape: tuple[int, ...], sides: Sides, trains: bool = True, bits: int | None = 32) -> None:
         """Add a tensor to this Linear; see :class:`Weight`."""
         self.weights.append(Weight(name, shape, sides, trains, bits))
 
@@ -113,12 +106,7 @@ class Outline:
         return [linear for name, linear in found.items() if name in chosen]
 
     def share(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        sides: tuple[str | None, ...],
-        trains: bool = True,
-        bits: int | None = 32,
+        self, name: str, shape: tuple[int, ...], sides: Sides, trains: bool = True, bits: int | None = 32
     ) -> None:
         """Add a tensor that each process holds once, for all blocks; see :class:`Weight`."""
         self.shared.append(Weight(name, shape, sides, trains, bits))

@@ -28,7 +28,8 @@ def check_output(run: CoreRun) -> None:
         raise UsageError(f"output_dir {run.output_dir}: {existing} is a file; give a folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"output_dir {run.output_dir}: {existing} is not writable; give another folder.")
-    if training.overwrite_output_dir and _resumes_here(run):
+    source = find_checkpoint(training.resume_from_checkpoint, run.output_dir)
+    if training.overwrite_output_dir and _is_in(run.output_dir, source):
         raise UsageError("A run cannot be continued and overwritten; leave one of the two settings out.")
     for name in ("model_name_or_path", "dataset_name_or_path"):
         path = Path(str(run.settings.flat()[name])).expanduser()
@@ -36,22 +37,21 @@ def check_output(run: CoreRun) -> None:
             raise UsageError(
                 f"output_dir {run.output_dir} contains {name} {path}, which would be overwritten; change one."
             )
-    if not holds_run(run.output_dir):
+    is_used = holds_run(run.output_dir)
+    if not is_used:
         taken = [path.name for pattern in RESULT_FILES for path in run.output_dir.glob(pattern)]
         if taken:
             raise UsageError(
                 f"output_dir {run.output_dir} holds {', '.join(taken[:3])}, which are no run's of sft and would be "
                 "overwritten; choose another folder."
             )
-    if not holds_run(run.output_dir) or training.overwrite_output_dir:
-        find_checkpoint(training.resume_from_checkpoint, run.output_dir)
+    if not is_used or training.overwrite_output_dir:
         return
     if asks_to_resume(training.resume_from_checkpoint) and training.do_train:
-        source = find_checkpoint(training.resume_from_checkpoint, run.output_dir)
-        status = read_report(run.output_dir).get("status")
-        if source is None and status != "finished":  # it was stopped before its first checkpoint
+        if _is_in(run.output_dir, source):
             return
-        if source is not None and source.parent.resolve() == run.output_dir.resolve():
+        # It may have been stopped before its first checkpoint.
+        if source is None and read_report(run.output_dir).get("status") != "finished":
             return
     raise UsageError(
         f"output_dir {run.output_dir} already holds a run; choose another folder, continue it with "
@@ -59,9 +59,9 @@ def check_output(run: CoreRun) -> None:
     )
 
 
-def _resumes_here(run: CoreRun) -> bool:
-    source = find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
-    return source is not None and source.parent.resolve() == run.output_dir.resolve()
+def _is_in(folder: Path, checkpoint: Path | None) -> bool:
+    """Whether there is a ``checkpoint``, and it lies in the ``folder`` of a run."""
+    return checkpoint is not None and checkpoint.parent.resolve() == folder.resolve()
 
 
 def holds_run(folder: Path) -> bool:
@@ -90,7 +90,7 @@ def _clear(run: CoreRun, source: Path | None, record: dict[str, Any]) -> None:
     remove_leftovers(run.output_dir)
     is_used = holds_run(run.output_dir)
     write_report(run, {"status": "running", **record})
-    if source is not None and source.parent.resolve() == run.output_dir.resolve():
+    if source is not None and _is_in(run.output_dir, source):
         for folder in checkpoints(run.output_dir):
             if step_of(folder) > step_of(source):  # of a future that this run does not have
                 remove_folder(folder)

@@ -74,7 +74,7 @@ def test_greedy_answers_are_those_of_transformers_alone_and_in_a_batch(paddle: A
         with paddle.no_grad():
             for _ in range(found["generated"].shape[1]):
                 reading.expect(ids.shape[1])
-                hidden = model.model(model.model.embed(paddle.to_tensor(ids)), reading)
+                hidden = model.hidden_states(model.embed(paddle.to_tensor(ids)), reading)
                 ids = model.lm_head(hidden[:, -1:])[:, 0].argmax(-1).numpy()[:, None]
                 chosen.append(ids)
         return np.concatenate(chosen, axis=1)

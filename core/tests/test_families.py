@@ -139,7 +139,7 @@ def test_recomputation_passes_the_indices_again(paddle: Any, models: Path, case:
     batches = batch_of((5, 9, 12), (20, 3)), batch_of((7, 7, 4))
     expected = loss_and_gradients(model, *batches)
     assert backend.calls == 4  # two layers, two batches
-    model.model.recompute = True
+    model.recompute = True
     losses = [batch_loss(model, batch) for batch in batches]
     for loss in losses:
         loss.backward()

@@ -30,6 +30,8 @@ class CausalLM(nn.Layer):
         self.architecture = architecture
         self.attention: Any = DefaultAttention()
         """The backend of training and evaluation; see :class:`sft.AttentionBackend`."""
+        self.recompute = False
+        """Whether training computes each block again in backward instead of keeping what is in it."""
         self.model = Decoder(architecture)
         self.lm_head = Head(architecture, self.model.embed_tokens.weight if architecture.tied else None)
 
@@ -37,22 +39,13 @@ class CausalLM(nn.Layer):
         """The embedding, under the name that it has in transformers and PaddleNLP."""
         return self.model.embed_tokens
 
-    @property
-    def recompute(self) -> bool:
-        """Whether training computes each block again in backward instead of keeping what is in it."""
-        return self.model.recompute
-
-    @recompute.setter
-    def recompute(self, value: bool) -> None:
-        self.model.recompute = value
-
     def embed(self, tokens: Any) -> Any:
         """int64 [B, S] → what goes into the first block, [B, S, hidden]."""
         return self.model.embed(tokens)
 
     def hidden_states(self, embedded: Any, reading: Reading) -> Any:
         """[B, S, hidden], through all blocks and the last norm."""
-        return self.model(embedded, reading)
+        return self.model(embedded, reading, self.recompute and self.training)
 
     def forward(self, tokens: Any, reading: Reading) -> Any:
         """int64 [B, S] → logits float [B, S, V]."""
@@ -72,20 +65,17 @@ class Decoder(nn.Layer):
         )
         self.norm = RMSNorm(architecture.hidden, architecture)
         self.embedding_scale = architecture.embedding_scale
-        self.recompute = False
-        """Whether training computes each block again in backward instead of keeping what is in it."""
 
     def embed(self, tokens: Any) -> Any:
         """int64 [B, S] → what goes into the first block, [B, S, hidden]."""
         hidden = self.embed_tokens(tokens)
         return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
 
-    def forward(self, hidden: Any, reading: Reading) -> Any:
+    def forward(self, hidden: Any, reading: Reading, recompute: bool) -> Any:
         """[B, S, hidden], through all blocks and the last norm."""
         hidden = self.meeting.begin(hidden)
-        again = self.recompute and self.training
         for block in self.layers:
-            hidden = recomputed(block, hidden, reading) if again else block(hidden, reading)
+            hidden = recomputed(block, hidden, reading) if recompute else block(hidden, reading)
         return self.meeting.end(self.norm(hidden))
 
 

@@ -77,7 +77,7 @@ def _measure(run: CoreRun, files: list[Path], adapter: Path | None, generations:
     )
     run.say(runtime.prepare())
 
-    from sft.models.setup import check_attention, check_questions
+    from sft.models.setup import attention_backend, check_questions
     from sft.training.evaluation import dev_loss, score
     from sft.training.strategy import SingleProcess
 
@@ -85,9 +85,7 @@ def _measure(run: CoreRun, files: list[Path], adapter: Path | None, generations:
     run.precision = use(settings, run.say)
     run.collator = PaddedCollator(run.tokenizer.pad_id)
     run.strategy = SingleProcess()
-    backend = plugins.hook.sft_attention_backend(run=run, config=source.architecture)
-    if backend is not None:
-        check_attention(run, backend)
+    backend = attention_backend(run)
     run.model = load_adapted(source, settings, plugins, adapter, run.precision, run.progress)
     run.model.attention = backend or run.model.attention
     record = dev_loss(run)

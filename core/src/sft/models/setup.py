@@ -24,9 +24,7 @@ def set_up(run: CoreRun) -> None:
         run.base_fingerprint = fingerprint(run.source)
     check_questions(run)
     quantizer = run.hook.sft_quantizer(run=run)
-    backend = run.hook.sft_attention_backend(run=run, config=run.source.architecture)
-    if backend is not None:
-        check_attention(run, backend)
+    backend = attention_backend(run)
     run.model = loading.load_model(run.source, quantizer, run.precision.weights, run.strategy, run.progress)
     run.model.attention = backend or run.model.attention
     if run.settings.training.recompute:
@@ -55,9 +53,13 @@ def check_questions(run: CoreRun) -> None:
         check_room(question.ids, run.settings.generation, run.source.architecture.positions)
 
 
-def check_attention(run: CoreRun, backend: Any) -> None:
-    """Refuse an attention ``backend`` that would leave out what the model, or a collator that packs, needs of it."""
+def attention_backend(run: CoreRun) -> Any | None:
+    """The attention of a plugin, if one provides it; :class:`UsageError` where it would leave out what the model, or a
+    collator that packs, needs of it."""
     architecture, attention = run.source.architecture, run.plugins.provider("sft_attention_backend")
+    backend = run.hook.sft_attention_backend(run=run, config=architecture)
+    if backend is None:
+        return None
     if architecture.attention_cap is not None and not getattr(backend, "caps", False):
         raise UsageError(
             f"{run.source.folder} caps its attention scores, which attention backend {attention} does not compute; "
@@ -75,3 +77,4 @@ def check_attention(run: CoreRun, backend: Any) -> None:
             f"Plugin {collator} packs several records into a row, and attention backend {attention} would let them "
             "see each other; leave one of them out."
         )
+    return backend

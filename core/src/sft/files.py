@@ -100,14 +100,19 @@ def staging_of(folder: Path) -> Path:
     return folder.with_name(f"{STAGING}{folder.name}")
 
 
+def check_free(folder: Path) -> None:
+    """:class:`UsageError` if ``folder`` already holds something."""
+    if (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
+        raise UsageError(f"{folder} already exists and is not empty; choose another place or remove it.")
+
+
 @contextlib.contextmanager
 def staged_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes the name ``folder`` in one step when the block ends well, else vanishes.
 
     Raises :class:`UsageError` if ``folder`` already holds something.
     """
-    if (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
-        raise UsageError(f"{folder} already exists and is not empty; choose another place or remove it.")
+    check_free(folder)
     staging = staging_of(folder)
     shutil.rmtree(staging, ignore_errors=True)
     make_folder(staging)

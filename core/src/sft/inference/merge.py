@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft import runtime
 from sft.errors import UsageError
+from sft.files import check_free
 from sft.inference.open import settings_for, tokenizer_of
 from sft.models.adapter_folder import check_base
 from sft.models.loading import open_model
@@ -46,8 +47,7 @@ def merge(
             "--format paddle out."
         )
     tokenizer = tokenizer_of(source, settings, adapter)
-    if output.exists() and (output.is_file() or any(output.iterdir())):
-        raise UsageError(f"{output} already exists and is not empty; choose another place or remove it.")
+    check_free(output)
     with runtime.restored(device):
         runtime.exact_products()
         say(runtime.prepare())

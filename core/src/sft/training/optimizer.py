@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,11 +28,11 @@ def default_groups(parameters: dict[str, Any], weight_decay: float) -> list[Para
 
 def check_groups(groups: list[ParameterGroup], parameters: dict[str, Any]) -> None:
     """Check that every trainable parameter is in exactly one group; :class:`UsageError` names the first that is not."""
-    seen = [name for group in groups for name in group.parameters]
+    seen = Counter(name for group in groups for name in group.parameters)
     for name in parameters:
-        if seen.count(name) != 1:
+        if seen[name] != 1:
             raise UsageError(
-                f"Parameter {name} is in {seen.count(name)} optimizer groups and must be in one; "
+                f"Parameter {name} is in {seen[name]} optimizer groups and must be in one; "
                 "a plugin that changes parameter groups is at fault."
             )
 

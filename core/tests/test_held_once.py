@@ -53,6 +53,14 @@ def test_arrays_are_found_as_they_are_turned_and_at_either_end_of_longer_ones(dt
         assert take(adapter, place).dtype == dtype
 
 
+def test_of_tensors_that_are_alike_the_one_of_the_same_name_is_taken() -> None:
+    """As of layers that have not learned yet, whose second matrices are all zero."""
+    arrays = {f"layers.{number}.b": np.zeros((2, 3), np.float32) for number in range(12)}
+    adapter = {f"x.{name}.weight": array.T for name, array in reversed(arrays.items())}
+    places = find_places(adapter, arrays)
+    assert {name: place[0] for name, place in places.items()} == {name: f"x.{name}.weight" for name in arrays}
+
+
 def test_nothing_is_taken_for_what_it_is_not() -> None:
     """Zeros of the other sign, a last value that differs, another dtype, a shape that only begins alike."""
     adapter = {"a": np.asarray([0.0, 1.0], np.float32), "b": np.zeros((2, 2), np.float32)}

@@ -6,7 +6,8 @@ or after it along a dimension. Arrays that are in its file bit by bit are not ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,12 @@ def find_places(adapter: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarr
     for key, tensor in adapter.items():
         for at_end in (False, True):
             by_corner.setdefault((at_end, *_corner(tensor, at_end)), []).append(key)
+    of_own_name = _of_own_name(adapter, arrays)
 
     def candidates(name: str, array: np.ndarray) -> Iterator[Place]:
         for at_end in (False, True):
-            keys = by_corner.get((at_end, *_corner(array, at_end)), [])
-            for key in sorted(keys, key=lambda key: name not in key):  # that of its own name first
+            alike = by_corner.get((at_end, *_corner(array, at_end)), [])
+            for key in (*of_own_name.get(name, ()), *alike):  # in the first steps thousands are alike: all zeros
                 for transposed in (False, True):
                     yield [key, transposed, list(array.shape), at_end]
 
@@ -38,6 +40,18 @@ def find_places(adapter: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarr
                 places[name] = place
                 break
     return places
+
+
+def _of_own_name(adapter: Iterable[str], names: Container[str]) -> dict[str, list[str]]:
+    """For each of ``names`` those tensors of ``adapter`` whose names have it in them, as in ``prefix.NAME.weight``."""
+    found: dict[str, list[str]] = {}
+    for key in adapter:
+        parts = key.split(".")
+        for start, end in combinations(range(len(parts) + 1), 2):
+            name = ".".join(parts[start:end])
+            if name in names:
+                found.setdefault(name, []).append(key)
+    return found
 
 
 def take(adapter: Mapping[str, np.ndarray], place: Place) -> np.ndarray:

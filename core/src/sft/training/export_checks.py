@@ -75,18 +75,20 @@ def left_out(parameters: Mapping[str, Any], export: Callable[[], AdapterFiles]) 
     """
     names = list(parameters)
     held = {name: parameter.clone() for name, parameter in parameters.items()}
+    # Together no larger than the moments of the optimizer, which come with the first step.
+    first, second = ({name: _varied(value, kind) for name, value in held.items()} for kind in (1.0, 1.7))
 
-    def change(chosen: Iterable[str], kind: float) -> None:
+    def put(values: Mapping[str, Any], chosen: Iterable[str]) -> None:
         for name in chosen:
-            parameters[name].set_value(_varied(held[name], kind))
+            parameters[name].set_value(values[name])
 
     def changed(digests: Mapping[str, bytes]) -> set[str]:
         return {key for key, digest in plain.items() if digests.get(key) != digest}
 
     def varied(chosen: list[str]) -> dict[str, bytes]:
-        change(chosen, 1.7)
+        put(second, chosen)
         digests = _digests(export())
-        change(chosen, 1.0)
+        put(first, chosen)
         return digests
 
     def set_aside() -> None:
@@ -95,7 +97,7 @@ def left_out(parameters: Mapping[str, Any], export: Callable[[], AdapterFiles]) 
             del plain[key]
 
     try:
-        change(names, 1.0)  # zeros, as adapters begin with, hide what they are multiplied with
+        put(first, names)  # zeros, as adapters begin with, hide what they are multiplied with
         plain = _digests(export())
         digits = range(max(1, (len(names) - 1).bit_length()))
         by_digit = [
@@ -114,8 +116,7 @@ def left_out(parameters: Mapping[str, Any], export: Callable[[], AdapterFiles]) 
         set_aside()
         return [name for name, digests in alone.items() if not changed(digests)]
     finally:
-        for name, parameter in parameters.items():
-            parameter.set_value(held[name])
+        put(held, names)
 
 
 def _varied(value: Any, kind: float) -> Any:

@@ -124,7 +124,7 @@ def load(model: Path | str, adapter: Path | None = None, plugins: Sequence[str] 
 
 
 def forward(model: Any, input_ids: np.ndarray) -> np.ndarray:
-    """float32 logits [B, S, V] of ``input_ids`` int64 [B, S] each row one document."""
+    """float32 logits [B, S, V] of ``input_ids`` int64 [B, S], each row one document."""
     return compute_logits(model, assemble([[sft.Example(row, np.full_like(row, -100))] for row in input_ids], pad_id=0))
 
 

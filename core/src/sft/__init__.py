@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from sft.models.adapter_folder import read_adapter
     from sft.models.architecture import Architecture, Block, Experts, ModelShape, Norms
     from sft.models.attention import DefaultAttention
+    from sft.models.experts import through_experts
     from sft.models.families.family import Family, LanguageModel, Reading
     from sft.models.families.values import Values
     from sft.models.layers import Target, linear_weight, matching, module_names, target_layers
@@ -90,6 +91,7 @@ _LAZY = {
     "linear_weight": "sft.models.layers",
     "sum_over": "sft.distributed.parts",
     "target_layers": "sft.models.layers",
+    "through_experts": "sft.models.experts",
 }
 
 __all__ = [
@@ -150,6 +152,7 @@ __all__ = [
     "single",
     "sum_over",
     "target_layers",
+    "through_experts",
 ]
 
 

@@ -17,6 +17,7 @@ from paddle.nn import functional as F
 from sft.distributed.meeting import Meeting, Vocabulary
 from sft.models.architecture import Architecture, Block, Experts
 from sft.models.attention import DefaultAttention
+from sft.models.experts import through_experts
 from sft.models.families.family import Reading
 from sft.models.norms import rms_norm
 from sft.models.recompute import recomputed
@@ -204,26 +205,10 @@ class SparseMLP(nn.Layer):
         weights, chosen = paddle.topk(F.softmax(self.gate(tokens).astype("float32"), axis=-1), self.chosen, axis=-1)
         if self.normalise:
             weights = weights / weights.sum(axis=-1, keepdim=True)
-        results = self._results(tokens, chosen)
-        out = paddle.matmul(weights.unsqueeze(1).astype(results.dtype), results).squeeze(1)
+        out = through_experts(tokens, weights, chosen, self.experts)
         if hasattr(self, "shared_expert"):
             out = out + F.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
         return out.reshape(x.shape)
-
-    def _results(self, tokens: Any, chosen: Any) -> Any:
-        """Tokens [N, hidden] and the experts that each chose [N, chosen] → what those make of it, [N, chosen, hidden].
-
-        The choices are sorted by expert, so that each expert takes its own as one matrix, and the device is asked once,
-        not for each expert, how many those are.
-        """
-        size = tokens.shape[-1]
-        choices, expert_of_choice = tokens.unsqueeze(1).expand([-1, self.chosen, -1]), chosen.flatten()
-        order = paddle.argsort(expert_of_choice, stable=True)
-        counts = paddle.bincount(expert_of_choice, minlength=len(self.experts)).tolist()
-        busy = [number for number, count in enumerate(counts) if count]
-        parts = paddle.split(paddle.gather(choices.reshape([-1, size]), order), [counts[number] for number in busy])
-        results = paddle.concat([self.experts[number](part) for number, part in zip(busy, parts, strict=True)])
-        return paddle.gather(results, paddle.argsort(order)).reshape([-1, self.chosen, size])
 
 
 class Router(nn.Linear):

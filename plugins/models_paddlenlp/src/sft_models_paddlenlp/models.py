@@ -267,12 +267,7 @@ class _Experts:
     def __call__(self, x: Any) -> Any:
         tokens, gate = x.reshape([-1, x.shape[-1]]), self.layer.gate
         weights, chosen = self._choose(gate, gate.gate_score_func(logits=F.linear(tokens, gate.weight)))
-        out = paddle.zeros_like(tokens)
-        for number, expert in enumerate(self.layer.experts):
-            places = paddle.nonzero(chosen == number)  # [tokens of this expert, 2]: the token, and which choice it was
-            if places.shape[0]:
-                share = paddle.gather_nd(weights, places).unsqueeze(-1).astype(tokens.dtype)
-                out = paddle.index_add(out, places[:, 0], 0, expert(paddle.gather(tokens, places[:, 0])) * share)
+        out = sft.through_experts(tokens, weights, chosen, self.layer.experts)
         shared = getattr(self.layer, "shared_experts", None)
         return (out if shared is None else out + shared(tokens)).reshape(x.shape)
 

@@ -307,7 +307,6 @@ def test_a_prompt_without_a_token_is_refused(typed: Type, tmp_path: Path) -> Non
 
 def test_a_token_beyond_the_vocabulary_is_refused(models: Path, tmp_path: Path, paddle: Any) -> None:
     """In a prompt; a tokenizer that knows one more token than its model answers all other prompts."""
-
     folder = tmp_path / "model"
     shutil.copytree(models / MODEL, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())

@@ -100,10 +100,10 @@ def test_a_checkpoint_holds_what_trains_once(train: Train, tmp_path: Path, plugi
 
 @needs("lora")
 def test_what_the_adapter_changes_is_kept_beside_it(train: Train, tmp_path: Path) -> None:
-    """A plugin that writes half of each value: the trained bits are not in its file."""
+    """By a plugin that writes another pair of the same product: the trained bits are not in the adapter's file."""
 
-    class Halved(sft.Plugin):
-        name = "halved"
+    class Shifted(sft.Plugin):
+        name = "shifted"
         api_version = 1
         requires = ("lora",)
 
@@ -112,7 +112,7 @@ def test_what_the_adapter_changes_is_kept_beside_it(train: Train, tmp_path: Path
             return layer.lora_A.numpy() * np.float32(0.3), layer.lora_B.numpy() / np.float32(0.3)
 
     for name, more in (("whole", {}), ("resumed", {"resume_from_checkpoint": str(tmp_path / "whole/checkpoint-2")})):
-        train(name, (Halved,), plugin=["lora"], **SETTINGS, **more)
+        train(name, (Shifted,), plugin=["lora"], **SETTINGS, **more)
     kept = load_file(tmp_path / "whole" / "checkpoint-2" / "trainer" / "trainable.safetensors")
     assert kept
     assert all(np.any(value) for value in kept.values())

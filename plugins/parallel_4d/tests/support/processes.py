@@ -31,7 +31,6 @@ SUPPORT = Path(__file__).parent
 MAIN = SUPPORT / "rank_main.py"
 IMPORTS = [  # what the server imports
     "paddle.distributed.fleet",
-    "paddlenlp.transformers.llama.modeling",
     "sft.fine_tune",
     "sft.models.loading",
     "sft.training.loop",

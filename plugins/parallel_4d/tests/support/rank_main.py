@@ -76,7 +76,7 @@ def become_rank(job: Mapping[str, Any]) -> NoReturn:
     sys.path[:] = job["path"]
     parallel: Any = sys.modules.get("paddle.distributed.parallel")
     if parallel:
-        parallel._global_parallel_env = None  # paddlenlp asked for the world's size when it was imported
+        parallel._global_parallel_env = None  # an import may have asked for the world's size
     # All forks would draw the same numbers, which could hide that ranks draw their own.
     random.seed()
     if numpy := sys.modules.get("numpy"):

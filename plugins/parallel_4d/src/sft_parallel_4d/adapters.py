@@ -57,10 +57,7 @@ class Adapters:
                 if isinstance(whole, EagerParamBase):
                     layer._parameters[name] = self._local(whole, part, stage)
                     continue
-                key = (id(whole), part)
-                if key not in seen:  # with the whole, whose identity must not be another's meanwhile
-                    seen[key] = (whole, whole if part is None else self._tensor.part(whole, part))
-                setattr(layer, name, seen[key][1])
+                setattr(layer, name, self._frozen(whole, part, seen))
 
     @contextlib.contextmanager
     def assembled(self) -> Iterator[None]:
@@ -114,6 +111,13 @@ class Adapters:
                 local._clear_data()
         return local
 
+    def _frozen(self, whole: Any, part: Part | None, seen: dict[Hashable, Any]) -> Any:
+        """What this process has of a frozen tensor: one and the same for all layers that share it."""
+        key = (id(whole), part)
+        if key not in seen:  # with the whole, whose identity must not be another's meanwhile
+            seen[key] = (whole, whole if part is None else self._tensor.part(whole, part))
+        return seen[key][1]
+
     def _undivided(self, local: Any, part: Part | None) -> Any:
         if isinstance(local, EagerParamBase):
             return self._whole(local)
@@ -131,10 +135,7 @@ class Adapters:
                     self._store(local, whole.astype("float32").numpy().__getitem__)
                 continue
             part = self._part(layer, name, side, tuple(whole.shape))
-            key = (id(whole), part)
-            if key not in seen:
-                seen[key] = (whole, whole if part is None else self._tensor.part(whole, part))
-            setattr(layer, name, seen[key][1])
+            setattr(layer, name, self._frozen(whole, part, seen))
 
 
 def _mark_stage(layer: Any) -> None:

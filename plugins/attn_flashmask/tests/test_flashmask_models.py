@@ -13,8 +13,8 @@ import pytest
 from sft import hookspecs
 from sft.data.batches import assemble
 from sft.data.tokenizer import Tokenizer
-from sft.plugins import requests as activation
 from sft.plugins.registry import Plugins
+from sft.plugins.requests import choose_plugins
 from sft.seams import Batch, Example
 from sft.settings.arguments import GenerationArguments, build
 from sft.testing import forward, needs, read_metrics
@@ -192,6 +192,6 @@ def test_flashmask_takes_the_place_of_flash_attention(paddle: Any) -> None:
     ids=str,
 )
 def test_paddlenlps_settings_activate(settings: dict[str, Any], expected: list[str]) -> None:
-    names, left = activation.choose_plugins(settings, ())
+    names, left = choose_plugins(settings, ())
     assert sorted(names) == expected
     assert not left

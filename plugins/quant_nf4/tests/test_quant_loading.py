@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from sft import hookspecs
-from sft.plugins import registry as plugins
-from sft.plugins import requests as activation
+from sft.plugins.registry import Plugins
+from sft.plugins.requests import choose_plugins
 from sft.settings.arguments import build
 from sft.testing import forward
 
@@ -22,7 +22,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def quantizer(name: str, **options: Any) -> Any:
-    active = plugins.Plugins.load([name], hookspecs)
+    active = Plugins.load([name], hookspecs)
     active.start(build(options, active).options)
     return active.hook.sft_quantizer(run=None)
 
@@ -93,10 +93,10 @@ def test_trap_codes_are_those_of_the_transposed_weight(paddle: Any, bitsandbytes
 
 @pytest.mark.parametrize("algo", ["nf4", "fp4", "weight_only_int8", "weight_only_int4"])
 def test_weight_quantize_algo_activates_the_plugin_of_that_value(algo: str) -> None:
-    names, left = activation.choose_plugins({"weight_quantize_algo": algo}, ())
+    names, left = choose_plugins({"weight_quantize_algo": algo}, ())
     assert names == [algo.removeprefix("weight_only_")]
     assert left == {"weight_quantize_algo": algo}
-    build(left, plugins.Plugins.load(names, hookspecs))
+    build(left, Plugins.load(names, hookspecs))
 
 
 # --- memory -------------------------------------------------------------------------------------------------
@@ -128,14 +128,14 @@ LOAD = """
 import sys
 from pathlib import Path
 from sft import hookspecs, runtime
-from sft.plugins import registry as plugins
+from sft.plugins.registry import Plugins
 from sft.settings.arguments import build
 runtime.prepare()
 import paddle
 from sft.models.loading import load_model, open_model
 import sft_quant_nf4.layers
 paddle.ones([2, 2]).matmul(paddle.ones([2, 2])).numpy()
-active = plugins.Plugins.load(["nf4"], hookspecs)
+active = Plugins.load(["nf4"], hookspecs)
 active.start(build({}, active).options)
 quantizer, source = active.hook.sft_quantizer(run=None), open_model(Path(sys.argv[1]))
 

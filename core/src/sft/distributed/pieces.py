@@ -80,18 +80,19 @@ class SavedState:
         from safetensors import safe_open
 
         self.folder = folder
-        self._files = sorted(folder.glob(f"{stem}*.safetensors"))
-        if not self._files:
+        paths = sorted(folder.glob(f"{stem}*.safetensors"))
+        if not paths:
             raise UsageError(f"{folder} has no {stem}.safetensors; resume from another checkpoint.")
-        self._where: dict[str, list[tuple[Path, Piece | None]]] = {}
-        for path in self._files:
+        # The files stay open: each opening reads what a file says of all its tensors.
+        self._where: dict[str, list[tuple[Any, Piece | None]]] = {}
+        for path in paths:
             try:
-                with safe_open(str(path), framework="numpy") as file:
-                    about = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-                    for key in file.keys():  # noqa: SIM118  (no dict)
-                        name, _, kind = key.rpartition(".")
-                        values = None if _is_scalar(kind) else about.get(name)
-                        self._where.setdefault(key, []).append((path, _piece(values) if values else None))
+                file = safe_open(str(path), framework="numpy")
+                about = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+                for key in file.keys():  # noqa: SIM118  (no dict)
+                    name, _, kind = key.rpartition(".")
+                    values = None if _is_scalar(kind) else about.get(name)
+                    self._where.setdefault(key, []).append((file, _piece(values) if values else None))
             except Exception as error:
                 raise UsageError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
 
@@ -105,18 +106,14 @@ class SavedState:
 
     def whole(self, key: str) -> np.ndarray:
         """The whole tensor, put together if it was written in pieces."""
-        from safetensors import safe_open
-
         stored = self._where[key]
         if stored[0][1] is None:
-            with safe_open(str(stored[0][0]), framework="numpy") as file:
-                return np.asarray(file.get_tensor(key))
+            return np.asarray(stored[0][0].get_tensor(key))
         whole: np.ndarray | None = None
         covered = 0
-        for path, piece in stored:
+        for file, piece in stored:
             assert piece is not None
-            with safe_open(str(path), framework="numpy") as file:
-                values = np.asarray(file.get_tensor(key))
+            values = np.asarray(file.get_tensor(key))
             if whole is None:
                 whole = np.zeros(piece.part.shape, values.dtype)
             piece.put(values, whole)

@@ -47,8 +47,7 @@ class CachedReading:
         self._masks = {}
         for window in {block.window for block in self._architecture.blocks}:
             seen = visible if window is None else visible & (keys[None, None] > places[:, None] - window)
-            mask = np.where(seen, np.float32(0), np.float32(-1e30))
-            self._masks[window] = None if seen.all() else paddle.to_tensor(mask[:, None])  # [B, 1, new, all]
+            self._masks[window] = None if seen.all() else paddle.to_tensor(seen[:, None])  # bool [B, 1, new, all]
 
     @property
     def is_outgrown(self) -> bool:
@@ -77,7 +76,8 @@ class CachedReading:
         return by_head(paddle.concat(parts, axis=2))
 
     def _attended(self, query: Any, key: Any, value: Any, mask: Any | None) -> Any:
-        """Scaled queries [B, H, new, D], keys and values [B, K, all, D] → [B, H, new, D]."""
+        """Scaled queries [B, H, new, D], keys and values [B, K, all, D], and which of these are seen → [B, H, new,
+        D]."""
         rows, heads, count, size = query.shape
         groups, seen, cap = key.shape[1], key.shape[2], self._architecture.attention_cap
         # Heads that share a key are rows of one matrix.
@@ -85,7 +85,8 @@ class CachedReading:
         if cap is not None:
             scores = paddle.tanh(scores / cap) * cap
         if mask is not None:
-            scores = (scores.reshape([rows, heads, count, seen]) + mask).reshape([rows, groups, -1, seen])
+            scores = paddle.where(mask, scores.reshape([rows, heads, count, seen]), paddle.full([1], -1e30, "float32"))
+            scores = scores.reshape([rows, groups, -1, seen])
         weights = F.softmax(scores, axis=-1).astype(value.dtype)
         return paddle.matmul(weights, value).reshape([rows, heads, count, size])
 

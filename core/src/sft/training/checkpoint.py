@@ -103,6 +103,13 @@ def _drop_old(run: CoreRun) -> None:
 def restore(run: CoreRun, optimizer: Optimizer, folder: Path, state: dict[str, Any]) -> None:
     """Put parameters, optimizer state and plugin state back. The model has been built and adapted."""
     restore_model(run, folder, state)
+    # In two steps: while a file is open, all that was read of it stays in memory.
+    values = _optimizer_state(run, optimizer, folder)
+    optimizer.load(values)
+
+
+def _optimizer_state(run: CoreRun, optimizer: Optimizer, folder: Path) -> dict[str, np.ndarray]:
+    """What this process updates of the optimizer's state in a checkpoint."""
     saved, pieces = SavedState(folder / "trainer", OPTIMIZER), run.strategy.pieces(optimizer.parameters)
     values = {}
     for key in saved:
@@ -110,7 +117,7 @@ def restore(run: CoreRun, optimizer: Optimizer, folder: Path, state: dict[str, A
         name = _todays_name(run, name)
         if name in pieces:
             values[f"{name}.{kind}"] = saved.piece(key, pieces[name], tuple(optimizer.parameters[name].shape))
-    optimizer.load(values)
+    return values
 
 
 def restore_model(run: CoreRun, folder: Path, state: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ def build(folder: Path, recompute: bool = False, backend: Any = None) -> Any:
     """A model of random weights, prepared as a run prepares it."""
     model = CausalLM(paper(folder).architecture)
     model.attention = backend or model.attention
-    model.model.recompute = recompute
+    model.recompute = recompute
     model.train()
     return model
 

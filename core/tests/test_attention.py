@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -93,7 +94,39 @@ def test_the_dense_mask_is_the_documents(paddle: Any) -> None:
     mask = dense_mask(paddle.to_tensor(packed_indices(PADDED_DOCUMENTS, 7))).numpy()
     assert mask.shape == (2, 1, 7, 7)
     np.testing.assert_array_equal(mask[:, 0] == 0, packed_mask(PADDED_DOCUMENTS, 7))
-    assert (mask[mask != 0] <= -1e29).all()
+    assert (mask[mask != 0] == -3e4).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_the_dense_mask_stays_finite_in_16_bits_block_by_block(paddle: Any, dtype: Any) -> None:
+    """As flash kernels with a dense mask compute: scores and softmax in float32, one block of keys after the other. In
+    the last rows the first two blocks are of another document, so nothing in them is seen."""
+    from sft.models.attention import HIDDEN, dense_mask
+
+    length, size, block, documents = 96, 16, 16, [[(0, 40), (40, 41), (41, 96)]]
+    generator = np.random.default_rng(0)
+    query, key, value = (3 * generator.standard_normal((1, length, 1, size)).astype(dtype) for _ in range(3))
+    wide = [tensor.astype(np.float32) for tensor in (query, key, value)]
+    mask = dense_mask(paddle.to_tensor(packed_indices(documents, length))).numpy()[0, 0]
+    expected, *_ = dense_attention(*wide, packed_mask(documents, length), np.zeros_like(wide[0]))
+
+    def recurrence(mask: np.ndarray) -> np.ndarray:
+        q, k, v = (tensor[0, :, 0] for tensor in wide)
+        best, total = np.full((length, 1), -np.inf, np.float32), np.zeros((length, 1), np.float32)
+        out = np.zeros_like(q)
+        for start in range(0, length, block):
+            keys = slice(start, start + block)
+            scores = q @ k[keys].T / np.float32(np.sqrt(size)) + mask[:, keys].astype(np.float32)
+            highest = np.maximum(best, scores.max(1, keepdims=True))
+            weights, shrinks = np.exp(scores - highest), np.exp(best - highest)
+            total = total * shrinks + weights.sum(1, keepdims=True)
+            out, best = out * shrinks + weights @ v[keys], highest
+        return out / total
+
+    np.testing.assert_allclose(recurrence(mask.astype(dtype)), expected[0, :, 0], atol=1e-5, rtol=0)
+    if dtype is np.float16:
+        with np.errstate(all="ignore"):
+            assert np.isnan(recurrence(np.where(mask == HIDDEN, np.float32(-1e30), mask).astype(dtype))).any()
 
 
 # --- through whole models -----------------------------------------------------------------------------------

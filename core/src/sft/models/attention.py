@@ -42,8 +42,13 @@ def _capped(query: Any, key: Any, value: Any, startend_row_indices: Any | None, 
     return out.reshape([rows, heads, length, size]).transpose([0, 2, 1, 3])
 
 
+HIDDEN = -3e4
+"""What is added to a score that is not seen: its exponential is 0, and float16 has it. (-1e30 would be -inf there, and
+kernels that go block by block make NaN of a block in which a query sees nothing, from -inf minus -inf.)"""
+
+
 def dense_mask(startend_row_indices: Any) -> Any:
-    """int32 [B, 1, S, 1], causal → float32 [B, 1, S, S]: 0 where query i sees key j, else a large negative number."""
+    """int32 [B, 1, S, 1], causal → float32 [B, 1, S, S]: 0 where query i sees key j, else :data:`HIDDEN`."""
     import paddle
 
     length = startend_row_indices.shape[2]
@@ -51,4 +56,4 @@ def dense_mask(startend_row_indices: Any) -> Any:
     key = paddle.arange(length, dtype="int32").reshape([1, 1, 1, length])
     end = startend_row_indices.transpose([0, 1, 3, 2])
     seen = (query >= key) & (query < end)
-    return paddle.where(seen, paddle.zeros([1]), paddle.full([1], -1e30))
+    return paddle.where(seen, paddle.zeros([1]), paddle.full([1], HIDDEN))

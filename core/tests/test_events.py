@@ -69,6 +69,7 @@ def test_hooks_are_called_in_the_order_of_their_page(train: Train) -> None:
         "sft_quantizer",
         "sft_attention_backend",
         "sft_adapt_model",
+        "sft_kernels",
         "sft_parameter_groups",
     ]
     step = ["sft_micro_batch", "sft_step_ended", "sft_evaluated", "sft_state", "sft_checkpoint_saved"]

@@ -274,7 +274,10 @@ def test_a_parallel_strategy_must_be_one() -> None:
         ("sft_record_format", [sft.Turn("user", "a"), sft.Turn("assistant", "b", trains=True)]),
         ("sft_export_adapter", sft.AdapterFiles({"r": 1}, {"a": np.zeros(1)})),
         ("sft_import_adapter", True),
-        *((hook, None) for hook in ("sft_collator", "sft_quantizer", "sft_launch", "sft_attention_backend")),
+        *(
+            (hook, None)
+            for hook in ("sft_collator", "sft_quantizer", "sft_launch", "sft_attention_backend", "sft_kernels")
+        ),
     ],
 )
 def test_right_answers(hook: str, given: Any) -> None:

@@ -40,6 +40,7 @@ SINGLE = {
     "sft_parallel_strategy",
     "sft_quantizer",
     "sft_attention_backend",
+    "sft_kernels",
     "sft_export_adapter",
     "sft_import_adapter",
     "sft_adapter_merger",

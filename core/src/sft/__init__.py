@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sft.models.experts import through_experts
     from sft.models.families.family import Family, LanguageModel, Reading
     from sft.models.families.values import Values
+    from sft.models.kernels import PLAIN, Kernels, Linear
     from sft.models.layers import Target, linear_weight, matching, module_names, target_layers
     from sft.models.loading import open_model
     from sft.models.recompute import recomputed
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from sft.models.shards import parse_size
     from sft.models.source import is_hub_name
     from sft.models.sums import row_sums
+    from sft.precision import Precision
     from sft.runtime import prepare
     from sft.settings.arguments import Settings
     from sft.settings.paddlenlp import Foreign
@@ -63,9 +65,12 @@ _LAZY = {
     "Experts": "sft.models.architecture",
     "Foreign": "sft.settings.paddlenlp",
     "Family": "sft.models.families.family",
+    "Kernels": "sft.models.kernels",
     "LanguageModel": "sft.models.families.family",
+    "Linear": "sft.models.kernels",
     "ModelShape": "sft.models.architecture",
     "Norms": "sft.models.architecture",
+    "PLAIN": "sft.models.kernels",
     "Reading": "sft.models.families.family",
     "Rotary": "sft.models.rotary",
     "Values": "sft.models.families.values",
@@ -73,6 +78,7 @@ _LAZY = {
     "Settings": "sft.settings.arguments",
     "is_hub_name": "sft.models.source",
     "open_model": "sft.models.loading",
+    "Precision": "sft.precision",
     "Run": "sft.context",
     "Summary": "sft.context",
     "assemble": "sft.data.batches",
@@ -96,6 +102,7 @@ _LAZY = {
 
 __all__ = [
     "API_VERSION",
+    "PLAIN",
     "AdapterFiles",
     "AdapterLayer",
     "AdapterMerger",
@@ -110,14 +117,17 @@ __all__ = [
     "Experts",
     "Family",
     "Foreign",
+    "Kernels",
     "LanguageModel",
     "Learning",
+    "Linear",
     "ModelShape",
     "Norms",
     "ParallelStrategy",
     "ParameterGroup",
     "Plugin",
     "PluginError",
+    "Precision",
     "QuantizedLayer",
     "Quantizer",
     "Reading",

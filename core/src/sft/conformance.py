@@ -88,6 +88,8 @@ def _agree(found: np.ndarray, expected: np.ndarray, what: str) -> None:
 
 
 def _shape_is_the_models(model: Any) -> None:
+    from sft.models.kernels import PLAIN
+
     shape, embedding = model.architecture, model.get_input_embeddings()
     sizes = list(embedding.weight.shape)
     assert sizes == [shape.vocabulary, shape.hidden], f"the embedding is {sizes}, architecture says otherwise"
@@ -97,6 +99,7 @@ def _shape_is_the_models(model: Any) -> None:
     expected = sizes if transposed else sizes[::-1]
     assert list(model.lm_head.weight.shape) == expected, f"lm_head.weight is not {expected}"
     assert model.recompute is False, "a new model must not recompute"
+    assert model.kernels is PLAIN, "a new model must begin with kernels = sft.PLAIN"
     assert callable(getattr(model.attention, "attend", None)), "model.attention is no AttentionBackend"
 
 
@@ -138,7 +141,9 @@ def _answers_are_those_without_a_cache(model: Any, documents: list[np.ndarray]) 
         """Logits [B, ANSWER, V] of the tokens of ``answers``, fed one by one after the prompts."""
         width = max(map(len, prompts))
         ids = np.stack([np.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
-        reading = CachedReading(model.architecture, np.asarray([width - len(prompt) for prompt in prompts]))
+        reading = CachedReading(
+            model.architecture, np.asarray([width - len(prompt) for prompt in prompts]), model.kernels
+        )
         found = []
         with paddle.no_grad():
             for step in range(ANSWER):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from sft.models.architecture import ModelShape
     from sft.models.families.family import Family
+    from sft.models.kernels import Kernels
+    from sft.precision import Precision
     from sft.seams import (
         AdapterFiles,
         AdapterMerger,
@@ -154,6 +156,16 @@ def sft_adapt_model(run: Run, model: Any) -> None:
     plugin implements this hook, all parameters train.
 
     From here on ``run`` has ``model``, and with it all its members.
+    """
+
+
+@single
+def sft_kernels(run: Run | None, precision: Precision) -> Kernels | None:
+    """How the pieces of the model are computed, on the device that paddle uses now: norms, rotary embedding, Linears,
+    the products of the loss. None, or no plugin: by the core's own.
+
+    ``precision`` is that of the run, or of what is done with a model outside a run, where ``run`` is None. Kernels
+    compute what :class:`sft.Kernels` computes, so they are not part of what is learned.
     """
 
 

@@ -8,7 +8,15 @@ from typing import Any
 from sft import hookspecs
 from sft.plugins.discovery import entries
 from sft.plugins.registry import Plugins
-from sft.plugins.requests import check_numbers, choose_plugins, explicit, of_idle_plugins, overruled, switched_off
+from sft.plugins.requests import (
+    by_device,
+    check_numbers,
+    choose_plugins,
+    explicit,
+    of_idle_plugins,
+    overruled,
+    switched_off,
+)
 from sft.settings.arguments import Settings, build, core_options, known_names
 from sft.settings.paddlenlp import explain
 
@@ -19,7 +27,7 @@ def resolve(values: Mapping[str, Any], extra: Iterable[type]) -> tuple[Settings,
     """
     entries.cache_clear()  # what was installed since the last run counts
     names, left = choose_plugins(values, core_options())
-    active = Plugins.load(names, hookspecs, extra, explicit(values))
+    active = Plugins.load(names, hookspecs, extra, explicit(values), by_device(values))
     known = known_names(active) - {"plugin"}
     # What asks for one plugin may be another's setting, which that plugin then reads, whatever was asked for.
     left.update({key: value for key, value in values.items() if key in known})

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import ctypes.util
 import gc
+import importlib.metadata
 import importlib.util
 import io
 import os
@@ -226,6 +227,19 @@ def _flush_files() -> None:
         if issubclass(type(one), files):
             with contextlib.suppress(Exception):  # closed, not for writing, or whoever read it has gone
                 one.flush()
+
+
+def likely_device() -> str:
+    """``gpu`` or ``cpu``: which kind paddle will choose, as far as can be told without importing it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    there = any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"))
+    if hidden or not there:
+        return "cpu"
+    try:
+        importlib.metadata.version("paddlepaddle-gpu")
+    except importlib.metadata.PackageNotFoundError:
+        return "cpu"
+    return "gpu"
 
 
 def use_device(name: str) -> None:

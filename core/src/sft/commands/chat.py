@@ -28,7 +28,7 @@ from sft.settings.arguments import check_draw
 if TYPE_CHECKING:
     from sft.inference.open import Opened
 
-USES = ("sft chat", ("sft_model_family", "sft_model_config", "sft_quantizer"))
+USES = ("sft chat", ("sft_model_family", "sft_model_config", "sft_quantizer", "sft_kernels"))
 
 HELP = "/exit or Ctrl-D leaves, /reset forgets the conversation, /system TEXT sets the system message, Ctrl-C stops."
 _ANYWHERE = nullcontext()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sft.plugins.registry import Plugins
 
 BATCH_SIZE = 8
-USES = ("sft generate", ("sft_model_family", "sft_model_config", "sft_quantizer", "sft_record_format"))
+USES = ("sft generate", ("sft_model_family", "sft_model_config", "sft_quantizer", "sft_kernels", "sft_record_format"))
 
 
 @click.command(name="generate")

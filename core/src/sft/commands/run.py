@@ -12,7 +12,7 @@ from sft.errors import SftError, UsageError
 from sft.files import read_report
 from sft.options import Bare, Option, options_of
 from sft.plugins.registry import Plugins
-from sft.plugins.requests import choose_plugins, explicit
+from sft.plugins.requests import by_device, choose_plugins, explicit
 from sft.settings.arguments import GROUPS, core_options, normalise, read_file
 
 
@@ -87,7 +87,7 @@ def collect(arguments: list[str]) -> dict[str, Any]:
 def help_text(values: dict[str, Any]) -> str:
     """Every setting of the core and of the requested plugins, under its heading."""
     names, _ = choose_plugins(values, core_options())
-    active = Plugins.load(names, hookspecs, explicit=explicit(values))
+    active = Plugins.load(names, hookspecs, explicit=explicit(values), wishes=by_device(values))
     lines = [
         "Usage: sft run [SETTINGS.json|.yaml] [--plugin NAME ...] [--name value ...]",
         "",

@@ -26,7 +26,10 @@ LENGTHS = ("src_length", "max_length")
 """Settings of the data that decide what is measured."""
 USES = (
     "sft evaluate",
-    ("sft_model_family", "sft_model_config", "sft_quantizer", "sft_attention_backend", "sft_record_format"),
+    (
+        *("sft_model_family", "sft_model_config", "sft_quantizer", "sft_kernels"),
+        *("sft_attention_backend", "sft_record_format"),
+    ),
 )
 
 

@@ -16,7 +16,7 @@ from sft.models.loading import ModelSource, open_model
 from sft.options import options_of
 from sft.plugins.discovery import canonical, installed, with_refined
 from sft.plugins.registry import Plugins, implements
-from sft.plugins.requests import choose_plugins, choose_reader
+from sft.plugins.requests import by_device, choose_plugins, choose_reader
 from sft.progress import Progress
 from sft.settings.arguments import Settings, build, check_precision
 
@@ -49,7 +49,9 @@ def settings_for(
     if adapter is not None:
         readers = with_refined(choose_reader(adapter, read_adapter_config(adapter), requested))
         names += [name for name in readers if name not in names]
-    active = Plugins.load(names, hookspecs)
+    computes = uses is None or "sft_kernels" in uses[1]
+    wishes = by_device({**(given or {}), "plugin": list(requested)}) if computes else []
+    active = Plugins.load(names, hookspecs, wishes=wishes)
     active.readers = readers
     values = dict(given or {})
     for name, plugin in active:
@@ -151,8 +153,10 @@ def load_adapted(
     progress: Progress,
 ) -> Any:
     """The model of ``source`` as the quantizer among ``plugins`` holds it, with the adapter over it if one is given."""
+    from sft.models.kernels import use_kernels
     from sft.models.layers import held_by, sizes
     from sft.models.loading import load_model
+    from sft.models.setup import kernels_for
 
     quantizer = plugins.hook.sft_quantizer(run=None)
     loaded = load_model(source, quantizer, precision.weights, progress=progress)
@@ -161,5 +165,6 @@ def load_adapted(
     if adapter is not None:
         check_base(adapter, source, plugins, settings.options, progress.say)
         plugins.hook.sft_import_adapter(model=loaded, folder=adapter)
+    use_kernels(loaded, kernels_for(plugins, None, precision))
     loaded.eval()
     return loaded

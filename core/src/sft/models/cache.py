@@ -10,7 +10,8 @@ import paddle
 from paddle.nn import functional as F
 
 from sft.models.architecture import ModelShape
-from sft.models.turning import rotate, tables
+from sft.models.kernels import PLAIN, Kernels
+from sft.models.turning import tables
 
 QUERIES = 512
 """So many tokens of a prompt have their scores computed at a time."""
@@ -25,8 +26,8 @@ class CachedReading:
 
     positions: Any
 
-    def __init__(self, architecture: ModelShape, padding: np.ndarray) -> None:
-        self._architecture, self._padding = architecture, padding
+    def __init__(self, architecture: ModelShape, padding: np.ndarray, kernels: Kernels = PLAIN) -> None:
+        self._architecture, self._padding, self._kernels = architecture, padding, kernels
         self._kept: list[tuple[Any, Any] | None] = [None] * len(architecture.blocks)
         self._seen = 0
         self._tables: list[Any] = []
@@ -57,7 +58,7 @@ class CachedReading:
         return any((self._seen - self._padding == limit).any() for limit in limits)
 
     def turn(self, x: Any, rotary: int) -> Any:
-        return rotate(x, self._architecture.rotaries[rotary], *self._tables[rotary])
+        return self._kernels.rotate(x, self._architecture.rotaries[rotary], *self._tables[rotary])
 
     def attend(self, layer: int, query: Any, key: Any, value: Any) -> Any:
         count, size = query.shape[1], query.shape[3]

@@ -19,12 +19,15 @@ from sft.models.architecture import Architecture, Block, Experts
 from sft.models.attention import DefaultAttention
 from sft.models.experts import through_experts
 from sft.models.families.family import Reading
+from sft.models.kernels import PLAIN, Linear
 from sft.models.norms import rms_norm
 from sft.models.recompute import recomputed
 
 
 class CausalLM(nn.Layer):
     """The decoder with its head: tokens → logits. It is what a :class:`sft.LanguageModel` must be."""
+
+    kernels = PLAIN
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -165,6 +168,8 @@ class Attention(nn.Layer):
 class MLP(nn.Layer):
     """down(activation(gate(x)) · up(x))."""
 
+    kernels = PLAIN
+
     def __init__(self, architecture: Architecture, inner: int) -> None:
         super().__init__()
         hidden, bias = architecture.hidden, architecture.mlp_bias
@@ -183,7 +188,7 @@ class MLP(nn.Layer):
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         if self.activation == "silu":
-            return self.down_proj(F.swiglu(gate, up))
+            return self.down_proj(self.kernels.swiglu(gate, up))
         return self.down_proj(F.gelu(gate, approximate=True) * up)
 
 
@@ -211,13 +216,14 @@ class SparseMLP(nn.Layer):
         return out.reshape(x.shape)
 
 
-class Router(nn.Linear):
+class Router(Linear):
     """Says how much each expert counts. Techniques leave it alone unless it is named."""
 
 
 class RMSNorm(nn.Layer):
     """y = (offset + w) · x / √(mean(x²) + ε) over the last dimension (arXiv 1910.07467)."""
 
+    kernels = PLAIN
     total: Callable[[Any], Any] | None = None
     """Where processes share the last dimension: what sums a tensor over them."""
 
@@ -228,12 +234,15 @@ class RMSNorm(nn.Layer):
         self.size = size
 
     def forward(self, x: Any) -> Any:
+        if self.total is None:
+            return self.kernels.rms_norm(x, self.weight, self.epsilon, self.offset)
         return rms_norm(x, self.weight, self.epsilon, self.offset, self.size, self.total)
 
 
 class Head(nn.Layer):
     """Hidden states → logits: W [hidden, V], or the embedding [V, hidden], transposed."""
 
+    kernels = PLAIN
     vocabulary = Vocabulary()
 
     def __init__(self, architecture: Architecture, embedding: Any | None) -> None:
@@ -245,7 +254,7 @@ class Head(nn.Layer):
 
     def forward(self, hidden: Any) -> Any:
         """[..., hidden] → [..., V]."""
-        products = paddle.matmul(hidden, self.weight, transpose_y=self.transpose_y)
+        products = self.kernels.linear(hidden, self.weight, transposed=self.transpose_y)
         return self.vocabulary.whole(self.finished(products))
 
     def finished(self, products: Any) -> Any:
@@ -254,5 +263,5 @@ class Head(nn.Layer):
         return logits if self.cap is None else paddle.tanh(logits / self.cap) * self.cap
 
 
-def linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
-    return nn.Linear(in_features, out_features, bias_attr=None if bias else False)
+def linear(in_features: int, out_features: int, bias: bool) -> Linear:
+    return Linear(in_features, out_features, bias_attr=None if bias else False)

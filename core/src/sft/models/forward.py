@@ -9,7 +9,8 @@ import paddle
 
 from sft.errors import UsageError
 from sft.models.architecture import ModelShape
-from sft.models.turning import rotate, tables
+from sft.models.kernels import PLAIN, Kernels
+from sft.models.turning import tables
 
 if TYPE_CHECKING:
     from sft.seams import AttentionBackend, Batch
@@ -27,7 +28,7 @@ def hidden_states(model: Any, batch: Batch, embedded: Any | None = None) -> Any:
         )
     if embedded is None:
         embedded = model.embed(paddle.to_tensor(batch.input_ids))
-    return model.hidden_states(embedded, RowReading(model.architecture, batch, model.attention))
+    return model.hidden_states(embedded, RowReading(model.architecture, batch, model.attention, model.kernels))
 
 
 class RowReading:
@@ -36,8 +37,10 @@ class RowReading:
     A window is a document that ends early: query rows from min(end of the document, j + window) on do not see key j.
     """
 
-    def __init__(self, architecture: ModelShape, batch: Batch, backend: AttentionBackend) -> None:
-        self._architecture, self._backend = architecture, backend
+    def __init__(
+        self, architecture: ModelShape, batch: Batch, backend: AttentionBackend, kernels: Kernels = PLAIN
+    ) -> None:
+        self._architecture, self._backend, self._kernels = architecture, backend, kernels
         self.positions = paddle.to_tensor(batch.position_ids)
         lengths = lengths_of(batch)
         self._tables = [tables(rotary, batch.position_ids, lengths) for rotary in architecture.rotaries]
@@ -53,7 +56,7 @@ class RowReading:
                 self._ends[window] = paddle.to_tensor(ends) if described else None
 
     def turn(self, x: Any, rotary: int) -> Any:
-        return rotate(x, self._architecture.rotaries[rotary], *self._tables[rotary])
+        return self._kernels.rotate(x, self._architecture.rotaries[rotary], *self._tables[rotary])
 
     def attend(self, layer: int, query: Any, key: Any, value: Any) -> Any:
         ends = self._ends[self._architecture.blocks[layer].window]

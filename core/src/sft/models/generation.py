@@ -136,10 +136,10 @@ def _decode(
         ids[row, width - len(prompt) :] = prompt
     going = set(range(len(prompts)))
     padding = np.asarray([width - len(prompt) for prompt in prompts])
-    reading, everything = CachedReading(model.architecture, padding), ids
+    reading, everything = CachedReading(model.architecture, padding, model.kernels), ids
     for _ in range(generation.max_new_tokens):
         if reading.is_outgrown:
-            reading, ids = CachedReading(model.architecture, padding), everything
+            reading, ids = CachedReading(model.architecture, padding, model.kernels), everything
         reading.expect(ids.shape[1])
         hidden = model.hidden_states(model.embed(paddle.to_tensor(ids)), reading)
         logits = model.lm_head(hidden[:, -1:])[:, 0].astype("float32")

@@ -8,10 +8,14 @@ from sft.errors import UsageError
 from sft.models import loading
 from sft.models.fingerprint import fingerprint
 from sft.models.generation import check_room
+from sft.models.kernels import PLAIN, Kernels, use_kernels
 from sft.models.layers import held_by, sizes, trainable
+from sft.plugins.calls import checked
 
 if TYPE_CHECKING:
-    from sft.context import CoreRun
+    from sft.context import CoreRun, Run
+    from sft.plugins.registry import Plugins
+    from sft.precision import Precision
 
 
 def set_up(run: CoreRun) -> None:
@@ -43,6 +47,7 @@ def set_up(run: CoreRun) -> None:
         raise UsageError("Nothing trains: the active plugins left no trainable parameter.")
     run.sizes = count, total = sizes(dict(run.strategy.parameters(run.model)), run.model)
     run.strategy.connect(run.model)
+    use_kernels(run.model, kernels_for(run.plugins, run, run.precision))
     held = held_by(run.plugins.provider("sft_quantizer"), run.model)
     run.say(f"model: {total:,} parameters, {count:,} train ({100 * count / total:.2f} %){held}")
 
@@ -51,6 +56,15 @@ def check_questions(run: CoreRun) -> None:
     """Refuse a prompt that has no room in the model together with its answer."""
     for question in [*run.samples, *run.questions]:
         check_room(question.ids, run.settings.generation, run.source.architecture.positions)
+
+
+def kernels_for(plugins: Plugins, run: Run | None, precision: Precision) -> Kernels:
+    """What computes a model's pieces: what a plugin provides, or else paddle's operations."""
+    kernels = plugins.hook.sft_kernels(run=run, precision=precision)
+    if kernels is None:
+        return PLAIN
+    # Where hooks are checked, paddle is not there yet, and neither is this class.
+    return checked(kernels, Kernels, "sft_kernels", plugins.who(str(plugins.provider("sft_kernels"))))
 
 
 def attention_backend(run: CoreRun) -> Any | None:

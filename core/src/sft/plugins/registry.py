@@ -92,12 +92,18 @@ class Plugins:
 
     @classmethod
     def load(
-        cls, names: Sequence[str], hookspecs: Any, extra: Iterable[Any] = (), explicit: Iterable[str] = ()
+        cls,
+        names: Sequence[str],
+        hookspecs: Any,
+        extra: Iterable[Any] = (),
+        explicit: Iterable[str] = (),
+        wishes: Iterable[str] = (),
     ) -> Plugins:
         """Import the requested plugins and check what they declare.
 
         ``hookspecs`` is the module of the core's hooks, ``extra`` are plugin classes given directly, and ``explicit``
-        names those that were asked for by name, not by a setting.
+        names those that were asked for by name, not by a setting. ``wishes`` are plugins that wish to be active: each
+        is, if it goes together with those that are.
         """
         classes: dict[str, Any] = {}
         origins: dict[str, str] = {}
@@ -121,6 +127,12 @@ class Plugins:
         superseded = {canonical(other) for plugin in classes.values() for other in getattr(plugin, "supersedes", ())}
         superseded -= {*explicit, *(canonical(plugin.name) for plugin in extra)}
         classes = {name: plugin for name, plugin in classes.items() if name not in superseded}
+        for name in wishes:
+            if name not in origins and not strange.get((item := find(name, available)).distribution):
+                plugin = imported(item)
+                check_relations(plugin, f"Plugin {name} ({item.origin})")
+                if _goes_with(name, plugin, classes, hookspecs):
+                    classes[name], origins[name] = plugin, item.origin
         plugins = cls(classes, origins, hookspecs)
         plugins.replaced = replaced
         plugins.direct = [
@@ -287,6 +299,25 @@ class Plugins:
                 if len(providers) > 1:
                     listed = " and ".join(f"{name} ({self.origin(name)})" for name in providers)
                     raise UsageError(f"Plugins {listed} both provide {hook}, which has one place; leave one out.")
+
+
+def _goes_with(name: str, plugin: Any, others: Mapping[str, Any], hookspecs: Any) -> bool:
+    """Whether a plugin that nobody asks for finds what it needs among ``others``, and its places free."""
+
+    def related(one: Any, key: str) -> set[str]:
+        return {canonical(other) for other in getattr(one, key, ())}
+
+    if related(plugin, "requires") - {*others}:
+        return False
+    for other, theirs in others.items():
+        for key in ("conflicts", "supersedes"):
+            if other in related(plugin, key) or name in related(theirs, key):
+                return False
+        specs = [hookspecs, *filter(None, [getattr(theirs, "hookspecs", None)])]
+        singles = [hook for one in specs for hook in dir(one) if getattr(getattr(one, hook), "sft_single", False)]
+        if any(implements(plugin, hook) and implements(theirs, hook) for hook in singles):
+            return False
+    return True
 
 
 def _is_spec(specs: Any, name: str) -> bool:

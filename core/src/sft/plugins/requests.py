@@ -11,6 +11,8 @@ plugin, as entry points in the group ``sft.requests`` that name the same object 
 ``adapter.TYPE``       an adapter folder of that ``peft_type`` is opened
 ``adapter.TYPE.K``     likewise, and K is true in its ``adapter_config.json``
 ``adapter.TYPE.K.V``   likewise, and K is V there
+``device.KIND``        a model is computed on a device of that kind (``cpu`` or ``gpu``); only a wish: the plugin
+                       stays out beside one that the user asks for and that it does not go together with
 ``path.X``             ``--X FOLDER`` gives an adapter folder of any type to a command, as ``--adapter_path`` does
 ``command.X``          ``sft X`` is typed (``command.demo``: ``sft demo`` shows this plugin)
 =====================  ======================================================================================
@@ -31,6 +33,7 @@ from sft.errors import UsageError
 from sft.options import convert, options_of
 from sft.plugins.discovery import canonical, entries, import_plugin, installed
 from sft.plugins.registry import Plugins
+from sft.runtime import likely_device
 
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
@@ -83,6 +86,15 @@ def choose_plugins(values: Mapping[str, Any], known: Iterable[str]) -> tuple[lis
         if not any(name in chosen for name in readers):
             left.pop(key, None)
     return chosen, left
+
+
+def by_device(values: Mapping[str, Any]) -> list[str]:
+    """The plugins that wish to be active on the device that ``values`` name, or else on the one that paddle would
+    choose; without those that are switched off."""
+    _, off = by_name(values.get("plugin", []))
+    off |= {*switched_off(values, ())}
+    kind = str(values.get("device") or likely_device()).partition(":")[0]
+    return [name for name in requests("device").get(kind, []) if name not in off]
 
 
 def overruled(values: Mapping[str, Any], known: Iterable[str]) -> list[tuple[str, str]]:

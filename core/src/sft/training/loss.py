@@ -10,6 +10,7 @@ import paddle
 from sft.data.encoding import IGNORED
 from sft.distributed.meeting import Vocabulary
 from sft.models.forward import hidden_states
+from sft.models.kernels import PLAIN, Kernels
 from sft.models.sums import row_sums
 from sft.seams import Batch
 
@@ -33,19 +34,21 @@ def _place(label: Any, columns: int, vocabulary: Vocabulary) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class _Shape:
-    """How products with lm_head become logits: cap · tanh(scale · product / cap), or scale · product without a cap."""
+    """How products with lm_head are computed and become logits: cap · tanh(scale · product / cap), or scale · product
+    without a cap."""
 
     transpose_y: bool
     scale: float
     cap: float | None
+    kernels: Kernels
 
     @classmethod
     def of(cls, lm_head: Any) -> _Shape:
         transposed, cap = bool(getattr(lm_head, "transpose_y", False)), getattr(lm_head, "cap", None)
-        return cls(transposed, getattr(lm_head, "scale", 1.0), cap)
+        return cls(transposed, getattr(lm_head, "scale", 1.0), cap, getattr(lm_head, "kernels", PLAIN))
 
     def logits(self, part: Any, weight: Any) -> Any:
-        logits = paddle.matmul(part, weight, transpose_y=self.transpose_y).astype("float32")
+        logits = self.kernels.product(part, weight, transpose_y=self.transpose_y).astype("float32")
         logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.cap is None else paddle.tanh(logits / self.cap) * self.cap
 
@@ -100,10 +103,11 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
             difference = paddle.put_along_axis(exponentials / normaliser, column, -here, axis=-1, reduce="add")
             difference = shape.slope(difference, capped).astype(hidden.dtype)
             if gradients[0]:
-                hidden_grads.append(vocabulary.total(paddle.matmul(difference, weight, transpose_y=not transpose_y)))
+                product = shape.kernels.product(difference, weight, transpose_y=not transpose_y)
+                hidden_grads.append(vocabulary.total(product))
             if gradients[1]:
                 left, right = (difference, part) if transpose_y else (part, difference)
-                share = paddle.matmul(left, right, transpose_x=True)
+                share = shape.kernels.product(left, right, transpose_x=True)
                 weight_grad = share if weight_grad is None else weight_grad.add_(share)
         ctx.gradients = gradients
         ctx.grads = (paddle.concat(hidden_grads) if hidden_grads else None, weight_grad)

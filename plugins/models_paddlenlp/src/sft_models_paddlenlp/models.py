@@ -28,6 +28,7 @@ class _Model(nn.Layer, ABC):
     """What the three have in common. ``backbone`` is the attribute that has Hugging Face's name for it."""
 
     backbone: ClassVar[str]
+    kernels: Any = sft.PLAIN
 
     def __init__(self, shape: PaddleNLPShape) -> None:
         super().__init__()

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 import paddle
 
+import sft
+
 
 class LoraLinear(paddle.nn.Layer):
     """A frozen Linear (or the layer that stands for one) and a trainable low-rank update beside it.
@@ -14,6 +16,8 @@ class LoraLinear(paddle.nn.Layer):
     ``lora_A`` float32 [in, r], ``lora_B`` float32 [r, out]. Input [..., in] → output [..., out]. A refinement may
     :meth:`subtract` a frozen pair from the base.
     """
+
+    kernels = sft.PLAIN
 
     sides: ClassVar[dict[str, tuple[str | None, ...]]] = {
         "lora_A": ("in", None),
@@ -43,8 +47,12 @@ class LoraLinear(paddle.nn.Layer):
         return self.frozen_A.numpy(), self.frozen_B.numpy()
 
     def forward(self, x: Any) -> Any:
-        update = x if self.dropout is None else self.dropout(x)
-        y = self.base(x) + self._product(update, self.lora_A, self.lora_B)
+        if type(self.base) is sft.Linear and (self.dropout is None or not self.training):
+            pair = self.lora_A, self.lora_B, self.scaling
+            y = self.kernels.low_rank_linear(x, self.base.weight, self.base.bias, *pair)
+        else:
+            update = x if self.dropout is None else self.dropout(x)
+            y = self.base(x) + self._product(update, self.lora_A, self.lora_B)
         return y if self.frozen_A is None else y - self._product(x, self.frozen_A, self.frozen_B)
 
     def _product(self, x: Any, a: Any, b: Any) -> Any:

@@ -50,6 +50,8 @@ class LanguageModel(Protocol):
         architecture: What its family's ``read`` gave.
         attention: The :class:`sft.AttentionBackend` of training. The core sets it; it begins as
             ``sft.DefaultAttention()``.
+        kernels: The :class:`sft.Kernels` that compute its pieces. The core sets them, here and in each layer in it that
+            has this attribute too; they begin as ``sft.PLAIN``.
         recompute: Whether training computes each block again in backward instead of keeping what is in it. The core
             sets it; it begins as False.
         lm_head: A layer, hidden [..., hidden] → logits [..., V], that is a matrix ``weight`` [hidden, V], or
@@ -59,6 +61,7 @@ class LanguageModel(Protocol):
 
     architecture: ModelShape
     attention: Any
+    kernels: Any
     recompute: bool
     lm_head: Any
 

@@ -1,0 +1,69 @@
+"""How the pieces of a model are computed: what a plugin gives for ``sft_kernels``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+from paddle.nn import functional as F
+
+from sft.models.norms import rms_norm
+from sft.models.rotary import Rotary
+from sft.models.turning import rotate
+
+
+class Kernels:
+    """The pieces of a model as paddle's own operations compute them. A subclass computes some of them otherwise, to the
+    same values, and leaves what it cannot do to these.
+
+    Each method that takes part in the forward pass is one differentiable step: gradients flow to the arguments that are
+    not ``stop_gradient``. Weights lie [in, out], as everywhere in paddle.
+    """
+
+    def rms_norm(self, x: Any, weight: Any, epsilon: float, offset: float) -> Any:
+        """(``offset`` + weight) · x / √(mean(x²) + ε): x [..., hidden] of any float type, weight [hidden] → like x, in
+        the weight's type."""
+        return rms_norm(x, weight, epsilon, offset)
+
+    def rotate(self, x: Any, rotary: Rotary, cosines: Any, sines: Any) -> Any:
+        """x [B, S, heads, D], turned in its first ``rotary.size`` dimensions by tables float32 [B, S, 1, size], as
+        :func:`sft.models.turning.tables` makes them."""
+        return rotate(x, rotary, cosines, sines)
+
+    def swiglu(self, gate: Any, up: Any) -> Any:
+        """silu(gate) · up, of equal shapes (arXiv 2002.05202)."""
+        return F.swiglu(gate, up)
+
+    def linear(self, x: Any, weight: Any, bias: Any | None = None, transposed: bool = False) -> Any:
+        """x · W + b: x [..., in], W [in, out] ([out, in] where ``transposed``), b [out] or None → [..., out]."""
+        if transposed:
+            return paddle.matmul(x, weight, transpose_y=True)
+        return F.linear(x, weight, bias)
+
+    def low_rank_linear(self, x: Any, weight: Any, bias: Any | None, a: Any, b: Any, scaling: float) -> Any:
+        """x · W + bias + ``scaling`` · (x · A) · B: W [in, out] frozen, A [in, r], B [r, out] (arXiv 2106.09685)."""
+        return self.linear(x, weight, bias) + paddle.matmul(paddle.matmul(x, a) * scaling, b)
+
+    def product(self, x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
+        """x · y of two matrices, for steps that write their gradients themselves: none flow through it."""
+        return paddle.matmul(x, y, transpose_x=transpose_x, transpose_y=transpose_y)
+
+
+PLAIN = Kernels()
+"""What every layer begins with."""
+
+
+class Linear(paddle.nn.Linear):
+    """A Linear of the decoder: paddle's, computed by the model's kernels."""
+
+    kernels = PLAIN
+
+    def forward(self, x: Any) -> Any:
+        return self.kernels.linear(x, self.weight, self.bias)
+
+
+def use_kernels(model: Any, kernels: Kernels) -> None:
+    """Let ``kernels`` compute ``model``: every layer in it that has an attribute ``kernels``, and its attention."""
+    for part in (*model.sublayers(include_self=True), model.attention):
+        if hasattr(part, "kernels"):
+            part.kernels = kernels

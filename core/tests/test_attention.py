@@ -76,9 +76,10 @@ def test_the_default_backend_is_softmax_attention(paddle: Any, packed: bool, hea
     shapes = [(batch, length, h, size) for h in (heads, kv_heads, kv_heads, heads)]
     query, key, value, upstream = (generator.standard_normal(shape).astype(np.float32) for shape in shapes)
     seen = packed_mask(PADDED_DOCUMENTS if packed else [[(0, length)]] * batch, length)
-    indices = paddle.to_tensor(packed_indices(PADDED_DOCUMENTS, length)) if packed else None
+    backend = DefaultAttention()
+    mask = backend.mask(packed_indices(PADDED_DOCUMENTS, length) if packed else None)
     tensors = [paddle.to_tensor(array, stop_gradient=False) for array in (query, key, value)]
-    out = DefaultAttention().attend(*tensors, indices)
+    out = backend.attend(*tensors, mask)
     (out * paddle.to_tensor(upstream)).sum().backward()
 
     expected = dense_attention(query, key, value, seen, upstream)
@@ -91,7 +92,7 @@ def test_the_default_backend_is_softmax_attention(paddle: Any, packed: bool, hea
 def test_the_dense_mask_is_the_documents(paddle: Any) -> None:
     from sft.models.attention import dense_mask
 
-    mask = dense_mask(paddle.to_tensor(packed_indices(PADDED_DOCUMENTS, 7))).numpy()
+    mask = dense_mask(packed_indices(PADDED_DOCUMENTS, 7)).numpy()
     assert mask.shape == (2, 1, 7, 7)
     np.testing.assert_array_equal(mask[:, 0] == 0, packed_mask(PADDED_DOCUMENTS, 7))
     assert (mask[mask != 0] == -3e4).all()
@@ -107,7 +108,7 @@ def test_the_dense_mask_stays_finite_in_16_bits_block_by_block(paddle: Any, dtyp
     generator = np.random.default_rng(0)
     query, key, value = (3 * generator.standard_normal((1, length, 1, size)).astype(dtype) for _ in range(3))
     wide = [tensor.astype(np.float32) for tensor in (query, key, value)]
-    mask = dense_mask(paddle.to_tensor(packed_indices(documents, length))).numpy()[0, 0]
+    mask = dense_mask(packed_indices(documents, length)).numpy()[0, 0]
     expected, *_ = dense_attention(*wide, packed_mask(documents, length), np.zeros_like(wide[0]))
 
     def recurrence(mask: np.ndarray) -> np.ndarray:
@@ -142,13 +143,16 @@ class Counting:
 
         self.own, self.factor, self.calls = DefaultAttention(), factor, 0
         self.shapes: set[tuple[tuple[int, ...], ...]] = set()
-        self.indices: list[Any] = []
+        self.ends: list[np.ndarray | None] = []
 
-    def attend(self, query: Any, key: Any, value: Any, startend_row_indices: Any) -> Any:
+    def mask(self, ends: np.ndarray | None) -> Any:
+        self.ends.append(ends)
+        return self.own.mask(ends)
+
+    def attend(self, query: Any, key: Any, value: Any, mask: Any) -> Any:
         self.calls += 1
         self.shapes.add(tuple(tuple(tensor.shape) for tensor in (query, key, value)))
-        self.indices.append(startend_row_indices)
-        return self.own.attend(query, key, value, startend_row_indices) * self.factor
+        return self.own.attend(query, key, value, mask) * self.factor
 
 
 def load(folder: Path, backend: Any = None) -> Any:
@@ -240,18 +244,19 @@ def test_padding_after_a_document_changes_nothing(paddle: Any, models: Path) -> 
 
 
 def test_a_backend_gets_grouped_heads_as_they_are(paddle: Any, models: Path) -> None:
-    """4 query and 2 key/value heads of 8; one call a layer; None where causality says everything."""
+    """4 query and 2 key/value heads of 8; one call a layer, one mask a batch; None where causality says everything."""
     backend = Counting()
     model = load(models / "llama-tied-gqa", backend)
     ids = np.arange(3, 9)
     logits_of(model, [[ids]])
     assert backend.calls == 2
     assert backend.shapes == {((1, 6, 4, 8), (1, 6, 2, 8), (1, 6, 2, 8))}
-    assert backend.indices == [None, None]
-    backend.indices.clear()
+    assert backend.ends == [None]
     logits_of(model, [[ids, ids]])
-    assert [list(indices.shape) for indices in backend.indices] == [[1, 1, 12, 1]] * 2
-    assert backend.indices[0].numpy().ravel().tolist() == [6] * 6 + [12] * 6
+    (ends,) = backend.ends[1:]
+    assert ends.dtype == np.int32
+    assert ends.shape == (1, 1, 12, 1)
+    assert ends.ravel().tolist() == [6] * 6 + [12] * 6
 
 
 def test_two_models_in_one_process_keep_their_own_backends(paddle: Any, models: Path) -> None:
@@ -298,13 +303,13 @@ def test_a_window_is_a_document_that_ends_early(paddle: Any, window: int, packed
     tensor = paddle.zeros([1, 10, 1, 4])
     for layer in (0, 1):
         reading.attend(layer, tensor, tensor, tensor)
-    whole, seen = backend.indices
+    whole, seen = backend.ends[0], backend.ends[-1]
+    assert len(backend.ends) == (1 if packed and window == 7 else 2)  # a window that no document fills is none
     assert (whole is None) == (not packed)
     starts = np.repeat([0, 4], [4, 6]) if packed else np.zeros(10, int)
     query, key = np.arange(10)[:, None], np.arange(10)[None]
     expected = (key <= query) & (key >= starts[:, None]) & (key > query - window)
-    ends = seen.numpy()[0, 0, :, 0]
-    np.testing.assert_array_equal((query >= key) & (query < ends[None]), expected)
+    np.testing.assert_array_equal((query >= key) & (query < seen[0, 0, :, 0][None]), expected)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
@@ -315,8 +320,9 @@ def test_a_cap_bends_scores(paddle: Any, packed: bool) -> None:
     generator, cap = np.random.default_rng(1), 0.7
     query, key, value = (generator.standard_normal((2, 7, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
     seen = packed_mask(PADDED_DOCUMENTS if packed else [[(0, 7)]] * 2, 7)
-    indices = paddle.to_tensor(packed_indices(PADDED_DOCUMENTS, 7)) if packed else None
-    found = DefaultAttention().attend(*map(paddle.to_tensor, (query, key, value)), indices, cap=cap).numpy()
+    backend = DefaultAttention()
+    mask = backend.mask(packed_indices(PADDED_DOCUMENTS, 7) if packed else None)
+    found = backend.attend(*map(paddle.to_tensor, (query, key, value)), mask, cap=cap).numpy()
     q, k, v = (tensor.astype(np.float64).transpose(0, 2, 1, 3) for tensor in (query, key, value))
     scores = cap * np.tanh(q @ k.repeat(2, axis=1).swapaxes(-1, -2) / np.sqrt(8) / cap)
     weights = np.exp(np.where(seen[:, None], scores, -np.inf))

@@ -300,7 +300,10 @@ def test_an_attention_can_be_requested(models: Path, dataset: Path, distribute: 
         packed = True
         describes_padding = False
 
-        def attend(self, query, key, value, startend_row_indices):
+        def mask(self, ends):
+            return None
+
+        def attend(self, query, key, value, mask):
             return query * 0.0
 
     class Blind(sft.Plugin):

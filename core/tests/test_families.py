@@ -120,16 +120,20 @@ class Counting:
     def __init__(self) -> None:
         from sft.models.attention import DefaultAttention
 
-        self.own, self.calls = DefaultAttention(), 0
+        self.own, self.calls, self.masks = DefaultAttention(), 0, 0
 
-    def attend(self, query: Any, key: Any, value: Any, startend_row_indices: Any) -> Any:
-        assert startend_row_indices is not None
+    def mask(self, ends: Any) -> Any:
+        assert ends is not None
+        self.masks += 1
+        return self.own.mask(ends)
+
+    def attend(self, query: Any, key: Any, value: Any, mask: Any) -> Any:
         self.calls += 1
-        return self.own.attend(query, key, value, startend_row_indices)
+        return self.own.attend(query, key, value, mask)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_recomputation_passes_the_indices_again(paddle: Any, models: Path, case: str) -> None:
+def test_recomputation_passes_the_masks_again(paddle: Any, models: Path, case: str) -> None:
     """Both forwards come before either backward, so a mask kept aside would be wrong."""
     from sft.training.loss import batch_loss
 
@@ -138,12 +142,12 @@ def test_recomputation_passes_the_indices_again(paddle: Any, models: Path, case:
     model.train()
     batches = batch_of((5, 9, 12), (20, 3)), batch_of((7, 7, 4))
     expected = loss_and_gradients(model, *batches)
-    assert backend.calls == 4  # two layers, two batches
+    assert (backend.calls, backend.masks) == (4, 2)  # two layers, two batches
     model.recompute = True
     losses = [batch_loss(model, batch) for batch in batches]
     for loss in losses:
         loss.backward()
-    assert backend.calls == 4 + 4 + 4
+    assert (backend.calls, backend.masks) == (4 + 4 + 4, 2 + 2)  # a mask is made for all layers, and their backward
     compare((sum(map(float, losses)), gradients_of(model)), expected)
 
 

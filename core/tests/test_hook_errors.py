@@ -230,7 +230,7 @@ def complaint(hook: str, given: Any) -> str:
             "sft_attention_backend",
             len,
             "a builtin_function_or_method where an AttentionBackend (sft.AttentionBackend) is expected, and it has no "
-            "attend",
+            "mask",
         ),
         ("sft_export_adapter", {"config": {}}, "a dict where an AdapterFiles is expected"),
         ("sft_export_adapter", None, "nothing where an AdapterFiles is expected"),

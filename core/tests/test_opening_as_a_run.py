@@ -93,6 +93,9 @@ ATTENTION = """
             return Backend()
 
     class Backend:
-        def attend(self, query, key, value, startend_row_indices, cap=None):
+        def mask(self, ends):
+            raise AssertionError("it is refused")
+
+        def attend(self, query, key, value, mask, cap=None):
             raise AssertionError("it is refused")
 """

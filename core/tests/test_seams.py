@@ -74,9 +74,12 @@ class Backend:
 
         self.own, self.packed, self.calls = DefaultAttention(), packed, 0
 
-    def attend(self, query: Any, key: Any, value: Any, startend_row_indices: Any) -> Any:
+    def mask(self, ends: Any) -> Any:
+        return self.own.mask(ends)
+
+    def attend(self, query: Any, key: Any, value: Any, mask: Any) -> Any:
         self.calls += 1
-        return self.own.attend(query, key, value, startend_row_indices)
+        return self.own.attend(query, key, value, mask)
 
 
 class Attention(sft.Plugin):

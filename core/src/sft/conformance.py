@@ -100,7 +100,8 @@ def _shape_is_the_models(model: Any) -> None:
     assert list(model.lm_head.weight.shape) == expected, f"lm_head.weight is not {expected}"
     assert model.recompute is False, "a new model must not recompute"
     assert model.kernels is PLAIN, "a new model must begin with kernels = sft.PLAIN"
-    assert callable(getattr(model.attention, "attend", None)), "model.attention is no AttentionBackend"
+    asked = (getattr(model.attention, name, None) for name in ("mask", "attend"))
+    assert all(map(callable, asked)), "model.attention is no AttentionBackend"
 
 
 def _names_are_those_of_the_files(model: Any, source: Any) -> None:

@@ -96,8 +96,8 @@ class AttentionBackend(Protocol):
     """Computes attention in every decoder layer while training and evaluating; answers go through a cache.
 
     Attributes:
-        packed: Whether it obeys ``startend_row_indices``. If False or unset, rows of several documents are refused.
-        describes_padding: Whether it wants the indices for rows of one document too, to skip their padding.
+        packed: Whether it obeys what :meth:`mask` is told. If False or unset, rows of several documents are refused.
+        describes_padding: Whether it wants to be told of rows of one document too, to skip their padding.
         caps: Whether it takes ``cap``. If False or unset, models that cap their scores (Gemma 2) are refused.
     """
 
@@ -105,14 +105,20 @@ class AttentionBackend(Protocol):
     describes_padding: bool
     caps: bool
 
-    def attend(
-        self, query: Any, key: Any, value: Any, startend_row_indices: Any | None, cap: float | None = None
-    ) -> Any:
+    def mask(self, ends: np.ndarray | None) -> Any:
+        """What :meth:`attend` is to know of a batch's documents, in any form; it comes back as it is.
+
+        Called once a batch for all layers, forward and backward (of layers with sliding windows, once for each size of
+        window), before the first of them is computed. ``ends`` int32 [B, 1, S, 1] is ``startend_row_indices`` of
+        :class:`Batch`; where a layer has a window it ends sooner. None means plain causal attention.
+        """
+        ...
+
+    def attend(self, query: Any, key: Any, value: Any, mask: Any, cap: float | None = None) -> Any:
         """Causal attention, scaled by 1/√D. query [B, S, H, D]; key, value [B, S, K, D] → [B, S, H, D].
 
-        ``startend_row_indices`` int32 [B, 1, S, 1] are as in :class:`Batch`; None means plain causal attention. In a
-        layer with a sliding window they end sooner. ``cap`` is passed only by models that have one: scaled scores s
-        become cap · tanh(s / cap) before the mask.
+        ``mask`` is what :meth:`mask` made of this batch. ``cap`` is passed only by models that have one: scaled scores
+        s become cap · tanh(s / cap) before the mask.
         """
         ...
 

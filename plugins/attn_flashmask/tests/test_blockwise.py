@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sft
-from sft_attn_flashmask.masks import ColumnMask
+from sft_attn_flashmask.masks import ColumnMask, column_masks
 
 KINDS = [(True, 1), (True, 2), (False, 2), (False, 4)]
 KIND_NAMES = ["causal-1", "causal-2", "full-2", "full-4"]
@@ -64,7 +64,7 @@ def computed(inputs: list[np.ndarray], indices: np.ndarray | None, causal: bool 
     from sft_attn_flashmask.blockwise import attention
 
     tensors = [paddle.to_tensor(x, stop_gradient=False) for x in inputs[:3]]
-    out = attention(*tensors, None if indices is None else paddle.to_tensor(indices), causal)
+    out = attention(*tensors, None if indices is None else column_masks(indices, causal))
     (out * paddle.to_tensor(inputs[3])).sum().backward()
     return (out.numpy(), *(x.grad.numpy() for x in tensors))
 
@@ -216,10 +216,10 @@ def peak_of(length: int, size: int) -> int:
     from sft_attn_flashmask.blockwise import attention
 
     tensors = [paddle.to_tensor(x, stop_gradient=False) for x in arrays(1, length, 2, 1, size=16)[:3]]
-    indices = paddle.to_tensor(segments(length, size))
+    masks = column_masks(segments(length, size))
     before = core.host_memory_stat_current_value("Allocated", 0)
     core.host_memory_stat_reset_peak_value("Allocated", 0)
-    attention(*tensors, indices).sum().backward()
+    attention(*tensors, masks).sum().backward()
     return int(core.host_memory_stat_peak_value("Allocated", 0) - before)
 
 

@@ -133,8 +133,8 @@ def test_16_bit_tensors_on_a_gpu_go_to_paddles_kernels(
     for dtype in ("paddle.bfloat16", "paddle.float16"):
         tensor = SimpleNamespace(place=SimpleNamespace(is_gpu_place=lambda: True), dtype=dtype)
         tensors = (tensor, tensor, tensor)
-        for indices in asked:
-            assert own(*tensors, indices) == (kernel, tensors, True, expected)
+        for mask in asked:
+            assert own(*tensors, mask) == (kernel, tensors, True, expected)
 
 
 @pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"])

@@ -46,22 +46,26 @@ class RowReading:
         self._tables = [tables(rotary, batch.position_ids, lengths) for rotary in architecture.rotaries]
         described = batch.packed or getattr(backend, "describes_padding", False)
         longest = int(lengths.max(initial=0))
-        self._ends: dict[int | None, Any] = {}
-        for window in {block.window for block in architecture.blocks}:
-            ends = batch.startend_row_indices
-            if window is not None and window < longest:
-                places = np.arange(ends.shape[2], dtype=np.int32).reshape(1, 1, -1, 1)
-                self._ends[window] = paddle.to_tensor(np.minimum(ends, places + window))
+        # A window that no document fills is none.
+        self._windows = [
+            None if block.window is None or block.window >= longest else block.window for block in architecture.blocks
+        ]
+        ends = batch.startend_row_indices
+        places = np.arange(ends.shape[2], dtype=np.int32).reshape(1, 1, -1, 1)
+        self._masks: dict[int | None, Any] = {}
+        for window in dict.fromkeys(self._windows):
+            if window is not None:
+                self._masks[window] = backend.mask(np.minimum(ends, places + np.int32(window)))
             else:  # causal attention says it all where a row is one document
-                self._ends[window] = paddle.to_tensor(ends) if described else None
+                self._masks[window] = backend.mask(ends if described else None)
 
     def turn(self, x: Any, rotary: int) -> Any:
         return self._kernels.rotate(x, self._architecture.rotaries[rotary], *self._tables[rotary])
 
     def attend(self, layer: int, query: Any, key: Any, value: Any) -> Any:
-        ends = self._ends[self._architecture.blocks[layer].window]
+        mask = self._masks[self._windows[layer]]
         cap = self._architecture.attention_cap
-        return self._backend.attend(query, key, value, ends, **({} if cap is None else {"cap": cap}))
+        return self._backend.attend(query, key, value, mask, **({} if cap is None else {"cap": cap}))
 
 
 def lengths_of(batch: Batch) -> np.ndarray:

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import sft
+from sft_attn_flashmask.masks import ColumnMask, column_masks
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sft import AttentionBackend, Run
+
+
+class _Mask:
+    """The ends of a batch's documents as paddle's kernels want them, and as the blockwise implementation does."""
+
+    def __init__(self, ends: np.ndarray) -> None:
+        self._ends = ends
+
+    @cached_property
+    def indices(self) -> Any:
+        """int32 [B, 1, S, 1] on the device."""
+        import paddle
+
+        return paddle.to_tensor(self._ends)
+
+    @cached_property
+    def columns(self) -> list[ColumnMask]:
+        """Of each row of the batch."""
+        return column_masks(self._ends)
 
 
 class _Backend:
@@ -19,9 +42,10 @@ class _Backend:
     def __init__(self, describes_padding: bool) -> None:
         self.describes_padding = describes_padding
 
-    def attend(
-        self, query: Any, key: Any, value: Any, startend_row_indices: Any | None, cap: float | None = None
-    ) -> Any:
+    def mask(self, ends: np.ndarray | None) -> _Mask | None:
+        return None if ends is None else _Mask(ends)
+
+    def attend(self, query: Any, key: Any, value: Any, mask: _Mask | None, cap: float | None = None) -> Any:
         from paddle.nn.functional import flashmask_attention
         from paddle.nn.functional.flash_attention import flash_attention
 
@@ -29,10 +53,10 @@ class _Backend:
 
         # paddle's kernels know no cap; float16 here is bfloat16 too.
         if cap is not None or not (query.place.is_gpu_place() and str(query.dtype).endswith("float16")):
-            return attention(query, key, value, startend_row_indices, cap=cap)
-        if startend_row_indices is None:
+            return attention(query, key, value, None if mask is None else mask.columns, cap=cap)
+        if mask is None:
             return flash_attention(query, key, value, causal=True)[0]
-        return flashmask_attention(query, key, value, startend_row_indices=startend_row_indices, causal=True)
+        return flashmask_attention(query, key, value, startend_row_indices=mask.indices, causal=True)
 
 
 class FlashAttention(sft.Plugin):

@@ -24,20 +24,16 @@ SHARED = 4 * BLOCK * BLOCK
 """Scores of one head that a block shared by several rows of a batch may have."""
 
 
-def attention(
-    query: Any, key: Any, value: Any, indices: Any | None, causal: bool = True, cap: float | None = None
-) -> Any:
+def attention(query: Any, key: Any, value: Any, masks: list[ColumnMask] | None, cap: float | None = None) -> Any:
     """softmax(Q Kᵀ / √D + mask) V. query [B, S, H, D]; key, value [B, S, K, D], K divides H → [B, S, H, D].
 
-    ``indices`` as in :mod:`sft_attn_flashmask.masks`, or None for plain causal attention. A query that sees no
-    key gets zeros. With ``cap``, scores s become cap · tanh(s / cap) before the mask.
+    ``masks`` has one for each row of the batch; None means plain causal attention. A query that sees no key gets
+    zeros. With ``cap``, scores s become cap · tanh(s / cap) before the mask.
     """
     batch, length = query.shape[:2]
-    if indices is None:
-        columns = np.full((batch, 1, length, 1), length, np.int32)
-    else:
-        columns = np.asarray(indices.numpy(), np.int32)
-    return _Blockwise.apply(query, key, value, [ColumnMask(one, causal) for one in columns], cap)
+    if masks is None:
+        masks = [ColumnMask(np.full((1, length, 1), length, np.int32), causal=True)] * batch
+    return _Blockwise.apply(query, key, value, masks, cap)
 
 
 def _blocks(masks: list[ColumnMask]) -> Iterator[tuple[slice, list[tuple[slice, slice, np.ndarray | None]]]]:

@@ -11,6 +11,11 @@ import numpy as np
 from sft import UsageError
 
 
+def column_masks(indices: np.ndarray, causal: bool = True) -> list[ColumnMask]:
+    """The mask of each row of a batch, of indices int32 [B, 1 or H, S, n]."""
+    return [ColumnMask(one, causal) for one in indices]
+
+
 class ColumnMask:
     """The two intervals of masked query rows of each key, for one row of a batch; arrays int32 [heads, S]."""
 

@@ -50,12 +50,13 @@ format: .venv/installed-dev ## Put the code into the house format
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-bench: .venv/installed-$(DEVICE) ## Run the benchmarks
-	$(BIN)/python benchmarks/run.py $(ARGS)
+bench: .venv/installed-$(DEVICE) ## Run the benchmarks beside other programs: some hours; ARGS="steps" runs one
+	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: .venv/installed-$(DEVICE) ## Generate the reference pages in docs/, and the picture of the floors
 	$(BIN)/python docs/generate.py
 	$(BIN)/python scripts/import_graph.py --write
+	$(BIN)/python -m benchmarks.page
 
 clean: ## Remove .venv and all caches
 	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Measurements beside other programs: ``python -m benchmarks`` runs them, docs/performance.md shows what came out."""

@@ -1,0 +1,93 @@
+"""``python -m benchmarks [NAME ...]``: run benchmarks (all, if none is named) and keep what they measure.
+
+    python -m benchmarks                            all of them: some hours
+    python -m benchmarks steps --case 'lora-*'      some cases of one
+    python -m benchmarks steps -- --bf16            with more settings of sft run; nothing is kept
+
+Results go to benchmarks/results/NAME.json, each case for itself, and docs/performance.md is written anew from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import page
+from benchmarks.bench import RESULTS, Bench, told
+
+NAMES = ("steps",)
+
+
+def keep(folder: Path, name: str, module: Any, case: str, result: dict[str, Any]) -> None:
+    """Put a case's result in the place of its earlier one; the other cases stay."""
+    path = folder / f"{name}.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.is_file() else {}
+    kept[case] = result
+    everything = {one: kept[one] for one in module.cases() if one in kept}
+    whole = {"title": module.TITLE, "text": module.TEXT, "cases": everything}
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    words, more = sys.argv[1:], []
+    if "--" in words:
+        at = words.index("--")
+        words, more = words[:at], words[at + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or several of {', '.join(NAMES)}")
+    parser.add_argument("--case", default="*", help="only the cases that this pattern matches")
+    parser.add_argument("--turns", type=int, help="turns that count, instead of each benchmark's own number")
+    parser.add_argument("--model", type=Path, help="a model directory, instead of random weights")
+    parser.add_argument("--data", type=Path, help="a directory with train.json (src and tgt), instead of made records")
+    parser.add_argument("--results", type=Path, help="where results go; with this, docs/performance.md stays as it is")
+    given = parser.parse_args(words)
+    unknown = [name for name in given.names if name not in NAMES]
+    if unknown:
+        parser.error(f"there is no benchmark {unknown[0]}; there are {', '.join(NAMES)}")
+    import sft
+
+    settings = sft.collect(more)
+    own = given.results is None and not settings and given.turns is None
+    bad = 0
+    for name in given.names or NAMES:
+        module = importlib.import_module(f"benchmarks.{name}")
+        chosen = {case: what for case, what in module.cases().items() if fnmatch.fnmatch(case, given.case)}
+        if not chosen and given.names:
+            parser.error(f"{name} has no case {given.case}; it has {', '.join(module.cases())}")
+        for case, what in chosen.items():
+            print(f"{name} {case}: {what}", flush=True)
+            began = time.monotonic()
+            with tempfile.TemporaryDirectory() as scratch:
+                bench = Bench(Path(scratch), given.turns, given.model, given.data, settings)
+                try:
+                    result = module.measure(bench, case)
+                except RuntimeError as error:
+                    print(f"  FAILED: {error}", flush=True)
+                    bad += 1
+                    continue
+            print(*told(result), sep="\n", flush=True)
+            result = {"what": what, "model": describe(given.model), "took": round(time.monotonic() - began), **result}
+            if own:
+                keep(RESULTS, name, module, case, result)
+                page.write(RESULTS)
+            elif given.results is not None:
+                keep(given.results, name, module, case, result)
+    if not own and given.results is None:
+        print("Nothing was kept: --turns and settings make other figures. --results DIR keeps them there.")
+    return 1 if bad else 0
+
+
+def describe(model: Path | None) -> str:
+    return "SmolLM2-135M's shape, random weights" if model is None else model.name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""What the benchmarks share: the materials, the sides of a comparison, and the form of a result."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from benchmarks import figures, materials, peers
+from benchmarks.turns import Side, SideError, alternate
+
+RESULTS = Path(__file__).parent / "results"
+Value = Callable[[dict[str, Any]], float]
+"""From what a side measured in a turn to the figure that counts."""
+
+
+@dataclass
+class Bench:
+    """One call of the benchmarks."""
+
+    scratch: Path
+    turns: int | None = None
+    given_model: Path | None = None
+    given_data: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """More settings of ``sft run``."""
+    _numbers: int = 0
+
+    @cached_property
+    def model(self) -> Path:
+        return self.given_model or materials.write_model(self.scratch / "model")
+
+    def records(self, count: int) -> Path:
+        """A folder with ``train.json``: the given one, or one with so many records made here."""
+        folder = self.scratch / f"records-{count}"
+        if self.given_data is not None:
+            return self.given_data
+        return folder if folder.is_dir() else materials.write_records(folder, count, self.model)
+
+    def new_folder(self, name: str) -> Path:
+        self._numbers += 1
+        return self.scratch / f"{name}-{self._numbers}"
+
+    def side(self, module: str, name: str, python: str | None = None, **options: Any) -> Side:
+        """Side ``name`` of a benchmark, in the Python of its environment (``None``: sft's own)."""
+        command = [python or sys.executable, "-m", module, name, json.dumps(options)]
+        environment = paddle_variables() if name == "paddlenlp" else {}
+        return Side(name, command, self.new_folder(name).with_suffix(".log"), figures.ROOT, environment)
+
+    def compare(
+        self,
+        sides: Mapping[str, Callable[[], Side]],
+        value: Value,
+        *,
+        turns: int,
+        unit: str,
+        more_is_better: bool,
+        order: Any = None,
+        also: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """Start all sides, let them take turns, and return what is to be kept.
+
+        The first side is sft's; where it ends early the benchmark does. A peer that cannot be installed or that ends
+        early is left out with its reason. ``also`` makes further figures of a side from all its turns.
+        """
+        begun = figures.moment()
+        started: list[Side] = []
+        failed: dict[str, str] = {}
+        try:
+            for name, start in sides.items():
+                try:
+                    started.append(start())
+                except RuntimeError as error:
+                    if not started:
+                        raise
+                    failed[name] = str(error)
+                    print(f"  {name}: {error}", flush=True)
+            while True:
+                try:
+                    measured = alternate(started, self.turns or turns, order)
+                    break
+                except SideError as error:
+                    (out,) = (side for side in started if side.name == error.side)
+                    if out is started[0]:
+                        raise
+                    started.remove(out)
+                    failed[out.name] = str(error)
+                    print(f"  {error}", flush=True)
+        finally:
+            for side in started:
+                side.end()
+        facts = {side.name: side.facts for side in started}
+        values = {name: [value(turn) for turn in found] for name, found in measured.items()}
+        ours, *others = values
+        kept: dict[str, Any] = {
+            name: {
+                **figures.summary(values[name]),
+                "peak_mib": found[-1]["peak_mib"],
+                **({"also": also(found)} if also else {}),
+                **facts[name],
+            }
+            for name, found in measured.items()
+        }
+        return {
+            "unit": unit,
+            "more_is_better": more_is_better,
+            **begun,
+            "machine": figures.machine(),
+            "sides": {name: kept.get(name, {"failed": failed.get(name)}) for name in sides},
+            "ratios": {name: figures.ratio(values[ours], values[name], more_is_better) for name in others},
+        }
+
+
+def paddle_variables() -> dict[str, str]:
+    """The threads and the path of MKL that sft chooses, for a PaddleNLP that would not choose them itself."""
+    from sft import runtime
+
+    return runtime.variables_to_set(os.environ, runtime.physical_cores(), runtime.cpu_info()["vendor"])
+
+
+def python_of(peer: str) -> str:
+    return peers.python_of(peer)
+
+
+def told(result: Mapping[str, Any]) -> list[str]:
+    """A result in lines, for the terminal."""
+    lines = []
+    for name, side in result["sides"].items():
+        if "failed" in side:
+            lines.append(f"  {name:<13} did not run: {side['failed']}")
+            continue
+        spread = f"{side['low']:g} to {side['high']:g}"
+        more = "".join(f", {key} {value}" for key, value in side.get("also", {}).items())
+        ahead = f", sft is {result['ratios'][name]['ratio']:.2f} times as good" if name in result["ratios"] else ""
+        lines.append(
+            f"  {name:<13} {side['median']:>10g} {result['unit']} ({spread}), {side['peak_mib']:,} MiB{more}{ahead}"
+        )
+    return lines

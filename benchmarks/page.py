@@ -1,0 +1,156 @@
+"""docs/performance.md and its pictures, from benchmarks/results/*.json: ``python -m benchmarks.page`` writes them anew.
+
+``--check`` says whether they are what the results say.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import charts
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+LABELS = {"sft": "sft", "trl": "TRL + PEFT", "paddlenlp": "PaddleNLP", "transformers": "transformers",
+          "bitsandbytes": "bitsandbytes"}  # fmt: skip
+HEAD = """\
+# Performance
+
+What `make bench` measured. This page is made from `benchmarks/results/*.json` and says whatever stands there. A row
+in which another program is ahead has its factor in **bold**.
+
+Each program runs in an environment of its own, at the versions in `benchmarks/peers/`, in a process that stays up. The
+processes take turns, one repetition each, so a machine that is slower for a while is slower for all. A figure is the
+median of the turns, with the quartiles behind it; a factor is the ratio of the medians, with the quartiles of the
+ratios turn by turn, and above 1 sft is ahead. Memory is the largest resident memory of the process, its start included.
+
+To reproduce it:
+
+    make bench                                      # everything, some hours; on a machine with nothing else to do
+    make bench ARGS="steps --case 'lora-*'"         # one benchmark, some of its cases
+    make bench ARGS="steps --model DIR --data DIR"  # with a model and records of yours
+    make bench ARGS="steps -- --bf16"               # with more settings of sft run; prints and keeps nothing
+
+Without `--model` and `--data` the model has SmolLM2-135M's shape (135 million parameters) and random weights, and the
+records are drawn from words of the demo, as long as those of AdvertiseGen are in SmolLM2's tokens.
+"""
+
+
+def write(results: Path = RESULTS) -> None:
+    """Write the page and the pictures."""
+    PAGE.write_text(page(results), encoding="utf-8")
+    for name, picture in pictures(results).items():
+        (results / name).write_text(picture, encoding="utf-8")
+
+
+def outdated(results: Path = RESULTS) -> list[str]:
+    """The files that are not what the results say."""
+    wanted = {PAGE: page(results), **{results / name: text for name, text in pictures(results).items()}}
+    wrong = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    return [str(path.relative_to(ROOT)) for path in wrong]
+
+
+def read(results: Path) -> dict[str, dict[str, Any]]:
+    """What stands in the results by benchmark, in the benchmarks' order."""
+    from benchmarks.__main__ import NAMES
+
+    paths = {name: results / f"{name}.json" for name in NAMES}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
+
+
+def page(results: Path) -> str:
+    lines = [HEAD]
+    for name, found in read(results).items():
+        lines += [f"## {found['title']}", "", found["text"], ""]
+        if pictures_of(name, found):
+            lines += [f"![{found['title']}](../benchmarks/results/{one})" for one in pictures_of(name, found)] + [""]
+        lines += [*table(found["cases"]), "", *provenance(found["cases"]), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def table(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    more = list(dict.fromkeys(key for case in cases.values() for side in case["sides"].values()
+                              for key in side.get("also", {})))  # fmt: skip
+    units = sorted({case["unit"] for case in cases.values()})
+    figure = units[0] if len(units) == 1 else "median"
+    rows = [f"| | | {figure} | sft is ahead by | peak MiB |{''.join(f' {key} |' for key in more)}"]
+    rows.append("|---|---|--:|--:|--:|" + "--:|" * len(more))
+    for case in cases.values():
+        what = case["what"]
+        for name, side in case["sides"].items():
+            label = LABELS.get(name, name)
+            if "failed" in side:
+                rows.append(
+                    f"| {what} | {label} | did not run: {side['failed'].replace('|', '/')} | | |{' |' * len(more)}"
+                )
+            else:
+                unit = "" if len(units) == 1 else f" {case['unit']}"
+                value = f"{number(side['median'])}{unit} ({number(side['low'])}–{number(side['high'])})"
+                extra = "".join(f" {side.get('also', {}).get(key, '')} |" for key in more)
+                rows.append(
+                    f"| {what} | {label} | {value} | {factor(case['ratios'].get(name))} | {side['peak_mib']:,} |{extra}"
+                )
+            what = ""
+    return rows
+
+
+def factor(ratio: Mapping[str, float] | None) -> str:
+    if ratio is None:
+        return ""
+    text = f"{ratio['ratio']:.2f}"
+    return f"{f'**{text}**' if ratio['ratio'] < 1 else text} ({ratio['low']:.2f}–{ratio['high']:.2f})"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
+
+
+def provenance(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Machines, dates, models and versions, each said once with the cases that it holds for, if not for all."""
+    facts: dict[str, list[str]] = {}
+    for case in cases.values():
+        machine = case["machine"]
+        dates = f"{case['date']}, commit {case['commit']}, load {case['load_before']} before it began"
+        hardware = (
+            f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['instructions'])}), "
+            f"{machine['memory_gib']} GiB, {machine['system']}; {case['model']}"
+        )
+        versions = "; ".join(
+            f"{LABELS.get(name, name)}: " + " ".join(f"{key} {value}" for key, value in side["versions"].items())
+            for name, side in case["sides"].items()
+            if "versions" in side
+        )
+        for fact in (hardware, versions, dates):
+            facts.setdefault(fact, []).append(case["what"])
+    return [f"- {fact}" + ("" if len(of) == len(cases) else f" ({'; '.join(of)})") for fact, of in facts.items()]
+
+
+def pictures(results: Path) -> dict[str, str]:
+    return {name: text for key, found in read(results).items() for name, text in pictures_of(key, found).items()}
+
+
+def pictures_of(name: str, found: Mapping[str, Any]) -> dict[str, str]:
+    """A picture for each unit: the bars of all sides of all cases."""
+    by_unit: dict[str, dict[str, dict[str, charts.Spread]]] = {}
+    for case in found["cases"].values():
+        group = {
+            LABELS.get(side, side): (values["low"], values["median"], values["high"])
+            for side, values in case["sides"].items()
+            if "failed" not in values
+        }
+        by_unit.setdefault(case["unit"], {})[case["what"]] = group
+    return {
+        f"{name}{f'-{position}' if position else ''}.svg": charts.bars(f"{found['title']}: {unit}", groups)
+        for position, (unit, groups) in enumerate(by_unit.items())
+    }
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv[1:]:
+        sys.exit("\n".join(f"{name} is not what benchmarks/results says" for name in outdated()) or 0)
+    write()

@@ -1,0 +1,152 @@
+"""The tools of the benchmarks: turns, figures, pictures, and the page that shows the results. Nothing is measured."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import charts, figures, materials, page
+from benchmarks.turns import Side, SideError, alternate
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = """
+import sys
+from benchmarks.turns import Turns, serve
+turns = Turns()
+print("a library says something")
+turns.ready("pytest", threads=2)
+log = open(sys.argv[1], "a", buffering=1)
+def repeat(order):
+    print("and something else")
+    log.write(sys.argv[2] + "\\n")
+    if order == "fall":
+        raise ValueError("over it fell")
+    return {"seconds": 3.0, "doubled": 2 * order}
+serve(turns, repeat)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    started = []
+
+    def side(name: str) -> Side:
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path / "order"), name]
+        started.append(Side(name, command, tmp_path / f"{name}.log", ROOT))
+        return started[-1]
+
+    yield side
+    for one in started:
+        one.end()
+
+
+def test_sides_take_turns_and_each_begins_some(start, tmp_path: Path) -> None:
+    found = alternate([start("a"), start("b")], turns=3, order=21, warm=1, pause=0)
+    assert (tmp_path / "order").read_text().split() == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert [len(turns) for turns in found.values()] == [3, 3]
+    assert all(turn["doubled"] == 42 and turn["seconds"] == 3.0 for turn in found["b"])
+    assert all(1 < turn["peak_mib"] < 1000 for turn in found["a"])
+    assert "a library says something" in (tmp_path / "a.log").read_text()
+
+
+def test_a_side_that_ends_says_why(start) -> None:
+    side = start("a")
+    assert side.facts["versions"]["pytest"] == pytest.__version__
+    assert side.facts["threads"] == 2
+    with pytest.raises(SideError, match=r"a ended \(exit code 1\).*ValueError: over it fell") as error:
+        side.turn("fall")
+    assert error.value.side == "a"
+
+
+def test_a_side_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    with pytest.raises(SideError, match=r"killed: it took more than 0 seconds"):
+        Side("slow", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", limit=0.2)
+
+
+def test_medians_and_quartiles_are_numpys() -> None:
+    values = np.random.default_rng(0).lognormal(3, 1, 12).round(2).tolist()
+    found = figures.summary(values)
+    wanted = np.percentile(values, [25, 50, 75])
+    assert [found["low"], found["median"], found["high"]] == pytest.approx(wanted, rel=1e-3)
+    assert figures.summary([7.0])["low"] == 7.0
+
+
+def test_a_ratio_above_one_means_ahead_in_speed_and_in_seconds() -> None:
+    assert figures.ratio([8.0, 10, 12], [4.0, 5, 6], more_is_better=True)["ratio"] == 2
+    assert figures.ratio([4.0, 5, 6], [8.0, 10, 12], more_is_better=False)["ratio"] == 2
+    behind = figures.ratio([2.0, 2, 2], [2.0, 4, 8], more_is_better=True)
+    assert (behind["low"], behind["ratio"], behind["high"]) == (0.375, 0.5, 0.75)
+
+
+def test_the_exponent_of_a_power_law_is_found() -> None:
+    sizes = [1024.0 * 2**power for power in range(6)]
+    factor, exponent = figures.power_law(sizes, [3e-7 * size**1.7 for size in sizes])
+    assert (factor, exponent) == pytest.approx((3e-7, 1.7))
+    noise = np.exp(np.random.default_rng(1).normal(0, 0.05, 6))
+    _, noisy = figures.power_law(sizes, [size**2 * error for size, error in zip(sizes, noise, strict=True)])
+    assert noisy == pytest.approx(np.polyfit(np.log(sizes), 2 * np.log(sizes) + np.log(noise), 1)[0])
+
+
+def elements(picture: str, tag: str) -> list[ElementTree.Element]:
+    return list(ElementTree.fromstring(picture).iter(f"{{http://www.w3.org/2000/svg}}{tag}"))
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    picture = charts.bars("A < B", {"one": {"x": (3, 4, 5), "y": (1, 2, 3)}, "two": {"x": (7, 8, 10)}})
+    lengths = [float(bar.get("width", 0)) for bar in elements(picture, "rect") if bar.get("height") == "14"]
+    assert lengths == pytest.approx([4 * 42, 2 * 42, 8 * 42])
+    words = [text.text for text in elements(picture, "text")]
+    assert {"A < B", "one", "two", "x", "y", "4", "2", "8"} == set(words)
+
+
+def test_a_power_law_is_a_straight_line_over_logarithmic_axes() -> None:
+    picture = charts.lines("law", "tokens", "seconds", {"a": {x: x**1.5 for x in (1000.0, 2000.0, 8000.0, 32000.0)}})
+    points = [(float(mark.get("cx", 0)), float(mark.get("cy", 0))) for mark in elements(picture, "circle")]
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(points)]
+    assert len(points) == 4
+    assert max(slopes) - min(slopes) < 0.01
+    assert all(math.isfinite(value) for point in points for value in point)
+
+
+def test_the_page_shows_what_the_results_say_and_its_pictures_exist() -> None:
+    assert page.outdated() == [], "run python -m benchmarks.page"
+    for name in re.findall(r"\]\((\.\./benchmarks/[^)]+)\)", page.PAGE.read_text(encoding="utf-8")):
+        assert (page.PAGE.parent / name).is_file(), name
+
+
+def test_a_row_where_a_peer_is_ahead_is_marked_and_a_peer_that_fell_is_named() -> None:
+    side = {"median": 2.0, "low": 1.0, "high": 3.0, "peak_mib": 1500}
+    case = {
+        "what": "LoRA",
+        "unit": "tokens/s",
+        "sides": {"sft": side, "trl": side, "paddlenlp": {"failed": "no wheel | no joy"}},
+        "ratios": {"trl": {"ratio": 0.5, "low": 0.4, "high": 0.6}},
+    }
+    _, _, ours, theirs, fallen = page.table({"lora": case})
+    assert ours == "| LoRA | sft | 2 (1–3) |  | 1,500 |"
+    assert theirs == "|  | TRL + PEFT | 2 (1–3) | **0.50** (0.40–0.60) | 1,500 |"
+    assert fallen == "|  | PaddleNLP | did not run: no wheel / no joy | | |"
+
+
+@pytest.mark.slow
+def test_a_step_of_our_side_is_measured(tmp_path: Path) -> None:
+    from benchmarks.bench import Bench
+
+    bench = Bench(tmp_path, given_model=materials.write_model(tmp_path / "model", layers=1))
+    options = {"model": str(bench.model), "data": str(bench.records(50)), "out": str(tmp_path / "out"), "settings": {}}
+    side = bench.side("benchmarks.steps", "sft", **options, kind="lora", packed=True, dtype="float32")
+    try:
+        turns = [side.turn() for _ in range(2)]
+    finally:
+        side.end()
+    assert side.facts["plugins"] == ["lora", "greedy-zero-padding"]
+    for turn in turns:
+        assert 300 < turn["targets"] < turn["tokens"] <= 1024
+        assert turn["seconds"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from sft import Example
 from sft.data.batches import PaddedCollator, Schedule, assemble, make_batches
 from sft.data.encoding import Encoded
+from sft.models.forward import lengths_of
 from sft.settings.arguments import TrainingArguments
 
 PAD = 99
@@ -100,6 +102,57 @@ def test_batches_of_rows() -> None:
     assert [batch.input_ids.tolist() for batch in batches] == [[[16, 17, 18], [0, 1, 2]], [[8, 9, 10]]]
     assert batches[0].labels.tolist() == [[17, 18, 19], [1, 2, 3]]
     assert make_batches(data(5), PaddedCollator(PAD), [], 2) == []
+
+
+@pytest.mark.parametrize("rows", [[(4, 0, 3), (2,), (1, 5)], [(3,)], [(0, 1, 2, 3, 4, 5)]])
+def test_a_collator_gets_the_examples_that_the_records_are(rows: list[tuple[int, ...]]) -> None:
+    """What it takes from them one by one makes the same batch as what :func:`assemble` takes at once."""
+    lengths = [4, 2, 7, 3, 5, 2]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = np.arange(100, 100 + offsets[-1], dtype=np.int32)
+    held = Encoded(ids, ids % 3 > 0, offsets)
+    seen: list[list[list[Example]]] = []
+
+    class Looking(PaddedCollator):
+        def batch(self, rows: Sequence[Sequence[Example]]) -> Any:
+            seen.append([list(row) for row in rows])
+            assert [len(row) for row in rows] == [len(row) for row in rows[:]]
+            return super().batch(rows)
+
+    (batch,) = make_batches(held, Looking(PAD), rows, len(rows))
+    for examples, numbers in zip(seen[0], rows, strict=True):
+        for found, number in zip(examples, numbers, strict=True):
+            own = list(range(offsets[number], offsets[number + 1]))
+            assert found.input_ids.tolist() == [100 + token for token in own[:-1]]
+            assert found.labels.tolist() == [100 + n if (100 + n) % 3 else -100 for n in own[1:]]
+            assert found.input_ids.dtype == found.labels.dtype == np.int64
+    again = assemble(seen[0], PAD)
+    for name in ("input_ids", "labels", "position_ids", "startend_row_indices"):
+        one, other = getattr(batch, name), getattr(again, name)
+        assert one.dtype == other.dtype, name
+        assert one.tolist() == other.tolist(), name
+    assert batch.lengths == again.lengths == tuple(tuple(lengths[n] - 1 for n in row) for row in rows)
+
+
+def test_python_does_not_go_through_the_records_of_a_row() -> None:
+    """A row of a thousand records takes as many calls as one of ten."""
+
+    def calls(records: int) -> int:
+        held, row, count = data(1000), [tuple(range(records))], 0
+
+        def see(frame: Any, event: str, argument: Any) -> None:
+            nonlocal count
+            count += 1
+
+        sys.setprofile(see)
+        try:
+            batch = make_batches(held, PaddedCollator(PAD), row, 1)[0]
+            lengths_of(batch)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert calls(10) == calls(1000) > 0
 
 
 # --- the schedule -------------------------------------------------------------------------------------------

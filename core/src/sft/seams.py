@@ -73,6 +73,9 @@ class Batch:
 class DataCollator(Protocol):
     """Decides which records share a row, and makes batches of rows.
 
+    Both methods are numpy alone. While a step runs, a thread calls them for the step after it, and an evaluation may
+    call them at that time: what they need is in their arguments, and nothing is kept from one call to the next.
+
     Attributes:
         packs: Whether a row may hold several records; attention must then be able to keep them apart.
     """
@@ -88,7 +91,7 @@ class DataCollator(Protocol):
         ...
 
     def batch(self, rows: Sequence[Sequence[Example]]) -> Batch:
-        """Rows of examples → a batch."""
+        """Rows of examples → a batch. :func:`sft.assemble` takes ``rows`` as they come, without a loop over them."""
         ...
 
 

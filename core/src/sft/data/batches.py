@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import numpy as np
 
@@ -32,30 +33,99 @@ class PaddedCollator:
         return assemble(rows, self.pad_id)
 
 
+class Rows(Sequence[list[Example]]):
+    """The examples of rows, laid end to end in arrays. Item by item it is the lists of examples that it stands for, and
+    nothing that makes a batch has to go through them one by one.
+
+    Attributes:
+        ids: int64 [T], the tokens of all examples.
+        labels: int64 [T], already shifted, -100 = no target.
+        lengths: int64 [examples], tokens of each.
+        counts: int64 [rows], examples in each.
+    """
+
+    def __init__(self, ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> None:
+        self.ids, self.labels, self.lengths, self.counts = ids, labels, lengths, counts
+        self.edges = _edges(counts)
+        """int64 [rows + 1]: row i has the examples from ``edges[i]`` to ``edges[i + 1]``."""
+        self.offsets = _edges(lengths)
+        """int64 [examples + 1]: example i has the tokens from ``offsets[i]`` to ``offsets[i + 1]``."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Example]]) -> Rows:
+        """Rows of examples that are objects of their own."""
+        if isinstance(rows, cls):
+            return rows
+        examples = list(chain.from_iterable(rows))
+        nothing = np.zeros(0, np.int64)
+        return cls(
+            np.concatenate([nothing, *(example.input_ids for example in examples)]),
+            np.concatenate([nothing, *(example.labels for example in examples)]),
+            np.fromiter((len(example.input_ids) for example in examples), np.int64),
+            np.fromiter(map(len, rows), np.int64),
+        )
+
+    @classmethod
+    def taken(cls, data: Encoded, rows: Sequence[Sequence[int]]) -> Rows:
+        """The records of ``data`` that have the numbers in ``rows``."""
+        numbers = np.fromiter(chain.from_iterable(rows), np.int64)
+        starts = data.offsets[numbers]
+        lengths = data.offsets[numbers + 1] - starts - 1
+        places = _within(lengths) + np.repeat(starts, lengths)
+        following = data.ids[places + 1]
+        return cls(
+            data.ids[places].astype(np.int64),
+            np.where(data.trained[places + 1], following, IGNORED).astype(np.int64),
+            lengths,
+            np.fromiter(map(len, rows), np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @overload
+    def __getitem__(self, row: int) -> list[Example]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[list[Example]]: ...
+    def __getitem__(self, row: int | slice) -> list[Example] | list[list[Example]]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(len(self))[row]]
+        row = range(len(self))[row]
+        ends = self.offsets[self.edges[row] : self.edges[row + 1] + 1].tolist()
+        return [Example(self.ids[start:stop], self.labels[start:stop]) for start, stop in pairwise(ends)]
+
+
 def assemble(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
     """Put the examples of each row one after the other and pad rows on the right to the longest of them.
 
     Positions begin at 0 in each example. ``startend_row_indices`` keeps examples apart (FlashMask, arXiv 2410.01359,
     causal form), and each padding token is a document of its own, so that no row of the attention matrix is empty.
     """
-    width = max(sum(len(example.input_ids) for example in row) for row in rows)
-    shape = (len(rows), width)
-    input_ids = np.full(shape, pad_id, np.int64)
-    labels = np.full(shape, IGNORED, np.int64)
-    position_ids = np.zeros(shape, np.int64)
-    ends = np.tile(np.arange(1, width + 1, dtype=np.int32), (len(rows), 1))
-    lengths = []
-    for number, row in enumerate(rows):
-        start = 0
-        for example in row:
-            stop = start + len(example.input_ids)
-            input_ids[number, start:stop] = example.input_ids
-            labels[number, start:stop] = example.labels
-            position_ids[number, start:stop] = np.arange(stop - start)
-            ends[number, start:stop] = stop
-            start = stop
-        lengths.append(tuple(len(example.input_ids) for example in row))
-    return Batch(input_ids, labels, position_ids, ends[:, None, :, None], tuple(lengths))
+    flat = Rows.of(rows)
+    lengths, begins = flat.lengths, flat.offsets[flat.edges]
+    tokens = np.diff(begins)
+    width = int(tokens.max(initial=0))
+    # Where a row holds a token, [rows, width]; taken row by row these places are the tokens of ``flat``, in order.
+    held = np.arange(width) < tokens[:, None]
+    input_ids = np.full(held.shape, pad_id, np.int64)
+    labels = np.full(held.shape, IGNORED, np.int64)
+    position_ids = np.zeros(held.shape, np.int64)
+    ends = np.tile(np.arange(1, width + 1, dtype=np.int32), (len(flat), 1))
+    input_ids[held], labels[held], position_ids[held] = flat.ids, flat.labels, _within(lengths)
+    ends[held] = np.repeat(flat.offsets[1:] - np.repeat(begins[:-1], flat.counts), lengths)
+    each, edges = lengths.tolist(), flat.edges.tolist()
+    found = tuple(tuple(each[start:stop]) for start, stop in pairwise(edges))
+    return Batch(input_ids, labels, position_ids, ends[:, None, :, None], found)
+
+
+def _edges(lengths: np.ndarray) -> np.ndarray:
+    """int64 [n + 1]: where each of ``n`` parts that follow each other begins, and where the last one ends."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def _within(lengths: np.ndarray) -> np.ndarray:
+    """int64: 0, 1, 2 and so on in each of parts of ``lengths`` that follow each other."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 def make_batches(data: Encoded, collator: DataCollator, rows: Sequence[Sequence[int]], batch_size: int) -> list[Batch]:
@@ -66,7 +136,7 @@ def make_batches(data: Encoded, collator: DataCollator, rows: Sequence[Sequence[
 
 def make_batch(data: Encoded, collator: DataCollator, rows: Sequence[Sequence[int]]) -> Batch:
     """Rows of record numbers → one batch."""
-    return collator.batch([[data[index] for index in row] for row in rows])
+    return collator.batch(Rows.taken(data, rows))
 
 
 class Data(Protocol):
@@ -152,6 +222,14 @@ class Schedule:
                     epoch = window.passes + passes * (index + 1) / steps
                     place = {**window.place, "first_step": first}
                     yield Step(number, epoch, window.data, chosen, place, passes > 0 and index + 1 == steps)
+
+    def batches(
+        self, start: int, place: dict[str, Any] | None, rank: int, world: int, size: int
+    ) -> Iterator[tuple[Step, list[Batch]]]:
+        """Each step of :meth:`iterate`, with the batches of at most ``size`` rows that process ``rank`` of ``world``
+        has in it."""
+        for step in self.iterate(start, place):
+            yield step, make_batches(step.data, self.collator, step.rows[rank::world], size)
 
     def _rows(self, window: DataWindow) -> list[tuple[int, ...]]:
         return self.collator.rows(window.data.lengths, np.random.default_rng([self.seed, window.number]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,6 +72,7 @@ class RowReading:
 def lengths_of(batch: Batch) -> np.ndarray:
     """int64 [B, S]: of how many tokens the document is that each token stands in; padding stands alone."""
     found = np.ones(batch.input_ids.shape, np.int64)
-    for row, lengths in enumerate(batch.lengths):
-        found[row, : sum(lengths)] = np.repeat(lengths, lengths)
+    each = np.fromiter(chain.from_iterable(batch.lengths), np.int64)
+    tokens = np.fromiter(map(sum, batch.lengths), np.int64)
+    found[np.arange(found.shape[1]) < tokens[:, None]] = np.repeat(each, each)
     return found

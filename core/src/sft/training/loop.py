@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import paddle
 
-from sft.data.batches import Schedule, Step, make_batches
+from sft.data.ahead import one_ahead
+from sft.data.batches import Schedule, Step
 from sft.models.forward import hidden_states
 from sft.seams import Batch
 from sft.training import checkpoint
@@ -86,12 +87,12 @@ def train(
         scale.load(state["loss_scale"])
     run.model.train()
     journal.start()
-    for at in islice(schedule.iterate(start, place), total - start):  # a step more would read a window more of a stream
+    size, rank, world = settings.per_device_train_batch_size, strategy.data_rank, strategy.data_world
+    steps = islice(schedule.batches(start, place, rank, world, size), total - start)  # one more may be a window more
+    for at, batches in one_ahead(steps):
         began, step, epoch = time.monotonic(), at.number, at.epoch
 
-        # The micro-batches of this process, and the tokens in those of all processes.
-        mine = at.rows[strategy.data_rank :: strategy.data_world]
-        batches = make_batches(at.data, schedule.collator, mine, settings.per_device_train_batch_size)
+        # The tokens in the micro-batches of all processes.
         tokens, targets, padding = map(
             int,
             strategy.sum(

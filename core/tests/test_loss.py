@@ -61,7 +61,7 @@ def test_value_and_gradients(
     if rows is not None:
         small_chunks(monkeypatch, rows)
     tensor, lm_head = paddle.to_tensor(hidden, stop_gradient=False), head(paddle, weight, tied)
-    loss = target_loss(tensor, paddle.to_tensor(labels), lm_head)
+    loss = target_loss(tensor, labels, lm_head)
     loss.backward()
     expected, hidden_grad, weight_grad = reference(hidden, labels, weight)
     assert loss.shape == []
@@ -79,7 +79,7 @@ def test_gradients_are_scaled_by_what_comes_from_above(paddle: Any, example: Any
 
     hidden, labels, weight = example
     tensor, lm_head = paddle.to_tensor(hidden, stop_gradient=False), head(paddle, weight, tied=False)
-    (target_loss(tensor, paddle.to_tensor(labels), lm_head) * 0.125).backward()
+    (target_loss(tensor, labels, lm_head) * 0.125).backward()
     _, hidden_grad, weight_grad = reference(hidden, labels, weight)
     np.testing.assert_allclose(tensor.grad.numpy(), hidden_grad / 8, atol=1e-6, rtol=0)
     np.testing.assert_allclose(lm_head.weight.grad.numpy(), weight_grad / 8, atol=1e-6, rtol=0)
@@ -92,7 +92,7 @@ def test_two_micro_batches_add_up(paddle: Any, example: Any) -> None:
     hidden, labels, weight = example
     lm_head, total = head(paddle, weight, tied=True), 0.0
     for part in (slice(0, 1), slice(1, 3)):
-        loss = target_loss(paddle.to_tensor(hidden[part], stop_gradient=False), paddle.to_tensor(labels[part]), lm_head)
+        loss = target_loss(paddle.to_tensor(hidden[part], stop_gradient=False), labels[part], lm_head)
         loss.backward()
         total += float(loss)
     expected, _, weight_grad = reference(hidden, labels, weight)
@@ -106,7 +106,7 @@ def test_large_logits_do_not_overflow(paddle: Any, example: Any) -> None:
     hidden, labels, weight = example
     hidden = hidden * 100  # logits of up to 1,200: exp of that is infinite even in float64
     tensor = paddle.to_tensor(hidden, stop_gradient=False)
-    loss = target_loss(tensor, paddle.to_tensor(labels), head(paddle, weight, tied=False))
+    loss = target_loss(tensor, labels, head(paddle, weight, tied=False))
     loss.backward()
     expected, hidden_grad, _ = reference(hidden, labels, weight)
     assert float(loss) == pytest.approx(expected, rel=1e-6)
@@ -118,7 +118,7 @@ def test_without_targets_loss_and_gradients_are_zero(paddle: Any, example: Any) 
 
     hidden, labels, weight = example
     tensor, lm_head = paddle.to_tensor(hidden, stop_gradient=False), head(paddle, weight, tied=False)
-    loss = target_loss(tensor, paddle.to_tensor(np.full_like(labels, -100)), lm_head)
+    loss = target_loss(tensor, np.full_like(labels, -100), lm_head)
     loss.backward()
     assert float(loss) == 0.0
     np.testing.assert_array_equal(tensor.grad.numpy(), np.zeros_like(hidden))
@@ -136,7 +136,7 @@ def test_only_the_gradients_that_are_needed_are_computed(
     lm_head = head(paddle, weight, tied=False, trains=weight_learns)
     tensor = paddle.to_tensor(hidden, stop_gradient=not learns)
     products = spy_on_matmul(paddle, monkeypatch)
-    target_loss(tensor, paddle.to_tensor(labels), lm_head).backward()
+    target_loss(tensor, labels, lm_head).backward()
     assert len(products) == 2
     _, hidden_grad, weight_grad = reference(hidden, labels, weight)
     if learns:
@@ -156,7 +156,7 @@ def test_without_gradients_nothing_is_kept_and_nothing_more_is_computed(
     products = spy_on_matmul(paddle, monkeypatch)
     tensor, lm_head = paddle.to_tensor(hidden, stop_gradient=False), head(paddle, weight, tied=True)
     with paddle.no_grad():
-        loss = target_loss(tensor, paddle.to_tensor(labels), lm_head)
+        loss = target_loss(tensor, labels, lm_head)
     assert float(loss) == pytest.approx(reference(hidden, labels, weight)[0], rel=1e-6)
     assert loss.stop_gradient
     assert loss.grad_fn is None
@@ -187,7 +187,7 @@ def test_logits_exist_for_one_chunk_at_a_time(
     small_chunks(monkeypatch, 4)
     products = spy_on_matmul(paddle, monkeypatch)
     tensor = paddle.to_tensor(hidden, stop_gradient=False)
-    target_loss(tensor, paddle.to_tensor(labels), head(paddle, weight, tied)).backward()
+    target_loss(tensor, labels, head(paddle, weight, tied)).backward()
     of_weight = [VOCABULARY, HIDDEN] if tied else [HIDDEN, VOCABULARY]
     assert products == [shape for rows in (4, 4, 4, 1) for shape in ([rows, VOCABULARY], [rows, HIDDEN], of_weight)]
 
@@ -208,7 +208,7 @@ def test_a_models_own_lm_head_is_read_the_right_way_round(paddle: Any, models: P
     labels[0, :2] = -100
     with paddle.no_grad():
         logits = model.lm_head(hidden).numpy().astype(np.float64)
-        found = float(target_loss(hidden, paddle.to_tensor(labels), model.lm_head))
+        found = float(target_loss(hidden, labels, model.lm_head))
     log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     rows, places = np.nonzero(labels != -100)
     assert found == pytest.approx(-log_softmax[rows, places, labels[rows, places]].sum(), rel=1e-6)
@@ -231,7 +231,7 @@ def test_scores_are_the_loss_and_the_labels_that_are_likeliest(
     products = spy_on_matmul(paddle, monkeypatch)
     for tied in (False, True):
         lm_head = head(paddle, weight, tied)
-        loss, correct = target_scores(paddle.to_tensor(hidden), paddle.to_tensor(labels), lm_head)
+        loss, correct = target_scores(paddle.to_tensor(hidden), labels, lm_head)
         assert loss == pytest.approx(reference(hidden, labels, weight)[0], rel=1e-6)
         assert correct == expected
     assert products == [[rows, VOCABULARY] for rows in (4, 4, 4, 1)] * 2

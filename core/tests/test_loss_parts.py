@@ -103,7 +103,7 @@ def test_parts_give_the_loss_and_gradients_of_the_whole(
     def work(number: int, vocabulary: Columns) -> tuple[float, np.ndarray, np.ndarray]:
         lm_head = head(paddle, np.split(weight, parts, 1)[number], tied, vocabulary)
         tensor = paddle.to_tensor(hidden, stop_gradient=False)
-        value = loss.target_loss(tensor, paddle.to_tensor(labels), lm_head)
+        value = loss.target_loss(tensor, labels, lm_head)
         value.backward()
         grad = lm_head.weight.grad.numpy()
         return float(value), tensor.grad.numpy()[0], grad.T if tied else grad
@@ -125,7 +125,7 @@ def test_logits_far_apart_in_two_parts_are_taken_from_one_maximum(paddle: Any, l
 
     def work(number: int, vocabulary: Columns) -> float:
         lm_head = head(paddle, np.split(weight, 2, 1)[number], False, vocabulary)
-        return float(target_loss(paddle.to_tensor(hidden), paddle.to_tensor(labels), lm_head))
+        return float(target_loss(paddle.to_tensor(hidden), labels, lm_head))
 
     assert together(paddle, (0, 12), work) == pytest.approx([np.log(12)] * 2, rel=1e-6)
 
@@ -147,12 +147,12 @@ def test_of_equally_likely_tokens_the_first_counts(paddle: Any, parts: int) -> N
 
     def work(number: int, vocabulary: Columns) -> tuple[float, int]:
         lm_head = head(paddle, np.split(weight, parts, 1)[number], False, vocabulary)
-        return target_scores(paddle.to_tensor(hidden), paddle.to_tensor(labels), lm_head)
+        return target_scores(paddle.to_tensor(hidden), labels, lm_head)
 
     loss = expected_of(hidden, labels, weight)[0]
     for found in together(paddle, range(0, VOCABULARY, VOCABULARY // parts), work):
         assert found == (pytest.approx(loss, rel=1e-6), expected)
-    assert target_scores(paddle.to_tensor(hidden), paddle.to_tensor(labels), head(paddle, weight, False)) == (
+    assert target_scores(paddle.to_tensor(hidden), labels, head(paddle, weight, False)) == (
         pytest.approx(loss, rel=1e-6),
         expected,
     )

@@ -37,14 +37,14 @@ def test_the_loss_of_peaked_logits(paddle: Any, columns: int, kind: str) -> None
     difference[range(3), labels[0]] -= 1
 
     tensor = paddle.to_tensor(hidden, stop_gradient=False)
-    loss = target_loss(tensor, paddle.to_tensor(labels), lm_head)
+    loss = target_loss(tensor, labels, lm_head)
     loss.backward()
     assert float(loss) == pytest.approx(losses.sum(), rel=1e-6)
-    assert target_scores(tensor, paddle.to_tensor(labels), lm_head)[0] == pytest.approx(losses.sum(), rel=1e-6)
+    assert target_scores(tensor, labels, lm_head)[0] == pytest.approx(losses.sum(), rel=1e-6)
     for position in range(3):  # each alone: no error hides behind another
         one = np.full_like(labels, -100)
         one[0, position] = labels[0, position]
-        assert target_scores(tensor, paddle.to_tensor(one), lm_head)[0] == pytest.approx(losses[position], abs=1e-6)
+        assert target_scores(tensor, one, lm_head)[0] == pytest.approx(losses[position], abs=1e-6)
     expected = hidden[0].astype(np.float64).T @ difference
     np.testing.assert_allclose(lm_head.weight.grad.numpy(), expected, rtol=1e-6, atol=1e-7)
     # A matrix product over V terms, which float32 rounds as often.

@@ -61,7 +61,7 @@ class Learning:
 
     def loss(self, hidden: Any, batch: Batch) -> Any:
         with self.run.precision.autocast():
-            return target_loss(hidden, paddle.to_tensor(batch.labels), self.run.model.lm_head)
+            return target_loss(hidden, batch.labels, self.run.model.lm_head)
 
     def backward(self, loss: Any) -> None:
         (loss * self.weight).backward()

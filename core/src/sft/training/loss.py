@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import paddle
 
 from sft.data.encoding import IGNORED
@@ -122,10 +123,10 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
         return hidden_grad, weight_grad, None
 
 
-def target_loss(hidden: Any, labels: Any, lm_head: Any) -> Any:
+def target_loss(hidden: Any, labels: np.ndarray, lm_head: Any) -> Any:
     """The summed cross-entropy (nats, a scalar float32 tensor) of all positions with a label.
 
-    ``hidden`` [B, S, hidden]; ``labels`` int64 [B, S], already shifted, -100 where there is no target;
+    ``hidden`` [B, S, hidden]; ``labels`` numpy int64 [B, S], already shifted, -100 where there is no target;
     ``lm_head`` has a ``weight`` [hidden, V] ([V, hidden] where it has ``transpose_y``), and may have a ``scale`` and a
     ``cap`` for the logits, and a ``vocabulary`` where processes share it.
     """
@@ -139,7 +140,7 @@ def target_loss(hidden: Any, labels: Any, lm_head: Any) -> Any:
 
 
 @paddle.no_grad()
-def target_scores(hidden: Any, labels: Any, lm_head: Any) -> tuple[float, int]:
+def target_scores(hidden: Any, labels: np.ndarray, lm_head: Any) -> tuple[float, int]:
     """The summed cross-entropy (nats), and how many labels are the likeliest token; arguments as above."""
     chosen, label = _targets(hidden, labels)
     if label is None:
@@ -152,7 +153,8 @@ def target_scores(hidden: Any, labels: Any, lm_head: Any) -> tuple[float, int]:
         _, logits, _, _, losses = _chunk(chosen[start : start + rows], part, lm_head.weight, shape, vocabulary)
         total += losses.sum()
         correct += (_likeliest(logits, vocabulary) == part).astype("int64").sum()
-    return float(total), int(correct)
+    total, correct = paddle.stack([total, correct.astype("float64")]).tolist()
+    return total, int(correct)
 
 
 def _likeliest(logits: Any, vocabulary: Vocabulary) -> Any:
@@ -165,20 +167,23 @@ def _likeliest(logits: Any, vocabulary: Vocabulary) -> Any:
     return -vocabulary.maximum(paddle.where(logits.max(axis=-1) == 0.0, -(best + vocabulary.start), last))
 
 
-def _targets(hidden: Any, labels: Any) -> tuple[Any, Any | None]:
-    """The hidden states [n, hidden] and labels [n] of the positions with a label; None where there is none."""
-    hidden, labels = hidden.reshape([-1, hidden.shape[-1]]), labels.reshape([-1])
-    positions = paddle.nonzero(labels != IGNORED).squeeze(-1)
-    if positions.shape[0] == 0:
+def _targets(hidden: Any, labels: np.ndarray) -> tuple[Any, Any | None]:
+    """The hidden states [n, hidden] and labels [n] of the positions with a label; None where there is none.
+
+    Found on the host, where labels are: a GPU would have to be waited for, to learn how many there are.
+    """
+    hidden, labels = hidden.reshape([-1, hidden.shape[-1]]), labels.reshape(-1)
+    positions = np.flatnonzero(labels != IGNORED)
+    if not len(positions):
         return hidden, None
-    return paddle.gather(hidden, positions), paddle.gather(labels, positions)
+    return paddle.gather(hidden, paddle.to_tensor(positions)), paddle.to_tensor(labels[positions])
 
 
 def batch_loss(model: Any, batch: Batch) -> Any:
     """Summed loss of a batch's target tokens, a scalar tensor."""
-    return target_loss(hidden_states(model, batch), paddle.to_tensor(batch.labels), model.lm_head)
+    return target_loss(hidden_states(model, batch), batch.labels, model.lm_head)
 
 
 def batch_scores(model: Any, batch: Batch) -> tuple[float, int]:
     """Summed loss of a batch's target tokens, and how many of them are the likeliest token."""
-    return target_scores(hidden_states(model, batch), paddle.to_tensor(batch.labels), model.lm_head)
+    return target_scores(hidden_states(model, batch), batch.labels, model.lm_head)

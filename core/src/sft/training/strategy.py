@@ -13,7 +13,7 @@ from sft.distributed.parts import Part
 from sft.distributed.pieces import Piece
 from sft.distributed.whole import WholeModel
 from sft.models.layers import linear_weight
-from sft.models.sums import row_sums
+from sft.models.sums import FEW, row_sums
 from sft.seams import Batch, Learning, ParameterGroup
 from sft.training.loss import batch_scores
 
@@ -82,7 +82,19 @@ class SingleProcess(WholeModel):
 
 @paddle.no_grad()
 def squared_gradients(parameters: Iterable[Any]) -> float:
-    """The sum of the squares of all gradients of ``parameters``, in float32; those without one count as zero."""
+    """The sum of the squares of all gradients of ``parameters``; those without one count as zero.
+
+    The device is asked once. A GPU has one call for each gradient, and adds its float32 squares in a tree.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    parts = [row_sums(gradient.astype("float32").square().reshape([1, -1])) for gradient in gradients]
-    return paddle.add_n([part.astype("float64") for part in parts]).item() if parts else 0.0
+    sums = [_squared(gradient).astype("float64") for gradient in gradients]
+    return float(paddle.concat(sums).sum()) if sums else 0.0
+
+
+def _squared(gradient: Any) -> Any:
+    """The sum of the squares, [1]."""
+    if not gradient.place.is_cpu_place():
+        return paddle._C_ops.squared_l2_norm(gradient.astype("float32"))
+    if math.prod(gradient.shape) <= FEW:
+        return paddle._C_ops.squared_l2_norm(gradient.astype("float64"))
+    return row_sums(gradient.astype("float32").square().reshape([1, -1])).reshape([1])

@@ -168,7 +168,8 @@ class Parallel:
         def backward(loss: Any, batch: Batch) -> None:
             with _flag(self._shards, "goes_back"):
                 learning_of(batch).backward(loss)
-            losses.append(0.0 if learning_of(batch) is idle else float(loss))
+            if learning_of(batch) is not idle:  # read at the end: each reading waits for the device
+                losses.append(loss.detach().astype("float64"))
             self.phases.go_on()
 
         with self._together():
@@ -182,7 +183,7 @@ class Parallel:
                     if self._shards is not None:
                         self._shards.release()
         self._reduce_gradients()
-        return self._at_last_stage([sum(losses)])[0]
+        return self._at_last_stage([float(paddle.add_n(losses)) if losses else 0.0])[0]
 
     def _together(self) -> contextlib.AbstractContextManager[None]:
         return _flag(None if self._tensor is None else self._tensor.meeting, "active")
@@ -266,7 +267,7 @@ class Parallel:
             return self._finished(hidden_states(model, batch, received), lambda hidden: score(hidden, batch))
 
         def score(hidden: Any, batch: Batch) -> None:
-            scores.append(target_scores(hidden, paddle.to_tensor(batch.labels), model.lm_head))
+            scores.append(target_scores(hidden, batch.labels, model.lm_head))
 
         with self._together():
             if self._pipe is not None:
@@ -285,7 +286,7 @@ class Parallel:
         if self._pipe is None:
             return values
         known = paddle.to_tensor(values, dtype="float64")
-        return list(map(float, self._at.pipe.broadcast(known, self._at.pipe.size - 1)))
+        return list(self._at.pipe.broadcast(known, self._at.pipe.size - 1).tolist())
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[Callable[[], None]]:
@@ -295,7 +296,7 @@ class Parallel:
     @phase("sums over data ranks")
     def sum(self, values: Sequence[float]) -> list[float]:
         tensor = paddle.to_tensor(list(values), dtype="float64")
-        return list(map(float, self._at.data.sum(self._at.sharding.sum(tensor))))
+        return list(self._at.data.sum(self._at.sharding.sum(tensor)).tolist())
 
     @phase("comparing")
     def largest(self, value: float) -> float:

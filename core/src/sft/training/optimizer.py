@@ -66,7 +66,7 @@ def clip_factor(norm: float, max_norm: float) -> float:
 
 
 class Optimizer:
-    """paddle's AdamW; knows its parameters by structured name.
+    """AdamW (arXiv 1711.05101) over parameters that it knows by structured name, in few calls of paddle's fused kernel.
 
     For a 16-bit parameter it updates a float32 master copy and rounds that, so that small updates add up.
     """
@@ -74,72 +74,95 @@ class Optimizer:
     def __init__(self, groups: list[ParameterGroup], training: TrainingArguments) -> None:
         self.parameters = {name: p for group in groups for name, p in group.parameters.items()}
         self._stepped = {name: _master(p) for name, p in self.parameters.items()}
-        self._adamw = paddle.optimizer.AdamW(
-            learning_rate=training.learning_rate,
-            beta1=training.adam_beta1,
-            beta2=training.adam_beta2,
-            epsilon=training.adam_epsilon,
-            parameters=[
-                {
-                    "params": [self._stepped[name] for name in group.parameters],
-                    "learning_rate": group.learning_rate,
-                    "weight_decay": group.weight_decay,
-                }
-                for group in groups
-            ],
-        )
+        self._groups, self._training = groups, training
+        self._state: dict[str, dict[str, Any]] = {}
+        """By kind of tensor, then by name; made when it is first needed."""
+        self._ages: dict[str, tuple[float, int]] = {}
+        """Of each name the β₁ᵗ that it began with, and its steps since then: what is of one age is stepped together."""
 
     @paddle.no_grad()
     def step(self, rate: float, factor: float = 1.0) -> None:
         """Apply the gradients, each times ``factor``, at learning rate ``rate``, and clear them."""
         if not self.parameters:  # all that trains is in other processes
             return
-        for name, parameter in self.parameters.items():
-            master, gradient = self._stepped[name], parameter.grad
-            if gradient is None:
-                continue
-            if master is not parameter:
-                master.grad = gradient.astype("float32")
-            if factor != 1.0:
-                master.grad.scale_(factor)
-        self._adamw.set_lr(rate)
-        self._adamw.step()
-        for name, parameter in self.parameters.items():
-            if self._stepped[name] is not parameter and parameter.grad is not None:
-                parameter.set_value(self._stepped[name].astype(parameter.dtype))
+        self._make_state()
+        gradients = {n: p.grad.astype("float32") for n, p in self.parameters.items() if p.grad is not None}
+        if factor != 1.0 and gradients:
+            # paddle's loss scaling, all in one call: it divides.
+            paddle._C_ops.check_finite_and_unscale_(list(gradients.values()), paddle.full([1], 1.0 / factor))
+        for group in self._groups:
+            together: dict[tuple[float, int], list[str]] = {}
+            for name in group.parameters:
+                if name in gradients:
+                    together.setdefault(self._ages[name], []).append(name)
+            for (began, steps), names in together.items():
+                self._apply(names, gradients, rate * group.learning_rate, group.weight_decay)
+                self._ages.update(dict.fromkeys(names, (began, steps + 1)))
+        for name in gradients:
+            if self._stepped[name] is not self.parameters[name]:
+                self.parameters[name].set_value(self._stepped[name].astype(self.parameters[name].dtype))
         self.clear()
 
+    def _apply(self, names: list[str], gradients: dict[str, Any], rate: float, decay: float) -> None:
+        """One step of parameters that have been stepped equally often."""
+        training = self._training
+        first, second, power1, power2 = ([tensors[name] for name in names] for tensors in self._state.values())
+        paddle._C_ops.fused_adam_(
+            [self._stepped[name] for name in names],
+            [gradients[name] for name in names],
+            paddle.full([1], rate),
+            *(first, second, None),
+            *(power1, power2),
+            *(None, None),  # master copies of its own, and whether to skip
+            *(training.adam_beta1, training.adam_beta2, training.adam_epsilon),
+            CHUNK,
+            decay,
+            *(True, False, False, False),  # decoupled decay; no masters, no shared powers of β, no AMSGrad
+        )
+
+    def _make_state(self) -> None:
+        if self._state:
+            return
+        betas = {"beta1_pow_acc": self._training.adam_beta1, "beta2_pow_acc": self._training.adam_beta2}
+        self._state = {
+            kind: {name: paddle.zeros_like(stepped) for name, stepped in self._stepped.items()}
+            for kind in ("moment1", "moment2")
+        }
+        for kind, beta in betas.items():  # on the host, which passes them to the kernel
+            value = np.array([beta], np.float32)
+            self._state[kind] = {name: paddle.to_tensor(value, place=paddle.CPUPlace()) for name in self._stepped}
+        self._ages = dict.fromkeys(self._stepped, (betas["beta1_pow_acc"], 0))
+
     def clear(self) -> None:
-        """Clear the gradients, also those of the master copies."""
-        for parameter in (*self.parameters.values(), *self._stepped.values()):
+        """Clear the gradients."""
+        for parameter in self.parameters.values():
             parameter.clear_gradient(False)  # set_to_zero, which paddle ignores by name: it would keep zeros
 
     def state(self) -> dict[str, np.ndarray]:
         """``NAME.moment1`` and so on for every parameter, by structured name; ``NAME.master`` where there is one."""
-        state = {
-            f"{name}.{kind}": tensors[stepped.name].numpy()
-            for kind, tensors in self._adamw._accumulators.items()
-            for name, stepped in self._stepped.items()
-            if stepped.name in tensors
-        }
+        state = {f"{name}.{kind}": t.numpy() for kind, tensors in self._state.items() for name, t in tensors.items()}
         masters = {f"{name}.master": p.numpy() for name, p in self._stepped.items() if p is not self.parameters[name]}
         return {**state, **masters}
 
+    @paddle.no_grad()
     def load(self, state: dict[str, np.ndarray]) -> None:
         """Restore what :meth:`state` returned, for the same parameters."""
-        # paddle makes its state at the first step; here it must exist before it.
-        block = paddle.base.framework.default_main_program().global_block()
-        self._adamw._create_accumulators(block, list(self._stepped.values()))
+        self._make_state()
         expected = self.state()
         if set(expected) != set(state):
             odd = sorted(set(expected) ^ set(state))[0]
             raise SftError(f"The checkpoint's optimizer state does not fit this run (first difference: {odd}).")
-        for kind, tensors in self._adamw._accumulators.items():
-            for name, stepped in self._stepped.items():
-                tensors[stepped.name].set_value(state[f"{name}.{kind}"])
+        for kind, tensors in self._state.items():
+            for name, tensor in tensors.items():
+                tensor.set_value(state[f"{name}.{kind}"])
         for name, stepped in self._stepped.items():
+            self._ages[name] = (float(state[f"{name}.beta1_pow_acc"].reshape(-1)[0]), 0)
             if stepped is not self.parameters[name]:
                 stepped.set_value(state[f"{name}.master"])
+
+
+CHUNK = 1 << 16
+"""Values that a block of a GPU steps at a time, as paddle's own default is."""
 
 
 def _master(parameter: Any) -> Any:

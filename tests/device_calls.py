@@ -1,0 +1,94 @@
+"""What a step asks of a device: the kernels that it launches, and how often it waits for an answer.
+
+Kernels are counted by paddle's profiler, backward included. A wait is a value that Python reads out of a tensor, or a
+kernel that reads one itself because the shape of its result depends on it. Both are the same on a CPU, where waiting
+costs nothing, and on a GPU, where it empties the queue of kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sft
+
+READERS = ("numpy", "item", "tolist", "cpu", "__array__", "__float__", "__int__", "__bool__", "__index__")
+ASKING_KERNELS = ("bincount", "masked_select", "nonzero", "repeat_interleave_with_tensor_index", "unique")
+
+
+@dataclass
+class Calls:
+    kernels: Counter[str] = field(default_factory=Counter)
+    """How often each kernel was launched."""
+    waits: list[str] = field(default_factory=list)
+    """Where each wait came from: file, line and function, or the kernel's name."""
+
+
+@contextlib.contextmanager
+def counted(paddle: Any) -> Iterator[Calls]:
+    """A context whose calls are counted; the :class:`Calls` have their numbers at its end."""
+    from paddle import profiler
+
+    calls, reading = Calls(), threading.local()
+
+    def watched(method: Any) -> Any:
+        @functools.wraps(method)
+        def read(*arguments: Any, **more: Any) -> Any:
+            if getattr(reading, "now", False):  # float() calls item(), and so on: one wait
+                return method(*arguments, **more)
+            frame = traceback.extract_stack(limit=2)[0]
+            calls.waits.append(f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}")
+            reading.now = True
+            try:
+                return method(*arguments, **more)
+            finally:
+                reading.now = False
+
+        return read
+
+    methods = {name: getattr(paddle.Tensor, name) for name in READERS}
+    recorder = profiler.Profiler(targets=[profiler.ProfilerTarget.CPU], on_trace_ready=lambda _: None)
+    for name, method in methods.items():
+        setattr(paddle.Tensor, name, watched(method))
+    try:
+        recorder.start()
+        yield calls
+        recorder.stop()
+    finally:
+        for name, method in methods.items():
+            setattr(paddle.Tensor, name, method)
+    for root in recorder.profiler_result.get_data().values():
+        calls.kernels.update(_launched(root))
+    calls.waits += [name for name in ASKING_KERNELS for _ in range(calls.kernels[name])]
+
+
+def _launched(node: Any) -> Iterator[str]:
+    if node.name.endswith(" kernel launch"):
+        yield node.name.removesuffix(" kernel launch")
+    for child in node.children_node:
+        yield from _launched(child)
+
+
+class CountStep(sft.Plugin):
+    """Counts the calls of one step of a run, from the end of the step before it to its own; ``calls`` has them."""
+
+    name = "count-step"
+    api_version = 1
+    step = 3
+    calls: Calls
+
+    @sft.hookimpl
+    def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+        import paddle
+
+        if record["step"] == self.step - 1:
+            self._context = counted(paddle)
+            type(self).calls = self._context.__enter__()
+        elif record["step"] == self.step:
+            self._context.__exit__(None, None, None)

@@ -1,0 +1,88 @@
+"""What a step asks of a device may not grow: kernels a layer, and waits a step. A GPU would be waited for at each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from device_calls import Calls, CountStep, counted
+
+import sft
+from sft.plugins.discovery import installed
+from sft.testing import base_model, dataset, make_model, needs, paddle, run_settings, train  # noqa: F401
+
+Train = Callable[..., sft.Summary]
+
+WAITS = 2
+"""The loss and the gradient norm: one decides whether the step is taken, the other how long it is."""
+
+
+def test_what_counts_as_a_wait(paddle: Any) -> None:  # noqa: F811
+    x = paddle.to_tensor([1.0, 0.0, 2.0])
+    with counted(paddle) as calls:
+        float(x[0]), x.numpy(), x.tolist(), np.asarray(x), bool(x[0] > 0), x[0].item()
+        paddle.nonzero(x)
+        (x * 2).sum()
+    assert [wait.rpartition(" ")[2] for wait in calls.waits] == ["test_what_counts_as_a_wait"] * 6 + ["nonzero"]
+    assert calls.kernels["sum"] == calls.kernels["nonzero"] == 1
+
+
+@pytest.fixture
+def of_a_step(train: Train) -> Callable[..., Calls]:  # noqa: F811
+    """What the third of five steps calls. Of these only the first and the last are logged."""
+
+    def measure(name: str = "out", **settings: Any) -> Calls:
+        train(
+            name,
+            plugins=(CountStep,),
+            **{"max_steps": 5, "logging_steps": 100, "per_device_train_batch_size": 2, "do_eval": False, **settings},
+        )
+        return CountStep.calls
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    "plugins",
+    [
+        [],
+        pytest.param(["lora", "zero-padding"], marks=[needs("lora", "zero-padding"), pytest.mark.slow]),
+        pytest.param(["lora", "zero-padding", "flashmask"], marks=needs("lora", "zero-padding", "flashmask")),
+        pytest.param(["lora", "nf4"], marks=[needs("lora", "nf4"), pytest.mark.slow]),
+        pytest.param(["vera", "neftune"], marks=[needs("vera", "neftune"), pytest.mark.slow]),
+    ],
+    ids=lambda plugins: "+".join(plugins) or "full",
+)
+def test_a_step_waits_twice_whatever_its_micro_batches(of_a_step: Callable[..., Calls], plugins: list[str]) -> None:
+    calls = of_a_step(gradient_accumulation_steps=3, plugin=plugins)
+    assert len(calls.waits) <= WAITS, calls.waits
+
+
+@pytest.mark.slow
+def test_a_logged_step_waits_no_longer(of_a_step: Callable[..., Calls]) -> None:
+    assert len(of_a_step(logging_steps=1).waits) <= WAITS
+
+
+LAYER = {"full": 152, "lora": 200}
+"""Kernels of a layer of Llama on a CPU, forward, backward and optimizer's step, without recompute."""
+
+
+@pytest.mark.parametrize(
+    "technique", [pytest.param("full", marks=pytest.mark.slow), pytest.param("lora", marks=needs("lora"))]
+)
+def test_the_kernels_of_a_layer(of_a_step: Callable[..., Calls], tmp_path: Path, technique: str) -> None:
+    """Of two models the one has two layers more. Kernels that native code takes the place of are no argument."""
+    plugins = ["lora"] if technique == "lora" else []
+    if "fast-cpu" in installed():
+        plugins.append("no:fast-cpu")
+    each: list[Counter[str]] = []
+    for layers in (2, 4):
+        model = make_model(tmp_path / f"model-{layers}", num_hidden_layers=layers)
+        each.append(of_a_step(f"out-{layers}", model_name_or_path=str(model), plugin=plugins).kernels)
+    more = each[1] - each[0]
+    assert not each[0] - each[1]
+    assert more.total() <= 2 * LAYER[technique], more.most_common()

@@ -35,12 +35,10 @@ def test_what_counts_as_a_wait(paddle: Any) -> None:  # noqa: F811
 def of_a_step(train: Train) -> Callable[..., Calls]:  # noqa: F811
     """What the third of five steps calls. Of these only the first and the last are logged."""
 
-    def measure(name: str = "out", **settings: Any) -> Calls:
-        train(
-            name,
-            plugins=(CountStep,),
-            **{"max_steps": 5, "logging_steps": 100, "per_device_train_batch_size": 2, "do_eval": False, **settings},
-        )
+    def measure(name: str = "out", plugin: list[str] = [], **settings: Any) -> Calls:  # noqa: B006
+        without = ["no:fast-cpu"] if "fast-cpu" in installed() else []  # native code stands for kernels
+        common = {"max_steps": 5, "logging_steps": 100, "per_device_train_batch_size": 2, "do_eval": False}
+        train(name, plugins=(CountStep,), plugin=[*plugin, *without], **{**common, **settings})
         return CountStep.calls
 
     return measure
@@ -75,10 +73,8 @@ LAYER = {"full": 152, "lora": 200}
     "technique", [pytest.param("full", marks=pytest.mark.slow), pytest.param("lora", marks=needs("lora"))]
 )
 def test_the_kernels_of_a_layer(of_a_step: Callable[..., Calls], tmp_path: Path, technique: str) -> None:
-    """Of two models the one has two layers more. Kernels that native code takes the place of are no argument."""
+    """Of two models the one has two layers more."""
     plugins = ["lora"] if technique == "lora" else []
-    if "fast-cpu" in installed():
-        plugins.append("no:fast-cpu")
     each: list[Counter[str]] = []
     for layers in (2, 4):
         model = make_model(tmp_path / f"model-{layers}", num_hidden_layers=layers)

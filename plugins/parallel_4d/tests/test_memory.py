@@ -176,8 +176,8 @@ def test_shards_divide_what_their_stage_divides(outline_of: Callable[..., Outlin
     calculator = Calculator(outline_of(num_hidden_layers=24), Precision(16, 16), 1, 64)
     size = calculator.stages(Plan())[0].size
     whole = calculator.held(Plan(), calculator.stages(Plan())[0])
-    # 16 bits: 2 bytes of weight and of gradient; two moments and a master, 12 (and the two powers).
-    assert (whole.parameters, whole.pieces, whole.gradients) == (2 * size.values, 0, 2 * size.values)
+    # 16 bits: 2 bytes of weight, 4 of its gradient's sum; two moments and a master, 12 (and the two powers).
+    assert (whole.parameters, whole.pieces, whole.gradients) == (2 * size.values, 0, 4 * size.values)
     assert 12 * size.values < whole.optimizer < 12.1 * size.values
     vectors = 64 * (2 * 24 + 1)
     for stage in (1, 2, 3):
@@ -185,7 +185,8 @@ def test_shards_divide_what_their_stage_divides(outline_of: Callable[..., Outlin
         held = calculator.held(plan, calculator.stages(plan)[0])
         assert held.parameters == (2 * size.values if stage < 3 else 2 * vectors)
         assert held.pieces == 2 * size.values / 4
-        assert held.gradients == (2 * size.values if stage == 1 else held.pieces)
+        assert held.gradients == (4 * size.values if stage == 1 else 2 * held.pieces)
+        assert held.passing == 6 * 512 * 64  # the embedding's gradient, as backward gives it and as it is added
         assert held.optimizer == 12 * size.values / 4 + (whole.optimizer - 12 * size.values)
 
 

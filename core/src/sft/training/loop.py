@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ import paddle
 from sft.data.ahead import one_ahead
 from sft.data.batches import Schedule, Step
 from sft.models.forward import hidden_states
+from sft.models.layers import trainable
 from sft.seams import Batch
 from sft.training import checkpoint
 from sft.training.best import better
@@ -33,6 +34,7 @@ from sft.training.optimizer import Optimizer, clip_factor, learning_rate
 from sft.training.precision import LossScale
 from sft.training.progress import Display
 from sft.training.shared import shared
+from sft.training.wide_sums import WideSums
 
 if TYPE_CHECKING:
     from sft.context import CoreRun, Run
@@ -50,6 +52,8 @@ class Learning:
     weight: float
     """What each summed loss counts: the loss scale, divided by the target tokens of the whole step."""
     is_idle: bool = False
+    sums: WideSums = field(default_factory=lambda: WideSums(()))
+    """Where gradients of 16-bit parameters add up."""
 
     def forward(self, batch: Batch, received: Any | None = None, told: Callable[[], None] | None = None) -> Any:
         if not self.is_idle:
@@ -64,7 +68,8 @@ class Learning:
             return target_loss(hidden, batch.labels, self.run.model.lm_head)
 
     def backward(self, loss: Any) -> None:
-        (loss * self.weight).backward()
+        with self.sums.backward():
+            (loss * self.weight).backward()
 
     def idle(self) -> Learning:
         return replace(self, weight=0.0, is_idle=True)
@@ -86,6 +91,7 @@ def train(
         start, epoch, place = state["step"], state["epoch"], state["data"]["place"]
         scale.load(state["loss_scale"])
     run.model.train()
+    sums = WideSums(trainable(run.model).values())
     journal.start()
     size, rank, world = settings.per_device_train_batch_size, strategy.data_rank, strategy.data_world
     steps = islice(schedule.batches(start, place, rank, world, size), total - start)  # one more may be a window more
@@ -102,7 +108,7 @@ def train(
 
         # Forward, loss and backward of each; the gradients add up to that of the mean loss over the step's targets.
         seed_step(settings.seed, step, strategy.draw_rank)
-        learning = Learning(run, scale.value / max(1, targets))
+        learning = Learning(run, scale.value / max(1, targets), sums=sums)
         with display.within(step, len(batches)):
             (loss_sum,) = strategy.sum([strategy.accumulate(learning, batches)])
 

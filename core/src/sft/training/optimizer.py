@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import paddle
 
+from sft.distributed.place import beside
 from sft.errors import SftError, UsageError
 from sft.models.layers import trainable
 from sft.seams import ParameterGroup
@@ -68,7 +70,8 @@ def clip_factor(norm: float, max_norm: float) -> float:
 class Optimizer:
     """AdamW (arXiv 1711.05101) over parameters that it knows by structured name, in few calls of paddle's fused kernel.
 
-    For a 16-bit parameter it updates a float32 master copy and rounds that, so that small updates add up.
+    For a 16-bit parameter it updates a float32 master copy and rounds that, so that small updates add up. Parameters may
+    lie on the host while the run computes on a GPU: then their state is there too, and they are stepped there.
     """
 
     def __init__(self, groups: list[ParameterGroup], training: TrainingArguments) -> None:
@@ -85,6 +88,15 @@ class Optimizer:
         """Apply the gradients, each times ``factor``, at learning rate ``rate``, and clear them."""
         if not self.parameters:  # all that trains is in other processes
             return
+        with self._beside():
+            self._step(rate, factor)
+        self.clear()
+
+    def _beside(self) -> AbstractContextManager[None]:
+        """Within it paddle computes where the parameters are."""
+        return beside(next(iter(self._stepped.values()))) if self._stepped else nullcontext()
+
+    def _step(self, rate: float, factor: float) -> None:
         self._make_state()
         gradients = {n: p.grad.astype("float32") for n, p in self.parameters.items() if p.grad is not None}
         if factor != 1.0 and gradients:
@@ -101,7 +113,6 @@ class Optimizer:
         for name in gradients:
             if self._stepped[name] is not self.parameters[name]:
                 self.parameters[name].set_value(self._stepped[name].astype(self.parameters[name].dtype))
-        self.clear()
 
     def _apply(self, names: list[str], gradients: dict[str, Any], rate: float, decay: float) -> None:
         """One step of parameters that have been stepped equally often."""
@@ -147,6 +158,10 @@ class Optimizer:
     @paddle.no_grad()
     def load(self, state: dict[str, np.ndarray]) -> None:
         """Restore what :meth:`state` returned, for the same parameters."""
+        with self._beside():
+            self._load(state)
+
+    def _load(self, state: dict[str, np.ndarray]) -> None:
         self._make_state()
         expected = self.state()
         if set(expected) != set(state):

@@ -11,6 +11,7 @@ import paddle
 
 from sft.distributed.parts import Part
 from sft.distributed.pieces import Piece
+from sft.distributed.place import beside
 from sft.distributed.whole import WholeModel
 from sft.models.layers import linear_weight
 from sft.models.sums import FEW, row_sums
@@ -87,8 +88,10 @@ def squared_gradients(parameters: Iterable[Any]) -> float:
     The device is asked once. A GPU has one call for each gradient, and adds its float32 squares in a tree.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    sums = [_squared(gradient).astype("float64") for gradient in gradients]
-    return float(paddle.concat(sums).sum()) if sums else 0.0
+    if not gradients:
+        return 0.0
+    with beside(gradients[0]):
+        return float(paddle.concat([_squared(gradient).astype("float64") for gradient in gradients]).sum())
 
 
 def _squared(gradient: Any) -> Any:

@@ -22,7 +22,7 @@ class DataParallel(SingleProcess):
         loss = super().accumulate(learning, batches)
         for parameter in self.trained:
             if parameter.grad is None:  # a pass's last step may have no row for this process
-                parameter.grad = paddle.zeros(parameter.shape, parameter.dtype)
+                parameter.grad = paddle.zeros(parameter.shape, "float32")
             distributed.all_reduce(parameter.grad)
         return loss
 

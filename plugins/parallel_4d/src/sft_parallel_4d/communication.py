@@ -36,27 +36,30 @@ def rank(calculator: Calculator, plan: Plan, number: int, stage: Stage) -> Volum
     """A rank of pipeline stage ``number``; the few bytes of a step's loss and gradient norm are left out."""
     outline, precision, shape = calculator.outline, calculator.precision, calculator.shape(plan)
     size, micro = stage.size, plan.accumulation
-    data = 2 * _part(plan.data) * (size.pieces if plan.stage else size.gradients)
+    data = 2 * _part(plan.data) * (size.piece_gradients if plan.stage else size.gradients)
     neighbours = (number > 0) + (number < plan.pipeline - 1)
     pipeline = micro * neighbours * activations.boundary(outline, shape, precision)
     if plan.pipeline > 1 and outline.tied and (stage.first or stage.last) and outline.embedding.trains:
         pipeline += stage.head.gradients + stage.embedding.gradients  # the two copies' gradient
     pieces = _pieces(plan, stage, outline.tied)
     sharding = plan.sharding * _part(plan.sharding) * pieces
-    host = pieces + (2 * size.pieces if plan.data > 1 else 0) if plan.offload else 0
+    host = pieces + (2 * size.piece_gradients if plan.data > 1 else 0) if plan.offload else 0
     return Volume(round(data), round(sharding), round(_tensor(calculator, plan, stage)), pipeline, host)
 
 
 def _pieces(plan: Plan, stage: Stage, tied: bool) -> int:
     """Bytes of pieces that come or go: gradients to their owners, stepped weights back; in stage 3 matrices wherever
     they are used instead."""
-    size, micro, late = stage.size, plan.accumulation, stage.late.pieces
+    size, micro, late = stage.size, plan.accumulation, stage.late.piece_gradients
     if plan.stage < 3:
-        return size.pieces * (0, 2, 1 + micro)[plan.stage] - (micro - 1) * (late if plan.stage == 2 else 0)
+        if not plan.stage:
+            return 0
+        gradients = size.piece_gradients if plan.stage == 1 else micro * (size.piece_gradients - late) + late
+        return size.pieces + gradients
     embedding, head = stage.embedding.matrix_pieces, stage.head.matrix_pieces
     blocks = size.matrix_pieces - embedding - (0 if tied else head)
     # Blocks are gathered forward and backward, the embedding and lm_head once.
-    return micro * (2 * blocks + embedding + head + size.pieces - late) + late + size.vector_pieces
+    return micro * (2 * blocks + embedding + head + size.piece_gradients - late) + late + size.vector_pieces
 
 
 def _tensor(calculator: Calculator, plan: Plan, stage: Stage) -> float:

@@ -39,7 +39,7 @@ class Held:
     gradients: int
     """Of what is stepped, when backward has ended."""
     passing: int
-    """Beside them in backward: the largest gradient that is whole for a moment."""
+    """Beside them in backward: the largest gradient on its way into its sum."""
 
 
 class Calculator:
@@ -73,14 +73,14 @@ class Calculator:
     def held(self, plan: Plan, stage: Stage) -> Held:
         """What a rank of ``stage`` holds whatever it computes."""
         size = stage.size
-        parameters, pieces, gradients, passing = size.weights, 0, size.gradients, 0
+        parameters, pieces, gradients, passing = size.weights, 0, size.gradients, size.widening
         if plan.stage:
             pieces = size.pieces
         if plan.stage == 3:
             parameters, pieces = parameters - size.matrices, pieces + size.frozen_pieces
         if plan.stage >= 2:
             late = stage.late
-            gradients, passing = size.pieces - late.pieces + late.gradients, size.largest
+            gradients, passing = size.piece_gradients - late.piece_gradients + late.gradients, size.passing
         return Held(parameters, pieces, size.optimizer, gradients, passing)
 
     def rank(self, plan: Plan, number: int, stage: Stage) -> Memory:
@@ -116,10 +116,10 @@ class Calculator:
         }
         if not plan.recompute:
             moments["last block forward"] = before + (kept + reading) * flying - block + attending + whole_block
-        stepping = 4 * size.stepped * (1 if precision.weights == 32 else 2) + size.masters
-        stepped = size.gradients if not plan.stage else size.pieces
+        stepping = 4 * size.stepped  # squared for the norm, or given to the master
+        stepped = size.gradients if not plan.stage else size.piece_gradients
         if plan.stage == 1:
-            moments["pieces of gradients"] = size.gradients + (size.pieces if on_device else 0)
+            moments["pieces of gradients"] = size.gradients + (size.piece_gradients if on_device else 0)
         if on_device:
             moments["step"] = stepped + stepping
         if plan.stage in (1, 2):

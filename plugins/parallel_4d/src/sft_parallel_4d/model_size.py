@@ -45,22 +45,26 @@ class Size:
     matrices: int = 0
     """Of ``weights``, what stage 3 keeps in pieces alone."""
     pieces: int = 0
-    """Pieces of what trains, and as much again are their gradients."""
+    """Pieces of what trains."""
+    piece_gradients: int = 0
+    """Of these, in float32."""
     frozen_pieces: int = 0
     """Pieces of the other ``matrices``."""
     vector_pieces: int = 0
     """Of ``pieces``, those of what is whole in stage 3, too."""
     gradients: int = 0
-    """Of whole parameters."""
+    """Of whole parameters, in float32, in which they add up."""
     partial: int = 0
     """Of ``gradients``, those that tensor ranks add up: of whole parameters that work on a part of a product."""
     norms: int = 0
     """Likewise with sequence parallelism: of RMSNorms."""
     optimizer: int = 0
-    masters: int = 0
-    """float32 gradients of 16-bit pieces, while they are stepped."""
     largest: int = 0
     """Of the largest parameter that trains, whole."""
+    passing: int = 0
+    """Of the largest gradient that is made into its pieces: as backward gives it, and in float32."""
+    widening: int = 0
+    """The same of 16-bit parameters alone, whose gradients pass into sums that stay whole, too."""
     stepped: int = 0
     """Values of the largest piece that is stepped."""
 
@@ -71,9 +75,10 @@ class Size:
 
     def __add__(self, other: Size) -> Size:
         pairs = zip(fields(self), astuple(self), astuple(other), strict=True)
-        return Size(
-            *(max(one, two) if field.name in ("largest", "stepped") else one + two for field, one, two in pairs)
-        )
+        return Size(*(max(one, two) if field.name in _LARGEST else one + two for field, one, two in pairs))
+
+
+_LARGEST = ("largest", "passing", "widening", "stepped")
 
 
 def divided_side(linear: str) -> str:
@@ -93,8 +98,8 @@ def divided(weight: Weight, side: str, tensor: int) -> int:
 def size_of(weight: Weight, side: str, division: Division, precision: Precision) -> Size:
     """What ``weight`` takes on one rank.
 
-    AdamW keeps two float32 moments a value and two float32 powers a tensor; over 16-bit weights also a float32 master
-    and, while it steps, its float32 gradient.
+    AdamW keeps two float32 moments a value and two float32 powers a tensor; over 16-bit weights also a float32 master.
+    Gradients add up in float32 whatever the weights are.
     """
     values = divided(weight, side, division.tensor)
     bits = weight.bits or precision.weights
@@ -112,13 +117,15 @@ def size_of(weight: Weight, side: str, division: Division, precision: Precision)
         held,
         matrices,
         pieces=piece * bits // 8,
+        piece_gradients=4 * piece,
         vector_pieces=0 if matrices else piece * bits // 8,
-        gradients=held,
-        partial=held if is_partial else 0,
-        norms=held if is_norm else 0,
+        gradients=4 * values,
+        partial=4 * values if is_partial else 0,
+        norms=4 * values if is_norm else 0,
         optimizer=8 * piece + 8 + (4 * piece if bits < 32 else 0),
-        masters=4 * piece if bits < 32 else 0,
         largest=held,
+        passing=held + (4 * values if bits < 32 else 0),
+        widening=held + 4 * values if bits < 32 else 0,
         stepped=piece,
     )
 

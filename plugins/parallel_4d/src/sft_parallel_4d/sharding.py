@@ -2,8 +2,8 @@
 
 A parameter is cut, in memory order, into as many pieces as the axis has processes (the last ones padded with zeros).
 Each process steps its own pieces: AdamW goes value by value, so this changes nothing. In stage 1 gradients are summed
-to the pieces after the last micro-batch, in stage 2 as soon as backward has each of them, and in stage 3 matrices exist
-whole only while their block (or the embedding, or lm_head) computes.
+to the pieces after the last micro-batch, in stage 2 as soon as backward has each of them, always in float32, and in stage
+3 matrices exist whole only while their block (or the embedding, or lm_head) computes.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class Shards:
         """Sum the gradient over the axis; the piece has its part of it, and the whole is gone."""
         gradient, piece = parameter.grad, self._pieces[id(parameter)]
         if gradient is None:
-            gradient = paddle.zeros(parameter.shape, dtype=parameter.dtype)
+            gradient = paddle.zeros(parameter.shape, dtype="float32")
+        gradient = gradient.astype("float32")  # 16 bits would lose summands beside their sum
         self._reduce(parameter, gradient)
         part = self.resting(self._axis.sum_own(self._flat(gradient), 0))
         parameter.clear_gradient(False)  # set_to_zero, which paddle ignores by name: it would keep zeros

@@ -222,7 +222,7 @@ class Parallel:
         shards, many = self._shards, self._at.plan.devices > 1
         for parameter in self._trained.values():
             if parameter.grad is None and many and (shards is None or shards.stage < 2):
-                parameter.grad = paddle.zeros(parameter.shape, dtype=parameter.dtype)
+                parameter.grad = paddle.zeros(parameter.shape, dtype="float32")
             if self._pipe is not None and self._pipe.is_tied(parameter):
                 self._add_other_end(parameter)
             if shards is None:

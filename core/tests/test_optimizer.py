@@ -449,8 +449,8 @@ def test_without_gradients_the_norm_is_zero(paddle: Any) -> None:
 
 
 def test_micro_batches_of_16_bits_are_stepped_by_their_exact_sum(paddle: Any) -> None:
-    """Five steps of eight micro-batches, against the paper's AdamW in float64 on exact sums. In 16 bits they would be off
-    by up to 1e-2."""
+    """Five steps of eight micro-batches, against the paper's AdamW in float64 on exact sums. In 16 bits they would be
+    off by up to 1e-2."""
     from sft.training.optimizer import Optimizer
     from sft.training.wide_sums import WideSums
 

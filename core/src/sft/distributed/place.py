@@ -11,8 +11,8 @@ import paddle
 
 @contextlib.contextmanager
 def beside(tensor: Any) -> Iterator[None]:
-    """Within it paddle makes new tensors, and computes, where ``tensor`` is. What mixes tensors of both places, or makes
-    one without saying where, would else take everything to the run's device, and leave it there."""
+    """Within it paddle makes new tensors, and computes, where ``tensor`` is. What mixes tensors of both places,
+    or makes one without saying where, would else take everything to the run's device, and leave it there."""
     device = paddle.device.get_device()
     if device == "cpu" or not tensor.place.is_cpu_place():
         yield

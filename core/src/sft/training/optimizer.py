@@ -70,8 +70,8 @@ def clip_factor(norm: float, max_norm: float) -> float:
 class Optimizer:
     """AdamW (arXiv 1711.05101) over parameters that it knows by structured name, in few calls of paddle's fused kernel.
 
-    For a 16-bit parameter it updates a float32 master copy and rounds that, so that small updates add up. Parameters may
-    lie on the host while the run computes on a GPU: then their state is there too, and they are stepped there.
+    For a 16-bit parameter it updates a float32 master copy and rounds that, so that small updates add up. Parameters
+    may lie on the host while the run computes on a GPU: then their state is there too, and they are stepped there.
     """
 
     def __init__(self, groups: list[ParameterGroup], training: TrainingArguments) -> None:

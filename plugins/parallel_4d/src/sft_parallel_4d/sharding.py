@@ -2,8 +2,8 @@
 
 A parameter is cut, in memory order, into as many pieces as the axis has processes (the last ones padded with zeros).
 Each process steps its own pieces: AdamW goes value by value, so this changes nothing. In stage 1 gradients are summed
-to the pieces after the last micro-batch, in stage 2 as soon as backward has each of them, always in float32, and in stage
-3 matrices exist whole only while their block (or the embedding, or lm_head) computes.
+to the pieces after the last micro-batch, in stage 2 as soon as backward has each of them, always in float32, and in
+stage 3 matrices exist whole only while their block (or the embedding, or lm_head) computes.
 """
 
 from __future__ import annotations

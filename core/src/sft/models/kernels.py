@@ -9,6 +9,7 @@ from paddle.nn import functional as F
 
 from sft.models.norms import rms_norm
 from sft.models.rotary import Rotary
+from sft.models.sums import row_sums
 from sft.models.turning import rotate
 
 
@@ -47,6 +48,16 @@ class Kernels:
     def product(self, x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
         """x · y of two matrices, for steps that write their gradients themselves: none flow through it."""
         return paddle.matmul(x, y, transpose_x=transpose_x, transpose_y=transpose_y)
+
+    def cross_entropy(self, logits: Any, labels: Any) -> tuple[Any, Any]:
+        """Logits float32 [n, V] and labels int64 [n] → the losses −log softmax(logits)[label], float64 [n, 1], and the
+        probabilities softmax(logits), float32 [n, V], of which the caller may change the values; no gradients flow."""
+        logits = logits - logits.max(axis=-1, keepdim=True)
+        exponentials = logits.exp()
+        normaliser = row_sums(exponentials)
+        chosen = paddle.take_along_axis(logits, labels.unsqueeze(-1), axis=-1)
+        losses = normaliser.astype("float64").log() - chosen.astype("float64")
+        return losses, exponentials / normaliser
 
 
 PLAIN = Kernels()

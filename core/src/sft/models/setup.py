@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import paddle
+
 from sft.errors import UsageError
 from sft.models import loading
 from sft.models.fingerprint import fingerprint
 from sft.models.generation import check_room
+from sft.models.gpu_kernels import GpuKernels
 from sft.models.kernels import PLAIN, Kernels, use_kernels
 from sft.models.layers import held_by, sizes, trainable
 from sft.plugins.calls import checked
@@ -59,10 +62,10 @@ def check_questions(run: CoreRun) -> None:
 
 
 def kernels_for(plugins: Plugins, run: Run | None, precision: Precision) -> Kernels:
-    """What computes a model's pieces: what a plugin provides, or else paddle's operations."""
+    """What computes a model's pieces: what a plugin provides, or else the core's own for this device."""
     kernels = plugins.hook.sft_kernels(run=run, precision=precision)
     if kernels is None:
-        return PLAIN
+        return GpuKernels() if paddle.device.get_device().startswith("gpu") else PLAIN
     # Where hooks are checked, paddle is not there yet, and neither is this class.
     return checked(kernels, Kernels, "sft_kernels", plugins.who(str(plugins.provider("sft_kernels"))))
 

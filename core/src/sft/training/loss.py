@@ -16,7 +16,12 @@ from sft.models.sums import row_sums
 from sft.seams import Batch
 
 CHUNK_BYTES = 64 << 20
-"""Size of one chunk of float32 logits; bounds the memory of the loss whatever the batch."""
+"""Size of one chunk of float32 logits on a CPU; bounds the memory of the loss whatever the batch."""
+GPU_CHUNK_BYTES = 1 << 30
+"""The most on a GPU: each chunk reads lm_head twice, which has to be worth it."""
+GPU_SHARE = 64
+"""What part of a GPU's memory a chunk is otherwise; three such arrays exist at a time. It is all of its memory that
+counts, not what is free at a moment, so that a run's sums always have the same order."""
 
 
 def _vocabulary(lm_head: Any) -> Vocabulary:
@@ -53,29 +58,40 @@ class _Shape:
         logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.cap is None else paddle.tanh(logits / self.cap) * self.cap
 
-    def slope(self, gradient: Any, capped: Any) -> Any:
-        """The gradient of the products, from that of the logits; ``capped`` are the logits, if there is a cap."""
+    def slope(self, gradient: Any, logits: Any) -> Any:
+        """The gradient of the products, from that of the logits."""
         if self.cap is not None:
-            gradient = gradient.multiply_((capped / self.cap).square_().scale_(-1.0, 1.0))
+            gradient = gradient.multiply_((logits / self.cap).square_().scale_(-1.0, 1.0))
         return gradient if self.scale == 1.0 else gradient * self.scale
 
 
-def _chunk(part: Any, label: Any, weight: Any, shape: _Shape, vocabulary: Vocabulary) -> tuple[Any, Any, Any, Any, Any]:
-    """For some positions, in float32: the logits, if they are capped; the logits minus their maximum; the exponentials
-    of these, and their sum; and the losses."""
+def _chunk(part: Any, label: Any, weight: Any, shape: _Shape, vocabulary: Vocabulary) -> tuple[Any, Any, Any]:
+    """For n positions: the logits, float32 [n, columns that are here]; the losses, float64 [n, 1]; and the
+    probabilities, float32 [n, columns]."""
     logits = shape.logits(part, weight)
-    capped = None if shape.cap is None else logits
-    logits = logits - vocabulary.maximum(logits.max(axis=-1, keepdim=True))
-    exponentials = logits.exp()
+    if vocabulary.start is None:
+        return logits, *shape.kernels.cross_entropy(logits, label)
+    lower = logits - vocabulary.maximum(logits.max(axis=-1, keepdim=True))
+    exponentials = lower.exp()
     normaliser = vocabulary.total(row_sums(exponentials))
     column, here = _place(label, logits.shape[-1], vocabulary)
-    chosen = vocabulary.total(paddle.take_along_axis(logits, column, axis=-1) * here)
-    return capped, logits, exponentials, normaliser, normaliser.astype("float64").log() - chosen.astype("float64")
+    chosen = vocabulary.total(paddle.take_along_axis(lower, column, axis=-1) * here)
+    return logits, normaliser.astype("float64").log() - chosen.astype("float64"), exponentials / normaliser
 
 
 def _rows(weight: Any, transpose_y: bool) -> int:
     """How many positions a chunk has."""
-    return max(1, CHUNK_BYTES // (4 * (weight.shape[0] if transpose_y else weight.shape[1])))
+    columns = weight.shape[0] if transpose_y else weight.shape[1]
+    return max(1, chunk_bytes(None if weight.place.is_cpu_place() else _gpu_memory()) // (4 * columns))
+
+
+def chunk_bytes(gpu_memory: int | None) -> int:
+    """The size of a chunk of float32 logits on a GPU of so many bytes, or on a CPU."""
+    return CHUNK_BYTES if gpu_memory is None else max(CHUNK_BYTES, min(GPU_CHUNK_BYTES, gpu_memory // GPU_SHARE))
+
+
+def _gpu_memory() -> int:
+    return int(paddle.device.cuda.get_device_properties().total_memory)
 
 
 class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
@@ -96,13 +112,13 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
         hidden_grads, weight_grad = [], None
         for start in range(0, hidden.shape[0], rows):
             part, label = hidden[start : start + rows], labels[start : start + rows]
-            capped, _, exponentials, normaliser, losses = _chunk(part, label, weight, shape, vocabulary)
+            logits, losses, probabilities = _chunk(part, label, weight, shape, vocabulary)
             total += losses.sum()
             if not any(gradients):
                 continue
-            column, here = _place(label, exponentials.shape[-1], vocabulary)
-            difference = paddle.put_along_axis(exponentials / normaliser, column, -here, axis=-1, reduce="add")
-            difference = shape.slope(difference, capped).astype(hidden.dtype)
+            column, here = _place(label, probabilities.shape[-1], vocabulary)
+            difference = probabilities.put_along_axis_(column, -here, axis=-1, reduce="add")
+            difference = shape.slope(difference, logits).astype(hidden.dtype)
             if gradients[0]:
                 product = shape.kernels.product(difference, weight, transpose_y=not transpose_y)
                 hidden_grads.append(vocabulary.total(product))
@@ -150,7 +166,7 @@ def target_scores(hidden: Any, labels: np.ndarray, lm_head: Any) -> tuple[float,
     total, correct = paddle.zeros([], "float64"), paddle.zeros([], "int64")
     for start in range(0, chosen.shape[0], rows):
         part = label[start : start + rows]
-        _, logits, _, _, losses = _chunk(chosen[start : start + rows], part, lm_head.weight, shape, vocabulary)
+        logits, losses, _ = _chunk(chosen[start : start + rows], part, lm_head.weight, shape, vocabulary)
         total += losses.sum()
         correct += (_likeliest(logits, vocabulary) == part).astype("int64").sum()
     total, correct = paddle.stack([total, correct.astype("float64")]).tolist()
@@ -158,13 +174,14 @@ def target_scores(hidden: Any, labels: np.ndarray, lm_head: Any) -> tuple[float,
 
 
 def _likeliest(logits: Any, vocabulary: Vocabulary) -> Any:
-    """The likeliest token of each position, the first of equals; ``logits`` are less their maximum."""
+    """The likeliest token of each position, the first of equals."""
     best = logits.argmax(axis=-1)
     if vocabulary.start is None:
         return best
-    # The maximum is where 0 is: the least such token is the greatest of their negatives.
-    last = paddle.full_like(best, -(1 << 30))
-    return -vocabulary.maximum(paddle.where(logits.max(axis=-1) == 0.0, -(best + vocabulary.start), last))
+    # Where the maximum is in several processes, the least token is the greatest of the negatives.
+    own = logits.max(axis=-1)
+    highest, last = vocabulary.maximum(own.clone()), paddle.full_like(best, -(1 << 30))
+    return -vocabulary.maximum(paddle.where(own == highest, -(best + vocabulary.start), last))
 
 
 def _targets(hidden: Any, labels: np.ndarray) -> tuple[Any, Any | None]:

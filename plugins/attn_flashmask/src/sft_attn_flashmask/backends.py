@@ -6,9 +6,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import sft
+from sft_attn_flashmask import gpu
 from sft_attn_flashmask.masks import ColumnMask, column_masks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
     from sft import AttentionBackend, Run
@@ -39,24 +42,33 @@ class _Backend:
     packed = True
     caps = True
 
-    def __init__(self, describes_padding: bool) -> None:
+    def __init__(self, describes_padding: bool, say: Callable[[str], None] = lambda text: None) -> None:
         self.describes_padding = describes_padding
+        self._version = gpu.Version(say)
 
     def mask(self, ends: np.ndarray | None) -> _Mask | None:
         return None if ends is None else _Mask(ends)
 
     def attend(self, query: Any, key: Any, value: Any, mask: _Mask | None, cap: float | None = None) -> Any:
-        from paddle.nn.functional import flashmask_attention
-        from paddle.nn.functional.flash_attention import flash_attention
-
         from sft_attn_flashmask.blockwise import attention
 
         # paddle's kernels know no cap; float16 here is bfloat16 too.
         if cap is not None or not (query.place.is_gpu_place() and str(query.dtype).endswith("float16")):
             return attention(query, key, value, None if mask is None else mask.columns, cap=cap)
-        if mask is None:
-            return flash_attention(query, key, value, causal=True)[0]
-        return flashmask_attention(query, key, value, startend_row_indices=mask.indices, causal=True)
+        with self._version.chosen(query):
+            return gpu.compute(query, key, value, None if mask is None else mask.indices)
+
+
+def _backend(plugin: sft.Plugin, run: Run, config: Any, describes_padding: bool) -> AttentionBackend | None:
+    """None on a GPU whose kernels cannot compute it: there the blockwise implementation would be slow."""
+    if run is None:
+        return _Backend(describes_padding)
+    if gpu.on_gpu():
+        why = gpu.missing(run.precision.dtype, getattr(config, "head_size", None), config.attention_cap)
+        if why is not None:
+            run.say(f"{plugin.name}: {why}; attention is the core's own")
+            return None
+    return _Backend(describes_padding, run.say)
 
 
 class FlashAttention(sft.Plugin):
@@ -68,8 +80,8 @@ class FlashAttention(sft.Plugin):
     reference = "arXiv 2205.14135"
 
     @sft.hookimpl
-    def sft_attention_backend(self, run: Run, config: Any) -> AttentionBackend:
-        return _Backend(describes_padding=False)
+    def sft_attention_backend(self, run: Run, config: Any) -> AttentionBackend | None:
+        return _backend(self, run, config, describes_padding=False)
 
     @sft.hookimpl(optionalhook=True)
     def parallel_outline(self, outline: Any) -> None:
@@ -86,8 +98,8 @@ class FlashMask(sft.Plugin):
     supersedes = ("flash-attention",)
 
     @sft.hookimpl
-    def sft_attention_backend(self, run: Run, config: Any) -> AttentionBackend:
-        return _Backend(describes_padding=True)
+    def sft_attention_backend(self, run: Run, config: Any) -> AttentionBackend | None:
+        return _backend(self, run, config, describes_padding=True)
 
     @sft.hookimpl(optionalhook=True)
     def parallel_outline(self, outline: Any) -> None:

@@ -108,7 +108,9 @@ def test_16_bit_tensors_on_a_gpu_go_to_paddles_kernels(
     from paddle.nn.functional import flash_attention as module
 
     from sft.models.forward import hidden_states
+    from sft_attn_flashmask import gpu
 
+    monkeypatch.setattr(gpu, "capability", lambda: 80)
     found, batch, asked = backend_of(backend), batch_of(rows), []
     own = found.attend
 

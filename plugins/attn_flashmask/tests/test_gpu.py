@@ -10,7 +10,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from sft_attn_flashmask import gpu
@@ -131,24 +130,6 @@ def test_other_gpus_and_the_users_choice_keep_the_version_that_is_set(
     monkeypatch.setenv(gpu.FLAG, "2")
     assert attend(backend_of(said, "bfloat16")) == 2
     assert not said
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_right_operation_is_called(paddle: Any, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
-    from paddle.nn import functional
-    from paddle.nn.functional import flash_attention as module
-
-    calls: list[Any] = []
-    name = "flashmask_attention" if packed else "flash_attention"
-    monkeypatch.setattr(
-        functional if packed else module, name, lambda *given, **more: (calls.append((given, more)), None)[:1] * 2
-    )
-    indices = np.zeros((1, 1, 3, 1), np.int32) if packed else None
-    gpu.compute("q", "k", "v", indices)
-    ((given, more),) = calls
-    assert given == ("q", "k", "v")
-    assert more.pop("causal") is True
-    assert more == ({"startend_row_indices": indices} if packed else {})
 
 
 def test_flashmask_wishes_to_be_active_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

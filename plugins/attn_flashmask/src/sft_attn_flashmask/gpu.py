@@ -116,13 +116,13 @@ def compare(dtype: str, size: int) -> str | None:
         for indices in (None, paddle.to_tensor(ends)):
             results = []
             for version in (2, 3):
-                *inputs, slope = (paddle.to_tensor(array).astype(dtype).detach() for array in given)
-                for tensor in inputs:
+                q, k, v, slope = (paddle.to_tensor(array).astype(dtype).detach() for array in given)
+                for tensor in (q, k, v):
                     tensor.stop_gradient = False
                 with _version(version), paddle.amp.auto_cast(enable=False), paddle.enable_grad():
-                    y = compute(*inputs, indices)
+                    y = compute(q, k, v, indices)
                     (y * slope).sum().backward()
-                results.append([tensor.astype("float32") for tensor in (y, *(tensor.grad for tensor in inputs))])
+                results.append([tensor.astype("float32") for tensor in (y, q.grad, k.grad, v.grad)])
             apart = max(float((one - other).norm() / one.norm()) for one, other in zip(*results, strict=True))
             if not apart <= CLOSE:
                 return f"differs by {apart:.2g}"

@@ -21,3 +21,10 @@ class Precision:
         import paddle
 
         return paddle.amp.auto_cast(dtype=self.dtype, level="O1" if self.weights == "float32" else "O2")
+
+
+def product_dtype(x: Any) -> Any:
+    """The paddle dtype in which a matrix product of ``x`` is computed here."""
+    import paddle
+
+    return getattr(paddle, paddle.get_autocast_dtype()) if paddle.is_autocast_enabled() else x.dtype

@@ -65,7 +65,7 @@ class Learning:
 
     def loss(self, hidden: Any, batch: Batch) -> Any:
         with self.run.precision.autocast():
-            return target_loss(hidden, batch.labels, self.run.model.lm_head)
+            return target_loss(hidden, batch.labels, self.run.model.lm_head, self.weight or 1.0)
 
     def backward(self, loss: Any) -> None:
         with self.sums.backward():

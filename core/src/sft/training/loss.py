@@ -13,6 +13,7 @@ from sft.distributed.meeting import Vocabulary
 from sft.models.forward import hidden_states
 from sft.models.kernels import PLAIN, Kernels
 from sft.models.sums import row_sums
+from sft.precision import product_dtype
 from sft.seams import Batch
 
 CHUNK_BYTES = 64 << 20
@@ -95,7 +96,11 @@ def _gpu_memory() -> int:
 
 
 class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
-    """Sum over positions of -log softmax(h W)[label], with both gradients computed beside it, chunk by chunk."""
+    """Sum over positions of -log softmax(h W)[label], with both gradients computed beside it, chunk by chunk.
+
+    Gradients are of ``factor`` times the sum, which is what goes backward. In 16 bits softmax - onehot is rounded, and
+    of float16 its small values would be lost before a loss scale that came later could save them.
+    """
 
     @staticmethod
     def forward(
@@ -106,6 +111,7 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
         shape: _Shape,
         gradients: tuple[bool, bool],
         vocabulary: Vocabulary,
+        factor: float,
     ) -> Any:
         rows, transpose_y = _rows(weight, shape.transpose_y), shape.transpose_y
         total = paddle.zeros([], "float64")
@@ -118,33 +124,36 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
                 continue
             column, here = _place(label, probabilities.shape[-1], vocabulary)
             difference = probabilities.put_along_axis_(column, -here, axis=-1, reduce="add")
-            difference = shape.slope(difference, logits).astype(hidden.dtype)
+            difference = shape.slope(difference, logits)
+            difference = (difference if factor == 1.0 else difference.scale_(factor)).astype(hidden.dtype)
             if gradients[0]:
                 product = shape.kernels.product(difference, weight, transpose_y=not transpose_y)
                 hidden_grads.append(vocabulary.total(product))
             if gradients[1]:
                 left, right = (difference, part) if transpose_y else (part, difference)
-                share = shape.kernels.product(left, right, transpose_x=True)
+                share = shape.kernels.product(left, right, transpose_x=True).astype("float32")  # 16 bits lose summands
                 weight_grad = share if weight_grad is None else weight_grad.add_(share)
-        ctx.gradients = gradients
-        ctx.grads = (paddle.concat(hidden_grads) if hidden_grads else None, weight_grad)
+        hidden_grad = paddle.concat(hidden_grads).astype(hidden.dtype) if hidden_grads else None
+        ctx.grads = (hidden_grad, None if weight_grad is None else weight_grad.astype(weight.dtype))
+        ctx.factor = factor
         return total.astype("float32")
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
         hidden_grad, weight_grad = ctx.grads
-        ctx.grads = None
+        ctx.grads, upstream = None, upstream / ctx.factor
         hidden_grad = None if hidden_grad is None else hidden_grad * upstream.astype(hidden_grad.dtype)
         weight_grad = None if weight_grad is None else weight_grad * upstream.astype(weight_grad.dtype)
         return hidden_grad, weight_grad, None
 
 
-def target_loss(hidden: Any, labels: np.ndarray, lm_head: Any) -> Any:
+def target_loss(hidden: Any, labels: np.ndarray, lm_head: Any, factor: float = 1.0) -> Any:
     """The summed cross-entropy (nats, a scalar float32 tensor) of all positions with a label.
 
     ``hidden`` [B, S, hidden]; ``labels`` numpy int64 [B, S], already shifted, -100 where there is no target;
     ``lm_head`` has a ``weight`` [hidden, V] ([V, hidden] where it has ``transpose_y``), and may have a ``scale`` and a
-    ``cap`` for the logits, and a ``vocabulary`` where processes share it.
+    ``cap`` for the logits, and a ``vocabulary`` where processes share it. ``factor`` is what the loss is going to be
+    multiplied with before it goes backward, not 0: gradients in 16 bits have it before they are rounded.
     """
     chosen, label = _targets(hidden, labels)
     if label is None:
@@ -152,7 +161,10 @@ def target_loss(hidden: Any, labels: np.ndarray, lm_head: Any) -> Any:
     weight = lm_head.weight
     learning = paddle.is_grad_enabled()
     gradients = (learning and not chosen.stop_gradient, learning and not weight.stop_gradient)
-    return _ChunkedCrossEntropy.apply(chosen, weight, label, _Shape.of(lm_head), gradients, _vocabulary(lm_head))
+    factor = 1.0 if product_dtype(hidden) == paddle.float32 else factor
+    return _ChunkedCrossEntropy.apply(
+        chosen, weight, label, _Shape.of(lm_head), gradients, _vocabulary(lm_head), factor
+    )
 
 
 @paddle.no_grad()

@@ -157,7 +157,7 @@ def last_kept(outline: Outline, shape: Shape, precision: Precision) -> int:
     """Of the last norm and the loss, until backward: the loss keeps its gradients instead of logits."""
     narrow = precision.products // 8
     kept = norm_kept(outline, shape) + shape.targets * outline.hidden * narrow
-    return kept + _head_gradient(outline, shape, precision)
+    return kept + _head_gradient(outline, shape, precision.weights)
 
 
 def logits(outline: Outline, shape: Shape, precision: Precision) -> int:
@@ -172,10 +172,10 @@ def logits(outline: Outline, shape: Shape, precision: Precision) -> int:
         return states + capped * chunk + max(4 * chunk, 3 * chunk + last_kept(outline, shape, precision))
     # What is left of the chunk before is still there while the next one is made.
     second, chunks = 4 * min(rows, shape.targets - rows) * width, -(-shape.targets // rows)
-    heads = min(2, chunks - 1) * _head_gradient(outline, shape, precision)
+    heads = min(2, chunks - 1) * _head_gradient(outline, shape, 32)  # which adds up in float32
     return states + capped * (chunk + second) + max(4 * chunk, 3 * chunk + 2 * second + heads)
 
 
-def _head_gradient(outline: Outline, shape: Shape, precision: Precision) -> int:
+def _head_gradient(outline: Outline, shape: Shape, bits: int) -> int:
     weight = outline.embedding if outline.head is None else outline.head
-    return weight.size // shape.tensor * precision.weights // 8 if weight.trains else 0
+    return weight.size // shape.tensor * bits // 8 if weight.trains else 0

@@ -26,6 +26,8 @@ from sft_parallel_4d.watch import Watch
 deed, folder = sys.argv[1], Path(sys.argv[2])
 rank, world = int(os.environ["PADDLE_TRAINER_ID"]), int(os.environ["PADDLE_TRAINERS_NUM"])
 (folder / f"pid{rank}").write_text(str(os.getpid()))
+names = "CUDA_VISIBLE_DEVICES", "FLAGS_selected_gpus", "PADDLE_DISTRI_BACKEND"
+(folder / f"devices{rank}").write_text(str([os.environ.get(name) for name in names]))
 print("hello from", rank, time.time(), flush=True)
 print("quietly", rank, file=sys.stderr, flush=True)
 watch = Watch(rank, world, 1 if deed == "stopped" else 60, launch.report)
@@ -102,15 +104,20 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_rank_0_is_heard_live_and_alone(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("visible", ["", pytest.param("0", marks=pytest.mark.slow)], ids=["none", "device cpu"])
+def test_rank_0_is_heard_live_and_alone_and_no_rank_sees_a_gpu(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, visible: str
 ) -> None:
+    """Where the user hides them all, and where the run is on CPUs while a machine has one GPU for two ranks."""
     prepare(tmp_path, monkeypatch)
     monkeypatch.setenv("PADDLE_MASTER", "192.0.2.1:1")  # of another job
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # paddle's launcher would see a GPU
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     said: dict[str, float] = {}
-    assert start(["program", "end", str(tmp_path)], 2, lambda line: said.update({line: time.time()})) == 0
+    command = ["program", "end", str(tmp_path)]
+    assert start(command, 2, lambda line: said.update({line: time.time()}), on_cpu=visible != "") == 0
     nothing_is_left(tmp_path)
+    for rank in range(2):
+        assert (tmp_path / f"devices{rank}").read_text() == "['', None, 'gloo']"
     hello, end = said
     assert hello.startswith("hello from 0 ")
     assert end == "the end"
@@ -226,3 +233,11 @@ def test_the_launcher_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     with pytest.raises(sft.SftError, match=r"Paddle's launcher ended with exit code 1[^$]*Invalid truth value"):
         launch({}, 2, print)
     nothing_is_left(tmp_path)
+
+
+@pytest.mark.parametrize(("device", "on_cpu"), [("cpu", True), ("gpu", False), (None, False)])
+def test_a_run_on_cpus_starts_its_ranks_on_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str | None, on_cpu: bool
+) -> None:
+    monkeypatch.setattr("sft_parallel_4d.launch.start", lambda *_, on_cpu: int(on_cpu))
+    assert launch({"device": device, "nproc": 2}, 2, print) == on_cpu

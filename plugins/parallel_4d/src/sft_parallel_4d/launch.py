@@ -44,11 +44,19 @@ def launch(values: Mapping[str, Any], nproc: int, say: Callable[[str], None]) ->
     this process ends in any other way, all ranks end.
     """
     settings = {name: value for name, value in values.items() if name != "nproc"}
-    return start(["sft", "run", "settings.json"], nproc, say, {"settings.json": json.dumps(settings, default=str)})
+    files = {"settings.json": json.dumps(settings, default=str)}
+    return start(["sft", "run", "settings.json"], nproc, say, files, on_cpu=values.get("device") == "cpu")
 
 
-def start(command: list[str], nproc: int, say: Callable[[str], None], files: Mapping[str, str] | None = None) -> int:
-    """:func:`launch` for ``python -m COMMAND``; an argument that is one of ``files`` is replaced by its path."""
+def start(
+    command: list[str],
+    nproc: int,
+    say: Callable[[str], None],
+    files: Mapping[str, str] | None = None,
+    on_cpu: bool = False,
+) -> int:
+    """:func:`launch` for ``python -m COMMAND``; an argument that is one of ``files`` is replaced by its path. With
+    ``on_cpu`` the ranks see no GPU."""
     if FOLDER in os.environ or int(os.environ.get("PADDLE_TRAINERS_NUM") or 1) > 1:
         raise UsageError("nproc: this is already one of several processes; leave nproc to one of them, the launcher.")
     files = files or {}
@@ -65,7 +73,7 @@ def start(command: list[str], nproc: int, say: Callable[[str], None], files: Map
         with (folder / "launcher.log").open("wb") as log:
             process = subprocess.Popen(
                 launcher,
-                env=_environment(folder, nproc),
+                env=_environment(folder, nproc, on_cpu),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -102,6 +110,7 @@ def enter_rank() -> None:
     """At the start of a rank: what rank 0 prints is kept apart from what goes to its standard error."""
     if HIDDEN in os.environ:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.pop("FLAGS_selected_gpus", None)
     if os.environ["PADDLE_TRAINER_ID"] == "0":
         with open(Path(os.environ[FOLDER]) / "stdout", "ab") as file:
             os.dup2(file.fileno(), 1)
@@ -146,16 +155,18 @@ def _sentence(error: BaseException) -> str:
     return str(error) if isinstance(error, (SftError, OSError)) else f"{type(error).__name__}: {error}"
 
 
-def _environment(folder: Path, nproc: int) -> dict[str, str]:
+def _environment(folder: Path, nproc: int, on_cpu: bool) -> dict[str, str]:
     environ = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     environ[FOLDER] = str(folder)
     environ.setdefault("PORT_RANGE", "20000:32000")  # below those that systems give to any connection
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environ.setdefault("GLOG_minloglevel", "1")  # paddle's notes on which socket it has connected
     environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))  # each rank would take them all
-    if environ.get("CUDA_VISIBLE_DEVICES") == "":  # the launcher takes it for one GPU without a number
-        del environ["CUDA_VISIBLE_DEVICES"]
+    if on_cpu or environ.get("CUDA_VISIBLE_DEVICES") == "":
+        # The launcher would give each rank one of the GPUs that it finds, or fail for want of them; an empty variable
+        # is one GPU to it. So it gets as many as it wants, and each rank hides them before paddle is imported.
         environ |= {HIDDEN: "1", "PADDLE_DISTRI_BACKEND": "gloo"}
+        environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(nproc)))
     return environ
 
 

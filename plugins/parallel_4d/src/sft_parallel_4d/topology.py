@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,10 +134,15 @@ def connect(plan: Plan) -> Topology:
         "pp_degree": plan.pipeline,
         "sep_degree": 1,
     }
+    device = paddle.device.get_device()
+    if device == "cpu":  # fleet takes NCCL, and this process to its GPU, wherever paddle is built with CUDA
+        os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
     # What paddle says of its flags and groups is not for users.
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fleet.init(is_collective=True, strategy=strategy)
+    if device == "cpu":
+        paddle.device.set_device(device)
     hcg = fleet.get_hybrid_communicate_group()
     world = Axis(distributed.get_rank(), distributed.get_group(0))
     return Topology(

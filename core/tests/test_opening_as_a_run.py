@@ -12,6 +12,7 @@ import pytest
 from typed_commands import MODEL, Type
 
 import sft
+from sft.precision import Precision
 
 COMMANDS = [
     ("generate", ["--prompt", "x"]),
@@ -25,7 +26,7 @@ COMMANDS = [
     ("settings", "message"),
     [
         (["--device", "moon"], "There is no device 'moon'; give cpu, gpu or gpu:N."),
-        (["--device", "cpu", "--bf16", "true", "--require_precision"], "bf16 is asked for, and paddle has no bfloat16"),
+        (["--device", "cpu", "--fp16", "true", "--require_precision"], "fp16 is asked for, and paddle has no float16"),
         (["--bf16", "true", "--fp16", "true"], "bf16 and fp16 are both set; leave one of them out."),
         (["--fp16_opt_level", "O2"], "fp16_opt_level does nothing, for neither bf16 nor fp16 is set"),
     ],
@@ -42,27 +43,27 @@ def test_device_and_precision_are_those_of_a_run(
 def test_weights_and_products_have_the_precision_that_is_set(
     typed: Type, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where the device can: a CPU has no 16-bit products in paddle, and is told that it has."""
+    """As where the device can: this one is told that it can."""
     from sft.training import precision
 
-    opened: list[tuple[str, str]] = []
+    opened: list[tuple[Precision, str]] = []
 
     class OpenedError(sft.SftError):
         pass
 
-    def load(source: Any, quantizer: Any, dtype: str, **more: Any) -> Any:
-        opened.append((dtype, source.folder.name))
+    def load(source: Any, quantizer: Any, precision: Precision, **more: Any) -> Any:
+        opened.append((precision, source.folder.name))
         raise OpenedError
 
-    monkeypatch.setattr(precision, "has_matmul", lambda dtype: True)
+    monkeypatch.setattr(precision, "lacking", lambda dtype, device: None)
     monkeypatch.setattr("sft.models.loading.load_model", load)
     for half, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        for level, weights in (("O1", "float32"), ("O2", dtype)):
+        for level, frozen in (([], dtype), (["--fp16_opt_level", "O1"], "float32")):
             for command, arguments in COMMANDS:
                 line = [str(dataset) if word == "DATA" else word for word in arguments]
                 with pytest.raises(OpenedError):
-                    typed(command, *line, f"--{half}", "true", "--fp16_opt_level", level)
-                assert opened.pop() == (weights, MODEL)
+                    typed(command, *line, f"--{half}", "true", *level)
+                assert opened.pop() == (Precision(dtype, "float32", frozen), MODEL)
 
 
 def test_evaluate_refuses_an_attention_that_cannot_compute_the_model(

@@ -19,13 +19,13 @@ from sft.training.precision import LossScale
 FLOAT16 = Precision("float16", "float32")
 
 
-def chosen(paddle: Any, **training: Any) -> tuple[Precision, list[str]]:
+def chosen(paddle: Any, frozen: bool = True, **training: Any) -> tuple[Precision, list[str]]:
     said: list[str] = []
-    return precision.choose_precision(TrainingArguments(**training), said.append), said
+    return precision.choose_precision(TrainingArguments(**training), training, frozen, said.append), said
 
 
 def test_float32_without_a_word(paddle: Any) -> None:
-    assert chosen(paddle) == (Precision("float32", "float32"), [])
+    assert chosen(paddle) == (Precision("float32", "float32", "float32"), [])
 
 
 def test_the_device_is_asked_by_trying(paddle: Any) -> None:
@@ -33,40 +33,83 @@ def test_the_device_is_asked_by_trying(paddle: Any) -> None:
     assert not precision.has_matmul("int8")
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16")])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("bf16", "this processor has neither avx512_bf16 nor amx_bf16"),
+        ("fp16", "paddle has no float16 matrix product on cpu"),
+    ],
+)
 def test_what_the_device_cannot_do_is_said_and_computed_in_float32(
-    paddle: Any, name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+    paddle: Any, name: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "has_matmul", lambda dtype: False)
+    monkeypatch.setattr("sft.runtime.cpu_flags", lambda: {"avx2", "avx512f"})
     found, said = chosen(paddle, **{name: True})
     assert found == Precision()
-    assert len(said) == 1
-    assert f"{name} is asked for" in said[0]
-    assert "computing in float32" in said[0]
-    with pytest.raises(sft.UsageError, match=f"{name} is asked for, and paddle has no {dtype} matrix product"):
+    how = "computing in float32 (require_precision makes this an error)"
+    assert said == [f"precision: {name} is asked for, and {reason}: {how}"]
+    with pytest.raises(sft.UsageError, match=f"^{name} is asked for, and {reason}; leave {name} out, or leave require"):
         chosen(paddle, **{name: True}, require_precision=True)
 
 
+HELD = {
+    "narrow": "frozen matrices are held in {}, other weights in float32",
+    "wide": "weights are held in float32",
+    "masters": "weights are held in {}, what trains has float32 masters",
+}
+
+
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("settings", "frozen", "expected", "held"),
     [
-        ({"bf16": True}, Precision("bfloat16", "float32")),
-        ({"bf16": True, "fp16_opt_level": "O2"}, Precision("bfloat16", "bfloat16")),
-        ({"fp16": True, "fp16_opt_level": "O1"}, Precision("float16", "float32")),
-        ({"fp16": True, "fp16_opt_level": "O2"}, Precision("float16", "float16")),
-        ({"fp16_opt_level": "O2"}, Precision("float32", "float32")),
+        ({"bf16": True}, True, ("bfloat16", "float32", "bfloat16"), "narrow"),
+        ({"bf16": True}, False, ("bfloat16", "float32", "float32"), "wide"),
+        ({"bf16": True, "fp16_opt_level": "O1"}, True, ("bfloat16", "float32", "float32"), "wide"),
+        ({"bf16": True, "fp16_opt_level": "O2"}, True, ("bfloat16", "bfloat16", "bfloat16"), "masters"),
+        ({"fp16": True}, True, ("float16", "float32", "float16"), "narrow"),
+        ({"fp16": True, "fp16_opt_level": "O1"}, True, ("float16", "float32", "float32"), "wide"),
+        ({"fp16": True, "fp16_opt_level": "O2"}, False, ("float16", "float16", "float16"), "masters"),
     ],
 )
-def test_levels(paddle: Any, settings: dict[str, Any], expected: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_levels_on_a_gpu(
+    paddle: Any,
+    settings: dict[str, Any],
+    frozen: bool,
+    expected: tuple[str, str, str],
+    held: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(precision, "has_matmul", lambda dtype: True)
-    assert chosen(paddle, **settings) == (expected, [])
+    monkeypatch.setattr(paddle.device, "get_device", lambda: "gpu:0")
+    line = f"precision: {expected[0]} products; {HELD[held].format(expected[0])}"
+    assert chosen(paddle, frozen, **settings) == (Precision(*expected), [line])
+
+
+@pytest.mark.parametrize(
+    ("settings", "frozen", "held", "more"),
+    [
+        ({}, True, "narrow", ""),
+        ({}, False, "wide", ""),
+        ({"fp16_opt_level": "O1"}, True, "wide", ""),
+        ({"fp16_opt_level": "O2"}, True, "narrow", "; fp16_opt_level O2 is more than a CPU can do"),
+        ({"fp16_opt_level": "O2"}, False, "wide", "; fp16_opt_level O2 is more than a CPU can do"),
+    ],
+)
+def test_levels_on_a_cpu(
+    paddle: Any, settings: dict[str, Any], frozen: bool, held: str, more: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sft.models.onednn.why_not", lambda: None)
+    found, said = chosen(paddle, frozen, bf16=True, **settings)
+    assert found == Precision("bfloat16", "float32", "bfloat16" if held == "narrow" else "float32")
+    how = "bfloat16 products with float32 sums, by paddle's oneDNN"
+    assert said == [f"precision: {how}; {HELD[held].format('bfloat16')}{more}"]
 
 
 def test_weights_of_16_bits_are_those_of_the_file_rounded(paddle: Any, models: Path) -> None:
     from sft.models.loading import load_model, open_model
 
     source = open_model(models / "llama-tied-gqa")
-    wide, narrow = load_model(source), load_model(source, dtype="bfloat16")
+    wide, narrow = load_model(source), load_model(source, precision=Precision("bfloat16", "bfloat16", "bfloat16"))
     for (name, one), (_, other) in zip(wide.named_parameters(), narrow.named_parameters(), strict=True):
         assert other.dtype == paddle.bfloat16
         expected = one.astype("bfloat16").astype("float32").numpy()

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from sft.models.kernels import PLAIN, Kernels, Linear
     from sft.models.layers import Target, linear_weight, matching, module_names, target_layers
     from sft.models.loading import open_model
+    from sft.models.own_kernels import own_kernels
     from sft.models.recompute import recomputed
     from sft.models.rotary import Rotary
     from sft.models.shards import parse_size
@@ -85,6 +86,7 @@ _LAZY = {
     "check_continued": "sft.training.resume_checks",
     "module_names": "sft.models.layers",
     "prepare": "sft.runtime",
+    "own_kernels": "sft.models.own_kernels",
     "recomputed": "sft.models.recompute",
     "read_adapter": "sft.models.adapter_folder",
     "run": "sft.fine_tune",
@@ -153,6 +155,7 @@ __all__ = [
     "module_names",
     "open_model",
     "option",
+    "own_kernels",
     "parse_size",
     "prepare",
     "read_adapter",

@@ -121,7 +121,9 @@ class Run:
     )
     tokenizer: Tokenizer = since("sft_collator", "The tokenizer, with its chat template.")
     precision: Precision = since(
-        "sft_collator", "The dtypes of the run: `dtype` of matrix products, `weights` of the model; `autocast()`."
+        "sft_collator",
+        "The dtypes of the run: `dtype` of matrix products, `weights` of the model, `frozen` of its matrices that do "
+        "not train; `autocast()`.",
     )
     step: int = since("sft_collator", "The last optimizer step that was made, from 1; 0 before the first.")
     strategy: ParallelStrategy = since(

@@ -117,7 +117,8 @@ def _set_up(run: CoreRun) -> None:
     if run.settings.training.device is not None:
         runtime.use_device(run.settings.training.device)
     run.arithmetic = runtime.arithmetic()
-    run.precision = choose_precision(run.settings.training, run.say)
+    settings = run.settings
+    run.precision = choose_precision(settings.training, settings.given, run.exports_adapter, run.say)
     run.collator = run.hook.sft_collator(run=run) or PaddedCollator(run.tokenizer.pad_id)
     run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess()
     set_up(run)

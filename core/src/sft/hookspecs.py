@@ -131,8 +131,7 @@ def sft_quantizer(run: Run | None) -> Quantizer:
     """What takes the place of the transformer blocks' Linear layers while weights stream in.
 
     Where a model is loaded outside a run, for answers, ``sft evaluate`` or ``sft merge``, ``run`` is None and only the
-    plugin's options count. By default layers stay Linear layers, with weights in float32, or in the 16-bit dtype that
-    was asked for with ``fp16_opt_level`` O2.
+    plugin's options count. By default layers stay Linear layers, with weights as ``run.precision`` says.
 
     From here on ``run`` has ``strategy``.
     """

@@ -9,18 +9,26 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Precision:
-    """``dtype`` "float32", "bfloat16" or "float16" of matrix products; ``weights`` is that of the model's weights."""
+    """``dtype`` "float32", "bfloat16" or "float16" is that of matrix products, ``weights`` that of the model's
+    weights, and ``frozen`` that of the matrices of a base that does not train."""
 
     dtype: str = "float32"
     weights: str = "float32"
+    frozen: str = "float32"
 
     def autocast(self) -> Any:
-        """The context in which the model goes forward."""
+        """The context in which the model goes forward. On a CPU it changes nothing: there kernels of the model's own
+        compute in 16 bits."""
         if self.dtype == "float32":
             return contextlib.nullcontext()
         import paddle
 
+        if paddle.device.get_device() == "cpu":
+            return contextlib.nullcontext()
         return paddle.amp.auto_cast(dtype=self.dtype, level="O1" if self.weights == "float32" else "O2")
+
+
+FLOAT32 = Precision()
 
 
 def product_dtype(x: Any) -> Any:

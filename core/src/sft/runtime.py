@@ -98,7 +98,7 @@ def prepare() -> str:
     global _default_device
     if not imported:
         _default_device = paddle.device.get_device()
-    openmp = _library("libiomp5.so")
+    openmp = library("libiomp5.so")
     if openmp is not None and "OMP_NUM_THREADS" in _own:
         openmp.omp_set_num_threads(int(_settled["OMP_NUM_THREADS"]))
     parts = [f"{name}={value}" + ("" if name in _own else " (yours)") for name, value in _settled.items()]
@@ -144,7 +144,7 @@ def _began_with(name: str) -> bool:
         return False
 
 
-def _library(name: str) -> ctypes.CDLL | None:
+def library(name: str) -> ctypes.CDLL | None:
     """A library of the imported paddle's own; None where this build has none."""
     import paddle
 
@@ -157,7 +157,7 @@ def mkl_path() -> int | None:
 
     It chooses at the first product, or here.
     """
-    mkl = _library("libmklml_intel.so")
+    mkl = library("libmklml_intel.so")
     return None if mkl is None or not hasattr(mkl, "mkl_serv_cpu_detect") else int(mkl.mkl_serv_cpu_detect())
 
 
@@ -293,7 +293,7 @@ def arithmetic() -> dict[str, Any]:
     """What, beside settings and data, the last bits of this thread's results depend on, as it is in effect."""
     import paddle
 
-    openmp, mkl = _library("libiomp5.so"), _library("libmklml_intel.so")
+    openmp, mkl = library("libiomp5.so"), library("libmklml_intel.so")
     _, control = _control()
     found: dict[str, Any] = {
         "paddle": paddle.__version__,
@@ -317,12 +317,17 @@ _FEATURES = ("avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512
 """Of a processor's instructions those by which paddle, MKL and oneDNN choose what to run."""
 
 
-def _cpu_features() -> str:
+def cpu_flags() -> set[str]:
+    """The instructions that the processor has, as Linux names them; empty where the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return ""
-    found = next((line for line in lines if line.startswith(("flags", "Features"))), "").partition(":")[2].split()
+        return set()
+    return set(next((line for line in lines if line.startswith(("flags", "Features"))), "").partition(":")[2].split())
+
+
+def _cpu_features() -> str:
+    found = cpu_flags()
     return " ".join(feature for feature in _FEATURES if feature in found)
 
 

@@ -17,6 +17,7 @@ import sft.settings.arguments
 from sft.distributed.parts import is_elsewhere
 from sft.models.decoder import CausalLM
 from sft.models.loading import load_model, open_model
+from sft.precision import Precision as Weights
 from sft.testing import make_model, needs
 from sft.training.loss import batch_loss
 from sft.training.optimizer import Optimizer, default_groups
@@ -59,7 +60,7 @@ def sft_config(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_optimizer_bytes_are_those_of_its_state(paddle: Any, models: Path, case: str, dtype: str) -> None:
-    model = load_model(open_model(models / case), dtype=dtype)
+    model = load_model(open_model(models / case), precision=Weights(dtype, dtype, dtype))
     parameters = dict(model.named_parameters())
     optimizer = Optimizer(default_groups(parameters, 0.0), sft.settings.arguments.TrainingArguments())
     for parameter in parameters.values():

@@ -23,7 +23,7 @@ OPENING = ("allow_pickle", "device", "bf16", "fp16", "fp16_opt_level", "require_
 
 OPENING_HELP = {
     "fp16": "compute in float16 where the device can",
-    "fp16_opt_level": "O1: float32 weights, 16-bit operations; O2: 16-bit weights",
+    "fp16_opt_level": "O1: float32 weights, 16-bit operations; O2, or unset: 16-bit weights",
 }
 
 GENERATION = ("max_new_tokens", "top_k", "top_p", "temperature", "seed")

@@ -28,5 +28,11 @@ def set_value(parameter: Any, value: np.ndarray) -> None:
     """Give a parameter the float32 ``value``, rounded to its dtype."""
     import paddle
 
-    value = np.ascontiguousarray(value)
-    parameter.set_value(value if parameter.dtype == paddle.float32 else paddle.to_tensor(value).astype(parameter.dtype))
+    value = np.ascontiguousarray(value)  # and what it is a view of is let go
+    if parameter.dtype == paddle.bfloat16:
+        import ml_dtypes
+
+        value = value.astype(ml_dtypes.bfloat16).view(np.uint16)  # as paddle takes it
+    elif parameter.dtype == paddle.float16:
+        value = value.astype(np.float16)
+    parameter.set_value(value)

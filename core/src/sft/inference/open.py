@@ -141,7 +141,7 @@ def use(settings: Settings, say: Callable[[str], None]) -> Precision:
 
     if settings.training.device is not None:
         runtime.use_device(settings.training.device)
-    return choose_precision(settings.training, say)
+    return choose_precision(settings.training, settings.given, True, say)
 
 
 def load_adapted(
@@ -159,7 +159,7 @@ def load_adapted(
     from sft.models.setup import kernels_for
 
     quantizer = plugins.hook.sft_quantizer(run=None)
-    loaded = load_model(source, quantizer, precision.weights, progress=progress)
+    loaded = load_model(source, quantizer, precision, progress=progress)
     _, total = sizes(dict(loaded.named_parameters()), loaded)
     progress.say(f"model: {total:,} parameters{held_by(plugins.provider('sft_quantizer'), loaded)}")
     if adapter is not None:

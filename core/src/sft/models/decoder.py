@@ -63,7 +63,7 @@ class Decoder(nn.Layer):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(architecture.vocabulary, architecture.hidden)
+        self.embed_tokens = Embedding(architecture.vocabulary, architecture.hidden)
         self.layers = nn.LayerList(
             [DecoderBlock(architecture, block, number) for number, block in enumerate(architecture.blocks)]
         )
@@ -81,6 +81,19 @@ class Decoder(nn.Layer):
         for block in self.layers:
             hidden = recomputed(block, hidden, reading) if recompute else block(hidden, reading)
         return self.meeting.end(self.norm(hidden))
+
+
+class Embedding(nn.Embedding):
+    """Tokens → rows of the matrix, in the type of the residual stream, which the matrix may be narrower than."""
+
+    narrows = True
+
+    def __init__(self, vocabulary: int, hidden: int) -> None:
+        super().__init__(vocabulary, hidden)
+        self.stream = paddle.get_default_dtype()
+
+    def forward(self, tokens: Any) -> Any:
+        return super().forward(tokens).astype(self.stream)
 
 
 class DecoderBlock(nn.Layer):
@@ -243,6 +256,7 @@ class Head(nn.Layer):
     """Hidden states → logits: W [hidden, V], or the embedding [V, hidden], transposed."""
 
     kernels = PLAIN
+    narrows = True
     vocabulary = Vocabulary()
 
     def __init__(self, architecture: Architecture, embedding: Any | None) -> None:

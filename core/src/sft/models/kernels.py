@@ -65,9 +65,15 @@ PLAIN = Kernels()
 
 
 class Linear(paddle.nn.Linear):
-    """A Linear of the decoder: paddle's, computed by the model's kernels."""
+    """A Linear of the decoder: paddle's, computed by the model's kernels.
+
+    Attributes:
+        narrows: Whether its ``weight`` may be held in 16 bits in a model that is float32: what computes with it takes
+            both. Other layers that say so have a ``weight`` of which the same is true.
+    """
 
     kernels = PLAIN
+    narrows = True
 
     def forward(self, x: Any) -> Any:
         return self.kernels.linear(x, self.weight, self.bias)

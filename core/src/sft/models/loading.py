@@ -24,6 +24,7 @@ from sft.models.layers import Target, target_layers
 from sft.models.source import ModelFolder, Weights, find_config, find_model, weight_files
 from sft.models.stacked import Part
 from sft.plugins.calls import checked, checking
+from sft.precision import FLOAT32, Precision
 from sft.progress import Progress
 
 if TYPE_CHECKING:
@@ -164,17 +165,17 @@ def _family(values: dict[str, Any], where: Path, plugins: Plugins | None) -> tup
 def load_model(
     source: ModelSource,
     quantizer: Quantizer | None = None,
-    dtype: str = "float32",
+    precision: Precision = FLOAT32,
     strategy: ParallelStrategy | None = None,
     progress: Progress | None = None,
 ) -> Any:
-    """The model with weights of ``dtype``; with ``quantizer`` its quantized Linears never existed in float. With a
-    ``strategy``, what this process holds of it.
+    """The model with weights as ``precision`` has them; with ``quantizer`` its quantized Linears never existed in
+    float. With a ``strategy``, what this process holds of it.
 
     Raises :class:`UsageError` naming the tensors that are missing, left over, or of another shape.
     """
     held = strategy or WholeModel()
-    model = build_model(source, dtype)
+    model = build_model(source, precision)
     held.divide(model)
     fill(model, source, held, quantizer, progress)
     model.eval()
@@ -204,20 +205,34 @@ def fill(
             strategy.store(parameter, partial(_read, stored[name], weights, source))
 
 
-def build_model(source: ModelSource, dtype: str) -> Any:
+def build_model(source: ModelSource, precision: Precision = FLOAT32) -> Any:
     """The model with unallocated parameters."""
     import paddle
 
     from sft.models.decoder import CausalLM
 
     before = paddle.get_default_dtype()
-    paddle.set_default_dtype(dtype)
+    paddle.set_default_dtype(precision.weights)
     try:
         with paddle.LazyGuard():
             build: Callable[[Any], Any] = source.family.build or CausalLM
-            return build(source.architecture)
+            model = build(source.architecture)
+            if precision.frozen != precision.weights:
+                _narrow(model, precision.frozen)
+            return model
     finally:
         paddle.set_default_dtype(before)
+
+
+def _narrow(model: Any, dtype: str) -> None:
+    """Give ``dtype`` to the matrices that may be narrower than the rest of the model; a tied one stays tied."""
+    narrowed: dict[int, Any] = {}
+    for layer in model.sublayers():
+        if getattr(layer, "narrows", False):
+            wide = layer.weight
+            if id(wide) not in narrowed:
+                narrowed[id(wide)] = layer.create_parameter(list(wide.shape), dtype=dtype)
+            layer.weight = narrowed[id(wide)]
 
 
 def _quantize(

@@ -70,7 +70,7 @@ def write_merged(
     """
     form, progress = form or WeightFormat(), progress or Progress(lambda text: None)
     weights = source.weights()
-    quantized = set() if quantizer is None else {layer.name for layer in target_layers(build_model(source, "float32"))}
+    quantized = set() if quantizer is None else {layer.name for layer in target_layers(build_model(source))}
     changed = 0
     dtypes: set[str] = set()
 

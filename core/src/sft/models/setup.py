@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import paddle
-
 from sft.errors import UsageError
 from sft.models import loading
 from sft.models.fingerprint import fingerprint
 from sft.models.generation import check_room
-from sft.models.gpu_kernels import GpuKernels
-from sft.models.kernels import PLAIN, Kernels, use_kernels
+from sft.models.kernels import Kernels, use_kernels
 from sft.models.layers import held_by, sizes, trainable
+from sft.models.own_kernels import own_kernels
 from sft.plugins.calls import checked
 
 if TYPE_CHECKING:
@@ -32,7 +30,7 @@ def set_up(run: CoreRun) -> None:
     check_questions(run)
     quantizer = run.hook.sft_quantizer(run=run)
     backend = attention_backend(run)
-    run.model = loading.load_model(run.source, quantizer, run.precision.weights, run.strategy, run.progress)
+    run.model = loading.load_model(run.source, quantizer, run.precision, run.strategy, run.progress)
     run.model.attention = backend or run.model.attention
     if run.settings.training.recompute:
         run.model.recompute = True
@@ -62,10 +60,10 @@ def check_questions(run: CoreRun) -> None:
 
 
 def kernels_for(plugins: Plugins, run: Run | None, precision: Precision) -> Kernels:
-    """What computes a model's pieces: what a plugin provides, or else the core's own for this device."""
+    """What computes a model's pieces: what a plugin provides, or else the core's own for device and precision."""
     kernels = plugins.hook.sft_kernels(run=run, precision=precision)
     if kernels is None:
-        return GpuKernels() if paddle.device.get_device().startswith("gpu") else PLAIN
+        return own_kernels(precision)
     # Where hooks are checked, paddle is not there yet, and neither is this class.
     return checked(kernels, Kernels, "sft_kernels", plugins.who(str(plugins.provider("sft_kernels"))))
 

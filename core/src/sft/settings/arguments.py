@@ -102,7 +102,9 @@ class TrainingArguments:
     bf16: bool = option(False, "compute in bfloat16 where the device can")
     fp16: bool = option(False, "compute in float16 where the device can, with a dynamic loss scale")
     fp16_opt_level: str = option(
-        "O1", "O1: float32 weights, 16-bit operations; O2: 16-bit weights with float32 masters", choices=("O1", "O2")
+        "O1",
+        "typed O1: float32 weights; O2: 16-bit weights with float32 masters; unset: what does not train has 16 bits",
+        choices=("O1", "O2"),
     )
     scale_loss: float = option(2.0**15, "the loss scale that fp16 begins with", above=0)
     require_precision: bool = option(False, "refuse to run where the device cannot do bf16 or fp16, if asked for")

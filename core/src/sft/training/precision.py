@@ -10,30 +10,61 @@ from sft.precision import Precision
 from sft.settings.arguments import TrainingArguments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 GROWTH_STEPS = 2000
 """Steps without an overflow after which the loss scale doubles (paddle's and torch's default)."""
 
 
-def choose_precision(training: TrainingArguments, say: Callable[[str], None]) -> Precision:
-    """The precision that the settings ask for. If the device cannot do it, a line says so, and it is float32.
+def choose_precision(
+    training: TrainingArguments, given: Collection[str], frozen: bool, say: Callable[[str], None]
+) -> Precision:
+    """The precision that the settings ask for, which a line describes. If the device cannot do it, a line says so, and
+    it is float32; with ``require_precision`` that is a :class:`UsageError` instead.
 
-    With ``require_precision`` that is a :class:`UsageError` instead.
+    ``given`` are the settings that the user gave: fp16_opt_level O1 keeps float32 weights where it is one of them.
+    ``frozen``: whether the model's own weights stay what they are.
     """
     if not (training.bf16 or training.fp16):
         return Precision()
-    wanted = "bfloat16" if training.bf16 else "float16"
-    if has_matmul(wanted):
-        return Precision(wanted, wanted if training.fp16_opt_level == "O2" else "float32")
+    wanted, short = ("bfloat16", "bf16") if training.bf16 else ("float16", "fp16")
     import paddle
 
-    short, device = ("bf16" if training.bf16 else "fp16"), paddle.device.get_device()
-    fact = f"{short} is asked for, and paddle has no {wanted} matrix product on {device}"
-    if training.require_precision:
-        raise UsageError(f"{fact}; leave {short} out, or leave require_precision out to compute in float32.")
-    say(f"precision: {fact}: computing in float32 (require_precision makes this an error)")
-    return Precision()
+    device, level = paddle.device.get_device(), training.fp16_opt_level
+    reason = lacking(wanted, device)
+    if reason is not None:
+        fact = f"{short} is asked for, and {reason}"
+        if training.require_precision:
+            raise UsageError(f"{fact}; leave {short} out, or leave require_precision out to compute in float32.")
+        say(f"precision: {fact}: computing in float32 (require_precision makes this an error)")
+        return Precision()
+    typed = level == "O1" and "fp16_opt_level" in given
+    held = wanted if level == "O2" or (frozen and not typed) else "float32"
+    if device == "cpu":  # paddle's own operations on it are float32
+        held = held if frozen else "float32"
+        precision = Precision(wanted, "float32", held)
+        how = f"{wanted} products with float32 sums, by paddle's oneDNN"
+        level = "; fp16_opt_level O2 is more than a CPU can do" if level == "O2" else ""
+    else:
+        precision = Precision(wanted, wanted if level == "O2" else "float32", held)
+        how, level = f"{wanted} products", ""
+    if precision.weights != "float32":
+        kept = f"weights are held in {wanted}, what trains has float32 masters"
+    elif precision.frozen != "float32":
+        kept = f"frozen matrices are held in {wanted}, other weights in float32"
+    else:
+        kept = "weights are held in float32"
+    say(f"precision: {how}; {kept}{level}")
+    return precision
+
+
+def lacking(dtype: str, device: str) -> str | None:
+    """Why ``device``, which paddle uses now, does not multiply matrices of ``dtype``; None where it does."""
+    if device == "cpu" and dtype == "bfloat16":
+        from sft.models.onednn import why_not
+
+        return why_not()
+    return None if has_matmul(dtype) else f"paddle has no {dtype} matrix product on {device}"
 
 
 def has_matmul(dtype: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from typing import Any
@@ -33,6 +34,7 @@ def describe(run: CoreRun) -> dict[str, Any]:
         "packages": packages,
         "machine": runtime.machine(),
         "arithmetic": run.arithmetic,
+        "precision": asdict(run.precision),
     }
 
 

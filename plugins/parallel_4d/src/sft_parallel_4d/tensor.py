@@ -16,6 +16,7 @@ import paddle
 from paddle.distributed.fleet.layers.mpu.random import get_rng_state_tracker
 from paddle.nn import functional as F
 
+import sft
 from sft import Batch
 from sft.parallel import Part, mark_part, mark_sums, part_of
 from sft_parallel_4d.meeting import BlockMeeting, Columns
@@ -45,7 +46,8 @@ class TensorParallel:
             self._divide_attention(block.self_attn)
         embedding, head = model.model.embed_tokens, model.lm_head
         tied = head.weight is embedding.weight
-        rows = _Rows(self._local(embedding.weight, 0), self._axis.rank, self.meeting)
+        stream = getattr(embedding, "stream", embedding.weight.dtype)
+        rows = _Rows(self._local(embedding.weight, 0), stream, self._axis.rank, self.meeting)
         model.model.embed_tokens = rows
         axis = 0 if head.transpose_y else 1
         head.weight = rows.weight if tied else self._local(head.weight, axis)
@@ -150,21 +152,22 @@ def padded(batch: Batch, columns: int) -> Batch:
 
 
 class _Rows(paddle.nn.Layer):
-    """An embedding of which each process has as many rows; in place of an ``nn.Embedding``."""
+    """An embedding of which each process has as many rows; in place of an ``nn.Embedding``. ``stream`` is the dtype of
+    what it gives."""
 
-    def __init__(self, weight: Any, rank: int, meeting: BlockMeeting) -> None:
+    def __init__(self, weight: Any, stream: Any, rank: int, meeting: BlockMeeting) -> None:
         super().__init__()
-        self.weight, self._rank, self._meeting = weight, rank, meeting
+        self.weight, self._stream, self._rank, self._meeting = weight, stream, rank, meeting
 
     def forward(self, tokens: Any) -> Any:
         rows = self.weight.shape[0]
         places = tokens - self._rank * rows
         here = ((places >= 0) & (places < rows)).unsqueeze(-1)
-        embedded = F.embedding(places.clip(0, rows - 1), self.weight)
+        embedded = F.embedding(places.clip(0, rows - 1), self.weight).astype(self._stream)
         return self._meeting.total(embedded * here.astype(embedded.dtype))
 
 
-class _Summand(paddle.nn.Linear):
+class _Summand(sft.Linear):
     """A Linear with a bias, divided by its inputs: one process adds the bias, to which gradients flow in all."""
 
     def __init__(self, whole: Any, weight: Any, adds: bool) -> None:
@@ -174,7 +177,7 @@ class _Summand(paddle.nn.Linear):
         self._share = float(adds)
 
     def forward(self, x: Any) -> Any:
-        return F.linear(x, self.weight) + self.bias * self._share
+        return self.kernels.linear(x, self.weight) + self.bias * self._share
 
 
 class _DropoutApart(paddle.nn.Dropout):

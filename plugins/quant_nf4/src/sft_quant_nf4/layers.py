@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import paddle
 
+import sft
 from sft import UsageError
 from sft_quant_nf4.codes import DYNAMIC, INT4_PAIRS, Blocks, Channels, DoubleAbsmax, pair_table
 from sft_quant_nf4.kernels import Kernel, Packed
@@ -20,6 +21,8 @@ PART = 1 << 20
 
 class QuantizedLinear(paddle.nn.Layer, ABC):
     """Stands for a frozen Linear. Subclasses give rows of W [out, in] in float32, a few at a time."""
+
+    kernels = sft.PLAIN
 
     def __init__(self, shape: tuple[int, int], bias: np.ndarray | None, step: int) -> None:
         super().__init__()
@@ -76,8 +79,10 @@ class QuantizedLinear(paddle.nn.Layer, ABC):
 
     def product(self, x: Any) -> Any:
         """x [..., in] → x·W [..., out], without gradients."""
-        parts = [paddle.matmul(x, self.rows(*part).astype(x.dtype), transpose_y=True) for part in self.parts]
-        return parts[0] if len(parts) == 1 else paddle.concat(parts, axis=-1)
+        rows = x.reshape([-1, self.in_features])
+        parts = [self.kernels.product(rows, self.rows(*part).astype(x.dtype), transpose_y=True) for part in self.parts]
+        y = parts[0] if len(parts) == 1 else paddle.concat(parts, axis=-1)
+        return y.reshape([*x.shape[:-1], self.out_features])
 
 
 class _Product(paddle.autograd.PyLayer):
@@ -92,12 +97,13 @@ class _Product(paddle.autograd.PyLayer):
     def backward(ctx: Any, upstream: Any) -> Any:
         if not ctx.wanted:
             return None
-        grad = None
+        rows = upstream.reshape([-1, ctx.layer.out_features])
+        grad: Any = None
         for start, stop in ctx.layer.parts:
             weight = ctx.layer.rows(start, stop).astype(upstream.dtype)
-            share = paddle.matmul(upstream[..., start:stop], weight)
+            share = ctx.layer.kernels.product(rows[:, start:stop], weight)
             grad = share if grad is None else grad.add_(share)
-        return grad
+        return grad.reshape([*upstream.shape[:-1], ctx.layer.in_features])
 
 
 class BlockLinear(QuantizedLinear):

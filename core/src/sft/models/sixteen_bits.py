@@ -1,0 +1,155 @@
+"""A model computed in 16 bits on a CPU.
+
+Products have bfloat16 factors and float32 sums, everything else is float32. The matrices of Linears, of the embedding
+and of lm_head may be held in bfloat16 (half the memory); what trains is float32, and rounded for each product. Of a
+Linear's input backward keeps the rounded form alone, which layers that read the same tensor share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+
+from sft.models.kernels import Kernels
+from sft.models.onednn import OneDNN
+from sft.models.sums import column_sums
+
+
+class SixteenBits(Kernels):
+    """Linears, low-rank updates and products of the loss through ``onednn``; norms, rotation and SwiGLU are paddle's.
+
+    The update of :meth:`low_rank_linear` is computed in float32: it is what trains, and a hundredth of the work.
+    """
+
+    def __init__(self, onednn: OneDNN) -> None:
+        self._onednn = onednn
+        self._last: tuple[Any, int, Any] | None = None
+
+    def linear(self, x: Any, weight: Any, bias: Any | None = None, transposed: bool = False) -> Any:
+        """As :meth:`sft.Kernels.linear`: x float32, W and b of either type → float32."""
+        rounded = self._rounded(x)
+        if paddle.is_grad_enabled():
+            return _Linear.apply(x, rounded, weight, bias, transposed, self)
+        return _like(x, self._linear(rounded, weight, bias, transposed))
+
+    def low_rank_linear(self, x: Any, weight: Any, bias: Any | None, a: Any, b: Any, scaling: float) -> Any:
+        """As :meth:`sft.Kernels.low_rank_linear`; x, A and B float32 → float32."""
+        if paddle.is_grad_enabled():
+            return _LowRankLinear.apply(x, self._rounded(x), weight, bias, a, b, scaling, self)
+        y = self._linear(self._rounded(x), weight, bias)
+        low = paddle.matmul(_rows(x), a).scale_(scaling)
+        return _like(x, self._onednn.product(low, b, out=y))
+
+    def product(self, x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
+        """As :meth:`sft.Kernels.product`, of two matrices of either type → float32."""
+        return self._onednn.product(self._narrow(x), self._narrow(y), transpose_x, transpose_y)
+
+    def _linear(self, rounded: Any, weight: Any, bias: Any | None, transposed: bool = False) -> Any:
+        """The rounded x [n, in] → x · W + b, float32 [n, out]."""
+        y = self._onednn.product(rounded, self._narrow(weight), transpose_y=transposed)
+        return y if bias is None else y.add_(bias.astype("float32"))
+
+    def _narrow(self, matrix: Any) -> Any:
+        return matrix if matrix.dtype == paddle.bfloat16 else self._onednn.rounded(matrix)
+
+    @paddle.no_grad()
+    def _rounded(self, x: Any) -> Any:
+        """x [..., in] → bfloat16 [n, in]. The last one is kept: queries, keys and values, gate and up read one x."""
+        last = self._last
+        if last is not None and last[0] is x and last[1] == x.inplace_version:
+            return last[2]
+        rounded = self._narrow(_rows(x))
+        self._last = (x, x.inplace_version, rounded)
+        return rounded
+
+
+class _Linear(paddle.autograd.PyLayer):
+    """x [..., in], its rounded rows [n, in], W, b → [..., out]. Of W that does not train nothing of x is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Any, rounded: Any, weight: Any, bias: Any | None, transposed: bool, kernels: SixteenBits
+    ) -> Any:
+        ctx.shape, ctx.transposed, ctx.kernels = x.shape, transposed, kernels
+        ctx.wants = _wants(x, rounded, weight, bias)
+        ctx.save_for_backward(weight, rounded if ctx.wants[2] else None)
+        return _like(x, kernels._linear(rounded, weight, bias, transposed))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Any) -> Any:
+        weight, rounded = ctx.saved_tensor()
+        product, gradient = ctx.kernels.product, ctx.kernels._narrow(_rows(upstream))
+        x_grad = weight_grad = bias_grad = None
+        if ctx.wants[0]:
+            x_grad = product(gradient, weight, transpose_y=not ctx.transposed).reshape(ctx.shape)
+        if ctx.wants[2]:
+            left, right = (gradient, rounded) if ctx.transposed else (rounded, gradient)
+            weight_grad = product(left, right, transpose_x=True).astype(weight.dtype)
+        if ctx.wants[3]:
+            bias_grad = column_sums(_rows(upstream))
+        return _gradients(ctx, x_grad, None, weight_grad, bias_grad)
+
+
+class _LowRankLinear(paddle.autograd.PyLayer):
+    """x · W + b + s · (x · A) · B, of which backward keeps x in bfloat16 and s · x · A [n, r]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Any,
+        rounded: Any,
+        weight: Any,
+        bias: Any | None,
+        a: Any,
+        b: Any,
+        scaling: float,
+        kernels: SixteenBits,
+    ) -> Any:
+        ctx.shape, ctx.scaling, ctx.kernels = x.shape, scaling, kernels
+        ctx.wants = _wants(x, rounded, weight, bias, a, b)
+        low = paddle.matmul(_rows(x), a).scale_(scaling)
+        ctx.save_for_backward(weight, rounded, a, b, low)
+        y = kernels._linear(rounded, weight, bias)
+        return _like(x, kernels._onednn.product(low, b, out=y))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Any) -> Any:
+        weight, rounded, a, b, low = ctx.saved_tensor()
+        onednn, upstream = ctx.kernels._onednn, _rows(upstream)
+        narrow = paddle.matmul(upstream, b, transpose_y=True).scale_(ctx.scaling)  # [n, r]
+        x_grad = weight_grad = bias_grad = a_grad = b_grad = None
+        if ctx.wants[0] or ctx.wants[2]:
+            gradient = ctx.kernels._narrow(upstream)
+        if ctx.wants[0]:
+            x_grad = ctx.kernels.product(gradient, weight, transpose_y=True)
+            x_grad = onednn.product(narrow, a, transpose_y=True, out=x_grad).reshape(ctx.shape)
+        if ctx.wants[2]:
+            weight_grad = ctx.kernels.product(rounded, gradient, transpose_x=True).astype(weight.dtype)
+        if ctx.wants[3]:
+            bias_grad = column_sums(upstream)
+        if ctx.wants[4]:
+            a_grad = paddle.matmul(onednn.widened(rounded), narrow, transpose_x=True)
+        if ctx.wants[5]:
+            b_grad = onednn.product(low, upstream, transpose_x=True)
+        return _gradients(ctx, x_grad, None, weight_grad, bias_grad, a_grad, b_grad)
+
+
+def _rows(x: Any) -> Any:
+    """[..., width] → [n, width]."""
+    return x if x.ndim == 2 else x.reshape([-1, x.shape[-1]])
+
+
+def _like(x: Any, y: Any) -> Any:
+    """[n, out] → [..., out], with the first dimensions of x."""
+    return y if x.ndim == 2 else y.reshape([*x.shape[:-1], y.shape[-1]])
+
+
+def _wants(*tensors: Any) -> tuple[bool | None, ...]:
+    """Which of them need a gradient; None for what is no tensor."""
+    return tuple(None if tensor is None else not tensor.stop_gradient for tensor in tensors)
+
+
+def _gradients(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+    """What paddle takes from a backward: a gradient, or None, for each tensor that went in."""
+    return tuple(one for one, wants in zip(gradients, ctx.wants, strict=True) if wants is not None)

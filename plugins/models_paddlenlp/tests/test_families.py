@@ -15,7 +15,7 @@ from tiny_configs import CONFIGS
 
 import sft
 from sft.files import read_report, write_json
-from sft.testing import check_family, forward, load, needs
+from sft.testing import check_family, emulated_autocast, forward, load, needs
 
 CASES = ["qwen", "chatglm", "chatglm-plain", "deepseek-v2-lite", "deepseek-v2"]
 PLUGIN = "paddlenlp-models"
@@ -125,3 +125,18 @@ def test_an_answer_brings_no_warnings_of_paddlenlps(checkpoints: Callable[[str],
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_automatic_casts_do_not_round_angles(paddle: Any, checkpoints: Callable[[str], Path], dtype: str) -> None:
+    """PaddleNLP makes those of DeepSeek-V2 by einsum, whose result in bfloat16 is off by up to 16 at position 4,095."""
+    from paddlenlp.transformers.deepseek_v2.modeling import DeepseekV2RotaryEmbedding
+
+    model = load(checkpoints("deepseek-v2"), plugins=[PLUGIN])
+    model.longest, model.tables.own = 4096, DeepseekV2RotaryEmbedding(8, 16)
+    frequencies = model.tables.own.inv_freq.numpy().astype(np.float64)
+    with emulated_autocast(dtype):
+        cosines, sines = model.tables(paddle.ones([1]))
+    angles = np.tile(np.arange(4096)[:, None] * frequencies, 2)
+    np.testing.assert_allclose(cosines.numpy().reshape(angles.shape), np.cos(angles), atol=1e-3)
+    np.testing.assert_allclose(sines.numpy().reshape(angles.shape), np.sin(angles), atol=1e-3)

@@ -284,3 +284,18 @@ def test_on_a_gpu_the_kernel_is_right(paddle: Any, bits: int, group: int | None,
     if not (paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() and fits(layer)):
         pytest.skip("the kernel needs a GPU, and this machine has none that has it")
     assert compare(layer, Packed(layer, dtype)) is None
+
+
+def test_the_kernel_is_held_against_float32_in_a_run_of_16_bits(paddle: Any, gpu: Any, read: Any) -> None:
+    """A layer first meets its kernel within automatic casts. What it is compared with must not be rounded by them: the
+    kernel's own error is allowed to be four roundings, and this one's is three and a half."""
+    from sft.testing import emulated_autocast
+
+    channels = channels_of(8, None)
+    seen: list[Any] = []
+    gpu(StandIn(channels, group=None, change=lambda wide: seen.append(paddle.is_autocast_enabled())))
+    said: list[str] = []
+    with emulated_autocast("float16"):
+        layer_with(channels, said)(inputs(paddle).astype("float16"))
+    assert seen[:2] == [False, False]
+    assert said == ["int8: float16 products are computed by weight_only_linear"]

@@ -22,6 +22,7 @@ from sft.models.families.family import Reading
 from sft.models.kernels import PLAIN, Linear
 from sft.models.norms import rms_norm
 from sft.models.recompute import recomputed
+from sft.precision import product_dtype
 
 
 class CausalLM(nn.Layer):
@@ -248,8 +249,11 @@ class RMSNorm(nn.Layer):
 
     def forward(self, x: Any) -> Any:
         if self.total is None:
-            return self.kernels.rms_norm(x, self.weight, self.epsilon, self.offset)
-        return rms_norm(x, self.weight, self.epsilon, self.offset, self.size, self.total)
+            out = self.kernels.rms_norm(x, self.weight, self.epsilon, self.offset)
+        else:
+            out = rms_norm(x, self.weight, self.epsilon, self.offset, self.size, self.total)
+        # Under automatic casts each of the products that it goes into would round it for itself, and keep its copy.
+        return out.astype(product_dtype(out))
 
 
 class Head(nn.Layer):

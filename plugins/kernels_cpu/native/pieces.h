@@ -1,0 +1,167 @@
+// RMSNorm, rotary embedding, gated activations and softmax cross-entropy. All tensors are dense,
+// rows one after the other. Each value is computed by one thread in one order: the number of threads changes no bit.
+#pragma once
+#include "vectors.h"
+
+#define FEW 16384  // so few values are not worth waking the other threads
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// y = (offset + w) · x / √(mean(x²) + ε); inverse [rows] keeps the quotient of each row for backward.
+EXPORT void rms_norm(const float *x, const float *w, float *y, float *inverse, int64_t rows, int64_t n, float epsilon,
+                     float offset) {
+#pragma omp parallel for schedule(static) if (rows * n > FEW)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *from = x + row * n;
+        float *to = y + row * n;
+        const float quotient = (float)(1.0 / sqrt(dot(from, from, n) / n + epsilon));
+        inverse[row] = quotient;
+        for (int64_t i = 0; i < n; i += LANES)
+            store(to + i, load(from + i, n - i) * quotient * (load(w + i, n - i) + offset), n - i);
+    }
+}
+
+// dx = (g - x̂ · mean(g · x̂)) · inverse with g = dy · (offset + w) and x̂ = x · inverse.
+EXPORT void rms_norm_slope(const float *x, const float *w, const float *inverse, const float *dy, float *dx,
+                           int64_t rows, int64_t n, float offset) {
+#pragma omp parallel for schedule(static) if (rows * n > FEW)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *from = x + row * n, *above = dy + row * n;
+        float *to = dx + row * n;
+        for (int64_t i = 0; i < n; i += LANES)
+            store(to + i, load(above + i, n - i) * (load(w + i, n - i) + offset), n - i);
+        const float quotient = inverse[row];
+        const float along = (float)(dot(to, from, n) * quotient / n);
+        for (int64_t i = 0; i < n; i += LANES)
+            store(to + i, (load(to + i, n - i) - load(from + i, n - i) * quotient * along) * quotient, n - i);
+    }
+}
+
+// dw = Σ over rows of dy · x̂; 64 columns at a time, 16 rows in float32 and the rest in double.
+EXPORT void rms_norm_weight_slope(const float *x, const float *inverse, const float *dy, float *dw, int64_t rows,
+                                  int64_t n) {
+#pragma omp parallel for schedule(static) if (rows * n > FEW)
+    for (int64_t column = 0; column < n; column += 64) {
+        const int64_t width = n - column < 64 ? n - column : 64;
+        double total[64] = {};
+        for (int64_t start = 0; start < rows; start += 16) {
+            float part[64] = {};
+            for (int64_t row = start; row < rows && row < start + 16; row++) {
+                const float *a = x + row * n + column, *b = dy + row * n + column;
+                for (int64_t i = 0; i < width; i++) part[i] += b[i] * (a[i] * inverse[row]);
+            }
+            for (int64_t i = 0; i < width; i++) total[i] += part[i];
+        }
+        for (int64_t i = 0; i < width; i++) dw[column + i] = (float)total[i];
+    }
+}
+
+// The first `size` dimensions of each head turn, the others stay. Of each token `cosines` and `sines` have `size`
+// values, those of the first of two partners negative; there are `places` tokens of them, after which they begin again.
+// sign -1 turns back.
+EXPORT void rotate(const float *x, const float *cosines, const float *sines, float *y, int64_t tokens, int64_t places,
+                   int64_t heads, int64_t width, int64_t size, int64_t interleaved, float sign) {
+    const int64_t half = size / 2;
+#pragma omp parallel for schedule(static) if (tokens * heads * width > FEW)
+    for (int64_t token = 0; token < tokens; token++) {
+        const float *c = cosines + token % places * size, *s = sines + token % places * size;
+        for (int64_t head = 0; head < heads; head++) {
+            const float *__restrict__ from = x + (token * heads + head) * width;
+            float *__restrict__ to = y + (token * heads + head) * width;
+            if (interleaved) {
+                for (int64_t i = 0; i < size; i += 2) {
+                    to[i] = from[i] * c[i] + from[i + 1] * (s[i] * sign);
+                    to[i + 1] = from[i + 1] * c[i + 1] + from[i] * (s[i + 1] * sign);
+                }
+            } else {
+                for (int64_t i = 0; i < half; i += LANES) {
+                    const int64_t left = half - i;
+                    const vec first = load(from + i, left), second = load(from + half + i, left);
+                    store(to + i, first * load(c + i, left) + second * (load(s + i, left) * sign), left);
+                    store(to + half + i,
+                          second * load(c + half + i, left) + first * (load(s + half + i, left) * sign), left);
+                }
+            }
+            for (int64_t i = size; i < width; i++) to[i] = from[i];
+        }
+    }
+}
+
+// An activation of x and its derivative: x · σ(x), or GELU by its tanh form, 0.5 · x · (1 + tanh(√(2/π) · (x + 0.044715 x³))).
+template <bool silu> INLINE void activation(vec x, vec &y, vec &slope) {
+    if (silu) {
+        const vec share = 1.0f / (1.0f + exponential(-x));
+        y = x * share;
+        slope = share + y * (1.0f - share);
+    } else {
+        const float root = 0.7978845608028654f;
+        const vec bent = tangent(root * (x + 0.044715f * x * x * x));
+        y = 0.5f * x * (1.0f + bent);
+        slope = 0.5f * (1.0f + bent) + 0.5f * x * (1.0f - bent * bent) * (root * (1.0f + 0.134145f * x * x));
+    }
+}
+
+template <bool silu> static void gated_of(const float *gate, const float *up, float *y, int64_t n) {
+#pragma omp parallel for schedule(static) if (n > FEW)
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec active, slope;
+        activation<silu>(load(gate + i, n - i), active, slope);
+        store(y + i, active * load(up + i, n - i), n - i);
+    }
+}
+
+template <bool silu>
+static void gated_slope_of(const float *gate, const float *up, const float *dy, float *dgate, float *dup, int64_t n) {
+#pragma omp parallel for schedule(static) if (n > FEW)
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec active, slope;
+        activation<silu>(load(gate + i, n - i), active, slope);
+        const vec above = load(dy + i, n - i);
+        store(dgate + i, above * load(up + i, n - i) * slope, n - i);
+        store(dup + i, above * active, n - i);
+    }
+}
+
+// y = activation(gate) · up.
+EXPORT void gated(const float *gate, const float *up, float *y, int64_t n, int64_t silu) {
+    if (silu) gated_of<true>(gate, up, y, n);
+    else gated_of<false>(gate, up, y, n);
+}
+EXPORT void gated_slope(const float *gate, const float *up, const float *dy, float *dgate, float *dup, int64_t n,
+                        int64_t silu) {
+    if (silu) gated_slope_of<true>(gate, up, dy, dgate, dup, n);
+    else gated_slope_of<false>(gate, up, dy, dgate, dup, n);
+}
+
+// -log softmax(logits)[label] of each row, and softmax(logits).
+EXPORT void cross_entropy(const float *logits, const int64_t *labels, double *losses, float *probabilities,
+                          int64_t rows, int64_t n) {
+#pragma omp parallel for schedule(monotonic : dynamic)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *values = logits + row * n;
+        float *powers = probabilities + row * n, top = -INFINITY;
+        vec above = all(-INFINITY);
+        int64_t i = 0;
+        for (; i + LANES <= n; i += LANES) above = greater(load(values + i), above);
+        top = most(above);
+        for (; i < n; i++) top = values[i] > top ? values[i] : top;
+        double total = 0;
+        for (int64_t start = 0; start < n; start += RUN) {
+            const int64_t stop = start + RUN < n ? start + RUN : n;
+            vec part = {};
+            for (i = start; i < stop; i += LANES) {
+                store(powers + i, exponential(load(values + i, stop - i) - top), stop - i);
+                part += load(powers + i, stop - i);  // of a vector that is not whole the rest is 0
+            }
+            total += sum(part);
+        }
+        losses[row] = log(total) + top - values[labels[row]];
+        const float share = (float)(1.0 / total);
+        for (i = 0; i < n; i += LANES) store(powers + i, load(powers + i, n - i) * share, n - i);
+    }
+}
+
+// Every row of y is x.
+EXPORT void repeated(const float *x, float *y, int64_t rows, int64_t n) {
+#pragma omp parallel for schedule(static) if (rows * n > FEW)
+    for (int64_t row = 0; row < rows; row++) memcpy(y + row * n, x, n * sizeof(float));
+}

@@ -1,0 +1,1 @@
+"""Native code for sft on CPUs: what plugin ``fast-cpu`` computes with."""

@@ -1,0 +1,200 @@
+"""A model's pieces in native code, each one step with a gradient written by hand. Whatever is not float32 and on the
+CPU, and whatever has no native code, is left to the kernels that the core would choose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+
+import sft
+from sft_kernels_cpu.attention import Mask, attention
+from sft_kernels_cpu.library import blas, for_width
+from sft_kernels_cpu.low_rank import LowRankLinear, computed
+
+
+class NativeKernels(sft.Kernels):
+    """``library`` is what :func:`sft_kernels_cpu.library.native` found, ``rest`` computes what it has not."""
+
+    skips_masked = True
+
+    def __init__(self, library: Any, rest: Any = sft.PLAIN) -> None:
+        self._library, self._rest = library, rest
+        self._made: tuple[Any, int, Any] | None = None
+
+    def rms_norm(self, x: Any, weight: Any, epsilon: float, offset: float) -> Any:
+        if not fits(x, weight):
+            return self._rest.rms_norm(x, weight, epsilon, offset)
+        if learning(x, weight):
+            y = _RMSNorm.apply(x, weight, epsilon, offset, self._library)
+            return self._remembered(
+                y, lambda x, weight: _normed(x, weight, epsilon, offset, self._library)[0], x, weight
+            )
+        return _normed(x, weight, epsilon, offset, self._library)[0]
+
+    def rotate(self, x: Any, rotary: sft.Rotary, cosines: Any, sines: Any) -> Any:
+        rows, length = cosines.shape[:2]
+        if not fits(x, cosines, sines) or length != x.shape[1] or rows not in (1, x.shape[0]):
+            return self._rest.rotate(x, rotary, cosines, sines)
+        if learning(x):
+            return _Turn.apply(x, cosines, sines, rotary.interleaved, self._library)
+        return _turned(x, cosines, sines, rotary.interleaved, 1.0, self._library)
+
+    def mask(self, ends: np.ndarray | None) -> Mask:
+        return Mask(ends)
+
+    def attention(self, query: Any, key: Any, value: Any, mask: Mask, cap: float | None) -> Any:
+        # A head must be whole vectors.
+        library, length = for_width(self._library, query.shape[3]), query.shape[1]
+        if library is None or not mask.whole or not fits(query, key, value) or key.shape[1] != length:
+            if mask.rest is None:
+                mask.rest = self._rest.mask(mask.given)
+            return self._rest.attention(query, key, value, mask.rest, cap)
+        return attention(dense(query), dense(key), dense(value), mask, cap or 0.0, library)
+
+    def swiglu(self, gate: Any, up: Any) -> Any:
+        if not fits(gate, up) or gate.shape != up.shape:
+            return self._rest.swiglu(gate, up)
+        if learning(gate, up):
+            y = _SwiGLU.apply(gate, up, self._library)
+            return self._remembered(y, lambda gate, up: _gated(gate, up, self._library), gate, up)
+        return _gated(gate, up, self._library)
+
+    def linear(self, x: Any, weight: Any, bias: Any | None = None, transposed: bool = False) -> Any:
+        return self._rest.linear(x, weight, bias, transposed)
+
+    def low_rank_linear(self, x: Any, weight: Any, bias: Any | None, a: Any, b: Any, scaling: float) -> Any:
+        base = [weight] if bias is None else [weight, bias]
+        if blas() is None or not fits(x, *base, a, b) or learning(*base):
+            return self._rest.low_rank_linear(x, weight, bias, a, b, scaling)
+        parts, rows = (weight, bias, a, b, scaling), dense(x).reshape([-1, x.shape[-1]])
+        if learning(x, a, b):
+            y = LowRankLinear.apply(rows, *parts, self._again(x), self._library)
+        else:
+            y = computed(rows, *parts, self._library)[0]
+        return y.reshape([*x.shape[:-1], weight.shape[1]])
+
+    def product(self, x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
+        return self._rest.product(x, y, transpose_x, transpose_y)
+
+    def cross_entropy(self, logits: Any, labels: Any) -> tuple[Any, Any]:
+        if not fits(logits):
+            return self._rest.cross_entropy(logits, labels)
+        logits, labels = dense(logits), dense(labels)
+        losses, probabilities = paddle.empty([logits.shape[0], 1], "float64"), paddle.empty_like(logits)
+        pointers = (one.data_ptr() for one in (logits, labels, losses, probabilities))
+        self._library.cross_entropy(*pointers, *logits.shape)
+        return losses, probabilities
+
+    def _remembered(self, y: Any, again: Any, *kept: Any) -> Any:
+        """``y``, and how to compute it once more from tensors that its own backward keeps: cheaper than keeping it."""
+        self._made = y, y.inplace_version, (again, kept)
+        return y
+
+    def _again(self, x: Any) -> Any | None:
+        """How to compute ``x`` once more, where it is what was made last and nobody has changed it since."""
+        made = self._made
+        return made[2] if made is not None and made[0] is x and made[1] == x.inplace_version else None
+
+
+def fits(*tensors: Any) -> bool:
+    """Whether the native code takes them: float32, in memory that it can read."""
+    return all(tensor.dtype == paddle.float32 and tensor.place.is_cpu_place() for tensor in tensors)
+
+
+def learning(*tensors: Any) -> bool:
+    """Whether any of them is to have a gradient."""
+    return paddle.is_grad_enabled() and not all(tensor.stop_gradient for tensor in tensors)
+
+
+def dense(x: Any) -> Any:
+    """``x`` with its values one after the other."""
+    return x if x.is_contiguous() else x.contiguous()
+
+
+class _RMSNorm(paddle.autograd.PyLayer):
+    """Keeps what it norms and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, epsilon: float, offset: float, library: Any) -> Any:
+        y, x, inverse = _normed(x, weight, epsilon, offset, library)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.wants = not x.stop_gradient, not weight.stop_gradient
+        ctx.offset, ctx.library = offset, library
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Any) -> Any:
+        x, weight, inverse = ctx.saved_tensor()
+        upstream, size = dense(upstream), weight.shape[0]
+        x_grad = weight_grad = None
+        kept = x.data_ptr(), inverse.data_ptr(), upstream.data_ptr()
+        if ctx.wants[0]:
+            x_grad = paddle.empty_like(x)
+            ctx.library.rms_norm_slope(
+                *(kept[0], weight.data_ptr(), *kept[1:], x_grad.data_ptr()), inverse.shape[0], size, ctx.offset
+            )
+        if ctx.wants[1]:
+            weight_grad = paddle.empty_like(weight)
+            ctx.library.rms_norm_weight_slope(*kept, weight_grad.data_ptr(), inverse.shape[0], size)
+        return x_grad, weight_grad
+
+
+def _normed(x: Any, weight: Any, epsilon: float, offset: float, library: Any) -> tuple[Any, Any, Any]:
+    """The norm of ``x``, ``x`` itself, and 1 / √(mean(x²) + ε) of each row."""
+    x, size = dense(x), weight.shape[0]
+    y, inverse = paddle.empty_like(x), paddle.empty([x.size // size], "float32")
+    pointers = (one.data_ptr() for one in (x, weight, y, inverse))
+    library.rms_norm(*pointers, inverse.shape[0], size, epsilon, offset)
+    return y, x, inverse
+
+
+class _Turn(paddle.autograd.PyLayer):
+    """Keeps the tables alone, which all layers share: its gradient turns back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, cosines: Any, sines: Any, interleaved: bool, library: Any) -> Any:
+        ctx.save_for_backward(cosines, sines)
+        ctx.interleaved, ctx.library = interleaved, library
+        return _turned(x, cosines, sines, interleaved, 1.0, library)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Any) -> Any:
+        cosines, sines = ctx.saved_tensor()
+        return _turned(upstream, cosines, sines, ctx.interleaved, -1.0, ctx.library), None, None
+
+
+def _turned(x: Any, cosines: Any, sines: Any, interleaved: bool, sign: float, library: Any) -> Any:
+    x, cosines, sines = dense(x), dense(cosines), dense(sines)
+    y, (rows, length, heads, width) = paddle.empty_like(x), x.shape
+    pointers = (one.data_ptr() for one in (x, cosines, sines, y))
+    places, size = cosines.shape[0] * length, cosines.shape[-1]
+    library.rotate(*pointers, rows * length, places, heads, width, size, interleaved, sign)
+    return y
+
+
+class _SwiGLU(paddle.autograd.PyLayer):
+    """Keeps its two factors."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Any, up: Any, library: Any) -> Any:
+        gate, up = dense(gate), dense(up)
+        ctx.save_for_backward(gate, up)
+        ctx.wants, ctx.library = [not one.stop_gradient for one in (gate, up)], library
+        return _gated(gate, up, library)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Any) -> Any:
+        gate, up = ctx.saved_tensor()
+        grads = paddle.empty_like(gate), paddle.empty_like(up)
+        pointers = (one.data_ptr() for one in (gate, up, dense(upstream), *grads))
+        ctx.library.gated_slope(*pointers, gate.size, True)
+        return tuple(grad if wanted else None for grad, wanted in zip(grads, ctx.wants, strict=True))
+
+
+def _gated(gate: Any, up: Any, library: Any) -> Any:
+    gate, up = dense(gate), dense(up)
+    y = paddle.empty_like(gate)
+    library.gated(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.size, True)
+    return y

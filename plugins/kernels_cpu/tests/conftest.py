@@ -1,0 +1,35 @@
+"""What the tests of the native code share: each level of it that this processor runs."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_kernels_cpu.library import LEVELS, native
+
+
+@pytest.fixture(params=list(LEVELS))
+def library(request: pytest.FixtureRequest, paddle: Any) -> Any:
+    """The native library at one level; skipped, saying why, where it is not to be had."""
+    found = native(request.param)
+    if isinstance(found, str):
+        pytest.skip(f"{request.param}: {found}")
+    return found
+
+
+@pytest.fixture
+def threads(paddle: Any) -> Iterator[Callable[[int], None]]:
+    """``threads(n)`` lets paddle's OpenMP compute with n threads, until the test ends."""
+    openmp = ctypes.CDLL(str(Path(paddle.__file__).parent / "libs" / "libiomp5.so"))
+    before = openmp.omp_get_max_threads()
+    yield openmp.omp_set_num_threads
+    openmp.omp_set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def run_settings() -> dict[str, Any]:
+    return {"learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1}

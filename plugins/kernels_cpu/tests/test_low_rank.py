@@ -1,0 +1,121 @@
+"""The Linear with a low-rank update, and the loss of a chunk of logits, beside paddle's operations and float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sft
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed + sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture
+def kernels(library: Any) -> sft.Kernels:
+    from sft_kernels_cpu.kernels import NativeKernels
+
+    class Nothing(sft.Kernels):
+        def __getattribute__(self, name: str) -> Any:
+            raise AssertionError(f"{name} was left to other kernels")
+
+    return NativeKernels(library, Nothing())
+
+
+def near(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def learned(kernels: sft.Kernels, arrays: dict[str, Any], made: str | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The output, and the gradients of its product with fixed numbers; ``made``: which piece x comes out of."""
+    import paddle
+
+    t = {name: None if one is None else paddle.to_tensor(one) for name, one in arrays.items()}
+    for name in ("x", "a", "b", "other"):
+        t[name].stop_gradient = False
+    x = t["x"]
+    if made == "norm":
+        x = kernels.rms_norm(x, t["other"][0, 0].detach(), 1e-5, 0.0)
+    elif made == "swiglu":
+        x = kernels.swiglu(x, t["other"])
+    elif made == "changed":
+        x = kernels.swiglu(x, t["other"])
+        with paddle.no_grad():
+            x.scale_(2.0)
+    y = kernels.low_rank_linear(x, t["weight"], t["bias"], t["a"], t["b"], 0.7)
+    (y * paddle.to_tensor(random(*y.shape, seed=3))).sum().backward()
+    return y.numpy(), {name: one.grad.numpy() for name, one in t.items() if one is not None and one.grad is not None}
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("made", [None, "norm", "swiglu", "changed"])
+def test_low_rank_linear(kernels: sft.Kernels, bias: bool, made: str | None) -> None:
+    arrays = {"x": random(2, 9, 40), "weight": random(40, 33), "bias": random(33) if bias else None}
+    arrays |= {"a": random(40, 3), "b": random(3, 33), "other": random(2, 9, 40, seed=5)}
+    (y, grads), (expected, others) = learned(kernels, arrays, made), learned(sft.PLAIN, arrays, made)
+    near(y, expected)
+    assert set(grads) == set(others) >= {"x", "a", "b"}
+    for name, grad in grads.items():
+        near(grad, others[name])
+    if made is None:
+        wide = {name: one.astype(np.float64) for name, one in arrays.items() if one is not None}
+        exact = wide["x"] @ (wide["weight"] + 0.7 * wide["a"] @ wide["b"]) + wide.get("bias", 0.0)
+        near(y, exact)
+        near(grads["x"], random(*y.shape, seed=3) @ (wide["weight"] + 0.7 * wide["a"] @ wide["b"]).T)
+
+
+def test_what_a_norm_made_is_not_kept(kernels: sft.Kernels, paddle: Any) -> None:
+    """Backward of the Linear computes it once more; so nothing but the caller's own reference holds it."""
+    import gc
+    import weakref
+
+    x, weight = paddle.to_tensor(random(4, 40), stop_gradient=False), paddle.to_tensor(random(40))
+    pair = [paddle.to_tensor(random(*shape), stop_gradient=False) for shape in ((40, 3), (3, 33))]
+    normed = kernels.rms_norm(x, weight, 1e-5, 0.0)
+    y = kernels.low_rank_linear(normed, paddle.to_tensor(random(40, 33)), None, *pair, 1.0)
+    kernels.rms_norm(x, weight, 1e-5, 0.0)
+    held = weakref.ref(normed)
+    del normed
+    gc.collect()
+    assert held() is None
+    y.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("what", ["a weight that trains", "16 bits"])
+def test_what_it_cannot_do_is_left_to_others(library: Any, paddle: Any, what: str) -> None:
+    from sft_kernels_cpu.kernels import NativeKernels
+
+    class Others(sft.Kernels):
+        def low_rank_linear(self, *arguments: Any) -> Any:
+            return "others"
+
+    weight = paddle.ones([8, 8], "bfloat16" if what == "16 bits" else "float32")
+    weight.stop_gradient = what == "16 bits"
+    x, a, b = paddle.ones([2, 8]), paddle.ones([8, 2]), paddle.ones([2, 8])
+    assert NativeKernels(library, Others()).low_rank_linear(x, weight, None, a, b, 1.0) == "others"
+
+
+@pytest.mark.parametrize("size", [5, 512, 4099])
+def test_cross_entropy(kernels: sft.Kernels, paddle: Any, size: int) -> None:
+    logits, labels = random(7, size) * 20, np.arange(7) % size
+    logits[3] = 5.0
+    logits[3, 0] = 25.0  # one peak over many equal ones
+    losses, probabilities = kernels.cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(labels))
+    wide = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    exact = np.exp(wide) / np.exp(wide).sum(-1, keepdims=True)
+    np.testing.assert_allclose(losses.numpy()[:, 0], -np.log(exact[np.arange(7), labels]), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(probabilities.numpy(), exact, rtol=5e-6, atol=1e-36)
+    assert losses.dtype == paddle.float64
+
+
+def test_the_loss_of_a_large_vocabulary_loses_nothing(kernels: sft.Kernels, paddle: Any) -> None:
+    logits = np.zeros((1, 256_003), np.float32)
+    logits[0, 0] = 12.0
+    losses, _ = kernels.cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(np.array([0])))
+    exact = np.log(np.exp(12.0) + 256_002) - 12.0
+    assert abs(float(losses) - exact) <= 1e-6 * exact

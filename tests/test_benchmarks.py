@@ -146,7 +146,7 @@ def test_a_step_of_our_side_is_measured(tmp_path: Path) -> None:
         turns = [side.turn() for _ in range(2)]
     finally:
         side.end()
-    assert side.facts["plugins"] == ["lora", "greedy-zero-padding"]
+    assert side.facts["plugins"][:2] == ["lora", "greedy-zero-padding"]
     for turn in turns:
         assert 300 < turn["targets"] < turn["tokens"] <= 1024
         assert turn["seconds"] > 0

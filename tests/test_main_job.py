@@ -60,7 +60,7 @@ def test_what_a_run_leaves(work: Path) -> None:
     record = json.loads((work / "out" / "run.json").read_text())
     assert record["status"] == "finished"
     assert record["settings"]["max_steps"] == 8
-    assert record["plugins"] == {"lora": record["plugins"]["lora"]}
+    assert "lora" in record["plugins"]
     assert record["result"]["eval_loss_after"] < record["result"]["eval_loss_before"]
     assert record["machine"]["python"] == sys.version.split()[0]
 

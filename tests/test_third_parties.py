@@ -160,7 +160,7 @@ def test_dora_reads_dora_and_leaves_lora_alone(
     ids = np.arange(4, 24)[None]
     for folder, reader in ((tmp_path / "lora", "lora"), (tmp_path / "dora", "dora"), (of_peft, "dora")):
         assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
-        assert settings_for(folder)[1].names == [reader]
+        assert settings_for(folder)[1].readers == [reader]
         merged = tmp_path / f"merged {folder.name}"
         merge(str(base), folder, merged, lambda text: None)
         np.testing.assert_allclose(forward(load(base, folder), ids), forward(load(merged), ids), atol=2e-5, rtol=0)

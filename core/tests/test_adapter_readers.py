@@ -139,8 +139,8 @@ def test_equals_are_left_to_the_user(plain: Distribute, adapter: Any) -> None:
 
 def test_a_refinement_brings_what_it_refines(plain: Distribute, adapter: Any) -> None:
     plain("sft-test-worn", READERS, {"worn": "Worn"}, {"adapter.YARN.worn": "Worn"})
-    assert set(settings_for(adapter(worn=True))[1].names) == {"plain", "worn"}
-    assert settings_for(adapter())[1].names == ["plain"]
+    assert set(settings_for(adapter(worn=True))[1].readers) == {"plain", "worn"}
+    assert settings_for(adapter())[1].readers == ["plain"]
 
 
 def test_a_plugin_that_claims_other_adapters_need_not_work(plain: Distribute, adapter: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 from toy_plugins import plugin, toy
 
 import sft
+from sft.plugins.requests import by_device
 from sft.resolve import resolve
 
 Distribute = Callable[..., None]
@@ -51,7 +52,8 @@ class CountingPlugin(sft.Plugin):
 def test_a_plugins_kernels_compute_every_piece(train: Train, metrics: Metrics, tmp_path: Path) -> None:
     said: list[str] = []
     settings = {"max_steps": 2, "per_device_train_batch_size": 4, "seed": 3}
-    plain = train(**settings, output_dir=str(tmp_path / "plain"))
+    none = [f"no:{name}" for name in by_device({})]
+    plain = train(**settings, plugin=none, output_dir=str(tmp_path / "plain"))
     counted = train(
         **settings,
         output_dir=str(tmp_path / "counted"),

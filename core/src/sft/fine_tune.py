@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sft import runtime
+from sft import deterministic, runtime
 from sft.context import CoreRun, Summary
 from sft.data.batches import PaddedCollator, Schedule
 from sft.data.reading import note_unread, read_data
@@ -74,14 +74,15 @@ def prepare_run(values: Mapping[str, Any], extra: Iterable[type], say: Callable[
 
 def execute(run: CoreRun) -> Summary:
     """Data, model, training, result. The run directory appears only when training is about to begin."""
-    with runtime.restored(run.settings.training.device):
+    training = run.settings.training
+    with runtime.restored(training.device), deterministic.repeatable(training.deterministic):
         started, run.executes = time.time(), True
         if run.without_effect:
             run.say(listing(run.without_effect))
         resumed = _read(run)
         run.say(runtime.prepare())
         _set_up(run)
-        if run.settings.training.do_train:
+        if training.do_train:
             return _train(run, resumed, started)
         return _only_evaluate(run, resumed, started)
 
@@ -117,6 +118,9 @@ def _set_up(run: CoreRun) -> None:
     if run.settings.training.device is not None:
         runtime.use_device(run.settings.training.device)
     run.arithmetic = runtime.arithmetic()
+    if run.settings.training.deterministic:
+        deterministic.switch_on(run.arithmetic)
+        run.arithmetic |= deterministic.flags_in_effect()
     settings = run.settings
     run.precision = choose_precision(settings.training, settings.given, run.exports_adapter, run.say)
     run.collator = run.hook.sft_collator(run=run) or PaddedCollator(run.tokenizer.pad_id)

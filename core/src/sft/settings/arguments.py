@@ -125,6 +125,10 @@ class TrainingArguments:
         None, "a checkpoint folder, or auto (or true): the newest in output_dir (a fresh start if there is none)"
     )
     disable_tqdm: bool = option(False, "plain lines instead of a progress bar")
+    deterministic: bool = option(
+        False,
+        "the same bits each time on a GPU too, which is slower; the first micro-batch is computed twice to see it",
+    )
     seed: int = option(42, "seed of shuffling, initialisation and dropout", minimum=0, maximum=2**31 - 1)
 
 

@@ -33,6 +33,7 @@ from sft.training.loss import target_loss
 from sft.training.optimizer import Optimizer, clip_factor, learning_rate
 from sft.training.precision import LossScale
 from sft.training.progress import Display
+from sft.training.repeats import check_repeats
 from sft.training.shared import shared
 from sft.training.wide_sums import WideSums
 
@@ -105,6 +106,15 @@ def train(
                 [sum(getattr(b, kind) for b in batches) for kind in ("tokens", "target_tokens", "padding_tokens")]
             ),
         )
+
+        if settings.deterministic and step == start + 1:
+            unheard = Learning(run, scale.value / max(1, targets), is_idle=True, sums=sums)
+
+            def once(step: int = step, first: list[Batch] = batches[:1], learning: Learning = unheard) -> float:
+                seed_step(settings.seed, step, strategy.draw_rank)
+                return strategy.accumulate(learning, first)
+
+            check_repeats(run, once, optimizer.parameters)
 
         # Forward, loss and backward of each; the gradients add up to that of the mean loss over the step's targets.
         seed_step(settings.seed, step, strategy.draw_rank)

@@ -41,6 +41,11 @@ def check_resumable(run: CoreRun, schedule: Schedule, resumed: Checkpoint) -> No
         if name not in free and now.get(name) != state["settings"].get(name):
             run.say(f"note: {name} was {state['settings'].get(name)!r} in {source.name} and is now {now.get(name)!r}")
     differences = runtime.differences(state.get("arithmetic", run.arithmetic), run.arithmetic)
+    if differences and run.settings.training.deterministic:
+        raise UsageError(
+            f"deterministic: {source} was computed with another arithmetic, {differences}; resume with the same, or "
+            "leave deterministic out: then last digits may differ."
+        )
     if differences:
         run.say(
             f"note: {source.name} was computed with another arithmetic, {differences}; what follows may differ in its "

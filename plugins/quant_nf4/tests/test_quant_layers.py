@@ -146,3 +146,33 @@ def test_nothing_is_saved_for_backward_and_a_part_is_the_most_there_is(
     y.sum().backward()
     peak = core.host_memory_stat_peak_value("Allocated", 0) - before
     assert peak < 8 * 4 * (1 << 14), peak  # the whole weight would be 64 parts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_has_the_whole_matrix_at_a_time(
+    paddle: Any, monkeypatch: pytest.MonkeyPatch, read: Any, kind: str
+) -> None:
+    """As if there were one: each pass asks for all rows once, not for a part after the other; more than GPU_PART values
+    are divided there too."""
+    from sft_quant_nf4 import layers
+
+    monkeypatch.setattr(layers, "PART", 200)
+    generator = np.random.default_rng(3)
+    weight = generator.standard_normal((300, 12)).astype(np.float32)
+    whole, stored = make(weight, kind)
+    monkeypatch.setattr(layers, "GPU_PART", 2400)
+    divided, _ = make(weight, kind)
+    monkeypatch.setattr(layers, "on_gpu", lambda x: True)
+    x, upstream = (generator.standard_normal((5, size)).astype(np.float32) for size in (12, 300))
+    for layer, parts in ((whole, [(0, 300)]), (divided, divided._gpu_parts)):
+        asked: list[tuple[int, int]] = []
+        rows = layer.rows
+        layer.rows = lambda start, stop, rows=rows, asked=asked: (asked.append((start, stop)), rows(start, stop))[1]
+        tensor = paddle.to_tensor(x, stop_gradient=False)
+        y = layer(tensor)
+        (y * paddle.to_tensor(upstream)).sum().backward()
+        assert asked == parts * 2
+        wide = read(stored).astype(np.float64)
+        np.testing.assert_allclose(y.numpy(), x @ wide.T, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(tensor.grad.numpy(), upstream @ wide, atol=1e-5, rtol=1e-5)
+    assert 2 <= len(divided._gpu_parts) <= 3

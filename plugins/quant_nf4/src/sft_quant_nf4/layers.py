@@ -1,4 +1,5 @@
-"""Linears whose weight exists in codes alone: y = x·W + b with W dequantized part by part, forward and backward."""
+"""Linears whose weight exists in codes alone: y = x·W + b with W dequantized part by part on a CPU, and as a whole on a
+GPU, forward and backward."""
 
 from __future__ import annotations
 
@@ -12,11 +13,13 @@ import paddle
 import sft
 from sft import UsageError
 from sft_quant_nf4.codes import DYNAMIC, INT4_PAIRS, Blocks, Channels, DoubleAbsmax, pair_table
-from sft_quant_nf4.kernels import Kernel, Packed
+from sft_quant_nf4.kernels import Kernel, Packed, on_gpu
 from sft_quant_nf4.tables import table
 
 PART = 1 << 20
-"""Weight values that exist in float32 at a time."""
+"""Weight values that exist in float32 at a time on a CPU, whose cache holds them."""
+GPU_PART = 1 << 28
+"""On a GPU, where each part is a dozen kernels to launch: a matrix of any size that is usual is one part."""
 
 
 class QuantizedLinear(paddle.nn.Layer, ABC):
@@ -27,9 +30,17 @@ class QuantizedLinear(paddle.nn.Layer, ABC):
     def __init__(self, shape: tuple[int, int], bias: np.ndarray | None, step: int) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
-        rows = max(1, PART // self.in_features // step) * step
-        self.parts = [(start, min(start + rows, self.out_features)) for start in range(0, self.out_features, rows)]
+        self.parts, self._gpu_parts = self._divided(PART, step), self._divided(GPU_PART, step)
         self.bias = None if bias is None else paddle.to_tensor(bias)
+
+    def _divided(self, values: int, step: int) -> list[tuple[int, int]]:
+        """Rows from and to of parts of at most so many values, each of a multiple of ``step`` rows."""
+        rows = max(1, values // self.in_features // step) * step
+        return [(start, min(start + rows, self.out_features)) for start in range(0, self.out_features, rows)]
+
+    def parts_for(self, x: Any) -> list[tuple[int, int]]:
+        """The rows of W, from and to, that exist in float32 at a time where ``x`` is multiplied."""
+        return self._gpu_parts if on_gpu(x) else self.parts
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Any:
@@ -79,8 +90,9 @@ class QuantizedLinear(paddle.nn.Layer, ABC):
 
     def product(self, x: Any) -> Any:
         """x [..., in] → x·W [..., out], without gradients."""
-        rows = x.reshape([-1, self.in_features])
-        parts = [self.kernels.product(rows, self.rows(*part).astype(x.dtype), transpose_y=True) for part in self.parts]
+        rows, parts = x.reshape([-1, self.in_features]), []
+        for part in self.parts_for(x):
+            parts.append(self.kernels.product(rows, self.rows(*part).astype(x.dtype), transpose_y=True))
         y = parts[0] if len(parts) == 1 else paddle.concat(parts, axis=-1)
         return y.reshape([*x.shape[:-1], self.out_features])
 
@@ -99,7 +111,7 @@ class _Product(paddle.autograd.PyLayer):
             return None
         rows = upstream.reshape([-1, ctx.layer.out_features])
         grad: Any = None
-        for start, stop in ctx.layer.parts:
+        for start, stop in ctx.layer.parts_for(upstream):
             weight = ctx.layer.rows(start, stop).astype(upstream.dtype)
             share = ctx.layer.kernels.product(rows[:, start:stop], weight)
             grad = share if grad is None else grad.add_(share)

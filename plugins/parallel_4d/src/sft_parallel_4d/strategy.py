@@ -225,17 +225,16 @@ class Parallel:
                 parameter.grad = paddle.zeros(parameter.shape, dtype="float32")
             if self._pipe is not None and self._pipe.is_tied(parameter):
                 self._add_other_end(parameter)
-            if shards is None:
-                self._complete(parameter, parameter.grad)
-            elif shards.waits(parameter):
+            if shards is not None and shards.waits(parameter):
                 shards.collect(parameter)
-            stepped = parameter if shards is None else shards.piece(parameter)
-            if self._at.data.size > 1:
-                self._sum_over_data(stepped)
-
-    def _sum_over_data(self, stepped: Any) -> None:
-        gradient = self._at.data.sum(here(stepped.grad))
-        stepped.grad = gradient if self._shards is None else self._shards.resting(gradient)
+        if shards is None:
+            partial = [p for p in self._trained.values() if id(p) in self._partial]
+            for parameter, gradient in zip(partial, self._at.tensor.sums(p.grad for p in partial), strict=True):
+                parameter.grad = gradient
+        if self._at.data.size > 1:
+            stepped = [p if shards is None else shards.piece(p) for p in self._trained.values()]
+            for parameter, gradient in zip(stepped, self._at.data.sums(here(p.grad) for p in stepped), strict=True):
+                parameter.grad = gradient if shards is None else shards.resting(gradient)
 
     def _add_other_end(self, parameter: Any) -> None:
         """A tied matrix is in the first stage and in the last: each adds the other's gradient."""

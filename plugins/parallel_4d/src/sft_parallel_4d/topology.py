@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,20 @@ class Axis:
         if self.size > 1:
             distributed.all_reduce(tensor, group=self.group)
         return tensor
+
+    def sums(self, tensors: Iterable[Any]) -> Iterator[Any]:
+        """The sums over the axis, in the tensors' order. They travel in buffers of BUCKET bytes, since a collective for
+        each small tensor would cost more than its transfer. Larger tensors travel alone, and become their sum."""
+        if self.size == 1:
+            yield from tensors
+            return
+        for together in _buckets(tensors):
+            if len(together) == 1:
+                yield self.sum(together[0])
+                continue
+            flat = self.sum(paddle.concat([tensor.reshape([-1]) for tensor in together]))
+            parts = paddle.split(flat, [math.prod(tensor.shape) for tensor in together])
+            yield from (part.reshape(tensor.shape) for part, tensor in zip(parts, together, strict=True))
 
     def maximum(self, tensor: Any) -> Any:
         """``tensor``, which becomes the element-wise maximum over the axis."""
@@ -102,6 +117,25 @@ class Axis:
         ]
         for task in distributed.batch_isend_irecv(operations) if operations else ():
             task.wait()
+
+
+BUCKET = 1 << 27
+"""Bytes of a buffer in which small tensors travel: all gradients of a usual adapter, and two copies are affordable."""
+
+
+def _buckets(tensors: Iterable[Any]) -> Iterator[list[Any]]:
+    """``tensors`` in order, as many together as BUCKET holds; each lot is of one type, and asked for when it is due."""
+    lot: list[Any] = []
+    size = 0
+    for tensor in tensors:
+        own = math.prod(tensor.shape) * tensor.element_size()
+        if lot and (size + own > BUCKET or tensor.dtype != lot[0].dtype):
+            yield lot
+            lot, size = [], 0
+        lot.append(tensor)
+        size += own
+    if lot:
+        yield lot
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ PYTHON ?=
 PYTHONS := $(or $(PYTHON),python3 python3.12 python3.11 python3.10)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-plugin lint format bench docs clean
+.PHONY: help demo test test-slow test-gpu test-plugin lint format bench docs clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,10 @@ test: .venv/installed-test ## Run the tests, without the slow ones
 # pytest exits with 5 when there is no such test, which is no failure here.
 test-slow: .venv/installed-test ## Run the slow tests
 	$(BIN)/pytest -m slow $(ARGS) || [ $$? -eq 5 ]
+
+# One process: several would share the GPU's memory. The table at the end is for an issue.
+test-gpu: .venv/installed-test ## Check a GPU, within ten minutes: make DEVICE=gpu test-gpu
+	$(BIN)/pytest -m gpu -rs $(ARGS)
 
 test-plugin: ## Test one plugin alone with the core, in a venv of its own: make test-plugin NAME=peft_vera
 	@test -f plugins/$(NAME)/pyproject.toml || { echo "Give NAME=, one of: $(notdir $(PLUGINS))." >&2; exit 2; }

@@ -1,0 +1,256 @@
+"""On a GPU: the pieces of a model, each against float64 or against the plain operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sft.models.rotary import Rotary
+from sft.testing import needs
+
+pytestmark = pytest.mark.gpu
+
+Row = Callable[..., None]
+ROUNDING = {"float32": 1e-5, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+NARROW = ("bfloat16", "float16")
+
+
+def dtypes(on_gpu: bool) -> tuple[str, ...]:
+    return ("float32", *NARROW) if on_gpu else ("float32",)
+
+
+def apart(one: Any, other: Any) -> float:
+    """The distance of two arrays or tensors, relative to the size of the second."""
+    one, other = (
+        np.asarray(x.astype("float32").numpy() if hasattr(x, "numpy") else x, np.float64) for x in (one, other)
+    )
+    return float(np.linalg.norm(one - other) / np.linalg.norm(other))
+
+
+def tensor(paddle: Any, array: np.ndarray, dtype: str = "float32") -> Any:
+    made = paddle.to_tensor(np.asarray(array, np.float32)).astype(dtype).detach()
+    made.stop_gradient = False
+    return made
+
+
+def own_kernels(paddle: Any) -> Any:
+    from sft.models.setup import kernels_for
+    from sft.precision import Precision
+
+    return kernels_for(
+        SimpleNamespace(hook=SimpleNamespace(sft_kernels=lambda run, precision: None)), None, Precision()
+    )  # type: ignore[arg-type]
+
+
+def test_paddle_finds_its_device(paddle: Any, row: Row) -> None:
+    paddle.utils.run_check()
+    row("paddle.utils.run_check()", "passes")
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms(paddle: Any, on_gpu: bool, row: Row, offset: float) -> None:
+    random = np.random.default_rng(0)
+    x, weight, slope = (random.standard_normal(shape) for shape in ((2, 300, 1024), (1024,), (2, 300, 1024)))
+    for dtype in dtypes(on_gpu):
+        given = [tensor(paddle, array, dtype) for array in (x, weight)]
+        y = own_kernels(paddle).rms_norm(*given, 1e-6, offset)
+        (y.astype("float32") * paddle.to_tensor(slope.astype(np.float32))).sum().backward()
+        wide, factor = (one.astype("float32").numpy().astype(np.float64) for one in given)
+        inverse = 1 / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
+        normal, steep = wide * inverse, slope * (factor + offset)
+        grad = (steep - normal * (steep * normal).mean(-1, keepdims=True)) * inverse
+        wanted = [normal * (factor + offset), grad, (slope * normal).sum((0, 1))]
+        found = max(apart(one, other) for one, other in zip((y, given[0].grad, given[1].grad), wanted, strict=True))
+        row(f"RMSNorm, offset {offset:g}, {dtype}", found, 2 * ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+@pytest.mark.parametrize("size", [64, 32], ids=["whole", "part"])
+def test_rotation(paddle: Any, on_gpu: bool, row: Row, interleaved: bool, size: int) -> None:
+    """Up to position 4095, inside the automatic casts of a run; the gradient turns back."""
+    from sft.models.turning import tables
+
+    rotary = Rotary(10_000.0, size, 4096, interleaved=interleaved)
+    positions = np.stack([np.arange(4032, 4096), np.arange(64)])
+    made = tables(rotary, positions, positions + 1)
+    x = np.random.default_rng(1).standard_normal((2, 64, 3, 64))
+    angles = positions[..., None, None] * 10_000.0 ** -(np.arange(size // 2) * 2 / size)
+    for dtype in dtypes(on_gpu):
+        given = tensor(paddle, x, dtype)
+        narrow = {} if dtype == "float32" else {"dtype": dtype}
+        with paddle.amp.auto_cast(enable=bool(narrow), level="O2", **narrow):
+            y = own_kernels(paddle).rotate(given, rotary, *made)
+        assert y.dtype == given.dtype
+        (y.astype("float32") * y.astype("float32").detach()).sum().backward()
+        wide = given.astype("float32").numpy().astype(np.float64)
+        turning = wide[..., :size]
+        first, second = (turning[..., 0::2], turning[..., 1::2]) if interleaved else np.split(turning, 2, -1)
+        pair = (
+            first * np.cos(angles) - second * np.sin(angles),
+            second * np.cos(angles) + first * np.sin(angles),
+        )
+        turned = np.stack(pair, -1).reshape(turning.shape) if interleaved else np.concatenate(pair, -1)
+        wanted = np.concatenate([turned, wide[..., size:]], -1)
+        tolerance = {"float32": 1e-4, "bfloat16": 4e-3, "float16": 1e-3}[dtype]
+        kind = f"{'pairs' if interleaved else 'halves'}, {size} of 64, {dtype}"
+        row(f"rotary embedding, {kind}", max(apart(y, wanted), apart(given.grad, wide)), tolerance)
+
+
+def documents(length: int) -> np.ndarray:
+    """int32 [1, 1, S, 1]: a row of three documents, the second of one token; or of fewer where they have no room."""
+    starts = sorted({0, length // 3, min(length - 1, length // 3 + 1)})
+    sizes = np.diff([*starts, length])
+    return np.repeat(np.cumsum(sizes), sizes).astype(np.int32).reshape(1, 1, -1, 1)
+
+
+def exact_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """float64 [S, H, D], of one row."""
+    length, heads, size = query.shape
+    groups = heads // key.shape[1]
+    place = np.arange(length)
+    seen = (place[:, None] >= place[None]) & (place[:, None] < ends.reshape(-1)[None])
+    out = np.empty_like(query)
+    for head in range(heads):
+        scores = query[:, head] @ key[:, head // groups].T / np.sqrt(size)
+        scores = np.exp(scores - np.where(seen, scores, -np.inf).max(-1, keepdims=True)) * seen
+        out[:, head] = scores / scores.sum(-1, keepdims=True) @ value[:, head // groups]
+    return out
+
+
+@pytest.mark.parametrize("name", ["default", pytest.param("flashmask", marks=needs("flashmask"))])
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_attention(paddle: Any, on_gpu: bool, row: Row, name: str, size: int, groups: int) -> None:
+    """Rows of documents, forward against float64; a document that changes leaves the others, forward and backward, as
+    they were: on a GPU to the last bit, on a CPU as far as its softmax does, which gives masked scores 1e-28."""
+    if not on_gpu and (size, groups) != (64, 4):
+        pytest.skip("a GPU tries all sizes, a CPU one")
+    for dtype in NARROW if on_gpu else ("float32",):
+        backend = attention(paddle, name, dtype, size)
+        if backend is None:
+            row(f"attention by {name}, heads of {size}, {dtype}", "left to the core")
+            continue
+        worst = 0.0
+        for length in (1, 7, 130, 1000, *((4096,) if on_gpu and (size, groups) == (128, 4) else ())):
+            random, ends = np.random.default_rng(length), documents(length)
+            shapes = [(1, length, heads, size) for heads in (8, 8 // groups, 8 // groups, 8)]
+            arrays = [random.standard_normal(shape).astype(np.float32) for shape in shapes]
+            mask = backend.mask(ends)
+
+            def work(
+                arrays: list[np.ndarray], mask: Any = mask, backend: Any = backend, dtype: str = dtype
+            ) -> list[Any]:
+                *given, slope = (tensor(paddle, array, dtype) for array in arrays)
+                y = backend.attend(*given, mask)
+                (y * slope.detach()).sum().backward()
+                return [y, *(one.grad for one in given)]
+
+            found = work(arrays)
+            rounded = [one.astype(dtype).astype("float32").numpy()[0] for one in map(paddle.to_tensor, arrays[:3])]
+            exact = exact_attention(*(one.astype(np.float64) for one in rounded), ends)
+            worst = max(worst, apart(found[0], exact[None]))
+            first = int(ends.reshape(-1)[0])
+            if first < length:
+                changed = [array.copy() for array in arrays]
+                for array in changed:
+                    array[:, :first] = random.standard_normal(array[:, :first].shape)
+                for one, other in zip(found, work(changed), strict=True):
+                    kept, again = one[:, first:], other[:, first:]
+                    assert bool((kept == again).all()) if on_gpu else apart(kept, again) < 1e-6
+        tolerance = {"bfloat16": 2e-2, "float16": 2e-3, "float32": 1e-5}[dtype]
+        row(f"attention by {name}, heads of {size}, {groups} queries a key, {dtype}", worst, tolerance)
+
+
+def attention(paddle: Any, name: str, dtype: str, size: int) -> Any:
+    if name == "default":
+        from sft.models.attention import DefaultAttention
+
+        return DefaultAttention()
+    from sft_attn_flashmask.backends import FlashMask
+
+    said: list[str] = []
+    run: Any = SimpleNamespace(say=said.append, precision=SimpleNamespace(dtype=dtype))
+    return FlashMask().sft_attention_backend(run=run, config=SimpleNamespace(attention_cap=None, head_size=size))  # type: ignore[arg-type]
+
+
+def test_loss(paddle: Any, on_gpu: bool, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
+    """64 chunks of 128,000 logits, against float64."""
+    from sft.training import loss
+
+    vocabulary, hidden, positions = (128_000, 512, 512) if on_gpu else (4_000, 64, 64)
+    monkeypatch.setattr(loss, "chunk_bytes", lambda memory: 4 * vocabulary * positions // 64)
+    random = np.random.default_rng(5)
+    states = random.standard_normal((1, positions, hidden)) / hidden**0.5
+    weight, labels = random.standard_normal((hidden, vocabulary)), random.integers(0, vocabulary, (1, positions))
+    for dtype in dtypes(on_gpu):
+        given, head = tensor(paddle, states, dtype), tensor(paddle, weight, dtype)
+        lm_head = SimpleNamespace(weight=head, kernels=own_kernels(paddle))
+        value = loss.target_loss(given, labels, lm_head)
+        value.backward()
+        wide, matrix = (one.astype("float32").numpy().astype(np.float64) for one in (given, head))
+        logits = wide[0] @ matrix
+        chances = np.exp(logits - logits.max(-1, keepdims=True))
+        chances /= chances.sum(-1, keepdims=True)
+        chosen = np.arange(positions), labels[0]
+        exact = -np.log(chances[chosen]).sum()
+        chances[chosen] -= 1
+        tolerance = {"float32": 1e-5}.get(dtype)
+        row(f"loss, {vocabulary:,} tokens, {dtype}", abs(float(value) / exact - 1), tolerance or 2e-3)
+        row(f"… gradient of hidden states, {dtype}", apart(given.grad[0], chances @ matrix.T), tolerance or 1e-2)
+        row(f"… gradient of lm_head, {dtype}", apart(head.grad, wide[0].T @ chances), tolerance or 5e-3)
+
+
+@needs("nf4")
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_four_bits(paddle: Any, on_gpu: bool, row: Row, kind: str) -> None:
+    from sft_quant_nf4.codes import CODEBOOKS, quantize_blocks
+    from sft_quant_nf4.layers import BlockLinear
+
+    random = np.random.default_rng(6)
+    weight = random.standard_normal((768, 512)).astype(np.float32)
+    blocks = quantize_blocks(weight, kind, 64, False)
+    layer, absmax = BlockLinear(blocks, None), blocks.absmax
+    assert absmax is not None
+    codes = np.stack([blocks.codes >> 4, blocks.codes & 15], 1).reshape(-1)
+    exact = (CODEBOOKS[kind][codes].reshape(-1, 64) * absmax[:, None]).reshape(weight.shape)
+    row(f"{kind} dequantized", int((layer.dequantize().numpy() != exact.T).sum()), "0 values differ")
+    assert (layer.dequantize().numpy() == exact.T).all()
+    x, slope = random.standard_normal((33, 512)), random.standard_normal((33, 768))
+    for dtype in dtypes(on_gpu):
+        given = tensor(paddle, x, dtype)
+        y = layer(given)
+        (y * tensor(paddle, slope, dtype).detach()).sum().backward()
+        found = max(apart(y, x @ exact.T.astype(np.float64)), apart(given.grad, slope @ exact.astype(np.float64)))
+        row(f"{kind} product and its gradient, {dtype}", found, 1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adamw(paddle: Any, row: Row, dtype: str) -> None:
+    """Five steps of 70 tensors, clipped, against float64; 16-bit parameters by their masters."""
+    from sft.settings.arguments import TrainingArguments
+    from sft.training.optimizer import Optimizer, default_groups
+
+    training, random, parameters, exact = TrainingArguments(weight_decay=0.1), np.random.default_rng(7), {}, {}
+    for number in range(70):
+        value = paddle.to_tensor(random.standard_normal((3 + number, 5)).astype(np.float32)).astype(dtype)
+        parameters[str(number)] = paddle.base.framework.EagerParamBase.from_tensor(value)
+        parameters[str(number)].stop_gradient = False
+        exact[str(number)] = value.astype("float32").numpy().astype(np.float64)
+    optimizer = Optimizer(default_groups(parameters, 0.1), training)
+    first, second = ({name: 0.0 * value for name, value in exact.items()} for _ in range(2))
+    for step in range(1, 6):
+        for name, parameter in parameters.items():
+            parameter.grad = paddle.to_tensor(random.standard_normal(parameter.shape).astype(np.float32))
+            gradient = 0.25 * parameter.grad.numpy().astype(np.float64)
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            moved = first[name] / (1 - 0.9**step) / (np.sqrt(second[name] / (1 - 0.999**step)) + training.adam_epsilon)
+            exact[name] -= 1e-2 * (moved + 0.1 * exact[name])
+        optimizer.step(1e-2, 0.25)
+    state = optimizer.state()
+    stepped = {name: state.get(f"{name}.master", parameters[name]) for name in exact}
+    row(f"AdamW, 5 steps, {dtype}", max(apart(stepped[name], exact[name]) for name in exact), 1e-6)

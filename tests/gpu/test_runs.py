@@ -1,0 +1,223 @@
+"""On a GPU: whole runs, against the same on a CPU, against themselves, and how fast they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from device_calls import CountStep
+
+import sft
+from sft.plugins.discovery import installed
+from sft.testing import make_model, needs, read_metrics
+
+pytestmark = pytest.mark.gpu
+
+Row = Callable[..., None]
+
+
+@pytest.fixture
+def device(on_gpu: bool) -> str:
+    return "gpu" if on_gpu else "cpu"
+
+
+@pytest.fixture
+def losses(train: Any, tmp_path: Path, device: str) -> Callable[..., list[float]]:
+    """The loss of each of five steps of a small model that trains whole."""
+
+    def run(name: str, **settings: Any) -> list[float]:
+        common = {"max_steps": 5, "logging_steps": 1, "do_eval": False, "learning_rate": 1e-3, "device": device}
+        train(name, **{**common, **settings})
+        return [line["loss"] for line in read_metrics(tmp_path / name)]
+
+    return run
+
+
+def distance(one: list[float], other: list[float]) -> float:
+    return float(np.abs(np.asarray(one) / np.asarray(other) - 1).max())
+
+
+def test_losses_are_those_of_a_cpu(losses: Any, gpu: Any, row: Row) -> None:
+    row("losses of 5 steps in float32, to a CPU's", distance(losses("gpu"), losses("cpu", device="cpu")), 1e-4)
+
+
+@pytest.mark.parametrize(("narrow", "tolerance"), [("bf16", 2e-2), ("fp16", 5e-3)])
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_losses_in_16_bits(losses: Any, gpu: Any, row: Row, narrow: str, tolerance: float, level: str) -> None:
+    wide = losses("wide")
+    found = losses(narrow, **{narrow: True, "fp16_opt_level": level, "require_precision": True})
+    row(f"losses of 5 steps, {narrow} {level}, to float32", distance(found, wide), tolerance)
+
+
+@needs("lora")
+def test_micro_batches_add_up(losses: Any, on_gpu: bool, row: Row) -> None:
+    """Eight micro-batches of one row are one of eight, in 16 bits too."""
+    common = {"plugin": ["lora"], **({"bf16": True, "fp16_opt_level": "O2"} if on_gpu else {})}
+    one = losses("one", per_device_train_batch_size=8, **common)
+    eight = losses("eight", per_device_train_batch_size=1, gradient_accumulation_steps=8, **common)
+    row("8 micro-batches to one", distance(eight, one), 3e-3)
+
+
+@needs("lora")
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_types_in_bfloat16(train: Any, gpu: Any, row: Row, level: str) -> None:
+    """Of what goes through a model, for the record; what trains, its gradients and the loss are float32."""
+    found: dict[str, str] = {}
+
+    class Look(sft.Plugin):
+        name = "look"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_run_started(self, run: sft.Run) -> None:
+            block = run.model.model.layers[0]
+            parts = {
+                "norm": block.input_layernorm,
+                "q": block.self_attn.q_proj,
+                "block": block,
+                "last": run.model.model.norm,
+            }
+            for name, part in parts.items():
+                part.register_forward_post_hook(lambda layer, given, y, name=name: found.update({name: short(y)}))
+            self.parameter = next(p for p in run.model.parameters() if not p.stop_gradient)
+            found["trains"] = short(self.parameter)
+            self.parameter.register_hook(lambda gradient: found.update({"gradient": short(gradient)}))
+
+    def short(tensor: Any) -> str:
+        return str(tensor.dtype).rpartition(".")[2]
+
+    train(plugins=(Look,), plugin=["lora"], device="gpu", bf16=True, fp16_opt_level=level, max_steps=1, do_eval=False)
+    row(f"types, bf16 {level}, LoRA", ", ".join(f"{name} {dtype}" for name, dtype in found.items()))
+    assert found["trains"] == found["gradient"] == "float32"
+    assert found["q"] == "bfloat16"
+
+
+def test_an_overflow_halves_the_scale_and_skips_the_step(train: Any, gpu: Any, tmp_path: Path, row: Row) -> None:
+    said: list[str] = []
+    train(
+        "out", say=said.append, device="gpu", fp16=True, scale_loss=2.0**60, max_steps=3, logging_steps=1, do_eval=False
+    )
+    skipped = [line for line in said if "float16 overflow, skipped" in line]
+    assert len(skipped) == 3
+    assert f"the loss scale is now {2.0**57:g}" in skipped[-1]
+    row("float16 overflow", "3 steps skipped, the scale halved each time", "exact")
+
+
+@needs("lora")
+def test_going_on_is_as_if_it_had_not_stopped(train: Any, tmp_path: Path, device: str, row: Row) -> None:
+    """2 + 2 steps and 4. On a GPU to the last bit with ``deterministic``; without it is measured."""
+    kinds = [False, True] if "deterministic" in sft_settings() else [False]
+    for deterministic in kinds:
+        more = {"deterministic": True} if deterministic else {}
+        common = {"plugin": ["lora"], "device": device, "logging_steps": 1, "do_eval": False, "save_strategy": "steps"}
+        common |= {"save_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant", **more}
+        name = f"{deterministic}"
+        train(f"{name}-whole", max_steps=4, **common)
+        train(f"{name}-first", max_steps=2, **common)
+        checkpoint = str(next((tmp_path / f"{name}-first").glob("checkpoint*")))
+        train(f"{name}-second", max_steps=4, resume_from_checkpoint=checkpoint, **common)
+        whole, second = (read_metrics(tmp_path / f"{name}-{part}")[-1]["loss"] for part in ("whole", "second"))
+        exact = deterministic or device == "cpu"
+        row(
+            f"2 + 2 steps to 4{', deterministic' if deterministic else ''}",
+            abs(whole / second - 1),
+            0.0 if exact else 1e-3,
+        )
+
+
+def sft_settings() -> list[str]:
+    from sft.settings.arguments import TrainingArguments
+
+    return list(TrainingArguments.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"])
+def test_greedy_answers_are_those_of_a_cpu(paddle: Any, cases: Path, on_gpu: bool, row: Row, case: str) -> None:
+    from sft.data.encoding import encode_prompt
+    from sft.data.tokenizer import Tokenizer
+    from sft.models.attention import DefaultAttention
+    from sft.models.generation import answers
+    from sft.models.loading import load_model, open_model
+    from sft.seams import Turn
+    from sft.settings.arguments import GenerationArguments
+
+    found = []
+    for device in ("cpu", "gpu" if on_gpu else "cpu"):
+        paddle.device.set_device(device)
+        model, tokenizer = load_model(open_model(cases / case)), Tokenizer(cases / case)
+        model.attention = DefaultAttention()
+        prompts = [encode_prompt([Turn("user", text)], tokenizer) for text in ("What is a river?", "Hi", "A coat")]
+        found.append(" ".join(answers(model, tokenizer, prompts, GenerationArguments(max_new_tokens=32), 0)).split())
+    same = sum(one == other for one, other in zip(*found, strict=False)) / max(1, *map(len, found))
+    row(f"words of greedy answers unlike a CPU's, {case}", 1.0 - same, 0.05)
+
+
+@pytest.mark.parametrize("plugins", [pytest.param(["lora"], marks=needs("lora")), []], ids=["lora", "full"])
+def test_speed_waits_and_kernels(
+    paddle: Any, train: Any, tmp_path: Path, on_gpu: bool, device: str, row: Row, plugins: list[str]
+) -> None:
+    """Packed rows of 2,048 tokens through 8 layers of 1,024 on a GPU; of a small model on a CPU."""
+    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
+    shape |= {"max_position_embeddings": 2048}
+    kernels, what = [], plugins[0] if plugins else "full"
+    without = [name for name in ("fast-cpu",) if name in installed()]
+    packs = ["zero-padding"] if "zero-padding" in installed() else []
+    for layers in (4, 8) if on_gpu else (2, 4):
+        model = make_model(tmp_path / f"model-{layers}", num_hidden_layers=layers, **(shape if on_gpu else {}))
+        common = {"model_name_or_path": str(model), "device": device, "logging_steps": 100, "do_eval": False}
+        common |= {"max_steps": 5, "gradient_accumulation_steps": 2, "bf16": on_gpu}
+        chosen = [*plugins, *packs, *(f"no:{name}" for name in without)]
+        train(f"out-{layers}", plugins=(CountStep, Clock), plugin=chosen, **common)
+        kernels.append(CountStep.calls.kernels.total())
+        row(f"tokens/s, {what}, {layers} layers", f"{max(Clock.speeds):,.0f}")
+        row(f"waits a step, {what}, {layers} layers", float(len(CountStep.calls.waits)), 2.0)
+    layers = 4 if on_gpu else 2
+    row(f"kernels a layer and micro-batch, {what}", (kernels[1] - kernels[0]) / layers / 2)
+
+
+class Clock(sft.Plugin):
+    """Tokens a second of each step."""
+
+    name = "clock"
+    api_version = 1
+    speeds: list[float] = []
+
+    @sft.hookimpl
+    def sft_run_started(self, run: sft.Run) -> None:
+        type(self).speeds, self._began = [], time.monotonic()
+
+    @sft.hookimpl
+    def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+        now = time.monotonic()
+        self.speeds.append(record["tokens"] / (now - self._began))
+        self._began = now
+
+
+@needs("parallel-4d")
+@pytest.mark.timeout(600)
+def test_several_gpus_learn_what_one_does(gpu: Any, base_model: Path, dataset: Path, row: Row) -> None:
+    count = gpu.device.cuda.device_count()
+    if count < 2:
+        pytest.skip("there is one GPU")
+    script = Path(__file__).parents[2] / "benchmarks" / "parallel_gpu.py"
+    command = [sys.executable, str(script), str(base_model), str(dataset), "--gpus", str(min(count, 4))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540, env={**os.environ})
+    for line in done.stdout.splitlines():
+        row("benchmarks/parallel_gpu.py", line)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_a_run_writes_down_its_device(losses: Any, tmp_path: Path, on_gpu: bool, row: Row) -> None:
+    losses("out")
+    written = json.loads((tmp_path / "out" / "run.json").read_text())
+    machine = written["machine"]
+    assert machine["device"].startswith("gpu" if on_gpu else "cpu")
+    row("device in run.json", machine["device"])

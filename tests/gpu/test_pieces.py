@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import sft
 from sft.models.rotary import Rotary
+from sft.precision import Precision
 from sft.testing import needs
 
 pytestmark = pytest.mark.gpu
@@ -37,13 +39,9 @@ def tensor(paddle: Any, array: np.ndarray, dtype: str = "float32") -> Any:
     return made
 
 
-def own_kernels(paddle: Any) -> Any:
-    from sft.models.setup import kernels_for
-    from sft.precision import Precision
-
-    return kernels_for(
-        SimpleNamespace(hook=SimpleNamespace(sft_kernels=lambda run, precision: None)), None, Precision()
-    )  # type: ignore[arg-type]
+def own_kernels() -> Any:
+    """What the core computes a model's pieces with on this device."""
+    return sft.own_kernels(Precision())
 
 
 def test_paddle_finds_its_device(paddle: Any, row: Row) -> None:
@@ -57,7 +55,7 @@ def test_norms(paddle: Any, on_gpu: bool, row: Row, offset: float) -> None:
     x, weight, slope = (random.standard_normal(shape) for shape in ((2, 300, 1024), (1024,), (2, 300, 1024)))
     for dtype in dtypes(on_gpu):
         given = [tensor(paddle, array, dtype) for array in (x, weight)]
-        y = own_kernels(paddle).rms_norm(*given, 1e-6, offset)
+        y = own_kernels().rms_norm(*given, 1e-6, offset)
         (y.astype("float32") * paddle.to_tensor(slope.astype(np.float32))).sum().backward()
         wide, factor = (one.astype("float32").numpy().astype(np.float64) for one in given)
         inverse = 1 / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
@@ -83,7 +81,7 @@ def test_rotation(paddle: Any, on_gpu: bool, row: Row, interleaved: bool, size: 
         given = tensor(paddle, x, dtype)
         narrow = {} if dtype == "float32" else {"dtype": dtype}
         with paddle.amp.auto_cast(enable=bool(narrow), level="O2", **narrow):
-            y = own_kernels(paddle).rotate(given, rotary, *made)
+            y = own_kernels().rotate(given, rotary, *made)
         assert y.dtype == given.dtype
         (y.astype("float32") * y.astype("float32").detach()).sum().backward()
         wide = given.astype("float32").numpy().astype(np.float64)
@@ -188,7 +186,7 @@ def test_loss(paddle: Any, on_gpu: bool, monkeypatch: pytest.MonkeyPatch, row: R
     weight, labels = random.standard_normal((hidden, vocabulary)), random.integers(0, vocabulary, (1, positions))
     for dtype in dtypes(on_gpu):
         given, head = tensor(paddle, states, dtype), tensor(paddle, weight, dtype)
-        lm_head = SimpleNamespace(weight=head, kernels=own_kernels(paddle))
+        lm_head = SimpleNamespace(weight=head, kernels=own_kernels())
         value = loss.target_loss(given, labels, lm_head)
         value.backward()
         wide, matrix = (one.astype("float32").numpy().astype(np.float64) for one in (given, head))

@@ -32,9 +32,10 @@ test: .venv/installed-test ## Run the tests, without the slow ones
 test-slow: .venv/installed-test ## Run the slow tests
 	$(BIN)/pytest -m slow $(ARGS) || [ $$? -eq 5 ]
 
-# One process: several would share the GPU's memory. The table at the end is for an issue.
+# One process: several would share the GPU's memory. The table at the end is for an issue. Without a GPU there is one
+# sentence, and pytest exits with 5.
 test-gpu: .venv/installed-test ## Check a GPU, within ten minutes: make DEVICE=gpu test-gpu
-	$(BIN)/pytest -m gpu -rs $(ARGS)
+	$(BIN)/pytest -m gpu -rs $(ARGS) || [ $$? -eq 5 ]
 
 test-plugin: ## Test one plugin alone with the core, in a venv of its own: make test-plugin NAME=peft_vera
 	@test -f plugins/$(NAME)/pyproject.toml || { echo "Give NAME=, one of: $(notdir $(PLUGINS))." >&2; exit 2; }

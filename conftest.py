@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
+
+from sft.runtime import likely_device
+
+NONE = (
+    "There is no GPU here, or PaddlePaddle's build for GPUs is missing, so nothing was checked; README.md says how to "
+    "install it."
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    else:  # read when CUDA starts: float32 products keep all their bits, as in a run that asks for them
+    else:  # read when CUDA starts: float32 products keep all their bits, so that their tolerances can be narrow
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+
+
+def _lacks_gpu(config: pytest.Config) -> bool:
+    forced = os.environ.get("SFT_TEST_GPU") == "cpu"
+    return config.option.markexpr == "gpu" and not forced and likely_device() != "gpu"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _lacks_gpu(config):
+        config.hook.pytest_deselected(items=list(items))
+        items.clear()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if _lacks_gpu(config):
+        terminalreporter.write_line(NONE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,11 @@ def test_what_counts_as_a_wait(paddle: Any) -> None:  # noqa: F811
         (x * 2).sum()
     assert [wait.rpartition(" ")[2] for wait in calls.waits] == ["test_what_counts_as_a_wait"] * 6 + ["nonzero"]
     assert calls.kernels["sum"] == calls.kernels["nonzero"] == 1
+
+
+def test_tests_hide_gpus() -> None:
+    """But those of make test-gpu."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def test_micro_batches_add_up(losses: Any, on_gpu: bool, row: Row) -> None:
 
 @needs("lora")
 @pytest.mark.parametrize("level", ["O1", "O2"])
-def test_types_in_bfloat16(train: Any, gpu: Any, row: Row, level: str) -> None:
+def test_types_in_bfloat16(train: Any, gpu: Any, device: str, row: Row, level: str) -> None:
     """Of what goes through a model, for the record; what trains, its gradients and the loss are float32."""
     found: dict[str, str] = {}
 
@@ -94,7 +94,7 @@ def test_types_in_bfloat16(train: Any, gpu: Any, row: Row, level: str) -> None:
     def short(tensor: Any) -> str:
         return str(tensor.dtype).rpartition(".")[2]
 
-    train(plugins=(Look,), plugin=["lora"], device="gpu", bf16=True, fp16_opt_level=level, max_steps=1, do_eval=False)
+    train(plugins=(Look,), plugin=["lora"], device=device, bf16=True, fp16_opt_level=level, max_steps=1, do_eval=False)
     row(f"types, bf16 {level}, LoRA", ", ".join(f"{name} {dtype}" for name, dtype in found.items()))
     assert found["trains"] == found["gradient"] == "float32"
     assert found["q"] == "bfloat16"

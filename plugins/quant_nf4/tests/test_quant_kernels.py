@@ -281,8 +281,8 @@ def test_on_cpu_nothing_is_tried(paddle: Any, monkeypatch: pytest.MonkeyPatch) -
 def test_on_a_gpu_the_kernel_is_right(paddle: Any, bits: int, group: int | None, dtype: str) -> None:
     from sft_quant_nf4.kernels import Packed, compare, fits
 
-    if not (paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count()):
-        pytest.skip("make test-gpu needs an NVIDIA GPU and PaddlePaddle's build for it, and there is none here")
+    if not paddle.device.get_device().startswith("gpu"):
+        pytest.skip("a CPU cannot try this")
     layer = layer_with(channels_of(bits, group), [])
     if not fits(layer):
         pytest.skip("paddle has no kernel of int8 and int4 products for this GPU")

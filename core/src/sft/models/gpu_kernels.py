@@ -22,7 +22,7 @@ class GpuKernels(Kernels):
         self._tables: dict[int, tuple[Any, Any, Any]] = {}
 
     def rms_norm(self, x: Any, weight: Any, epsilon: float, offset: float) -> Any:
-        if x.dtype == weight.dtype and not offset:
+        if x.dtype == weight.dtype != paddle.float32 and not offset:
             return _rms_norm(x, weight, epsilon)
         # The kernel wants one type, and 1 + w would lose w's last bits in 16 of them.
         with _as_given():

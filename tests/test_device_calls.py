@@ -71,6 +71,17 @@ def test_a_logged_step_waits_no_longer(of_a_step: Callable[..., Calls]) -> None:
     assert len(of_a_step(logging_steps=1).waits) <= WAITS
 
 
+def test_a_mixture_of_experts_waits_once_a_layer(paddle: Any) -> None:  # noqa: F811
+    """For how many tokens each expert has; backward knows."""
+    experts = [paddle.nn.Linear(8, 8) for _ in range(5)]
+    tokens = paddle.randn([12, 8])
+    tokens.stop_gradient = False
+    weights, chosen = paddle.topk(paddle.rand([12, 5]), 2, axis=-1)
+    with counted(paddle) as calls:
+        sft.through_experts(tokens, weights, chosen, experts).sum().backward()
+    assert len(calls.waits) == 1, calls.waits
+
+
 LAYER = {"full": 152, "lora": 200}
 """Kernels of a layer of Llama on a CPU, forward, backward and optimizer's step, without recompute."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import paddle
@@ -18,7 +19,10 @@ def through_experts(tokens: Any, weights: Any, chosen: Any, experts: Sequence[Ca
     size, each = tokens.shape[-1], chosen.shape[-1]
     choices, expert_of_choice = tokens.unsqueeze(1).expand([-1, each, -1]), chosen.flatten()
     order = paddle.argsort(expert_of_choice, stable=True)
-    counts = paddle.bincount(expert_of_choice, minlength=len(experts)).tolist()
+    # Where each expert's choices begin. Counting them would make a GPU wait for the number of counts besides.
+    sorted_choices, numbers = paddle.gather(expert_of_choice, order), paddle.arange(len(experts) + 1)
+    begins = paddle.searchsorted(sorted_choices, numbers.astype(sorted_choices.dtype)).tolist()
+    counts = [end - begin for begin, end in pairwise(begins)]
     busy = [number for number, count in enumerate(counts) if count]
     parts = paddle.split(paddle.gather(choices.reshape([-1, size]), order), [counts[number] for number in busy])
     results = paddle.concat([experts[number](part) for number, part in zip(busy, parts, strict=True)])

@@ -65,18 +65,40 @@ def packed_indices(documents: list[list[tuple[int, int]]], length: int) -> np.nd
     return indices
 
 
+class Dense:
+    """What 16 bits on a GPU get."""
+
+    def mask(self, ends: np.ndarray | None) -> Any:
+        from sft.models.dense_attention import dense_mask
+
+        return None if ends is None else dense_mask(ends)
+
+    def attend(self, query: Any, key: Any, value: Any, mask: Any, cap: float | None = None) -> Any:
+        from sft.models.dense_attention import dense_attention
+
+        return dense_attention(query, key, value, mask, cap)
+
+
+def backend_of(dense: bool) -> Any:
+    from sft.models.attention import DefaultAttention
+
+    return Dense() if dense else DefaultAttention()
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["documents", "dense"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
-def test_the_default_backend_is_softmax_attention(paddle: Any, packed: bool, heads: int, kv_heads: int) -> None:
+def test_the_default_backend_is_softmax_attention(
+    paddle: Any, packed: bool, heads: int, kv_heads: int, dense: bool
+) -> None:
     """Value and gradients; numbers of size 1 in float32, so 1e-5 is some 50 roundings."""
-    from sft.models.attention import DefaultAttention
 
     batch, length, size = 2, 7, 8
     generator = np.random.default_rng(heads)
     shapes = [(batch, length, h, size) for h in (heads, kv_heads, kv_heads, heads)]
     query, key, value, upstream = (generator.standard_normal(shape).astype(np.float32) for shape in shapes)
     seen = packed_mask(PADDED_DOCUMENTS if packed else [[(0, length)]] * batch, length)
-    backend = DefaultAttention()
+    backend = backend_of(dense)
     mask = backend.mask(packed_indices(PADDED_DOCUMENTS, length) if packed else None)
     tensors = [paddle.to_tensor(array, stop_gradient=False) for array in (query, key, value)]
     out = backend.attend(*tensors, mask)
@@ -90,7 +112,7 @@ def test_the_default_backend_is_softmax_attention(paddle: Any, packed: bool, hea
 
 
 def test_the_dense_mask_is_the_documents(paddle: Any) -> None:
-    from sft.models.attention import dense_mask
+    from sft.models.dense_attention import dense_mask
 
     mask = dense_mask(packed_indices(PADDED_DOCUMENTS, 7)).numpy()
     assert mask.shape == (2, 1, 7, 7)
@@ -102,7 +124,7 @@ def test_the_dense_mask_is_the_documents(paddle: Any) -> None:
 def test_the_dense_mask_stays_finite_in_16_bits_block_by_block(paddle: Any, dtype: Any) -> None:
     """As flash kernels with a dense mask compute: scores and softmax in float32, one block of keys after the other. In
     the last rows the first two blocks are of another document, so nothing in them is seen."""
-    from sft.models.attention import HIDDEN, dense_mask
+    from sft.models.dense_attention import HIDDEN, dense_mask
 
     length, size, block, documents = 96, 16, 16, [[(0, 40), (40, 41), (41, 96)]]
     generator = np.random.default_rng(0)
@@ -172,7 +194,8 @@ def logits_of(model: Any, rows: list[list[np.ndarray]], indices: bool = True) ->
 
     batch = assemble([[Example(ids, np.full_like(ids, -100)) for ids in row] for row in rows], pad_id=0)
     if not indices:  # as if each row were one document
-        batch = dataclasses.replace(batch, lengths=tuple((sum(lengths),) for lengths in batch.lengths))
+        ends, lengths = np.full_like(batch.startend_row_indices, 1), tuple((sum(sizes),) for sizes in batch.lengths)
+        batch = dataclasses.replace(batch, startend_row_indices=ends * batch.input_ids.shape[1], lengths=lengths)
     with paddle.no_grad():
         return model.lm_head(hidden_states(model, batch)).numpy()
 
@@ -312,15 +335,14 @@ def test_a_window_is_a_document_that_ends_early(paddle: Any, window: int, packed
     np.testing.assert_array_equal((query >= key) & (query < seen[0, 0, :, 0][None]), expected)
 
 
+@pytest.mark.parametrize("dense", [False, True], ids=["documents", "dense"])
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
-def test_a_cap_bends_scores(paddle: Any, packed: bool) -> None:
+def test_a_cap_bends_scores(paddle: Any, packed: bool, dense: bool) -> None:
     """cap · tanh(s / cap), in float64, before the mask."""
-    from sft.models.attention import DefaultAttention
-
     generator, cap = np.random.default_rng(1), 0.7
     query, key, value = (generator.standard_normal((2, 7, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
     seen = packed_mask(PADDED_DOCUMENTS if packed else [[(0, 7)]] * 2, 7)
-    backend = DefaultAttention()
+    backend = backend_of(dense)
     mask = backend.mask(packed_indices(PADDED_DOCUMENTS, 7) if packed else None)
     found = backend.attend(*map(paddle.to_tensor, (query, key, value)), mask, cap=cap).numpy()
     q, k, v = (tensor.astype(np.float64).transpose(0, 2, 1, 3) for tensor in (query, key, value))

@@ -18,7 +18,7 @@ Distribute = Callable[..., None]
 Train = Callable[..., sft.Summary]
 Metrics = Callable[..., Any]
 
-PIECES = ("rms_norm", "rotate", "swiglu", "linear", "product")
+PIECES = ("rms_norm", "rotate", "mask", "attention", "swiglu", "linear", "product")
 
 
 class Counting(sft.Kernels):

@@ -139,8 +139,8 @@ def sft_quantizer(run: Run | None) -> Quantizer:
 
 @single
 def sft_attention_backend(run: Run, config: ModelShape) -> AttentionBackend | None:
-    """How attention is computed in training and evaluation. None, or no plugin: by paddle's
-    scaled_dot_product_attention.
+    """How attention is computed in training and evaluation. None, or no plugin: by the model's
+    kernels (:meth:`sft.Kernels.attention`).
 
     ``config`` describes the model: an :class:`sft.Architecture` if sft's own decoder computes it. A backend declares
     what it can do beyond plain attention (see :class:`sft.AttentionBackend`); a model that needs more is refused.

@@ -105,8 +105,10 @@ class AttentionBackend(Protocol):
     """
 
     packed: bool
-    describes_padding: bool
     caps: bool
+
+    @property
+    def describes_padding(self) -> bool: ...
 
     def mask(self, ends: np.ndarray | None) -> Any:
         """What :meth:`attend` is to know of a batch's documents, in any form; it comes back as it is.

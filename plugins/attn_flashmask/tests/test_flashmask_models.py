@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import sft
 from sft import hookspecs
 from sft.data.batches import assemble
 from sft.data.tokenizer import Tokenizer
@@ -119,6 +120,8 @@ def test_16_bit_tensors_on_a_gpu_go_to_paddles_kernels(
         return own(*arguments)
 
     monkeypatch.setattr(found, "attend", attend)
+    if rows is PADDED and kernel == "flash":  # on a CPU it would skip the padding
+        monkeypatch.setattr(type(found), "describes_padding", False)
     with paddle.no_grad():
         hidden_states(load(models / "llama-tied-gqa", found), batch)
     assert len(asked) == 2
@@ -197,3 +200,36 @@ def test_paddlenlps_settings_activate(settings: dict[str, Any], expected: list[s
     names, left = choose_plugins(settings, ())
     assert sorted(names) == expected
     assert not left
+
+
+@pytest.mark.parametrize("backend", ["flashmask", "flash-attention"])
+def test_kernels_that_skip_what_is_masked_compute_it(paddle: Any, models: Path, backend: str) -> None:
+    """Theirs is asked with the mask that they made; that of kernels which do not skip never is."""
+    from sft.models.forward import hidden_states
+    from sft.models.kernels import use_kernels
+
+    class Kernels(sft.Kernels):
+        skips_masked = False
+
+        def __init__(self) -> None:
+            self.masks: list[Any] = []
+            self.asked: list[Any] = []
+
+        def mask(self, ends: Any) -> Any:
+            self.masks.append((ends, super().mask(ends)))
+            return self.masks[-1]
+
+        def attention(self, query: Any, key: Any, value: Any, mask: Any, cap: float | None) -> Any:
+            self.asked.append(mask)
+            return super().attention(query, key, value, mask[1], cap)
+
+    model, batch = load(models / "llama-tied-gqa", backend_of(backend)), batch_of(PACKED)
+    with paddle.no_grad():
+        expected = hidden_states(model, batch).numpy()
+        for skips in (False, True):
+            Kernels.skips_masked, kernels = skips, Kernels()
+            use_kernels(model, kernels)
+            np.testing.assert_allclose(hidden_states(model, batch).numpy(), expected, atol=1e-5, rtol=0)
+            assert len(kernels.masks) == skips
+            assert len(kernels.asked) == 2 * skips
+            assert all(asked is kernels.masks[0] for asked in kernels.asked)

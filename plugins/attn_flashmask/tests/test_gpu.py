@@ -83,7 +83,7 @@ def kernels(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def attend(backend: Any, dtype: str = "bfloat16", size: int = 16) -> Any:
     there = SimpleNamespace(is_gpu_place=lambda: True)
     tensor = SimpleNamespace(place=there, dtype=f"paddle.{dtype}", shape=[1, 300, 4, size])
-    return backend.attend(tensor, tensor, tensor, None)
+    return backend.attend(tensor, tensor, tensor, backend.mask(None))
 
 
 def backend_of(said: list[str], dtype: str) -> Any:

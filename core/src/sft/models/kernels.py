@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle.nn import functional as F
 
+from sft.models.dense_attention import dense_attention, dense_mask
+from sft.models.document_attention import Documents, document_attention, documents_of, rows_of
 from sft.models.norms import rms_norm
 from sft.models.rotary import Rotary
 from sft.models.sums import row_sums
 from sft.models.turning import rotate
+
+
+class _Mask:
+    """Where the documents of a batch end, in the forms that attention wants, each made when it is first asked for."""
+
+    def __init__(self, ends: np.ndarray | None) -> None:
+        self._ends = ends
+        self._documents: Documents | None = None
+
+    @cached_property
+    def dense(self) -> Any | None:
+        return None if self._ends is None else dense_mask(self._ends)
+
+    def documents(self, rows: int, length: int) -> Documents | None:
+        """None where ends say more than documents and windows."""
+        if self._documents is None:
+            self._documents = rows_of(rows, length) if self._ends is None else documents_of(self._ends)
+        return self._documents
 
 
 class Kernels:
@@ -19,7 +41,13 @@ class Kernels:
 
     Each method that takes part in the forward pass is one differentiable step: gradients flow to the arguments that are
     not ``stop_gradient``. Weights lie [in, out], as everywhere in paddle.
+
+    Attributes:
+        skips_masked: Whether time and memory of :meth:`attention` follow what is seen, and not the square of a row's
+            length. (Here they do but for 16 bits on a GPU, for which there are plugins.)
     """
+
+    skips_masked = True
 
     def rms_norm(self, x: Any, weight: Any, epsilon: float, offset: float) -> Any:
         """(``offset`` + weight) · x / √(mean(x²) + ε): x [..., hidden] of any float type, weight [hidden] → like x, in
@@ -30,6 +58,20 @@ class Kernels:
         """x [B, S, heads, D], turned in its first ``rotary.size`` dimensions by tables float32 [B, S, 1, size], as
         :func:`sft.models.turning.tables` makes them."""
         return rotate(x, rotary, cosines, sines)
+
+    def mask(self, ends: np.ndarray | None) -> Any:
+        """What :meth:`attention` is to know of a batch, made once for all layers: see :class:`sft.AttentionBackend`."""
+        return _Mask(ends)
+
+    def attention(self, query: Any, key: Any, value: Any, mask: Any, cap: float | None) -> Any:
+        """softmax(Q Kᵀ / √D) V over the keys that ``mask``, which is what :meth:`mask` gave, lets a query see: query
+        [B, S, H, D]; key, value [B, S, K, D], where K divides H → [B, S, H, D]. With ``cap``, scaled scores s become
+        cap · tanh(s / cap) before the mask."""
+        fused = cap is None and query.place.is_gpu_place() and query.dtype in (paddle.float16, paddle.bfloat16)
+        documents = None if fused else mask.documents(*query.shape[:2])
+        if documents is None:
+            return dense_attention(query, key, value, mask.dense, cap)
+        return document_attention(query, key, value, documents, cap)
 
     def swiglu(self, gate: Any, up: Any) -> Any:
         """silu(gate) · up, of equal shapes (arXiv 2002.05202)."""

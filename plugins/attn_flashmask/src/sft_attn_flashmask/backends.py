@@ -18,45 +18,58 @@ if TYPE_CHECKING:
 
 
 class _Mask:
-    """The ends of a batch's documents as paddle's kernels want them, and as the blockwise implementation does."""
+    """The ends of a batch's documents, in the form that each implementation wants, which is made when it is asked."""
 
-    def __init__(self, ends: np.ndarray) -> None:
-        self._ends = ends
+    def __init__(self, ends: np.ndarray | None, kernels: sft.Kernels) -> None:
+        self._ends, self._kernels = ends, kernels
 
     @cached_property
-    def indices(self) -> Any:
-        """int32 [B, 1, S, 1] on the device."""
+    def indices(self) -> Any | None:
+        """paddle's: int32 [B, 1, S, 1] on the device."""
         import paddle
 
-        return paddle.to_tensor(self._ends)
+        return None if self._ends is None else paddle.to_tensor(self._ends)
 
     @cached_property
-    def columns(self) -> list[ColumnMask]:
-        """Of each row of the batch."""
-        return column_masks(self._ends)
+    def columns(self) -> list[ColumnMask] | None:
+        """The blockwise implementation's: of each row of the batch."""
+        return None if self._ends is None else column_masks(self._ends)
+
+    @cached_property
+    def own(self) -> Any:
+        """That of the model's kernels."""
+        return self._kernels.mask(self._ends)
 
 
 class _Backend:
-    """16-bit tensors on a GPU go to paddle's kernels, everything else to the blockwise implementation."""
+    """16-bit tensors on a GPU go to paddle's kernels, everything else to those of the model where they skip what is
+    masked, or else to the blockwise implementation."""
 
     packed = True
     caps = True
 
     def __init__(self, describes_padding: bool, say: Callable[[str], None] = lambda text: None) -> None:
-        self.describes_padding = describes_padding
+        self._describes_padding = describes_padding
         self._version = gpu.Version(say)
+        self.kernels = sft.PLAIN
 
-    def mask(self, ends: np.ndarray | None) -> _Mask | None:
-        return None if ends is None else _Mask(ends)
+    @property
+    def describes_padding(self) -> bool:
+        return self._describes_padding or not gpu.on_gpu()
 
-    def attend(self, query: Any, key: Any, value: Any, mask: _Mask | None, cap: float | None = None) -> Any:
+    def mask(self, ends: np.ndarray | None) -> _Mask:
+        return _Mask(ends, self.kernels)
+
+    def attend(self, query: Any, key: Any, value: Any, mask: _Mask, cap: float | None = None) -> Any:
         from sft_attn_flashmask.blockwise import attention
 
         # paddle's kernels know no cap; float16 here is bfloat16 too.
         if cap is not None or not (query.place.is_gpu_place() and str(query.dtype).endswith("float16")):
-            return attention(query, key, value, None if mask is None else mask.columns, cap=cap)
+            if self.kernels.skips_masked:
+                return self.kernels.attention(query, key, value, mask.own, cap)
+            return attention(query, key, value, mask.columns, cap=cap)
         with self._version.chosen(query):
-            return gpu.compute(query, key, value, None if mask is None else mask.indices)
+            return gpu.compute(query, key, value, mask.indices)
 
 
 def _backend(plugin: sft.Plugin, run: Run, config: Any, describes_padding: bool) -> AttentionBackend | None:
@@ -83,10 +96,6 @@ class FlashAttention(sft.Plugin):
     def sft_attention_backend(self, run: Run, config: Any) -> AttentionBackend | None:
         return _backend(self, run, config, describes_padding=False)
 
-    @sft.hookimpl(optionalhook=True)
-    def parallel_outline(self, outline: Any) -> None:
-        outline.attention_in_blocks = True
-
 
 class FlashMask(sft.Plugin):
     """Attention in blocks that skips what column-wise masks hide (arXiv 2410.01359)."""
@@ -100,7 +109,3 @@ class FlashMask(sft.Plugin):
     @sft.hookimpl
     def sft_attention_backend(self, run: Run, config: Any) -> AttentionBackend | None:
         return _backend(self, run, config, describes_padding=True)
-
-    @sft.hookimpl(optionalhook=True)
-    def parallel_outline(self, outline: Any) -> None:
-        outline.attention_in_blocks = True

@@ -11,6 +11,8 @@ from sft import Architecture, Block
 from sft_parallel_4d.model_size import ROW, Division, Precision, of_block, total
 from sft_parallel_4d.outline import Outline
 
+ROWS, SHARED = 128, 4 * 128 * 128
+"""Query rows in a block of attention, and scores of a head that a block may have, as the core has them."""
 CHUNK = 64 << 20
 """Bytes of a chunk of float32 logits, as the core's loss has it."""
 
@@ -45,14 +47,9 @@ def block_kept(outline: Outline, number: int, shape: Shape, precision: Precision
     wide = _attention_norms_kept(outline, shape) + behind * (hidden + 1) / shape.spread
     # Linears keep their inputs, all of the sequence; q, k and v share one, gate and up the other. Rotation keeps none.
     narrow: float = 2 * hidden
-    if outline.attention_in_blocks:
-        narrow += (2 * query + 2 * key) / tensor  # q, k, v, and the output, which is o_proj's input
-        wide += model.heads / tensor  # and a sum a row
-    elif model.attention_cap is not None:
-        narrow += (2 * query + 2 * key) / tensor
-        wide += 2 * model.heads * shape.length / tensor  # tanh of the scores, and probabilities
-    else:
-        narrow += (4 * query + model.heads * shape.length) / tensor  # q, k and v of all heads, output; probabilities
+    narrow += (2 * query + 2 * key) / tensor  # attention's q, k, v, and the output, which is o_proj's input
+    if precision.products == 16:
+        wide += model.heads / tensor  # a sum a row, of GPUs' kernels; in float32 it is computed again
     narrow += _mlp_kept(model, model.blocks[number], tensor)
     wide += _routing_kept(model.blocks[number])
     linears = outline.blocks[number]
@@ -105,8 +102,14 @@ def _routing_kept(block: Block) -> int:
 
 
 def reading_kept(outline: Outline, shape: Shape) -> int:
-    """Of a micro-batch for all blocks: float32 cosines and sines of each token, for each kind of rotary embedding."""
-    return sum(8 * shape.tokens * rotary.size for rotary in outline.architecture.rotaries)
+    """Of a micro-batch for all blocks: float32 cosines and sines of each token, for each kind of rotary embedding; for
+    each kind of window what attention adds to hidden scores, and which rows it gathers (int32, there and back)."""
+    model, length = outline.architecture, shape.length
+    turning = sum(8 * shape.tokens * rotary.size for rotary in model.rotaries)
+    windows = {block.window for block in model.blocks if block.window is None or block.window < length}
+    rows = min(ROWS, length)
+    gathered = 8 * shape.tokens * (model.heads + model.kv_heads) // shape.tensor
+    return turning + len(windows) * (gathered + 4 * rows * (length - 1 + rows))
 
 
 def boundary(outline: Outline, shape: Shape, precision: Precision) -> int:
@@ -115,16 +118,23 @@ def boundary(outline: Outline, shape: Shape, precision: Precision) -> int:
 
 
 def attending(outline: Outline, shape: Shape, precision: Precision) -> int:
-    """What a block holds while its attention goes forward, which is more than what is left of it when it is done:
-    scores in two or three stages, and queries, keys and values as they are and as they are multiplied."""
+    """What a block holds while its attention goes forward, which may be more than what is left of it when it is done:
+    its input, queries, keys and values, the scaled queries; and results, three times when they are put into order, or
+    once beside a bucket's keys and values and its scores, which are there twice while their mask is added."""
     model, tensor = outline.architecture, shape.tensor
-    if outline.attention_in_blocks:
-        return 0
-    wide = _attention_norms_kept(outline, shape)
-    stages = 2 if all(block.window is not None for block in model.blocks) else 3  # masked, or causal
-    query = model.heads * model.head_size
-    narrow = model.hidden + (7 * query + stages * model.heads * shape.length) / tensor
-    return round(shape.tokens * (4 * wide + precision.products / 8 * narrow))
+    query, key = model.heads * model.head_size / tensor, model.kv_heads * model.head_size / tensor
+    documents, rows, scores = _bucket(model, shape)
+    width = 4 * _attention_norms_kept(outline, shape) + precision.products / 8 * (model.hidden + query + 2 * key)
+    ordered = 4 * shape.tokens * 3 * query
+    blocks = 4 * (shape.tokens * 2 * query + documents * (shape.length * 2 * key + rows * query) + 2 * scores)
+    return round(shape.tokens * width + max(ordered, blocks))
+
+
+def _bucket(model: Architecture, shape: Shape) -> tuple[int, int, float]:
+    """How many rows go through attention together, in blocks of how many queries each; scores of the largest block."""
+    rows = min(ROWS, shape.length)
+    documents = min(shape.rows, max(1, SHARED // (rows * shape.length)))
+    return documents, rows, documents * model.heads / shape.tensor * rows * shape.length
 
 
 def backward_extra(outline: Outline, shape: Shape, precision: Precision) -> int:
@@ -132,13 +142,19 @@ def backward_extra(outline: Outline, shape: Shape, precision: Precision) -> int:
     model, tensor = outline.architecture, shape.tensor
     query, in_mlp = model.heads * model.head_size, {_mlp_kept(model, block, tensor) for block in model.blocks}
     mlp = 3 * model.hidden + max(in_mlp)
-    # When softmax goes back, the MLP has freed what it kept, so have the norms behind attention, and attention its
-    # output and its values; the gradients of its values and of the residual stream are there.
+    # When attention goes back, the MLP has freed what it kept, and so have the norms behind attention; the gradients of
+    # its output and of the residual stream are there. It makes scaled queries, the output's gradient once more, and its
+    # three gradients; of a bucket it holds keys and values, of a block those that it sees, their gradients, queries and
+    # output, and the gradients of these; scores in two stages, or three where they are capped.
+    key = model.kv_heads * model.head_size
     behind = outline.norms - (model.norms.before_attention is not None)
-    freed = min(in_mlp) + model.hidden + behind * (model.hidden + 1) / shape.spread + 2 * query / tensor
-    scores = 0 if outline.attention_in_blocks else 2 * model.heads * shape.length / tensor
-    attention = scores + query / tensor + model.hidden - freed
-    return round(shape.tokens * precision.products / 8 * max(mlp, attention))
+    freed = min(in_mlp) + model.hidden + behind * (model.hidden + 1) / shape.spread
+    documents, rows, scores = _bucket(model, shape)
+    attention = shape.tokens * precision.products / 8 * (query / tensor + model.hidden - freed)
+    attention += 4 * shape.tokens * (3 * query + 2 * key) / tensor
+    stages = 2 if model.attention_cap is None else 3
+    attention += 4 * (documents * (6 * shape.length * key + 5 * rows * query) / tensor + stages * scores)
+    return round(max(shape.tokens * precision.products / 8 * mlp, attention))
 
 
 def at_borders(outline: Outline, shape: Shape, precision: Precision, recompute: bool, first: bool, last: bool) -> int:
@@ -162,18 +178,17 @@ def last_kept(outline: Outline, shape: Shape, precision: Precision) -> int:
 
 def logits(outline: Outline, shape: Shape, precision: Precision) -> int:
     """The most that the chunked loss holds at a time while it runs: logits of a chunk, in four or five float32
-    stages (one more where they are capped), the hidden states, and between chunks two gradients of lm_head."""
+    stages, the hidden states, and between chunks two gradients of lm_head."""
     width = outline.vocabulary // shape.tensor
     rows = max(1, min(shape.targets, CHUNK // (4 * width)))
     chunk, narrow = 4 * rows * width, precision.products // 8
     states = (shape.tokens + shape.targets) * outline.hidden * narrow
-    capped = outline.architecture.logit_cap is not None
     if rows == shape.targets:
-        return states + capped * chunk + max(4 * chunk, 3 * chunk + last_kept(outline, shape, precision))
+        return states + max(4 * chunk, 3 * chunk + last_kept(outline, shape, precision))
     # What is left of the chunk before is still there while the next one is made.
     second, chunks = 4 * min(rows, shape.targets - rows) * width, -(-shape.targets // rows)
     heads = min(2, chunks - 1) * _head_gradient(outline, shape, 32)  # which adds up in float32
-    return states + capped * (chunk + second) + max(4 * chunk, 3 * chunk + 2 * second + heads)
+    return states + max(4 * chunk, 3 * chunk + 2 * second + heads)
 
 
 def _head_gradient(outline: Outline, shape: Shape, bits: int) -> int:

@@ -75,8 +75,6 @@ class Outline:
         inside: Of each block what its attention and MLP have beside Linears that techniques work on: norms of queries
             and keys, and what routes tokens to experts. Each process has those whole whose ``sides`` are None.
         shared: Tensors that a technique holds once in each process, for all blocks.
-        attention_in_blocks: Whether attention keeps its inputs, its output and a sum a row for backward, and no [S, S]
-            probabilities.
     """
 
     architecture: Architecture
@@ -95,7 +93,6 @@ class Outline:
     norms: int
     inside: list[list[Weight]]
     shared: list[Weight] = field(default_factory=list)
-    attention_in_blocks: bool = False
 
     def targets(self, patterns: Sequence[str] | None = None) -> list[LinearOutline]:
         """The Linears that ``patterns`` choose, all without any; as :func:`sft.target_layers` chooses layers."""

@@ -48,9 +48,6 @@ def outline(values: Mapping[str, Any], plugins: Iterable[type] = ()) -> PaperRun
             )
     if adapter is not None:
         paper.freeze()
-    training = run.settings.training
-    # With 16 bits paddle's own attention takes its blockwise kernel on GPUs; it has none for 32.
-    paper.attention_in_blocks = training.bf16 or training.fp16
     active.hook.parallel_outline(outline=paper)
     notes = [run.without_effect] if run.without_effect else []
     changing = [name for name in silent if name in active.implementing("sft_adapt_model")]

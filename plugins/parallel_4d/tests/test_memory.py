@@ -14,6 +14,7 @@ from measuring import Allocator, full_batch
 import sft
 from sft.models.decoder import CausalLM
 from sft.models.forward import hidden_states
+from sft.plugins.discovery import installed
 from sft.testing import make_model, needs
 from sft.training.loss import batch_loss
 from sft.training.optimizer import Optimizer, default_groups
@@ -32,6 +33,9 @@ QUICK = ["llama", "gemma2", "olmo2", "phi3", "mixtral"]
 SLOW = sorted({"qwen2", "mistral", "gemma", *(path.name for path in FIXTURES.iterdir() if path.is_dir())} - set(QUICK))
 FAMILIES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 ROWS, LENGTH = 2, 64
+
+PLAIN = ["no:fast-cpu"] if "fast-cpu" in installed() else []
+"""A plan is for paddle's own operations."""
 
 
 def paper(folder: Path, **settings: Any) -> Outline:
@@ -137,7 +141,12 @@ def test_peak_of_an_adapter_run(adapt: Callable[..., sft.Run], config_of: Any, t
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 5}
     folder = make_model(tmp_path / "model", **sizes)
     for recompute in (False, True):
-        settings = {"plugin": ["lora"], "lora_rank": 4, "model_name_or_path": str(folder), "recompute": recompute}
+        settings = {
+            "plugin": ["lora", *PLAIN],
+            "lora_rank": 4,
+            "model_name_or_path": str(folder),
+            "recompute": recompute,
+        }
         run = adapt(**settings)
         run.model.train()
         memory = Allocator()
@@ -194,3 +203,31 @@ def test_a_pipeline_keeps_as_many_micro_batches_as_it_has_stages(outline_of: Cal
     assert ranks[1].activations - ranks[2].activations == kept
     few = Plan(pipeline=4, accumulation=2)
     assert calculator.fullest(few).activations < calculator.fullest(plan).activations
+
+
+def test_a_chunk_of_logits_is_what_the_core_makes_of_a_device(paddle: Any) -> None:
+    from sft.training.loss import chunk_bytes
+
+    for memory in (None, 1 << 30, 8 << 30, 80 << 30):
+        assert activations.chunk_bytes(memory) == chunk_bytes(memory)
+
+
+def test_a_float32_base_keeps_a_narrow_copy_of_each_matrix(outline_of: Callable[..., Outline]) -> None:
+    """With O1; a frozen base in 16 bits keeps none, and of an adapter in float32 both keep one."""
+    outline = outline_of(num_hidden_layers=1)
+    outline.freeze()
+    shape = Shape(1, 64, 64)
+    linears = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 160
+
+    def kept(*precision: int) -> int:
+        return activations.block_kept(outline, 0, shape, Precision(*precision))
+
+    assert kept(32, 16, 32) - kept(32, 16, 16) == 2 * linears
+    for linear in outline.targets():
+        linear.add("lora_A", (linear.in_features, 4), ("in", None))
+    adapters = 4 * (64 * 6 + 160)
+    assert kept(32, 16, 32) - kept(32, 16, 16) == 2 * linears
+    assert kept(32, 16, 16) - kept(16, 16, 16) == 0
+    without = kept(32, 16, 16) - 2 * adapters
+    outline.targets()[0].remove("lora_A")
+    assert kept(32, 16, 16) == without + 2 * (adapters - 4 * 64)

@@ -197,3 +197,32 @@ def test_a_gradient_reaches_all_that_is_said_to_train(paddle: Any, models: Path)
     got = sum(int(p.size) for p in model.parameters() if p.grad is not None)
     (stage,) = stages(paper(models / "gemma-tied"), Division(), 1, WHOLE)
     assert got * 4 == stage.size.gradients
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits", "built_as"),
+    [
+        ({}, (32, 32, None), ("float32", "float32", "float32")),
+        ({"bf16": True}, (32, 16, 16), ("bfloat16", "float32", "bfloat16")),
+        ({"fp16": True, "fp16_opt_level": "O1"}, (32, 16, 32), ("float16", "float32", "float32")),
+        ({"fp16": True, "fp16_opt_level": "O2"}, (16, 16, 16), ("float16", "float16", "float16")),
+    ],
+    ids=["float32", "bf16", "O1", "O2"],
+)
+def test_a_frozen_base_has_the_bits_that_a_run_gives_it(
+    paddle: Any, models: Path, settings: dict[str, Any], bits: tuple[int, ...], built_as: tuple[str, ...]
+) -> None:
+    from sft.models.loading import build_model
+    from sft.precision import Precision as CorePrecision
+    from sft_parallel_4d.command import precision_of
+
+    folder = models / "qwen2-untied"
+    run = on_paper({"model_name_or_path": str(folder), **settings}).run
+    assert precision_of(run.settings) == Precision(*bits)
+    outline = paper(folder)
+    outline.freeze()
+    (stage,) = stages(outline, Division(), 1, Precision(*bits))
+    model = build_model(open_model(folder), CorePrecision(*built_as))
+    sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
+    held = sum(math.prod(p.shape) * sizes[str(p.dtype).rpartition(".")[2]] for p in model.parameters())
+    assert stage.size.weights == held

@@ -13,8 +13,9 @@ from sft_parallel_4d.outline import Outline
 
 ROWS, SHARED = 128, 4 * 128 * 128
 """Query rows in a block of attention, and scores of a head that a block may have, as the core has them."""
-CHUNK = 64 << 20
-"""Bytes of a chunk of float32 logits, as the core's loss has it."""
+CHUNK, GPU_CHUNK, GPU_SHARE = 64 << 20, 1 << 30, 64
+"""Bytes of a chunk of float32 logits, on a GPU at most, and what part of its memory otherwise, as the core's loss has
+it."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def block_kept(outline: Outline, number: int, shape: Shape, precision: Precision
     narrow += sum(linear.kept for linear in linears)
     once = sum(linear.kept_once / (1 if linear.name.endswith(ROW) else tensor) for linear in linears)
     kept = shape.tokens * (4 * wide + precision.products / 8 * narrow) + 4 * once
-    if precision.casts:
-        kept += precision.products / 8 * total(of_block(outline, number), Division(tensor), precision).values
+    cast = tuple(pair for pair in of_block(outline, number) if precision.casts(pair[0]))
+    kept += precision.products / 8 * total(cast, Division(tensor), precision).values
     return round(kept)
 
 
@@ -176,11 +177,16 @@ def last_kept(outline: Outline, shape: Shape, precision: Precision) -> int:
     return kept + _head_gradient(outline, shape, precision.weights)
 
 
-def logits(outline: Outline, shape: Shape, precision: Precision) -> int:
-    """The most that the chunked loss holds at a time while it runs: logits of a chunk, in four or five float32
-    stages, the hidden states, and between chunks two gradients of lm_head."""
+def chunk_bytes(device_memory: int | None) -> int:
+    """Of float32 logits, on a GPU of so much memory, or on a CPU."""
+    return CHUNK if device_memory is None else max(CHUNK, min(GPU_CHUNK, device_memory // GPU_SHARE))
+
+
+def logits(outline: Outline, shape: Shape, precision: Precision, most: int = CHUNK) -> int:
+    """The most that the chunked loss holds at a time while it runs: logits of a chunk of ``most`` bytes, in four or
+    five float32 stages, the hidden states, and between chunks two gradients of lm_head."""
     width = outline.vocabulary // shape.tensor
-    rows = max(1, min(shape.targets, CHUNK // (4 * width)))
+    rows = max(1, min(shape.targets, most // (4 * width)))
     chunk, narrow = 4 * rows * width, precision.products // 8
     states = (shape.tokens + shape.targets) * outline.hidden * narrow
     if rows == shape.targets:

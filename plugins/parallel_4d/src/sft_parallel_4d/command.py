@@ -61,10 +61,11 @@ def command(
     batch = training.per_device_train_batch_size
     rows = rows_per_step or batch * training.gradient_accumulation_steps * devices
     plans = legal_plans(paper.outline, devices, rows, batch, wanted(paper.run.settings))
-    half = training.bf16 or training.fp16
-    precision = Precision(16 if half and training.fp16_opt_level == "O2" else 32, 16 if half else 32)
     device = Device(sft.parse_size(device_memory), tflops * 1e12, sft.parse_size(bandwidth))
-    answers = ranked(Calculator(paper.outline, precision, batch, length), plans, device)
+    calculator = Calculator(
+        paper.outline, precision_of(paper.run.settings), batch, length, device_memory=sft.parse_size(device_memory)
+    )
+    answers = ranked(calculator, plans, device)
     if as_json:
         _print_json(answers)
         return
@@ -80,6 +81,15 @@ def command(
         f"GiB of the fullest rank, GiB that the busiest rank sends in a step. Order: seconds, estimated at {tflops:g} "
         f"TFLOP/s and {bandwidth}/s a device, nothing overlapping. docs/plan.md has the formulas."
     )
+
+
+def precision_of(settings: Settings) -> Precision:
+    """As a run on a GPU has it: with 16 bits, frozen matrices have 16 unless O1 is typed, and with O2 all weights."""
+    training = settings.training
+    if not (training.bf16 or training.fp16):
+        return Precision()
+    level = training.fp16_opt_level if "fp16_opt_level" in settings.given else None
+    return Precision(16 if level == "O2" else 32, 16, 32 if level == "O1" else 16)
 
 
 def wanted(settings: Settings) -> Wanted:

@@ -46,9 +46,17 @@ class Calculator:
     """Memory of plans for one model and micro-batch; what plans share is computed once."""
 
     def __init__(
-        self, outline: Outline, precision: Precision, rows: int, length: int, targets: int | None = None
+        self,
+        outline: Outline,
+        precision: Precision,
+        rows: int,
+        length: int,
+        targets: int | None = None,
+        device_memory: int | None = None,
     ) -> None:
+        """``device_memory`` of a GPU in bytes; None: a CPU."""
         self.outline, self.precision = outline, precision
+        self._chunk = activations.chunk_bytes(device_memory)
         self._batch = (rows, length, rows * length if targets is None else targets)
         self._stages = cache(lambda division, pipeline: stages(outline, division, pipeline, precision))
         self._kept = cache(self._kept_of_blocks)
@@ -102,7 +110,7 @@ class Calculator:
         if not stage.last:  # that gradient has been received, and paddle's backward begins with a copy
             beyond += upstream
         last = activations.last_kept(outline, shape, precision) if stage.last else 0
-        loss = activations.logits(outline, shape, precision) if stage.last else 0
+        loss = activations.logits(outline, shape, precision, self._chunk) if stage.last else 0
         norm = activations.norm_kept(outline, shape) if stage.last else 0
         on_device = not plan.offload
         # Gradients of earlier micro-batches are there if there are any while all that may be in flight is.

@@ -16,15 +16,23 @@ ROW = ("o_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Precision:
-    """Bits of the weights that the run's precision decides about, of matrix products, and of the residual stream."""
+    """Bits of the weights that the run's precision decides about, and of the residual stream; of matrix products; and
+    of matrices that do not train."""
 
     weights: int = 32
     products: int = 32
+    frozen: int | None = None
+    """None: as the other weights."""
 
-    @property
-    def casts(self) -> bool:
-        """Whether each matrix product keeps a 16-bit copy of its float32 weight until backward (O1)."""
-        return self.weights > self.products
+    def bits(self, weight: Weight) -> int:
+        """Of a value of ``weight``."""
+        if weight.bits is not None:
+            return weight.bits
+        return self.weights if weight.trains or len(weight.shape) == 1 else self.frozen or self.weights
+
+    def casts(self, weight: Weight) -> bool:
+        """Whether a product with ``weight`` keeps a copy of it in fewer bits until backward."""
+        return len(weight.shape) > 1 and self.bits(weight) > self.products
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ def size_of(weight: Weight, side: str, division: Division, precision: Precision)
     Gradients add up in float32 whatever the weights are.
     """
     values = divided(weight, side, division.tensor)
-    bits = weight.bits or precision.weights
+    bits = precision.bits(weight)
     held, piece = math.ceil(values * bits / 8), math.ceil(values / division.shards)
     # A frozen tensor whose bits a technique decides is no parameter: codes, or a pair beside the base.
     parameter = weight.trains or weight.bits is None

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks import page
 from benchmarks.bench import RESULTS, Bench, told
 
-NAMES = ("steps",)
+NAMES = ("steps", "end_to_end", "packing", "quantizing", "generation", "loading", "startup")
 
 
 def keep(folder: Path, name: str, module: Any, case: str, result: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import figures, materials, peers
-from benchmarks.turns import Side, SideError, alternate
+from benchmarks.turns import Restarted, Side, SideError, alternate
 
 RESULTS = Path(__file__).parent / "results"
 Value = Callable[[dict[str, Any]], float]
@@ -46,15 +46,17 @@ class Bench:
         self._numbers += 1
         return self.scratch / f"{name}-{self._numbers}"
 
-    def side(self, module: str, name: str, python: str | None = None, **options: Any) -> Side:
-        """Side ``name`` of a benchmark, in the Python of its environment (``None``: sft's own)."""
-        command = [python or sys.executable, "-m", module, name, json.dumps(options)]
-        environment = paddle_variables() if name == "paddlenlp" else {}
-        return Side(name, command, self.new_folder(name).with_suffix(".log"), figures.ROOT, environment)
+    def side(self, module: str, name: str, peer: str | None = None, memory: int | None = None, **options: Any) -> Side:
+        """Side ``name`` of the benchmark in ``module``, in the environment of ``peer`` (``None``: sft's own)."""
+        python = sys.executable if peer is None else peers.python_of(peer)
+        command = [python, "-m", module, name, json.dumps(options)]
+        environment = paddle_variables() if peer == "paddlenlp" else {}
+        log = self.new_folder(name.replace(" ", "-")).with_suffix(".log")
+        return Side(name, command, log, figures.ROOT, environment, memory=memory)
 
     def compare(
         self,
-        sides: Mapping[str, Callable[[], Side]],
+        sides: Mapping[str, Callable[[], Side | Restarted]],
         value: Value,
         *,
         turns: int,
@@ -65,11 +67,12 @@ class Bench:
     ) -> dict[str, Any]:
         """Start all sides, let them take turns, and return what is to be kept.
 
-        The first side is sft's; where it ends early the benchmark does. A peer that cannot be installed or that ends
-        early is left out with its reason. ``also`` makes further figures of a side from all its turns.
+        The first side is sft's; where it ends early the benchmark does. Sides named "sft ..." are sft's too. A peer
+        that cannot be installed, or that ends early, is left out with its reason. ``also`` makes further figures of a
+        side from all its turns.
         """
         begun = figures.moment()
-        started: list[Side] = []
+        started: list[Side | Restarted] = []
         failed: dict[str, str] = {}
         try:
             for name, start in sides.items():
@@ -94,7 +97,7 @@ class Bench:
         finally:
             for side in started:
                 side.end()
-        facts = {side.name: side.facts for side in started}
+        facts = {side.name: side.facts for side in started}  # a side that is restarted knows them by now
         values = {name: [value(turn) for turn in found] for name, found in measured.items()}
         ours, *others = values
         kept: dict[str, Any] = {
@@ -112,7 +115,11 @@ class Bench:
             **begun,
             "machine": figures.machine(),
             "sides": {name: kept.get(name, {"failed": failed.get(name)}) for name in sides},
-            "ratios": {name: figures.ratio(values[ours], values[name], more_is_better) for name in others},
+            "ratios": {
+                name: figures.ratio(values[ours], values[name], more_is_better)
+                for name in others
+                if not name.startswith("sft ")
+            },
         }
 
 
@@ -121,10 +128,6 @@ def paddle_variables() -> dict[str, str]:
     from sft import runtime
 
     return runtime.variables_to_set(os.environ, runtime.physical_cores(), runtime.cpu_info()["vendor"])
-
-
-def python_of(peer: str) -> str:
-    return peers.python_of(peer)
 
 
 def told(result: Mapping[str, Any]) -> list[str]:
@@ -136,7 +139,7 @@ def told(result: Mapping[str, Any]) -> list[str]:
             continue
         spread = f"{side['low']:g} to {side['high']:g}"
         more = "".join(f", {key} {value}" for key, value in side.get("also", {}).items())
-        ahead = f", sft is {result['ratios'][name]['ratio']:.2f} times as good" if name in result["ratios"] else ""
+        ahead = f", sft is ahead by {result['ratios'][name]['ratio']:.2f}" if name in result["ratios"] else ""
         lines.append(
             f"  {name:<13} {side['median']:>10g} {result['unit']} ({spread}), {side['peak_mib']:,} MiB{more}{ahead}"
         )

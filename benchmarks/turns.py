@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -37,7 +38,8 @@ class SideError(RuntimeError):
 class Side:
     """The benchmark's end of a process.
 
-    ``facts`` is what the process said when it was ready, such as versions.
+    ``facts`` is what the process said when it was ready, such as versions; ``memory`` the most that it may allocate,
+    in bytes, so that what takes too much fails before the machine does.
     """
 
     def __init__(
@@ -48,14 +50,25 @@ class Side:
         folder: Path | None = None,
         environment: Mapping[str, str] | None = None,
         limit: float = LIMIT,
+        memory: int | None = None,
     ) -> None:
         self.name, self._log, self._limit = name, log, limit
+
+        def bound() -> None:
+            if memory is not None:
+                resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+
         with log.open("w", encoding="utf-8") as file:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, cwd=folder,
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, **(environment or {})}, preexec_fn=bound,
             )  # fmt: skip
         self.facts = self._answer()
+
+    @property
+    def process(self) -> int:
+        """Its number in the system."""
+        return self._process.pid
 
     def turn(self, order: Any = None) -> dict[str, Any]:
         """One repetition: what the process measured, and ``peak_mib``, its peak resident memory so far."""
@@ -64,7 +77,7 @@ class Side:
             print(json.dumps(order), file=self._process.stdin, flush=True)
         except OSError:
             self._fail()
-        return {**self._answer(), "peak_mib": peak_mib(self._process.pid)}
+        return {**self._answer(), "peak_mib": peak_mib(self.process)}
 
     def end(self) -> None:
         """Stop the process; it may have ended already."""
@@ -95,6 +108,31 @@ class Side:
         raise SideError(self.name, f"{self.name} ended ({how}); the last line of its log: {lines[-1].strip()}")
 
 
+class Restarted:
+    """A side whose repetition is a whole program: each turn starts it, and ends when it says that it is ready.
+
+    What it says then is what was measured, with ``seconds`` since it was started.
+    """
+
+    def __init__(self, name: str, start: Callable[[], Side]) -> None:
+        self.name, self._start = name, start
+        self.facts: dict[str, Any] = {}
+
+    def turn(self, order: Any = None) -> dict[str, Any]:
+        began = time.perf_counter()
+        side = self._start()
+        seconds = time.perf_counter() - began
+        try:
+            peak = peak_mib(side.process)
+        finally:
+            side.end()
+        self.facts = {key: value for key, value in side.facts.items() if key in ("versions", "threads", "plugins")}
+        return {**side.facts, "seconds": seconds, "peak_mib": peak}
+
+    def end(self) -> None:
+        pass
+
+
 def peak_mib(process: int) -> int:
     """The largest resident memory that a process has had, in MiB (Linux)."""
     for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines():
@@ -104,7 +142,7 @@ def peak_mib(process: int) -> int:
 
 
 def alternate(
-    sides: Iterable[Side], turns: int, order: Any = None, warm: int = 1, pause: float = PAUSE
+    sides: Iterable[Side | Restarted], turns: int, order: Any = None, warm: int = 1, pause: float = PAUSE
 ) -> dict[str, list[dict[str, Any]]]:
     """What each side measured in each of ``turns`` turns, after ``warm`` turns that do not count."""
     sides = list(sides)

@@ -1,0 +1,60 @@
+"""Start-up: how long a user waits for the first sign of life, and for the first step."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import peers, steps
+from benchmarks.turns import Restarted, Side
+
+if TYPE_CHECKING:
+    from benchmarks.bench import Bench
+
+TITLE = "Start-up"
+TEXT = """\
+Seconds from the start of a program until it has said how it is used (`--help`), and until a LoRA run on 400 packed
+records is ready for its first step: libraries imported, records encoded and packed, model loaded and adapted."""
+
+
+def cases() -> dict[str, str]:
+    return {"help": "--help", "ready": "ready for the first step"}
+
+
+def measure(bench: Bench, case: str) -> dict[str, Any]:
+    if case == "help":
+        sides: dict[str, Any] = {
+            "sft": lambda: Command("sft", [str(Path(sys.executable).parent / "sft"), "--help"]),
+            "trl": lambda: Command("trl", [str(Path(peers.python_of("trl")).parent / "trl"), "--help"]),
+        }
+    else:
+        starts = steps.sides(bench, steps.__name__, "lora-packed-float32", bench.records(400))
+        sides = {name: lambda name=name, start=start: Restarted(name, start) for name, start in starts.items()}
+    return bench.compare(
+        sides, lambda turn: turn["seconds"], turns=7 if case == "help" else 5, unit="seconds", more_is_better=False
+    )
+
+
+class Command(Side):
+    """A side whose turn is a whole program that ends by itself."""
+
+    def __init__(self, name: str, command: list[str]) -> None:
+        self.name, self._command = name, command
+        self.facts = {}
+
+    def turn(self, order: Any = None) -> dict[str, Any]:
+        began = time.perf_counter()
+        process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(self._command)} ended with exit code {process.returncode}")
+        return {"seconds": seconds, "peak_mib": usage.ru_maxrss // 1024}
+
+    def end(self) -> None:
+        pass

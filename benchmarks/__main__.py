@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks import page
 from benchmarks.bench import RESULTS, Bench, told
 
-NAMES = ("steps", "end_to_end", "packing", "quantizing", "generation", "loading", "startup")
+NAMES = ("steps", "end_to_end", "packing", "quantizing", "attention", "generation", "loading", "startup")
 
 
 def keep(folder: Path, name: str, module: Any, case: str, result: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ def main() -> int:
                     print(f"  FAILED: {error}", flush=True)
                     bad += 1
                     continue
-            print(*told(result), sep="\n", flush=True)
+            print(*getattr(module, "told", told)(result), sep="\n", flush=True)
             result = {"what": what, "model": describe(given.model), "took": round(time.monotonic() - began), **result}
             if own:
                 keep(RESULTS, name, module, case, result)

@@ -69,7 +69,7 @@ def page(results: Path) -> str:
         lines += [f"## {found['title']}", "", found["text"], ""]
         if pictures_of(name, found):
             lines += [f"![{found['title']}](../benchmarks/results/{one})" for one in pictures_of(name, found)] + [""]
-        lines += [*table(found["cases"]), "", *provenance(found["cases"]), ""]
+        lines += [*(curves if name == "attention" else table)(found["cases"]), "", *provenance(found["cases"]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -95,6 +95,31 @@ def table(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 rows.append(
                     f"| {what} | {label} | {value} | {factor(case['ratios'].get(name))} | {side['peak_mib']:,} |{extra}"
                 )
+            what = ""
+    return rows
+
+
+def curves(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The table of a benchmark whose sides have a line of points each."""
+    sizes = list(dict.fromkeys(x for case in cases.values() for side in case["sides"].values()
+                               for x in side.get("points", {})))  # fmt: skip
+    rows = [f"| | |{''.join(f' {int(size):,} |' for size in sizes)} exponent | peak MiB |"]
+    rows.append("|---|---|" + "--:|" * (len(sizes) + 2))
+    for case in cases.values():
+        what = case["what"]
+        ours = case["sides"]["sft"].get("points", {})
+        for name, side in case["sides"].items():
+            label = LABELS.get(name, name)
+            if "failed" in side:
+                rows.append(f"| {what} | {label} | did not run: {side['failed'].replace('|', '/')} |")
+                continue
+            cells = []
+            for size in sizes:
+                point = side["points"].get(size)
+                text = "–" if point is None else number(point["median"])
+                ahead = point is not None and size in ours and point["median"] < ours[size]["median"]
+                cells.append(f"**{text}**" if ahead else text)
+            rows.append(f"| {what} | {label} | {' | '.join(cells)} | {side['exponent']} | {side['peak_mib']:,} |")
             what = ""
     return rows
 
@@ -135,7 +160,23 @@ def pictures(results: Path) -> dict[str, str]:
 
 
 def pictures_of(name: str, found: Mapping[str, Any]) -> dict[str, str]:
-    """A picture for each unit: the bars of all sides of all cases."""
+    """A picture for each unit: the bars of all sides of all cases; or for each case the lines of its sides."""
+    if name == "attention":
+        return {
+            f"{name}-{key}.svg": charts.lines(
+                f"{found['title']}, {case['what']}",
+                "tokens",
+                case["unit"],
+                {
+                    f"{LABELS.get(side, side)}, exponent {values['exponent']}": {
+                        float(size): point["median"] for size, point in values["points"].items()
+                    }
+                    for side, values in case["sides"].items()
+                    if "points" in values
+                },
+            )
+            for key, case in found["cases"].items()
+        }
     by_unit: dict[str, dict[str, dict[str, charts.Spread]]] = {}
     for case in found["cases"].values():
         group = {

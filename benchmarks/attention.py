@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 TITLE = "Attention"
 TEXT = """\
-Seconds of one layer's attention, forward and backward, with 9 heads (3 of keys and values) of size 64 in float32, over a
-row of equally long documents that do not see each other. sft computes what a run computes with; transformers hands
+Seconds of one layer's attention, forward and backward, with 9 heads (3 of keys and values) of size 64 in float32, over
+a row of equally long documents that do not see each other. sft computes what a run computes with; transformers hands
 torch's `scaled_dot_product_attention` a dense mask, or none where the row is one document. Masks are made before, since
-they serve all layers. The exponent e of seconds ~ tokensᵉ is fitted to all points of a line. A side that would take more
-than half of the machine's memory stops there."""
+they serve all layers. The exponent e of seconds ~ tokensᵉ is fitted to all points of a line; a peer's figure in bold is
+ahead. A side that would take more than half of the machine's memory stops there."""
 TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
 DOCUMENTS = (1, 4, 16, 64)
 HEADS, GROUPS, SIZE = 9, 3, 64

@@ -132,7 +132,6 @@ class Calculator:
             moments["step"] = stepped + stepping
         if plan.stage in (1, 2):
             moments["spread"] = 2 * size.largest
-        print("MOM", moments, "extra", extra, "attending", attending, "kept", kept, "block", block, "reading", reading)
         aside = held.pieces + held.optimizer
         return Memory(
             held.parameters + (held.pieces if on_device else 0) + max(whole_block, whole_head),

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import sft
-from sft.data.sources import find_files, read, size_of, unread
+from sft.data import sources
+from sft.data.sources import Passing, find_files, read, size_of, unread
 
 LINE = '{"src": "a", "tgt": "b"}'
 
@@ -280,3 +281,53 @@ def test_what_looks_like_data_and_is_not_read_is_named(tmp_path: Path) -> None:
     files = find_files(tmp_path, "dev")
     assert files == [tmp_path / "dev.json"]
     assert unread(tmp_path, files) == ["validation.json", "valid/1.csv", "test.jsonl"]
+
+
+# --- records that are passed over ---------------------------------------------------------------------------
+
+
+def test_lines_that_are_passed_over_are_not_even_taken_for_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_TOLD", 2)
+    one, two = tmp_path / "1.json", tmp_path / "2.json"
+    one.write_text('{"n": 0}\n\n{"n": broken\n{"n": 2}\n')
+    two.write_text('no record\n{"n": 4}\n{"n": 5}\n')
+    for number, expected in ((2, [2]), (3, []), (4, [])):
+        told: list[int] = []
+        found = read([one, two], Passing(number, told.append))
+        for n in expected:
+            assert next(found).value == {"n": n}
+        if number < 4:
+            with pytest.raises(sft.UsageError, match=r"2\.json, line 1 is not JSON"):
+                next(found)
+        else:
+            assert [(record.value["n"], record.line) for record in found] == [(4, 2), (5, 3)]
+        assert sum(told) == number
+        assert max(told) == 2
+    assert list(read([one, two], Passing(9))) == []
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.parquet"])
+def test_records_of_any_file_are_passed_over(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if path.suffix == ".json":
+        path.write_text('[{"n": "0"}, {"n": "1"}, {"n": "2"}]')
+    elif path.suffix == ".csv":
+        path.write_text("n\n0\n1\n2\n")
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"n": ["0", "1", "2"]}), path)
+    whole = list(read([path]))
+    assert [record.value["n"] for record in whole] == ["0", "1", "2"]
+    assert list(read([path], Passing(2))) == whole[2:]
+
+
+def test_a_file_that_is_passed_over_whole_is_not_empty_and_an_empty_one_is(tmp_path: Path) -> None:
+    full, empty = tmp_path / "1.json", tmp_path / "2.json"
+    full.write_text('{"n": 0}\n')
+    empty.write_text("\n")
+    with pytest.raises(sft.UsageError, match=r"2\.json is empty"):
+        list(read([full, empty], Passing(1)))

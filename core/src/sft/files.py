@@ -95,6 +95,20 @@ def _sort_metadata(path: Path) -> None:
         stream.write(text.ljust(size))
 
 
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of ``path`` in one step when the block ends well, else vanishes. Several
+    processes may do so at once; one of them is the last."""
+    staging = path.with_name(f"{STAGING}{os.getpid()}-{path.name}")
+    try:
+        yield staging
+        _finish(staging)
+        os.replace(staging, path)
+        _sync(path.parent)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
 def staging_of(folder: Path) -> Path:
     """The name that ``folder`` has while it is filled."""
     return folder.with_name(f"{STAGING}{folder.name}")

@@ -107,6 +107,10 @@ def sft_record_format(record: dict[str, Any]) -> list[Turn] | None:
     Called before the core tries its own formats. In training and evaluation at least one turn must be marked
     ``trains``; for ``sft generate`` the record may end with a user's turn instead. For a record that is in the format
     but wrong, raise ``ValueError`` with the reason: the core adds file and line.
+
+    Records come in their order, and to the run's own process, however many processes encode them
+    (``dataset_num_proc``). With ``encoded_cache`` the answer must depend on the record and on the plugin's options and
+    code alone: what has been encoded before is not asked for again.
     """
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -146,6 +146,39 @@ class DataWindow:
     """What finds it again; JSON."""
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How conversations become tokens. A conversation that is too long loses its oldest turns first, then the
+    beginning of its prompt (``src_length``), then the end of its answer (``max_length``); all are counted.
+
+    Where ``src_length`` would let a prompt fill ``max_length`` alone, the prompt of a longer record leaves its answer
+    room, up to half of ``max_length``. ``room``: a model's folder and its positions, where a record that is longer is
+    to be refused at once.
+    """
+
+    tokenizer: Tokenizer
+    src_length: int
+    max_length: int
+    room: tuple[Path, int] | None = None
+
+    def __call__(self, group: list[list[Turn]]) -> Encoded:
+        """Encode conversations, which the tokenizer gets together."""
+        encoder = _Encoder(self.tokenizer, self.src_length, self.max_length)
+        ids: list[np.ndarray] = []
+        trained: list[np.ndarray] = []
+        for tokens, targets in encoder.encode(group):
+            if self.room is not None:
+                _check_fits(len(tokens) - 1, *self.room)
+            ids.append(tokens)
+            trained.append(targets)
+        return Encoded(
+            np.concatenate([np.zeros(0, np.int32), *ids]),
+            np.concatenate([np.zeros(0, bool), *trained]),
+            np.cumsum([0, *map(len, ids)], dtype=np.int64),
+            encoder.counts,
+        )
+
+
 def encode(
     conversations: Iterable[list[Turn]],
     tokenizer: Tokenizer,
@@ -153,37 +186,18 @@ def encode(
     max_length: int,
     group: int = 256,
     room: tuple[Path, int] | None = None,
+    by: Callable[[Encoding, Iterator[list[list[Turn]]]], Iterator[Encoded]] = map,
 ) -> Encoded:
-    """Encode every conversation. A conversation that is too long loses its oldest turns first, then the
-    beginning of its prompt (``src_length``), then the end of its answer (``max_length``); all are counted.
-
-    Where ``src_length`` would let a prompt fill ``max_length`` alone, the prompt of a longer record leaves its answer
-    room, up to half of ``max_length``. ``room``: a model's folder and its positions, where a record that is longer is
-    to be refused at once.
-    """
-    encoder = _Encoder(tokenizer, src_length, max_length)
-    ids: list[np.ndarray] = []
-    trained: list[np.ndarray] = []
-    pending: list[list[Turn]] = []
-
-    def flush() -> None:
-        for tokens, targets in encoder.encode(pending):
-            if room is not None:
-                _check_fits(len(tokens) - 1, *room)
-            ids.append(tokens)
-            trained.append(targets)
-        pending.clear()
-
-    for conversation in conversations:
-        pending.append(conversation)
-        if len(pending) == group:
-            flush()
-    flush()
-    counts = encoder.counts
-    offsets = np.concatenate([[0], np.cumsum([len(part) for part in ids])]).astype(np.int64)
-    if not ids:
-        return Encoded(np.zeros(0, np.int32), np.zeros(0, bool), offsets, counts)
-    return Encoded(np.concatenate(ids), np.concatenate(trained), offsets, counts)
+    """Encode every conversation (:class:`Encoding`), ``group`` at a time; ``by`` does it with each group, in order."""
+    remaining = iter(conversations)
+    groups = iter(lambda: list(itertools.islice(remaining, group)), [])
+    parts = list(by(Encoding(tokenizer, src_length, max_length, room), groups))
+    return Encoded(
+        np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]),
+        np.concatenate([np.zeros(0, bool), *(part.trained for part in parts)]),
+        np.cumsum(np.concatenate([np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)])),
+        sum((part.counts for part in parts), Counts()),
+    )
 
 
 # --- prompts ------------------------------------------------------------------------------------------------
@@ -281,9 +295,9 @@ class _Encoder:
             ids: list[int] = []
             marks: list[np.ndarray] = []
             for piece in written.pieces:
-                tokens, spans = next(found)
+                tokens, span = next(found)
                 ids += tokens
-                marks.append(_mark(spans, piece.targets))
+                marks.append(_mark(len(tokens), span, piece.targets))
             fixed = self.tokenizer.with_bos(ids) if template.one_bos else ids
             added = len(fixed) - len(ids)
             trained = np.concatenate([np.zeros(max(0, added), bool), *marks])[max(0, -added) :]
@@ -325,13 +339,16 @@ def _checked(write: Callable[[list[Turn]], T], turns: list[Turn]) -> T:
         raise UsageError(f"{place}: {error}" if place else str(error)) from error
 
 
-def _mark(spans: list[tuple[int, int]], targets: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Tokens with at least one character in a target, bool [n]; one that reaches over its beginning belongs to it."""
-    marked = np.zeros(len(spans), bool)
-    if targets and spans:
-        starts, ends = (np.array(edges, np.int64) for edges in zip(*spans, strict=True))
-        for start, end in targets:
-            marked |= (starts < end) & (ends > start)
+def _mark(tokens: int, span: Callable[[int], tuple[int, int]], targets: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Tokens with at least one character in a target, bool [n]; one that reaches over its beginning belongs to it.
+
+    ``span`` gives the characters of a token: neither their beginnings nor their ends ever go back.
+    """
+    marked = np.zeros(tokens, bool)
+    for start, end in targets:
+        first = bisect_right(range(tokens), start, key=lambda token: span(token)[1])
+        stop = bisect_left(range(tokens), end, first, key=lambda token: span(token)[0])
+        marked[first:stop] = True
     return marked
 
 

@@ -18,6 +18,7 @@ from sft.errors import UsageError
 from sft.seams import Turn
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_DATE = re.compile(r"""strftime_now\s*\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
 _PRIVATE = range(0xE000, 0xF8FF)
 """Code points without a meaning, of which two that no message holds mark the blocks while a text is rendered."""
 
@@ -135,9 +136,11 @@ class JinjaTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals["strftime_now"] = self._now.strftime
         try:
-            return environment.from_string(self._source)
+            template = environment.from_string(self._source)
         except TemplateSyntaxError as error:
             raise UsageError(f"The chat template of {self.place} is not valid Jinja ({error}).") from error
+        template.globals = dict(template.globals)  # a chain of dictionaries is slow to copy, once for each text
+        return template
 
     def between_edges(self, text: str) -> str:
         """What stands for a generation block in the text that Jinja makes."""
@@ -182,6 +185,13 @@ def _without_edges(marked: str, opening: str, closing: str) -> tuple[str, list[t
             text.append(part)
             length += len(part)
     return "".join(text), blocks
+
+
+def written_dates(template: str, now: datetime.datetime) -> list[str]:
+    """What the template may write of the date: its forms of it, or all of ``now`` where one is not plainly there."""
+    calls = len(re.findall(r"strftime_now\b(?!\s+is\b)", template))
+    forms = [single or double for single, double in _DATE.findall(template)]
+    return [now.strftime(form) for form in forms] if len(forms) == calls else [now.isoformat()]
 
 
 def _difference(before: str, until: str) -> str:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from sft.data.encoded_cache import EncodedCache, Kept
 from sft.data.encoding import NO_TARGET, Encoded, Question, encode
 from sft.data.formats import Conversation, Formats
-from sft.data.sources import read, size_of, unread
+from sft.data.processes import Encoders, encoders, processes_for
+from sft.data.sources import Passing, read, size_of, unread
 from sft.data.stream import WINDOW, Stream
 from sft.errors import UsageError
+from sft.progress import duration
 
 if TYPE_CHECKING:
     from sft.data.batches import Data
@@ -20,6 +24,10 @@ if TYPE_CHECKING:
     from sft.plugins.registry import Plugins
     from sft.progress import Progress, Task
     from sft.settings.arguments import Settings
+
+
+_WORTH_KEEPING = 30.0
+"""Seconds of encoding after which a run says how the next one is spared them."""
 
 
 class ModelSizes(Protocol):
@@ -85,21 +93,60 @@ def read_data(
                 task.advance(done=record.done)
             yield formats.turns(record)
 
+    def conversations_after(number: int) -> Iterator[Conversation]:
+        """All but the first ``number``, which are neither read as JSON nor asked for their format, but for the very
+        first: it says in which format the others are."""
+        formats = Formats(plugins)
+        if number:
+            formats.turns(next(read(train_files)))
+        with progress.task("passing over records", "records", number) as task:
+            records = read(train_files, Passing(number, task.advance))
+            following = next(records, None)
+        for record in chain([following] if following else [], records):
+            yield formats.turns(record)
+
     def questions(files: list[Path], number: int | None) -> list[Question]:
         return [Question.of(turns, tokenizer, data.src_length) for turns in islice(conversations(files), number)]
 
+    cache = None
+    if data.encoded_cache is not None:
+        folder, lengths = Path(data.encoded_cache).expanduser(), (data.src_length, data.max_length)
+        cache = EncodedCache(folder, plugins, tokenizer, lengths, sizes.positions, progress)
+
     def encoded(files: list[Path], split: str) -> Encoded:
-        formats = Formats(plugins)
-        with progress.task(f"reading {split} data", "records", size_of(files), of_units=False) as task:
-            records = tokens_of(conversations(files, formats, task))
-        if not len(records):
-            raise UsageError(NO_TARGET.format(split))
-        say(f"{split} data: {records.counts.records:,} records of {formats.name}, {records.counts}")
+        place = cache.place(files) if cache else None
+        kept = cache.read(place) if cache and place else None
+        if kept is None:
+            kept, seconds = newly_encoded(files, split)
+            if cache and place:
+                cache.write(place, kept)
+            elif seconds > _WORTH_KEEPING:
+                say(f"encoding {split} data took {duration(seconds)}; --encoded_cache FOLDER keeps it for the next run")
+        elif place:
+            say(f"{split} data is read encoded from {place.path}")
+        records, name = kept
+        say(f"{split} data: {records.counts.records:,} records of {name}, {records.counts}")
         return records
 
+    def newly_encoded(files: list[Path], split: str) -> tuple[Kept, float]:
+        """The data, and the seconds that it took."""
+        began, formats = time.monotonic(), Formats(plugins)
+        with (
+            progress.task(f"reading {split} data", "records", size_of(files), of_units=False) as task,
+            encoders(processes_for(files, data.dataset_num_proc)) as by,
+        ):
+            records = tokens_of(conversations(files, formats, task), by=by)
+        if not len(records):
+            raise UsageError(NO_TARGET.format(split))
+        return Kept(records, formats.name), time.monotonic() - began
+
     def streamed(files: list[Path], split: str) -> Stream:
-        say(f"{split} data: streamed from {len(files)} file{'s' * (len(files) > 1)}, {WINDOW:,} records at a time")
-        return Stream(files, partial(conversations, files), tokens_of, progress=progress)
+        kept = "" if data.encoded_cache is None else ", and not kept in encoded_cache"
+        number = f"{len(files)} file{'s' * (len(files) > 1)}"
+        say(f"{split} data: streamed from {number}, {WINDOW:,} records at a time{kept}")
+        several = data.dataset_num_proc or 1
+        by = Encoders(several) if several > 1 else map  # they are needed, and there, as long as the stream is
+        return Stream(files, conversations_after, partial(tokens_of, by=by))
 
     evaluates = training.do_eval is not False or training.evaluation_strategy != "no" or not training.do_train
     uses_dev = bool(dev_files) and evaluates

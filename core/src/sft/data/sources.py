@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,17 +101,41 @@ def _kind(path: Path) -> str:
     return ".json" if path.suffix == ".jsonl" else path.suffix
 
 
-def read(files: list[Path]) -> Iterator[Record]:
-    """The records of ``files``, in order: rows of a table, or JSON (:func:`_read_json`) in a file of any other name."""
+@dataclass
+class Passing:
+    """Records that a reader goes over: lines that hold them are not even taken for JSON. ``told`` hears of them, some
+    thousands at a time."""
+
+    left: int = 0
+    told: Callable[[int], None] = lambda count: None
+    count: int = 0
+
+    def one(self) -> bool:
+        """Whether the next record is passed over; then it has been."""
+        if not self.left:
+            return False
+        self.left -= 1
+        self.count += 1
+        if self.count % _TOLD == 0 or not self.left:
+            self.told((self.count - 1) % _TOLD + 1)
+        return True
+
+
+_TOLD = 4096
+
+
+def read(files: list[Path], passing: Passing | None = None) -> Iterator[Record]:
+    """The records of ``files``, in order: rows of a table, or JSON (:func:`_read_json`) in a file of any other name.
+    Those that are ``passing`` come first, and do not come out."""
     needs = {".csv": "a row of names and one of texts", ".parquet": "one row"}
-    before = 0
+    passing, before = passing or Passing(), 0
     for path in files:
-        count, size = 0, size_of([path])
-        for value, line, number, share in _read_file(path):
+        count, size = -passing.count, size_of([path])
+        for value, line, number, share in _read_file(path, passing):
             count += 1
             yield Record(value, path, line, number, before + int(share * size))
         before += size
-        if not count:
+        if not count + passing.count:
             raise UsageError(
                 f"{path} is empty; it needs at least {needs.get(path.suffix, 'one JSON object on a line')}."
             )
@@ -122,14 +146,15 @@ def size_of(files: list[Path]) -> int:
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
-def _read_file(path: Path) -> Iterator[Found]:
+def _read_file(path: Path, passing: Passing) -> Iterator[Found]:
     tables = {".csv": read_csv, ".parquet": read_parquet}
     try:
         if path.suffix in tables:
             for value, line, share in tables[path.suffix](path):
-                yield value, line, None, share
+                if not passing.one():
+                    yield value, line, None, share
         else:
-            yield from _read_json(path)
+            yield from _read_json(path, passing)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}, line {_not_utf8(path)} is not UTF-8 text ({error.reason}); convert it.") from error
     except OSError as error:
@@ -137,7 +162,7 @@ def _read_file(path: Path) -> Iterator[Found]:
         raise UsageError(f"{path} cannot be read ({cause}); check the path and its permissions.") from error
 
 
-def _read_json(path: Path) -> Iterator[Found]:
+def _read_json(path: Path, passing: Passing) -> Iterator[Found]:
     """One JSON object a line, or a whole file that is one JSON array. Blank lines pass."""
     with path.open("rb") as file, io.TextIOWrapper(file, encoding="utf-8-sig") as stream:
         first = stream.read(1)
@@ -145,11 +170,13 @@ def _read_json(path: Path) -> Iterator[Found]:
             first = stream.read(1)
         stream.seek(0)
         if first == "[":
-            yield from _read_array(path, stream.read())
+            for found in _read_array(path, stream.read()):
+                if not passing.one():
+                    yield found
             return
         size = size_of([path]) or 1
         for number, line in enumerate(stream, start=1):
-            if not line.strip():
+            if not line.strip() or passing.one():
                 continue
             try:
                 value = _DECODER.decode(line.rstrip("\r\n"))

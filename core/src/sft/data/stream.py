@@ -14,7 +14,6 @@ import numpy as np
 
 from sft.data.encoding import NO_TARGET, Counts, DataWindow, Encoded
 from sft.errors import UsageError
-from sft.progress import Progress
 from sft.seams import Turn
 
 WINDOW = 4096
@@ -24,28 +23,25 @@ WINDOW = 4096
 class Stream:
     """Endless windows of at most ``size`` records, in the data's order; a window ends where a pass does.
 
-    ``conversations`` begins a pass over all records; ``encode`` makes token ids of some. A window is found again by
-    counting the records before it in its pass, which are read over but not encoded.
+    ``conversations`` begins a pass over all records but the first ones, as many as it is given; ``encode`` makes token
+    ids of some. A window is found again by counting the records before it in its pass, which are passed over.
     """
 
     def __init__(
         self,
         files: list[Path],
-        conversations: Callable[[], Iterator[list[Turn]]],
+        conversations: Callable[[int], Iterator[list[Turn]]],
         encode: Callable[[Iterable[list[Turn]]], Encoded],
         size: int = WINDOW,
-        *,
-        progress: Progress | None = None,
     ) -> None:
         self.files = files
         self.counts = Counts()
         self._conversations, self._encode, self._size = conversations, encode, size
         self._room: tuple[Path, int] | None = None
-        self._progress = progress or Progress(lambda text: None)
 
     @cached_property
     def _first(self) -> Encoded:
-        return self._encode(itertools.islice(self._conversations(), self._size))
+        return self._encode(itertools.islice(self._conversations(0), self._size))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -62,9 +58,7 @@ class Stream:
         self.counts = Counts.of(place["counts"]) if place else Counts()
         kept = offset > 0
         while True:
-            records = self._conversations()
-            for _ in self._progress.over(itertools.islice(records, offset), "passing over records", "records", offset):
-                pass
+            records = self._conversations(offset)
             following = next(records, None)
             while following is not None:
                 found = list(itertools.islice(itertools.chain([following], records), self._size))

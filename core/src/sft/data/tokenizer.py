@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sft.data.jinja_template import JinjaTemplate
+from sft.data.jinja_template import JinjaTemplate, written_dates
 from sft.data.templates import JINJA_FILE, PAIRS_FILE, Marks, Pairs, Plain, Template, find_source
 from sft.errors import UsageError
 from sft.files import read_object
@@ -39,6 +41,7 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         self.folder = folder
+        self._given = chat_template
         self._files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         self.now = now or datetime.datetime.now()
         path = folder / "tokenizer.json"
@@ -67,16 +70,24 @@ class Tokenizer:
         self._source = self._own if chat_template is None else find_source(folder, chat_template)
         self.template: Template = self._template()
 
+    def __reduce__(self) -> Any:
+        """For another process: it reads the files again, where the path of a chat template means the same."""
+        return Tokenizer, (self.folder, self.now, self._given)
+
     # --- ids ------------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` alone; special tokens that stand in the text are recognised, none is added."""
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
-    def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """For each text its ids and, for each id, the range of characters that it stands for."""
+    def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], Callable[[int], tuple[int, int]]]]:
+        """For each text its ids, and what tells the range of characters that an id stands for, by the id's place.
+
+        Ranges neither begin nor end before those of earlier ids. A list of them all would take longer to make than the
+        ids, and few are asked for.
+        """
         found = self.backend.encode_batch(list(texts), add_special_tokens=False)
-        return [(one.ids, one.offsets) for one in found]  # lists, made anew
+        return [(one.ids, one.token_to_chars) for one in found]  # the list is made anew
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
@@ -137,6 +148,17 @@ class Tokenizer:
             (folder / name).write_bytes(content)
         if not self._source.same(self._own):
             self._source.write(folder)
+
+    def fingerprint(self) -> str:
+        """Changes with all that decides which ids a conversation becomes: files, special tokens, chat template, and the
+        date where the template writes it."""
+        digest = hashlib.sha256()
+        for name, content in sorted(self._files.items()):
+            digest.update(f"{name} {len(content)} ".encode() + content)
+        source = self._source
+        about = [self.special, self.eos_ids, self.bos_id, self.adds_bos, source.kind, source.text]
+        digest.update(json.dumps([*about, written_dates(source.text, self.now)]).encode())
+        return digest.hexdigest()
 
     # --- reading the files ----------------------------------------------------------------------------------
 

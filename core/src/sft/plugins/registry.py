@@ -251,6 +251,18 @@ class Plugins:
         """The names of the plugins that implement ``hook``, in calling order."""
         return [str(one.plugin_name) for one in reversed(getattr(self.hook, hook).get_hookimpls())]
 
+    def behind(self, hook: str) -> list[str]:
+        """The names of the plugins that implement ``hook``, in calling order, and of those that refine one of them:
+        that require it, or implement a hook that it publishes."""
+        found = self.implementing(hook)
+        published = [specs for name, plugin in self if name in found and (specs := getattr(plugin, "hookspecs", None))]
+        hooks = [name for specs in published for name in dir(specs) if _is_spec(specs, name)]
+        for name, plugin in self:
+            needs = not set(found).isdisjoint(map(canonical, getattr(plugin, "requires", ())))
+            if name not in found and (needs or any(implements(plugin, one) for one in hooks)):
+                found.append(name)
+        return found
+
     def provider(self, hook: str) -> str | None:
         """The name of the plugin that implements ``hook``, where one does."""
         for implementation in getattr(self.hook, hook).get_hookimpls():

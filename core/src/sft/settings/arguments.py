@@ -54,6 +54,15 @@ class DataArguments:
         none_is_text=True,
     )
     lazy: bool = option(False, "stream the training data instead of reading it whole; needs max_steps")
+    dataset_num_proc: int | None = option(
+        None,
+        "processes that encode the data; unset: one a physical core where the data is large, and one for a stream",
+        minimum=1,
+        aliases=("preprocessing_num_workers",),
+    )
+    encoded_cache: str | None = option(
+        None, "folder in which data that is read whole is kept encoded for later runs; unset: it is not kept"
+    )
     eval_with_do_generation: bool = option(False, "at evaluation, answer the dev prompts and score them (BLEU, ROUGE)")
 
 

@@ -55,7 +55,7 @@ ABSENT = "it belongs to a technique that is off"
 WHOLE = "checkpoints are always whole safetensors, readable under any plan"
 JOURNAL = "a run logs to its own metrics.jsonl and run.json"
 HUB = "models come from a directory or the Hugging Face hub"
-HERE = "data is read and encoded in this process"
+HERE = "data is read, and made into batches, in this process"
 PADDED = "rows are padded to the longest of their batch: the same losses"
 SPEED = "it changes the speed of PaddleNLP's code, not the result"
 LAYERS = "recompute is of whole layers: the same result"
@@ -164,7 +164,7 @@ FOREIGN: dict[str, Foreign] = {
         kind=NUMBER,
     ),
     **_each(
-        "dataloader_num_workers dataset_num_proc dataset_batch_size past_index",
+        "dataloader_num_workers dataset_batch_size past_index",
         HERE,
         kind=NUMBER,
     ),

@@ -35,7 +35,14 @@ def check_resumable(run: CoreRun, schedule: Schedule, resumed: Checkpoint) -> No
             f"{schedule.seed} and {schedule.rows_per_step}; resume with the same seed and batch sizes."
         )
     check_same_base(run, source)
-    free = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm"}
+    free = {
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "disable_tqdm",
+        "dataset_num_proc",
+        "encoded_cache",
+    }
     now = run.settings.flat()
     for name in sorted(set(now) | set(state["settings"])):
         if name not in free and now.get(name) != state["settings"].get(name):

@@ -1,0 +1,180 @@
+"""Data kept encoded on disk (``encoded_cache``): what was encoded in the same way before is read, not encoded again.
+
+Each file has the name of everything that shapes what is in it, so none is ever out of date: it is found, or it is
+another one. It holds three arrays and what a run says of them, and it is checked when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sft.data.encoding import Counts, Encoded
+from sft.data.sources import size_of
+from sft.errors import UsageError
+from sft.files import STAGING, make_folder, replaced, save_tensors
+
+if TYPE_CHECKING:
+    from sft.data.tokenizer import Tokenizer
+    from sft.plugins.registry import Plugins
+    from sft.progress import Progress
+
+_CHUNK = 1 << 22
+_STALE = 3600.0
+"""Seconds after which what another process has begun to write is taken for left over."""
+
+
+class Kept(NamedTuple):
+    """Encoded data, and the name of the format that its records were in."""
+
+    data: Encoded
+    format: str
+
+
+class EncodedCache:
+    """The encoded data of ``folder``, for runs that encode with this tokenizer, these lengths and these plugins."""
+
+    def __init__(
+        self,
+        folder: Path,
+        plugins: Plugins,
+        tokenizer: Tokenizer,
+        lengths: tuple[int, int],
+        positions: int,
+        progress: Progress,
+    ) -> None:
+        """``lengths`` are src_length and max_length; a model that reads no more than ``positions`` tokens refuses
+        longer records."""
+        self._folder, self._progress, self._positions = folder, progress, positions
+        self._shape = {
+            "encoder": _digest_of_files(Path(__file__).parent.glob("*.py")),
+            "versions": {name: version(name) for name in ("sft-core", "tokenizers", "jinja2")},
+            "tokenizer": tokenizer.fingerprint(),
+            "lengths": lengths,
+            "formats": list(_formats(plugins)),
+        }
+        make_folder(folder)
+
+    def place(self, files: list[Path]) -> _Place:
+        """Where the encoded content of ``files``, as they are now, is kept."""
+        seen = _state(files)
+        with self._progress.task("looking for encoded data", "MiB", size_of(files), of_units=False) as task:
+            digests, done = [], 0
+            for path in files:
+                digest = hashlib.sha256()
+                for part in _parts(path):
+                    digest.update(part)
+                    done += len(part)
+                    task.advance(len(part) >> 20, done)
+                digests.append((path.suffix, digest.hexdigest()))
+        key = hashlib.sha256(json.dumps([self._shape, digests], sort_keys=True).encode()).hexdigest()
+        return _Place(self._folder / f"{key[:32]}.safetensors", key, files, seen)
+
+    def read(self, place: _Place) -> Kept | None:
+        """What is kept there; None where nothing is, or nothing that this run can use."""
+        if not place.path.is_file():
+            return None
+        try:
+            kept = _read(place)
+        except Exception as error:  # whatever else may have been put there
+            cause = " ".join(str(error).split()) or type(error).__name__
+            self._progress.say(f"note: {place.path} cannot be used ({cause}); the data is encoded anew")
+            return None
+        if kept.data.lengths.max(initial=0) > self._positions:
+            return None  # encoding it again says which record is too long
+        return kept
+
+    def write(self, place: _Place, kept: Kept) -> None:
+        """Keep it, unless the files have changed since. A disk that is full does not stop a run."""
+        if _state(place.files) != place.seen:
+            self._progress.say("note: the data has changed while it was read, so it is not kept encoded")
+            return
+        arrays = {"ids": kept.data.ids, "trained": kept.data.trained, "offsets": kept.data.offsets}
+        said = {"format": kept.format, "counts": asdict(kept.data.counts)}
+        text = json.dumps(said, ensure_ascii=False)
+        metadata = {"key": place.key, "said": text, "digest": _seal(kept.data, place.key, text)}
+        try:
+            for path in place.path.parent.glob(f"{STAGING}*"):
+                if time.time() - path.stat().st_mtime > _STALE:
+                    path.unlink(missing_ok=True)
+            with replaced(place.path) as staging:
+                save_tensors(staging, arrays, metadata)
+        except OSError as error:
+            cause = error.strerror or " ".join(str(error).split())
+            self._progress.say(f"note: the encoded data could not be kept in {self._folder} ({cause})")
+
+
+class _Place(NamedTuple):
+    path: Path
+    key: str
+    files: list[Path]
+    seen: list[tuple[int, int]]
+    """What :func:`_state` said of the files before they were read."""
+
+
+def _read(place: _Place) -> Kept:
+    from safetensors import safe_open
+
+    with safe_open(place.path, framework="np") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("key") != place.key:
+            raise ValueError("it holds something else")
+        data = Encoded(*(file.get_tensor(name) for name in ("ids", "trained", "offsets")))
+    if _seal(data, place.key, metadata["said"]) != metadata["digest"]:
+        raise ValueError("it is damaged")
+    said = json.loads(metadata["said"])
+    return Kept(Encoded(data.ids, data.trained, data.offsets, Counts(**said["counts"])), said["format"])
+
+
+def _seal(data: Encoded, key: str, said: str) -> str:
+    shapes = [(str(array.dtype), array.shape) for array in (data.ids, data.trained, data.offsets)]
+    return hashlib.sha256(json.dumps([data.fingerprint(), shapes, key, said]).encode()).hexdigest()
+
+
+def _state(files: list[Path]) -> list[tuple[int, int]]:
+    """Sizes and times of the files, which change when they are written to."""
+    return [(found.st_size, found.st_mtime_ns) for found in (path.stat() for path in files)]
+
+
+def _parts(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while part := file.read(_CHUNK):
+                yield part
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
+
+
+def _formats(plugins: Plugins) -> Iterator[list[Any]]:
+    """What distinguishes the plugins that say what is in a record, in the order in which they are asked."""
+    for name in plugins.behind("sft_record_format"):
+        if name in plugins.direct:
+            raise UsageError(
+                f"encoded_cache cannot tell one version of plugin {name} from another, which reads records and is "
+                f"{plugins.origin(name)}; install it as a distribution, or leave encoded_cache out."
+            )
+        plugin = plugins.manager.get_plugin(name)
+        options = getattr(plugin, "options", None)
+        yield [name, plugins.origin(name), None if options is None else asdict(options), _source(plugin)]
+
+
+def _source(plugin: Any) -> str:
+    """A digest of the code that a plugin comes with: its version stays while its author works on it."""
+    module = sys.modules[plugin.__name__ if inspect.ismodule(plugin) else type(plugin).__module__]
+    package = sys.modules[module.__name__.partition(".")[0]]
+    folders = [Path(folder) for folder in getattr(package, "__path__", ())]
+    return _digest_of_files(
+        [path for folder in folders for path in folder.rglob("*.py")] or [Path(str(module.__file__))]
+    )
+
+
+def _digest_of_files(paths: Iterable[Path]) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in sorted(paths))).hexdigest()

@@ -1,6 +1,6 @@
 """``python -m benchmarks [NAME ...]``: run benchmarks (all, if none is named) and keep what they measure.
 
-    python -m benchmarks                            all of them: some hours
+    python -m benchmarks                            all of them: about two hours
     python -m benchmarks steps --case 'lora-*'      some cases of one
     python -m benchmarks steps -- --bf16            with more settings of sft run; nothing is kept
 
@@ -13,6 +13,7 @@ import argparse
 import fnmatch
 import importlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -31,7 +32,7 @@ def keep(folder: Path, name: str, module: Any, case: str, result: dict[str, Any]
     kept = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.is_file() else {}
     kept[case] = result
     everything = {one: kept[one] for one in module.cases() if one in kept}
-    whole = {"title": module.TITLE, "text": module.TEXT, "cases": everything}
+    whole = {"cases": everything}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -45,6 +46,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or several of {', '.join(NAMES)}")
     parser.add_argument("--case", default="*", help="only the cases that this pattern matches")
     parser.add_argument("--turns", type=int, help="turns that count, instead of each benchmark's own number")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME", help="only this peer; repeatable")
     parser.add_argument("--model", type=Path, help="a model directory, instead of random weights")
     parser.add_argument("--data", type=Path, help="a directory with train.json (src and tgt), instead of made records")
     parser.add_argument("--results", type=Path, help="where results go; with this, docs/performance.md stays as it is")
@@ -55,7 +57,10 @@ def main() -> int:
     import sft
 
     settings = sft.collect(more)
-    own = given.results is None and not settings and given.turns is None
+    own = given.results is None and not settings and given.turns is None and not given.peer
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > cores / 2:
+        print(f"The machine is busy: {load:.1f} processes wanted its {cores} cores in the last minute.", flush=True)
     bad = 0
     for name in given.names or NAMES:
         module = importlib.import_module(f"benchmarks.{name}")
@@ -66,7 +71,7 @@ def main() -> int:
             print(f"{name} {case}: {what}", flush=True)
             began = time.monotonic()
             with tempfile.TemporaryDirectory() as scratch:
-                bench = Bench(Path(scratch), given.turns, given.model, given.data, settings)
+                bench = Bench(Path(scratch), given.turns, given.model, given.data, tuple(given.peer), settings)
                 try:
                     result = module.measure(bench, case)
                 except RuntimeError as error:
@@ -81,7 +86,7 @@ def main() -> int:
             elif given.results is not None:
                 keep(given.results, name, module, case, result)
     if not own and given.results is None:
-        print("Nothing was kept: --turns and settings make other figures. --results DIR keeps them there.")
+        print("Nothing was kept: --turns, --peer and settings make other figures. --results DIR keeps them there.")
     return 1 if bad else 0
 
 

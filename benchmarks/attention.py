@@ -42,7 +42,8 @@ def measure(bench: Bench, case: str) -> dict[str, Any]:
     failed: dict[str, str] = {}
     try:
         try:
-            sides.append(bench.side(__name__, "transformers", "trl", memory=limit))
+            if bench.wants("transformers"):
+                sides.append(bench.side(__name__, "transformers", "trl", memory=limit))
         except RuntimeError as error:
             failed["transformers"] = str(error)
         facts = {side.name: side.facts for side in sides}

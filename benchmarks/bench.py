@@ -27,6 +27,8 @@ class Bench:
     turns: int | None = None
     given_model: Path | None = None
     given_data: Path | None = None
+    peers: tuple[str, ...] = ()
+    """The sides beside which sft is measured; empty: all that there are."""
     settings: dict[str, Any] = field(default_factory=dict)
     """More settings of ``sft run``."""
     _numbers: int = 0
@@ -34,6 +36,9 @@ class Bench:
     @cached_property
     def model(self) -> Path:
         return self.given_model or materials.write_model(self.scratch / "model")
+
+    def wants(self, side: str) -> bool:
+        return not self.peers or side in self.peers or side.partition(" ")[0] == "sft"
 
     def records(self, count: int) -> Path:
         """A folder with ``train.json``: the given one, or one with so many records made here."""
@@ -64,6 +69,7 @@ class Bench:
         more_is_better: bool,
         order: Any = None,
         also: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        warm: int = 1,
     ) -> dict[str, Any]:
         """Start all sides, let them take turns, and return what is to be kept.
 
@@ -72,6 +78,7 @@ class Bench:
         side from all its turns.
         """
         begun = figures.moment()
+        sides = {name: start for name, start in sides.items() if self.wants(name)}
         started: list[Side | Restarted] = []
         failed: dict[str, str] = {}
         try:
@@ -85,7 +92,7 @@ class Bench:
                     print(f"  {name}: {error}", flush=True)
             while True:
                 try:
-                    measured = alternate(started, self.turns or turns, order)
+                    measured = alternate(started, self.turns or turns, order, warm)
                     break
                 except SideError as error:
                     (out,) = (side for side in started if side.name == error.side)

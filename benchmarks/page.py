@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Mapping
@@ -31,9 +32,10 @@ ratios turn by turn, and above 1 sft is ahead. Memory is the largest resident me
 
 To reproduce it:
 
-    make bench                                      # everything, some hours; on a machine with nothing else to do
+    make bench                                      # everything: about two hours on two idle cores
     make bench ARGS="steps --case 'lora-*'"         # one benchmark, some of its cases
     make bench ARGS="steps --model DIR --data DIR"  # with a model and records of yours
+    make bench ARGS="steps --peer trl"              # beside one other program alone; prints and keeps nothing
     make bench ARGS="steps -- --bf16"               # with more settings of sft run; prints and keeps nothing
 
 Without `--model` and `--data` the model has SmolLM2-135M's shape (135 million parameters) and random weights, and the
@@ -56,11 +58,15 @@ def outdated(results: Path = RESULTS) -> list[str]:
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:
-    """What stands in the results by benchmark, in the benchmarks' order."""
+    """What stands in the results by benchmark, in the benchmarks' order, with each one's title and text."""
     from benchmarks.__main__ import NAMES
 
-    paths = {name: results / f"{name}.json" for name in NAMES}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
+    found = {}
+    for name in NAMES:
+        path, module = results / f"{name}.json", importlib.import_module(f"benchmarks.{name}")
+        if path.is_file():
+            found[name] = {"title": module.TITLE, "text": module.TEXT, **json.loads(path.read_text(encoding="utf-8"))}
+    return found
 
 
 def page(results: Path) -> str:

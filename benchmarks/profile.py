@@ -104,7 +104,7 @@ def main() -> None:
                 found["speed"] = speed_of_products(record["tokens"], shape.inner, shape.hidden)
 
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(Path(scratch), None, given.model, given.data, sft.collect(more))
+        bench = Bench(Path(scratch), None, given.model, given.data, settings=sft.collect(more))
         options = {"model": str(bench.model), "data": str(bench.records(200)), "out": f"{scratch}/out", "kind": "lora",
                    "packed": True, "dtype": "float32", "settings": bench.settings}  # fmt: skip
         sft.run({**steps.sft_settings(options), "max_steps": STEP}, plugins=[Profiled])

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 import re
+import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
-from benchmarks import charts, figures, materials, page
+from benchmarks import attention, charts, figures, materials, packing, page, peers
+from benchmarks.bench import Bench, told
 from benchmarks.turns import Side, SideError, alternate
 
 ROOT = Path(__file__).parent.parent
@@ -135,18 +141,79 @@ def test_a_row_where_a_peer_is_ahead_is_marked_and_a_peer_that_fell_is_named() -
     assert fallen == "|  | PaddleNLP | did not run: no wheel / no joy | | |"
 
 
-@pytest.mark.slow
-def test_a_step_of_our_side_is_measured(tmp_path: Path) -> None:
-    from benchmarks.bench import Bench
+def measured(bench: Bench, name: str, case: str) -> dict[str, Any]:
+    """What comes out of a case, measured once and without any peer."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    assert case in module.cases()
+    result = module.measure(bench, case)
+    json.dumps(result)
+    assert all(side == "sft" or side.startswith("sft ") for side in result["sides"])
+    assert "sft" in "\n".join(getattr(module, "told", told)(result))
+    return result
 
-    bench = Bench(tmp_path, given_model=materials.write_model(tmp_path / "model", layers=1))
-    options = {"model": str(bench.model), "data": str(bench.records(50)), "out": str(tmp_path / "out"), "settings": {}}
-    side = bench.side("benchmarks.steps", "sft", **options, kind="lora", packed=True, dtype="float32")
-    try:
-        turns = [side.turn() for _ in range(2)]
-    finally:
-        side.end()
-    assert side.facts["plugins"][:2] == ["lora", "greedy-zero-padding"]
-    for turn in turns:
-        assert 300 < turn["targets"] < turn["tokens"] <= 1024
-        assert turn["seconds"] > 0
+
+def test_our_side_of_a_benchmark_is_measured_alone(tmp_path: Path) -> None:
+    result = measured(Bench(tmp_path, turns=1, peers=("none",)), "packing", "log-normal")
+    greedy, next_fit = (result["sides"][name] for name in ("sft", "sft next-fit"))
+    assert greedy["also"] == {"rows": "7,278", "padding": "0.12 %"}
+    assert next_fit["also"] == {"rows": "8,466", "padding": "14.14 %"}
+    assert result["ratios"] == {}
+
+
+def test_a_peer_that_cannot_be_installed_is_left_out_with_its_reason(tmp_path: Path, monkeypatch) -> None:
+    def no_wheel(peer: str) -> str:
+        raise RuntimeError(f"{peer} could not be installed: no wheel")
+
+    monkeypatch.setattr(peers, "python_of", no_wheel)
+    result = packing.measure(Bench(tmp_path, turns=1, peers=("trl",)), "log-normal")
+    assert result["sides"]["trl"] == {"failed": "trl could not be installed: no wheel"}
+    assert result["sides"]["sft"]["median"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "case", "figure"),
+    [
+        ("steps", "lora-packed-float32", "tokens/s"),
+        ("steps", "qlora-packed-bfloat16", "tokens/s"),
+        ("steps", "full-packed-float32", "tokens/s"),
+        ("end_to_end", "lora-padded-float32", "seconds"),
+        ("generation", "16-float32", None),
+        ("quantizing", "quantize", "digest of codes"),
+        ("loading", "NF4", None),
+        ("loading", "bfloat16", None),
+        ("startup", "help", None),
+        ("startup", "ready", None),
+    ],
+)
+def test_our_side_of_each_benchmark_is_measured(tmp_path: Path, name: str, case: str, figure: str | None) -> None:
+    model = materials.write_model(tmp_path / "model", layers=1)
+    data = materials.write_records(tmp_path / "data", 8, model)
+    bench = Bench(tmp_path, turns=1, given_model=model, given_data=data, peers=("none",))
+    ours = measured(bench, name, case)["sides"]["sft"]
+    assert ours["median"] > 0
+    assert 10 < ours["peak_mib"] < 8000
+    assert figure is None or ours["also"][figure]
+
+
+@pytest.mark.slow
+def test_attention_is_measured_over_tokens_and_documents(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(attention, "TOKENS", (256, 1024))
+    ours = measured(Bench(tmp_path, turns=2, peers=("none",)), "attention", "4")["sides"]["sft"]
+    seconds = [ours["points"][tokens]["median"] for tokens in ("256", "1024")]
+    assert ours["exponent"] == pytest.approx(math.log(seconds[1] / seconds[0]) / math.log(4), abs=0.02)
+
+
+def test_records_are_as_long_as_they_are_said_to_be(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(materials.DEMO / "model/tokenizer.json", model)
+    materials.write_records(tmp_path / "data", 40, model)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    lines = (tmp_path / "data/train.json").read_text(encoding="utf-8").splitlines()
+    for record, prompt, answer in zip(map(json.loads, lines), *materials.lengths(40), strict=True):
+        assert abs(len(tokenizer.encode(record["src"]).ids) - prompt) < 12
+        assert abs(len(tokenizer.encode(record["tgt"]).ids) - answer) < 12
+    prompts, answers = materials.lengths(20_000)
+    assert np.median(prompts - 24) == pytest.approx(79, abs=1)
+    assert np.log(answers).std() == pytest.approx(0.226, abs=0.01)

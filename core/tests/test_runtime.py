@@ -32,6 +32,20 @@ def test_on_amd_mkl_is_told_to_use_avx2() -> None:
     }
 
 
+@pytest.mark.parametrize(("device", "found"), [("cpu", "0"), ("gpu", None)])
+def test_strided_kernels_are_switched_off_for_cpus_alone(
+    monkeypatch: pytest.MonkeyPatch, device: str, found: str | None
+) -> None:
+    monkeypatch.setattr(runtime, "_settled", {})
+    monkeypatch.setattr(runtime, "_own", set())
+    monkeypatch.setattr(runtime, "likely_device", lambda: device)
+    monkeypatch.setattr(runtime.os, "environ", {})
+    monkeypatch.delitem(sys.modules, "paddle", raising=False)
+    runtime._settle("GenuineIntel")
+    assert runtime.os.environ.get("FLAGS_use_stride_kernel") == found
+    assert runtime._settled.get("FLAGS_use_stride_kernel") == found
+
+
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "FLAGS_use_stride_kernel", "MKL_DEBUG_CPU_TYPE"])
 def test_a_users_variables_are_left_alone(name: str) -> None:
     environ = {name: "7"}

@@ -251,3 +251,23 @@ def test_masks_are_made_once_for_all_layers(
         batch_loss(model, assemble([parts], pad_id=0)).backward()
         assert len(model.architecture.blocks) > 1
         assert made == dict.fromkeys(made, kinds * batches)
+
+
+def test_a_batch_takes_what_was_made_for_it_along(paddle: Any) -> None:
+    """Held in a circle, tables of O(S) rows would stay until Python next looks for circles."""
+    import gc
+    import weakref
+
+    from sft.models.document_attention import document_attention, rows_of
+
+    query = paddle.ones([2, 6, 2, 4])
+    documents = rows_of(2, 6)
+    document_attention(query, query, query, documents, None)
+    gc.collect()
+    gc.disable()
+    try:
+        seen = weakref.ref(documents)
+        del documents
+        assert seen() is None
+    finally:
+        gc.enable()

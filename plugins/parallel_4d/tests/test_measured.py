@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from processes import run_ranks
 
+from sft.plugins.discovery import installed
 from sft.testing import needs, write_data
 from sft_parallel_4d import communication
 from sft_parallel_4d.memory import Calculator
@@ -16,6 +17,8 @@ from sft_parallel_4d.model_size import Precision
 from sft_parallel_4d.paper import outline as on_paper
 from sft_parallel_4d.plans import Plan
 
+PLAIN = ["no:fast-cpu"] if "fast-cpu" in installed() else []
+"""A plan is for paddle's own operations."""
 LARGE = {"hidden_size": 128, "intermediate_size": 512, "tie_word_embeddings": True}
 """A model that outweighs what it keeps of a row of 32 tokens."""
 TENSOR, PIPELINE, SEQUENCE = {"tensor_parallel_degree": 2}, {"pipeline_parallel_degree": 2}, {"sequence_parallel": True}
@@ -83,7 +86,10 @@ def test_ranks_hold_need_and_send_what_is_planned(
         "max_length": 64,
         "gradient_accumulation_steps": plan.accumulation,
     }
-    ranks = [rank.value for rank in run_ranks(plan.devices, "measuring:train", {**fixed, **settings}, rows, length)]
+    plain = {"plugin": [*settings.get("plugin", []), *PLAIN]}
+    ranks = [
+        rank.value for rank in run_ranks(plan.devices, "measuring:train", {**fixed, **settings, **plain}, rows, length)
+    ]
     outline = on_paper({"model_name_or_path": str(folder), **settings}).outline
     calculator = Calculator(outline, Precision(), rows, length)
     stages = calculator.stages(plan)

@@ -44,10 +44,7 @@ class Documents:
         ]
         self._places: dict[tuple[int, int], _Places] = {}
         longest = max(block.keys.stop - block.keys.start for bucket in self.buckets for block in bucket.blocks)
-        self._before, most = longest - 1, min(ROWS, longest)
-        distance = np.arange(most)[:, None] - np.arange(-self._before, most)
-        seen = (distance >= 0) & (distance < (window or longest + ROWS))
-        self._hidden = paddle.to_tensor(np.where(seen, np.float32(0), np.float32(HIDDEN)).reshape(1, 1, 1, *seen.shape))
+        self.hidden = _Hidden(longest, window)
 
     @property
     def scores(self) -> int:
@@ -57,12 +54,6 @@ class Documents:
             for bucket in self.buckets
             for block in bucket.blocks
         )
-
-    def hidden(self, block: _Block) -> Any:
-        """float32 [1, 1, 1, rows, keys]: what is added to the scores of a block: 0, or :data:`HIDDEN`."""
-        shift = self._before - block.rows.start
-        rows = block.rows.stop - block.rows.start
-        return self._hidden[:, :, :, :rows, block.keys.start + shift : block.keys.stop + shift]
 
     def places(self, heads: int, shared: int) -> _Places:
         """For ``heads`` key heads, each of which ``shared`` query heads look at."""
@@ -177,11 +168,29 @@ def _cost(width: int, window: int | None) -> tuple[int, int, int]:
 # --- rows that are gathered -----------------------------------------------------------------------------------
 
 
+class _Hidden:
+    """What is added to scores, for blocks of up to ``longest`` keys."""
+
+    def __init__(self, longest: int, window: int | None) -> None:
+        self._before, most = longest - 1, min(ROWS, longest)
+        distance = np.arange(most)[:, None] - np.arange(-self._before, most)
+        seen = (distance >= 0) & (distance < (window or longest + ROWS))
+        self._table = paddle.to_tensor(np.where(seen, np.float32(0), np.float32(HIDDEN)).reshape(1, 1, 1, *seen.shape))
+
+    def __call__(self, block: _Block) -> Any:
+        """float32 [1, 1, 1, rows, keys]: to those of a block 0, or :data:`HIDDEN`."""
+        shift = self._before - block.rows.start
+        rows = block.rows.stop - block.rows.start
+        return self._table[:, :, :, :rows, block.keys.start + shift : block.keys.stop + shift]
+
+
 class _Places:
     """What the buckets' blocks gather from [tokens · heads, D], and where results are found in what they compute."""
 
     def __init__(self, documents: Documents, heads: int, shared: int) -> None:
-        self.documents, self.heads, self.shared = documents, heads, shared
+        self.heads, self.shared = heads, shared
+        # Not the documents, which hold this: in a circle both would outlive their batch.
+        self.buckets, self.hidden = documents.buckets, documents.hidden
         every = heads * shared
         within = np.arange(every).reshape(1, heads, shared, 1)
         self.keys: list[Any] = []
@@ -208,7 +217,7 @@ class _Places:
         self.key_results, self.query_results = _index(key_places), _index(query_places)
 
     def __iter__(self) -> Iterator[tuple[_Bucket, Any, list[tuple[_Block, Any, Any]]]]:
-        for number, bucket in enumerate(self.documents.buckets):
+        for number, bucket in enumerate(self.buckets):
             blocks = zip(bucket.blocks, self.queries[number], self.upstream[number], strict=True)
             yield bucket, self.keys[number], list(blocks)
 
@@ -267,7 +276,7 @@ def _forward(query: Any, key: Any, value: Any, places: _Places, cap: float | Non
         shape = [bucket.count, places.heads, -1, size]
         k, v = (paddle.gather(x, key_index).reshape(shape) for x in (keys, values))
         for block, index, _ in blocks:
-            q, hidden = paddle.gather(queries, index).reshape(shape), places.documents.hidden(block)
+            q, hidden = paddle.gather(queries, index).reshape(shape), places.hidden(block)
             yield of_block(q, k[:, :, block.keys], v[:, :, block.keys], hidden)
 
     found = paddle.concat([part for one in places for part in of_bucket(*one)])
@@ -326,7 +335,7 @@ class _DocumentAttention(paddle.autograd.PyLayer):
             value_grad: Any = None
             for block, index, upstream_index in blocks:
                 q, y = (paddle.gather(x, index).reshape(shape) for x in (queries, outputs))
-                dy, hidden = paddle.gather(slopes, upstream_index).reshape(shape), places.documents.hidden(block)
+                dy, hidden = paddle.gather(slopes, upstream_index).reshape(shape), places.hidden(block)
                 seen_k, seen_v = k[:, :, block.keys], v[:, :, block.keys]
                 grads = _backward_of_block(q, seen_k, seen_v, y, dy, hidden, places.shared, ctx.cap)
                 found[0].append(grads[0].reshape([-1, size]))

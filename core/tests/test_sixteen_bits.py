@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,9 @@ def test_layers_that_read_one_tensor_share_its_rounding_until_it_changes(paddle:
     before = kernels.linear(x, w).numpy()
     x.scale_(2.0)
     near(kernels.linear(x, w), 2.0 * before, 1e-6)
+    alive = weakref.ref(x)
+    del x
+    assert alive() is None  # it would keep all that it was computed from
 
 
 def test_no_tokens_are_no_trouble(paddle: Any, kernels: SixteenBits) -> None:

@@ -7,6 +7,7 @@ Linear's input backward keeps the rounded form alone, which layers that read the
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import paddle
@@ -24,7 +25,7 @@ class SixteenBits(Kernels):
 
     def __init__(self, onednn: OneDNN) -> None:
         self._onednn = onednn
-        self._last: tuple[Any, int, Any] | None = None
+        self._last: tuple[weakref.ref[Any], int, Any] | None = None  # of x itself: it would keep its whole graph
 
     def linear(self, x: Any, weight: Any, bias: Any | None = None, transposed: bool = False) -> Any:
         """As :meth:`sft.Kernels.linear`: x float32, W and b of either type → float32."""
@@ -57,10 +58,10 @@ class SixteenBits(Kernels):
     def _rounded(self, x: Any) -> Any:
         """x [..., in] → bfloat16 [n, in]. The last one is kept: queries, keys and values, gate and up read one x."""
         last = self._last
-        if last is not None and last[0] is x and last[1] == x.inplace_version:
+        if last is not None and last[0]() is x and last[1] == x.inplace_version:
             return last[2]
         rounded = self._narrow(_rows(x))
-        self._last = (x, x.inplace_version, rounded)
+        self._last = (weakref.ref(x), x.inplace_version, rounded)
         return rounded
 
 

@@ -140,6 +140,19 @@ def test_layers_that_read_one_tensor_share_its_rounding_until_it_changes(paddle:
     assert alive() is None  # it would keep all that it was computed from
 
 
+def test_swiglu_is_float32_and_its_gradient_that_of_what_is_kept(paddle: Any, kernels: SixteenBits) -> None:
+    draw = np.random.default_rng(0)
+    gate, up, upstream = draw.standard_normal((3, 2, 70, 50)).astype(np.float32)
+    left, right = paddle.to_tensor(gate, stop_gradient=False), paddle.to_tensor(up, stop_gradient=False)
+    y = kernels.swiglu(left, right)
+    (y * paddle.to_tensor(upstream)).sum().backward()
+    near(y, gate.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64))) * up, 1e-6)
+    g, u = rounded(gate), rounded(up)
+    s = 1 / (1 + np.exp(-g))
+    near(left.grad, upstream * u * s * (1 + g * (1 - s)), 1e-6)
+    near(right.grad, upstream * g * s, 1e-6)
+
+
 def test_no_tokens_are_no_trouble(paddle: Any, kernels: SixteenBits) -> None:
     """An expert may have none."""
     given = Given(paddle, "bfloat16")

@@ -20,6 +20,8 @@ def kernels(library: Any) -> sft.Kernels:
 
     class Nothing(sft.Kernels):
         def __getattribute__(self, name: str) -> Any:
+            if name in ("narrow", "kept", "restored"):
+                return super().__getattribute__(name)
             raise AssertionError(f"{name} was left to other kernels")
 
     return NativeKernels(library, Nothing())
@@ -119,3 +121,41 @@ def test_the_loss_of_a_large_vocabulary_loses_nothing(kernels: sft.Kernels, padd
     losses, _ = kernels.cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(np.array([0])))
     exact = np.log(np.exp(12.0) + 256_002) - 12.0
     assert abs(float(losses) - exact) <= 1e-6 * exact
+
+
+class Sixteen(sft.Kernels):
+    """Keeps bfloat16."""
+
+    narrow = True
+
+    def kept(self, x: Any) -> Any:
+        return x.astype("bfloat16")
+
+    def restored(self, kept: Any) -> Any:
+        assert str(kept.dtype) == "paddle.bfloat16"
+        return kept.astype("float32")
+
+    def low_rank_linear(self, *arguments: Any) -> Any:
+        return "others"
+
+
+def test_in_16_bits_what_is_kept_is_rounded_and_products_are_others(library: Any, paddle: Any) -> None:
+    import ml_dtypes
+
+    from sft_kernels_cpu.kernels import NativeKernels
+
+    kernels, draw = NativeKernels(library, Sixteen()), np.random.default_rng(0)
+    one, two, upstream = draw.standard_normal((3, 5, 64)).astype(np.float32)
+    x, y = (paddle.to_tensor(value, stop_gradient=False) for value in (one, two))
+    (kernels.swiglu(x, y) * paddle.to_tensor(upstream)).sum().backward()
+    gate, up = (value.astype(ml_dtypes.bfloat16).astype(np.float64) for value in (one, two))
+    sigmoid = 1 / (1 + np.exp(-gate))
+    near(x.grad.numpy(), upstream * up * sigmoid * (1 + gate * (1 - sigmoid)))
+    near(y.grad.numpy(), upstream * gate * sigmoid)
+    x.clear_gradient()
+    (kernels.rms_norm(x, paddle.ones([64]), 1e-5, 0.0) * paddle.to_tensor(upstream)).sum().backward()
+    inverse = 1 / np.sqrt((one.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5)
+    normal = gate * inverse
+    near(x.grad.numpy(), inverse * (upstream - normal * (upstream * normal).mean(-1, keepdims=True)))
+    wide = paddle.ones([64, 8]), None, paddle.ones([64, 2]), paddle.ones([2, 8]), 1.0
+    assert kernels.low_rank_linear(x, *wide) == "others"

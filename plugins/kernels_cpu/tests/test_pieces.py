@@ -69,6 +69,8 @@ def kernels(library: Any) -> sft.Kernels:
         """Fails where the native code leaves something to others."""
 
         def __getattribute__(self, name: str) -> Any:
+            if name in ("narrow", "kept", "restored"):
+                return super().__getattribute__(name)
             raise AssertionError(f"{name} was left to other kernels")
 
     return NativeKernels(library, Nothing())

@@ -43,10 +43,12 @@ class Kernels:
     not ``stop_gradient``. Weights lie [in, out], as everywhere in paddle.
 
     Attributes:
+        narrow: Whether products round their factors to 16 bits, whatever they are held in.
         skips_masked: Whether time and memory of :meth:`attention` follow what is seen, and not the square of a row's
             length. (Here they do but for 16 bits on a GPU, for which there are plugins.)
     """
 
+    narrow = False
     skips_masked = True
 
     def rms_norm(self, x: Any, weight: Any, epsilon: float, offset: float) -> Any:
@@ -90,6 +92,15 @@ class Kernels:
     def product(self, x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
         """x · y of two matrices, for steps that write their gradients themselves: none flow through it."""
         return paddle.matmul(x, y, transpose_x=transpose_x, transpose_y=transpose_y)
+
+    def kept(self, x: Any) -> Any:
+        """What a step that writes its gradient itself keeps of ``x`` until backward: ``x``, or less of it. No gradients
+        flow through it."""
+        return x
+
+    def restored(self, kept: Any) -> Any:
+        """``x`` again, as exactly as :meth:`kept` kept it."""
+        return kept
 
     def cross_entropy(self, logits: Any, labels: Any) -> tuple[Any, Any]:
         """Logits float32 [n, V] and labels int64 [n] → the losses −log softmax(logits)[label], float64 [n, 1], and the

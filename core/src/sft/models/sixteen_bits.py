@@ -11,6 +11,7 @@ import weakref
 from typing import Any
 
 import paddle
+from paddle.nn import functional as F
 
 from sft.models.kernels import Kernels
 from sft.models.onednn import OneDNN
@@ -22,6 +23,8 @@ class SixteenBits(Kernels):
 
     The update of :meth:`low_rank_linear` is computed in float32: it is what trains, and a hundredth of the work.
     """
+
+    narrow = True
 
     def __init__(self, onednn: OneDNN) -> None:
         self._onednn = onednn
@@ -42,6 +45,18 @@ class SixteenBits(Kernels):
         low = paddle.matmul(_rows(x), a).scale_(scaling)
         return _like(x, self._onednn.product(low, b, out=y))
 
+    def swiglu(self, gate: Any, up: Any) -> Any:
+        """As :meth:`sft.Kernels.swiglu`; backward keeps both in bfloat16."""
+        if paddle.is_grad_enabled() and not (gate.stop_gradient and up.stop_gradient):
+            return _SwiGLU.apply(gate, up, self)
+        return super().swiglu(gate, up)
+
+    def kept(self, x: Any) -> Any:
+        return self._onednn.rounded(x) if x.dtype == paddle.float32 else x
+
+    def restored(self, kept: Any) -> Any:
+        return self._onednn.widened(kept) if kept.dtype == paddle.bfloat16 else kept
+
     def product(self, x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
         """As :meth:`sft.Kernels.product`, of two matrices of either type → float32."""
         return self._onednn.product(self._narrow(x), self._narrow(y), transpose_x, transpose_y)
@@ -58,11 +73,29 @@ class SixteenBits(Kernels):
     def _rounded(self, x: Any) -> Any:
         """x [..., in] → bfloat16 [n, in]. The last one is kept: queries, keys and values, gate and up read one x."""
         last = self._last
-        if last is not None and last[0]() is x and last[1] == x.inplace_version:
+        if last is not None and last[1] == x.inplace_version and last[0]() is x:
             return last[2]
         rounded = self._narrow(_rows(x))
         self._last = (weakref.ref(x), x.inplace_version, rounded)
         return rounded
+
+
+class _SwiGLU(paddle.autograd.PyLayer):
+    """silu(gate) · up; keeps both rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Any, up: Any, kernels: SixteenBits) -> Any:
+        ctx.wants, ctx.kernels = _wants(gate, up), kernels
+        ctx.save_for_backward(kernels.kept(gate), kernels.kept(up))
+        return F.swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Any) -> Any:
+        gate, up = (ctx.kernels.restored(kept) for kept in ctx.saved_tensor())
+        sigmoid = F.sigmoid(gate)
+        silu = gate * sigmoid
+        gate_grad = upstream * up * (sigmoid + silu - silu * sigmoid) if ctx.wants[0] else None
+        return gate_grad, upstream * silu if ctx.wants[1] else None
 
 
 class _Linear(paddle.autograd.PyLayer):

@@ -27,7 +27,7 @@ class NativeKernels(sft.Kernels):
         if not fits(x, weight):
             return self._rest.rms_norm(x, weight, epsilon, offset)
         if learning(x, weight):
-            y = _RMSNorm.apply(x, weight, epsilon, offset, self._library)
+            y = _RMSNorm.apply(x, weight, epsilon, offset, self._library, self._rest)
             return self._remembered(
                 y, lambda x, weight: _normed(x, weight, epsilon, offset, self._library)[0], x, weight
             )
@@ -57,7 +57,7 @@ class NativeKernels(sft.Kernels):
         if not fits(gate, up) or gate.shape != up.shape:
             return self._rest.swiglu(gate, up)
         if learning(gate, up):
-            y = _SwiGLU.apply(gate, up, self._library)
+            y = _SwiGLU.apply(gate, up, self._library, self._rest)
             return self._remembered(y, lambda gate, up: _gated(gate, up, self._library), gate, up)
         return _gated(gate, up, self._library)
 
@@ -66,7 +66,7 @@ class NativeKernels(sft.Kernels):
 
     def low_rank_linear(self, x: Any, weight: Any, bias: Any | None, a: Any, b: Any, scaling: float) -> Any:
         base = [weight] if bias is None else [weight, bias]
-        if blas() is None or not fits(x, *base, a, b) or learning(*base):
+        if self._rest.narrow or blas() is None or not fits(x, *base, a, b) or learning(*base):
             return self._rest.low_rank_linear(x, weight, bias, a, b, scaling)
         parts, rows = (weight, bias, a, b, scaling), dense(x).reshape([-1, x.shape[-1]])
         if learning(x, a, b):
@@ -114,12 +114,13 @@ def dense(x: Any) -> Any:
 
 
 class _RMSNorm(paddle.autograd.PyLayer):
-    """Keeps what it norms and one number a row."""
+    """Keeps what it norms, as ``rest`` keeps things, and one number a row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, epsilon: float, offset: float, library: Any) -> Any:
+    def forward(ctx: Any, x: Any, weight: Any, epsilon: float, offset: float, library: Any, rest: sft.Kernels) -> Any:
         y, x, inverse = _normed(x, weight, epsilon, offset, library)
-        ctx.save_for_backward(x, weight, inverse)
+        ctx.save_for_backward(rest.kept(x), weight, inverse)
+        ctx.rest = rest
         ctx.wants = not x.stop_gradient, not weight.stop_gradient
         ctx.offset, ctx.library = offset, library
         return y
@@ -127,6 +128,7 @@ class _RMSNorm(paddle.autograd.PyLayer):
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
         x, weight, inverse = ctx.saved_tensor()
+        x = ctx.rest.restored(x)
         upstream, size = dense(upstream), weight.shape[0]
         x_grad = weight_grad = None
         kept = x.data_ptr(), inverse.data_ptr(), upstream.data_ptr()
@@ -175,18 +177,19 @@ def _turned(x: Any, cosines: Any, sines: Any, interleaved: bool, sign: float, li
 
 
 class _SwiGLU(paddle.autograd.PyLayer):
-    """Keeps its two factors."""
+    """Keeps its two factors, as ``rest`` keeps things."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Any, up: Any, library: Any) -> Any:
+    def forward(ctx: Any, gate: Any, up: Any, library: Any, rest: sft.Kernels) -> Any:
         gate, up = dense(gate), dense(up)
-        ctx.save_for_backward(gate, up)
+        ctx.save_for_backward(rest.kept(gate), rest.kept(up))
+        ctx.rest = rest
         ctx.wants, ctx.library = [not one.stop_gradient for one in (gate, up)], library
         return _gated(gate, up, library)
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
-        gate, up = ctx.saved_tensor()
+        gate, up = (ctx.rest.restored(kept) for kept in ctx.saved_tensor())
         grads = paddle.empty_like(gate), paddle.empty_like(up)
         pointers = (one.data_ptr() for one in (gate, up, dense(upstream), *grads))
         ctx.library.gated_slope(*pointers, gate.size, True)

@@ -155,3 +155,30 @@ def test_int4_stores_eight_more_with_the_first_of_a_pair_in_the_high_half(read: 
     found = quantize_channels(weight, 4, None)
     assert found.codes.tolist() == [[0xF1, 0x89, 0xB8]]  # an odd channel ends with a zero
     np.testing.assert_array_equal(read(found), weight)
+
+
+@pytest.mark.parametrize("way", ["nf4", "int8", "int4"])
+def test_threads_make_the_same_codes(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Each thread codes parts of its own, as many as paddle has threads."""
+    weight = np.random.default_rng(3).standard_normal((300, 256), np.float32)
+    monkeypatch.setattr(codes, "_CHUNK", 1 << 12)
+    pools: list[int] = []
+
+    class Pool(codes.ThreadPoolExecutor):
+        def __init__(self, threads: int) -> None:
+            pools.append(threads)
+            super().__init__(threads)
+
+    monkeypatch.setattr(codes, "ThreadPoolExecutor", Pool)
+    made = []
+    for threads in ("1", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        if way == "nf4":
+            one: Blocks | Channels = quantize_blocks(weight, way, 64, False)
+        else:
+            one = quantize_channels(weight, int(way[3:]), None)
+        made.append(one)
+    assert pools == [3]
+    scales = [one.absmax if isinstance(one, Blocks) else one.scales for one in made]
+    np.testing.assert_array_equal(made[0].codes, made[1].codes)
+    np.testing.assert_array_equal(*scales)

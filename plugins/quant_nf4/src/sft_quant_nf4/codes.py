@@ -8,9 +8,11 @@ INT4: absmax / 7 of each output channel, or of each group of ``group`` inputs; s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +24,7 @@ _FP4 = [0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25]
 FP4 = np.array(_FP4 + [0.0 - value for value in _FP4], np.float32)
 CODEBOOKS = {"nf4": NF4, "fp4": FP4}
 
+_Found = TypeVar("_Found")
 _CHUNK = 1 << 17
 """Values that are coded at a time: bounds the scratch memory beside the weight."""
 
@@ -74,7 +77,8 @@ def quantize_blocks(weight: np.ndarray, kind: str, blocksize: int, double: bool)
     codes = np.zeros(-(-size // 2), np.uint8)
     absmax = np.zeros(-(-size // blocksize), np.float32)
     step = max(1, _CHUNK // (2 * blocksize)) * 2 * blocksize
-    for start in range(0, size, step):
+
+    def code_from(start: int) -> None:
         part = flat[start : start + step]
         blocks = -(-part.size // blocksize)
         padded = np.zeros(blocks * blocksize, np.float32)
@@ -85,8 +89,19 @@ def quantize_blocks(weight: np.ndarray, kind: str, blocksize: int, double: bool)
         unit = padded * (1.0 / np.where(scale == 0, np.float32(1), scale)).astype(np.float32)[:, None]
         code = nearest(unit.reshape(-1)[: part.size + part.size % 2], kind)
         codes[start // 2 : start // 2 + len(code) // 2] = (code[0::2] << 4) | code[1::2]
+
+    _in_threads(code_from, range(0, size, step))
     doubled = double_quantize(absmax) if double else None
     return Blocks(codes, None if double else absmax, doubled, (weight.shape[0], weight.shape[1]), kind, blocksize)
+
+
+def _in_threads(work: Callable[[int], _Found], starts: Sequence[int]) -> list[_Found]:
+    """``work`` of each of ``starts``, by as many threads as paddle computes with; numpy lets others run meanwhile."""
+    threads = min(len(starts), int(os.environ.get("OMP_NUM_THREADS") or 1))
+    if threads <= 1:
+        return [work(start) for start in starts]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, starts))
 
 
 def _dynamic_map() -> np.ndarray:
@@ -184,9 +199,11 @@ def quantize_channels(weight: np.ndarray, bits: int, group: int | None) -> Chann
     out, size = weight.shape
     width = group or size
     rows = max(1, _CHUNK // size)
-    parts = [
-        _whole(weight[start : start + rows].reshape(-1, size // width, width), bits) for start in range(0, out, rows)
-    ]
+
+    def code_from(start: int) -> tuple[np.ndarray, np.ndarray]:
+        return _whole(weight[start : start + rows].reshape(-1, size // width, width), bits)
+
+    parts = _in_threads(code_from, range(0, out, rows))
     scales = np.concatenate([part[1] for part in parts])
     return Channels(np.concatenate([part[0] for part in parts]), scales, (out, size), bits)
 

@@ -72,30 +72,38 @@ def batch_of(vocabulary: int) -> Any:
 
 
 @pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied"])
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"], ids=["O1", "O2"])
-def test_types_are_those_of_the_products(paddle: Any, models: Path, case: str, weights: str) -> None:
+@pytest.mark.parametrize(
+    ("weights", "frozen"),
+    [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")],
+    ids=["O1", "frozen", "O2"],
+)
+def test_types_are_those_of_the_products(paddle: Any, models: Path, case: str, weights: str, frozen: str) -> None:
     """Attention gets three tensors of 16 bits, or paddle's kernels would not take them; the loss is float32; and
-    each norm is rounded once for all the products that read it."""
+    each norm is rounded once for all the products that read it. Over frozen matrices of 16 bits the norms train."""
     from sft.models.loading import load_model, open_model
     from sft.training.loop import Learning
     from sft.training.wide_sums import WideSums
 
-    model = load_model(open_model(models / case), dtype=weights)
+    precision = Precision("bfloat16", weights, frozen)
+    model = load_model(open_model(models / case), precision=precision)
     model.attention = Noting(model.attention)
     model.train()
     for parameter in model.parameters():
-        parameter.stop_gradient = False
+        parameter.stop_gradient = frozen != weights and parameter.ndim > 1
     batch = batch_of(model.architecture.vocabulary)
-    run: Any = type("Run", (), {"model": model, "precision": Precision("bfloat16", weights), "hook": None})
-    learning = Learning(run, 1.0 / 24, is_idle=True, sums=WideSums(model.parameters()))
+    run: Any = type("Run", (), {"model": model, "precision": precision, "hook": None})
+    trained = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
+    learning = Learning(run, 1.0 / 24, is_idle=True, sums=WideSums(trained))
     with emulated_autocast("bfloat16") as factors:
         hidden = learning.forward(batch)
         entered = {one.data_ptr() for one in factors if one.shape == hidden.shape}
         loss = learning.loss(hidden, batch)
-        learning.backward(loss)
+        with paddle.amp.auto_cast(enable=False):  # as a run has it: only what goes forward is cast
+            learning.backward(loss)
     assert model.attention.types == {"paddle.bfloat16"}
     assert (hidden.dtype, loss.dtype) == (paddle.bfloat16, paddle.float32)
-    assert {str(parameter.grad.dtype) for parameter in model.parameters()} == {"paddle.float32"}
+    assert {str(parameter.grad.dtype) for parameter in trained} == {"paddle.float32"}
+    assert {str(one.dtype) for one in model.parameters() if one.ndim > 1} == {f"paddle.{frozen}"}
     # The inputs of q, k and v; of gate and up; and of o, where heads and head size give as much.
     query = model.architecture.heads * model.architecture.head_size
     assert len(entered) == len(model.architecture.blocks) * (3 if query == hidden.shape[-1] else 2)

@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.turns import Turns, serve
@@ -55,16 +54,23 @@ def sft_side(options: dict[str, Any]) -> None:
     import sft
 
     sft.prepare()
-    from sft.models.loading import load_model, open_model
+    from sft.inference.open import load_adapted, settings_for, use
+    from sft.progress import Progress
 
-    quantizer = None
-    if options["kind"] == "NF4":
-        from sft_quant_nf4.quantizers import Nf4, Nf4Options
+    plugins = ["nf4"] if options["kind"] == "NF4" else []
+    given: dict[str, Any] = {"model_name_or_path": options["model"], "device": "cpu"}
+    if plugins:
+        given["qlora_weight_double_quant"] = True
+    if options["kind"] == "bfloat16":
+        given["bf16"] = True
+    settings, active = settings_for(None, plugins, given, ("sft generate", ("sft_quantizer", "sft_kernels")))
+    precision, progress = use(settings, print), Progress(print)
 
-        quantizer = Nf4(Nf4Options(qlora_weight_double_quant=True)).sft_quantizer(run=None)
-    dtype = "float32" if quantizer else options["kind"]
-    folder = Path(options["model"])
-    serve_loader(turns, lambda: load_model(open_model(folder), quantizer, dtype), "sft-core", "paddlepaddle")
+    def load() -> Any:
+        source = sft.open_model(options["model"], active)
+        return load_adapted(source, settings, active, None, precision, progress)
+
+    serve_loader(turns, load, "sft-core", "paddlepaddle")
 
 
 def transformers_side(options: dict[str, Any]) -> None:

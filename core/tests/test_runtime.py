@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,7 @@ print(json.dumps([line, flag, threads, mkl, runtime.prepare()]))
 def test_a_fresh_process_is_set_up_before_paddle_is_imported() -> None:
     """And one line says what was chosen, and what was the user's; nothing of paddle's own chatter gets through."""
     environ = {k: v for k, v in os.environ.items() if k not in ("FLAGS_use_stride_kernel", "MKL_DEBUG_CPU_TYPE")}
+    environ = {k: v for k, v in environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         env={**environ, "OMP_NUM_THREADS": "1"},
@@ -125,10 +127,36 @@ def test_a_fresh_process_is_set_up_before_paddle_is_imported() -> None:
         "MKL_DEBUG_CPU_TYPE=5",
         "OMP_NUM_THREADS=1 (yours)",
         denormals,
+        *(["freed memory is kept"] if platform.libc_ver()[0] == "glibc" else []),
     }
     assert (flag, threads, mkl) == (False, "1", "5")
     assert again == line
     assert not [word for word in ("warn", "ccache", "swiglu") if word in done.stderr.lower()], done.stderr
+
+
+FREED = """
+import resource
+from sft import runtime
+line = runtime.prepare()
+import paddle
+x = paddle.ones([1 << 20])
+x + x
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    x + x
+print("freed memory is kept" in line, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+@pytest.mark.parametrize("users", [None, "1000000"])
+def test_what_is_freed_serves_again_without_new_pages(users: str | None) -> None:
+    """Fifty sums of 4 MiB, 1024 pages each; a user's own variable wins."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+    environ |= {} if users is None else {"MALLOC_MMAP_THRESHOLD_": users}
+    done = subprocess.run([sys.executable, "-c", FREED], env=environ, capture_output=True, text=True, check=True)
+    said, faults = done.stdout.split()
+    assert (said == "True", int(faults) < 5000) == (users is None, users is None)
 
 
 TRAIN = """

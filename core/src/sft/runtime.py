@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sft.errors import UsageError
+from sft.freed_memory import keep_freed_memory
 
 
 def physical_cores() -> int:
@@ -103,6 +104,8 @@ def prepare() -> str:
         openmp.omp_set_num_threads(int(_settled["OMP_NUM_THREADS"]))
     parts = [f"{name}={value}" + ("" if name in _own else " (yours)") for name, value in _settled.items()]
     parts.append("denormals are zero" if flushes else "denormals are kept")
+    if keep_freed_memory():
+        parts.append("freed memory is kept")
     line = f"runtime: {platform.machine()} {vendor}".rstrip() + ", " + ", ".join(parts)
     if _threads_taken and _settled["OMP_NUM_THREADS"] != "1":
         line += (

@@ -17,8 +17,6 @@ from sft_kernels_cpu.low_rank import LowRankLinear, computed
 class NativeKernels(sft.Kernels):
     """``library`` is what :func:`sft_kernels_cpu.library.native` found, ``rest`` computes what it has not."""
 
-    skips_masked = True
-
     def __init__(self, library: Any, rest: Any = sft.PLAIN) -> None:
         self._library, self._rest = library, rest
         self._made: tuple[Any, int, Any] | None = None

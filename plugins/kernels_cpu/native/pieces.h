@@ -132,31 +132,30 @@ EXPORT void gated_slope(const float *gate, const float *up, const float *dy, flo
     else gated_slope_of<false>(gate, up, dy, dgate, dup, n);
 }
 
-// -log softmax(logits)[label] of each row, and softmax(logits).
-EXPORT void cross_entropy(const float *logits, const int64_t *labels, double *losses, float *probabilities,
-                          int64_t rows, int64_t n) {
+// -log softmax(x)[label] of each row, and softmax(x) in the place of x.
+EXPORT void cross_entropy(float *x, const int64_t *labels, double *losses, int64_t rows, int64_t n) {
 #pragma omp parallel for schedule(monotonic : dynamic)
     for (int64_t row = 0; row < rows; row++) {
-        const float *values = logits + row * n;
-        float *powers = probabilities + row * n, top = -INFINITY;
+        float *values = x + row * n;
         vec above = all(-INFINITY);
         int64_t i = 0;
         for (; i + LANES <= n; i += LANES) above = greater(load(values + i), above);
-        top = most(above);
+        float top = most(above);
         for (; i < n; i++) top = values[i] > top ? values[i] : top;
+        const double chosen = values[labels[row]];
         double total = 0;
         for (int64_t start = 0; start < n; start += RUN) {
             const int64_t stop = start + RUN < n ? start + RUN : n;
             vec part = {};
             for (i = start; i < stop; i += LANES) {
-                store(powers + i, exponential(load(values + i, stop - i) - top), stop - i);
-                part += load(powers + i, stop - i);  // of a vector that is not whole the rest is 0
+                store(values + i, exponential(load(values + i, stop - i) - top), stop - i);
+                part += load(values + i, stop - i);  // of a vector that is not whole the rest is 0
             }
             total += sum(part);
         }
-        losses[row] = log(total) + top - values[labels[row]];
+        losses[row] = log(total) + top - chosen;
         const float share = (float)(1.0 / total);
-        for (i = 0; i < n; i += LANES) store(powers + i, load(powers + i, n - i) * share, n - i);
+        for (i = 0; i < n; i += LANES) store(values + i, load(values + i, n - i) * share, n - i);
     }
 }
 

@@ -104,7 +104,8 @@ class Kernels:
 
     def cross_entropy(self, logits: Any, labels: Any) -> tuple[Any, Any]:
         """Logits float32 [n, V] and labels int64 [n] → the losses −log softmax(logits)[label], float64 [n, 1], and the
-        probabilities softmax(logits), float32 [n, V], of which the caller may change the values; no gradients flow."""
+        probabilities softmax(logits), float32 [n, V], of which the caller may change the values; no gradients flow.
+        They may take the place of the logits, which are the caller's no more."""
         logits = logits - logits.max(axis=-1, keepdim=True)
         exponentials = logits.exp()
         normaliser = row_sums(exponentials)

@@ -59,25 +59,24 @@ class _Shape:
         logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.cap is None else paddle.tanh(logits / self.cap) * self.cap
 
-    def slope(self, gradient: Any, logits: Any) -> Any:
-        """The gradient of the products, from that of the logits."""
+    def slope(self, gradient: Any, capped: Any) -> Any:
+        """The gradient of the products, from that of the logits; ``capped`` are the logits, if there is a cap."""
         if self.cap is not None:
-            gradient = gradient.multiply_((logits / self.cap).square_().scale_(-1.0, 1.0))
+            gradient = gradient.multiply_((capped / self.cap).square_().scale_(-1.0, 1.0))
         return gradient if self.scale == 1.0 else gradient * self.scale
 
 
-def _chunk(part: Any, label: Any, weight: Any, shape: _Shape, vocabulary: Vocabulary) -> tuple[Any, Any, Any]:
-    """For n positions: the logits, float32 [n, columns that are here]; the losses, float64 [n, 1]; and the
-    probabilities, float32 [n, columns]."""
-    logits = shape.logits(part, weight)
+def _losses(logits: Any, label: Any, shape: _Shape, vocabulary: Vocabulary) -> tuple[Any, Any]:
+    """Of logits float32 [n, columns that are here] the losses, float64 [n, 1], and the probabilities, float32
+    [n, columns], which may take the logits' place."""
     if vocabulary.start is None:
-        return logits, *shape.kernels.cross_entropy(logits, label)
+        return shape.kernels.cross_entropy(logits, label)
     lower = logits - vocabulary.maximum(logits.max(axis=-1, keepdim=True))
     exponentials = lower.exp()
     normaliser = vocabulary.total(row_sums(exponentials))
     column, here = _place(label, logits.shape[-1], vocabulary)
     chosen = vocabulary.total(paddle.take_along_axis(lower, column, axis=-1) * here)
-    return logits, normaliser.astype("float64").log() - chosen.astype("float64"), exponentials / normaliser
+    return normaliser.astype("float64").log() - chosen.astype("float64"), exponentials / normaliser
 
 
 def _rows(weight: Any, transpose_y: bool) -> int:
@@ -118,13 +117,15 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
         hidden_grads, weight_grad = [], None
         for start in range(0, hidden.shape[0], rows):
             part, label = hidden[start : start + rows], labels[start : start + rows]
-            logits, losses, probabilities = _chunk(part, label, weight, shape, vocabulary)
+            logits = shape.logits(part, weight)
+            capped = None if shape.cap is None else logits.clone()
+            losses, probabilities = _losses(logits, label, shape, vocabulary)
             total += losses.sum()
             if not any(gradients):
                 continue
             column, here = _place(label, probabilities.shape[-1], vocabulary)
             difference = probabilities.put_along_axis_(column, -here, axis=-1, reduce="add")
-            difference = shape.slope(difference, logits)
+            difference = shape.slope(difference, capped)
             difference = (difference if factor == 1.0 else difference.scale_(factor)).astype(hidden.dtype)
             if gradients[0]:
                 product = shape.kernels.product(difference, weight, transpose_y=not transpose_y)
@@ -178,9 +179,9 @@ def target_scores(hidden: Any, labels: np.ndarray, lm_head: Any) -> tuple[float,
     total, correct = paddle.zeros([], "float64"), paddle.zeros([], "int64")
     for start in range(0, chosen.shape[0], rows):
         part = label[start : start + rows]
-        logits, losses, _ = _chunk(chosen[start : start + rows], part, lm_head.weight, shape, vocabulary)
-        total += losses.sum()
+        logits = shape.logits(chosen[start : start + rows], lm_head.weight)
         correct += (_likeliest(logits, vocabulary) == part).astype("int64").sum()
+        total += _losses(logits, part, shape, vocabulary)[0].sum()
     total, correct = paddle.stack([total, correct.astype("float64")]).tolist()
     return total, int(correct)
 

@@ -48,7 +48,11 @@ def main() -> int:
     parser.add_argument("--turns", type=int, help="turns that count, instead of each benchmark's own number")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME", help="only this peer; repeatable")
     parser.add_argument("--model", type=Path, help="a model directory, instead of random weights")
-    parser.add_argument("--data", type=Path, help="a directory with train.json (src and tgt), instead of made records")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="a directory with train.json (src and tgt), whose first records are taken instead of made ones",
+    )
     parser.add_argument("--results", type=Path, help="where results go; with this, docs/performance.md stays as it is")
     given = parser.parse_args(words)
     unknown = [name for name in given.names if name not in NAMES]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,17 @@ class Bench:
         return not self.peers or side in self.peers or side.partition(" ")[0] == "sft"
 
     def records(self, count: int) -> Path:
-        """A folder with ``train.json``: the given one, or one with so many records made here."""
+        """A folder with ``train.json`` of so many records: the first ones of the given data, or made here."""
         folder = self.scratch / f"records-{count}"
-        if self.given_data is not None:
-            return self.given_data
-        return folder if folder.is_dir() else materials.write_records(folder, count, self.model)
+        if folder.is_dir():
+            return folder
+        if self.given_data is None:
+            return materials.write_records(folder, count, self.model)
+        with (self.given_data / "train.json").open(encoding="utf-8") as file:
+            lines = list(islice(file, count))
+        folder.mkdir()
+        (folder / "train.json").write_text("".join(lines), encoding="utf-8")
+        return folder
 
     def new_folder(self, name: str) -> Path:
         self._numbers += 1
@@ -58,6 +65,12 @@ class Bench:
         environment = paddle_variables() if peer == "paddlenlp" else {}
         log = self.new_folder(name.replace(" ", "-")).with_suffix(".log")
         return Side(name, command, log, figures.ROOT, environment, memory=memory)
+
+    def restarted(self, name: str, start: Callable[[], Side]) -> Restarted:
+        """Side ``name``, whose turn is a whole program; what installs its environment comes before the first turn."""
+        if name != "sft":
+            peers.python_of(name)
+        return Restarted(name, start)
 
     def compare(
         self,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import steps
-from benchmarks.turns import Restarted, Turns
+from benchmarks.turns import Turns
 
 if TYPE_CHECKING:
     from benchmarks.bench import Bench
@@ -27,7 +27,7 @@ def cases() -> dict[str, str]:
 def measure(bench: Bench, case: str) -> dict[str, Any]:
     sides = steps.sides(bench, __name__, case, bench.records(RECORDS))
     return bench.compare(
-        {name: lambda name=name, start=start: Restarted(name, start) for name, start in sides.items()},
+        {name: lambda name=name, start=start: bench.restarted(name, start) for name, start in sides.items()},
         lambda turn: turn["targets"] / turn["seconds"],
         turns=3,
         warm=0,

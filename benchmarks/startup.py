@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import peers, steps
-from benchmarks.turns import Restarted, Side
+from benchmarks.turns import Side
 
 if TYPE_CHECKING:
     from benchmarks.bench import Bench
@@ -33,7 +33,7 @@ def measure(bench: Bench, case: str) -> dict[str, Any]:
         }
     else:
         starts = steps.sides(bench, steps.__name__, "lora-packed-float32", bench.records(400))
-        sides = {name: lambda name=name, start=start: Restarted(name, start) for name, start in starts.items()}
+        sides = {name: lambda name=name, start=start: bench.restarted(name, start) for name, start in starts.items()}
     return bench.compare(
         sides, lambda turn: turn["seconds"], turns=7 if case == "help" else 5, unit="seconds", more_is_better=False
     )

@@ -174,7 +174,7 @@ def last_kept(outline: Outline, shape: Shape, precision: Precision) -> int:
     """Of the last norm and the loss, until backward: the loss keeps its gradients instead of logits."""
     narrow = precision.products // 8
     kept = norm_kept(outline, shape) + shape.targets * outline.hidden * narrow
-    return kept + _head_gradient(outline, shape, precision.weights)
+    return kept + head_gradient(outline, shape, precision.weights)
 
 
 def chunk_bytes(device_memory: int | None) -> int:
@@ -193,10 +193,11 @@ def logits(outline: Outline, shape: Shape, precision: Precision, most: int = CHU
         return states + max(4 * chunk, 3 * chunk + last_kept(outline, shape, precision))
     # What is left of the chunk before is still there while the next one is made.
     second, chunks = 4 * min(rows, shape.targets - rows) * width, -(-shape.targets // rows)
-    heads = min(2, chunks - 1) * _head_gradient(outline, shape, 32)  # which adds up in float32
+    heads = min(2, chunks - 1) * head_gradient(outline, shape, 32)  # which adds up in float32
     return states + max(4 * chunk, 3 * chunk + 2 * second + heads)
 
 
-def _head_gradient(outline: Outline, shape: Shape, bits: int) -> int:
+def head_gradient(outline: Outline, shape: Shape, bits: int) -> int:
+    """Of lm_head, if it trains, in values of ``bits``."""
     weight = outline.embedding if outline.head is None else outline.head
     return weight.size // shape.tensor * bits // 8 if weight.trains else 0

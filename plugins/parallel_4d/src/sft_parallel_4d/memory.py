@@ -116,10 +116,13 @@ class Calculator:
         # Gradients of earlier micro-batches are there if there are any while all that may be in flight is.
         before = held.gradients if plan.accumulation > flying and (on_device or plan.stage < 2) else 0
         after = (held.gradients if on_device or plan.stage < 2 else 0) + held.passing
+        # lm_head's gradient has then been added to that of earlier micro-batches.
+        added = activations.head_gradient(outline, shape, precision.weights) if stage.last and before else 0
+        behind = last - added
         one_block = (kept // len(stage.blocks) if not plan.recompute else 0) + beyond + whole_block
         moments = {
             "loss": before + (kept + reading) * flying + norm + loss + whole_head,
-            "last block backward": before + (kept + reading) * flying + last + beyond + whole_block,
+            "last block backward": before + (kept + reading) * flying + behind + beyond + whole_block,
             "first block backward": after + kept * (flying - 1) + reading * flying + one_block,
         }
         if not plan.recompute:

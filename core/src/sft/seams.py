@@ -203,8 +203,8 @@ class Learning(Protocol):
         ...
 
     def backward(self, loss: Any) -> None:
-        """Add the gradients of the loss to those of the parameters. The loss is weighted, so that the losses of a step
-        add up to its mean loss (times the loss scale of float16)."""
+        """Add the gradients of the loss to those of the parameters, which are float32 even where a parameter is not.
+        The loss is weighted, so that the losses of a step add up to its mean loss (times the loss scale of float16)."""
         ...
 
     def idle(self) -> Learning:

@@ -73,10 +73,10 @@ def turns_of(
     sides: list[Side], order: dict[str, int], bench: Bench, failed: dict[str, str]
 ) -> dict[str, list[dict[str, Any]]]:
     """The turns of one point; a side that ends is taken out of ``sides``, and the others have their turns again."""
-    long = order["tokens"] > 8192
+    turns = 1 if order["tokens"] > 16384 else 2 if order["tokens"] > 8192 else 5
     while sides:
         try:
-            return alternate(sides, bench.turns or (2 if long else 5), order, warm=0 if long else 1, pause=PAUSE)
+            return alternate(sides, bench.turns or turns, order, warm=1 if turns > 2 else 0, pause=PAUSE)
         except SideError as error:
             failed[error.side] = f"at {order['tokens']:,} tokens: {error}"
             print(f"  {failed[error.side]}", flush=True)

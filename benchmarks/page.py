@@ -158,6 +158,10 @@ def provenance(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
         )
         for fact in (hardware, versions, dates):
             facts.setdefault(fact, []).append(case["what"])
+    for case in cases.values():
+        for name, side in case["sides"].items():
+            if "stopped" in side:
+                facts.setdefault(f"{LABELS.get(name, name)} stopped {side['stopped']}", []).append(case["what"])
     return [f"- {fact}" + ("" if len(of) == len(cases) else f" ({'; '.join(of)})") for fact, of in facts.items()]
 
 

@@ -141,6 +141,28 @@ def test_a_row_where_a_peer_is_ahead_is_marked_and_a_peer_that_fell_is_named() -
     assert fallen == "|  | PaddleNLP | did not run: no wheel / no joy | | |"
 
 
+def test_a_line_that_stops_early_has_no_point_there_and_says_why() -> None:
+    def side(exponent: float, **seconds: float) -> dict[str, Any]:
+        points = {tokens: figures.summary([value]) for tokens, value in seconds.items()}
+        return {"points": points, "exponent": exponent, "peak_mib": 1500, "versions": {"torch": "2"}}
+
+    theirs = {**side(2.0, **{"1024": 0.5}), "stopped": "at 2,048 tokens: too much memory"}
+    machine = {"processor": "P", "cores": 2, "instructions": [], "memory_gib": 8, "system": "Linux"}
+    case = {
+        "what": "4 documents",
+        "unit": "seconds",
+        "sides": {"sft": side(1.5, **{"1024": 1.0, "2048": 2.83}), "transformers": theirs},
+        **{"machine": machine, "date": "D", "commit": "C", "load_before": 0.1, "model": "M"},
+    }
+    assert page.curves({"4": case})[2:] == [
+        "| 4 documents | sft | 1 | 2.83 | 1.5 | 1,500 |",
+        "|  | transformers | **0.5** | – | 2.0 | 1,500 |",
+    ]
+    assert "- transformers stopped at 2,048 tokens: too much memory" in page.provenance({"4": case})
+    (picture,) = page.pictures_of("attention", {"title": "Attention", "cases": {"4": case}}).values()
+    assert len(elements(picture, "circle")) == 3
+
+
 def measured(bench: Bench, name: str, case: str) -> dict[str, Any]:
     """What comes out of a case, measured once and without any peer."""
     module = importlib.import_module(f"benchmarks.{name}")

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import paddle
 
+import sft
+
 QUERIES = 64
 """In a block, at most; the native code's number."""
 
@@ -53,25 +55,32 @@ def _blocks(row: int, ends: np.ndarray) -> np.ndarray:
     return np.stack(columns, axis=1).astype(np.int32)
 
 
-def attention(query: Any, key: Any, value: Any, mask: Mask, cap: float, library: Any) -> Any:
-    """Of dense float32 tensors: query [B, S, H, D]; key, value [B, S, K, D] → [B, S, H, D]; ``cap`` 0 is none."""
+def attention(query: Any, key: Any, value: Any, mask: Mask, cap: float, library: Any, rest: sft.Kernels) -> Any:
+    """Of dense float32 tensors: query [B, S, H, D]; key, value [B, S, K, D] → [B, S, H, D]; ``cap`` 0 is none.
+    Backward keeps all four as ``rest`` keeps things."""
     if paddle.is_grad_enabled() and not all(one.stop_gradient for one in (query, key, value)):
-        return _Attention.apply(query, key, value, mask, cap, library)
+        return _Attention.apply(query, key, value, mask, cap, library, rest)
     return _attended(query, key, value, mask, cap, library)[0]
 
 
 class _Attention(paddle.autograd.PyLayer):
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Mask, cap: float, library: Any) -> Any:
-        out, logarithms = _attended(query, key, value, mask, cap, library)
-        ctx.save_for_backward(query, key, value, out, logarithms)
+    def forward(
+        ctx: Any, query: Any, key: Any, value: Any, mask: Mask, cap: float, library: Any, rest: sft.Kernels
+    ) -> Any:
         ctx.wants = [not one.stop_gradient for one in (query, key, value)]
-        ctx.mask, ctx.cap, ctx.library = mask, cap, library
+        kept = [rest.kept(one) for one in (query, key, value)]
+        # Of what is kept: the probabilities of backward are then those of forward.
+        query, key, value = (rest.restored(one) for one in kept)
+        out, logarithms = _attended(query, key, value, mask, cap, library)
+        ctx.save_for_backward(*kept, rest.kept(out), logarithms)
+        ctx.mask, ctx.cap, ctx.library, ctx.rest = mask, cap, library, rest
         return out
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
-        query, key, value, out, logarithms = ctx.saved_tensor()
+        *kept, logarithms = ctx.saved_tensor()
+        query, key, value, out = (ctx.rest.restored(one) for one in kept)
         upstream = upstream if upstream.is_contiguous() else upstream.contiguous()
         rows, length, heads, size = query.shape
         ends, blocks = ctx.mask.of(rows, length)

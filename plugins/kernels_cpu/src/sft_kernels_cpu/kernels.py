@@ -49,7 +49,7 @@ class NativeKernels(sft.Kernels):
             if mask.rest is None:
                 mask.rest = self._rest.mask(mask.given)
             return self._rest.attention(query, key, value, mask.rest, cap)
-        return attention(dense(query), dense(key), dense(value), mask, cap or 0.0, library)
+        return attention(dense(query), dense(key), dense(value), mask, cap or 0.0, library, self._rest)
 
     def swiglu(self, gate: Any, up: Any) -> Any:
         if not fits(gate, up) or gate.shape != up.shape:

@@ -13,7 +13,7 @@ from sft_parallel_4d.outline import Outline
 
 ROWS, SHARED = 128, 4 * 128 * 128
 """Query rows in a block of attention, and scores of a head that a block may have, as the core has them."""
-CHUNK, GPU_CHUNK, GPU_SHARE = 64 << 20, 1 << 30, 64
+CHUNK, GPU_LEAST, GPU_CHUNK, GPU_SHARE = 24 << 20, 64 << 20, 1 << 30, 64
 """Bytes of a chunk of float32 logits, on a GPU at most, and what part of its memory otherwise, as the core's loss has
 it."""
 
@@ -179,22 +179,21 @@ def last_kept(outline: Outline, shape: Shape, precision: Precision) -> int:
 
 def chunk_bytes(device_memory: int | None) -> int:
     """Of float32 logits, on a GPU of so much memory, or on a CPU."""
-    return CHUNK if device_memory is None else max(CHUNK, min(GPU_CHUNK, device_memory // GPU_SHARE))
+    return CHUNK if device_memory is None else max(GPU_LEAST, min(GPU_CHUNK, device_memory // GPU_SHARE))
 
 
 def logits(outline: Outline, shape: Shape, precision: Precision, most: int = CHUNK) -> int:
-    """The most that the chunked loss holds at a time while it runs: logits of a chunk of ``most`` bytes, in four or
-    five float32 stages, the hidden states, and between chunks two gradients of lm_head."""
+    """The most that the chunked loss holds at a time while it runs: logits of a chunk of ``most`` bytes, in four
+    float32 stages, the hidden states, and in later chunks gradients of lm_head."""
     width = outline.vocabulary // shape.tensor
     rows = max(1, min(shape.targets, most // (4 * width)))
     chunk, narrow = 4 * rows * width, precision.products // 8
     states = (shape.tokens + shape.targets) * outline.hidden * narrow
     if rows == shape.targets:
         return states + max(4 * chunk, 3 * chunk + last_kept(outline, shape, precision))
-    # What is left of the chunk before is still there while the next one is made.
-    second, chunks = 4 * min(rows, shape.targets - rows) * width, -(-shape.targets // rows)
-    heads = min(2, chunks - 1) * head_gradient(outline, shape, 32)  # which adds up in float32
-    return states + max(4 * chunk, 3 * chunk + 2 * second + heads)
+    # Beside those of a later chunk is what lm_head's gradient has come to, and its share of that, in float32.
+    later, head = 4 * min(rows, shape.targets - rows) * width, head_gradient(outline, shape, 32)
+    return states + max(4 * chunk, 2 * chunk + head, 4 * later + head, 2 * later + 2 * head)
 
 
 def head_gradient(outline: Outline, shape: Shape, bits: int) -> int:

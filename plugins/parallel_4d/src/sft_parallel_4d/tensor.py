@@ -79,7 +79,8 @@ class TensorParallel:
         """An unallocated parameter for this process's part of ``parameter``."""
         part = self._part(tuple(parameter.shape), axis, fused)
         with paddle.LazyGuard():
-            local = paddle.create_parameter(list(part.local_shape), dtype=parameter.dtype)
+            # A layer's, as paddle.create_parameter makes none of 16 bits.
+            local = paddle.nn.Layer().create_parameter(list(part.local_shape), dtype=parameter.dtype)
         mark_part(local, part)
         local.stop_gradient = parameter.stop_gradient
         return local

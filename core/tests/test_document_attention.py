@@ -271,3 +271,32 @@ def test_a_batch_takes_what_was_made_for_it_along(paddle: Any) -> None:
         assert seen() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_prompt_takes_linear_memory(paddle: Any, window: int | None) -> None:
+    """Two prompts, one padded on the left: no mask of all its tokens by all its tokens."""
+    from paddle.base import core
+
+    from sft.models.architecture import Architecture, Block
+    from sft.models.cache import CachedReading
+
+    architecture = Architecture(
+        vocabulary=16, hidden=32, inner=4, heads=2, kv_heads=1, head_size=16, positions=9999,
+        blocks=(Block(rotary=None, window=window),), rotaries=(), norm_epsilon=1e-6, tied=False,
+    )  # fmt: skip
+
+    def peak(length: int) -> int:
+        query, key, value, _ = (paddle.to_tensor(x) for x in arrays(2, length, 1, 2))
+        before = core.host_memory_stat_current_value("Allocated", 0)
+        core.host_memory_stat_reset_peak_value("Allocated", 0)
+        with paddle.no_grad():
+            reading = CachedReading(architecture, np.asarray([0, length // 3]))
+            reading.expect(length)
+            out = reading.attend(0, query, key, value)
+        ends = np.minimum(length, np.arange(length) + (window or length)).astype(np.int32)
+        alone = formula([x.numpy()[:1] for x in (query, key, value, query)], ends[None, None, :, None], None)[0]
+        assert np.abs(out.numpy()[:1] - alone).max() <= 2e-6
+        return int(core.host_memory_stat_peak_value("Allocated", 0) - before)
+
+    assert peak(1024) <= 2.2 * peak(512)

@@ -13,8 +13,8 @@ from sft.models.architecture import ModelShape
 from sft.models.kernels import PLAIN, Kernels
 from sft.models.turning import tables
 
-QUERIES = 512
-"""So many tokens of a prompt have their scores computed at a time."""
+HIDDEN = -1e30
+"""What is added to the score of a key that is not seen."""
 
 
 class CachedReading:
@@ -32,6 +32,7 @@ class CachedReading:
         self._seen = 0
         self._tables: list[Any] = []
         self._masks: dict[int | None, Any] = {}
+        self._whole: dict[int | None, Any] = {}
 
     def expect(self, count: int) -> None:
         """The next call brings ``count`` tokens a row."""
@@ -41,14 +42,28 @@ class CachedReading:
         self.positions = paddle.to_tensor(positions)
         lengths = np.broadcast_to((self._seen - self._padding)[:, None], positions.shape)
         self._tables = [tables(rotary, positions, lengths) for rotary in self._architecture.rotaries]
+        windows = {block.window for block in self._architecture.blocks}
+        self._whole = {window: self._kernels.mask(self._ends(window)) for window in windows} if not first else {}
+        self._masks = {window: self._mask(places, window) for window in windows} if first else {}
+
+    def _ends(self, window: int | None) -> np.ndarray:
+        """Of prompts: int32 [B, 1, S, 1], as :class:`sft.Batch` has them. A token of padding sees itself: its softmax
+        must not be empty, and nobody reads what comes of it."""
+        places = np.arange(self._seen)
+        ends = np.where(places < self._padding[:, None], places + 1, self._seen)
+        ends = ends if window is None else np.minimum(ends, places + window)
+        return ends.astype(np.int32)[:, None, :, None]
+
+    def _mask(self, places: np.ndarray, window: int | None) -> Any | None:
+        """What is added to scores of tokens at ``places``, [B, K, G · new, all]; None where all is seen."""
         keys = np.arange(self._seen)
-        visible = (keys[None, None] <= places[:, None]) & (keys[None, None] >= self._padding[:, None, None])
-        # A padding token sees itself: its softmax must not be empty, and nobody reads what comes of it.
-        visible |= keys[None, None] == places[:, None]
-        self._masks = {}
-        for window in {block.window for block in self._architecture.blocks}:
-            seen = visible if window is None else visible & (keys[None, None] > places[:, None] - window)
-            self._masks[window] = None if seen.all() else paddle.to_tensor(seen[:, None])  # bool [B, 1, new, all]
+        seen = (keys <= places[:, None]) & (keys >= self._padding[:, None, None])
+        if window is not None:
+            seen &= keys > places[:, None] - window
+        if seen.all():
+            return None
+        hidden = np.where(seen, np.float32(0), np.float32(HIDDEN))[:, None, None]
+        return paddle.to_tensor(hidden)
 
     @property
     def is_outgrown(self) -> bool:
@@ -61,35 +76,28 @@ class CachedReading:
         return self._kernels.rotate(x, self._architecture.rotaries[rotary], *self._tables[rotary])
 
     def attend(self, layer: int, query: Any, key: Any, value: Any) -> Any:
-        count, size = query.shape[1], query.shape[3]
-        query, key, value = by_head(query / math.sqrt(size)), by_head(key), by_head(value)
+        window, cap = self._architecture.blocks[layer].window, self._architecture.attention_cap
         kept = self._kept[layer]
-        if kept is not None:
-            key, value = paddle.concat([kept[0], key], axis=2), paddle.concat([kept[1], value], axis=2)
-        self._kept[layer] = (key, value)
-        mask = self._masks[self._architecture.blocks[layer].window]
-        if count <= QUERIES:
-            return by_head(self._attended(query, key, value, mask))
-        parts = []
-        for start in range(0, count, QUERIES):
-            rows = slice(start, start + QUERIES)
-            parts.append(self._attended(query[:, :, rows], key, value, None if mask is None else mask[:, :, rows]))
-        return by_head(paddle.concat(parts, axis=2))
-
-    def _attended(self, query: Any, key: Any, value: Any, mask: Any | None) -> Any:
-        """Scaled queries [B, H, new, D], keys and values [B, K, all, D], and which of these are seen → [B, H, new,
-        D]."""
-        rows, heads, count, size = query.shape
-        groups, seen, cap = key.shape[1], key.shape[2], self._architecture.attention_cap
+        if kept is None:
+            self._kept[layer] = by_head(key), by_head(value)
+            return self._kernels.attention(query, key, value, self._whole[window], cap)
+        key, value = paddle.concat([kept[0], by_head(key)], axis=2), paddle.concat([kept[1], by_head(value)], axis=2)
+        self._kept[layer] = key, value
+        rows, count, heads, size = query.shape
+        groups, seen = key.shape[1], key.shape[2]
         # Heads that share a key are rows of one matrix.
-        scores = paddle.matmul(query.reshape([rows, groups, -1, size]), key, transpose_y=True).astype("float32")
+        query = (by_head(query) if count > 1 else query).reshape([rows, groups, -1, size]) * (1 / math.sqrt(size))
+        scores = paddle.matmul(query, key, transpose_y=True).astype("float32")
         if cap is not None:
             scores = paddle.tanh(scores / cap) * cap
+        mask = self._masks[window]
         if mask is not None:
-            scores = paddle.where(mask, scores.reshape([rows, heads, count, seen]), paddle.full([1], -1e30, "float32"))
-            scores = scores.reshape([rows, groups, -1, seen])
-        weights = F.softmax(scores, axis=-1).astype(value.dtype)
-        return paddle.matmul(weights, value).reshape([rows, heads, count, size])
+            if mask.ndim == 5:  # once for all layers, as large as scores are: to repeat it in an addition is slow
+                mask = mask.expand([rows, groups, heads // groups, count, seen]).reshape(scores.shape)
+                self._masks[window] = mask
+            scores = scores.add_(mask)
+        out = paddle.matmul(F.softmax(scores, axis=-1).astype(value.dtype), value)
+        return out.reshape([rows, 1, heads, size]) if count == 1 else by_head(out.reshape([rows, heads, count, size]))
 
 
 def by_head(x: Any) -> Any:

@@ -81,8 +81,8 @@ class Kernels:
 
     def linear(self, x: Any, weight: Any, bias: Any | None = None, transposed: bool = False) -> Any:
         """x · W + b: x [..., in], W [in, out] ([out, in] where ``transposed``), b [out] or None → [..., out]."""
-        if transposed:
-            return paddle.matmul(x, weight, transpose_y=True)
+        if transposed or bias is None:  # while answers are computed, what F.linear asks first takes half its time
+            return paddle.matmul(x, weight, transpose_y=transposed)
         return F.linear(x, weight, bias)
 
     def low_rank_linear(self, x: Any, weight: Any, bias: Any | None, a: Any, b: Any, scaling: float) -> Any:

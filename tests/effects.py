@@ -323,7 +323,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     ),
     "fp16": (
         "likewise, with a dynamic loss scale",
-        "core/tests/test_precision.py::test_levels",
+        "core/tests/test_precision.py::test_levels_on_a_gpu",
     ),
     "lora_path": (
         "an adapter to go on from",
@@ -337,7 +337,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "replaces the run in output_dir",
         "core/tests/test_run_refused.py::test_overwriting_removes_the_old_run_and_nothing_else",
     ),
-    "fp16_opt_level": ("O2: 16-bit weights, float32 masters", "core/tests/test_precision.py::test_levels"),
+    "fp16_opt_level": ("O2: 16-bit weights, float32 masters", "core/tests/test_precision.py::test_levels_on_a_gpu"),
     "recompute": (
         "less memory, the same losses",
         "core/tests/test_recompute.py::test_less_memory",

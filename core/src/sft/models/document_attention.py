@@ -63,8 +63,8 @@ class Documents:
 
 
 def documents_of(ends: np.ndarray) -> Documents | None:
-    """Of int32 [B, 1, S, 1] in FlashMask's causal form, if it says no more than where documents, and perhaps windows of
-    one size, end; else None."""
+    """Of int32 [B, 1, S, 1] in the causal form of :class:`sft.AttentionBackend`, if it says no more than where
+    documents, and perhaps windows of one size, end; else None."""
     rows, _, length, _ = ends.shape
     ends, places = ends[:, 0, :, 0], np.arange(length)
     begins = np.ones(ends.shape, bool)  # where no earlier token is seen any more

@@ -124,7 +124,7 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
             losses, probabilities = _losses(logits, label, shape, vocabulary)
             total += losses.sum()
             if not any(gradients):
-                del logits, probabilities
+                del logits, capped, probabilities
                 continue
             column, here = _place(label, probabilities.shape[-1], vocabulary)
             difference = probabilities.put_along_axis_(column, -here, axis=-1, reduce="add")
@@ -138,7 +138,7 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
                 share = shape.kernels.product(left, right, transpose_x=True).astype("float32")  # 16 bits lose summands
                 weight_grad = share if weight_grad is None else weight_grad.add_(share)
                 del share, left, right
-            del logits, probabilities, difference  # before there are those of the next chunk
+            del logits, capped, probabilities, difference  # before there are those of the next chunk
         hidden_grad = paddle.concat(hidden_grads).astype(hidden.dtype) if hidden_grads else None
         ctx.grads = (hidden_grad, None if weight_grad is None else weight_grad.astype(weight.dtype))
         ctx.factor = factor

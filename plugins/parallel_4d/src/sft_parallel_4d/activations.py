@@ -189,6 +189,8 @@ def logits(outline: Outline, shape: Shape, precision: Precision, most: int = CHU
     rows = max(1, min(shape.targets, most // (4 * width)))
     chunk, narrow = 4 * rows * width, precision.products // 8
     states = (shape.tokens + shape.targets) * outline.hidden * narrow
+    if outline.architecture.logit_cap is not None:
+        states += chunk  # capped logits, which the loss's slope needs
     if rows == shape.targets:
         return states + max(4 * chunk, 3 * chunk + last_kept(outline, shape, precision))
     # Beside those of a later chunk is what lm_head's gradient has come to, and its share of that, in float32.

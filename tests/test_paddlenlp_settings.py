@@ -10,6 +10,7 @@ import pytest
 from effects import EFFECTS, ELSEWHERE, MODELS, PARALLEL, make_data, run
 
 import sft
+from sft.plugins.requests import by_device
 from sft.settings.paddlenlp import FOREIGN
 
 
@@ -137,7 +138,7 @@ def test_settings_files_of_paddlenlp_run_as_they_are(name: str, data: Path, tmp_
         "qlora": {"lora", "nf4"},
         "sft": {"parallel-4d"},  # two files have a sharding stage; on one process it divides nothing
     }
-    assert set(found.plugins) == {*plugins[name], "watch"}
+    assert set(found.plugins) == {*plugins[name], "watch", *by_device({})}
     assert all(np.isfinite(found.losses))
     assert found.said_of("best model: checkpoint-")
     assert (found.folder / ("model.safetensors" if name == "sft" else "adapter_model.safetensors")).is_file()

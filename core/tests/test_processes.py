@@ -163,12 +163,33 @@ def test_how_many_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_run_of_two_processes_says_and_learns_what_one_does(
     train: Callable[..., Any], metrics: Callable[..., Any], tmp_path: Path, lazy: bool
 ) -> None:
+    """A plugin's format among it, which no other process could import, and which counts."""
+    asked = []
+
+    class Reads(sft.Plugin):
+        name = "reads"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_record_format(self, record: dict[str, Any]) -> list[sft.Turn]:
+            asked.append(os.getpid())
+            return [Turn("user", f"{len(asked) % 40}: {record['src']}"), Turn("assistant", record["tgt"], trains=True)]
+
     said: dict[int, list[str]] = {}
     for number in (1, 2):
         said[number] = []
+        asked.clear()
         train(
-            str(number), max_steps=2, lazy=lazy, dataset_num_proc=number, save_strategy="steps", say=said[number].append
+            str(number),
+            plugins=(Reads,),
+            max_steps=2,
+            lazy=lazy,
+            dataset_num_proc=number,
+            save_strategy="steps",
+            say=said[number].append,
         )
+        assert set(asked) == {os.getpid()}
+    assert any("of the format of plugin reads" in line for line in said[1])
     assert timeless(said[1], tmp_path / "1") == timeless(said[2], tmp_path / "2")
     assert metrics(tmp_path / "1", same=True) == metrics(tmp_path / "2", same=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,3 +272,28 @@ def test_blocks_within_a_macro(make: Make) -> None:
     tokenizer = make(macro + HEADER + body + FOOTER)
     encoded = one(TALK, tokenizer)
     assert learned(encoded, tokenizer) == ["<think>b</think>c<|im_end|>", "<think>e</think>f<|im_end|>"]
+
+
+def test_two_threads_may_write_conversations_at_once(make: Make) -> None:
+    """Blocks are marked with characters that a conversation does not hold, and the second one holds the first's."""
+    text = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
+    )
+    tokenizer = make(text + "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}\n")
+    turns = [[Turn("user", question), Turn("assistant", "ok", trains=True)] for question in ("a", "\ue000\ue001")]
+    template: Any = tokenizer.template
+    own, others = template.between_edges, []
+
+    def beside(text: str) -> str:
+        marked = str(own(text))
+        if not others:
+            others.append(None)
+            thread = threading.Thread(target=lambda: others.append(tokenizer.template.training(turns[1])))
+            thread.start()
+            thread.join()
+        return marked
+
+    expected = [tokenizer.template.training(one) for one in turns]
+    template.between_edges = beside
+    assert tokenizer.template.training(turns[0]) == expected[0]
+    assert others[1] == expected[1]

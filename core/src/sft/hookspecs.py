@@ -109,8 +109,9 @@ def sft_record_format(record: dict[str, Any]) -> list[Turn] | None:
     but wrong, raise ``ValueError`` with the reason: the core adds file and line.
 
     Records come in their order, and to the run's own process, however many processes encode them
-    (``dataset_num_proc``). With ``encoded_cache`` the answer must depend on the record and on the plugin's options and
-    code alone: what has been encoded before is not asked for again.
+    (``dataset_num_proc``); those of a stream (``lazy``) come while the model trains, from another thread. With
+    ``encoded_cache`` the answer must depend on the record and on the plugin's options and code alone: what has been
+    encoded before is not asked for again.
     """
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,12 @@ _PRIVATE = range(0xE000, 0xF8FF)
 """Code points without a meaning, of which two that no message holds mark the blocks while a text is rendered."""
 
 
+class _Edges(threading.local):
+    """What marks blocks in the text that is being rendered: a stream is encoded while the model trains, by a thread."""
+
+    now = ("", "")
+
+
 class JinjaTemplate:
     """A Hugging Face chat template; ``now`` is what it is told the date is."""
 
@@ -33,7 +40,7 @@ class JinjaTemplate:
         self.marks = marks
         self._source = source.text
         self._now = now
-        self._edges = ("", "")
+        self._edges = _Edges()
         self._has_blocks = bool(_GENERATION.search(source.text))
 
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
@@ -111,7 +118,7 @@ class JinjaTemplate:
         template = self._template
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         if self._has_blocks:
-            self._edges = _unused_characters([turn.content for turn in turns])
+            self._edges.now = _unused_characters([turn.content for turn in turns])
         try:
             text = template.render(
                 messages=messages,
@@ -125,7 +132,7 @@ class JinjaTemplate:
             raise UsageError(
                 f"The chat template of {self.place} cannot write a conversation of {_roles(turns)}: {cause}."
             ) from error
-        return _without_edges(text, *self._edges) if self._has_blocks else (text, [])
+        return _without_edges(text, *self._edges.now) if self._has_blocks else (text, [])
 
     @cached_property
     def _template(self) -> Any:
@@ -144,7 +151,8 @@ class JinjaTemplate:
 
     def between_edges(self, text: str) -> str:
         """What stands for a generation block in the text that Jinja makes."""
-        return self._edges[0] + text + self._edges[1]
+        opening, closing = self._edges.now
+        return opening + text + closing
 
 
 def _generation_extension(owner: JinjaTemplate) -> Any:

@@ -10,6 +10,7 @@ BIN := .venv/bin
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 MANIFESTS := constraints.txt pyproject.toml core/pyproject.toml $(PLUGINS:%=%/pyproject.toml)
+NATIVE := $(wildcard plugins/*/setup.py plugins/*/native/*)
 
 # The Pythons to try when none is given. Plain python3 comes first: it is what its user expects.
 PYTHON ?=
@@ -80,7 +81,7 @@ clean: ## Remove .venv and all caches
 
 # One pip command, so that pip takes the parts from here and not from an index. The other build of
 # Paddle goes first: both install the same package, and neither works on top of the other.
-.venv/installed-cpu .venv/installed-gpu: .venv/installed-%: $(MANIFESTS) | .venv/bin/pip
+.venv/installed-cpu .venv/installed-gpu: .venv/installed-%: $(MANIFESTS) $(NATIVE) | .venv/bin/pip
 	@echo "Installing sft, its plugins and Paddle ($*) into .venv: about two minutes."
 	@rm -f .venv/installed-*
 	@$(BIN)/pip uninstall --quiet --disable-pip-version-check --yes $(if $(filter gpu,$*),paddlepaddle,paddlepaddle-gpu) 2>/dev/null

@@ -6,6 +6,9 @@
 #define FEW 16384  // so few values are not worth waking the other threads
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+// Which sources this is built from.
+EXPORT unsigned sources() { return SOURCES; }
+
 // y = (offset + w) · x / √(mean(x²) + ε); inverse [rows] keeps the quotient of each row for backward.
 EXPORT void rms_norm(const float *x, const float *w, float *y, float *inverse, int64_t rows, int64_t n, float epsilon,
                      float offset) {

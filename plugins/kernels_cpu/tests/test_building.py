@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,19 @@ def test_without_a_compiler_the_wheel_is_pure_and_says_so(tmp_path: Path) -> Non
     where, why = found.stdout.splitlines()
     assert where.startswith(str(tmp_path))
     assert why == "it was not built, for want of a C++ compiler that can"
+
+
+def test_a_library_of_other_sources_is_not_called() -> None:
+    from sft_kernels_cpu import library
+
+    class Built:
+        @staticmethod
+        def sources() -> int:
+            return 1
+
+    headers = sorted((HERE / "native").glob("*.h"))
+    own = zlib.crc32(b"".join(path.read_bytes() for path in headers))
+    assert library._is_stale(Built)
+    assert library._is_stale(object())  # from before there was such a number
+    Built.sources = staticmethod(lambda: own)  # type: ignore[method-assign]
+    assert not library._is_stale(Built)

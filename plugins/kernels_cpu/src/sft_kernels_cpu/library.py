@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from ctypes import c_float, c_int, c_int64, c_void_p
+import zlib
+from ctypes import c_float, c_int, c_int64, c_uint, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,27 @@ def native(level: str | None = None) -> Any:
             except OSError as error:
                 reasons.append(f"it does not load ({error})")
                 continue
+            if _is_stale(library):
+                reasons.append("it was built before its sources changed; run pip install -e plugins/kernels_cpu again")
+                continue
             for function, arguments in _FUNCTIONS.items():
                 one = getattr(library, function)
                 one.argtypes, one.restype = arguments, c_int if function.startswith("attention") else None
             library.level = name
             return library
     return reasons[-1]
+
+
+def _is_stale(library: Any) -> bool:
+    """Whether a checkout, where sources lie beside the package, has others now than those of ``library``: a function
+    that takes other arguments would read memory that is not its own."""
+    headers = sorted((Path(__file__).parents[2] / "native").glob("*.h"))
+    if not headers:
+        return False
+    if not hasattr(library, "sources"):
+        return True
+    library.sources.restype = c_uint
+    return bool(library.sources() != zlib.crc32(b"".join(path.read_bytes() for path in headers)))
 
 
 @cache

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import sft
 from sft_attn_flashmask import gpu
-from sft_attn_flashmask.masks import ColumnMask, column_masks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sft import AttentionBackend, Run
+    from sft_attn_flashmask.masks import ColumnMask
 
 
 class _Mask:
@@ -33,6 +33,8 @@ class _Mask:
     @cached_property
     def columns(self) -> list[ColumnMask] | None:
         """The blockwise implementation's: of each row of the batch."""
+        from sft_attn_flashmask.masks import column_masks
+
         return None if self._ends is None else column_masks(self._ends)
 
     @cached_property

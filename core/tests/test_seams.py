@@ -74,6 +74,14 @@ class Backend:
 
         self.own, self.packed, self.calls = DefaultAttention(), packed, 0
 
+    @property
+    def kernels(self) -> Any:
+        return self.own.kernels
+
+    @kernels.setter
+    def kernels(self, kernels: Any) -> None:
+        self.own.kernels = kernels
+
     def mask(self, ends: Any) -> Any:
         return self.own.mask(ends)
 

@@ -12,7 +12,7 @@ _ALL = (1 << 31) - 1
 _USERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 LARGEST = 4 << 20
 """Blocks below this many bytes are kept. Larger ones leave holes that nothing fits: a step of a model of 135 M
-parameters in bfloat16 held 1,764 MiB with 1 GiB here, 1,567 with this and 1,186 where nothing is kept, for 16, 17 and
+parameters in bfloat16 held 1,764 MiB with 1 GiB here, 1,567 with this and 1,186 where nothing is kept, for 16, 20 and
 34 seconds of processor time."""
 
 

@@ -93,6 +93,23 @@ def test_a_linear_is_that_of_its_rounded_factors(
         np.testing.assert_array_equal(kernels.linear(x, w, bias, transposed).numpy(), y.numpy())
 
 
+def test_what_can_be_made_again_is_not_kept(paddle: Any, kernels: SixteenBits) -> None:
+    """A's gradient is that of x as it is made again, here twice what it was; a changed x is kept instead."""
+    for changed in (False, True):
+        given = Given(paddle, "bfloat16")
+        x, w, bias, a, b = given.tensors.values()
+        w.stop_gradient = True
+        made = x * 1.0
+        kernels.remember(made, lambda one, two: one + two, x.detach(), x.detach())
+        if changed:
+            made.add_(paddle.zeros([1]))
+        y = kernels.low_rank_linear(made, w, bias, a, b, 0.5)
+        (y * paddle.to_tensor(given.upstream)).sum().backward()
+        again = rounded(given.flat("x")) if changed else 2 * given.flat("x").astype(np.float64)
+        low = given.flat("upstream").astype(np.float64) @ given.values["b"].T.astype(np.float64)
+        near(a.grad, 0.5 * again.T @ low, 1e-6)
+
+
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_a_low_rank_update_is_float32_beside_rounded_products(paddle: Any, kernels: SixteenBits, weights: str) -> None:
     """Of A's gradient x alone is rounded, as that is what is kept of it."""

@@ -27,9 +27,9 @@ def kernels(library: Any) -> sft.Kernels:
     return NativeKernels(library, Nothing())
 
 
-def near(found: np.ndarray, expected: np.ndarray) -> None:
+def near(found: np.ndarray, expected: np.ndarray, relative: float = 1e-5) -> None:
     assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert np.abs(found - expected).max() <= relative * np.abs(expected).max()
 
 
 def learned(kernels: sft.Kernels, arrays: dict[str, Any], made: str | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -135,8 +135,24 @@ class Sixteen(sft.Kernels):
         assert str(kept.dtype) == "paddle.bfloat16"
         return kept.astype("float32")
 
+    def remember(self, y: Any, again: Any, *kept: Any) -> None:
+        self.made = y, again, kept
+
     def low_rank_linear(self, *arguments: Any) -> Any:
         return "others"
+
+
+@pytest.mark.parametrize("piece", ["norm", "swiglu"])
+def test_in_16_bits_the_rest_is_told_how_to_make_it_again(library: Any, paddle: Any, piece: str) -> None:
+    from sft_kernels_cpu.kernels import NativeKernels
+
+    rest = Sixteen()
+    kernels, x = NativeKernels(library, rest), paddle.to_tensor(random(5, 64), stop_gradient=False)
+    y = kernels.rms_norm(x, paddle.ones([64]), 1e-5, 0.0) if piece == "norm" else kernels.swiglu(x, x + 1.0)
+    made, again, kept = rest.made
+    assert made is y
+    assert "bfloat16" in str(kept[0].dtype)
+    near(again(*kept).numpy(), y.numpy(), 2**-7)
 
 
 def test_in_16_bits_what_is_kept_is_rounded_and_products_are_others(library: Any, paddle: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -101,6 +102,10 @@ class Kernels:
     def restored(self, kept: Any) -> Any:
         """``x`` again, as exactly as :meth:`kept` kept it."""
         return kept
+
+    def remember(self, y: Any, again: Callable[..., Any], *kept: Any) -> None:
+        """What a step tells of ``y``, which it has made: it is ``again(*kept)`` too, of tensors that its own backward
+        keeps anyway. A step that takes ``y`` may keep those instead of ``y``; here none does."""
 
     def cross_entropy(self, logits: Any, labels: Any) -> tuple[Any, Any]:
         """Logits float32 [n, V] and labels int64 [n] → the losses −log softmax(logits)[label], float64 [n, 1], and the

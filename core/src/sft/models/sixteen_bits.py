@@ -8,6 +8,7 @@ Linear's input backward keeps the rounded form alone, which layers that read the
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import paddle
@@ -28,7 +29,9 @@ class SixteenBits(Kernels):
 
     def __init__(self, onednn: OneDNN) -> None:
         self._onednn = onednn
-        self._last: tuple[weakref.ref[Any], int, Any] | None = None  # of x itself: it would keep its whole graph
+        # Weak references, as a tensor would keep its whole graph.
+        self._last: tuple[weakref.ref[Any], int, Any] | None = None
+        self._made: tuple[weakref.ref[Any], int, Any] | None = None
 
     def linear(self, x: Any, weight: Any, bias: Any | None = None, transposed: bool = False) -> Any:
         """As :meth:`sft.Kernels.linear`: x float32, W and b of either type → float32."""
@@ -40,7 +43,7 @@ class SixteenBits(Kernels):
     def low_rank_linear(self, x: Any, weight: Any, bias: Any | None, a: Any, b: Any, scaling: float) -> Any:
         """As :meth:`sft.Kernels.low_rank_linear`; x, A and B float32 → float32."""
         if paddle.is_grad_enabled():
-            return _LowRankLinear.apply(x, self._rounded(x), weight, bias, a, b, scaling, self)
+            return _LowRankLinear.apply(x, self._rounded(x), weight, bias, a, b, scaling, self._again(x), self)
         y = self._linear(self._rounded(x), weight, bias)
         low = paddle.matmul(_rows(x), a).scale_(scaling)
         return _like(x, self._onednn.product(low, b, out=y))
@@ -56,6 +59,14 @@ class SixteenBits(Kernels):
 
     def restored(self, kept: Any) -> Any:
         return self._onednn.widened(kept) if kept.dtype == paddle.bfloat16 else kept
+
+    def remember(self, y: Any, again: Callable[..., Any], *kept: Any) -> None:
+        self._made = weakref.ref(y), y.inplace_version, (again, kept)
+
+    def _again(self, x: Any) -> Any | None:
+        """How to compute ``x`` once more, where it is what was made last and nobody has changed it since."""
+        made = self._made
+        return made[2] if made is not None and made[1] == x.inplace_version and made[0]() is x else None
 
     def product(self, x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
         """As :meth:`sft.Kernels.product`, of two matrices of either type → float32."""
@@ -126,7 +137,10 @@ class _Linear(paddle.autograd.PyLayer):
 
 
 class _LowRankLinear(paddle.autograd.PyLayer):
-    """x · W + b + s · (x · A) · B, of which backward keeps x in bfloat16 and s · x · A [n, r]."""
+    """x · W + b + s · (x · A) · B, of which backward keeps x in bfloat16 and s · x · A [n, r].
+
+    ``again`` computes x once more, from tensors that are kept anyway, and then x is not kept: ``again[0](*again[1])``.
+    """
 
     @staticmethod
     def forward(
@@ -138,18 +152,20 @@ class _LowRankLinear(paddle.autograd.PyLayer):
         a: Any,
         b: Any,
         scaling: float,
+        again: Any | None,
         kernels: SixteenBits,
     ) -> Any:
         ctx.shape, ctx.scaling, ctx.kernels = x.shape, scaling, kernels
         ctx.wants = _wants(x, rounded, weight, bias, a, b)
         low = paddle.matmul(_rows(x), a).scale_(scaling)
-        ctx.save_for_backward(weight, rounded, a, b, low)
+        ctx.again, kept = (kernels.restored, [rounded]) if again is None else again
+        ctx.save_for_backward(weight, a, b, low, *kept)
         y = kernels._linear(rounded, weight, bias)
         return _like(x, kernels._onednn.product(low, b, out=y))
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
-        weight, rounded, a, b, low = ctx.saved_tensor()
+        weight, a, b, low, *kept = ctx.saved_tensor()
         onednn, upstream = ctx.kernels._onednn, _rows(upstream)
         narrow = paddle.matmul(upstream, b, transpose_y=True).scale_(ctx.scaling)  # [n, r]
         x_grad = weight_grad = bias_grad = a_grad = b_grad = None
@@ -158,12 +174,14 @@ class _LowRankLinear(paddle.autograd.PyLayer):
         if ctx.wants[0]:
             x_grad = ctx.kernels.product(gradient, weight, transpose_y=True)
             x_grad = onednn.product(narrow, a, transpose_y=True, out=x_grad).reshape(ctx.shape)
+        if ctx.wants[2] or ctx.wants[4]:
+            x = _rows(ctx.again(*kept))
         if ctx.wants[2]:
-            weight_grad = ctx.kernels.product(rounded, gradient, transpose_x=True).astype(weight.dtype)
+            weight_grad = ctx.kernels.product(x, gradient, transpose_x=True).astype(weight.dtype)
         if ctx.wants[3]:
             bias_grad = column_sums(upstream)
         if ctx.wants[4]:
-            a_grad = paddle.matmul(onednn.widened(rounded), narrow, transpose_x=True)
+            a_grad = paddle.matmul(x, narrow, transpose_x=True)
         if ctx.wants[5]:
             b_grad = onednn.product(low, upstream, transpose_x=True)
         return _gradients(ctx, x_grad, None, weight_grad, bias_grad, a_grad, b_grad)

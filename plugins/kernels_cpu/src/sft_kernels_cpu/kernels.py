@@ -25,9 +25,11 @@ class NativeKernels(sft.Kernels):
         if not fits(x, weight):
             return self._rest.rms_norm(x, weight, epsilon, offset)
         if learning(x, weight):
-            y = _RMSNorm.apply(x, weight, epsilon, offset, self._library, self._rest)
+            x, rest, library = dense(x), self._rest, self._library
+            kept = rest.kept(x)
+            y = _RMSNorm.apply(x, weight, epsilon, offset, library, rest, lambda: kept)
             return self._remembered(
-                y, lambda x, weight: _normed(x, weight, epsilon, offset, self._library)[0], x, weight
+                y, lambda kept, weight: _normed(rest.restored(kept), weight, epsilon, offset, library)[0], kept, weight
             )
         return _normed(x, weight, epsilon, offset, self._library)[0]
 
@@ -55,8 +57,10 @@ class NativeKernels(sft.Kernels):
         if not fits(gate, up) or gate.shape != up.shape:
             return self._rest.swiglu(gate, up)
         if learning(gate, up):
-            y = _SwiGLU.apply(gate, up, self._library, self._rest)
-            return self._remembered(y, lambda gate, up: _gated(gate, up, self._library), gate, up)
+            gate, up, rest, library = dense(gate), dense(up), self._rest, self._library
+            kept = rest.kept(gate), rest.kept(up)
+            y = _SwiGLU.apply(gate, up, library, rest, lambda: kept)
+            return self._remembered(y, lambda gate, up: _gated(rest.restored(gate), rest.restored(up), library), *kept)
         return _gated(gate, up, self._library)
 
     def linear(self, x: Any, weight: Any, bias: Any | None = None, transposed: bool = False) -> Any:
@@ -87,7 +91,10 @@ class NativeKernels(sft.Kernels):
 
     def _remembered(self, y: Any, again: Any, *kept: Any) -> Any:
         """``y``, and how to compute it once more from tensors that its own backward keeps: cheaper than keeping it."""
-        self._made = y, y.inplace_version, (again, kept)
+        if self._rest.narrow:  # products are the rest's
+            self._rest.remember(y, again, *kept)
+        else:
+            self._made = y, y.inplace_version, (again, kept)
         return y
 
     def _again(self, x: Any) -> Any | None:
@@ -112,12 +119,15 @@ def dense(x: Any) -> Any:
 
 
 class _RMSNorm(paddle.autograd.PyLayer):
-    """Keeps what it norms, as ``rest`` keeps things, and one number a row."""
+    """Keeps one number a row, and of what it norms what ``rest`` keeps: ``kept`` gives that. (It is a function because
+    paddle takes each tensor here for one that may want a gradient.)"""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, epsilon: float, offset: float, library: Any, rest: sft.Kernels) -> Any:
+    def forward(
+        ctx: Any, x: Any, weight: Any, epsilon: float, offset: float, library: Any, rest: Any, kept: Any
+    ) -> Any:
         y, x, inverse = _normed(x, weight, epsilon, offset, library)
-        ctx.save_for_backward(rest.kept(x), weight, inverse)
+        ctx.save_for_backward(kept(), weight, inverse)
         ctx.rest = rest
         ctx.wants = not x.stop_gradient, not weight.stop_gradient
         ctx.offset, ctx.library = offset, library
@@ -175,12 +185,11 @@ def _turned(x: Any, cosines: Any, sines: Any, interleaved: bool, sign: float, li
 
 
 class _SwiGLU(paddle.autograd.PyLayer):
-    """Keeps its two factors, as ``rest`` keeps things."""
+    """Keeps of its two factors what ``rest`` keeps of them: ``kept`` gives that, as in :class:`_RMSNorm`."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Any, up: Any, library: Any, rest: sft.Kernels) -> Any:
-        gate, up = dense(gate), dense(up)
-        ctx.save_for_backward(rest.kept(gate), rest.kept(up))
+    def forward(ctx: Any, gate: Any, up: Any, library: Any, rest: Any, kept: Any) -> Any:
+        ctx.save_for_backward(*kept())
         ctx.rest = rest
         ctx.wants, ctx.library = [not one.stop_gradient for one in (gate, up)], library
         return _gated(gate, up, library)

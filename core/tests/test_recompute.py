@@ -59,10 +59,10 @@ def test_layers_are_run_twice(train: Callable[..., Any]) -> None:
 
 @pytest.mark.slow
 def test_less_memory(tmp_path: Path) -> None:
-    """Six layers and 4 rows of 512 tokens: what a layer keeps for backward is most of the memory of a step."""
+    """Six layers and 16 rows of 512 tokens: what a layer keeps for backward is most of the memory of a step."""
     data = tmp_path / "train.json"
     record = {"src": "a dress " * 40, "tgt": "warm and blue " * 400}
-    data.write_text("\n".join([json.dumps(record)] * 4))
+    data.write_text("\n".join([json.dumps(record)] * 16))
     peaks = {}
     for recompute in (False, True):
         line = [sys.executable, "-c", "from sft.commands.cli import main; main()", "run"]
@@ -72,7 +72,7 @@ def test_less_memory(tmp_path: Path) -> None:
             "output_dir": tmp_path / str(recompute),
             "max_length": 512,
             "src_length": 64,
-            "per_device_train_batch_size": 4,
+            "per_device_train_batch_size": 16,
             "max_steps": 1,
             "recompute": recompute,
         }

@@ -47,7 +47,9 @@ class LoraLinear(paddle.nn.Layer):
         return self.frozen_A.numpy(), self.frozen_B.numpy()
 
     def forward(self, x: Any) -> Any:
-        if type(self.base) is sft.Linear and (self.dropout is None or not self.training):
+        # With dropout gradients come in one order, whether it draws or not: other processes may wait for each of them.
+        drops = self.dropout is not None and (self.training or paddle.is_grad_enabled())
+        if type(self.base) is sft.Linear and not drops:
             pair = self.lora_A, self.lora_B, self.scaling
             y = self.kernels.low_rank_linear(x, self.base.weight, self.base.bias, *pair)
         else:

@@ -31,8 +31,7 @@ def keep(folder: Path, name: str, module: Any, case: str, result: dict[str, Any]
     path = folder / f"{name}.json"
     kept = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.is_file() else {}
     kept[case] = result
-    everything = {one: kept[one] for one in module.cases() if one in kept}
-    whole = {"cases": everything}
+    whole = {"cases": {one: kept[one] for one in module.cases() if one in kept}}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -52,25 +52,23 @@ def sft_side(options: dict[str, Any]) -> None:
 def trl_side(options: dict[str, Any]) -> None:
     turns = Turns()
     trainer = steps.trl_trainer(options, num_train_epochs=1, logging_steps=500)
-    targets = counted(trainer)
-    trainer.train()
+    targets = train(trainer)
     trainer.save_model(options["out"])
-    turns.ready("torch", "transformers", "trl", "peft", targets=sum(targets))
+    turns.ready("torch", "transformers", "trl", "peft", targets=targets)
     turns.begin()
 
 
 def paddlenlp_side(options: dict[str, Any]) -> None:
     turns = Turns()
     trainer = steps.paddlenlp_trainer(options, num_train_epochs=1, logging_steps=500)
-    targets = counted(trainer)
-    trainer.train()
+    targets = train(trainer)
     trainer.model.save_pretrained(options["out"])
-    turns.ready("paddlepaddle", "paddlenlp", targets=sum(targets))
+    turns.ready("paddlepaddle", "paddlenlp", targets=targets)
     turns.begin()
 
 
-def counted(trainer: Any) -> list[int]:
-    """The target tokens of each of the trainer's steps, in a list that grows with them."""
+def train(trainer: Any) -> int:
+    """Train; the target tokens of all steps."""
     found: list[int] = []
     step = trainer.training_step
 
@@ -80,7 +78,8 @@ def counted(trainer: Any) -> list[int]:
         return loss
 
     trainer.training_step = counting
-    return found
+    trainer.train()
+    return sum(found)
 
 
 SIDES = {"sft": sft_side, "trl": trl_side, "paddlenlp": paddlenlp_side}

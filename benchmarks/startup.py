@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import peers, steps
-from benchmarks.turns import Side
+from benchmarks.turns import Side, SideError
 
 if TYPE_CHECKING:
     from benchmarks.bench import Bench
@@ -53,7 +53,8 @@ class Command(Side):
         seconds = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            raise RuntimeError(f"{' '.join(self._command)} ended with exit code {process.returncode}")
+            message = f"{' '.join(self._command)} ended with exit code {process.returncode}"
+            raise SideError(self.name, message)
         return {"seconds": seconds, "peak_mib": usage.ru_maxrss // 1024}
 
     def end(self) -> None:

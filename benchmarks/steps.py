@@ -202,10 +202,16 @@ def trl_side(options: dict[str, Any]) -> None:
     from transformers import TrainerCallback
 
     trainer = trl_trainer(options, max_steps=ENDLESS)
+    packages = ("torch", "transformers", "trl", "peft")
+    train_in_turns(trainer, TrainerCallback, turns, *packages, threads=torch.get_num_threads())
 
-    class Turnstile(TrainerCallback):
+
+def train_in_turns(trainer: Any, callback: type, turns: Turns, *packages: str, **facts: Any) -> None:
+    """Train, each step in its turn. ``callback`` is the class that the trainer's library has for those."""
+
+    class Turnstile(callback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            turns.ready("torch", "transformers", "trl", "peft", threads=torch.get_num_threads())
+            turns.ready(*packages, **facts)
             turns.begin()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -299,19 +305,8 @@ def paddlenlp_side(options: dict[str, Any]) -> None:
     from paddlenlp.trainer import TrainerCallback
 
     trainer = paddlenlp_trainer(options, max_steps=ENDLESS)
-
-    class Turnstile(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            turns.ready("paddlepaddle", "paddlenlp", threads=os.environ.get("OMP_NUM_THREADS"))
-            turns.begin()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            tokens, targets = trainer.counted
-            turns.done(tokens=tokens, targets=targets)
-            turns.begin()
-
-    trainer.add_callback(Turnstile())
-    trainer.train()
+    threads = os.environ.get("OMP_NUM_THREADS")
+    train_in_turns(trainer, TrainerCallback, turns, "paddlepaddle", "paddlenlp", threads=threads)
 
 
 SIDES = {"sft": sft_side, "trl": trl_side, "paddlenlp": paddlenlp_side}

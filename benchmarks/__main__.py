@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import page
-from benchmarks.bench import RESULTS, Bench, told
+from benchmarks.bench import RESULTS, Bench, parted, told
 
 NAMES = ("steps", "end_to_end", "packing", "quantizing", "attention", "generation", "loading", "startup")
 
@@ -37,11 +37,10 @@ def keep(folder: Path, name: str, module: Any, case: str, result: dict[str, Any]
 
 
 def main() -> int:
-    words, more = sys.argv[1:], []
-    if "--" in words:
-        at = words.index("--")
-        words, more = words[:at], words[at + 1 :]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words, more = parted(sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or several of {', '.join(NAMES)}")
     parser.add_argument("--case", default="*", help="only the cases that this pattern matches")
     parser.add_argument("--turns", type=int, help="turns that count, instead of each benchmark's own number")

@@ -143,6 +143,12 @@ class Bench:
         }
 
 
+def parted(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line before ``--``, and those behind it, which are settings of ``sft run``."""
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
 def paddle_variables() -> dict[str, str]:
     """The threads and the path of MKL that sft chooses, for a PaddleNLP that would not choose them itself."""
     from sft import runtime

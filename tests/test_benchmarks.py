@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
@@ -224,6 +225,19 @@ def test_attention_is_measured_over_tokens_and_documents(tmp_path: Path, monkeyp
     ours = measured(Bench(tmp_path, turns=2, peers=("none",)), "attention", "4")["sides"]["sft"]
     seconds = [ours["points"][tokens]["median"] for tokens in ("256", "1024")]
     assert ours["exponent"] == pytest.approx(math.log(seconds[1] / seconds[0]) / math.log(4), abs=0.02)
+
+
+@pytest.mark.slow
+def test_the_profile_of_a_step_counts_each_piece_once(tmp_path: Path) -> None:
+    model = materials.write_model(tmp_path / "model", layers=2)
+    data = materials.write_records(tmp_path / "data", 12, model)
+    command = [sys.executable, "-m", "benchmarks.profiling", "--model", str(model), "--data", str(data)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    _, table = done.stdout.split("operation ", 1)
+    rows = [re.split(" {2,}", line) for line in table.replace(" %", "").splitlines()[1:]]
+    calls = {row[0]: row[1] for row in rows}
+    assert (calls["rms_norm"], calls["attention"], calls["swiglu"], calls["rotate"]) == ("5", "2", "2", "4")
+    assert sum(float(row[-1]) for row in rows) == pytest.approx(100, abs=2)
 
 
 def test_records_are_as_long_as_they_are_said_to_be(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.profile [-- SETTINGS of sft run]``: where the seconds of a training step go.
+"""``python -m benchmarks.profiling [-- SETTINGS of sft run]``: where the seconds of a training step go.
 
 One packed row of LoRA on the model of the benchmarks (or ``--model DIR --data DIR``), as ``sft run`` trains it. The
 third step runs under paddle's profiler. Each of its operations counts once, at the outermost place at which it is seen:
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import steps
-from benchmarks.bench import Bench
+from benchmarks.bench import Bench, parted
 
 STEP = 3
 PIECES = ("rms_norm", "rotate", "swiglu", "linear", "low_rank_linear", "attention", "product", "cross_entropy")
@@ -57,10 +57,10 @@ def gflop(shape: Any, tokens: int, targets: int, parameters: int) -> float:
 
 
 def main() -> None:
-    words, more = sys.argv[1:], []
-    if "--" in words:
-        words, more = words[: words.index("--")], words[words.index("--") + 1 :]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words, more = parted(sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.profiling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path)
     given = parser.parse_args(words)

@@ -17,7 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sft
+from sft.plugins.discovery import installed
 
+NO_NATIVE_CODE = ["no:fast-cpu"] if "fast-cpu" in installed() else []
+"""For the setting ``plugin``: native code stands for kernels, and is not counted."""
 READERS = ("numpy", "item", "tolist", "cpu", "__array__", "__float__", "__int__", "__bool__", "__index__")
 ASKING_KERNELS = ("bincount", "masked_select", "nonzero", "repeat_interleave_with_tensor_index", "unique")
 

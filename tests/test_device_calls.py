@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_calls import Calls, CountStep, counted
+from device_calls import NO_NATIVE_CODE, Calls, CountStep, counted
 
 import sft
-from sft.plugins.discovery import installed
 from sft.testing import base_model, dataset, make_model, needs, paddle, run_settings, train  # noqa: F401
 
 Train = Callable[..., sft.Summary]
@@ -42,9 +41,8 @@ def of_a_step(train: Train) -> Callable[..., Calls]:  # noqa: F811
     """What the third of five steps calls. Of these only the first and the last are logged."""
 
     def measure(name: str = "out", plugin: list[str] = [], **settings: Any) -> Calls:  # noqa: B006
-        without = ["no:fast-cpu"] if "fast-cpu" in installed() else []  # native code stands for kernels
         common = {"max_steps": 5, "logging_steps": 100, "per_device_train_batch_size": 2, "do_eval": False}
-        train(name, plugins=(CountStep,), plugin=[*plugin, *without], **{**common, **settings})
+        train(name, plugins=(CountStep,), plugin=[*plugin, *NO_NATIVE_CODE], **{**common, **settings})
         return CountStep.calls
 
     return measure

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_calls import CountStep
+from device_calls import NO_NATIVE_CODE, CountStep
 
 import sft
 from sft.plugins.discovery import installed
@@ -114,11 +114,10 @@ def test_an_overflow_halves_the_scale_and_skips_the_step(train: Any, gpu: Any, t
 @needs("lora")
 def test_going_on_is_as_if_it_had_not_stopped(train: Any, tmp_path: Path, device: str, row: Row) -> None:
     """2 + 2 steps and 4. On a GPU to the last bit with ``deterministic``; without it is measured."""
-    kinds = [False, True] if "deterministic" in sft_settings() else [False]
-    for deterministic in kinds:
-        more = {"deterministic": True} if deterministic else {}
+    for deterministic in (False, True):
         common = {"plugin": ["lora"], "device": device, "logging_steps": 1, "do_eval": False, "save_strategy": "steps"}
-        common |= {"save_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant", **more}
+        common |= {"save_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+        common |= {"deterministic": deterministic}
         name = f"{deterministic}"
         train(f"{name}-whole", max_steps=4, **common)
         train(f"{name}-first", max_steps=2, **common)
@@ -131,12 +130,6 @@ def test_going_on_is_as_if_it_had_not_stopped(train: Any, tmp_path: Path, device
             abs(whole / second - 1),
             0.0 if exact else 1e-3,
         )
-
-
-def sft_settings() -> list[str]:
-    from sft.settings.arguments import TrainingArguments
-
-    return list(TrainingArguments.__dataclass_fields__)
 
 
 @pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"])
@@ -168,14 +161,12 @@ def test_speed_waits_and_kernels(
     shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
     shape |= {"max_position_embeddings": 2048}
     kernels, what = [], plugins[0] if plugins else "full"
-    without = [name for name in ("fast-cpu",) if name in installed()]
     packs = ["zero-padding"] if "zero-padding" in installed() else []
     for layers in (4, 8) if on_gpu else (2, 4):
         model = make_model(tmp_path / f"model-{layers}", num_hidden_layers=layers, **(shape if on_gpu else {}))
         common = {"model_name_or_path": str(model), "device": device, "logging_steps": 100, "do_eval": False}
         common |= {"max_steps": 5, "gradient_accumulation_steps": 2, "bf16": on_gpu}
-        chosen = [*plugins, *packs, *(f"no:{name}" for name in without)]
-        train(f"out-{layers}", plugins=(CountStep, Clock), plugin=chosen, **common)
+        train(f"out-{layers}", plugins=(CountStep, Clock), plugin=[*plugins, *packs, *NO_NATIVE_CODE], **common)
         kernels.append(CountStep.calls.kernels.total())
         row(f"tokens/s, {what}, {layers} layers", f"{max(Clock.speeds):,.0f}")
         row(f"waits a step, {what}, {layers} layers", float(len(CountStep.calls.waits)), 2.0)

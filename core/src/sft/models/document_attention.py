@@ -242,11 +242,6 @@ def _flat(x: Any) -> Any:
     return flat.astype("float32") if flat.dtype in (paddle.float16, paddle.bfloat16) else flat
 
 
-def _as(x: Any, dtype: Any) -> Any:
-    """Without a copy where it is of that type."""
-    return x if x.dtype == dtype else x.astype(dtype)
-
-
 def _scores(query: Any, key: Any, cap: float | None) -> Any:
     scores = paddle.matmul(query, key, transpose_y=True)
     return scores if cap is None else paddle.tanh(scores / cap) * cap
@@ -258,7 +253,7 @@ def _weights(scores: Any, hidden: Any, shared: int) -> tuple[Any, Any]:
     count, heads, rows, keys = scores.shape
     # Copies of the mask are added: on CPU an addition that repeats one of its terms takes ten times as long.
     spread = hidden.expand([count, heads, shared, rows // shared, keys]).reshape(scores.shape)
-    scores.add_(_as(spread, scores.dtype))
+    scores.add_(spread.astype(scores.dtype))
     del spread
     weights = paddle.nn.functional.softmax_(scores, axis=-1)
     return weights, row_sums(weights)
@@ -280,7 +275,7 @@ def _forward(query: Any, key: Any, value: Any, places: _Places, cap: float | Non
             yield of_block(q, k[:, :, block.keys], v[:, :, block.keys], hidden)
 
     found = paddle.concat([part for one in places for part in of_bucket(*one)])
-    return _as(paddle.gather(found, places.query_results).reshape(query.shape), query.dtype)
+    return paddle.gather(found, places.query_results).reshape(query.shape).astype(query.dtype)
 
 
 def _backward_of_block(
@@ -354,4 +349,4 @@ class _DocumentAttention(paddle.autograd.PyLayer):
             results.append(paddle.gather(parts, index).reshape(x.shape) if wanted else None)
         if results[0] is not None:
             results[0] = results[0].scale_(scale)
-        return tuple(None if grad is None else _as(grad, query.dtype) for grad in results)
+        return tuple(None if grad is None else grad.astype(query.dtype) for grad in results)

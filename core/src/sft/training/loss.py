@@ -57,7 +57,7 @@ class _Shape:
         return cls(transposed, getattr(lm_head, "scale", 1.0), cap, getattr(lm_head, "kernels", PLAIN))
 
     def logits(self, part: Any, weight: Any) -> Any:
-        logits = _as(self.kernels.product(part, weight, transpose_y=self.transpose_y), paddle.float32)
+        logits = self.kernels.product(part, weight, transpose_y=self.transpose_y).astype("float32")
         logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.cap is None else paddle.tanh(logits / self.cap) * self.cap
 
@@ -66,11 +66,6 @@ class _Shape:
         if self.cap is not None:
             gradient = gradient.multiply_((capped / self.cap).square_().scale_(-1.0, 1.0))
         return gradient if self.scale == 1.0 else gradient * self.scale
-
-
-def _as(x: Any, dtype: Any) -> Any:
-    """``x`` in ``dtype``; paddle's ``astype`` copies even what has that type."""
-    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def _losses(logits: Any, label: Any, shape: _Shape, vocabulary: Vocabulary) -> tuple[Any, Any]:
@@ -134,20 +129,18 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
             column, here = _place(label, probabilities.shape[-1], vocabulary)
             difference = probabilities.put_along_axis_(column, -here, axis=-1, reduce="add")
             difference = shape.slope(difference, capped)
-            difference = _as(difference if factor == 1.0 else difference.scale_(factor), hidden.dtype)
+            difference = (difference if factor == 1.0 else difference.scale_(factor)).astype(hidden.dtype)
             if gradients[0]:
                 product = shape.kernels.product(difference, weight, transpose_y=not transpose_y)
                 hidden_grads.append(vocabulary.total(product))
             if gradients[1]:
                 left, right = (difference, part) if transpose_y else (part, difference)
-                share = _as(
-                    shape.kernels.product(left, right, transpose_x=True), paddle.float32
-                )  # 16 bits lose summands
+                share = shape.kernels.product(left, right, transpose_x=True).astype("float32")  # 16 bits lose summands
                 weight_grad = share if weight_grad is None else weight_grad.add_(share)
                 del share, left, right
             del logits, capped, probabilities, difference  # before there are those of the next chunk
-        hidden_grad = _as(paddle.concat(hidden_grads), hidden.dtype) if hidden_grads else None
-        ctx.grads = (hidden_grad, None if weight_grad is None else _as(weight_grad, weight.dtype))
+        hidden_grad = paddle.concat(hidden_grads).astype(hidden.dtype) if hidden_grads else None
+        ctx.grads = (hidden_grad, None if weight_grad is None else weight_grad.astype(weight.dtype))
         ctx.factor = factor
         return total.astype("float32")
 

@@ -36,3 +36,10 @@ def product_dtype(x: Any) -> Any:
     import paddle
 
     return getattr(paddle, paddle.get_autocast_dtype()) if paddle.is_autocast_enabled() else x.dtype
+
+
+def no_casts() -> contextlib.AbstractContextManager[None]:
+    """A context without automatic casts: operations in it compute in the types that they are given."""
+    import paddle
+
+    return paddle.amp.auto_cast(enable=False) if paddle.is_autocast_enabled() else contextlib.nullcontext()

@@ -8,7 +8,6 @@ see: one softmax a block, which backward computes again. Heads that share a key 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 import paddle
 
 from sft.models.sums import row_sums
+from sft.precision import no_casts
 
 ROWS = 128
 """Query rows in a block."""
@@ -37,7 +37,6 @@ class Documents:
         """Documents ``starts`` int64 [d], in the numbering of all tokens of the batch, that are ``lengths`` int64 [d]
         long and follow each other without a gap; a query sees the last ``window`` tokens of its own."""
         self.tokens = int(lengths.sum())
-        self.window = window
         self.buckets = [
             _Bucket(_tokens(starts[numbers], lengths[numbers], width), lengths[numbers], _blocks(width, window))
             for width, numbers in _buckets(lengths, window)
@@ -45,15 +44,6 @@ class Documents:
         self._places: dict[tuple[int, int], _Places] = {}
         longest = max(block.keys.stop - block.keys.start for bucket in self.buckets for block in bucket.blocks)
         self.hidden = _Hidden(longest, window)
-
-    @property
-    def scores(self) -> int:
-        """How many scores are computed for a head."""
-        return sum(
-            bucket.count * (block.rows.stop - block.rows.start) * (block.keys.stop - block.keys.start)
-            for bucket in self.buckets
-            for block in bucket.blocks
-        )
 
     def places(self, heads: int, shared: int) -> _Places:
         """For ``heads`` key heads, each of which ``shared`` query heads look at."""
@@ -88,7 +78,7 @@ def document_attention(query: Any, key: Any, value: Any, documents: Documents, c
     """softmax(Q Kᵀ / √D) V within documents, causal. query [B, S, H, D]; key, value [B, S, K, D], K divides H → like
     query. With ``cap``, scores s become cap · tanh(s / cap) before the mask. 16-bit tensors are computed in float32."""
     places = documents.places(key.shape[2], query.shape[2] // key.shape[2])
-    with paddle.amp.auto_cast(enable=False) if paddle.is_autocast_enabled() else contextlib.nullcontext():
+    with no_casts():
         if paddle.is_grad_enabled():
             return _DocumentAttention.apply(query, key, value, places, cap)
         return _forward(query, key, value, places, cap)

@@ -6,13 +6,13 @@ a GPU yet: ``make test-gpu`` compares each with the plain operations.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import paddle
 
 from sft.models.kernels import Kernels
 from sft.models.rotary import Rotary
+from sft.precision import no_casts
 
 
 class GpuKernels(Kernels):
@@ -25,7 +25,7 @@ class GpuKernels(Kernels):
         if x.dtype == weight.dtype != paddle.float32 and not offset:
             return _rms_norm(x, weight, epsilon)
         # The kernel wants one type, and 1 + w would lose w's last bits in 16 of them.
-        with _as_given():
+        with no_casts():
             wide = weight.astype("float32")
             return _rms_norm(x.astype("float32"), wide + offset if offset else wide, epsilon).astype(weight.dtype)
 
@@ -33,7 +33,7 @@ class GpuKernels(Kernels):
         turning = x if rotary.size == x.shape[-1] else x[..., : rotary.size]
         rows, length, heads, size = turning.shape
         cosines, sines = self._unsigned(rotary, cosines, sines)
-        with _as_given():  # automatic casts would round angles' cosines to 16 bits
+        with no_casts():  # automatic casts would round angles' cosines to 16 bits
             turned = paddle.incubate.nn.functional.fused_rotary_position_embedding(
                 turning.astype("float32").reshape([1, rows * length, heads, size]),
                 sin=sines,
@@ -61,7 +61,7 @@ class GpuKernels(Kernels):
         return known[1:]
 
     def cross_entropy(self, logits: Any, labels: Any) -> tuple[Any, Any]:
-        with _as_given():
+        with no_casts():
             probabilities, losses = paddle._C_ops.cross_entropy_with_softmax(
                 logits, labels.unsqueeze(-1), False, True, True, -100, -1
             )
@@ -74,8 +74,3 @@ KEPT = 4
 
 def _rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
     return paddle.nn.functional.rms_norm(x, [x.shape[-1]], weight, epsilon)[0]
-
-
-def _as_given() -> contextlib.AbstractContextManager[None]:
-    """A context without automatic casts, which would change the types that are given here."""
-    return paddle.amp.auto_cast(enable=False) if paddle.is_autocast_enabled() else contextlib.nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -51,6 +52,7 @@ class Kernels:
 
     narrow = False
     skips_masked = True
+    _made: tuple[weakref.ref[Any], int, tuple[Callable[..., Any], tuple[Any, ...]]] | None = None
 
     def rms_norm(self, x: Any, weight: Any, epsilon: float, offset: float) -> Any:
         """(``offset`` + weight) · x / √(mean(x²) + ε): x [..., hidden] of any float type, weight [hidden] → like x, in
@@ -105,7 +107,15 @@ class Kernels:
 
     def remember(self, y: Any, again: Callable[..., Any], *kept: Any) -> None:
         """What a step tells of ``y``, which it has made: it is ``again(*kept)`` too, of tensors that its own backward
-        keeps anyway. A step that takes ``y`` may keep those instead of ``y``; here none does."""
+        keeps anyway."""
+        # Weak, as a tensor would keep its whole graph.
+        self._made = weakref.ref(y), y.inplace_version, (again, kept)
+
+    def remembered(self, x: Any) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+        """``again`` and ``kept`` of ``x``, where :meth:`remember` was told of it last, and nobody has changed it since:
+        a step that takes ``x`` may keep those instead. (Here none does.)"""
+        made = self._made
+        return made[2] if made is not None and made[1] == x.inplace_version and made[0]() is x else None
 
     def cross_entropy(self, logits: Any, labels: Any) -> tuple[Any, Any]:
         """Logits float32 [n, V] and labels int64 [n] → the losses −log softmax(logits)[label], float64 [n, 1], and the

@@ -8,7 +8,6 @@ Linear's input backward keeps the rounded form alone, which layers that read the
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import paddle
@@ -29,21 +28,19 @@ class SixteenBits(Kernels):
 
     def __init__(self, onednn: OneDNN) -> None:
         self._onednn = onednn
-        # Weak references, as a tensor would keep its whole graph.
+        # Weak, as a tensor would keep its whole graph.
         self._last: tuple[weakref.ref[Any], int, Any] | None = None
-        self._made: tuple[weakref.ref[Any], int, Any] | None = None
 
     def linear(self, x: Any, weight: Any, bias: Any | None = None, transposed: bool = False) -> Any:
         """As :meth:`sft.Kernels.linear`: x float32, W and b of either type → float32."""
-        rounded = self._rounded(x)
         if paddle.is_grad_enabled():
-            return _Linear.apply(x, rounded, weight, bias, transposed, self)
-        return _like(x, self._linear(rounded, weight, bias, transposed))
+            return _Linear.apply(x, weight, bias, transposed, self)
+        return _like(x, self._linear(self._rounded(x), weight, bias, transposed))
 
     def low_rank_linear(self, x: Any, weight: Any, bias: Any | None, a: Any, b: Any, scaling: float) -> Any:
         """As :meth:`sft.Kernels.low_rank_linear`; x, A and B float32 → float32."""
         if paddle.is_grad_enabled():
-            return _LowRankLinear.apply(x, self._rounded(x), weight, bias, a, b, scaling, self._again(x), self)
+            return _LowRankLinear.apply(x, weight, bias, a, b, scaling, self)
         y = self._linear(self._rounded(x), weight, bias)
         low = paddle.matmul(_rows(x), a).scale_(scaling)
         return _like(x, self._onednn.product(low, b, out=y))
@@ -60,14 +57,6 @@ class SixteenBits(Kernels):
     def restored(self, kept: Any) -> Any:
         return self._onednn.widened(kept) if kept.dtype == paddle.bfloat16 else kept
 
-    def remember(self, y: Any, again: Callable[..., Any], *kept: Any) -> None:
-        self._made = weakref.ref(y), y.inplace_version, (again, kept)
-
-    def _again(self, x: Any) -> Any | None:
-        """How to compute ``x`` once more, where it is what was made last and nobody has changed it since."""
-        made = self._made
-        return made[2] if made is not None and made[1] == x.inplace_version and made[0]() is x else None
-
     def product(self, x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
         """As :meth:`sft.Kernels.product`, of two matrices of either type → float32."""
         return self._onednn.product(self._narrow(x), self._narrow(y), transpose_x, transpose_y)
@@ -80,7 +69,6 @@ class SixteenBits(Kernels):
     def _narrow(self, matrix: Any) -> Any:
         return matrix if matrix.dtype == paddle.bfloat16 else self._onednn.rounded(matrix)
 
-    @paddle.no_grad()
     def _rounded(self, x: Any) -> Any:
         """x [..., in] → bfloat16 [n, in]. The last one is kept: queries, keys and values, gate and up read one x."""
         last = self._last
@@ -110,15 +98,13 @@ class _SwiGLU(paddle.autograd.PyLayer):
 
 
 class _Linear(paddle.autograd.PyLayer):
-    """x [..., in], its rounded rows [n, in], W, b → [..., out]. Of W that does not train nothing of x is kept."""
+    """x [..., in], W, b → [..., out]. Of W that does not train nothing of x is kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Any, rounded: Any, weight: Any, bias: Any | None, transposed: bool, kernels: SixteenBits
-    ) -> Any:
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any | None, transposed: bool, kernels: SixteenBits) -> Any:
         ctx.shape, ctx.transposed, ctx.kernels = x.shape, transposed, kernels
-        ctx.wants = _wants(x, rounded, weight, bias)
-        ctx.save_for_backward(weight, rounded if ctx.wants[2] else None)
+        ctx.wants, rounded = _wants(x, weight, bias), kernels._rounded(x)
+        ctx.save_for_backward(weight, rounded if ctx.wants[1] else None)
         return _like(x, kernels._linear(rounded, weight, bias, transposed))
 
     @staticmethod
@@ -128,37 +114,26 @@ class _Linear(paddle.autograd.PyLayer):
         x_grad = weight_grad = bias_grad = None
         if ctx.wants[0]:
             x_grad = product(gradient, weight, transpose_y=not ctx.transposed).reshape(ctx.shape)
-        if ctx.wants[2]:
+        if ctx.wants[1]:
             left, right = (gradient, rounded) if ctx.transposed else (rounded, gradient)
             weight_grad = product(left, right, transpose_x=True).astype(weight.dtype)
-        if ctx.wants[3]:
+        if ctx.wants[2]:
             bias_grad = column_sums(_rows(upstream))
-        return _gradients(ctx, x_grad, None, weight_grad, bias_grad)
+        return _gradients(ctx, x_grad, weight_grad, bias_grad)
 
 
 class _LowRankLinear(paddle.autograd.PyLayer):
-    """x · W + b + s · (x · A) · B, of which backward keeps x in bfloat16 and s · x · A [n, r].
-
-    ``again`` computes x once more, from tensors that are kept anyway, and then x is not kept: ``again[0](*again[1])``.
-    """
+    """x · W + b + s · (x · A) · B, of which backward keeps s · x · A [n, r], and x in bfloat16, or what x can be made
+    of again."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Any,
-        rounded: Any,
-        weight: Any,
-        bias: Any | None,
-        a: Any,
-        b: Any,
-        scaling: float,
-        again: Any | None,
-        kernels: SixteenBits,
+        ctx: Any, x: Any, weight: Any, bias: Any | None, a: Any, b: Any, scaling: float, kernels: SixteenBits
     ) -> Any:
         ctx.shape, ctx.scaling, ctx.kernels = x.shape, scaling, kernels
-        ctx.wants = _wants(x, rounded, weight, bias, a, b)
+        ctx.wants, rounded = _wants(x, weight, bias, a, b), kernels._rounded(x)
         low = paddle.matmul(_rows(x), a).scale_(scaling)
-        ctx.again, kept = (kernels.restored, [rounded]) if again is None else again
+        ctx.again, kept = kernels.remembered(x) or (kernels.restored, (rounded,))
         ctx.save_for_backward(weight, a, b, low, *kept)
         y = kernels._linear(rounded, weight, bias)
         return _like(x, kernels._onednn.product(low, b, out=y))
@@ -169,22 +144,22 @@ class _LowRankLinear(paddle.autograd.PyLayer):
         onednn, upstream = ctx.kernels._onednn, _rows(upstream)
         narrow = paddle.matmul(upstream, b, transpose_y=True).scale_(ctx.scaling)  # [n, r]
         x_grad = weight_grad = bias_grad = a_grad = b_grad = None
-        if ctx.wants[0] or ctx.wants[2]:
+        if ctx.wants[0] or ctx.wants[1]:
             gradient = ctx.kernels._narrow(upstream)
         if ctx.wants[0]:
             x_grad = ctx.kernels.product(gradient, weight, transpose_y=True)
             x_grad = onednn.product(narrow, a, transpose_y=True, out=x_grad).reshape(ctx.shape)
-        if ctx.wants[2] or ctx.wants[4]:
+        if ctx.wants[1] or ctx.wants[3]:
             x = _rows(ctx.again(*kept))
-        if ctx.wants[2]:
+        if ctx.wants[1]:
             weight_grad = ctx.kernels.product(x, gradient, transpose_x=True).astype(weight.dtype)
-        if ctx.wants[3]:
+        if ctx.wants[2]:
             bias_grad = column_sums(upstream)
-        if ctx.wants[4]:
+        if ctx.wants[3]:
             a_grad = paddle.matmul(x, narrow, transpose_x=True)
-        if ctx.wants[5]:
+        if ctx.wants[4]:
             b_grad = onednn.product(low, upstream, transpose_x=True)
-        return _gradients(ctx, x_grad, None, weight_grad, bias_grad, a_grad, b_grad)
+        return _gradients(ctx, x_grad, weight_grad, bias_grad, a_grad, b_grad)
 
 
 def _rows(x: Any) -> Any:

@@ -19,7 +19,6 @@ class NativeKernels(sft.Kernels):
 
     def __init__(self, library: Any, rest: Any = sft.PLAIN) -> None:
         self._library, self._rest = library, rest
-        self._made: tuple[Any, int, Any] | None = None
 
     def rms_norm(self, x: Any, weight: Any, epsilon: float, offset: float) -> Any:
         if not fits(x, weight):
@@ -28,9 +27,10 @@ class NativeKernels(sft.Kernels):
             x, rest, library = dense(x), self._rest, self._library
             kept = rest.kept(x)
             y = _RMSNorm.apply(x, weight, epsilon, offset, library, rest, lambda: kept)
-            return self._remembered(
+            self.remember(
                 y, lambda kept, weight: _normed(rest.restored(kept), weight, epsilon, offset, library)[0], kept, weight
             )
+            return y
         return _normed(x, weight, epsilon, offset, self._library)[0]
 
     def rotate(self, x: Any, rotary: sft.Rotary, cosines: Any, sines: Any) -> Any:
@@ -60,7 +60,8 @@ class NativeKernels(sft.Kernels):
             gate, up, rest, library = dense(gate), dense(up), self._rest, self._library
             kept = rest.kept(gate), rest.kept(up)
             y = _SwiGLU.apply(gate, up, library, rest, lambda: kept)
-            return self._remembered(y, lambda gate, up: _gated(rest.restored(gate), rest.restored(up), library), *kept)
+            self.remember(y, lambda gate, up: _gated(rest.restored(gate), rest.restored(up), library), *kept)
+            return y
         return _gated(gate, up, self._library)
 
     def linear(self, x: Any, weight: Any, bias: Any | None = None, transposed: bool = False) -> Any:
@@ -72,13 +73,19 @@ class NativeKernels(sft.Kernels):
             return self._rest.low_rank_linear(x, weight, bias, a, b, scaling)
         parts, rows = (weight, bias, a, b, scaling), dense(x).reshape([-1, x.shape[-1]])
         if learning(x, a, b):
-            y = LowRankLinear.apply(rows, *parts, self._again(x), self._library)
+            y = LowRankLinear.apply(rows, *parts, self.remembered(x), self._library)
         else:
             y = computed(rows, *parts, self._library)[0]
         return y.reshape([*x.shape[:-1], weight.shape[1]])
 
     def product(self, x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
         return self._rest.product(x, y, transpose_x, transpose_y)
+
+    def remember(self, y: Any, again: Any, *kept: Any) -> None:
+        if self._rest.narrow:  # products are the rest's
+            self._rest.remember(y, again, *kept)
+        else:
+            super().remember(y, again, *kept)
 
     def cross_entropy(self, logits: Any, labels: Any) -> tuple[Any, Any]:
         if not fits(logits):
@@ -88,19 +95,6 @@ class NativeKernels(sft.Kernels):
         pointers = (one.data_ptr() for one in (logits, labels, losses))
         self._library.cross_entropy(*pointers, *logits.shape)
         return losses, logits
-
-    def _remembered(self, y: Any, again: Any, *kept: Any) -> Any:
-        """``y``, and how to compute it once more from tensors that its own backward keeps: cheaper than keeping it."""
-        if self._rest.narrow:  # products are the rest's
-            self._rest.remember(y, again, *kept)
-        else:
-            self._made = y, y.inplace_version, (again, kept)
-        return y
-
-    def _again(self, x: Any) -> Any | None:
-        """How to compute ``x`` once more, where it is what was made last and nobody has changed it since."""
-        made = self._made
-        return made[2] if made is not None and made[0] is x and made[1] == x.inplace_version else None
 
 
 def fits(*tensors: Any) -> bool:

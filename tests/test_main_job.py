@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from sft.commands.demo import FOLDER, curve, demo_settings
+from sft.plugins.requests import by_device
 
 SFT = Path(sys.executable).with_name("sft")
 PROMPT = "type#bag*color#red*material#canvas"
@@ -60,7 +61,7 @@ def test_what_a_run_leaves(work: Path) -> None:
     record = json.loads((work / "out" / "run.json").read_text())
     assert record["status"] == "finished"
     assert record["settings"]["max_steps"] == 8
-    assert "lora" in record["plugins"]
+    assert {*record["plugins"]} == {"lora", *by_device({})}
     assert record["result"]["eval_loss_after"] < record["result"]["eval_loss_before"]
     assert record["machine"]["python"] == sys.version.split()[0]
 

@@ -13,6 +13,7 @@ import pytest
 from run_files import largest_difference, steps_of, weights_of
 
 import sft
+from sft.plugins.requests import by_device
 from sft.seams import Example, Turn
 from sft.testing import forward
 
@@ -214,6 +215,7 @@ def test_run_json_tells_what_was_run(train: Train, models: Path, dataset: Path, 
     assert record["settings"]["seed"] == 9
     assert record["settings"]["weight_decay"] == 0.0  # defaults are written too
     assert record["settings"]["model_name_or_path"] == str(models / "llama-tied-gqa")
+    assert {*record["plugins"]} == {"idle", *by_device({})}
     assert record["plugins"]["idle"] == f"given directly as {Idle.__qualname__}"
     assert record["packages"]["paddlepaddle"] == version("paddlepaddle")
     assert "paddlenlp" not in record["packages"]

@@ -23,7 +23,9 @@ from benchmarks import steps
 from benchmarks.bench import Bench, parted
 
 STEP = 3
-PIECES = ("rms_norm", "rotate", "swiglu", "linear", "low_rank_linear", "attention", "product", "cross_entropy")
+PIECES = (
+    *("rms_norm", "rotate", "swiglu", "geglu", "linear", "low_rank_linear", "attention", "product", "cross_entropy"),
+)
 PHASES = {"Forward", "Backward", "backward", "Optimization Step", "Gradient Backward"}
 
 

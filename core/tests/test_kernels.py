@@ -7,18 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from toy_plugins import plugin, toy
 
 import sft
+from sft.models.kernels import use_kernels
 from sft.plugins.requests import by_device
 from sft.resolve import resolve
+from sft.testing import forward, load
 
 Distribute = Callable[..., None]
 Train = Callable[..., sft.Summary]
 Metrics = Callable[..., Any]
 
-PIECES = ("rms_norm", "rotate", "mask", "attention", "swiglu", "linear", "product")
+PIECES = ("rms_norm", "rotate", "mask", "attention", "swiglu", "geglu", "linear", "product")
 
 
 class Counting(sft.Kernels):
@@ -63,9 +66,16 @@ def test_a_plugins_kernels_compute_every_piece(train: Train, metrics: Metrics, t
         max_new_tokens=4,
     )
     (line,) = [line for line in said if line.startswith("pieces: ")]
-    assert all(piece in line for piece in PIECES)
+    assert all((piece in line) == (piece != "geglu") for piece in PIECES)
     assert counted.train_loss_last == plain.train_loss_last
     assert counted.eval_loss_after == plain.eval_loss_after
+
+
+def test_a_model_with_gelu_asks_them_for_its_gates(models: Path) -> None:
+    model, kernels = load(models / "gemma-tied"), Counting()
+    use_kernels(model, kernels)
+    forward(model, np.arange(1, 9)[None])
+    assert (kernels.calls["geglu"], kernels.calls["swiglu"]) == (len(model.architecture.blocks), 0)
 
 
 def test_what_is_no_kernels_is_refused(train: Train, tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ def learned(kernels: sft.Kernels, arrays: dict[str, Any], made: str | None) -> t
     x = t["x"]
     if made == "norm":
         x = kernels.rms_norm(x, t["other"][0, 0].detach(), 1e-5, 0.0)
-    elif made == "swiglu":
-        x = kernels.swiglu(x, t["other"])
+    elif made in ("swiglu", "geglu"):
+        x = getattr(kernels, made)(x, t["other"])
     elif made == "changed":
         x = kernels.swiglu(x, t["other"])
         with paddle.no_grad():
@@ -54,7 +54,7 @@ def learned(kernels: sft.Kernels, arrays: dict[str, Any], made: str | None) -> t
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("made", [None, "norm", "swiglu", "changed"])
+@pytest.mark.parametrize("made", [None, "norm", "swiglu", "geglu", "changed"])
 def test_low_rank_linear(kernels: sft.Kernels, bias: bool, made: str | None) -> None:
     arrays = {"x": random(2, 9, 40), "weight": random(40, 33), "bias": random(33) if bias else None}
     arrays |= {"a": random(40, 3), "b": random(3, 33), "other": random(2, 9, 40, seed=5)}
@@ -142,13 +142,13 @@ class Sixteen(sft.Kernels):
         return "others"
 
 
-@pytest.mark.parametrize("piece", ["norm", "swiglu"])
+@pytest.mark.parametrize("piece", ["norm", "swiglu", "geglu"])
 def test_in_16_bits_the_rest_is_told_how_to_make_it_again(library: Any, paddle: Any, piece: str) -> None:
     from sft_kernels_cpu.kernels import NativeKernels
 
     rest = Sixteen()
     kernels, x = NativeKernels(library, rest), paddle.to_tensor(random(5, 64), stop_gradient=False)
-    y = kernels.rms_norm(x, paddle.ones([64]), 1e-5, 0.0) if piece == "norm" else kernels.swiglu(x, x + 1.0)
+    y = kernels.rms_norm(x, paddle.ones([64]), 1e-5, 0.0) if piece == "norm" else getattr(kernels, piece)(x, x + 1.0)
     made, again, kept = rest.made
     assert made is y
     assert "bfloat16" in str(kept[0].dtype)

@@ -133,6 +133,14 @@ def test_swiglu(kernels: sft.Kernels, shape: tuple[int, ...]) -> None:
     check(kernels.swiglu, sft.PLAIN.swiglu, formula, random(*shape) * 3, random(*shape, seed=1))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_geglu(kernels: sft.Kernels, shape: tuple[int, ...]) -> None:
+    def formula(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        return gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+
+    check(kernels.geglu, sft.PLAIN.geglu, formula, random(*shape) * 3, random(*shape, seed=1))
+
+
 def test_values_that_are_not_finite_stay_so(kernels: sft.Kernels, paddle: Any) -> None:
     gate = np.array([np.nan, np.inf, -88.0, -200.0, 100.0, 88.5, 0.0, -1e-20], np.float32)
     found = kernels.swiglu(*[paddle.to_tensor(one) for one in (gate, np.ones(8, np.float32))]).numpy()
@@ -176,11 +184,15 @@ def test_what_is_not_float32_is_left_to_others(library: Any, paddle: Any, dtype:
         def swiglu(self, *arguments: Any) -> Any:
             return "swiglu"
 
+        def geglu(self, *arguments: Any) -> Any:
+            return "geglu"
+
     kernels, x = NativeKernels(library, Others()), paddle.ones([1, 2, 1, 8], dtype)
     assert kernels.rms_norm(x, paddle.ones([8]), 1e-5, 0.0) == "norm"
     assert kernels.rms_norm(x.astype("float32"), paddle.ones([8], dtype), 1e-5, 0.0) == "norm"
     assert kernels.rotate(x, sft.Rotary(10000.0, 8, 8), *[paddle.ones([1, 2, 1, 8])] * 2) == "rotation"
     assert kernels.swiglu(x, x) == "swiglu"
+    assert kernels.geglu(x, x) == "geglu"
 
 
 def test_the_number_of_threads_changes_no_bit(kernels: sft.Kernels, threads: Callable[[int], None]) -> None:

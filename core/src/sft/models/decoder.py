@@ -201,9 +201,8 @@ class MLP(nn.Layer):
             gate, up = paddle.chunk(self.gate_up_proj(x), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.activation == "silu":
-            return self.down_proj(self.kernels.swiglu(gate, up))
-        return self.down_proj(F.gelu(gate, approximate=True) * up)
+        gated = self.kernels.swiglu if self.activation == "silu" else self.kernels.geglu
+        return self.down_proj(gated(gate, up))
 
 
 class SparseMLP(nn.Layer):

@@ -82,6 +82,10 @@ class Kernels:
         """silu(gate) · up, of equal shapes (arXiv 2002.05202)."""
         return F.swiglu(gate, up)
 
+    def geglu(self, gate: Any, up: Any) -> Any:
+        """gelu(gate) · up, of equal shapes, GELU in its tanh form."""
+        return F.gelu(gate, approximate=True) * up
+
     def linear(self, x: Any, weight: Any, bias: Any | None = None, transposed: bool = False) -> Any:
         """x · W + b: x [..., in], W [in, out] ([out, in] where ``transposed``), b [out] or None → [..., out]."""
         if transposed or bias is None:  # while answers are computed, what F.linear asks first takes half its time

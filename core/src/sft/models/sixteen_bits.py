@@ -19,7 +19,7 @@ from sft.models.sums import column_sums
 
 
 class SixteenBits(Kernels):
-    """Linears, low-rank updates and products of the loss through ``onednn``; norms, rotation and SwiGLU are paddle's.
+    """Linears, low-rank updates and products of the loss through ``onednn``; norms, rotation and gates are paddle's.
 
     The update of :meth:`low_rank_linear` is computed in float32: it is what trains, and a hundredth of the work.
     """

@@ -54,15 +54,10 @@ class NativeKernels(sft.Kernels):
         return attention(dense(query), dense(key), dense(value), mask, cap or 0.0, library, self._rest)
 
     def swiglu(self, gate: Any, up: Any) -> Any:
-        if not fits(gate, up) or gate.shape != up.shape:
-            return self._rest.swiglu(gate, up)
-        if learning(gate, up):
-            gate, up, rest, library = dense(gate), dense(up), self._rest, self._library
-            kept = rest.kept(gate), rest.kept(up)
-            y = _SwiGLU.apply(gate, up, library, rest, lambda: kept)
-            self.remember(y, lambda gate, up: _gated(rest.restored(gate), rest.restored(up), library), *kept)
-            return y
-        return _gated(gate, up, self._library)
+        return self._gated(gate, up, True) if _alike(gate, up) else self._rest.swiglu(gate, up)
+
+    def geglu(self, gate: Any, up: Any) -> Any:
+        return self._gated(gate, up, False) if _alike(gate, up) else self._rest.geglu(gate, up)
 
     def linear(self, x: Any, weight: Any, bias: Any | None = None, transposed: bool = False) -> Any:
         return self._rest.linear(x, weight, bias, transposed)
@@ -96,10 +91,23 @@ class NativeKernels(sft.Kernels):
         self._library.cross_entropy(*pointers, *logits.shape)
         return losses, logits
 
+    def _gated(self, gate: Any, up: Any, silu: bool) -> Any:
+        gate, up, rest, library = dense(gate), dense(up), self._rest, self._library
+        if not learning(gate, up):
+            return _gated(gate, up, silu, library)
+        kept = rest.kept(gate), rest.kept(up)
+        y = _Gated.apply(gate, up, silu, library, rest, lambda: kept)
+        self.remember(y, lambda gate, up: _gated(rest.restored(gate), rest.restored(up), silu, library), *kept)
+        return y
+
 
 def fits(*tensors: Any) -> bool:
     """Whether the native code takes them: float32, in memory that it can read."""
     return all(tensor.dtype == paddle.float32 and tensor.place.is_cpu_place() for tensor in tensors)
+
+
+def _alike(gate: Any, up: Any) -> bool:
+    return fits(gate, up) and gate.shape == up.shape
 
 
 def learning(*tensors: Any) -> bool:
@@ -178,27 +186,27 @@ def _turned(x: Any, cosines: Any, sines: Any, interleaved: bool, sign: float, li
     return y
 
 
-class _SwiGLU(paddle.autograd.PyLayer):
-    """Keeps of its two factors what ``rest`` keeps of them: ``kept`` gives that, as in :class:`_RMSNorm`."""
+class _Gated(paddle.autograd.PyLayer):
+    """SwiGLU, or GEGLU where not ``silu``. Keeps of its two factors what ``rest`` keeps of them: ``kept`` gives it, as
+    in :class:`_RMSNorm`."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Any, up: Any, library: Any, rest: Any, kept: Any) -> Any:
+    def forward(ctx: Any, gate: Any, up: Any, silu: bool, library: Any, rest: Any, kept: Any) -> Any:
         ctx.save_for_backward(*kept())
         ctx.rest = rest
-        ctx.wants, ctx.library = [not one.stop_gradient for one in (gate, up)], library
-        return _gated(gate, up, library)
+        ctx.wants, ctx.silu, ctx.library = [not one.stop_gradient for one in (gate, up)], silu, library
+        return _gated(gate, up, silu, library)
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
         gate, up = (ctx.rest.restored(kept) for kept in ctx.saved_tensor())
         grads = paddle.empty_like(gate), paddle.empty_like(up)
         pointers = (one.data_ptr() for one in (gate, up, dense(upstream), *grads))
-        ctx.library.gated_slope(*pointers, gate.size, True)
+        ctx.library.gated_slope(*pointers, gate.size, ctx.silu)
         return tuple(grad if wanted else None for grad, wanted in zip(grads, ctx.wants, strict=True))
 
 
-def _gated(gate: Any, up: Any, library: Any) -> Any:
-    gate, up = dense(gate), dense(up)
+def _gated(gate: Any, up: Any, silu: bool, library: Any) -> Any:
     y = paddle.empty_like(gate)
-    library.gated(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.size, True)
+    library.gated(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.size, silu)
     return y

@@ -14,19 +14,6 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed + sum(shape)).standard_normal(shape).astype(np.float32)
 
 
-@pytest.fixture
-def kernels(library: Any) -> sft.Kernels:
-    from sft_kernels_cpu.kernels import NativeKernels
-
-    class Nothing(sft.Kernels):
-        def __getattribute__(self, name: str) -> Any:
-            if name in ("narrow", "kept", "restored"):
-                return super().__getattribute__(name)
-            raise AssertionError(f"{name} was left to other kernels")
-
-    return NativeKernels(library, Nothing())
-
-
 def near(found: np.ndarray, expected: np.ndarray, relative: float = 1e-5) -> None:
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= relative * np.abs(expected).max()

@@ -62,20 +62,6 @@ def arrays_of(rows: int, length: int, heads: int, kv_heads: int, size: int, seed
     return [random.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
-class Nothing(sft.Kernels):
-    """Fails where the native code leaves attention to others."""
-
-    def attention(self, *arguments: Any) -> Any:
-        raise AssertionError("attention was left to other kernels")
-
-
-@pytest.fixture
-def kernels(library: Any) -> Any:
-    from sft_kernels_cpu.kernels import NativeKernels
-
-    return NativeKernels(library, Nothing())
-
-
 @pytest.mark.parametrize("documents", list(DOCUMENTS))
 @pytest.mark.parametrize(
     ("window", "cap", "heads", "size"),
@@ -152,15 +138,10 @@ def test_nan_goes_where_it_is_seen_and_nowhere_else(kernels: Any, paddle: Any) -
     assert np.isnan(out[0, 25:]).all()
 
 
-def test_time_follows_what_is_seen(paddle: Any) -> None:
+@pytest.mark.parametrize("library", [None], indirect=True, ids=["best"])
+def test_time_follows_what_is_seen(kernels: Any, paddle: Any) -> None:
     """Documents of 64 in a row of 4096: a 64th of the scores, and less than an eighth of the time."""
-    from sft_kernels_cpu.kernels import NativeKernels
-    from sft_kernels_cpu.library import native
-
-    if isinstance(native(), str):
-        pytest.skip(native())
-    kernels, arrays = NativeKernels(native(), Nothing()), arrays_of(1, 4096, 4, 4, 64)
-    tensors = [paddle.to_tensor(array) for array in arrays]
+    tensors = [paddle.to_tensor(array) for array in arrays_of(1, 4096, 4, 4, 64)]
     seconds = {}
     for size in (4096, 64):
         mask, tries = kernels.mask(ends_of([[size] * (4096 // size)])), []

@@ -61,21 +61,6 @@ def near(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.linalg.norm(found - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
-@pytest.fixture
-def kernels(library: Any) -> sft.Kernels:
-    from sft_kernels_cpu.kernels import NativeKernels
-
-    class Nothing(sft.Kernels):
-        """Fails where the native code leaves something to others."""
-
-        def __getattribute__(self, name: str) -> Any:
-            if name in ("narrow", "kept", "restored"):
-                return super().__getattribute__(name)
-            raise AssertionError(f"{name} was left to other kernels")
-
-    return NativeKernels(library, Nothing())
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_norms(kernels: sft.Kernels, shape: tuple[int, ...], offset: float) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from no_onednn import Emulated
+from no_onednn import stand_in
 
 import sft
 from sft.inference.merge import merge
@@ -29,13 +29,8 @@ TECHNIQUES = [
 
 @pytest.fixture(autouse=True)
 def bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where oneDNN does not multiply bfloat16 fast, runs get what it would compute."""
     sft.prepare()
-    from sft.models import onednn
-
-    if onednn.why_not() is not None:
-        monkeypatch.setattr(onednn, "why_not", lambda: None)
-        monkeypatch.setattr("sft.models.own_kernels.onednn", Emulated)
+    stand_in(monkeypatch.setattr)
 
 
 class Look(sft.Plugin):

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from no_onednn import Emulated
+from no_onednn import Emulated, stand_in
 
 import sft
 from sft.models import onednn as module
@@ -30,10 +30,7 @@ def kernels(paddle: Any, request: pytest.FixtureRequest) -> SixteenBits:
 
 @pytest.fixture
 def bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where oneDNN does not multiply bfloat16 fast, runs get what it would compute."""
-    if module.why_not() is not None:
-        monkeypatch.setattr(module, "why_not", lambda: None)
-        monkeypatch.setattr("sft.models.own_kernels.onednn", Emulated)
+    stand_in(monkeypatch.setattr)
 
 
 def rounded(values: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -22,3 +23,13 @@ class Emulated:
 
     def widened(self, x: Any) -> Any:
         return x.astype("float32")
+
+
+def stand_in(replace: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Where this processor does not multiply bfloat16 fast, runs get what oneDNN would compute; ``replace`` sets the
+    attributes, such as monkeypatch's."""
+    from sft.models import onednn, own_kernels
+
+    if onednn.why_not() is not None:
+        replace(onednn, "why_not", lambda: None)
+        replace(own_kernels, "onednn", Emulated)

@@ -27,6 +27,14 @@ def train(settings: dict[str, Any], damage: str | None = None) -> dict[str, Any]
     return {"process": os.getpid(), "said": said, "copies": copies, "samples": summary.samples}
 
 
+def train_in_16_bits(settings: dict[str, Any]) -> dict[str, Any]:
+    """:func:`train`, on any processor."""
+    from no_onednn import stand_in
+
+    stand_in()
+    return train(settings)
+
+
 def draw(settings: dict[str, Any]) -> dict[str, Any]:
     """One rank of a run that draws a number in each micro-batch: the draws, and whose records the rank read."""
     found: dict[str, Any] = {"process": os.getpid(), "draws": []}

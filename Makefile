@@ -20,7 +20,7 @@ PYTHONS := $(or $(PYTHON),python3 python3.12 python3.11 python3.10)
 .PHONY: help demo test test-slow test-gpu test-plugin lint format bench docs clean
 
 help: ## Say what each target does
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/installed-$(DEVICE) ## Install, then run the demo
 	$(BIN)/sft demo $(ARGS)

@@ -1,8 +1,7 @@
-"""The optimizer: AdamW as its paper has it, Hugging Face's schedules, and state under structured names."""
+"""The optimizer: AdamW as its paper has it, parameter groups, state under structured names, and clipping."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -157,82 +156,6 @@ def test_a_parameter_in_no_group_is_named(paddle: Any) -> None:
     del groups[0].parameters["block.weight"]
     with pytest.raises(sft.UsageError, match=r"Parameter block\.weight is in 0 optimizer groups"):
         check_groups(groups, parameters)
-
-
-# --- the schedule -------------------------------------------------------------------------------------------
-
-# transformers' schedules multiply the peak rate of optimizer step n by f(n - 1), with w warm-up steps of T:
-#   f(s) = s / w                                    while s < w, and after that
-#   linear    (T - s) / (T - w)                     get_linear_schedule_with_warmup
-#   cosine    (1 + cos(π (s - w) / (T - w))) / 2    get_cosine_schedule_with_warmup
-#   polynomial ((1 - e) ((T - s) / (T - w))^p + e)  get_polynomial_decay_schedule_with_warmup, e = lr_end / peak
-#   constant_with_warmup 1                          get_constant_schedule_with_warmup
-#   constant  1, and no warm-up                     get_constant_schedule
-WARM = [0.0, 0.25, 0.5, 0.75]
-SCHEDULES = {
-    ("linear", 4): [*WARM, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6],
-    ("cosine", 4): [*WARM, 1.0, (2 + math.sqrt(3)) / 4, 0.75, 0.5, 0.25, (2 - math.sqrt(3)) / 4],
-    ("constant_with_warmup", 4): [*WARM, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0],
-    ("constant", 4): [1.0] * 10,
-    ("linear", 0): [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1],
-    ("constant", 0): [1.0] * 10,
-}
-
-
-@pytest.mark.parametrize(("kind", "warmup"), SCHEDULES)
-def test_schedules_are_hugging_faces(kind: str, warmup: int) -> None:
-    from sft.training.optimizer import learning_rate
-
-    training = TrainingArguments(learning_rate=3e-4, lr_scheduler_type=kind, warmup_steps=warmup)
-    found = [learning_rate(step, 10, training) for step in range(1, 11)]
-    assert found == pytest.approx([3e-4 * factor for factor in SCHEDULES[kind, warmup]], rel=1e-12, abs=1e-18)
-
-
-def test_the_polynomial_schedule_ends_at_its_last_rate() -> None:
-    from sft.training.optimizer import learning_rate
-
-    training = TrainingArguments(
-        learning_rate=2.0, lr_scheduler_type="polynomial", warmup_steps=2, power=2.0, lr_end=0.4
-    )
-    found = [learning_rate(step, 10, training) for step in (1, 2, 3, 7, 11, 20)]
-    assert found == pytest.approx([0.0, 1.0, 2.0, 1.6 * 0.25 + 0.4, 0.4, 0.4])
-
-
-def test_two_whole_waves_of_the_cosine() -> None:
-    from sft.training.optimizer import learning_rate
-
-    training = TrainingArguments(learning_rate=1.0, lr_scheduler_type="cosine", num_cycles=2.0)
-    found = [learning_rate(step, 8, training) for step in range(1, 9)]
-    assert found == pytest.approx([1.0, 0.5, 0.0, 0.5, 1.0, 0.5, 0.0, 0.5], abs=1e-12)
-
-
-@pytest.mark.parametrize("kind", ["linear", "cosine"])
-def test_a_decay_would_reach_zero_after_the_last_step(kind: str) -> None:
-    from sft.training.optimizer import learning_rate
-
-    training = TrainingArguments(learning_rate=1.0, lr_scheduler_type=kind)
-    assert learning_rate(11, 10, training) == pytest.approx(0.0, abs=1e-15)
-    assert learning_rate(15, 10, training) == pytest.approx(0.0, abs=1e-15)
-
-
-@pytest.mark.parametrize(
-    ("steps", "ratio", "warmup"), [(0, 0.4, 4), (0, 0.31, 4), (3, 0.9, 3), (0, 0.0, 0), (0, 1.0, 10)]
-)
-def test_warm_up_by_ratio_is_rounded_up_and_steps_win(steps: int, ratio: float, warmup: int) -> None:
-    from sft.training.optimizer import learning_rate
-
-    training = TrainingArguments(
-        learning_rate=1.0, lr_scheduler_type="constant_with_warmup", warmup_steps=steps, warmup_ratio=ratio
-    )
-    found = [learning_rate(step, 10, training) for step in range(1, 11)]
-    assert found == pytest.approx([min(1.0, step / warmup) if warmup else 1.0 for step in range(10)], rel=1e-12)
-
-
-def test_warm_up_longer_than_the_run_never_reaches_the_peak() -> None:
-    from sft.training.optimizer import learning_rate
-
-    training = TrainingArguments(learning_rate=1.0, lr_scheduler_type="cosine", warmup_steps=100)
-    assert [learning_rate(step, 3, training) for step in (1, 2, 3)] == pytest.approx([0.0, 0.01, 0.02])
 
 
 # --- one call for many --------------------------------------------------------------------------------------
@@ -418,6 +341,29 @@ def test_masters_travel_with_the_state(paddle: Any) -> None:
         np.testing.assert_array_equal(resumed[1].state()[key], value)
 
 
+def test_micro_batches_of_16_bits_are_stepped_by_their_exact_sum(paddle: Any) -> None:
+    """Five steps of eight micro-batches, against the paper's AdamW in float64 on exact sums. In 16 bits they would be
+    off by up to 1e-2."""
+    from sft.training.optimizer import Optimizer
+    from sft.training.wide_sums import WideSums
+
+    parameter = paddle.base.framework.EagerParamBase.from_tensor(paddle.ones([64]).astype("bfloat16"))
+    parameter.stop_gradient = False
+    optimizer = Optimizer([ParameterGroup("all", {"p": parameter})], TrainingArguments())
+    draws = 1 + 0.1 * np.random.default_rng(0).standard_normal((5, 8, 64)).astype(np.float32)
+    sums, exact = WideSums([parameter]), []
+    for draw in draws:
+        gradients = [paddle.to_tensor(one).astype("bfloat16") for one in draw]
+        for gradient in gradients:
+            with sums.backward():
+                (parameter * gradient).sum().backward()
+        exact.append(sum(gradient.astype("float64").numpy() for gradient in gradients) / 2)
+        optimizer.step(0.01, 0.5)
+        assert parameter.grad is None
+    expected = adamw(np.ones(64), exact, [0.01] * 5, 0.0, TrainingArguments())
+    np.testing.assert_allclose(optimizer.state()["p.master"], expected, rtol=1e-6)
+
+
 # --- clipping -----------------------------------------------------------------------------------------------
 
 
@@ -446,77 +392,3 @@ def test_without_gradients_the_norm_is_zero(paddle: Any) -> None:
     from sft.training.strategy import SingleProcess
 
     assert SingleProcess().grad_norm({"w": paddle.create_parameter([2], "float32")}) == 0.0
-
-
-def test_micro_batches_of_16_bits_are_stepped_by_their_exact_sum(paddle: Any) -> None:
-    """Five steps of eight micro-batches, against the paper's AdamW in float64 on exact sums. In 16 bits they would be
-    off by up to 1e-2."""
-    from sft.training.optimizer import Optimizer
-    from sft.training.wide_sums import WideSums
-
-    parameter = paddle.base.framework.EagerParamBase.from_tensor(paddle.ones([64]).astype("bfloat16"))
-    parameter.stop_gradient = False
-    optimizer = Optimizer([ParameterGroup("all", {"p": parameter})], TrainingArguments())
-    draws = 1 + 0.1 * np.random.default_rng(0).standard_normal((5, 8, 64)).astype(np.float32)
-    sums, exact = WideSums([parameter]), []
-    for draw in draws:
-        gradients = [paddle.to_tensor(one).astype("bfloat16") for one in draw]
-        for gradient in gradients:
-            with sums.backward():
-                (parameter * gradient).sum().backward()
-        exact.append(sum(gradient.astype("float64").numpy() for gradient in gradients) / 2)
-        optimizer.step(0.01, 0.5)
-        assert parameter.grad is None
-    expected = adamw(np.ones(64), exact, [0.01] * 5, 0.0, TrainingArguments())
-    np.testing.assert_allclose(optimizer.state()["p.master"], expected, rtol=1e-6)
-
-
-# --- on the host ---------------------------------------------------------------------------------------------
-
-
-class Devices:
-    """Stands for paddle on a GPU whose parameters rest on the host: where paddle computes at each moment."""
-
-    def __init__(self, paddle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.current, self.seen = "gpu:0", []  # type: ignore[var-annotated]
-        monkeypatch.setattr(paddle.device, "get_device", lambda: self.current)
-        monkeypatch.setattr(paddle.device, "set_device", lambda device: setattr(self, "current", device))
-        for owner, name in (
-            (paddle._C_ops, "fused_adam_"),
-            (paddle, "zeros_like"),
-            (paddle.Tensor, "set_value"),
-            (paddle, "concat"),
-        ):
-            self.watch(monkeypatch, owner, name)
-
-    def watch(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
-        own = getattr(owner, name)
-
-        def noted(*arguments: Any, **more: Any) -> Any:
-            self.seen.append((name, self.current))
-            return own(*arguments, **more)
-
-        monkeypatch.setattr(owner, name, noted)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_rests_on_the_host_is_stepped_there(paddle: Any, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Moments are made where paddle computes, and paddle takes an operation on tensors of both places to the GPU:
-    in a run on a GPU everything that touches them must be told to stay."""
-    from sft.training.optimizer import Optimizer
-    from sft.training.strategy import squared_gradients
-
-    def optimizer() -> Any:
-        parameter = paddle.base.framework.EagerParamBase.from_tensor(paddle.ones([3, 2]).astype(dtype))
-        parameter.stop_gradient = False
-        parameter.grad = paddle.ones([3, 2])
-        return Optimizer([ParameterGroup("all", {"p": parameter})], TrainingArguments())
-
-    first, second = optimizer(), optimizer()
-    devices = Devices(paddle, monkeypatch)
-    assert squared_gradients(first.parameters.values()) == 6
-    first.step(0.1)
-    second.load(first.state())
-    assert {device for _, device in devices.seen} == {"cpu"}
-    assert {"fused_adam_", "zeros_like", "set_value", "concat"} <= {name for name, _ in devices.seen}
-    assert devices.current == "gpu:0"

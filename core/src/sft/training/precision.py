@@ -44,17 +44,17 @@ def choose_precision(
         held = held if frozen else "float32"
         precision = Precision(wanted, "float32", held)
         how = f"{wanted} products with float32 sums, by paddle's oneDNN"
-        level = "; fp16_opt_level O2 is more than a CPU can do" if level == "O2" else ""
+        beyond = "; fp16_opt_level O2 is more than a CPU can do" if level == "O2" else ""
     else:
         precision = Precision(wanted, wanted if level == "O2" else "float32", held)
-        how, level = f"{wanted} products", ""
+        how, beyond = f"{wanted} products", ""
     if precision.weights != "float32":
         kept = f"weights are held in {wanted}, what trains has float32 masters"
     elif precision.frozen != "float32":
         kept = f"frozen matrices are held in {wanted}, other weights in float32"
     else:
         kept = "weights are held in float32"
-    say(f"precision: {how}; {kept}{level}")
+    say(f"precision: {how}; {kept}{beyond}")
     return precision
 
 

@@ -124,13 +124,12 @@ class Plugins:
                 for fault in strange.get(item.distribution, ()):
                     raise UsageError(f"Plugin {name} ({item.origin}) declares {fault}")
                 classes[name], origins[name] = imported(item), item.origin
-        superseded = {canonical(other) for plugin in classes.values() for other in getattr(plugin, "supersedes", ())}
+        superseded = {other for plugin in classes.values() for other in _related(plugin, "supersedes")}
         superseded -= {*explicit, *(canonical(plugin.name) for plugin in extra)}
         classes = {name: plugin for name, plugin in classes.items() if name not in superseded}
         for name in wishes:
             if name not in origins and not strange.get((item := find(name, available)).distribution):
                 plugin = imported(item)
-                check_relations(plugin, f"Plugin {name} ({item.origin})")
                 if _goes_with(name, plugin, classes, hookspecs):
                     classes[name], origins[name] = plugin, item.origin
         plugins = cls(classes, origins, hookspecs)
@@ -228,11 +227,11 @@ class Plugins:
     def rival(self, name: str) -> str | None:
         """The active plugin that cannot work together with the installed plugin ``name``, where there is one."""
         try:
-            conflicts = {canonical(other) for other in getattr(import_plugin(name), "conflicts", ())}
+            conflicts = _related(import_plugin(name), "conflicts")
         except UsageError:
             return None  # said when it is asked for
         for other, plugin in self:
-            if other in conflicts or name in map(canonical, getattr(plugin, "conflicts", ())):
+            if other in conflicts or name in _related(plugin, "conflicts"):
                 return other
         return None
 
@@ -258,7 +257,7 @@ class Plugins:
         published = [specs for name, plugin in self if name in found and (specs := getattr(plugin, "hookspecs", None))]
         hooks = [name for specs in published for name in dir(specs) if _is_spec(specs, name)]
         for name, plugin in self:
-            needs = not set(found).isdisjoint(map(canonical, getattr(plugin, "requires", ())))
+            needs = not set(found).isdisjoint(_related(plugin, "requires"))
             if name not in found and (needs or any(implements(plugin, one) for one in hooks)):
                 found.append(name)
         return found
@@ -274,10 +273,10 @@ class Plugins:
         for name, plugin in self._classes.items():
             check_form(plugin, self.who(name), hooks)
         for name, plugin in self._classes.items():
-            for needed in map(canonical, getattr(plugin, "requires", ())):
+            for needed in _related(plugin, "requires"):
                 if needed not in self._classes:
                     for other, theirs in self:
-                        if needed in map(canonical, getattr(theirs, "conflicts", ())):
+                        if needed in _related(theirs, "conflicts"):
                             raise UsageError(
                                 f"Plugin {name} refines {needed}, which cannot work together with {other}; "
                                 f"leave {name} or {other} out."
@@ -286,7 +285,7 @@ class Plugins:
                         f"Plugin {name} refines {needed}, which is not active; add --plugin {needed} "
                         f"or leave {name} out."
                     )
-            for other in map(canonical, getattr(plugin, "conflicts", ())):
+            for other in _related(plugin, "conflicts"):
                 if other in self._classes:
                     raise UsageError(
                         f"Plugins {name} ({self.origin(name)}) and {other} ({self.origin(other)}) cannot "
@@ -302,34 +301,37 @@ class Plugins:
         return [self._hookspecs, *(specs for specs in published if specs is not None)]
 
     def _check_single(self) -> None:
-        for specs in self._specifications():
-            for hook in dir(specs):
-                if not getattr(getattr(specs, hook), "sft_single", False):
-                    continue
-                # pluggy's own mark of an implementation, read before there is an instance.
-                providers = [name for name, plugin in self if implements(plugin, hook)]
-                if len(providers) > 1:
-                    listed = " and ".join(f"{name} ({self.origin(name)})" for name in providers)
-                    raise UsageError(f"Plugins {listed} both provide {hook}, which has one place; leave one out.")
+        for hook in _single_hooks(self._specifications()):
+            providers = [name for name, plugin in self if implements(plugin, hook)]
+            if len(providers) > 1:
+                listed = " and ".join(f"{name} ({self.origin(name)})" for name in providers)
+                raise UsageError(f"Plugins {listed} both provide {hook}, which has one place; leave one out.")
 
 
 def _goes_with(name: str, plugin: Any, others: Mapping[str, Any], hookspecs: Any) -> bool:
     """Whether a plugin that nobody asks for finds what it needs among ``others``, and its places free."""
-
-    def related(one: Any, key: str) -> set[str]:
-        return {canonical(other) for other in getattr(one, key, ())}
-
-    if related(plugin, "requires") - {*others}:
+    if not {*_related(plugin, "requires")} <= {*others}:
         return False
     for other, theirs in others.items():
         for key in ("conflicts", "supersedes"):
-            if other in related(plugin, key) or name in related(theirs, key):
+            if other in _related(plugin, key) or name in _related(theirs, key):
                 return False
-        specs = [hookspecs, *filter(None, [getattr(theirs, "hookspecs", None)])]
-        singles = [hook for one in specs for hook in dir(one) if getattr(getattr(one, hook), "sft_single", False)]
-        if any(implements(plugin, hook) and implements(theirs, hook) for hook in singles):
-            return False
-    return True
+    published = (getattr(one, "hookspecs", None) for one in others.values())
+    places = _single_hooks([hookspecs, *filter(None, published)])
+    taken = [hook for hook in places if any(implements(theirs, hook) for theirs in others.values())]
+    return not any(implements(plugin, hook) for hook in taken)
+
+
+def _related(plugin: Any, key: str) -> list[str]:
+    """The plugins that ``plugin`` names in its ``requires``, ``conflicts`` or ``supersedes``."""
+    return [canonical(name) for name in getattr(plugin, key, ())]
+
+
+def _single_hooks(specifications: Iterable[Any]) -> list[str]:
+    """Those of the hooks that have one place."""
+    return [
+        hook for specs in specifications for hook in dir(specs) if getattr(getattr(specs, hook), "sft_single", False)
+    ]
 
 
 def _is_spec(specs: Any, name: str) -> bool:
@@ -337,7 +339,7 @@ def _is_spec(specs: Any, name: str) -> bool:
 
 
 def implements(plugin: Any, hook: str) -> bool:
-    """Whether a plugin class or module implements ``hook``."""
+    """Whether a plugin class or module implements ``hook``: pluggy's own mark, read before there is an instance."""
     return hasattr(getattr(plugin, hook, None), "sft_impl")
 
 

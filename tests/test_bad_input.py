@@ -208,7 +208,8 @@ def test_a_folder_without_training_data(refused: Callable[..., str], work: Path)
     assert refused().startswith("data has no training data; it needs train.json, train.jsonl or train/*.json")
 
 
-def test_evaluation_without_dev_data(refused: Callable[..., str]) -> None:
+def test_evaluation_without_dev_data(refused: Callable[..., str], work: Path) -> None:
+    (work / "data" / "train.json").write_text("not even read")
     assert refused(evaluation_strategy="epoch").startswith("Evaluation is asked for, and data has no dev data in use;")
     assert refused(do_eval=True).startswith("Evaluation is asked for, and data has no dev data in use;")
 

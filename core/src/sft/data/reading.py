@@ -150,27 +150,27 @@ def read_data(
 
     evaluates = training.do_eval is not False or training.evaluation_strategy != "no" or not training.do_train
     uses_dev = bool(dev_files) and evaluates
+    needs_dev = training.evaluation_strategy != "no" or training.do_eval
+    if not training.do_train and not uses_dev:
+        raise UsageError(
+            f"do_train is false, and {data.dataset_name_or_path} has no dev data to measure; add dev.json, or measure "
+            "a file with sft evaluate."
+        )
+    if needs_dev and not uses_dev:
+        raise UsageError(
+            f"Evaluation is asked for, and {data.dataset_name_or_path} has no dev data in use; add dev.json, "
+            "or set evaluation_strategy to no and leave do_eval out."
+        )
+    if data.eval_with_do_generation and not uses_dev:
+        raise UsageError(
+            f"eval_with_do_generation answers dev data, and {data.dataset_name_or_path} has none in use; add dev.json, "
+            "or leave do_eval and eval_with_do_generation out."
+        )
     train: Data | None = None
     if train_files:
         train = (streamed if data.lazy else encoded)(train_files, "train")
         train.check_fits(model, sizes.positions)  # reads the first window of a stream
     dev = encoded(dev_files, "dev") if uses_dev else None
-    needs_dev = training.evaluation_strategy != "no" or training.do_eval
-    if not training.do_train and dev is None:
-        raise UsageError(
-            f"do_train is false, and {data.dataset_name_or_path} has no dev data to measure; add dev.json, or measure "
-            "a file with sft evaluate."
-        )
-    if needs_dev and dev is None:
-        raise UsageError(
-            f"Evaluation is asked for, and {data.dataset_name_or_path} has no dev data in use; add dev.json, "
-            "or set evaluation_strategy to no and leave do_eval out."
-        )
-    if data.eval_with_do_generation and dev is None:
-        raise UsageError(
-            f"eval_with_do_generation answers dev data, and {data.dataset_name_or_path} has none in use; add dev.json, "
-            "or leave do_eval and eval_with_do_generation out."
-        )
     samples = questions(dev_files if uses_dev else train_files, settings.generation.num_samples)
     return RunData(train, dev, samples, questions(dev_files, None) if data.eval_with_do_generation else [])
 

@@ -131,7 +131,8 @@ def _read(place: _Place) -> Kept:
     if _seal(data, place.key, metadata["said"]) != metadata["digest"]:
         raise ValueError("it is damaged")
     said = json.loads(metadata["said"])
-    return Kept(Encoded(data.ids, data.trained, data.offsets, Counts(**said["counts"])), said["format"])
+    data.counts = Counts(**said["counts"])  # another object would compute the digest of the data again
+    return Kept(data, said["format"])
 
 
 def _seal(data: Encoded, key: str, said: str) -> str:

@@ -63,12 +63,12 @@ class _Backend:
         return _Mask(ends, self.kernels)
 
     def attend(self, query: Any, key: Any, value: Any, mask: _Mask, cap: float | None = None) -> Any:
-        from sft_attn_flashmask.blockwise import attention
-
         # paddle's kernels know no cap; float16 here is bfloat16 too.
         if cap is not None or not (query.place.is_gpu_place() and str(query.dtype).endswith("float16")):
             if self.kernels.skips_masked:
                 return self.kernels.attention(query, key, value, mask.own, cap)
+            from sft_attn_flashmask.blockwise import attention
+
             return attention(query, key, value, mask.columns, cap=cap)
         with self._version.chosen(query):
             return gpu.compute(query, key, value, mask.indices)

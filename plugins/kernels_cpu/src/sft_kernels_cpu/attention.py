@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 
 import sft
+from sft_kernels_cpu.tensors import dense, learning
 
 QUERIES = 64
 """In a block, at most; the native code's number."""
@@ -58,7 +59,7 @@ def _blocks(row: int, ends: np.ndarray) -> np.ndarray:
 def attention(query: Any, key: Any, value: Any, mask: Mask, cap: float, library: Any, rest: sft.Kernels) -> Any:
     """Of dense float32 tensors: query [B, S, H, D]; key, value [B, S, K, D] → [B, S, H, D]; ``cap`` 0 is none.
     Backward keeps all four as ``rest`` keeps things."""
-    if paddle.is_grad_enabled() and not all(one.stop_gradient for one in (query, key, value)):
+    if learning(query, key, value):
         return _Attention.apply(query, key, value, mask, cap, library, rest)
     return _attended(query, key, value, mask, cap, library)[0]
 
@@ -81,7 +82,7 @@ class _Attention(paddle.autograd.PyLayer):
     def backward(ctx: Any, upstream: Any) -> Any:
         *kept, logarithms = ctx.saved_tensor()
         query, key, value, out = (ctx.rest.restored(one) for one in kept)
-        upstream = upstream if upstream.is_contiguous() else upstream.contiguous()
+        upstream = dense(upstream)
         rows, length, heads, size = query.shape
         ends, blocks = ctx.mask.of(rows, length)
         grads = [paddle.empty_like(one) for one in (query, key, value)]

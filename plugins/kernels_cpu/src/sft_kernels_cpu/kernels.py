@@ -12,6 +12,7 @@ import sft
 from sft_kernels_cpu.attention import Mask, attention
 from sft_kernels_cpu.library import blas, for_width
 from sft_kernels_cpu.low_rank import LowRankLinear, computed
+from sft_kernels_cpu.tensors import dense, fits, learning
 
 
 class NativeKernels(sft.Kernels):
@@ -101,23 +102,8 @@ class NativeKernels(sft.Kernels):
         return y
 
 
-def fits(*tensors: Any) -> bool:
-    """Whether the native code takes them: float32, in memory that it can read."""
-    return all(tensor.dtype == paddle.float32 and tensor.place.is_cpu_place() for tensor in tensors)
-
-
 def _alike(gate: Any, up: Any) -> bool:
     return fits(gate, up) and gate.shape == up.shape
-
-
-def learning(*tensors: Any) -> bool:
-    """Whether any of them is to have a gradient."""
-    return paddle.is_grad_enabled() and not all(tensor.stop_gradient for tensor in tensors)
-
-
-def dense(x: Any) -> Any:
-    """``x`` with its values one after the other."""
-    return x if x.is_contiguous() else x.contiguous()
 
 
 class _RMSNorm(paddle.autograd.PyLayer):

@@ -7,6 +7,7 @@ from typing import Any
 import paddle
 
 from sft_kernels_cpu.library import blas
+from sft_kernels_cpu.tensors import dense
 
 _ROWS, _AS_IT_IS, _TRANSPOSED = 101, 111, 112  # of CBLAS
 
@@ -45,7 +46,7 @@ class LowRankLinear(paddle.autograd.PyLayer):
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
         weight, a, b, low, *kept = ctx.saved_tensor()
-        upstream = upstream if upstream.is_contiguous() else upstream.contiguous()
+        upstream = dense(upstream)
         narrow = product(upstream, b, paddle.empty_like(low), ctx.scaling, turn_y=True)
         x_grad = a_grad = b_grad = None
         if ctx.wants[0]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from measuring import PLAIN
 from processes import run_ranks
 
-from sft.plugins.discovery import installed
 from sft.testing import needs, write_data
 from sft_parallel_4d import communication
 from sft_parallel_4d.memory import Calculator
@@ -17,8 +17,6 @@ from sft_parallel_4d.model_size import Precision
 from sft_parallel_4d.paper import outline as on_paper
 from sft_parallel_4d.plans import Plan
 
-PLAIN = ["no:fast-cpu"] if "fast-cpu" in installed() else []
-"""A plan is for paddle's own operations."""
 LARGE = {"hidden_size": 128, "intermediate_size": 512, "tie_word_embeddings": True}
 """A model that outweighs what it keeps of a row of 32 tokens."""
 TENSOR, PIPELINE, SEQUENCE = {"tensor_parallel_degree": 2}, {"pipeline_parallel_degree": 2}, {"sequence_parallel": True}

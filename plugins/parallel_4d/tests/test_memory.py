@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from measuring import Allocator, full_batch
+from measuring import PLAIN, Allocator, full_batch
 
 import sft
 from sft.models.decoder import CausalLM
 from sft.models.forward import hidden_states
-from sft.plugins.discovery import installed
 from sft.testing import make_model, needs
 from sft.training.loss import batch_loss
 from sft.training.optimizer import Optimizer, default_groups
@@ -33,9 +32,6 @@ QUICK = ["llama", "gemma2", "olmo2", "phi3", "mixtral"]
 SLOW = sorted({"qwen2", "mistral", "gemma", *(path.name for path in FIXTURES.iterdir() if path.is_dir())} - set(QUICK))
 FAMILIES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 ROWS, LENGTH = 2, 64
-
-PLAIN = ["no:fast-cpu"] if "fast-cpu" in installed() else []
-"""A plan is for paddle's own operations."""
 
 
 def paper(folder: Path, **settings: Any) -> Outline:
@@ -57,10 +53,9 @@ def described(config_of: Callable[..., Path], case: str, **changes: Any) -> Path
     return config_of(**{"sliding_window": None, **kept, **changes})
 
 
-def build(folder: Path, recompute: bool = False, backend: Any = None) -> Any:
+def build(folder: Path, recompute: bool) -> Any:
     """A model of random weights, prepared as a run prepares it."""
     model = CausalLM(paper(folder).architecture)
-    model.attention = backend or model.attention
     model.recompute = recompute
     model.train()
     return model

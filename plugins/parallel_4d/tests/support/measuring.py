@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 
 import sft
+from sft.plugins.requests import by_device
 
 STEPS = 2
+PLAIN = [f"no:{name}" for name in by_device({})]
+"""A plan is for paddle's own operations."""
 
 
 class Allocator:

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from attention_formula import attention_formula
 
 from sft.data.batches import assemble
 from sft.data.tokenizer import Tokenizer
@@ -18,33 +19,6 @@ from sft.testing import forward
 CASES = ["llama-untied", "llama-tied-gqa", "llama3-scaled", "qwen2-untied", "mistral-gqa", "gemma-tied"]
 PADDED_DOCUMENTS = [[(0, 3), (3, 5), (5, 6), (6, 7)], [(0, 4), (4, 6), (6, 7)]]
 """Two packed rows of 7: documents of 3 and 2, then of 4 and 2; each padding token is a document of its own."""
-
-
-def dense_attention(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, seen: np.ndarray, upstream: np.ndarray
-) -> tuple[np.ndarray, ...]:
-    """softmax(Q Kᵀ / √D) V in float64, and the gradients of q, k, v. [B, S, H, D]; ``seen`` bool [B, S, S]."""
-    groups = query.shape[2] // key.shape[2]
-    q, g = (tensor.astype(np.float64).transpose(0, 2, 1, 3) for tensor in (query, upstream))
-    k, v = (tensor.astype(np.float64).transpose(0, 2, 1, 3).repeat(groups, axis=1) for tensor in (key, value))
-    scale = 1 / np.sqrt(query.shape[-1])
-    scores = np.where(seen[:, None], q @ k.swapaxes(-1, -2) * scale, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    d_weights = g @ v.swapaxes(-1, -2)
-    d_scores = weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True)) * scale
-
-    def ungrouped(gradient: np.ndarray) -> np.ndarray:
-        batch, heads, length, size = gradient.shape
-        return gradient.reshape(batch, heads // groups, groups, length, size).sum(2)
-
-    found = (
-        weights @ v,
-        d_scores @ k,
-        ungrouped(d_scores.swapaxes(-1, -2) @ q),
-        ungrouped(weights.swapaxes(-1, -2) @ g),
-    )
-    return tuple(tensor.transpose(0, 2, 1, 3) for tensor in found)
 
 
 def packed_mask(documents: list[list[tuple[int, int]]], length: int) -> np.ndarray:
@@ -104,7 +78,7 @@ def test_the_default_backend_is_softmax_attention(
     out = backend.attend(*tensors, mask)
     (out * paddle.to_tensor(upstream)).sum().backward()
 
-    expected = dense_attention(query, key, value, seen, upstream)
+    expected = attention_formula(query, key, value, upstream, seen)
     found = (out.numpy(), *(tensor.grad.numpy() for tensor in tensors))
     for name, one, other in zip(("output", "query", "key", "value"), found, expected, strict=True):
         assert one.shape == other.shape, name
@@ -131,7 +105,7 @@ def test_the_dense_mask_stays_finite_in_16_bits_block_by_block(paddle: Any, dtyp
     query, key, value = (3 * generator.standard_normal((1, length, 1, size)).astype(dtype) for _ in range(3))
     wide = [tensor.astype(np.float32) for tensor in (query, key, value)]
     mask = dense_mask(packed_indices(documents, length)).numpy()[0, 0]
-    expected, *_ = dense_attention(*wide, packed_mask(documents, length), np.zeros_like(wide[0]))
+    expected, *_ = attention_formula(*wide, np.zeros_like(wide[0]), packed_mask(documents, length))
 
     def recurrence(mask: np.ndarray) -> np.ndarray:
         q, k, v = (tensor[0, :, 0] for tensor in wide)
@@ -345,8 +319,5 @@ def test_a_cap_bends_scores(paddle: Any, packed: bool, dense: bool) -> None:
     backend = backend_of(dense)
     mask = backend.mask(packed_indices(PADDED_DOCUMENTS, 7) if packed else None)
     found = backend.attend(*map(paddle.to_tensor, (query, key, value)), mask, cap=cap).numpy()
-    q, k, v = (tensor.astype(np.float64).transpose(0, 2, 1, 3) for tensor in (query, key, value))
-    scores = cap * np.tanh(q @ k.repeat(2, axis=1).swapaxes(-1, -2) / np.sqrt(8) / cap)
-    weights = np.exp(np.where(seen[:, None], scores, -np.inf))
-    weights /= weights.sum(-1, keepdims=True)
-    np.testing.assert_allclose(found, (weights @ v.repeat(2, axis=1)).transpose(0, 2, 1, 3), atol=1e-5, rtol=0)
+    expected, *_ = attention_formula(query, key, value, np.zeros_like(query), seen, cap)
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)

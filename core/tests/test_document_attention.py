@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from attention_formula import attention_formula
 
 from sft.data.batches import assemble
 from sft.seams import Example
@@ -26,26 +27,9 @@ def ends_of(rows: list[tuple[int, ...]], length: int, window: int | None = None)
 
 
 def formula(inputs: list[np.ndarray], ends: np.ndarray, cap: float | None) -> list[np.ndarray]:
-    """Output and gradients of query, key and value, in float64, of query, key, value and what comes from above."""
-    q, k, v, g = (x.astype(np.float64).transpose(0, 2, 1, 3) for x in inputs)
-    heads, size = k.shape[1], q.shape[-1]
-    k, v = (np.repeat(x, q.shape[1] // heads, axis=1) for x in (k, v))
+    """Output and gradients of query, key and value, of query, key, value and what comes from above."""
     i, j = np.ogrid[: ends.shape[2], : ends.shape[2]]
-    seen = (j <= i) & (i < ends[:, :, None, :, 0])
-    scores = q @ k.swapaxes(-1, -2) / np.sqrt(size)
-    bent = scores if cap is None else cap * np.tanh(scores / cap)
-    weights = np.exp(np.where(seen, bent, -np.inf) - bent.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    above = g @ v.swapaxes(-1, -2)
-    slope = weights * (above - (above * weights).sum(-1, keepdims=True)) / np.sqrt(size)
-    if cap is not None:
-        slope *= 1 - (bent / cap) ** 2
-
-    def ungrouped(x: np.ndarray) -> np.ndarray:
-        return x.reshape(len(x), heads, -1, *x.shape[2:]).sum(2)
-
-    found = weights @ v, slope @ k, ungrouped(slope.swapaxes(-1, -2) @ q), ungrouped(weights.swapaxes(-1, -2) @ g)
-    return [x.transpose(0, 2, 1, 3) for x in found]
+    return attention_formula(*inputs, (j <= i) & (i < ends[:, 0, None, :, 0]), cap)
 
 
 def computed(

@@ -213,10 +213,3 @@ def test_a_gpu_has_its_own_kernels_where_no_plugin_has_some(paddle: Any, monkeyp
     assert kernels_for(plugins, None, Precision()) is PLAIN
     monkeypatch.setattr(paddle.device, "get_device", lambda: "gpu:0")
     assert isinstance(kernels_for(plugins, None, Precision()), GpuKernels)
-
-
-@pytest.mark.parametrize(("gib", "mib"), [(None, 24), (4, 64), (16, 256), (24, 384), (80, 1024), (141, 1024)], ids=str)
-def test_chunks_of_logits_by_device(gib: int | None, mib: int) -> None:
-    from sft.training.loss import chunk_bytes
-
-    assert chunk_bytes(None if gib is None else gib << 30) == mib << 20

@@ -194,6 +194,13 @@ def test_logits_exist_for_one_chunk_at_a_time(
     assert products == [shape for rows in (4, 4, 4, 1) for shape in ([rows, VOCABULARY], [rows, HIDDEN], of_weight)]
 
 
+@pytest.mark.parametrize(("gib", "mib"), [(None, 24), (4, 64), (16, 256), (24, 384), (80, 1024), (141, 1024)], ids=str)
+def test_chunks_of_logits_by_device(gib: int | None, mib: int) -> None:
+    from sft.training.loss import chunk_bytes
+
+    assert chunk_bytes(None if gib is None else gib << 30) == mib << 20
+
+
 @pytest.mark.parametrize(
     "case", ["llama-untied", "llama-tied-gqa", "qwen2-untied", "qwen2-tied-sharded", "mistral-gqa", "gemma-tied"]
 )

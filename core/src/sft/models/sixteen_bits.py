@@ -2,7 +2,8 @@
 
 Products have bfloat16 factors and float32 sums, everything else is float32. The matrices of Linears, of the embedding
 and of lm_head may be held in bfloat16 (half the memory); what trains is float32, and rounded for each product. Of a
-Linear's input backward keeps the rounded form alone, which layers that read the same tensor share.
+Linear's input backward keeps the rounded form, which layers that read the same tensor share; or nothing, where what is
+kept anyway makes it again.
 """
 
 from __future__ import annotations

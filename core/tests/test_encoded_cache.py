@@ -321,6 +321,20 @@ def test_a_run_with_kept_data_is_the_run_without(
     assert not any("encoded_cache was" in line for line in resumed)
 
 
+def test_a_folder_that_is_not_writable_is_refused_where_it_does_not_hold_the_data(
+    train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"max_steps": 1, "encoded_cache": str(tmp_path / "cache")}
+    train("filled", **settings)
+    access = os.access  # the tests may be run by root, who is refused nothing
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "cache" and access(path, mode))
+    said: list[str] = []
+    train("read", say=said.append, **settings)
+    assert len([line for line in said if "is read encoded from" in line]) == 2
+    with pytest.raises(sft.UsageError, match=r"^encoded_cache .*cache is not writable, and does not hold this data;"):
+        train("other", max_length=9, **settings)
+
+
 def test_nothing_is_kept_where_nobody_asks(
     train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

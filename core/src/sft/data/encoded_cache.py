@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -91,6 +92,14 @@ class EncodedCache:
         if kept.data.lengths.max(initial=0) > self._positions:
             return None  # encoding it again says which record is too long
         return kept
+
+    def check_writable(self) -> None:
+        """Refuse a folder in which nothing can be kept, before data is encoded that it does not hold."""
+        if not os.access(self._folder, os.W_OK | os.X_OK):
+            raise UsageError(
+                f"encoded_cache {self._folder} is not writable, and does not hold this data; give another folder, or "
+                "leave encoded_cache out."
+            )
 
     def write(self, place: _Place, kept: Kept) -> None:
         """Keep it, unless the files have changed since. A disk that is full does not stop a run."""

@@ -117,6 +117,8 @@ def read_data(
         place = cache.place(files) if cache else None
         kept = cache.read(place) if cache and place else None
         if kept is None:
+            if cache:
+                cache.check_writable()
             kept, seconds = newly_encoded(files, split)
             if cache and place:
                 cache.write(place, kept)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from benchmarks import attention, charts, figures, materials, packing, page, peers
+from benchmarks import attention, charts, figures, materials, packing, page, peers, startup
 from benchmarks.bench import Bench, told
 from benchmarks.turns import Side, SideError, alternate
 
@@ -190,6 +190,15 @@ def test_a_peer_that_cannot_be_installed_is_left_out_with_its_reason(tmp_path: P
     monkeypatch.setattr(peers, "python_of", no_wheel)
     result = packing.measure(Bench(tmp_path, turns=1, peers=("trl",)), "log-normal")
     assert result["sides"]["trl"] == {"failed": "trl could not be installed: no wheel"}
+    assert result["sides"]["sft"]["median"] > 0
+
+
+def test_a_peer_that_ends_early_is_left_out_with_its_reason(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "trl").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "trl").chmod(0o755)
+    monkeypatch.setattr(peers, "python_of", lambda peer: str(tmp_path / "python"))
+    result = startup.measure(Bench(tmp_path, turns=1), "help")
+    assert result["sides"]["trl"] == {"failed": f"{tmp_path / 'trl'} --help ended with exit code 3"}
     assert result["sides"]["sft"]["median"] > 0
 
 

@@ -197,9 +197,9 @@ def _import_quietly() -> None:
         import paddle  # noqa: F401
 
 
-def is_one_of_many() -> bool:
-    """Whether paddle's launcher has started this process beside others."""
-    return int(os.environ.get("PADDLE_TRAINERS_NUM") or 1) > 1
+def processes_of_run() -> int:
+    """How many processes paddle's launcher has started, this one among them."""
+    return int(os.environ.get("PADDLE_TRAINERS_NUM") or 1)
 
 
 def leave(code: int) -> NoReturn:

@@ -101,7 +101,7 @@ def main() -> None:
         code = _failed(str(error), 1)
     except (KeyboardInterrupt, click.Abort):
         code = _failed("interrupted", 130)
-    if runtime.is_one_of_many():
+    if runtime.processes_of_run() > 1:
         runtime.leave(code)
     if code:
         sys.exit(code)

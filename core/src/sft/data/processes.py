@@ -29,7 +29,7 @@ from sft.data.encoding import Encoded, Encoding
 from sft.data.formats import Conversation
 from sft.data.sources import size_of
 from sft.errors import SftError, UsageError
-from sft.runtime import physical_cores
+from sft.runtime import physical_cores, processes_of_run
 from sft.seams import Turn
 
 PAYS_OFF = 16 << 20
@@ -47,8 +47,7 @@ def processes_for(files: list[Path], wanted: int | None) -> int:
     physical core where there is more; processes that share a run share the cores."""
     if wanted is not None:
         return wanted
-    sharing = int(os.environ.get("PADDLE_TRAINERS_NUM") or 1)
-    return 1 if size_of(files) < PAYS_OFF else max(1, min(_MOST, physical_cores() // sharing))
+    return 1 if size_of(files) < PAYS_OFF else max(1, min(_MOST, physical_cores() // processes_of_run()))
 
 
 @contextmanager

@@ -18,15 +18,24 @@ if TYPE_CHECKING:
 STAGING = ".staging-"
 
 
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of ``path`` in one step when the block ends well, else vanishes. Several
+    processes may do so at once; one of them is the last."""
+    staging = path.with_name(f"{STAGING}{os.getpid()}-{path.name}")
+    try:
+        yield staging
+        _finish(staging)
+        os.replace(staging, path)
+        _sync(path.parent)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` in one step."""
-    staging = path.with_name(f"{STAGING}{path.name}")
-    with staging.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(staging, path)
-    _sync(path.parent)
+    with replaced(path) as staging:
+        staging.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -93,20 +102,6 @@ def _sort_metadata(path: Path) -> None:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         stream.seek(8)
         stream.write(text.ljust(size))
-
-
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of ``path`` in one step when the block ends well, else vanishes. Several
-    processes may do so at once; one of them is the last."""
-    staging = path.with_name(f"{STAGING}{os.getpid()}-{path.name}")
-    try:
-        yield staging
-        _finish(staging)
-        os.replace(staging, path)
-        _sync(path.parent)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def staging_of(folder: Path) -> Path:

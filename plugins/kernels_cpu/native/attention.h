@@ -95,7 +95,7 @@ static void scores_of(const Shape &shape, const Block &block, const int32_t *end
 }
 
 static void attend_block(const Shape &shape, const Block &block, const int32_t *ends, const float *query,
-                         const float *key, const float *value, float *out, float *logarithms, float *memory) {
+                         const float *key, const float *value, float *out, float *sizes, float *memory) {
     const int64_t size = shape.size, queries = block.stop - block.start;
     const int64_t whole = (queries + LANES - 1) / LANES * LANES;
     const int64_t across = shape.heads * size, stride = shape.kv_heads * size;
@@ -132,15 +132,18 @@ static void attend_block(const Shape &shape, const Block &block, const int32_t *
         const float share = total[i] == 0 ? 0 : (float)(1.0 / total[i]);
         for (int64_t d = 0; d < size; d += LANES)
             store(out + (block.start + i) * across + d, load(sums + i * size + d) * share);
-        logarithms[block.start + i] = total[i] == 0 ? INFINITY : (float)(log(total[i]) + top[i]);
+        sizes[block.start + i] = total[i] == 0 ? 0 : top[i];
+        sizes[shape.length + block.start + i] = share;
     }
 }
 
 // softmax(cap(Q Kᵀ · scale)) V for query, out [B, S, H, D], key, value [B, S, K, D]; ends [B, S];
-// logarithms [B, H, S] gets log Σ exp of the scores. False: no memory.
+// sizes [B, H, 2, S] gets of each query the greatest score m, and 1 / Σ exp(score - m). (Their logarithm in one number
+// would round all weights of a query in one direction, and the gradients of keys are what is left of that.) False: no
+// memory.
 EXPORT int attention(const float *query, const float *key, const float *value, const int32_t *ends,
                      const Block *blocks, int64_t count, int64_t length, int64_t heads, int64_t kv_heads, int64_t size,
-                     float scale, float cap, float *out, float *logarithms) {
+                     float scale, float cap, float *out, float *sizes) {
     const Shape shape = {length, heads, kv_heads, size, scale, cap};
     int done = 1;
 #pragma omp parallel if (count > 1)
@@ -158,7 +161,7 @@ EXPORT int attention(const float *query, const float *key, const float *value, c
             const int64_t token = block.batch * length;
             const float *k = key + (token * kv_heads + group) * size, *v = value + (token * kv_heads + group) * size;
             attend_block(shape, block, ends + token, query + (token * heads + head) * size, k, v,
-                         out + (token * heads + head) * size, logarithms + (block.batch * heads + head) * length,
+                         out + (token * heads + head) * size, sizes + (block.batch * heads + head) * 2 * length,
                          memory);
         }
         free(memory);
@@ -169,20 +172,20 @@ EXPORT int attention(const float *query, const float *key, const float *value, c
 // What one block of queries adds to the gradients of its keys and values, and the gradient of its queries.
 static void attend_block_back(const Shape &shape, const Block &block, const int32_t *ends, const float *query,
                               const float *key, const float *value, const float *out, const float *above,
-                              const float *logarithms, float *dquery, float *dkey, float *dvalue, float *memory) {
+                              const float *sizes, float *dquery, float *dkey, float *dvalue, float *memory) {
     const int64_t size = shape.size, queries = block.stop - block.start;
     const int64_t whole = (queries + LANES - 1) / LANES * LANES;
     const int64_t across = shape.heads * size, stride = shape.kv_heads * size;
     float *turned = memory, *above_turned = turned + size * QUERIES, *sums = above_turned + size * QUERIES;
     float *weights = sums + size * QUERIES, *slopes = weights + KEYS * QUERIES;
-    float along[QUERIES] = {}, logarithm[QUERIES];
+    float along[QUERIES] = {}, top[QUERIES] = {}, share[QUERIES] = {};  // of the missing queries: no weight
     query += block.start * across, out += block.start * across, above += block.start * across;
     transposed(query, across, queries, size, shape.scale, turned);
     transposed(above, across, queries, size, 1.0f, above_turned);
-    for (int64_t i = 0; i < QUERIES; i++) logarithm[i] = INFINITY;  // of the missing ones: their weights are 0
     for (int64_t i = 0; i < queries; i++) {
         along[i] = (float)dot(above + i * across, out + i * across, size);
-        logarithm[i] = logarithms[block.start + i];
+        top[i] = sizes[block.start + i];
+        share[i] = sizes[shape.length + block.start + i];
     }
     for (int64_t start = block.first_key; start < block.stop; start += KEYS) {
         const int64_t count = block.stop - start < KEYS ? block.stop - start : KEYS;
@@ -191,7 +194,7 @@ static void attend_block_back(const Shape &shape, const Block &block, const int3
         for (int64_t k = 0; k < count; k++)
             for (int64_t i = 0; i < whole; i += LANES) {
                 float *weight = weights + k * QUERIES + i, *slope = slopes + k * QUERIES + i;
-                const vec score = load(weight), power = exponential(score - load(logarithm + i));
+                const vec score = load(weight), power = exponential(score - load(top + i)) * load(share + i);
                 vec down = power * (load(slope) - load(along + i)) * shape.scale;
                 if (shape.cap) {
                     const vec bend = score / shape.cap;
@@ -212,7 +215,7 @@ static void attend_block_back(const Shape &shape, const Block &block, const int3
 // Gradients of all three. dkey and dvalue are [B, S, K, D]; each document of each query head is one task, which has its
 // keys for itself in `parts`, 2 · [B, S, H, D], and the heads of a group are added afterwards. False: no memory.
 EXPORT int attention_slope(const float *query, const float *key, const float *value, const float *out,
-                           const float *above, const float *logarithms, const int32_t *ends, const Block *blocks,
+                           const float *above, const float *sizes, const int32_t *ends, const Block *blocks,
                            int64_t count, int64_t batch, int64_t length, int64_t heads, int64_t kv_heads, int64_t size,
                            float scale, float cap, float *dquery, float *dkey, float *dvalue, float *parts) {
     const Shape shape = {length, heads, kv_heads, size, scale, cap};
@@ -240,7 +243,7 @@ EXPORT int attention_slope(const float *query, const float *key, const float *va
             }
             for (; block < end; block++)
                 attend_block_back(shape, *block, ends + token, query + mine, key + theirs, value + theirs, out + mine,
-                                  above + mine, logarithms + (block->batch * heads + head) * length, dquery + mine,
+                                  above + mine, sizes + (block->batch * heads + head) * 2 * length, dquery + mine,
                                   dkeys + mine, dvalues + mine, memory);
         }
         free(memory);

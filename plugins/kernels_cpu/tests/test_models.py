@@ -88,7 +88,7 @@ def test_gradients_of_all_weights_are_the_same(library: Any, input_ids: np.ndarr
     (expected, others), (loss, gradients) = found
     assert loss == pytest.approx(expected, rel=1e-6)
     for name, gradient in gradients.items():
-        assert np.linalg.norm(gradient - others[name]) <= 1e-5 * np.linalg.norm(others[name]), name
+        assert np.abs(gradient - others[name]).max() <= 1e-5 * np.abs(others[name]).max(), name
 
 
 def test_a_run_on_a_cpu_has_it_until_it_is_switched_off(adapt: Callable[..., sft.Run]) -> None:

@@ -1,5 +1,5 @@
 """Attention within documents: no [S, S] tensor, and time that follows what is seen. Backward keeps the four tensors of
-forward and one number for each query, from which it computes the scores again, a block at a time."""
+forward and two numbers for each query, from which it computes the scores again, a block at a time."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ class _Attention(paddle.autograd.PyLayer):
         kept = [rest.kept(one) for one in (query, key, value)]
         # Of what is kept: the probabilities of backward are then those of forward.
         query, key, value = (rest.restored(one) for one in kept)
-        out, logarithms = _attended(query, key, value, mask, cap, library)
-        ctx.save_for_backward(*kept, rest.kept(out), logarithms)
+        out, sizes = _attended(query, key, value, mask, cap, library)
+        ctx.save_for_backward(*kept, rest.kept(out), sizes)
         ctx.mask, ctx.cap, ctx.library, ctx.rest = mask, cap, library, rest
         return out
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
-        *kept, logarithms = ctx.saved_tensor()
+        *kept, sizes = ctx.saved_tensor()
         query, key, value, out = (ctx.rest.restored(one) for one in kept)
         upstream = dense(upstream)
         rows, length, heads, size = query.shape
@@ -88,7 +88,7 @@ class _Attention(paddle.autograd.PyLayer):
         grads = [paddle.empty_like(one) for one in (query, key, value)]
         parts = paddle.empty([2, *query.shape], "float32")
         done = ctx.library.attention_slope(
-            *(one.data_ptr() for one in (query, key, value, out, upstream, logarithms)),
+            *(one.data_ptr() for one in (query, key, value, out, upstream, sizes)),
             *(ends.ctypes.data, blocks.ctypes.data, len(blocks)),
             *(rows, length, heads, key.shape[2], size, 1.0 / math.sqrt(size), ctx.cap),
             *(one.data_ptr() for one in (*grads, parts)),
@@ -99,16 +99,16 @@ class _Attention(paddle.autograd.PyLayer):
 
 
 def _attended(query: Any, key: Any, value: Any, mask: Mask, cap: float, library: Any) -> tuple[Any, Any]:
-    """The output, and the logarithms of the sums of exponentials, float32 [B, H, S]."""
+    """The output, and what makes weights of scores, float32 [B, H, 2, S]: the greatest score, and the share of each."""
     rows, length, heads, size = query.shape
     ends, blocks = mask.of(rows, length)
-    out, logarithms = paddle.empty_like(query), paddle.empty([rows, heads, length], "float32")
+    out, sizes = paddle.empty_like(query), paddle.empty([rows, heads, 2, length], "float32")
     done = library.attention(
         *(one.data_ptr() for one in (query, key, value)),
         *(ends.ctypes.data, blocks.ctypes.data, len(blocks)),
         *(length, heads, key.shape[2], size, 1.0 / math.sqrt(size), cap),
-        *(one.data_ptr() for one in (out, logarithms)),
+        *(one.data_ptr() for one in (out, sizes)),
     )
     if not done:
         raise MemoryError("no memory for a block of attention")
-    return out, logarithms
+    return out, sizes

@@ -58,7 +58,7 @@ def _blocks(row: int, ends: np.ndarray) -> np.ndarray:
 
 def attention(query: Any, key: Any, value: Any, mask: Mask, cap: float, library: Any, rest: sft.Kernels) -> Any:
     """Of dense float32 tensors: query [B, S, H, D]; key, value [B, S, K, D] → [B, S, H, D]; ``cap`` 0 is none.
-    Backward keeps all four as ``rest`` keeps things."""
+    Backward keeps queries and keys, and the other two as ``rest`` keeps things."""
     if learning(query, key, value):
         return _Attention.apply(query, key, value, mask, cap, library, rest)
     return _attended(query, key, value, mask, cap, library)[0]
@@ -70,18 +70,16 @@ class _Attention(paddle.autograd.PyLayer):
         ctx: Any, query: Any, key: Any, value: Any, mask: Mask, cap: float, library: Any, rest: sft.Kernels
     ) -> Any:
         ctx.wants = [not one.stop_gradient for one in (query, key, value)]
-        kept = [rest.kept(one) for one in (query, key, value)]
-        # Of what is kept: the probabilities of backward are then those of forward.
-        query, key, value = (rest.restored(one) for one in kept)
         out, sizes = _attended(query, key, value, mask, cap, library)
-        ctx.save_for_backward(*kept, rest.kept(out), sizes)
+        # Queries and keys as they are: of others the weights of backward would not be those of forward.
+        ctx.save_for_backward(query, key, rest.kept(value), rest.kept(out), sizes)
         ctx.mask, ctx.cap, ctx.library, ctx.rest = mask, cap, library, rest
         return out
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
-        *kept, sizes = ctx.saved_tensor()
-        query, key, value, out = (ctx.rest.restored(one) for one in kept)
+        query, key, *kept, sizes = ctx.saved_tensor()
+        value, out = (ctx.rest.restored(one) for one in kept)
         upstream = dense(upstream)
         rows, length, heads, size = query.shape
         ends, blocks = ctx.mask.of(rows, length)

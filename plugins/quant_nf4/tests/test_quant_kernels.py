@@ -204,7 +204,7 @@ def test_a_kernel_that_fails_or_differs_is_not_used_and_a_line_says_so(
         np.testing.assert_allclose(found, inputs(paddle).numpy() @ read(channels).T, atol=1e-5)
         assert (one.packed, one.codes is None) == (None, False)
     (line,) = said
-    assert line.startswith(f"int{bits}: float16 products are computed part by part, as weight_only_linear ")
+    assert line.startswith(f"int{bits}: float16 products are computed by dequantizing, as weight_only_linear ")
     assert ("is not registered" in line) == (change is None)
     assert ("differs by up to" in line) == (change is not None)
     assert change is None or kernel.rows == [3]
@@ -223,7 +223,7 @@ def test_codes_that_are_not_read_back_keep_the_layer_as_it_is(
     layer(inputs(paddle))
     assert layer.packed is None
     assert said == [
-        "int8: float16 products are computed part by part, as weight_only_linear has codes that are not read back"
+        "int8: float16 products are computed by dequantizing, as weight_only_linear has codes that are not read back"
     ]
 
 

@@ -2,8 +2,8 @@
 
 It multiplies 16-bit inputs with codes, without a float weight in memory; there is none for NF4 and FP4. **Nobody has
 run this on a GPU yet.** Therefore it proves itself: of each kind of layer the first is computed both ways, and if
-the kernel raises or differs by more than 16-bit rounding, that kind stays with the part-wise product, and a line says
-so. (An error that ends the GPU's context cannot be caught.)
+the kernel raises or differs by more than 16-bit rounding, that kind stays with the product of dequantized values, and
+a line says so. (An error that ends the GPU's context cannot be caught.)
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Kernel:
         if kind not in self._works:
             failure = compare(layer, packed)
             self._works[kind] = failure is None
-            how = "by weight_only_linear" if failure is None else f"part by part, as weight_only_linear {failure}"
+            how = "by weight_only_linear" if failure is None else f"by dequantizing, as weight_only_linear {failure}"
             self._say(f"int{layer.bits}: {dtype} products are computed {how}")
         return packed if self._works[kind] else None
 

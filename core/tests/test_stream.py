@@ -16,6 +16,7 @@ import sft
 from sft.data.batches import PaddedCollator, Schedule
 from sft.data.encoding import Counts, Encoded
 from sft.data.stream import Stream
+from sft.progress import Progress
 from sft.seams import Turn
 
 
@@ -149,6 +150,26 @@ def test_a_streamed_run_of_one_window_equals_one_that_reads_everything(
     assert [line["loss"] for line in metrics(tmp_path / "lazy") if "loss" in line] == [
         line["loss"] for line in metrics(tmp_path / "whole") if "loss" in line
     ]
+
+
+def test_only_a_stream_that_is_found_again_passes_over_records(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of 7 records are 3 steps each."""
+    monkeypatch.setattr(Stream.__init__, "__defaults__", (7,))
+    begun: list[tuple[Any, ...]] = []
+    task = Progress.task
+
+    def noted(self: Progress, *about: Any, **more: Any) -> Any:
+        begun.append(about)
+        return task(self, *about, **more)
+
+    monkeypatch.setattr(Progress, "task", noted)
+    settings = {"lazy": True, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 3}
+    for steps, expected in ((4, []), (6, [("passing over records", "records", 7)])):
+        begun.clear()
+        train(max_steps=steps, resume_from_checkpoint="auto", **settings)
+        assert [about for about in begun if about[0] == "passing over records"] == expected
 
 
 def test_a_streamed_run_resumes_where_it_stopped(

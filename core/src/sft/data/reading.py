@@ -96,9 +96,11 @@ def read_data(
     def conversations_after(number: int) -> Iterator[Conversation]:
         """All but the first ``number``, which are neither read as JSON nor asked for their format, but for the very
         first: it says in which format the others are."""
+        if not number:
+            yield from conversations(train_files)
+            return
         formats = Formats(plugins)
-        if number:
-            formats.turns(next(read(train_files)))
+        formats.turns(next(read(train_files)))
         with progress.task("passing over records", "records", number) as task:
             records = read(train_files, Passing(number, task.advance))
             following = next(records, None)

@@ -37,9 +37,18 @@ To reproduce it:
     make bench ARGS="steps --model DIR --data DIR"  # with a model and records of yours
     make bench ARGS="steps --peer trl"              # beside one other program alone; prints and keeps nothing
     make bench ARGS="steps -- --bf16"               # with more settings of sft run; prints and keeps nothing
+    python -m benchmarks.profiling --commit COMMIT  # where a step's seconds go, by the code of COMMIT and by this one
 
 Without `--model` and `--data` the model has SmolLM2-135M's shape (135 million parameters) and random weights, and the
 records are drawn from words of the demo, as long as those of AdvertiseGen are in SmolLM2's tokens.
+"""
+PROFILE = """\
+## Where a step's seconds go
+
+A packed row of at most 1,024 tokens, LoRA of rank 8 on every Linear of the blocks, by the code of an earlier commit and
+by that of the commit below. Each operation counts once, at the outermost place at which paddle's profiler sees it; a
+`GradNode` is the backward pass of what it is named after. The products with frozen weights are what a step cannot do
+without: the seconds that they would take are those at the speed of one product alone, without anything between.
 """
 
 
@@ -76,6 +85,8 @@ def page(results: Path) -> str:
         if pictures_of(name, found):
             lines += [f"![{found['title']}](../benchmarks/results/{one})" for one in pictures_of(name, found)] + [""]
         lines += [*(curves if name == "attention" else table)(found["cases"]), "", *provenance(found["cases"]), ""]
+    if (results / "profile.json").is_file():
+        lines += profile(json.loads((results / "profile.json").read_text(encoding="utf-8"))["cases"])
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -128,6 +139,39 @@ def curves(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
             rows.append(f"| {what} | {label} | {' | '.join(cells)} | {side['exponent']} | {side['peak_mib']:,} |")
             what = ""
     return rows
+
+
+def profile(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = [PROFILE]
+    for case in cases.values():
+        for name, side in case["sides"].items():
+            lines += [f"**{case['what']}, {name}**: {of_step(side)}.", "", "| operation | calls | ms | share |"]
+            lines.append("|---|--:|--:|--:|")
+            lines += [f"| `{row[0]}` | {row[1]} | {row[2]:,.0f} | {row[3]:.1f} % |" for row in shares(side, 12)]
+            lines.append("")
+    return [*lines, *provenance(cases), ""]
+
+
+def of_step(side: Mapping[str, Any]) -> str:
+    """What a profile says of the step as a whole."""
+    limit = side["gflop"] / side["speed"]
+    return (
+        f"a step of {side['tokens']:,} tokens, {side['targets']:,} of them targets, takes {side['seconds']:.2f} s "
+        f"({side['profiled']:.2f} s with the profiler); its products with frozen weights, {side['gflop']:.0f} GFLOP, "
+        f"would take {limit:.2f} s at {side['speed']:.0f} GFLOP/s"
+    )
+
+
+def shares(side: Mapping[str, Any], most: int) -> list[tuple[str, int | str, float, float]]:
+    """The operations that take longest, with their calls, milliseconds and shares in percent of the profiled step; then
+    all others, and what lies between operations."""
+    total, rows = 1000 * side["profiled"], side["rows"]
+    rest = sum(row[2] for row in rows[most:])
+    found: list[tuple[str, int | str, float]] = [(name, calls, spent) for name, calls, spent in rows[:most]]
+    if rows[most:]:
+        found.append((f"{len(rows) - most} others", sum(row[1] for row in rows[most:]), rest))
+    found.append(("between operations", "", total - sum(row[2] for row in rows)))
+    return [(name, calls, spent, 100 * spent / total) for name, calls, spent in found]
 
 
 def factor(ratio: Mapping[str, float] | None) -> str:

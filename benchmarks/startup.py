@@ -48,7 +48,10 @@ class Command(Side):
 
     def turn(self, order: Any = None) -> dict[str, Any]:
         began = time.perf_counter()
-        process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        except OSError as error:  # such as an environment that was moved: its programs name a Python that is gone
+            raise SideError(self.name, f"{self._command[0]} does not start ({error.strerror})") from error
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)

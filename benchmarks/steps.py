@@ -39,7 +39,6 @@ def cases() -> dict[str, str]:
         for kind, words in KINDS.items()
         for layout in ("packed", "padded")
         for dtype in ("float32", "bfloat16")
-        if layout == "packed" or kind == "lora"
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import re
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from benchmarks import attention, charts, figures, materials, packing, page, peers, startup
+from benchmarks import attention, charts, figures, materials, packing, page, peers, startup, steps
 from benchmarks.bench import Bench, told
 from benchmarks.turns import Side, SideError, alternate
 
@@ -164,6 +165,25 @@ def test_a_line_that_stops_early_has_no_point_there_and_says_why() -> None:
     assert len(elements(picture, "circle")) == 3
 
 
+def test_a_profile_says_each_share_and_what_the_products_alone_would_take() -> None:
+    rows = [[f"operation {number}", 2, 100.0 - number] for number in range(14)]
+    side = {
+        "tokens": 1000,
+        "targets": 600,
+        "seconds": 1.9,
+        "profiled": 2.0,
+        "gflop": 500.0,
+        "speed": 250.0,
+        "rows": rows,
+    }
+    found = page.shares({**side}, 12)
+    assert sum(share for *_, share in found) == pytest.approx(100)
+    assert found[0] == ("operation 0", 2, 100.0, 5.0)
+    assert found[12:] == [("2 others", 4, 175.0, 8.75), ("between operations", "", 2000 - 1309, pytest.approx(34.55))]
+    assert "takes 1.90 s (2.00 s with the profiler)" in page.of_step(side)
+    assert "500 GFLOP, would take 2.00 s at 250 GFLOP/s" in page.of_step(side)
+
+
 def measured(bench: Bench, name: str, case: str) -> dict[str, Any]:
     """What comes out of a case, measured once and without any peer."""
     module = importlib.import_module(f"benchmarks.{name}")
@@ -202,13 +222,26 @@ def test_a_peer_that_ends_early_is_left_out_with_its_reason(tmp_path: Path, monk
     assert result["sides"]["sft"]["median"] > 0
 
 
+def test_a_peer_whose_program_does_not_start_is_left_out_with_its_reason(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "trl").write_text("#!/no/such/python\n")
+    (tmp_path / "trl").chmod(0o755)
+    monkeypatch.setattr(peers, "python_of", lambda peer: str(tmp_path / "python"))
+    result = startup.measure(Bench(tmp_path, turns=1), "help")
+    assert result["sides"]["trl"] == {"failed": f"{tmp_path / 'trl'} does not start (No such file or directory)"}
+
+
+def test_steps_are_measured_in_each_kind_layout_and_type() -> None:
+    wanted = itertools.product(("lora", "full", "qlora"), ("packed", "padded"), ("float32", "bfloat16"))
+    assert set(steps.cases()) == {"-".join(one) for one in wanted}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "case", "figure"),
     [
         ("steps", "lora-packed-float32", "tokens/s"),
         ("steps", "qlora-packed-bfloat16", "tokens/s"),
-        ("steps", "full-packed-float32", "tokens/s"),
+        ("steps", "full-padded-float32", "tokens/s"),
         ("end_to_end", "lora-padded-float32", "seconds"),
         ("generation", "16-float32", None),
         ("quantizing", "quantize", "digest of codes"),
@@ -241,9 +274,10 @@ def test_the_profile_of_a_step_counts_each_piece_once(tmp_path: Path) -> None:
     model = materials.write_model(tmp_path / "model", layers=2)
     data = materials.write_records(tmp_path / "data", 12, model)
     command = [sys.executable, "-m", "benchmarks.profiling", "--model", str(model), "--data", str(data)]
+    command += ["--dtype", "float32"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     _, table = done.stdout.split("operation ", 1)
-    rows = [re.split(" {2,}", line) for line in table.replace(" %", "").splitlines()[1:]]
+    rows = [re.split(" {2,}", line) for line in table.partition("\n\n")[0].replace(" %", "").splitlines()[1:]]
     calls = {row[0]: row[1] for row in rows}
     assert (calls["rms_norm"], calls["attention"], calls["swiglu"], calls["rotate"]) == ("5", "2", "2", "4")
     assert sum(float(row[-1]) for row in rows) == pytest.approx(100, abs=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,31 @@ def test_low_rank_linear(kernels: sft.Kernels, bias: bool, made: str | None) -> 
         exact = wide["x"] @ (wide["weight"] + 0.7 * wide["a"] @ wide["b"]) + wide.get("bias", 0.0)
         near(y, exact)
         near(grads["x"], random(*y.shape, seed=3) @ (wide["weight"] + 0.7 * wide["a"] @ wide["b"]).T)
+
+
+@pytest.fixture
+def views(paddle: Any) -> Iterator[None]:
+    """Slices and transposes are views of the tensor that they are made of, as where a user sets the flag."""
+    before = paddle.get_flags("FLAGS_use_stride_kernel")
+    paddle.set_flags({"FLAGS_use_stride_kernel": True})
+    yield
+    paddle.set_flags(before)
+
+
+def test_weights_may_be_views_of_others(kernels: sft.Kernels, paddle: Any, views: None) -> None:
+    def computed(some: sft.Kernels) -> list[np.ndarray]:
+        wide, a, b = (paddle.to_tensor(random(*shape)) for shape in ((33, 40), (40, 6), (66, 3)))
+        scales, biases = paddle.to_tensor(random(80)), paddle.to_tensor(random(66))
+        for tensor in (scales, a, b):
+            tensor.stop_gradient = False
+        x = some.rms_norm(paddle.to_tensor(random(2, 9, 40)), scales[::2], 1e-5, 0.0)
+        y = some.low_rank_linear(x, wide.T, biases[::2], a[:, :3], b.T[:, ::2], 0.7)
+        assert not any(one.is_contiguous() for one in (scales[::2], wide.T, biases[::2], a[:, :3], b.T[:, ::2]))
+        (y * paddle.to_tensor(random(*y.shape, seed=3))).sum().backward()
+        return [y.numpy(), *(one.grad.numpy() for one in (scales, a, b))]
+
+    for found, expected in zip(computed(kernels), computed(sft.PLAIN), strict=True):
+        near(found, expected)
 
 
 def test_what_a_norm_made_is_not_kept(kernels: sft.Kernels, paddle: Any) -> None:

@@ -24,6 +24,7 @@ class NativeKernels(sft.Kernels):
     def rms_norm(self, x: Any, weight: Any, epsilon: float, offset: float) -> Any:
         if not fits(x, weight):
             return self._rest.rms_norm(x, weight, epsilon, offset)
+        weight = dense(weight)
         if learning(x, weight):
             x, rest, library = dense(x), self._rest, self._library
             kept = rest.kept(x)
@@ -67,6 +68,7 @@ class NativeKernels(sft.Kernels):
         base = [weight] if bias is None else [weight, bias]
         if self._rest.narrow or blas() is None or not fits(x, *base, a, b) or learning(*base):
             return self._rest.low_rank_linear(x, weight, bias, a, b, scaling)
+        weight, bias, a, b = (None if one is None else dense(one) for one in (weight, bias, a, b))
         parts, rows = (weight, bias, a, b, scaling), dense(x).reshape([-1, x.shape[-1]])
         if learning(x, a, b):
             y = LowRankLinear.apply(rows, *parts, self.remembered(x), self._library)

@@ -34,6 +34,7 @@ from benchmarks import figures, page, steps
 from benchmarks.bench import RESULTS, Bench, parted
 from benchmarks.turns import Side, Turns
 
+DTYPES = ("float32", "bfloat16")
 STEPS = 5
 """Steps that are run. The first one warms up, the last one is profiled, and those between say what a step takes."""
 PIECES = (
@@ -50,7 +51,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--commit", help="profile the code of this commit too, before that of this tree")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="only this one")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, action="append", help="only this one; of the other an earlier result stays"
+    )
     given = parser.parse_args(words)
     import sft
 
@@ -59,19 +62,21 @@ def main() -> None:
         scratch = Path(folder)
         bench = Bench(scratch, None, given.model, given.data, settings=settings)
         sources = {} if given.commit is None else {given.commit: installed(given.commit, scratch)}
-        for dtype in given.dtype or ("float32", "bfloat16"):
-            begun, found = figures.moment(), {}
+        for dtype in given.dtype or DTYPES:
+            begun, sides = figures.moment(), {}
             for name, source in {**sources, "this tree": None}.items():
-                found[name] = of_code(source, bench, dtype)
-                print(*told(f"LoRA, packed, {dtype}, {name}", found[name]), "", sep="\n", flush=True)
+                sides[name] = of_code(source, bench, dtype)
+                print(*told(f"LoRA, packed, {dtype}, {name}", sides[name]), "", sep="\n", flush=True)
             cases[dtype] = {"what": f"LoRA, packed, {dtype}", "model": describe(given.model), **begun,
-                            "machine": figures.machine(), "sides": found}  # fmt: skip
-    if given.commit is None or settings or given.dtype:
-        print("Nothing was kept: that takes --commit, with all types and without settings.")
+                            "machine": figures.machine(), "sides": sides}  # fmt: skip
+    if given.commit is None or settings:
+        print("Nothing was kept: that takes --commit, and no settings.")
         return
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps({"cases": cases}, indent=1, ensure_ascii=False)
-    (RESULTS / "profile.json").write_text(text + "\n", encoding="utf-8")
+    path = RESULTS / "profile.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.is_file() else {}
+    found = {**kept, **cases}
+    text = json.dumps({"cases": {dtype: found[dtype] for dtype in DTYPES if dtype in found}}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
     page.write(RESULTS)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from typing import Any
 
 import ml_dtypes
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 from no_onednn import Emulated
 
+from sft import runtime
 from sft.models import onednn as module
 
 
@@ -150,5 +154,22 @@ def test_why_it_is_not_used(paddle: Any, again: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "OneDNN", lambda library: OffByOne("bfloat16"))
     module._found.cache_clear()
     assert again() == "paddle's oneDNN computes bfloat16 products wrongly"
+    monkeypatch.setattr(module, "OneDNN", lambda library: Emulated())
+    monkeypatch.setattr(Emulated, "multiplies_bfloat16", False, raising=False)
+    module._found.cache_clear()
+    assert again() == (
+        "paddle's oneDNN does not use this processor's instructions for it (ONEDNN_MAX_CPU_ISA can forbid them)"
+    )
     monkeypatch.setattr("sft.runtime.cpu_flags", lambda: {"avx2"})
     assert again() == "this processor has neither avx512_bf16 nor amx_bf16"
+
+
+@pytest.mark.slow
+def test_instructions_that_the_environment_forbids_are_not_counted_on(onednn: module.OneDNN) -> None:
+    script = "from sft import runtime; runtime.prepare(); from sft.models.onednn import onednn; "
+    script += "print(onednn().multiplies_bfloat16)"
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    if "avx512_bf16" in runtime.cpu_flags() and not {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"} & set(os.environ):
+        assert onednn.multiplies_bfloat16

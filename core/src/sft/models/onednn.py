@@ -30,6 +30,7 @@ KEPT = 256
 """How many conversions, each for one number of values, are kept ready."""
 
 _BFLOAT16, _FLOAT32 = 2, 3  # dnnl_data_type_t
+_BFLOAT16_INSTRUCTIONS = 0x80  # what dnnl_cpu_isa_avx512_core_bf16 and all above it have, and none below
 _CPU, _IN_ORDER, _LINE = 1, 1, 2  # dnnl_engine_kind_t, dnnl_stream_flags_t, dnnl_format_tag_t "a"
 _SOURCE, _TARGET = 1, 17  # DNNL_ARG_FROM, DNNL_ARG_TO
 _Dims = c_int64 * 12
@@ -51,7 +52,11 @@ class OneDNNError(RuntimeError):
 
 
 class OneDNN:
-    """The functions of oneDNN that are used here. Matrices are row-major."""
+    """The functions of oneDNN that are used here. Matrices are row-major.
+
+    Attributes:
+        multiplies_bfloat16: Whether it uses instructions for that. Without them it takes fifty times as long.
+    """
 
     def __init__(self, library: Any) -> None:
         """Raises :class:`OneDNNError` where the library is another than this was written for."""
@@ -67,6 +72,7 @@ class OneDNN:
             )
         library.dnnl_memory_set_data_handle.argtypes = (c_void_p, c_void_p)
         library.dnnl_primitive_execute.argtypes = (c_void_p, c_void_p, c_int, c_void_p)
+        self.multiplies_bfloat16 = bool(library.dnnl_get_effective_cpu_isa() & _BFLOAT16_INSTRUCTIONS)
         self._engine, self._stream = c_void_p(), c_void_p()
         _check(library.dnnl_engine_create(byref(self._engine), _CPU, c_size_t(0)))
         _check(library.dnnl_stream_create(byref(self._stream), self._engine, _IN_ORDER))
@@ -227,7 +233,9 @@ def why_not() -> str | None:
     if not set(FEATURES) & runtime.cpu_flags():
         return f"this processor has neither {' nor '.join(FEATURES)}"
     try:
-        onednn()
+        found = onednn()
     except OneDNNError as error:
         return str(error)
+    if not found.multiplies_bfloat16:
+        return "paddle's oneDNN does not use this processor's instructions for it (ONEDNN_MAX_CPU_ISA can forbid them)"
     return None

@@ -56,7 +56,7 @@ format: .venv/installed-dev ## Put the code into the house format
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-bench: .venv/installed-$(DEVICE) ## Run the benchmarks beside other programs: about two hours; ARGS="steps" runs one
+bench: .venv/installed-$(DEVICE) ## Run the benchmarks beside other programs: two to three hours; ARGS="steps" runs one
 	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: .venv/installed-$(DEVICE) ## Generate the reference pages in docs/, and the picture of the floors

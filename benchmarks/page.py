@@ -32,7 +32,7 @@ ratios turn by turn, and above 1 sft is ahead. Memory is the largest resident me
 
 To reproduce it:
 
-    make bench                                      # everything: about two hours on two idle cores
+    make bench                                      # everything: two to three hours on two idle cores
     make bench ARGS="steps --case 'lora-*'"         # one benchmark, some of its cases
     make bench ARGS="steps --model DIR --data DIR"  # with a model and records of yours
     make bench ARGS="steps --peer trl"              # beside one other program alone; prints and keeps nothing

@@ -311,9 +311,10 @@ def arithmetic() -> dict[str, Any]:
         "mkl_path": mkl_path(),
         "denormals": "zero" if control is not None and control[7] & _FLUSH == _FLUSH else "kept",
     }
+    variables = ["OMP_THREAD_LIMIT", "MKL_DYNAMIC", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"]
     if found["device"].startswith("gpu"):
         found["gpu"] = paddle.device.cuda.get_device_name()
-    variables = ("OMP_THREAD_LIMIT", "MKL_DYNAMIC", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", _TF32)
+        variables.append(_TF32)
     return {**found, **{name: os.environ[name] for name in variables if name in os.environ}}
 
 

@@ -98,6 +98,40 @@ def test_a_run_on_a_cpu_has_it_until_it_is_switched_off(adapt: Callable[..., sft
     assert adapt(plugin=["no:fast-cpu"]).model.kernels is sft.PLAIN
 
 
+def test_a_resumed_run_says_where_other_native_code_computes(
+    train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The level is part of a run's arithmetic: vectors of other lengths add up in another order."""
+    from sft_kernels_cpu import library
+
+    level = library.native().level
+    train("first", max_steps=1, save_strategy="steps", save_steps=1)
+    assert json.loads((tmp_path / "first" / "run.json").read_text())["arithmetic"]["native_code"] == level
+
+    def notes(**settings: Any) -> list[str]:
+        said: list[str] = []
+        checkpoint = str(tmp_path / "first" / "checkpoint-1")
+        fixed = {"max_steps": 2, "resume_from_checkpoint": checkpoint, "overwrite_output_dir": True}
+        train("next", say=said.append, **fixed, **settings)
+        return [line for line in said if "another arithmetic" in line]
+
+    def note(now: str) -> str:
+        return (
+            f"note: checkpoint-1 was computed with another arithmetic, native_code {level} (now {now}); what follows "
+            "may differ in its last digits from what that run would have computed"
+        )
+
+    assert notes() == []
+    assert notes(plugin=["no:fast-cpu"]) == [note("unset")]
+    with pytest.raises(sft.UsageError, match=rf"another arithmetic, native_code {level} \(now unset\); resume with"):
+        notes(plugin=["no:fast-cpu"], deterministic=True)
+    other = next(name for name in reversed(library.LEVELS) if name != level)
+    found = library.native(other)
+    if not isinstance(found, str):
+        monkeypatch.setattr(library, "native", lambda: found)
+        assert notes() == [note(other)]
+
+
 def test_without_native_code_a_run_says_so_and_goes_on(
     train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -48,10 +49,13 @@ class Kernels:
         narrow: Whether products round their factors to 16 bits, whatever they are held in.
         skips_masked: Whether time and memory of :meth:`attention` follow what is seen, and not the square of a row's
             length. (Here they do but for 16 bits on a GPU, for which there are plugins.)
+        arithmetic: What the last bits of the results depend on beside device, threads and precision, by a name for
+            ``run.json``; a resumed run says where it differs.
     """
 
     narrow = False
     skips_masked = True
+    arithmetic: Mapping[str, str] = MappingProxyType({})
     _made: tuple[weakref.ref[Any], int, tuple[Callable[..., Any], tuple[Any, ...]]] | None = None
 
     def rms_norm(self, x: Any, weight: Any, epsilon: float, offset: float) -> Any:

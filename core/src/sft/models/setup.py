@@ -48,7 +48,9 @@ def set_up(run: CoreRun) -> None:
         raise UsageError("Nothing trains: the active plugins left no trainable parameter.")
     run.sizes = count, total = sizes(dict(run.strategy.parameters(run.model)), run.model)
     run.strategy.connect(run.model)
-    use_kernels(run.model, kernels_for(run.plugins, run, run.precision))
+    kernels = kernels_for(run.plugins, run, run.precision)
+    use_kernels(run.model, kernels)
+    run.arithmetic.update(kernels.arithmetic)
     held = held_by(run.plugins.provider("sft_quantizer"), run.model)
     run.say(f"model: {total:,} parameters, {count:,} train ({100 * count / total:.2f} %){held}")
 

@@ -20,6 +20,7 @@ class NativeKernels(sft.Kernels):
 
     def __init__(self, library: Any, rest: Any = sft.PLAIN) -> None:
         self._library, self._rest = library, rest
+        self.arithmetic = {**rest.arithmetic, "native_code": library.level}
 
     def rms_norm(self, x: Any, weight: Any, epsilon: float, offset: float) -> Any:
         if not fits(x, weight):

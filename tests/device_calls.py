@@ -1,7 +1,8 @@
 """What a step asks of a device: the kernels that it launches, and how often it waits for an answer.
 
-Kernels are counted by paddle's profiler, backward included. A wait is a value that Python reads out of a tensor, or a
-kernel that reads one itself because the shape of its result depends on it. Both are the same on a CPU, where waiting
+Kernels are counted by paddle's profiler, backward included. A wait is a value that Python reads out of a tensor, a
+gradient that it sets (paddle copies it at once; ``grad_`` takes it as it is), or a kernel that reads a value itself
+because the shape of its result depends on it. All are the same on a CPU, where waiting
 costs nothing, and on a GPU, where it empties the queue of kernels.
 """
 
@@ -43,9 +44,10 @@ def counted(paddle: Any) -> Iterator[Calls]:
     def watched(method: Any) -> Any:
         @functools.wraps(method)
         def read(*arguments: Any, **more: Any) -> Any:
-            if getattr(reading, "now", False):  # float() calls item(), and so on: one wait
+            # float() calls item(), and so on: one wait. And a gradient that is set to nothing is not waited for.
+            if getattr(reading, "now", False) or (isinstance(arguments[0], Grad) and arguments[-1] is None):
                 return method(*arguments, **more)
-            frame = traceback.extract_stack(limit=2)[0]
+            frame = next(one for one in reversed(traceback.extract_stack(limit=3)[:-1]) if one.name != "__setattr__")
             calls.waits.append(f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}")
             reading.now = True
             try:
@@ -55,10 +57,19 @@ def counted(paddle: Any) -> Iterator[Calls]:
 
         return read
 
-    methods = {name: getattr(paddle.Tensor, name) for name in READERS}
+    methods = {name: getattr(paddle.Tensor, name) for name in (*READERS, "grad")}
+    grad = methods["grad"]
+
+    class Grad:
+        def __get__(self, tensor: Any, kind: Any = None) -> Any:
+            return grad.__get__(tensor, kind)
+
+        __set__ = watched(lambda self, tensor, value: grad.__set__(tensor, value))
+
     recorder = profiler.Profiler(targets=[profiler.ProfilerTarget.CPU], on_trace_ready=lambda _: None)
-    for name, method in methods.items():
-        setattr(paddle.Tensor, name, watched(method))
+    for name in READERS:
+        setattr(paddle.Tensor, name, watched(methods[name]))
+    paddle.Tensor.grad = Grad()
     try:
         recorder.start()
         yield calls

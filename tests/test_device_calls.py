@@ -22,12 +22,16 @@ WAITS = 2
 
 
 def test_what_counts_as_a_wait(paddle: Any) -> None:  # noqa: F811
-    x = paddle.to_tensor([1.0, 0.0, 2.0])
+    x, weight = paddle.to_tensor([1.0, 0.0, 2.0]), paddle.create_parameter([3], "float32")
     with counted(paddle) as calls:
+        weight.grad_ = x * 2
+        weight.grad.scale_(2.0)
+        weight.grad = None
+        weight.grad = x
         float(x[0]), x.numpy(), x.tolist(), np.asarray(x), bool(x[0] > 0), x[0].item()
         paddle.nonzero(x)
         (x * 2).sum()
-    assert [wait.rpartition(" ")[2] for wait in calls.waits] == ["test_what_counts_as_a_wait"] * 6 + ["nonzero"]
+    assert [wait.rpartition(" ")[2] for wait in calls.waits] == ["test_what_counts_as_a_wait"] * 7 + ["nonzero"]
     assert calls.kernels["sum"] == calls.kernels["nonzero"] == 1
 
 
@@ -69,6 +73,20 @@ def test_a_logged_step_waits_no_longer(of_a_step: Callable[..., Calls]) -> None:
     assert len(of_a_step(logging_steps=1).waits) <= WAITS
 
 
+def test_sums_of_16_bit_gradients_wait_for_nothing(paddle: Any) -> None:  # noqa: F811
+    from sft.training.wide_sums import WideSums
+
+    weight = paddle.base.framework.EagerParamBase.from_tensor(paddle.ones([4]).astype("bfloat16"))
+    weight.stop_gradient = False
+    sums = WideSums([weight])
+    with counted(paddle) as calls:
+        for _ in range(3):
+            with sums.backward():
+                (weight * 2).sum().backward()
+    assert calls.waits == []
+    assert weight.grad.tolist() == [6.0] * 4
+
+
 def test_a_mixture_of_experts_waits_once_a_layer(paddle: Any) -> None:  # noqa: F811
     """For how many tokens each expert has; backward knows."""
     experts = [paddle.nn.Linear(8, 8) for _ in range(5)]
@@ -80,7 +98,7 @@ def test_a_mixture_of_experts_waits_once_a_layer(paddle: Any) -> None:  # noqa: 
     assert len(calls.waits) == 1, calls.waits
 
 
-LAYER = {"full": 194, "lora": 242}
+LAYER = {"full": 190, "lora": 228}
 """Kernels of a layer of Llama on a CPU, forward, backward and optimizer's step, without recompute."""
 
 
@@ -94,6 +112,5 @@ def test_the_kernels_of_a_layer(of_a_step: Callable[..., Calls], tmp_path: Path,
     for layers in (2, 4):
         model = make_model(tmp_path / f"model-{layers}", num_hidden_layers=layers)
         each.append(of_a_step(f"out-{layers}", model_name_or_path=str(model), plugin=plugins).kernels)
-    more = each[1] - each[0]
-    assert not each[0] - each[1]
-    assert more.total() <= 2 * LAYER[technique], more.most_common()
+    more = each[1].total() - each[0].total()
+    assert more <= 2 * LAYER[technique], (each[1] - each[0]).most_common()

@@ -175,6 +175,57 @@ def test_all_are_stepped_by_a_call_for_each_group(paddle: Any, monkeypatch: pyte
     assert calls == [2, 1] * 2
 
 
+def test_gradients_are_scaled_in_calls_of_so_many(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's kernel has room for 6,143 in a call, and adapters on a mixture of experts have more."""
+    from sft.training import optimizer as module
+
+    calls: list[int] = []
+    scale = paddle._C_ops.check_finite_and_unscale_
+    monkeypatch.setattr(
+        paddle._C_ops, "check_finite_and_unscale_", lambda many, by: (calls.append(len(many)), scale(many, by))
+    )
+    monkeypatch.setattr(module, "TENSORS", 2)
+    optimizer, gradients = (
+        module.Optimizer(module.default_groups(parameters_of(paddle), 0.1), TrainingArguments()),
+        gradients_of(1),
+    )
+    for name, parameter in optimizer.parameters.items():
+        parameter.grad = paddle.to_tensor(gradients[name][0])
+    optimizer.step(0.1, 0.5)
+    assert calls == [2, 1]
+    for name, (gradient, *_) in gradients.items():
+        np.testing.assert_allclose(optimizer.state()[f"{name}.moment1"], 0.05 * gradient, rtol=1e-6)
+
+
+def test_gradients_that_are_views_of_a_buffer(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those are on a GPU that data ranks have summed together: its fused kernel reads four values at a time, and
+    looks whether it can at all its tensors but the gradients."""
+    from sft.training.optimizer import Optimizer, default_groups
+
+    def at(tensor: Any) -> int:
+        return int(tensor.data_ptr() % 16)
+
+    places: list[int] = []
+    step = paddle._C_ops.fused_adam_
+    monkeypatch.setattr(
+        paddle._C_ops, "fused_adam_", lambda one, two, *more: (places.extend(map(at, two)), step(one, two, *more))
+    )
+    whole, views = parameters_of(paddle), parameters_of(paddle)
+    for parameters in (whole, views):
+        optimizer = Optimizer(default_groups(parameters, 0.1), TrainingArguments())
+        for name, (gradient, *_) in gradients_of(1).items():
+            value = paddle.to_tensor(gradient)
+            flat = paddle.concat([paddle.zeros([1]), value.reshape([-1])])
+            parameters[name].grad_ = (
+                flat._slice(1, flat.shape[0]).reshape(value.shape) if parameters is views else value
+            )
+            assert (at(parameters[name].grad) > 0) == (parameters is views)
+        optimizer.step(0.1, 0.5)
+    assert places == [0] * 6
+    for name in SHAPES:
+        assert whole[name].numpy().tobytes() == views[name].numpy().tobytes()
+
+
 def test_bit_by_bit_what_paddles_optimizer_does(paddle: Any) -> None:
     from sft.training.optimizer import Optimizer, default_groups
 
@@ -386,6 +437,28 @@ def test_clipping_is_by_the_global_norm(paddle: Any, max_norm: float) -> None:
     for name in parameters:
         expected = 0.1 * gradients[name][0] * factor
         np.testing.assert_allclose(optimizer.state()[f"{name}.moment1"], expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(("few", "lot", "calls"), [(16384, 1 << 20, 2), (16384, 200, 3), (0, 1 << 20, 9)])
+def test_small_gradients_are_measured_together(
+    paddle: Any, monkeypatch: pytest.MonkeyPatch, few: int, lot: int, calls: int
+) -> None:
+    """And one of 20,000 values alone: ``calls`` parts, of which each has 1e-7."""
+    from sft.training import strategy
+
+    monkeypatch.setattr(strategy, "FEW", few)
+    monkeypatch.setattr(strategy, "LOT", lot)
+    own, measured = strategy._squared, []
+    monkeypatch.setattr(strategy, "_squared", lambda part: (measured.append(part.size), own(part))[1])
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal(shape).astype(np.float32) for shape in [(8, 9)] * 4 + [(20, 1000)] + [(7,)] * 4]
+    parameters = [paddle.create_parameter(value.shape, "float32") for value in values]
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.grad = paddle.to_tensor(value)
+    found = strategy.squared_gradients(parameters)
+    assert len(measured) == calls
+    assert sum(measured) == sum(value.size for value in values)
+    assert found == pytest.approx(sum((value.astype(np.float64) ** 2).sum() for value in values), rel=3e-7)
 
 
 def test_without_gradients_the_norm_is_zero(paddle: Any) -> None:

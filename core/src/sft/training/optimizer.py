@@ -98,10 +98,11 @@ class Optimizer:
 
     def _step(self, rate: float, factor: float) -> None:
         self._make_state()
-        gradients = {n: p.grad.astype("float32") for n, p in self.parameters.items() if p.grad is not None}
-        if factor != 1.0 and gradients:
-            # paddle's loss scaling, all in one call: it divides.
-            paddle._C_ops.check_finite_and_unscale_(list(gradients.values()), paddle.full([1], 1.0 / factor))
+        gradients = {n: _aligned(p.grad.astype("float32")) for n, p in self.parameters.items() if p.grad is not None}
+        if factor != 1.0:
+            scaled, inverse = list(gradients.values()), paddle.full([1], 1.0 / factor)
+            for start in range(0, len(scaled), TENSORS):  # paddle's loss scaling, many in a call: it divides
+                paddle._C_ops.check_finite_and_unscale_(scaled[start : start + TENSORS], inverse)
         for group in self._groups:
             together: dict[tuple[float, int], list[str]] = {}
             for name in group.parameters:
@@ -112,7 +113,7 @@ class Optimizer:
                 self._ages.update(dict.fromkeys(names, (began, steps + 1)))
         for name in gradients:
             if self._stepped[name] is not self.parameters[name]:
-                self.parameters[name].set_value(self._stepped[name].astype(self.parameters[name].dtype))
+                paddle.assign(self._stepped[name].astype(self.parameters[name].dtype), self.parameters[name])
 
     def _apply(self, names: list[str], gradients: dict[str, Any], rate: float, decay: float) -> None:
         """One step of parameters that have been stepped equally often."""
@@ -178,6 +179,14 @@ class Optimizer:
 
 CHUNK = 1 << 16
 """Values that a block of a GPU steps at a time, as paddle's own default is."""
+TENSORS = 4096
+"""Tensors that are scaled in a call. A GPU's kernel has a number for each in its shared memory, which holds 6,143."""
+
+
+def _aligned(gradient: Any) -> Any:
+    """``gradient``, from where four values of a GPU's memory can be read at a time. paddle's fused AdamW reads so, and
+    looks whether it can at all its tensors but these, which may be views of a buffer."""
+    return gradient if gradient.data_ptr() % 16 == 0 else gradient.clone()
 
 
 def _master(parameter: Any) -> Any:

@@ -85,19 +85,46 @@ class SingleProcess(WholeModel):
 def squared_gradients(parameters: Iterable[Any]) -> float:
     """The sum of the squares of all gradients of ``parameters``; those without one count as zero.
 
-    The device is asked once. A GPU has one call for each gradient, and adds its float32 squares in a tree.
+    The device is asked once, and has one call for each large gradient, and for small ones together as many as LOT
+    values hold. A GPU adds its float32 squares in a tree.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return 0.0
     with beside(gradients[0]):
-        return float(paddle.concat([_squared(gradient).astype("float64") for gradient in gradients]).sum())
+        few = FEW if gradients[0].place.is_cpu_place() else SMALL
+        sums = [_squared(gradient) for gradient in _joined(gradients, few)]
+        return float(paddle.concat(sums).sum())
+
+
+SMALL = 1 << 18
+"""Values of a gradient that a GPU copies in less time than a call takes."""
+LOT = 1 << 20
+"""Values that are copied together."""
+
+
+def _joined(gradients: Iterable[Any], few: int) -> Iterator[Any]:
+    """``gradients``, those of at most ``few`` values put together."""
+    small: list[Any] = []
+    size = 0
+    for gradient in gradients:
+        own = math.prod(gradient.shape)
+        if own > few:
+            yield gradient
+            continue
+        if size + own > LOT:
+            yield paddle.concat(small)
+            small, size = [], 0
+        small.append(gradient.reshape([-1]).astype("float32"))
+        size += own
+    if small:
+        yield small[0] if len(small) == 1 else paddle.concat(small)
 
 
 def _squared(gradient: Any) -> Any:
-    """The sum of the squares, [1]."""
+    """The sum of the squares, float64 [1]."""
     if not gradient.place.is_cpu_place():
-        return paddle._C_ops.squared_l2_norm(gradient.astype("float32"))
+        return paddle._C_ops.squared_l2_norm(gradient.astype("float32")).astype("float64")
     if math.prod(gradient.shape) <= FEW:
         return paddle._C_ops.squared_l2_norm(gradient.astype("float64"))
-    return row_sums(gradient.astype("float32").square().reshape([1, -1])).reshape([1])
+    return row_sums(gradient.astype("float32").square().reshape([1, -1])).reshape([1]).astype("float64")

@@ -32,7 +32,7 @@ class WideSums:
         yield
         for parameter in self._narrow:
             if id(parameter) in self._sums:
-                parameter.grad = self._sums.pop(id(parameter))
+                parameter.grad_ = self._sums.pop(id(parameter))  # to ``grad`` paddle copies, and waits for the device
 
     @paddle.no_grad()
     def _add(self, parameter: Any) -> None:

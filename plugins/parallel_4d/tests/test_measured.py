@@ -63,6 +63,43 @@ def case_of(*case: Any) -> Any:
     return pytest.param(*case, marks=[needs(*settings.get("plugin", [])), *([] if is_quick else [pytest.mark.slow])])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "axis", "a_layer"),
+    [
+        ({}, "data", 0),
+        ({"sharding": "stage1"}, "sharding", 0),
+        ({"sharding": "stage2"}, "sharding", 0),
+        # Each of two micro-batches gathers a block's matrices before it goes forward and before it goes backward.
+        ({"sharding": "stage3"}, "sharding", 4),
+        pytest.param({"sharding": "stage3", **LORA}, "sharding", 4, marks=needs("lora")),
+        (TENSOR | {"sharding": "stage1"}, "sharding", 0),
+    ],
+    ids=["data", "stage1", "stage2", "stage3", "stage3-lora", "tensor-stage1"],
+)
+def test_collectives_do_not_grow_with_the_number_of_tensors(
+    model_of: Callable[..., Path], models: Path, tmp_path: Path, settings: dict[str, Any], axis: str, a_layer: int
+) -> None:
+    write_data(tmp_path, [{"src": "one", "tgt": "two"}] * 64)
+    calls = []
+    for layers in (2, 6):
+        fixed = {
+            "model_name_or_path": str(model_of("llama", num_hidden_layers=layers)),
+            "tokenizer_name_or_path": str(models / "llama-tied-gqa"),
+            "dataset_name_or_path": str(tmp_path),
+            "output_dir": str(tmp_path / f"out-{layers}"),
+            "max_length": 64,
+            "gradient_accumulation_steps": 2,
+        }
+        plain = {"plugin": [*settings.get("plugin", []), *PLAIN]}
+        ranks = run_ranks(
+            4 if TENSOR.keys() <= settings.keys() else 2, "measuring:train", {**fixed, **settings, **plain}, 1, 32
+        )
+        calls.append(ranks[0].value["calls"][axis])
+    assert calls[1] - calls[0] == 4 * a_layer, calls
+    assert calls[0] - 2 * a_layer < 12
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "settings", "plan"),
     [case_of(*case) for case in CASES],

@@ -172,7 +172,8 @@ def test_shards_divide_what_their_stage_divides(outline_of: Callable[..., Outlin
         assert held.parameters == (2 * size.values if stage < 3 else 2 * vectors)
         assert held.pieces == 2 * size.values / 4
         assert held.gradients == (4 * size.values if stage == 1 else 2 * held.pieces)
-        assert held.passing == 6 * 512 * 64  # the embedding's gradient, as backward gives it and as it is added
+        # The embedding's gradient, as backward gives it and as it is added; or all, which fit into one buffer.
+        assert held.passing == (6 * 512 * 64 if stage == 1 else 4 * size.values)
         assert held.optimizer == 12 * size.values / 4 + (whole.optimizer - 12 * size.values)
 
 

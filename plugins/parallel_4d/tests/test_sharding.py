@@ -19,9 +19,9 @@ class Noting(Axis):
         super().__init__(0, None)
         self.types: set[str] = set()
 
-    def sum_own(self, tensor: Any, dimension: int) -> Any:
+    def sum_own(self, tensor: Any, dimension: int, spoil: bool = False) -> Any:
         self.types.add(str(tensor.dtype))
-        return super().sum_own(tensor, dimension)
+        return super().sum_own(tensor, dimension, spoil)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -29,7 +29,13 @@ def test_16_bit_gradients_add_up_in_float32_over_micro_batches_and_ranks(paddle:
     """In stage 2 after each micro-batch, in stage 1 after the last one: 40 gradients near 1, against float64. In
     bfloat16 they would be off by 1e-2."""
     axis, reduced = Noting(), []
-    shards = Shards(axis, stage, False, lambda parameter, gradient: reduced.append(str(gradient.dtype)))
+
+    def reduce(pairs: Any) -> Any:
+        for parameter, gradient in pairs:
+            reduced.append(str(gradient.dtype))
+            yield parameter, gradient
+
+    shards = Shards(axis, stage, False, reduce)
     parameter = paddle.base.framework.EagerParamBase.from_tensor(paddle.ones([6]).astype("bfloat16"))
     parameter.stop_gradient = False
     shards.watch([parameter])
@@ -39,8 +45,9 @@ def test_16_bit_gradients_add_up_in_float32_over_micro_batches_and_ranks(paddle:
     for gradient in gradients:
         with sums.backward():
             (parameter * gradient).sum().backward()
+        shards.flush()
     if shards.waits(parameter):
-        shards.collect(parameter)
+        shards.collect([parameter])
     piece = shards.piece(parameter)
     assert (piece.dtype, piece.grad.dtype, parameter.grad) == (paddle.bfloat16, paddle.float32, None)
     np.testing.assert_allclose(piece.grad.numpy(), sum(g.astype("float64").numpy() for g in gradients), rtol=1e-6)

@@ -7,6 +7,7 @@ from functools import cache
 
 from sft_parallel_4d import activations
 from sft_parallel_4d.activations import Shape
+from sft_parallel_4d.lots import BUCKET
 from sft_parallel_4d.model_size import Division, Precision, Stage, stages
 from sft_parallel_4d.outline import Outline
 from sft_parallel_4d.plans import Plan
@@ -39,7 +40,9 @@ class Held:
     gradients: int
     """Of what is stepped, when backward has ended."""
     passing: int
-    """Beside them in backward: the largest gradient on its way into its sum."""
+    """Beside them in backward: gradients on their way into sums."""
+    waiting: int = 0
+    """Of these, at most, small ones that wait to become pieces together."""
 
 
 class Calculator:
@@ -81,15 +84,18 @@ class Calculator:
     def held(self, plan: Plan, stage: Stage) -> Held:
         """What a rank of ``stage`` holds whatever it computes."""
         size = stage.size
-        parameters, pieces, gradients, passing = size.weights, 0, size.gradients, size.widening
+        parameters, pieces, gradients, passing, waiting = size.weights, 0, size.gradients, size.widening, 0
         if plan.stage:
             pieces = size.pieces
         if plan.stage == 3:
             parameters, pieces = parameters - size.matrices, pieces + size.frozen_pieces
         if plan.stage >= 2:
             late = stage.late
-            gradients, passing = size.piece_gradients - late.piece_gradients + late.gradients, size.passing
-        return Held(parameters, pieces, size.optimizer, gradients, passing)
+            waiting = min(BUCKET, size.gradients - late.gradients)
+            gradients = size.piece_gradients - late.piece_gradients + late.gradients
+            # A full buffer is copied, or meets a gradient that does not wait, in the midst of backward.
+            passing = waiting if waiting < BUCKET else waiting + max(waiting, size.passing)
+        return Held(parameters, pieces, size.optimizer, gradients, passing, waiting)
 
     def rank(self, plan: Plan, number: int, stage: Stage) -> Memory:
         """A rank of pipeline stage ``number``."""
@@ -107,6 +113,7 @@ class Calculator:
         beyond = extra
         if plan.recompute:  # a block goes forward when the gradient of its output is there
             beyond = max(block + extra, attending + upstream)
+        beyond = max(beyond, min(BUCKET, whole_block))  # matrices of a block come in a buffer
         if not stage.last:  # that gradient has been received, and paddle's backward begins with a copy
             beyond += upstream
         last = activations.last_kept(outline, shape, precision) if stage.last else 0
@@ -130,11 +137,13 @@ class Calculator:
         stepping = 4 * size.stepped  # squared for the norm, or given to the master
         stepped = size.gradients if not plan.stage else size.piece_gradients
         if plan.stage == 1:
-            moments["pieces of gradients"] = size.gradients + (size.piece_gradients if on_device else 0)
+            moments["pieces of gradients"] = size.gradients + max(min(BUCKET, size.gradients), 4 * size.stepped)
+        elif plan.stage:
+            moments["pieces of gradients"] = (before and held.gradients) + 2 * held.waiting
         if on_device:
             moments["step"] = stepped + stepping
         if plan.stage in (1, 2):
-            moments["spread"] = 2 * size.largest
+            moments["spread"] = 2 * max(size.largest, min(BUCKET, size.pieces * plan.sharding))
         aside = held.pieces + held.optimizer
         return Memory(
             held.parameters + (held.pieces if on_device else 0) + max(whole_block, whole_head),

@@ -2,8 +2,9 @@
 
 A parameter is cut, in memory order, into as many pieces as the axis has processes (the last ones padded with zeros).
 Each process steps its own pieces: AdamW goes value by value, so this changes nothing. In stage 1 gradients are summed
-to the pieces after the last micro-batch, in stage 2 as soon as backward has each of them, always in float32, and in
-stage 3 matrices exist whole only while their block (or the embedding, or lm_head) computes.
+to the pieces after the last micro-batch, in stage 2 as soon as backward has each of them, or of small ones as many as a
+buffer holds, always in float32. In stage 3 matrices exist whole only while their block (or the embedding, or lm_head)
+computes.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from typing import Any
 import paddle
 from paddle.base.framework import EagerParamBase
 
+from sft_parallel_4d.lots import BUCKET, Pairs, is_small, size_in_bytes
 from sft_parallel_4d.topology import Axis
 
 
 class Shards:
-    """The pieces of one process. ``reduce`` adds up the summands of other axes of a whole gradient, in place."""
+    """The pieces of one process. ``reduce`` adds up the summands of other axes of whole gradients: it takes and gives
+    parameters, each with its flat gradient."""
 
-    def __init__(self, axis: Axis, stage: int, offload: bool, reduce: Callable[[Any, Any], None]) -> None:
+    def __init__(self, axis: Axis, stage: int, offload: bool, reduce: Callable[[Pairs], Pairs]) -> None:
         self._axis, self.stage, self._offload, self._reduce = axis, stage, offload, reduce
         self._pieces: dict[int, Any] = {}
         self._whole: list[Any] = []
@@ -30,6 +33,9 @@ class Shards:
         self._late: Set[int] = frozenset()
         self.goes_back = False
         """Whether backward is under way."""
+        self._waiting: list[tuple[Any, Any]] = []
+        """Parameters, and small gradients of theirs on their way to pieces."""
+        self._waiting_bytes = 0
 
     # --- where values are ---
 
@@ -53,8 +59,13 @@ class Shards:
         """The parameter's whole value."""
         if not self.takes(parameter) or parameter._is_initialized():
             return parameter
-        flat = self._axis.gather(here(self._pieces[id(parameter)]).detach(), 0)
-        return flat[: _size(parameter)].reshape(parameter.shape)
+        return _shaped(self._axis.gather(here(self._pieces[id(parameter)]).detach(), 0), parameter)
+
+    def _fetched(self, parameters: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """Each of ``parameters`` with its whole value, put together from pieces."""
+        pairs = ((parameter, here(self._pieces[id(parameter)]).detach()) for parameter in parameters)
+        for parameter, flat in self._axis.gathers(pairs):
+            yield parameter, _shaped(flat, parameter)
 
     def piece(self, parameter: Any) -> Any:
         """What is stepped for ``parameter``; made from its value if there is none yet."""
@@ -70,15 +81,14 @@ class Shards:
     def _length(self, parameter: Any) -> int:
         return -(-_size(parameter) // self._axis.size)
 
-    def _flat(self, value: Any) -> Any:
-        """``value`` flat, with zeros up to a multiple of the axis."""
-        flat = value.reshape([-1])
+    def _padded(self, flat: Any) -> Any:
+        """``flat`` with zeros up to a multiple of the axis."""
         missing = -flat.shape[0] % self._axis.size
         return paddle.concat([flat, paddle.zeros([missing], dtype=flat.dtype)]) if missing else flat
 
     @paddle.no_grad()
     def _cut(self, value: Any) -> Any:
-        return self._axis.own(self._flat(value), 0).clone()
+        return self._axis.own(self._padded(value.reshape([-1])), 0).clone()
 
     def resting(self, tensor: Any) -> Any:
         return tensor.cpu() if self._offload else tensor
@@ -92,34 +102,49 @@ class Shards:
         for parameter in parameters:
             self.piece(parameter)
             if not self.waits(parameter):
-                parameter._register_backward_hook(lambda *_, p=parameter: self.collect(p))
+                parameter._register_backward_hook(lambda *_, p=parameter: self._take(p))
 
     def waits(self, parameter: Any) -> bool:
         """Whether the parameter's gradient stays whole until the last micro-batch is through."""
         return self.stage == 1 or id(parameter) in self._late
 
     @paddle.no_grad()
-    def collect(self, parameter: Any) -> None:
-        """Sum the gradient over the axis; the piece has its part of it, and the whole is gone."""
-        gradient, piece = parameter.grad, self._pieces[id(parameter)]
-        if gradient is None:
-            gradient = paddle.zeros(parameter.shape, dtype="float32")
-        gradient = gradient.astype("float32")  # 16 bits would lose summands beside their sum
-        self._reduce(parameter, gradient)
-        part = self.resting(self._axis.sum_own(self._flat(gradient), 0))
-        parameter.clear_gradient(False)  # set_to_zero, which paddle ignores by name: it would keep zeros
-        if piece.grad is None:
-            piece.grad = part
-        else:
-            piece.grad.add_(part)
+    def _take(self, parameter: Any) -> None:
+        """Sum the gradient that backward has just made, with others if it is small."""
+        gradient = _taken(parameter)
+        if not is_small(gradient):
+            self._collect([(parameter, gradient)])
+            return
+        if self._waiting_bytes + size_in_bytes(gradient) > BUCKET:
+            self.flush()
+        self._waiting.append((parameter, gradient))
+        self._waiting_bytes += size_in_bytes(gradient)
+
+    @paddle.no_grad()
+    def flush(self) -> None:
+        """Sum what waits for more, after the backward pass of a micro-batch."""
+        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        self._collect(_each(waiting))
+
+    @paddle.no_grad()
+    def collect(self, parameters: Iterable[Any]) -> None:
+        """Sum the gradients of ``parameters`` over the axis; their pieces have their parts, and the whole is gone."""
+        self._collect((parameter, _taken(parameter)) for parameter in parameters)
+
+    def _collect(self, gradients: Pairs) -> None:
+        flat = ((parameter, self._padded(gradient)) for parameter, gradient in self._reduce(gradients))
+        for parameter, part in self._axis.sums_own(flat):
+            piece, own = self._pieces[id(parameter)], self.resting(part)
+            if piece.grad is None:
+                piece.grad_ = own  # to ``grad`` paddle copies, and waits for the device
+            else:
+                piece.grad.add_(own)
 
     @paddle.no_grad()
     def spread(self, parameters: Iterable[Any]) -> None:
         """After a step: parameters that are whole here get all new values."""
-        for parameter in parameters:
-            if not self.takes(parameter):
-                flat = self._axis.gather(here(self._pieces[id(parameter)]).detach(), 0)
-                parameter.set_value(flat[: _size(parameter)].reshape(parameter.shape))
+        for parameter, value in self._fetched(p for p in parameters if not self.takes(p)):
+            paddle.assign(value, parameter)
 
     # --- stage 3: whole while they are needed ---
 
@@ -164,10 +189,10 @@ class Shards:
 
     @paddle.no_grad()
     def gather(self, parameters: Iterable[Any]) -> None:
-        for parameter in parameters:
-            if not parameter._is_initialized():
-                self.fetch(parameter)._share_buffer_to(parameter)
-                self._whole.append(parameter)
+        missing = [parameter for parameter in parameters if not parameter._is_initialized()]
+        for parameter, value in self._fetched(missing):
+            value._share_buffer_to(parameter)
+            self._whole.append(parameter)
 
     def release(self, parameters: Iterable[Any] | None = None) -> None:
         """Of ``parameters``, or of all, keep the pieces alone."""
@@ -179,6 +204,30 @@ class Shards:
 
 def _size(parameter: Any) -> int:
     return math.prod(parameter.shape)
+
+
+def _shaped(flat: Any, parameter: Any) -> Any:
+    """The values of ``parameter`` in its shape, without padding."""
+    return flat[: _size(parameter)].reshape(parameter.shape)
+
+
+def _taken(parameter: Any) -> Any:
+    """The parameter's gradient, flat and in float32, since 16 bits would lose summands beside their sum; the parameter
+    has none then."""
+    gradient = parameter.grad
+    if gradient is None:
+        return paddle.zeros([_size(parameter)], dtype="float32")
+    # Another tensor over the same memory, whatever the shape: the gradient itself is empty after the next line.
+    flat = paddle._C_ops.reshape(gradient, [-1]).astype("float32")
+    parameter.clear_gradient(False)  # set_to_zero, which paddle ignores by name: it would keep zeros
+    return flat
+
+
+def _each(pairs: list[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    """``pairs``, of which the list lets go one by one."""
+    pairs.reverse()
+    while pairs:
+        yield pairs.pop()
 
 
 def _parameter(tensor: Any) -> Any:

@@ -25,6 +25,7 @@ from sft.parallel import (
     whole_shape,
 )
 from sft_parallel_4d.adapters import Adapters
+from sft_parallel_4d.lots import Pairs
 from sft_parallel_4d.phases import Phases, phase
 from sft_parallel_4d.pipeline import Pipeline
 from sft_parallel_4d.sharding import Shards, here
@@ -168,6 +169,8 @@ class Parallel:
         def backward(loss: Any, batch: Batch) -> None:
             with _flag(self._shards, "goes_back"):
                 learning_of(batch).backward(loss)
+            if self._shards is not None:
+                self._shards.flush()
             if learning_of(batch) is not idle:  # read at the end: each reading waits for the device
                 losses.append(loss.detach().astype("float64"))
             self.phases.go_on()
@@ -212,29 +215,36 @@ class Parallel:
         parts = self._at.tensor.size if self._tensor is not None and self._tensor.sequence else 1
         return [rows, length // parts, self._run.source.architecture.hidden]
 
-    def _complete(self, parameter: Any, gradient: Any) -> None:
-        if id(parameter) in self._partial:
-            self._at.tensor.sum(gradient)
+    def _complete(self, gradients: Pairs) -> Iterator[tuple[Any, Any]]:
+        """Parameters and whole gradients; those on which tensor ranks work together, summed over these, come last."""
+        partial = []
+        for parameter, gradient in gradients:
+            if id(parameter) in self._partial:
+                partial.append((parameter, gradient))
+            else:
+                yield parameter, gradient
+        yield from self._at.tensor.sums(partial)
 
     @paddle.no_grad()
     def _reduce_gradients(self) -> None:
-        """Sums over all micro-batches and processes, of what each process steps."""
+        """Sums over all micro-batches and processes, of what each process steps. They are set as ``grad_``: to ``grad``
+        paddle copies, and waits for the device."""
         shards, many = self._shards, self._at.plan.devices > 1
         for parameter in self._trained.values():
             if parameter.grad is None and many and (shards is None or shards.stage < 2):
-                parameter.grad = paddle.zeros(parameter.shape, dtype="float32")
+                parameter.grad_ = paddle.zeros(parameter.shape, dtype="float32")
             if self._pipe is not None and self._pipe.is_tied(parameter):
                 self._add_other_end(parameter)
-            if shards is not None and shards.waits(parameter):
-                shards.collect(parameter)
         if shards is None:
             partial = [p for p in self._trained.values() if id(p) in self._partial]
-            for parameter, gradient in zip(partial, self._at.tensor.sums(p.grad for p in partial), strict=True):
-                parameter.grad = gradient
+            for parameter, gradient in self._at.tensor.sums((p, p.grad) for p in partial):
+                parameter.grad_ = gradient
+        else:
+            shards.collect(p for p in self._trained.values() if shards.waits(p))
         if self._at.data.size > 1:
             stepped = [p if shards is None else shards.piece(p) for p in self._trained.values()]
-            for parameter, gradient in zip(stepped, self._at.data.sums(here(p.grad) for p in stepped), strict=True):
-                parameter.grad = gradient if shards is None else shards.resting(gradient)
+            for parameter, gradient in self._at.data.sums((p, here(p.grad)) for p in stepped):
+                parameter.grad_ = gradient if shards is None else shards.resting(gradient)
 
     def _add_other_end(self, parameter: Any) -> None:
         """A tied matrix is in the first stage and in the last: each adds the other's gradient."""

@@ -7,7 +7,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from paddle import distributed
 from paddle.distributed import fleet
 
 from sft.parallel import Part
+from sft_parallel_4d.lots import Pairs, lots
 from sft_parallel_4d.plans import Plan
 
 
@@ -23,7 +24,8 @@ class Axis:
     """The processes that differ from this one along one axis of the plan, and what they do together.
 
     Every operation is the identity where the axis has one process. :meth:`sum`, :meth:`maximum` and :meth:`broadcast`
-    change their tensor; the others give a new one.
+    change their tensor; the others give a new one. Those of many tensors let small ones travel together, since a
+    collective for each would cost more than its transfer: their results come in another order, each with its key.
     """
 
     def __init__(self, rank: int, group: Any) -> None:
@@ -36,19 +38,42 @@ class Axis:
             distributed.all_reduce(tensor, group=self.group)
         return tensor
 
-    def sums(self, tensors: Iterable[Any]) -> Iterator[Any]:
-        """The sums over the axis, in the tensors' order. They travel in buffers of BUCKET bytes, since a collective for
-        each small tensor would cost more than its transfer. Larger tensors travel alone, and become their sum."""
-        if self.size == 1:
-            yield from tensors
-            return
-        for together in _buckets(tensors):
-            if len(together) == 1:
-                yield self.sum(together[0])
+    def sums(self, pairs: Pairs) -> Iterator[tuple[Any, Any]]:
+        """Of each ``(key, tensor)`` the key and the sum over the axis, which a tensor that travels alone becomes."""
+        for keys, tensors in lots(pairs, self.size):
+            if len(keys) == 1:
+                yield keys[0], self.sum(tensors.pop())
                 continue
-            flat = self.sum(paddle.concat([tensor.reshape([-1]) for tensor in together]))
-            parts = paddle.split(flat, [math.prod(tensor.shape) for tensor in together])
-            yield from (part.reshape(tensor.shape) for part, tensor in zip(parts, together, strict=True))
+            shapes = [tensor.shape for tensor in tensors]
+            flat = self.sum(_joined([tensor.reshape([-1]) for tensor in tensors], tensors, 0))
+            parts = paddle.split(flat, [math.prod(shape) for shape in shapes])
+            del flat
+            yield from ((key, part.reshape(shape)) for key, part, shape in zip(keys, parts, shapes, strict=True))
+
+    def sums_own(self, pairs: Pairs) -> Iterator[tuple[Any, Any]]:
+        """Of each key and flat tensor, which is not needed any more: the key, and this process's part of the sum over
+        the axis."""
+        for keys, tensors in lots(pairs, self.size):
+            if len(keys) == 1:
+                yield keys[0], self.sum_own(tensors.pop(), 0, spoil=True)
+                continue
+            lengths = [tensor.shape[0] // self.size for tensor in tensors]
+            rows = _joined([tensor.reshape([self.size, -1]) for tensor in tensors], tensors, 1)
+            own = self.sum_own(rows, 0, spoil=True).reshape([-1])
+            del rows
+            yield from zip(keys, paddle.split(own, lengths), strict=True)
+
+    def gathers(self, pairs: Pairs) -> Iterator[tuple[Any, Any]]:
+        """Of each key and flat tensor the key, and the tensors of all processes one after the other."""
+        for keys, tensors in lots(pairs, self.size, grows=self.size):
+            if len(keys) == 1:
+                yield keys[0], self.gather(tensors.pop(), 0)
+                continue
+            lengths = [tensor.shape[0] for tensor in tensors]
+            whole = self.gather(_joined(list(tensors), tensors, 0), 0)
+            parts = paddle.split(whole.reshape([self.size, -1]), lengths, axis=1)
+            del whole
+            yield from ((key, part.reshape([-1])) for key, part in zip(keys, parts, strict=True))
 
     def maximum(self, tensor: Any) -> Any:
         """``tensor``, which becomes the element-wise maximum over the axis."""
@@ -85,8 +110,8 @@ class Axis:
         found, order = self.gather(values, part.axis), part.order
         return found if order is None else paddle.index_select(found, paddle.to_tensor(order), axis=part.axis)
 
-    def sum_own(self, tensor: Any, dimension: int) -> Any:
-        """This process's part, along ``dimension``, of the sum over the axis."""
+    def sum_own(self, tensor: Any, dimension: int, spoil: bool = False) -> Any:
+        """This process's part, along ``dimension``, of the sum over the axis; ``spoil`` if ``tensor`` may change."""
         if self.size == 1:
             return tensor
         if dimension:
@@ -96,7 +121,7 @@ class Axis:
         try:
             distributed.reduce_scatter(own, tensor.contiguous(), group=self.group)
         except NotImplementedError:  # gloo, by which processes on CPUs talk, has no such operation
-            own = self.own(self.sum(tensor.clone()), 0)
+            own = self.own(self.sum(tensor if spoil else tensor.clone()), 0)
         return paddle.moveaxis(own, 0, dimension) if dimension else own
 
     def broadcast(self, tensor: Any, source: int) -> Any:
@@ -119,23 +144,12 @@ class Axis:
             task.wait()
 
 
-BUCKET = 1 << 27
-"""Bytes of a buffer in which small tensors travel: all gradients of a usual adapter, and two copies are affordable."""
-
-
-def _buckets(tensors: Iterable[Any]) -> Iterator[list[Any]]:
-    """``tensors`` in order, as many together as BUCKET holds; each lot is of one type, and asked for when it is due."""
-    lot: list[Any] = []
-    size = 0
-    for tensor in tensors:
-        own = math.prod(tensor.shape) * tensor.element_size()
-        if lot and (size + own > BUCKET or tensor.dtype != lot[0].dtype):
-            yield lot
-            lot, size = [], 0
-        lot.append(tensor)
-        size += own
-    if lot:
-        yield lot
+def _joined(parts: list[Any], tensors: list[Any], axis: int) -> Any:
+    """One tensor of ``parts``, which are those of ``tensors``; both lists let go of them."""
+    joined = paddle.concat(parts, axis=axis)
+    parts.clear()
+    tensors.clear()
+    return joined
 
 
 @dataclass(frozen=True)

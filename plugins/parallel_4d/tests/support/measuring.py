@@ -63,10 +63,11 @@ def full_batch(rows: int, length: int, vocabulary: int) -> sft.Batch:
 
 
 class Sent:
-    """Counts what rings would send of the operations of each axis, in bytes."""
+    """Counts the operations of each axis, and what rings would send of them, in bytes."""
 
     def __init__(self) -> None:
         self.bytes: collections.Counter[str] = collections.Counter()
+        self.calls: collections.Counter[str] = collections.Counter()
         self.names: dict[int, str] = {}
 
     def watch(self, topology: Any) -> None:
@@ -81,15 +82,16 @@ class Sent:
     def _wrap(self, axis_class: Any, method: str, share: float | None) -> None:
         own: Callable[..., Any] = getattr(axis_class, method)
 
-        def counted(axis: Any, *arguments: Any) -> Any:
+        def counted(axis: Any, *arguments: Any, **more: Any) -> Any:
             name, size = self.names.get(id(axis)), axis.size
             if name is not None and size > 1:
+                self.calls[name] += 1
                 if method == "exchange":
                     self.bytes[name] += sum(_bytes(tensor) for tensor, _ in arguments[0])
                 else:
                     whole = _bytes(arguments[0]) * (size if method == "gather" else share or 1.0)
                     self.bytes[name] += round(whole * (size - 1) / size)
-            return own(axis, *arguments)
+            return own(axis, *arguments, **more)
 
         setattr(axis_class, method, counted)
 
@@ -134,11 +136,13 @@ def train(settings: dict[str, Any], rows: int, length: int) -> dict[str, Any]:
         def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
             if record["step"] == STEPS:
                 found["peak"], found["rests"] = self.memory.peak(), self.memory.now()
+                found["calls"] = {name: count // (STEPS - 1) for name, count in sent.calls.items()}
                 found["sent"] = {name: count // (STEPS - 1) for name, count in sent.bytes.items()}
                 found.update(held(run, optimizers[0]))
             if record["step"] == 1:
                 self.memory.forget()
                 sent.bytes.clear()
+                sent.calls.clear()
 
     fixed = {"max_steps": STEPS, "do_eval": False, "per_device_train_batch_size": rows, "disable_tqdm": True}
     sft.run({**settings, **fixed}, plugins=(Measure,), say=lambda text: None)

@@ -23,7 +23,7 @@ setup(
         Extension(
             f"sft_kernels_cpu._{level}",
             [f"native/{level}.cpp"],
-            depends=[f"native/{name}.h" for name in ("vectors", "pieces", "attention")],
+            depends=[f"native/{name}.h" for name in ("vectors", "pieces", "attention", "few_rows")],
             define_macros=[("SOURCES", f"{SOURCES}u")],
             extra_compile_args=[*FLAGS, *flags],
             language="c++",

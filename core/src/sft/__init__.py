@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sft.models.experts import through_experts
     from sft.models.families.family import Family, LanguageModel, Reading
     from sft.models.families.values import Values
+    from sft.models.kept_keys import KeptKeys, Seen
     from sft.models.kernels import PLAIN, Kernels, Linear
     from sft.models.layers import Target, linear_weight, matching, module_names, target_layers
     from sft.models.loading import open_model
@@ -66,6 +67,7 @@ _LAZY = {
     "Experts": "sft.models.architecture",
     "Foreign": "sft.settings.paddlenlp",
     "Family": "sft.models.families.family",
+    "KeptKeys": "sft.models.kept_keys",
     "Kernels": "sft.models.kernels",
     "LanguageModel": "sft.models.families.family",
     "Linear": "sft.models.kernels",
@@ -74,6 +76,7 @@ _LAZY = {
     "PLAIN": "sft.models.kernels",
     "Reading": "sft.models.families.family",
     "Rotary": "sft.models.rotary",
+    "Seen": "sft.models.kept_keys",
     "Values": "sft.models.families.values",
     "DryRun": "sft.dry_runs",
     "Settings": "sft.settings.arguments",
@@ -119,6 +122,7 @@ __all__ = [
     "Experts",
     "Family",
     "Foreign",
+    "KeptKeys",
     "Kernels",
     "LanguageModel",
     "Learning",
@@ -135,6 +139,7 @@ __all__ = [
     "Reading",
     "Rotary",
     "Run",
+    "Seen",
     "Settings",
     "SftError",
     "Summary",

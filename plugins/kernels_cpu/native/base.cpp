@@ -1,1 +1,1 @@
-#include "attention.h"
+#include "few_rows.h"

@@ -9,7 +9,8 @@
 // Which sources this is built from.
 EXPORT unsigned sources() { return SOURCES; }
 
-// y = (offset + w) · x / √(mean(x²) + ε); inverse [rows] keeps the quotient of each row for backward.
+// y = (offset + w) · x / √(mean(x²) + ε); inverse [rows], or NULL, keeps the quotient of each row for
+// backward.
 EXPORT void rms_norm(const float *x, const float *w, float *y, float *inverse, int64_t rows, int64_t n, float epsilon,
                      float offset) {
 #pragma omp parallel for schedule(static) if (rows * n > FEW)
@@ -17,7 +18,7 @@ EXPORT void rms_norm(const float *x, const float *w, float *y, float *inverse, i
         const float *from = x + row * n;
         float *to = y + row * n;
         const float quotient = (float)(1.0 / sqrt(dot(from, from, n) / n + epsilon));
-        inverse[row] = quotient;
+        if (inverse) inverse[row] = quotient;
         for (int64_t i = 0; i < n; i += LANES)
             store(to + i, load(from + i, n - i) * quotient * (load(w + i, n - i) + offset), n - i);
     }

@@ -91,6 +91,33 @@ def test_gradients_of_all_weights_are_the_same(library: Any, input_ids: np.ndarr
         assert np.abs(gradient - others[name]).max() <= 1e-5 * np.abs(others[name]).max(), name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_the_same(library: Any, input_ids: np.ndarray, model: Path, family: str) -> None:
+    """Two prompts, one padded on the left: the logits of six tokens, each the likeliest after those before."""
+    import paddle
+
+    from sft.models.cache import CachedReading
+    from sft.models.kernels import use_kernels
+    from sft_kernels_cpu.kernels import NativeKernels
+
+    found: list[list[np.ndarray]] = []
+    for kernels in (sft.PLAIN, NativeKernels(library)):
+        computed, padding = load(model, plugins=["no:fast-cpu"]), np.asarray([0, 3])
+        computed.eval()
+        use_kernels(computed, kernels)
+        reading, ids, logits = CachedReading(computed.architecture, padding, kernels), input_ids[:2, :9].copy(), []
+        with paddle.no_grad():
+            for _ in range(6):
+                reading.expect(ids.shape[1])
+                hidden = computed.hidden_states(computed.embed(paddle.to_tensor(ids)), reading)
+                logits.append(computed.lm_head(hidden[:, -1:])[:, 0].numpy())
+                ids = logits[-1].argmax(-1)[:, None]
+        found.append(logits)
+    for plain, native in zip(*found, strict=True):
+        assert (plain.argmax(-1) == native.argmax(-1)).all()
+        assert np.abs(plain - native).max() <= 1e-5 * np.abs(plain).max()
+
+
 def test_a_run_on_a_cpu_has_it_until_it_is_switched_off(adapt: Callable[..., sft.Run]) -> None:
     from sft_kernels_cpu.kernels import NativeKernels
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import paddle
-from paddle.nn import functional as F
 
 from sft.models.architecture import ModelShape
+from sft.models.kept_keys import KeptKeys, Seen
 from sft.models.kernels import PLAIN, Kernels
 from sft.models.turning import tables
-
-HIDDEN = -1e30
-"""What is added to the score of a key that is not seen."""
 
 
 class CachedReading:
@@ -28,10 +24,10 @@ class CachedReading:
 
     def __init__(self, architecture: ModelShape, padding: np.ndarray, kernels: Kernels = PLAIN) -> None:
         self._architecture, self._padding, self._kernels = architecture, padding, kernels
-        self._kept: list[tuple[Any, Any] | None] = [None] * len(architecture.blocks)
+        self._kept: list[KeptKeys | None] = [None] * len(architecture.blocks)
         self._seen = 0
         self._tables: list[Any] = []
-        self._masks: dict[int | None, Any] = {}
+        self._news: dict[int | None, Seen] = {}
         self._whole: dict[int | None, Any] = {}
 
     def expect(self, count: int) -> None:
@@ -44,7 +40,7 @@ class CachedReading:
         self._tables = [tables(rotary, positions, lengths) for rotary in self._architecture.rotaries]
         windows = {block.window for block in self._architecture.blocks}
         self._whole = {window: self._kernels.mask(self._ends(window)) for window in windows} if not first else {}
-        self._masks = {window: self._mask(places, window) for window in windows} if first else {}
+        self._news = {window: Seen(self._padding, self._seen, count, window) for window in windows} if first else {}
 
     def _ends(self, window: int | None) -> np.ndarray:
         """Of prompts: int32 [B, 1, S, 1], as :class:`sft.Batch` has them. A token of padding sees itself: its softmax
@@ -53,17 +49,6 @@ class CachedReading:
         ends = np.where(places < self._padding[:, None], places + 1, self._seen)
         ends = ends if window is None else np.minimum(ends, places + window)
         return ends.astype(np.int32)[:, None, :, None]
-
-    def _mask(self, places: np.ndarray, window: int | None) -> Any | None:
-        """What is added to scores of tokens at ``places``, [B, K, G · new, all]; None where all is seen."""
-        keys = np.arange(self._seen)
-        seen = (keys <= places[:, None]) & (keys >= self._padding[:, None, None])
-        if window is not None:
-            seen &= keys > places[:, None] - window
-        if seen.all():
-            return None
-        hidden = np.where(seen, np.float32(0), np.float32(HIDDEN))[:, None, None]
-        return paddle.to_tensor(hidden)
 
     @property
     def is_outgrown(self) -> bool:
@@ -78,29 +63,7 @@ class CachedReading:
     def attend(self, layer: int, query: Any, key: Any, value: Any) -> Any:
         window, cap = self._architecture.blocks[layer].window, self._architecture.attention_cap
         kept = self._kept[layer]
-        if kept is None:
-            self._kept[layer] = by_head(key), by_head(value)
-            return self._kernels.attention(query, key, value, self._whole[window], cap)
-        key, value = paddle.concat([kept[0], by_head(key)], axis=2), paddle.concat([kept[1], by_head(value)], axis=2)
-        self._kept[layer] = key, value
-        rows, count, heads, size = query.shape
-        groups, seen = key.shape[1], key.shape[2]
-        # Heads that share a key are rows of one matrix.
-        query = (by_head(query) if count > 1 else query).reshape([rows, groups, -1, size]) * (1 / math.sqrt(size))
-        scores = paddle.matmul(query, key, transpose_y=True).astype("float32")
-        if cap is not None:
-            scores = paddle.tanh(scores / cap) * cap
-        mask = self._masks[window]
-        if mask is not None:
-            if mask.ndim == 5:  # once for all layers, as large as scores are: to repeat it in an addition is slow
-                mask = mask.expand([rows, groups, heads // groups, count, seen]).reshape(scores.shape)
-                self._masks[window] = mask
-            scores = scores.add_(mask)
-        out = paddle.matmul(F.softmax(scores, axis=-1).astype(value.dtype), value)
-        return out.reshape([rows, 1, heads, size]) if count == 1 else by_head(out.reshape([rows, heads, count, size]))
-
-
-def by_head(x: Any) -> Any:
-    """[B, S, heads, D] ↔ [B, heads, S, D]."""
-    rows, first, second, size = x.shape
-    return x.reshape([rows, second, first, size]) if 1 in (first, second) else x.transpose([0, 2, 1, 3])
+        if kept is not None:
+            return kept.attend(query, key, value, self._news[window], cap)
+        self._kept[layer] = self._kernels.kept_keys(key, value)
+        return self._kernels.attention(query, key, value, self._whole[window], cap)

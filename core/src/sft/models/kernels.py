@@ -14,6 +14,7 @@ from paddle.nn import functional as F
 
 from sft.models.dense_attention import dense_attention, dense_mask
 from sft.models.document_attention import Documents, document_attention, documents_of, rows_of
+from sft.models.kept_keys import KeptKeys
 from sft.models.norms import rms_norm
 from sft.models.rotary import Rotary
 from sft.models.sums import row_sums
@@ -81,6 +82,11 @@ class Kernels:
         if documents is None:
             return dense_attention(query, key, value, mask.dense, cap)
         return document_attention(query, key, value, documents, cap)
+
+    def kept_keys(self, key: Any, value: Any) -> KeptKeys:
+        """What an answer keeps of a layer's keys and values, with the attention of each token that is added: key, value
+        [B, S, K, D] of the prompts."""
+        return KeptKeys(key, value)
 
     def swiglu(self, gate: Any, up: Any) -> Any:
         """silu(gate) · up, of equal shapes (arXiv 2002.05202)."""

@@ -3,16 +3,18 @@ CPU, and whatever has no native code, is left to the kernels that the core would
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import paddle
 
 import sft
+from sft_kernels_cpu.answers import RoomyKeys, few_rows
 from sft_kernels_cpu.attention import Mask, attention
 from sft_kernels_cpu.library import blas, for_width
 from sft_kernels_cpu.low_rank import LowRankLinear, computed
-from sft_kernels_cpu.tensors import dense, fits, learning
+from sft_kernels_cpu.tensors import dense, empty, fits, learning
 
 
 class NativeKernels(sft.Kernels):
@@ -34,7 +36,7 @@ class NativeKernels(sft.Kernels):
                 y, lambda kept, weight: _normed(rest.restored(kept), weight, epsilon, offset, library)[0], kept, weight
             )
             return y
-        return _normed(x, weight, epsilon, offset, self._library)[0]
+        return _normed(x, weight, epsilon, offset, self._library, learns=False)[0]
 
     def rotate(self, x: Any, rotary: sft.Rotary, cosines: Any, sines: Any) -> Any:
         rows, length = cosines.shape[:2]
@@ -56,6 +58,11 @@ class NativeKernels(sft.Kernels):
             return self._rest.attention(query, key, value, mask.rest, cap)
         return attention(dense(query), dense(key), dense(value), mask, cap or 0.0, library, self._rest)
 
+    def kept_keys(self, key: Any, value: Any) -> sft.KeptKeys:
+        if not fits(key, value) or learning(key, value):
+            return self._rest.kept_keys(key, value)
+        return RoomyKeys(key, value, self._library, self._rest)
+
     def swiglu(self, gate: Any, up: Any) -> Any:
         return self._gated(gate, up, True) if _alike(gate, up) else self._rest.swiglu(gate, up)
 
@@ -63,9 +70,13 @@ class NativeKernels(sft.Kernels):
         return self._gated(gate, up, False) if _alike(gate, up) else self._rest.geglu(gate, up)
 
     def linear(self, x: Any, weight: Any, bias: Any | None = None, transposed: bool = False) -> Any:
-        return self._rest.linear(x, weight, bias, transposed)
+        y = few_rows(self._library, x, weight, bias, transposed)
+        return self._rest.linear(x, weight, bias, transposed) if y is None else y
 
     def low_rank_linear(self, x: Any, weight: Any, bias: Any | None, a: Any, b: Any, scaling: float) -> Any:
+        y = few_rows(self._library, x, weight, bias, update=(a, b), scaling=scaling)
+        if y is not None:
+            return y
         base = [weight] if bias is None else [weight, bias]
         if self._rest.narrow or blas() is None or not fits(x, *base, a, b) or learning(*base):
             return self._rest.low_rank_linear(x, weight, bias, a, b, scaling)
@@ -142,12 +153,12 @@ class _RMSNorm(paddle.autograd.PyLayer):
         return x_grad, weight_grad
 
 
-def _normed(x: Any, weight: Any, epsilon: float, offset: float, library: Any) -> tuple[Any, Any, Any]:
-    """The norm of ``x``, ``x`` itself, and 1 / √(mean(x²) + ε) of each row."""
-    x, size = dense(x), weight.shape[0]
-    y, inverse = paddle.empty_like(x), paddle.empty([x.size // size], "float32")
-    pointers = (one.data_ptr() for one in (x, weight, y, inverse))
-    library.rms_norm(*pointers, inverse.shape[0], size, epsilon, offset)
+def _normed(x: Any, weight: Any, epsilon: float, offset: float, library: Any, learns: bool = True) -> tuple[Any, ...]:
+    """The norm of ``x``, ``x`` itself, and, where it learns, 1 / √(mean(x²) + ε) of each row."""
+    x, size, rows = dense(x), weight.shape[0], math.prod(x.shape[:-1])
+    y, inverse = empty(x.shape), empty([rows]) if learns else None
+    pointers = (x.data_ptr(), weight.data_ptr(), y.data_ptr(), None if inverse is None else inverse.data_ptr())
+    library.rms_norm(*pointers, rows, size, epsilon, offset)
     return y, x, inverse
 
 
@@ -168,7 +179,8 @@ class _Turn(paddle.autograd.PyLayer):
 
 def _turned(x: Any, cosines: Any, sines: Any, interleaved: bool, sign: float, library: Any) -> Any:
     x, cosines, sines = dense(x), dense(cosines), dense(sines)
-    y, (rows, length, heads, width) = paddle.empty_like(x), x.shape
+    rows, length, heads, width = x.shape
+    y = empty([rows, length, heads, width])
     pointers = (one.data_ptr() for one in (x, cosines, sines, y))
     places, size = cosines.shape[0] * length, cosines.shape[-1]
     library.rotate(*pointers, rows * length, places, heads, width, size, interleaved, sign)
@@ -196,6 +208,6 @@ class _Gated(paddle.autograd.PyLayer):
 
 
 def _gated(gate: Any, up: Any, silu: bool, library: Any) -> Any:
-    y = paddle.empty_like(gate)
-    library.gated(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.size, silu)
+    y = empty(gate.shape)
+    library.gated(gate.data_ptr(), up.data_ptr(), y.data_ptr(), math.prod(gate.shape), silu)
     return y

@@ -34,7 +34,11 @@ _FUNCTIONS = {
     "repeated": (c_void_p, c_void_p, c_int64, c_int64),
     "attention": (*[c_void_p] * 5, *[c_int64] * 5, c_float, c_float, *[c_void_p] * 2),
     "attention_slope": (*[c_void_p] * 8, *[c_int64] * 6, c_float, c_float, *[c_void_p] * 4),
+    "few_rows": (*[c_void_p] * 4, *[c_int64] * 5, *[c_void_p] * 2, c_int64, c_float),
+    "attention_of_one": (*[c_void_p] * 7, *[c_int64] * 6, c_float, c_float),
 }
+_MAY_LACK_MEMORY = ("attention", "attention_slope", "few_rows", "attention_of_one")
+"""They return 0 where there was none."""
 
 
 @cache
@@ -76,7 +80,7 @@ def native(level: str | None = None) -> Any:
                 continue
             for function, arguments in _FUNCTIONS.items():
                 one = getattr(library, function)
-                one.argtypes, one.restype = arguments, c_int if function.startswith("attention") else None
+                one.argtypes, one.restype = arguments, c_int if function in _MAY_LACK_MEMORY else None
             library.level = name
             return library
     return reasons[-1]

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 class FastCpu(sft.Plugin):
     """RMSNorm, rotary embedding, attention, SwiGLU, GEGLU, LoRA's Linear and the softmax of the loss as single native
-    steps, equal to paddle's operations to rounding. On another device, and where there is no native code, the core's
-    own."""
+    steps, and of answers the products of few rows and the attention of single tokens, equal to paddle's operations to
+    rounding. On another device, and where there is no native code, the core's own."""
 
     name = "fast-cpu"
     api_version = 1

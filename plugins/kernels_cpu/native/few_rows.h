@@ -133,12 +133,14 @@ static void dots(const float *x, int64_t xr, const typename W::held *w, int64_t 
     enum { STEP = W::PARTS * LANES };
     vec total[R][C] = {};
     const int64_t whole = inner / STEP * STEP;
+    // Of short rows those of the next call are the ones that nobody has begun to fetch.
+    const int64_t ahead = C * inner * (int64_t)sizeof *w <= 16384 ? C * inner : 2048 / (int64_t)sizeof *w;
     for (int64_t k = 0; k < whole; k += STEP) {
         vec right[C][W::PARTS];
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
             W::widen(w + c * inner + k, right[c]);
-            __builtin_prefetch((const char *)(w + c * inner + k) + 2048);
+            __builtin_prefetch(w + c * inner + k + ahead);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)

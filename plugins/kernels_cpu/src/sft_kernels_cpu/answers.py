@@ -42,12 +42,12 @@ def few_rows(
     if inner != width:
         return None
     x, weight = dense(x), dense(weight)
-    a, b = (dense(one) for one in update) if update else (None, None)
+    low = [dense(one) for one in update or ()]
     y = empty([*before, columns])
     done = library.few_rows(
         *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()),
         *(rows, inner, columns, held == BFLOAT16, transposed),
-        *((None, None, 0) if a is None else (a.data_ptr(), b.data_ptr(), a.shape[1])),
+        *((*(one.data_ptr() for one in low), low[0].shape[1]) if low else (None, None, 0)),
         scaling,
     )
     if not done:

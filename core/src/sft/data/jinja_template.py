@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from sft.data.templates import Marks, Source, Written, WrittenText, sandbox
+from sft.data.templates import Marks, Source, Written, WrittenText
 from sft.errors import UsageError
 from sft.seams import Turn
 
@@ -119,33 +119,41 @@ class JinjaTemplate:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         if self._has_blocks:
             self._edges.now = _unused_characters([turn.content for turn in turns])
+        variables = {
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+            **self.marks.special,
+        }
         try:
-            text = template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self.marks.special,
-            )
+            text = self._environment.written(template, [turn.content for turn in turns], variables)
         except Exception as error:
-            cause = " ".join(str(error).split())
+            cause = " ".join(str(error).split()).rstrip(".")
             raise UsageError(
                 f"The chat template of {self.place} cannot write a conversation of {_roles(turns)}: {cause}."
             ) from error
         return _without_edges(text, *self._edges.now) if self._has_blocks else (text, [])
 
     @cached_property
-    def _template(self) -> Any:
-        from jinja2 import TemplateSyntaxError
+    def _environment(self) -> Any:
         from jinja2.ext import loopcontrols
 
-        environment = sandbox(extensions=[loopcontrols, _generation_extension(self)])
-        environment.filters["tojson"] = _tojson
+        from sft.data.sandbox import Sandbox
+
+        environment = Sandbox(extensions=[loopcontrols, _generation_extension(self)])
+        environment.limit_filter("tojson", _tojson)
         environment.globals["strftime_now"] = self._now.strftime
+        return environment
+
+    @cached_property
+    def _template(self) -> Any:
         try:
-            template = environment.from_string(self._source)
-        except TemplateSyntaxError as error:
-            raise UsageError(f"The chat template of {self.place} is not valid Jinja ({error}).") from error
+            template = self._environment.compiled(self._source)
+        except Exception as error:
+            raise UsageError(
+                f"The chat template of {self.place} is not valid Jinja ({error}); give chat_template another file."
+            ) from error
         template.globals = dict(template.globals)  # a chain of dictionaries is slow to copy, once for each text
         return template
 
@@ -215,7 +223,9 @@ def _learned(turns: Sequence[Turn]) -> Sequence[Turn]:
 
 
 def _roles(turns: Sequence[Turn]) -> str:
-    return ", ".join(turn.role for turn in turns) or "no turn"
+    roles = [turn.role for turn in turns]
+    more = f" and {len(roles) - 8:,} more turns" if len(roles) > 8 else ""
+    return (", ".join(roles[:8]) or "no turn") + more
 
 
 def _tojson(

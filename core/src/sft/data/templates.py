@@ -192,19 +192,6 @@ def _read(path: Path) -> str:
         raise UsageError(f"Chat template {path} is not UTF-8 text ({error.reason}); convert it.") from error
 
 
-def sandbox(**options: Any) -> Any:
-    """A Jinja environment in which a template reaches nothing but what it is given, and can ``raise_exception``."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def fail(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, **options)
-    environment.globals["raise_exception"] = fail
-    return environment
-
-
 # --- none, and PaddleNLP's pairs ----------------------------------------------------------------------------
 
 
@@ -307,29 +294,29 @@ class Pairs:
         return texts, targets
 
     def _write(self, part: str, **values: Any) -> str:
-        from jinja2 import TemplateError
-
         try:
             if part not in self._compiled:
-                self._compiled[part] = self._environment.from_string(part)
-            return str(self._compiled[part].render(values))
-        except TemplateError as error:
+                self._compiled[part] = self._environment.compiled(part)
+            texts = [value for value in values.values() if isinstance(value, str)]
+            return str(self._environment.written(self._compiled[part], texts, values))
+        except Exception as error:
             raise self._unusable(error) from error
 
     @cached_property
     def _variables(self) -> set[str]:
-        from jinja2 import TemplateError
         from jinja2.meta import find_undeclared_variables
 
         parts = [self._values.get("system") or "", *self._values["conversation"]]
         try:
             return {name for part in parts for name in find_undeclared_variables(self._environment.parse(part))}
-        except TemplateError as error:
+        except Exception as error:
             raise self._unusable(error) from error
 
     @cached_property
     def _environment(self) -> Any:
-        return sandbox(keep_trailing_newline=True)
+        from sft.data.sandbox import Sandbox
+
+        return Sandbox(keep_trailing_newline=True)
 
     def _unusable(self, error: Exception) -> UsageError:
         return UsageError(f"Chat template {self.place} cannot be used ({' '.join(str(error).split())}).")

@@ -1,0 +1,409 @@
+"""Where chat templates run: Jinja's sandbox, in limits of work and memory.
+
+A template comes with a model, so it is a stranger's program. Jinja's sandbox keeps it from the machine; here it is also
+kept from taking it up. Each text is written on a budget of steps and of characters. Whatever a template can do again
+and again (a turn of a loop, a call, a filter, an operator, an output) takes from it, and what one step of Python would
+make or look through is counted before it is done: a budget is the same on every machine, in every thread.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView
+from functools import wraps
+from typing import Any
+
+from jinja2 import TemplateError, TemplateRuntimeError, nodes, pass_context, pass_eval_context
+from jinja2.runtime import LoopContext, markup_join, str_join
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
+from jinja2.utils import Namespace
+from markupsafe import Markup
+
+from sft.data.sandbox_nodes import Counting
+
+SOURCE = 100_000
+"""Characters of a template; the longest of published models have some 30,000."""
+STEPS = 1_000_000
+"""Steps in which a text is written, for no conversation; the busiest templates take some hundred for each turn."""
+STEPS_PER_TURN = 2_000
+MADE = 1 << 28
+"""Characters that a template may make on the way to a text, thrown away or not, for an empty conversation."""
+MADE_PER_CHARACTER = 64
+WRITTEN = 1_000_000
+"""Characters of the text itself, for an empty conversation."""
+WRITTEN_PER_CHARACTER = 16
+NUMBER = 100_000
+"""The largest number that says how often or how wide."""
+BITS = 1 << 14
+"""Bits of the largest whole number that is computed with."""
+CELL = 16
+"""Characters that a place in a list, which holds something that is there already, counts for."""
+
+_WIDE = re.compile(r"%(?:\([^)]*\))?[^a-zA-Z%]*?(?:\d{5}|\*)")
+"""In a text for the operator %: a width or a precision of five digits, or one that is an argument."""
+_SLOW_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
+"""Jinja's for debugging and for web pages, which take more time than their input is long."""
+_LAZY = frozenset(("map", "select", "reject", "selectattr", "rejectattr"))
+_QUICK = frozenset(("length", "count", "first", "last", "default", "d", "random", "attr", "items", *_LAZY))
+"""Filters that look at no more of a value than its beginning or end."""
+_COMPARING = ("eq", "==", "equalto", "ne", "!=", "lt", "<", "lessthan", "le", "<=", "gt", ">", "greaterthan", "ge")
+_TESTS = (*_COMPARING, ">=", "in")
+_NUMBERED = frozenset(("batch", "slice", "center", "indent", "truncate"))
+"""Filters whose arguments say how often or how wide."""
+_ROWS = (list, tuple, set, frozenset, range, MappingView)
+_REFUSED = {str: ("encode", "translate"), int: ("to_bytes", "from_bytes")}
+"""Methods that no template needs, and that would need limits of their own."""
+
+
+class LimitError(TemplateRuntimeError):
+    """A template takes more than a text is worth; the message says what, as the end of a sentence."""
+
+
+class _Budget(threading.local):
+    """What is left for the text that this thread writes."""
+
+    steps = STEPS
+    made = MADE
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """A Jinja environment in which a template reaches nothing but what it is given, can ``raise_exception``, and ends.
+
+    Compile with :meth:`compiled`, render with :meth:`written`. It may be used by several threads.
+    """
+
+    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "**", "%"))
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, **options)
+        self._left = _Budget()
+        self.finalize = self._put_out
+        del self.globals["lipsum"]
+        self.globals["namespace"] = _Namespace
+        self.globals["raise_exception"] = _fail
+        for name in _SLOW_FILTERS:
+            self.filters.pop(name, None)
+        for name, function in self.filters.items():
+            self.limit_filter(name, function)
+        for name in _TESTS:
+            self.tests[name] = self._limited_test(self.tests[name])
+        # No template can write these names, which are in the place of what is written otherwise.
+        self.filters |= {
+            " begun": self._begun,
+            " turns": self._turns,
+            " weighed": self._weighed,
+            " slice": self._slice,
+            " joined": self._joined,
+        }
+
+    def limit_filter(self, name: str, function: Callable[..., Any]) -> None:
+        """Make ``function`` the filter ``name``."""
+        self.filters[name] = self._limited_filter(name, function)
+
+    def compiled(self, source: str) -> Any:
+        """The template with the text ``source``. Raises what Jinja raises, and :class:`LimitError`."""
+        if len(source) > SOURCE:
+            raise LimitError(f"it has {len(source):,} characters, and {SOURCE:,} are the limit")
+        self._left.steps, self._left.made = STEPS, MADE  # constants are computed beforehand
+        try:
+            return self.from_string(source)
+        except (RecursionError, MemoryError) as error:
+            raise LimitError("it is nested too deeply, or too long") from error
+
+    def written(self, template: Any, texts: Iterable[str], variables: Mapping[str, Any]) -> str:
+        """What ``template`` makes of ``variables``, in which ``texts`` are what a conversation has: the budget grows
+        with them. Raises whatever a template may raise, and :class:`LimitError`."""
+        turns, length = 0, 0
+        for text in texts:
+            turns += 1
+            length += len(text)
+        self._left.steps = STEPS + STEPS_PER_TURN * turns + length // CELL
+        self._left.made = MADE + MADE_PER_CHARACTER * length
+        try:
+            text = template.render(variables)
+        except RecursionError as error:
+            raise LimitError("it calls itself without end, or nests lists without end") from error
+        if len(text) > WRITTEN + WRITTEN_PER_CHARACTER * length:
+            raise LimitError(f"it writes {len(text):,} characters for a conversation of {length:,}")
+        return str(text)
+
+    # --- the budget -----------------------------------------------------------------------------------------
+
+    def _step(self, count: int = 1) -> None:
+        left = self._left
+        left.steps -= count
+        if left.steps < 0:
+            raise LimitError("it takes more steps than a conversation can need")
+
+    def _make(self, characters: int) -> None:
+        """So many characters are about to be made."""
+        left = self._left
+        left.steps -= 1 + (characters >> 12)
+        left.made -= characters
+        if left.made < 0 or left.steps < 0:
+            raise LimitError("it makes texts or lists without measure")
+
+    def _weigh(self, value: Any) -> int:
+        """Characters and places in ``value``, which is about to be looked through, all that is in it included: a list
+        that has another one twice, and this a third twice, is short and has no end."""
+        if isinstance(value, (str, bytes)):
+            self._step(1 + (len(value) >> 12))
+            return len(value)
+        weight, steps, within = 0, 0, [value]
+        while within:
+            one = within.pop()
+            steps += 1
+            if isinstance(one, (str, bytes)):
+                weight += len(one)
+                steps += len(one) >> 12
+            elif isinstance(one, Mapping):
+                weight += 2 * CELL * len(one)
+                within.extend(one.keys())
+                within.extend(one.values())
+            elif isinstance(one, _ROWS):
+                weight += CELL * len(one)
+                within.extend(one)
+            else:
+                weight += CELL
+            if steps > 1000:
+                self._step(steps)
+                steps = 0
+        self._step(steps)
+        return weight
+
+    def _weighed(self, value: Any) -> Any:
+        self._weigh(value)
+        return value
+
+    def _result(self, value: Any) -> Any:
+        if isinstance(value, (str, bytes)):
+            self._make(len(value))
+        elif isinstance(value, (list, tuple, dict, set, frozenset)):
+            self._make(CELL * len(value))
+        return value
+
+    # --- what a template does -------------------------------------------------------------------------------
+
+    def _put_out(self, value: Any) -> Any:
+        self._make(len(value) if type(value) is str else self._weigh(value))
+        return value
+
+    @pass_context
+    def _begun(self, context: Any, nothing: None, characters: int, steps: int) -> None:
+        """A body that may run again begins, of so many characters of text and ``steps`` that are not counted singly."""
+        self._make(characters)
+        self._step(steps)
+
+    @pass_context
+    def _turns(self, context: Any, values: Iterable[Any]) -> Iterator[Any]:
+        left = self._left
+        for value in values:
+            left.steps -= 1
+            if left.steps < 0:
+                raise LimitError("it takes more steps than a conversation can need")
+            yield value
+
+    def _slice(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
+        self._make(len(value) if isinstance(value, (str, bytes)) else 0)
+        return self._result(value[start:stop:step])
+
+    @pass_eval_context
+    def _joined(self, eval_ctx: Any, values: list[Any]) -> str:
+        self._make(sum(self._weigh(value) for value in values))
+        return str(markup_join(values) if eval_ctx.autoescape else str_join(values))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if type(argument) is tuple:
+            self._weigh(argument)
+        return super().getitem(obj, argument)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return super().is_safe_attribute(obj, attr, value) and not any(
+            attr in names for kind, names in _REFUSED.items() if isinstance(obj, kind)
+        )
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        self._step()
+        if isinstance(left, int) and isinstance(right, int):
+            bits = max(left.bit_length(), right.bit_length())
+            if operator == "**" and right > 1:
+                bits = left.bit_length() * right
+            if bits > BITS:
+                raise LimitError("it computes with numbers without measure")
+        elif operator == "+":
+            self._make(_size(left) + _size(right))
+        elif operator == "*":
+            for value, times in ((left, right), (right, left)):
+                if isinstance(times, int):
+                    self._make(_size(value) * max(0, times))
+        elif operator == "%" and isinstance(left, (str, bytes)):
+            self._formats(left, right)
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        self._step()
+        if isinstance(obj, LoopContext):
+            return super().call(context, obj, *(self._turns(context, values) for values in args), **kwargs)
+        owner = getattr(obj, "__self__", None)
+        if isinstance(owner, (str, bytes)):
+            args = self._method(owner, obj.__name__, *args)
+        elif owner is not None or isinstance(obj, type):
+            for value in (*args, *kwargs.values()):
+                if type(value) is not str:
+                    self._weigh(value)
+        return self._result(super().call(context, obj, *args, **kwargs))
+
+    def _method(self, text: str | bytes, name: str, *args: Any) -> tuple[Any, ...]:
+        """The arguments for a method of ``text``, where there is room for what it makes."""
+        self._step(len(text) >> 12)
+        if name == "join" and args:
+            args = (self._all(args[0]), *args[1:])
+            self._make(self._weigh(args[0]) + len(text) * len(args[0]))
+        elif name == "replace" and len(args) >= 2:
+            self._replaces(text, *args)
+        else:
+            for value in args:
+                self._weigh(value)
+                if name in ("ljust", "rjust", "center", "zfill"):
+                    self._make(value if isinstance(value, int) else 0)
+                elif name == "expandtabs":
+                    self._make(len(text) + text.count("\t" if isinstance(text, str) else b"\t") * value)
+        return args
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """``str.format``, which Jinja's sandbox has in its own way; here its widths are held within limits too."""
+        if super().wrap_str_format(value) is None:
+            return None
+        text = value.__self__
+        formatter = _EscapeFormatter(self, escape=text.escape) if isinstance(text, Markup) else _Formatter(self)
+        mapped = value.__name__ == "format_map"
+
+        def written(*args: Any, **kwargs: Any) -> str:
+            self._make(len(text) + text.count("{") * (self._weigh(args) + self._weigh(kwargs)))
+            return str(type(text)(formatter.vformat(text, () if mapped else args, args[0] if mapped else kwargs)))
+
+        return written
+
+    def _all(self, values: Any) -> Any:
+        """``values`` in a form that :meth:`_weigh` looks into."""
+        is_whole = isinstance(values, (str, bytes, Mapping, *_ROWS)) or not hasattr(values, "__iter__")
+        return values if is_whole else list(self._turns(None, values))
+
+    def _replaces(self, text: Any, old: Any, new: Any, *_: Any) -> None:
+        text, old, new = (one if isinstance(one, (str, bytes)) else str(one) for one in (text, old, new))
+        self._make(len(text) + text.count(old) * len(new) if new else len(text))
+
+    def _formats(self, text: str | bytes, values: Any) -> None:
+        if _WIDE.search(text if isinstance(text, str) else text.decode("latin1")):
+            raise LimitError("it writes with a width of five digits, or one that is not plain")
+        self._make(len(text) + (1 + text.count("%" if isinstance(text, str) else b"%")) * self._weigh(values))
+
+    # --- filters and tests ----------------------------------------------------------------------------------
+
+    def _limited_test(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def tested(*args: Any) -> Any:
+            for value in args:
+                self._weigh(value)
+            return function(*args)
+
+        return tested
+
+    def _limited_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        first = 1 if hasattr(function, "jinja_pass_arg") else 0
+        bound = getattr(self, f"_room_{name}", None)
+
+        @wraps(function)
+        def filtered(*args: Any, **kwargs: Any) -> Any:
+            self._step()
+            given = list(args)
+            if len(given) > first and name in _LAZY:
+                given[first] = self._turns(None, given[first]) if given[first] else given[first]
+            elif name not in _QUICK:
+                given[first:] = map(self._all, given[first:])
+                values = [*given[first:], *kwargs.values()]
+                if name in _NUMBERED:
+                    for value in values[1:]:
+                        _check_number(value)
+                weight = sum(map(self._weigh, values))
+                self._make(bound(*given[first:], **kwargs) if bound is not None else weight)
+            return self._result(function(*given, **kwargs))
+
+        return filtered
+
+    def _room_center(self, value: Any, width: int = 80) -> int:
+        return max(self._weigh(value), width)
+
+    def _room_indent(self, s: Any, width: int | str = 4, *_: Any, **__: Any) -> int:
+        lines = 2 + len(str(s).splitlines())
+        return self._weigh(s) + lines * (len(width) if isinstance(width, str) else max(0, width))
+
+    def _room_wordcount(self, s: Any) -> int:
+        self._step(self._weigh(s))
+        return 0
+
+    _room_title = _room_urlencode = _room_wordcount
+
+    def _room_replace(self, s: Any, old: Any, new: Any, count: Any = None) -> int:
+        self._replaces(s, old, new)
+        return 0
+
+    def _room_format(self, value: Any, *args: Any, **kwargs: Any) -> int:
+        self._formats(value if isinstance(value, str) else str(value), args or kwargs)
+        return 0
+
+    def _room_join(self, value: Any, d: Any = "", attribute: Any = None) -> int:
+        return self._weigh(value) + len(str(d)) * len(value)
+
+    def _room_sum(self, iterable: Any, attribute: Any = None, start: Any = 0) -> int:
+        if not isinstance(start, (int, float)):
+            raise LimitError("it sums up what are no numbers")
+        return self._weigh(iterable)
+
+    def _room_round(self, value: Any, precision: int = 0, method: str = "common") -> int:
+        if abs(precision) > 300:
+            raise LimitError("it rounds to a place that no number has")
+        return 0
+
+    def _room_tojson(self, value: Any, ensure_ascii: Any = False, indent: Any = None, *_: Any, **__: Any) -> int:
+        return self._weigh(value) * (1 + (len(indent) if isinstance(indent, str) else indent or 0))
+
+    # --- the template's own text ----------------------------------------------------------------------------
+
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        """Jinja's place for whoever wants other code to be made of a template."""
+        return super()._generate(Counting().visit(source), *args, **kwargs)
+
+
+class _Formatter(SandboxedFormatter):
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        if re.search(r"\d{5}", format_spec):
+            raise LimitError("it writes with a width of five digits")
+        return super().format_field(value, format_spec)
+
+
+class _EscapeFormatter(_Formatter, SandboxedEscapeFormatter):
+    pass
+
+
+class _Namespace(Namespace):
+    """What a template sets values on; its text is short, whatever it holds."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+def _fail(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    return CELL * len(value) if isinstance(value, (list, tuple)) else 0
+
+
+def _check_number(value: Any) -> None:
+    if isinstance(value, int) and abs(value) > NUMBER:
+        raise LimitError(f"it asks for something {NUMBER:,} times or more")

@@ -49,7 +49,7 @@ class Counting(NodeTransformer):
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
         """What is compared with a constant is looked at no deeper than that, unless it is searched."""
         self.generic_visit(node)
-        sides = [node, *node.ops]
+        sides: list[Any] = [node, *node.ops]
         is_shallow = len(node.ops) == 1 and any(isinstance(side.expr, nodes.Const) for side in sides)
         for side in sides:
             is_searched = isinstance(side, nodes.Operand) and side.op in ("in", "notin")

@@ -135,7 +135,7 @@ def test_a_best_checkpoint_that_is_damaged_at_the_end(
         train("out", (judged(losses), Hurt), max_steps=4, **settings, **more)
     message = str(caught.value)
     assert message.startswith("The run cannot end with its best model (")
-    assert f"checkpoint-{best}/{file}" in message
+    assert f"checkpoint-{best} is damaged: {file} has 1 bytes instead of" in message
     assert message.endswith(f"; {where.format(tmp_path / 'out')}.")
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
 

@@ -30,7 +30,7 @@ def test_a_checkpoint_is_safetensors_and_json_under_structured_names(
     folder = whole(kind) / "checkpoint-3"
     trainer = folder / "trainer"
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".safetensors", ".json", ".jinja"}
-    names = {"optimizer.safetensors", "plugins.safetensors", "state.json"}
+    names = {"manifest.json", "optimizer.safetensors", "plugins.safetensors", "state.json"}
     assert {path.name for path in trainer.iterdir()} == names
     projections = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
     projections += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -46,7 +46,7 @@ def test_a_checkpoint_is_safetensors_and_json_under_structured_names(
     kinds = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
     assert set(load_file(trainer / "optimizer.safetensors")) == {f"{name}.{kind}" for name in trained for kind in kinds}
     state = json.loads((trainer / "state.json").read_text())
-    assert (state["format"], state["step"], state["seed"]) == (3, 3, 42)
+    assert (state["format"], state["step"], state["seed"]) == (4, 3, 42)
     assert set(state["in_adapter"]["trainable"]) == (trained if kind else set())
     assert state["settings"]["save_steps"] == 3
 

@@ -13,6 +13,7 @@ import pytest
 
 import sft
 from sft import deterministic
+from sft.training.manifest import write_manifest
 
 
 @pytest.fixture
@@ -105,6 +106,7 @@ def test_a_checkpoint_of_another_arithmetic_is_refused(train: Callable[..., Any]
     state = json.loads(path.read_text())
     state["arithmetic"]["threads"] = 77
     path.write_text(json.dumps(state))
+    write_manifest(path.parents[1])
     resumed = {"max_steps": 2, "resume_from_checkpoint": str(tmp_path / "first" / "checkpoint-1")}
     with pytest.raises(sft.UsageError, match=r"^deterministic: .* another arithmetic, threads 77 \(now \d+\); resume"):
         train("second", **settings, **resumed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monke
     """Files in inner folders too: after a power cut a named folder must not hold empty files."""
     synced: list[str] = []
     order: list[str] = []
-    own_sync, own_rename = files._sync, os.rename
+    own_sync, own_rename = files.sync, os.rename
 
     def sync(path: Path) -> None:
         synced.append(path.name)
@@ -97,7 +98,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monke
         order.append("rename")
         own_rename(source, target)
 
-    monkeypatch.setattr(files, "_sync", sync)
+    monkeypatch.setattr(files, "sync", sync)
     monkeypatch.setattr(os, "rename", rename)
     with files.staged_folder(tmp_path / "folder") as staging:
         (staging / "a").write_text("1")
@@ -200,6 +201,75 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-1").mkdir()
     files.remove_leftovers(tmp_path)
     assert tree(tmp_path) == {".hidden": "kept", "checkpoint-1": None}
+
+
+def test_a_link_is_removed_and_what_it_leads_to_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a").write_text("1")
+    for name in ("checkpoint-3", ".staging-removed-checkpoint-2"):
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    files.remove_folder(tmp_path / "checkpoint-3")
+    files.remove_leftovers(tmp_path)
+    assert tree(tmp_path) == {"elsewhere": None, "elsewhere/a": "1"}
+
+
+# --- disks that cannot do everything ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """From the call on, chmod, and fsync of files or folders, answer with an error."""
+
+    def refuse(sync: int | None, chmod: int | None, folders_alone: bool = False) -> None:
+        own = os.fsync
+
+        def fsync(handle: int) -> None:
+            if sync is not None and (os.path.isdir(f"/proc/self/fd/{handle}") or not folders_alone):
+                raise OSError(sync, os.strerror(sync))
+            own(handle)
+
+        def change_mode(path: Path, mode: int) -> None:
+            if chmod is not None:
+                raise OSError(chmod, os.strerror(chmod), str(path))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(Path, "chmod", change_mode)
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("sync", "chmod", "folders_alone"),
+    [
+        (errno.EINVAL, errno.EPERM, False),
+        (errno.ENOTSUP, errno.ENOSYS, False),
+        (errno.EBADF, errno.EACCES, False),
+        (errno.EACCES, None, True),
+        (errno.EISDIR, None, True),
+    ],
+    ids=lambda value: errno.errorcode.get(value, "") if value else "",
+)
+def test_what_a_network_disk_refuses_is_lived_with(
+    tmp_path: Path, refusing: Any, sync: int, chmod: int | None, folders_alone: bool
+) -> None:
+    refusing(sync, chmod, folders_alone)
+    files.write_text(tmp_path / "a.txt", "1")
+    with files.staged_folder(tmp_path / "folder") as staging:
+        (staging / "b").write_text("2")
+    with files.publish(tmp_path / "folder") as staging:
+        (staging / "b").write_text("3")
+    assert tree(tmp_path) == {"a.txt": "1", "folder": None, "folder/b": "3"}
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.get)
+def test_what_is_lost_is_an_error(tmp_path: Path, refusing: Any, error: int) -> None:
+    files.write_text(tmp_path / "a.txt", "old")
+    refusing(error, None)
+    with pytest.raises(OSError, match=os.strerror(error)):
+        files.write_text(tmp_path / "a.txt", "new")
+    with pytest.raises(OSError, match=os.strerror(error)), files.staged_folder(tmp_path / "folder") as staging:
+        (staging / "b").write_text("2")
+    assert tree(tmp_path) == {"a.txt": "old"}
 
 
 # --- tensors ------------------------------------------------------------------------------------------------

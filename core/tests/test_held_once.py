@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 import sft
 from sft.testing import needs
 from sft.training.held_once import find_places, take
+from sft.training.manifest import write_manifest
 
 Train = Callable[..., sft.Summary]
 
@@ -129,5 +130,6 @@ def test_an_adapter_file_that_lacks_a_tensor_is_refused(train: Train, tmp_path: 
     from safetensors import safe_open
 
     save_file({key: tensors[key] for key in tensors if key != lost}, path, safe_open(path, "numpy").metadata())
+    write_manifest(path.parent)
     with pytest.raises(sft.UsageError, match=rf"{path.name} has no tensor '{lost}'; resume from another checkpoint"):
         train("again", plugin=["lora"], resume_from_checkpoint=str(path.parent), **SETTINGS)

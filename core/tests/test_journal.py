@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sft.testing import read_metrics
 from sft.training.journal import Journal
 
@@ -21,13 +23,18 @@ def steps(journal: Journal, first: int, last: int) -> list[dict[str, Any]]:
     return lines
 
 
+def at(step: int, journal: dict[str, Any], evaluated: int | None = None) -> dict[str, Any]:
+    """What a checkpoint says of the moment after ``step``."""
+    return {"step": step, "journal": journal, "evaluation": {} if evaluated is None else {"step": evaluated}}
+
+
 def test_a_journal_without_a_file_counts_like_one_that_writes(tmp_path: Path) -> None:
     writing, counting = Journal(tmp_path / "metrics.jsonl"), Journal(None)
     assert steps(writing, 1, 4) == steps(counting, 1, 4) == read_metrics(tmp_path, same=True)
     for journal in (writing, counting):
         journal.write({"eval_loss": 1.0})
         journal.add(1.0, 2, 1, 0, 1, 0.5)
-    assert counting.state() == writing.state()
+    assert {**counting.state(), "digest": ""} == {**writing.state(), "digest": ""}  # of what only one writes
     assert (counting.lines, counting.total.rows, counting.first_loss, counting.last_loss) == (4, 7, 2.0, 6.0)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -40,7 +47,68 @@ def test_both_go_back_to_the_same_state(tmp_path: Path) -> None:
     steps(writing, 3, 6)
     steps(counting, 1, 6)
     for journal in (writing, counting):
-        journal.rewind(state, tmp_path / "metrics.jsonl")
-        assert journal.state() == state
+        assert journal.rewind(at(2, state), tmp_path / "metrics.jsonl") is None
+        assert {**journal.state(), "digest": ""} == {**state, "digest": ""}
+    assert writing.state() == state
     assert read_metrics(tmp_path) == kept
     assert steps(counting, 3, 4) == steps(writing, 3, 4)
+
+
+def replaced(path: Path, number: int, text: bytes) -> None:
+    """Put ``text`` in the place of a line."""
+    lines = path.read_bytes().splitlines()
+    lines[number] = text
+    path.write_bytes(b"\n".join(lines) + b"\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        (b'{"step": 2, "loss": 1.', [1, 3]),
+        (b"\xff\xfe", [1, 3]),
+        (b"[" * 100_000, [1, 3]),
+        (b'{"step": "2"}', [1, 3]),
+        (b'{"step": 2, "loss": 9.0}', [1, 2, 3]),
+    ],
+    ids=["cut off", "no text", "deep", "type", "another number"],
+)
+@pytest.mark.parametrize("digest", [True, False], ids=["", "earlier version"])
+def test_lines_go_by_their_steps_and_a_changed_one_is_named(
+    tmp_path: Path, text: bytes, left: list[int], digest: bool
+) -> None:
+    """A damaged line costs that step, and no later one comes twice."""
+    path = tmp_path / "metrics.jsonl"
+    journal = Journal(path)
+    steps(journal, 1, 4)
+    state = journal.state()
+    steps(journal, 4, 5)
+    replaced(path, 1, text)
+    if not digest:
+        del state["digest"]
+    said = Journal(path).rewind(at(3, state), path)
+    assert [line["step"] for line in read_metrics(tmp_path)] == left
+    if digest or len(left) < 3:  # a number that is another one is noticed by the digest alone
+        assert said is not None
+        assert f"metrics.jsonl has been changed since step 3: {len(left)} lines up to there can be read, of 3" in said
+
+
+@pytest.mark.parametrize("evaluated", [True, False], ids=["before the checkpoint", "at the end"])
+def test_an_evaluation_at_the_end_does_not_come_twice(tmp_path: Path, evaluated: bool) -> None:
+    """What the end of a run measured after its last checkpoint goes, although it is of the same step."""
+    path = tmp_path / "metrics.jsonl"
+    journal = Journal(path)
+    steps(journal, 1, 3)
+    before = journal.state()
+    journal.write({"step": 2, "eval_loss": 1.0})
+    replaced(path, 0, b"?")
+    Journal(path).rewind(at(2, journal.state(), 2) if evaluated else at(2, before, 1), path)
+    assert [sorted(line)[0] for line in read_metrics(tmp_path)] == ["epoch", *(["eval_loss"] if evaluated else [])]
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl")
+    steps(journal, 1, 3)
+    said = Journal(tmp_path / "new.jsonl").rewind(at(2, journal.state()), tmp_path / "nowhere.jsonl")
+    assert said is not None
+    assert said.endswith("nowhere.jsonl is not there, so the lines up to step 2 are lost")
+    assert (tmp_path / "new.jsonl").read_bytes() == b""

@@ -5,6 +5,8 @@ An audit hook of Python stands for the end of the process: from one operation on
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from stopped_runs import SETTINGS, checkpoints_of, contents
 
 import sft
@@ -93,6 +96,14 @@ def value_of(folder: Path) -> set[float]:
     return found.union(*(set(weights.read(name).ravel().tolist()) for name in weights))
 
 
+def values_by_index(folder: Path) -> set[float]:
+    """What a reader finds that begins with the index of shards, or with the one file, and asks for no config."""
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    found = [load_file(folder / name) for name in names]
+    return {float(value) for tensors in found for tensor in tensors.values() for value in tensor.ravel()}
+
+
 @pytest.mark.parametrize(("before", "after"), [(4, 4), (4, 3), (1, 4), (4, 1), (1, 1)])
 def test_no_reader_sees_a_mixture_of_two_results(tmp_path: Path, killer: Killer, before: int, after: int) -> None:
     (tmp_path / "old").mkdir()
@@ -113,6 +124,8 @@ def test_no_reader_sees_a_mixture_of_two_results(tmp_path: Path, killer: Killer,
         except sft.UsageError:
             value = 0.0
         seen.append(value)
+        with contextlib.suppress(FileNotFoundError):
+            assert len(values_by_index(out)) == 1
         if not killed:
             break
         work()
@@ -121,6 +134,21 @@ def test_no_reader_sees_a_mixture_of_two_results(tmp_path: Path, killer: Killer,
     assert seen == sorted(seen, key=[1.0, 0.0, 2.0].index)  # the old one, then none, then the new one
     assert set(seen) == {1.0, 0.0, 2.0}
     assert {path.name for path in out.iterdir()} == {path.name for path in fresh(tmp_path, after).iterdir()}
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 4), (1, 1)])
+def test_a_reader_does_not_go_on_where_a_result_is_replaced(tmp_path: Path, before: int, after: int) -> None:
+    """A large model is read for minutes, and a run may end meanwhile."""
+    write_model(tmp_path, 1.0, before)
+    weights = Weights(ModelFolder(tmp_path), FAMILIES["llama"])
+    name = next(iter(weights))
+    assert weights.read(name).max() == 1.0
+    with publish(tmp_path, RESULT_KEYS, PUBLISHED) as staging:
+        write_model(staging, 2.0, after)
+    for read in (lambda: weights.read(name), lambda: weights.read_part(name, (slice(2), slice(2)))):
+        with pytest.raises(sft.UsageError, match=r"model.*safetensors has been replaced while it was read"):
+            read()
+    assert value_of(tmp_path) == {2.0}
 
 
 def fresh(folder: Path, parts: int) -> Path:

@@ -214,7 +214,12 @@ def test_two_processes_write_one_checkpoint(
         done = [pool.submit(checkpoint.save, run, optimizer, {"step": 2}) for run, optimizer in runs]
         folders = [one.result(timeout=30) for one in done]
     trainer = ("optimizer-0", "optimizer-1", "plugins")
-    files = {"adapter", "trainer/state.json", *(f"trainer/{name}.safetensors" for name in trainer)}
+    files = {
+        "adapter",
+        "trainer/manifest.json",
+        "trainer/state.json",
+        *(f"trainer/{name}.safetensors" for name in trainer),
+    }
     assert folders == [tmp_path / "checkpoint-2"] * 2
     assert told == [(0, sorted(files))]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

@@ -166,11 +166,16 @@ def test_an_attention_backend_may_come_and_go(train: Train, tmp_path: Path) -> N
         ("[]", r"state\.json is not the state of a run"),
         ("{}", r"state\.json is not the state of a run"),
         ('{"format": 99}', r"written by another version of sft \(format 99\)"),
+        ('{"format": 3, "step": "3"}', r"state\.json holds a str as step"),
+        ('{"format": 3, "step": 3, "seed": 1}', r"state\.json is not complete"),
+        ("[" * 100_000, r"state\.json cannot be read"),
     ],
-    ids=["empty", "cut-off", "list", "bare", "version"],
+    ids=["empty", "cut-off", "list", "bare", "version", "type", "few", "deep"],
 )
 def test_a_damaged_state_is_named(train: Train, stopped: Path, text: str, message: str) -> None:
+    """Where there is no manifest, as earlier versions wrote none."""
     (stopped / "checkpoint-3" / "trainer" / "state.json").write_text(text)
+    (stopped / "checkpoint-3" / "trainer" / "manifest.json").unlink()
     before = contents(stopped, without=())
     with pytest.raises(sft.UsageError, match=message):
         train(resume_from_checkpoint="auto", **SETTINGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from run_files import largest_difference, steps_of, weights_of
+from toy_plugins import toy
 
 import sft
 from sft.plugins.requests import by_device
 from sft.seams import Example, Turn
-from sft.testing import forward
+from sft.testing import forward, read_metrics
 
 Train = Callable[..., sft.Summary]
 Metrics = Callable[..., list[dict[str, Any]]]
@@ -224,6 +226,16 @@ def test_run_json_tells_what_was_run(train: Train, models: Path, dataset: Path, 
     assert record["result"]["data"]["train"]["records"] == 30
     assert record["result"]["data"]["dev"]["records"] == 7
     assert record["result"]["steps"] == 2
+
+
+def test_a_clock_that_is_set_back_does_not_count(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By two days, while the run goes on."""
+    own, clock = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: own() + clock[0])
+    back = toy("back", sft_step_ended=lambda self: clock.append(clock.pop() - 172_800))
+    summary = train("out", (back,), max_steps=1)
+    assert 0 <= summary.seconds < 100
+    assert all(line.get("seconds", 0) >= 0 for line in read_metrics(tmp_path / "out"))
 
 
 def test_run_json_says_while_a_run_is_not_finished(train: Train, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 import sft
 from sft import runtime
+from sft.training.manifest import write_manifest
 
 INTEL, AMD = "GenuineIntel", "AuthenticAMD"
 
@@ -248,6 +249,7 @@ def test_a_resumed_run_says_what_is_computed_otherwise(
 
     del written["arithmetic"]
     state.write_text(json.dumps(written))
+    write_manifest(state.parents[1])
     assert notes("silent") == []
 
 

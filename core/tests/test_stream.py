@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 import sft
 from sft.data.batches import PaddedCollator, Schedule
+from sft.data.contents import digest_of
 from sft.data.encoding import Counts, Encoded
 from sft.data.stream import Stream
 from sft.progress import Progress
@@ -113,8 +115,54 @@ def test_a_fingerprint_is_computed_once(tmp_path: Path) -> None:
     path.write_text("one")
     data = Stream([path], Reader([1, 2]), encode)
     before = data.fingerprint()
-    path.unlink()
+    path.write_text("two")
     assert data.fingerprint() == before
+    assert not Stream([path], Reader([1, 2]), encode).has_fingerprint(before)
+    path.write_text("one")
+    assert Stream([path], Reader([1, 2]), encode).has_fingerprint(before)
+    assert not Stream([path], Reader([1, 3]), encode).has_fingerprint(before)
+
+
+def test_the_fingerprints_of_older_checkpoints_are_known(tmp_path: Path) -> None:
+    """Of names and sizes, as sft 0.1.0 wrote them at commit 2f60761."""
+    path = tmp_path / "train.json"
+    path.write_text("one")
+    data = Stream([path], Reader([1, 2]), encode)
+    assert data.has_fingerprint("4d33c14cb54098af")
+    path.write_text("three")
+    assert not data.has_fingerprint("4d33c14cb54098af")
+
+
+def test_a_file_that_changes_while_it_is_read_ends_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_text("one")
+    windows = Stream([path], Reader([1, 2, 3, 4, 5, 6]), encode, 2).windows()
+    next(windows)
+    path.write_text("one")  # written to, and the same
+    os.utime(path, (1, 1))
+    next(windows)
+    path.write_text("two")
+    with pytest.raises(sft.UsageError, match=r"train\.json has been changed while this run reads it; put it back"):
+        next(windows)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 64 << 20, (64 << 20) + 1, 100 << 20])
+def test_every_block_that_counts_is_read(tmp_path: Path, size: int) -> None:
+    """The first byte and the last one of any file, all of one of up to 64 MiB; its size; and of a larger one a part."""
+    path = tmp_path / "data"
+    with path.open("wb") as file:
+        file.truncate(size)
+    before = digest_of(path)
+    for place in (0, size // 2, size - 1) if size else ():
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        if place != size // 2 or size <= 64 << 20:
+            assert digest_of(path) != before, place
+        before = digest_of(path)
+    with path.open("r+b") as file:
+        file.truncate(size + 1)
+    assert digest_of(path) != before
 
 
 def test_each_pass_holds_every_record_once_and_windows_are_shuffled_apart() -> None:
@@ -226,8 +274,9 @@ def test_a_run_begins_with_the_first_window_however_long_the_file_is(
     assert peaks[2] < peaks[1] + size / 4
 
 
-def test_other_data_behind_the_first_window_is_noticed_by_its_size(
-    train: Callable[..., Any], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("change", ["longer", "other order"])
+def test_other_data_behind_the_first_window_is_noticed(
+    train: Callable[..., Any], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     monkeypatch.setattr(Stream.__init__, "__defaults__", (7,))
     folder = tmp_path / "data"
@@ -236,7 +285,8 @@ def test_other_data_behind_the_first_window_is_noticed_by_its_size(
     (folder / "train.json").write_text("\n".join(lines))
     same = {"dataset_name_or_path": str(folder), "lazy": True, "save_strategy": "steps", "save_steps": 1}
     train("out", max_steps=1, **same)
-    (folder / "train.json").write_text("\n".join([*lines, lines[0]]))
+    changed = [*lines, lines[0]] if change == "longer" else [*lines[:-3], lines[-1], lines[-2], lines[-3]]
+    (folder / "train.json").write_text("\n".join(changed))
     with pytest.raises(sft.UsageError, match="was trained on other tokens"):
         train("out", max_steps=2, resume_from_checkpoint="auto", **same)
 

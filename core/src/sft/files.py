@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 STAGING = ".staging-"
+_REFUSALS = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What network disks answer to what they do not do. What is written is all the same there when they say so."""
+_NOT_ALLOWED = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EISDIR)
 
 
 @contextlib.contextmanager
@@ -27,7 +31,7 @@ def replaced(path: Path) -> Iterator[Path]:
         yield staging
         _finish(staging)
         os.replace(staging, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         staging.unlink(missing_ok=True)
 
@@ -123,19 +127,19 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     """
     check_free(folder)
     staging = staging_of(folder)
-    shutil.rmtree(staging, ignore_errors=True)
+    discard(staging)
     make_folder(staging)
     try:
         yield staging
-        for path in staging.rglob("*"):
+        for path in sorted(staging.rglob("*"), key=lambda path: (path.is_dir(), str(path))):  # files, then folders
             _finish(path)
-        _sync(staging)
+        sync(staging)
         if folder.is_dir():
             folder.rmdir()
         os.rename(staging, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        discard(staging)
 
 
 @contextlib.contextmanager
@@ -144,44 +148,52 @@ def publish(folder: Path, keys: Sequence[str] = (), kinds: Sequence[str] = ()) -
 
     Files of ``folder`` that match ``kinds`` are of an older result, and go unless they are replaced. Nobody reads a
     mixture of the two: ``keys`` are files without which no reader takes the folder for a result; they go before
-    anything else changes, and come when all is there.
+    anything else changes, and come when all is there, in the reverse order.
     """
     staging = folder / f"{STAGING}result"
-    shutil.rmtree(staging, ignore_errors=True)
+    discard(staging)
     staging.mkdir(parents=True)
+    order = {name: number for number, name in enumerate(keys)}
     try:
         yield staging
-        written = sorted(staging.iterdir(), key=lambda path: (path.name in keys, path.name))
+        written = sorted(staging.iterdir(), key=lambda path: (-order.get(path.name, len(order)), path.name))
         for path in written:
             _finish(path)
         older = {path for kind in (*keys, *kinds) for path in folder.glob(kind)}
-        for path in sorted(older, key=lambda path: (path.name not in keys, path.name)):
-            if path.name in keys or not (staging / path.name).exists():
+        for path in sorted(older, key=lambda path: (order.get(path.name, len(order)), path.name)):
+            if path.name in order or not (staging / path.name).exists():
                 path.unlink()
-                _sync(folder)
+                sync(folder)
         for path in written:
-            if path.name in keys:
-                _sync(folder)
+            if path.name in order:
+                sync(folder)
             os.replace(path, folder / path.name)
-        _sync(folder)
+        sync(folder)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        discard(staging)
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that no half of it is ever found under its name."""
     doomed = folder.with_name(f"{STAGING}removed-{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    discard(doomed)
     os.rename(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    sync(folder.parent)
+    discard(doomed)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what a stopped process left unfinished in ``folder``."""
     for path in folder.glob(f"{STAGING}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
+        discard(path)
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a folder, or a link (and not what it leads to), if it is there; what resists stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
 
 
@@ -198,13 +210,26 @@ def _finish(path: Path) -> None:
     if path.is_file():
         mask = os.umask(0)
         os.umask(mask)
-        path.chmod(0o666 & ~mask)
-    _sync(path)
+        try:
+            path.chmod(0o666 & ~mask)
+        except OSError as error:
+            if error.errno not in (*_REFUSALS, *_NOT_ALLOWED):
+                raise
+    sync(path)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk, as far as its file system can."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if path.is_dir() and error.errno in (*_REFUSALS, *_NOT_ALLOWED):
+            return
+        raise
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _REFUSALS and not (path.is_dir() and error.errno in _NOT_ALLOWED):
+            raise
     finally:
         os.close(handle)

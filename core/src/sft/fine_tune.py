@@ -28,7 +28,7 @@ from sft.settings.paddlenlp import listing
 from sft.training.checkpoint_folder import Checkpoint, read_checkpoint
 from sft.training.ending import fail, finish
 from sft.training.report import describe, summarise
-from sft.training.resume_checks import check_resumable, check_same_base, check_same_plugins
+from sft.training.resume_checks import check_agreed, check_resumable, check_same_base, check_same_plugins
 from sft.training.run_folder import check_output, open_run_folder
 
 
@@ -76,12 +76,13 @@ def execute(run: CoreRun) -> Summary:
     """Data, model, training, result. The run directory appears only when training is about to begin."""
     training = run.settings.training
     with runtime.restored(training.device), deterministic.repeatable(training.deterministic):
-        started, run.executes = time.time(), True
+        started, run.executes = time.monotonic(), True
         if run.without_effect:
             run.say(listing(run.without_effect))
         resumed = _read(run)
         run.say(runtime.prepare())
         _set_up(run)
+        check_agreed(run)
         if training.do_train:
             return _train(run, resumed, started)
         return _only_evaluate(run, resumed, started)
@@ -95,7 +96,7 @@ def _read(run: CoreRun) -> Checkpoint | None:
     dev_files = find_files(dataset, "dev")
     runtime.require_paddle()
     source = open_model(str(settings.model.model_name_or_path), run.plugins, settings.model.allow_pickle, run)
-    resumed = read_checkpoint(settings.training.resume_from_checkpoint, run.output_dir)
+    resumed = read_checkpoint(settings.training.resume_from_checkpoint, run.output_dir, run.progress)
     if resumed is not None:
         check_same_plugins(run, resumed)
     run.resumes, run.step = resumed is not None, resumed.state["step"] if resumed is not None else 0
@@ -150,8 +151,11 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     journal = open_run_folder(run, resumed.folder if resumed is not None else None, record)
     if resumed is not None:
         state = resumed.state
-        journal.rewind(state["journal"], resumed.folder.parent / "metrics.jsonl")
+        changed = journal.rewind(state, resumed.folder.parent / "metrics.jsonl")
+        if changed is not None:
+            run.say(f"note: {changed}")
         run.before, run.evaluation, run.best = state["before"], state["evaluation"], best.best_so_far(run, state)
+        checkpoint.drop_old(run, run.step)  # it may have been killed after it had saved
         run.say(f"resuming from {resumed.folder} after step {run.step}")
     else:
         run.before = before_or_after(run, 0, 0.0, journal)
@@ -171,7 +175,7 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     best_step = best.load_best(run) if training.load_best_model_at_end else None
     publish_result(run, optimizer)  # before anything else can go wrong
     after = before_or_after(run, best_step or steps, epochs, journal)
-    summary = summarise(run, journal, steps, epochs, after, time.time() - started)
+    summary = summarise(run, journal, steps, epochs, after, time.monotonic() - started)
     finish(run, record, summary)
     return summary
 
@@ -191,6 +195,6 @@ def _only_evaluate(run: CoreRun, resumed: Checkpoint | None, started: float) -> 
     journal = open_run_folder(run, None, record)
     run.model.eval()
     run.before = before_or_after(run, step, epoch, journal)
-    summary = summarise(run, journal, step, epoch, run.before, time.time() - started)
+    summary = summarise(run, journal, step, epoch, run.before, time.monotonic() - started)
     finish(run, record, summary)
     return summary

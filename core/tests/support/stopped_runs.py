@@ -72,8 +72,12 @@ def watching(steps: list[int]) -> type[sft.Plugin]:
     return Watch
 
 
-def contents(folder: Path, without: tuple[str, ...] = ("metrics.jsonl", "run.json", "state.json")) -> dict[str, bytes]:
-    """Every file under ``folder`` but those that hold times or paths."""
+TIMED = ("metrics.jsonl", "run.json", "state.json", "manifest.json")
+"""Files that hold times or paths, or what comes of them."""
+
+
+def contents(folder: Path, without: tuple[str, ...] = TIMED) -> dict[str, bytes]:
+    """Every file under ``folder``, but for the names ``without``."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))

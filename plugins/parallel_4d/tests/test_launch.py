@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import sft
-from sft_parallel_4d.launch import launch, start
+from sft_parallel_4d.launch import _held, _own_folder, launch, start
 
 PROGRAM = """
 import os, signal, subprocess, sys, time
@@ -205,6 +205,25 @@ def test_ranks_end_with_the_process_that_started_them(by_hand: subprocess.Popen[
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, pids))
+
+
+def test_what_a_killed_launch_left_goes_with_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else: not what somebody holds, what is new, or a link."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("sft-launch-left", "sft-launch-held", "sft-launch-new", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.json").write_text("{}")
+        if name != "sft-launch-new":
+            os.utime(tmp_path / name, (1, 1))
+    (tmp_path / "sft-launch-link").symlink_to(tmp_path / "other", target_is_directory=True)
+    with _held(tmp_path / "sft-launch-held"), _own_folder() as folder:
+        assert {path.name for path in tmp_path.iterdir()} == {
+            *("sft-launch-held", "sft-launch-new", "sft-launch-link", "other", folder.name)
+        }
+        with pytest.raises(OSError), _held(folder):
+            pytest.fail("it is held by its launch")
+    assert (tmp_path / "other" / "settings.json").exists()
+    assert not folder.exists()
 
 
 def test_sft_itself_is_what_the_ranks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

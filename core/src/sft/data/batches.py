@@ -158,6 +158,10 @@ class Data(Protocol):
 
     def fingerprint(self) -> str: ...
 
+    def has_fingerprint(self, expected: str) -> bool:
+        """Whether these are the records of a checkpoint that has ``expected`` as their fingerprint."""
+        ...
+
     def report(self) -> dict[str, int]: ...
 
 

@@ -104,6 +104,9 @@ class Encoded:
         """Changes whenever a token, a target or the order of the records does."""
         return self._digest
 
+    def has_fingerprint(self, expected: str) -> bool:
+        return expected == self.fingerprint()
+
     @cached_property
     def _digest(self) -> str:
         digest = hashlib.sha256()

@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from sft.data.contents import Contents
 from sft.data.encoding import NO_TARGET, Counts, DataWindow, Encoded
 from sft.errors import UsageError
 from sft.seams import Turn
 
+FORM = "2:"
+"""What the fingerprints of today begin with. Those of names and sizes have no mark; checkpoints still hold them."""
 WINDOW = 4096
 """Records in a window: they are shuffled, and packed, among each other, and in memory together."""
 
@@ -40,7 +43,12 @@ class Stream:
         self._room: tuple[Path, int] | None = None
 
     @cached_property
+    def _contents(self) -> Contents:
+        return Contents(self.files)
+
+    @cached_property
     def _first(self) -> Encoded:
+        _ = self._contents  # before anything is read
         return self._encode(itertools.islice(self._conversations(0), self._size))
 
     @property
@@ -53,7 +61,8 @@ class Stream:
         self._first.check_fits(model, positions)
 
     def windows(self, place: dict[str, Any] | None = None) -> Iterator[DataWindow]:
-        """See :class:`sft.data.batches.Data`. Raises :class:`UsageError` if a whole pass has no target."""
+        """See :class:`sft.data.batches.Data`. Raises :class:`UsageError` if a whole pass has no target, or a file is no
+        longer what it was."""
         number, passed, offset = (place[key] if place else 0 for key in ("window", "passes", "offset"))
         self.counts = Counts.of(place["counts"]) if place else Counts()
         kept = offset > 0
@@ -64,6 +73,7 @@ class Stream:
                 found = list(itertools.islice(itertools.chain([following], records), self._size))
                 following = next(records, None)
                 data = self._first if number == 0 else self._encode(found)
+                self._contents.check_same()
                 if self._room is not None:
                     data.check_fits(*self._room)
                 place = {"window": number, "passes": passed, "offset": offset, "counts": asdict(self.counts)}
@@ -77,15 +87,20 @@ class Stream:
             passed, offset = passed + 1, 0
 
     def fingerprint(self) -> str:
-        """Changes with the files' names and sizes, and with the tokens of the first window."""
-        return self._digest
+        """``2:`` and 16 hexadecimal digits of the tokens of the first window, the names of the files and what is in
+        them (:mod:`sft.data.contents`), as it was before the first record was read."""
+        digest = hashlib.sha256(self._first.fingerprint().encode())
+        digest.update(self._contents.digest.encode())
+        return FORM + digest.hexdigest()[:16]
 
-    @cached_property
-    def _digest(self) -> str:
+    def has_fingerprint(self, expected: str) -> bool:
+        """Whether ``expected`` is its fingerprint, in today's form or in the older one, of names and sizes of files."""
+        if expected.startswith(FORM):
+            return expected == self.fingerprint()
         digest = hashlib.sha256(self._first.fingerprint().encode())
         for path in self.files:
             digest.update(f"{path.name} {path.stat().st_size}".encode())
-        return digest.hexdigest()[:16]
+        return expected == digest.hexdigest()[:16]
 
     def report(self) -> dict[str, int]:
         """Of the records that have been read; those of a later pass count again."""

@@ -108,10 +108,13 @@ class Weights:
 
     def __init__(self, place: Path | ModelFolder, family: Family) -> None:
         """Raises :class:`UsageError` where there are none that may be read; see :func:`weight_files`."""
+        place = place if isinstance(place, ModelFolder) else ModelFolder(place)
+        index = place.path / (place.file if place.file is not None and place.file.endswith(_INDEX) else _SAFE[0])
+        self._states = {index: _state(index)}
         self._where: dict[str, Path] = {}
         self._handles: dict[Path, Any] = {}
         self._pickled: dict[str, Any] = {}
-        for path in weight_files(place if isinstance(place, ModelFolder) else ModelFolder(place)):
+        for path in weight_files(place):
             if path.suffix == ".safetensors":
                 for name in self._open(path).keys():  # noqa: SIM118  (no dict)
                     self._where[name] = path
@@ -119,6 +122,7 @@ class Weights:
                 from sft.models.pickles import read_pickled
 
                 self._pickled.update(read_pickled(path))
+        self._check_same(index)  # it goes before a shard changes, and comes last: see ``files.publish``
         self.parts: dict[str, Part] = {}
         for name in [*self._where, *self._pickled] if family.build is None else ():
             if is_stack(name, self.shape(name)):
@@ -149,12 +153,12 @@ class Weights:
         import numpy as np
 
         if name in self.parts:
-            array = np.asarray(self._at(name, (slice(None), slice(None)), _safetensors))
+            array = np.asarray(self._at(name, (slice(None), slice(None)), self._anew))
         elif name in self._pickled:
             array = np.asarray(self._pickled[name])
         else:
             # A handle of its own: an open one keeps every page of the file that was ever read in memory.
-            array = np.asarray(_safetensors(self._where[name]).get_tensor(name))
+            array = np.asarray(self._anew(self._where[name]).get_tensor(name))
         # paddle has no bfloat16 in numpy: its files, and PaddleNLP's safetensors, say uint16 for the same bits.
         return array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
 
@@ -166,7 +170,7 @@ class Weights:
 
     def read_part(self, name: str, where: tuple[slice, ...]) -> np.ndarray:
         """What is at ``where`` of a tensor as float32, in the file's layout; nothing else is read."""
-        return _as_float32(self._at(name, where, _safetensors))
+        return _as_float32(self._at(name, where, self._anew))
 
     def read_corner(self, name: str, size: int) -> np.ndarray:
         """The first ``size`` values along each dimension of a tensor as float32, in the file's layout."""
@@ -197,8 +201,19 @@ class Weights:
 
     def _open(self, path: Path) -> Any:
         if path not in self._handles:
+            self._states[path] = _state(path)
             self._handles[path] = _safetensors(path)
         return self._handles[path]
+
+    def _anew(self, path: Path) -> Any:
+        handle = _safetensors(path)
+        self._check_same(path)
+        return handle
+
+    def _check_same(self, path: Path) -> None:
+        """Refuse tensors of two models: a run may publish its result where this one is read."""
+        if _state(path) != self._states.get(path):
+            raise UsageError(f"{path} has been replaced while it was read; try again when nothing writes there.")
 
 
 def weight_files(place: ModelFolder) -> list[Path]:
@@ -249,6 +264,15 @@ def _expand(folder: Path, name: str) -> list[Path]:
     if missing:
         raise UsageError(f"{folder} lacks {', '.join(missing)}, named by {name}; copy it there.")
     return files
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _is_plain(name: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sft.errors import SftError, UsageError
 from sft.settings.best_metric import best_metric
 from sft.training.checkpoint import restore_model
-from sft.training.checkpoint_folder import checkpoints, read_state, step_of
+from sft.training.checkpoint_folder import checkpoints, looks_whole, step_of, whole_checkpoint
 
 if TYPE_CHECKING:
     from sft.context import CoreRun
@@ -28,7 +28,7 @@ def best_so_far(run: CoreRun, state: dict[str, Any]) -> dict[str, Any]:
     best: dict[str, Any] = state["best"]
     if not run.settings.training.load_best_model_at_end or not best:
         return {}
-    if best_metric(run.settings)[0] in best and (run.output_dir / f"checkpoint-{best['step']}").is_dir():
+    if best_metric(run.settings)[0] in best and looks_whole(run.output_dir / f"checkpoint-{best['step']}"):
         return best
     run.say(f"note: the best model so far (step {best['step']}) is not comparable or not here; the search begins anew")
     return {}
@@ -42,7 +42,7 @@ def load_best(run: CoreRun) -> int | None:
     folder = run.output_dir / f"checkpoint-{run.best['step']}"
     run.strategy.wait()  # the main process may still be writing it
     try:
-        restore_model(run, folder, read_state(folder))
+        restore_model(run, *whole_checkpoint(folder, run.progress))
     except UsageError as error:
         raise _without_best(run, folder, error) from error
     key, _ = best_metric(run.settings)

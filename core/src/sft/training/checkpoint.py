@@ -2,9 +2,9 @@
 
 ``checkpoint-N/`` holds what a user would load (the adapter in PEFT layout, or the whole model) and, in
 ``trainer/``, what resuming needs beside it: the optimizer's state (in pieces, where several processes share the run),
-plugins' arrays, and ``state.json``. Trainable parameters come back bit by bit: from the adapter's file, where
-``state.json`` says at which place of it they are, and otherwise from ``trainable.safetensors``. It resumes on
-any number of processes, however they divide the model.
+plugins' arrays, ``state.json``, and ``manifest.json``, by which damage is noticed. Trainable parameters come back bit
+by bit: from the adapter's file, where ``state.json`` says at which place of it they are, and otherwise from
+``trainable.safetensors``. It resumes on any number of processes, however they divide the model.
 Randomness has no hidden state: every draw is a function of the seed and the step number, both of which are in
 ``state.json``, as is the position in the data. The folder appears complete or not at all.
 """
@@ -21,11 +21,12 @@ import numpy as np
 from sft.distributed.parts import is_elsewhere, whole_shape
 from sft.distributed.pieces import SavedState, save_pieces
 from sft.errors import PluginError, UsageError
-from sft.files import can_write, remove_folder, save_tensors, staged_folder, staging_of, write_json
+from sft.files import can_write, remove_folder, save_tensors, staged_folder, staging_of, sync, write_json
 from sft.plugins.calls import a_or_an
 from sft.training.checkpoint_folder import FORMAT, checkpoints, step_of
 from sft.training.divergence import check_finite
 from sft.training.held_once import find_places, take
+from sft.training.manifest import write_manifest
 from sft.training.result import write_result
 from sft.training.shared import shared
 
@@ -54,8 +55,8 @@ def save(run: CoreRun, optimizer: Optimizer, state: dict[str, Any]) -> Path:
         own = staging_of(folder) / "trainer" / f"{strategy.own_file(OPTIMIZER)}.safetensors"
         pieces = strategy.pieces(optimizer.parameters)
         shared(strategy, lambda: save_pieces(own, optimizer.state(), pieces))
-        shared(strategy, staged.close)
-    shared(strategy, lambda: _drop_old(run))
+        shared(strategy, lambda: _close(run, folder, staged))
+    shared(strategy, lambda: drop_old(run, state["step"]))
     if strategy.is_main:
         run.hook.sft_checkpoint_saved(run=run, folder=folder)
     return folder
@@ -89,15 +90,27 @@ def _write_whole(
     write_json(trainer / "state.json", {"format": FORMAT, **state, "plugins": plugins, "in_adapter": places})
 
 
-def _drop_old(run: CoreRun) -> None:
-    """The oldest checkpoints beyond ``save_total_limit``."""
-    if not run.strategy.is_main:
-        return
+def _close(run: CoreRun, folder: Path, staged: contextlib.ExitStack) -> None:
+    """All processes have written their part; the main one sees to it that it is there to stay, and names it."""
+    if run.strategy.is_main:
+        write_manifest(staging_of(folder))
+        lines = run.output_dir / "metrics.jsonl"
+        if lines.exists():
+            sync(lines)  # those up to now belong to this moment
+    staged.close()
+
+
+def drop_old(run: CoreRun, step: int) -> None:
+    """Remove the oldest checkpoints beyond ``save_total_limit``. That of ``step`` is whole, and counts as one of them:
+    it stays, and so does the best one where the run is to end with it."""
     limit = run.settings.training.save_total_limit
-    keeps = run.best["step"] if run.settings.training.load_best_model_at_end and run.best else None
-    for old in checkpoints(run.output_dir)[:-limit] if limit else []:
-        if step_of(old) != keeps:
-            remove_folder(old)
+    if not run.strategy.is_main or not limit:
+        return
+    best = run.best["step"] if run.settings.training.load_best_model_at_end and run.best else None
+    older = [folder for folder in checkpoints(run.output_dir) if step_of(folder) < step]
+    for folder in older[: max(0, len(older) - (limit - 1))]:
+        if step_of(folder) != best:
+            remove_folder(folder)
 
 
 def restore(run: CoreRun, optimizer: Optimizer, folder: Path, state: dict[str, Any]) -> None:
@@ -183,9 +196,21 @@ def _load_trainable(
                 f"{folder} was trained with other parameters ({name}: {there} there, {here} in this run); "
                 "resume with the plugins and settings of that run."
             )
+        if not _is_learned(values[name]):
+            raise UsageError(
+                f"{folder} holds values as {name} that no training writes ({values[name].dtype}, or not finite); "
+                "resume from another checkpoint."
+            )
     for name, parameter in parameters.items():
         if not is_elsewhere(parameter):
             strategy.store(parameter, values[name].__getitem__)
+
+
+def _is_learned(value: np.ndarray) -> bool:
+    """Whether these can be weights that trained: real numbers, and finite."""
+    import ml_dtypes
+
+    return value.dtype in (np.float32, np.float16, ml_dtypes.bfloat16) and bool(np.isfinite(value).all())
 
 
 def check_plugin_state(run: CoreRun) -> None:

@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sft.errors import UsageError
+from sft.progress import Progress
+from sft.training.manifest import NAME as MANIFEST
+from sft.training.manifest import damage
 
-FORMAT = 3
-"""The format in which checkpoints are written. Format 2, which holds what trains twice, can still be read."""
-_KEYS = (
-    *("date", "step", "epoch", "seed", "data", "loss_scale", "journal", "before", "evaluation", "best", "settings"),
-    *("shaping", "plugins"),
-)
+FORMAT = 4
+"""The format in which checkpoints are written. Formats 2, which holds what trains twice, and 3 can still be read; they
+have no manifest."""
+_UNSEALED = (2, 3)
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("step", "seed"), (int,)),
+    "epoch": (int, float),
+    "date": (str,),
+    **dict.fromkeys(("data", "loss_scale", "journal", "before", "evaluation", "best"), (dict,)),
+    **dict.fromkeys(("settings", "shaping", "plugins"), (dict,)),
+}
+"""What ``state.json`` holds, and as what."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -39,11 +48,16 @@ def asks_to_resume(request: bool | str | None) -> bool:
     return bool(request) and str(request).lower() != "false"
 
 
+def _is_auto(request: bool | str | None) -> bool:
+    return str(request).lower() in ("auto", "true")
+
+
 def find_checkpoint(request: bool | str | None, output_dir: Path) -> Path | None:
-    """What ``--resume_from_checkpoint`` asks for; None is a fresh start. Raises :class:`UsageError`."""
+    """The folder that ``--resume_from_checkpoint`` asks for, by its name alone; None is a fresh start. Raises
+    :class:`UsageError`."""
     if not asks_to_resume(request):
         return None
-    if str(request).lower() in ("auto", "true"):
+    if _is_auto(request):
         written = checkpoints(output_dir)
         return written[-1] if written else None
     path = Path(str(request)).expanduser()
@@ -62,23 +76,83 @@ class Checkpoint(NamedTuple):
     """What its ``state.json`` says."""
 
 
-def read_checkpoint(request: bool | str | None, output_dir: Path) -> Checkpoint | None:
-    """What ``--resume_from_checkpoint`` asks for, read; None is a fresh start. Raises :class:`UsageError`."""
-    folder = find_checkpoint(request, output_dir)
-    return Checkpoint(folder, read_state(folder)) if folder is not None else None
+class DamagedError(UsageError):
+    """A checkpoint is not what was written; another one may be."""
+
+
+def read_checkpoint(request: bool | str | None, output_dir: Path, progress: Progress) -> Checkpoint | None:
+    """What ``--resume_from_checkpoint`` asks for, checked and read; None is a fresh start. With ``auto`` that is the
+    newest one that is whole; a newer one is named. Raises :class:`UsageError`."""
+    found = find_checkpoint(request, output_dir)
+    if found is None:
+        return None
+    if not _is_auto(request):
+        return whole_checkpoint(found, progress)
+    first = ""
+    for folder in reversed(checkpoints(output_dir)):
+        try:
+            checkpoint = whole_checkpoint(folder, progress)
+        except DamagedError as error:
+            cause = str(error).partition("; ")[0]
+            first = first or cause
+            progress.say(f"note: {cause}; {folder.name} is passed over")
+        else:
+            return checkpoint
+    raise UsageError(
+        f"None of the checkpoints in {output_dir} is whole ({first}); replace the run with --overwrite_output_dir, or "
+        "choose another folder."
+    )
+
+
+def whole_checkpoint(folder: Path, progress: Progress) -> Checkpoint:
+    """The checkpoint in ``folder``, once every byte of it has been compared with its manifest; earlier versions of sft
+    wrote none, which is said. Raises :class:`DamagedError`."""
+    named = _NAME.fullmatch(folder.name or folder.resolve().name)
+    sealed = (folder / MANIFEST).exists()
+    state = None if sealed else read_state(folder)
+    if state is not None and state["format"] in _UNSEALED:
+        progress.say(
+            f"note: {folder.name} was written by an earlier version of sft, without a list of its files, so damage to "
+            "them would go unnoticed"
+        )
+    else:
+        wrong = damage(folder, progress)
+        if wrong is not None:
+            raise _damaged(folder, wrong)
+        state = read_state(folder)
+    if named and state["step"] != int(named[1]):
+        raise _damaged(folder, f"its state is that of step {state['step']}")
+    return Checkpoint(folder, state)
+
+
+def looks_whole(folder: Path) -> bool:
+    """Whether nothing of a checkpoint is missing or cut off, as far as can be told without reading it all."""
+    try:
+        state = read_state(folder)
+    except UsageError:
+        return False
+    return state["format"] in _UNSEALED or damage(folder) is None
+
+
+def _damaged(folder: Path, how: str) -> DamagedError:
+    return DamagedError(f"{folder} is damaged: {how}; resume from another checkpoint.")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """``state.json`` of a checkpoint."""
     path = folder / "trainer" / "state.json"
+    cure = "resume from another checkpoint."
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} cannot be read ({error}); {cure}") from error
     if not isinstance(state, dict) or "format" not in state:
-        raise UsageError(f"{path} is not the state of a run; resume from another checkpoint.")
-    if state["format"] not in (2, FORMAT):
+        raise DamagedError(f"{path} is not the state of a run; {cure}")
+    if state["format"] not in (*_UNSEALED, FORMAT):
         raise UsageError(f"{folder} was written by another version of sft (format {state['format']}).")
-    if not set(_KEYS) <= set(state):
-        raise UsageError(f"{path} is not complete; resume from another checkpoint.")
+    for key, kinds in _KINDS.items():
+        if key not in state:
+            raise DamagedError(f"{path} is not complete; {cure}")
+        if type(state[key]) not in kinds:
+            raise DamagedError(f"{path} holds a {type(state[key]).__name__} as {key}; {cure}")
     return state

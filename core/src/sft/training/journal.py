@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sft.files import write_text
+from sft.files import replaced
 from sft.runtime import peak_memory_mib
 
 
@@ -44,6 +45,8 @@ class Journal:
     skipped_steps: int = 0
     """Steps that overflowed in float16 and changed nothing."""
     _since: float = field(default_factory=time.monotonic)
+    _digest: Any = field(default_factory=hashlib.sha256)
+    """Of the file, by which a resumed run sees that a line has changed."""
 
     def add(
         self, loss_sum: float, tokens: int, target_tokens: int, padding_tokens: int, rows: int, grad_norm: float
@@ -80,8 +83,10 @@ class Journal:
 
     def write(self, line: dict[str, Any]) -> None:
         if self.path is not None:
+            text = json.dumps(line, allow_nan=False) + "\n"
             with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line, allow_nan=False) + "\n")
+                stream.write(text)
+            self._digest.update(text.encode())
         self.lines += 1
 
     def start(self) -> None:
@@ -99,30 +104,49 @@ class Journal:
             "first_loss": self.first_loss,
             "last_loss": self.last_loss,
             "lines": self.lines,
+            "digest": self._digest.hexdigest(),
             "due": self.due,
             "skipped_steps": self.skipped_steps,
         }
 
-    def rewind(self, state: dict[str, Any], written: Path) -> None:
-        """Go back to a checkpoint: restore the sums, and keep the lines that ``written`` had by then."""
-        self.window, self.total = Totals(**state["window"]), Totals(**state["total"])
-        self.first_loss, self.last_loss = state["first_loss"], state["last_loss"]
-        self.skipped_steps, self.lines = state["skipped_steps"], state["lines"]
-        self.due = state.get("due", False)
+    def rewind(self, state: dict[str, Any], written: Path) -> str | None:
+        """Go back to a checkpoint: restore the sums from its ``state``, and keep the lines that ``written`` had by
+        then. Where the file is not what it was, those of its steps that can be read are kept, and a clause says so."""
+        sums = state["journal"]
+        self.window, self.total = Totals(**sums["window"]), Totals(**sums["total"])
+        self.first_loss, self.last_loss = sums["first_loss"], sums["last_loss"]
+        self.skipped_steps, self.lines = sums["skipped_steps"], sums["lines"]
+        self.due = sums.get("due", False)
         if self.path is None:
-            return
-        kept = _lines(written)[: state["lines"]]
-        self.lines = len(kept)
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            return None
+        there = written.read_bytes().splitlines(keepends=True) if written.is_file() else []
+        kept = there[: sums["lines"]]
+        is_same = hashlib.sha256(b"".join(kept)).hexdigest() == sums.get("digest")
+        if not is_same:
+            evaluated = state["evaluation"].get("step") == state["step"]
+            kept = [line for line in map(_sound, there) if _was_written(line, state["step"], evaluated)]
+        self.lines, self._digest = len(kept), hashlib.sha256(b"".join(kept))
+        with replaced(self.path) as staging:
+            staging.write_bytes(b"".join(kept))
+        if is_same or ("digest" not in sums and len(kept) == sums["lines"]):
+            return None
+        if not written.is_file():
+            return f"{written} is not there, so the lines up to step {state['step']} are lost"
+        return (
+            f"{written} has been changed since step {state['step']}: {len(kept):,} lines up to there can be read, of "
+            f"{sums['lines']:,} that were written"
+        )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; a half-written last line is left out."""
-    lines = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
-    return lines
+def _sound(line: bytes) -> bytes:
+    return line if line.endswith(b"\n") else line + b"\n"
+
+
+def _was_written(text: bytes, step: int, evaluated: bool) -> bool:
+    """Whether it is a line of a step up to ``step``. After that one there may have been an evaluation that only its
+    run's end made."""
+    try:
+        line = json.loads(text)
+        return bool(line["step"] < step or (line["step"] == step and (evaluated or "eval_loss" not in line)))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import SftError
-from sft.files import publish
+from sft.files import discard, publish
 from sft.training.checkpoint_folder import step_of
 from sft.training.divergence import check_finite, last_checkpoint, not_finite
 from sft.training.result import PUBLISHED, RESULT_KEYS, write_result
@@ -60,7 +60,7 @@ def _rescue(run: CoreRun) -> str:
     failure = None
     for find in (tempfile.gettempdir, Path.cwd, Path.home):
         holds = _Elsewhere(find)
-        failure = _write(run, lambda holds=holds: holds)  # type: ignore[misc]
+        failure = _write(run, holds)
         if failure is None:
             return f"it is in {holds.folder} instead: make room, and move it from there"
     last = last_checkpoint(run)
@@ -69,22 +69,25 @@ def _rescue(run: CoreRun) -> str:
 
 
 class _Elsewhere:
-    """A new folder in the one that ``find`` returns. It is removed again if it cannot be filled."""
+    """A new folder in the one that ``find`` returns, where the result appears complete; it is removed again if it
+    cannot be filled."""
 
     def __init__(self, find: Callable[[], Any]) -> None:
         self._find = find
         self.folder = Path()
 
-    def __enter__(self) -> Path:
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[Path]:
         try:
             self.folder = Path(tempfile.mkdtemp(prefix="sft-result-", dir=self._find()))
         except RuntimeError as error:  # there is no home
             raise OSError(str(error)) from error
-        return self.folder
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            with publish(self.folder, RESULT_KEYS) as staging:
+                yield staging
+        except BaseException:
+            discard(self.folder)
+            raise
 
 
 def _write(run: CoreRun, place: Callable[[], AbstractContextManager[Path]]) -> str | None:

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
     from sft.context import CoreRun
 
-RESULT_KEYS = ("adapter_config.json", "config.json")
-"""The files with which every reader of an adapter or a model begins."""
+RESULT_KEYS = ("adapter_config.json", "config.json", "model.safetensors.index.json")
+"""The files with which readers of an adapter or a model begin; the first ones with the first."""
 PUBLISHED = (
     *RESULT_KEYS,
     *("adapter_model.safetensors", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
-    *("model.safetensors.index.json", *TOKENIZER_FILES),
+    *TOKENIZER_FILES,
 )
 """The files of a result."""
 

@@ -24,7 +24,7 @@ def check_resumable(run: CoreRun, schedule: Schedule, resumed: Checkpoint) -> No
             f"{source} is after step {state['step']} and this run ends at step {schedule.total_steps}; raise max_steps "
             "or num_train_epochs, or resume from an earlier checkpoint."
         )
-    if data["fingerprint"] != schedule.data.fingerprint():
+    if not schedule.data.has_fingerprint(str(data["fingerprint"])):
         raise UsageError(
             f"{source} was trained on other tokens, so its place in the data means nothing here; resume with the same "
             "data, model and lengths, or start a new run from its weights."
@@ -57,6 +57,17 @@ def check_resumable(run: CoreRun, schedule: Schedule, resumed: Checkpoint) -> No
         run.say(
             f"note: {source.name} was computed with another arithmetic, {differences}; what follows may differ in its "
             "last digits from what that run would have computed"
+        )
+
+
+def check_agreed(run: CoreRun) -> None:
+    """Refuse to go on where processes of the run have found different checkpoints to be whole: one of them may not be
+    able to read what another one can."""
+    first, last = -int(run.strategy.largest(-run.step)), int(run.strategy.largest(run.step))
+    if first != last:
+        raise UsageError(
+            f"The processes of the run would go on from different checkpoints, of steps {first} and {last}; give all "
+            "of them the same output_dir, or name a checkpoint with --resume_from_checkpoint."
         )
 
 

@@ -92,8 +92,12 @@ def _clear(run: CoreRun, source: Path | None, record: dict[str, Any]) -> None:
     write_report(run, {"status": "running", **record})
     if source is not None and _is_in(run.output_dir, source):
         for folder in checkpoints(run.output_dir):
-            if step_of(folder) > step_of(source):  # of a future that this run does not have
+            if step_of(folder) > run.step:  # of a future that this run does not have
                 remove_folder(folder)
+        for path in run.output_dir.glob("generations-*.jsonl"):
+            number = path.stem.split("-")[1]
+            if number.isdecimal() and int(number) > run.step:
+                path.unlink()
         return
     if not is_used:
         return

@@ -7,9 +7,11 @@ launcher's logs, and, where a rank fails, what it died of.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +29,9 @@ from sft_parallel_4d.environment import FOLDER
 from sft_parallel_4d.watch import OtherRankError, Watch
 
 HIDDEN = "SFT_LAUNCH_HIDES_GPUS"
+PREFIX = "sft-launch-"
+_NEW = 60.0
+"""Seconds."""
 LAUNCHER_VARIABLES = (
     *("PADDLE_MASTER", "PADDLE_DEVICES", "PADDLE_NNODES", "PADDLE_RUN_MODE", "PADDLE_LOG_LEVEL", "PADDLE_LOG_DIR"),
     *("PADDLE_LOG_OVERWRITE", "PADDLE_NPROC_PER_NODE", "PADDLE_JOB_ID", "PADDLE_RANK", "PADDLE_MAX_RESTART"),
@@ -60,9 +65,7 @@ def start(
     if FOLDER in os.environ or int(os.environ.get("PADDLE_TRAINERS_NUM") or 1) > 1:
         raise UsageError("nproc: this is already one of several processes; leave nproc to one of them, the launcher.")
     files = files or {}
-    # Only the user may look into it.
-    with tempfile.TemporaryDirectory(prefix="sft-launch-") as name:
-        folder = Path(name)
+    with _own_folder() as folder:
         for file, text in files.items():
             (folder / file).write_text(text, encoding="utf-8")
         command = [str(folder / argument) if argument in files else argument for argument in command]
@@ -87,6 +90,32 @@ def start(
         if process.returncode == 0:
             return 0
         raise _first_error(folder, process.returncode)
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A temporary folder into which only the user may look. Those of launches that were killed go first."""
+    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError), _held(left):
+            about = left.stat()
+            is_old = time.time() - about.st_mtime > _NEW  # a new one may not be held yet
+            if is_old and about.st_uid == os.getuid() and not _started_from(left):
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name, contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # where nothing can be held nothing is removed either
+            held.enter_context(_held(Path(name)))
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` as long as this process lives and the block lasts; :class:`OSError` where another one does."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def failed(error: BaseException, rank: int, watch: Watch | None = None) -> None:

@@ -17,10 +17,10 @@ PYTHON ?=
 PYTHONS := $(or $(PYTHON),python3 python3.12 python3.11 python3.10)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu test-plugin lint format bench docs clean
+.PHONY: help demo test test-slow test-gpu test-reliability test-plugin lint format bench docs clean
 
 help: ## Say what each target does
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/installed-$(DEVICE) ## Install, then run the demo
 	$(BIN)/sft demo $(ARGS)
@@ -37,6 +37,11 @@ test-slow: .venv/installed-test ## Run the slow tests
 # sentence, and pytest exits with 5.
 test-gpu: .venv/installed-test ## Check a GPU, within ten minutes: make DEVICE=gpu test-gpu
 	$(BIN)/pytest -m gpu -rs $(ARGS) || [ $$? -eq 5 ]
+
+# Hours. Each test carries its own limit of time. The figures are kept even if some test fails.
+test-reliability: .venv/installed-test ## Try everything that a run must survive, for hours, and write docs/reliability.md
+	SFT_RELIABILITY=whole OMP_NUM_THREADS=1 $(BIN)/pytest tests/reliability -m "not gpu" $(ARGS); \
+	    code=$$?; $(BIN)/python tests/reliability/figures.py; exit $$code
 
 test-plugin: ## Test one plugin alone with the core, in a venv of its own: make test-plugin NAME=peft_vera
 	@test -f plugins/$(NAME)/pyproject.toml || { echo "Give NAME=, one of: $(notdir $(PLUGINS))." >&2; exit 2; }
@@ -59,10 +64,11 @@ format: .venv/installed-dev ## Put the code into the house format
 bench: .venv/installed-$(DEVICE) ## Run the benchmarks beside other programs: two to three hours; ARGS="steps" runs one
 	$(BIN)/python -m benchmarks $(ARGS)
 
-docs: .venv/installed-$(DEVICE) ## Generate the reference pages in docs/, and the picture of the floors
+docs: .venv/installed-$(DEVICE) ## Generate the pages in docs/ that are made, and the picture of the floors
 	$(BIN)/python docs/generate.py
 	$(BIN)/python scripts/import_graph.py --write
 	$(BIN)/python -m benchmarks.page
+	$(BIN)/python tests/reliability/figures.py
 
 clean: ## Remove .venv and all caches
 	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache

@@ -86,7 +86,7 @@ def test_a_whole_number_that_a_double_cannot_hold_stays_exact(value: Any) -> Non
     ],
 )
 def test_what_is_no_whole_number(value: Any) -> None:
-    assert refusal("free", value) == f"free: expected a whole number, got {value!r}."
+    assert refusal("free", value) == f"free: expected a whole number, got {sft.shown(repr(value))}."
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import PluginError, SftError, TooEarlyError, UsageError
+from sft.foreign_text import safe, shown
 from sft.options import option
 from sft.plugins.declarations import API_VERSION
 from sft.plugins.registry import Plugin, hookimpl, hookspec, single
@@ -167,6 +168,8 @@ __all__ = [
     "recomputed",
     "row_sums",
     "run",
+    "safe",
+    "shown",
     "single",
     "sum_over",
     "target_layers",

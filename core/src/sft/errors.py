@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import traceback
+
+from sft.foreign_text import safe
+
+LONGEST = 4_000
+"""Characters of a message: one that quotes a file of somebody else must not fill the screen."""
 
 
 class SftError(Exception):
-    """A run cannot go on. The command line prints the message as one sentence and exits with ``exit_code``."""
+    """A run cannot go on. The command line prints the message as one sentence and exits with ``exit_code``.
+
+    The message may quote what is not ours: it is :func:`sft.safe` and cut, and no line after the first can be taken for
+    one of ours.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        text = safe(str(message)[: 2 * LONGEST])
+        text = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+        super().__init__(re.sub(r"\n(?!  )", "\n  ", text))
 
 
 class UsageError(SftError):

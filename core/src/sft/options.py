@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sft.errors import UsageError
+from sft.foreign_text import MASK, is_secret, shown
 
 _TRUE = {"true", "1", "yes", "on"}
 _FALSE = {"false", "0", "no", "off"}
@@ -110,6 +111,7 @@ def convert(option: Option, value: Any) -> Any:
     Raises :class:`UsageError` naming the setting, the value and what is accepted.
     """
     kinds = option.kinds
+    got = MASK if is_secret(option.name) else shown(repr(value))
     if isinstance(value, Bare) and bool not in kinds:
         raise UsageError(f"{option.name}: the value is missing; expected {_describe(option)}.")
     if isinstance(value, os.PathLike):
@@ -122,15 +124,15 @@ def convert(option: Option, value: Any) -> Any:
         if converted is not _REFUSED:
             break
     else:
-        raise UsageError(f"{option.name}: expected {_describe(option)}, got {value!r}.")
+        raise UsageError(f"{option.name}: expected {_describe(option)}, got {got}.")
     if option.choices and converted not in option.choices:
-        raise UsageError(f"{option.name}: expected one of {', '.join(option.choices)}, got {value!r}.")
+        raise UsageError(f"{option.name}: expected one of {', '.join(option.choices)}, got {got}.")
     too_low = option.minimum is not None and converted < option.minimum
     too_low = too_low or (option.above is not None and converted <= option.above)
     too_high = option.maximum is not None and converted > option.maximum
     too_high = too_high or (option.below is not None and converted >= option.below)
     if too_low or too_high:
-        raise UsageError(f"{option.name}: expected {_describe(option)}, got {value!r}.")
+        raise UsageError(f"{option.name}: expected {_describe(option)}, got {got}.")
     return converted
 
 

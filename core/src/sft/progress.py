@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
+from sft.foreign_text import safe
+
 T = TypeVar("T")
 
 BAR_AFTER = 1.0
@@ -38,7 +40,7 @@ class Printer:
         self._stream = stream
 
     def __call__(self, text: str) -> None:
-        print(text, file=self.file, flush=True)
+        print(safe(text), file=self.file, flush=True)
 
     @property
     def file(self) -> Any:

@@ -17,6 +17,7 @@ from sft.commands.shared import (
     TEMPLATE,
     lines_of_standard_input,
     model_options,
+    put_out,
     say,
     setting_options,
     typed_values,
@@ -125,7 +126,7 @@ class Chat:
 
 def _answer(chat: Chat, text: str, stoppable: AbstractContextManager[Any]) -> None:
     try:
-        forgotten = chat.ask(text, lambda piece: click.echo(piece, nl=False), stoppable)
+        forgotten = chat.ask(text, lambda piece: put_out(piece, nl=False), stoppable)
     except UsageError as error:
         say(f"sft: {error}")
     except KeyboardInterrupt:

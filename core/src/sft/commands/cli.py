@@ -10,6 +10,7 @@ import click
 
 from sft import runtime
 from sft.errors import PluginError, SftError, UsageError
+from sft.foreign_text import safe
 
 COMMANDS = {
     "run": "Fine-tune a model.",
@@ -90,7 +91,7 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False)
     except PluginError as error:
-        click.echo(error.details(), err=True, nl=False)
+        click.echo(safe(error.details()), err=True, nl=False)
         code = _failed(str(error), error.exit_code)
     except SftError as error:
         code = _failed(str(error), error.exit_code)
@@ -108,5 +109,5 @@ def main() -> None:
 
 
 def _failed(message: str, code: int) -> int:
-    click.echo(f"sft: {message}", err=True)
+    click.echo(f"sft: {safe(message)}", err=True)
     return code

@@ -17,6 +17,7 @@ from sft.commands.shared import (
     TEMPLATE,
     lines_of_standard_input,
     model_options,
+    put_out,
     say,
     setting_options,
     typed_values,
@@ -114,9 +115,9 @@ def _answer(
                 if as_json:
                     line = {"prompt": turns[-1].content, "answer": text}
                     line.update({} if reference is None else {"reference": reference})
-                    click.echo(json.dumps(line, ensure_ascii=False))
+                    put_out(json.dumps(line, ensure_ascii=False))
                 else:
-                    click.echo("" if stream else text)
+                    put_out("" if stream else text)
 
 
 def _advance(task: Task, before: int, tokens: int, answers: float) -> None:
@@ -124,7 +125,7 @@ def _advance(task: Task, before: int, tokens: int, answers: float) -> None:
 
 
 def _show(piece: str) -> None:
-    click.echo(piece, nl=False)
+    put_out(piece, nl=False)
 
 
 def _standard_input() -> Iterator[str]:

@@ -10,6 +10,7 @@ import click
 from sft import hookspecs
 from sft.errors import SftError, UsageError
 from sft.files import read_report
+from sft.foreign_text import safe
 from sft.options import Bare, Option, options_of
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import by_device, choose_plugins, explicit
@@ -141,11 +142,16 @@ def report(summary: Any) -> None:
     for sample in summary.samples:
         lines += [
             "",
-            f"prompt: {sample['prompt']}",
-            f"  before: {sample['before']}",
-            f"  after:  {sample['after']}",
+            f"prompt: {_block(sample['prompt'])}",
+            f"  before: {_block(sample['before'])}",
+            f"  after:  {_block(sample['after'])}",
         ]
-    click.echo("\n".join(lines))
+    click.echo(safe("\n".join(lines)))
+
+
+def _block(text: str) -> str:
+    """Lines of data or of a model, which cannot be taken for ours."""
+    return text.replace("\n", "\n    ")
 
 
 def _fall(before: float | None, after: float | None) -> str:

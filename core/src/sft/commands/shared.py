@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from sft.errors import UsageError
+from sft.foreign_text import harmless
 from sft.options import Option, convert
 from sft.plugins.requests import requests
 from sft.progress import Printer
@@ -107,6 +108,12 @@ def lines_of_standard_input() -> Iterator[str]:
             raise UsageError(
                 f"Standard input, line {number} is not UTF-8 text ({error.reason}); convert it."
             ) from error
+
+
+def put_out(text: str, nl: bool = True) -> None:
+    """Print what a model says to standard output: as it is for programs, harmless for a terminal."""
+    # Without color=True, click takes out of what goes to a program whatever looks like a code for a terminal.
+    click.echo(harmless(text) if sys.stdout.isatty() else text, nl=nl, color=True)
 
 
 say = Printer("stderr")

@@ -16,6 +16,7 @@ from sft.data.processes import Encoders, encoders, processes_for
 from sft.data.sources import Passing, read, size_of, unread
 from sft.data.stream import WINDOW, Stream
 from sft.errors import UsageError
+from sft.foreign_text import shown
 from sft.progress import duration
 
 if TYPE_CHECKING:
@@ -184,7 +185,8 @@ def note_unread(dataset: Path, files: list[Path], say: Callable[[str], None]) ->
     names = unread(dataset, files)
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        listed = ", ".join(map(shown, names[:3]))
         say(
-            f"note: {', '.join(names[:3])}{more} in {dataset} {'are' if len(names) > 1 else 'is'} not read; dev data "
+            f"note: {listed}{more} in {dataset} {'are' if len(names) > 1 else 'is'} not read; dev data "
             "is what is called dev or validation, and sft evaluate measures any file that it is given"
         )

@@ -139,16 +139,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _make(self, characters: int) -> None:
         """So many characters are about to be made."""
         left = self._left
-        left.steps -= 1 + (characters >> 12)
         left.made -= characters
-        if left.made < 0 or left.steps < 0:
+        if left.made < 0:
             raise LimitError("it makes texts or lists without measure")
+        self._step(1 + (characters >> 12))
 
     def _weigh(self, value: Any) -> int:
         """Characters and places in ``value``, which is about to be looked through, all that is in it included: a list
         that has another one twice, and this a third twice, is short and has no end."""
         if isinstance(value, str):
-            self._step(1 + (len(value) >> 12))
+            self._step(1 + (len(value) >> 10))
             return len(value)
         weight, steps, within = 0, 0, [value]
         while within:
@@ -156,7 +156,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             steps += 1
             if isinstance(one, str):
                 weight += len(one)
-                steps += len(one) >> 12
+                steps += len(one) >> 10
             elif isinstance(one, Mapping):
                 weight += 2 * CELL * len(one)
                 within.extend(one.keys())
@@ -256,7 +256,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _method(self, text: str, name: str, *args: Any) -> tuple[Any, ...]:
         """The arguments for a method of ``text``, where there is room for what it makes."""
-        self._step(len(text) >> 12)
+        self._step(len(text) >> 10)
         if name == "join" and args:
             args = (self._all(args[0]), *args[1:])
             self._make(self._weigh(args[0]) + len(text) * len(args[0]))

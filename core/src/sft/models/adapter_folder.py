@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
 from sft.files import read_object
+from sft.foreign_text import shown, without_secrets
 from sft.models.families.family import Family
 from sft.models.families.known import FAMILIES
 from sft.models.fingerprint import fingerprint, has_fingerprint
@@ -182,8 +183,8 @@ def check_base(
     named = read_adapter_config(adapter).get("base_model_name_or_path")
     if expected is None and isinstance(named, str) and named and Path(named).name.lower() not in _names(source.folder):
         say(
-            f"note: the adapter names {named} as its base, and this is {source.folder}; if the weights are not the "
-            "same, it means something else over these"
+            f"note: the adapter names {shown(named)} as its base, and this is {source.folder}; if the weights are not "
+            "the same, it means something else over these"
         )
 
 
@@ -201,7 +202,7 @@ def _differences(
     clauses = []
     if expected is not None and not has_fingerprint(source, expected):
         named = read_adapter_config(adapter).get("base_model_name_or_path")
-        clauses.append(f"other weights than those of {source.folder} (its base was {named})")
+        clauses.append(f"other weights than those of {source.folder} (its base was {shown(named)})")
     if FINGERPRINT in _metadata(adapter):  # of an adapter from elsewhere nobody knows what changed its base
         clauses += _plugin_differences(base_plugins(adapter), source, plugins, options)
     return clauses
@@ -220,7 +221,9 @@ def _plugin_differences(
         for key, value in json.loads(json.dumps(_values(options, name))).items():
             before = there[name].get(key, value)  # an older version of the plugin may not have had it
             if before != value and not (key in asking and None in (before, value)):
-                clauses.append(f"a base that plugin {name} changes with {key} {before!r}, and here with {value!r}")
+                clauses.append(
+                    f"a base that plugin {name} changes with {key} {shown(repr(before))}, and here with {value!r}"
+                )
     clauses += [f"a base that plugin {name} changes, and here it is not active" for name in sorted({*there} - here)]
     clauses += [f"a base that plugin {name} had not changed, and here it does" for name in sorted(here - {*there})]
     return clauses
@@ -243,7 +246,7 @@ def _fingerprint_of(adapter: Path) -> str | None:
 
 def _values(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The options of a plugin by name."""
-    return asdict(options[name]) if name in options else {}
+    return dict(without_secrets(asdict(options[name]))) if name in options else {}
 
 
 def _names(folder: Path) -> set[str]:

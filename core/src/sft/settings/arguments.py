@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import UsageError
+from sft.foreign_text import without_secrets
 from sft.options import Option, convert, option, options_of
 from sft.plugins.discovery import import_plugin
 from sft.plugins.registry import Plugins
@@ -183,6 +184,10 @@ class Settings:
         for part in (self.model, self.data, self.generation, self.training, *self.options.values()):
             values.update(dataclasses.asdict(part))
         return values
+
+    def written(self) -> dict[str, Any]:
+        """:meth:`flat`, as it is written down: what looks like a secret is masked."""
+        return dict(without_secrets(self.flat()))
 
 
 def core_options() -> dict[str, Option]:

@@ -191,7 +191,7 @@ def state_after(run: CoreRun, schedule: Schedule, journal: Journal, at: Step, sc
         "before": run.before,
         "evaluation": run.evaluation,
         "best": run.best,
-        "settings": run.settings.flat(),
+        "settings": run.settings.written(),
         "shaping": run.shaping(),
         "arithmetic": run.arithmetic,
     }

@@ -13,6 +13,7 @@ from sft import runtime
 from sft.context import CoreRun, Run, Summary
 from sft.errors import SftError
 from sft.files import read_report, write_json
+from sft.foreign_text import shown
 from sft.plugins.discovery import dependencies
 
 PACKAGES = ("sft-core", "paddlepaddle", "paddlepaddle-gpu", "numpy", "tokenizers")
@@ -29,7 +30,7 @@ def describe(run: CoreRun) -> dict[str, Any]:
             continue
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "settings": run.settings.flat(),
+        "settings": run.settings.written(),
         "plugins": {name: run.plugins.origin(name) for name in run.plugins.names},
         "packages": packages,
         "machine": runtime.machine(),
@@ -102,4 +103,4 @@ def report_of_others(run: CoreRun) -> dict[str, Any]:
 def sentence(error: BaseException) -> str:
     """An error as one line: with its type, unless it was written for users."""
     text = str(error) if isinstance(error, (SftError, OSError)) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())
+    return shown(" ".join(text.split()), 4_000)

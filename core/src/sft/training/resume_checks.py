@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sft import runtime
 from sft.errors import UsageError
+from sft.foreign_text import shown
 from sft.models.adapter_folder import base_differences, check_base
 
 if TYPE_CHECKING:
@@ -43,10 +44,11 @@ def check_resumable(run: CoreRun, schedule: Schedule, resumed: Checkpoint) -> No
         "dataset_num_proc",
         "encoded_cache",
     }
-    now = run.settings.flat()
+    now = run.settings.written()
     for name in sorted(set(now) | set(state["settings"])):
         if name not in free and now.get(name) != state["settings"].get(name):
-            run.say(f"note: {name} was {state['settings'].get(name)!r} in {source.name} and is now {now.get(name)!r}")
+            was = shown(repr(state["settings"].get(name)))
+            run.say(f"note: {name} was {was} in {source.name} and is now {now.get(name)!r}")
     differences = runtime.differences(state.get("arithmetic", run.arithmetic), run.arithmetic)
     if differences and run.settings.training.deterministic:
         raise UsageError(

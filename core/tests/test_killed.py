@@ -137,17 +137,19 @@ def test_no_reader_sees_a_mixture_of_two_results(tmp_path: Path, killer: Killer,
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 4), (1, 1)])
-def test_a_reader_does_not_go_on_where_a_result_is_replaced(tmp_path: Path, before: int, after: int) -> None:
+def test_a_reader_has_one_model_where_a_result_is_replaced(tmp_path: Path, before: int, after: int) -> None:
     """A large model is read for minutes, and a run may end meanwhile."""
     write_model(tmp_path, 1.0, before)
     weights = Weights(ModelFolder(tmp_path), FAMILIES["llama"])
-    name = next(iter(weights))
-    assert weights.read(name).max() == 1.0
+    names = list(weights)
     with publish(tmp_path, RESULT_KEYS, PUBLISHED) as staging:
         write_model(staging, 2.0, after)
-    for read in (lambda: weights.read(name), lambda: weights.read_part(name, (slice(2), slice(2)))):
-        with pytest.raises(sft.UsageError, match=r"model.*safetensors has been replaced while it was read"):
-            read()
+    for name in names:
+        assert (weights.read(name) == 1.0).all()
+        assert (weights.read_part(name, (slice(2), slice(None))) == 1.0).all()
+    # Columns are read by the library, which opens the path.
+    with pytest.raises(sft.UsageError, match=r"model.*safetensors has been replaced while it was read"):
+        weights.read_part(names[0], (slice(2), slice(2)))
     assert value_of(tmp_path) == {2.0}
 
 

@@ -179,14 +179,14 @@ def load(paddle: Any, folder: Path, quantizer: Any = None) -> tuple[Any, Any]:
 def read(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """Which tensors are read as a whole, and which in part."""
     names: dict[str, list[str]] = {"whole": [], "part": []}
-    own = Weights.read_part
+    own = Weights.read_stored
 
-    def noting(self: Weights, name: str, where: tuple[slice, ...]) -> Any:
+    def noting(self: Weights, name: str, where: tuple[slice, ...] = ()) -> Any:
         found = own(self, name, where)
         names["whole" if list(found.shape) == self.shape(name) else "part"].append(name)
         return found
 
-    monkeypatch.setattr(Weights, "read_part", noting)
+    monkeypatch.setattr(Weights, "read_stored", noting)
     return names
 
 

@@ -30,6 +30,7 @@ from sft.seams import (
 )
 
 if TYPE_CHECKING:
+    from sft.arrays import array_of, copy_onto
     from sft.commands.run import collect
     from sft.context import Run, Summary
     from sft.data.batches import assemble
@@ -81,6 +82,8 @@ _LAZY = {
     "Values": "sft.models.families.values",
     "DryRun": "sft.dry_runs",
     "Settings": "sft.settings.arguments",
+    "array_of": "sft.arrays",
+    "copy_onto": "sft.arrays",
     "is_hub_name": "sft.models.source",
     "open_model": "sft.models.loading",
     "Precision": "sft.precision",
@@ -149,9 +152,11 @@ __all__ = [
     "Turn",
     "UsageError",
     "Values",
+    "array_of",
     "assemble",
     "check_continued",
     "collect",
+    "copy_onto",
     "dry_run",
     "hookimpl",
     "hookspec",

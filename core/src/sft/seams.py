@@ -246,7 +246,8 @@ class ParallelStrategy(Protocol):
         ...
 
     def store(self, parameter: Any, read: Callable[[tuple[slice, ...]], np.ndarray]) -> None:
-        """Give a parameter its value. ``read`` returns any region of the whole tensor, in Paddle's layout."""
+        """Give a parameter its value. ``read`` returns any region of the whole tensor, in Paddle's layout and in the
+        file's float type (bfloat16 as ``ml_dtypes`` has it)."""
         ...
 
     def linear_weight(self, layer: Any) -> Any:

@@ -9,12 +9,11 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.distributed.parts import copy_marks, is_elsewhere, part_of, whole_shape
-from sft.distributed.whole import WholeModel
+from sft.distributed.whole import Stored, WholeModel
 from sft.errors import PluginError, UsageError
 from sft.models.architecture import Architecture, ModelShape
 from sft.models.config import OF_THE_WEIGHTS, read_config, with_one_spelling
@@ -202,7 +201,7 @@ def fill(
     for name, parameter in progress.over(expected.items(), "reading weights", "tensors"):
         _check_shape(stored[name], whole_shape(parameter), weights, source)
         if not is_elsewhere(parameter):
-            strategy.store(parameter, partial(_read, stored[name], weights, source))
+            strategy.store(parameter, _Tensor(stored[name], weights, source))
 
 
 def build_model(source: ModelSource, precision: Precision = FLOAT32) -> Any:
@@ -245,7 +244,8 @@ def _quantize(
     shape = (target.in_features, target.out_features)
     _check_shape(original, shape, weights, source)
     everything = (slice(None), slice(None))
-    weight = _read(original, weights, source, everything)  # a view: quantizers store [out, in], as the file does
+    weight = _Tensor(original, weights, source)(everything)  # a view: quantizers store [out, in], as the file does
+    weight = weight.astype("float32", copy=False)
     bias_name = stored.get(f"{name}.bias")
     bias = weights.read(bias_name) if bias_name is not None else None
     layer = quantizer.quantize(target.name, weight, bias)
@@ -270,10 +270,25 @@ def _quantize(
     stored.pop(f"{name}.bias", None)
 
 
-def _read(name: str, weights: Weights, source: ModelSource, where: tuple[slice, ...]) -> np.ndarray:
-    """What is at ``where`` of a tensor in Paddle's layout, float32."""
-    transposed = weights.layout == "hf" and source.family.is_transposed(name, len(where))
-    return weights.read_part(name, where[::-1]).T if transposed else weights.read_part(name, where)
+@dataclass(frozen=True)
+class _Tensor(Stored):
+    """A tensor of the files of ``source`` in Paddle's layout."""
+
+    name: str
+    weights: Weights
+    source: ModelSource
+
+    def __call__(self, where: tuple[slice, ...]) -> np.ndarray:
+        found = self.weights.read_stored(self.name, where[::-1] if self._turned else where)
+        return found.T if self._turned else found
+
+    def onto(self, target: np.ndarray) -> None:
+        self.weights.read_onto(self.name, target.T if self._turned else target)
+
+    @property
+    def _turned(self) -> bool:
+        dimensions = len(self.weights.shape(self.name))
+        return self.weights.layout == "hf" and self.source.family.is_transposed(self.name, dimensions)
 
 
 def _check_shape(name: str, shape: tuple[int, ...], weights: Weights, source: ModelSource) -> None:

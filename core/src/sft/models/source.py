@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
 from sft.models.families.family import Family
+from sft.models.safe_file import SafeFile, replaced, state_of
 from sft.models.stacked import Part, is_stack, parts_of
 
 if TYPE_CHECKING:
@@ -110,19 +111,19 @@ class Weights:
         """Raises :class:`UsageError` where there are none that may be read; see :func:`weight_files`."""
         place = place if isinstance(place, ModelFolder) else ModelFolder(place)
         index = place.path / (place.file if place.file is not None and place.file.endswith(_INDEX) else _SAFE[0])
-        self._states = {index: _state(index)}
-        self._where: dict[str, Path] = {}
-        self._handles: dict[Path, Any] = {}
+        before = state_of(index)
+        self._where: dict[str, SafeFile] = {}
         self._pickled: dict[str, Any] = {}
         for path in weight_files(place):
             if path.suffix == ".safetensors":
-                for name in self._open(path).keys():  # noqa: SIM118  (no dict)
-                    self._where[name] = path
+                file = SafeFile(path)
+                self._where.update(dict.fromkeys(file, file))
             else:
                 from sft.models.pickles import read_pickled
 
                 self._pickled.update(read_pickled(path))
-        self._check_same(index)  # it goes before a shard changes, and comes last: see ``files.publish``
+        if state_of(index) != before:  # it goes before a shard changes, and comes last: see ``files.publish``
+            raise replaced(index)
         self.parts: dict[str, Part] = {}
         for name in [*self._where, *self._pickled] if family.build is None else ():
             if is_stack(name, self.shape(name)):
@@ -145,32 +146,36 @@ class Weights:
             return self.parts[name].shape
         if name in self._pickled:
             return list(self._pickled[name].shape)
-        return list(self._open(self._where[name]).get_slice(name).get_shape())
+        return self._where[name].shape(name)
 
-    def read_stored(self, name: str) -> np.ndarray:
-        """One tensor in the file's layout and dtype (bfloat16 as ``ml_dtypes`` has it)."""
+    def read_stored(self, name: str, where: tuple[slice, ...] = ()) -> np.ndarray:
+        """One tensor, or what is at ``where`` of it, in the file's layout and dtype (bfloat16 as ``ml_dtypes`` has it);
+        nothing else is read."""
         import ml_dtypes
         import numpy as np
 
-        if name in self.parts:
-            array = np.asarray(self._at(name, (slice(None), slice(None)), self._anew))
-        elif name in self._pickled:
-            array = np.asarray(self._pickled[name])
-        else:
-            # A handle of its own: an open one keeps every page of the file that was ever read in memory.
-            array = np.asarray(self._anew(self._where[name]).get_tensor(name))
+        array = self._at(name, where)
         # paddle has no bfloat16 in numpy: its files, and PaddleNLP's safetensors, say uint16 for the same bits.
         return array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
 
+    def read_onto(self, name: str, target: np.ndarray) -> None:
+        """Give ``target``, of a tensor's shape, its values, rounded to the dtype of that."""
+        from sft.arrays import copy_onto
+
+        if name in self._where:
+            self._where[name].read_onto(name, target)
+        else:
+            copy_onto(target, self.read_stored(name))
+
     def read(self, name: str) -> np.ndarray:
         """One tensor as float32, in the file's layout."""
-        import numpy as np
-
-        return self.read_stored(name).astype(np.float32, copy=False)
+        return self.read_part(name, ())
 
     def read_part(self, name: str, where: tuple[slice, ...]) -> np.ndarray:
         """What is at ``where`` of a tensor as float32, in the file's layout; nothing else is read."""
-        return _as_float32(self._at(name, where, self._anew))
+        import numpy as np
+
+        return self.read_stored(name, where).astype(np.float32, copy=False)
 
     def read_corner(self, name: str, size: int) -> np.ndarray:
         """The first ``size`` values along each dimension of a tensor as float32, in the file's layout."""
@@ -182,38 +187,23 @@ class Weights:
         import numpy as np
 
         shape = self.shape(name)
-        if not shape:
-            return self.read(name)
         if len(shape) != 2:
-            return _as_float32(self._at(name, (slice(None),) * len(shape), self._open))
+            return self.read(name)
         rows, columns = (np.unique(np.linspace(0, size - 1, places).round().astype(int)) for size in shape)
-        found = (self._at(name, (slice(row, row + 1), slice(None)), self._open) for row in map(int, rows))
-        return _as_float32(np.stack([np.asarray(row)[0, columns] for row in found]))
+        found = (self.read_part(name, (slice(row, row + 1), slice(None))) for row in map(int, rows))
+        return np.stack([row[0, columns] for row in found])
 
-    def _at(self, name: str, where: tuple[slice, ...], opened: Callable[[Path], Any]) -> Any:
-        """What is at ``where`` of a tensor, in the file's dtype, out of its file as ``opened`` gives it."""
+    def _at(self, name: str, where: tuple[slice, ...]) -> np.ndarray:
+        """What is at ``where`` of a tensor, or all of it, in the file's dtype."""
+        import numpy as np
+
         if name in self.parts:
             part = self.parts[name]
-            return self._at(part.stack, part.within(where), opened)[0]
+            found: np.ndarray = self._at(part.stack, part.within(where or (slice(None), slice(None))))[0]
+            return found
         if name in self._pickled:
-            return self._pickled[name][where]
-        return opened(self._where[name]).get_slice(name)[where]
-
-    def _open(self, path: Path) -> Any:
-        if path not in self._handles:
-            self._states[path] = _state(path)
-            self._handles[path] = _safetensors(path)
-        return self._handles[path]
-
-    def _anew(self, path: Path) -> Any:
-        handle = _safetensors(path)
-        self._check_same(path)
-        return handle
-
-    def _check_same(self, path: Path) -> None:
-        """Refuse tensors of two models: a run may publish its result where this one is read."""
-        if _state(path) != self._states.get(path):
-            raise UsageError(f"{path} has been replaced while it was read; try again when nothing writes there.")
+            return np.asarray(self._pickled[name][where])
+        return self._where[name].read(name, where)
 
 
 def weight_files(place: ModelFolder) -> list[Path]:
@@ -266,34 +256,6 @@ def _expand(folder: Path, name: str) -> list[Path]:
     return files
 
 
-def _state(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is replaced; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
-
-
 def _is_plain(name: Any) -> bool:
     """Whether ``name`` is that of a file and no path."""
     return isinstance(name, str) and name.isprintable() and len(name.encode()) < 256 and not set(name) & set("/\\:")
-
-
-def _as_float32(array: Any) -> np.ndarray:
-    """An array of a weight file; uint16 stands for bfloat16 there."""
-    import ml_dtypes
-    import numpy as np
-
-    array = np.asarray(array)
-    return (array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array).astype(np.float32, copy=False)
-
-
-def _safetensors(path: Path) -> Any:
-    import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
-    from safetensors import safe_open
-
-    try:
-        return safe_open(str(path), framework="numpy")
-    except Exception as error:
-        raise UsageError(f"{path} is not a readable safetensors file ({error}); copy it again.") from error

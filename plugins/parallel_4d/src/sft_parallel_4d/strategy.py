@@ -72,7 +72,7 @@ class Parallel:
         part = part_of(parameter) or Part(tuple(parameter.shape), 0, 0, 1)
         value = part.read(read)
         if self._shards is not None and self._shards.takes(parameter):
-            self._shards.put(parameter, paddle.to_tensor(np.ascontiguousarray(value)))
+            self._shards.put(parameter, paddle.to_tensor(np.ascontiguousarray(value, np.float32)))
             return
         set_value(parameter, value)
         if self._shards is not None and self._shards.has(parameter):

@@ -14,10 +14,12 @@ import sft
 from sft import UsageError
 from sft_quant_nf4.codes import DYNAMIC, INT4_PAIRS, Blocks, Channels, DoubleAbsmax, pair_table
 from sft_quant_nf4.kernels import Kernel, Packed, on_gpu
+from sft_quant_nf4.lookup import look_up
 from sft_quant_nf4.tables import table
 
-PART = 1 << 20
-"""Weight values that exist in float32 at a time on a CPU, whose cache holds them."""
+PART = 15 << 16
+"""Weight values that exist in float32 at a time on a CPU, whose cache holds them. They take less than 4 MiB: of larger
+blocks each is new from the system, which zeroes it, in four times the time in which the codes are looked up."""
 GPU_PART = 1 << 28
 """On a GPU, where each part is a dozen kernels to launch: a matrix of any size that is usual is one part."""
 
@@ -49,7 +51,14 @@ class QuantizedLinear(paddle.nn.Layer, ABC):
     def dequantize(self) -> Any:
         """The whole weight in Paddle's layout, float32 [in, out]."""
         with paddle.no_grad():
-            return paddle.concat([self.rows(*part) for part in self.parts]).t()
+            if paddle.device.get_device() != "cpu":
+                return paddle.concat([self.rows(*part) for part in self.parts]).t()
+            whole = paddle.empty([self.in_features, self.out_features], "float32")
+            values = sft.array_of(whole)
+            for start, stop in self.parts:
+                rows = self.rows(start, stop)
+                sft.copy_onto(values[:, start:stop], sft.array_of(rows).T)
+            return whole
 
     def part(self, axis: int, index: int, count: int) -> QuantizedLinear:
         """The layer of part ``index`` of ``count`` of a whole layer's W [in, out] along ``axis`` (0: inputs, 1:
@@ -183,19 +192,41 @@ class BlockLinear(QuantizedLinear):
     def rows(self, start: int, stop: int) -> Any:
         first, last = start * self.in_features, stop * self.in_features
         blocks = slice(first // self.blocksize, -(-last // self.blocksize))
-        codes = self.codes[blocks.start * self.blocksize // 2 : -(-blocks.stop * self.blocksize // 2)]
-        values = paddle.gather(self.table, codes.astype("int32")).reshape([-1, self.blocksize])
-        scaled = (values * self._scales(blocks).unsqueeze(-1)).reshape([-1])
+        places = slice(blocks.start * self.blocksize // 2, blocks.stop * self.blocksize // 2)
+        if self.codes.place.is_cpu_place():
+            scaled = paddle.empty([2 * (places.stop - places.start)], "float32")
+            values = sft.array_of(scaled)
+            look_up(sft.array_of(self.codes)[places], self.kind, values)
+            in_blocks = values.reshape(-1, self.blocksize)
+            np.multiply(in_blocks, self._scales_on_cpu(blocks)[:, None], out=in_blocks)
+        else:
+            pairs = paddle.gather(self.table, self.codes[places].astype("int32"))
+            scaled = (pairs.reshape([-1, self.blocksize]) * self._scales(blocks).unsqueeze(-1)).reshape([-1])
         return scaled[: last - first].reshape([stop - start, self.in_features])
 
     def _scales(self, blocks: slice) -> Any:
+        """The absmax of ``blocks``, float32."""
         if self.double is None:
             return self.absmax[blocks]
         codes, absmax, table = self.double
-        width, stride, first = self._places
-        index = paddle.arange(blocks.start, blocks.stop, dtype="int32")
-        group = (index // width * stride + first + index % width) // 256
+        group = self._groups(paddle.arange(blocks.start, blocks.stop, dtype="int32"))
         return paddle.gather(table, codes[blocks].astype("int32")) * paddle.gather(absmax, group) + self.offset
+
+    def _scales_on_cpu(self, blocks: slice) -> np.ndarray:
+        """The same in numpy, to the last bit."""
+        if self.double is None:
+            return sft.array_of(self.absmax)[blocks]
+        codes, absmax, _ = self.double
+        group = self._groups(np.arange(blocks.start, blocks.stop, dtype=np.int32))
+        scales = DYNAMIC.take(sft.array_of(codes)[blocks]) * sft.array_of(absmax).take(group)
+        return scales + np.float32(self.offset)
+
+    def _groups(self, blocks: Any) -> Any:
+        """In which group of 256 each of the ``blocks``, int32, was quantized."""
+        width, stride, first = self._places
+        if width == stride:  # all are here
+            return blocks // 256
+        return (blocks // width * stride + first + blocks % width) // 256
 
 
 class ChannelLinear(QuantizedLinear):
@@ -261,5 +292,9 @@ class ChannelLinear(QuantizedLinear):
         codes = self.codes[start:stop]
         if self.table is None:
             return codes.astype("float32")
+        if codes.place.is_cpu_place():
+            pairs = paddle.empty([2 * codes.size], "float32")
+            look_up(sft.array_of(codes).reshape(-1), "int4", sft.array_of(pairs))
+            return pairs.reshape([stop - start, -1])[:, : self.in_features]
         pairs = paddle.gather(self.table, codes.reshape([-1]).astype("int32"))
         return pairs.reshape([stop - start, -1])[:, : self.in_features]

@@ -28,7 +28,10 @@ class SafeFile:
     def __init__(self, path: Path) -> None:
         """Raises :class:`UsageError` where it is not a readable safetensors file."""
         self._path = path
-        self._file = path.open("rb", buffering=0)
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}; look at its permissions.") from error
         self._checked()  # that offsets are in order, and the file as long as they say
         size = int.from_bytes(self._file.read(8), "little")
         self._start = 8 + size

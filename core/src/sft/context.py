@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sft.data.batches import Data
     from sft.data.encoding import Encoded, Question
     from sft.data.tokenizer import Tokenizer
+    from sft.folder_lock import FolderLock
     from sft.plugins.registry import Plugins
     from sft.precision import Precision
     from sft.seams import DataCollator, ParallelStrategy
@@ -194,6 +195,7 @@ class CoreRun(Run):
         finished: Whether the run has finished. Nothing that goes wrong afterwards changes that.
         report: What this process has written to run.json.
         earlier_report: What run.json said before this run.
+        lock: The lock of the run's folder, in the process that writes there; None before it is taken.
     """
 
     collator: DataCollator
@@ -217,6 +219,7 @@ class CoreRun(Run):
         self.finished = False
         self.report: dict[str, Any] = {}
         self.earlier_report: dict[str, Any] = {}
+        self.lock: FolderLock | None = None
 
     @property
     def exports_adapter(self) -> bool:
@@ -227,6 +230,16 @@ class CoreRun(Run):
     def eval_steps(self) -> int:
         """Steps between evaluations."""
         return self.settings.training.eval_steps or self.settings.training.logging_steps
+
+    def check_lock(self) -> None:
+        """:class:`sft.SftError` if another run has taken the folder over."""
+        if self.lock is not None:
+            self.lock.check()
+
+    def release_lock(self) -> None:
+        """This run writes nothing more."""
+        if self.lock is not None:
+            self.lock.release()
 
     def shaping(self) -> dict[str, dict[str, Any]]:
         """The options of the plugins that change what is learned, by plugin: what a resumed run must have too."""

@@ -53,6 +53,8 @@ def run(
     except BaseException as error:
         fail(current, error)
         raise
+    finally:
+        current.release_lock()
 
 
 def prepare_run(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str], None]) -> CoreRun:

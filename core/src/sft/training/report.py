@@ -13,6 +13,7 @@ from sft import runtime
 from sft.context import CoreRun, Run, Summary
 from sft.errors import SftError
 from sft.files import read_report, write_json
+from sft.folder_lock import is_used
 from sft.foreign_text import shown
 from sft.plugins.discovery import dependencies
 
@@ -85,18 +86,21 @@ def close_report(run: Run, error: BaseException) -> None:
     run, or by the processes that this one has started for it, and says that the run goes on."""
     assert isinstance(run, CoreRun)
     record = run.report if run.executes else report_of_others(run)
-    if record.get("status") != "running":
+    if record.get("status") != "running" or not (run.lock is None or run.lock.is_held):
         return
     stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
     end = {"status": "interrupted"} if stopped else {"status": "failed", "error": sentence(error)}
     with contextlib.suppress(OSError):  # what has ended the run is what counts
         write_json(run.output_dir / "run.json", {**record, **end})
         run.report = {**record, **end}
+    run.release_lock()  # this process may end before it comes to any other end
 
 
 def report_of_others(run: CoreRun) -> dict[str, Any]:
     """``run.json`` where processes that this one has started for the run have written it; otherwise empty."""
-    written = {} if run.executes else read_report(run.output_dir)
+    if run.executes or is_used(run.output_dir):  # by a run that was there before
+        return {}
+    written = read_report(run.output_dir)
     return written if written != run.earlier_report else {}
 
 

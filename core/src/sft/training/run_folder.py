@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
+from sft.folder_lock import FolderLock, check_unused
 from sft.files import make_folder, read_report, remove_folder, remove_leftovers
 from sft.training.checkpoint_folder import asks_to_resume, checkpoints, find_checkpoint, is_checkpoint, step_of
 from sft.training.journal import Journal
@@ -28,6 +29,7 @@ def check_output(run: CoreRun) -> None:
         raise UsageError(f"output_dir {run.output_dir}: {existing} is a file; give a folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"output_dir {run.output_dir}: {existing} is not writable; give another folder.")
+    check_unused(run.output_dir, run.say)
     source = find_checkpoint(training.resume_from_checkpoint, run.output_dir)
     if training.overwrite_output_dir and _is_in(run.output_dir, source):
         raise UsageError("A run cannot be continued and overwritten; leave one of the two settings out.")
@@ -76,17 +78,28 @@ def open_run_folder(run: CoreRun, source: Path | None, record: dict[str, Any]) -
     ``run.json`` then contains ``record``, and says that the run is under way.
     """
     if run.strategy.is_main:
+        _take(run)
         _clear(run, source, record)
     run.strategy.wait()
     return Journal(run.output_dir / "metrics.jsonl" if run.strategy.is_main else None)
 
 
+def _take(run: CoreRun) -> None:
+    """Lock the folder for this run, until it ends. What the run has found there must still be so."""
+    make_folder(run.output_dir)
+    run.lock = FolderLock(run.output_dir, run.say)
+    if read_report(run.output_dir) != run.earlier_report:
+        raise UsageError(
+            f"Another run has written to {run.output_dir} since this one began; look at what it has left there, and "
+            "start again."
+        )
+
+
 def _clear(run: CoreRun, source: Path | None, record: dict[str, Any]) -> None:
-    """Make the folder, and remove what is left of an older run unless this run goes on from ``source``.
+    """Write run.json, and remove what is left of an older run unless this run goes on from ``source``.
 
     Even if this is stopped half-way, the folder is recognised as a run's: run.json is written first, and never removed.
     """
-    make_folder(run.output_dir)
     remove_leftovers(run.output_dir)
     is_used = holds_run(run.output_dir)
     write_report(run, {"status": "running", **record})

@@ -163,7 +163,7 @@ def record(error: BaseException, sure: bool = True) -> None:
 
 
 def _write_record(text: str, code: int, details: str = "", sure: bool = True, relayed: bool = False) -> None:
-    values = {"text": text, "code": code, "details": details, "sure": sure, "relayed": relayed, "at": time.time()}
+    values = {"text": text, "code": code, "details": details, "sure": sure, "relayed": relayed, "at": time.monotonic()}
     path = _record_path()
     draft = path.with_suffix(".draft")
     draft.write_text(json.dumps(values), encoding="utf-8")

@@ -1,0 +1,235 @@
+"""One run in a folder at a time: a lock that dies with its owner, and that other machines see on a disk they share.
+
+The system holds the lock, so a process that is killed leaves none. A system does not always know of the locks of another
+machine, and some disks have none: therefore the file also says who holds it, and its time goes on while its owner lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sft.errors import SftError, UsageError
+from sft.files import STAGING
+
+NAME = "run.lock"
+BEAT = 10.0
+"""Seconds after which the owner sets the time of its file anew."""
+SILENCE = 60.0
+"""Seconds without that after which an owner on another machine is taken for dead."""
+_TRIES = 20
+"""Attempts to lock, 50 ms apart: whoever only looks has the lock for a moment."""
+
+
+class FolderLock:
+    """The lock of a folder that exists, held until :meth:`release`, or until this process ends."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        """Take it. Raises :class:`UsageError`, which names the other owner, where it is held."""
+        self._path = folder / NAME
+        self._handle = _free(self._path, say)
+        self._said = json.dumps(
+            {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "machine": _machine(),
+                "token": uuid.uuid4().hex,
+            }
+        ).encode()
+        try:
+            os.ftruncate(self._handle, 0)
+            os.pwrite(self._handle, self._said, 0)
+        except OSError:
+            os.close(self._handle)
+            raise
+        self._released = threading.Event()
+        self._beats = threading.Thread(target=self._beat, name="sft-folder-lock", daemon=True)
+        self._beats.start()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether no other run has taken the folder over, as it may while this process was stopped."""
+        return not self._released.is_set() and _said_in(self._path) in (None, self._said)
+
+    def check(self) -> None:
+        """:class:`SftError` if it is not held any more."""
+        if not self.is_held:
+            raise SftError(
+                f"Another run, {_who(_owner(_said_in(self._path) or b''))}, has taken {self._path.parent} over while "
+                "this one was silent; this one ends, and writes nothing more there."
+            )
+
+    def release(self) -> None:
+        """Let others take it. Safe to call twice."""
+        if self._released.is_set():
+            return
+        self._released.set()
+        self._beats.join(BEAT)
+        with contextlib.suppress(OSError):
+            if _is_at(self._handle, self._path) and _said_in(self._path) == self._said:
+                self._path.unlink()
+        os.close(self._handle)
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT):
+            with contextlib.suppress(OSError):  # a disk that cannot be reached; saving says so
+                os.utime(self._handle)
+
+
+def is_used(folder: Path) -> bool:
+    """Whether a run on this machine holds ``folder`` now."""
+    try:
+        with (folder / NAME).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def check_unused(folder: Path, say: Callable[[str], None]) -> None:
+    """:class:`UsageError` if a run holds ``folder``. Nothing is changed there."""
+    path = folder / NAME
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        _check(path, handle, fcntl.LOCK_SH, say)
+    finally:
+        os.close(handle)
+
+
+def _free(path: Path, say: Callable[[str], None]) -> int:
+    """The locked file, which nobody else holds."""
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError as error:
+            raise UsageError(f"{path} cannot be opened ({error.strerror}); choose another folder.") from error
+        try:
+            _check(path, handle, fcntl.LOCK_EX, say)
+            if _is_at(handle, path):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # its owner has removed it meanwhile
+
+
+def _check(path: Path, handle: int, kind: int, say: Callable[[str], None]) -> None:
+    """Lock ``handle``; :class:`UsageError` where a living process holds it."""
+    system_knows = _lock(path, handle, kind)
+    owner = _owner(os.pread(handle, 4096, 0))
+    if (system_knows and owner.get("machine") in (None, _machine())) or not _is_at(handle, path):
+        return  # its owner would still have the lock
+    if _is_silent(path, owner, say):
+        return
+    raise UsageError(_in_use(path, owner))
+
+
+def _lock(path: Path, handle: int, kind: int) -> bool:
+    """Whether the system has locked it; False where the disk has no locks."""
+    for attempt in range(_TRIES):
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if attempt + 1 < _TRIES:
+                time.sleep(0.05)
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOLCK):
+                raise
+            return False
+    raise UsageError(_in_use(path, _owner(_said_in(path) or b"")))
+
+
+def _is_silent(path: Path, owner: dict[str, Any], say: Callable[[str], None]) -> bool:
+    """Whether the owner's time has stood still for SILENCE seconds, by the clock of the disk."""
+    try:
+        first = path.stat().st_mtime
+    except FileNotFoundError:
+        return True
+    left = SILENCE - (_clock_of(path) - first)
+    if left > 0:
+        say(f"note: waiting up to {min(left, SILENCE):.0f} s to see whether {_who(owner)}, still uses {path.parent}")
+    began = time.monotonic()
+    while time.monotonic() - began < min(left, SILENCE):
+        time.sleep(min(1.0, BEAT / 10))
+        try:
+            if path.stat().st_mtime != first:
+                return False
+        except FileNotFoundError:  # it has just ended
+            return True
+    return True
+
+
+def _clock_of(path: Path) -> float:
+    """What time the disk has, whose files get their times from its own machine; this one's, where it cannot be asked."""
+    probe = path.with_name(f"{STAGING}clock-{uuid.uuid4().hex}")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    """Names the running system: two with one name have their own locks, and a lock of before a restart is none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _said_in(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()[:4096]
+    except OSError:
+        return None
+
+
+def _owner(said: bytes) -> dict[str, Any]:
+    """What the file says of its owner; empty where it was killed before it had written that."""
+    try:
+        found = json.loads(said)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _who(owner: dict[str, Any]) -> str:
+    if not owner:
+        return "a process that has not said its number"
+    number, host, since = (
+        "".join(filter(str.isprintable, str(owner.get(key))))[:80] for key in ("pid", "host", "since")
+    )
+    return f"process {number} on {host}, since {since}"
+
+
+def _in_use(path: Path, owner: dict[str, Any]) -> str:
+    return (
+        f"Another run is writing to {path.parent} ({_who(owner)}); wait until it has ended, stop it, or choose another "
+        "output_dir."
+    )

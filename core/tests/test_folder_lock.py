@@ -178,7 +178,7 @@ def test_a_second_run_is_refused_and_the_first_unharmed(train: Train, tmp_path: 
 
     def measure(self: Any) -> None:
         checkpoint = tmp_path / "out" / "checkpoint-1"
-        train("measured", do_train=False, resume_from_checkpoint=str(checkpoint))
+        train("measured", do_train=False, resume_from_checkpoint=str(checkpoint), overwrite_output_dir=True)
 
     train("out", (toy("second", sft_run_started=second, sft_checkpoint_saved=measure),), **settings)
     assert len(refused) == 2

@@ -27,7 +27,7 @@ BEAT = 10.0
 """Seconds after which the owner sets the time of its file anew."""
 SILENCE = 60.0
 """Seconds without that after which an owner on another machine is taken for dead."""
-_TRIES = 20
+_TRIES = 6
 """Attempts to lock, 50 ms apart: whoever only looks has the lock for a moment."""
 
 
@@ -116,17 +116,30 @@ def _free(path: Path, say: Callable[[str], None]) -> int:
     """The locked file, which nobody else holds."""
     while True:
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            handle, is_new = _opened(path)
+        except FileNotFoundError:  # its owner has removed it between two looks
+            continue
         except PermissionError as error:
             raise UsageError(f"{path} cannot be opened ({error.strerror}); choose another folder.") from error
         try:
-            _check(path, handle, fcntl.LOCK_EX, say)
+            if is_new:
+                _lock(path, handle, fcntl.LOCK_EX)
+            else:
+                _check(path, handle, fcntl.LOCK_EX, say)
             if _is_at(handle, path):
                 return handle
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)  # its owner has removed it meanwhile
+
+
+def _opened(path: Path) -> tuple[int, bool]:
+    """The file, and whether this process has made it: on a disk without locks one alone does."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+    except FileExistsError:
+        return os.open(path, os.O_RDWR), False
 
 
 def _check(path: Path, handle: int, kind: int, say: Callable[[str], None]) -> None:

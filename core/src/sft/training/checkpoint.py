@@ -45,6 +45,7 @@ def save(run: CoreRun, optimizer: Optimizer, state: dict[str, Any]) -> Path:
     Where several processes share the run each writes its part of the optimizer's state, and the main one the rest.
     """
     check_finite(run, optimizer)
+    run.check_lock()
     strategy = run.strategy
     folder = run.output_dir / f"checkpoint-{state['step']}"
     with contextlib.ExitStack() as staged:

@@ -29,6 +29,7 @@ def publish_result(run: CoreRun, optimizer: Optimizer) -> None:
     are not finite, nothing is written and an :class:`SftError` is raised.
     """
     check_finite(run, optimizer)
+    run.check_lock()
     failure = _write(run, lambda: publish(run.output_dir, RESULT_KEYS, PUBLISHED))
     if failure is None:
         return

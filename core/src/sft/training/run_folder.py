@@ -96,10 +96,11 @@ def _take(run: CoreRun) -> None:
 
 
 def _clear(run: CoreRun, source: Path | None, record: dict[str, Any]) -> None:
-    """Write run.json, and remove what is left of an older run unless this run goes on from ``source``.
+    """Make the folder, and remove what is left of an older run unless this run goes on from ``source``.
 
     Even if this is stopped half-way, the folder is recognised as a run's: run.json is written first, and never removed.
     """
+    make_folder(run.output_dir)
     remove_leftovers(run.output_dir)
     is_used = holds_run(run.output_dir)
     write_report(run, {"status": "running", **record})

@@ -155,7 +155,7 @@ def test_a_folder_that_was_taken_over_is_left_alone(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path, quiet)
     path = of_another_machine(tmp_path)
     assert not lock.is_held
-    with pytest.raises(sft.SftError, match="Another run, process 4321 on node7, since .*, has taken .* over while"):
+    with pytest.raises(sft.SftError, match=r"Another run, process 4321 on node7, since .*, has taken .* over while"):
         lock.check()
     lock.release()
     assert path.exists()

@@ -1,7 +1,8 @@
 """One run in a folder at a time: a lock that dies with its owner, and that other machines see on a disk they share.
 
-The system holds the lock, so a process that is killed leaves none. A system does not always know of the locks of another
-machine, and some disks have none: therefore the file also says who holds it, and its time goes on while its owner lives.
+The system holds the lock, so a process that is killed leaves none. A system does not always know of the locks of
+another machine, and some disks have none: therefore the file also says who holds it, and its time goes on while its
+owner lives.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from sft.errors import SftError, UsageError
 from sft.files import STAGING
+from sft.foreign_text import shown
 
 NAME = "run.lock"
 BEAT = 10.0
@@ -190,7 +192,7 @@ def _is_silent(path: Path, owner: dict[str, Any], say: Callable[[str], None]) ->
 
 
 def _clock_of(path: Path) -> float:
-    """What time the disk has, whose files get their times from its own machine; this one's, where it cannot be asked."""
+    """What time it is for the disk, whose machine may have another; this machine's, where nothing can be written."""
     probe = path.with_name(f"{STAGING}clock-{uuid.uuid4().hex}")
     try:
         probe.touch()
@@ -235,9 +237,7 @@ def _owner(said: bytes) -> dict[str, Any]:
 def _who(owner: dict[str, Any]) -> str:
     if not owner:
         return "a process that has not said its number"
-    number, host, since = (
-        "".join(filter(str.isprintable, str(owner.get(key))))[:80] for key in ("pid", "host", "since")
-    )
+    number, host, since = (shown(owner.get(key), 80) for key in ("pid", "host", "since"))
     return f"process {number} on {host}, since {since}"
 
 

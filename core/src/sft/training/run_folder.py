@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
-from sft.folder_lock import FolderLock, check_unused
 from sft.files import make_folder, read_report, remove_folder, remove_leftovers
+from sft.folder_lock import FolderLock, check_unused
 from sft.training.checkpoint_folder import asks_to_resume, checkpoints, find_checkpoint, is_checkpoint, step_of
 from sft.training.journal import Journal
 from sft.training.report import write_report

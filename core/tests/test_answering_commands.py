@@ -172,7 +172,7 @@ def test_another_chat_template_is_used(typed: Type, paddle: Any, models: Path, d
     ("arguments", "lines", "message"),
     [
         ([], "\n \n", "Standard input has no prompt"),
-        (["--prompts_file", "missing.txt"], None, "missing.txt cannot be read as text"),
+        (["--prompts_file", "missing.txt"], None, "missing.txt cannot be read"),
         (["--prompts_file", "missing.jsonl"], None, "missing.jsonl cannot be read"),
         (["--prompt", "a", "--prompts_file", "b.txt"], None, "--prompt and --prompts_file are both given"),
         (["--prompt", "a", "--stream", "--json"], None, "--stream prints one answer at a time"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 
 import sft
+from sft.foreign_text import quoted
 from sft.options import convert, options_of
 
 
@@ -21,6 +23,8 @@ class Sample:
     scale: float = sft.option(1.0, "a factor", above=0)
     half_open: float = sft.option(1.0, "a share", above=0, maximum=1)
     free: int = sft.option(0, "any whole number")
+    loose: float = sft.option(0.0, "any number")
+    place: str | None = sft.option(None, "a folder", is_path=True)
     text: str = sft.option("", "any text")
     name: str | None = sft.option(None, "text that may be unset")
     shape: str = sft.option("linear", "a shape", choices=("linear", "cosine"))
@@ -86,7 +90,36 @@ def test_a_whole_number_that_a_double_cannot_hold_stays_exact(value: Any) -> Non
     ],
 )
 def test_what_is_no_whole_number(value: Any) -> None:
-    assert refusal("free", value) == f"free: expected a whole number, got {sft.shown(repr(value))}."
+    assert refusal("free", value) == f"free: expected a whole number, got {quoted(value)}."
+
+
+@pytest.mark.parametrize("value", [2**63, str(2**63), -(2**63), "9" * 300])
+def test_a_whole_number_that_no_int64_holds(value: Any) -> None:
+    assert refusal("free", value).startswith(f"free: whole numbers here go up to {2**63 - 1}, got ")
+
+
+@pytest.mark.parametrize("value", ["1e39", 1e300, "1e-39", 1e-300, "-1e308"])
+def test_a_number_that_no_float32_holds(value: Any) -> None:
+    """Where paddle computes it would be infinite, or 0."""
+    message = refusal("loose", value)
+    assert message.startswith(
+        "loose: numbers here are 0 or from 1.2e-38 to 3.4e+38 in size, which is what 32 bits hold"
+    )
+
+
+def test_numbers_at_the_bounds_of_float32() -> None:
+    for value in (float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny), 0.0):
+        assert convert(OPTIONS["loose"], value) == value
+
+
+@pytest.mark.parametrize("value", ["a\0b", "~nosuchuser/x", "a" * 5000, "a\ud800"])
+def test_a_path_that_no_file_can_have(value: str) -> None:
+    assert refusal("place", value).startswith("place: ")
+    assert convert(OPTIONS["place"], "not/there") == "not/there"
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    assert len(refusal("free", "x" * 100_000)) < 300
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 import sft
 from sft.models.safe_file import SafeFile
+from sft.tensor_files import read_tensors
 
 WHERE: tuple[Any, ...] = (
     (),
@@ -82,3 +83,12 @@ def test_a_file_that_shrinks_is_named(tmp_path: Path) -> None:
         shortened.truncate(path.stat().st_size - 8)
     with pytest.raises(sft.UsageError, match=r"model\.safetensors has become shorter"):
         file.read("a")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_tensors_of_an_adapter_may_be_of_any_real_type(tmp_path: Path, dtype: str) -> None:
+    values = np.arange(6).reshape(2, 3).astype(getattr(ml_dtypes, dtype, dtype))
+    save_file({"a": values}, tmp_path / "adapter_model.safetensors")
+    found = read_tensors(tmp_path / "adapter_model.safetensors")["a"]
+    assert found.dtype == values.dtype
+    np.testing.assert_array_equal(found, values)

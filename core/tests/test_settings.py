@@ -306,7 +306,7 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     for name in ("missing.json", "latin.json", "folder.json"):
         with pytest.raises(sft.UsageError) as caught:
             read_file(tmp_path / name)
-        assert str(caught.value).startswith(f"Settings file {tmp_path / name} cannot be read (")
+        assert str(caught.value).startswith(f"Settings file {tmp_path / name} ")
 
 
 # --- the command line ---------------------------------------------------------------------------------------

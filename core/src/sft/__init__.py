@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from sft.models.shards import parse_size
     from sft.models.source import is_hub_name
     from sft.models.sums import row_sums
+    from sft.patterns import matches
     from sft.precision import Precision
     from sft.runtime import prepare
     from sft.settings.arguments import Settings
@@ -100,6 +101,7 @@ _LAZY = {
     "Target": "sft.models.layers",
     "collect": "sft.commands.run",
     "dry_run": "sft.dry_runs",
+    "matches": "sft.patterns",
     "matching": "sft.models.layers",
     "parse_size": "sft.models.shards",
     "row_sums": "sft.models.sums",
@@ -162,6 +164,7 @@ __all__ = [
     "hookspec",
     "is_hub_name",
     "linear_weight",
+    "matches",
     "matching",
     "module_names",
     "open_model",

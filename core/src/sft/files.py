@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
+from sft.small_files import read_object
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,24 +47,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_object(path: Path, cure: str = "correct or replace it") -> dict[str, Any]:
-    """The JSON object that ``path`` holds; :class:`UsageError`, with the ``cure``, where it holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid JSON ({error}); {cure}.") from error
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} must hold one JSON object, and holds a {type(value).__name__}; {cure}.")
-    return value
-
-
 def read_report(folder: Path) -> dict[str, Any]:
     """``run.json`` of a run directory; empty where there is none, or none that can be read."""
     try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(folder / "run.json")
+    except UsageError:
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:

@@ -5,13 +5,17 @@ title, turns no line round and gives no secret away.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 LINE = 200
 """Characters of somebody else's text in a sentence of ours."""
 MASK = "***"
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = LINE
+_REPR.maxlevel = 3
 _SPACES = "\u3000\xa0\u2002\u2003\u2009\u202f"  # printable to everyone but Python; of Chinese and French texts
 _JOINERS = "\u200c\u200d"  # parts of words in Persian and Hindi, and of emoji
 _HARMLESS = frozenset(_SPACES + _JOINERS + "\t\n")
@@ -51,6 +55,18 @@ def shown(text: object, limit: int = LINE) -> str:
     characters."""
     line = harmless(masked(str(text)[: 4 * limit + 4096])).replace("\n", "\\n").replace("\t", "\\t")
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def quoted(value: Any) -> str:
+    """Somebody else's value within a line of ours: as Python writes it, of large ones the beginning, and :func:`shown`.
+    It takes no longer for a value that is large, or that holds itself many times."""
+    return shown(_REPR.repr(value))
+
+
+def listed(names: Iterable[Any], most: int = 8) -> str:
+    """Somebody else's names within a line of ours, with commas between them; of many the first, and none of none."""
+    found = [shown(name) for name in names]
+    return ", ".join([*found[:most], *(["…"] if len(found) > most else [])]) or "none"
 
 
 def safe(text: str) -> str:

@@ -16,11 +16,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from sft.errors import UsageError
-from sft.foreign_text import MASK, is_secret, shown
+from sft.foreign_text import MASK, is_secret, quoted
+from sft.precision import LARGEST, SMALLEST
+from sft.small_files import check_path
 
 _TRUE = {"true", "1", "yes", "on"}
 _FALSE = {"false", "0", "no", "off"}
 _NONE = {"none", "null", ""}
+_LARGEST_WHOLE = 2**63 - 1
+"""What an int64 can be."""
 
 
 def option(
@@ -34,12 +38,14 @@ def option(
     below: float | None = None,
     aliases: tuple[str, ...] = (),
     none_is_text: bool = False,
+    is_path: bool = False,
 ) -> Any:
     """A dataclass field that is a setting.
 
     ``help`` is one line, with units. ``choices`` lists the accepted strings; ``minimum`` and ``maximum``
     are inclusive bounds, ``above`` and ``below`` exclusive ones. ``aliases`` are other names that mean the same.
-    ``none_is_text``: the word none is a value of its own, not another way of leaving the setting unset.
+    ``none_is_text``: the word none is a value of its own, not another way of leaving the setting unset. ``is_path``:
+    the text names a file or folder, and is refused where none can have that name.
     """
     metadata = {
         "help": help,
@@ -50,6 +56,7 @@ def option(
         "below": below,
         "aliases": aliases,
         "none_is_text": none_is_text,
+        "is_path": is_path,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -71,6 +78,7 @@ class Option:
     below: float | None
     aliases: tuple[str, ...] = ()
     none_is_text: bool = False
+    is_path: bool = False
 
     @property
     def kinds(self) -> tuple[Any, ...]:
@@ -100,7 +108,7 @@ def options_of(cls: type) -> dict[str, Option]:
             key: field.metadata.get(key) for key in ("choices", "minimum", "above", "maximum", "below")
         }
         bounds["aliases"] = field.metadata.get("aliases", ())
-        bounds["none_is_text"] = field.metadata.get("none_is_text", False)
+        bounds.update({key: field.metadata.get(key, False) for key in ("none_is_text", "is_path")})
         found[field.name] = Option(field.name, hints[field.name], default, field.metadata.get("help", ""), **bounds)
     return found
 
@@ -111,7 +119,7 @@ def convert(option: Option, value: Any) -> Any:
     Raises :class:`UsageError` naming the setting, the value and what is accepted.
     """
     kinds = option.kinds
-    got = MASK if is_secret(option.name) else shown(repr(value))
+    got = MASK if is_secret(option.name) else quoted(value)
     if isinstance(value, Bare) and bool not in kinds:
         raise UsageError(f"{option.name}: the value is missing; expected {_describe(option)}.")
     if isinstance(value, os.PathLike):
@@ -133,6 +141,15 @@ def convert(option: Option, value: Any) -> Any:
     too_high = too_high or (option.below is not None and converted >= option.below)
     if too_low or too_high:
         raise UsageError(f"{option.name}: expected {_describe(option)}, got {got}.")
+    if isinstance(converted, int) and abs(converted) > _LARGEST_WHOLE:
+        raise UsageError(f"{option.name}: whole numbers here go up to {_LARGEST_WHOLE}, got {got}.")
+    if isinstance(converted, float) and converted and not SMALLEST <= abs(converted) <= LARGEST:
+        raise UsageError(
+            f"{option.name}: numbers here are 0 or from {SMALLEST:.2g} to {LARGEST:.2g} in size, which is what 32 "
+            f"bits hold, got {got}."
+        )
+    if option.is_path and isinstance(converted, str):
+        check_path(option.name, converted)
     return converted
 
 
@@ -211,12 +228,16 @@ def _describe(option: Option) -> str:
     ]
     text = " or ".join(words)
     if option.minimum is not None:
-        text += f" of at least {option.minimum:g}"
+        text += f" of at least {_bound(option.minimum)}"
     if option.above is not None:
-        text += f" above {option.above:g}"
+        text += f" above {_bound(option.above)}"
     if option.maximum is not None:
         text += f"{' and' if option.minimum is not None or option.above is not None else ''}"
-        text += f" at most {option.maximum:g}"
+        text += f" at most {_bound(option.maximum)}"
     if option.below is not None:
-        text += f" and below {option.below:g}"
+        text += f" and below {_bound(option.below)}"
     return text + (", or none" if type(None) in option.kinds else "")
+
+
+def _bound(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"

@@ -6,6 +6,9 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+SMALLEST, LARGEST = 2.0**-126, 2.0**128 * (1 - 2.0**-24)
+"""What a float32 can be in size, beside 0: a smaller number is 0 where paddle computes, a larger one infinite."""
+
 
 @dataclass(frozen=True)
 class Precision:

@@ -20,6 +20,7 @@ from sft.inference.merge import merge
 from sft.inference.open import load_for_inference
 from sft.models.adapter_folder import FINGERPRINT
 from sft.testing import needs
+from sft.training.manifest import write_manifest
 
 Train = Callable[..., sft.Summary]
 OTHER = "note: the adapter was trained over other weights than those of"
@@ -125,6 +126,7 @@ def test_an_adapter_with_a_fingerprint_of_the_older_form_is_known(
     for folder in (tmp_path / "first", tmp_path / "first" / "checkpoint-1"):
         path = folder / "adapter_model.safetensors"
         save_file(load_file(path), path, metadata={"format": "pt", FINGERPRINT: corners(base_model)})
+    write_manifest(tmp_path / "first" / "checkpoint-1")
     adapter = str(tmp_path / "first")
     assert notes(train, lora_path=adapter) == []
     (note,) = notes(train, lora_path=adapter, model_name_or_path=str(other))

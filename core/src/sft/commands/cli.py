@@ -109,5 +109,5 @@ def main() -> None:
 
 
 def _failed(message: str, code: int) -> int:
-    click.echo(f"sft: {safe(message)}", err=True)
+    click.echo(f"sft: {safe(' '.join(message.split()))}", err=True)
     return code

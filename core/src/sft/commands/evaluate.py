@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sft.commands.shared import GENERATION, SEED, TEMPLATE, model_options, say, setting_options, typed_values
+from sft.commands.shared import GENERATION, SEED, TEMPLATE, model_options, path_of, say, setting_options, typed_values
 
 
 @click.command(name="evaluate")
@@ -22,7 +22,11 @@ from sft.commands.shared import GENERATION, SEED, TEMPLATE, model_options, say, 
     eval_with_do_generation="answer the prompts too, and score the answers (BLEU-4, ROUGE-1, -2, -L, each 0 to 1)",
     seed=SEED,
 )
-@click.option("--generations", help="File for the answers: a JSON object with prompt, answer and reference a line.")
+@click.option(
+    "--generations",
+    callback=path_of,
+    help="File for the answers: a JSON object with prompt, answer and reference a line.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON on standard output, and nothing else.")
 def command(
     model: str,

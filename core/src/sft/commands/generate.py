@@ -17,6 +17,7 @@ from sft.commands.shared import (
     TEMPLATE,
     lines_of_standard_input,
     model_options,
+    path_of,
     put_out,
     say,
     setting_options,
@@ -26,6 +27,7 @@ from sft.errors import UsageError
 from sft.progress import Progress, Task
 from sft.seams import Turn
 from sft.settings.arguments import Settings, check_draw
+from sft.small_files import read_text
 
 if TYPE_CHECKING:
     from sft.inference.open import Opened
@@ -39,7 +41,7 @@ USES = ("sft generate", ("sft_model_family", "sft_model_config", "sft_quantizer"
 @model_options("A quantizer, where the adapter does not name it; no:NAME leaves one out.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; repeatable.")
 @click.option(
-    "--prompts_file", "--prompts-file", "file",
+    "--prompts_file", "--prompts-file", "file", callback=path_of,
     help="A file of prompts, one a line, or of data records (.json, .csv and so on), whose last answer is left out or "
     'missing; {"prompt": TEXT} is one too.',
 )  # fmt: skip
@@ -144,10 +146,7 @@ def _records(path: Path, plugins: Plugins) -> Iterator[tuple[list[Turn], str | N
     from sft.data.sources import SUFFIXES, read
 
     if path.suffix not in SUFFIXES:
-        try:
-            yield from _texts(path.read_text(encoding="utf-8-sig").split("\n"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} cannot be read as text ({error}); give a file of prompts in UTF-8.") from error
+        yield from _texts(read_text(path, cure="give a file of prompts in UTF-8").split("\n"))
         return
     formats = Formats(plugins)
     for record in read([path]):

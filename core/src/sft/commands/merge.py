@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sft.commands.shared import MODEL, PLUGIN, adapter_names, setting_options, typed_values
+from sft.commands.shared import MODEL, PLUGIN, adapter_names, path_of, setting_options, typed_values
 
 FORMATS = ("hf", "paddle")
 
@@ -14,10 +14,13 @@ FORMATS = ("hf", "paddle")
 @click.command(name="merge")
 @click.option(*MODEL, required=True, help="The base model: a directory, a weight file in one, or a hub name.")
 @setting_options("allow_pickle")
-@click.option(*adapter_names(), required=True, help="The adapter: the folder that a run wrote, or any PEFT adapter.")
+@click.option(
+    *adapter_names(), required=True, callback=path_of,
+    help="The adapter: the folder that a run wrote, or any PEFT adapter.",
+)  # fmt: skip
 @click.option(
     "--output_path", "--output-path", "--merge_model_path", "--merge-model-path", "output", required=True,
-    help="Where the merged model is written; must be new or empty.",
+    callback=path_of, help="Where the merged model is written; must be new or empty.",
 )  # fmt: skip
 @click.option(
     "--format", "layout", type=click.Choice(FORMATS), default="hf", show_default=True,

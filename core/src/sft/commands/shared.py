@@ -14,6 +14,7 @@ from sft.options import Option, convert
 from sft.plugins.requests import requests
 from sft.progress import Printer
 from sft.settings.arguments import core_options
+from sft.small_files import check_path
 
 MODEL = ("--model_name_or_path", "--model-name-or-path", "model")
 PLUGIN = ("--plugin", "plugins")
@@ -48,7 +49,9 @@ def model_options(plugin: str) -> Callable[[Any], Any]:
     def add(function: Any) -> Any:
         function = click.option(*PLUGIN, multiple=True, help=plugin)(function)
         function = click.option(
-            *adapter_names(), help="An adapter for it: the folder that a run wrote, or any PEFT adapter."
+            *adapter_names(),
+            callback=path_of,
+            help="An adapter for it: the folder that a run wrote, or any PEFT adapter.",
         )(function)
         function = setting_options(*OPENING, **OPENING_HELP)(function)
         return click.option(*MODEL, required=True, help="The model: a directory, a weight file in one, or a hub name.")(
@@ -56,6 +59,13 @@ def model_options(plugin: str) -> Callable[[Any], Any]:
         )
 
     return add
+
+
+def path_of(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """The callback of an option that names a file or folder: refuses what no file can be called."""
+    if value is not None:
+        check_path(str(parameter.name), value)
+    return value
 
 
 def setting_options(*names: str, **helps: str) -> Callable[[Any], Any]:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from sft.data.altered import holds_answer
 from sft.data.formats import Conversation
 from sft.data.templates import Written
 from sft.data.tokenizer import Tokenizer
@@ -31,6 +32,8 @@ NO_TARGET = (
     "template, or raise max_length."
 )
 _MANY_TURNS = 32
+_LARGEST_GROUP = 2_000_000
+"""Characters."""
 
 
 @dataclass
@@ -50,6 +53,8 @@ class Counts:
     """Records whose answer lost tokens from its end."""
     answers_rewritten_by_template: int = 0
     """Answers that are not learned, because the template writes them otherwise once the conversation has gone on."""
+    answers_altered_by_template: int = 0
+    """Records whose last answer does not stand as it is in what is learned: the template leaves some of it out."""
     records_without_end: int = 0
     """Records whose template teaches the model no token on which to stop."""
     tokens: int = 0
@@ -63,6 +68,7 @@ class Counts:
             "prompts_truncated": "{} prompts cut",
             "targets_truncated": "{} answers cut",
             "answers_rewritten_by_template": "{} answers rewritten by template",
+            "answers_altered_by_template": "{} answers altered by template",
             "records_without_end": "{} records without end",
         }
         counts = [text.format(f"{getattr(self, name):,}") for name, text in said.items() if getattr(self, name)]
@@ -191,16 +197,30 @@ def encode(
     room: tuple[Path, int] | None = None,
     by: Callable[[Encoding, Iterator[list[list[Turn]]]], Iterator[Encoded]] = map,
 ) -> Encoded:
-    """Encode every conversation (:class:`Encoding`), ``group`` at a time; ``by`` does it with each group, in order."""
-    remaining = iter(conversations)
-    groups = iter(lambda: list(itertools.islice(remaining, group)), [])
-    parts = list(by(Encoding(tokenizer, src_length, max_length, room), groups))
+    """Encode every conversation (:class:`Encoding`), up to ``group`` at a time; ``by`` does it with each group, in
+    order."""
+    parts = list(by(Encoding(tokenizer, src_length, max_length, room), _groups(conversations, group)))
     return Encoded(
         np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]),
         np.concatenate([np.zeros(0, bool), *(part.trained for part in parts)]),
         np.cumsum(np.concatenate([np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)])),
         sum((part.counts for part in parts), Counts()),
     )
+
+
+def _groups(conversations: Iterable[list[Turn]], most: int) -> Iterator[list[list[Turn]]]:
+    """Up to ``most`` conversations at a time, and fewer where they are long: the tokenizer takes 200 bytes a character
+    while it has them."""
+    group: list[list[Turn]] = []
+    size = 0
+    for turns in conversations:
+        group.append(turns)
+        size += sum(len(turn.content) for turn in turns)
+        if len(group) == most or size > _LARGEST_GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 # --- prompts ------------------------------------------------------------------------------------------------
@@ -319,6 +339,7 @@ class _Encoder:
             (row,) = self._tokenize([turns])
         counts.answers_rewritten_by_template = row.written.rewritten
         counts.records_without_end = int(not row.written.ends)
+        counts.answers_altered_by_template = int(not holds_answer(turns, row.written))
         ids, trained = row.ids, row.trained
         prompt = _prompt_length(trained)
         if longest >= self.max_length and len(ids) > self.max_length:

@@ -13,8 +13,12 @@ from typing import Any
 
 from sft.data.sources import Record
 from sft.errors import PluginError, UsageError
+from sft.foreign_text import listed
 from sft.plugins.registry import Plugins
 from sft.seams import Turn
+
+LONGEST = 4_000_000
+"""Characters of a record: a tokenizer takes some five seconds and a gigabyte for so many, War and Peace has fewer."""
 
 
 class Conversation(list[Turn]):
@@ -60,6 +64,12 @@ class Formats:
         asks = not needs_target and bool(turns) and turns[-1].role == "user"
         if not asks and not any(turn.trains for turn in turns):
             raise UsageError(f"{record.place}: no turn of this record is a target, so nothing can be learned from it.")
+        length = sum(len(turn.content) for turn in turns)
+        if length > LONGEST:
+            raise UsageError(
+                f"{record.place}: the record has {length:,} characters, and at most {LONGEST:,} are read; divide it, "
+                "or take it out."
+            )
         if not self.name:
             self.name, self._place = name, record.place
         return Conversation(turns, record.place)
@@ -89,7 +99,7 @@ def recognise(record: dict[str, Any]) -> str:
     found = whole or [name for name, (keys, _) in FORMATS.items() if not set(record).isdisjoint(keys)]
     if len(found) == 1:
         return found[0]
-    keys = ", ".join(record) or "none"
+    keys = listed(record)
     if found:
         raise ValueError(f"the record could be {' or '.join(found)} (its keys: {keys}); keep the keys of one format.")
     raise ValueError(f"the record is in no known format (its keys: {keys}); known are {', '.join(FORMATS)}.")
@@ -105,7 +115,7 @@ def src_tgt(record: Mapping[str, Any], needs_target: bool = True) -> list[Turn]:
     """
     for key in ("src", "tgt") if needs_target else ("src",):
         if key not in record:
-            found = ", ".join(record) or "none"
+            found = listed(record)
             raise ValueError(f'the record has no "{key}" (its keys: {found}); each needs "src" and "tgt".')
     sources = _texts(record["src"], "src")
     targets = [] if record.get("tgt") is None and not needs_target else _texts(record["tgt"], "tgt")
@@ -114,7 +124,7 @@ def src_tgt(record: Mapping[str, Any], needs_target: bool = True) -> list[Turn]:
         raise ValueError(f'"src" has {len(sources)} turns and "tgt" has {len(targets)}; they must be as many.')
     context = record.get("context")
     if isinstance(context, dict) and set(context) - {"system"}:
-        unknown = ", ".join(sorted(set(context) - {"system"}))
+        unknown = listed(sorted(set(context) - {"system"}))
         raise ValueError(f'"context" has {unknown}, and only "system" is known there; take the rest out.')
     turns = _system(context) if isinstance(context, dict) else []
     for source, target in zip(sources, targets, strict=not asks):
@@ -127,7 +137,7 @@ def alpaca(record: Mapping[str, Any], needs_target: bool = True) -> list[Turn]:
     of earlier [question, answer], which are learned too."""
     for key in ("instruction", "output") if needs_target else ("instruction",):
         if record.get(key) is None:
-            found = ", ".join(record) or "none"
+            found = listed(record)
             raise ValueError(
                 f'the record has no "{key}" (its keys: {found}); each needs "instruction" and "output", and may have '
                 '"input".'
@@ -200,7 +210,7 @@ def _message(message: Any, what: str) -> Turn:
     names = ("from", "value") if message.get("role") is None and "from" in message else ("role", "content")
     for name in names:
         if name not in message:
-            raise ValueError(f'{what} has no "{name}" (its keys: {", ".join(message) or "none"}).')
+            raise ValueError(f'{what} has no "{name}" (its keys: {listed(message)}).')
     role = message[names[0]]
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(ROLES)

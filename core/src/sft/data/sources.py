@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from sft.data.tables import read_csv, read_parquet
 from sft.errors import UsageError
+from sft.small_files import is_there
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 NAMES = {"train": ("train",), "dev": ("dev", "validation")}
@@ -48,8 +50,10 @@ def find_files(dataset: Path, split: str) -> list[Path]:
     A dataset that is one file is its own training split and has no dev split. A missing dev split is an empty
     list; a missing training split is an error.
     """
-    if not dataset.exists():
+    if not is_there(dataset):
         raise UsageError(f"Data {dataset} does not exist; give dataset_name_or_path an existing folder or file.")
+    if dataset.is_dir() and not os.access(dataset, os.R_OK | os.X_OK):
+        raise UsageError(f"{dataset} cannot be read (Permission denied); check its permissions.")
     if dataset.is_file():
         return [dataset] if split == "train" else []
     files = next((found for name in NAMES[split] if (found := _files_of(dataset, name))), [])

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sft.errors import UsageError
-from sft.files import read_object
+from sft.foreign_text import listed, quoted
 from sft.seams import Turn
+from sft.small_files import is_there, read_object, read_text, why
 
 JINJA_FILE = "chat_template.jinja"
 PAIRS_FILE = "chat_template.json"
@@ -133,14 +134,21 @@ def find_source(folder: Path, given: str | None = None) -> Source:
 
 def _of_folder(folder: Path) -> Source:
     """A Jinja template first, as transformers finds it, then PaddleNLP's pairs."""
-    if (folder / JINJA_FILE).is_file():
+    if is_there(folder / JINJA_FILE):
         return Source("jinja", _read(folder / JINJA_FILE), str(folder), f"{folder / JINJA_FILE}{_unused(folder)}")
     path = folder / "tokenizer_config.json"
-    found = read_object(path).get("chat_template") if path.is_file() else None
-    if isinstance(found, list):
-        named = {entry["name"]: entry["template"] for entry in found}
+    found = read_object(path).get("chat_template") if is_there(path) else None
+    if isinstance(found, list) and all(
+        isinstance(entry, dict) and {"name", "template"} <= set(entry) for entry in found
+    ):
+        named = {str(entry["name"]): entry["template"] for entry in found}
         found = named.get("default") or next(iter(named.values()), None)
-    if isinstance(found, str):
+    if found is not None and not isinstance(found, str):
+        raise UsageError(
+            f"{path} must give chat_template as text, or a list of objects with name and template, not "
+            f"{quoted(found)}; correct it, or give chat_template a file."
+        )
+    if found is not None:
         return Source("jinja", found, str(folder), f"{path}{_unused(folder)}")
     if (folder / PAIRS_FILE).is_file():
         return _of_json(folder / PAIRS_FILE, _read(folder / PAIRS_FILE))
@@ -156,7 +164,7 @@ def _of_json(path: Path, text: str) -> Source:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"Chat template {path} is not valid JSON ({error}); correct it.") from error
+        raise UsageError(f"Chat template {path} is not valid JSON ({why(error)}); correct it.") from error
     if isinstance(values, dict) and isinstance(values.get("chat_template"), str):
         return Source("jinja", values["chat_template"], str(path), str(path))
     fault = _fault(values)
@@ -173,7 +181,7 @@ def _fault(values: Any) -> str:
         return f"it holds {type(values).__name__}, not an object"
     unknown = [key for key in values if key not in ("system", "conversation", "query")]
     if unknown:
-        return f"it has unknown keys ({', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''})"
+        return f"it has unknown keys ({listed(unknown, 3)})"
     parts = values.get("conversation")
     if not (isinstance(parts, list) and len(parts) == 2 and all(isinstance(part, str) for part in parts)):
         return '"conversation" must be two texts, what the user says and what the bot answers'
@@ -182,14 +190,7 @@ def _fault(values: Any) -> str:
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UsageError(
-            f"Chat template {path} cannot be read ({error.strerror}); give a file with a template, or none."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"Chat template {path} is not UTF-8 text ({error.reason}); convert it.") from error
+    return read_text(path, "Chat template ", "give a file with a template, or none")
 
 
 # --- none, and PaddleNLP's pairs ----------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from typing import Any
 from sft.data.jinja_template import JinjaTemplate, written_dates
 from sft.data.templates import JINJA_FILE, PAIRS_FILE, Marks, Pairs, Plain, Template, find_source
 from sft.errors import UsageError
-from sft.files import read_object
+from sft.foreign_text import quoted
 from sft.seams import Turn
+from sft.small_files import is_there, read_bytes, read_object, why
 
 FILES = (
     "tokenizer.json",
@@ -42,7 +43,7 @@ class Tokenizer:
 
         self.folder = folder
         self._given = chat_template
-        self._files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        self._files = {name: read_bytes(folder / name) for name in FILES if is_there(folder / name)}
         self.now = now or datetime.datetime.now()
         path = folder / "tokenizer.json"
         if "tokenizer.json" not in self._files:
@@ -53,7 +54,7 @@ class Tokenizer:
         try:
             self.backend = Backend.from_str(self._files["tokenizer.json"].decode("utf-8"))
         except Exception as error:
-            raise UsageError(f"{path} cannot be read by the tokenizers library ({error}); replace it.") from error
+            raise UsageError(f"{path} cannot be read by the tokenizers library ({why(error)}); replace it.") from error
         self.backend.no_padding()
         self.backend.no_truncation()
         self.config = _read_object(folder / "tokenizer_config.json")
@@ -78,7 +79,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` alone; special tokens that stand in the text are recognised, none is added."""
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+        return list(self._encoded([text])[0].ids)
 
     def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], Callable[[int], tuple[int, int]]]]:
         """For each text its ids, and what tells the range of characters that an id stands for, by the id's place.
@@ -86,8 +87,16 @@ class Tokenizer:
         Ranges neither begin nor end before those of earlier ids. A list of them all would take longer to make than the
         ids, and few are asked for.
         """
-        found = self.backend.encode_batch(list(texts), add_special_tokens=False)
-        return [(one.ids, one.token_to_chars) for one in found]  # the list is made anew
+        return [(one.ids, one.token_to_chars) for one in self._encoded(texts)]  # the list is made anew
+
+    def _encoded(self, texts: Sequence[str]) -> list[Any]:
+        try:
+            return list(self.backend.encode_batch(list(texts), add_special_tokens=False))
+        except TypeError as error:  # of what a record holds it has been said before
+            raise UsageError(
+                f"A text holds half of a surrogate pair, which is no text; it comes from the chat template "
+                f"({self.template_name}) or the prompt: correct that."
+            ) from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
@@ -171,11 +180,19 @@ class Tokenizer:
         ids: list[int] = []
         if self._id("eos_token") is not None:
             ids.append(int(self._id("eos_token") or 0))
-        declared = model.get("eos_token_id")
+        declared, rows = model.get("eos_token_id"), model.get("vocab_size")
+        known = max(self.vocab_size, rows if isinstance(rows, int) else 0)
         for value in declared if isinstance(declared, list) else [declared]:
-            if isinstance(value, int) and value not in ids:
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < known:
+                raise UsageError(
+                    f"{self.folder}: eos_token_id {quoted(value)} of its config.json or generation_config.json is no "
+                    "token of this model; correct it."
+                )
+            if value not in ids:
                 ids.append(value)
-        if not ids:
+        if not ids or (self._id("eos_token") is None and self.backend.id_to_token(ids[0]) is None):
             raise UsageError(f"{self.folder} names no end-of-text token; set eos_token in its tokenizer_config.json.")
         return ids
 
@@ -189,10 +206,11 @@ def _text(key: str, token: Any, folder: Path) -> str:
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str):
         raise UsageError(
-            f"{folder}: tokenizer_config.json must give {key} as text, or an object with its content, not {token!r}."
+            f"{folder}: tokenizer_config.json must give {key} as text, or an object with its content, not "
+            f"{quoted(token)}."
         )
     return text
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}
+    return read_object(path) if is_there(path) else {}

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
-from sft.files import read_object
 from sft.foreign_text import shown, without_secrets
 from sft.models.families.family import Family
 from sft.models.families.known import FAMILIES
 from sft.models.fingerprint import fingerprint, has_fingerprint
 from sft.models.loading import ModelSource, open_model
+from sft.models.reals import check_reals
 from sft.plugins.requests import requests
 from sft.seams import AdapterFiles
+from sft.small_files import read_object, why
+from sft.tensor_files import open_tensors, read_tensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +53,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{folder} holds no adapter (no adapter_config.json); give the folder that a run wrote.")
     values = read_object(path, "copy the adapter again")
-    if not values.get("peft_type"):
+    if not isinstance(values.get("peft_type"), str) or not values["peft_type"]:
         raise UsageError(f"{path} names no peft_type, so it is not an adapter's config.")
     return values
 
@@ -59,9 +61,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Config and tensors of an adapter folder in PEFT's layout, as they stand in the files, but for the names of layers
     that are called otherwise here than in Hugging Face's files (Mixtral's experts)."""
-    import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
-    from safetensors.numpy import load_file
-
     config = read_adapter_config(folder)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
@@ -73,10 +72,9 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             f"{folder} has no adapter_model.safetensors{other}; write it with PEFT: "
             "PeftModel.from_pretrained(BASE, DIR).save_pretrained(DIR)."
         )
-    try:
-        tensors = load_file(str(path))
-    except Exception as error:
-        raise UsageError(f"{path} is not a readable safetensors file ({error}); copy it again.") from error
+    tensors = read_tensors(path)
+    for name, tensor in tensors.items():
+        check_reals(tensor, f"{path}: tensor {shown(name)}")
     for pairs in _pairs(folder):
         config, tensors = _renamed(config, tensors, partial(_replaced, pairs))
     return config, tensors
@@ -89,12 +87,15 @@ def _pairs(folder: Path) -> list[Any]:
     if said is None:
         return [family.renamed for family in FAMILIES.values() if family.renamed]
     try:
-        return [[(str(theirs), str(ours)) for theirs, ours in json.loads(said)]]
-    except (ValueError, TypeError) as error:
+        pairs = [(theirs, ours) for theirs, ours in json.loads(said)]
+        if not all(isinstance(word, str) and word for pair in pairs for word in pair):
+            raise ValueError("it holds more than pairs of names")
+    except (ValueError, TypeError, RecursionError) as error:
         raise UsageError(
-            f"{folder}: what adapter_model.safetensors says of its layers' names is damaged ({error}); copy the "
+            f"{folder}: what adapter_model.safetensors says of its layers' names is damaged ({why(error)}); copy the "
             "adapter again."
         ) from error
+    return [pairs]
 
 
 def _replaced(pairs: Any, name: str) -> str:
@@ -126,11 +127,9 @@ def _renamed(
 
 
 def _metadata(folder: Path) -> dict[str, str]:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        return safe_open(str(folder / "adapter_model.safetensors"), framework="numpy").metadata() or {}
-    except (OSError, SafetensorError):
+        return open_tensors(folder / "adapter_model.safetensors").metadata() or {}
+    except UsageError:
         return {}  # whoever reads the tensors says what is wrong
 
 
@@ -162,11 +161,11 @@ def base_plugins(folder: Path) -> dict[str, dict[str, Any]]:
         changed.update(json.loads(metadata.get(CONFIG, "{}")))
         quantizer = dict(json.loads(metadata.get(QUANTIZER, "{}")))
         changed.update(dict.fromkeys(quantizer.pop("plugin", ()), quantizer))
-        if not all(isinstance(options, dict) for options in changed.values()):
-            raise TypeError("options are an object")
-    except (ValueError, TypeError) as error:
+        if not all(isinstance(name, str) and isinstance(options, dict) for name, options in changed.items()):
+            raise TypeError("it holds more than names of plugins and their options")
+    except (ValueError, TypeError, RecursionError) as error:
         raise UsageError(
-            f"{folder}: what adapter_model.safetensors says of its base's plugins is damaged ({error}); copy the "
+            f"{folder}: what adapter_model.safetensors says of its base's plugins is damaged ({why(error)}); copy the "
             "adapter again."
         ) from error
     return changed

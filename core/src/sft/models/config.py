@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import UsageError
-from sft.files import read_object
 from sft.models.families.family import Family
 from sft.models.families.known import family_of
+from sft.small_files import is_there, read_object
 
 OF_THE_WEIGHTS = ("model_type", "architectures", "dtype", "torch_dtype")
 """What a config says of the weights that there are, and no plugin changes."""
@@ -19,7 +19,7 @@ OF_THE_WEIGHTS = ("model_type", "architectures", "dtype", "torch_dtype")
 def read_config(folder: Path) -> dict[str, Any]:
     """The model's ``config.json`` as it stands."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not is_there(path):
         raise UsageError(f"{folder} has no config.json; give a model directory in Hugging Face or Paddle layout.")
     return read_object(path)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from sft.distributed.parts import is_elsewhere, part_of, whole_size
 from sft.errors import UsageError
+from sft.foreign_text import quoted
+from sft.patterns import matches
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def matching(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
         if not matched:
             kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
             raise UsageError(
-                f"Target {pattern!r} matches no layer; this model has {kinds} in each block (for example {names[0]})."
+                f"Target {quoted(pattern)} matches no layer; this model has {kinds} in each block (for example "
+                f"{names[0]})."
             )
         chosen |= matched
     return chosen
@@ -65,10 +68,7 @@ def matching(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
 def _matches(pattern: str, name: str) -> bool:
     if re.fullmatch(r"\w+", pattern):
         return name.rsplit(".", 1)[-1] == pattern
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise UsageError(f"Target {pattern!r} is not a valid regular expression ({error}).") from error
+    return matches(pattern, name, "Target")
 
 
 def module_names(adapted: Iterable[str], everything: Iterable[str]) -> list[str]:

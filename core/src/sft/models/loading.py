@@ -25,6 +25,7 @@ from sft.models.stacked import Part
 from sft.plugins.calls import checked, checking
 from sft.precision import FLOAT32, Precision
 from sft.progress import Progress
+from sft.small_files import is_there, read_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,7 +107,7 @@ def open_model(
         place = find_model(name, allow_pickle)
         weight_files(place)
     generation = place.path / "generation_config.json"
-    kept = generation.read_bytes() if generation.is_file() else None
+    kept = read_bytes(generation) if is_there(generation) else None
     source = ModelSource(place, values, family, architecture, reader, kept)
     if run is not None:
         run.source = source
@@ -174,11 +175,24 @@ def load_model(
     Raises :class:`UsageError` naming the tensors that are missing, left over, or of another shape.
     """
     held = strategy or WholeModel()
+    weights = source.weights()
+    _check_depth(source, weights)
     model = build_model(source, precision)
     held.divide(model)
-    fill(model, source, held, quantizer, progress)
+    fill(model, source, held, quantizer, progress, weights)
     model.eval()
     return model
+
+
+def _check_depth(source: ModelSource, weights: Weights) -> None:
+    """Refuse more blocks and experts than the files have tensors, before they are built: many take very long."""
+    blocks, tensors = source.architecture.blocks, sum(1 for _ in weights)
+    experts = sum(block.experts.count if block.experts is not None else 1 for block in blocks)
+    if experts > tensors:
+        raise UsageError(
+            f"{source.folder}: config.json says that there are {len(blocks):,} blocks with {experts:,} MLPs, and the "
+            f"files hold {tensors:,} tensors; they do not belong together."
+        )
 
 
 def fill(
@@ -187,10 +201,11 @@ def fill(
     strategy: ParallelStrategy | WholeModel,
     quantizer: Quantizer | None = None,
     progress: Progress | None = None,
+    weights: Weights | None = None,
 ) -> None:
-    """Stream the weights of ``source.folder`` into ``model``; raises as :func:`load_model` does."""
+    """Stream ``weights``, or those of ``source.folder``, into ``model``; raises as :func:`load_model` does."""
     progress = progress or Progress(lambda text: None)
-    weights = source.weights()
+    weights = weights or source.weights()
     stored = {source.family.from_file(name, weights.layout): name for name in weights}
     if quantizer is not None:
         for target in progress.over(target_layers(model), "quantizing", "Linears"):

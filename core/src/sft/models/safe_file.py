@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
+from sft.small_files import check_plain, why
+from sft.tensor_files import open_tensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,11 +29,12 @@ class SafeFile:
 
     def __init__(self, path: Path) -> None:
         """Raises :class:`UsageError` where it is not a readable safetensors file."""
-        self._path = path
+        self.path = path
+        check_plain(path)
         try:
             self._file = path.open("rb", buffering=0)
         except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror}; look at its permissions.") from error
+            raise UsageError(f"{path} cannot be read ({why(error)}); look at its permissions.") from error
         self._checked()  # that offsets are in order, and the file as long as they say
         size = int.from_bytes(self._file.read(8), "little")
         self._start = 8 + size
@@ -43,6 +46,11 @@ class SafeFile:
 
     def shape(self, name: str) -> list[int]:
         return list(self._tensors[name]["shape"])
+
+    def dtype(self, name: str) -> str:
+        """By numpy's name, or the file's own where numpy has none."""
+        kind = str(self._tensors[name]["dtype"])
+        return _TYPES.get(kind, kind)
 
     def read(self, name: str, where: tuple[slice, ...] = ()) -> np.ndarray:
         """What is at ``where`` of a tensor, slices of step 1; without it all."""
@@ -89,20 +97,14 @@ class SafeFile:
         while left:
             count = os.preadv(self._file.fileno(), [left], place)
             if count == 0:
-                raise UsageError(f"{self._path} has become shorter while it was read; copy it again.")
+                raise UsageError(f"{self.path} has become shorter while it was read; copy it again.")
             left, place = left[count:], place + count
 
     def _checked(self) -> Any:
         """The file as the library opens it, which is told by its path."""
-        import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
-        from safetensors import safe_open
-
-        try:
-            opened = safe_open(str(self._path), framework="numpy")
-        except Exception as error:
-            raise UsageError(f"{self._path} is not a readable safetensors file ({error}); copy it again.") from error
-        if not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
-            raise replaced(self._path)
+        opened = open_tensors(self.path)
+        if not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+            raise replaced(self.path)
         return opened
 
     def _dtype(self, kind: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Iterator
@@ -11,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
+from sft.foreign_text import quoted, shown
 from sft.models.families.family import Family
+from sft.models.reals import check_finite, check_reals, check_type, with_bfloat16
 from sft.models.safe_file import SafeFile, replaced, state_of
 from sft.models.stacked import Part, is_stack, parts_of
+from sft.small_files import is_there, read_object
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,6 +112,7 @@ class Weights:
     def __init__(self, place: Path | ModelFolder, family: Family) -> None:
         """Raises :class:`UsageError` where there are none that may be read; see :func:`weight_files`."""
         place = place if isinstance(place, ModelFolder) else ModelFolder(place)
+        self._folder = place.path
         index = place.path / (place.file if place.file is not None and place.file.endswith(_INDEX) else _SAFE[0])
         before = state_of(index)
         self._where: dict[str, SafeFile] = {}
@@ -150,20 +153,23 @@ class Weights:
 
     def read_stored(self, name: str, where: tuple[slice, ...] = ()) -> np.ndarray:
         """One tensor, or what is at ``where`` of it, in the file's layout and dtype (bfloat16 as ``ml_dtypes`` has it);
-        nothing else is read."""
-        import ml_dtypes
-        import numpy as np
-
-        array = self._at(name, where)
+        nothing else is read. :class:`UsageError` for what is no weight: see ``reals.py``."""
         # paddle has no bfloat16 in numpy: its files, and PaddleNLP's safetensors, say uint16 for the same bits.
-        return array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
+        array = with_bfloat16(self._at(name, where))
+        check_reals(array, self._named(name))
+        return array
 
     def read_onto(self, name: str, target: np.ndarray) -> None:
-        """Give ``target``, of a tensor's shape, its values, rounded to the dtype of that."""
+        """Give ``target``, of a tensor's shape, its values, rounded to the dtype of that; checked as they are read."""
+        import numpy as np
+
         from sft.arrays import copy_onto
 
         if name in self._where:
-            self._where[name].read_onto(name, target)
+            check_type(self._where[name].dtype(name), self._named(name))
+            with np.errstate(over="ignore"):  # it is an error below
+                self._where[name].read_onto(name, target)
+            check_finite(target, self._named(name))
         else:
             copy_onto(target, self.read_stored(name))
 
@@ -203,7 +209,14 @@ class Weights:
             return found
         if name in self._pickled:
             return np.asarray(self._pickled[name][where])
+        check_type(self._where[name].dtype(name), self._named(name))
         return self._where[name].read(name, where)
+
+    def _named(self, name: str) -> str:
+        """A tensor as messages name it."""
+        stored = self.parts[name].stack if name in self.parts else name
+        place = self._where[stored].path if stored in self._where else self._folder
+        return f"{place}: tensor {shown(stored)}"
 
 
 def weight_files(place: ModelFolder) -> list[Path]:
@@ -216,7 +229,7 @@ def weight_files(place: ModelFolder) -> list[Path]:
     if place.file is not None:
         return _expand(folder, place.file)
     for name in (*_SAFE, *(_UNSAFE if place.allow_pickle else ())):
-        if (folder / name).is_file():
+        if is_there(folder / name):
             return _expand(folder, name)
     for name in _UNSAFE:
         if (folder / name).is_file():
@@ -239,18 +252,18 @@ def _expand(folder: Path, name: str) -> list[Path]:
         return [folder / name]
     path = folder / name
     suffix = Path(name.removesuffix(_INDEX)).suffix
-    try:
-        names = list(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise UsageError(f"{path} is not an index of weights ({error}); replace it.") from error
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UsageError(f"{path} is not an index of weights (it has no weight_map with names of files); replace it.")
+    names = list(weight_map.values())
     for named in names:
         if not _is_plain(named) or not named.endswith(suffix) or suffix not in (".safetensors", *PICKLED):
             raise UsageError(
-                f"{path} names {str(named)[:200]!r} as a file of weights, where only the name of a {suffix} file "
+                f"{path} names {quoted(named)} as a file of weights, where only the name of a {suffix} file "
                 "beside it may stand; replace the index."
             )
     files = [folder / named for named in dict.fromkeys(names)]
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not is_there(file)]
     if missing:
         raise UsageError(f"{folder} lacks {', '.join(missing)}, named by {name}; copy it there.")
     return files

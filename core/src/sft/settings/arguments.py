@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import UsageError
-from sft.foreign_text import without_secrets
+from sft.foreign_text import listed, shown, without_secrets
 from sft.options import Option, convert, option, options_of
 from sft.plugins.discovery import import_plugin
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import switches
+from sft.small_files import read_text, why
 
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")
 
@@ -28,12 +29,16 @@ class ModelArguments:
     """Which model is fine-tuned."""
 
     model_name_or_path: str | None = option(
-        None, "model directory (Hugging Face or Paddle layout), a weight file in one, or hub name; required"
+        None,
+        "model directory (Hugging Face or Paddle layout), a weight file in one, or hub name; required",
+        is_path=True,
     )
     allow_pickle: bool = option(
         False, "read weights that are pickled (.pdparams, .bin) too: the tensors in them, and nothing is run"
     )
-    tokenizer_name_or_path: str | None = option(None, "tokenizer directory or hub name; unset: the model's own")
+    tokenizer_name_or_path: str | None = option(
+        None, "tokenizer directory or hub name; unset: the model's own", is_path=True
+    )
 
 
 @dataclasses.dataclass
@@ -41,7 +46,9 @@ class DataArguments:
     """What it learns from."""
 
     dataset_name_or_path: str | None = option(
-        None, "DIR with train.json, .jsonl, .csv or .parquet, or train/ with such (dev likewise), or one file; required"
+        None,
+        "DIR with train.json, .jsonl, .csv or .parquet, or train/ with such (dev likewise), or one file; required",
+        is_path=True,
     )
     src_length: int = option(
         1024,
@@ -53,16 +60,20 @@ class DataArguments:
         None,
         "file with a chat template (Jinja, or PaddleNLP's chat_template.json), or none; unset: the tokenizer's own",
         none_is_text=True,
+        is_path=True,
     )
     lazy: bool = option(False, "stream the training data instead of reading it whole; needs max_steps")
     dataset_num_proc: int | None = option(
         None,
         "processes that encode the data; unset: one a physical core where the data is large, and one for a stream",
         minimum=1,
+        maximum=1024,
         aliases=("preprocessing_num_workers",),
     )
     encoded_cache: str | None = option(
-        None, "folder in which data that is read whole is kept encoded for later runs; unset: it is not kept"
+        None,
+        "folder in which data that is read whole is kept encoded for later runs; unset: it is not kept",
+        is_path=True,
     )
     eval_with_do_generation: bool = option(False, "at evaluation, answer the dev prompts and score them (BLEU, ROUGE)")
 
@@ -86,15 +97,15 @@ class GenerationArguments:
 class TrainingArguments:
     """How it is trained."""
 
-    output_dir: str | None = option(None, "where everything of this run is written; required")
+    output_dir: str | None = option(None, "where everything of this run is written; required", is_path=True)
     overwrite_output_dir: bool = option(False, "replace the run that output_dir holds")
     do_train: bool = option(True, "train; if not, the run only evaluates")
     do_eval: bool | None = option(None, "measure the dev loss before and after training; unset: when there is dev data")
     per_device_train_batch_size: int = option(8, "rows in a micro-batch", minimum=1)
     gradient_accumulation_steps: int = option(1, "micro-batches in an optimizer step", minimum=1)
     per_device_eval_batch_size: int = option(8, "rows in an evaluation batch", minimum=1)
-    num_train_epochs: float = option(3.0, "passes over the data, unless max_steps is set", above=0)
-    max_steps: int = option(-1, "optimizer steps; -1: num_train_epochs decides", minimum=-1)
+    num_train_epochs: float = option(3.0, "passes over the data, unless max_steps is set", above=0, maximum=10_000)
+    max_steps: int = option(-1, "optimizer steps; -1: num_train_epochs decides", minimum=-1, maximum=10**9)
     learning_rate: float = option(5e-5, "peak learning rate", minimum=0)
     lr_scheduler_type: str = option(
         "linear", "shape of the decay after warm-up; constant has no warm-up either", choices=SCHEDULES
@@ -132,7 +143,9 @@ class TrainingArguments:
     )
     greater_is_better: bool | None = option(None, "whether a greater metric is better; unset: not for loss and ppl")
     resume_from_checkpoint: bool | str | None = option(
-        None, "a checkpoint folder, or auto (or true): the newest in output_dir (a fresh start if there is none)"
+        None,
+        "a checkpoint folder, or auto (or true): the newest in output_dir (a fresh start if there is none)",
+        is_path=True,
     )
     disable_tqdm: bool = option(False, "plain lines instead of a progress bar")
     deterministic: bool = option(
@@ -197,32 +210,28 @@ def core_options() -> dict[str, Option]:
 
 def read_file(path: Path) -> dict[str, Any]:
     """A flat settings file: JSON (``.json``) or YAML (``.yaml``, ``.yml``)."""
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        raise UsageError(f"Settings file {path} is neither .json nor .yaml; rename it after what it holds.")
+    text = read_text(path, "Settings file ", "give the path of a JSON or YAML file")
+    kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"Settings file {path} cannot be read ({error}); give the path of a JSON or YAML file."
-        ) from error
-    try:
-        if path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            _refuse_repeated_keys(yaml.compose(text))
-            values = yaml.safe_load(text)
-        elif path.suffix == ".json":
-            values = json.loads(text, object_pairs_hook=_unique)
-        else:
-            raise UsageError(f"Settings file {path} is neither .json nor .yaml; rename it after what it holds.")
-    except ValueError as error:
-        raise UsageError(f"Settings file {path} is not valid JSON ({error}); correct it there.") from error
-    except Exception as error:
-        if isinstance(error, UsageError):
-            raise
-        place = " ".join(str(error).split())
-        raise UsageError(f"Settings file {path} is not valid YAML ({place}); correct it there.") from error
+        values = json.loads(text, object_pairs_hook=_unique) if kind == "JSON" else _of_yaml(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"Settings file {path} is not valid {kind} ({why(error)}); correct it there.") from error
     if not isinstance(values, dict):
         raise UsageError(f"Settings file {path} must hold one object of names and values.")
     return values
+
+
+def _of_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, OverflowError, TypeError, LookupError, AttributeError) as error:
+        # Beside its own errors the library lets through those of what it makes values with: dates, binary, numbers.
+        raise ValueError(str(error)) from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -230,7 +239,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"Setting {name} is given twice; keep one of them.")
+            raise UsageError(f"Setting {shown(name)} is given twice; keep one of them.")
     return dict(pairs)
 
 
@@ -246,7 +255,7 @@ def normalise(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         key = str(name).replace("-", "_")
         if key in normal:
-            raise UsageError(f"Setting {key} is given twice; keep one of them.")
+            raise UsageError(f"Setting {shown(key)} is given twice; keep one of them.")
         normal[key] = value
     return normal
 
@@ -283,7 +292,7 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
     values = _by_own_names(values, [*GROUPS.values(), *classes.values()])
     unknown = [name for name in values if name not in owners]
     if unknown:
-        also = f" Also unknown: {', '.join(unknown[1:])}." if len(unknown) > 1 else ""
+        also = f" Also unknown: {listed(unknown[1:])}." if len(unknown) > 1 else ""
         raise UsageError(unknown_setting(unknown[0], owners, plugins) + also)
 
     def fill(cls: type) -> Any:
@@ -316,9 +325,10 @@ def known_names(plugins: Plugins) -> set[str]:
 
 def unknown_setting(name: str, known: Iterable[str], plugins: Plugins) -> str:
     """The sentence for a name that nobody declares, with what the user most likely meant."""
+    said = shown(name) or "''"
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
     if close:
-        return f"Unknown setting {name}; did you mean {close[0]}?"
+        return f"Unknown setting {said}; did you mean {close[0]}?"
     stems = {plugin: plugin.replace("-", "_") for plugin in plugins.inactive()}
     near = [plugin for plugin, stem in stems.items() if name.startswith(stem.partition("_")[0] + "_")]
     whole = sorted((plugin for plugin, stem in stems.items() if name.startswith(stem + "_")), key=len)
@@ -329,12 +339,12 @@ def unknown_setting(name: str, known: Iterable[str], plugins: Plugins) -> str:
         rival = plugins.rival(owners[0]) if len(owners) == 1 else None
         if rival is not None:
             return (
-                f"Unknown setting {name}; if it belongs to plugin {these}, that cannot work together with {rival}: "
-                "leave one of them out."
+                f"Unknown setting {said}; if it belongs to plugin {these}, that cannot work together with "
+                f"{rival}: leave one of them out."
             )
         cure = "NAME" if len(owners) > 1 else owners[0]
-        return f"Unknown setting {name}; if it belongs to plugin {these}, add --plugin {cure}."
-    return f"Unknown setting {name}; `sft run --help` lists the settings (with --plugin NAME, the plugin's too)."
+        return f"Unknown setting {said}; if it belongs to plugin {these}, add --plugin {cure}."
+    return f"Unknown setting {said}; `sft run --help` lists the settings (with --plugin NAME, the plugin's too)."
 
 
 def _declares(plugin: str, name: str) -> bool:

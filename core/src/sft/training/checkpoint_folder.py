@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,12 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("settings", "shaping", "plugins"), (dict,)),
 }
 """What ``state.json`` holds, and as what."""
+_MAY_LACK = ("in_adapter", "arithmetic")
+"""Objects that earlier versions did not write."""
+_WITHIN = {
+    "data": ("place", "fingerprint", "rows_per_step"),
+    "journal": ("window", "total", "first_loss", "last_loss", "lines", "skipped_steps"),
+}
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -155,4 +162,12 @@ def read_state(folder: Path) -> dict[str, Any]:
             raise DamagedError(f"{path} is not complete; {cure}")
         if type(state[key]) not in kinds:
             raise DamagedError(f"{path} holds a {type(state[key]).__name__} as {key}; {cure}")
+    wrong = [key for key in _MAY_LACK if not isinstance(state.get(key, {}), dict)]
+    wrong += [key for key, names in _WITHIN.items() if not set(names) <= set(state[key])]
+    try:
+        datetime.fromisoformat(state["date"])
+    except ValueError:
+        wrong.append("date")
+    if wrong:
+        raise DamagedError(f"{path} does not hold what a run writes as {wrong[0]}; {cure}")
     return state

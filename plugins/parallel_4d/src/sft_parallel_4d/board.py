@@ -125,6 +125,26 @@ class Board(socketserver.ThreadingTCPServer):
         return [rank for rank in range(self._world) if rank not in self._seen]
 
 
+def understood(line: bytes) -> dict[str, Any]:
+    """What a rank says in ``line``; ValueError for what no rank says: the board computes with it, and repeats it."""
+    try:
+        said = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(said, dict):
+        raise ValueError("no object")
+    count, waited, phase, error = said.get("count"), said.get("waited"), said.get("phase"), said.get("error")
+    if type(said.get("rank")) is not int or said["rank"] < 0:
+        raise ValueError("no rank")
+    if not (isinstance(count, list) and len(count) == 2 and all(type(n) is int and 0 <= n < 2**63 for n in count)):
+        raise ValueError("no count")
+    if waited is not None and not (type(waited) in (int, float) and 0 <= waited < 1e12):
+        raise ValueError("no seconds")
+    if not isinstance(phase, str) or not phase.isprintable() or not isinstance(error, (str, type(None))):
+        raise ValueError("no text")
+    return said
+
+
 class _Line(socketserver.StreamRequestHandler):
     """The connection of one rank: a line of JSON each way. Whoever speaks otherwise is not a rank and is left alone."""
 
@@ -133,14 +153,14 @@ class _Line(socketserver.StreamRequestHandler):
         assert isinstance(board, Board)
         try:
             while line := self.rfile.readline(LONGEST):
-                said = json.loads(line)
+                said = understood(line)
                 answer = board.heard(said)
                 rank = said["rank"]
                 self.wfile.write(json.dumps(answer).encode() + b"\n")
                 board.answered(rank, said["count"][0])
                 if answer["first"]:
                     board.told(rank)
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError):
             pass
         finally:
             if rank is not None:

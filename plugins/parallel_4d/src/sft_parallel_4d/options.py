@@ -19,7 +19,7 @@ class ParallelOptions:
         -1, "data ranks that share pieces; -1: all of them", minimum=-1, aliases=("sharding_degree",)
     )
     sequence_parallel: bool = sft.option(False, "divide the residual stream along the tensor parallel processes too")
-    nproc: int = sft.option(1, "start this many processes on this machine", minimum=1)
+    nproc: int = sft.option(1, "start this many processes on this machine", minimum=1, maximum=1024)
     parallel_timeout: float = sft.option(600.0, "seconds of waiting after which a missing process is named", above=0)
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from sft import AdapterFiles, UsageError, module_names, read_adapter
+from sft import AdapterFiles, UsageError, matches, module_names, read_adapter
 
 PREFIX = "base_model.model."
+_LARGEST = 1e9
+"""Of α and of ranks. Adapters have α up to some thousands; far beyond, float32 products of it overflow."""
 _KEY = re.compile(re.escape(PREFIX) + r"(?P<target>.+)\.lora_(?P<half>[AB])\.weight")
 
 # What PEFT keeps of a target, of a Linear or of an embedding; a target outside the blocks keeps its base, too.
@@ -56,6 +58,8 @@ class LoraFolder:
                 raise UsageError(
                     f"{folder}: {key} = {self.config[key]!r} is more than LoRA; this plugin cannot read it."
                 )
+        if not isinstance(self.config.get("use_rslora"), (bool, type(None))):
+            raise UsageError(f"{folder}: adapter_config.json must give use_rslora as true or false.")
         start = self.config.get("init_lora_weights")
         if (start.lower() if isinstance(start, str) else start) not in _OVER_THE_BASE:
             raise UsageError(
@@ -75,32 +79,53 @@ class LoraFolder:
             match = _KEY.fullmatch(key)
             if match is None:
                 raise UsageError(f"{folder}: tensor {key} is not a LoRA weight of the PEFT layout.")
+            if tensor.ndim != 2:
+                raise UsageError(f"{folder}: tensor {key} has {tensor.ndim} dimensions, and LoRA's have 2.")
             halves.setdefault(match["target"], {})[match["half"]] = tensor.astype(np.float32)
         for target, found in halves.items():
-            if set(found) != {"A", "B"} or found["A"].shape[0] != found["B"].shape[1]:
+            if set(found) != {"A", "B"} or found["A"].shape[0] != found["B"].shape[1] or not found["A"].shape[0]:
                 raise UsageError(f"{folder}: the pair of lora_A and lora_B for {target} is not complete.")
             self.pairs[target] = (np.ascontiguousarray(found["A"].T), np.ascontiguousarray(found["B"].T))
         if not self.pairs:
             raise UsageError(f"{folder} holds no LoRA weights.")
+        for target in self.pairs:
+            self.alpha(target)
 
     def alpha(self, target: str) -> float:
         """α of one target; the pattern settings of PEFT count."""
         rank = self.pairs[target][0].shape[1]
-        declared = int(self._pattern("rank_pattern", target, self.config.get("r", rank)))
-        if declared != rank:
-            raise UsageError(f"{self.folder}: {target} has rank {rank}, adapter_config.json says {declared}.")
-        return float(self._pattern("alpha_pattern", target, self.config.get("lora_alpha", rank)))
+        declared = self._number("r", "rank_pattern", target)
+        if declared not in (None, rank):
+            raise UsageError(f"{self.folder}: {target} has rank {rank}, adapter_config.json says {declared:g}.")
+        alpha = self._number("lora_alpha", "alpha_pattern", target)
+        return float(rank if alpha is None else alpha)
 
     def scaling(self, target: str) -> float:
         """s of one target: α/r, or α/√r with ``use_rslora``."""
         rank = self.pairs[target][0].shape[1]
         return self.alpha(target) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    def _pattern(self, key: str, target: str, default: Any) -> Any:
-        for pattern, value in (self.config.get(key) or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", target):
-                return value
-        return default
+    def _number(self, key: str, patterns: str, target: str) -> float | None:
+        """What the config says of ``target`` under ``key``, or in its ``patterns``; None where it says nothing."""
+        exceptions = self.config.get(patterns) or {}
+        if not isinstance(exceptions, dict):
+            raise UsageError(
+                f"{self.folder}: adapter_config.json must give {patterns} as an object of names and numbers, not "
+                f"{exceptions!r:.100}."
+            )
+        whose = f"{self.folder}: in adapter_config.json, {patterns}"
+        for pattern, value in exceptions.items():
+            if matches(rf"(.*\.)?({pattern})", target, whose):
+                return self._checked(f"{patterns} of {pattern}", value)
+        return self._checked(key, self.config[key]) if key in self.config else None
+
+    def _checked(self, key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST:
+            raise UsageError(
+                f"{self.folder}: adapter_config.json must give {key} as a number above 0, at most {_LARGEST:g}, not "
+                f"{value!r:.100}."
+            )
+        return value
 
 
 def adapter_files(

@@ -27,7 +27,7 @@ class LoraOptions:
         [], "layer names (q_proj) or regular expressions over whole names; unset: every Linear of the blocks"
     )
     lora_path: str | None = sft.option(
-        None, "start from the adapter in this folder (its ranks, scalings and targets count)"
+        None, "start from the adapter in this folder (its ranks, scalings and targets count)", is_path=True
     )
 
 
@@ -86,7 +86,14 @@ class Lora(sft.Plugin):
             rank, alpha = options.lora_rank, self._alpha(run.hook, options.lora_rank)
             scaling = _scaling(run.hook, rank, alpha)
             self.targets = [target.name for target in sft.target_layers(model, EVERY)]
-            for target in sft.target_layers(model, options.lora_target_modules):
+            chosen = sft.target_layers(model, options.lora_target_modules)
+            widest = max(max(target.in_features, target.out_features) for target in chosen)
+            if rank > widest:
+                raise UsageError(
+                    f"lora_rank {rank} is more than the {widest} dimensions of the widest layer that it adapts, and an "
+                    "update has no higher rank than its layer; lower it."
+                )
+            for target in chosen:
                 layer = self._wrap(target, rank, scaling)
                 self.alphas[target.name] = alpha
                 rng = run.rng(target.name)

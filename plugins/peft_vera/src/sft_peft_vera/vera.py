@@ -21,7 +21,7 @@ EVERY = [".+"]
 
 @dataclass
 class VeraOptions:
-    vera_rank: int = sft.option(8, "rank r of the shared pair", minimum=1)
+    vera_rank: int = sft.option(8, "rank r of the shared pair", minimum=1, maximum=65536)
     vera_d_initial: float = sft.option(0.1, "initial value of the vectors d")
     vera_dropout: float = sft.option(0.0, "dropout on the update's input, training only", minimum=0, maximum=0.99)
     vera_target_modules: list[str] = sft.option(

@@ -52,7 +52,7 @@ def _plain(
         "heads": heads,
         "kv_heads": kept,
         "head_size": size,
-        "blocks": (Block(),) * values.count("num_hidden_layers"),
+        "blocks": (Block(),) * values.count("num_hidden_layers", most=10_000),
         "norm_epsilon": values.number("rms_norm_eps", epsilon),
         "tied": values.flag("tie_word_embeddings", tied),
     }
@@ -258,7 +258,10 @@ def mixtral(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
     architecture = _plain(values, longest=4096 * 32, kv_heads=8, base=1e6, epsilon=1e-5)
     experts = Experts(
-        values.count("num_local_experts", 8), values.count("num_experts_per_tok", 2), architecture.inner, normalise=True
+        values.count("num_local_experts", 8, most=10_000),
+        values.count("num_experts_per_tok", 2),
+        architecture.inner,
+        normalise=True,
     )
     _check_chosen(values, experts)
     count = len(architecture.blocks)
@@ -283,7 +286,7 @@ def qwen2_moe(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
     architecture = _plain(values, longest=32768, kv_heads=16, attention_bias=values.flag("qkv_bias", True))
     experts = Experts(
-        values.count("num_experts", 60),
+        values.count("num_experts", 60, most=10_000),
         values.count("num_experts_per_tok", 4),
         values.count("moe_intermediate_size", 1408),
         values.flag("norm_topk_prob", False),
@@ -300,7 +303,7 @@ def qwen3_moe(values: Values) -> Architecture:
     values.word("hidden_act", _SILU, "silu")
     architecture = _plain(values, longest=32768, kv_heads=4, head_norm="head", **_attention_bias(values))
     experts = Experts(
-        values.count("num_experts" if values["num_experts"] is not None else "num_local_experts", 128),
+        values.count("num_experts" if values["num_experts"] is not None else "num_local_experts", 128, most=10_000),
         values.count("num_experts_per_tok", 8),
         values.count("moe_intermediate_size", 768),
         values.flag("norm_topk_prob", False),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sft.errors import UsageError
+from sft.foreign_text import quoted
 from sft.models.rotary import KINDS, Rotary
+from sft.precision import LARGEST, SMALLEST
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 _BY_LENGTH = ("llama3", "yarn", "longrope")
@@ -50,26 +53,33 @@ class Values:
         """These values, and ``more``."""
         return Values({**self._values, **more}, self.where)
 
-    def count(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number, ``least`` or more."""
+    def count(self, name: str, default: int | None = None, least: int = 1, most: int = 2**31 - 1) -> int:
+        """A whole number from ``least`` to ``most``."""
         value = self._given(name, default)
+        if isinstance(value, int) and value > most:
+            raise self.wrong(name, f"a whole number of at most {most:,}")
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise self.wrong(name, "a whole number above 0" if least == 1 else f"a whole number, {least} or more")
         return value
 
     def number(self, name: str, default: float) -> float:
-        """A number above 0."""
+        """A number above 0, which float32 can hold."""
         value = self._values.get(name, default)
         if not _is_positive(value):
             raise self.wrong(name, "a number above 0")
-        return float(value)
+        return self._in_float32(name, value)
 
     def optional(self, name: str, default: float | None = None) -> float | None:
-        """A number above 0, or null; ``default`` where it is missing."""
+        """A number above 0, which float32 can hold, or null; ``default`` where it is missing."""
         value = self._values.get(name, default)
         if value is not None and not _is_positive(value):
             raise self.wrong(name, "a number above 0 or null")
-        return None if value is None else float(value)
+        return None if value is None else self._in_float32(name, value)
+
+    def _in_float32(self, name: str, value: float) -> float:
+        if not SMALLEST <= value <= LARGEST:
+            raise self.wrong(name, f"a number from {SMALLEST:.2g} to {LARGEST:.2g}, which is what float32 holds", value)
+        return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._given(name, default)
@@ -132,7 +142,7 @@ class Values:
         """
         scaling = self._values.get("rope_scaling") or self._values.get("rope_parameters") or {}
         if not isinstance(scaling, dict):
-            raise self.wrong("rope_scaling", "an object or null")
+            raise self.wrong("rope_scaling", "an object or null", scaling)
         if kind is not None and isinstance(scaling.get(kind), dict):
             scaling = scaling[kind]
         if any(isinstance(value, dict) for value in scaling.values()):
@@ -149,8 +159,8 @@ class Values:
         word = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
         scaling.pop("type", None)
         word = "longrope" if word == "su" else word
-        if word not in KINDS:
-            raise UsageError(f"{self.where}: rotary scaling {word!r} is not known; known are {', '.join(KINDS)}.")
+        if not isinstance(word, str) or word not in KINDS:
+            raise UsageError(f"{self.where}: rotary scaling {quoted(word)} is not known; known are {', '.join(KINDS)}.")
         theta = _first(scaling.pop("rope_theta", None), self._values.get("rope_theta"), base)
         turning = _first(
             scaling.pop("partial_rotary_factor", None), self._values.get("partial_rotary_factor"), share, 1.0
@@ -214,7 +224,7 @@ class Values:
     def wrong(self, name: str, expected: str, value: Any = None) -> UsageError:
         """What to raise for a value that is not as ``expected``."""
         found = self._values.get(name) if value is None else value
-        return UsageError(f"{self.where}: config.json must give {name} as {expected}, not {found!r}.")
+        return UsageError(f"{self.where}: config.json must give {name} as {expected}, not {quoted(found)}.")
 
     def _given(self, name: str, default: Any) -> Any:
         value = self._values.get(name)
@@ -222,7 +232,7 @@ class Values:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_positive(value: Any) -> bool:

@@ -1,0 +1,33 @@
+"""Templates that alter answers: whether what is learned of a record is the answer that it has."""
+
+from __future__ import annotations
+
+from sft.data.templates import Written
+from sft.errors import UsageError
+from sft.foreign_text import quoted
+from sft.seams import Turn
+
+ENOUGH = 4
+"""So many characters together show that a text comes from another."""
+
+
+def holds_answer(turns: list[Turn], written: Written) -> bool:
+    """Whether the last answer stands as it is, but for white space, in the last text that is learned.
+
+    Raises :class:`UsageError` where nothing of it does: the model would learn what is left of the template.
+    """
+    answer = next(turn.content for turn in reversed(turns) if turn.trains)
+    piece = next(piece for piece in reversed(written.pieces) if piece.targets)
+    text = piece.text[slice(*piece.targets[-1])]
+    if answer.strip() in text:
+        return True
+    answer, text = "".join(answer.split()), "".join(text.split())
+    if answer in text:
+        return True
+    if not any(answer[start : start + ENOUGH] in text for start in range(0, len(answer), ENOUGH)):
+        place = getattr(turns, "place", "")
+        raise UsageError(
+            f"{place}{': ' if place else ''}the chat template leaves this record's answer out, and writes "
+            f"{quoted(text)} in its place; correct the template, or give chat_template another."
+        )
+    return False

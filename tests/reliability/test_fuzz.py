@@ -1,0 +1,84 @@
+"""Input that is made up at random: each reader gives a value, or refuses it in one sentence and in time."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import pytest
+from fuzzing import FEW, MANY, TARGETS, Target, as_json, fuzz, numbers, values, words
+from hypothesis import strategies as st
+
+from reliability.figures import record
+from sft_parallel_4d import board as board_module
+from sft_parallel_4d.board import Board
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_few(name: str) -> None:
+    fuzz(TARGETS[name], FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", TARGETS)
+def test_many(name: str) -> None:
+    began = time.monotonic()
+    count = fuzz(TARGETS[name], MANY)
+    record("fuzzing", name, inputs=count, wrong=0, seconds=time.monotonic() - began)
+
+
+# --- the socket of parallel runs ----------------------------------------------------------------------------
+
+SAID = st.fixed_dictionaries(
+    {},
+    optional={
+        "rank": st.sampled_from([0, 1, 2, -1, True, 10**30]) | values,
+        "count": st.lists(st.integers(-1, 3) | numbers, max_size=3) | values,
+        "phase": words,
+        "waited": st.none() | numbers | values,
+        "done": values,
+        "error": st.none() | values,
+    },
+)
+LINES = st.lists((SAID | values).map(as_json) | st.binary(max_size=40) | st.just(b"[" * 50_000), max_size=4)
+
+
+def board_hears(lines: list[bytes]) -> None:
+    """Whatever is said to it, the board can tell who is missing, and a rank is answered."""
+    board = Board(0, 2, timeout=60, beat=0.01)
+    try:
+        board.handle_error = lambda *_: pytest.fail("a connection ended in a traceback")  # type: ignore[method-assign]
+        for line in lines:
+            with socket.create_connection(("127.0.0.1", board.server_address[1]), timeout=10) as strange:
+                strange.sendall(line + b"\n")
+                strange.shutdown(socket.SHUT_WR)
+                strange.recv(1 << 16)
+        good = {"rank": 1, "count": [1, 0], "phase": "reading", "waited": None}
+        with socket.create_connection(("127.0.0.1", board.server_address[1]), timeout=10) as rank:
+            rank.sendall(as_json(good) + b"\n")
+            answer = json.loads(rank.makefile().readline())
+            assert set(answer) == {"first", "absent"}
+            text = board.missing()[1]
+            assert text.isprintable()
+    finally:
+        board.close()
+
+
+def test_a_few_messages_to_the_board(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board_module, "SETTLE", 0.0)
+    fuzz(BOARD, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_many_messages_to_the_board(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer than of the others: a board takes a tenth of a second to end."""
+    monkeypatch.setattr(board_module, "SETTLE", 0.0)
+    began = time.monotonic()
+    count = fuzz(BOARD, MANY // 10)
+    record("fuzzing", "messages to the board", inputs=count, wrong=0, seconds=time.monotonic() - began)
+
+
+BOARD = Target(LINES, lambda folder, lines: board_hears(lines))

@@ -161,6 +161,36 @@ def test_what_is_freed_serves_again_without_new_pages(users: str | None) -> None
     assert (said == "True", int(faults) < 2500) == (users is None, users is None)
 
 
+HOLES = """
+import gc
+from sft import runtime
+runtime.prepare()
+import paddle
+from sft.freed_memory import give_back_holes
+def resident():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
+    return int(line.split()[1]) >> 10
+held = [paddle.ones([1 << 18]) for _ in range(200)]
+del held[::2]
+gc.collect()
+before = resident()
+give_back_holes()
+print(before - resident(), float(held[-1].sum()))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+@pytest.mark.parametrize("users", [None, "1000000"])
+def test_holes_between_tensors_are_given_back(users: str | None) -> None:
+    """A hundred holes of 1 MiB; where the user's own variable has settled how memory is kept, nothing is done."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+    environ |= {} if users is None else {"MALLOC_TOP_PAD_": users}
+    done = subprocess.run([sys.executable, "-c", HOLES], env=environ, capture_output=True, text=True, check=True)
+    given, kept = done.stdout.split()
+    assert (int(given) > 80) == (users is None), done.stdout
+    assert float(kept) == 1 << 18
+
+
 TRAIN = """
 import hashlib, json, sys
 first, settings = sys.argv[1], json.loads(sys.argv[2])

@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 from functools import cache
+from typing import Any
 
 _TRIM, _TOP_PAD, _MMAP = -1, -2, -3  # of glibc's mallopt
 _ALL = (1 << 31) - 1
@@ -27,6 +28,21 @@ def keep_freed_memory() -> bool:
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _USERS):
         return False
-    mallopt = ctypes.CDLL(None).mallopt
+    mallopt = _library().mallopt
     settled = [mallopt(what, size) for what, size in ((_MMAP, LARGEST), (_TRIM, _ALL), (_TOP_PAD, 1 << 20))]
     return all(one == 1 for one in settled)
+
+
+def give_back_holes() -> None:
+    """Give the system what is free now, if freed memory is kept.
+
+    For the moment in which a step holds most: what is free then are the holes between blocks in use, which grow with
+    rows of other lengths. A step of a model of 135 M parameters in float32 held up to 2,079 MiB, and 1,846 with this.
+    At a step's start it would be all that forward is about to take again, a gigabyte whose zeroing takes 6 % of a step.
+    """
+    if keep_freed_memory():
+        _library().malloc_trim(0)
+
+
+def _library() -> Any:
+    return ctypes.CDLL(None)

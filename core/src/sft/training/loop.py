@@ -21,6 +21,7 @@ import paddle
 
 from sft.data.ahead import one_ahead
 from sft.data.batches import Schedule, Step
+from sft.freed_memory import give_back_holes
 from sft.models.forward import hidden_states
 from sft.models.layers import trainable
 from sft.seams import Batch
@@ -65,6 +66,8 @@ class Learning:
             return hidden_states(self.run.model, batch, received)
 
     def loss(self, hidden: Any, batch: Batch) -> Any:
+        if hidden.place.is_cpu_place():
+            give_back_holes()  # all that backward needs is held now
         with self.run.precision.autocast():
             return target_loss(hidden, batch.labels, self.run.model.lm_head, self.weight or 1.0)
 

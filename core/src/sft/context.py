@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ class Summary:
 
     Attributes:
         rows: Rows that were trained: records, or packs of several.
-        skipped_steps: Steps that overflowed in float16 and changed nothing.
+        skipped_steps: Steps that changed nothing: they overflowed in float16, or their loss or gradient was not finite.
         samples: ``prompt``, ``before``, ``after`` and the ``reference`` answer of each sample prompt.
         speaks: Whether this process tells the user: of several that share a run, one.
     """
@@ -183,6 +183,7 @@ class CoreRun(Run):
         train_data: The records to train on, encoded; None where nothing is trained.
         dev_data: Those to measure; None where there are none, or none are used.
         samples: What is answered before and after training (``num_samples``).
+        places: Says in which file and line training records stand: :attr:`sft.data.reading.RunData.places`.
         questions: What is answered in each evaluation (``eval_with_do_generation``).
         collator: Makes rows and batches of records.
         arithmetic: What the last bits of the run's numbers depend on, as run.json has it.
@@ -198,6 +199,7 @@ class CoreRun(Run):
         lock: The lock of the run's folder, in the process that writes there; None before it is taken.
     """
 
+    places: Callable[[int, Sequence[int]], list[str]]
     collator: DataCollator
     arithmetic: dict[str, Any]
     base_fingerprint: str

@@ -27,6 +27,7 @@ from sft.settings.checks import check_plugins, check_settings
 from sft.settings.paddlenlp import listing
 from sft.training.checkpoint_folder import Checkpoint, read_checkpoint
 from sft.training.ending import fail, finish
+from sft.training.out_of_memory import is_memory, out_of_memory
 from sft.training.report import describe, summarise
 from sft.training.resume_checks import check_agreed, check_resumable, check_same_base, check_same_plugins
 from sft.training.run_folder import check_output, open_run_folder
@@ -51,6 +52,10 @@ def run(
         with current.progress:
             return current.hook.sft_launch(run=current) or execute(current)
     except BaseException as error:
+        if is_memory(error):
+            told = out_of_memory(current, error)
+            fail(current, told)
+            raise told from error
         fail(current, error)
         raise
     finally:
@@ -106,7 +111,7 @@ def _read(run: CoreRun) -> Checkpoint | None:
     named = settings.model.tokenizer_name_or_path
     run.tokenizer = Tokenizer(find_tokenizer(named) if named else source.folder, date, settings.data.chat_template)
     note_unread(dataset, [*train_files, *dev_files], run.say)
-    run.train_data, run.dev_data, run.samples, run.questions = read_data(
+    run.train_data, run.dev_data, run.samples, run.questions, run.places = read_data(
         settings, run.plugins, run.tokenizer, run.progress, train_files, dev_files, source.folder, source.architecture
     )
     return resumed

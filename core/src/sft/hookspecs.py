@@ -259,6 +259,15 @@ def sft_run_failed(run: Run, error: BaseException) -> None:
     """
 
 
+@hookspec
+def sft_memory_advice(values: dict[str, Any], device: str, memory: int) -> str | None:
+    """What would fit, where a run has run out of memory on a ``device`` ("cpu" or "gpu") that has ``memory`` bytes: a
+    clause such as "with --recompute true it needs 3.1 GiB". None if there is nothing to say. ``values`` are the run's
+    settings, by name as they came.
+
+    Called for installed plugins whose metadata answers ``advice.memory``, active in that run or not."""
+
+
 # --- adapters on disk ---------------------------------------------------------------------------------------
 
 

@@ -136,7 +136,7 @@ def report(summary: Any) -> None:
         f"{summary.padding_tokens:,} padding ({padded:.1f} %)"
     )
     if summary.skipped_steps:
-        lines.append(f"  skipped     {summary.skipped_steps:,} steps that overflowed in float16")
+        lines.append(f"  skipped     {summary.skipped_steps:,} steps that changed nothing")
     lines.append(f"  peak memory {summary.peak_memory_mib:,} MiB")
     lines.append(f"  written to  {summary.output_dir}")
     for sample in summary.samples:

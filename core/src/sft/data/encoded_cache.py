@@ -106,7 +106,8 @@ class EncodedCache:
         if _state(place.files) != place.seen:
             self._progress.say("note: the data has changed while it was read, so it is not kept encoded")
             return
-        arrays = {"ids": kept.data.ids, "trained": kept.data.trained, "offsets": kept.data.offsets}
+        data = kept.data
+        arrays = {"ids": data.ids, "trained": data.trained, "offsets": data.offsets, "dropped": data.dropped}
         said = {"format": kept.format, "counts": asdict(kept.data.counts)}
         text = json.dumps(said, ensure_ascii=False)
         metadata = {"key": place.key, "said": text, "digest": _seal(kept.data, place.key, text)}
@@ -137,6 +138,7 @@ def _read(place: _Place) -> Kept:
         if metadata.get("key") != place.key:
             raise ValueError("it holds something else")
         data = Encoded(*(file.get_tensor(name) for name in ("ids", "trained", "offsets")))
+        data.dropped = file.get_tensor("dropped")
     if _seal(data, place.key, metadata["said"]) != metadata["digest"]:
         raise ValueError("it is damaged")
     said = json.loads(metadata["said"])
@@ -146,6 +148,7 @@ def _read(place: _Place) -> Kept:
 
 def _seal(data: Encoded, key: str, said: str) -> str:
     shapes = [(str(array.dtype), array.shape) for array in (data.ids, data.trained, data.offsets)]
+    shapes.append(("dropped", data.dropped.tolist()))
     return hashlib.sha256(json.dumps([data.fingerprint(), shapes, key, said]).encode()).hexdigest()
 
 

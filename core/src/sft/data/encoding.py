@@ -92,6 +92,8 @@ class Encoded:
     trained: np.ndarray
     offsets: np.ndarray
     counts: Counts = field(default_factory=Counts)
+    dropped: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """The numbers of records that were read and are not here, in ascending order, from 0."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -105,6 +107,11 @@ class Encoded:
         ids = self.ids[self.offsets[index] : self.offsets[index + 1]].astype(np.int64)
         trained = self.trained[self.offsets[index] : self.offsets[index + 1]]
         return Example(ids[:-1], np.where(trained[1:], ids[1:], IGNORED))
+
+    def numbers(self, kept: Iterable[int]) -> list[int]:
+        """Which of the records that were read, from 0, those here are whose numbers are ``kept``."""
+        before = self.dropped - np.arange(len(self.dropped))  # kept ones before each that is not
+        return [number + int(np.searchsorted(before, number, "right")) for number in kept]
 
     def fingerprint(self) -> str:
         """Changes whenever a token, a target or the order of the records does."""
@@ -185,6 +192,7 @@ class Encoding:
             np.concatenate([np.zeros(0, bool), *trained]),
             np.cumsum([0, *map(len, ids)], dtype=np.int64),
             encoder.counts,
+            np.array(encoder.dropped, np.int64),
         )
 
 
@@ -200,11 +208,13 @@ def encode(
     """Encode every conversation (:class:`Encoding`), up to ``group`` at a time; ``by`` does it with each group, in
     order."""
     parts = list(by(Encoding(tokenizer, src_length, max_length, room), _groups(conversations, group)))
+    before = itertools.accumulate((part.counts.records for part in parts), initial=0)
     return Encoded(
         np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]),
         np.concatenate([np.zeros(0, bool), *(part.trained for part in parts)]),
         np.cumsum(np.concatenate([np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)])),
         sum((part.counts for part in parts), Counts()),
+        np.concatenate([np.zeros(0, np.int64), *(part.dropped + n for part, n in zip(parts, before, strict=False))]),
     )
 
 
@@ -278,6 +288,7 @@ class _Encoder:
         self.src_length = src_length
         self.max_length = max_length
         self.counts = Counts()
+        self.dropped: list[int] = []
 
     def encode(self, conversations: list[list[Turn]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and targets of those that keep a target, in order."""
@@ -294,6 +305,7 @@ class _Encoder:
                 yield found.ids, found.trained
             else:
                 self.counts.records_dropped += 1
+                self.dropped.append(self.counts.records - 1)
 
     def _shorten(self, turns: list[Turn]) -> list[Turn]:
         """A long conversation without the oldest turns that ``max_length`` has no room for. :meth:`_fit` would come to

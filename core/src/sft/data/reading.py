@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -54,6 +54,9 @@ class RunData(NamedTuple):
     """What is answered before and after training (``num_samples``)."""
     questions: list[Question]
     """What is answered in each evaluation (``eval_with_do_generation``)."""
+    places: Callable[[int, Sequence[int]], list[str]]
+    """File and line of training records, which are read again: of a number of records, and of those with these numbers
+    after them, each from 0, in this order."""
 
 
 def read_data(
@@ -107,6 +110,12 @@ def read_data(
             following = next(records, None)
         for record in chain([following] if following else [], records):
             yield formats.turns(record)
+
+    def places(after: int, numbers: Sequence[int]) -> list[str]:
+        last, wanted = max(numbers, default=-1), set(numbers)
+        records = enumerate(islice(conversations_after(after), last + 1))
+        found = {number: conversation.place for number, conversation in records if number in wanted}
+        return [found[number] for number in numbers]
 
     def questions(files: list[Path], number: int | None) -> list[Question]:
         return [Question.of(turns, tokenizer, data.src_length) for turns in islice(conversations(files), number)]
@@ -177,7 +186,8 @@ def read_data(
         train.check_fits(model, sizes.positions)  # reads the first window of a stream
     dev = encoded(dev_files, "dev") if uses_dev else None
     samples = questions(dev_files if uses_dev else train_files, settings.generation.num_samples)
-    return RunData(train, dev, samples, questions(dev_files, None) if data.eval_with_do_generation else [])
+    asked = questions(dev_files, None) if data.eval_with_do_generation else []
+    return RunData(train, dev, samples, asked, places)
 
 
 def note_unread(dataset: Path, files: list[Path], say: Callable[[str], None]) -> None:

@@ -75,7 +75,7 @@ def _measure(run: CoreRun, files: list[Path], adapter: Path | None, generations:
     source = open_model(str(settings.model.model_name_or_path), plugins, settings.model.allow_pickle, run)
     run.resumes, run.step = False, 0
     run.tokenizer = tokenizer_of(source, settings, adapter)
-    _, run.dev_data, run.samples, run.questions = read_data(
+    _, run.dev_data, run.samples, run.questions, _ = read_data(
         settings, plugins, run.tokenizer, run.progress, [], files, source.folder, source.architecture
     )
     run.say(runtime.prepare())

@@ -14,6 +14,7 @@ plugin, as entry points in the group ``sft.requests`` that name the same object 
 ``device.KIND``        a model is computed on a device of that kind (``cpu`` or ``gpu``); only a wish: the plugin
                        stays out beside one that the user asks for and that it does not go together with
 ``path.X``             ``--X FOLDER`` gives an adapter folder of any type to a command, as ``--adapter_path`` does
+``advice.memory``      a run has run out of memory; the plugin's ``sft_memory_advice`` says what would fit
 ``command.X``          ``sft X`` is typed (``command.demo``: ``sft demo`` shows this plugin)
 =====================  ======================================================================================
 

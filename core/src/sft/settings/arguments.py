@@ -120,6 +120,10 @@ class TrainingArguments:
     adam_beta2: float = option(0.999, "AdamW's decay of the second moment", minimum=0, below=1)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
     max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0: no clipping", minimum=0)
+    skip_nan_grad: bool = option(
+        False, "leave out a step whose loss or gradient is NaN or infinite, and count it; if not, it ends the run"
+    )
+    max_skipped_in_a_row: int = option(10, "steps left out one after the other with which the run ends", minimum=1)
     bf16: bool = option(False, "compute in bfloat16 where the device can")
     fp16: bool = option(False, "compute in float16 where the device can, with a dynamic loss scale")
     fp16_opt_level: str = option(

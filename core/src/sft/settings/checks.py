@@ -49,6 +49,8 @@ def _idle(settings: Settings) -> Iterator[tuple[str, str]]:
     if not (training.bf16 or training.fp16):
         for name in ("fp16_opt_level", "require_precision"):
             yield name, "neither bf16 nor fp16 is set"
+    if not training.skip_nan_grad:
+        yield "max_skipped_in_a_row", "skip_nan_grad is false"
     if not training.fp16:
         yield "scale_loss", "fp16 is not set"
     if not training.do_train:

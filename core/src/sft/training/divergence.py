@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,12 @@ from sft.training.checkpoint_folder import checkpoints, find_checkpoint
 
 if TYPE_CHECKING:
     from sft.context import CoreRun
+    from sft.data.batches import Step
+    from sft.training.journal import Journal
     from sft.training.optimizer import Optimizer
+
+_SHOWN = 8
+"""Records of a step that are named."""
 
 
 def check_finite(run: CoreRun, optimizer: Optimizer) -> None:
@@ -23,15 +29,49 @@ def check_finite(run: CoreRun, optimizer: Optimizer) -> None:
     All processes raise the same :class:`SftError`, which names a tensor. A step with a finite loss and a finite
     gradient can still make such weights.
     """
-    names = [name for name, parameter in run.strategy.parameters(run.model) if not parameter.stop_gradient]
-    bad = set(not_finite(optimizer.parameters))
+    first = _first_not_finite(run, optimizer.parameters)
+    if first is not None:
+        raise SftError(
+            f"The weights are no longer finite after step {run.step} ({first} has values that are NaN or infinite), "
+            f"and none of them has been saved; {_cure(run)}."
+        )
+
+
+def left_out(run: CoreRun, at: Step, journal: Journal, figures: str) -> str:
+    """Count the step ``at``, whose loss or gradient is not finite, and return a line that says so. Raises
+    :class:`SftError` where it ends the run: by default, after too many in a row, and where the model itself holds
+    values that are not finite, so that no other step could be better. All processes do the same.
+    """
+    training, records = run.settings.training, _records(run, at)
+    still = "no longer" if run.step else "not"
+    what = f"The loss or its gradient is {still} finite at step {at.number} ({figures}), {records}"
+    if not training.skip_nan_grad or _first_not_finite(run, dict(run.model.named_parameters())):
+        raise explained(run, what)
+    journal.skipped_in_a_row += 1
+    if journal.skipped_in_a_row >= training.max_skipped_in_a_row:
+        raise explained(run, f"{what}, which is the last of {journal.skipped_in_a_row} in a row (max_skipped_in_a_row)")
+    return f"step {at.number}: skipped, for it is not finite ({figures}), {records}"
+
+
+def _records(run: CoreRun, at: Step) -> str:
+    """The records of a step, as a clause with their files and lines."""
+    kept = list(dict.fromkeys(chain.from_iterable(at.rows)))
+    shown = at.data.numbers(kept[:_SHOWN])
+    try:
+        places = "; ".join(run.places(at.place.get("offset", 0), shown))
+    except (SftError, OSError, KeyError):  # the files have changed
+        places = "places that cannot be read any more"
+    more = f"; and {len(kept) - len(shown):,} more" if len(kept) > len(shown) else ""
+    return f"with {len(kept):,} record{'s' * (len(kept) > 1)} ({places}{more})"
+
+
+def _first_not_finite(run: CoreRun, parameters: Mapping[str, Any]) -> str | None:
+    """The first parameter of the model, in any process, that is not finite, of those that are here."""
+    names = [name for name, _ in run.strategy.parameters(run.model)]
+    bad = set(not_finite(parameters))
     first = min((number for number, name in enumerate(names) if name in bad), default=len(names))
     first = -int(run.strategy.largest(-first))  # the smallest of all processes
-    if first < len(names):
-        raise SftError(
-            f"The weights are no longer finite after step {run.step} ({names[first]} has values that are NaN or "
-            f"infinite), and none of them has been saved; {_cure(run)}."
-        )
+    return names[first] if first < len(names) else None
 
 
 def not_finite(parameters: Mapping[str, Any]) -> list[str]:
@@ -41,14 +81,14 @@ def not_finite(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def explained(run: CoreRun, what: str) -> SftError:
-    """The error of a loss that is not finite: ``what`` is so, why, and what helps."""
-    bad = not_finite(dict(run.model.named_parameters()))
+    """The error of a loss that is not finite: ``what`` is so, why, and what helps. All processes ask for it."""
+    bad = _first_not_finite(run, dict(run.model.named_parameters()))
     if run.step:
-        where = f"; {bad[0]} holds values that are not finite" if bad else ""
+        where = f"; {bad} holds values that are not finite" if bad else ""
         return SftError(f"{what}{where}; {_cure(run)}.")
     model = run.settings.model.model_name_or_path
     if bad:
-        cure = f"{bad[0]} of {model} holds values that are NaN or infinite: replace the model"
+        cure = f"{bad} of {model} holds values that are NaN or infinite: replace the model"
     else:
         cure = f"nothing has been learned yet, so {model} itself computes it: look at its config.json and its weights"
         cure += ", or leave fp16 out, whose range may be too small" if run.precision.dtype == "float16" else ""

@@ -43,7 +43,9 @@ class Journal:
     due: bool = False
     """Whether the next step that is taken writes a line; a logging step may overflow and be none."""
     skipped_steps: int = 0
-    """Steps that overflowed in float16 and changed nothing."""
+    """Steps that overflowed in float16, or were not finite, and changed nothing."""
+    skipped_in_a_row: int = 0
+    """Of those that were not finite, the ones since the last step that was taken."""
     _since: float = field(default_factory=time.monotonic)
     _digest: Any = field(default_factory=hashlib.sha256)
     """Of the file, by which a resumed run sees that a line has changed."""
@@ -107,6 +109,7 @@ class Journal:
             "digest": self._digest.hexdigest(),
             "due": self.due,
             "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
         }
 
     def rewind(self, state: dict[str, Any], written: Path) -> str | None:
@@ -116,7 +119,7 @@ class Journal:
         self.window, self.total = Totals(**sums["window"]), Totals(**sums["total"])
         self.first_loss, self.last_loss = sums["first_loss"], sums["last_loss"]
         self.skipped_steps, self.lines = sums["skipped_steps"], sums["lines"]
-        self.due = sums.get("due", False)
+        self.due, self.skipped_in_a_row = sums.get("due", False), sums.get("skipped_in_a_row", 0)
         if self.path is None:
             return None
         there = written.read_bytes().splitlines(keepends=True) if written.is_file() else []

@@ -27,7 +27,7 @@ from sft.models.layers import trainable
 from sft.seams import Batch
 from sft.training import checkpoint
 from sft.training.best import better
-from sft.training.divergence import explained
+from sft.training.divergence import left_out
 from sft.training.evaluation import evaluate
 from sft.training.journal import Journal
 from sft.training.loss import target_loss
@@ -132,7 +132,7 @@ def train(
         if scale.accepts(loss_sum, grad_norm):
             optimizer.step(rate, unscaled * clip_factor(grad_norm, settings.max_grad_norm))
             strategy.updated()
-            run.step = step
+            run.step, journal.skipped_in_a_row = step, 0
             record = {
                 "step": step,
                 "epoch": epoch,
@@ -151,14 +151,13 @@ def train(
             else:
                 display.between(record, speed)
             run.hook.sft_step_ended(run=run, record=record)
-        elif scale.gives_up:
-            figures = f"loss {loss_sum / max(1, targets)}, gradient norm {grad_norm}"
-            still = "no longer" if run.step else "not"
-            raise explained(run, f"The loss or its gradient is {still} finite at step {step} ({figures})")
         else:
+            if scale.gives_up:
+                display.say(left_out(run, at, journal, f"loss {loss_sum / max(1, targets)}, gradient norm {grad_norm}"))
+            else:
+                display.say(f"step {step}: float16 overflow, skipped; the loss scale is now {scale.value:g}")
             optimizer.clear()
             journal.skipped_steps += 1
-            display.say(f"step {step}: float16 overflow, skipped; the loss scale is now {scale.value:g}")
             if step == total and journal.window.rows:  # no step comes that could take what is due along
                 display.line(shared(strategy, partial(journal.step_line, step, epoch, rate)))
 

@@ -64,7 +64,7 @@ def start(
     ``on_cpu`` the ranks see no GPU."""
     if FOLDER in os.environ or int(os.environ.get("PADDLE_TRAINERS_NUM") or 1) > 1:
         raise UsageError("nproc: this is already one of several processes; leave nproc to one of them, the launcher.")
-    files = files or {}
+    files, ended_before = files or {}, _ended_for_memory()
     with _own_folder() as folder:
         for file, text in files.items():
             (folder / file).write_text(text, encoding="utf-8")
@@ -89,7 +89,7 @@ def start(
             _end(process, folder)
         if process.returncode == 0:
             return 0
-        raise _first_error(folder, process.returncode)
+        raise _first_error(folder, process.returncode, _ended_for_memory() - ended_before)
 
 
 @contextlib.contextmanager
@@ -291,7 +291,13 @@ def _started_from(folder: Path) -> list[int]:
     return found
 
 
-def _first_error(folder: Path, code: int) -> SftError:
+def _ended_for_memory() -> int:
+    """How many processes Linux has ended since it started because memory was short."""
+    found = re.search(r"^oom_kill (\d+)$", _read(Path("/proc/vmstat")), re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def _first_error(folder: Path, code: int, ended_for_memory: int) -> SftError:
     """What the rank that failed first died of, as the ranks wrote it down; else as the launcher saw it."""
     records = [_read_record(path) for path in folder.glob("*.error")]
     seen = re.search(r"Container rank (\d+) status failed .* code (-?\d+) log", _read(folder / "launcher.log"))
@@ -313,6 +319,8 @@ def _first_error(folder: Path, code: int) -> SftError:
     if said and not killed:
         return _error(f"rank {rank}: {said[-1]}", status)
     how = f"was killed by signal {-status}" if killed else f"ended with exit code {status}"
+    if status == -signal.SIGKILL and ended_for_memory:
+        how += ", as the system does where memory is short; sft plan says what would fit"
     return _error(f"rank {rank} {how}.{_last(log)}", 1)
 
 

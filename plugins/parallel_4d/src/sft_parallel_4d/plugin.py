@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import sft
 from sft_parallel_4d import hooks
@@ -44,6 +44,12 @@ class Parallel4d(sft.Plugin):
         from sft_parallel_4d.command import command
 
         cli.add_command(command)
+
+    @sft.hookimpl
+    def sft_memory_advice(self, values: dict[str, Any], device: str, memory: int) -> str | None:
+        from sft_parallel_4d.advice import advice
+
+        return advice(values, device, memory)
 
     @sft.hookimpl
     def sft_check(self, run: Run) -> None:

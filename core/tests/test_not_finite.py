@@ -1,0 +1,160 @@
+"""A step whose loss or gradient is not finite: which records it had, and whether it ends the run or is left out."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stopped_runs import contents
+
+import sft
+from sft.files import read_report
+from sft.testing import write_data
+
+Train = Callable[..., sft.Summary]
+Metrics = Callable[..., list[dict[str, Any]]]
+
+PLAIN = {"per_device_train_batch_size": 2, "do_eval": False, "logging_steps": 1}
+SAVING = {"save_strategy": "steps", "save_steps": 1}
+
+
+ANSWERS = ["d" if line % 3 == 1 else "d" + " e" * line for line in range(1, 13)]
+"""Of an answer of one token nothing is learned where nothing stands before it; the others can be told by length."""
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    """Data and a template that writes the answers alone."""
+    data = write_data(tmp_path / "data", [{"src": "a", "tgt": answer} for answer in ANSWERS])
+    template = "{% generation %}{{ messages[-1].content }}{% endgeneration %}"
+    (tmp_path / "answer.jinja").write_text(template)
+    return {**PLAIN, "dataset_name_or_path": str(data), "chat_template": str(tmp_path / "answer.jinja")}
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``poison(3, 4)``: the losses of micro-batches 3 and 4 of runs from now on, from 1, are not a number."""
+    from sft.training import loop
+
+    own = loop.target_loss
+
+    def switch(*numbers: int, value: float = float("nan")) -> None:
+        count = itertools.count(1)
+
+        def loss(*arguments: Any) -> Any:
+            found = own(*arguments)
+            return found * value if next(count) in numbers else found
+
+        monkeypatch.setattr(loop, "target_loss", loss)
+
+    return switch
+
+
+def looking(widths: dict[int, list[int]]) -> type[sft.Plugin]:
+    """A plugin that notes the lengths of the records of each step."""
+
+    class Look(sft.Plugin):
+        name = "look"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_micro_batch(self, run: sft.Run, batch: sft.Batch) -> None:
+            widths.setdefault(len(widths) + 1, []).extend(length for row in batch.lengths for length in row)
+
+    return Look
+
+
+def lines_in(text: str) -> list[int]:
+    return [int(line) for line in re.findall(r"train\.json, line (\d+)", text)]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_it_names_its_records(
+    train: Train, models: Path, settings: dict[str, Any], poison: Callable[..., None], lazy: bool
+) -> None:
+    """By file and line, as they stand there, with those before them that keep no target."""
+    from sft.data.tokenizer import Tokenizer
+
+    poison(3)
+    lengths: dict[int, list[int]] = {}
+    with pytest.raises(sft.SftError, match=r"no longer finite at step 3 \(loss nan, .*\), with 2 records") as caught:
+        train("out", (looking(lengths),), max_steps=4, lazy=lazy, **settings)
+    named = lines_in(str(caught.value))
+    tokenizer = Tokenizer(models / "llama-tied-gqa")
+    added = {length - len(tokenizer.encode(ANSWERS[line - 1])) for line, length in zip(named, lengths[3], strict=True)}
+    assert len(named) == 2
+    assert len(added) == 1  # an end of text, and labels are shifted by one
+    assert len(set(lengths[3])) == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_it_can_be_left_out(
+    train: Train, metrics: Metrics, tmp_path: Path, poison: Callable[..., None], value: float
+) -> None:
+    """The others are as they are without it; it is said and counted, and the schedule and the data go on."""
+    said: list[str] = []
+    poison(3, value=value)
+    summary = train("out", say=said.append, max_steps=5, skip_nan_grad=True, **SAVING, **PLAIN)
+    assert (summary.steps, summary.skipped_steps) == (5, 1)
+    (line,) = [line for line in said if "skipped" in line]
+    assert re.match(
+        r"step 3: skipped, for it is not finite \(loss (nan|inf), .*with 2 records \(\S+train\.json, li", line
+    )
+    assert [line["step"] for line in metrics(tmp_path / "out") if "loss" in line] == [1, 2, 4, 5]
+    assert contents(tmp_path / "out" / "checkpoint-3") == contents(tmp_path / "out" / "checkpoint-2")
+    assert contents(tmp_path / "out" / "checkpoint-4") != contents(tmp_path / "out" / "checkpoint-3")
+
+
+def test_a_resumed_run_counts_on(train: Train, tmp_path: Path, poison: Callable[..., None]) -> None:
+    """Step 2 is left out before the run is stopped, and 3 after it: together they are too many."""
+    settings = {"max_steps": 6, "skip_nan_grad": True, "max_skipped_in_a_row": 2, **SAVING, **PLAIN}
+    poison(2)
+    with pytest.raises(sft.SftError, match="stopped here"):
+        train("out", (stopping_after(2),), **settings)
+    poison(1)
+    message = r"finite at step 3 .*, which is the last of 2 in a row \(max_skipped_in_a_row\); lower .*checkpoint-2\."
+    with pytest.raises(sft.SftError, match=message):
+        train("out", resume_from_checkpoint="auto", **settings)
+    poison(3)  # from step 3 on
+    assert train("out", resume_from_checkpoint="auto", **settings).skipped_steps == 2
+
+
+def stopping_after(checkpoint: int) -> type[sft.Plugin]:
+    class Stop(sft.Plugin):
+        name = "stop"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_checkpoint_saved(self, run: sft.Run, folder: Path) -> None:
+            if folder.name == f"checkpoint-{checkpoint}":
+                raise sft.SftError("stopped here")
+
+    return Stop
+
+
+def test_a_model_that_is_not_finite_is_not_skipped_over(train: Train, tmp_path: Path) -> None:
+    """No other step would be better. The last good checkpoint stays."""
+
+    class Ruin(sft.Plugin):
+        name = "ruin"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            if record["step"] == 3:
+                parameter = dict(run.model.named_parameters())["model.layers.1.mlp.up_proj.weight"]
+                parameter.set_value(np.full(parameter.shape, np.nan, np.float32))
+
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}
+    message = (
+        r"finite at step 4 \(.*\), with 2 records \(.*\); model\.layers\.1\.mlp\.up_proj\.weight holds values .*-2\."
+    )
+    with pytest.raises(sft.SftError, match=message):
+        train("out", (Ruin,), skip_nan_grad=True, **settings, **PLAIN)
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert read_report(tmp_path / "out")["status"] == "failed"

@@ -1,0 +1,87 @@
+"""What a run that is out of memory is told: settings with which `sft plan` says that it fits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import sft
+from sft.testing import needs
+from sft_parallel_4d.advice import advice
+
+
+def planned(values: dict[str, Any], typed: str = "") -> int:
+    """The peak that `sft plan` gives for one device, with options ``typed`` behind the settings."""
+    from sft_parallel_4d.command import command
+
+    line = ["--devices", "1", "--device_memory", "80GiB", "--json"]
+    for name, value in values.items():
+        line += [f"--{name}", str(value)]
+    recompute = [] if "recompute" in typed else ["--recompute", "false"]
+    done = CliRunner().invoke(command, [*line, *recompute, *typed.split()], catch_exceptions=False)
+    (plan,) = (json.loads(line) for line in done.stdout.splitlines())
+    return int(plan["memory"]["peak"])
+
+
+@pytest.fixture
+def values(base_model: Path) -> dict[str, Any]:
+    return {"model_name_or_path": str(base_model), "per_device_train_batch_size": 12, "max_length": 64}
+
+
+@pytest.mark.parametrize("share", [0.97, 0.6, 0.3, 0.01])
+def test_what_is_named_fits(values: dict[str, Any], share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a device that has a share of what the run needs; where nothing fits, the least is named."""
+    monkeypatch.setattr("sft_parallel_4d.advice._gib", lambda size: f"{size:.0f} B")
+    need = planned(values)
+    memory = int(share * need)
+    text = advice(values, "cpu", memory)
+    assert text is not None
+    start = rf"by the formulas of sft plan it needs {need} B of the {memory} B here"
+    fits = re.fullmatch(start + r"; with (--.*) it needs (\d+) B, and learns the same", text)
+    least = re.fullmatch(
+        start + r", and (\d+) B even with (--.*): take a smaller model, an adapter, or more devices", text
+    )
+    if fits is not None:
+        typed, size = fits[1], int(fits[2])
+        assert size <= 0.9 * memory
+        assert "recompute" not in typed or planned(values, typed.replace("--recompute true", "").strip()) > 0.9 * memory
+    else:
+        assert least is not None
+        typed, size = least[2], int(least[1])
+        assert size > 0.9 * memory
+    assert planned(values, typed) == size
+    rows = re.search(r"batch_size (\d+) --gradient_accumulation_steps (\d+)", typed)
+    assert rows is None or int(rows[1]) * int(rows[2]) == 12
+    assert (fits is None) == (share == 0.01)
+
+
+def test_where_the_formulas_say_that_it_fits(values: dict[str, Any]) -> None:
+    text = advice(values, "cpu", 1 << 40)
+    assert text is not None
+    assert " GiB here, so look what else has memory; with --per_device_train_batch_size 6 " in text
+
+
+@needs("lora")
+def test_a_run_that_is_out_of_memory_says_it(train: Callable[..., sft.Summary]) -> None:
+    """The plugin is not active in it."""
+
+    class Full(sft.Plugin):
+        name = "full"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_run_started(self, run: sft.Run) -> None:
+            assert "parallel-4d" not in run.plugins.names
+            raise MemoryError
+
+    message = (
+        r"^Out of memory after step 0 \(no memory is left\): by the formulas of sft plan it needs \d+\.\d MiB of the"
+    )
+    with pytest.raises(sft.SftError, match=message):
+        train(plugins=(Full,), plugin=["lora"])

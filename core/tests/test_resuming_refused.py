@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from stopped_runs import LORA, SETTINGS, contents, stop, watching
 
 import sft
 from sft.plugins.requests import by_device
 from sft.testing import needs
+from sft.training.checkpoint_folder import read_state
+from sft.training.resume_checks import check_agreed
+from sft.training.strategy import SingleProcess
 
 Train = Callable[..., sft.Summary]
 Metrics = Callable[..., list[dict[str, Any]]]
@@ -166,7 +173,7 @@ def test_an_attention_backend_may_come_and_go(train: Train, tmp_path: Path) -> N
         ("[]", r"state\.json is not the state of a run"),
         ("{}", r"state\.json is not the state of a run"),
         ('{"format": 99}', r"written by another version of sft \(format 99\)"),
-        ('{"format": 3, "step": "3"}', r"state\.json holds a str as step"),
+        ('{"format": 3, "date": 3}', r"state\.json holds an int as date"),
         ('{"format": 3, "step": 3, "seed": 1}', r"state\.json is not complete"),
         ("[" * 100_000, r"state\.json cannot be read"),
     ],
@@ -206,3 +213,60 @@ def test_a_run_that_does_not_ask_to_resume_loses_nothing(train: Train, tmp_path:
         with pytest.raises(sft.UsageError, match="already holds a run"):
             train(resume_from_checkpoint=value, **SETTINGS)
     assert contents(tmp_path / "out", without=()) == before
+
+
+@pytest.mark.parametrize("key", ["step", "data", "data.place", "loss_scale.value", "journal.lines", "best", "date"])
+def test_a_state_of_another_type_is_named(stopped: Path, key: str) -> None:
+    """Where there is no manifest, by which it would be noticed."""
+    path = stopped / "checkpoint-3" / "trainer" / "state.json"
+    state = json.loads(path.read_text())
+    state["format"] = 3
+    *above, name = key.split(".")
+    (state[above[0]] if above else state)[name] = ["?"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(sft.UsageError, match=rf"state\.json holds a list as {key}; resume from another"):
+        read_state(path.parents[1])
+
+
+@pytest.mark.parametrize("values", [np.zeros(3, np.int64), np.zeros(3, bool), np.array([1, np.nan, 1], np.float32)])
+def test_weights_that_no_training_writes_are_refused(tmp_path: Path, values: np.ndarray) -> None:
+    """Where there is no manifest; read as they are they would train on."""
+    from sft.training.checkpoint import _load_trainable
+
+    strategy, parameter = SingleProcess(), paddle_parameter(3)
+    with pytest.raises(sft.UsageError, match=r"holds values as w that no training writes"):
+        _load_trainable(strategy, {"w": parameter}, {"w": values}, tmp_path)
+    _load_trainable(strategy, {"w": parameter}, {"w": np.array([1, 2, 3], np.float32)}, tmp_path)
+    assert parameter.tolist() == [1, 2, 3]
+
+
+def paddle_parameter(size: int) -> Any:
+    import paddle
+
+    return paddle.create_parameter([size], "float32")
+
+
+@pytest.mark.parametrize(("steps", "agree"), [((3.0, 3.0), True), ((3.0, 6.0), False), ((6.0, 3.0), False)])
+def test_processes_that_find_different_checkpoints_do_not_go_on(steps: tuple[float, float], agree: bool) -> None:
+    """One of them may not be able to read what another one can."""
+
+    class Two(SingleProcess):
+        def largest(self, value: float) -> float:
+            return max(value, steps[1] if value > 0 else -steps[1])
+
+    run: Any = SimpleNamespace(strategy=Two(), step=int(steps[0]))
+    if agree:
+        check_agreed(run)
+        return
+    with pytest.raises(sft.UsageError, match=r"would go on from different checkpoints, of steps 3 and 6; give all"):
+        check_agreed(run)
+
+
+def test_other_dev_data_is_said(train: Train, dataset: Path, stopped: Path, tmp_path: Path) -> None:
+    folder, said = tmp_path / "data", []
+    shutil.copytree(dataset, folder)
+    lines = (folder / "dev.json").read_text().splitlines()
+    (folder / "dev.json").write_text("\n".join(lines[:-1]))
+    settings = {**SETTINGS, "max_steps": 4, "resume_from_checkpoint": "auto"}
+    train(dataset_name_or_path=str(folder), say=said.append, **settings)
+    assert "note: checkpoint-3 measured other dev data, so what was measured before it does not compare" in said

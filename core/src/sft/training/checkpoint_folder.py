@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sft.errors import UsageError
+from sft.plugins.calls import a_or_an
 from sft.progress import Progress
 from sft.training.manifest import NAME as MANIFEST
 from sft.training.manifest import damage
@@ -17,20 +18,21 @@ FORMAT = 4
 """The format in which checkpoints are written. Formats 2, which holds what trains twice, and 3 can still be read; they
 have no manifest."""
 _UNSEALED = (2, 3)
-_KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("step", "seed"), (int,)),
-    "epoch": (int, float),
-    "date": (str,),
-    **dict.fromkeys(("data", "loss_scale", "journal", "before", "evaluation", "best"), (dict,)),
-    **dict.fromkeys(("settings", "shaping", "plugins"), (dict,)),
+_NUMBER = (int, float)
+_SHAPE: dict[str, Any] = {
+    **{"date": (str,), "step": (int,), "epoch": _NUMBER, "seed": (int,)},
+    "data": {"fingerprint": (str,), "rows_per_step": (int,), "place": (dict,)},
+    "loss_scale": {"value": _NUMBER, "good_steps": (int,)},
+    "journal": {
+        **dict.fromkeys(("window", "total"), (dict,)),
+        **dict.fromkeys(("lines", "skipped_steps"), (int,)),
+        **dict.fromkeys(("first_loss", "last_loss"), (*_NUMBER, type(None))),
+    },
+    **dict.fromkeys(("before", "evaluation", "best", "settings", "shaping", "plugins"), (dict,)),
 }
 """What ``state.json`` holds, and as what."""
-_MAY_LACK = ("in_adapter", "arithmetic")
-"""Objects that earlier versions did not write."""
-_WITHIN = {
-    "data": ("place", "fingerprint", "rows_per_step"),
-    "journal": ("window", "total", "first_loss", "last_loss", "lines", "skipped_steps"),
-}
+_MAY_LACK = {"in_adapter": (dict,), "arithmetic": (dict,)}
+"""What earlier versions did not write."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -155,19 +157,28 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} cannot be read ({error}); {cure}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise DamagedError(f"{path} is not the state of a run; {cure}")
-    if state["format"] not in (*_UNSEALED, FORMAT):
+    if state["format"] not in (*_UNSEALED, FORMAT):  # by a later one it may be whole, so it is not passed over
         raise UsageError(f"{folder} was written by another version of sft (format {state['format']}).")
-    for key, kinds in _KINDS.items():
-        if key not in state:
-            raise DamagedError(f"{path} is not complete; {cure}")
-        if type(state[key]) not in kinds:
-            raise DamagedError(f"{path} holds a {type(state[key]).__name__} as {key}; {cure}")
-    wrong = [key for key in _MAY_LACK if not isinstance(state.get(key, {}), dict)]
-    wrong += [key for key, names in _WITHIN.items() if not set(names) <= set(state[key])]
-    try:
-        datetime.fromisoformat(state["date"])
-    except ValueError:
-        wrong.append("date")
-    if wrong:
-        raise DamagedError(f"{path} does not hold what a run writes as {wrong[0]}; {cure}")
+    wrong = _difference(state, _SHAPE | {key: kinds for key, kinds in _MAY_LACK.items() if key in state})
+    if wrong is None:
+        try:
+            datetime.fromisoformat(state["date"])
+        except ValueError:
+            wrong = f"holds {state['date']!r} as date"
+    if wrong is not None:
+        raise DamagedError(f"{path} {wrong}; {cure}")
     return state
+
+
+def _difference(value: dict[str, Any], shape: dict[str, Any], within: str = "") -> str | None:
+    """What a state lacks, or has as another type; a clause."""
+    for key, kinds in shape.items():
+        if key not in value:
+            return f"is not complete: {within}{key} is missing"
+        found, nested = value[key], isinstance(kinds, dict)
+        if type(found) not in ((dict,) if nested else kinds):
+            return f"holds {a_or_an(type(found).__name__)} as {within}{key}"
+        wrong = _difference(found, kinds, f"{within}{key}.") if nested else None
+        if wrong is not None:
+            return wrong
+    return None

@@ -187,6 +187,7 @@ def state_after(run: CoreRun, schedule: Schedule, journal: Journal, at: Step, sc
             "fingerprint": schedule.data.fingerprint(),
             "rows_per_step": schedule.rows_per_step,
             "place": at.place,
+            "dev": run.dev_data.fingerprint() if run.dev_data is not None else None,
         },
         "loss_scale": scale.state(),
         "journal": journal.state(),

@@ -36,6 +36,9 @@ def check_resumable(run: CoreRun, schedule: Schedule, resumed: Checkpoint) -> No
             f"{schedule.seed} and {schedule.rows_per_step}; resume with the same seed and batch sizes."
         )
     check_same_base(run, source)
+    measured = run.dev_data.fingerprint() if run.dev_data is not None else None
+    if None not in (measured, data.get("dev")) and measured != data["dev"]:
+        run.say(f"note: {source.name} measured other dev data, so what was measured before it does not compare")
     free = {
         "output_dir",
         "overwrite_output_dir",

@@ -16,14 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from stopped_runs import SETTINGS, checkpoints_of, contents
+from stopped_runs import KINDS, SETTINGS, checkpoints_of, contents
 
 import sft
+from sft import files
 from sft.files import publish
 from sft.models.config import read_config
 from sft.models.families.known import FAMILIES
 from sft.models.shards import WeightFormat, write_tensors
 from sft.models.source import ModelFolder, Weights
+from sft.progress import Progress
+from sft.training import checkpoint
+from sft.training.checkpoint_folder import read_checkpoint
 from sft.training.result import PUBLISHED, RESULT_KEYS
 
 Train = Callable[..., sft.Summary]
@@ -208,6 +212,48 @@ def test_a_run_killed_while_it_publishes_goes_on(
         assert contents(out) == contents(tmp_path / "whole")
     assert seen == sorted(seen, key=[old, None, new].index)
     assert set(seen) == {old, None, new}
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "over", [pytest.param(False, id="new"), pytest.param(True, id="over a damaged one", marks=pytest.mark.slow)]
+)
+def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_the_new_one(
+    train: Train, tmp_path: Path, killer: Killer, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any], over: bool
+) -> None:
+    """Whole, before any operation; and what else is left goes when the run goes on."""
+    own, out, before = checkpoint.save, tmp_path / "out", tmp_path / "before"
+    found: list[int] = []
+
+    def killed(run: Any, optimizer: Any, state: dict[str, Any]) -> Path:
+        if state["step"] == 3:
+            return own(run, optimizer, state)
+        if over:
+            shutil.copytree(out / "checkpoint-3", out / "checkpoint-6")
+        shutil.copytree(out, before)
+        for operation in range(1000):
+            shutil.rmtree(out)
+            shutil.copytree(before, out)
+            stops = killer.kills(operation, lambda: own(run, optimizer, state))
+            newest = read_checkpoint("auto", out, Progress(lambda text: None))
+            assert newest is not None
+            found.append(newest.state["step"])
+            if not stops:
+                break
+            files.remove_leftovers(out)
+            names = {path.name for path in out.iterdir()}
+            assert names <= {"checkpoint-3", "checkpoint-6", "metrics.jsonl", "run.json"}
+        return out / "checkpoint-6"
+
+    monkeypatch.setattr(checkpoint, "save", killed)
+    train("out", save_total_limit=1, **{**SETTINGS, **kind, "max_steps": 6})
+    assert len(found) > 20
+    assert found == sorted(found)
+    assert set(found) == {3, 6}
+    assert checkpoints_of(out) == ["checkpoint-6"]
 
 
 # --- folders that stay known --------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import sft
 from sft.plugins.discovery import import_plugin
 from sft.plugins.requests import by_device
-from sft.testing import needs
+from sft.testing import needs, read_metrics
 
 PAD = 319
 
@@ -216,6 +216,28 @@ def test_a_resumed_run_is_the_same_bit_by_bit(train: Any, tmp_path: Path, kind: 
     train("resumed", **settings, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed"))
     assert whole == resumed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lazy", [False, True], ids=["whole", "lazy"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_resumes_inside_a_group_of_packed_records(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, lazy: bool
+) -> None:
+    """In the first pass and the second, where 24 records are windows of 9, 9 and 6."""
+    from sft.data.stream import Stream
+
+    monkeypatch.setattr(Stream.__init__, "__defaults__", (9,))
+    settings = {"plugin": [kind], "max_steps": 16, "max_length": 128, "do_eval": False, "logging_steps": 3}
+    settings.update(lazy=lazy, save_strategy="steps", save_steps=1, per_device_train_batch_size=1)
+    train("whole", **settings)
+    assert read_metrics(tmp_path / "whole")[-1]["epoch"] >= 1
+    for step in (2, 5, 9, 14):
+        source = tmp_path / "whole" / f"checkpoint-{step}"
+        train("resumed", resume_from_checkpoint=str(source), overwrite_output_dir=True, **settings)
+        assert read_metrics(tmp_path / "resumed", same=True) == read_metrics(tmp_path / "whole", same=True), step
+        for name in ("model.safetensors", "checkpoint-16/trainer/optimizer.safetensors"):
+            assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), step
 
 
 def test_greedy_supersedes_where_the_settings_of_both_are_true(train: Any, tmp_path: Path) -> None:

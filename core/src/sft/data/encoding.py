@@ -248,7 +248,7 @@ def fitting(turns: list[Turn], tokenizer: Tokenizer, longest: int) -> list[Turn]
 
     A system turn and the last question stay, even where these alone are longer.
     """
-    return _shortened(_suffixes(turns), longest, lambda kept: len(encode_prompt(kept, tokenizer)))
+    return _Suffixes(turns).longest(longest, lambda kept: len(encode_prompt(kept, tokenizer)))
 
 
 @dataclass(frozen=True)
@@ -312,8 +312,8 @@ class _Encoder:
         the same, after writing the whole conversation down once for each of its turns."""
         if len(turns) <= _MANY_TURNS:
             return turns
-        candidates = [kept for kept in _suffixes(turns) if any(turn.trains for turn in kept)]
-        return _shortened(candidates, self.max_length, self._length)
+        learned = max(index for index, turn in enumerate(turns) if turn.trains)
+        return _Suffixes(turns, learned).longest(self.max_length, self._length)
 
     def _length(self, turns: list[Turn]) -> int:
         """Tokens of a conversation, before it is made to fit."""
@@ -395,23 +395,34 @@ def _prompt_length(trained: np.ndarray) -> int:
 
 def _without_oldest(turns: list[Turn]) -> list[Turn] | None:
     """The conversation without its oldest question and answer (a system turn stays); None if one is left."""
-    return next(itertools.islice(_suffixes(turns), 1, None), None)
+    suffixes = _Suffixes(turns)
+    return suffixes[1] if len(suffixes) > 1 else None
 
 
-def _suffixes(turns: list[Turn]) -> Iterator[list[Turn]]:
-    """The conversation, then without its oldest question and answer, and so on; a system turn stays."""
-    yield turns
-    head = 1 if turns and turns[0].role == "system" else 0
-    for index in range(head + 1, len(turns)):
-        if turns[index].role == "user":
-            yield Conversation(turns[:head] + turns[index:], getattr(turns, "place", ""))
+class _Suffixes:
+    """A conversation, then without its oldest question and answer, and so on; a system turn stays, and the turn
+    ``kept``. Each is made when it is asked for: all of them are as long as the square of the turns."""
 
+    def __init__(self, turns: list[Turn], kept: int | None = None) -> None:
+        self._turns = turns
+        self._head = 1 if turns and turns[0].role == "system" else 0
+        last = len(turns) - 1 if kept is None else kept
+        self._starts = [index for index in range(self._head + 1, last + 1) if turns[index].role == "user"]
 
-def _shortened(candidates: Iterable[list[Turn]], longest: int, length: Callable[[list[Turn]], int]) -> list[Turn]:
-    """The first of ``candidates``, each of which is shorter than the one before, that has at most ``longest`` tokens;
-    the last one if none has. Most are not measured: that would take the square of the turns."""
-    found = list(candidates)
-    return found[bisect_left(found, True, 0, len(found) - 1, key=lambda turns: length(turns) <= longest)]
+    def __len__(self) -> int:
+        return 1 + len(self._starts)
+
+    def __getitem__(self, number: int) -> list[Turn]:
+        if number == 0:
+            return self._turns
+        start = self._starts[number - 1]
+        return Conversation(self._turns[: self._head] + self._turns[start:], getattr(self._turns, "place", ""))
+
+    def longest(self, most: int, length: Callable[[list[Turn]], int]) -> list[Turn]:
+        """The first that has at most ``most`` tokens, the last one if none has. Few are measured: the tokens of all
+        would take the square of the turns too."""
+        last = len(self) - 1
+        return self[bisect_left(range(last + 1), True, 0, last, key=lambda number: length(self[number]) <= most)]
 
 
 def _beginning(ids: Sequence[int] | np.ndarray, excess: int, tokenizer: Tokenizer) -> slice:

@@ -25,7 +25,7 @@ from reliability.figures import WHOLE
 
 import sft
 
-FEW, MANY = 10, 15_000 if WHOLE else 1_500
+FEW, MANY = 10, 10_000 if WHOLE else 300
 """Examples of each target: by default, and in the slow tier."""
 SECONDS = 10.0
 """The longest that an example may take; a machine with other work to do is not to fail for it."""

@@ -435,7 +435,9 @@ TARGETS: dict[str, Target] = {
         objects(("system", "conversation", "query"), st.lists(templates, min_size=2, max_size=2) | templates | values),
         read_pairs,
     ),
-    "adapter_config.json": Target(objects(_LORA_KEYS, numbers | values), read_lora, with_adapter),
+    "adapter_config.json": Target(
+        objects(_LORA_KEYS, numbers | values), read_lora, with_adapter, kept=({"target_modules": [None]},)
+    ),
     "an adapter's metadata": Target(
         st.dictionaries(
             st.sampled_from(["sft.quantizer", "sft.config", "sft.renamed", "sft.base"]),

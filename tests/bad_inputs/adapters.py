@@ -147,6 +147,10 @@ FAULTS: dict[str, tuple[Any, ...]] = {
         "done: adapter_config.json must give lora_alpha as a number above 0, at most 1e+09, not Tru",
         of_json(CONFIG, lora_alpha=True),
     ),
+    "target_modules of null": (
+        "done/adapter_config.json must give target_modules as names, not [None]",
+        of_json(CONFIG, target_modules=[None]),
+    ),
     "rank_pattern a list": (
         "done: adapter_config.json must give rank_pattern as an object of names and numbers, not ['",
         of_json(CONFIG, rank_pattern=["q_proj"]),

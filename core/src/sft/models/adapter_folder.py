@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
-from sft.foreign_text import shown, without_secrets
+from sft.foreign_text import quoted, shown, without_secrets
 from sft.models.families.family import Family
 from sft.models.families.known import FAMILIES
 from sft.models.fingerprint import fingerprint, has_fingerprint
@@ -55,6 +55,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     values = read_object(path, "copy the adapter again")
     if not isinstance(values.get("peft_type"), str) or not values["peft_type"]:
         raise UsageError(f"{path} names no peft_type, so it is not an adapter's config.")
+    modules = values.get("target_modules")
+    if isinstance(modules, list) and not all(isinstance(name, str) for name in modules):
+        raise UsageError(f"{path} must give target_modules as names, not {quoted(modules)}; copy the adapter again.")
     return values
 
 

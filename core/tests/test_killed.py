@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from stopped_runs import KINDS, SETTINGS, checkpoints_of, contents
+from stopped_runs import KINDS, LORA, SETTINGS, checkpoints_of, contents
 
 import sft
 from sft import files
@@ -26,6 +26,7 @@ from sft.models.families.known import FAMILIES
 from sft.models.shards import WeightFormat, write_tensors
 from sft.models.source import ModelFolder, Weights
 from sft.progress import Progress
+from sft.testing import needs
 from sft.training import checkpoint
 from sft.training.checkpoint_folder import read_checkpoint
 from sft.training.result import PUBLISHED, RESULT_KEYS
@@ -217,7 +218,7 @@ def test_a_run_killed_while_it_publishes_goes_on(
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], pytest.param(LORA, id="lora", marks=[needs("lora"), pytest.mark.slow])])
 @pytest.mark.parametrize(
     "over", [pytest.param(False, id="new"), pytest.param(True, id="over a damaged one", marks=pytest.mark.slow)]
 )

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import sft
+from sft.data import contents
 from sft.data.batches import PaddedCollator, Schedule
-from sft.data.contents import digest_of
 from sft.data.encoding import Counts, Encoded
 from sft.data.stream import Stream
 from sft.progress import Progress
@@ -146,23 +146,23 @@ def test_a_file_that_changes_while_it_is_read_ends_the_run(tmp_path: Path) -> No
         next(windows)
 
 
-@pytest.mark.parametrize("size", [0, 1000, 64 << 20, (64 << 20) + 1, 100 << 20])
-def test_every_block_that_counts_is_read(tmp_path: Path, size: int) -> None:
-    """The first byte and the last one of any file, all of one of up to 64 MiB; its size; and of a larger one a part."""
-    path = tmp_path / "data"
-    with path.open("wb") as file:
-        file.truncate(size)
-    before = digest_of(path)
-    for place in (0, size // 2, size - 1) if size else ():
-        with path.open("r+b") as file:
-            file.seek(place)
-            file.write(b"x")
-        if place != size // 2 or size <= 64 << 20:
-            assert digest_of(path) != before, place
-        before = digest_of(path)
-    with path.open("r+b") as file:
-        file.truncate(size + 1)
-    assert digest_of(path) != before
+@pytest.mark.parametrize("size", [0, 1, 128, 129, 1000])
+def test_every_block_that_counts_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Blocks of 16 bytes, 8 of them: all of a file of up to 128 bytes, and of a larger one its first byte, its last
+    one, and a part of what is between; and its size."""
+    monkeypatch.setattr(contents, "BLOCK", 16)
+    monkeypatch.setattr(contents, "BLOCKS", 8)
+    path, plain = tmp_path / "data", bytes(size)
+    path.write_bytes(plain)
+    before, noticed = contents.digest_of(path), set()
+    for place in range(size):
+        path.write_bytes(plain[:place] + b"x" + plain[place + 1 :])
+        if contents.digest_of(path) != before:
+            noticed.add(place)
+    assert len(noticed) == (size if size < 128 else 128)
+    assert max(np.diff(sorted({-1, size, *noticed}))) <= max(1, (size - 16) / 7 - 14)
+    path.write_bytes(plain + b"\0")
+    assert contents.digest_of(path) != before
 
 
 def test_each_pass_holds_every_record_once_and_windows_are_shuffled_apart() -> None:

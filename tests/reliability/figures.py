@@ -36,7 +36,8 @@ HEAD = """\
 # Reliability
 
 What was tried on runs of sft to make them lose something, and how often. This page is made from `reliability.json`,
-which the tests in `tests/reliability/` write as they measure, so each row says what its last run found, on its date:
+which the tests in `tests/reliability/` write as they measure, so each row says what its last run found, on its date.
+What `sft` exits with, and what a signal does, is in [exit-codes.md](exit-codes.md).
 
     make test-reliability                          # everything: hours
     make test-reliability ARGS="-k kills"          # one area

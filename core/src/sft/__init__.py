@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sft.errors import PluginError, SftError, TooEarlyError, UsageError
+from sft.errors import PluginError, SftError, SignalError, TooEarlyError, UsageError
 from sft.foreign_text import safe, shown
 from sft.options import option
 from sft.plugins.declarations import API_VERSION
@@ -148,6 +148,7 @@ __all__ = [
     "Seen",
     "Settings",
     "SftError",
+    "SignalError",
     "Summary",
     "Target",
     "TooEarlyError",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.errors import TooEarlyError
 from sft.progress import Progress
+from sft.stopping import Stop
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from sft.plugins.registry import Plugins
     from sft.precision import Precision
     from sft.seams import DataCollator, ParallelStrategy
-    from sft.settings.arguments import Settings
+from sft.settings.arguments import Settings
 
 
 @dataclass
@@ -196,6 +197,7 @@ class CoreRun(Run):
         finished: Whether the run has finished. Nothing that goes wrong afterwards changes that.
         report: What this process has written to run.json.
         earlier_report: What run.json said before this run.
+        stop: What signals have asked of the run.
         lock: The lock of the run's folder, in the process that writes there; None before it is taken.
     """
 
@@ -221,6 +223,7 @@ class CoreRun(Run):
         self.finished = False
         self.report: dict[str, Any] = {}
         self.earlier_report: dict[str, Any] = {}
+        self.stop = Stop(lambda text: self.say(text))
         self.lock: FolderLock | None = None
 
     @property

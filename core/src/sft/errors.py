@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import traceback
 
 from sft.foreign_text import safe
@@ -42,6 +43,22 @@ class PluginError(SftError):
     def details(self) -> str:
         """The plugin's own traceback as Python prints it; empty where it raised nothing."""
         return "" if self.__cause__ is None else "".join(traceback.format_exception(self.__cause__))
+
+
+class SignalError(SystemExit, KeyboardInterrupt):
+    """A signal has ended a run; ``number`` says which. A program that does not catch it exits, as the command line
+    does, with ``exit_code``: 128 and the number.
+
+    ``moment`` says after what it ended, in a clause such as "after step 7", on which all processes of the run agreed;
+    it is empty where the run ended at once.
+    """
+
+    def __init__(self, number: int, moment: str = "") -> None:
+        super().__init__(128 + number)
+        self.number, self.moment, self.exit_code = number, moment, 128 + number
+
+    def __str__(self) -> str:
+        return f"{signal.Signals(self.number).name} {self.moment}".rstrip()
 
 
 class TooEarlyError(SftError, AttributeError):

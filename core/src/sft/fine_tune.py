@@ -49,7 +49,7 @@ def run(
     current = prepare_run(normalise(values), plugins, say or Printer("stdout"))
     try:
         check_plugins(current.plugins)
-        with current.progress:
+        with current.stop.heard(), current.progress:
             return current.hook.sft_launch(run=current) or execute(current)
     except BaseException as error:
         if is_memory(error):
@@ -141,7 +141,7 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     from sft.training import best, checkpoint
     from sft.training.evaluation import before_or_after
     from sft.training.export_checks import check_export
-    from sft.training.loop import train
+    from sft.training.loop import check_stop, train
     from sft.training.optimizer import make_optimizer
     from sft.training.progress import Display
     from sft.training.publish import publish_result, rescued
@@ -180,7 +180,9 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     finally:
         display.close()
     best_step = best.load_best(run) if training.load_best_model_at_end else None
+    run.stop.waits_for("writing the result first")
     publish_result(run, optimizer)  # before anything else can go wrong
+    check_stop(run, "after the result was written")
     after = before_or_after(run, best_step or steps, epochs, journal)
     summary = summarise(run, journal, steps, epochs, after, time.monotonic() - started)
     finish(run, record, summary)

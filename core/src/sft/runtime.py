@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import ctypes.util
 import gc
+import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -28,6 +29,7 @@ from typing import Any, NoReturn
 
 from sft.errors import UsageError
 from sft.freed_memory import keep_freed_memory
+from sft.stopping import keep_handlers
 
 
 def physical_cores() -> int:
@@ -194,7 +196,8 @@ def _import_quietly() -> None:
     """Import paddle without what they print about ccache, setuptools and several threads."""
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import paddle  # noqa: F401
+        # Paddle answers a SIGTERM with a trace of its own and the end.
+        keep_handlers(lambda: importlib.import_module("paddle") and None)
 
 
 def processes_of_run() -> int:

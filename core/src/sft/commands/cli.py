@@ -100,8 +100,9 @@ def main() -> None:
     except OSError as error:
         # The machine's fault, not a bug: a full disk, a folder that went away.
         code = _failed(str(error), 1)
-    except (KeyboardInterrupt, click.Abort):
-        code = _failed("interrupted", 130)
+    except (KeyboardInterrupt, click.Abort) as error:
+        cause = error.__cause__ if isinstance(error, click.Abort) else error
+        code = _failed("interrupted", getattr(cause, "exit_code", 130))
     if runtime.processes_of_run() > 1:
         runtime.leave(code)
     if code:

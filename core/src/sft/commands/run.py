@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from sft import hookspecs
-from sft.errors import SftError, UsageError
+from sft.errors import SftError, SignalError, UsageError
 from sft.files import read_report
 from sft.foreign_text import safe
 from sft.options import Bare, Option, options_of
@@ -34,14 +34,16 @@ def command(arguments: tuple[str, ...]) -> None:
 
     try:
         summary = run(values)
-    except KeyboardInterrupt:
-        raise SftError(_interrupted(values)) from None
+    except KeyboardInterrupt as error:
+        stopped = SftError(_interrupted(values, error))
+        stopped.exit_code = getattr(error, "exit_code", 130)
+        raise stopped from None
     if summary.speaks:
         report(summary)
 
 
-def _interrupted(values: dict[str, Any]) -> str:
-    """What to type to go on after Ctrl-C, in a sentence that is true of what the run had written by then."""
+def _interrupted(values: dict[str, Any], error: KeyboardInterrupt) -> str:
+    """What to type to go on after Ctrl-C or another signal, in a sentence that is true of what the run had written."""
     from sft.training.checkpoint_folder import checkpoints
 
     folder = Path(str(values.get("output_dir"))).expanduser()
@@ -49,8 +51,9 @@ def _interrupted(values: dict[str, Any]) -> str:
         return "interrupted before anything was written."
     found = checkpoints(folder)
     without = " and without --overwrite_output_dir" if "overwrite_output_dir" in values else ""
+    moment = f" {error.moment}" if isinstance(error, SignalError) and error.moment else ""
     goes_on = f"goes on from {found[-1].name}" if found else "begins again, for there is no checkpoint yet"
-    return f"interrupted; the same command with --resume_from_checkpoint auto{without} {goes_on}."
+    return f"interrupted{moment}; the same command with --resume_from_checkpoint auto{without} {goes_on}."
 
 
 def collect(arguments: list[str]) -> dict[str, Any]:

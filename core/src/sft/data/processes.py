@@ -176,7 +176,8 @@ def _end(processes: list[_Process]) -> None:
 
 def serve(handle: int) -> None:
     """The other side: encode groups that come through the socket ``handle`` until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the process that started this one ends it
     connection = Connection(handle)
     sent = b""
     try:

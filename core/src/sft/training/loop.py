@@ -21,6 +21,7 @@ import paddle
 
 from sft.data.ahead import one_ahead
 from sft.data.batches import Schedule, Step
+from sft.errors import SignalError
 from sft.freed_memory import give_back_holes
 from sft.models.forward import hidden_states
 from sft.models.layers import trainable
@@ -99,6 +100,7 @@ def train(
     journal.start()
     size, rank, world = settings.per_device_train_batch_size, strategy.data_rank, strategy.data_world
     steps = islice(schedule.batches(start, place, rank, world, size), total - start)  # one more may be a window more
+    run.stop.waits_for(_before_stopping(start + 1, settings.save_strategy))
     for at, batches in one_ahead(steps):
         began, step, epoch = time.monotonic(), at.number, at.epoch
 
@@ -172,6 +174,12 @@ def train(
                 run.best = better(run, evaluation)
         if saves:
             checkpoint.save(run, optimizer, state_after(run, schedule, journal, at, scale))
+        signal = int(strategy.largest(run.stop.asked)) if step < total else 0  # after the last one there is a result
+        if signal:
+            if not saves and settings.save_strategy != "no":
+                checkpoint.save(run, optimizer, state_after(run, schedule, journal, at, scale))
+            raise SignalError(signal, f"after step {step}")
+        run.stop.waits_for(_before_stopping(step + 1, settings.save_strategy))
     run.model.eval()
     return max(start, total), epoch
 
@@ -198,6 +206,20 @@ def state_after(run: CoreRun, schedule: Schedule, journal: Journal, at: Step, sc
         "shaping": run.shaping(),
         "arithmetic": run.arithmetic,
     }
+
+
+def _before_stopping(step: int, save_strategy: str) -> str:
+    if save_strategy != "no":
+        return f"finishing step {step} and saving"
+    return f"finishing step {step}; save_strategy is no, so what the run has learned is not kept"
+
+
+def check_stop(run: CoreRun, moment: str) -> None:
+    """Raise :class:`SignalError` if any process of the run has been asked to stop. From now on signals do not wait."""
+    signal = int(run.strategy.largest(run.stop.asked))
+    run.stop.waits_for("")
+    if signal:
+        raise SignalError(signal, moment)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

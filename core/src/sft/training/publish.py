@@ -42,6 +42,8 @@ def publish_result(run: CoreRun, optimizer: Optimizer) -> None:
 def rescued(run: CoreRun, optimizer: Optimizer, error: OSError) -> BaseException:
     """The error to raise when ``error``, one of the machine, ends the training. By then the weights have been saved
     somewhere, unless a checkpoint has them already."""
+    if run.stop.instead_of(error) is not error:
+        return run.stop.instead_of(error)
     last = last_checkpoint(run)
     is_saved = run.step == (step_of(last) if last else 0)
     fails = f"The run cannot go on after step {run.step} ({_cause(error)})"

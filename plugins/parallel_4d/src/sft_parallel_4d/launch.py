@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import sft
-from sft import SftError, UsageError
+from sft import SftError, SignalError, UsageError
 from sft_parallel_4d.environment import FOLDER
 from sft_parallel_4d.watch import OtherRankError, Watch
 
+STOPPED = "stopped"
+"""The file in a launch's folder in which its ranks say after what a signal has ended them."""
 HIDDEN = "SFT_LAUNCH_HIDES_GPUS"
 PREFIX = "sft-launch-"
 _NEW = 60.0
@@ -45,8 +47,9 @@ def launch(values: Mapping[str, Any], nproc: int, say: Callable[[str], None]) ->
     """Run ``sft run`` with settings ``values`` (without ``nproc``) in ``nproc`` processes of this machine; 0.
 
     ``say`` gets each line that rank 0 prints, when it prints it; its standard error goes to that of this process.
-    Raises :class:`sft.SftError` with the error of the rank that failed first, and its exit code. Interrupted, or when
-    this process ends in any other way, all ranks end.
+    Raises :class:`sft.SftError` with the error of the rank that failed first, and its exit code. A signal that asks
+    this process to end is passed on to the ranks, which know what to finish first, and :class:`sft.SignalError` is
+    raised when they have ended. At a second one, or when this process ends in any other way, all ranks end.
     """
     settings = {name: value for name, value in values.items() if name != "nproc"}
     files = {"settings.json": json.dumps(settings, default=str)}
@@ -83,12 +86,14 @@ def start(
                 start_new_session=True,  # Ctrl-C is for this process, which then ends the others
             )
         try:
-            with _signals_raise():
+            with _passed_on(folder) as passed:
                 _follow(process, folder, say)
         finally:
             _end(process, folder)
         if process.returncode == 0:
             return 0
+        if passed and all(_read_record(path)["code"] == 128 + passed[0] for path in folder.glob("*.error")):
+            raise SignalError(passed[0], _read(folder / STOPPED))
         raise _first_error(folder, process.returncode, _ended_for_memory() - ended_before)
 
 
@@ -135,8 +140,16 @@ def report(text: str) -> None:
         print(f"sft: {text}", file=sys.stderr, flush=True)
 
 
+def stopped(moment: str) -> None:
+    """All ranks end, as a signal has asked, after ``moment``: the process that started them says so."""
+    if FOLDER in os.environ and os.environ["PADDLE_TRAINER_ID"] == "0":
+        (Path(os.environ[FOLDER]) / STOPPED).write_text(moment, encoding="utf-8")
+
+
 def enter_rank() -> None:
-    """At the start of a rank: what rank 0 prints is kept apart from what goes to its standard error."""
+    """At the start of a rank: what rank 0 prints is kept apart from what goes to its standard error, and signals find
+    the rank."""
+    (Path(os.environ[FOLDER]) / f"rank.{os.getpid()}").touch()
     if HIDDEN in os.environ:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ.pop("FLAGS_selected_gpus", None)
@@ -154,7 +167,7 @@ def record(error: BaseException, sure: bool = True) -> None:
         return
     rank = os.environ["PADDLE_TRAINER_ID"]
     text = str(error) if isinstance(error, OtherRankError) else f"rank {rank}: {_sentence(error)}"
-    code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+    code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
     expected = isinstance(error, (SftError, OSError, KeyboardInterrupt))
     details = "" if expected else "".join(traceback.format_exception(error))
     if isinstance(error, sft.PluginError):
@@ -200,18 +213,29 @@ def _environment(folder: Path, nproc: int, on_cpu: bool) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Whoever ends this process from outside lets it clean up first, too."""
+def _passed_on(folder: Path) -> Iterator[list[int]]:
+    """Within it the first signal that asks this process to end goes on to its ranks, and into the list; the next one
+    is raised as :class:`sft.SignalError`."""
+    passed: list[int] = []
 
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
+    def hear(number: int, frame: Any) -> None:
+        ranks = [int(path.suffix[1:]) for path in folder.glob("rank.*")]
+        if passed or not ranks:
+            raise SignalError(number)
+        passed.append(number)
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield passed
         return
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, hear)
     try:
-        yield
+        yield passed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -249,7 +273,8 @@ def _follow(process: subprocess.Popen[bytes], folder: Path, say: Callable[[str],
             deadline = time.monotonic() + 2 if sure else deadline or time.monotonic() + 10
         for line in output.lines(ended):
             say(line)
-        if deadline is None and not (ended and process.returncode):  # else: consequences of the error
+        # In an error's case these are its consequences; in a signal's, what this process is going to say itself.
+        if deadline is None and not (ended and process.returncode) and not (folder / STOPPED).exists():
             for line in errors.lines(ended):
                 print(line, file=sys.stderr, flush=True)
         if ended or (deadline is not None and time.monotonic() > deadline):

@@ -124,6 +124,10 @@ class Parallel4d(sft.Plugin):
     @sft.hookimpl(trylast=True)  # it may end this process
     def sft_run_failed(self, run: Run, error: BaseException) -> None:
         if is_launched():
-            from sft_parallel_4d.launch import failed
+            from sft_parallel_4d.launch import failed, stopped
 
+            if isinstance(error, sft.SignalError) and error.moment and self.watch is not None:
+                stopped(error.moment)
+                self.watch.stop()  # all ranks end here, and none before the main one has written what it writes
+                return
             failed(error, rank(), self.watch)

@@ -1,0 +1,161 @@
+"""Signals that ask a run to end: what it finishes first, what it keeps, what it says, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stopped_runs import SETTINGS, Train, checkpoints_of, contents
+
+import sft
+from sft.stopping import SIGNALS, Stop, keep_handlers
+
+
+def sending(step: int, *numbers: int) -> type[sft.Plugin]:
+    """A plugin that lets this process get signals in ``step``, before its last part."""
+
+    class Send(sft.Plugin):
+        name = "send"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            if record["step"] == step:
+                for number in numbers:
+                    signal.raise_signal(number)
+
+    return Send
+
+
+def status(folder: Path) -> str:
+    return str(json.loads((folder / "run.json").read_text())["status"])
+
+
+def test_a_signal_lets_the_step_be_finished_and_saved(train: Train, tmp_path: Path, whole: Callable[..., Path]) -> None:
+    said: list[str] = []
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(sft.SignalError) as caught:
+        train("out", (sending(7, signal.SIGTERM),), say=said.append, **SETTINGS)
+    assert str(caught.value) == "SIGTERM after step 7"
+    assert caught.value.exit_code == caught.value.code == 143
+    assert "SIGTERM: finishing step 7 and saving; again to stop at once" in said
+    assert status(tmp_path / "out") == "interrupted"
+    assert checkpoints_of(tmp_path / "out") == ["checkpoint-3", "checkpoint-6", "checkpoint-7"]
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    train("out", resume_from_checkpoint="auto", **SETTINGS)
+    found, wanted = contents(tmp_path / "out"), contents(whole())
+    assert {name: found[name] for name in wanted} == wanted
+
+
+def test_a_second_signal_ends_the_run_at_once(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(sft.SignalError) as caught:
+        train("out", (sending(5, signal.SIGHUP, signal.SIGINT),), **SETTINGS)
+    assert (str(caught.value), caught.value.exit_code) == ("SIGINT", 130)
+    assert checkpoints_of(tmp_path / "out") == ["checkpoint-3"]
+    assert status(tmp_path / "out") == "interrupted"
+
+
+def test_what_others_make_of_the_end_is_not_the_end(train: Train, tmp_path: Path) -> None:
+    """Paddle turns what is raised in a backward pass of Python into an OSError of its own."""
+
+    class Turn(sft.Plugin):
+        name = "turn"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run) -> None:
+            try:
+                for _ in range(2):
+                    signal.raise_signal(signal.SIGTERM)
+            except BaseException as error:
+                raise OSError("External") from error
+
+    with pytest.raises(sft.SignalError, match="SIGTERM"):
+        train("out", (Turn,), **SETTINGS)
+    assert status(tmp_path / "out") == "interrupted"
+
+
+def test_without_checkpoints_it_says_that_nothing_is_kept(train: Train, tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(sft.SignalError, match="SIGHUP after step 2"):
+        train("out", (sending(2, signal.SIGHUP),), say=said.append, max_steps=4)
+    assert any(line.startswith("SIGHUP: finishing step 2; save_strategy is no, so what") for line in said)
+    assert checkpoints_of(tmp_path / "out") == []
+
+
+def test_a_result_is_written_first(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal in the last step, or later while the result is written; what would come after it does not."""
+    from sft.training import publish
+
+    own = publish.publish_result
+    monkeypatch.setattr(
+        publish, "publish_result", lambda *arguments: (signal.raise_signal(signal.SIGINT), own(*arguments))
+    )
+    with pytest.raises(sft.SignalError, match="SIGINT after the result was written"):
+        train("out", max_steps=2)
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert status(tmp_path / "out") == "interrupted"
+
+
+def test_other_parts_end_at_once(train: Train, tmp_path: Path) -> None:
+    class Send(sft.Plugin):
+        name = "send"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_collator(self, run: sft.Run) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(sft.SignalError, match="SIGTERM"):
+        train("out", (Send,), max_steps=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_caller_decided_about_signals_stays() -> None:
+    heard: list[int] = []
+    before = [signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: heard.append(1))]
+    try:
+        with Stop(print).heard():
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+        assert heard == [1]
+    finally:
+        signal.signal(signal.SIGHUP, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
+def test_another_thread_hears_no_signals() -> None:
+    found: list[Any] = []
+
+    def work() -> None:
+        with Stop(print).heard():
+            found.extend(signal.getsignal(number) for number in SIGNALS)
+        keep_handlers(lambda: found.append("kept"))
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [*before, "kept"]
+
+
+def test_a_library_keeps_no_signal_to_itself() -> None:
+    heard: list[str] = []
+
+    def library() -> None:
+        signal.signal(signal.SIGTERM, lambda *_: heard.append("library"))
+        os.kill(os.getpid(), signal.SIGTERM)  # it waits
+        assert heard == []
+
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("own"))
+    try:
+        keep_handlers(library)
+        assert heard == ["own"]
+    finally:
+        signal.signal(signal.SIGTERM, before)

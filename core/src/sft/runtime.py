@@ -197,7 +197,7 @@ def _import_quietly() -> None:
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Paddle answers a SIGTERM with a trace of its own and the end.
-        keep_handlers(lambda: importlib.import_module("paddle") and None)
+        keep_handlers(lambda: importlib.import_module("paddle"))
 
 
 def processes_of_run() -> int:

@@ -69,7 +69,7 @@ class Stop:
         _thread.start_new_thread(self._say, (f"{signal.Signals(number).name}: {self._before}; again to stop at once",))
 
 
-def keep_handlers(work: Callable[[], None]) -> None:
+def keep_handlers(work: Callable[[], object]) -> None:
     """Do ``work``, after which Python's handlers hear :data:`SIGNALS` again, whatever a library has put there. Those
     that come meanwhile wait."""
     if threading.current_thread() is not threading.main_thread():

@@ -83,7 +83,7 @@ def start(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for this process, which then ends the others
+                start_new_session=True,  # Ctrl-C is for this process, which passes it on
             )
         try:
             with _passed_on(folder) as passed:

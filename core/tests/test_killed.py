@@ -28,7 +28,7 @@ from sft.models.source import ModelFolder, Weights
 from sft.progress import Progress
 from sft.testing import needs
 from sft.training import checkpoint
-from sft.training.checkpoint_folder import read_checkpoint
+from sft.training.checkpoint_folder import find_checkpoint, read_checkpoint
 from sft.training.result import PUBLISHED, RESULT_KEYS
 
 Train = Callable[..., sft.Summary]
@@ -284,6 +284,8 @@ def test_a_folder_stays_known_as_a_run(
             shutil.copytree(old, out)
         run.report = {}
         killed = killer.kills(operation, lambda: own(run, source, record))
+        if over and (out / "run.json").read_bytes() != (old / "run.json").read_bytes():
+            assert find_checkpoint("auto", out) is None  # what is left of the older run is not this one's
         for name, value in (("overwrite_output_dir", True), ("resume_from_checkpoint", "auto")):
             training = run.settings.training
             asked = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "do_train": True, name: value}

@@ -184,12 +184,12 @@ class Trial:
     def lost(self, what: str, **kill: Any) -> list[str]:
         """What is wrong with the run when it has been killed and goes on; empty where nothing is."""
         self._prepare()
-        untouched = tree(self._out)
         killed = self._run(**kill)
         if killed.code not in (-9, 0) or (killed.code == 0 and "kill" in kill):
             return [f"{what}: it was not killed but ended with {killed.code}: {killed.said[-2000:]}"]
-        # What had not begun to overwrite is asked for again; all else goes on.
-        changes = {} if tree(self._out) == untouched else self._case.by_settings
+        # Where the older run is still there, it is to be overwritten; all else goes on.
+        is_old = self._case.old is not None and report(self._out) == report(self._old)
+        changes = {} if is_old else self._case.by_settings
         again = self._run(changes)
         if again.code:
             return [f"{what}: it did not go on, exit code {again.code}: {again.said[-2000:]}"]
@@ -201,6 +201,10 @@ class Trial:
 def ended(run: Ended) -> Ended:
     assert run.code == 0, run.said[-4000:]
     return run
+
+
+def report(folder: Path) -> bytes:
+    return (folder / "run.json").read_bytes()
 
 
 def tree(folder: Path) -> dict[Path, None]:

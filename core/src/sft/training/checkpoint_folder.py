@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sft.errors import UsageError
+from sft.files import read_report
 from sft.plugins.calls import a_or_an
 from sft.progress import Progress
 from sft.training.manifest import NAME as MANIFEST
@@ -33,6 +34,8 @@ _SHAPE: dict[str, Any] = {
 """What ``state.json`` holds, and as what."""
 _MAY_LACK = {"in_adapter": (dict,), "arithmetic": (dict,)}
 """What earlier versions did not write."""
+CLEARS = "clears"
+"""What run.json says while a run removes what an older one has left in its folder."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -67,7 +70,7 @@ def find_checkpoint(request: bool | str | None, output_dir: Path) -> Path | None
     if not asks_to_resume(request):
         return None
     if _is_auto(request):
-        written = checkpoints(output_dir)
+        written = [] if read_report(output_dir).get(CLEARS) else checkpoints(output_dir)
         return written[-1] if written else None
     path = Path(str(request)).expanduser()
     if not is_checkpoint(path):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
-from sft.files import make_folder, read_report, remove_folder, remove_leftovers
+from sft.files import make_folder, read_report, remove_folder, remove_leftovers, sync
 from sft.folder_lock import FolderLock, check_unused
-from sft.training.checkpoint_folder import asks_to_resume, checkpoints, find_checkpoint, is_checkpoint, step_of
+from sft.training.checkpoint_folder import CLEARS, asks_to_resume, checkpoints, find_checkpoint, is_checkpoint, step_of
 from sft.training.journal import Journal
 from sft.training.report import write_report
 from sft.training.result import PUBLISHED
@@ -98,13 +98,16 @@ def _take(run: CoreRun) -> None:
 def _clear(run: CoreRun, source: Path | None, record: dict[str, Any]) -> None:
     """Make the folder, and remove what is left of an older run unless this run goes on from ``source``.
 
-    Even if this is stopped half-way, the folder is recognised as a run's: run.json is written first, and never removed.
+    Even if this is stopped half-way, the folder is recognised as a run's: run.json is written first, and never removed;
+    and until all has gone it says so, because what is left of the older run is not this one's to go on from.
     """
     make_folder(run.output_dir)
     remove_leftovers(run.output_dir)
     is_used = holds_run(run.output_dir)
-    write_report(run, {"status": "running", **record})
-    if source is not None and _is_in(run.output_dir, source):
+    goes_on = source is not None and _is_in(run.output_dir, source)
+    record = {"status": "running", **record}
+    write_report(run, {**record, CLEARS: True} if is_used and not goes_on else record)
+    if goes_on:
         for folder in checkpoints(run.output_dir):
             if step_of(folder) > run.step:  # of a future that this run does not have
                 remove_folder(folder)
@@ -120,3 +123,5 @@ def _clear(run: CoreRun, source: Path | None, record: dict[str, Any]) -> None:
     for pattern in RESULT_FILES:
         for path in run.output_dir.glob(pattern) if pattern != "run.json" else ():
             path.unlink()
+    sync(run.output_dir)
+    write_report(run, record)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import socketserver
 import threading
 import time
@@ -10,10 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sft_parallel_4d.door import SECONDS, StrangerError, let_in
+
 SETTLE = 0.5
 """Seconds that an error waits before it counts: it may be the consequence of a rank that was killed."""
 LONGEST = 1 << 17
 """Bytes of a line; more is not from a rank."""
+STRANGERS = 64
+"""Connections at a time that have not shown the token."""
 
 
 @dataclass
@@ -34,26 +40,44 @@ class _Seen:
 
 
 class Board(socketserver.ThreadingTCPServer):
-    """Serves ``world`` ranks, which call every ``beat`` seconds, and wait for each other at most ``timeout``."""
+    """Serves ``world`` ranks, which call every ``beat`` seconds, and wait for each other at most ``timeout``.
+
+    It listens at ``host`` alone, and to nobody who does not show ``key``.
+    """
 
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 1024
 
-    def __init__(self, port: int, world: int, timeout: float, beat: float) -> None:
-        super().__init__(("", port), _Line)
+    def __init__(self, host: str, port: int, world: int, timeout: float, beat: float, key: str) -> None:
+        super().__init__((host, port), _Line)
+        self.key = key
+        self.strangers = threading.BoundedSemaphore(STRANGERS + world)
         self.first: tuple[int, str] | None = None
         """The rank in which something went wrong first, and what, in a sentence."""
         self._world, self._timeout, self._beat = world, timeout, beat
         self._seen: dict[int, _Seen] = {}
+        self._connected: set[int] = set()
         self._told: set[int] = set()
         self._answered: dict[int, int] = {}
         self._lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="sft-board", daemon=True).start()
 
-    def heard(self, said: dict[str, Any]) -> dict[str, Any]:
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whatever a stranger sends: nothing is printed."""
+
+    def connected(self, rank: Any) -> int:
+        """A rank has shown the token. Raises :class:`StrangerError` where there is none of that number, or it is
+        connected already."""
+        with self._lock:
+            if type(rank) is not int or not 0 <= rank < self._world or rank in self._connected:
+                raise StrangerError("no such rank")
+            self._connected.add(rank)
+            return rank
+
+    def heard(self, rank: int, said: dict[str, Any]) -> dict[str, Any]:
         """Note what a rank said; what it is answered."""
-        rank, error = range(self._world)[said["rank"]], said.get("error")
+        error = said.get("error")
         if error is not None:
             time.sleep(SETTLE)
         with self._lock:
@@ -70,7 +94,10 @@ class Board(socketserver.ThreadingTCPServer):
     def lost(self, rank: int) -> None:
         """The connection of a rank has ended; it should have said before that it is done, or why it fails."""
         with self._lock:
-            seen = self._seen[rank]
+            seen = self._seen.get(rank)
+            if seen is None:  # it has said nothing, and may come again
+                self._connected.discard(rank)
+                return
             seen.lost = True
             if not seen.done:
                 self.first = self.first or (
@@ -152,19 +179,41 @@ class _Line(socketserver.StreamRequestHandler):
         board, rank = self.server, None
         assert isinstance(board, Board)
         try:
+            rank = self._greeted(board)
             while line := self.rfile.readline(LONGEST):
                 said = understood(line)
-                answer = board.heard(said)
-                rank = said["rank"]
+                if said["rank"] != rank:
+                    raise StrangerError("no message of this rank's")
+                answer = board.heard(rank, said)
                 self.wfile.write(json.dumps(answer).encode() + b"\n")
                 board.answered(rank, said["count"][0])
                 if answer["first"]:
                     board.told(rank)
-        except (OSError, ValueError, LookupError):
+        except (OSError, EOFError, ValueError, StrangerError):
             pass
         finally:
             if rank is not None:
                 board.lost(rank)
+
+    def _greeted(self, board: Board) -> int:
+        """The rank on the other side, which has shown the token in time."""
+        if not board.strangers.acquire(blocking=False):
+            raise StrangerError("too many")
+        try:
+            # A deadline for all of it: somebody may send a byte a second.
+            hurry = threading.Timer(SECONDS, self._hang_up)
+            hurry.daemon = True
+            hurry.start()
+            try:
+                return board.connected(let_in(self.rfile, self.wfile, board.key))
+            finally:
+                hurry.cancel()
+        finally:
+            board.strangers.release()
+
+    def _hang_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
 
 def _are_missing(ranks: list[int]) -> str:

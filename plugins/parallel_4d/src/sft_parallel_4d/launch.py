@@ -25,6 +25,7 @@ from typing import Any
 
 import sft
 from sft import SftError, SignalError, UsageError
+from sft_parallel_4d.door import TOKEN, new_token
 from sft_parallel_4d.environment import FOLDER
 from sft_parallel_4d.watch import OtherRankError, Watch
 
@@ -137,7 +138,7 @@ def report(text: str) -> None:
     if FOLDER in os.environ:
         _write_record(text, 1, relayed=True)
     else:
-        print(f"sft: {text}", file=sys.stderr, flush=True)
+        print(f"sft: {sft.safe(text)}", file=sys.stderr, flush=True)
 
 
 def stopped(moment: str) -> None:
@@ -200,6 +201,7 @@ def _sentence(error: BaseException) -> str:
 def _environment(folder: Path, nproc: int, on_cpu: bool) -> dict[str, str]:
     environ = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     environ[FOLDER] = str(folder)
+    environ[TOKEN] = new_token()
     environ.setdefault("PORT_RANGE", "20000:32000")  # below those that systems give to any connection
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environ.setdefault("GLOG_minloglevel", "1")  # paddle's notes on which socket it has connected
@@ -276,7 +278,7 @@ def _follow(process: subprocess.Popen[bytes], folder: Path, say: Callable[[str],
         # In an error's case these are its consequences; in a signal's, what this process is going to say itself.
         if deadline is None and not (ended and process.returncode) and not (folder / STOPPED).exists():
             for line in errors.lines(ended):
-                print(line, file=sys.stderr, flush=True)
+                print(sft.safe(line), file=sys.stderr, flush=True)
         if ended or (deadline is not None and time.monotonic() > deadline):
             return
         time.sleep(0.05)
@@ -334,7 +336,7 @@ def _first_error(folder: Path, code: int, ended_for_memory: int) -> SftError:
             record for record in sorted(records, key=lambda record: record["relayed"]) if record["text"] == text
         )
         if first["details"]:
-            print(first["details"], end="", file=sys.stderr, flush=True)
+            print(sft.safe(first["details"]), end="", file=sys.stderr, flush=True)
         return _error(text, first["code"])
     if seen is None:
         return _error(f"Paddle's launcher ended with exit code {code}.{_last(folder / 'launcher.log')}", 1)

@@ -65,7 +65,7 @@ def model_outline(run: Run) -> Outline:
 
     Raises :class:`UsageError` for a model of which nothing is known on paper.
     """
-    return _of_source(sft.open_model(str(run.settings.model.model_name_or_path), run.plugins, weights=False))
+    return _of_source(sft.open_model(run.settings.model.place, run.plugins, weights=False))
 
 
 def _of_source(source: Any) -> Outline:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import sft
 from sft_parallel_4d import hooks
+from sft_parallel_4d.door import TOKEN, token
 from sft_parallel_4d.environment import FOLDER, is_launched, processes, rank
 from sft_parallel_4d.options import ANSWERED, ParallelOptions
 
@@ -104,6 +105,11 @@ class Parallel4d(sft.Plugin):
                 close_report(run, sft.SftError(text))
                 report(text)
 
+            if rank() == 0 and not token():
+                run.say(
+                    f"note: {TOKEN} is not set, so whoever reaches the ports of this run can end it; set it to the "
+                    "same secret text for all ranks"
+                )
             self.watch = Watch(rank(), self.plan.devices, self.options.parallel_timeout, ends)
             self.watch.start()
         return Parallel(run, connect(self.plan), self.watch)

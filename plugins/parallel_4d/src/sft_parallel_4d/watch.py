@@ -7,6 +7,7 @@ plain sockets, because paddle's store stops all Python threads while it waits fo
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,7 +19,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from sft import SftError
-from sft_parallel_4d.board import Board
+from sft_parallel_4d.board import LONGEST, Board
+from sft_parallel_4d.door import SECONDS, TOKEN, StrangerError, enter, token
 
 Place = tuple[int, str, int]
 """Rank of the server, host, port."""
@@ -70,7 +72,6 @@ class Watch:
         if self.rank == self._server:
             self._board = self._serve()
         self._socket = self._connect()
-        self._file = self._socket.makefile("rw", encoding="utf-8")
         while True:
             answer = self._ask()
             if answer["first"]:
@@ -142,7 +143,7 @@ class Watch:
         deadline = time.monotonic() + min(10.0, self.timeout)
         while True:
             try:
-                return Board(self._port, self.world, self.timeout, self._beat)
+                return self._listen(self._host)
             except OSError as error:  # a connection of another program may have the port for a moment
                 if time.monotonic() > deadline:
                     raise SftError(
@@ -150,20 +151,45 @@ class Watch:
                     ) from error
                 time.sleep(0.2)
 
+    def _listen(self, host: str) -> Board:
+        try:
+            return Board(host, self._port, self.world, self.timeout, self._beat, token())
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL or not host:
+                raise
+        return self._listen("")  # the others reach this machine by an address that is none of its own
+
     def _connect(self) -> socket.socket:
         deadline = time.monotonic() + self.timeout
         while True:
             try:
                 connection = socket.create_connection((self._host, self._port), timeout=5)
-                connection.settimeout(max(self.timeout, 10))
+                self._greet(connection)
                 return connection
-            except OSError as error:
+            except StrangerError as error:
+                raise OtherRankError(
+                    f"What answers at {self._host}:{self._port} is not rank {self._server} of this run, or has another "
+                    f"token; set {TOKEN} to the same text for all ranks."
+                ) from error
+            except (OSError, EOFError) as error:
                 if time.monotonic() > deadline:
                     raise OtherRankError(
                         f"rank {self._server} is missing: nothing answers at {self._host}:{self._port} after "
-                        f"{self.timeout:g} s ({error.strerror or error})."
+                        f"{self.timeout:g} s ({getattr(error, 'strerror', None) or error or 'it hangs up'})."
                     ) from error
                 time.sleep(self._beat / 2)
+
+    def _greet(self, connection: socket.socket) -> None:
+        """Show the token, and see that the other side has it."""
+        connection.settimeout(SECONDS)
+        self._file = connection.makefile("rwb")
+        try:
+            enter(self._file, self._file, token(), self.rank)
+        except BaseException:
+            self._file.close()
+            connection.close()
+            raise
+        connection.settimeout(max(self.timeout, 10))
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._beat):
@@ -182,10 +208,10 @@ class Watch:
             count, phase, since = self._now
             waited = None if since is None else time.monotonic() - since
             try:
-                json.dump({"rank": self.rank, "count": count, "phase": phase, "waited": waited, **more}, self._file)
-                self._file.write("\n")
+                said = {"rank": self.rank, "count": count, "phase": phase, "waited": waited, **more}
+                self._file.write(json.dumps(said).encode() + b"\n")
                 self._file.flush()
-                return dict(json.loads(self._file.readline()))
+                return dict(json.loads(self._file.readline(LONGEST)))
             except (OSError, ValueError) as error:
                 raise OtherRankError(
                     f"rank {self._server} ended without a word, or cannot be reached any more at "

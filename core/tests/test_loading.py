@@ -220,7 +220,7 @@ def test_a_file_is_no_model_directory(tmp_path: Path) -> None:
 def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
 
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked[name] = allow_patterns
         return str(tmp_path)
 
@@ -231,7 +231,7 @@ def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_failed_download_says_why_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
         raise OSError("no route\nto host")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
@@ -244,7 +244,7 @@ def test_a_long_message_of_the_hub_ends_with_a_sentence(monkeypatch: pytest.Monk
     first = "An error happened while trying to locate the files on the Hub and we cannot find the appropriate snapshot"
     rest = " folder for the specified revision on the local disk. Please check your internet connection and try again."
 
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
         raise OSError(first + rest + " Otherwise," + " and so on" * 40 + ".")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from reliability.figures import record
 from sft_parallel_4d import board as board_module
+from sft_parallel_4d import door
 from sft_parallel_4d.board import Board
 
 
@@ -47,7 +49,7 @@ LINES = st.lists((SAID | values).map(as_json) | st.binary(max_size=40) | st.just
 
 def board_hears(lines: list[bytes]) -> None:
     """Whatever is said to it, the board can tell who is missing, and a rank is answered."""
-    board = Board(0, 2, timeout=60, beat=0.01)
+    board = Board("127.0.0.1", 0, 2, timeout=60, beat=0.01, key="token")
     try:
         board.handle_error = lambda *_: pytest.fail("a connection ended in a traceback")  # type: ignore[method-assign]
         for line in lines:
@@ -55,10 +57,19 @@ def board_hears(lines: list[bytes]) -> None:
                 strange.sendall(line + b"\n")
                 strange.shutdown(socket.SHUT_WR)
                 strange.recv(1 << 16)
+            with socket.create_connection(("127.0.0.1", board.server_address[1]), timeout=10) as known:
+                stream = known.makefile("rwb")
+                with contextlib.suppress(OSError, EOFError):  # once it is heard, it is connected for good
+                    door.enter(stream, stream, "token", 0)
+                    known.sendall(line + b"\n")
+                    known.shutdown(socket.SHUT_WR)
+                    known.recv(1 << 16)
         good = {"rank": 1, "count": [1, 0], "phase": "reading", "waited": None}
         with socket.create_connection(("127.0.0.1", board.server_address[1]), timeout=10) as rank:
+            stream = rank.makefile("rwb")
+            door.enter(stream, stream, "token", 1)
             rank.sendall(as_json(good) + b"\n")
-            answer = json.loads(rank.makefile().readline())
+            answer = json.loads(stream.readline())
             assert set(answer) == {"first", "absent"}
             text = board.missing()[1]
             assert text.isprintable()

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sft.distributed.parts import sum_over
     from sft.dry_runs import DryRun, dry_run
     from sft.fine_tune import run
+    from sft.hub_names import is_hub_name
     from sft.models.adapter_folder import read_adapter
     from sft.models.architecture import Architecture, Block, Experts, ModelShape, Norms
     from sft.models.attention import DefaultAttention
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from sft.models.recompute import recomputed
     from sft.models.rotary import Rotary
     from sft.models.shards import parse_size
-    from sft.models.source import is_hub_name
     from sft.models.sums import row_sums
     from sft.patterns import matches
     from sft.precision import Precision
@@ -85,7 +85,7 @@ _LAZY = {
     "Settings": "sft.settings.arguments",
     "array_of": "sft.arrays",
     "copy_onto": "sft.arrays",
-    "is_hub_name": "sft.models.source",
+    "is_hub_name": "sft.hub_names",
     "open_model": "sft.models.loading",
     "Precision": "sft.precision",
     "Run": "sft.context",

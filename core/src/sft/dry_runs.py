@@ -39,9 +39,9 @@ def dry_run(values: Mapping[str, Any], plugins: Iterable[type] = ()) -> DryRun:
     :class:`UsageError` as a run would; model_name_or_path alone must be set.
     """
     settings, active, without_effect = resolve(normalise(values), plugins)
-    name = settings.model.model_name_or_path
-    if not name:
+
+    if not settings.model.model_name_or_path:
         raise UsageError("model_name_or_path is not set; add --model_name_or_path VALUE.")
-    source = open_model(name, active, weights=False)
+    source = open_model(settings.model.place, active, weights=False)
     check_plugins(active)
     return DryRun(settings, active, source, listing(without_effect) if without_effect else "")

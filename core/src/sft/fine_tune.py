@@ -102,7 +102,7 @@ def _read(run: CoreRun) -> Checkpoint | None:
     train_files = find_files(dataset, "train") if settings.training.do_train else []
     dev_files = find_files(dataset, "dev")
     runtime.require_paddle()
-    source = open_model(str(settings.model.model_name_or_path), run.plugins, settings.model.allow_pickle, run)
+    source = open_model(settings.model.place, run.plugins, settings.model.allow_pickle, run)
     resumed = read_checkpoint(settings.training.resume_from_checkpoint, run.output_dir, run.progress)
     if resumed is not None:
         check_same_plugins(run, resumed)

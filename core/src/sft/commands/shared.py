@@ -20,7 +20,7 @@ MODEL = ("--model_name_or_path", "--model-name-or-path", "model")
 PLUGIN = ("--plugin", "plugins")
 
 
-OPENING = ("allow_pickle", "device", "bf16", "fp16", "fp16_opt_level", "require_precision")
+OPENING = ("model_revision", "allow_pickle", "device", "bf16", "fp16", "fp16_opt_level", "require_precision")
 """The settings that say how a model is opened and in which precision it computes, in a run too."""
 
 OPENING_HELP = {

@@ -72,7 +72,7 @@ def evaluate_finished(
 def _measure(run: CoreRun, files: list[Path], adapter: Path | None, generations: Path | None) -> dict[str, Any]:
     runtime.require_paddle()
     settings, plugins = run.settings, run.plugins
-    source = open_model(str(settings.model.model_name_or_path), plugins, settings.model.allow_pickle, run)
+    source = open_model(settings.model.place, plugins, settings.model.allow_pickle, run)
     run.resumes, run.step = False, 0
     run.tokenizer = tokenizer_of(source, settings, adapter)
     _, run.dev_data, run.samples, run.questions, _ = read_data(

@@ -40,7 +40,7 @@ def merge(
     given: dict[str, Any] = {"model_name_or_path": model, "allow_pickle": allow_pickle, "device": device}
     settings, plugins = settings_for(adapter, requested, given, USES)
     runtime.require_paddle()
-    source = open_model(model, plugins, allow_pickle)
+    source = open_model(settings.model.place, plugins, allow_pickle)
     if form is not None and form.layout == "paddle" and source.family.paddle_prefix is None:
         raise UsageError(
             f"{source.folder}: PaddleNLP's format is not known here of model_type {source.family.model_type!r}; leave "

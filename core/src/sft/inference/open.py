@@ -127,7 +127,7 @@ def load_for_inference(
 def _open(settings: Settings, plugins: Plugins, adapter: Path | None, say: Callable[[str], None]) -> Opened:
     runtime.require_paddle()
     model = settings.model
-    source = open_model(str(model.model_name_or_path), plugins, model.allow_pickle)
+    source = open_model(model.place, plugins, model.allow_pickle)
     tokenizer = tokenizer_of(source, settings, adapter)
     say(runtime.prepare())
     with Progress(say) as progress:

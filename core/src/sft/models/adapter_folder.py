@@ -22,6 +22,7 @@ from sft.models.families.known import FAMILIES
 from sft.models.fingerprint import fingerprint, has_fingerprint
 from sft.models.loading import ModelSource, open_model
 from sft.models.reals import check_reals
+from sft.models.source import check_links
 from sft.plugins.requests import requests
 from sft.seams import AdapterFiles
 from sft.small_files import read_object, why
@@ -50,6 +51,8 @@ CONFIG = "sft.config"
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """``adapter_config.json`` of an adapter folder; :class:`UsageError` if there is none, or it is not an adapter's."""
     path = folder / "adapter_config.json"
+    if folder.is_dir():
+        check_links(folder)
     if not path.is_file():
         raise UsageError(f"{folder} holds no adapter (no adapter_config.json); give the folder that a run wrote.")
     values = read_object(path, "copy the adapter again")

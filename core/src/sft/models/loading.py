@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sft.distributed.parts import copy_marks, is_elsewhere, part_of, whole_shape
 from sft.distributed.whole import Stored, WholeModel
 from sft.errors import PluginError, UsageError
+from sft.hub_names import commit_of, is_hub_name
 from sft.models.architecture import Architecture, ModelShape
 from sft.models.config import OF_THE_WEIGHTS, read_config, with_one_spelling
 from sft.models.families.family import Family, LanguageModel
@@ -104,7 +105,8 @@ def open_model(
     architecture = family.architecture(values, folder)
     place = ModelFolder(folder)
     if weights:
-        place = find_model(name, allow_pickle)
+        # Of the hub, the state whose config has been read: somebody may have written to it since.
+        place = find_model(commit_of(folder) or name if is_hub_name(name) else name, allow_pickle)
         weight_files(place)
     generation = place.path / "generation_config.json"
     kept = read_bytes(generation) if is_there(generation) else None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
 from sft.foreign_text import quoted, shown
+from sft.hub_names import in_cache, is_hub_name, split
 from sft.models.families.family import Family
 from sft.models.reals import check_finite, check_reals, check_type, with_bfloat16
 from sft.models.safe_file import SafeFile, replaced, state_of
@@ -28,6 +29,8 @@ _UNSAFE = (
     *("model_state.pdparams.index.json", "model_state.pdparams"),
     *("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
+_READ = (".json", ".jinja", ".txt", ".model", ".safetensors", *PICKLED)
+"""What is read of a model's folder ends so."""
 _PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 
 
@@ -43,12 +46,14 @@ class ModelFolder:
 
 
 def find_model(name_or_path: str, allow_pickle: bool = False) -> ModelFolder:
-    """The local directory of a model; a hub name (``owner/name``) is downloaded with ``huggingface_hub``.
+    """The local directory of a model; a hub name (``owner/name``, or ``owner/name@revision``) is downloaded with
+    ``huggingface_hub``.
 
     ``name_or_path`` may also be a weight file in such a directory, or an index of weight files.
     """
     path = Path(name_or_path).expanduser()
     if path.is_file() and path.name.endswith((".safetensors", *PICKLED, _INDEX)):
+        check_links(path.parent)
         return ModelFolder(path.parent, path.name, allow_pickle)
     patterns = [*_PATTERNS, *(f"*{suffix}" for suffix in PICKLED if allow_pickle)]
     return ModelFolder(_find(name_or_path, patterns), None, allow_pickle)
@@ -65,30 +70,53 @@ def find_config(name_or_path: str) -> Path:
     return find_model(name_or_path).path if path.is_file() else _find(name_or_path, ["config.json"])
 
 
-def is_hub_name(name_or_path: str) -> bool:
-    """Whether a model is named that is not here, so that reading anything of it may take a download."""
-    path = Path(name_or_path).expanduser()
-    looks_like_path = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1
-    return not looks_like_path and not path.exists()
-
-
 def _find(name_or_path: str, patterns: list[str]) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
+        check_links(path)
         return path
     if not is_hub_name(name_or_path):
         kind = "is not a directory" if path.exists() else "does not exist"
-        raise UsageError(f"Model {name_or_path} {kind}; give model_name_or_path a model directory or a hub name.")
+        raise UsageError(
+            f"Model {shown(name_or_path)} {kind}; give model_name_or_path a model directory or a hub name."
+        )
     from huggingface_hub import snapshot_download
 
+    name, revision = split(name_or_path)
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=patterns))
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
         cause = _first_sentences(error)
         raise UsageError(
             f"Model {name_or_path} is not a directory here and could not be downloaded from the hub ({cause}); "
             "check the name and the connection, or give a local directory."
         ) from error
+    check_links(found)
+    return found
+
+
+def check_links(folder: Path) -> None:
+    """Refuse links in the folder of a model, a tokenizer or an adapter that lead out of it: such a folder comes from
+    somebody, who has no say in what else is opened on this machine, or copied into results.
+
+    The hub's cache holds files once, and links to them; these are what they seem. Raises :class:`UsageError`.
+    """
+    home = in_cache(folder.resolve())
+    within = home[0] if home is not None else folder.resolve()
+    try:
+        paths = list(folder.iterdir())
+    except OSError:  # whoever reads a file of it says what is wrong
+        return
+    for path in paths:
+        if not path.is_symlink() or not path.name.endswith(_READ):
+            continue
+        target = path.resolve()
+        is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+        if not target.is_relative_to(within) and not is_blob:
+            raise UsageError(
+                f"{shown(path)} is a link that leads out of its folder, to {shown(target)}; copy the file there if you "
+                "trust it, or give the folder where it lies."
+            )
 
 
 def _first_sentences(error: Exception) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from sft.errors import UsageError
 from sft.foreign_text import listed, shown, without_secrets
+from sft.hub_names import is_hub_name, is_revision, split
 from sft.options import Option, convert, option, options_of
 from sft.plugins.discovery import import_plugin
 from sft.plugins.registry import Plugins
@@ -33,12 +34,42 @@ class ModelArguments:
         "model directory (Hugging Face or Paddle layout), a weight file in one, or hub name; required",
         is_path=True,
     )
+    model_revision: str | None = option(
+        None, "branch, tag or commit of a model of the hub, as in owner/name@revision; unset: main"
+    )
     allow_pickle: bool = option(
         False, "read weights that are pickled (.pdparams, .bin) too: the tensors in them, and nothing is run"
     )
     tokenizer_name_or_path: str | None = option(
-        None, "tokenizer directory or hub name; unset: the model's own", is_path=True
+        None, "tokenizer directory or hub name (owner/name@revision too); unset: the model's own", is_path=True
     )
+
+    def __post_init__(self) -> None:
+        """A revision in the name is the setting, too: what names the base of an adapter has none."""
+        name, revision = split(self.model_name_or_path or "")
+        if revision is not None:
+            if self.model_revision not in (None, revision):
+                raise UsageError(
+                    f"model_name_or_path says revision {revision}, and model_revision {self.model_revision}; leave one "
+                    "of them out."
+                )
+            self.model_name_or_path, self.model_revision = name, revision
+        if self.model_revision is not None and not is_revision(self.model_revision):
+            raise UsageError(
+                f"model_revision: expected a branch, a tag or a commit, got {shown(repr(self.model_revision))}."
+            )
+
+    @property
+    def place(self) -> str:
+        """What to open: ``model_name_or_path`` with its revision. Raises :class:`UsageError` where it has none."""
+        name = str(self.model_name_or_path)
+        if self.model_revision is None:
+            return name
+        if not is_hub_name(name):
+            raise UsageError(
+                f"model_revision does nothing for {shown(name)}, which is no name on the hub; leave it out."
+            )
+        return f"{name}@{self.model_revision}"
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ from sft.errors import SftError
 from sft.files import read_report, write_json
 from sft.folder_lock import is_used
 from sft.foreign_text import shown
+from sft.hub_names import commit_of
 from sft.plugins.discovery import dependencies
 
 PACKAGES = ("sft-core", "paddlepaddle", "paddlepaddle-gpu", "numpy", "tokenizers")
@@ -29,9 +30,11 @@ def describe(run: CoreRun) -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             continue
+    places = {"model": run.source.folder, "tokenizer": run.tokenizer.folder}
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "settings": run.settings.written(),
+        "hub": {what: found for what, folder in places.items() if (found := commit_of(folder)) is not None},
         "plugins": {name: run.plugins.origin(name) for name in run.plugins.names},
         "packages": packages,
         "machine": runtime.machine(),

@@ -11,7 +11,6 @@ import json
 import re
 import threading
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 from sft.data.templates import Marks, Source, Written, WrittenText
@@ -24,10 +23,13 @@ _PRIVATE = range(0xE000, 0xF8FF)
 """Code points without a meaning, of which two that no message holds mark the blocks while a text is rendered."""
 
 
-class _Edges(threading.local):
-    """What marks blocks in the text that is being rendered: a stream is encoded while the model trains, by a thread."""
+class _OfThread(threading.local):
+    """What a thread has for itself: a stream is encoded while the model trains, by a thread."""
 
-    now = ("", "")
+    edges = ("", "")
+    """What marks blocks in the text that is being rendered."""
+    environment: Any = None
+    template: Any = None
 
 
 class JinjaTemplate:
@@ -40,7 +42,7 @@ class JinjaTemplate:
         self.marks = marks
         self._source = source.text
         self._now = now
-        self._edges = _Edges()
+        self._mine = _OfThread()
         self._has_blocks = bool(_GENERATION.search(source.text))
 
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
@@ -115,10 +117,10 @@ class JinjaTemplate:
 
     def _render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the ranges of characters that come from generation blocks."""
-        template = self._template
+        environment, template = self._compiled()
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         if self._has_blocks:
-            self._edges.now = _unused_characters([turn.content for turn in turns])
+            self._mine.edges = _unused_characters([turn.content for turn in turns])
         variables = {
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
@@ -127,39 +129,37 @@ class JinjaTemplate:
             **self.marks.special,
         }
         try:
-            text = self._environment.written(template, [turn.content for turn in turns], variables)
+            text = environment.written(template, [turn.content for turn in turns], variables)
         except Exception as error:
             cause = " ".join(str(error).split()).rstrip(".")
             raise UsageError(
                 f"The chat template of {self.place} cannot write a conversation of {_roles(turns)}: {cause}."
             ) from error
-        return _without_edges(text, *self._edges.now) if self._has_blocks else (text, [])
+        return _without_edges(text, *self._mine.edges) if self._has_blocks else (text, [])
 
-    @cached_property
-    def _environment(self) -> Any:
-        from jinja2.ext import loopcontrols
+    def _compiled(self) -> tuple[Any, Any]:
+        """The sandbox of this thread, and the template in it."""
+        if self._mine.template is None:
+            from jinja2.ext import loopcontrols
 
-        from sft.data.sandbox import Sandbox
+            from sft.data.sandbox import Sandbox
 
-        environment = Sandbox(extensions=[loopcontrols, _generation_extension(self)])
-        environment.limit_filter("tojson", _tojson)
-        environment.globals["strftime_now"] = self._now.strftime
-        return environment
-
-    @cached_property
-    def _template(self) -> Any:
-        try:
-            template = self._environment.compiled(self._source)
-        except Exception as error:
-            raise UsageError(
-                f"The chat template of {self.place} is not valid Jinja ({error}); give chat_template another file."
-            ) from error
-        template.globals = dict(template.globals)  # a chain of dictionaries is slow to copy, once for each text
-        return template
+            environment = Sandbox(extensions=[loopcontrols, _generation_extension(self)])
+            environment.limit_filter("tojson", _tojson)
+            environment.globals["strftime_now"] = self._now.strftime
+            try:
+                template = environment.compiled(self._source)
+            except Exception as error:
+                raise UsageError(
+                    f"The chat template of {self.place} is not valid Jinja ({error}); give chat_template another file."
+                ) from error
+            template.globals = dict(template.globals)  # a chain of dictionaries is slow to copy, once for each text
+            self._mine.environment, self._mine.template = environment, template
+        return self._mine.environment, self._mine.template
 
     def between_edges(self, text: str) -> str:
         """What stands for a generation block in the text that Jinja makes."""
-        opening, closing = self._edges.now
+        opening, closing = self._mine.edges
         return opening + text + closing
 
 

@@ -9,9 +9,9 @@ make or look through is counted before it is done: a budget is the same on every
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView
-from functools import wraps
+from functools import reduce, wraps
+from types import BuiltinMethodType, MethodType
 from typing import Any, cast
 
 from jinja2 import TemplateError, TemplateRuntimeError, nodes, pass_context, pass_eval_context
@@ -37,6 +37,8 @@ NUMBER = 100_000
 """The largest number that says how often or how wide."""
 BITS = 1 << 14
 """Bits of the largest whole number that is computed with."""
+OPERATION = 64
+"""Characters that an output or a sum counts for beside its own, so that it is no step too."""
 CELL = 16
 """Characters that a place in a list, which holds something that is there already, counts for."""
 
@@ -49,35 +51,30 @@ _QUICK = frozenset(("length", "count", "first", "last", "default", "d", "random"
 """Filters that look at no more of a value than its beginning or end."""
 _COMPARING = ("eq", "==", "equalto", "ne", "!=", "lt", "<", "lessthan", "le", "<=", "gt", ">", "greaterthan", "ge")
 _TESTS = (*_COMPARING, ">=", "in")
+_PLAIN = frozenset(("strip", "lstrip", "rstrip", "split", "startswith", "endswith", "lower", "upper", "find"))
+"""Methods of texts that make no more than the text is."""
 _NUMBERED = frozenset(("batch", "slice", "center", "indent", "truncate"))
 """Filters whose arguments say how often or how wide."""
 _ROWS: Any = (list, tuple, set, frozenset, range, MappingView)
-_REFUSED = {str: ("encode", "translate"), int: ("to_bytes", "from_bytes")}
-"""Methods that no template needs: without them there are no bytes, and no quadratic codecs."""
+_REFUSED = frozenset(("encode", "translate", "to_bytes", "from_bytes"))
+"""Methods of texts and numbers that no template needs: without them there are no bytes, and no quadratic codecs."""
 
 
 class LimitError(TemplateRuntimeError):
     """A template takes more than a text is worth; the message says what, as the end of a sentence."""
 
 
-class _Budget(threading.local):
-    """What is left for the text that this thread writes."""
-
-    steps = STEPS
-    made = MADE
-
-
 class Sandbox(ImmutableSandboxedEnvironment):
     """A Jinja environment in which a template reaches nothing but what it is given, can ``raise_exception``, and ends.
 
-    Compile with :meth:`compiled`, render with :meth:`written`. It may be used by several threads.
+    Compile with :meth:`compiled`, render with :meth:`written`. It is for one thread.
     """
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "**", "%"))
 
     def __init__(self, **options: Any) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, **options)
-        self._left = _Budget()
+        self._steps, self._made = STEPS, MADE
         self.finalize = self._put_out
         del self.globals["lipsum"]
         self.globals["namespace"] = _Namespace
@@ -95,6 +92,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             " weighed": self._weighed,
             " slice": self._slice,
             " joined": self._joined,
+            " summed": self._summed,
         }
 
     def limit_filter(self, name: str, function: Callable[..., Any]) -> None:
@@ -105,7 +103,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """The template with the text ``source``. Raises what Jinja raises, and :class:`LimitError`."""
         if len(source) > SOURCE:
             raise LimitError(f"it has {len(source):,} characters, and {SOURCE:,} are the limit")
-        self._left.steps, self._left.made = STEPS, MADE  # constants are computed beforehand
+        self._steps, self._made = STEPS, MADE  # constants are computed beforehand
         try:
             return self.from_string(source)
         except (RecursionError, MemoryError) as error:
@@ -118,8 +116,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for text in texts:
             turns += 1
             length += len(text)
-        self._left.steps = STEPS + STEPS_PER_TURN * turns + length // CELL
-        self._left.made = MADE + MADE_PER_CHARACTER * length
+        self._steps = STEPS + STEPS_PER_TURN * turns + length // CELL
+        self._made = MADE + MADE_PER_CHARACTER * length
         try:
             text = template.render(variables)
         except RecursionError as error:
@@ -131,18 +129,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
     # --- the budget -----------------------------------------------------------------------------------------
 
     def _step(self, count: int = 1) -> None:
-        left = self._left
-        left.steps -= count
-        if left.steps < 0:
+        self._steps -= count
+        if self._steps < 0:
             raise LimitError("it takes more steps than a conversation can need")
 
     def _make(self, characters: int) -> None:
         """So many characters are about to be made."""
-        left = self._left
-        left.made -= characters
-        if left.made < 0:
+        self._made -= characters + OPERATION
+        if self._made < 0:
             raise LimitError("it makes texts or lists without measure")
-        self._step(1 + (characters >> 12))
 
     def _weigh(self, value: Any) -> int:
         """Characters and places in ``value``, which is about to be looked through, all that is in it included: a list
@@ -186,21 +181,24 @@ class Sandbox(ImmutableSandboxedEnvironment):
     # --- what a template does -------------------------------------------------------------------------------
 
     def _put_out(self, value: Any) -> Any:
-        self._make(len(value) if type(value) is str else self._weigh(value))
+        self._made -= OPERATION + (len(value) if type(value) is str else self._weigh(value))
+        if self._made < 0:
+            raise LimitError("it makes texts or lists without measure")
         return value
 
     @pass_context
     def _begun(self, context: Any, nothing: None, characters: int, steps: int) -> None:
         """A body that may run again begins, of so many characters of text and ``steps`` that are not counted singly."""
-        self._make(characters)
-        self._step(steps)
+        self._made -= characters
+        self._steps -= steps
+        if self._made < 0 or self._steps < 0:
+            raise LimitError("it takes more steps than a conversation can need")
 
     @pass_context
     def _turns(self, context: Any, values: Iterable[Any]) -> Iterator[Any]:
-        left = self._left
         for value in values:
-            left.steps -= 1
-            if left.steps < 0:
+            self._steps -= 1
+            if self._steps < 0:
                 raise LimitError("it takes more steps than a conversation can need")
             yield value
 
@@ -213,15 +211,24 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._make(sum(self._weigh(value) for value in values))
         return str(markup_join(values) if eval_ctx.autoescape else str_join(values))
 
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        if type(argument) is tuple:
-            self._weigh(argument)
-        return super().getitem(obj, argument)
+    def _summed(self, values: list[Any]) -> Any:
+        """All of ``values``, with + between them."""
+        made = OPERATION
+        for value in values:
+            if type(value) is not str:
+                break
+            made += len(value)
+        else:
+            self._made -= made
+            if self._made < 0:
+                raise LimitError("it makes texts or lists without measure")
+            return "".join(values)
+        return reduce(lambda left, right: self.call_binop(None, "+", left, right), values)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return super().is_safe_attribute(obj, attr, value) and not any(
-            attr in names for kind, names in _REFUSED.items() if isinstance(obj, kind)
-        )
+        if attr in _REFUSED and isinstance(obj, (str, int)):
+            return False
+        return super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self._step()
@@ -247,7 +254,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return super().call(context, obj, *(self._turns(context, values) for values in args), **kwargs)
         owner = getattr(obj, "__self__", None)
         if isinstance(owner, str):
-            args = self._method(owner, obj.__name__, *args)
+            if obj.__name__ in _PLAIN:
+                self._step(len(owner) >> 10)
+            else:
+                args = self._method(owner, obj.__name__, *args)
         elif owner is not None or isinstance(obj, type):
             for value in (*args, *kwargs.values()):
                 if type(value) is not str:
@@ -273,9 +283,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """``str.format``, which Jinja's sandbox has in its own way; here its widths are held within limits too."""
-        if super().wrap_str_format(value) is None:
+        if not isinstance(value, (BuiltinMethodType, MethodType)) or super().wrap_str_format(value) is None:
             return None
-        text = value.__self__
+        text: Any = value.__self__
         formatter = _EscapeFormatter(self, escape=text.escape) if isinstance(text, Markup) else _Formatter(self)
         mapped = value.__name__ == "format_map"
 
@@ -314,9 +324,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
         first = 1 if hasattr(function, "jinja_pass_arg") else 0
         bound = getattr(self, f"_room_{name}", None)
 
+        is_plain = bound is None and name not in _LAZY
+
         @wraps(function)
         def filtered(*args: Any, **kwargs: Any) -> Any:
             self._step()
+            if is_plain and len(args) == first + 1 and type(args[first]) is str and not kwargs:
+                self._make(self._weigh(args[first]))
+                return self._result(function(*args))
             given = list(args)
             if len(given) > first and name in _LAZY:
                 given[first] = self._turns(None, given[first]) if given[first] else given[first]

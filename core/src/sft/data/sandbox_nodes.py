@@ -38,6 +38,8 @@ class Counting(NodeTransformer):
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         if not isinstance(node.arg, nodes.Slice):
+            if not isinstance(node.arg, nodes.Const):
+                node.arg = _filter(node.arg, " weighed")
             return node
         parts = [part or nodes.Const(None) for part in (node.arg.start, node.arg.stop, node.arg.step)]
         return _filter(node.node, " slice", parts)
@@ -45,6 +47,14 @@ class Counting(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         return _filter(nodes.List(node.nodes, lineno=node.lineno), " joined")
+
+    def visit_Add(self, node: nodes.Add) -> nodes.Node:  # noqa: N802
+        """A sum of many is one operation: the texts of most templates are such sums."""
+        self.generic_visit(node)
+        if isinstance(node.left, nodes.Filter) and node.left.name == " summed":
+            node.left.node.items.append(node.right)  # type: ignore[union-attr]
+            return node.left
+        return _filter(nodes.List([node.left, node.right], lineno=node.lineno), " summed")
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
         """What is compared with a constant is looked at no deeper than that, unless it is searched."""

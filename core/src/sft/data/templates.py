@@ -7,6 +7,7 @@ them are learned. ``jinja_template.py`` has the usual kind; here are PaddleNLP's
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -220,6 +221,16 @@ class Plain:
         return "".join(self.prompt(turns))
 
 
+class _OfThread(threading.local):
+    """The sandbox of a thread, and the parts of a template in it."""
+
+    def __init__(self) -> None:
+        from sft.data.sandbox import Sandbox
+
+        self.environment = Sandbox(keep_trailing_newline=True)
+        self.compiled: dict[str, Any] = {}
+
+
 class Pairs:
     """PaddleNLP's ``chat_template.json``: a system text, then a text for each question and one for its answer.
 
@@ -233,7 +244,7 @@ class Pairs:
         self.place = source.place
         self.marks = marks
         self._values = json.loads(source.text)
-        self._compiled: dict[str, Any] = {}
+        self._mine = _OfThread()
 
     def training(self, turns: Sequence[Turn]) -> Written:
         last = max(index for index, turn in enumerate(turns) if turn.trains)
@@ -296,10 +307,11 @@ class Pairs:
 
     def _write(self, part: str, **values: Any) -> str:
         try:
-            if part not in self._compiled:
-                self._compiled[part] = self._environment.compiled(part)
+            mine = self._mine
+            if part not in mine.compiled:
+                mine.compiled[part] = mine.environment.compiled(part)
             texts = [value for value in values.values() if isinstance(value, str)]
-            return str(self._environment.written(self._compiled[part], texts, values))
+            return str(mine.environment.written(mine.compiled[part], texts, values))
         except Exception as error:
             raise self._unusable(error) from error
 
@@ -309,15 +321,9 @@ class Pairs:
 
         parts = [self._values.get("system") or "", *self._values["conversation"]]
         try:
-            return {name for part in parts for name in find_undeclared_variables(self._environment.parse(part))}
+            return {name for part in parts for name in find_undeclared_variables(self._mine.environment.parse(part))}
         except Exception as error:
             raise self._unusable(error) from error
-
-    @cached_property
-    def _environment(self) -> Any:
-        from sft.data.sandbox import Sandbox
-
-        return Sandbox(keep_trailing_newline=True)
 
     def _unusable(self, error: Exception) -> UsageError:
         return UsageError(f"Chat template {self.place} cannot be used ({' '.join(str(error).split())}).")

@@ -86,7 +86,12 @@ def attempt(target: Target, folder: Path, made_up: Any) -> None:
 # --- how input is made up -----------------------------------------------------------------------------------
 
 words = st.text(max_size=20) | st.sampled_from(["", "auto", "none", "~x", "a\0b", "\ud800", "\x1b[31m", "../x", "/"])
-numbers = st.integers() | st.floats() | st.sampled_from([0, -1, 2**31, 2**63, 10**30, 10**400, 1e308, 1e-320])
+# paddle makes subnormal numbers 0 in its process, and hypothesis does not draw what is not there.
+numbers = (
+    st.integers()
+    | st.floats(allow_subnormal=False)
+    | st.sampled_from([0, -1, 2**31, 2**63, 10**30, 10**400, 1e308, 1e-320])
+)
 scalars = st.none() | st.booleans() | numbers | words
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4), max_leaves=8
@@ -406,7 +411,7 @@ TARGETS: dict[str, Target] = {
         mutated(b'{"seed": 1, "plugin": ["lora"], "lora_rank": 4}'), read_settings("s.json")
     ),
     "settings, YAML": Target(mutated(_YAML), read_settings("s.yaml")),
-    "the command line": Target(_arguments(), typed),
+    "the command line": Target(_arguments(), typed, kept=(["\n"],)),
     "config.json": Target(
         objects(_CONFIG_KEYS, numbers | _ROPE | values).flatmap(
             lambda found: st.sampled_from(_families()).map(lambda family: {**found, "model_type": family})

@@ -25,7 +25,7 @@ def check_plain(path: Path, what: str = "", cure: str = "copy it again") -> int:
     except (OSError, ValueError) as error:
         raise UsageError(f"{what}{shown(path)} cannot be read ({why(error)}); {cure}.") from error
     if not path.is_file():
-        raise UsageError(f"{what}{path} is no file that can be read, but {_kind(path)}; {cure}.")
+        raise UsageError(f"{what}{shown(path)} is no file that can be read, but {_kind(path)}; {cure}.")
     return size
 
 
@@ -44,11 +44,11 @@ def read_bytes(path: Path, what: str = "", cure: str = "copy it again") -> bytes
     """All of a file; :class:`UsageError` where that cannot be."""
     size = check_plain(path, what, cure)
     if size > LARGEST:
-        raise UsageError(f"{what}{path} has {size:,} bytes, and at most {LARGEST:,} are read; {cure}.")
+        raise UsageError(f"{what}{shown(path)} has {size:,} bytes, and at most {LARGEST:,} are read; {cure}.")
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UsageError(f"{what}{path} cannot be read ({why(error)}); {cure}.") from error
+        raise UsageError(f"{what}{shown(path)} cannot be read ({why(error)}); {cure}.") from error
 
 
 def read_text(path: Path, what: str = "", cure: str = "copy it again") -> str:
@@ -56,7 +56,7 @@ def read_text(path: Path, what: str = "", cure: str = "copy it again") -> str:
     try:
         return read_bytes(path, what, cure).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{what}{path} is not UTF-8 text ({error.reason}); convert it.") from error
+        raise UsageError(f"{what}{shown(path)} is not UTF-8 text ({error.reason}); convert it.") from error
 
 
 def read_json(path: Path, what: str = "", cure: str = "correct or replace it") -> Any:
@@ -65,14 +65,14 @@ def read_json(path: Path, what: str = "", cure: str = "correct or replace it") -
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{what}{path} is not valid JSON ({why(error)}); {cure}.") from error
+        raise UsageError(f"{what}{shown(path)} is not valid JSON ({why(error)}); {cure}.") from error
 
 
 def read_object(path: Path, cure: str = "correct or replace it") -> dict[str, Any]:
     """The JSON object that ``path`` holds; :class:`UsageError`, with the ``cure``, where it holds none."""
     value = read_json(path, "", cure)
     if not isinstance(value, dict):
-        raise UsageError(f"{path} must hold one JSON object, and holds a {type(value).__name__}; {cure}.")
+        raise UsageError(f"{shown(path)} must hold one JSON object, and holds a {type(value).__name__}; {cure}.")
     return value
 
 

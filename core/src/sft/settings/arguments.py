@@ -246,15 +246,17 @@ def core_options() -> dict[str, Option]:
 def read_file(path: Path) -> dict[str, Any]:
     """A flat settings file: JSON (``.json``) or YAML (``.yaml``, ``.yml``)."""
     if path.suffix not in (".json", ".yaml", ".yml"):
-        raise UsageError(f"Settings file {path} is neither .json nor .yaml; rename it after what it holds.")
+        raise UsageError(f"Settings file {shown(path)} is neither .json nor .yaml; rename it after what it holds.")
     text = read_text(path, "Settings file ", "give the path of a JSON or YAML file")
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
         values = json.loads(text, object_pairs_hook=_unique) if kind == "JSON" else _of_yaml(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"Settings file {path} is not valid {kind} ({why(error)}); correct it there.") from error
+        raise UsageError(
+            f"Settings file {shown(path)} is not valid {kind} ({why(error)}); correct it there."
+        ) from error
     if not isinstance(values, dict):
-        raise UsageError(f"Settings file {path} must hold one object of names and values.")
+        raise UsageError(f"Settings file {shown(path)} must hold one object of names and values.")
     return values
 
 

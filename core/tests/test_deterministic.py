@@ -13,6 +13,7 @@ import pytest
 
 import sft
 from sft import deterministic
+from sft.files import read_report
 from sft.training.manifest import write_manifest
 
 
@@ -99,8 +100,9 @@ def test_what_does_not_repeat_is_named(train: Callable[..., Any]) -> None:
     train("unchecked", (Plugin,), max_steps=1)
 
 
-def test_a_checkpoint_of_another_arithmetic_is_refused(train: Callable[..., Any], tmp_path: Path) -> None:
-    settings = {"save_strategy": "steps", "save_steps": 1, "deterministic": True}
+def test_strict_refuses_a_checkpoint_of_another_arithmetic(train: Callable[..., Any], tmp_path: Path) -> None:
+    """Otherwise a line says so, and run.json, and the checkpoints that come of it."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "deterministic": "strict"}
     train("first", max_steps=1, **settings)
     path = tmp_path / "first" / "checkpoint-1" / "trainer" / "state.json"
     state = json.loads(path.read_text())
@@ -108,6 +110,58 @@ def test_a_checkpoint_of_another_arithmetic_is_refused(train: Callable[..., Any]
     path.write_text(json.dumps(state))
     write_manifest(path.parents[1])
     resumed = {"max_steps": 2, "resume_from_checkpoint": str(tmp_path / "first" / "checkpoint-1")}
-    with pytest.raises(sft.UsageError, match=r"^deterministic: .* another arithmetic, threads 77 \(now \d+\); resume"):
-        train("second", **settings, **resumed)
-    train("third", **{**settings, "deterministic": False}, **resumed)
+    refusal = (
+        r"^deterministic strict: checkpoint-1 was computed with another arithmetic, threads 77 \(now \d+\); compute"
+    )
+    for measures in ({}, {"do_train": False}):
+        with pytest.raises(sft.UsageError, match=refusal):
+            train("second", **settings, **resumed, **measures)
+    assert not (tmp_path / "second").exists()
+    said: list[str] = []
+    train("third", say=said.append, **{**settings, "deterministic": True}, **resumed)
+    (note,) = [line for line in said if "another arithmetic" in line]
+    assert note.startswith("note: checkpoint-1 was computed with another arithmetic, threads 77 (now ")
+    (found,) = read_report(tmp_path / "third")["other_arithmetic"]
+    assert (found["step"], found["from"]) == (1, "checkpoint-1")
+    assert found["differences"].startswith("threads 77 (now ")
+    later = {"max_steps": 3, "resume_from_checkpoint": "auto"}
+    train("third", **{**settings, "deterministic": True}, **later)
+    assert read_report(tmp_path / "third")["other_arithmetic"] == [found]
+
+
+def test_a_run_that_is_repeated_is_held_against_what_it_replaces(train: Callable[..., Any], tmp_path: Path) -> None:
+    train("out", max_steps=1)
+    path = tmp_path / "out" / "run.json"
+    report = json.loads(path.read_text())
+    assert "other_arithmetic" not in report
+    changed = {**report, "arithmetic": {**report["arithmetic"], "cores": 5000, "processes_differ": True}}
+    path.write_text(json.dumps(changed))
+    again = {"overwrite_output_dir": True, "max_steps": 1}
+    with pytest.raises(sft.UsageError, match=r"^deterministic strict: the run that .* holds was .* cores 5000 \(now"):
+        train("out", deterministic="strict", **again)
+    assert json.loads(path.read_text()) == changed
+    said: list[str] = []
+    train("out", say=said.append, learning_rate=1e-4, **again)  # another run, which repeats nothing
+    assert not [line for line in said if "another arithmetic" in line]
+    path.write_text(json.dumps(changed))
+    train("out", say=said.append, **again)
+    assert len([line for line in said if "another arithmetic" in line]) == 1
+    assert json.loads(path.read_text())["other_arithmetic"][0]["step"] == 0
+
+
+def test_processes_of_unlike_machines_are_noticed(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process has a greater digest."""
+    from sft.training.strategy import SingleProcess
+
+    monkeypatch.setattr("sft.arithmetic.digest", lambda found: 65_000)
+    monkeypatch.setattr(SingleProcess, "largest", lambda self, value: 65_001 if value == 65_000 else value)
+    said: list[str] = []
+    train("out", say=said.append, max_steps=1)
+    assert any("the processes of this run have different processors" in line for line in said)
+    with pytest.raises(sft.UsageError, match="the processes of this run have different processors"):
+        train("other", max_steps=1, deterministic="strict")
+
+
+def test_strict_is_one_of_three_words(train: Callable[..., Any]) -> None:
+    with pytest.raises(sft.UsageError, match="deterministic: expected one of true, false, strict, got 'exact'"):
+        train("out", deterministic="exact")

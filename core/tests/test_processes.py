@@ -13,6 +13,7 @@ import pytest
 from timeless import timeless
 
 import sft
+from sft.data.bad_records import Place
 from sft.data.encoding import Encoded, encode
 from sft.data.formats import Conversation
 from sft.data.processes import PAYS_OFF, Encoders, processes_for
@@ -57,7 +58,7 @@ def conversations(wrong: int | None = None, unread: int | None = None) -> Iterat
             turns += [Turn("user", "and then?"), Turn("assistant", "nothing " * (number % 30), trains=True)]
         if number == wrong:
             turns = [Turn("assistant", "a", trains=True), Turn("nobody", "b"), Turn("assistant", "c", trains=True)]
-        yield Conversation(turns, f"train.json, line {number}")
+        yield Conversation(turns, Place(Path("train.json"), number))
 
 
 def check_same(one: Encoded, other: Encoded) -> None:

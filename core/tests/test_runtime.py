@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import sft
-from sft import runtime
+from sft import arithmetic, runtime
 from sft.training.manifest import write_manifest
 
 INTEL, AMD = "GenuineIntel", "AuthenticAMD"
@@ -238,7 +238,7 @@ def test_trap_paddle_imported_first_computes_the_same_bits(base_model: Path, dat
     if runtime.cpu_info()["vendor"] == AMD:
         assert product[1][0].startswith(imported[1][0] + "; but paddle has computed before")
         assert "begin the program with import sft; sft.prepare()" in product[1][0]
-        assert runtime.differences(reports[0], reports[2]) == "mkl_path 5 (now 0)"
+        assert arithmetic.differences(reports[0], reports[2]) == "mkl_path 5 (now 0)"
     else:
         assert product == imported
         assert reports[2] == reports[0]
@@ -353,7 +353,8 @@ def test_the_peak_is_that_of_the_process_alone(paddle: Any) -> None:
 
 def test_the_machine_is_described(paddle: Any) -> None:
     found = runtime.machine()
-    assert set(found) == {"system", "python", "cpu", "cores", "device", "threads", "stride_kernels"}
+    assert set(found) == {"system", "python", "cpu", "cores", "device", "threads", "runtime", "stride_kernels"}
+    assert found["runtime"] == runtime.prepare()
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["device"] == paddle.device.get_device()
     assert found["cores"] == runtime.physical_cores()
@@ -410,7 +411,8 @@ def test_one_thread_that_was_asked_for_in_python_is_said_to_be_taken_for_paddles
     """Imported paddle sets the same value where nobody has set any, so the two cannot be told apart."""
     script = (
         "import os\nos.environ['OMP_NUM_THREADS'] = '1'\nimport paddle\nfrom sft import runtime\n"
-        "runtime.physical_cores = lambda: 3\nprint(runtime.prepare())\nprint(runtime.arithmetic()['OMP_THREAD_LIMIT'])"
+        "runtime.physical_cores = lambda: 3\nprint(runtime.prepare())\n"
+        "from sft import arithmetic\nprint(arithmetic.in_effect()['OMP_THREAD_LIMIT'])"
     )
     environ = {name: value for name, value in os.environ.items() if name not in runtime.VARIABLES}
     environ["OMP_THREAD_LIMIT"] = "2"

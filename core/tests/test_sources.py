@@ -145,7 +145,7 @@ def test_several_files_are_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "2.jsonl").write_text('[{"a": 3}]')
     found = list(read([tmp_path / "1.json", tmp_path / "2.jsonl"]))
     assert [record.value["a"] for record in found] == [1, 2, 3]
-    assert found[1].place == f"{tmp_path / '1.json'}, line 2"
+    assert str(found[1].place) == f"{tmp_path / '1.json'}, line 2"
 
 
 def test_reading_is_lazy(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_record_of_an_array_is_named_by_its_number(tmp_path: Path, separator: 
     path = tmp_path / "train.json"
     path.write_text(f"[{separator.join(map(json.dumps, records))}]")
     line = 2 if "\n" in separator else 1
-    assert [record.place for record in read([path])][1] == f"{path}, line {line} (record 2)"
+    assert [str(record.place) for record in read([path])][1] == f"{path}, line {line} (record 2)"
 
 
 @pytest.mark.parametrize(

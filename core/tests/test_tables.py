@@ -49,7 +49,7 @@ def test_rows_by_the_names_of_the_first(tmp_path: Path) -> None:
         {"src": "a", "tgt": "b", "id": "1"},
         {"src": "你好", "tgt": "世界", "id": ""},
     ]
-    assert found[1].place == f"{tmp_path / 'train.csv'}, line 3"
+    assert str(found[1].place) == f"{tmp_path / 'train.csv'}, line 3"
 
 
 @pytest.mark.parametrize("start", ["", "\ufeff", "\n \n"])
@@ -124,7 +124,7 @@ def test_nested_columns_are_what_json_lines_hold(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     found = records(tmp_path / "train.parquet")
     assert [record.value["id"] for record in found] == list(range(600))
-    assert found[599].place == f"{tmp_path / 'train.parquet'}, row 600"
+    assert str(found[599].place) == f"{tmp_path / 'train.parquet'}, row 600"
     assert turns(tmp_path / "train.parquet") == turns(tmp_path / "train.json")
     assert [turn.trains for turn in turns(tmp_path / "train.parquet")[0]] == [False, False, False, True]
 

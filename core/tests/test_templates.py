@@ -12,6 +12,7 @@ import pytest
 
 import sft
 from sft import Turn
+from sft.data.bad_records import Place
 from sft.data.encoding import Encoded, encode, encode_prompt
 from sft.data.tokenizer import Tokenizer
 
@@ -219,7 +220,9 @@ def test_a_system_turn_that_goes_once_it_is_answered_is_refused(make: Make) -> N
 def test_a_refusal_names_the_record(make: Make) -> None:
     from sft.data.formats import Conversation
 
-    turns = Conversation([Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c", True)], "train.json, line 7")
+    turns = Conversation(
+        [Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c", True)], Place(Path("train.json"), 7)
+    )
     with pytest.raises(sft.UsageError, match=r"^train\.json, line 7: The chat template of .* must alternate"):
         one(turns, make("mistral_v03", "metaspace", {"bos_token": "<s>", "eos_token": "</s>"}))
 

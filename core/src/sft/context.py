@@ -188,6 +188,7 @@ class CoreRun(Run):
         questions: What is answered in each evaluation (``eval_with_do_generation``).
         collator: Makes rows and batches of records.
         arithmetic: What the last bits of the run's numbers depend on, as run.json has it.
+        other_arithmetic: Where it was another: for each time the step, what that went on from, and the differences.
         base_fingerprint: Identifies the weights that an exported adapter belongs to; see ``models/fingerprint.py``.
         sizes: The trainable parameters of the whole model, and all of them, counted in values.
         before: What was measured before training.
@@ -219,6 +220,7 @@ class CoreRun(Run):
         self.before: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
+        self.other_arithmetic: list[dict[str, Any]] = []
         self.executes = False
         self.finished = False
         self.report: dict[str, Any] = {}

@@ -1,4 +1,5 @@
-"""Setting ``deterministic``: on a GPU the same run gives the same bits again, which on a CPU it does anyway."""
+"""Setting ``deterministic``: on a GPU the same run gives the same bits again, which on a CPU it does anyway.
+``strict`` also refuses what is known to give others."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sft.errors import UsageError
+from sft.runtime import computed_before
 
 VARIABLES = {
     "NVIDIA_TF32_OVERRIDE": "0",  # cuBLAS keeps all bits of float32 factors
@@ -24,7 +26,7 @@ FLAGS = {
 
 
 @contextlib.contextmanager
-def repeatable(wanted: bool) -> Iterator[None]:
+def repeatable(wanted: bool | str) -> Iterator[None]:
     """Within it, if ``wanted``, what decides on a GPU about the order of sums is set; afterwards it is as it was. Begin
     before paddle is imported, and call :func:`switch_on` when it is."""
     if not wanted:
@@ -49,15 +51,21 @@ _before: dict[str, Any] = {}
 """The flags before :func:`switch_on` set them."""
 
 
-def switch_on(arithmetic: Mapping[str, Any]) -> None:
-    """Set paddle's flags. Raises :class:`UsageError` where ``arithmetic`` (:func:`sft.runtime.arithmetic`) leaves the
-    number of threads open, and with it the order of sums on a CPU."""
+def switch_on(arithmetic: Mapping[str, Any], strict: bool = False) -> None:
+    """Set paddle's flags. Raises :class:`UsageError` where ``arithmetic`` (:func:`sft.arithmetic.in_effect`) leaves the
+    number of threads open, and with it the order of sums on a CPU; where ``strict``, also where this process computes
+    otherwise than the command line."""
     _before.update(flags_in_effect())
     _set(FLAGS)
     if arithmetic["device"] == "cpu" and arithmetic["dynamic_threads"]:
         raise UsageError(
             "deterministic: OpenMP may choose another number of threads for each sum; unset OMP_DYNAMIC, or leave "
             "deterministic out."
+        )
+    if strict and computed_before():
+        raise UsageError(
+            "deterministic strict: paddle has multiplied matrices in this process before sft was set up, so this run "
+            "would compute otherwise than the command line; begin the program with import sft; sft.prepare()."
         )
 
 

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sft import deterministic, runtime
+from sft import arithmetic, deterministic, runtime
 from sft.context import CoreRun, Summary
 from sft.data.batches import PaddedCollator, Schedule
 from sft.data.reading import note_unread, read_data
@@ -29,8 +29,17 @@ from sft.training.checkpoint_folder import Checkpoint, read_checkpoint
 from sft.training.ending import fail, finish
 from sft.training.out_of_memory import is_memory, out_of_memory
 from sft.training.report import describe, summarise
-from sft.training.resume_checks import check_agreed, check_resumable, check_same_base, check_same_plugins
+from sft.training.resume_checks import (
+    check_agreed,
+    check_alike,
+    check_arithmetic,
+    check_replay,
+    check_resumable,
+    check_same_base,
+    check_same_plugins,
+)
 from sft.training.run_folder import check_output, open_run_folder
+from sft.training.skipped_records import list_skipped
 
 
 def run(
@@ -125,15 +134,16 @@ def _set_up(run: CoreRun) -> None:
 
     if run.settings.training.device is not None:
         runtime.use_device(run.settings.training.device)
-    run.arithmetic = runtime.arithmetic()
+    run.arithmetic = arithmetic.in_effect()
     if run.settings.training.deterministic:
-        deterministic.switch_on(run.arithmetic)
+        deterministic.switch_on(run.arithmetic, run.settings.training.deterministic == "strict")
         run.arithmetic |= deterministic.flags_in_effect()
     settings = run.settings
     run.precision = choose_precision(settings.training, settings.given, run.exports_adapter, run.say)
     run.collator = run.hook.sft_collator(run=run) or PaddedCollator(run.tokenizer.pad_id)
     run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess()
     set_up(run)
+    check_alike(run)
 
 
 def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
@@ -153,9 +163,12 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     if resumed is not None:
         check_resumable(run, schedule, resumed)
         checkpoint.restore(run, optimizer, resumed.folder, resumed.state)
+    else:
+        check_replay(run)
     check_export(run)
     record = describe(run)
     journal = open_run_folder(run, resumed.folder if resumed is not None else None, record)
+    list_skipped(run, resumed.folder.parent if resumed is not None else None)
     if resumed is not None:
         state = resumed.state
         changed = journal.rewind(state, resumed.folder.parent / "metrics.jsonl")
@@ -198,10 +211,12 @@ def _only_evaluate(run: CoreRun, resumed: Checkpoint | None, started: float) -> 
     if resumed is not None:
         check_same_base(run, resumed.folder)
         checkpoint.restore_model(run, resumed.folder, resumed.state)
+        check_arithmetic(run, resumed.folder.name, resumed.state)
         step, epoch = run.step, resumed.state["epoch"]
         run.say(f"measuring {resumed.folder}")
     record = describe(run)
     journal = open_run_folder(run, None, record)
+    list_skipped(run, None)
     run.model.eval()
     run.before = before_or_after(run, step, epoch, journal)
     summary = summarise(run, journal, step, epoch, run.before, time.monotonic() - started)

@@ -88,6 +88,12 @@ class Option:
         return (self.type,)
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """The accepted words, where only some are; true and false among them for a switch with more positions."""
+        switch = ("true", "false") if self.is_flag or (bool in self.kinds and self.choices) else ()
+        return (*switch, *(self.choices or ()))
+
+    @property
     def is_flag(self) -> bool:
         return bool in self.kinds and str not in self.kinds
 
@@ -133,8 +139,8 @@ def convert(option: Option, value: Any) -> Any:
             break
     else:
         raise UsageError(f"{option.name}: expected {_describe(option)}, got {got}.")
-    if option.choices and converted not in option.choices:
-        raise UsageError(f"{option.name}: expected one of {', '.join(option.choices)}, got {got}.")
+    if option.choices and not isinstance(converted, bool) and converted not in option.choices:
+        raise UsageError(f"{option.name}: expected one of {', '.join(option.words)}, got {got}.")
     too_low = option.minimum is not None and converted < option.minimum
     too_low = too_low or (option.above is not None and converted <= option.above)
     too_high = option.maximum is not None and converted > option.maximum

@@ -114,12 +114,18 @@ def prepare() -> str:
             "; paddle was imported before and OMP_NUM_THREADS was 1, as paddle itself sets it: for one thread set it "
             "before Python starts"
         )
-    if "MKL_DEBUG_CPU_TYPE" in _own and mkl_path() not in (None, int(_settled["MKL_DEBUG_CPU_TYPE"])):
+    if computed_before():
         line += (
             "; but paddle has computed before, so matrix products stay on MKL's slow path: begin the program with "
             "import sft; sft.prepare()"
         )
     return line
+
+
+def computed_before() -> bool:
+    """Whether paddle had multiplied matrices in this process before :func:`prepare`, on another path of MKL than the
+    command line's, which stays."""
+    return "MKL_DEBUG_CPU_TYPE" in _own and mkl_path() not in (None, int(_settled["MKL_DEBUG_CPU_TYPE"]))
 
 
 def _settle(vendor: str) -> None:
@@ -178,6 +184,12 @@ def flush_denormals() -> bool:
         return False
     environment[7] |= _FLUSH
     return bool(libm.fesetenv(environment) == 0)
+
+
+def flushes_denormals() -> bool:
+    """Whether this thread takes float32 denormals as zero."""
+    _, control = _control()
+    return control is not None and control[7] & _FLUSH == _FLUSH
 
 
 _FLUSH = 0x8040  # MXCSR: flush to zero, denormals are zero
@@ -296,35 +308,6 @@ def peak_memory_mib() -> int:
     return peak >> 20 if sys.platform == "darwin" else peak >> 10
 
 
-def arithmetic() -> dict[str, Any]:
-    """What, beside settings and data, the last bits of this thread's results depend on, as it is in effect."""
-    import paddle
-
-    openmp, mkl = library("libiomp5.so"), library("libmklml_intel.so")
-    _, control = _control()
-    found: dict[str, Any] = {
-        "paddle": paddle.__version__,
-        "device": paddle.device.get_device(),
-        "cpu": cpu_info()["model"] or cpu_info()["vendor"],
-        "cpu_features": _cpu_features(),
-        "cores": physical_cores(),
-        "threads": os.environ.get("OMP_NUM_THREADS", "") if openmp is None else int(openmp.omp_get_max_threads()),
-        "dynamic_threads": openmp is not None and bool(openmp.omp_get_dynamic()),
-        "mkl_threads": None if mkl is None else int(mkl.MKL_Get_Max_Threads()),
-        "mkl_path": mkl_path(),
-        "denormals": "zero" if control is not None and control[7] & _FLUSH == _FLUSH else "kept",
-    }
-    variables = ["OMP_THREAD_LIMIT", "MKL_DYNAMIC", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"]
-    if found["device"].startswith("gpu"):
-        found["gpu"] = paddle.device.cuda.get_device_name()
-        variables.append(_TF32)
-    return {**found, **{name: os.environ[name] for name in variables if name in os.environ}}
-
-
-_FEATURES = ("avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
-"""Of a processor's instructions those by which paddle, MKL and oneDNN choose what to run."""
-
-
 def cpu_flags() -> set[str]:
     """The instructions that the processor has, as Linux names them; empty where the system does not tell."""
     try:
@@ -332,17 +315,6 @@ def cpu_flags() -> set[str]:
     except OSError:
         return set()
     return set(next((line for line in lines if line.startswith(("flags", "Features"))), "").partition(":")[2].split())
-
-
-def _cpu_features() -> str:
-    found = cpu_flags()
-    return " ".join(feature for feature in _FEATURES if feature in found)
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two of :func:`arithmetic`, in words; empty if nothing does."""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return ", ".join(f"{name} {before.get(name, 'unset')} (now {now.get(name, 'unset')})" for name in names)
 
 
 @contextlib.contextmanager
@@ -389,5 +361,6 @@ def machine() -> dict[str, Any]:
         "cores": physical_cores(),
         "device": paddle.device.get_device(),
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
+        "runtime": prepare(),
         "stride_kernels": bool(paddle.get_flags("FLAGS_use_stride_kernel")["FLAGS_use_stride_kernel"]),
     }

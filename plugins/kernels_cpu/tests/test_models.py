@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -142,16 +143,19 @@ def test_a_resumed_run_says_where_other_native_code_computes(
         train("next", say=said.append, **fixed, **settings)
         return [line for line in said if "another arithmetic" in line]
 
-    def note(now: str) -> str:
+    def note(now: str, kernels: str = "") -> str:
         return (
-            f"note: checkpoint-1 was computed with another arithmetic, native_code {level} (now {now}); what follows "
-            "may differ in its last digits from what that run would have computed"
+            f"note: checkpoint-1 was computed with another arithmetic, {kernels}native_code {level} (now {now}); what "
+            "follows may differ in its last digits from what that run would have computed"
         )
 
     assert notes() == []
-    assert notes(plugin=["no:fast-cpu"]) == [note("unset")]
-    with pytest.raises(sft.UsageError, match=rf"another arithmetic, native_code {level} \(now unset\); resume with"):
-        notes(plugin=["no:fast-cpu"], deterministic=True)
+    version = importlib.metadata.version("sft-kernels-cpu")
+    assert notes(plugin=["no:fast-cpu"]) == [note("unset", f"kernels fast-cpu (sft-kernels-cpu {version}) (now own), ")]
+    with pytest.raises(
+        sft.UsageError, match=rf"another arithmetic, .* native_code {level} \(now unset\); compute with"
+    ):
+        notes(plugin=["no:fast-cpu"], deterministic="strict")
     other = next(name for name in reversed(library.LEVELS) if name != level)
     found = library.native(other)
     if not isinstance(found, str):

@@ -15,9 +15,10 @@ from sft.commands.shared import GENERATION, SEED, TEMPLATE, model_options, path_
 @model_options("An attention, or a quantizer where the adapter does not name it; repeatable, no:NAME leaves one out.")
 @setting_options(
     *("dataset_name_or_path", "src_length", "max_length", "per_device_eval_batch_size", "chat_template"),
-    "eval_with_do_generation",
+    *("on_bad_record", "on_bad_record_limit", "eval_with_do_generation"),
     *GENERATION,
     chat_template=TEMPLATE,
+    on_bad_record="what a record does that cannot be read: stop, or skip: it is counted, and the first is named",
     dataset_name_or_path="a folder with dev data (dev.json), or one file",
     eval_with_do_generation="answer the prompts too, and score the answers (BLEU-4, ROUGE-1, -2, -L, each 0 to 1)",
     seed=SEED,

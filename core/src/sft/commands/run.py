@@ -113,9 +113,13 @@ def help_text(values: dict[str, Any]) -> str:
 
 
 def _row(option: Option) -> str:
-    kind = "true|false" if option.is_flag else "|".join(option.choices or ()) or _kind(option)
+    kind = "|".join(option.words) or _kind(option)
     default = (
-        "unset" if option.default in (None, []) else str(option.default).lower() if option.is_flag else option.default
+        "unset"
+        if option.default in (None, [])
+        else str(option.default).lower()
+        if isinstance(option.default, bool)
+        else option.default
     )
     return f"  --{option.name} {kind}  [{default}]\n      {option.help}"
 
@@ -138,6 +142,10 @@ def report(summary: Any) -> None:
         f"  tokens      {summary.tokens:,} in {summary.rows:,} rows ({summary.target_tokens:,} targets), "
         f"{summary.padding_tokens:,} padding ({padded:.1f} %)"
     )
+    for split, counts in summary.data.items():
+        if counts["records_skipped"]:
+            these = f"{counts['records_skipped']:,} of {counts['records']:,} {split} records"
+            lines.append(f"  skipped     {these}, which cannot be read (bad_records.jsonl)")
     if summary.skipped_steps:
         lines.append(f"  skipped     {summary.skipped_steps:,} steps that changed nothing")
     lines.append(f"  peak memory {summary.peak_memory_mib:,} MiB")

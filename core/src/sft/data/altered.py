@@ -25,9 +25,8 @@ def holds_answer(turns: list[Turn], written: Written) -> bool:
     if answer in text:
         return True
     if not any(answer[start : start + ENOUGH] in text for start in range(0, len(answer), ENOUGH)):
-        place = getattr(turns, "place", "")
         raise UsageError(
-            f"{place}{': ' if place else ''}the chat template leaves this record's answer out, and writes "
-            f"{quoted(text)} in its place; correct the template, or give chat_template another."
+            f"the chat template leaves this record's answer out, and writes {quoted(text)} in its place; correct the "
+            "template, or give chat_template another."
         )
     return False

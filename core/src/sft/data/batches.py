@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
@@ -12,6 +12,7 @@ from typing import Any, Protocol, overload
 
 import numpy as np
 
+from sft.data.bad_records import BadRecord
 from sft.data.encoding import IGNORED, DataWindow, Encoded
 from sft.seams import Batch, DataCollator, Example
 from sft.settings.arguments import TrainingArguments
@@ -154,6 +155,10 @@ class Data(Protocol):
 
     def windows(self, place: dict[str, Any] | None = None) -> Iterator[DataWindow]:
         """Endless windows from the beginning, or from the one that has ``place``."""
+        ...
+
+    def list_bad(self, to: Callable[[Sequence[BadRecord]], None]) -> None:
+        """Tell ``to`` of the records that are skipped: of those that are known, and of others when they are."""
         ...
 
     def fingerprint(self) -> str: ...

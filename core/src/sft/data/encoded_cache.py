@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sft.data.bad_records import BadRecord, Place
 from sft.data.encoding import Counts, Encoded
 from sft.data.sources import size_of
 from sft.errors import UsageError
@@ -79,8 +80,9 @@ class EncodedCache:
         key = hashlib.sha256(json.dumps([self._shape, digests], sort_keys=True).encode()).hexdigest()
         return _Place(self._folder / f"{key[:32]}.safetensors", key, files, seen)
 
-    def read(self, place: _Place) -> Kept | None:
-        """What is kept there; None where nothing is, or nothing that this run can use."""
+    def read(self, place: _Place, skips: bool = False) -> Kept | None:
+        """What is kept there; None where nothing is, or nothing that this run can use. ``skips``: whether it may hold
+        records that were skipped because they cannot be read."""
         if not place.path.is_file():
             return None
         try:
@@ -91,6 +93,8 @@ class EncodedCache:
             return None
         if kept.data.lengths.max(initial=0) > self._positions:
             return None  # encoding it again says which record is too long
+        if kept.data.bad and not skips:
+            return None  # or what is wrong with the first
         return kept
 
     def check_writable(self) -> None:
@@ -108,7 +112,9 @@ class EncodedCache:
             return
         data = kept.data
         arrays = {"ids": data.ids, "trained": data.trained, "offsets": data.offsets, "dropped": data.dropped}
-        said = {"format": kept.format, "counts": asdict(kept.data.counts)}
+        numbers = {path: number for number, path in enumerate(place.files)}
+        bad = [(numbers[at.path], at.line, at.number, reason) for at, reason in kept.data.bad]
+        said = {"format": kept.format, "counts": asdict(kept.data.counts), "bad": bad}
         text = json.dumps(said, ensure_ascii=False)
         metadata = {"key": place.key, "said": text, "digest": _seal(kept.data, place.key, text)}
         try:
@@ -143,6 +149,7 @@ def _read(place: _Place) -> Kept:
         raise ValueError("it is damaged")
     said = json.loads(metadata["said"])
     data.counts = Counts(**said["counts"])  # another object would compute the digest of the data again
+    data.bad = [BadRecord(Place(place.files[file], *at), reason) for file, *at, reason in said["bad"]]
     return Kept(data, said["format"])
 
 

@@ -12,13 +12,14 @@ import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from sft.data.altered import holds_answer
+from sft.data.bad_records import LOOKED_AT, BadRecord, BadRecordError
 from sft.data.formats import Conversation
 from sft.data.templates import Written
 from sft.data.tokenizer import Tokenizer
@@ -27,6 +28,8 @@ from sft.seams import Example, Turn
 
 IGNORED = -100
 T = TypeVar("T")
+Group = list["list[Turn] | BadRecord"]
+"""Conversations that are encoded together; of a bad record nothing is left but what is wrong with it."""
 NO_TARGET = (
     "No {} record keeps a target, not one token of an answer that has another before it; check the data and the chat "
     "template, or raise max_length."
@@ -42,7 +45,9 @@ class Counts:
     dropped is counted of the records that are kept."""
 
     records: int = 0
-    """Records that were read, those that are dropped among them."""
+    """Records that were read, those that are skipped or dropped among them."""
+    records_skipped: int = 0
+    """Records that cannot be read (``on_bad_record``)."""
     records_dropped: int = 0
     """Records left without a target by ``src_length`` and ``max_length``."""
     turns_dropped: int = 0
@@ -63,6 +68,7 @@ class Counts:
     def __str__(self) -> str:
         """The counts for a line of a run, without those that are zero."""
         said = {
+            "records_skipped": "{} records skipped (they cannot be read)",
             "records_dropped": "{} records dropped (no target left)",
             "turns_dropped": "{} turns dropped",
             "prompts_truncated": "{} prompts cut",
@@ -94,6 +100,8 @@ class Encoded:
     counts: Counts = field(default_factory=Counts)
     dropped: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """The numbers of records that were read and are not here, in ascending order, from 0."""
+    bad: list[BadRecord] = field(default_factory=list)
+    """The records that were skipped, in their order; none of them is in the arrays."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -134,6 +142,10 @@ class Encoded:
     def report(self) -> dict[str, int]:
         return asdict(self.counts)
 
+    def list_bad(self, to: Callable[[Sequence[BadRecord]], None]) -> None:
+        """Tell ``to`` of the records that are skipped: of those that are known, and of others when they are."""
+        to(self.bad)
+
     def windows(self, place: dict[str, Any] | None = None) -> Iterator[DataWindow]:
         """Each pass over the data is a window, from the first one or from that of ``place``."""
         for number in itertools.count(place["window"] if place else 0):
@@ -169,17 +181,18 @@ class Encoding:
 
     Where ``src_length`` would let a prompt fill ``max_length`` alone, the prompt of a longer record leaves its answer
     room, up to half of ``max_length``. ``room``: a model's folder and its positions, where a record that is longer is
-    to be refused at once.
+    to be refused at once. ``skips``: whether conversations that the template refuses are skipped.
     """
 
     tokenizer: Tokenizer
     src_length: int
     max_length: int
     room: tuple[Path, int] | None = None
+    skips: bool = False
 
-    def __call__(self, group: list[list[Turn]]) -> Encoded:
-        """Encode conversations, which the tokenizer gets together."""
-        encoder = _Encoder(self.tokenizer, self.src_length, self.max_length)
+    def __call__(self, group: Group) -> Encoded:
+        """Encode conversations, which the tokenizer gets together; records that were bad before are only listed."""
+        encoder = _Encoder(self.tokenizer, self.src_length, self.max_length, self.skips)
         ids: list[np.ndarray] = []
         trained: list[np.ndarray] = []
         for tokens, targets in encoder.encode(group):
@@ -192,22 +205,36 @@ class Encoding:
             np.concatenate([np.zeros(0, bool), *trained]),
             np.cumsum([0, *map(len, ids)], dtype=np.int64),
             encoder.counts,
-            np.array(encoder.dropped, np.int64),
+            np.array(sorted(encoder.dropped), np.int64),
+            [record for _, record in sorted(encoder.bad)],
         )
 
 
 def encode(
-    conversations: Iterable[list[Turn]],
+    conversations: Iterable[list[Turn] | BadRecord],
     tokenizer: Tokenizer,
     src_length: int,
     max_length: int,
     group: int = 256,
     room: tuple[Path, int] | None = None,
-    by: Callable[[Encoding, Iterator[list[list[Turn]]]], Iterator[Encoded]] = map,
+    by: Callable[[Encoding, Iterator[Group]], Iterator[Encoded]] = map,
+    skips: bool = False,
+    check: Callable[[Sequence[BadRecord], int, int], None] = lambda bad, skipped, records: None,
 ) -> Encoded:
     """Encode every conversation (:class:`Encoding`), up to ``group`` at a time; ``by`` does it with each group, in
-    order."""
-    parts = list(by(Encoding(tokenizer, src_length, max_length, room), _groups(conversations, group)))
+    order. ``check`` (:meth:`sft.data.bad_records.Limit.check`) is asked now and then whether to go on."""
+    groups = _groups(conversations, group)
+    parts: list[Encoded] = []
+    bad: list[BadRecord] = []
+    looked, records = 0, 0
+    for part in by(Encoding(tokenizer, src_length, max_length, room, skips), groups):
+        parts.append(part)
+        bad += part.bad
+        records += part.counts.records
+        if records - looked >= LOOKED_AT:
+            check(bad, len(bad), records)
+            looked = records
+    check(bad, len(bad), records)
     before = itertools.accumulate((part.counts.records for part in parts), initial=0)
     return Encoded(
         np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]),
@@ -215,17 +242,18 @@ def encode(
         np.cumsum(np.concatenate([np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)])),
         sum((part.counts for part in parts), Counts()),
         np.concatenate([np.zeros(0, np.int64), *(part.dropped + n for part, n in zip(parts, before, strict=False))]),
+        bad,
     )
 
 
-def _groups(conversations: Iterable[list[Turn]], most: int) -> Iterator[list[list[Turn]]]:
+def _groups(conversations: Iterable[list[Turn] | BadRecord], most: int) -> Iterator[Group]:
     """Up to ``most`` conversations at a time, and fewer where they are long: the tokenizer takes 200 bytes a character
     while it has them."""
-    group: list[list[Turn]] = []
+    group: Group = []
     size = 0
     for turns in conversations:
         group.append(turns)
-        size += sum(len(turn.content) for turn in turns)
+        size += sum(len(turn.content) for turn in turns) if isinstance(turns, list) else 0
         if len(group) == most or size > _LARGEST_GROUP:
             yield group
             group, size = [], 0
@@ -283,29 +311,58 @@ class _Row:
 
 
 class _Encoder:
-    def __init__(self, tokenizer: Tokenizer, src_length: int, max_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, src_length: int, max_length: int, skips: bool = False) -> None:
         self.tokenizer = tokenizer
         self.src_length = src_length
         self.max_length = max_length
+        self.skips = skips
         self.counts = Counts()
         self.dropped: list[int] = []
+        self.bad: list[tuple[int, BadRecord]] = []
+        """Those that are skipped, each after its number in the group."""
 
-    def encode(self, conversations: list[list[Turn]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def encode(self, conversations: Sequence[list[Turn] | BadRecord]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and targets of those that keep a target, in order."""
-        shortened = [self._shorten(turns) for turns in conversations]
-        rows = self._tokenize(shortened)
-        for turns, kept, row in zip(conversations, shortened, rows, strict=True):
-            found, counts = self._fit(kept, row)
+        written = [
+            (number, turns, *found)
+            for number, turns in enumerate(conversations)
+            if (found := self._unless_bad(number, turns, self._written)) is not None
+        ]
+        rows = self._tokenize([text for *_, text in written])
+        for (number, turns, kept, _), row in zip(written, rows, strict=True):
+            fitted = self._unless_bad(number, kept, partial(self._fit, row=row))
+            if fitted is None:
+                continue
+            result, counts = fitted
             counts.turns_dropped += len(turns) - len(kept)
             self.counts.records += 1
-            if found.trained[1:].any():
-                counts.tokens = len(found.ids) - 1
-                counts.target_tokens = int(found.trained[1:].sum())
+            if result.trained[1:].any():
+                counts.tokens = len(result.ids) - 1
+                counts.target_tokens = int(result.trained[1:].sum())
                 self.counts = self.counts + counts
-                yield found.ids, found.trained
+                yield result.ids, result.trained
             else:
                 self.counts.records_dropped += 1
-                self.dropped.append(self.counts.records - 1)
+                self.dropped.append(number)
+
+    def _unless_bad(self, number: int, turns: list[Turn] | BadRecord, do: Callable[[list[Turn]], T]) -> T | None:
+        """What ``do`` makes of ``turns``; None for a record that is skipped, which is then counted and noted."""
+        if isinstance(turns, list):
+            try:
+                return do(turns)
+            except BadRecordError as error:
+                if not self.skips:
+                    raise
+                turns = error.record
+        self.bad.append((number, turns))
+        self.dropped.append(number)
+        self.counts += Counts(records=1, records_skipped=1)
+        return None
+
+    def _written(self, turns: list[Turn]) -> tuple[list[Turn], Written]:
+        """A conversation without what there is no room for, and how it is written down."""
+        kept = self._shorten(turns)
+        return kept, _checked(self.tokenizer.template.training, kept)
 
     def _shorten(self, turns: list[Turn]) -> list[Turn]:
         """A long conversation without the oldest turns that ``max_length`` has no room for. :meth:`_fit` would come to
@@ -321,9 +378,8 @@ class _Encoder:
         ids = [token for text in _checked(template.texts, turns) for token in self.tokenizer.encode(text)]
         return len(self.tokenizer.with_bos(ids) if template.one_bos else ids)
 
-    def _tokenize(self, conversations: list[list[Turn]]) -> list[_Row]:
+    def _tokenize(self, texts: list[Written]) -> list[_Row]:
         template = self.tokenizer.template
-        texts = [_checked(template.training, turns) for turns in conversations]
         found = iter(self.tokenizer.encode_spans([piece.text for written in texts for piece in written.pieces]))
         rows = []
         for written in texts:
@@ -348,10 +404,10 @@ class _Encoder:
                 break
             counts.turns_dropped += len(turns) - len(shorter)
             turns = shorter
-            (row,) = self._tokenize([turns])
+            [row] = self._tokenize([_checked(self.tokenizer.template.training, turns)])
         counts.answers_rewritten_by_template = row.written.rewritten
         counts.records_without_end = int(not row.written.ends)
-        counts.answers_altered_by_template = int(not holds_answer(turns, row.written))
+        counts.answers_altered_by_template = int(not _checked(partial(holds_answer, written=row.written), turns))
         ids, trained = row.ids, row.trained
         prompt = _prompt_length(trained)
         if longest >= self.max_length and len(ids) > self.max_length:
@@ -371,8 +427,10 @@ def _checked(write: Callable[[list[Turn]], T], turns: list[Turn]) -> T:
     try:
         return write(turns)
     except UsageError as error:
-        place = getattr(turns, "place", "")
-        raise UsageError(f"{place}: {error}" if place else str(error)) from error
+        place = getattr(turns, "place", None)
+        if place is None:
+            raise
+        raise BadRecordError(place, f": {error}") from error
 
 
 def _mark(tokens: int, span: Callable[[int], tuple[int, int]], targets: tuple[tuple[int, int], ...]) -> np.ndarray:
@@ -416,7 +474,7 @@ class _Suffixes:
         if number == 0:
             return self._turns
         start = self._starts[number - 1]
-        return Conversation(self._turns[: self._head] + self._turns[start:], getattr(self._turns, "place", ""))
+        return Conversation(self._turns[: self._head] + self._turns[start:], getattr(self._turns, "place", None))
 
     def longest(self, most: int, length: Callable[[list[Turn]], int]) -> list[Turn]:
         """The first that has at most ``most`` tokens, the last one if none has. Few are measured: the tokens of all

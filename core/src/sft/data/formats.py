@@ -11,8 +11,9 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from sft.data.bad_records import BadRecord, BadRecordError, Place
 from sft.data.sources import Record
-from sft.errors import PluginError, UsageError
+from sft.errors import PluginError
 from sft.foreign_text import listed
 from sft.plugins.registry import Plugins
 from sft.seams import Turn
@@ -24,7 +25,7 @@ LONGEST = 4_000_000
 class Conversation(list[Turn]):
     """The turns of a record, and where it stands, for what can only be found wrong later."""
 
-    def __init__(self, turns: Iterable[Turn], place: str = "") -> None:
+    def __init__(self, turns: Iterable[Turn], place: Place | None = None) -> None:
         super().__init__(turns)
         self.place = place
 
@@ -37,38 +38,53 @@ class Conversation(list[Turn]):
 class Formats:
     """Reads the records of one data set, all of which must be in the format of the first."""
 
-    def __init__(self, plugins: Plugins) -> None:
+    def __init__(self, plugins: Plugins, skips: bool = False) -> None:
+        """``skips``: whether :meth:`turns_or_bad` skips records that cannot be read."""
         self.name = ""
         """The format, once a record has been read."""
-        self._place = ""
-        self._plugins = plugins
+        self._place: Place | None = None
+        self._plugins, self._skips = plugins, skips
         self._providers = plugins.implementing("sft_record_format")
+
+    def turns_or_bad(self, record: Record | BadRecord) -> Conversation | BadRecord:
+        """The turns of a record, or what is wrong with it where such records are skipped."""
+        if isinstance(record, BadRecord):
+            return record
+        try:
+            return self.turns(record)
+        except BadRecordError as error:
+            if not self._skips:
+                raise
+            return error.record
 
     def turns(self, record: Record, needs_target: bool = True) -> Conversation:
         """The turns of ``record``; it may be a question without an answer where no target is needed.
 
-        Raises :class:`UsageError` with file and line for a record that is in no known format, in another one than
+        Raises :class:`BadRecordError` with file and line for a record that is in no known format, in another one than
         those before it, or wrong in its own.
         """
         try:
             name, turns = self._read(record.value, needs_target)
         except ValueError as error:
-            raise UsageError(f"{record.place}: {error}") from error
+            raise BadRecordError(record.place, f": {error}") from error
         except PluginError as error:
             raise PluginError(f"{error} It was reading {record.place}.") from error.__cause__
         if self.name and name != self.name:
-            raise UsageError(
-                f"{record.place}: this record is {name}, and {self._place} is {self.name}; keep the records of one "
-                "format in a data set."
+            raise BadRecordError(
+                record.place,
+                f": this record is {name}, and {self._place} is {self.name}; keep the records of one format in a data "
+                "set.",
             )
         asks = not needs_target and bool(turns) and turns[-1].role == "user"
         if not asks and not any(turn.trains for turn in turns):
-            raise UsageError(f"{record.place}: no turn of this record is a target, so nothing can be learned from it.")
+            raise BadRecordError(
+                record.place, ": no turn of this record is a target, so nothing can be learned from it."
+            )
         length = sum(len(turn.content) for turn in turns)
         if length > LONGEST:
-            raise UsageError(
-                f"{record.place}: the record has {length:,} characters, and at most {LONGEST:,} are read; divide it, "
-                "or take it out."
+            raise BadRecordError(
+                record.place,
+                f": the record has {length:,} characters, and at most {LONGEST:,} are read; divide it, or take it out.",
             )
         if not self.name:
             self.name, self._place = name, record.place

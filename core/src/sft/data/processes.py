@@ -25,7 +25,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 
-from sft.data.encoding import Encoded, Encoding
+from sft.data.bad_records import BadRecord
+from sft.data.encoding import Encoded, Encoding, Group
 from sft.data.formats import Conversation
 from sft.data.sources import size_of
 from sft.errors import SftError, UsageError
@@ -51,7 +52,7 @@ def processes_for(files: list[Path], wanted: int | None) -> int:
 
 
 @contextmanager
-def encoders(number: int) -> Iterator[Callable[[Encoding, Iterator[list[list[Turn]]]], Iterator[Encoded]]]:
+def encoders(number: int) -> Iterator[Callable[[Encoding, Iterator[Group]], Iterator[Encoded]]]:
     """What applies an encoding to groups by ``number`` processes; by this one alone where it is 1."""
     if number == 1:
         yield map
@@ -81,7 +82,7 @@ class Encoders:
         """The numbers of those that have been started."""
         return [process.number for process in self._started]
 
-    def __call__(self, encoding: Encoding, groups: Iterator[list[list[Turn]]]) -> Iterator[Encoded]:
+    def __call__(self, encoding: Encoding, groups: Iterator[Group]) -> Iterator[Encoded]:
         """What ``encoding`` makes of each group, in order. Of several faults the one is raised that one process, which
         reads a group, encodes it and reads on, would have met first."""
         waiting: deque[Future[Encoded]] = deque()
@@ -110,7 +111,7 @@ class Encoders:
         if fault is not None:
             raise fault
 
-    def _encode(self, encoding: Encoding, group: list[list[Turn]]) -> Encoded:
+    def _encode(self, encoding: Encoding, group: Group) -> Encoded:
         process = self._idle.get()
         try:
             if process is None:
@@ -143,9 +144,12 @@ class _Process:
     def number(self) -> int:
         return self._process.pid
 
-    def encode(self, encoding: Encoding, group: list[list[Turn]]) -> Encoded:
+    def encode(self, encoding: Encoding, group: Group) -> Encoded:
         plain = [
-            (getattr(turns, "place", ""), [(turn.role, turn.content, turn.trains) for turn in turns]) for turns in group
+            turns
+            if isinstance(turns, BadRecord)
+            else (getattr(turns, "place", None), [(turn.role, turn.content, turn.trains) for turn in turns])
+            for turns in group
         ]
         try:
             self._connection.send((pickle.dumps(encoding), plain))
@@ -183,7 +187,10 @@ def serve(handle: int) -> None:
     try:
         while True:
             wanted, plain = connection.recv()
-            group = [Conversation([Turn(*turn) for turn in turns], place) for place, turns in plain]
+            group = [
+                one if isinstance(one, BadRecord) else Conversation([Turn(*turn) for turn in one[1]], one[0])
+                for one in plain
+            ]
             try:
                 if wanted != sent:  # a tokenizer takes long to read
                     sent, encoding = wanted, pickle.loads(wanted)

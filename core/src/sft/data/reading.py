@@ -9,6 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from sft.data.bad_records import BadRecord, Limit
 from sft.data.encoded_cache import EncodedCache, Kept
 from sft.data.encoding import NO_TARGET, Encoded, Question, encode
 from sft.data.formats import Conversation, Formats
@@ -79,46 +80,59 @@ def read_data(
             f"{model}: its tokenizer has {tokenizer.vocab_size} tokens, its model {sizes.vocabulary}; they do not "
             "belong together."
         )
+    skips = data.on_bad_record == "skip"
+    limits = {split: Limit(data.on_bad_record_limit, split) for split in ("train", "dev")}
     tokens_of = partial(
         encode,
         tokenizer=tokenizer,
         src_length=data.src_length,
         max_length=data.max_length,
         room=(model, sizes.positions),
+        skips=skips,
     )
     say(f"chat template: {tokenizer.template_name}")
 
     def conversations(
         files: list[Path], formats: Formats | None = None, task: Task | None = None
-    ) -> Iterator[Conversation]:
-        formats = formats or Formats(plugins)
-        for record in read(files):
+    ) -> Iterator[Conversation | BadRecord]:
+        formats, done = formats or Formats(plugins, skips), 0
+        for record in read(files, skips=skips):
             if task is not None:
-                task.advance(done=record.done)
-            yield formats.turns(record)
+                done = done if isinstance(record, BadRecord) else record.done
+                task.advance(done=done)
+            yield formats.turns_or_bad(record)
 
-    def conversations_after(number: int) -> Iterator[Conversation]:
-        """All but the first ``number``, which are neither read as JSON nor asked for their format, but for the very
-        first: it says in which format the others are."""
+    def conversations_after(number: int) -> Iterator[Conversation | BadRecord]:
+        """All but the first ``number``, which are neither read as JSON nor asked for their format, but for the first
+        that can be read: it says in which format the others are."""
         if not number:
             yield from conversations(train_files)
             return
-        formats = Formats(plugins)
-        formats.turns(next(read(train_files)))
+        formats = Formats(plugins, skips)
+        next((True for one in read(train_files, skips=skips) if isinstance(formats.turns_or_bad(one), list)), None)
         with progress.task("passing over records", "records", number) as task:
-            records = read(train_files, Passing(number, task.advance))
+            records = read(train_files, Passing(number, task.advance), skips=skips)
             following = next(records, None)
         for record in chain([following] if following else [], records):
-            yield formats.turns(record)
+            yield formats.turns_or_bad(record)
+
+    def answerable(files: list[Path]) -> Iterator[Question]:
+        for turns in conversations(files):
+            try:
+                if isinstance(turns, Conversation):
+                    yield Question.of(turns, tokenizer, data.src_length)
+            except UsageError:  # counted and listed where it is encoded
+                if not skips:
+                    raise
 
     def places(after: int, numbers: Sequence[int]) -> list[str]:
         last, wanted = max(numbers, default=-1), set(numbers)
         records = enumerate(islice(conversations_after(after), last + 1))
-        found = {number: conversation.place for number, conversation in records if number in wanted}
+        found = {number: str(conversation.place) for number, conversation in records if number in wanted}
         return [found[number] for number in numbers]
 
     def questions(files: list[Path], number: int | None) -> list[Question]:
-        return [Question.of(turns, tokenizer, data.src_length) for turns in islice(conversations(files), number)]
+        return list(islice(answerable(files), number))
 
     cache = None
     if data.encoded_cache is not None:
@@ -127,7 +141,7 @@ def read_data(
 
     def encoded(files: list[Path], split: str) -> Encoded:
         place = cache.place(files) if cache else None
-        kept = cache.read(place) if cache and place else None
+        kept = cache.read(place, skips) if cache and place else None
         if kept is None:
             if cache:
                 cache.check_writable()
@@ -139,17 +153,21 @@ def read_data(
         elif place:
             say(f"{split} data is read encoded from {place.path}")
         records, name = kept
+        limits[split].check(records.bad, records.counts.records_skipped, records.counts.records)
         say(f"{split} data: {records.counts.records:,} records of {name}, {records.counts}")
+        if records.bad:
+            first = records.bad[0]
+            say(f"note: the first of the {split} records that are skipped is {first.place}: {first.reason}")
         return records
 
     def newly_encoded(files: list[Path], split: str) -> tuple[Kept, float]:
         """The data, and the seconds that it took."""
-        began, formats = time.monotonic(), Formats(plugins)
+        began, formats = time.monotonic(), Formats(plugins, skips)
         with (
             progress.task(f"reading {split} data", "records", size_of(files), of_units=False) as task,
             encoders(processes_for(files, data.dataset_num_proc)) as by,
         ):
-            records = tokens_of(conversations(files, formats, task), by=by)
+            records = tokens_of(conversations(files, formats, task), by=by, check=limits[split].check)
         if not len(records):
             raise UsageError(NO_TARGET.format(split))
         return Kept(records, formats.name), time.monotonic() - began
@@ -160,7 +178,7 @@ def read_data(
         say(f"{split} data: streamed from {number}, {WINDOW:,} records at a time{kept}")
         several = data.dataset_num_proc or 1
         by = Encoders(several) if several > 1 else map  # they are needed, and there, as long as the stream is
-        return Stream(files, conversations_after, partial(tokens_of, by=by))
+        return Stream(files, conversations_after, partial(tokens_of, by=by), check=limits[split].check)
 
     evaluates = training.do_eval is not False or training.evaluation_strategy != "no" or not training.do_train
     uses_dev = bool(dev_files) and evaluates

@@ -8,8 +8,9 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+from sft.data.bad_records import BadRecord, BadRecordError, Place, check_text, decoding
 from sft.data.tables import read_csv, read_parquet
 from sft.errors import UsageError
 from sft.small_files import is_there
@@ -34,11 +35,11 @@ class Record:
     """Bytes of all files that have been read when it has."""
 
     @property
-    def place(self) -> str:
-        return _place(self.path, self.line, self.number)
+    def place(self) -> Place:
+        return Place(self.path, self.line, self.number)
 
 
-Found = tuple[dict[str, Any], int, int | None, float]
+Found = tuple[dict[str, Any] | BadRecord, int, int | None, float]
 """A record, its line, its number in an array, and how much of the file (0 to 1) has been read by then."""
 
 
@@ -128,16 +129,25 @@ class Passing:
 _TOLD = 4096
 
 
-def read(files: list[Path], passing: Passing | None = None) -> Iterator[Record]:
+@overload
+def read(files: list[Path], passing: Passing | None = None) -> Iterator[Record]: ...
+@overload
+def read(files: list[Path], passing: Passing | None = None, *, skips: bool) -> Iterator[Record | BadRecord]: ...
+def read(files: list[Path], passing: Passing | None = None, *, skips: bool = False) -> Iterator[Record | BadRecord]:
     """The records of ``files``, in order: rows of a table, or JSON (:func:`_read_json`) in a file of any other name.
-    Those that are ``passing`` come first, and do not come out."""
+    Those that are ``passing`` come first, and do not come out.
+
+    A record that cannot be read is an error; where ``skips``, it comes out as a :class:`BadRecord`, as long as it is
+    known where the next one begins."""
     needs = {".csv": "a row of names and one of texts", ".parquet": "one row"}
     passing, before = passing or Passing(), 0
     for path in files:
         count, size = -passing.count, size_of([path])
-        for value, line, number, share in _read_file(path, passing):
+        for value, line, number, share in _read_file(path, passing, skips):
             count += 1
-            yield Record(value, path, line, number, before + int(share * size))
+            yield (
+                value if isinstance(value, BadRecord) else Record(value, path, line, number, before + int(share * size))
+            )
         before += size
         if not count + passing.count:
             raise UsageError(
@@ -150,15 +160,15 @@ def size_of(files: list[Path]) -> int:
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
-def _read_file(path: Path, passing: Passing) -> Iterator[Found]:
+def _read_file(path: Path, passing: Passing, skips: bool) -> Iterator[Found]:
     tables = {".csv": read_csv, ".parquet": read_parquet}
     try:
         if path.suffix in tables:
-            for value, line, share in tables[path.suffix](path):
+            for value, line, share in tables[path.suffix](path, skips):
                 if not passing.one():
                     yield value, line, None, share
         else:
-            yield from _read_json(path, passing)
+            yield from _read_json(path, passing, skips)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}, line {_not_utf8(path)} is not UTF-8 text ({error.reason}); convert it.") from error
     except OSError as error:
@@ -166,15 +176,16 @@ def _read_file(path: Path, passing: Passing) -> Iterator[Found]:
         raise UsageError(f"{path} cannot be read ({cause}); check the path and its permissions.") from error
 
 
-def _read_json(path: Path, passing: Passing) -> Iterator[Found]:
+def _read_json(path: Path, passing: Passing, skips: bool) -> Iterator[Found]:
     """One JSON object a line, or a whole file that is one JSON array. Blank lines pass."""
-    with path.open("rb") as file, io.TextIOWrapper(file, encoding="utf-8-sig") as stream:
+    errors = decoding(skips)
+    with path.open("rb") as file, io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors) as stream:
         first = stream.read(1)
         while first.isspace():
             first = stream.read(1)
         stream.seek(0)
         if first == "[":
-            for found in _read_array(path, stream.read()):
+            for found in _read_array(path, stream.read(), skips):
                 if not passing.one():
                     yield found
             return
@@ -183,19 +194,30 @@ def _read_json(path: Path, passing: Passing) -> Iterator[Found]:
             if not line.strip() or passing.one():
                 continue
             try:
-                value = _DECODER.decode(line.rstrip("\r\n"))
-            except (ValueError, RecursionError) as error:
-                if not isinstance(error, json.JSONDecodeError):
-                    raise UsageError(f"{path}, line {number} cannot be read as JSON ({error}); correct it.") from error
-                reason = error.msg.removesuffix(" at")
-                raise UsageError(
-                    f"{path}, line {number} is not JSON ({reason} at column {error.colno}); "
-                    "each line must hold one JSON object."
-                ) from error
-            yield _object(value, _place(path, number)), number, None, file.tell() / size
+                value: dict[str, Any] | BadRecord = _of_line(line, Place(path, number), skips)
+            except BadRecordError as error:
+                if not skips:
+                    raise
+                value = error.record
+            yield value, number, None, file.tell() / size
 
 
-def _read_array(path: Path, text: str) -> Iterator[Found]:
+def _of_line(line: str, place: Place, skips: bool) -> dict[str, Any]:
+    if skips:
+        check_text(line, place)
+    try:
+        value = _DECODER.decode(line.rstrip("\r\n"))
+    except (ValueError, RecursionError) as error:
+        if not isinstance(error, json.JSONDecodeError):
+            raise BadRecordError(place, f" cannot be read as JSON ({error}); correct it.") from error
+        reason = error.msg.removesuffix(" at")
+        raise BadRecordError(
+            place, f" is not JSON ({reason} at column {error.colno}); each line must hold one JSON object."
+        ) from error
+    return _object(value, place)
+
+
+def _read_array(path: Path, text: str, skips: bool) -> Iterator[Found]:
     position, line, seen, number = text.index("[") + 1, 1, 0, 0
     while True:
         while position < len(text) and text[position] in " \t\r\n,":
@@ -209,21 +231,31 @@ def _read_array(path: Path, text: str) -> Iterator[Found]:
                 raise UsageError(f"{path}, line {line} is not JSON (text after the end of the array); remove it.")
             return
         number += 1
+        place = Place(path, line, number)
         try:
-            value, position = _DECODER.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            if not isinstance(error, json.JSONDecodeError):
-                place = _place(path, line, number)
-                raise UsageError(f"{place} cannot be read as JSON ({error}); correct it.") from error
-            raise UsageError(
-                f"{_place(path, error.lineno, number)} is not JSON ({error.msg}); correct the array there."
-            ) from error
-        yield _object(value, _place(path, line, number)), line, number, position / len(text)
+            try:
+                value, position = _DECODER.raw_decode(text, position)
+            except json.JSONDecodeError as error:
+                raise UsageError(
+                    f"{Place(path, error.lineno, number)} is not JSON ({error.msg}); correct the array there."
+                ) from error
+            except (ValueError, RecursionError) as error:
+                position = _end(text, position)
+                raise BadRecordError(place, f" cannot be read as JSON ({error}); correct it.") from error
+            value = _object(value, place)
+        except BadRecordError as error:
+            if not skips or position < 0:
+                raise
+            value = error.record
+        yield value, line, number, position / len(text)
 
 
-def _place(path: Path, line: int, number: int | None = None) -> str:
-    unit = "row" if path.suffix == ".parquet" else "line"
-    return f"{path}, {unit} {line}{'' if number is None else f' (record {number})'}"
+def _end(text: str, position: int) -> int:
+    """Where the value ends that begins at ``position`` and is JSON, though not as a record may be; -1 if unknown."""
+    try:
+        return json.JSONDecoder(parse_int=str).raw_decode(text, position)[1]
+    except RecursionError:
+        return -1
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -249,7 +281,7 @@ def _not_utf8(path: Path) -> int:
     return content.count(b"\n") + 1
 
 
-def _object(value: Any, place: str) -> dict[str, Any]:
+def _object(value: Any, place: Place) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UsageError(f'{place} holds {type(value).__name__}, not a JSON object like {{"src": …}}.')
+        raise BadRecordError(place, f' holds {type(value).__name__}, not a JSON object like {{"src": …}}.')
     return value

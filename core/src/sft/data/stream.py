@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sft.data.bad_records import BadRecord
 from sft.data.contents import Contents
 from sft.data.encoding import NO_TARGET, Counts, DataWindow, Encoded
 from sft.errors import UsageError
@@ -33,14 +34,18 @@ class Stream:
     def __init__(
         self,
         files: list[Path],
-        conversations: Callable[[int], Iterator[list[Turn]]],
-        encode: Callable[[Iterable[list[Turn]]], Encoded],
+        conversations: Callable[[int], Iterator[list[Turn] | BadRecord]],
+        encode: Callable[[Iterable[list[Turn] | BadRecord]], Encoded],
         size: int = WINDOW,
+        *,
+        check: Callable[[Sequence[BadRecord], int, int], None] = lambda bad, skipped, records: None,
     ) -> None:
         self.files = files
         self.counts = Counts()
         self._conversations, self._encode, self._size = conversations, encode, size
         self._room: tuple[Path, int] | None = None
+        self._check = check
+        self._told: Callable[[Sequence[BadRecord]], None] = lambda bad: None
 
     @cached_property
     def _contents(self) -> Contents:
@@ -49,7 +54,9 @@ class Stream:
     @cached_property
     def _first(self) -> Encoded:
         _ = self._contents  # before anything is read
-        return self._encode(itertools.islice(self._conversations(0), self._size))
+        found = self._encode(itertools.islice(self._conversations(0), self._size))
+        self._check(found.bad, found.counts.records_skipped, found.counts.records)
+        return found
 
     @property
     def lengths(self) -> np.ndarray:
@@ -59,6 +66,10 @@ class Stream:
         """See :class:`sft.data.batches.Data`: the first window is checked now, each later one when it is encoded."""
         self._room = (model, positions)
         self._first.check_fits(model, positions)
+
+    def list_bad(self, to: Callable[[Sequence[BadRecord]], None]) -> None:
+        """See :class:`sft.data.batches.Data`: ``to`` hears of each window's when the window comes."""
+        self._told = to
 
     def windows(self, place: dict[str, Any] | None = None) -> Iterator[DataWindow]:
         """See :class:`sft.data.batches.Data`. Raises :class:`UsageError` if a whole pass has no target, or a file is no
@@ -78,6 +89,8 @@ class Stream:
                     data.check_fits(*self._room)
                 place = {"window": number, "passes": passed, "offset": offset, "counts": asdict(self.counts)}
                 self.counts = self.counts + data.counts
+                self._check(data.bad, self.counts.records_skipped, self.counts.records)
+                self._told(data.bad)
                 if len(data):
                     kept = True
                     yield DataWindow(number, data, passed, passed + (following is None), place)

@@ -8,22 +8,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sft.data.bad_records import BadRecord, BadRecordError, Place, check_text, decoding
 from sft.errors import UsageError
 
 _ROWS = 256
 """Rows of a parquet file that are in memory as Python objects at a time."""
 
 
-Row = tuple[dict[str, Any], int, float]
+Row = tuple[dict[str, Any] | BadRecord, int, float]
 """A record, its line (in parquet, its number from 1), and how much of the file (0 to 1) has been read by then."""
 
 
-def read_csv(path: Path) -> Iterator[Row]:
-    """Each row by the names of the first one, all values text, and the line on which it begins. Blank lines pass."""
+def read_csv(path: Path, skips: bool = False) -> Iterator[Row]:
+    """Each row by the names of the first one, all values text, and the line on which it begins. Blank lines pass.
+
+    A quote in the wrong place is never skipped: nobody knows how many rows it has taken along."""
     csv.field_size_limit(2**31 - 1)  # the library's own is 131,072 characters a cell
     end = 0
     try:
-        with path.open("rb") as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as stream:
+        with (
+            path.open("rb") as file,
+            io.TextIOWrapper(file, encoding="utf-8-sig", errors=decoding(skips), newline="") as stream,
+        ):
             reader, size = csv.reader(stream, strict=True), path.stat().st_size or 1
             names: list[str] = []
             for cells in reader:
@@ -33,14 +39,25 @@ def read_csv(path: Path) -> Iterator[Row]:
                 if not names:
                     names = _header(cells, path, line)
                     continue
-                if len(cells) != len(names):
-                    raise UsageError(
-                        f"{path}, line {line} has {len(cells)} cells and the header {len(names)}; put texts with "
-                        "commas or line ends in double quotes."
-                    )
-                yield dict(zip(names, cells, strict=True)), line, file.tell() / size
+                try:
+                    row: dict[str, Any] | BadRecord = _row(names, cells, Place(path, line), skips)
+                except BadRecordError as error:
+                    if not skips:
+                        raise
+                    row = error.record
+                yield row, line, file.tell() / size
     except csv.Error as error:
         raise UsageError(f"{path}, line {end + 1} is not CSV ({error}); correct it.") from error
+
+
+def _row(names: list[str], cells: list[str], place: Place, skips: bool) -> dict[str, Any]:
+    if skips:
+        for cell in cells:
+            check_text(cell, place)
+    if len(cells) != len(names):
+        counts = f"{len(cells)} cells and the header {len(names)}"
+        raise BadRecordError(place, f" has {counts}; put texts with commas or line ends in double quotes.")
+    return dict(zip(names, cells, strict=True))
 
 
 def _header(names: list[str], path: Path, line: int | None = None) -> list[str]:
@@ -51,7 +68,7 @@ def _header(names: list[str], path: Path, line: int | None = None) -> list[str]:
     return names
 
 
-def read_parquet(path: Path) -> Iterator[Row]:
+def read_parquet(path: Path, skips: bool = False) -> Iterator[Row]:
     """Each row as Python values (nested columns as lists and dictionaries) and its number from 1."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
@@ -63,19 +80,27 @@ def read_parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=_ROWS):
                 for value in _python_values(batch):
                     number += 1
+                    if isinstance(value, UnicodeDecodeError):
+                        fault = BadRecordError(Place(path, number), f" is not UTF-8 text ({value.reason}); convert it.")
+                        if not skips:
+                            raise fault
+                        value = fault.record
                     yield value, number, number / file.metadata.num_rows
     except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.strerror:  # the system's; pyarrow's own has only a message
             raise
         cause = " ".join(str(error).split())
         raise UsageError(f"{path}, row {number + 1} cannot be read as parquet ({cause}); write it anew.") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}, row {number + 1} is not UTF-8 text ({error.reason}); convert it.") from error
 
 
-def _python_values(batch: Any) -> Iterator[dict[str, Any]]:
+def _python_values(batch: Any) -> Iterator[Any]:
     try:
-        yield from batch.to_pylist()
+        values = batch.to_pylist()
     except UnicodeDecodeError:  # somewhere in it: one by one, so that the row can be named
         for index in range(batch.num_rows):
-            yield from batch.slice(index, 1).to_pylist()
+            try:
+                yield from batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield error
+    else:
+        yield from values

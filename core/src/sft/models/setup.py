@@ -50,6 +50,10 @@ def set_up(run: CoreRun) -> None:
     run.strategy.connect(run.model)
     kernels = kernels_for(run.plugins, run, run.precision)
     use_kernels(run.model, kernels)
+    for hook in ("sft_kernels", "sft_attention_backend"):
+        provider = run.plugins.provider(hook)
+        who = "own" if provider is None else f"{provider} ({run.plugins.origin(provider)})"
+        run.arithmetic[hook.removeprefix("sft_")] = who
     run.arithmetic.update(kernels.arithmetic)
     held = held_by(run.plugins.provider("sft_quantizer"), run.model)
     run.say(f"model: {total:,} parameters, {count:,} train ({100 * count / total:.2f} %){held}")

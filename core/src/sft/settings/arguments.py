@@ -106,6 +106,14 @@ class DataArguments:
         "folder in which data that is read whole is kept encoded for later runs; unset: it is not kept",
         is_path=True,
     )
+    on_bad_record: str = option(
+        "stop",
+        "what a record does that cannot be read: stop the run, or skip: it is counted, and listed in bad_records.jsonl",
+        choices=("stop", "skip"),
+    )
+    on_bad_record_limit: float = option(
+        0.05, "skip: the largest share of bad records that a run goes on with", minimum=0, maximum=1
+    )
     eval_with_do_generation: bool = option(False, "at evaluation, answer the dev prompts and score them (BLEU, ROUGE)")
 
 
@@ -183,9 +191,11 @@ class TrainingArguments:
         is_path=True,
     )
     disable_tqdm: bool = option(False, "plain lines instead of a progress bar")
-    deterministic: bool = option(
+    deterministic: bool | str = option(
         False,
-        "the same bits each time on a GPU too, which is slower; the first micro-batch is computed twice to see it",
+        "the same bits each time on a GPU too, which is slower; the first micro-batch is computed twice to see it; "
+        "strict: and a checkpoint of another arithmetic is refused",
+        choices=("strict",),
     )
     seed: int = option(42, "seed of shuffling, initialisation and dropout", minimum=0, maximum=2**31 - 1)
 

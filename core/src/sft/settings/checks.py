@@ -46,6 +46,8 @@ def _idle(settings: Settings) -> Iterator[tuple[str, str]]:
     if not training.load_best_model_at_end:
         for name in ("metric_for_best_model", "greater_is_better"):
             yield name, "load_best_model_at_end is false"
+    if settings.data.on_bad_record != "skip":
+        yield "on_bad_record_limit", "on_bad_record is stop"
     if not (training.bf16 or training.fp16):
         for name in ("fp16_opt_level", "require_precision"):
             yield name, "neither bf16 nor fp16 is set"

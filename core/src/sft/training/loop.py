@@ -205,6 +205,7 @@ def state_after(run: CoreRun, schedule: Schedule, journal: Journal, at: Step, sc
         "settings": run.settings.written(),
         "shaping": run.shaping(),
         "arithmetic": run.arithmetic,
+        **({"other_arithmetic": run.other_arithmetic} if run.other_arithmetic else {}),
     }
 
 

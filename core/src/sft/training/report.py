@@ -39,6 +39,7 @@ def describe(run: CoreRun) -> dict[str, Any]:
         "packages": packages,
         "machine": runtime.machine(),
         "arithmetic": run.arithmetic,
+        **({"other_arithmetic": run.other_arithmetic} if run.other_arithmetic else {}),
         "precision": asdict(run.precision),
     }
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sft import runtime
+from sft import arithmetic
 from sft.errors import UsageError
 from sft.foreign_text import shown
 from sft.models.adapter_folder import base_differences, check_base
@@ -14,6 +15,18 @@ if TYPE_CHECKING:
     from sft.context import CoreRun, Run
     from sft.data.batches import Schedule
     from sft.training.checkpoint_folder import Checkpoint
+
+
+_FREE = {
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "disable_tqdm",
+    "dataset_num_proc",
+    "encoded_cache",
+    "on_bad_record_limit",
+}
+"""Settings that change nothing of what is computed."""
 
 
 def check_resumable(run: CoreRun, schedule: Schedule, resumed: Checkpoint) -> None:
@@ -39,30 +52,53 @@ def check_resumable(run: CoreRun, schedule: Schedule, resumed: Checkpoint) -> No
     measured = run.dev_data.fingerprint() if run.dev_data is not None else None
     if None not in (measured, data.get("dev")) and measured != data["dev"]:
         run.say(f"note: {source.name} measured other dev data, so what was measured before it does not compare")
-    free = {
-        "output_dir",
-        "overwrite_output_dir",
-        "resume_from_checkpoint",
-        "disable_tqdm",
-        "dataset_num_proc",
-        "encoded_cache",
-    }
     now = run.settings.written()
     for name in sorted(set(now) | set(state["settings"])):
-        if name not in free and now.get(name) != state["settings"].get(name):
+        if name not in _FREE and now.get(name) != state["settings"].get(name):
             was = shown(repr(state["settings"].get(name)))
             run.say(f"note: {name} was {was} in {source.name} and is now {now.get(name)!r}")
-    differences = runtime.differences(state.get("arithmetic", run.arithmetic), run.arithmetic)
-    if differences and run.settings.training.deterministic:
+    check_arithmetic(run, source.name, state)
+
+
+def check_arithmetic(run: CoreRun, name: str, before: Mapping[str, Any]) -> None:
+    """Say, and let run.json say, that ``name`` was computed with another arithmetic than this run computes with, if it
+    was; ``before`` is what it says of itself. With ``deterministic strict`` that is refused."""
+    run.other_arithmetic = list(before.get("other_arithmetic", []))
+    differences = arithmetic.differences(before.get("arithmetic", run.arithmetic), run.arithmetic)
+    if differences and run.settings.training.deterministic == "strict":
         raise UsageError(
-            f"deterministic: {source} was computed with another arithmetic, {differences}; resume with the same, or "
-            "leave deterministic out: then last digits may differ."
+            f"deterministic strict: {name} was computed with another arithmetic, {differences}; compute with the same, "
+            "or leave strict out: then last digits may differ."
         )
     if differences:
+        run.other_arithmetic.append({"step": run.step, "from": name, "differences": differences})
         run.say(
-            f"note: {source.name} was computed with another arithmetic, {differences}; what follows may differ in its "
+            f"note: {name} was computed with another arithmetic, {differences}; what follows may differ in its "
             "last digits from what that run would have computed"
         )
+
+
+def check_replay(run: CoreRun) -> None:
+    """:func:`check_arithmetic` of the run that this one replaces, where it has the same settings."""
+    before, now = run.earlier_report, run.settings.written()
+    there, computed = before.get("settings"), before.get("arithmetic")
+    if not isinstance(there, dict) or not isinstance(computed, dict):
+        return
+    if all(there.get(name) == now[name] for name in now if name not in (*_FREE, "deterministic")):
+        check_arithmetic(run, f"the run that {run.output_dir} holds", {"arithmetic": computed})
+
+
+def check_alike(run: CoreRun) -> None:
+    """Say, and let run.json say, that the processes of the run have different arithmetics, as those of unlike machines
+    have. With ``deterministic strict`` that is refused."""
+    digest = arithmetic.digest(run.arithmetic)
+    if run.strategy.largest(digest) == -run.strategy.largest(-digest):
+        return
+    run.arithmetic["processes_differ"] = True
+    text = "the processes of this run have different processors, threads or libraries"
+    if run.settings.training.deterministic == "strict":
+        raise UsageError(f"deterministic strict: {text}; start them all alike, or leave strict out.")
+    run.say(f"note: {text}, so what they compute may differ in its last digits")
 
 
 def check_agreed(run: CoreRun) -> None:

@@ -13,11 +13,12 @@ from sft.training.checkpoint_folder import CLEARS, asks_to_resume, checkpoints, 
 from sft.training.journal import Journal
 from sft.training.report import write_report
 from sft.training.result import PUBLISHED
+from sft.training.skipped_records import NAME
 
 if TYPE_CHECKING:
     from sft.context import CoreRun
 
-RESULT_FILES = ("run.json", *PUBLISHED, "metrics.jsonl", "generations-*.jsonl")
+RESULT_FILES = ("run.json", *PUBLISHED, "metrics.jsonl", NAME, "generations-*.jsonl")
 """What a run writes into its folder beside checkpoints."""
 
 

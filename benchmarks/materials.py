@@ -19,11 +19,11 @@ SHAPE = {
 }  # fmt: skip
 
 
-def write_model(folder: Path, layers: int = LAYERS) -> Path:
+def write_model(folder: Path, layers: int = LAYERS, vocabulary: int = 49152) -> Path:
     """Random weights in Hugging Face layout, with the tokenizer of the demo: its tokens are the first 2,048."""
     folder.mkdir(parents=True)
     rng, hidden, inner, kv = np.random.default_rng(0), 576, 1536, 192
-    shapes = {"model.embed_tokens.weight": (49152, hidden), "model.norm.weight": (hidden,)}
+    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
     for layer in range(layers):
         linears = {"self_attn.q": (hidden, hidden), "self_attn.k": (kv, hidden), "self_attn.v": (kv, hidden),
                    "self_attn.o": (hidden, hidden), "mlp.gate": (inner, hidden), "mlp.up": (inner, hidden),
@@ -36,7 +36,9 @@ def write_model(folder: Path, layers: int = LAYERS) -> Path:
         for name, shape in shapes.items()
     }
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({**SHAPE, "num_hidden_layers": layers}), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps({**SHAPE, "num_hidden_layers": layers, "vocab_size": vocabulary}), encoding="utf-8"
+    )
     settings = json.loads((DEMO / "model/tokenizer_config.json").read_text(encoding="utf-8"))
     settings["model_max_length"] = SHAPE["max_position_embeddings"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -57,6 +59,11 @@ def lengths(records: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def write_records(folder: Path, records: int, model: Path, seed: int = 0) -> Path:
     """``train.json``: ``src`` and ``tgt`` of those lengths, drawn from the demo's words."""
+    return write_words(folder, model, *lengths(records, seed), seed=seed)
+
+
+def write_words(folder: Path, model: Path, prompts: np.ndarray, answers: np.ndarray, seed: int = 0) -> Path:
+    """``train.json``: ``src`` and ``tgt`` of so many tokens, or one or two more, drawn from the demo's words."""
     from tokenizers import Tokenizer
 
     folder.mkdir(parents=True)
@@ -72,6 +79,6 @@ def write_records(folder: Path, records: int, model: Path, seed: int = 0) -> Pat
         return " ".join(words[number] for number in chosen[:enough])
 
     with (folder / "train.json").open("w", encoding="utf-8") as file:
-        for prompt, answer in zip(*lengths(records, seed), strict=True):
+        for prompt, answer in zip(prompts, answers, strict=True):
             print(json.dumps({"src": text(prompt), "tgt": text(answer)}), file=file)
     return folder

@@ -1,0 +1,181 @@
+"""Much of everything: broken records, steps, bytes of data, lines of metrics. Counts are exact, and memory stays."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reliability import figures
+from sft.files import read_report
+from sft.testing import needs, read_metrics
+from sft.training.journal import Journal
+
+MODEL = Path(__file__).resolve().parents[2] / "core" / "tests" / "fixtures" / "models" / "llama-tied-gqa"
+MIB = 1 << 20
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600 if figures.WHOLE else 240)]
+
+BROKEN = {
+    b'{"src": "a", "tgt": ': "is not JSON",
+    b"[1, 2]": "holds list",
+    b'{"src": "a"}': 'has no "tgt"',
+    b'{"src": "a", "tgt": " "}': "is empty",
+    b'{"src": "\xff\xfe", "tgt": "b"}': "is not UTF-8",
+    b'{"src": "a", "src": "b", "tgt": "c"}': "stands twice",
+    b'{"messages": [{"role": "user", "content": "a"}]}': "no turn of this record is a target",
+    b'{"instruction": "a", "output": "b"}': "this record is Alpaca",
+}
+
+
+def started(output: Path, **settings: Any) -> subprocess.Popen[str]:
+    settings = {"model_name_or_path": MODEL, "output_dir": output, "disable_tqdm": True, **settings}
+    plugin = [part for name in [settings.pop("plugin", None)] if name for part in ("--plugin", name)]
+    line = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "sft", "run", *plugin, *line]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.mark.parametrize("way", [{}, {"dataset_num_proc": 2}, {"lazy": True}], ids=["one process", "two", "lazy"])
+def test_broken_records_are_counted_and_listed(tmp_path: Path, way: dict[str, Any]) -> None:
+    """One in a hundred, of eight kinds, at places that chance chose."""
+    records = 100_000 if figures.WHOLE else 9_000
+    chosen = sorted(random.Random(7).sample(range(1, records + 1), records // 100))
+    kinds = list(BROKEN)
+    broken = {line: kinds[number % len(kinds)] for number, line in enumerate(chosen)}
+    with (tmp_path / "train.json").open("wb") as file:
+        for line in range(1, records + 1):
+            file.write(broken.get(line) or b'{"src": "question %d", "tgt": "answer %d"}' % (line, line % 97))
+            file.write(b"\n")
+    began = time.monotonic()
+    # A stream is read to its end: a step takes a twentieth of it.
+    steps = {"max_steps": 20, "per_device_train_batch_size": records // 20} if way.get("lazy") else {"max_steps": 2}
+    settings = {"dataset_name_or_path": tmp_path / "train.json", "on_bad_record": "skip", "max_length": 24, **steps}
+    finished(started(tmp_path / "out", **settings, **way))
+    seconds = time.monotonic() - began
+    counts = read_report(tmp_path / "out")["result"]["data"]["train"]
+    listed = [json.loads(line) for line in (tmp_path / "out" / "bad_records.jsonl").read_text().splitlines()]
+    assert (counts["records"], counts["records_skipped"]) == (records, len(chosen))
+    assert [entry["line"] for entry in listed] == chosen
+    assert all(BROKEN[broken[entry["line"]]] in entry["reason"] for entry in listed)
+    case = f"broken records skipped: {', '.join(way) or 'one process'}"
+    figures.record("load", case, records=records, skipped=len(chosen), listed=len(listed), seconds=seconds)
+
+
+def resident(process: subprocess.Popen[str], output: Path) -> Iterator[tuple[int, float]]:
+    """The step that was logged last, and the memory of the process then in KiB, until it ends."""
+    pages = Path(f"/proc/{process.pid}/statm")
+    while process.poll() is None:
+        time.sleep(0.1)
+        try:
+            memory = int(pages.read_text().split()[1]) * 4
+            lines = (output / "metrics.jsonl").read_bytes().splitlines()
+            yield json.loads(lines[-1])["step"], memory
+        except (OSError, IndexError, ValueError):
+            continue
+
+
+WAYS = {
+    "LoRA, packed": {"plugin": "lora,zero-padding", "learning_rate": 1e-3},
+    "full, padded, lazy, checkpoints": {
+        **{"lazy": True, "save_strategy": "steps", "save_steps": 50, "save_total_limit": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=needs("lora", "zero-padding")) for way in WAYS])
+def test_memory_stays_over_many_steps(tmp_path: Path, way: str) -> None:
+    """The line through what is resident after the first quarter of the steps rises by less than 1 KiB a step."""
+    steps = 2_000 if figures.WHOLE else 300
+    data = tmp_path / "train.json"
+    rng = np.random.default_rng(0)
+    lines = [{"src": "word " * int(rng.integers(1, 9)), "tgt": "answer " * int(rng.integers(1, 9))} for _ in range(500)]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    began = time.monotonic()
+    settings = {"dataset_name_or_path": data, "max_steps": steps, "logging_steps": 5, "max_length": 128}
+    process = started(tmp_path / "out", **settings, per_device_train_batch_size=4, **WAYS[way])
+    found = np.array([at for at in resident(process, tmp_path / "out") if at[0] >= steps // 4])
+    finished(process)
+    assert len(found) >= 10
+    slope = float(np.polyfit(found[:, 0], found[:, 1], 1)[0])
+    peaks = {line["step"]: line["peak_memory_mib"] for line in read_metrics(tmp_path / "out") if "loss" in line}
+    rise = peaks[steps] - peaks[steps // 4]
+    figures.record(
+        "load", f"memory over steps: {way}", steps=steps, KiB_a_step=slope, MiB_more_at_the_peak=rise,
+        seconds=time.monotonic() - began,
+    )  # fmt: skip
+    assert slope < (1 if figures.WHOLE else 16)
+    assert rise <= (4 if figures.WHOLE else 16)
+
+
+def test_a_stream_takes_the_same_memory_however_large_its_file_is(tmp_path: Path) -> None:
+    """Ten windows of 1 GB (in the short form two of 64 MB) beside as many of a file that holds no more than these."""
+    windows, size = (10, 1 << 30) if figures.WHOLE else (2, 64 * MIB)
+    rows = 512
+    steps = windows * 4096 // rows
+    words = [f"word{number} " for number in range(1000)]
+    rng, record, written = np.random.default_rng(0), 0, 0
+    small, large = tmp_path / "small.json", tmp_path / "large.json"
+    began = time.monotonic()
+    with small.open("w") as one, large.open("w") as other:
+        while written < size:
+            text = "".join(words[number] for number in rng.integers(0, 1000, 130))
+            line = json.dumps({"src": f"{record} {text}", "tgt": "yes"}) + "\n"
+            record, written = record + 1, written + len(line)
+            other.write(line)
+            if record <= windows * 4096:
+                one.write(line)
+    peaks = {}
+    for path in (small, large):
+        output = tmp_path / path.stem
+        settings = {"lazy": True, "max_steps": steps, "per_device_train_batch_size": rows, "max_length": 16}
+        finished(started(output, dataset_name_or_path=path, **settings))
+        report = read_report(output)["result"]
+        assert report["rows"] == windows * 4096
+        peaks[path.stem] = report["peak_memory_mib"]
+    more = peaks["large"] - peaks["small"]
+    figures.record(
+        "load", "a large file as a stream", MiB=written // MIB, records=record, MiB_at_the_peak=peaks["large"],
+        MiB_more_than_of_a_small_one=more, seconds=time.monotonic() - began,
+    )  # fmt: skip
+    assert more <= 48
+
+
+def test_the_metrics_of_a_week_are_read_in_a_second(tmp_path: Path) -> None:
+    """By a resume, whether the file is as it was or has been changed; the lines up to the checkpoint stay."""
+    lines, limit = (300_000, 1.0) if figures.WHOLE else (100_000, 5.0)
+    path = tmp_path / "metrics.jsonl"
+    row = {
+        **{"epoch": 1.5, "loss": 1.2345678901234567, "learning_rate": 4.9e-05, "grad_norm": 0.7654321098765432},
+        **{"seconds": 2.034, "tokens": 12345, "target_tokens": 6789, "padding_tokens": 12, "peak_memory_mib": 4321},
+    }
+    journal = Journal(path)
+    for step in range(1, lines + 1):
+        journal.write({"step": step, **row})
+        if step == lines - 10:
+            state = {"step": step, "journal": journal.state(), "evaluation": {}}
+    whole = path.read_bytes()
+    seconds: Counter[str] = Counter()
+    for name, content in {"as_it_was": whole, "changed": whole.replace(b"1.5", b"2.5", 1)}.items():
+        path.write_bytes(content)
+        began = time.monotonic()
+        changed = Journal(path).rewind(state, path)
+        seconds[name] = time.monotonic() - began
+        assert (changed is None) == (content is whole)
+        assert path.read_bytes() == b"".join(content.splitlines(keepends=True)[: lines - 10])
+    figures.record("load", "metrics of a week at a resume", lines=lines, **{k: float(v) for k, v in seconds.items()})
+    assert max(seconds.values()) < limit

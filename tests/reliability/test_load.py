@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from reliability import figures
+from sft.data.stream import WINDOW
 from sft.files import read_report
 from sft.testing import needs, read_metrics
 from sft.training.journal import Journal
@@ -31,7 +32,7 @@ BROKEN = {
     b'{"src": "a", "tgt": " "}': "is empty",
     b'{"src": "\xff\xfe", "tgt": "b"}': "is not UTF-8",
     b'{"src": "a", "src": "b", "tgt": "c"}': "stands twice",
-    b'{"messages": [{"role": "user", "content": "a"}]}': "no turn of this record is a target",
+    b'{"messages": [{"role": "user", "content": "a"}]}': "this record is messages",
     b'{"instruction": "a", "output": "b"}': "this record is Alpaca",
 }
 
@@ -62,8 +63,11 @@ def test_broken_records_are_counted_and_listed(tmp_path: Path, way: dict[str, An
             file.write(broken.get(line) or b'{"src": "question %d", "tgt": "answer %d"}' % (line, line % 97))
             file.write(b"\n")
     began = time.monotonic()
-    # A stream is read to its end: a step takes a twentieth of it.
-    steps = {"max_steps": 20, "per_device_train_batch_size": records // 20} if way.get("lazy") else {"max_steps": 2}
+    steps = {"max_steps": 2}
+    if "lazy" in way:  # it is read to its end, and not a window more
+        windows = [range(start, min(start + WINDOW, records + 1)) for start in range(1, records + 1, WINDOW)]
+        good = [len(window) - sum(line in window for line in chosen) for window in windows]
+        steps = {"max_steps": sum(-(-count // 500) for count in good), "per_device_train_batch_size": 500}
     settings = {"dataset_name_or_path": tmp_path / "train.json", "on_bad_record": "skip", "max_length": 24, **steps}
     finished(started(tmp_path / "out", **settings, **way))
     seconds = time.monotonic() - began
@@ -71,7 +75,8 @@ def test_broken_records_are_counted_and_listed(tmp_path: Path, way: dict[str, An
     listed = [json.loads(line) for line in (tmp_path / "out" / "bad_records.jsonl").read_text().splitlines()]
     assert (counts["records"], counts["records_skipped"]) == (records, len(chosen))
     assert [entry["line"] for entry in listed] == chosen
-    assert all(BROKEN[broken[entry["line"]]] in entry["reason"] for entry in listed)
+    for entry in listed:
+        assert BROKEN[broken[entry["line"]]] in entry["reason"]
     case = f"broken records skipped: {', '.join(way) or 'one process'}"
     figures.record("load", case, records=records, skipped=len(chosen), listed=len(listed), seconds=seconds)
 
@@ -106,7 +111,7 @@ def test_memory_stays_over_many_steps(tmp_path: Path, way: str) -> None:
     lines = [{"src": "word " * int(rng.integers(1, 9)), "tgt": "answer " * int(rng.integers(1, 9))} for _ in range(500)]
     data.write_text("\n".join(map(json.dumps, lines)))
     began = time.monotonic()
-    settings = {"dataset_name_or_path": data, "max_steps": steps, "logging_steps": 5, "max_length": 128}
+    settings = {"dataset_name_or_path": data, "max_steps": steps, "logging_steps": 5, "max_length": 64}
     process = started(tmp_path / "out", **settings, per_device_train_batch_size=4, **WAYS[way])
     found = np.array([at for at in resident(process, tmp_path / "out") if at[0] >= steps // 4])
     finished(process)
@@ -126,7 +131,7 @@ def test_a_stream_takes_the_same_memory_however_large_its_file_is(tmp_path: Path
     """Ten windows of 1 GB (in the short form two of 64 MB) beside as many of a file that holds no more than these."""
     windows, size = (10, 1 << 30) if figures.WHOLE else (2, 64 * MIB)
     rows = 512
-    steps = windows * 4096 // rows
+    steps = windows * WINDOW // rows
     words = [f"word{number} " for number in range(1000)]
     rng, record, written = np.random.default_rng(0), 0, 0
     small, large = tmp_path / "small.json", tmp_path / "large.json"
@@ -137,7 +142,7 @@ def test_a_stream_takes_the_same_memory_however_large_its_file_is(tmp_path: Path
             line = json.dumps({"src": f"{record} {text}", "tgt": "yes"}) + "\n"
             record, written = record + 1, written + len(line)
             other.write(line)
-            if record <= windows * 4096:
+            if record <= windows * WINDOW:
                 one.write(line)
     peaks = {}
     for path in (small, large):
@@ -145,7 +150,7 @@ def test_a_stream_takes_the_same_memory_however_large_its_file_is(tmp_path: Path
         settings = {"lazy": True, "max_steps": steps, "per_device_train_batch_size": rows, "max_length": 16}
         finished(started(output, dataset_name_or_path=path, **settings))
         report = read_report(output)["result"]
-        assert report["rows"] == windows * 4096
+        assert report["rows"] == windows * WINDOW
         peaks[path.stem] = report["peak_memory_mib"]
     more = peaks["large"] - peaks["small"]
     figures.record(

@@ -76,7 +76,7 @@ def run(materials: Path, name: str, *changes: dict[str, Any]) -> list[dict[str, 
         line += [part for key, value in settings.items() for part in (f"--{key}", str(value))]
         done = subprocess.run(line, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert read_report(output)["precision"]["name"] == "float32"
+    assert read_report(output)["precision"]["dtype"] == "float32"
     return read_metrics(output)
 
 

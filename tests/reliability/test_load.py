@@ -128,8 +128,8 @@ def test_memory_stays_over_many_steps(tmp_path: Path, way: str) -> None:
 
 
 def test_a_stream_takes_the_same_memory_however_large_its_file_is(tmp_path: Path) -> None:
-    """Ten windows of 1 GB (in the short form two of 64 MB) beside as many of a file that holds no more than these."""
-    windows, size = (10, 1 << 30) if figures.WHOLE else (2, 64 * MIB)
+    """Ten windows of 1 GB (in the short form one of 24 MB) beside as many of a file that holds no more than these."""
+    windows, size = (10, 1 << 30) if figures.WHOLE else (1, 24 * MIB)
     rows = 512
     steps = windows * WINDOW // rows
     words = [f"word{number} " for number in range(1000)]

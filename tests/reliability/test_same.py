@@ -21,7 +21,8 @@ from sft.files import read_report
 from sft.testing import needs, read_metrics
 
 STEPS, LAYERS, VOCABULARY, LENGTH = (50, 4, 49152, 600) if figures.WHOLE else (6, 2, 2048, 150)
-"""LENGTH: the tokens of a packed row; each record has more than a third of them and no more than half."""
+"""LENGTH: the tokens of a packed row; each record, with its template, has more than a third of them
+and no more than half."""
 RECORDS, DRIFT = 32, 1e-5
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600 if figures.WHOLE else 240)]
 
@@ -50,7 +51,7 @@ NEEDS = {
 def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("same")
     write_model(folder / "model", LAYERS, VOCABULARY)
-    sizes = np.random.default_rng(5).integers(LENGTH // 3 + 10, LENGTH // 2 - 10, RECORDS)
+    sizes = np.random.default_rng(5).integers(LENGTH // 3 - 4, LENGTH // 2 - 16, RECORDS)
     write_words(folder / "data", folder / "model", sizes // 3, sizes - sizes // 3)
     return folder
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,12 @@ class Runs:
         settings: Mapping[str, Any],
         kill: tuple[int, str] = (-1, "never"),
         after: float | None = None,
+        number: int = signal.SIGKILL,
         ranks: int = 1,
         rank: int = 0,
         **facts: Any,
     ) -> Ended:
-        """``sft run`` with ``settings``, killed at an operation of ``rank``, or ``after`` so many seconds.
+        """``sft run`` with ``settings``: killed at an operation of ``rank``, or sent a signal ``after`` some seconds.
 
         Of several ranks the others are killed with that one, as if the machine had gone.
         """
@@ -84,21 +86,28 @@ class Runs:
                 for n in range(ranks)
             ]
             try:
-                self._wait(forks, began, after)
+                self._wait(forks, began, after, number)
             finally:
                 for fork in forks:
                     fork.kill()
         ends = [fork.code() or 0 for fork in forks]
-        code = ends[rank] if ends[rank] else next((end for end in ends if end), 0)
+        # Where a signal has ended one, the others may end because of that.
+        code = next((end for end in [*(end for end in ends if end > 128), ends[rank], *ends] if end), 0)
         said = "".join(fork.output() for fork in forks)
         if not code and any(fork.outcome().get("value") for fork in forks):
             code = next(fork.outcome()["value"] for fork in forks if fork.outcome().get("value"))
         return Ended(code, said, [read(place / str(n) / "operations") for n in range(ranks)], time.monotonic() - began)
 
-    def _wait(self, forks: list[Any], began: float, after: float | None) -> None:
-        while not all(fork.ended() for fork in forks) and not any(fork.code() for fork in forks):
+    def _wait(self, forks: list[Any], began: float, after: float | None, number: int) -> None:
+        # One that was killed takes the others along; one that has ended as asked does not.
+        while not all(fork.ended() for fork in forks) and not any((fork.code() or 0) < 0 for fork in forks):
             if after is not None and time.monotonic() - began > after:
-                return
+                after = None
+                if number == signal.SIGKILL:
+                    return
+                for fork in forks:
+                    with suppress(ProcessLookupError):
+                        os.kill(fork.process, number)
             if time.monotonic() - began > LIMIT:
                 raise TimeoutError("".join(processes._last_words(fork) for fork in forks))
             time.sleep(0.002)

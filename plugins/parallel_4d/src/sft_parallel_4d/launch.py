@@ -29,6 +29,8 @@ from sft_parallel_4d.door import TOKEN, new_token
 from sft_parallel_4d.environment import FOLDER
 from sft_parallel_4d.watch import OtherRankError, Watch
 
+INTERRUPTED = "interrupted"
+"""What other ranks hear of one that a signal has ended."""
 STOPPED = "stopped"
 """The file in a launch's folder in which its ranks say after what a signal has ended them."""
 HIDDEN = "SFT_LAUNCH_HIDES_GPUS"
@@ -93,7 +95,8 @@ def start(
             _end(process, folder)
         if process.returncode == 0:
             return 0
-        if passed and all(_read_record(path)["code"] == 128 + passed[0] for path in folder.glob("*.error")):
+        records = [_read_record(path) for path in folder.glob("*.error")]
+        if passed and all(record["relayed"] or record["code"] == 128 + passed[0] for record in records):
             raise SignalError(passed[0], _read(folder / STOPPED))
         raise _first_error(folder, process.returncode, _ended_for_memory() - ended_before)
 
@@ -194,7 +197,7 @@ def _record_path() -> Path:
 
 def _sentence(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        return INTERRUPTED
     return str(error) if isinstance(error, (SftError, OSError)) else f"{type(error).__name__}: {error}"
 
 

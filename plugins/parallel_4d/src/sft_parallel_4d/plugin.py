@@ -91,7 +91,7 @@ class Parallel4d(sft.Plugin):
     @sft.hookimpl
     def sft_parallel_strategy(self, run: Run) -> ParallelStrategy:
         from sft.parallel import close_report
-        from sft_parallel_4d.launch import report
+        from sft_parallel_4d.launch import INTERRUPTED, report
         from sft_parallel_4d.strategy import Parallel
         from sft_parallel_4d.topology import connect
 
@@ -102,7 +102,7 @@ class Parallel4d(sft.Plugin):
             from sft_parallel_4d.watch import Watch
 
             def ends(text: str) -> None:
-                close_report(run, sft.SftError(text))
+                close_report(run, KeyboardInterrupt() if text.endswith(f": {INTERRUPTED}") else sft.SftError(text))
                 report(text)
 
             if rank() == 0 and not token():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from timeless import timeless
 
 import sft
+from sft.data import processes
 from sft.data.bad_records import Place
 from sft.data.encoding import Encoded, encode
 from sft.data.formats import Conversation
@@ -62,7 +64,7 @@ def conversations(wrong: int | None = None, unread: int | None = None) -> Iterat
 
 
 def check_same(one: Encoded, other: Encoded) -> None:
-    for name in ("ids", "trained", "offsets"):
+    for name in ("ids", "trained", "offsets", "dropped"):
         expected, found = getattr(one, name), getattr(other, name)
         assert found.dtype == expected.dtype
         assert np.array_equal(found, expected)
@@ -131,6 +133,30 @@ def test_a_process_that_is_killed_is_named_and_the_others_end(tokenizer: Tokeniz
     with pytest.raises(sft.SftError, match=r"ended by itself \(signal 9\).*give dataset_num_proc a lower number"):
         encode(killing(), tokenizer, 10**6, 10**6, 4, by=several)
     assert several.processes == []
+
+
+@pytest.mark.parametrize("length", [1, 2_000_000])
+def test_a_process_that_stands_still_is_not_waited_for_without_end(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """Nor where it does not even take what it is sent."""
+    monkeypatch.setattr(processes, "_PATIENCE", 1.0)
+    several, stopped = Encoders(1), []
+
+    def stopping() -> Iterator[Conversation]:
+        for number, turns in enumerate(conversations()):
+            if number == 40:
+                stopped.extend(several.processes)
+                os.kill(stopped[0], signal.SIGSTOP)
+            content = "x" * length if number >= 40 else "x"
+            yield Conversation([Turn("user", content), *turns[1:]], turns.place)
+
+    began = time.monotonic()
+    with pytest.raises(sft.SftError, match="has not answered for 1 s; look what has stopped it"):
+        encode(stopping(), tokenizer, 10**6, 10**6, 4, by=several)
+    assert time.monotonic() - began < 10
+    with pytest.raises(ProcessLookupError):
+        os.kill(stopped[0], 0)
 
 
 def test_processes_are_started_as_they_are_needed_and_end_with_their_object(tokenizer: Tokenizer) -> None:

@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import traceback
@@ -37,6 +38,8 @@ PAYS_OFF = 16 << 20
 """Bytes of data from which several processes are used where nothing is said: a second or two each, to begin with."""
 _MOST = 12
 """Processes that this one can keep busy: encoding a record takes about 12 times as long as reading it."""
+_PATIENCE = 900.0
+"""Seconds in which a group has been encoded, whatever is in it; a process that takes longer has stopped."""
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
     "from sft.data.processes import serve; serve(int(sys.argv[1]))"
@@ -127,6 +130,7 @@ class Encoders:
 class _Process:
     def __init__(self, threads: int) -> None:
         own, other = socket.socketpair()
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(_PATIENCE), 0))
         line = [sys.executable, "-c", _PROGRAM, str(other.fileno()), json.dumps([str(path) for path in sys.path])]
         environment = {**os.environ, "RAYON_NUM_THREADS": str(threads)}
         try:
@@ -153,9 +157,17 @@ class _Process:
         ]
         try:
             self._connection.send((pickle.dumps(encoding), plain))
+            if not self._connection.poll(_PATIENCE):
+                raise BlockingIOError
             answer = self._connection.recv()
+        except BlockingIOError as error:
+            self.end()
+            raise SftError(
+                f"A process that encodes data has not answered for {_PATIENCE:g} s; look what has stopped it, or give "
+                "dataset_num_proc 1 to encode in one process."
+            ) from error
         except (EOFError, OSError) as error:
-            code = self._process.wait()
+            code = self._ended()
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise SftError(
                 f"A process that encodes data has ended by itself ({how}), perhaps for lack of memory; give "
@@ -170,7 +182,15 @@ class _Process:
         """Safe to call twice, and beside a thread that waits for an answer: it finds the other end closed. This end is
         closed with this object, when no thread can be reading from it any more."""
         self._process.kill()
-        self._process.wait()
+        self._ended()
+
+    def _ended(self) -> int:
+        """Its exit code, once it has closed its end."""
+        try:
+            return self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait(10)
 
 
 def _end(processes: list[_Process]) -> None:

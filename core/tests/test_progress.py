@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sft.progress import Printer
+
 pty = pytest.importorskip("pty", reason="there are no pseudo-terminals on this system")
 
 
@@ -45,3 +47,19 @@ def test_a_terminal_gets_a_bar(models: Path, dataset: Path, tmp_path: Path) -> N
     assert "step 2/2  epoch" not in bar
     assert "\u2501" not in lines
     assert "step 2/2  epoch" in lines
+
+
+def test_a_reader_that_goes_away_does_not_end_the_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As behind `| head`: it is said once, on standard error."""
+    reads, writes = os.pipe()
+    with open(writes, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        printer = Printer("stdout")
+        printer("heard")
+        assert os.read(reads, 100) == b"heard\n"
+        os.close(reads)
+        for text in ("not heard", "nor this"):
+            printer(text)
+    assert capsys.readouterr().err == "note: nobody reads the output any more; the work goes on without it\n"

@@ -6,6 +6,7 @@ process share one place at the bottom of its terminal, and lines go where the ru
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -34,13 +35,27 @@ class Shown(Protocol):
 
 
 class Printer:
-    """Prints lines to standard output or standard error; bars may stand below its lines where that is a terminal."""
+    """Prints lines to standard output or standard error; bars may stand below its lines where that is a terminal.
+
+    Where nobody reads them any more (`sft run | head`, a terminal that was closed), work goes on without them."""
 
     def __init__(self, stream: str) -> None:
         self._stream = stream
 
     def __call__(self, text: str) -> None:
-        print(safe(text), file=self.file, flush=True)
+        try:
+            print(safe(text), file=self.file, flush=True)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            self._silence()
+
+    def _silence(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+        if self._stream == "stdout":
+            Printer("stderr")("note: nobody reads the output any more; the work goes on without it")
 
     @property
     def file(self) -> Any:

@@ -93,7 +93,10 @@ def fill_at_each(
         assert os.strerror(code) in str(error), (operation, error)
         assert is_sentence(str(error)), (operation, error)
         if (out / "run.json").exists():
-            assert read_report(out)["status"] in ("running", "failed")  # it may not be writable any more
+            status = read_report(out)["status"]
+            assert status in ("running", "failed", "finished")  # it may not be writable any more
+            if status == "finished":
+                assert contents(out) == contents(whole), operation
         run(out, settings, resume_from_checkpoint="auto")
         assert contents(out) == contents(whole), operation
         assert losses(out) == losses(whole), operation

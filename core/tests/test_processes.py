@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,8 +142,11 @@ def test_a_process_that_stands_still_is_not_waited_for_without_end(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
     """Nor where it does not even take what it is sent."""
-    monkeypatch.setattr(processes, "_PATIENCE", 1.0)
     several, stopped = Encoders(1), []
+    encode(list(conversations())[:3], tokenizer, 10**6, 10**6, 4, by=several)  # it has started
+    monkeypatch.setattr(processes, "_PATIENCE", 1.0)
+    with socket.socket(fileno=os.dup(several._started[0]._connection.fileno())) as sends:
+        sends.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 1, 0))
 
     def stopping() -> Iterator[Conversation]:
         for number, turns in enumerate(conversations()):

@@ -74,14 +74,19 @@ def lines_in(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("broken", [False, True])
 def test_it_names_its_records(
-    train: Train, models: Path, settings: dict[str, Any], poison: Callable[..., None], lazy: bool
+    train: Train, models: Path, settings: dict[str, Any], poison: Callable[..., None], lazy: bool, broken: bool
 ) -> None:
-    """By file and line, as they stand there, with those before them that keep no target."""
+    """By file and line, as they stand there, with those before them that keep no target or cannot be read."""
     from sft.data.tokenizer import Tokenizer
 
     poison(3)
     lengths: dict[int, list[int]] = {}
+    if broken:
+        path = Path(settings["dataset_name_or_path"]) / "train.json"
+        path.write_text("{no record}\n" + path.read_text().partition("\n")[2])
+        settings |= {"on_bad_record": "skip", "on_bad_record_limit": 0.5}
     with pytest.raises(sft.SftError, match=r"no longer finite at step 3 \(loss nan, .*\), with 2 records") as caught:
         train("out", (looking(lengths),), max_steps=4, lazy=lazy, **settings)
     named = lines_in(str(caught.value))

@@ -18,7 +18,7 @@ from reliability.trials import CASES, NAMES, Trial
 
 MOMENTS = 200 if figures.WHOLE else 1
 """Kills of a case at random moments."""
-KINDS = None if figures.WHOLE else 4
+KINDS = None if figures.WHOLE else 3
 """Kills of one process of a case at operations, each of another kind; None is all of them."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200 if figures.WHOLE else 240)]
 

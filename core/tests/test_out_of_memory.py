@@ -14,6 +14,7 @@ from toy_plugins import raising, toy
 
 import sft
 from sft.files import read_report
+from sft.tensor_files import read_tensors
 from sft.training import out_of_memory
 
 Train = Callable[..., sft.Summary]
@@ -106,6 +107,31 @@ def test_advice_comes_from_plugins_that_are_not_active(
     full = toy("full", sft_run_started=raising(MemoryError()))
     with pytest.raises(sft.SftError, match=r"\(no memory is left\): .*with 4 rows it fits"):
         train("out", (full,), per_device_train_batch_size=8)
+
+
+def test_a_file_that_memory_has_no_room_for_is_not_called_damaged(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors
+
+    monkeypatch.setattr(safetensors, "safe_open", lambda *arguments, **more: raising(MemoryError("no room"))(None))
+    with pytest.raises(MemoryError):
+        read_tensors(models / "llama-tied-gqa" / "model.safetensors")
+
+
+def test_a_command_that_is_out_of_memory_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sft.commands import cli
+
+    monkeypatch.setattr(cli.cli, "main", lambda **more: raising(MemoryError(OF_A_CPU))(None))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        "sft: Out of memory (Fail to alloc memory of 1073741824 size, error code is 12): take a smaller model, or "
+        "smaller batches.\n"
+    )
 
 
 REAL = """

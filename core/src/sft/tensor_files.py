@@ -31,6 +31,8 @@ def open_tensors(path: Path, cure: str = "copy it again") -> Any:
         with path.open("rb"):  # the library calls every failure of this a file that is not there
             pass
         return safe_open(str(path), framework="numpy")
+    except MemoryError:
+        raise
     except Exception as error:
         said = _SYSTEM.search(str(error))
         if isinstance(error, OSError) and (said or error.strerror):
@@ -59,5 +61,7 @@ def read_tensors(path: Path, cure: str = "copy it again") -> dict[str, np.ndarra
         _check_width(file, name, path)
     try:
         return {name: file.get_tensor(name) for name in names}
+    except MemoryError:
+        raise
     except Exception as error:
         raise UsageError(f"{path} is not a readable safetensors file ({why(error)}); {cure}.") from error

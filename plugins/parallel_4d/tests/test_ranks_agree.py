@@ -217,6 +217,26 @@ def test_a_value_that_is_not_finite_in_one_rank_ends_all(trainings: Trainings, p
     assert sorted(path.name for path in output.iterdir()) == ["metrics.jsonl", "run.json"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_step_that_is_not_finite_in_one_rank_is_left_out_by_all(trainings: Trainings, skips: bool) -> None:
+    """With the records of all ranks. The next one is not finite either, for no step comes between: too many."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "do_eval": False, "evaluation_strategy": "no"}
+    saving["max_steps"] = 4
+    skipping = {"skip_nan_grad": True, "max_skipped_in_a_row": 2} if skips else {}
+    values = trainings.settings(PLANS["dp2"], **saving, **skipping)
+    with pytest.raises(RankError):
+        run_ranks(2, "jobs:train_with_a_bad_step", values, 0, 2, timeout=60)
+    output = Path(values["output_dir"])
+    found = json.loads((output / "run.json").read_text())
+    assert found["status"] == "failed"
+    assert f"is no longer finite at step {3 if skips else 2} (" in found["error"]
+    assert ("which is the last of 2 in a row" in found["error"]) == skips
+    assert found["error"].count("train.json, line ") == (1 if skips else 8)  # step 3 has what is left of the data
+    saved = sorted(path.name for path in output.glob("checkpoint-*"))
+    assert saved == (["checkpoint-1", "checkpoint-2"] if skips else ["checkpoint-1"])
+
+
 @pytest.mark.parametrize("plan", ["tp2", "pp2"])
 def test_a_result_that_its_folder_cannot_take_is_whole_elsewhere(
     trainings: Trainings, tmp_path: Path, plan: str

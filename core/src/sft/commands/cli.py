@@ -97,6 +97,10 @@ def main() -> None:
         code = _failed(str(error), error.exit_code)
     except click.ClickException as error:
         code = _failed(error.format_message(), 2)
+    except MemoryError as error:
+        from sft.training.out_of_memory import said
+
+        code = _failed(f"Out of memory ({said(error)}): take a smaller model, or smaller batches.", 1)
     except OSError as error:
         # The machine's fault, not a bug: a full disk, a folder that went away.
         code = _failed(str(error), 1)

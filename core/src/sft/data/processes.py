@@ -217,6 +217,11 @@ def serve(handle: int) -> None:
                 answer: Encoded | Exception = encoding(group)
             except UsageError as error:
                 answer = error
+            except MemoryError:
+                answer = SftError(
+                    "A process that encodes data gets no more memory; give dataset_num_proc a lower number, or 1 to "
+                    "encode in one process."
+                )
             except Exception as error:
                 traceback.print_exc()
                 answer = SftError(f"Encoding failed ({type(error).__name__}: {error}).")

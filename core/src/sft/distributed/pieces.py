@@ -93,6 +93,8 @@ class SavedState:
                     name, _, kind = key.rpartition(".")
                     values = None if _is_scalar(kind) else about.get(name)
                     self._where.setdefault(key, []).append((file, _piece(values) if values else None))
+            except MemoryError:
+                raise
             except Exception as error:
                 raise UsageError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
 

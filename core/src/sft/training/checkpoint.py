@@ -182,6 +182,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
     try:
         return load_file(str(path))
+    except MemoryError:
+        raise
     except Exception as error:
         raise UsageError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
 

@@ -161,6 +161,30 @@ class Ruin(sft.Plugin):
             parameter.set_value(values)
 
 
+def train_with_a_bad_step(settings: dict[str, Any], rank: int, step: int) -> None:
+    """One rank of a run in which the loss of a ``step`` is not a number in ``rank``."""
+    from paddle import distributed
+
+    from sft.training import loop
+
+    own, at = loop.target_loss, [0]
+
+    class Steps(sft.Plugin):
+        name = "steps"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            at[0] = record["step"]
+
+    def loss(*arguments: Any) -> Any:
+        found = own(*arguments)
+        return found * float("nan") if at[0] == step - 1 and distributed.get_rank() == rank else found
+
+    loop.target_loss = loss
+    sft.run(settings, plugins=[Steps], say=print)
+
+
 def train_on_full_disk(settings: dict[str, Any], temporary: str) -> None:
     """One rank of a run whose folder has no room for weights; there is some in the folder of ``temporary`` files."""
     import tempfile

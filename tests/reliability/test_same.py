@@ -20,7 +20,7 @@ from reliability import figures
 from sft.files import read_report
 from sft.testing import needs, read_metrics
 
-STEPS, LAYERS, VOCABULARY, LENGTH = (50, 4, 49152, 600) if figures.WHOLE else (6, 2, 2048, 150)
+STEPS, LAYERS, VOCABULARY, LENGTH = (50, 2, 8192, 300) if figures.WHOLE else (6, 2, 2048, 150)
 """LENGTH: the tokens of a packed row; each record, with its template, has more than a third of them
 and no more than half."""
 RECORDS, DRIFT = 32, 1e-5

@@ -119,8 +119,12 @@ def test_help_names_every_attribute_and_hides_no_description(name: str) -> None:
         for statement, following in zip(body, [*body[1:], None], strict=True):
             if isinstance(statement, (ast.Assign, ast.AnnAssign)):
                 target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
-                attributes.append(ast.unparse(target).removeprefix("self."))
-                if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                targets = target.elts if isinstance(target, ast.Tuple) else [target]
+                names = [ast.unparse(one) for one in targets]
+                if body is not tree.body:  # where other names are those of the function
+                    names = [name.removeprefix("self.") for name in names if name.startswith("self.")]
+                attributes += names
+                if names and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
                     hidden.append(attributes[-1])
     assert hidden == []
     text = pydoc.plain(pydoc.render_doc(cls))

@@ -166,13 +166,14 @@ def test_a_scaled_run_learns_what_an_unscaled_one_does(
 def test_a_step_that_overflows_is_skipped(
     train: Callable[..., Any], metrics: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a scale of 2^132 the gradients overflow float32; each skipped step halves it."""
+    """At a scale of 2^132 (more than ``scale_loss`` takes) the gradients overflow float32; each skipped step halves
+    it."""
     from sft.training import loop
 
     said: list[str] = []
-    monkeypatch.setattr(loop, "LossScale", lambda precision, initial: LossScale(FLOAT16, initial))
+    monkeypatch.setattr(loop, "LossScale", lambda precision, initial: LossScale(FLOAT16, 2.0**132))
     saving = {"save_strategy": "steps", "save_steps": 1}
-    summary = train("scaled", max_steps=12, scale_loss=2.0**132, say=said.append, **saving)
+    summary = train("scaled", max_steps=12, say=said.append, **saving)
     assert (tmp_path / "scaled" / "checkpoint-1").is_dir()  # what is due at a skipped step is done
     skipped = [line for line in said if "float16 overflow, skipped" in line]
     lines = [line for line in metrics(tmp_path / "scaled") if "loss" in line]

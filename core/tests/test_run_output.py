@@ -211,8 +211,9 @@ def test_run_json_tells_what_was_run(train: Train, models: Path, dataset: Path, 
     summary = train(plugins=(Idle,), max_steps=2, seed=9)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert set(record) == {
-        *("status", "started", "settings", "plugins", "packages", "machine", "arithmetic", "precision", "result")
+        *("status", "started", "settings", "plugins", "packages", "machine", "arithmetic", "precision", "hub", "result")
     }
+    assert record["hub"] == {}  # the model is a folder
     assert record["status"] == "finished"
     assert record["settings"]["seed"] == 9
     assert record["settings"]["weight_decay"] == 0.0  # defaults are written too

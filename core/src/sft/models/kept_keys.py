@@ -15,13 +15,17 @@ HIDDEN = -1e30
 
 class Seen:
     """What the ``count`` tokens that are new in each row see of the ``all_keys`` that there are with them: those before
-    them that are no padding, int64 [B] on the left of each row, and within the last ``window``. All layers share it."""
+    them that are no padding, int64 [B] on the left of each row, and within the last ``window``. All layers share it.
+
+    Attributes:
+        all_keys: How many keys there are.
+        first: Where ``count`` is 1: the first key that the token of each row sees, int32 [B].
+    """
 
     def __init__(self, padding: np.ndarray, all_keys: int, count: int, window: int | None) -> None:
         self.all_keys = all_keys
         begin = 0 if window is None else all_keys - window
         self.first = np.maximum(padding, begin).astype(np.int32)
-        """Where ``count`` is 1: the first key that the token of each row sees, int32 [B]."""
         places, keys = np.arange(all_keys - count, all_keys), np.arange(all_keys)
         seen = (keys <= places[:, None]) & (keys >= padding[:, None, None])
         if window is not None:

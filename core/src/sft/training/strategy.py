@@ -92,8 +92,8 @@ def squared_gradients(parameters: Iterable[Any]) -> float:
     if not gradients:
         return 0.0
     with beside(gradients[0]):
-        few = FEW if gradients[0].place.is_cpu_place() else SMALL
-        sums = [_squared(gradient) for gradient in _joined(gradients, few)]
+        few, dtype = (FEW, "float64") if gradients[0].place.is_cpu_place() else (SMALL, "float32")
+        sums = [_squared(gradient) for gradient in _joined(gradients, few, dtype)]
         return float(paddle.concat(sums).sum())
 
 
@@ -103,8 +103,8 @@ LOT = 1 << 20
 """Values that are copied together."""
 
 
-def _joined(gradients: Iterable[Any], few: int) -> Iterator[Any]:
-    """``gradients``, those of at most ``few`` values put together."""
+def _joined(gradients: Iterable[Any], few: int, dtype: str) -> Iterator[Any]:
+    """``gradients``, those of at most ``few`` values put together, as ``dtype``."""
     small: list[Any] = []
     size = 0
     for gradient in gradients:
@@ -113,18 +113,18 @@ def _joined(gradients: Iterable[Any], few: int) -> Iterator[Any]:
             yield gradient
             continue
         if size + own > LOT:
-            yield paddle.concat(small)
+            yield paddle.concat(small).astype(dtype)
             small, size = [], 0
         small.append(gradient.reshape([-1]).astype("float32"))
         size += own
     if small:
-        yield small[0] if len(small) == 1 else paddle.concat(small)
+        yield (small[0] if len(small) == 1 else paddle.concat(small)).astype(dtype)
 
 
 def _squared(gradient: Any) -> Any:
     """The sum of the squares, float64 [1]."""
     if not gradient.place.is_cpu_place():
         return paddle._C_ops.squared_l2_norm(gradient.astype("float32")).astype("float64")
-    if math.prod(gradient.shape) <= FEW:
-        return paddle._C_ops.squared_l2_norm(gradient.astype("float64"))
+    if gradient.dtype == paddle.float64:
+        return paddle._C_ops.squared_l2_norm(gradient)
     return row_sums(gradient.astype("float32").square().reshape([1, -1])).reshape([1]).astype("float64")

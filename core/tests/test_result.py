@@ -202,7 +202,8 @@ def test_what_goes_wrong_in_one_of_several_processes_does_not_wait_for_the_other
 
     training = SimpleNamespace(resume_from_checkpoint=None)
     settings = SimpleNamespace(training=training)
-    run: Any = SimpleNamespace(strategy=Shared(), step=3, output_dir=tmp_path, settings=settings)
+    stop = SimpleNamespace(instead_of=lambda error: error)  # no signal has come
+    run: Any = SimpleNamespace(strategy=Shared(), step=3, output_dir=tmp_path, settings=settings, stop=stop)
     optimizer: Any = SimpleNamespace(parameters={})
     error = rescued(run, optimizer, OSError(28, "No space left on device"))
     assert isinstance(error, sft.SftError)

@@ -37,6 +37,7 @@ HEAD = """\
 
 What was tried on runs of sft to make them lose something, and how often. This page is made from `reliability.json`,
 which the tests in `tests/reliability/` write as they measure, so each row says what its last run found, on its date.
+A row that says how it was tried comes from a shorter form; `make test-reliability` writes the whole one in its place.
 What `sft` exits with, and what a signal does, is in [exit-codes.md](exit-codes.md).
 
     make test-reliability                          # everything: hours

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import sft
-from sft.data.encoding import Encoded, encode
+from sft.data.encoded import Encoded
+from sft.data.encoding import encode
 from sft.data.formats import Conversation
 from sft.data.tokenizer import Tokenizer
 from sft.seams import Turn

@@ -12,7 +12,7 @@ import pytest
 
 from sft import Example
 from sft.data.batches import PaddedCollator, Schedule, assemble, make_batches
-from sft.data.encoding import Encoded
+from sft.data.encoded import Encoded
 from sft.models.forward import lengths_of
 from sft.settings.arguments import TrainingArguments
 

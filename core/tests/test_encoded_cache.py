@@ -17,8 +17,8 @@ from timeless import timeless
 
 import sft
 from sft.data import encoded_cache
+from sft.data.encoded import Counts, Encoded
 from sft.data.encoded_cache import EncodedCache, Kept
-from sft.data.encoding import Counts, Encoded
 from sft.data.jinja_template import written_dates
 from sft.data.tokenizer import Tokenizer
 from sft.files import read_report

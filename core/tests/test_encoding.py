@@ -14,7 +14,8 @@ import pytest
 from conversations import EOS, LONG, TokenizerWith, answered, one, targets_of, tokens_of
 
 from sft import Turn
-from sft.data.encoding import Encoded, encode, encode_prompt
+from sft.data.encoded import Encoded
+from sft.data.encoding import encode, encode_prompt
 from sft.data.tokenizer import Tokenizer
 
 CHAT_FOLDERS = ("llama-tied-gqa", "llama3-scaled", "qwen2-untied")

@@ -9,7 +9,8 @@ import pytest
 from conversations import EOS, LONG, TokenizerWith, answered, one, targets_of, texts, tokens_of
 
 from sft import Turn
-from sft.data.encoding import Counts, Question, encode, encode_prompt, fitting
+from sft.data.encoded import Counts
+from sft.data.encoding import Question, encode, encode_prompt, fitting
 from sft.data.formats import Conversation
 from sft.data.tokenizer import Tokenizer
 

@@ -18,7 +18,8 @@ from timeless import timeless
 import sft
 from sft.data import processes
 from sft.data.bad_records import Place
-from sft.data.encoding import Encoded, encode
+from sft.data.encoded import Encoded
+from sft.data.encoding import encode
 from sft.data.formats import Conversation
 from sft.data.processes import PAYS_OFF, Encoders, processes_for
 from sft.data.tokenizer import Tokenizer

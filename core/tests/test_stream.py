@@ -16,7 +16,7 @@ import pytest
 import sft
 from sft.data import contents
 from sft.data.batches import PaddedCollator, Schedule
-from sft.data.encoding import Counts, Encoded
+from sft.data.encoded import Counts, Encoded
 from sft.data.stream import Stream
 from sft.progress import Progress
 from sft.seams import Turn

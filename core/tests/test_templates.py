@@ -13,7 +13,8 @@ import pytest
 import sft
 from sft import Turn
 from sft.data.bad_records import Place
-from sft.data.encoding import Encoded, encode, encode_prompt
+from sft.data.encoded import Encoded
+from sft.data.encoding import encode, encode_prompt
 from sft.data.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "templates"

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sft.data.batches import Data
-    from sft.data.encoding import Encoded, Question
+    from sft.data.encoded import Encoded
+    from sft.data.encoding import Question
     from sft.data.tokenizer import Tokenizer
     from sft.folder_lock import FolderLock
     from sft.plugins.registry import Plugins

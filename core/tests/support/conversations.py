@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from sft import Turn
-from sft.data.encoding import Encoded, encode
+from sft.data.encoded import Encoded
+from sft.data.encoding import encode
 from sft.data.tokenizer import Tokenizer
 
 EOS = 319  # <|im_end|> of llama-tied-gqa, <|eot_id|> of llama3-scaled

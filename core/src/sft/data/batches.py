@@ -13,7 +13,7 @@ from typing import Any, Protocol, overload
 import numpy as np
 
 from sft.data.bad_records import BadRecord
-from sft.data.encoding import IGNORED, DataWindow, Encoded
+from sft.data.encoded import IGNORED, DataWindow, Encoded
 from sft.seams import Batch, DataCollator, Example
 from sft.settings.arguments import TrainingArguments
 

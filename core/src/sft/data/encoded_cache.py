@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sft.data.bad_records import BadRecord, Place
-from sft.data.encoding import Counts, Encoded
+from sft.data.encoded import Counts, Encoded
 from sft.data.sources import size_of
 from sft.errors import UsageError
 from sft.files import STAGING, make_folder, replaced, save_tensors

@@ -27,7 +27,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from sft.data.bad_records import BadRecord
-from sft.data.encoding import Encoded, Encoding, Group
+from sft.data.encoded import Encoded
+from sft.data.encoding import Encoding, Group
 from sft.data.formats import Conversation
 from sft.data.sources import size_of
 from sft.errors import SftError, UsageError

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from sft.data.bad_records import BadRecord, Limit
+from sft.data.encoded import NO_TARGET, Encoded
 from sft.data.encoded_cache import EncodedCache, Kept
-from sft.data.encoding import NO_TARGET, Encoded, Question, encode
+from sft.data.encoding import Question, encode
 from sft.data.formats import Conversation, Formats
 from sft.data.processes import Encoders, encoders, processes_for
 from sft.data.sources import Passing, read, size_of, unread

@@ -14,7 +14,7 @@ import numpy as np
 
 from sft.data.bad_records import BadRecord
 from sft.data.contents import Contents
-from sft.data.encoding import NO_TARGET, Counts, DataWindow, Encoded
+from sft.data.encoded import NO_TARGET, Counts, DataWindow, Encoded
 from sft.errors import UsageError
 from sft.seams import Turn
 

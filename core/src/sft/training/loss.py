@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import paddle
 
-from sft.data.encoding import IGNORED
+from sft.data.encoded import IGNORED
 from sft.distributed.meeting import Vocabulary
 from sft.models.forward import hidden_states
 from sft.models.kernels import PLAIN, Kernels

@@ -1,0 +1,162 @@
+"""Encoded records: their tokens in flat arrays, what became of each, and the windows in which a run reads them.
+
+Labels are shifted here, once: position i of a row is trained to predict its token i + 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sft.data.bad_records import BadRecord
+from sft.errors import UsageError
+from sft.seams import Example
+
+IGNORED = -100
+NO_TARGET = (
+    "No {} record keeps a target, not one token of an answer that has another before it; check the data and the chat "
+    "template, or raise max_length."
+)
+
+
+@dataclass
+class Counts:
+    """What became of the records; part of every run's report, so that nothing is dropped in silence. What was cut or
+    dropped is counted of the records that are kept."""
+
+    records: int = 0
+    """Records that were read, those that are skipped or dropped among them."""
+    records_skipped: int = 0
+    """Records that cannot be read (``on_bad_record``)."""
+    records_dropped: int = 0
+    """Records left without a target by ``src_length`` and ``max_length``."""
+    turns_dropped: int = 0
+    """Turns that conversations lost from their beginning."""
+    prompts_truncated: int = 0
+    """Records whose prompt lost tokens from its beginning."""
+    targets_truncated: int = 0
+    """Records whose answer lost tokens from its end."""
+    answers_rewritten_by_template: int = 0
+    """Answers that are not learned, because the template writes them otherwise once the conversation has gone on."""
+    answers_altered_by_template: int = 0
+    """Records whose last answer does not stand as it is in what is learned: the template leaves some of it out."""
+    records_without_end: int = 0
+    """Records whose template teaches the model no token on which to stop."""
+    tokens: int = 0
+    target_tokens: int = 0
+
+    def __str__(self) -> str:
+        """The counts for a line of a run, without those that are zero."""
+        said = {
+            "records_skipped": "{} records skipped (they cannot be read)",
+            "records_dropped": "{} records dropped (no target left)",
+            "turns_dropped": "{} turns dropped",
+            "prompts_truncated": "{} prompts cut",
+            "targets_truncated": "{} answers cut",
+            "answers_rewritten_by_template": "{} answers rewritten by template",
+            "answers_altered_by_template": "{} answers altered by template",
+            "records_without_end": "{} records without end",
+        }
+        counts = [text.format(f"{getattr(self, name):,}") for name, text in said.items() if getattr(self, name)]
+        return ", ".join([f"{self.tokens:,} tokens", f"{self.target_tokens:,} target tokens", *counts])
+
+    @classmethod
+    def of(cls, values: dict[str, int]) -> Counts:
+        """The counts of a checkpoint, those too that had another name when it was written."""
+        renamed = {"dropped": "records_dropped", "answers_without_end": "records_without_end"}
+        return cls(**{renamed.get(name, name): value for name, value in values.items()})
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass
+class Encoded:
+    """A data set in three flat arrays: record i is ``ids[offsets[i]:offsets[i + 1]]``, trained where ``trained``."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+    offsets: np.ndarray
+    counts: Counts = field(default_factory=Counts)
+    dropped: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """The numbers of records that were read and are not here, in ascending order, from 0."""
+    bad: list[BadRecord] = field(default_factory=list)
+    """The records that were skipped, in their order; none of them is in the arrays."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens that each record puts into a row: one less than it has, because labels are shifted."""
+        return np.diff(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Example:
+        ids = self.ids[self.offsets[index] : self.offsets[index + 1]].astype(np.int64)
+        trained = self.trained[self.offsets[index] : self.offsets[index + 1]]
+        return Example(ids[:-1], np.where(trained[1:], ids[1:], IGNORED))
+
+    def numbers(self, kept: Iterable[int]) -> list[int]:
+        """Which of the records that were read, from 0, those here are whose numbers are ``kept``."""
+        before = self.dropped - np.arange(len(self.dropped))  # kept ones before each that is not
+        return [number + int(np.searchsorted(before, number, "right")) for number in kept]
+
+    def fingerprint(self) -> str:
+        """Changes whenever a token, a target or the order of the records does."""
+        return self._digest
+
+    def has_fingerprint(self, expected: str) -> bool:
+        return expected == self.fingerprint()
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for array in (self.ids, self.trained, self.offsets):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:16]
+
+    def check_fits(self, model: Path, positions: int) -> None:
+        """Refuse a record that has more tokens than the model in folder ``model`` has positions."""
+        check_fits(int(self.lengths.max(initial=0)), model, positions)
+
+    def report(self) -> dict[str, int]:
+        return asdict(self.counts)
+
+    def list_bad(self, to: Callable[[Sequence[BadRecord]], None]) -> None:
+        """Tell ``to`` of the records that are skipped: of those that are known, and of others when they are."""
+        to(self.bad)
+
+    def windows(self, place: dict[str, Any] | None = None) -> Iterator[DataWindow]:
+        """Each pass over the data is a window, from the first one or from that of ``place``."""
+        for number in itertools.count(place["window"] if place else 0):
+            yield DataWindow(number, self, number, number + 1, {"window": number})
+
+
+def check_fits(length: int, model: Path, positions: int) -> None:
+    """Refuse a record that is too long for the model in folder ``model``. ``length``: what it puts into a row, which is
+    a token less than it has: the last one is only predicted."""
+    if length > positions:
+        raise UsageError(
+            f"A record has {length + 1} tokens and {model} reads at most {positions + 1}, the last of which is only "
+            "predicted (max_position_embeddings, or a smaller sliding_window, is one less); to cut longer records, "
+            f"give --max_length {positions + 1}."
+        )
+
+
+@dataclass(frozen=True)
+class DataWindow:
+    """Records that are shuffled, and perhaps packed, among each other. ``passes`` over all data are done before it."""
+
+    number: int
+    data: Encoded
+    passes: int
+    passes_after: int
+    place: dict[str, Any]
+    """What finds it again; JSON."""

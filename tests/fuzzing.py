@@ -166,7 +166,7 @@ def _no_plugins() -> Any:
 def read_settings(name: str) -> Callable[[Path, bytes], Any]:
     def read(folder: Path, content: bytes) -> Any:
         from sft.resolve import resolve
-        from sft.settings.arguments import normalise, read_file
+        from sft.settings.reading import normalise, read_file
 
         (folder / name).write_bytes(content)
         return resolve(normalise(read_file(folder / name)), ())

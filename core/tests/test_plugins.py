@@ -17,7 +17,7 @@ import sft
 from sft import hookspecs
 from sft.fine_tune import prepare_run
 from sft.plugins.registry import Plugins
-from sft.settings.arguments import build
+from sft.settings.reading import build
 
 Distribute = Callable[..., None]
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -15,7 +15,8 @@ from sft import hookspecs
 from sft.commands.run import collect
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import choose_plugins
-from sft.settings.arguments import Settings, build, core_options, normalise, read_file
+from sft.settings.arguments import Settings, core_options
+from sft.settings.reading import build, normalise, read_file
 
 # What the section "精调参数介绍" of PaddleNLP's llm/docs/finetune.md gives as defaults of the names that sft has.
 # do_eval is not among them: unset means "when there is dev data" here (docs/decisions/0002-settings.md).

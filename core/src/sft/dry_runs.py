@@ -10,9 +10,10 @@ from sft.errors import UsageError
 from sft.models.loading import ModelSource, open_model
 from sft.plugins.registry import Plugins
 from sft.resolve import resolve
-from sft.settings.arguments import Settings, normalise
+from sft.settings.arguments import Settings
 from sft.settings.checks import check_plugins
 from sft.settings.paddlenlp import listing
+from sft.settings.reading import normalise
 
 
 @dataclass(frozen=True)

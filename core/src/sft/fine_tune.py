@@ -22,9 +22,9 @@ from sft.models.loading import open_model
 from sft.models.source import find_tokenizer
 from sft.progress import Printer
 from sft.resolve import resolve
-from sft.settings.arguments import normalise, read_file
 from sft.settings.checks import check_plugins, check_settings
 from sft.settings.paddlenlp import listing
+from sft.settings.reading import normalise, read_file
 from sft.training.checkpoint_folder import Checkpoint, read_checkpoint
 from sft.training.ending import fail, finish
 from sft.training.out_of_memory import is_memory, out_of_memory

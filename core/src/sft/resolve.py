@@ -17,8 +17,9 @@ from sft.plugins.requests import (
     overruled,
     switched_off,
 )
-from sft.settings.arguments import Settings, build, core_options, known_names
+from sft.settings.arguments import Settings, core_options
 from sft.settings.paddlenlp import explain
+from sft.settings.reading import build, known_names
 
 
 def resolve(values: Mapping[str, Any], extra: Iterable[type]) -> tuple[Settings, Plugins, list[tuple[str, str]]]:

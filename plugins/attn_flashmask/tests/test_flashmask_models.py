@@ -17,7 +17,8 @@ from sft.data.tokenizer import Tokenizer
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import choose_plugins
 from sft.seams import Batch, Example
-from sft.settings.arguments import GenerationArguments, build
+from sft.settings.arguments import GenerationArguments
+from sft.settings.reading import build
 from sft.testing import forward, needs, read_metrics
 
 CASES = ["llama-tied-gqa", "llama3-scaled", "qwen2-untied", "mistral-gqa", "gemma-tied"]

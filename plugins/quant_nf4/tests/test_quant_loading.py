@@ -15,7 +15,7 @@ import pytest
 from sft import hookspecs
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import choose_plugins
-from sft.settings.arguments import build
+from sft.settings.reading import build
 from sft.testing import forward
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -129,7 +129,7 @@ import sys
 from pathlib import Path
 from sft import hookspecs, runtime
 from sft.plugins.registry import Plugins
-from sft.settings.arguments import build
+from sft.settings.reading import build
 runtime.prepare()
 import paddle
 from sft.models.loading import load_model, open_model

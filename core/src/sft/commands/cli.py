@@ -56,7 +56,7 @@ class _Commands(click.Group):
         from sft.plugins.discovery import with_refined
         from sft.plugins.registry import Plugins
         from sft.plugins.requests import origins, requests
-        from sft.settings.arguments import build
+        from sft.settings.reading import build
 
         plugins = requests("command").get(name)
         if not plugins:

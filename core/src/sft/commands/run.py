@@ -14,7 +14,8 @@ from sft.foreign_text import safe
 from sft.options import Bare, Option, options_of
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import by_device, choose_plugins, explicit
-from sft.settings.arguments import GROUPS, core_options, normalise, read_file
+from sft.settings.arguments import GROUPS, core_options
+from sft.settings.reading import normalise, read_file
 
 
 @click.command(

@@ -18,7 +18,8 @@ from sft.plugins.discovery import canonical, installed, with_refined
 from sft.plugins.registry import Plugins, implements
 from sft.plugins.requests import by_device, choose_plugins, choose_reader
 from sft.progress import Progress
-from sft.settings.arguments import Settings, build, check_precision
+from sft.settings.arguments import Settings, check_precision
+from sft.settings.reading import build
 
 if TYPE_CHECKING:
     from sft.precision import Precision

@@ -1,26 +1,14 @@
-"""The settings of a run: four argument groups with PaddleNLP's names, and each active plugin's options.
-
-They are read from a JSON or YAML file, overridden by ``--name value``, checked, and never guessed: a name
-that nobody declares is an error with a suggestion.
-"""
+"""The settings of a run: four argument groups with PaddleNLP's names, and each active plugin's options."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from sft.errors import UsageError
-from sft.foreign_text import listed, shown, without_secrets
+from sft.foreign_text import shown, without_secrets
 from sft.hub_names import is_hub_name, is_revision, split
-from sft.options import Option, convert, option, options_of
-from sft.plugins.discovery import import_plugin
-from sft.plugins.registry import Plugins
-from sft.plugins.requests import switches
-from sft.small_files import read_text, why
+from sft.options import Option, option, options_of
 
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")
 
@@ -251,155 +239,3 @@ class Settings:
 def core_options() -> dict[str, Option]:
     """The core's settings by name."""
     return {name: setting for group in GROUPS.values() for name, setting in options_of(group).items()}
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """A flat settings file: JSON (``.json``) or YAML (``.yaml``, ``.yml``)."""
-    if path.suffix not in (".json", ".yaml", ".yml"):
-        raise UsageError(f"Settings file {shown(path)} is neither .json nor .yaml; rename it after what it holds.")
-    text = read_text(path, "Settings file ", "give the path of a JSON or YAML file")
-    kind = "JSON" if path.suffix == ".json" else "YAML"
-    try:
-        values = json.loads(text, object_pairs_hook=_unique) if kind == "JSON" else _of_yaml(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(
-            f"Settings file {shown(path)} is not valid {kind} ({why(error)}); correct it there."
-        ) from error
-    if not isinstance(values, dict):
-        raise UsageError(f"Settings file {shown(path)} must hold one object of names and values.")
-    return values
-
-
-def _of_yaml(text: str) -> Any:
-    import yaml
-
-    try:
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, OverflowError, TypeError, LookupError, AttributeError) as error:
-        # Beside its own errors the library lets through those of what it makes values with: dates, binary, numbers.
-        raise ValueError(str(error)) from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON and YAML let the last of several equal names win in silence."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"Setting {shown(name)} is given twice; keep one of them.")
-    return dict(pairs)
-
-
-def _refuse_repeated_keys(node: Any) -> None:
-    """``node`` is YAML's tree of a whole file."""
-    if isinstance(getattr(node, "value", None), list) and getattr(node, "id", "") == "mapping":
-        _unique([(str(key.value), None) for key, _ in node.value])
-
-
-def normalise(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Setting names with underscores, whatever they were written with; a name given twice is an error."""
-    normal: dict[str, Any] = {}
-    for name, value in values.items():
-        key = str(name).replace("-", "_")
-        if key in normal:
-            raise UsageError(f"Setting {shown(key)} is given twice; keep one of them.")
-        normal[key] = value
-    return normal
-
-
-def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
-    """Check ``values`` (names already normalised, plugin requests taken out) against core and active plugins.
-
-    Raises :class:`UsageError` for the first unknown name or wrong value.
-    """
-    owners = {name: "the core" for setting in core_options().values() for name in (setting.name, *setting.aliases)}
-    switch_of = switches()
-    classes: dict[str, type] = {}
-    for owner, plugin in plugins:
-        declared = getattr(plugin, "Options", None)
-        if declared is None:
-            continue
-        classes[owner] = declared
-        for setting in options_of(declared).values():
-            for name in (setting.name, *setting.aliases):
-                if name == owner.replace("-", "_") or name in switch_of:
-                    asked = " and ".join(switch_of.get(name, [owner]))
-                    raise UsageError(
-                        f"{plugins.who(owner)} has an option {name}, which is the switch of plugin {asked}, so it "
-                        "would never get a value; upgrade it."
-                    )
-                if name in owners:
-                    core = owners[name] == "the core"
-                    cure = f"leave {owner} out" if core else "switch one of them off with --plugin no:NAME"
-                    raise UsageError(
-                        f"Setting {name} is declared by both {owners[name]} and plugin {owner} "
-                        f"({plugins.origin(owner)}); {cure}."
-                    )
-                owners[name] = f"plugin {owner}"
-    values = _by_own_names(values, [*GROUPS.values(), *classes.values()])
-    unknown = [name for name in values if name not in owners]
-    if unknown:
-        also = f" Also unknown: {listed(unknown[1:])}." if len(unknown) > 1 else ""
-        raise UsageError(unknown_setting(unknown[0], owners, plugins) + also)
-
-    def fill(cls: type) -> Any:
-        declared = options_of(cls)
-        # null is "unset" in a settings file, also where unset is not a value of its own.
-        given = {name: values[name] for name in declared if values.get(name) is not None}
-        return cls(**{name: convert(declared[name], value) for name, value in given.items()})
-
-    groups = {key: fill(cls) for key, cls in GROUPS.items()}
-    options = {name: fill(cls) for name, cls in classes.items()}
-    given = frozenset(name for name, value in values.items() if value is not None)
-    return Settings(**groups, plugin=tuple(plugins.names), options=options, given=given)
-
-
-def _by_own_names(values: Mapping[str, Any], classes: Iterable[type]) -> dict[str, Any]:
-    """``values`` with aliases replaced by the settings' own names."""
-    own = {alias: setting.name for cls in classes for setting in options_of(cls).values() for alias in setting.aliases}
-    for alias, name in own.items():
-        if alias in values and name in values:
-            raise UsageError(f"{alias} and {name} are one setting, which is given twice; keep one of them.")
-    return {own.get(name, name): value for name, value in values.items()}
-
-
-def known_names(plugins: Plugins) -> set[str]:
-    """Every name that the core or an active plugin reads."""
-    declared = [getattr(plugin, "Options", None) for _, plugin in plugins]
-    settings = [one for cls in (*GROUPS.values(), *declared) if cls is not None for one in options_of(cls).values()]
-    return {name for setting in settings for name in (setting.name, *setting.aliases)}
-
-
-def unknown_setting(name: str, known: Iterable[str], plugins: Plugins) -> str:
-    """The sentence for a name that nobody declares, with what the user most likely meant."""
-    said = shown(name) or "''"
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
-    if close:
-        return f"Unknown setting {said}; did you mean {close[0]}?"
-    stems = {plugin: plugin.replace("-", "_") for plugin in plugins.inactive()}
-    near = [plugin for plugin, stem in stems.items() if name.startswith(stem.partition("_")[0] + "_")]
-    whole = sorted((plugin for plugin, stem in stems.items() if name.startswith(stem + "_")), key=len)
-    # The plugins that have it; else the one with the longest name that it begins with, else all whose first part.
-    owners = [plugin for plugin in near if _declares(plugin, name)] or whole[-1:] or near
-    if owners:
-        these = f"{', '.join(owners[:-1])} or {owners[-1]}" if len(owners) > 1 else owners[0]
-        rival = plugins.rival(owners[0]) if len(owners) == 1 else None
-        if rival is not None:
-            return (
-                f"Unknown setting {said}; if it belongs to plugin {these}, that cannot work together with "
-                f"{rival}: leave one of them out."
-            )
-        cure = "NAME" if len(owners) > 1 else owners[0]
-        return f"Unknown setting {said}; if it belongs to plugin {these}, add --plugin {cure}."
-    return f"Unknown setting {said}; `sft run --help` lists the settings (with --plugin NAME, the plugin's too)."
-
-
-def _declares(plugin: str, name: str) -> bool:
-    """Whether an installed plugin has the setting ``name``; not known, where it cannot be imported."""
-    try:
-        declared = getattr(import_plugin(plugin), "Options", None)
-    except UsageError:
-        return False
-    return declared is not None and any(
-        name in (setting.name, *setting.aliases) for setting in options_of(declared).values()
-    )

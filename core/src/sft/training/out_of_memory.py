@@ -16,7 +16,7 @@ from sft.foreign_text import shown
 from sft.plugins.discovery import with_refined
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import requests
-from sft.settings.arguments import build
+from sft.settings.reading import build
 from sft.training.checkpoint_folder import checkpoints
 
 if TYPE_CHECKING:

@@ -8,11 +8,9 @@ to one libiomp5. Rounding to bfloat16 is oneDNN's too, as paddle's takes thirty 
 
 from __future__ import annotations
 
-import ctypes
 import math
-import threading
 from collections import OrderedDict
-from ctypes import byref, c_char, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint, c_void_p
+from ctypes import c_char, c_float, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
@@ -20,7 +18,8 @@ import ml_dtypes
 import numpy as np
 import paddle
 
-from sft import runtime
+from sft import dnnl, runtime
+from sft.dnnl import OneDNNError, check
 
 FEATURES = ("avx512_bf16", "amx_bf16")
 """Instructions that multiply bfloat16; one of them is enough."""
@@ -29,26 +28,7 @@ FEW = 4096
 KEPT = 256
 """How many conversions, each for one number of values, are kept ready."""
 
-_BFLOAT16, _FLOAT32 = 2, 3  # dnnl_data_type_t
 _BFLOAT16_INSTRUCTIONS = 0x80  # what dnnl_cpu_isa_avx512_core_bf16 and all above it have, and none below
-_CPU, _IN_ORDER, _LINE = 1, 1, 2  # dnnl_engine_kind_t, dnnl_stream_flags_t, dnnl_format_tag_t "a"
-_SOURCE, _TARGET = 1, 17  # DNNL_ARG_FROM, DNNL_ARG_TO
-_Dims = c_int64 * 12
-
-
-class _Version(ctypes.Structure):
-    _fields_ = (
-        *(("major", c_int), ("minor", c_int), ("patch", c_int), ("hash", c_char_p)),
-        *(("cpu_runtime", c_uint), ("gpu_runtime", c_uint)),
-    )
-
-
-class _Argument(ctypes.Structure):
-    _fields_ = (("which", c_int), ("memory", c_void_p))
-
-
-class OneDNNError(RuntimeError):
-    """oneDNN could not do what it was asked for."""
 
 
 class OneDNN:
@@ -59,25 +39,15 @@ class OneDNN:
     """
 
     def __init__(self, library: Any) -> None:
-        """Raises :class:`OneDNNError` where the library is another than this was written for."""
-        self._library = library
-        library.dnnl_version.restype = ctypes.POINTER(_Version)
-        version = library.dnnl_version().contents
-        if version.major != 3:
-            raise OneDNNError(f"is version {version.major}.{version.minor}, and 3 is known here")
+        """Raises as :class:`sft.dnnl.Engine` does."""
+        self._library, self._engine = library, dnnl.Engine(library)
         for name in ("dnnl_sgemm", "dnnl_gemm_bf16bf16f32"):
             getattr(library, name).argtypes = (
                 *(c_char, c_char, c_int64, c_int64, c_int64, c_float, c_void_p, c_int64, c_void_p, c_int64),
                 *(c_float, c_void_p, c_int64),
             )
-        library.dnnl_memory_set_data_handle.argtypes = (c_void_p, c_void_p)
-        library.dnnl_primitive_execute.argtypes = (c_void_p, c_void_p, c_int, c_void_p)
         self.multiplies_bfloat16 = bool(library.dnnl_get_effective_cpu_isa() & _BFLOAT16_INSTRUCTIONS)
-        self._engine, self._stream = c_void_p(), c_void_p()
-        _check(library.dnnl_engine_create(byref(self._engine), _CPU, c_size_t(0)))
-        _check(library.dnnl_stream_create(byref(self._stream), self._engine, _IN_ORDER))
-        self._lock = threading.Lock()
-        self._conversions: OrderedDict[tuple[int, int], _Conversion] = OrderedDict()
+        self._conversions: OrderedDict[tuple[int, int], dnnl.Reorder] = OrderedDict()
 
     def product(
         self, x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False, out: Any | None = None
@@ -107,7 +77,7 @@ class OneDNN:
         multiply = library.dnnl_sgemm if x.dtype == paddle.float32 else library.dnnl_gemm_bf16bf16f32
         transposes = (b"T" if transpose_x else b"N", b"T" if transpose_y else b"N")
         factors = (1.0, x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1])
-        _check(multiply(*transposes, rows, columns, inner, *factors, total, out.data_ptr(), columns))
+        check(multiply(*transposes, rows, columns, inner, *factors, total, out.data_ptr(), columns))
         return out
 
     def rounded(self, x: Any) -> Any:
@@ -125,56 +95,17 @@ class OneDNN:
             return x.astype(dtype)
         x = _dense(x)
         out = paddle.empty(x.shape, dtype)
-        source, target = (_FLOAT32, _BFLOAT16) if dtype == "bfloat16" else (_BFLOAT16, _FLOAT32)
-        with self._lock:  # a conversion has one place for its two addresses
-            key = (int(x.size), source)
+        types = (dnnl.FLOAT32, dnnl.BFLOAT16) if dtype == "bfloat16" else (dnnl.BFLOAT16, dnnl.FLOAT32)
+        with self._engine.lock:
+            key = (int(x.size), types[0])
             conversion = self._conversions.pop(key, None)
             if conversion is None:
-                conversion = _Conversion(self._library, self._engine, key[0], source, target)
+                conversion = dnnl.Reorder(self._engine, key[:1], *((one, (1,)) for one in types))
             self._conversions[key] = conversion
             while len(self._conversions) > KEPT:
                 self._conversions.popitem(last=False)[1].close()
-            conversion.run(self._stream, x.data_ptr(), out.data_ptr())
+            conversion.run(x.data_ptr(), out.data_ptr())
         return out
-
-
-class _Conversion:
-    """A line of values of one type to another type."""
-
-    def __init__(self, library: Any, engine: c_void_p, count: int, source: int, target: int) -> None:
-        self._library = library
-        self._forms, self._memories = [c_void_p(), c_void_p()], [c_void_p(), c_void_p()]
-        for form, dtype in zip(self._forms, (source, target), strict=True):
-            _check(library.dnnl_memory_desc_create_with_tag(byref(form), 1, _Dims(count), dtype, _LINE))
-        description, self._primitive = c_void_p(), c_void_p()
-        forms = [value for form in self._forms for value in (form, engine)]
-        _check(library.dnnl_reorder_primitive_desc_create(byref(description), *forms, None))
-        _check(library.dnnl_primitive_create(byref(self._primitive), description))
-        library.dnnl_primitive_desc_destroy(description)
-        for memory, form in zip(self._memories, self._forms, strict=True):
-            _check(library.dnnl_memory_create(byref(memory), form, engine, None))
-        self._arguments = (_Argument * 2)(
-            *(_Argument(which, memory) for which, memory in zip((_SOURCE, _TARGET), self._memories, strict=True))
-        )
-
-    def run(self, stream: c_void_p, source: int, target: int) -> None:
-        for memory, address in zip(self._memories, (source, target), strict=True):
-            _check(self._library.dnnl_memory_set_data_handle(memory, address))
-        _check(self._library.dnnl_primitive_execute(self._primitive, stream, 2, self._arguments))
-        _check(self._library.dnnl_stream_wait(stream))
-
-    def close(self) -> None:
-        """Give back what it holds; it is not to be run any more."""
-        for memory in self._memories:
-            self._library.dnnl_memory_destroy(memory)
-        self._library.dnnl_primitive_destroy(self._primitive)
-        for form in self._forms:
-            self._library.dnnl_memory_desc_destroy(form)
-
-
-def _check(status: int) -> None:
-    if status:
-        raise OneDNNError(f"returned status {status}")
 
 
 def _dense(x: Any) -> Any:
@@ -185,23 +116,23 @@ def onednn() -> OneDNN:
     """The oneDNN of the imported paddle; raises :class:`OneDNNError` where it cannot be used."""
     found = _found()
     if isinstance(found, str):
-        raise OneDNNError(f"paddle's oneDNN {found}")
+        raise OneDNNError(found)
     return found
 
 
 @cache
 def _found() -> OneDNN | str:
-    """The oneDNN of the imported paddle, once its results have been compared with numpy's; or why it is not used, as
-    the end of a sentence that begins with paddle's oneDNN."""
-    library = runtime.library("libdnnl.so.3")
+    """The oneDNN of the imported paddle, once its results have been compared with numpy's; or why it is not
+    used."""
+    library = dnnl.library()
     if library is None:
-        return "is not in this build of paddle"
+        return "paddle's oneDNN is not in this build of paddle"
     try:
         found = OneDNN(library)
         wrong = _wrong(found)
     except (OneDNNError, AttributeError) as error:  # a function is missing
         return str(error)
-    return f"computes {wrong} wrongly" if wrong else found
+    return f"paddle's oneDNN computes {wrong} wrongly" if wrong else found
 
 
 def _wrong(found: OneDNN) -> str | None:

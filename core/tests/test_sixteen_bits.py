@@ -11,21 +11,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from no_onednn import Emulated, stand_in
+from no_onednn import Emulated, itself, stand_in
 
 import sft
-from sft.models import onednn as module
 from sft.models.sixteen_bits import SixteenBits
 
 
 @pytest.fixture(params=["emulated", "onednn"])
 def kernels(paddle: Any, request: pytest.FixtureRequest) -> SixteenBits:
-    if request.param == "emulated":
-        return SixteenBits(Emulated())  # type: ignore[arg-type]
-    try:
-        return SixteenBits(module.onednn())
-    except module.OneDNNError as error:
-        pytest.skip(str(error))
+    return SixteenBits(itself() if request.param == "onednn" else Emulated())  # type: ignore[arg-type]
 
 
 @pytest.fixture

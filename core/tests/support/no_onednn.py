@@ -1,9 +1,24 @@
-"""What oneDNN computes, by paddle's own operations: for machines whose processor it cannot multiply bfloat16 on."""
+"""oneDNN, and what it computes by paddle's own operations: for machines on which it does not multiply bfloat16."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sft.models.onednn import OneDNN
+
+
+def itself() -> OneDNN:
+    """oneDNN, or a skip where this build of paddle has none. Where it has one that cannot be used, the test fails."""
+    import pytest
+
+    from sft import dnnl
+    from sft.models.onednn import onednn
+
+    if dnnl.library() is None:
+        pytest.skip("this build of paddle has no oneDNN")
+    return onednn()
 
 
 class Emulated:

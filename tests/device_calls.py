@@ -2,8 +2,8 @@
 
 Kernels are counted by paddle's profiler, backward included. A wait is a value that Python reads out of a tensor, a
 gradient that it sets (paddle copies it at once; ``grad_`` takes it as it is), or a kernel that reads a value itself
-because the shape of its result depends on it. All are the same on a CPU, where waiting
-costs nothing, and on a GPU, where it empties the queue of kernels.
+because the shape of its result depends on it. All are the same on a CPU, where waiting costs nothing, and on a GPU,
+where it empties the queue of kernels.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import hmac
 import json
 import os
 import secrets
-from collections.abc import Mapping
 from typing import Any
 
 TOKEN = "SFT_LAUNCH_TOKEN"
@@ -26,9 +25,9 @@ class StrangerError(Exception):
     """The other side does not have the token, or speaks otherwise."""
 
 
-def token(environ: Mapping[str, str] = os.environ) -> str:
+def token() -> str:
     """This run's; empty where nobody has set one."""
-    return environ.get(TOKEN, "")
+    return os.environ.get(TOKEN, "")
 
 
 def new_token() -> str:

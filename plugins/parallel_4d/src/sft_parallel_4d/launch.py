@@ -36,7 +36,7 @@ STOPPED = "stopped"
 HIDDEN = "SFT_LAUNCH_HIDES_GPUS"
 PREFIX = "sft-launch-"
 _NEW = 60.0
-"""Seconds."""
+"""Seconds in which a folder that nobody holds may be one that has just been made."""
 LAUNCHER_VARIABLES = (
     *("PADDLE_MASTER", "PADDLE_DEVICES", "PADDLE_NNODES", "PADDLE_RUN_MODE", "PADDLE_LOG_LEVEL", "PADDLE_LOG_DIR"),
     *("PADDLE_LOG_OVERWRITE", "PADDLE_NPROC_PER_NODE", "PADDLE_JOB_ID", "PADDLE_RANK", "PADDLE_MAX_RESTART"),

@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from sft import SftError
+from sft_parallel_4d import door
 from sft_parallel_4d.board import LONGEST, Board
-from sft_parallel_4d.door import SECONDS, TOKEN, StrangerError, enter, token
 
 Place = tuple[int, str, int]
 """Rank of the server, host, port."""
@@ -153,7 +153,7 @@ class Watch:
 
     def _listen(self, host: str) -> Board:
         try:
-            return Board(host, self._port, self.world, self.timeout, self._beat, token())
+            return Board(host, self._port, self.world, self.timeout, self._beat, door.token())
         except OSError as error:
             if error.errno != errno.EADDRNOTAVAIL or not host:
                 raise
@@ -166,10 +166,10 @@ class Watch:
                 connection = socket.create_connection((self._host, self._port), timeout=5)
                 self._greet(connection)
                 return connection
-            except StrangerError as error:
+            except door.StrangerError as error:
                 raise OtherRankError(
                     f"What answers at {self._host}:{self._port} is not rank {self._server} of this run, or has another "
-                    f"token; set {TOKEN} to the same text for all ranks."
+                    f"token; set {door.TOKEN} to the same text for all ranks."
                 ) from error
             except (OSError, EOFError) as error:
                 if time.monotonic() > deadline:
@@ -181,10 +181,10 @@ class Watch:
 
     def _greet(self, connection: socket.socket) -> None:
         """Show the token, and see that the other side has it."""
-        connection.settimeout(SECONDS)
+        connection.settimeout(door.SECONDS)
         self._file = connection.makefile("rwb")
         try:
-            enter(self._file, self._file, token(), self.rank)
+            door.enter(self._file, self._file, door.token(), self.rank)
         except BaseException:
             self._file.close()
             connection.close()

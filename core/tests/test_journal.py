@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,29 @@ def test_both_go_back_to_the_same_state(tmp_path: Path) -> None:
     assert writing.state() == state
     assert read_metrics(tmp_path) == kept
     assert steps(counting, 3, 4) == steps(writing, 3, 4)
+
+
+@pytest.mark.parametrize("kept", ["nowhere", "by another name", "through a link"])
+def test_what_is_unchanged_is_cut_off_and_not_written_anew(tmp_path: Path, kept: str) -> None:
+    """The metrics of weeks are long. What somebody else keeps is not cut off."""
+    path, other = tmp_path / "metrics.jsonl", tmp_path / "other"
+    journal = Journal(path)
+    steps(journal, 1, 3)
+    state, before = journal.state(), path.read_bytes()
+    steps(journal, 3, 6)
+    if kept == "by another name":
+        other.hardlink_to(path)
+    if kept == "through a link":
+        path.rename(other)
+        path.symlink_to(other)
+    whole, number = path.read_bytes(), path.stat().st_ino
+    again = Journal(path)
+    assert again.rewind(at(2, state), path) is None
+    assert path.read_bytes() == before
+    assert (path.stat().st_ino == number) == (kept == "nowhere")
+    steps(again, 3, 6)
+    assert [one.read_bytes() for one in tmp_path.glob("other")] == [whole] * (kept != "nowhere")
+    assert (again.state()["digest"], path.is_symlink()) == (sha256(path.read_bytes()).hexdigest(), False)
 
 
 def replaced(path: Path, number: int, text: bytes) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sft.files import replaced
+from sft.files import replaced, sync
 from sft.runtime import peak_memory_mib
 
 
@@ -114,7 +115,8 @@ class Journal:
 
     def rewind(self, state: dict[str, Any], written: Path) -> str | None:
         """Go back to a checkpoint: restore the sums from its ``state``, and keep the lines that ``written`` had by
-        then. Where the file is not what it was, those of its steps that can be read are kept, and a clause says so."""
+        then. Where the file is not what it was, those of its steps that can be read are kept, and a clause says so;
+        where it is, and this run's own, it is cut off and not written anew."""
         sums = state["journal"]
         self.window, self.total = Totals(**sums["window"]), Totals(**sums["total"])
         self.first_loss, self.last_loss = sums["first_loss"], sums["last_loss"]
@@ -124,13 +126,21 @@ class Journal:
             return None
         there = written.read_bytes().splitlines(keepends=True) if written.is_file() else []
         kept = there[: sums["lines"]]
-        is_same = hashlib.sha256(b"".join(kept)).hexdigest() == sums.get("digest")
+        text = b"".join(kept)
+        self._digest = hashlib.sha256(text)
+        is_same = self._digest.hexdigest() == sums.get("digest")
         if not is_same:
             evaluated = state["evaluation"].get("step") == state["step"]
             kept = [line for line in map(_sound, there) if _was_written(line, state["step"], evaluated)]
-        self.lines, self._digest = len(kept), hashlib.sha256(b"".join(kept))
-        with replaced(self.path) as staging:
-            staging.write_bytes(b"".join(kept))
+            text = b"".join(kept)
+            self._digest = hashlib.sha256(text)
+        self.lines = len(kept)
+        if is_same and _is_its_own(self.path, written):
+            os.truncate(self.path, len(text))
+            sync(self.path)
+        else:
+            with replaced(self.path) as staging:
+                staging.write_bytes(text)
         if is_same or ("digest" not in sums and len(kept) == sums["lines"]):
             return None
         if not written.is_file():
@@ -139,6 +149,15 @@ class Journal:
             f"{written} has been changed since step {state['step']}: {len(kept):,} lines up to there can be read, of "
             f"{sums['lines']:,} that were written"
         )
+
+
+def _is_its_own(path: Path, written: Path) -> bool:
+    """Whether ``path`` is the file ``written``, may be changed, and is no link to a file that somebody else keeps."""
+    try:
+        found = path.lstat()
+        return os.path.samestat(found, written.stat()) and found.st_nlink == 1 and os.access(path, os.W_OK)
+    except FileNotFoundError:
+        return False
 
 
 def _sound(line: bytes) -> bytes:

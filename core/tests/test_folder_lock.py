@@ -112,6 +112,22 @@ def test_a_lock_dies_with_its_owner(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_not_followed(tmp_path: Path, there: bool) -> None:
+    """Whoever made the folder may have pointed it at a file of the user's."""
+    if there:
+        (tmp_path / "other").write_text("kept")
+    (tmp_path / folder_lock.NAME).symlink_to(tmp_path / "other")
+    with pytest.raises(sft.UsageError, match=r"run\.lock cannot be opened \(Too many .*links\); choose another folder"):
+        FolderLock(tmp_path, quiet)
+    assert [path.read_text() for path in tmp_path.glob("other")] == ["kept"] * there
+
+
+def test_a_folder_that_has_gone_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone/run\.lock"):
+        FolderLock(tmp_path / "gone", quiet)
+
+
 def test_a_file_that_its_owner_had_not_filled_is_no_lock(tmp_path: Path) -> None:
     (tmp_path / folder_lock.NAME).write_text('{"host": "no')
     FolderLock(tmp_path, quiet).release()

@@ -119,9 +119,9 @@ def _free(path: Path, say: Callable[[str], None]) -> int:
     while True:
         try:
             handle, is_new = _opened(path)
-        except FileNotFoundError:  # its owner has removed it between two looks
-            continue
-        except PermissionError as error:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.ELOOP):
+                raise
             raise UsageError(f"{path} cannot be opened ({error.strerror}); choose another folder.") from error
         try:
             if is_new:
@@ -137,11 +137,13 @@ def _free(path: Path, say: Callable[[str], None]) -> int:
 
 
 def _opened(path: Path) -> tuple[int, bool]:
-    """The file, and whether this process has made it: on a disk without locks one alone does."""
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
-    except FileExistsError:
-        return os.open(path, os.O_RDWR), False
+    """The file, and whether this process has made it: on a disk without locks one alone does. No link is followed, for
+    what it leads to would be overwritten."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+        with contextlib.suppress(FileNotFoundError):  # its owner has removed it between two looks
+            return os.open(path, os.O_RDWR | os.O_NOFOLLOW), False
 
 
 def _check(path: Path, handle: int, kind: int, say: Callable[[str], None]) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sft.plugins.registry import Plugins
     from sft.precision import Precision
     from sft.seams import DataCollator, ParallelStrategy
-from sft.settings.arguments import Settings
+    from sft.settings.arguments import Settings
 
 
 @dataclass

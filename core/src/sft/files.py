@@ -194,6 +194,15 @@ def make_folder(folder: Path) -> None:
         raise UsageError(f"{folder} cannot be made ({error.strerror}); choose another place.") from error
 
 
+def state_of(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written to, or another one takes its place; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def _finish(path: Path) -> None:
     """On disk, and readable by those whom the user's umask lets read (safetensors writes for its owner alone)."""
     if path.is_file():

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from sft.errors import UsageError
+from sft.files import state_of
 
 BLOCK = 1 << 16
 BLOCKS = 1024
@@ -16,7 +17,7 @@ class Contents:
     """What is in ``files`` now. Raises :class:`UsageError` where one cannot be read."""
 
     def __init__(self, files: list[Path]) -> None:
-        self._states = {path: _state(path) for path in files}
+        self._states = {path: state_of(path) for path in files}
         self._digests = {path: digest_of(path) for path in files}
         names = (f"{path.name} {digest}" for path, digest in self._digests.items())
         self.digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
@@ -25,7 +26,7 @@ class Contents:
     def check_same(self) -> None:
         """Refuse to go on where a file has changed since. Costs nothing as long as none has been written to."""
         for path, before in self._states.items():
-            state = _state(path)
+            state = state_of(path)
             if state != before and digest_of(path) != self._digests[path]:
                 raise UsageError(
                     f"{path} has been changed while this run reads it; put it back as it was and resume, or start a "
@@ -50,12 +51,3 @@ def digest_of(path: Path) -> str:
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
     return digest.hexdigest()
-
-
-def _state(path: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is written to, or another one takes its place."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -22,7 +22,7 @@ from sft.data.bad_records import BadRecord, Place
 from sft.data.encoded import Counts, Encoded
 from sft.data.sources import size_of
 from sft.errors import UsageError
-from sft.files import STAGING, make_folder, replaced, save_tensors
+from sft.files import STAGING, make_folder, replaced, save_tensors, state_of
 
 if TYPE_CHECKING:
     from sft.data.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ class EncodedCache:
 
     def place(self, files: list[Path]) -> _Place:
         """Where the encoded content of ``files``, as they are now, is kept."""
-        seen = _state(files)
+        seen = [state_of(path) for path in files]
         with self._progress.task("looking for encoded data", "MiB", size_of(files), of_units=False) as task:
             digests, done = [], 0
             for path in files:
@@ -107,7 +107,7 @@ class EncodedCache:
 
     def write(self, place: _Place, kept: Kept) -> None:
         """Keep it, unless the files have changed since. A disk that is full does not stop a run."""
-        if _state(place.files) != place.seen:
+        if [state_of(path) for path in place.files] != place.seen:
             self._progress.say("note: the data has changed while it was read, so it is not kept encoded")
             return
         data = kept.data
@@ -132,8 +132,8 @@ class _Place(NamedTuple):
     path: Path
     key: str
     files: list[Path]
-    seen: list[tuple[int, int]]
-    """What :func:`_state` said of the files before they were read."""
+    seen: list[tuple[int, int, int] | None]
+    """What :func:`sft.files.state_of` said of the files before they were read."""
 
 
 def _read(place: _Place) -> Kept:
@@ -157,11 +157,6 @@ def _seal(data: Encoded, key: str, said: str) -> str:
     shapes = [(str(array.dtype), array.shape) for array in (data.ids, data.trained, data.offsets)]
     shapes.append(("dropped", data.dropped.tolist()))
     return hashlib.sha256(json.dumps([data.fingerprint(), shapes, key, said]).encode()).hexdigest()
-
-
-def _state(files: list[Path]) -> list[tuple[int, int]]:
-    """Sizes and times of the files, which change when they are written to."""
-    return [(found.st_size, found.st_mtime_ns) for found in (path.stat() for path in files)]
 
 
 def _parts(path: Path) -> Iterator[bytes]:

@@ -115,15 +115,6 @@ class SafeFile:
         return np.dtype(_TYPES[kind]) if kind in _TYPES else None
 
 
-def state_of(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is replaced; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
-
-
 def replaced(path: Path) -> UsageError:
     """Tensors of two models may not be mixed: a run may publish its result where one is read."""
     return UsageError(f"{path} has been replaced while it was read; try again when nothing writes there.")

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
+from sft.files import state_of
 from sft.foreign_text import quoted, shown
 from sft.hub_names import in_cache, is_hub_name, split
 from sft.models.families.family import Family
 from sft.models.reals import check_finite, check_reals, check_type, with_bfloat16
-from sft.models.safe_file import SafeFile, replaced, state_of
+from sft.models.safe_file import SafeFile, replaced
 from sft.models.stacked import Part, is_stack, parts_of
 from sft.small_files import is_there, read_object
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stopped_runs import contents
+from stopped_runs import StoppedError, contents, stopping_when_saved
 
 import sft
 from sft.files import read_report
@@ -119,27 +119,14 @@ def test_a_resumed_run_counts_on(train: Train, tmp_path: Path, poison: Callable[
     """Step 2 is left out before the run is stopped, and 3 after it: together they are too many."""
     settings = {"max_steps": 6, "skip_nan_grad": True, "max_skipped_in_a_row": 2, **SAVING, **PLAIN}
     poison(2)
-    with pytest.raises(sft.SftError, match="stopped here"):
-        train("out", (stopping_after(2),), **settings)
+    with pytest.raises(StoppedError):
+        train("out", (stopping_when_saved(2),), **settings)
     poison(1)
     message = r"finite at step 3 .*, which is the last of 2 in a row \(max_skipped_in_a_row\); lower .*checkpoint-2\."
     with pytest.raises(sft.SftError, match=message):
         train("out", resume_from_checkpoint="auto", **settings)
     poison(3)  # from step 3 on
     assert train("out", resume_from_checkpoint="auto", **settings).skipped_steps == 2
-
-
-def stopping_after(checkpoint: int) -> type[sft.Plugin]:
-    class Stop(sft.Plugin):
-        name = "stop"
-        api_version = 1
-
-        @sft.hookimpl
-        def sft_checkpoint_saved(self, run: sft.Run, folder: Path) -> None:
-            if folder.name == f"checkpoint-{checkpoint}":
-                raise sft.SftError("stopped here")
-
-    return Stop
 
 
 def test_a_model_that_is_not_finite_is_not_skipped_over(train: Train, tmp_path: Path) -> None:

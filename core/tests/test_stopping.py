@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from stopped_runs import SETTINGS, Train, checkpoints_of, contents
+from toy_plugins import providing
 
 import sft
 from sft.stopping import SIGNALS, Stop, keep_handlers
@@ -64,20 +65,15 @@ def test_a_second_signal_ends_the_run_at_once(train: Train, tmp_path: Path) -> N
 def test_what_others_make_of_the_end_is_not_the_end(train: Train, tmp_path: Path) -> None:
     """Paddle turns what is raised in a backward pass of Python into an OSError of its own."""
 
-    class Turn(sft.Plugin):
-        name = "turn"
-        api_version = 1
-
-        @sft.hookimpl
-        def sft_step_ended(self, run: sft.Run) -> None:
-            try:
-                for _ in range(2):
-                    signal.raise_signal(signal.SIGTERM)
-            except BaseException as error:
-                raise OSError("External") from error
+    def turn(run: sft.Run) -> None:
+        try:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGTERM)
+        except BaseException as error:
+            raise OSError("External") from error
 
     with pytest.raises(sft.SignalError, match="SIGTERM"):
-        train("out", (Turn,), **SETTINGS)
+        train("out", (providing("sft_step_ended", turn),), **SETTINGS)
     assert status(tmp_path / "out") == "interrupted"
 
 
@@ -104,16 +100,9 @@ def test_a_result_is_written_first(train: Train, tmp_path: Path, monkeypatch: py
 
 
 def test_other_parts_end_at_once(train: Train, tmp_path: Path) -> None:
-    class Send(sft.Plugin):
-        name = "send"
-        api_version = 1
-
-        @sft.hookimpl
-        def sft_collator(self, run: sft.Run) -> None:
-            os.kill(os.getpid(), signal.SIGTERM)
-
+    send = providing("sft_collator", lambda run: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(sft.SignalError, match="SIGTERM"):
-        train("out", (Send,), max_steps=1)
+        train("out", (send,), max_steps=1)
     assert not (tmp_path / "out").exists()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stopped_runs import StoppedError, stopping_when_saved
 
 import sft
 from sft.data import contents
@@ -226,26 +227,11 @@ def test_a_streamed_run_resumes_where_it_stopped(
     """30 records in windows of 7, 3 rows a step: step 9 is in the middle of a window, 14 in the second pass."""
     monkeypatch.setattr(Stream.__init__, "__defaults__", (7,))
 
-    class StopError(sft.SftError):
-        pass
-
-    def stopping(after: int) -> type[sft.Plugin]:
-        class Stop(sft.Plugin):
-            name = "stop"
-            api_version = 1
-
-            @sft.hookimpl
-            def sft_checkpoint_saved(self, run: sft.Run, folder: Path) -> None:
-                if folder.name == f"checkpoint-{after}":
-                    raise StopError
-
-        return Stop
-
     same = {"lazy": True, "max_steps": 18, "per_device_train_batch_size": 3, "save_strategy": "steps", "save_steps": 1}
     train("whole", **same)
     for after in (9, 14):
-        with pytest.raises(StopError):
-            train(f"parts-{after}", plugins=(stopping(after),), **same)
+        with pytest.raises(StoppedError):
+            train(f"parts-{after}", plugins=(stopping_when_saved(after),), **same)
         train(f"parts-{after}", resume_from_checkpoint="auto", **same)
         assert metrics(tmp_path / f"parts-{after}", same=True) == metrics(tmp_path / "whole", same=True)
         weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", f"parts-{after}")]

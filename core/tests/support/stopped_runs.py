@@ -53,6 +53,21 @@ def stopping(step: int) -> type[sft.Plugin]:
     return Stop
 
 
+def stopping_when_saved(step: int) -> type[sft.Plugin]:
+    """A plugin that ends the run when it has a checkpoint of ``step``."""
+
+    class Stop(sft.Plugin):
+        name = "stop"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_checkpoint_saved(self, run: sft.Run, folder: Path) -> None:
+            if folder.name == f"checkpoint-{step}":
+                raise StoppedError
+
+    return Stop
+
+
 def stop(train: Train, step: int, name: str = "out", plugins: tuple[type, ...] = (), **settings: Any) -> None:
     with pytest.raises(StoppedError):
         train(name, (*plugins, stopping(step)), **settings)

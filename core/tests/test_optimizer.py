@@ -1,4 +1,4 @@
-"""The optimizer: AdamW as its paper has it, parameter groups, state under structured names, and clipping."""
+"""The optimizer: AdamW as its paper has it, parameter groups, few calls, and state under structured names."""
 
 from __future__ import annotations
 
@@ -6,58 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adamw import SHAPES, adamw, apply, gradients_of, parameters_of
 
 import sft
 from sft.seams import ParameterGroup
 from sft.settings.arguments import TrainingArguments
-
-SHAPES = {"block.weight": (4, 3), "block.bias": (3,), "head.weight": (3, 5)}
-
-
-def adamw(
-    value: np.ndarray, gradients: list[np.ndarray], rates: list[float], decay: float, training: TrainingArguments
-) -> np.ndarray:
-    """Decoupled weight decay (arXiv 1711.05101, algorithm 2) in float64, η_t α given as one rate a step."""
-    beta1, beta2 = training.adam_beta1, training.adam_beta2
-    value = value.astype(np.float64)
-    first, second = np.zeros_like(value), np.zeros_like(value)
-    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
-        gradient = gradient.astype(np.float64)
-        first = beta1 * first + (1 - beta1) * gradient
-        second = beta2 * second + (1 - beta2) * gradient**2
-        corrected, spread = first / (1 - beta1**step), second / (1 - beta2**step)
-        value = value - rate * (corrected / (np.sqrt(spread) + training.adam_epsilon) + decay * value)
-    return value
-
-
-def parameters_of(paddle: Any, seed: int = 0) -> dict[str, Any]:
-    """New parameters of the same values; paddle gives them names that have not been used before."""
-    generator = np.random.default_rng(seed)
-    made = {}
-    for name, shape in SHAPES.items():
-        made[name] = paddle.create_parameter(shape, "float32")
-        made[name].set_value(generator.standard_normal(shape).astype(np.float32))
-    return made
-
-
-def gradients_of(steps: int, seed: int = 1) -> dict[str, list[np.ndarray]]:
-    generator = np.random.default_rng(seed)
-    return {
-        name: [generator.standard_normal(shape).astype(np.float32) for _ in range(steps)]
-        for name, shape in SHAPES.items()
-    }
-
-
-def apply(
-    paddle: Any, optimizer: Any, gradients: dict[str, list[np.ndarray]], steps: range, rates: list[float]
-) -> None:
-    """Steps whose gradients are given: that of Σ p·g is g."""
-    for step in steps:
-        loss = paddle.add_n(
-            [(p * paddle.to_tensor(gradients[name][step])).sum() for name, p in optimizer.parameters.items()]
-        )
-        loss.backward()
-        optimizer.step(rates[step])
 
 
 @pytest.mark.parametrize(
@@ -337,131 +290,3 @@ def test_state_of_other_parameters_is_an_error(paddle: Any) -> None:
     fresh = Optimizer(default_groups(parameters_of(paddle), 0.0), TrainingArguments())
     with pytest.raises(sft.SftError, match=r"first difference: block\.weight\.moment1"):
         fresh.load(state)
-
-
-# --- masters ------------------------------------------------------------------------------------------------
-
-
-def test_parameters_of_16_bits_are_stepped_as_float32_masters(paddle: Any) -> None:
-    """Steps of 1e-4 at values of 1, where bfloat16 resolves 4e-3: the parameters alone would never move."""
-    from sft.training.optimizer import Optimizer, default_groups
-
-    start = np.linspace(0.5, 1.5, 12, dtype=np.float32).reshape(4, 3)
-    narrow = paddle.to_tensor(start).astype("bfloat16")
-    exact = narrow.astype("float32").numpy()
-    parameter = paddle.base.framework.EagerParamBase.from_tensor(narrow)
-    parameter.stop_gradient = False
-    training = TrainingArguments()
-    optimizer = Optimizer(default_groups({"w": parameter}, 0.0), training)
-    gradients = np.random.default_rng(3).standard_normal((40, 4, 3)).astype(np.float32) * 0.1 + 1
-    rounded = [paddle.to_tensor(g).astype("bfloat16") for g in gradients]
-    for gradient in rounded:
-        parameter.grad = gradient
-        optimizer.step(1e-4, 0.5)
-        assert parameter.grad is None or not parameter.grad.astype("float32").numpy().any()
-    seen = np.stack([gradient.astype("float32").numpy() for gradient in rounded]) * 0.5
-    expected = adamw(exact, list(seen), [1e-4] * 40, 0.0, training)
-    np.testing.assert_allclose(optimizer.state()["w.master"], expected, atol=2e-6, rtol=0)
-    again = paddle.to_tensor(optimizer.state()["w.master"]).astype("bfloat16").astype("float32").numpy()
-    np.testing.assert_array_equal(parameter.astype("float32").numpy(), again)
-    assert str(parameter.dtype) == "paddle.bfloat16"
-    assert np.abs(parameter.astype("float32").numpy() - exact).max() > 3e-3
-
-
-def test_masters_travel_with_the_state(paddle: Any) -> None:
-    from sft.training.optimizer import Optimizer, default_groups
-
-    def make() -> tuple[Any, Any]:
-        value = paddle.to_tensor(np.linspace(0.5, 1.5, 6, dtype=np.float32).reshape(2, 3)).astype("bfloat16")
-        parameter = paddle.base.framework.EagerParamBase.from_tensor(value)
-        parameter.stop_gradient = False
-        return parameter, Optimizer(default_groups({"w": parameter}, 0.0), TrainingArguments())
-
-    def step(parameter: Any, optimizer: Any) -> None:
-        parameter.grad = paddle.ones([2, 3], "bfloat16")
-        optimizer.step(1e-4)
-
-    whole, stopped, resumed = make(), make(), make()
-    for _ in range(4):
-        step(*whole)
-    step(*stopped)
-    resumed[1].load(stopped[1].state())
-    for _ in range(3):
-        step(*resumed)
-    for key, value in whole[1].state().items():
-        np.testing.assert_array_equal(resumed[1].state()[key], value)
-
-
-def test_micro_batches_of_16_bits_are_stepped_by_their_exact_sum(paddle: Any) -> None:
-    """Five steps of eight micro-batches, against the paper's AdamW in float64 on exact sums. In 16 bits they would be
-    off by up to 1e-2."""
-    from sft.training.optimizer import Optimizer
-    from sft.training.wide_sums import WideSums
-
-    parameter = paddle.base.framework.EagerParamBase.from_tensor(paddle.ones([64]).astype("bfloat16"))
-    parameter.stop_gradient = False
-    optimizer = Optimizer([ParameterGroup("all", {"p": parameter})], TrainingArguments())
-    draws = 1 + 0.1 * np.random.default_rng(0).standard_normal((5, 8, 64)).astype(np.float32)
-    sums, exact = WideSums([parameter]), []
-    for draw in draws:
-        gradients = [paddle.to_tensor(one).astype("bfloat16") for one in draw]
-        for gradient in gradients:
-            with sums.backward():
-                (parameter * gradient).sum().backward()
-        exact.append(sum(gradient.astype("float64").numpy() for gradient in gradients) / 2)
-        optimizer.step(0.01, 0.5)
-        assert parameter.grad is None
-    expected = adamw(np.ones(64), exact, [0.01] * 5, 0.0, TrainingArguments())
-    np.testing.assert_allclose(optimizer.state()["p.master"], expected, rtol=1e-6)
-
-
-# --- clipping -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("max_norm", [0.5, 2.0, 1e6, 0.0])
-def test_clipping_is_by_the_global_norm(paddle: Any, max_norm: float) -> None:
-    """One step of AdamW sees the clipped gradients in its first moment."""
-    from sft.training.optimizer import Optimizer, clip_factor, default_groups
-    from sft.training.strategy import SingleProcess
-
-    parameters, gradients = parameters_of(paddle), gradients_of(1)
-    optimizer = Optimizer(default_groups(parameters, 0.0), TrainingArguments())
-    for name, parameter in parameters.items():
-        parameter.grad = paddle.to_tensor(gradients[name][0])
-    idle = paddle.create_parameter([2], "float32")
-    norm = np.sqrt(sum((gradients[name][0].astype(np.float64) ** 2).sum() for name in parameters))
-    found = SingleProcess().grad_norm({**parameters, "idle": idle})
-    assert found == pytest.approx(norm, rel=1e-6)
-    optimizer.step(0.1, clip_factor(found, max_norm))
-    factor = min(1.0, max_norm / norm) if max_norm else 1.0
-    for name in parameters:
-        expected = 0.1 * gradients[name][0] * factor
-        np.testing.assert_allclose(optimizer.state()[f"{name}.moment1"], expected, rtol=1e-5, atol=1e-9)
-
-
-@pytest.mark.parametrize(("few", "lot", "calls"), [(16384, 1 << 20, 2), (16384, 200, 3), (0, 1 << 20, 9)])
-def test_small_gradients_are_measured_together(
-    paddle: Any, monkeypatch: pytest.MonkeyPatch, few: int, lot: int, calls: int
-) -> None:
-    """And one of 20,000 values alone: ``calls`` parts, of which each has 1e-7."""
-    from sft.training import strategy
-
-    monkeypatch.setattr(strategy, "FEW", few)
-    monkeypatch.setattr(strategy, "LOT", lot)
-    own, measured = strategy._squared, []
-    monkeypatch.setattr(strategy, "_squared", lambda part: (measured.append(part.size), own(part))[1])
-    rng = np.random.default_rng(0)
-    values = [rng.standard_normal(shape).astype(np.float32) for shape in [(8, 9)] * 4 + [(20, 1000)] + [(7,)] * 4]
-    parameters = [paddle.create_parameter(value.shape, "float32") for value in values]
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.grad = paddle.to_tensor(value)
-    found = strategy.squared_gradients(parameters)
-    assert len(measured) == calls
-    assert sum(measured) == sum(value.size for value in values)
-    assert found == pytest.approx(sum((value.astype(np.float64) ** 2).sum() for value in values), rel=3e-7)
-
-
-def test_without_gradients_the_norm_is_zero(paddle: Any) -> None:
-    from sft.training.strategy import SingleProcess
-
-    assert SingleProcess().grad_norm({"w": paddle.create_parameter([2], "float32")}) == 0.0

@@ -13,6 +13,7 @@ import pytest
 import sft
 from sft.commands import demo
 from sft.plugins.requests import requests
+from sft.testing import needs
 
 SHOWN = """
     from dataclasses import dataclass
@@ -63,7 +64,7 @@ def test_on_the_core_alone_all_parameters_train(alone: None, short: Callable[...
     assert (tmp_path / "sft-demo" / "model.safetensors").is_file()
 
 
-@pytest.mark.skipif("lora" not in requests("command").get("demo", []), reason="not installed: lora")
+@needs("lora")
 def test_an_adapter_is_shown_where_one_is_installed(short: Callable[..., str], tmp_path: Path) -> None:
     text = short()
     assert text.startswith("$ sft run --plugin lora --max_length 128 ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,6 @@ from pathlib import Path
 import pytest
 
 from sft.progress import Printer
-
-pty = pytest.importorskip("pty", reason="there are no pseudo-terminals on this system")
 
 
 def typed_in_a_terminal(*arguments: str) -> str:

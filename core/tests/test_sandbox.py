@@ -11,7 +11,8 @@ import pytest
 
 import sft
 from sft.data.jinja_template import JinjaTemplate
-from sft.data.sandbox import LimitError, Sandbox
+from sft.data.sandbox import Sandbox
+from sft.data.sandbox_budget import LimitError
 from sft.data.templates import Marks, Pairs, Source
 from sft.seams import Turn
 
@@ -206,6 +207,19 @@ def test_limits_hold_in_any_thread_and_each_text_has_its_own() -> None:
     thread.join()
     what = "it takes more steps than a conversation can need"
     assert said == [f"The chat template of DIR cannot write a conversation of user: {what}."]
+
+
+@pytest.mark.parametrize("source", ["{{ [1].append(2) }}", "{{ 'a'.encode() }}", "{{ ''.__class__.mro() }}"])
+def test_what_is_refused_of_one_type_is_refused_each_time_and_of_no_other(source: str) -> None:
+    from jinja2.exceptions import SecurityError
+
+    sandbox = Sandbox()
+    refused = sandbox.compiled(source)
+    for _ in range(2):
+        with pytest.raises(SecurityError, match="is unsafe"):
+            sandbox.written(refused, [], {})
+    own = sandbox.compiled("{% set n = namespace(append='a', encode='b') %}{{ n.append }}{{ n.encode }}")
+    assert sandbox.written(own, [], {}) == "ab"
 
 
 def test_what_templates_may_still_do() -> None:

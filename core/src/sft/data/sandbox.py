@@ -1,47 +1,33 @@
 """Where chat templates run: Jinja's sandbox, in limits of work and memory.
 
 A template comes with a model, so it is a stranger's program. Jinja's sandbox keeps it from the machine; here it is also
-kept from taking it up. Each text is written on a budget of steps and of characters. Whatever a template can do again
-and again (a turn of a loop, a call, a filter, an operator, an output) takes from it, and what one step of Python would
-make or look through is counted before it is done: a budget is the same on every machine, in every thread.
+kept from taking it up. Each text is written on a budget (``sandbox_budget.py``), and whatever a template can do again
+and again takes from it: a turn of a loop, a call, a filter, an operator, an output.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce, wraps
 from types import BuiltinMethodType, MethodType
 from typing import Any, cast
 
-from jinja2 import TemplateError, TemplateRuntimeError, nodes, pass_context, pass_eval_context
+from jinja2 import TemplateError, nodes, pass_context, pass_eval_context
 from jinja2.runtime import LoopContext, markup_join, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
 from jinja2.utils import Namespace
 from markupsafe import Markup
 
+from sft.data.sandbox_budget import CELL, OPERATION, WRITTEN, WRITTEN_PER_CHARACTER, Budget, LimitError
 from sft.data.sandbox_nodes import Counting
 
 SOURCE = 100_000
 """Characters of a template; the longest of published models have some 30,000."""
-STEPS = 1_000_000
-"""Steps in which a text is written, for no conversation; the busiest templates take some hundred for each turn."""
-STEPS_PER_TURN = 2_000
-MADE = 1 << 28
-"""Characters that a template may make on the way to a text, thrown away or not, for an empty conversation."""
-MADE_PER_CHARACTER = 64
-WRITTEN = 1_000_000
-"""Characters of the text itself, for an empty conversation."""
-WRITTEN_PER_CHARACTER = 16
 NUMBER = 100_000
 """The largest number that says how often or how wide."""
 BITS = 1 << 14
 """Bits of the largest whole number that is computed with."""
-OPERATION = 64
-"""Characters that an output or a sum counts for beside its own, so that it is no step too."""
-CELL = 16
-"""Characters that a place in a list, which holds something that is there already, counts for."""
-
 _WIDE = re.compile(r"%(?:\([^)]*\))?[^a-zA-Z%]*?(?:\d{5}|\*)")
 """In a text for the operator %: a width or a precision of five digits, or one that is an argument."""
 _SLOW_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
@@ -55,16 +41,13 @@ _PLAIN = frozenset(("strip", "lstrip", "rstrip", "split", "startswith", "endswit
 """Methods of texts that make no more than the text is."""
 _NUMBERED = frozenset(("batch", "slice", "center", "indent", "truncate"))
 """Filters whose arguments say how often or how wide."""
-_ROWS: Any = (list, tuple, set, frozenset, range, MappingView)
 _REFUSED = frozenset(("encode", "translate", "to_bytes", "from_bytes"))
 """Methods of texts and numbers that no template needs: without them there are no bytes, and no quadratic codecs."""
+_ASKED = 1000
+"""Attributes of types of which is kept whether a template may have them."""
 
 
-class LimitError(TemplateRuntimeError):
-    """A template takes more than a text is worth; the message says what, as the end of a sentence."""
-
-
-class Sandbox(ImmutableSandboxedEnvironment):
+class Sandbox(Budget, ImmutableSandboxedEnvironment):
     """A Jinja environment in which a template reaches nothing but what it is given, can ``raise_exception``, and ends.
 
     Compile with :meth:`compiled`, render with :meth:`written`. It is for one thread.
@@ -74,7 +57,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, **options)
-        self._steps, self._made = STEPS, MADE
+        self._safe: dict[tuple[type, str], bool] = {}
         self.finalize = self._put_out
         del self.globals["lipsum"]
         self.globals["namespace"] = _Namespace
@@ -90,6 +73,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             " begun": self._begun,
             " turns": self._turns,
             " weighed": self._weighed,
+            " searched": self._searched,
             " slice": self._slice,
             " joined": self._joined,
             " summed": self._summed,
@@ -103,21 +87,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """The template with the text ``source``. Raises what Jinja raises, and :class:`LimitError`."""
         if len(source) > SOURCE:
             raise LimitError(f"it has {len(source):,} characters, and {SOURCE:,} are the limit")
-        self._steps, self._made = STEPS, MADE  # constants are computed beforehand
+        self._grant(0, 0)  # constants are computed beforehand
         try:
             return self.from_string(source)
         except (RecursionError, MemoryError) as error:
             raise LimitError("it is nested too deeply, or too long") from error
 
-    def written(self, template: Any, texts: Iterable[str], variables: Mapping[str, Any]) -> str:
+    def written(self, template: Any, texts: Sequence[str], variables: Mapping[str, Any]) -> str:
         """What ``template`` makes of ``variables``, in which ``texts`` are what a conversation has: the budget grows
         with them. Raises whatever a template may raise, and :class:`LimitError`."""
-        turns, length = 0, 0
-        for text in texts:
-            turns += 1
-            length += len(text)
-        self._steps = STEPS + STEPS_PER_TURN * turns + length // CELL
-        self._made = MADE + MADE_PER_CHARACTER * length
+        length = sum(map(len, texts))
+        self._grant(len(texts), length)
         try:
             text = template.render(variables)
         except RecursionError as error:
@@ -125,58 +105,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if len(text) > WRITTEN + WRITTEN_PER_CHARACTER * length:
             raise LimitError(f"it writes {len(text):,} characters for a conversation of {length:,}")
         return str(text)
-
-    # --- the budget -----------------------------------------------------------------------------------------
-
-    def _step(self, count: int = 1) -> None:
-        self._steps -= count
-        if self._steps < 0:
-            raise LimitError("it takes more steps than a conversation can need")
-
-    def _make(self, characters: int) -> None:
-        """So many characters are about to be made."""
-        self._made -= characters + OPERATION
-        if self._made < 0:
-            raise LimitError("it makes texts or lists without measure")
-
-    def _weigh(self, value: Any) -> int:
-        """Characters and places in ``value``, which is about to be looked through, all that is in it included: a list
-        that has another one twice, and this a third twice, is short and has no end."""
-        if isinstance(value, str):
-            self._step(1 + (len(value) >> 10))
-            return len(value)
-        weight, steps, within = 0, 0, [value]
-        while within:
-            one = within.pop()
-            steps += 1
-            if isinstance(one, str):
-                weight += len(one)
-                steps += len(one) >> 10
-            elif isinstance(one, Mapping):
-                weight += 2 * CELL * len(one)
-                within.extend(one.keys())
-                within.extend(one.values())
-            elif isinstance(one, _ROWS):
-                weight += CELL * len(one)
-                within.extend(one)
-            else:
-                weight += CELL
-            if steps > 1000:
-                self._step(steps)
-                steps = 0
-        self._step(steps)
-        return weight
-
-    def _weighed(self, value: Any) -> Any:
-        self._weigh(value)
-        return value
-
-    def _result(self, value: Any) -> Any:
-        if isinstance(value, str):
-            self._make(len(value))
-        elif isinstance(value, (list, tuple, dict, set, frozenset)):
-            self._make(CELL * len(value))
-        return value
 
     # --- what a template does -------------------------------------------------------------------------------
 
@@ -195,12 +123,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise LimitError("it takes more steps than a conversation can need")
 
     @pass_context
-    def _turns(self, context: Any, values: Iterable[Any]) -> Iterator[Any]:
-        for value in values:
-            self._steps -= 1
-            if self._steps < 0:
-                raise LimitError("it takes more steps than a conversation can need")
-            yield value
+    def _turns(self, context: Any, values: Iterable[Any], characters: int = 0, steps: int = 1) -> Iterator[Any]:
+        """``values`` of a loop, each of which is a turn of so many characters of text and steps."""
+        return self._each(values, characters, steps)
+
+    def _searched(self, value: Any) -> Any:
+        """What something is looked for in; in a table it is not looked through."""
+        return value if type(value) is dict else self._weighed(value)
 
     def _slice(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
         self._make(len(value) if isinstance(value, str) else 0)
@@ -226,9 +155,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return reduce(lambda left, right: self.call_binop(None, "+", left, right), values)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if attr in _REFUSED and isinstance(obj, (str, int)):
-            return False
-        return super().is_safe_attribute(obj, attr, value)
+        """Found out once for each type and name: Jinja asks a dozen questions, and answers by these alone."""
+        found = self._safe.get((type(obj), attr))
+        if found is None:
+            found = not (attr in _REFUSED and isinstance(obj, (str, int)))
+            found = found and super().is_safe_attribute(obj, attr, value)
+            if len(self._safe) < _ASKED:
+                self._safe[type(obj), attr] = found
+        return found
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self._step()
@@ -251,7 +185,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         self._step()
         if isinstance(obj, LoopContext):
-            return super().call(context, obj, *(self._turns(context, values) for values in args), **kwargs)
+            return super().call(context, obj, *map(self._each, args), **kwargs)
         owner = getattr(obj, "__self__", None)
         if isinstance(owner, str):
             if obj.__name__ in _PLAIN:
@@ -295,11 +229,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         return written
 
-    def _all(self, values: Any) -> Any:
-        """``values`` in a form that :meth:`_weigh` looks into."""
-        is_whole = isinstance(values, (str, Mapping, *_ROWS)) or not hasattr(values, "__iter__")
-        return values if is_whole else list(self._turns(None, values))
-
     def _replaces(self, text: Any, old: Any, new: Any, *_: Any) -> None:
         text, old, new = (one if isinstance(one, str) else str(one) for one in (text, old, new))
         self._make(len(text) + text.count(old) * len(new) if new else len(text))
@@ -323,18 +252,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _limited_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         first = 1 if hasattr(function, "jinja_pass_arg") else 0
         bound = getattr(self, f"_room_{name}", None)
-
         is_plain = bound is None and name not in _LAZY
 
         @wraps(function)
         def filtered(*args: Any, **kwargs: Any) -> Any:
-            self._step()
             if is_plain and len(args) == first + 1 and type(args[first]) is str and not kwargs:
-                self._make(self._weigh(args[first]))
+                length = len(args[first])
+                self._step(2 + (length >> 10))
+                self._make(length)
                 return self._result(function(*args))
+            self._step()
             given = list(args)
             if len(given) > first and name in _LAZY:
-                given[first] = self._turns(None, given[first]) if given[first] else given[first]
+                given[first] = self._each(given[first]) if given[first] else given[first]
             elif name not in _QUICK:
                 given[first:] = map(self._all, given[first:])
                 values = [*given[first:], *kwargs.values()]

@@ -2,7 +2,7 @@
 
 Jinja makes Python code of a template, which asks the environment about calls and operators and does all else directly.
 Here loops, slices, comparisons, ``~`` and keys become filters of the sandbox too, under names that no template can
-write; and a body that may run again begins by saying how long it is.
+write; and a body that may run again says how long it is.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ class Counting(NodeTransformer):
     """Puts the environment's functions where Jinja would let Python do the work directly."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802
-        self._begin(node)
+        """Its turns are counted where the values come from, if each of them is a turn."""
+        counts = _counts(node)
         self.generic_visit(node)
-        node.iter = _filter(node.iter, " turns")
+        if node.test is not None or node.recursive:
+            node.body.insert(0, _begun(node, counts))
+            counts = []
+        node.iter = _filter(node.iter, " turns", counts)
         return node
 
-    def _begin(self, node: Any) -> Any:
-        texts = [data.data for data in node.find_all(nodes.TemplateData)]
-        texts += [const.value for const in node.find_all(nodes.Const) if isinstance(const.value, str)]
-        steps = sum(1 for _ in node.find_all(nodes.Node)) >> 3
-        counts = [nodes.Const(sum(map(len, texts))), nodes.Const(steps)]
-        node.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(None), " begun", counts), lineno=node.lineno))
-
     def _body(self, node: Any) -> Any:
-        self._begin(node)
-        return self.generic_visit(node)
+        counts = _counts(node)
+        self.generic_visit(node)
+        node.body.insert(0, _begun(node, counts))
+        return node
 
     visit_Macro = visit_CallBlock = visit_Block = _body  # noqa: N815
 
@@ -64,7 +63,7 @@ class Counting(NodeTransformer):
         for side in sides:
             is_searched = isinstance(side, nodes.Operand) and side.op in ("in", "notin")
             if not isinstance(side.expr, nodes.Const) and (is_searched or not is_shallow):
-                side.expr = _filter(side.expr, " weighed")
+                side.expr = _filter(side.expr, " searched" if is_searched else " weighed")
         return node
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:  # noqa: N802
@@ -72,6 +71,18 @@ class Counting(NodeTransformer):
         if not isinstance(node.key, nodes.Const):
             node.key = _filter(node.key, " weighed")
         return node
+
+
+def _counts(node: nodes.Node) -> list[Any]:
+    """How many characters of text a body has that may run again, and steps that are not counted singly."""
+    texts = [data.data for data in node.find_all(nodes.TemplateData)]
+    texts += [const.value for const in node.find_all(nodes.Const) if isinstance(const.value, str)]
+    steps = 1 + (sum(1 for _ in node.find_all(nodes.Node)) >> 3)
+    return [nodes.Const(sum(map(len, texts))), nodes.Const(steps)]
+
+
+def _begun(node: nodes.Node, counts: list[Any]) -> nodes.ExprStmt:
+    return nodes.ExprStmt(_filter(nodes.Const(None), " begun", counts), lineno=node.lineno)
 
 
 def _filter(value: Any, name: str, args: list[Any] | None = None) -> nodes.Filter:

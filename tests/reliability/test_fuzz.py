@@ -8,7 +8,9 @@ import socket
 import time
 
 import pytest
-from fuzzing import FEW, MANY, TARGETS, Target, as_json, fuzz, numbers, values, words
+from fuzzing import TARGETS
+from fuzzing.made_up import as_json, numbers, values, words
+from fuzzing.trial import FEW, MANY, Target, fuzz
 from hypothesis import strategies as st
 
 from reliability.figures import record

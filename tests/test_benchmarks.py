@@ -176,7 +176,7 @@ def test_a_profile_says_each_share_and_what_the_products_alone_would_take() -> N
         "speed": 250.0,
         "rows": rows,
     }
-    found = page.shares({**side}, 12)
+    found = page.shares(side, 12)
     assert sum(share for *_, share in found) == pytest.approx(100)
     assert found[0] == ("operation 0", 2, 100.0, 5.0)
     assert found[12:] == [("2 others", 4, 175.0, 8.75), ("between operations", "", 2000 - 1309, pytest.approx(34.55))]
@@ -213,21 +213,23 @@ def test_a_peer_that_cannot_be_installed_is_left_out_with_its_reason(tmp_path: P
     assert result["sides"]["sft"]["median"] > 0
 
 
-def test_a_peer_that_ends_early_is_left_out_with_its_reason(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "trl").write_text("#!/bin/sh\nexit 3\n")
+@pytest.mark.parametrize(
+    ("program", "failed"),
+    [
+        ("#!/bin/sh\nexit 3\n", " --help ended with exit code 3"),
+        ("#!/no/such/python\n", " does not start (No such file or directory)"),
+    ],
+    ids=["ends early", "does not start"],
+)
+def test_a_peer_whose_program_fails_is_left_out_with_its_reason(
+    tmp_path: Path, monkeypatch, program: str, failed: str
+) -> None:
+    (tmp_path / "trl").write_text(program)
     (tmp_path / "trl").chmod(0o755)
     monkeypatch.setattr(peers, "python_of", lambda peer: str(tmp_path / "python"))
     result = startup.measure(Bench(tmp_path, turns=1), "help")
-    assert result["sides"]["trl"] == {"failed": f"{tmp_path / 'trl'} --help ended with exit code 3"}
+    assert result["sides"]["trl"] == {"failed": f"{tmp_path / 'trl'}{failed}"}
     assert result["sides"]["sft"]["median"] > 0
-
-
-def test_a_peer_whose_program_does_not_start_is_left_out_with_its_reason(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "trl").write_text("#!/no/such/python\n")
-    (tmp_path / "trl").chmod(0o755)
-    monkeypatch.setattr(peers, "python_of", lambda peer: str(tmp_path / "python"))
-    result = startup.measure(Bench(tmp_path, turns=1), "help")
-    assert result["sides"]["trl"] == {"failed": f"{tmp_path / 'trl'} does not start (No such file or directory)"}
 
 
 def test_steps_are_measured_in_each_kind_layout_and_type() -> None:

@@ -12,28 +12,16 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import importlib
-import json
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from benchmarks import page
-from benchmarks.bench import RESULTS, Bench, parted, told
+from benchmarks.bench import RESULTS, Bench, describe, keep, parted, told
 
 NAMES = ("steps", "end_to_end", "packing", "quantizing", "attention", "generation", "loading", "startup")
-
-
-def keep(folder: Path, name: str, module: Any, case: str, result: dict[str, Any]) -> None:
-    """Put a case's result in the place of its earlier one; the other cases stay."""
-    path = folder / f"{name}.json"
-    kept = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.is_file() else {}
-    kept[case] = result
-    whole = {"cases": {one: kept[one] for one in module.cases() if one in kept}}
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main() -> int:
@@ -83,17 +71,13 @@ def main() -> int:
             print(*getattr(module, "told", told)(result), sep="\n", flush=True)
             result = {"what": what, "model": describe(given.model), "took": round(time.monotonic() - began), **result}
             if own:
-                keep(RESULTS, name, module, case, result)
+                keep(RESULTS, name, module.cases(), case, result)
                 page.write(RESULTS)
             elif given.results is not None:
-                keep(given.results, name, module, case, result)
+                keep(given.results, name, module.cases(), case, result)
     if not own and given.results is None:
         print("Nothing was kept: --turns, --peer and settings make other figures. --results DIR keeps them there.")
     return 1 if bad else 0
-
-
-def describe(model: Path | None) -> str:
-    return "SmolLM2-135M's shape, random weights" if model is None else model.name
 
 
 if __name__ == "__main__":

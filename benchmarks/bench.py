@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -147,6 +147,21 @@ def parted(words: list[str]) -> tuple[list[str], list[str]]:
     """The words of a command line before ``--``, and those behind it, which are settings of ``sft run``."""
     at = words.index("--") if "--" in words else len(words)
     return words[:at], words[at + 1 :]
+
+
+def describe(model: Path | None) -> str:
+    """The model that a user gave, or the one that is made, in words."""
+    return "SmolLM2-135M's shape, random weights" if model is None else model.name
+
+
+def keep(folder: Path, name: str, cases: Iterable[str], case: str, result: dict[str, Any]) -> None:
+    """Put a case's result in the place of its earlier one; those of the other ``cases`` stay, in their order."""
+    path = folder / f"{name}.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.is_file() else {}
+    kept[case] = result
+    whole = {"cases": {one: kept[one] for one in cases if one in kept}}
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def paddle_variables() -> dict[str, str]:

@@ -31,15 +31,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import figures, page, steps
-from benchmarks.bench import RESULTS, Bench, parted
+from benchmarks.bench import RESULTS, Bench, describe, keep, parted
 from benchmarks.turns import Side, Turns
 
 DTYPES = ("float32", "bfloat16")
 STEPS = 5
 """Steps that are run. The first one warms up, the last one is profiled, and those between say what a step takes."""
-PIECES = (
-    *("rms_norm", "rotate", "swiglu", "geglu", "linear", "low_rank_linear", "attention", "product", "cross_entropy"),
-)
+PIECES = ("rms_norm", "rotate", "swiglu", "geglu", "linear", "low_rank_linear", "attention", "product", "cross_entropy")
 PHASES = {"Forward", "Backward", "backward", "Optimization Step", "Gradient Backward"}
 
 
@@ -75,16 +73,9 @@ def main() -> None:
     if given.commit is None or settings:
         print("Nothing was kept: that takes --commit, and no settings.")
         return
-    path = RESULTS / "profile.json"
-    kept = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.is_file() else {}
-    found = {**kept, **cases}
-    text = json.dumps({"cases": {dtype: found[dtype] for dtype in DTYPES if dtype in found}}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    for dtype, case in cases.items():
+        keep(RESULTS, "profile", DTYPES, dtype, case)
     page.write(RESULTS)
-
-
-def describe(model: Path | None) -> str:
-    return "SmolLM2-135M's shape, random weights" if model is None else model.name
 
 
 def installed(commit: str, scratch: Path) -> Path:

@@ -36,7 +36,8 @@ from benchmarks.turns import Side, Turns
 
 DTYPES = ("float32", "bfloat16")
 STEPS = 5
-"""Steps that are run. The first one warms up, the last one is profiled, and those between say what a step takes."""
+"""Steps that are run. The first one warms up, the last one is profiled, and those between, of other rows, say what a
+token takes."""
 PIECES = ("rms_norm", "rotate", "swiglu", "geglu", "linear", "low_rank_linear", "attention", "product", "cross_entropy")
 PHASES = {"Forward", "Backward", "backward", "Optimization Step", "Gradient Backward"}
 
@@ -135,7 +136,7 @@ def measure(options: dict[str, Any]) -> None:
         def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
             seconds = time.perf_counter() - self.began
             if 1 < run.step < STEPS:
-                plain.append(seconds)
+                plain.append(seconds / record["tokens"])
             elif run.step == STEPS:
                 self.profiler.stop()
                 counts: Counter[str] = Counter()
@@ -149,7 +150,7 @@ def measure(options: dict[str, Any]) -> None:
                 shape, total = run.model.architecture, sum(int(p.size) for p in run.model.parameters())
                 found.update(
                     profiled=seconds,
-                    narrow=bool(getattr(getattr(run.model, "kernels", None), "narrow", False)),
+                    narrow=is_narrow(run.model),
                     tokens=record["tokens"],
                     targets=record["target_tokens"],
                     gflop=gflop(shape, record["tokens"], record["target_tokens"], total),
@@ -158,7 +159,7 @@ def measure(options: dict[str, Any]) -> None:
                 )
 
     sft.run({**steps.sft_settings(options), "max_steps": STEPS}, plugins=[Profiled])
-    turns.ready("paddlepaddle", seconds=statistics.median(plain), **found)
+    turns.ready("paddlepaddle", seconds=statistics.median(plain) * found["tokens"], **found)
 
 
 def outermost(node: Any, layers: set[str]) -> Iterator[tuple[str, float]]:
@@ -171,6 +172,11 @@ def outermost(node: Any, layers: set[str]) -> Iterator[tuple[str, float]]:
             yield name.removeprefix("Global_").partition(" pybind")[0], (child.end_ns - child.start_ns) / 1e6
 
 
+def is_narrow(model: Any) -> bool:
+    """Whether its products are those of 16 bits; of code that has no kernels yet: no."""
+    return bool(getattr(getattr(model, "kernels", None), "narrow", False))
+
+
 def speed_of_products(model: Any, rows: int, wide: int, narrow: int) -> float:
     """GFLOP a second of the product [rows, narrow] · [narrow, wide] as the model computes it, in 16 bits where it does,
     the best of twenty."""
@@ -178,10 +184,8 @@ def speed_of_products(model: Any, rows: int, wide: int, narrow: int) -> float:
 
     x, weight = paddle.randn([rows, narrow]), paddle.randn([narrow, wide])
     product = paddle.matmul
-    kernels = getattr(model, "kernels", None)
-    if getattr(kernels, "narrow", False):
-        assert kernels is not None
-        product, x, weight = kernels.product, x.astype("bfloat16"), weight.astype("bfloat16")
+    if is_narrow(model):
+        product, x, weight = model.kernels.product, x.astype("bfloat16"), weight.astype("bfloat16")
     best = 1e9
     for _ in range(20):
         began = time.perf_counter()

@@ -162,6 +162,7 @@ def test_in_16_bits_the_rest_is_told_how_to_make_it_again(library: Any, paddle: 
     rest = Sixteen()
     kernels, x = NativeKernels(library, rest), paddle.to_tensor(random(5, 64), stop_gradient=False)
     y = kernels.rms_norm(x, paddle.ones([64]), 1e-5, 0.0) if piece == "norm" else getattr(kernels, piece)(x, x + 1.0)
+    assert kernels.narrow
     made, again, kept = rest.made
     assert made is y
     assert "bfloat16" in str(kept[0].dtype)

@@ -21,7 +21,7 @@ class NativeKernels(sft.Kernels):
     """``library`` is what :func:`sft_kernels_cpu.library.native` found, ``rest`` computes what it has not."""
 
     def __init__(self, library: Any, rest: Any = sft.PLAIN) -> None:
-        self._library, self._rest = library, rest
+        self._library, self._rest, self.narrow = library, rest, rest.narrow
         self.arithmetic = {**rest.arithmetic, "native_code": library.level}
 
     def rms_norm(self, x: Any, weight: Any, epsilon: float, offset: float) -> Any:
@@ -78,7 +78,7 @@ class NativeKernels(sft.Kernels):
         if y is not None:
             return y
         base = [weight] if bias is None else [weight, bias]
-        if self._rest.narrow or blas() is None or not fits(x, *base, a, b) or learning(*base):
+        if self.narrow or blas() is None or not fits(x, *base, a, b) or learning(*base):
             return self._rest.low_rank_linear(x, weight, bias, a, b, scaling)
         weight, bias, a, b = (None if one is None else dense(one) for one in (weight, bias, a, b))
         parts, rows = (weight, bias, a, b, scaling), dense(x).reshape([-1, x.shape[-1]])
@@ -92,7 +92,7 @@ class NativeKernels(sft.Kernels):
         return self._rest.product(x, y, transpose_x, transpose_y)
 
     def remember(self, y: Any, again: Any, *kept: Any) -> None:
-        if self._rest.narrow:  # products are the rest's
+        if self.narrow:  # products are the rest's
             self._rest.remember(y, again, *kept)
         else:
             super().remember(y, again, *kept)

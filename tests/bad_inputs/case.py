@@ -114,6 +114,22 @@ def pipe(path: str) -> Change:
     return change
 
 
+def socket(path: str) -> Change:
+    """A socket, which nobody listens at: what is no file and no pipe, and needs no privileges to make."""
+
+    def change(folder: Path) -> None:
+        import os
+        import socket
+
+        (folder / path).unlink(missing_ok=True)
+        place = os.open(folder, os.O_RDONLY)  # the names of sockets are short
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(f"/proc/self/fd/{place}/{path}")
+        os.close(place)
+
+    return change
+
+
 def mode(path: str, bits: int) -> Change:
     return lambda folder: (folder / path).chmod(bits)
 

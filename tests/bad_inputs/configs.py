@@ -13,6 +13,7 @@ from bad_inputs.case import (
     of_json,
     pipe,
     remove,
+    socket,
     write,
 )
 
@@ -45,8 +46,9 @@ CASES = {
     "config: not there": Case("model has no config.json", (remove(CONFIG),)),
     "config: a folder": Case("model/config.json is no file that can be read, but a folder", (directory(CONFIG),)),
     "config: a named pipe": Case("model/config.json is no file that can be read, but a named pipe", (pipe(CONFIG),)),
-    "config: zeros without end": Case(
-        "model/config.json is no file that can be read, but a device", (link(CONFIG, "/dev/zero"),)
+    "config: a socket": Case("model/config.json is no file that can be read, but a socket", (socket(CONFIG),)),
+    "config: a link to zeros without end": Case(
+        "model/config.json is a link that leads out of its folder, to /dev/zero", (link(CONFIG, "/dev/zero"),)
     ),
     "config: no permission": Case("model/config.json cannot be read", (mode(CONFIG, 0),)),
     "config: empty": Case("model/config.json is not valid JSON", (write(CONFIG, ""),)),

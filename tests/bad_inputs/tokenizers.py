@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from bad_inputs.case import Case, Change, directory, edit, link, mode, nested, of_json, pipe, remove, write
+from bad_inputs.case import Case, Change, directory, edit, link, mode, nested, of_json, pipe, remove, socket, write
 
 TOKENIZER, CONFIG = "model/tokenizer.json", "model/tokenizer_config.json"
 TEMPLATE = "model/chat_template.jinja"
@@ -41,8 +41,9 @@ CASES = {
     "not there": Case("model has no tokenizer.json", (remove(TOKENIZER),)),
     "a folder": Case("model/tokenizer.json is no file that can be read, but a folder", (directory(TOKENIZER),)),
     "a named pipe": Case("model/tokenizer.json is no file that can be read, but a named pipe", (pipe(TOKENIZER),)),
-    "zeros without end": Case(
-        "model/tokenizer.json is no file that can be read, but a device", (link(TOKENIZER, "/dev/zero"),)
+    "a socket": Case("model/tokenizer.json is no file that can be read, but a socket", (socket(TOKENIZER),)),
+    "a link to zeros without end": Case(
+        "model/tokenizer.json is a link that leads out of its folder, to /dev/zero", (link(TOKENIZER, "/dev/zero"),)
     ),
     "no permission": Case("model/tokenizer.json cannot be read", (mode(TOKENIZER, 0),)),
     "empty": Case("model/tokenizer.json cannot be read by the tokenizers library", (write(TOKENIZER, ""),)),

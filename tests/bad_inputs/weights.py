@@ -23,6 +23,7 @@ from bad_inputs.case import (
     of_tensors,
     pipe,
     remove,
+    socket,
     write,
 )
 
@@ -89,8 +90,12 @@ CASES = {
     "index: a named pipe": Case(
         "model/model.safetensors.index.json is no file that can be read, but a named pipe", (pipe(INDEX),)
     ),
-    "index: zeros without end": Case(
-        "model/model.safetensors.index.json is no file that can be read, but a device", (link(INDEX, "/dev/zero"),)
+    "index: a socket": Case(
+        "model/model.safetensors.index.json is no file that can be read, but a socket", (socket(INDEX),)
+    ),
+    "index: a link to zeros without end": Case(
+        "model/model.safetensors.index.json is a link that leads out of its folder, to /dev/zero",
+        (link(INDEX, "/dev/zero"),),
     ),
     "index: no permission": Case(
         "model/model.safetensors.index.json cannot be read", (write(INDEX, "{}"), mode(INDEX, 0))
@@ -160,8 +165,13 @@ CASES = {
         {NORM: "a.safetensors"},
         pipe("model/a.safetensors"),
     ),
-    "index: zeros without end for a file": index(
-        "model/a.safetensors is no file that can be read, but a device",
+    "index: a socket for a file": index(
+        "model/a.safetensors is no file that can be read, but a socket",
+        {NORM: "a.safetensors"},
+        socket("model/a.safetensors"),
+    ),
+    "index: a link to zeros without end for a file": index(
+        "model/a.safetensors is a link that leads out of its folder, to /dev/zero",
         {NORM: "a.safetensors"},
         link("model/a.safetensors", "/dev/zero"),
     ),

@@ -18,6 +18,7 @@ from bad_inputs.case import (
     mode,
     nested,
     of_json,
+    of_numbers,
     of_tensors,
     pipe,
     remove,
@@ -100,15 +101,15 @@ FAULTS: dict[str, tuple[Any, ...]] = {
         of_json(CONFIG, peft_type=1),
     ),
     "r a word": (
-        "done: adapter_config.json must give r as a number above 0, at most 1e+09, not 'two'",
+        "done: adapter_config.json must give r as a number from 1e-09 to 1e+09, not 'two'",
         of_json(CONFIG, r="two"),
     ),
     "r null": (
-        "done: adapter_config.json must give r as a number above 0, at most 1e+09, not None",
+        "done: adapter_config.json must give r as a number from 1e-09 to 1e+09, not None",
         of_json(CONFIG, r=None),
     ),
     "r a list": (
-        "done: adapter_config.json must give r as a number above 0, at most 1e+09, not [2]",
+        "done: adapter_config.json must give r as a number from 1e-09 to 1e+09, not [2]",
         of_json(CONFIG, r=[2]),
     ),
     "r another": (
@@ -116,35 +117,39 @@ FAULTS: dict[str, tuple[Any, ...]] = {
         of_json(CONFIG, r=3),
     ),
     "r NaN": (
-        "done: adapter_config.json must give r as a number above 0, at most 1e+09, not nan",
+        "done: adapter_config.json must give r as a number from 1e-09 to 1e+09, not nan",
         of_json(CONFIG, r=float("nan")),
     ),
     "lora_alpha a word": (
-        "done: adapter_config.json must give lora_alpha as a number above 0, at most 1e+09, not 'ma",
+        "done: adapter_config.json must give lora_alpha as a number from 1e-09 to 1e+09, not 'ma",
         of_json(CONFIG, lora_alpha="many"),
     ),
     "lora_alpha null": (
-        "done: adapter_config.json must give lora_alpha as a number above 0, at most 1e+09, not Non",
+        "done: adapter_config.json must give lora_alpha as a number from 1e-09 to 1e+09, not Non",
         of_json(CONFIG, lora_alpha=None),
     ),
     "lora_alpha NaN": (
-        "done: adapter_config.json must give lora_alpha as a number above 0, at most 1e+09, not nan",
+        "done: adapter_config.json must give lora_alpha as a number from 1e-09 to 1e+09, not nan",
         of_json(CONFIG, lora_alpha=float("nan")),
     ),
     "lora_alpha infinite": (
-        "done: adapter_config.json must give lora_alpha as a number above 0, at most 1e+09, not inf",
+        "done: adapter_config.json must give lora_alpha as a number from 1e-09 to 1e+09, not inf",
         of_json(CONFIG, lora_alpha=float("inf")),
     ),
     "lora_alpha 10**308": (
-        "done: adapter_config.json must give lora_alpha as a number above 0, at most 1e+09, not 1e+",
+        "done: adapter_config.json must give lora_alpha as a number from 1e-09 to 1e+09, not 1e+",
         of_json(CONFIG, lora_alpha=1e308),
     ),
     "lora_alpha 10**400": (
-        "done: adapter_config.json must give lora_alpha as a number above 0, at most 1e+09, not 100",
+        "done: adapter_config.json must give lora_alpha as a number from 1e-09 to 1e+09, not 100",
         of_json(CONFIG, lora_alpha=10**400),
     ),
+    "lora_alpha 1e-320": (
+        "done: adapter_config.json must give lora_alpha as a number from 1e-09 to 1e+09, not 1e-320",
+        of_numbers(CONFIG, lora_alpha="1e-320"),
+    ),
     "lora_alpha true": (
-        "done: adapter_config.json must give lora_alpha as a number above 0, at most 1e+09, not Tru",
+        "done: adapter_config.json must give lora_alpha as a number from 1e-09 to 1e+09, not Tru",
         of_json(CONFIG, lora_alpha=True),
     ),
     "target_modules of null": (

@@ -11,6 +11,7 @@ from bad_inputs.case import (
     mode,
     nested,
     of_json,
+    of_numbers,
     pipe,
     remove,
     socket,
@@ -216,9 +217,10 @@ CASES = {
         "model: config.json must give rms_norm_eps as a number from 1.2e-38 to 3.4e+38, which is what float32",
         rms_norm_eps=1e300,
     ),
-    "rms_norm_eps: 1e-320": config(
-        "model: config.json must give rms_norm_eps as a number from 1.2e-38 to 3.4e+38, which is what float32",
-        rms_norm_eps=1e-320,
+    "rms_norm_eps: 1e-320": Case(
+        "model: config.json must give rms_norm_eps as a number from 1.2e-38 to 3.4e+38, which is what float32 holds, "
+        "not 1e-320.",
+        (of_numbers(CONFIG, rms_norm_eps="1e-320"),),
     ),
     "rope_theta: a word": config(
         "model: config.json must give rope_theta as a number above 1, not 'many'",
@@ -338,10 +340,10 @@ CASES = {
         model_type="gemma2",
         query_pre_attn_scalar=1e-300,
     ),
-    "granite: a logit scale of 10**-320": config(
-        "model: config.json must give logits_scaling as a number from 1.2e-38 to 3.4e+38, which is what float",
-        model_type="granite",
-        logits_scaling=1e-320,
+    "granite: a logit scale of 1e-320": Case(
+        "model: config.json must give logits_scaling as a number from 1.2e-38 to 3.4e+38, which is what float32 holds, "
+        "not 1e-320.",
+        (of_json(CONFIG, model_type="granite"), of_numbers(CONFIG, logits_scaling="1e-320")),
     ),
     "generate: model not there": Case(
         "Model ./missing does not exist", typed=("generate", "--model_name_or_path", "./missing", "--prompt", "a")

@@ -50,10 +50,11 @@ class Server:
         seconds: float = 60.0,
         privileged: bool = True,
         site: str = "",
+        flushes: bool = False,
     ) -> Typed:
         """Type ``sft ...`` in ``folder``; it is stopped after ``seconds``. Without privileges even root meets closed
-        doors."""
-        request = [str(folder), command, stdin.decode("latin-1"), seconds, privileged, site]
+        doors. One that ``flushes`` takes denormals as zero from the beginning, as after a run in the same process."""
+        request = [str(folder), command, stdin.decode("latin-1"), seconds, privileged, site, flushes]
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -79,7 +80,9 @@ def _serve() -> None:
         print(json.dumps(_answer(*json.loads(line))), flush=True)
 
 
-def _answer(folder: str, command: list[str], stdin: str, seconds: float, privileged: bool, site: str) -> list[Any]:
+def _answer(
+    folder: str, command: list[str], stdin: str, seconds: float, privileged: bool, site: str, flushes: bool
+) -> list[Any]:
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         given.write(stdin.encode("latin-1"))
         given.seek(0)
@@ -88,7 +91,7 @@ def _answer(folder: str, command: list[str], stdin: str, seconds: float, privile
         if child == 0:
             for target, file in enumerate((given, out, err)):
                 os.dup2(file.fileno(), target)
-            _child(folder, command, privileged, site)
+            _child(folder, command, privileged, site, flushes)
         status, used = _waited(child, seconds)
         took = time.monotonic() - began
         for file in (out, err):
@@ -110,12 +113,13 @@ def _waited(child: int, seconds: float) -> tuple[int | None, int]:
     return None, os.wait4(child, 0)[2].ru_maxrss
 
 
-def _child(folder: str, command: list[str], privileged: bool, site: str) -> None:
+def _child(folder: str, command: list[str], privileged: bool, site: str, flushes: bool) -> None:
     code = 70
     try:
         import resource
 
         from sft.commands.cli import main
+        from sft.runtime import flush_denormals
 
         os.setsid()
         os.chdir(folder)
@@ -123,6 +127,8 @@ def _child(folder: str, command: list[str], privileged: bool, site: str) -> None
         resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
         if not privileged:
             _give_up_privileges()
+        if flushes:
+            flush_denormals()
         if site:
             sys.path.insert(0, str(Path(folder) / site))
         sys.argv = ["sft", *command]

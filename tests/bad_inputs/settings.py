@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bad_inputs.case import LORA, RECORD, SETTINGS, Case, directory, link, nested, pipe, write
 
+TOO_SMALL = "numbers here are 0 or from 1.2e-38 to 3.4e+38 in size, which is what 32 bits hold, got 1e-320."
 ARGUMENTS = tuple(part for name, value in SETTINGS.items() for part in (f"--{name}", value))
 
 
@@ -53,6 +54,10 @@ CASES = {
     ),
     "JSON with NaN": in_file(
         "learning_rate: expected a number of at least 0, got nan", "s.json", '{"learning_rate": NaN}'
+    ),
+    "JSON with 1e-320": in_file(f"learning_rate: {TOO_SMALL}", "s.json", '{"learning_rate": 1e-320}'),
+    "YAML with 1.0e-320": in_file(
+        f"learning_rate: {TOO_SMALL.replace('1e', '1.0e')}", "s.yaml", "learning_rate: 1.0e-320\n"
     ),
     "JSON with half of a surrogate pair": in_file(
         "tokenizer_name_or_path: 'a\\ud800' is not UTF-8 text", "s.json", '{"tokenizer_name_or_path": "a\\ud800"}'

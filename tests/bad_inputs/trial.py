@@ -21,13 +21,14 @@ def prepare(server: Server, folder: Path) -> None:
     assert done.code == 0, done
 
 
-def attempt(server: Server, good: Path, folder: Path, case: Case) -> tuple[Typed, list[str]]:
-    """Type the command of ``case`` in ``folder``, a copy of ``good``; what came of it, and what is wrong with that."""
+def attempt(server: Server, good: Path, folder: Path, case: Case, flushes: bool = False) -> tuple[Typed, list[str]]:
+    """Type the command of ``case`` in ``folder``, a copy of ``good``; what came of it, and what is wrong with that.
+    ``flushes``: see :meth:`Server.type`."""
     shutil.copytree(good, folder, symlinks=True)
     for change in case.changes:
         change(folder)
     before = everything_below(folder)
-    typed = server.type(folder, case.command, case.stdin, case.seconds, case.privileged, case.site)
+    typed = server.type(folder, case.command, case.stdin, case.seconds, case.privileged, case.site, flushes)
     wrong = []
     if typed.code != 2:
         wrong.append(f"exit code {typed.code}")

@@ -19,6 +19,7 @@ from sft.errors import UsageError
 from sft.foreign_text import MASK, is_secret, quoted
 from sft.precision import LARGEST, SMALLEST
 from sft.small_files import check_path
+from sft.written_numbers import read_number
 
 _TRUE = {"true", "1", "yes", "on"}
 _FALSE = {"false", "0", "no", "off"}
@@ -184,7 +185,7 @@ def _convert(kind: Any, value: Any) -> Any:
     if not isinstance(value, (int, float, str)):
         return _REFUSED
     try:
-        number = float(value)
+        number = read_number(value) if isinstance(value, str) else float(value)
     except (ValueError, OverflowError):
         return _REFUSED
     if number != number or number in (float("inf"), float("-inf")):

@@ -10,6 +10,7 @@ from typing import Any
 
 from sft.errors import UsageError
 from sft.foreign_text import quoted, shown
+from sft.written_numbers import read_number
 
 LARGEST = 256 * 2**20
 """Bytes. The largest such files that there are, tokenizers and indexes of weights, have some tens of millions."""
@@ -63,7 +64,7 @@ def read_json(path: Path, what: str = "", cure: str = "correct or replace it") -
     """The value that a file of JSON holds; :class:`UsageError` where it holds none."""
     text = read_text(path, what, cure)
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=read_number)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{what}{shown(path)} is not valid JSON ({why(error)}); {cure}.") from error
 

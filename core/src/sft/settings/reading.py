@@ -20,6 +20,7 @@ from sft.plugins.registry import Plugins
 from sft.plugins.requests import switches
 from sft.settings.arguments import GROUPS, Settings, core_options
 from sft.small_files import read_text, why
+from sft.written_numbers import or_tiny, read_number
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -29,7 +30,10 @@ def read_file(path: Path) -> dict[str, Any]:
     text = read_text(path, "Settings file ", "give the path of a JSON or YAML file")
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        values = json.loads(text, object_pairs_hook=_unique) if kind == "JSON" else _of_yaml(text)
+        if kind == "JSON":
+            values = json.loads(text, object_pairs_hook=_unique, parse_float=read_number)
+        else:
+            values = _of_yaml(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(
             f"Settings file {shown(path)} is not valid {kind} ({why(error)}); correct it there."
@@ -42,9 +46,16 @@ def read_file(path: Path) -> dict[str, Any]:
 def _of_yaml(text: str) -> Any:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def number(loader: Any, node: Any) -> float:
+        return or_tiny(loader.construct_yaml_float(node), node.value)
+
+    Loader.add_constructor("tag:yaml.org,2002:float", number)
     try:
         _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except (yaml.YAMLError, OverflowError, TypeError, LookupError, AttributeError) as error:
         # Beside its own errors the library lets through those of what it makes values with: dates, binary, numbers.
         raise ValueError(str(error)) from error

@@ -13,7 +13,7 @@ import numpy as np
 from sft import AdapterFiles, UsageError, matches, module_names, read_adapter
 
 PREFIX = "base_model.model."
-_LARGEST = 1e9
+_SMALLEST, _LARGEST = 1e-9, 1e9
 """Of α and of ranks. Adapters have α up to some thousands; far beyond, float32 products of it overflow."""
 _KEY = re.compile(re.escape(PREFIX) + r"(?P<target>.+)\.lora_(?P<half>[AB])\.weight")
 
@@ -120,10 +120,10 @@ class LoraFolder:
         return self._checked(key, self.config[key]) if key in self.config else None
 
     def _checked(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _SMALLEST <= value <= _LARGEST:
             raise UsageError(
-                f"{self.folder}: adapter_config.json must give {key} as a number above 0, at most {_LARGEST:g}, not "
-                f"{value!r:.100}."
+                f"{self.folder}: adapter_config.json must give {key} as a number from {_SMALLEST:g} to {_LARGEST:g}, "
+                f"not {value!r:.100}."
             )
         return value
 

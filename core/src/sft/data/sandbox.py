@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatt
 from jinja2.utils import Namespace
 from markupsafe import Markup
 
-from sft.data.sandbox_budget import CELL, OPERATION, WRITTEN, WRITTEN_PER_CHARACTER, Budget, LimitError
+from sft.data.sandbox_budget import CELL, OPERATION, ROWS, WRITTEN, WRITTEN_PER_CHARACTER, Budget, LimitError
 from sft.data.sandbox_nodes import Counting
 
 SOURCE = 100_000
@@ -34,9 +34,11 @@ _SLOW_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 """Jinja's for debugging and for web pages, which take more time than their input is long."""
 _LAZY = frozenset(("map", "select", "reject", "selectattr", "rejectattr"))
 _QUICK = frozenset(("length", "count", "first", "last", "default", "d", "random", "attr", "items", *_LAZY))
-"""Filters that look at no more of a value than its beginning or end."""
+"""Filters that look at no more of a value than its beginning or end; of their arguments they may look at all."""
 _COMPARING = ("eq", "==", "equalto", "ne", "!=", "lt", "<", "lessthan", "le", "<=", "gt", ">", "greaterthan", "ge")
-_TESTS = (*_COMPARING, ">=", "in")
+_TESTS = (*_COMPARING, ">=", "in", "upper", "lower", "test", "filter", "odd", "even", "divisibleby")
+_DIVIDING = ("test_odd", "test_even", "test_divisibleby")
+"""Tests that compute with %."""
 _PLAIN = frozenset(("strip", "lstrip", "rstrip", "split", "startswith", "endswith", "lower", "upper", "find"))
 """Methods of texts that make no more than the text is."""
 _NUMBERED = frozenset(("batch", "slice", "center", "indent", "truncate"))
@@ -61,7 +63,7 @@ class Sandbox(Budget, ImmutableSandboxedEnvironment):
         self.finalize = self._put_out
         del self.globals["lipsum"]
         self.globals["namespace"] = _Namespace
-        self.globals["raise_exception"] = _fail
+        self.globals["raise_exception"] = self._fail
         for name in _SLOW_FILTERS:
             self.filters.pop(name, None)
         for name, function in self.filters.items():
@@ -107,6 +109,9 @@ class Sandbox(Budget, ImmutableSandboxedEnvironment):
         return str(text)
 
     # --- what a template does -------------------------------------------------------------------------------
+
+    def _fail(self, message: Any) -> None:
+        raise TemplateError(str(self._weighed(message)))
 
     def _put_out(self, value: Any) -> Any:
         self._made -= OPERATION + (len(value) if type(value) is str else self._weigh(value))
@@ -172,6 +177,7 @@ class Sandbox(Budget, ImmutableSandboxedEnvironment):
                 bits = left.bit_length() * right
             if bits > BITS:
                 raise LimitError("it computes with numbers without measure")
+            self._step(bits >> 8)
         elif operator == "+":
             self._make(_size(left) + _size(right))
         elif operator == "*":
@@ -193,9 +199,9 @@ class Sandbox(Budget, ImmutableSandboxedEnvironment):
             else:
                 args = self._method(owner, obj.__name__, *args)
         elif owner is not None or isinstance(obj, type):
-            for value in (*args, *kwargs.values()):
-                if type(value) is not str:
-                    self._weigh(value)
+            weight = sum(self._weigh(value) for value in (*args, *kwargs.values()) if type(value) is not str)
+            if isinstance(owner, ROWS) and not isinstance(owner, type):  # each of these is compared with it
+                self._step(len(owner) * (1 + (weight >> 6)))
         return self._result(super().call(context, obj, *args, **kwargs))
 
     def _method(self, text: str, name: str, *args: Any) -> tuple[Any, ...]:
@@ -245,6 +251,8 @@ class Sandbox(Budget, ImmutableSandboxedEnvironment):
         def tested(*args: Any) -> Any:
             for value in args:
                 self._weigh(value)
+            if function.__name__ in _DIVIDING and isinstance(args[0], str):
+                self._formats(*args[:2], *([2] if len(args) < 2 else []))
             return function(*args)
 
         return tested
@@ -263,9 +271,12 @@ class Sandbox(Budget, ImmutableSandboxedEnvironment):
                 return self._result(function(*args))
             self._step()
             given = list(args)
-            if len(given) > first and name in _LAZY:
-                given[first] = self._each(given[first]) if given[first] else given[first]
-            elif name not in _QUICK:
+            if name in _QUICK:
+                for value in (*given[first + 1 :], *kwargs.values()):
+                    self._weigh(value)
+                if len(given) > first and name in _LAZY:
+                    given[first] = self._each(given[first]) if given[first] else given[first]
+            else:
                 given[first:] = map(self._all, given[first:])
                 values = [*given[first:], *kwargs.values()]
                 if name in _NUMBERED:
@@ -311,8 +322,11 @@ class Sandbox(Budget, ImmutableSandboxedEnvironment):
             raise LimitError("it rounds to a place that no number has")
         return 0
 
-    def _room_tojson(self, value: Any, ensure_ascii: Any = False, indent: Any = None, *_: Any, **__: Any) -> int:
-        return self._weigh(value) * (1 + (len(indent) if isinstance(indent, str) else indent or 0))
+    def _room_tojson(
+        self, value: Any, ensure_ascii: Any = False, indent: Any = None, separators: Any = None, *_: Any, **__: Any
+    ) -> int:
+        each = len(indent) if isinstance(indent, str) else indent or 0
+        return self._weigh(value) * (1 + each + self._weigh(separators or ""))
 
     # --- the template's own text ----------------------------------------------------------------------------
 
@@ -337,10 +351,6 @@ class _Namespace(Namespace):
 
     def __repr__(self) -> str:
         return "<Namespace>"
-
-
-def _fail(message: str) -> None:
-    raise TemplateError(message)
 
 
 def _size(value: Any) -> int:

@@ -129,6 +129,20 @@ def test_strict_refuses_a_checkpoint_of_another_arithmetic(train: Callable[..., 
     assert read_report(tmp_path / "third")["other_arithmetic"] == [found]
 
 
+def test_strict_refuses_a_checkpoint_that_does_not_say(train: Callable[..., Any], tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    train("first", max_steps=1, **settings)
+    folder = tmp_path / "first" / "checkpoint-1"
+    path = folder / "trainer" / "state.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "arithmetic"}))
+    write_manifest(folder)
+    resumed = {"max_steps": 2, "resume_from_checkpoint": str(folder)}
+    with pytest.raises(sft.UsageError, match=r"^deterministic strict: checkpoint-1 does not say with which arithmetic"):
+        train("second", deterministic="strict", **resumed)
+    assert not (tmp_path / "second").exists()
+    train("second", deterministic=True, **resumed)
+
+
 def test_a_run_that_is_repeated_is_held_against_what_it_replaces(train: Callable[..., Any], tmp_path: Path) -> None:
     train("out", max_steps=1)
     path = tmp_path / "out" / "run.json"

@@ -115,6 +115,10 @@ class Uploader(sft.Plugin):
         upload_urls: list[str] | None = sft.option(None, "where they go")
 
     @sft.hookimpl
+    def sft_collator(self, run: sft.Run) -> None:
+        """Makes it one of those whose options checkpoints hold, to be compared at a resume."""
+
+    @sft.hookimpl
     def sft_run_started(self, run: sft.Run) -> None:
         run.say(f"uploading to {self.options.upload_urls}")
 

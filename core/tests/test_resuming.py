@@ -212,6 +212,20 @@ def test_auto_does_not_replace_a_finished_run_without_checkpoints(train: Train, 
         train(max_steps=1, resume_from_checkpoint="auto")
 
 
+def test_auto_does_not_replace_a_result_without_checkpoints(train: Train, tmp_path: Path) -> None:
+    """The run had been stopped while it was measured after the training, or its run.json has been damaged since."""
+    train(max_steps=1)
+    path, before = tmp_path / "out" / "run.json", contents(tmp_path / "out")
+    record = json.loads(path.read_text())
+    for text in (json.dumps({**record, "status": "interrupted"}), json.dumps({**record, "status": "failed"}), "{"):
+        path.write_text(text)
+        with pytest.raises(sft.UsageError, match="holds the result of a run that was stopped after it was written"):
+            train(max_steps=1, resume_from_checkpoint="auto")
+        assert contents(tmp_path / "out") == before
+    path.write_text(json.dumps({**record, "status": "running", "clears": True}))  # an overwriting start was killed
+    train(max_steps=1, resume_from_checkpoint="auto")
+
+
 # --- futures that a run does not have -----------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import TooEarlyError
+from sft.foreign_text import without_secrets
 from sft.progress import Progress
 from sft.stopping import Stop
 
@@ -250,6 +251,8 @@ class CoreRun(Run):
             self.lock.release()
 
     def shaping(self) -> dict[str, dict[str, Any]]:
-        """The options of the plugins that change what is learned, by plugin: what a resumed run must have too."""
+        """The options of the plugins that change what is learned, by plugin: what a resumed run must have too. What
+        looks like a secret is masked, for checkpoints hold this."""
         options = self.settings.options
-        return {name: asdict(options[name]) if name in options else {} for name in self.plugins.shaping()}
+        named = {name: asdict(options[name]) if name in options else {} for name in self.plugins.shaping()}
+        return {name: dict(without_secrets(given)) for name, given in named.items()}

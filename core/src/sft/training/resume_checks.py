@@ -64,6 +64,11 @@ def check_arithmetic(run: CoreRun, name: str, before: Mapping[str, Any]) -> None
     """Say, and let run.json say, that ``name`` was computed with another arithmetic than this run computes with, if it
     was; ``before`` is what it says of itself. With ``deterministic strict`` that is refused."""
     run.other_arithmetic = list(before.get("other_arithmetic", []))
+    if "arithmetic" not in before and run.settings.training.deterministic == "strict":
+        raise UsageError(
+            f"deterministic strict: {name} does not say with which arithmetic it was computed, as an earlier version "
+            "of sft wrote it; leave strict out: then last digits may differ."
+        )
     differences = arithmetic.differences(before.get("arithmetic", run.arithmetic), run.arithmetic)
     if differences and run.settings.training.deterministic == "strict":
         raise UsageError(

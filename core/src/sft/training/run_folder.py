@@ -12,7 +12,7 @@ from sft.folder_lock import FolderLock, check_unused
 from sft.training.checkpoint_folder import CLEARS, asks_to_resume, checkpoints, find_checkpoint, is_checkpoint, step_of
 from sft.training.journal import Journal
 from sft.training.report import write_report
-from sft.training.result import PUBLISHED
+from sft.training.result import PUBLISHED, RESULT_KEYS
 from sft.training.skipped_records import NAME
 
 if TYPE_CHECKING:
@@ -54,8 +54,15 @@ def check_output(run: CoreRun) -> None:
         if _is_in(run.output_dir, source):
             return
         # It may have been stopped before its first checkpoint.
-        if source is None and read_report(run.output_dir).get("status") != "finished":
-            return
+        report = read_report(run.output_dir)
+        if source is None and report.get("status") != "finished":
+            if not holds_result(run.output_dir) or report.get(CLEARS):
+                return
+            raise UsageError(
+                f"output_dir {run.output_dir} holds the result of a run that was stopped after it was written, and no "
+                "checkpoint to go on from; take the result, choose another folder, or replace it with "
+                "--overwrite_output_dir."
+            )
     raise UsageError(
         f"output_dir {run.output_dir} already holds a run; choose another folder, continue it with "
         "--resume_from_checkpoint auto, or replace it with --overwrite_output_dir."
@@ -70,6 +77,11 @@ def _is_in(folder: Path, checkpoint: Path | None) -> bool:
 def holds_run(folder: Path) -> bool:
     """Whether a run has written into ``folder``: run.json, the first file that it writes, or a checkpoint says so."""
     return (folder / "run.json").exists() or any(is_checkpoint(path) for path in checkpoints(folder))
+
+
+def holds_result(folder: Path) -> bool:
+    """Whether a whole result was published in ``folder``: one of these files comes last, and goes first."""
+    return any((folder / name).exists() for name in RESULT_KEYS[:2])
 
 
 def open_run_folder(run: CoreRun, source: Path | None, record: dict[str, Any]) -> Journal:

@@ -165,7 +165,7 @@ FAULTS: dict[str, tuple[Any, ...]] = {
         of_json(CONFIG, rank_pattern="q_proj"),
     ),
     "rank_pattern of words": (
-        "done: adapter_config.json must give rank_pattern of q_proj as a number above 0, at most 1e",
+        "done: adapter_config.json must give rank_pattern of q_proj as a number from 1e-09 to 1e+09, n",
         of_json(CONFIG, rank_pattern={"q_proj": "two"}),
     ),
     "rank_pattern a broken expression": (
@@ -181,7 +181,7 @@ FAULTS: dict[str, tuple[Any, ...]] = {
         of_json(CONFIG, alpha_pattern=1),
     ),
     "alpha_pattern of null": (
-        "done: adapter_config.json must give alpha_pattern of q_proj as a number above 0, at most 1",
+        "done: adapter_config.json must give alpha_pattern of q_proj as a number from 1e-09 to 1e+09,",
         of_json(CONFIG, alpha_pattern={"q_proj": None}),
     ),
     "alpha_pattern a broken expression": (

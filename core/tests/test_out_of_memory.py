@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from toy_plugins import raising, toy
+from toy_plugins import plugin, raising, toy
 
 import sft
 from sft.files import read_report
@@ -88,22 +87,13 @@ def test_before_the_first_step(train: Train, tmp_path: Path) -> None:
 def test_advice_comes_from_plugins_that_are_not_active(
     train: Train, distribute: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    body = """
-        @sft.hookimpl
+    body = """@sft.hookimpl
         def sft_memory_advice(self, values, device, memory):
             assert memory > 2**20 and device == "cpu"
             return f"with {values['per_device_train_batch_size'] // 2} rows it fits"
     """
-    source = f"""
-    import sft
-
-    class Adviser(sft.Plugin):
-        name = "adviser"
-        api_version = 1
-{textwrap.indent(textwrap.dedent(body), "        ")}
-    """
     monkeypatch.setattr(out_of_memory, "requests", lambda kind: {"memory": ["adviser"]})
-    distribute("toy-adviser", source, {"adviser": "Adviser"}, requests={"advice.memory": "Adviser"})
+    distribute("toy-adviser", plugin("adviser", body), {"adviser": "Tool"}, requests={"advice.memory": "Tool"})
     full = toy("full", sft_run_started=raising(MemoryError()))
     with pytest.raises(sft.SftError, match=r"\(no memory is left\): .*with 4 rows it fits"):
         train("out", (full,), per_device_train_batch_size=8)

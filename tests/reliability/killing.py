@@ -54,7 +54,7 @@ class Runs:
 
     work: Path
     library: Path
-    server: Any
+    server: processes.Server
     imports: list[str] = field(default_factory=lambda: list(processes.IMPORTS))
     number: int = 0
 
@@ -78,7 +78,7 @@ class Runs:
         arguments = ["run", *(f"--{name}={value}" for name, value in settings.items())]
         began = time.monotonic()
         with ExitStack() as stack:
-            port = stack.enter_context(processes._reserved_port()) if ranks > 1 else 0
+            port = stack.enter_context(processes.reserved_port()) if ranks > 1 else 0
             forks = [
                 self._fork(
                     place / str(n), n, ranks, port, arguments, settings, kill if n == rank else (-1, "never"), facts
@@ -98,7 +98,7 @@ class Runs:
             code = next(fork.outcome()["value"] for fork in forks if fork.outcome().get("value"))
         return Ended(code, said, [read(place / str(n) / "operations") for n in range(ranks)], time.monotonic() - began)
 
-    def _wait(self, forks: list[Any], began: float, after: float | None, number: int) -> None:
+    def _wait(self, forks: list[processes.Rank], began: float, after: float | None, number: int) -> None:
         # One that was killed takes the others along; one that has ended as asked does not.
         while not all(fork.ended() for fork in forks) and not any((fork.code() or 0) < 0 for fork in forks):
             if after is not None and time.monotonic() - began > after:
@@ -109,7 +109,7 @@ class Runs:
                     with suppress(ProcessLookupError):
                         os.kill(fork.process, number)
             if time.monotonic() - began > LIMIT:
-                raise TimeoutError("".join(processes._last_words(fork) for fork in forks))
+                raise TimeoutError("".join(processes.last_words(fork) for fork in forks))
             time.sleep(0.002)
 
     def _fork(
@@ -122,25 +122,20 @@ class Runs:
         settings: Mapping[str, Any],
         kill: tuple[int, str],
         facts: dict[str, Any],
-    ) -> Any:
+    ) -> processes.Rank:
         folder.mkdir()
         env = processes.environment(number, ranks, port)
         if ranks == 1:
             env = {name: value for name, value in env.items() if not name.startswith("PADDLE_")}
-        env["PYTHONPATH"] += os.pathsep + str(HERE.parent)
         given = [arguments, str(self.library), str(settings["output_dir"]), str(folder / "operations"), kill, facts]
         (folder / "arguments.json").write_text(json.dumps(given))
-        fork = processes._Rank(number, folder)
-        files = {name: str(getattr(fork, name)) for name in ("arguments", "result", "log", "exit")}
-        path = [*processes._path(), str(HERE.parent)]
-        job = {"target": "reliability.one_run:command", "env": env, "fresh": False, "imports": self.imports}
-        fork._server = self.server
-        fork.process = self.server.fork({**job, **files, "path": path, "folder": str(folder)})
+        fork = processes.Rank(number, folder)
+        fork.start("reliability.one_run:command", env, server=self.server, imports=self.imports, place=folder)
         return fork
 
     def threads(self) -> int:
         """Threads of the process that is forked."""
-        return len(os.listdir(f"/proc/{self.server._popen.pid}/task"))
+        return len(os.listdir(f"/proc/{self.server.pid}/task"))
 
 
 @contextmanager
@@ -152,7 +147,7 @@ def started(work: Path) -> Iterator[Runs]:
     library = work / "operations.so"
     source = str(HERE / "operations.c")
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", str(library), source], check=True)
-    server = processes._Server()
+    server = processes.Server()
     try:
         yield Runs(work, library, server)
     finally:

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,12 @@ def run_ranks(
     """
     if not fresh and (early := [name for name in env or () if name.startswith(("FLAGS_", "OMP_", "PYTHON"))]):
         raise ValueError(f"{', '.join(early)}: read at import, before ranks are forked. Pass fresh=True.")
-    ranks: list[_Rank] = []
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder, _reserved_port() as port:
+    ranks: list[Rank] = []
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder, reserved_port() as port:
         (Path(folder) / "arguments.json").write_text(json.dumps(args))
         try:
             for number in range(count):
-                rank = _Rank(number, Path(folder))
+                rank = Rank(number, Path(folder))
                 ranks.append(rank)
                 rank.start(target, {**environment(number, count, port), **(env or {})}, fresh)
             return _results(ranks, target, timeout)
@@ -84,13 +84,13 @@ def run_ranks(
                 rank.kill()
 
 
-def _results(ranks: list[_Rank], target: str, timeout: float) -> list[Result]:
+def _results(ranks: list[Rank], target: str, timeout: float) -> list[Result]:
     deadline = time.monotonic() + timeout
     while not all(rank.ended() for rank in ranks):
         if any(rank.failed() for rank in ranks):
             break
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{target} took longer than {timeout:g} s.{''.join(map(_last_words, ranks))}")
+            raise TimeoutError(f"{target} took longer than {timeout:g} s.{''.join(map(last_words, ranks))}")
         time.sleep(0.005)
     if failed := [rank for rank in ranks if rank.failed()]:
         first = min(failed, key=lambda rank: rank.outcome().get("at", time.monotonic()))
@@ -98,7 +98,7 @@ def _results(ranks: list[_Rank], target: str, timeout: float) -> list[Result]:
     return [Result(rank.number, rank.outcome()["value"], rank.output()) for rank in ranks]
 
 
-def _last_words(rank: _Rank) -> str:
+def last_words(rank: Rank) -> str:
     if rank.ended():
         return f"\n--- Rank {rank.number} has ended. Its output:\n{rank.output()[-SHOWN:]}"
     rank.show_stack()
@@ -115,7 +115,7 @@ def environment(number: int, count: int, port: int) -> dict[str, str]:
     endpoints = [f"{HOST}:{port + 1 + rank}" for rank in range(count)]  # names only: nothing listens there
     return {
         **kept,
-        "PYTHONPATH": os.pathsep.join(_path()),
+        "PYTHONPATH": os.pathsep.join(module_path()),
         "OMP_NUM_THREADS": "1",
         "PADDLE_DISTRI_BACKEND": "gloo",
         "SFT_LAUNCH_TOKEN": "of the tests",  # without one a run says a line more
@@ -129,19 +129,19 @@ def environment(number: int, count: int, port: int) -> dict[str, str]:
 
 def launcher_environment() -> dict[str, str]:
     """For a subprocess such as ``python -m paddle.distributed.launch ... -m sft run``: its ranks use ``groups`` too."""
-    path = [str(SUPPORT / "launched"), *_path()]
+    path = [str(SUPPORT / "launched"), *module_path()]
     ranks_own = ("PADDLE_MASTER", "PADDLE_TRAINER", "PADDLE_CURRENT")  # the launcher sets these itself
     rest = {name: value for name, value in environment(0, 1, 0).items() if not name.startswith(ranks_own)}
     return {**rest, "PYTHONPATH": os.pathsep.join(path)}
 
 
-def _path() -> list[str]:
+def module_path() -> list[str]:
     """Where a rank finds modules: the support, the tests beside it, and all that the caller sees."""
     return list(dict.fromkeys([str(SUPPORT), str(SUPPORT.parent), *(entry or os.getcwd() for entry in sys.path)]))
 
 
 @contextlib.contextmanager
-def _reserved_port() -> Iterator[int]:
+def reserved_port() -> Iterator[int]:
     """A free port below those that the system hands out; no other test of this machine gets it meanwhile."""
     candidates = list(range(20000, 32000, 16))  # the endpoints after it, too
     random.Random().shuffle(candidates)
@@ -159,7 +159,7 @@ def _reserved_port() -> Iterator[int]:
     raise RuntimeError("No free port between 20000 and 32000.")
 
 
-class _Rank:
+class Rank:
     """A process that runs the target, in a session of its own, with its files in ``folder``."""
 
     process = 0
@@ -170,11 +170,20 @@ class _Rank:
         self.log, self.exit = folder / f"log-{number}", folder / f"exit-{number}"
         self.log.touch()
 
-    def start(self, target: str, env: Mapping[str, str], fresh: bool) -> None:
-        self._server = _running_server()
+    def start(
+        self,
+        target: str,
+        env: Mapping[str, str],
+        fresh: bool = False,
+        server: Server | None = None,
+        imports: Sequence[str] = IMPORTS,
+        place: Path | None = None,
+    ) -> None:
+        """Fork it from ``server``, or from that of all tests, to run in the folder ``place``."""
+        self._server = server or _running_server()
         files = {name: str(getattr(self, name)) for name in ("arguments", "result", "log", "exit")}
-        job = {"target": target, "env": env, "fresh": fresh, "imports": [] if fresh else IMPORTS}
-        self.process = self._server.fork({**job, **files, "path": _path(), "folder": os.getcwd()})
+        job = {"target": target, "env": env, "fresh": fresh, "imports": [] if fresh else list(imports)}
+        self.process = self._server.fork({**job, **files, "path": module_path(), "folder": str(place or os.getcwd())})
 
     def code(self) -> int | None:
         """The exit code, negative for a signal; None while the process runs."""
@@ -218,7 +227,9 @@ class _Rank:
             time.sleep(0.002)
 
 
-class _Server:
+class Server:
+    """The process from which ranks are forked."""
+
     def __init__(self) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the server)
         self._popen = subprocess.Popen(
@@ -230,6 +241,10 @@ class _Server:
             text=True,
             start_new_session=True,
         )
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
 
     def runs(self) -> bool:
         return self._popen.poll() is None
@@ -256,12 +271,12 @@ class _Server:
         self._popen.wait()
 
 
-_server: _Server | None = None
+_server: Server | None = None
 
 
-def _running_server() -> _Server:
+def _running_server() -> Server:
     global _server
     if _server is None or not _server.runs():
-        _server = _Server()
+        _server = Server()
         atexit.register(_server.stop)
     return _server

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from moments import Moments, source
 from stopped_runs import SETTINGS, Train, checkpoints_of, contents
 from toy_plugins import providing
 
 import sft
+from sft.files import read_report
 from sft.stopping import SIGNALS, Stop, keep_handlers
 
 
@@ -104,6 +106,44 @@ def test_other_parts_end_at_once(train: Train, tmp_path: Path) -> None:
     with pytest.raises(sft.SignalError, match="SIGTERM"):
         train("out", (send,), max_steps=1)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "call", "which", "says"),
+    [
+        ("replaced", "replace", 0, "interrupted"),
+        ("__init__", "pwrite", 0, "nothing"),
+        ("replaced", "replace", -1, "finished"),
+    ],
+    ids=["run.json is there for the first time", "the folder is locked", "run.json says finished"],
+)
+def test_no_moment_lies_between_what_is_written_and_its_end(
+    train: Train, tmp_path: Path, function: str, call: str, which: int, says: str
+) -> None:
+    """tests/reliability/test_signal_moments.py tries all moments."""
+    moments = Moments("open_run_folder", *map(source, ("training/run_folder", "folder_lock", "files")))
+    with moments.counted():
+        train("other", do_train=False)
+    found = [at for at, text in enumerate(moments.at) if text.startswith(function) and text.endswith(f"after {call}")]
+    with (
+        moments.counted(found[which], lambda: signal.raise_signal(signal.SIGTERM)),
+        pytest.raises(sft.SignalError, match="SIGTERM"),
+    ):
+        train("out", do_train=False)
+    assert not (tmp_path / "out" / "run.lock").exists()
+    assert read_report(tmp_path / "out").get("status", "nothing") == says
+
+
+def test_a_second_signal_finds_run_json_closed(train: Train, tmp_path: Path) -> None:
+    """Even one that comes on the way from the first to the end, where nothing can catch it."""
+    moments = Moments("fail", source("training/ending"))
+    with (
+        moments.counted(0, lambda: signal.raise_signal(signal.SIGINT)),
+        pytest.raises(sft.SignalError, match="SIGINT"),
+    ):
+        train("out", (sending(1, signal.SIGTERM),), max_steps=2, do_eval=False)
+    assert moments.at[0].startswith("fail:")
+    assert status(tmp_path / "out") == "interrupted"
 
 
 def test_what_the_caller_decided_about_signals_stays() -> None:

@@ -198,7 +198,6 @@ class CoreRun(Run):
         best: The record of the best evaluation that has a checkpoint (``load_best_model_at_end``).
         executes: Whether the run is carried out in this process, not in others that were started for it.
         finished: Whether the run has finished. Nothing that goes wrong afterwards changes that.
-        report: What this process has written to run.json.
         earlier_report: What run.json said before this run.
         stop: What signals have asked of the run.
         lock: The lock of the run's folder, in the process that writes there; None before it is taken.
@@ -225,7 +224,6 @@ class CoreRun(Run):
         self.other_arithmetic: list[dict[str, Any]] = []
         self.executes = False
         self.finished = False
-        self.report: dict[str, Any] = {}
         self.earlier_report: dict[str, Any] = {}
         self.stop = Stop(lambda text: self.say(text))
         self.lock: FolderLock | None = None
@@ -247,8 +245,9 @@ class CoreRun(Run):
 
     def release_lock(self) -> None:
         """This run writes nothing more."""
-        if self.lock is not None:
-            self.lock.release()
+        with self.stop.whole():
+            if self.lock is not None:
+                self.lock.release()
 
     def shaping(self) -> dict[str, dict[str, Any]]:
         """The options of the plugins that change what is learned, by plugin: what a resumed run must have too. What

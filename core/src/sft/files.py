@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,8 @@ _NOT_ALLOWED = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EISDIR)
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A file to write, which takes the place of ``path`` in one step when the block ends well, else vanishes. Several
-    processes may do so at once; one of them is the last."""
-    staging = path.with_name(f"{STAGING}{os.getpid()}-{path.name}")
+    threads and processes may do so at once; one of them is the last."""
+    staging = path.with_name(f"{STAGING}{threading.get_native_id()}-{path.name}")
     try:
         yield staging
         _finish(staging)

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from sft.settings.reading import normalise, read_file
 from sft.training.checkpoint_folder import Checkpoint, read_checkpoint
 from sft.training.ending import fail, finish
 from sft.training.out_of_memory import is_memory, out_of_memory
-from sft.training.report import describe, summarise
+from sft.training.report import describe, summarise, write_end
 from sft.training.resume_checks import (
     check_agreed,
     check_alike,
@@ -56,19 +57,20 @@ def run(
     """
     values = read_file(Path(settings)) if isinstance(settings, (str, os.PathLike)) else settings
     current = prepare_run(normalise(values), plugins, say or Printer("stdout"))
-    try:
-        check_plugins(current.plugins)
-        with current.stop.heard(), current.progress:
-            return current.hook.sft_launch(run=current) or execute(current)
-    except BaseException as error:
-        if is_memory(error):
-            told = out_of_memory(current, error)
+    with current.stop.heard(partial(write_end, current)):
+        try:
+            check_plugins(current.plugins)
+            with current.progress:
+                return current.hook.sft_launch(run=current) or execute(current)
+        except BaseException as error:
+            told = out_of_memory(current, error) if is_memory(error) else current.stop.instead_of(error)
             fail(current, told)
+            if told is error:
+                raise
             raise told from error
-        fail(current, error)
-        raise
-    finally:
-        current.release_lock()
+        finally:
+            current.stop.waiting = True  # nothing may come between the end and the lock's release
+            current.release_lock()
 
 
 def prepare_run(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str], None]) -> CoreRun:

@@ -33,23 +33,27 @@ def command(arguments: tuple[str, ...]) -> None:
         return
     from sft.fine_tune import run
 
+    folder = Path(str(values.get("output_dir"))).expanduser()
+    earlier = read_report(folder)
     try:
         summary = run(values)
     except KeyboardInterrupt as error:
-        stopped = SftError(_interrupted(values, error))
+        stopped = SftError(_interrupted(values, error, folder, earlier))
         stopped.exit_code = getattr(error, "exit_code", 130)
         raise stopped from None
     if summary.speaks:
         report(summary)
 
 
-def _interrupted(values: dict[str, Any], error: KeyboardInterrupt) -> str:
+def _interrupted(values: dict[str, Any], error: KeyboardInterrupt, folder: Path, earlier: dict[str, Any]) -> str:
     """What to type to go on after Ctrl-C or another signal, in a sentence that is true of what the run had written."""
     from sft.training.checkpoint_folder import checkpoints
 
-    folder = Path(str(values.get("output_dir"))).expanduser()
-    if read_report(folder).get("status") != "interrupted":
+    report = read_report(folder)
+    if report == earlier:
         return "interrupted before anything was written."
+    if report.get("status") == "finished":
+        return f"interrupted when the run had finished; its result is in {folder}."
     found = checkpoints(folder)
     without = " and without --overwrite_output_dir" if "overwrite_output_dir" in values else ""
     moment = f" {error.moment}" if isinstance(error, SignalError) and error.moment else ""

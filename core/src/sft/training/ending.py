@@ -11,7 +11,8 @@ import contextlib
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from sft.training.report import close_report, report_of_others, sentence, write_report
+from sft.errors import SignalError
+from sft.training.report import close_report, own_report, sentence, write_report
 
 if TYPE_CHECKING:
     from sft.context import CoreRun, Summary
@@ -22,7 +23,8 @@ def finish(run: CoreRun, record: dict[str, Any], summary: Summary) -> None:
 
     Each gets a copy of ``summary``. Only ``speaks`` is read back from it, because a plugin may know that another
     process tells the user. If plugins raise errors, the first one is raised once all have been told; the run stays
-    finished."""
+    finished. So it does at a signal, which waits until they have been told."""
+    run.stop.waits_for("the run has finished, and its plugins hear of it first")
     write_report(run, {**record, "status": "finished", "result": summary.as_dict()})
     run.finished = True
     first: BaseException | None = None
@@ -37,6 +39,8 @@ def finish(run: CoreRun, record: dict[str, Any], summary: Summary) -> None:
             first = first or error
     if first is not None:
         raise first
+    if run.stop.asked:
+        raise SignalError(run.stop.asked, "after the run had finished")
 
 
 def fail(run: CoreRun, error: BaseException) -> None:
@@ -44,7 +48,7 @@ def fail(run: CoreRun, error: BaseException) -> None:
     write that to ``run.json``, then tell every plugin.
 
     If a plugin raises an error here, the user is told of it, and ``error`` remains the run's error."""
-    if run.finished or report_of_others(run).get("status") == "finished":
+    if run.finished or own_report(run).get("status") == "finished":
         return
     close_report(run, error)
     for name in run.plugins.implementing("sft_run_failed"):

@@ -18,6 +18,7 @@ from sft.plugins.registry import Plugins
 from sft.plugins.requests import requests
 from sft.settings.reading import build
 from sft.training.checkpoint_folder import checkpoints
+from sft.training.report import own_report
 
 if TYPE_CHECKING:
     from sft.context import CoreRun
@@ -36,7 +37,7 @@ def out_of_memory(run: CoreRun, error: BaseException) -> SftError:
     """The error to raise in place of ``error``: where the run was, what would fit, and what is left of it."""
     cause = error.__cause__ if isinstance(error, PluginError) and error.__cause__ is not None else error
     text = f"Out of memory{_place(run)} ({said(cause)}): {_advice(run) or _cures(run)}"
-    found = checkpoints(run.output_dir) if run.report else []
+    found = checkpoints(run.output_dir) if own_report(run) else []
     return SftError(f"{text}; then resume from {found[-1]}." if found else f"{text}.")
 
 
@@ -59,7 +60,7 @@ def device_memory() -> tuple[str, int]:
 
 
 def _place(run: CoreRun) -> str:
-    if not run.executes or not run.report:
+    if not run.executes or not own_report(run):
         return " before the first step"
     return f" after step {run.step}"
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from dataclasses import asdict
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from typing import Any
@@ -32,7 +32,7 @@ def describe(run: CoreRun) -> dict[str, Any]:
             continue
     places = {"model": run.source.folder, "tokenizer": run.tokenizer.folder}
     return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": datetime.now().astimezone().isoformat(timespec="microseconds"),  # no two runs write the same
         "settings": run.settings.written(),
         "hub": {what: found for what, folder in places.items() if (found := commit_of(folder)) is not None},
         "plugins": {name: run.plugins.origin(name) for name in run.plugins.names},
@@ -82,27 +82,36 @@ def write_report(run: CoreRun, record: dict[str, Any]) -> None:
     """``run.json``, written once however many processes there are."""
     if run.strategy.is_main:
         write_json(run.output_dir / "run.json", record)
-        run.report = record
 
 
 def close_report(run: Run, error: BaseException) -> None:
+    """:func:`write_end`, after which others may use the folder: this process may end before it comes to any other
+    end."""
+    assert isinstance(run, CoreRun)
+    write_end(run, error)
+    run.release_lock()
+
+
+def write_end(run: CoreRun, error: BaseException) -> None:
     """Let ``run.json`` say that the run has failed, and of what, or was interrupted; where it has been written by this
     run, or by the processes that this one has started for it, and says that the run goes on."""
-    assert isinstance(run, CoreRun)
-    record = run.report if run.executes else report_of_others(run)
-    if record.get("status") != "running" or not (run.lock is None or run.lock.is_held):
+    record = own_report(run)
+    if record.get("status") != "running":
         return
     stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
     end = {"status": "interrupted"} if stopped else {"status": "failed", "error": sentence(error)}
     with contextlib.suppress(OSError):  # what has ended the run is what counts
         write_json(run.output_dir / "run.json", {**record, **end})
-        run.report = {**record, **end}
-    run.release_lock()  # this process may end before it comes to any other end
 
 
-def report_of_others(run: CoreRun) -> dict[str, Any]:
-    """``run.json`` where processes that this one has started for the run have written it; otherwise empty."""
-    if run.executes or is_used(run.output_dir):  # by a run that was there before
+def own_report(run: CoreRun) -> dict[str, Any]:
+    """``run.json`` where this process has written it, or processes that it has started for the run; otherwise empty.
+
+    The file itself tells: no moment lies between its writing and the knowledge of it.
+    """
+    if run.executes and not (run.lock is not None and run.lock.is_held):
+        return {}
+    if not run.executes and is_used(run.output_dir):  # by a run that was there before
         return {}
     written = read_report(run.output_dir)
     return written if written != run.earlier_report else {}

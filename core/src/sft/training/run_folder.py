@@ -100,7 +100,9 @@ def open_run_folder(run: CoreRun, source: Path | None, record: dict[str, Any]) -
 def _take(run: CoreRun) -> None:
     """Lock the folder for this run, until it ends. What the run has found there must still be so."""
     make_folder(run.output_dir)
-    run.lock = FolderLock(run.output_dir, run.say)
+    check_unused(run.output_dir, run.say)  # it may wait, which signals end
+    with run.stop.whole():
+        run.lock = FolderLock(run.output_dir, run.say)
     if read_report(run.output_dir) != run.earlier_report:
         raise UsageError(
             f"Another run has written to {run.output_dir} since this one began; look at what it has left there, and "

@@ -197,7 +197,9 @@ class Stop(sft.Plugin):
         ("sft_collator", [], "interrupted before anything was written."),
         ("sft_run_started", [], "auto begins again, for there is no checkpoint yet."),
         ("sft_checkpoint_saved", ["--save_strategy", "steps", "--save_steps", "1"], "auto goes on from checkpoint-1."),
-        pytest.param("sft_run_ended", [], "interrupted when the run had finished; its result is in out.", marks=pytest.mark.slow),
+        pytest.param(
+            "sft_run_ended", [], "interrupted when the run had finished; its result is in out.", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_ctrl_c_promises_what_is_true(

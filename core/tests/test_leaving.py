@@ -45,7 +45,7 @@ def test_one_of_many_leaves_without_the_exit_handlers_of_libraries(
 
 
 HELD = """
-import os, sys, threading
+import os, signal, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,19 +63,23 @@ try:
 except BlockingIOError:
     os.set_blocking(full, True)
 pipe = os.fdopen(full, "wb")
-if sys.argv[2] == "unread":
+if sys.argv[2] != "read":
     pipe.write(b"held")
 
 from sft import runtime
 
 runtime._FLUSHING = 2.0
+if sys.argv[2] == "Ctrl-C":
+    runtime._FLUSHING = 60.0
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=lambda: (time.sleep(0.5), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
 runtime.leave(3)
 """
 
 
-@pytest.mark.parametrize("case", ["read", "unread"])
+@pytest.mark.parametrize("case", ["read", "unread", "Ctrl-C"])
 def test_leaving_ends_idle_pools_and_writes_what_open_files_hold(tmp_path: Path, case: str) -> None:
-    """As the interpreter does; and a pipe that nobody reads does not hold the process for ever."""
+    """As the interpreter does; and a pipe that nobody reads does not hold the process for ever, nor against Ctrl-C."""
     line = [sys.executable, "-c", HELD, str(tmp_path), case]
     done = subprocess.run(line, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == (3, "in the pool\n", "")

@@ -25,7 +25,6 @@ def command(
     """
     from sft.commands.cli import main
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     if "shard_bytes" in facts:
         _divide_results(facts["shard_bytes"])
     if "modules" in facts:  # one of several processes does not come back from the command line
@@ -37,10 +36,14 @@ def command(
     if refused:
         raise OSError(refused, f"operations cannot be counted here: {os.strerror(refused)}")
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
     except SystemExit as ended:
         return int(ended.code or 0)
+    except KeyboardInterrupt:  # between Python and sft
+        return 128 + signal.SIGINT
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         atexit._run_exitfuncs()
     return 0
 

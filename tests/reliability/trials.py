@@ -139,7 +139,8 @@ class Trial:
             return [f"{what}: it ended with {killed.code}: {killed.said[-2000:]}"]
         if killed.code == 128 + number and (self._out / "run.json").exists():
             status = json.loads(report(self._out))["status"]
-            if status != "interrupted" and (self._case.old is None or report(self._out) != report(self._old)):
+            ends = ("interrupted", "finished")  # by then it may be done; the comparison says whether it is
+            if status not in ends and (self._case.old is None or report(self._out) != report(self._old)):
                 return [f"{what}: run.json says {status}: {killed.said[-2000:]}"]
         # Where the older run is still there, it is to be overwritten; all else goes on.
         is_old = self._case.old is not None and report(self._out) == report(self._old)

@@ -221,7 +221,7 @@ def leave(code: int) -> NoReturn:
     """End the process with ``code`` once Python's own exit handlers have run, and without those of its C++ libraries.
 
     In a process that has met others a thread of paddle's store goes on, which now and then aborts while the objects
-    that it uses are destroyed: what had ended well would look killed.
+    that it uses are destroyed: what had ended well would look killed. Ctrl-C leaves sooner.
     """
     try:
         # Its own handlers first, by which an idle pool's workers end; then it joins the threads.
@@ -230,9 +230,11 @@ def leave(code: int) -> NoReturn:
     finally:
         # Beside a lock that a daemon thread holds, or a pipe that nobody reads, a flush would wait for ever.
         flushing = threading.Thread(target=_flush_files, daemon=True)
-        flushing.start()
-        flushing.join(_FLUSHING)
-        os._exit(code)
+        try:
+            flushing.start()
+            flushing.join(_FLUSHING)
+        finally:
+            os._exit(code)
 
 
 _FLUSHING = 10.0

@@ -65,6 +65,7 @@ def become_rank(job: Mapping[str, Any]) -> NoReturn:
     """In a fork: take on the rank's surroundings, and run it."""
     ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGKILL)
     os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the other signals; the target may hear it
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream, source in enumerate((os.open(os.devnull, os.O_RDONLY), log, log)):
         os.dup2(source, stream)

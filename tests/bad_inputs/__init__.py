@@ -6,12 +6,23 @@ Each ends in one sentence with exit code 2, without a traceback, with nothing wr
 
 from __future__ import annotations
 
-from bad_inputs import adapters, checkpoints, configs, data, paths, plugins, settings, tokenizers, weights
+from bad_inputs import (
+    adapters,
+    checkpoints,
+    configs,
+    data,
+    paths,
+    plugins,
+    settings,
+    settings_files,
+    tokenizers,
+    weights,
+)
 from bad_inputs.case import Case
 
 TABLES: dict[str, dict[str, Case]] = {
     module.__name__.rpartition(".")[2]: module.CASES
-    for module in (data, settings, configs, weights, tokenizers, adapters, checkpoints, plugins, paths)
+    for module in (data, settings_files, settings, configs, weights, tokenizers, adapters, checkpoints, plugins, paths)
 }
 
 

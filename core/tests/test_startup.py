@@ -105,7 +105,17 @@ def test_settings_are_checked_before_paddle_is_imported(python: Python) -> None:
 )
 def test_help_and_lists_are_instant(distribute: Distribute, python: Python, arguments: tuple[str, ...]) -> None:
     distribute("sft-test-tool", TOOL, {"tool": "Tool"})
-    assert min(seconds_of(python, *arguments) for _ in range(3)) < 0.3
+    assert least_below(0.3, lambda: seconds_of(python, *arguments)) < 0.3
+
+
+def least_below(limit: float, measure: Callable[[], float]) -> float:
+    """The first of three measurements that is below ``limit``, or the least of them: a busy machine adds some."""
+    least = measure()
+    for _ in range(2):
+        if least < limit:
+            break
+        least = min(least, measure())
+    return least
 
 
 def seconds_of(python: Python, *arguments: str) -> float:
@@ -136,12 +146,13 @@ def test_a_plugin_is_imported_in_an_instant_and_without_paddle(
     distribute: Distribute, python: Python, name: str
 ) -> None:
     distribute("sft-test-tool", TOOL, {"tool": "Tool"})
-    seconds = []
-    for _ in range(3):
+
+    def seconds() -> float:
         done = python(PLUGIN_IMPORT, name)
         assert imported(done).isdisjoint({"paddle", "paddlenlp", "numpy"})
-        seconds.append(json.loads(done.stdout.splitlines()[0])[0])
-    assert min(seconds) < 0.02
+        return float(json.loads(done.stdout.splitlines()[0])[0])
+
+    assert least_below(0.02, seconds) < 0.02
 
 
 # --- no Paddle ----------------------------------------------------------------------------------------------

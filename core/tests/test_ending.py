@@ -191,11 +191,15 @@ class Stop(sft.Plugin):
 """
 
 
+def slow(*case: Any) -> Any:
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("hook", "settings", "message"),
     [
-        ("sft_collator", [], "interrupted before anything was written."),
-        ("sft_run_started", [], "auto begins again, for there is no checkpoint yet."),
+        slow("sft_collator", [], "interrupted before anything was written."),
+        slow("sft_run_started", [], "auto begins again, for there is no checkpoint yet."),
         ("sft_checkpoint_saved", ["--save_strategy", "steps", "--save_steps", "1"], "auto goes on from checkpoint-1."),
         pytest.param(
             "sft_run_ended", [], "interrupted when the run had finished; its result is in out.", marks=pytest.mark.slow

@@ -118,7 +118,8 @@ def test_a_quantizer_holds_its_linears(train: Callable[..., sft.Summary], checkp
     assert any("8 Linears held by nf4" in line for line in said), said
 
 
-@pytest.mark.parametrize("case", [pytest.param("qwen", marks=pytest.mark.slow), "deepseek-v2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["qwen", "deepseek-v2"])
 def test_an_answer_brings_no_warnings_of_paddlenlps(checkpoints: Callable[[str], Path], case: str) -> None:
     words = ["--model_name_or_path", str(checkpoints(case)), "--plugin", PLUGIN, "--prompt", "hello"]
     line = [sys.executable, "-m", "sft", "generate", *words, "--max_new_tokens", "2"]

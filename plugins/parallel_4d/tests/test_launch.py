@@ -186,7 +186,9 @@ def by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subproc
     process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP))]
+)
 def test_interrupting_ends_all(by_hand: subprocess.Popen[str], tmp_path: Path, number: int) -> None:
     began = time.monotonic()
     os.killpg(by_hand.pid, number)  # as a terminal does

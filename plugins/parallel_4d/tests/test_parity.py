@@ -38,10 +38,6 @@ def crossed(plans: list[str], what: str, layout: str, slow: bool = False) -> lis
     return [marked(plan, what, layout, plugins=plugins, slow=slow) for plan in plans]
 
 
-TWO = ["dp2", "stage1", "stage2", "stage3", "tp2", "tp2-sequence", "pp2"]
-FOUR = ["tp2-dp2", "tp2-pp2", "tp2-stage1", "pp2-dp2", "pp4", "dp2-stage1", "dp2-stage3"]
-
-
 def check(trainings: Trainings, plan: str, **settings: Any) -> None:
     one = trainings.one(**settings)
     assert_equal(one, trainings.many(PLANS[plan], **settings)[0])
@@ -50,9 +46,20 @@ def check(trainings: Trainings, plan: str, **settings: Any) -> None:
 @pytest.mark.parametrize(
     ("plan", "what", "layout"),
     [
-        *crossed([*TWO, "tp2-pp2"], "full", "padded"),
+        *crossed(["dp2", "stage2", "stage3", "tp2-sequence", "pp2"], "full", "padded"),
         *crossed(
-            ["stage2-offload", "tp2-dp2", "tp2-stage1", "pp2-dp2", "pp4", "dp2-stage1", "dp2-stage3"],
+            [
+                "stage1",
+                "tp2",
+                "tp2-pp2",
+                "stage2-offload",
+                "tp2-dp2",
+                "tp2-stage1",
+                "pp2-dp2",
+                "pp4",
+                "dp2-stage1",
+                "dp2-stage3",
+            ],
             "full",
             "padded",
             slow=True,
@@ -158,7 +165,7 @@ def test_techniques(trainings: Trainings, plan: str, plugins: list[str]) -> None
 
 
 @pytest.mark.parametrize("kind", ["gradient", pytest.param("weight", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("plan", ["dp2", slow("stage1"), "tp2", slow("pp2")])
+@pytest.mark.parametrize("plan", [slow("dp2"), slow("stage1"), "tp2", slow("pp2")])
 def test_damage_on_one_rank_is_noticed(trainings: Trainings, plan: str, kind: str) -> None:
     one = trainings.one(plugin=[])
     damaged, _ = trainings.many(PLANS[plan], damage=kind, plugin=[])

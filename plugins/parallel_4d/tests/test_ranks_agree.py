@@ -109,7 +109,10 @@ def test_answers(trainings: Trainings, plan: str, draw: dict[str, Any]) -> None:
     assert reports[0] == reports[1] == alone.value["samples"]
 
 
-@pytest.mark.parametrize(("plan", "shares"), [pytest.param("tp2", 1, marks=pytest.mark.slow), ("tp2-dp2", 2)])
+@pytest.mark.parametrize(
+    ("plan", "shares"),
+    [("dp2", 2), *(pytest.param(p, s, marks=pytest.mark.slow) for p, s in [("tp2", 1), ("tp2-dp2", 2)])],
+)
 def test_answers_at_evaluation_are_written_once(trainings: Trainings, plan: str, shares: int) -> None:
     """Each share of the questions in one file, by the first rank of those that answer it; scores are of all."""
     asked = {"eval_with_do_generation": True, "max_new_tokens": 8, "evaluation_strategy": "no"}
@@ -134,7 +137,8 @@ def test_answers_at_evaluation_are_written_once(trainings: Trainings, plan: str,
     ("plan", "plugins"),
     [
         pytest.param("tp2-dp2", [], marks=pytest.mark.slow),
-        pytest.param("tp2-pp2", ["lora"], marks=needs("lora")),
+        pytest.param("pp2", ["lora"], marks=needs("lora")),
+        pytest.param("tp2-pp2", ["lora"], marks=[needs("lora"), pytest.mark.slow]),
     ],
 )
 def test_one_rank_writes_and_speaks(trainings: Trainings, plan: str, plugins: list[str]) -> None:
@@ -237,7 +241,7 @@ def test_a_step_that_is_not_finite_in_one_rank_is_left_out_by_all(trainings: Tra
     assert saved == (["checkpoint-1", "checkpoint-2"] if skips else ["checkpoint-1"])
 
 
-@pytest.mark.parametrize("plan", ["tp2", "pp2"])
+@pytest.mark.parametrize("plan", ["tp2", pytest.param("pp2", marks=pytest.mark.slow)])
 def test_a_result_that_its_folder_cannot_take_is_whole_elsewhere(
     trainings: Trainings, tmp_path: Path, plan: str
 ) -> None:

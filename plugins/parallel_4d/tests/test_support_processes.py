@@ -109,6 +109,7 @@ def test_what_is_read_at_import_needs_new_processes() -> None:
         run_ranks(1, "group_jobs:surroundings", env={"FLAGS_check_nan_inf": "1"})
 
 
+@pytest.mark.slow
 def test_paddles_launcher_gets_the_groups(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(

@@ -76,6 +76,13 @@ TIME = {
     "one of many tuples": TUPLES + "{{ [a]|unique|list }}",
     "a table of tuples": TUPLES + "{{ dict([(a, 1)]) }}",
     "numbers without end": _twice("a * a", "3"),
+    "lazy filters of lazy filters": "{% set n = namespace(a=range(9)|map('string')) %}{% for i in range(90000) %}"
+    "{% set n.a = n.a|map('string') %}" + END + "{{ n.a|list }}",
+    "a tuple in a tuple without end": "{% set n = namespace(a=()) %}"
+    + "{% for i in range(300) %}{% for j in range(900) %}"
+    + "{% set n.a = (n.a,) %}"
+    + END * 2
+    + "{% set a = {n.a: 1} %}",
     "powers": RANGE + "{% set a = 3 ** 8000 // 3 ** 4000 %}" * 20 + END,
     "a power": "{{ 10 ** (10 ** 10) }}",
     "a large number divided": "{% set a = ('f' * 9000000)|int(0, 16) %}{{ a // 7 }}",

@@ -275,7 +275,8 @@ class Sandbox(Budget, ImmutableSandboxedEnvironment):
                 for value in (*given[first + 1 :], *kwargs.values()):
                     self._weigh(value)
                 if len(given) > first and name in _LAZY:
-                    given[first] = self._each(given[first]) if given[first] else given[first]
+                    # Of what is lazy itself a list: a chain of many overruns the stack when it is asked for a value.
+                    given[first] = self._each(self._all(given[first])) if given[first] else given[first]
             else:
                 given[first:] = map(self._all, given[first:])
                 values = [*given[first:], *kwargs.values()]

@@ -7,6 +7,7 @@ the same on every machine, in every thread.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, MappingView
+from itertools import chain
 from typing import Any
 
 from jinja2 import TemplateRuntimeError
@@ -24,6 +25,8 @@ OPERATION = 64
 """Characters that an output or a sum counts for beside its own, so that it is no step too."""
 CELL = 16
 """Characters that a place in a list, which holds something that is there already, counts for."""
+DEPTH = 500
+"""Lists in lists: much deeper ones overrun the stack of the code in C that goes through them."""
 ROWS: Any = (list, tuple, set, frozenset, range, MappingView)
 
 
@@ -59,22 +62,27 @@ class Budget:
         if isinstance(value, str):
             self._step(1 + (len(value) >> 10))
             return len(value)
-        weight, steps, within = 0, 0, [value]
+        weight, steps, within = 0, 0, [iter((value,))]
         while within:
-            one = within.pop()
-            steps += 1
-            if isinstance(one, str):
-                weight += len(one)
-                steps += len(one) >> 10
-            elif isinstance(one, Mapping):
-                weight += 2 * CELL * len(one)
-                within.extend(one.keys())
-                within.extend(one.values())
-            elif isinstance(one, ROWS):
-                weight += CELL * len(one)
-                within.extend(one)
+            for one in within[-1]:
+                steps += 1
+                if isinstance(one, str):
+                    weight += len(one)
+                    steps += len(one) >> 10
+                elif isinstance(one, Mapping):
+                    weight += 2 * CELL * len(one)
+                    within.append(chain(one.keys(), one.values()))
+                    break
+                elif isinstance(one, ROWS):
+                    weight += CELL * len(one)
+                    within.append(iter(one))
+                    break
+                else:
+                    weight += CELL
             else:
-                weight += CELL
+                within.pop()
+            if len(within) > DEPTH:
+                raise LimitError("it nests lists without end")
             if steps > 1000:
                 self._step(steps)
                 steps = 0

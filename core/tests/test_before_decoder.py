@@ -42,6 +42,9 @@ RUNS = [
 ]
 # Float32 has 24 bits, and the sums of a forward pass are taken in another order: as for the families (test_decoder.py).
 LOGITS = 2e-6
+# PiSSA takes the adapter's initial product out of the base: what is computed is a sum of three products as large as the
+# one of the weights, each with the rounding of its own.
+PISSA = 3 * LOGITS
 # Each step passes such a difference on through AdamW, which divides by √v; a norm over all gradients has more of it
 # than a mean of losses. Over these four steps: at most 8e-8 of a loss and 4e-7 of a norm.
 LOSS, NORM = 1e-6, 4e-6
@@ -79,7 +82,8 @@ def kept(tmp_path: Path) -> Callable[[str], Path]:
 
 def assert_same_logits(model: Path, adapter: Path | None, name: str) -> None:
     logits = forward(load(model, adapter), expected("input_ids"))[..., ::8]
-    assert np.abs(logits - expected(name)).max() <= LOGITS * np.abs(expected(name)).max()
+    bound = PISSA if name.startswith("pissa") else LOGITS
+    assert np.abs(logits - expected(name)).max() <= bound * np.abs(expected(name)).max()
 
 
 def sft(*arguments: object) -> str:

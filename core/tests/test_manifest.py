@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from stopped_runs import KINDS, SETTINGS, checkpoints_of, contents, stop, watchi
 
 import sft
 from sft.progress import Progress
+from sft.training import manifest
 from sft.training.checkpoint_folder import read_checkpoint
 from sft.training.manifest import damage, write_manifest
 
@@ -165,6 +167,23 @@ def test_where_none_is_whole_nothing_is_touched(train: Train, stopped: Path) -> 
     (stopped / "checkpoint-3" / "model.safetensors").write_bytes(b"")
     before = contents(stopped, without=())
     with pytest.raises(sft.UsageError, match=r"None of the checkpoints .*model\.safetensors has 0 bytes"):
+        train(resume_from_checkpoint="auto", **SETTINGS)
+    assert contents(stopped, without=()) == before
+
+
+def test_one_that_cannot_be_read_is_not_passed_over(
+    train: Train, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be whole, and going back behind it would remove it."""
+    before, digests = contents(stopped, without=()), manifest._digests
+
+    def fails(paths: Sequence[Path], *more: Any) -> list[str]:
+        if any("checkpoint-3" in str(path) for path in paths):
+            raise OSError(errno.EIO, "Input/output error", str(paths[0]))
+        return digests(paths, *more)
+
+    monkeypatch.setattr(manifest, "_digests", fails)
+    with pytest.raises(sft.UsageError, match=r"Input/output error\), so nobody can tell whether checkpoint-3 is whole"):
         train(resume_from_checkpoint="auto", **SETTINGS)
     assert contents(stopped, without=()) == before
 

@@ -160,3 +160,12 @@ def test_what_is_no_hub_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert not is_hub_name(name)
     with pytest.raises(sft.UsageError, match="does not exist"):
         sources.find_model(name)
+
+
+def test_a_folder_of_a_template_with_a_link(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("a secret")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "chat_template.jinja").symlink_to("../secret")
+    with pytest.raises(sft.UsageError, match="is a link that leads out of its folder"):
+        Tokenizer(folder, chat_template=str(other))

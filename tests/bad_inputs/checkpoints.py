@@ -76,7 +76,7 @@ CASES = {
     ),
     "state: a named pipe": on("done/checkpoint-1 is not a checkpoint of sft", pipe(STATE)),
     "state: no permission": on(
-        "done/checkpoint-1 is damaged: done/checkpoint-1/trainer/state.json cannot be read: Permission denied",
+        "done/checkpoint-1/trainer/state.json cannot be read (Permission denied), so nobody can tell whether",
         mode(STATE, 0),
     ),
     **{
@@ -110,7 +110,7 @@ CASES = {
         edit(OPTIMIZER, lambda old: old[:-1] + bytes([old[-1] ^ 1])),
     ),
     "optimizer: no permission": on(
-        "done/checkpoint-1 is damaged: done/checkpoint-1/trainer/optimizer.safetensors cannot be read: Permis",
+        "done/checkpoint-1/trainer/optimizer.safetensors cannot be read (Permission denied), so nobody can te",
         mode(OPTIMIZER, 0),
     ),
     "optimizer: other tensors": on(

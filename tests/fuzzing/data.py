@@ -114,6 +114,7 @@ TARGETS: dict[str, Target] = {
         _TOKENIZER_CONFIG.map(lambda found: {"tokenizer_config.json": as_json(found)}),
         read_tokenizer,
         lambda folder: [shutil.copy(BASE / name, folder) for name in ("tokenizer.json", "config.json")],
+        kept=({"tokenizer_config.json": b'{"bos_token": "\\ud800"}'},),
     ),
     "tokenizer.json": Target(
         mutated((BASE / "tokenizer.json").read_bytes()).map(lambda found: {"tokenizer.json": found}),

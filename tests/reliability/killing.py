@@ -92,15 +92,17 @@ class Runs:
                     fork.kill()
         ends = [fork.code() or 0 for fork in forks]
         # Where a signal has ended one, the others may end because of that.
-        code = next((end for end in [*(end for end in ends if end > 128), ends[rank], *ends] if end), 0)
+        by_signal = [end for end in ends if end > 128 or end == -number]
+        code = next((end for end in [*sorted(by_signal, reverse=True), ends[rank], *ends] if end), 0)
         said = "".join(fork.output() for fork in forks)
         if not code and any(fork.outcome().get("value") for fork in forks):
             code = next(fork.outcome()["value"] for fork in forks if fork.outcome().get("value"))
         return Ended(code, said, [read(place / str(n) / "operations") for n in range(ranks)], time.monotonic() - began)
 
     def _wait(self, forks: list[processes.Rank], began: float, after: float | None, number: int) -> None:
-        # One that was killed takes the others along; one that has ended as asked does not.
-        while not all(fork.ended() for fork in forks) and not any((fork.code() or 0) < 0 for fork in forks):
+        # One that was killed takes the others along; one that a signal has ended, as asked or at once, does not.
+        killed = -signal.SIGKILL
+        while not all(fork.ended() for fork in forks) and not any(fork.code() == killed for fork in forks):
             if after is not None and time.monotonic() - began > after:
                 after = None
                 if number == signal.SIGKILL:

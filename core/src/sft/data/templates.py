@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from sft.errors import UsageError
 from sft.foreign_text import listed, quoted
 from sft.seams import Turn
-from sft.small_files import is_there, read_object, read_text, why
+from sft.small_files import check_links, is_there, read_object, read_text, why
 
 JINJA_FILE = "chat_template.jinja"
 PAIRS_FILE = "chat_template.json"
@@ -124,6 +124,7 @@ def find_source(folder: Path, given: str | None = None) -> Source:
         return Source("none", "", str(folder), "none; prompt and answer follow each other")
     path = Path(given).expanduser()
     if path.is_dir():
+        check_links(path)
         return _of_folder(path)
     text = _read(path)
     if path.suffix == ".json":

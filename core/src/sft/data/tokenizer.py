@@ -209,6 +209,12 @@ def _text(key: str, token: Any, folder: Path) -> str:
             f"{folder}: tokenizer_config.json must give {key} as text, or an object with its content, not "
             f"{quoted(token)}."
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{folder}: tokenizer_config.json gives {key} as half of a surrogate pair, which is no text; correct it."
+        ) from None
     return text
 
 

@@ -22,10 +22,9 @@ from sft.models.families.known import FAMILIES
 from sft.models.fingerprint import fingerprint, has_fingerprint
 from sft.models.loading import ModelSource, open_model
 from sft.models.reals import check_reals
-from sft.models.source import check_links
 from sft.plugins.requests import requests
 from sft.seams import AdapterFiles
-from sft.small_files import read_object, why
+from sft.small_files import check_links, read_object, why
 from sft.tensor_files import open_tensors, read_tensors
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from sft.errors import UsageError
 from sft.files import state_of
 from sft.foreign_text import quoted, shown
-from sft.hub_names import in_cache, is_hub_name, split
+from sft.hub_names import is_hub_name, split
 from sft.models.families.family import Family
 from sft.models.reals import check_finite, check_reals, check_type, with_bfloat16
 from sft.models.safe_file import SafeFile, replaced
 from sft.models.stacked import Part, is_stack, parts_of
-from sft.small_files import is_there, read_object
+from sft.small_files import check_links, is_there, read_object
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +30,6 @@ _UNSAFE = (
     *("model_state.pdparams.index.json", "model_state.pdparams"),
     *("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
-_READ = (".json", ".jinja", ".txt", ".model", ".safetensors", *PICKLED)
-"""What is read of a model's folder ends so."""
 _PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 
 
@@ -94,30 +92,6 @@ def _find(name_or_path: str, patterns: list[str]) -> Path:
         ) from error
     check_links(found)
     return found
-
-
-def check_links(folder: Path) -> None:
-    """Refuse links in the folder of a model, a tokenizer or an adapter that lead out of it: such a folder comes from
-    somebody, who has no say in what else is opened on this machine, or copied into results.
-
-    The hub's cache holds files once, and links to them; these are what they seem. Raises :class:`UsageError`.
-    """
-    home = in_cache(folder.resolve())
-    within = home[0] if home is not None else folder.resolve()
-    try:
-        paths = list(folder.iterdir())
-    except OSError:  # whoever reads a file of it says what is wrong
-        return
-    for path in paths:
-        if not path.is_symlink() or not path.name.endswith(_READ):
-            continue
-        target = path.resolve()
-        is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-        if not target.is_relative_to(within) and not is_blob:
-            raise UsageError(
-                f"{shown(path)} is a link that leads out of its folder, to {shown(target)}; copy the file there if you "
-                "trust it, or give the folder where it lies."
-            )
 
 
 def _first_sentences(error: Exception) -> str:

@@ -118,7 +118,8 @@ def read_checkpoint(request: bool | str | None, output_dir: Path, progress: Prog
 
 def whole_checkpoint(folder: Path, progress: Progress) -> Checkpoint:
     """The checkpoint in ``folder``, once every byte of it has been compared with its manifest; earlier versions of sft
-    wrote none, which is said. Raises :class:`DamagedError`."""
+    wrote none, which is said. Raises :class:`DamagedError`, and another :class:`UsageError` where it may be whole and
+    cannot be read."""
     named = _NAME.fullmatch(folder.name or folder.resolve().name)
     sealed = (folder / MANIFEST).exists()
     state = None if sealed else read_state(folder)
@@ -128,7 +129,10 @@ def whole_checkpoint(folder: Path, progress: Progress) -> Checkpoint:
             "them would go unnoticed"
         )
     else:
-        wrong = damage(folder, progress)
+        try:
+            wrong = damage(folder, progress)
+        except OSError as error:
+            raise _unreadable(folder, error) from error
         if wrong is not None:
             raise _damaged(folder, wrong)
         state = read_state(folder)
@@ -141,13 +145,22 @@ def looks_whole(folder: Path) -> bool:
     """Whether nothing of a checkpoint is missing or cut off, as far as can be told without reading it all."""
     try:
         state = read_state(folder)
-    except UsageError:
+        return state["format"] in _UNSEALED or damage(folder) is None
+    except (UsageError, OSError):
         return False
-    return state["format"] in _UNSEALED or damage(folder) is None
 
 
 def _damaged(folder: Path, how: str) -> DamagedError:
     return DamagedError(f"{folder} is damaged: {how}; resume from another checkpoint.")
+
+
+def _unreadable(folder: Path, error: OSError) -> UsageError:
+    """It may be whole, and newer than the others: no run goes back behind it because of permissions, or of a disk that
+    fails for a moment."""
+    return UsageError(
+        f"{error.filename or folder} cannot be read ({error.strerror or error}), so nobody can tell whether "
+        f"{folder.name} is whole; check the disk and the permissions, or name another checkpoint to resume from."
+    )
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -156,8 +169,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     cure = "resume from another checkpoint."
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError) as error:
         raise DamagedError(f"{path} cannot be read ({error}); {cure}") from error
+    except OSError as error:
+        raise _unreadable(folder, error) from error
     if not isinstance(state, dict) or "format" not in state:
         raise DamagedError(f"{path} is not the state of a run; {cure}")
     if state["format"] not in (*_UNSEALED, FORMAT):  # by a later one it may be whole, so it is not passed over

@@ -39,7 +39,8 @@ def write_manifest(folder: Path) -> None:
 def damage(folder: Path, progress: Progress | None = None) -> str | None:
     """How the checkpoint in ``folder`` differs from what was written, as a clause; None if it is whole.
 
-    Without a ``progress`` it is looked at, and its files are not read: what is missing or cut off is noticed.
+    Without a ``progress`` it is looked at, and its files are not read: what is missing or cut off is noticed. Raises
+    :class:`OSError` where nobody can tell, because a file that is there cannot be read.
     """
     try:
         files = _listed(folder)
@@ -47,8 +48,8 @@ def damage(folder: Path, progress: Progress | None = None) -> str | None:
         return wrong or (_of_content(folder, files, progress) if progress is not None else None)
     except _DamageError as error:
         return str(error)
-    except OSError as error:
-        return f"{error.filename or folder} cannot be read: {error.strerror or error}"
+    except FileNotFoundError as error:
+        return f"{error.filename or folder} has gone"
 
 
 class _DamageError(Exception):

@@ -19,6 +19,7 @@ from sft.seams import (
     AdapterMerger,
     AttentionBackend,
     Batch,
+    Conversation,
     DataCollator,
     Example,
     Learning,
@@ -26,6 +27,7 @@ from sft.seams import (
     ParameterGroup,
     QuantizedLayer,
     Quantizer,
+    ToolCall,
     Turn,
 )
 
@@ -121,6 +123,7 @@ __all__ = [
     "AttentionBackend",
     "Batch",
     "Block",
+    "Conversation",
     "DataCollator",
     "DefaultAttention",
     "DryRun",
@@ -152,6 +155,7 @@ __all__ = [
     "Summary",
     "Target",
     "TooEarlyError",
+    "ToolCall",
     "Turn",
     "UsageError",
     "Values",

@@ -120,7 +120,8 @@ def _read(run: CoreRun) -> Checkpoint | None:
     run.resumes, run.step = resumed is not None, resumed.state["step"] if resumed is not None else 0
     date = datetime.fromisoformat(resumed.state["date"]) if resumed is not None else None
     named = settings.model.tokenizer_name_or_path
-    run.tokenizer = Tokenizer(find_tokenizer(named) if named else source.folder, date, settings.data.chat_template)
+    folder = find_tokenizer(named) if named else source.folder
+    run.tokenizer = Tokenizer(folder, date, settings.data.chat_template, settings.data.enable_thinking)
     note_unread(dataset, [*train_files, *dev_files], run.say)
     run.train_data, run.dev_data, run.samples, run.questions, run.places = read_data(
         settings, run.plugins, run.tokenizer, run.progress, train_files, dev_files, source.folder, source.architecture

@@ -15,16 +15,65 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
+    from sft.data.bad_records import Place
     from sft.distributed.pieces import Piece
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call in an answer. ``arguments`` are JSON values by name; ``id`` is what a result names it by, if anything."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str | None = None
+
+
+@dataclass(frozen=True)
 class Turn:
-    """One message of a conversation; ``trains`` says whether its text is a target."""
+    """One message of a conversation.
+
+    Attributes:
+        role: system, user, assistant, or tool for the result of a call.
+        content: Its text; of an answer what follows the thought and stands beside the calls.
+        trains: Whether it is a target: its thought, its text and its calls.
+        reasoning: The thought before an answer. One may also stand in ``content``, between ``<think>`` and
+            ``</think>``; it is then written as it stands there where the chat template takes it so.
+        tool_calls: The calls of an answer.
+        tool_call_id: Of a result, the ``id`` of its call.
+        name: Of a result, the name of the tool.
+    """
 
     role: str
     content: str
     trains: bool = False
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+class Conversation(list[Turn]):
+    """The turns of a record, the tools that are offered in it, and where it stands.
+
+    ``tools`` are JSON objects as OpenAI has them: ``{"type": "function", "function": {"name": …, …}}``. ``place`` is
+    the file and line, for what can only be found wrong later; the core sets it.
+    """
+
+    def __init__(
+        self, turns: Iterable[Turn] = (), place: Place | None = None, tools: Iterable[dict[str, Any]] = ()
+    ) -> None:
+        super().__init__(turns)
+        self.place = place
+        self.tools = tuple(tools)
+
+    def of(self, turns: Iterable[Turn]) -> Conversation:
+        """Other ``turns`` with the same tools and place, such as some of its own."""
+        return Conversation(turns, self.place, self.tools)
+
+    @staticmethod
+    def seen(turns: Sequence[Turn]) -> Conversation:
+        """``turns`` as a conversation; itself if it is one."""
+        return turns if isinstance(turns, Conversation) else Conversation(turns)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from sft.commands.shared import (
     put_out,
     say,
     setting_options,
+    tools_option,
     typed_values,
 )
 from sft.errors import UsageError
-from sft.seams import Turn
+from sft.seams import Conversation, ToolCall, Turn
 from sft.settings.arguments import check_draw
 
 if TYPE_CHECKING:
@@ -32,14 +33,23 @@ if TYPE_CHECKING:
 USES = ("sft chat", ("sft_model_family", "sft_model_config", "sft_quantizer", "sft_kernels"))
 
 HELP = "/exit or Ctrl-D leaves, /reset forgets the conversation, /system TEXT sets the system message, Ctrl-C stops."
+RESULT = "/result TEXT gives the result"
 _ANYWHERE = nullcontext()
 
 
 @click.command(name="chat")
 @model_options("A quantizer, where the adapter does not name it; no:NAME leaves one out.")
 @click.option("--system", help="A system message; the model's chat template must have a place for it.")
-@setting_options("chat_template", *GENERATION, chat_template=TEMPLATE, seed=SEED)
-def command(model: str, adapter: str | None, plugins: tuple[str, ...], system: str | None, **settings: Any) -> None:
+@tools_option()
+@setting_options("chat_template", "enable_thinking", *GENERATION, chat_template=TEMPLATE, seed=SEED)
+def command(
+    model: str,
+    adapter: str | None,
+    plugins: tuple[str, ...],
+    system: str | None,
+    tools: str | None,
+    **settings: Any,
+) -> None:
     """Talk with a model: each line is a turn, and the answer appears as it grows.
 
     /exit or Ctrl-D leaves, /reset forgets the conversation, /system TEXT sets the system message (without TEXT
@@ -48,15 +58,20 @@ def command(model: str, adapter: str | None, plugins: tuple[str, ...], system: s
     All turns so far go through the model's chat template. When they and max_new_tokens no longer fit into the
     model's positions, the oldest question and its answer are left out, and a line says so.
 
+    Where an answer calls one of the --tools, a line says which and with what; /result TEXT gives the result of the
+    call (of the first one that has none), and the model goes on when it has them all.
+
     Without a terminal, the lines of standard input are the turns, and standard output has the answers.
     """
+    from sft.data.calls import read_tools
     from sft.inference.open import opened, settings_for
 
     folder = Path(adapter) if adapter else None
     chosen, active = settings_for(folder, plugins, {"model_name_or_path": model, **typed_values(settings)}, USES)
     check_draw(chosen.generation)
+    offered = read_tools(Path(tools)) if tools else ()
     with opened(chosen, active, folder, say) as found:
-        chat = Chat(found, chosen.generation, chosen.training.seed, system)
+        chat = Chat(found, chosen.generation, chosen.training.seed, system, offered)
         if found.tokenizer.chat_template is None:
             say("note: this model has no chat template, so turns follow each other as they are")
         if not sys.stdin.isatty():
@@ -73,11 +88,18 @@ def _talk(chat: Chat, lines: Iterable[str], stoppable: AbstractContextManager[An
         if word == "/exit":
             return
         if word == "/reset":
-            chat.turns = []
+            chat.forget()
         elif word == "/system":
             chat.system = rest.strip() or None
         elif word == "/help":
             say(HELP)
+        elif word == "/result":
+            if chat.waiting and chat.result(rest.strip()):
+                _answer(chat, None, stoppable)
+            elif chat.waiting:
+                say(f"({RESULT} of {chat.waiting[0].name})")
+            else:
+                say("no call waits for a result")
         elif word.startswith("/") and word[1:].isalpha():
             say(f"there is no {word}; {HELP}")
         elif word:
@@ -87,25 +109,43 @@ def _talk(chat: Chat, lines: Iterable[str], stoppable: AbstractContextManager[An
 class Chat:
     """A conversation: its turns, and the model that answers."""
 
-    def __init__(self, opened: Opened, generation: Any, seed: int, system: str | None) -> None:
+    def __init__(
+        self, opened: Opened, generation: Any, seed: int, system: str | None, tools: tuple[dict[str, Any], ...] = ()
+    ) -> None:
         self.model, self.tokenizer, self.precision = opened.model, opened.tokenizer, opened.precision
         self.generation, self.seed = generation, seed
         self.system = system
         self.turns: list[Turn] = []
         """What has been said and is not forgotten, without the system message."""
+        self.tools = tools
+        self.waiting: list[ToolCall] = []
+        """Calls of the last answer whose results are not given."""
+        self._results: list[Turn] = []
 
-    def ask(self, text: str, show: Any, stoppable: AbstractContextManager[Any] = _ANYWHERE) -> int:
-        """Answer ``text`` with pieces that ``show`` receives; returns how many old turns were forgotten for want of
+    def forget(self) -> None:
+        """Begin anew."""
+        self.turns, self.waiting, self._results = [], [], []
+
+    def result(self, text: str) -> bool:
+        """Take the result of the first call that waits; returns whether it was the last, and :meth:`ask` may go on."""
+        call = self.waiting.pop(0)
+        self._results.append(Turn("tool", text, tool_call_id=call.id, name=call.name))
+        return not self.waiting
+
+    def ask(self, text: str | None, show: Any, stoppable: AbstractContextManager[Any] = _ANYWHERE) -> int:
+        """Answer ``text``, or the results of calls where it is None, with pieces that ``show`` receives; returns how many old turns were forgotten for want of
         room. Raises :class:`UsageError` where a question has no room or no place; it is then not part of the
         conversation. An answer that is interrupted remains as far as it was shown; where ``stoppable`` is a
         :class:`CtrlC`, it is interrupted while it is computed, and not while the conversation is written down.
         """
+        from sft.data.calls import calls_in
         from sft.data.encoding import encode_prompt, fitting
         from sft.models.generation import answers, check_room
 
         head = [Turn("system", self.system)] if self.system else []
         positions = self.model.architecture.positions
-        asked = [*head, *self.turns, Turn("user", text)]
+        new = [] if text is None else [Turn("user", text)]
+        asked = Conversation([*head, *self.turns, *self._results, *new], tools=self.tools)
         kept = fitting(asked, self.tokenizer, positions - self.generation.max_new_tokens)
         ids = encode_prompt(kept, self.tokenizer)
         check_room(ids, self.generation, positions)
@@ -120,11 +160,15 @@ class Chat:
                 answers(self.model, self.tokenizer, [ids], self.generation, self.seed, keep)
         finally:
             if pieces:
-                self.turns = [*kept[len(head) :], Turn("assistant", "".join(pieces))]
+                said, calls = calls_in("".join(pieces), self.tools)
+                self.turns = [*kept[len(head) :], Turn("assistant", said, tool_calls=calls)]
+                self.waiting, self._results = list(calls), []
         return len(asked) - len(kept)
 
 
-def _answer(chat: Chat, text: str, stoppable: AbstractContextManager[Any]) -> None:
+def _answer(chat: Chat, text: str | None, stoppable: AbstractContextManager[Any]) -> None:
+    from sft.data.calls import shown_call
+
     try:
         forgotten = chat.ask(text, lambda piece: put_out(piece, nl=False), stoppable)
     except UsageError as error:
@@ -134,6 +178,8 @@ def _answer(chat: Chat, text: str, stoppable: AbstractContextManager[Any]) -> No
         say("(stopped)")
     else:
         click.echo()
+        for call in chat.waiting:
+            say(f"(call: {shown_call(call)}; {RESULT})")
         if forgotten:
             say(f"({forgotten} old turns no longer fit into the model's positions and were left out)")
 

@@ -21,11 +21,12 @@ from sft.commands.shared import (
     put_out,
     say,
     setting_options,
+    tools_option,
     typed_values,
 )
 from sft.errors import UsageError
 from sft.progress import Progress, Task
-from sft.seams import Turn
+from sft.seams import Conversation, Turn
 from sft.settings.arguments import Settings, check_draw
 from sft.small_files import read_text
 
@@ -43,9 +44,10 @@ USES = ("sft generate", ("sft_model_family", "sft_model_config", "sft_quantizer"
 @click.option(
     "--prompts_file", "--prompts-file", "file", callback=path_of,
     help="A file of prompts, one a line, or of data records (.json, .csv and so on), whose last answer is left out or "
-    'missing; {"prompt": TEXT} is one too.',
+    'missing; {"prompt": TEXT} is one too. Tools that a record has are offered.',
 )  # fmt: skip
-@setting_options("chat_template", *GENERATION, chat_template=TEMPLATE, seed=SEED)
+@tools_option("for prompts whose records have none")
+@setting_options("chat_template", "enable_thinking", *GENERATION, chat_template=TEMPLATE, seed=SEED)
 @click.option(
     "--batch_size", "--batch-size", type=click.IntRange(1), metavar="N",
     help=f"Prompts that are answered together.  [default: {BATCH_SIZE}; 1 when streaming]",
@@ -54,13 +56,19 @@ USES = ("sft generate", ("sft_model_family", "sft_model_config", "sft_quantizer"
     "--stream/--no-stream", default=None,
     help="Print an answer as it grows.  [default: in a terminal, for a single prompt]",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line: prompt, answer, and any reference.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print a JSON object a line: prompt, answer, and any calls of tools and reference.",
+)
 def command(
     model: str,
     adapter: str | None,
     plugins: tuple[str, ...],
     prompts: tuple[str, ...],
     file: str | None,
+    tools: str | None,
     batch_size: int | None,
     stream: bool | None,
     as_json: bool,
@@ -71,7 +79,11 @@ def command(
     Without --prompt and --prompts_file, each line of standard input is a prompt. Answers go to standard output,
     everything else to standard error. The likeliest token is taken at each step (top_k 1); --top_k 0 or another
     number draws, with top_p and temperature.
+
+    Calls of tools stand in an answer as the model writes them; those that can be read are told on standard error too,
+    and with --json as calls.
     """
+    from sft.data.calls import read_tools
     from sft.inference.open import opened, settings_for
 
     if prompts and file:
@@ -81,7 +93,9 @@ def command(
     folder = Path(adapter) if adapter else None
     chosen, active = settings_for(folder, plugins, {"model_name_or_path": model, **typed_values(settings)}, USES)
     check_draw(chosen.generation)
+    offered = read_tools(Path(tools)) if tools else ()
     questions = list(_records(Path(file), active) if file else _texts(prompts or _standard_input()))
+    questions = [(turns if turns.tools else Conversation(turns, turns.place, offered), a) for turns, a in questions]
     if not questions:
         raise UsageError(f"{file or 'Standard input'} has no prompt; give --prompt TEXT, a file or lines of text.")
     if stream is None:
@@ -92,15 +106,16 @@ def command(
 
 
 def _answer(
-    found: Opened, chosen: Settings, questions: list[tuple[list[Turn], str | None]], size: int, stream: bool,
+    found: Opened, chosen: Settings, questions: list[tuple[Conversation, Turn | None]], size: int, stream: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Answer the ``questions``, ``size`` at a time, and print the answers."""
-    from sft.data.encoding import encode_prompt
+    from sft.data.calls import calls_in, shown_call
+    from sft.data.encoding import checked, encode_prompt, reference_of
     from sft.models.generation import answers, check_room, unit
 
     generation, tokenizer = chosen.generation, found.tokenizer
-    encoded = [encode_prompt(turns, tokenizer) for turns, _ in questions]
+    encoded = [checked(lambda turns: encode_prompt(turns, tokenizer), turns) for turns, _ in questions]
     for ids in encoded:  # before the first answer
         check_room(ids, generation, found.model.architecture.positions)
     with (
@@ -113,13 +128,19 @@ def _answer(
             batch, show = encoded[start : start + size], _show if stream else None
             advanced = partial(_advance, task, start)
             texts = answers(found.model, tokenizer, batch, generation, chosen.training.seed, show, advanced)
-            for text, (turns, reference) in zip(texts, questions[start : start + size], strict=True):
+            for text, (turns, answer) in zip(texts, questions[start : start + size], strict=True):
+                calls = calls_in(text, turns.tools)[1]
                 if as_json:
-                    line = {"prompt": turns[-1].content, "answer": text}
-                    line.update({} if reference is None else {"reference": reference})
+                    line: dict[str, Any] = {"prompt": turns[-1].content, "answer": text}
+                    if calls:
+                        line["calls"] = [{"name": call.name, "arguments": call.arguments} for call in calls]
+                    if answer is not None:
+                        line["reference"] = reference_of(turns, answer, tokenizer)
                     put_out(json.dumps(line, ensure_ascii=False))
                 else:
                     put_out("" if stream else text)
+                    for call in calls:
+                        say(f"call: {shown_call(call)}")
 
 
 def _advance(task: Task, before: int, tokens: int, answers: float) -> None:
@@ -136,13 +157,14 @@ def _standard_input() -> Iterator[str]:
     return (line.rstrip("\r\n") for line in lines_of_standard_input())
 
 
-def _texts(lines: Any) -> Iterator[tuple[list[Turn], str | None]]:
-    return (([Turn("user", line)], None) for line in lines if line.strip())
+def _texts(lines: Any) -> Iterator[tuple[Conversation, Turn | None]]:
+    return ((Conversation([Turn("user", line)]), None) for line in lines if line.strip())
 
 
-def _records(path: Path, plugins: Plugins) -> Iterator[tuple[list[Turn], str | None]]:
+def _records(path: Path, plugins: Plugins) -> Iterator[tuple[Conversation, Turn | None]]:
     """Conversations to answer, and what their records have as the answer; each line of a text file is a question."""
-    from sft.data.formats import Formats
+    from sft.data.encoding import before_last_answer
+    from sft.data.formats import ASKING, Formats
     from sft.data.sources import SUFFIXES, read
 
     if path.suffix not in SUFFIXES:
@@ -151,4 +173,4 @@ def _records(path: Path, plugins: Plugins) -> Iterator[tuple[list[Turn], str | N
     formats = Formats(plugins)
     for record in read([path]):
         turns = formats.turns(record, needs_target=False)
-        yield (turns, None) if turns[-1].role == "user" else turns.before_last_answer()
+        yield (turns, None) if turns[-1].role in ASKING else before_last_answer(turns)

@@ -61,6 +61,16 @@ def model_options(plugin: str) -> Callable[[Any], Any]:
     return add
 
 
+def tools_option(more: str = "") -> Callable[[Any], Any]:
+    """The option that offers tools; ``more`` is said of them."""
+    return click.option(
+        "--tools",
+        metavar="FILE",
+        callback=path_of,
+        help=f"A JSON file with a list of tools that the model may call{', ' if more else ''}{more}.",
+    )
+
+
 def path_of(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """The callback of an option that names a file or folder: refuses what no file can be called."""
     if value is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sft.data.templates import Written
+from sft.data.thoughts import parted
 from sft.errors import UsageError
 from sft.foreign_text import quoted
 from sft.seams import Turn
@@ -16,10 +17,13 @@ def holds_answer(turns: list[Turn], written: Written) -> bool:
 
     Raises :class:`UsageError` where nothing of it does: the model would learn what is left of the template.
     """
-    answer = next(turn.content for turn in reversed(turns) if turn.trains)
+    turn = next(turn for turn in reversed(turns) if turn.trains)
     piece = next(piece for piece in reversed(written.pieces) if piece.targets)
-    text = piece.text[slice(*piece.targets[-1])]
+    answer, text = turn.content, piece.text[slice(*piece.targets[-1])]
     if answer.strip() in text:
+        return True
+    thought, rest = parted(turn)
+    if thought is not None and rest.strip() in text and thought.strip() in piece.text:
         return True
     answer, text = "".join(answer.split()), "".join(text.split())
     if answer in text:

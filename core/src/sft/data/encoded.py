@@ -49,6 +49,23 @@ class Counts:
     """Records whose last answer does not stand as it is in what is learned: the template leaves some of it out."""
     records_without_end: int = 0
     """Records whose template teaches the model no token on which to stop."""
+    calls: int = 0
+    """Tool calls in answers that are learned."""
+    calls_rewritten_by_template: int = 0
+    """Those in ``answers_rewritten_by_template``."""
+    thoughts: int = 0
+    """Thoughts that are learned with their answers, but for empty ones."""
+    empty_thoughts: int = 0
+    """Empty thoughts that are learned: the model learns not to think."""
+    thoughts_left_out: int = 0
+    """Thoughts in answers that are learned without them (``train_on_thoughts``)."""
+    empty_thoughts_left_out: int = 0
+    """The same of empty thoughts."""
+    thoughts_removed_by_template: int = 0
+    """Thoughts that the records have and the model does not see: the template takes them out of past answers."""
+    thoughts_put_before_answer: int = 0
+    """Thoughts that stand beside their answers in the records, and are written before them between ``<think>`` and
+    ``</think>``, because the template takes them in no other way."""
     tokens: int = 0
     target_tokens: int = 0
 
@@ -63,6 +80,14 @@ class Counts:
             "answers_rewritten_by_template": "{} answers rewritten by template",
             "answers_altered_by_template": "{} answers altered by template",
             "records_without_end": "{} records without end",
+            "calls": "{} calls learned",
+            "calls_rewritten_by_template": "{} calls rewritten by template",
+            "thoughts": "{} thoughts learned",
+            "empty_thoughts": "{} empty thoughts learned",
+            "thoughts_left_out": "{} thoughts not learned",
+            "empty_thoughts_left_out": "{} empty thoughts not learned",
+            "thoughts_removed_by_template": "{} thoughts removed by template",
+            "thoughts_put_before_answer": "{} thoughts written between <think> and </think>",
         }
         counts = [text.format(f"{getattr(self, name):,}") for name, text in said.items() if getattr(self, name)]
         return ", ".join([f"{self.tokens:,} tokens", f"{self.target_tokens:,} target tokens", *counts])

@@ -25,6 +25,7 @@ from sft.errors import UsageError
 from sft.files import STAGING, make_folder, replaced, save_tensors, state_of
 
 if TYPE_CHECKING:
+    from sft.data.learned import Learned
     from sft.data.tokenizer import Tokenizer
     from sft.plugins.registry import Plugins
     from sft.progress import Progress
@@ -42,7 +43,8 @@ class Kept(NamedTuple):
 
 
 class EncodedCache:
-    """The encoded data of ``folder``, for runs that encode with this tokenizer, these lengths and these plugins."""
+    """The encoded data of ``folder``, for runs that encode with this tokenizer, these lengths and these plugins, and that
+    learn the same of it."""
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class EncodedCache:
         plugins: Plugins,
         tokenizer: Tokenizer,
         lengths: tuple[int, int],
+        learned: Learned,
         positions: int,
         progress: Progress,
     ) -> None:
@@ -61,6 +64,7 @@ class EncodedCache:
             "versions": {name: version(name) for name in ("sft-core", "tokenizers", "jinja2")},
             "tokenizer": tokenizer.fingerprint(),
             "lengths": lengths,
+            "learned": asdict(learned),
             "formats": list(_formats(plugins)),
         }
         make_folder(folder)

@@ -19,11 +19,11 @@ import numpy as np
 from sft.data.altered import holds_answer
 from sft.data.bad_records import LOOKED_AT, BadRecord, BadRecordError
 from sft.data.encoded import Counts, Encoded, check_fits
-from sft.data.formats import Conversation
-from sft.data.templates import Written
+from sft.data.learned import Learned, Text
+from sft.data.messages import characters
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
-from sft.seams import Turn
+from sft.seams import Conversation, Turn
 
 T = TypeVar("T")
 Group = list["list[Turn] | BadRecord"]
@@ -48,10 +48,11 @@ class Encoding:
     max_length: int
     room: tuple[Path, int] | None = None
     skips: bool = False
+    learned: Learned = Learned()
 
     def __call__(self, group: Group) -> Encoded:
         """Encode conversations, which the tokenizer gets together; records that were bad before are only listed."""
-        encoder = _Encoder(self.tokenizer, self.src_length, self.max_length, self.skips)
+        encoder = _Encoder(self.tokenizer, self.src_length, self.max_length, self.skips, self.learned)
         ids: list[np.ndarray] = []
         trained: list[np.ndarray] = []
         for tokens, targets in encoder.encode(group):
@@ -78,6 +79,7 @@ def encode(
     room: tuple[Path, int] | None = None,
     by: Callable[[Encoding, Iterator[Group]], Iterator[Encoded]] = map,
     skips: bool = False,
+    learned: Learned = Learned(),  # noqa: B008  (it never changes)
     check: Callable[[Sequence[BadRecord], int, int], None] = lambda bad, skipped, records: None,
 ) -> Encoded:
     """Encode every conversation (:class:`Encoding`), up to ``group`` at a time; ``by`` does it with each group, in
@@ -86,7 +88,7 @@ def encode(
     parts: list[Encoded] = []
     bad: list[BadRecord] = []
     looked, records = 0, 0
-    for part in by(Encoding(tokenizer, src_length, max_length, room, skips), groups):
+    for part in by(Encoding(tokenizer, src_length, max_length, room, skips, learned), groups):
         parts.append(part)
         bad += part.bad
         records += part.counts.records
@@ -112,7 +114,7 @@ def _groups(conversations: Iterable[list[Turn] | BadRecord], most: int) -> Itera
     size = 0
     for turns in conversations:
         group.append(turns)
-        size += sum(len(turn.content) for turn in turns) if isinstance(turns, list) else 0
+        size += characters(Conversation.seen(turns)) if isinstance(turns, list) else 0
         if len(group) == most or size > _LARGEST_GROUP:
             yield group
             group, size = [], 0
@@ -150,11 +152,28 @@ class Question:
     def of(conversation: Conversation, tokenizer: Tokenizer, src_length: int) -> Question:
         """What stands before the last answer that is learned, of at most ``src_length`` tokens, as training cuts it:
         the oldest turns go first, then the beginning."""
-        turns, reference = conversation.before_last_answer()
+        turns, answer = before_last_answer(conversation)
         ids = encode_prompt(fitting(turns, tokenizer, src_length), tokenizer)
         if len(ids) > src_length:
             del ids[_beginning(ids, len(ids) - src_length, tokenizer)]
-        return Question(ids, turns[-1].content if turns else "", reference)
+        return Question(ids, turns[-1].content if turns else "", reference_of(turns, answer, tokenizer))
+
+
+def before_last_answer(conversation: Conversation) -> tuple[Conversation, Turn]:
+    """The turns before the last answer that is learned, and that answer."""
+    last = max(index for index, turn in enumerate(conversation) if turn.trains)
+    return conversation.of(conversation[:last]), conversation[last]
+
+
+def reference_of(turns: Conversation, answer: Turn, tokenizer: Tokenizer) -> str:
+    """The text that a model would have to answer with after ``turns``, as answers are shown: of an answer with a thought
+    or calls what the chat template makes of it."""
+    if not answer.tool_calls and answer.reasoning is None:
+        return answer.content
+    written = tokenizer.template.training(turns.of([*turns, answer]))
+    piece = next(piece for piece in reversed(written.pieces) if piece.targets)
+    ids = tokenizer.encode(piece.text[slice(*piece.targets[-1])])
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 # --- training rows ------------------------------------------------------------------------------------------
@@ -166,12 +185,15 @@ class _Row:
 
     ids: np.ndarray
     trained: np.ndarray
-    written: Written
+    prompt: int
+    """Tokens before the first answer that is learned, or its thought if that is not."""
+    text: Text
 
 
 class _Encoder:
-    def __init__(self, tokenizer: Tokenizer, src_length: int, max_length: int, skips: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, src_length: int, max_length: int, skips: bool, learned: Learned) -> None:
         self.tokenizer = tokenizer
+        self.learned = learned
         self.src_length = src_length
         self.max_length = max_length
         self.skips = skips
@@ -218,10 +240,13 @@ class _Encoder:
         self.counts += Counts(records=1, records_skipped=1)
         return None
 
-    def _written(self, turns: list[Turn]) -> tuple[list[Turn], Written]:
+    def _written(self, turns: list[Turn]) -> tuple[list[Turn], Text]:
         """A conversation without what there is no room for, and how it is written down."""
-        kept = self._shorten(turns)
-        return kept, _checked(self.tokenizer.template.training, kept)
+        kept = self._shorten(self.learned.turns(turns))
+        return kept, self._text(kept)
+
+    def _text(self, turns: list[Turn]) -> Text:
+        return checked(partial(self.learned.text, self.tokenizer.template), turns)
 
     def _shorten(self, turns: list[Turn]) -> list[Turn]:
         """A long conversation without the oldest turns that ``max_length`` has no room for. :meth:`_fit` would come to
@@ -234,41 +259,46 @@ class _Encoder:
     def _length(self, turns: list[Turn]) -> int:
         """Tokens of a conversation, before it is made to fit."""
         template = self.tokenizer.template
-        ids = [token for text in _checked(template.texts, turns) for token in self.tokenizer.encode(text)]
+        ids = [token for text in checked(template.texts, turns) for token in self.tokenizer.encode(text)]
         return len(self.tokenizer.with_bos(ids) if template.one_bos else ids)
 
-    def _tokenize(self, texts: list[Written]) -> list[_Row]:
+    def _tokenize(self, texts: list[Text]) -> list[_Row]:
         template = self.tokenizer.template
-        found = iter(self.tokenizer.encode_spans([piece.text for written in texts for piece in written.pieces]))
+        found = iter(self.tokenizer.encode_spans([piece.text for text in texts for piece in text.pieces]))
         rows = []
-        for written in texts:
+        for text in texts:
             ids: list[int] = []
             marks: list[np.ndarray] = []
-            for piece in written.pieces:
+            answers: list[np.ndarray] = []
+            for piece, whole in zip(text.pieces, text.written.pieces, strict=True):
                 tokens, span = next(found)
                 ids += tokens
                 marks.append(_mark(len(tokens), span, piece.targets))
+                answers.append(marks[-1] if whole is piece else _mark(len(tokens), span, whole.targets))
             fixed = self.tokenizer.with_bos(ids) if template.one_bos else ids
             added = len(fixed) - len(ids)
-            trained = np.concatenate([np.zeros(max(0, added), bool), *marks])[max(0, -added) :]
-            rows.append(_Row(np.array(fixed, np.int32), trained, written))
+            trained, answered = (
+                np.concatenate([np.zeros(max(0, added), bool), *parts])[max(0, -added) :] for parts in (marks, answers)
+            )
+            rows.append(_Row(np.array(fixed, np.int32), trained, _prompt_length(answered), text))
         return rows
 
     def _fit(self, turns: list[Turn], row: _Row) -> tuple[_Row, Counts]:
         """The row cut to what there is room for, and what it lost."""
         counts, longest = Counts(), self.src_length
-        while len(row.ids) > self.max_length or _prompt_length(row.trained) > longest:
+        while len(row.ids) > self.max_length or row.prompt > longest:
             shorter = _without_oldest(turns)
             if shorter is None or not any(turn.trains for turn in shorter):
                 break
             counts.turns_dropped += len(turns) - len(shorter)
             turns = shorter
-            [row] = self._tokenize([_checked(self.tokenizer.template.training, turns)])
-        counts.answers_rewritten_by_template = row.written.rewritten
-        counts.records_without_end = int(not row.written.ends)
-        counts.answers_altered_by_template = int(not _checked(partial(holds_answer, written=row.written), turns))
-        ids, trained = row.ids, row.trained
-        prompt = _prompt_length(trained)
+            [row] = self._tokenize([self._text(turns)])
+        written = row.text.written
+        counts.answers_rewritten_by_template = written.rewritten
+        counts.records_without_end = int(not written.ends)
+        counts.answers_altered_by_template = int(not checked(partial(holds_answer, written=written), turns))
+        counts += row.text.counts
+        ids, trained, prompt = row.ids, row.trained, row.prompt
         if longest >= self.max_length and len(ids) > self.max_length:
             longest = max(self.max_length // 2, self.max_length - (len(ids) - prompt))
         if prompt > longest:
@@ -278,10 +308,10 @@ class _Encoder:
         if len(ids) > self.max_length:
             counts.targets_truncated = 1
             ids, trained = ids[: self.max_length], trained[: self.max_length]
-        return _Row(ids, trained, row.written), counts
+        return _Row(ids, trained, prompt, row.text), counts
 
 
-def _checked(write: Callable[[list[Turn]], T], turns: list[Turn]) -> T:
+def checked(write: Callable[[list[Turn]], T], turns: list[Turn]) -> T:
     """What ``write`` makes of ``turns``; what it refuses is said with the place of the record."""
     try:
         return write(turns)
@@ -333,7 +363,7 @@ class _Suffixes:
         if number == 0:
             return self._turns
         start = self._starts[number - 1]
-        return Conversation(self._turns[: self._head] + self._turns[start:], getattr(self._turns, "place", None))
+        return Conversation.seen(self._turns).of(self._turns[: self._head] + self._turns[start:])
 
     def longest(self, most: int, length: Callable[[list[Turn]], int]) -> list[Turn]:
         """The first that has at most ``most`` tokens, the last one if none has. Few are measured: the tokens of all

@@ -6,33 +6,23 @@ formats (``sft_record_format``) and are asked first.
 
 from __future__ import annotations
 
-import json
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sft.data.bad_records import BadRecord, BadRecordError, Place
+from sft.data.messages import characters, messages, sharegpt
 from sft.data.sources import Record
+from sft.data.texts import answer_of, optional_of, system_of, text_of
 from sft.errors import PluginError
 from sft.foreign_text import listed
 from sft.plugins.registry import Plugins
-from sft.seams import Turn
+from sft.seams import Conversation, Turn
 
+ASKING = ("user", "tool")
+"""Roles of turns that an answer follows."""
 LONGEST = 4_000_000
 """Characters of a record: a tokenizer takes some five seconds and a gigabyte for so many, War and Peace has fewer."""
-
-
-class Conversation(list[Turn]):
-    """The turns of a record, and where it stands, for what can only be found wrong later."""
-
-    def __init__(self, turns: Iterable[Turn], place: Place | None = None) -> None:
-        super().__init__(turns)
-        self.place = place
-
-    def before_last_answer(self) -> tuple[list[Turn], str]:
-        """The turns before the last answer that is learned, and that answer."""
-        last = max(index for index, turn in enumerate(self) if turn.trains)
-        return self[:last], self[last].content
 
 
 class Formats:
@@ -75,12 +65,13 @@ class Formats:
                 f": this record is {name}, and {self._place} is {self.name}; keep the records of one format in a data "
                 "set.",
             )
-        asks = not needs_target and bool(turns) and turns[-1].role == "user"
+        asks = not needs_target and bool(turns) and turns[-1].role in ASKING
         if not asks and not any(turn.trains for turn in turns):
             raise BadRecordError(
                 record.place, ": no turn of this record is a target, so nothing can be learned from it."
             )
-        length = sum(len(turn.content) for turn in turns)
+        conversation = Conversation(turns, record.place, getattr(turns, "tools", ()))
+        length = characters(conversation)
         if length > LONGEST:
             raise BadRecordError(
                 record.place,
@@ -88,7 +79,7 @@ class Formats:
             )
         if not self.name:
             self.name, self._place = name, record.place
-        return Conversation(turns, record.place)
+        return conversation
 
     def _read(self, value: dict[str, Any], needs_target: bool) -> tuple[str, list[Turn]]:
         for plugin in self._providers:
@@ -96,7 +87,7 @@ class Formats:
             if turns is not None:
                 return f"the format of plugin {plugin}", turns
         if not needs_target and _is_prompt(value):
-            return "a prompt", [Turn("user", _text(value["prompt"], '"prompt"'))]
+            return "a prompt", [Turn("user", text_of(value["prompt"], '"prompt"'))]
         name = recognise(value)
         return name, FORMATS[name][1](value, needs_target)
 
@@ -142,7 +133,7 @@ def src_tgt(record: Mapping[str, Any], needs_target: bool = True) -> list[Turn]:
     if isinstance(context, dict) and set(context) - {"system"}:
         unknown = listed(sorted(set(context) - {"system"}))
         raise ValueError(f'"context" has {unknown}, and only "system" is known there; take the rest out.')
-    turns = _system(context) if isinstance(context, dict) else []
+    turns = system_of(context) if isinstance(context, dict) else []
     for source, target in zip(sources, targets, strict=not asks):
         turns += [Turn("user", source), Turn("assistant", target, trains=True)]
     return [*turns, Turn("user", sources[-1])] if asks else turns
@@ -158,88 +149,20 @@ def alpaca(record: Mapping[str, Any], needs_target: bool = True) -> list[Turn]:
                 f'the record has no "{key}" (its keys: {found}); each needs "instruction" and "output", and may have '
                 '"input".'
             )
-    given = _optional(record, "input")
-    instruction = _text(record["instruction"], '"instruction"')
+    given = optional_of(record, "input")
+    instruction = text_of(record["instruction"], '"instruction"')
     question = f"{instruction}\n{given}" if instruction and given else instruction + given
-    turns = _system(record)
+    turns = system_of(record)
     history = record.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise ValueError(f'"history" must be a list of [question, answer], not {reprlib.repr(history)}.')
     for number, (earlier, reply) in enumerate(history, start=1):
-        turns.append(Turn("user", _text(earlier, f'question {number} of "history"')))
-        turns.append(Turn("assistant", _answer(reply, f'answer {number} of "history"'), trains=True))
+        turns.append(Turn("user", text_of(earlier, f'question {number} of "history"')))
+        turns.append(Turn("assistant", answer_of(reply, f'answer {number} of "history"'), trains=True))
     turns.append(Turn("user", question))
     if record.get("output") is None:
         return turns
-    return [*turns, Turn("assistant", _answer(record["output"], '"output"'), trains=True)]
-
-
-# --- lists of messages --------------------------------------------------------------------------------------
-
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-
-
-def messages(record: Mapping[str, Any], needs_target: bool = True) -> list[Turn]:
-    """``messages`` with ``role`` and ``content``; ``weight`` 0 excludes an answer from what is learned."""
-    return _conversation(record, "messages")
-
-
-def sharegpt(record: Mapping[str, Any], needs_target: bool = True) -> list[Turn]:
-    """``conversations`` with ``from`` (human, gpt, system) and ``value``, or with ``role`` and ``content``."""
-    return _conversation(record, "conversations")
-
-
-def _conversation(record: Mapping[str, Any], key: str) -> list[Turn]:
-    value = record[key]
-    if not isinstance(value, list) or not value:
-        raise ValueError(f'"{key}" must be a list of at least one message, not {reprlib.repr(value)}.')
-    if _has_tools(record.get("tools")):
-        raise ValueError(
-            'the record has "tools", which are not supported; take "tools" out, or the record where its answers call '
-            "them."
-        )
-    turns = _system(record)
-    if turns and isinstance(value[0], dict) and "system" in (value[0].get("role"), value[0].get("from")):
-        raise ValueError(f'"system" and the first message of "{key}" both are system turns; keep one.')
-    turns += [_message(message, f'message {number} of "{key}"') for number, message in enumerate(value, start=1)]
-    first = next(turn for turn in [*turns, Turn("", "")] if turn.role != "system")
-    if first.role == "assistant" and first.trains:
-        raise ValueError(
-            f'"{key}" begins with an answer to nothing; begin with a user\'s message, or give it weight 0.'
-        )
-    return turns
-
-
-def _has_tools(value: Any) -> bool:
-    """Whether there are any: some data sets hold the list as JSON text."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value or "null")
-        except ValueError:
-            return True
-    return bool(value)
-
-
-def _message(message: Any, what: str) -> Turn:
-    if not isinstance(message, dict):
-        raise ValueError(f"{what} must be an object with role and content, not {reprlib.repr(message)}.")
-    names = ("from", "value") if message.get("role") is None and "from" in message else ("role", "content")
-    for name in names:
-        if name not in message:
-            raise ValueError(f'{what} has no "{name}" (its keys: {listed(message)}).')
-    role = message[names[0]]
-    if not isinstance(role, str) or role not in ROLES:
-        known = ", ".join(ROLES)
-        raise ValueError(f"{what} has the role {reprlib.repr(role)}; known are {known}: take the record out.")
-    for name in ("tool_calls", "function_call"):
-        if message.get(name):
-            raise ValueError(f'{what} has "{name}", which is not supported; take the record out.')
-    weight = message.get("weight")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise ValueError(f'{what} has the weight {reprlib.repr(weight)}; "weight" must be 0 or 1.')
-    trains = ROLES[role] == "assistant" and weight != 0
-    content = message[names[1]]
-    return Turn(ROLES[role], _answer(content, what) if trains else _text(content, what), trains)
+    return [*turns, Turn("assistant", answer_of(record["output"], '"output"'), trains=True)]
 
 
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[..., list[Turn]]]] = {
@@ -252,37 +175,8 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[..., list[Turn]]]] = {
 ``needs_target`` is false; a list of messages ends as it likes."""
 
 
-# --- texts --------------------------------------------------------------------------------------------------
-
-
-def _system(record: Mapping[str, Any]) -> list[Turn]:
-    text = _optional(record, "system")
-    return [Turn("system", text)] if text.strip() else []
-
-
-def _optional(record: Mapping[str, Any], key: str) -> str:
-    return "" if record.get(key) is None else _text(record[key], f'"{key}"')
-
-
 def _texts(value: Any, key: str) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f'"{key}" must be text or a list of texts, not {reprlib.repr(value)}.')
-    return [_answer(text, f'"{key}"') if key == "tgt" else _text(text, f'"{key}"') for text in texts]
-
-
-def _answer(value: Any, what: str) -> str:
-    text = _text(value, what)
-    if not text.strip():
-        raise ValueError(f"{what} is empty; remove the record or give it an answer.")
-    return text
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{what} must be text, not {reprlib.repr(value)}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} holds half of a surrogate pair, which is no text; correct it.") from None
-    return value
+    return [answer_of(text, f'"{key}"') if key == "tgt" else text_of(text, f'"{key}"') for text in texts]

@@ -10,12 +10,14 @@ import datetime
 import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sft.data.template_habits import Habits, texts_of
 from sft.data.templates import Marks, Source, Written, WrittenText
+from sft.data.thoughts import without_empty, without_empty_end
 from sft.errors import UsageError
-from sft.seams import Turn
+from sft.seams import Conversation, Turn
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _DATE = re.compile(r"""strftime_now\s*\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
@@ -33,71 +35,93 @@ class _OfThread(threading.local):
 
 
 class JinjaTemplate:
-    """A Hugging Face chat template; ``now`` is what it is told the date is."""
+    """A Hugging Face chat template; ``now`` is what it is told the date is, ``told`` what else it is told by name."""
 
     one_bos = True
 
-    def __init__(self, source: Source, marks: Marks, now: datetime.datetime) -> None:
+    def __init__(
+        self, source: Source, marks: Marks, now: datetime.datetime, told: Mapping[str, Any] | None = None
+    ) -> None:
         self.place = source.place
         self.marks = marks
+        self.habits = Habits(self._write, source.place)
+        self._told = dict(told or {})
         self._source = source.text
         self._now = now
         self._mine = _OfThread()
         self._has_blocks = bool(_GENERATION.search(source.text))
 
+    @property
+    def takes_thoughts(self) -> bool:
+        return self.habits.thought is not None
+
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
-        return self._render(turns, add_generation_prompt)[0]
+        return self._render(Conversation.seen(turns), add_generation_prompt)[0]
 
     def prompt(self, turns: Sequence[Turn]) -> list[str]:
-        return [self.render(turns, add_generation_prompt=True)]
+        conversation = Conversation.seen(turns)
+        text = self.render(conversation, add_generation_prompt=True)
+        self.habits.check(conversation, text)
+        return [text]
 
     def training(self, turns: Sequence[Turn]) -> Written:
-        turns = _learned(turns)
-        return self._by_blocks(turns) if self._has_blocks else self._by_prompts(turns)
+        conversation = _learned(turns)
+        written = self._by_blocks(conversation) if self._has_blocks else self._by_prompts(conversation)
+        self.habits.check(conversation, written.pieces[0].text)
+        return written
 
     def texts(self, turns: Sequence[Turn]) -> list[str]:
         if self._has_blocks:
             return [piece.text for piece in self.training(turns).pieces]
-        text = self.render(_learned(turns))
+        conversation = _learned(turns)
+        text = self.render(conversation)
+        self.habits.check(conversation, text)
         end = self.marks.end_of_turn(text)
         return [text[:end] if end is not None else text + self.marks.eos]
 
     # --- which characters are learned -----------------------------------------------------------------------
 
-    def _by_prompts(self, turns: Sequence[Turn]) -> Written:
+    def _by_prompts(self, turns: Conversation) -> Written:
         """An earlier answer that the template writes otherwise by the end of the conversation is not learned: what
         stands there is not what the model would have had to answer."""
-        text, targets, rewritten = self.render(turns), [], 0
+        text, targets, rewritten, calls = self.render(turns), [], 0, 0
         for index, turn in enumerate(turns):
             if not turn.trains:
                 continue
-            before = self.render(turns[:index], add_generation_prompt=True)
+            before = self.render(turns.of(turns[:index]), add_generation_prompt=True)
             is_last = index + 1 == len(turns)
-            until = text if is_last else self.render(turns[: index + 1])
+            until = text if is_last else self.render(turns.of(turns[: index + 1]))
             if is_last and not until.startswith(before):
                 raise UsageError(
                     f"The chat template of {self.place} writes an answer into another text than the one it gives to be "
                     f"answered ({_difference(before, until)}), so what is learned would not be what is asked for; give "
                     "chat_template another file, or a template with generation blocks."
                 )
+            if turn.tool_calls and until.startswith(before) and not text.startswith(until):
+                # A call is no other one where the empty thought before it goes once its result is there (Qwen3).
+                answer = until[len(before) :]
+                before = without_empty_end(before)
+                until = before + without_empty(answer)
             if not (until.startswith(before) and text.startswith(until)):
                 rewritten += 1
+                calls += len(turn.tool_calls)
                 continue
             end = self.marks.end_of_turn(until)
             if end is None and is_last:  # as ``texts`` does
                 until += self.marks.eos
                 text, end = until, len(until)
             targets.append((len(before), end if end is not None else len(until)))
-        return Written((WrittenText(text[: targets[-1][1]], tuple(targets)),), rewritten)
+        return Written((WrittenText(text[: targets[-1][1]], tuple(targets)),), rewritten, calls)
 
-    def _by_blocks(self, turns: Sequence[Turn]) -> Written:
+    def _by_blocks(self, turns: Conversation) -> Written:
         """The blocks as they stand; a block belongs to the answer of the same number."""
         text, blocks = self._render(turns, False)
         answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
         if all(turns[index].trains for index in answers):
             chosen = blocks
         else:
-            if any(len(self._render(turns[: end + 1], False)[1]) != n for n, end in enumerate(answers, start=1)):
+            parts = [turns.of(turns[: end + 1]) for end in answers]
+            if any(len(self._render(part, False)[1]) != number for number, part in enumerate(parts, start=1)):
                 raise UsageError(
                     f"The chat template of {self.place} has not one generation block for each answer, so an answer "
                     "that is not to be learned cannot be told from the others; learn from all, or take it out."
@@ -107,33 +131,47 @@ class JinjaTemplate:
         if not chosen:
             raise UsageError(
                 f"The chat template of {self.place} puts no text into its generation blocks for a conversation of "
-                f"{_roles(turns)}; correct the template."
+                f"{_roles(self.habits.messages(turns))}; correct the template."
             )
         text = text[: chosen[-1][1]]
         ends = self.marks.end_of_turn(text) is not None
-        return Written((WrittenText(text, tuple(chosen)),), max(0, len(answers) - len(blocks)), ends)
+        return Written((WrittenText(text, tuple(chosen)),), max(0, len(answers) - len(blocks)), ends=ends)
 
     # --- rendering ------------------------------------------------------------------------------------------
 
-    def _render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _render(self, turns: Conversation, add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the ranges of characters that come from generation blocks."""
+        variables = {"add_generation_prompt": add_generation_prompt, **self._told}
+        return self._written(self.habits.messages(turns), turns.tools, texts_of(turns), variables)
+
+    def _write(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
+        """What it writes of messages that are none of a record's."""
+        texts = [json.dumps(value, ensure_ascii=False) for value in (*messages, *tools)]
+        return self._written(messages, tools, texts, {"add_generation_prompt": False, **self._told})[0]
+
+    def _written(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[dict[str, Any]],
+        texts: list[str],
+        variables: Mapping[str, Any],
+    ) -> tuple[str, list[tuple[int, int]]]:
         environment, template = self._compiled()
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         if self._has_blocks:
-            self._mine.edges = _unused_characters([turn.content for turn in turns])
-        variables = {
+            self._mine.edges = _unused_characters(texts)
+        values = {
             "messages": messages,
-            "add_generation_prompt": add_generation_prompt,
-            "tools": None,
+            "tools": list(tools) or None,
             "documents": None,
+            **variables,
             **self.marks.special,
         }
         try:
-            text = environment.written(template, [turn.content for turn in turns], variables)
+            text = environment.written(template, texts, values)
         except Exception as error:
             cause = " ".join(str(error).split()).rstrip(".")
             raise UsageError(
-                f"The chat template of {self.place} cannot write a conversation of {_roles(turns)}: {cause}."
+                f"The chat template of {self.place} cannot write a conversation of {_roles(messages)}: {cause}."
             ) from error
         return _without_edges(text, *self._mine.edges) if self._has_blocks else (text, [])
 
@@ -217,13 +255,14 @@ def _difference(before: str, until: str) -> str:
     return f"{shown[0]} in the place of {shown[1]}"
 
 
-def _learned(turns: Sequence[Turn]) -> Sequence[Turn]:
+def _learned(turns: Sequence[Turn]) -> Conversation:
     """The turns up to the last one that trains."""
-    return turns[: 1 + max(index for index, turn in enumerate(turns) if turn.trains)]
+    conversation = Conversation.seen(turns)
+    return conversation.of(turns[: 1 + max(index for index, turn in enumerate(turns) if turn.trains)])
 
 
-def _roles(turns: Sequence[Turn]) -> str:
-    roles = [turn.role for turn in turns]
+def _roles(messages: Sequence[Mapping[str, Any]]) -> str:
+    roles = [str(message["role"]) for message in messages]
     more = f" and {len(roles) - 8:,} more turns" if len(roles) > 8 else ""
     return (", ".join(roles[:8]) or "no turn") + more
 

@@ -25,15 +25,15 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
-from sft.data.bad_records import BadRecord
+from sft.data.bad_records import BadRecord, Place
 from sft.data.encoded import Encoded
 from sft.data.encoding import Encoding, Group
-from sft.data.formats import Conversation
 from sft.data.sources import size_of
 from sft.errors import SftError, UsageError
 from sft.runtime import physical_cores, processes_of_run
-from sft.seams import Turn
+from sft.seams import Conversation, Turn
 
 PAYS_OFF = 16 << 20
 """Bytes of data from which several processes are used where nothing is said: a second or two each, to begin with."""
@@ -150,12 +150,7 @@ class _Process:
         return self._process.pid
 
     def encode(self, encoding: Encoding, group: Group) -> Encoded:
-        plain = [
-            turns
-            if isinstance(turns, BadRecord)
-            else (getattr(turns, "place", None), [(turn.role, turn.content, turn.trains) for turn in turns])
-            for turns in group
-        ]
+        plain = [turns if isinstance(turns, BadRecord) else _plain(Conversation.seen(turns)) for turns in group]
         try:
             self._connection.send((pickle.dumps(encoding), plain))
             if not self._connection.poll(_PATIENCE):
@@ -199,6 +194,22 @@ def _end(processes: list[_Process]) -> None:
         processes.pop().end()
 
 
+_TEXT = vars(Turn("", ""))
+
+
+def _plain(conversation: Conversation) -> tuple[Any, ...]:
+    """A conversation without its classes, which take longer to send than what is in it."""
+    turns = []
+    for turn in conversation:
+        more = {name: value for name, value in vars(turn).items() if value != _TEXT[name]}
+        turns.append((more.pop("role", ""), more.pop("content", ""), more.pop("trains", False), more))
+    return turns, conversation.place, conversation.tools
+
+
+def _made(turns: list[tuple[str, str, bool, dict[str, Any]]], place: Place | None, tools: Any) -> Conversation:
+    return Conversation([Turn(*turn, **more) for *turn, more in turns], place, tools)
+
+
 def serve(handle: int) -> None:
     """The other side: encode groups that come through the socket ``handle`` until it is closed."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -208,10 +219,7 @@ def serve(handle: int) -> None:
     try:
         while True:
             wanted, plain = connection.recv()
-            group = [
-                one if isinstance(one, BadRecord) else Conversation([Turn(*turn) for turn in one[1]], one[0])
-                for one in plain
-            ]
+            group: Group = [one if isinstance(one, BadRecord) else _made(*one) for one in plain]
             try:
                 if wanted != sent:  # a tokenizer takes long to read
                     sent, encoding = wanted, pickle.loads(wanted)

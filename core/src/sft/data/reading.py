@@ -13,13 +13,15 @@ from sft.data.bad_records import BadRecord, Limit
 from sft.data.encoded import NO_TARGET, Encoded
 from sft.data.encoded_cache import EncodedCache, Kept
 from sft.data.encoding import Question, encode
-from sft.data.formats import Conversation, Formats
+from sft.data.formats import Formats
+from sft.data.learned import Learned
 from sft.data.processes import Encoders, encoders, processes_for
 from sft.data.sources import Passing, read, size_of, unread
 from sft.data.stream import WINDOW, Stream
 from sft.errors import UsageError
 from sft.foreign_text import shown
 from sft.progress import duration
+from sft.seams import Conversation
 
 if TYPE_CHECKING:
     from sft.data.batches import Data
@@ -83,6 +85,7 @@ def read_data(
         )
     skips = data.on_bad_record == "skip"
     limits = {split: Limit(data.on_bad_record_limit, split) for split in ("train", "dev")}
+    learned = Learned(data.train_on, data.train_on_thoughts)
     tokens_of = partial(
         encode,
         tokenizer=tokenizer,
@@ -90,6 +93,7 @@ def read_data(
         max_length=data.max_length,
         room=(model, sizes.positions),
         skips=skips,
+        learned=learned,
     )
     say(f"chat template: {tokenizer.template_name}")
 
@@ -138,7 +142,7 @@ def read_data(
     cache = None
     if data.encoded_cache is not None:
         folder, lengths = Path(data.encoded_cache).expanduser(), (data.src_length, data.max_length)
-        cache = EncodedCache(folder, plugins, tokenizer, lengths, sizes.positions, progress)
+        cache = EncodedCache(folder, plugins, tokenizer, lengths, learned, sizes.positions, progress)
 
     def encoded(files: list[Path], split: str) -> Encoded:
         place = cache.place(files) if cache else None

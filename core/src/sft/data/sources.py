@@ -206,7 +206,7 @@ def _of_line(line: str, place: Place, skips: bool) -> dict[str, Any]:
     if skips:
         check_text(line, place)
     try:
-        value = _DECODER.decode(line.rstrip("\r\n"))
+        value = DECODER.decode(line.rstrip("\r\n"))
     except (ValueError, RecursionError) as error:
         if not isinstance(error, json.JSONDecodeError):
             raise BadRecordError(place, f" cannot be read as JSON ({error}); correct it.") from error
@@ -234,7 +234,7 @@ def _read_array(path: Path, text: str, skips: bool) -> Iterator[Found]:
         place = Place(path, line, number)
         try:
             try:
-                value, position = _DECODER.raw_decode(text, position)
+                value, position = DECODER.raw_decode(text, position)
             except json.JSONDecodeError as error:
                 raise UsageError(
                     f"{Place(path, error.lineno, number)} is not JSON ({error.msg}); correct the array there."
@@ -268,7 +268,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _not_utf8(path: Path) -> int:

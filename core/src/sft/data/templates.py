@@ -14,9 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from sft.data.template_habits import refuse_tools
+from sft.data.thoughts import with_thought
 from sft.errors import UsageError
 from sft.foreign_text import listed, quoted
-from sft.seams import Turn
+from sft.seams import Conversation, Turn
 from sft.small_files import check_links, is_there, read_object, read_text, why
 
 JINJA_FILE = "chat_template.jinja"
@@ -38,6 +40,8 @@ class Written:
     pieces: tuple[WrittenText, ...]
     rewritten: int = 0
     """Answers that were to be learned and are not, because the template writes them otherwise once they are past."""
+    calls_rewritten: int = 0
+    """The tool calls in these."""
     ends: bool = True
     """Whether what is learned ends with a token on which an answer can stop."""
 
@@ -61,8 +65,14 @@ class Marks:
 class Template(Protocol):
     """How a conversation is written."""
 
+    marks: Marks
     one_bos: bool
     """Whether the tokenizer's BOS is added where it is missing and doubled ones go; if not, tokens stay as written."""
+
+    @property
+    def takes_thoughts(self) -> bool:
+        """Whether it takes the thought of an answer apart from its content; if not, it is written before that."""
+        ...
 
     def training(self, turns: Sequence[Turn]) -> Written:
         """The text up to the last answer that trains. Raises :class:`UsageError` where no mask would be right."""
@@ -202,13 +212,14 @@ class Plain:
     """No template: turns follow each other, and answers end with end-of-text. Tokenised apart, as they are used."""
 
     one_bos = True
+    takes_thoughts = False
 
     def __init__(self, marks: Marks) -> None:
         self.marks = marks
 
     def training(self, turns: Sequence[Turn]) -> Written:
         last = max(index for index, turn in enumerate(turns) if turn.trains)
-        texts = self.prompt(turns[: last + 1])
+        texts = self.prompt(Conversation.seen(turns).of(turns[: last + 1]))
         pieces = zip(texts, turns, strict=False)
         return Written(tuple(WrittenText(text, ((0, len(text)),) if turn.trains else ()) for text, turn in pieces))
 
@@ -216,7 +227,8 @@ class Plain:
         return [piece.text for piece in self.training(turns).pieces]
 
     def prompt(self, turns: Sequence[Turn]) -> list[str]:
-        return [turn.content + (self.marks.eos if turn.role == "assistant" else "") for turn in turns]
+        refuse_tools(Conversation.seen(turns), "A text without chat template")
+        return [with_thought(turn) + (self.marks.eos if turn.role == "assistant" else "") for turn in turns]
 
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
         return "".join(self.prompt(turns))
@@ -240,6 +252,7 @@ class Pairs:
     """
 
     one_bos = False
+    takes_thoughts = False
 
     def __init__(self, source: Source, marks: Marks) -> None:
         self.place = source.place
@@ -249,6 +262,7 @@ class Pairs:
 
     def training(self, turns: Sequence[Turn]) -> Written:
         last = max(index for index, turn in enumerate(turns) if turn.trains)
+        refuse_tools(Conversation.seen(turns), f"Chat template {self.place}")
         texts, targets = self._parts(turns[: last + 1], {"is_training": True})
         pieces = tuple(
             WrittenText(t, ((0, len(t)),) if target else ()) for t, target in zip(texts, targets, strict=True)
@@ -259,6 +273,7 @@ class Pairs:
         return [piece.text for piece in self.training(turns).pieces]
 
     def prompt(self, turns: Sequence[Turn]) -> list[str]:
+        refuse_tools(Conversation.seen(turns), f"Chat template {self.place}")
         if not turns or turns[-1].role != "user":
             raise UsageError(f"Chat template {self.place} writes a prompt that ends with the user's turn; add one.")
         context: dict[str, Any] = {"is_training": False}
@@ -302,7 +317,7 @@ class Pairs:
         for index, (user, bot) in enumerate(pairs):
             context.update(is_first=index == 0, is_last=length is None and index + 1 == len(pairs))
             for part in self._values["conversation"]:
-                texts.append(self._write(part, user=user.content, bot=bot.content, index=index, **context))
+                texts.append(self._write(part, user=user.content, bot=with_thought(bot), index=index, **context))
             targets += [False, bot.trains]
         return texts, targets
 

@@ -14,7 +14,7 @@ from sft.data.jinja_template import JinjaTemplate, written_dates
 from sft.data.templates import JINJA_FILE, PAIRS_FILE, Marks, Pairs, Plain, Template, find_source
 from sft.errors import UsageError
 from sft.foreign_text import quoted
-from sft.seams import Turn
+from sft.seams import ToolCall, Turn
 from sft.small_files import is_there, read_bytes, read_object, why
 
 FILES = (
@@ -34,15 +34,23 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 class Tokenizer:
     """Text ↔ token ids exactly as ``tokenizer.json`` says, special tokens, and the chat template if there is one."""
 
-    def __init__(self, folder: Path, now: datetime.datetime | None = None, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        now: datetime.datetime | None = None,
+        chat_template: str | None = None,
+        enable_thinking: bool | None = None,
+    ) -> None:
         """``now`` is what templates that print the date are told; a resumed run keeps that of its beginning.
 
         ``chat_template``: a file, the folder of a tokenizer whose template is wanted, or none; unset, ``folder``'s own.
+        ``enable_thinking`` is told to the template, too, unless it is None.
         """
         from tokenizers import Tokenizer as Backend
 
         self.folder = folder
         self._given = chat_template
+        self._enable_thinking = enable_thinking
         self._files = {name: read_bytes(folder / name) for name in FILES if is_there(folder / name)}
         self.now = now or datetime.datetime.now()
         path = folder / "tokenizer.json"
@@ -73,7 +81,7 @@ class Tokenizer:
 
     def __reduce__(self) -> Any:
         """For another process: it reads the files again, where the path of a chat template means the same."""
-        return Tokenizer, (self.folder, self.now, self._given)
+        return Tokenizer, (self.folder, self.now, self._given, self._enable_thinking)
 
     # --- ids ------------------------------------------------------------------------------------------------
 
@@ -149,7 +157,20 @@ class Tokenizer:
             end = self.marks.end_of_turn(text)
             last = self.encode(text[:end])[-1] if end is not None else ids[0]
             ids += [last] if last not in ids else []
-        return ids
+        return ids + self._ends_of_calls(ids)
+
+    def _ends_of_calls(self, known: Sequence[int]) -> list[int]:
+        """The token on which an answer ends that calls a tool, where it is none of the ``known`` ones."""
+        if not isinstance(self.template, JinjaTemplate) or self.template.habits.calls is None:
+            return []
+        call = Turn("assistant", "", tool_calls=(ToolCall("a", {}),))
+        try:
+            text = self.render([Turn("user", "a"), call])
+        except UsageError:
+            return []
+        end = self.marks.end_of_turn(text)
+        last = self.encode(text[:end])[-1:] if end is not None else []
+        return [token for token in last if token not in known]
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files as they were when it was read, but for a chat template that is not its own."""
@@ -166,6 +187,7 @@ class Tokenizer:
             digest.update(f"{name} {len(content)} ".encode() + content)
         source = self._source
         about = [self.special, self.eos_ids, self.bos_id, self.adds_bos, source.kind, source.text]
+        about += [self._enable_thinking]
         digest.update(json.dumps([*about, written_dates(source.text, self.now)]).encode())
         return digest.hexdigest()
 
@@ -197,9 +219,24 @@ class Tokenizer:
         return ids
 
     def _template(self) -> Template:
+        if self._enable_thinking is not None:
+            return self._told_to_think(self._enable_thinking)
         if self._source.kind == "jinja":
             return JinjaTemplate(self._source, self.marks, self.now)
         return Pairs(self._source, self.marks) if self._source.kind == "pairs" else Plain(self.marks)
+
+    def _told_to_think(self, thinks: bool) -> Template:
+        """The template that is told whether to think, under both names that published ones have for it."""
+        question = [Turn("user", "a")]
+        if self._source.kind == "jinja":
+            told = {name: dict.fromkeys(("enable_thinking", "thinking"), name) for name in (True, False)}
+            made = {name: JinjaTemplate(self._source, self.marks, self.now, told[name]) for name in told}
+            if made[True].prompt(question) != made[False].prompt(question):
+                return made[thinks]
+        raise UsageError(
+            f"The chat template ({self.template_name}) writes the same whether enable_thinking is true or false; leave "
+            "it out, or give chat_template one that heeds it."
+        )
 
 
 def _text(key: str, token: Any, folder: Path) -> str:

@@ -20,10 +20,12 @@ from sft.files import make_folder, read_report
 from sft.inference.open import load_adapted, settings_for, tokenizer_of, use
 from sft.models.loading import open_model
 from sft.options import options_of
-from sft.settings.arguments import GenerationArguments, check_draw
+from sft.settings.arguments import DataArguments, GenerationArguments, check_draw
 
 LENGTHS = ("src_length", "max_length")
 """Settings of the data that decide what is measured."""
+CHOICES = ("enable_thinking", "train_on", "train_on_thoughts")
+"""More of them, which most runs leave as they are."""
 USES = (
     "sft evaluate",
     (
@@ -47,7 +49,7 @@ def evaluate_finished(
     """
     started = time.monotonic()
     model = Path(str(given.get("model_name_or_path"))).expanduser()
-    lengths = {} if all(name in given for name in LENGTHS) else _trained_lengths(adapter or model)
+    lengths = {} if all(name in given for name in (*LENGTHS, *CHOICES)) else _as_trained(adapter or model)
     settings, plugins = settings_for(adapter, requested, {**lengths, **given}, USES)
     check_draw(settings.generation)
     run = CoreRun(settings, plugins, say)
@@ -97,13 +99,16 @@ def _measure(run: CoreRun, files: list[Path], adapter: Path | None, generations:
     return record
 
 
-def _trained_lengths(result: Path) -> dict[str, int]:
-    """The settings :data:`LENGTHS` of the run that wrote ``result``, or a checkpoint of it; those that were not set, or
-    no run tells, are left out."""
+def _as_trained(result: Path) -> dict[str, Any]:
+    """The settings :data:`LENGTHS` of the run that wrote ``result``, or a checkpoint of it, and those of
+    :data:`CHOICES` that are not the defaults; those that were not set, or no run tells, are left out."""
+    usual = DataArguments()
     for folder in (result, result.parent) if (result / "trainer").is_dir() else (result,):
         try:
             settings = read_report(folder)["settings"]
-            return {name: int(settings[name]) for name in LENGTHS if settings.get(name) is not None}
+            found = {name: int(settings[name]) for name in LENGTHS if settings.get(name) is not None}
+            chosen = {name: settings[name] for name in CHOICES if settings.get(name) is not None}
+            return {**found, **{name: value for name, value in chosen.items() if value != getattr(usual, name)}}
         except (ValueError, TypeError, KeyError, AttributeError):
             continue
     return {}

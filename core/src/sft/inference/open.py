@@ -94,7 +94,8 @@ def trained_template(adapter: Path | None) -> str | None:
 def tokenizer_of(source: ModelSource, settings: Settings, adapter: Path | None) -> Tokenizer:
     """The tokenizer of a model, with the chat template that is set, or else that of the adapter's run, or the
     model's own."""
-    return Tokenizer(source.folder, chat_template=settings.data.chat_template or trained_template(adapter))
+    template = settings.data.chat_template or trained_template(adapter)
+    return Tokenizer(source.folder, chat_template=template, enable_thinking=settings.data.enable_thinking)
 
 
 @dataclass

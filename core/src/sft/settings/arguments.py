@@ -81,6 +81,19 @@ class DataArguments:
         none_is_text=True,
         is_path=True,
     )
+    enable_thinking: bool | None = option(
+        None, "what the chat template is told of this name, in training and in prompts; unset: nothing"
+    )
+    train_on: str = option(
+        "answers",
+        "what is learned: all answers, the last_answer alone, or everything that the model reads",
+        choices=("answers", "last_answer", "everything"),
+    )
+    train_on_thoughts: str = option(
+        "all",
+        "thoughts (<think> …) in the answers that are learned: all, those that are not_empty, or none",
+        choices=("all", "not_empty", "none"),
+    )
     lazy: bool = option(False, "stream the training data instead of reading it whole; needs max_steps")
     dataset_num_proc: int | None = option(
         None,

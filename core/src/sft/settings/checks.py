@@ -29,6 +29,8 @@ def check_settings(settings: Settings) -> list[tuple[str, str]]:
         raise UsageError("lazy streams the data, whose length is then unknown; give max_steps.")
     if not training.do_train and training.do_eval is False:
         raise UsageError("do_train and do_eval are both false, so there is nothing to do; leave one of them out.")
+    if settings.data.train_on == "everything" and settings.data.train_on_thoughts != "all":
+        raise UsageError("train_on everything learns thoughts too; leave train_on_thoughts out.")
     check_best(settings)
     flat = settings.flat()
     return [(f"{name} {flat[name]}", why) for name, why in _idle(settings) if name in settings.given]

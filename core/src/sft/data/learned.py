@@ -1,0 +1,107 @@
+"""What of a conversation is learned (``train_on``, ``train_on_thoughts``): decided on the text that its template writes.
+
+There a target is a range of characters, whatever the template.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from sft.data.encoded import Counts
+from sft.data.templates import Template, Written, WrittenText
+from sft.data.thoughts import parted, thoughts_in
+from sft.seams import Conversation, Turn
+
+TRAIN_ON = ("answers", "last_answer", "everything")
+THOUGHTS = ("all", "not_empty", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A conversation as training reads it."""
+
+    written: Written
+    """With all that stands in its answers as targets."""
+    pieces: tuple[WrittenText, ...]
+    """With the targets that are learned."""
+    counts: Counts
+    """Of its calls and thoughts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """``train_on``: answers (all that train), last_answer (of these the last), or everything, which is also the question
+    and what the template puts around it. ``thoughts``: all, not_empty, or none of those in the answers."""
+
+    train_on: str = "answers"
+    thoughts: str = "all"
+
+    def turns(self, turns: list[Turn]) -> list[Turn]:
+        """``turns``, of which no more train than are learned."""
+        trained = [index for index, turn in enumerate(turns) if turn.trains]
+        if self.train_on != "last_answer" or len(trained) < 2:
+            return turns
+        earlier = set(trained[:-1])
+        return Conversation.seen(turns).of(
+            dataclasses.replace(turn, trains=False) if index in earlier else turn for index, turn in enumerate(turns)
+        )
+
+    def text(self, template: Template, turns: Sequence[Turn]) -> Text:
+        """``turns`` written down. Raises what :meth:`sft.data.templates.Template.training` raises."""
+        if self.train_on == "everything":
+            texts = template.texts(turns)
+            pieces = tuple(WrittenText(text, ((0, len(text)),)) for text in texts)
+            written = Written(pieces, ends=template.marks.end_of_turn(texts[-1]) is not None)
+        else:
+            written = template.training(turns)
+        counts = self._counts(template, turns, written)
+        return Text(written, self._kept(written, turns, counts), counts)
+
+    def _counts(self, template: Template, turns: Sequence[Turn], written: Written) -> Counts:
+        counts = Counts()
+        last = max(index for index, turn in enumerate(turns) if turn.trains)
+        for turn in turns[: last + 1]:
+            if turn.trains:
+                counts.calls += len(turn.tool_calls)
+            thought = parted(turn)[0] if turn.reasoning is not None or "</think>" in turn.content else None
+            if thought is not None and thought.strip():
+                is_seen = any(thought.strip() in piece.text for piece in written.pieces)
+                counts.thoughts_removed_by_template += not is_seen
+                counts.thoughts_put_before_answer += turn.reasoning is not None and not template.takes_thoughts
+        counts.calls -= written.calls_rewritten
+        counts.calls_rewritten_by_template = written.calls_rewritten
+        return counts
+
+    def _kept(self, written: Written, turns: Sequence[Turn], counts: Counts) -> tuple[WrittenText, ...]:
+        """The pieces without the thoughts that are not learned, which are counted."""
+        known = [turn.reasoning for turn in turns if turn.reasoning]
+        pieces = []
+        for piece in written.pieces:
+            targets = list(piece.targets)
+            for first, stop, is_empty in thoughts_in(piece.text, piece.targets, known):
+                leaves = self.thoughts == "none" or (is_empty and self.thoughts == "not_empty")
+                counts.thoughts += not leaves and not is_empty
+                counts.empty_thoughts += not leaves and is_empty
+                counts.thoughts_left_out += leaves and not is_empty
+                counts.empty_thoughts_left_out += leaves and is_empty
+                if leaves:
+                    targets = [part for target in targets for part in _without(target, first, stop)]
+            pieces.append(
+                piece
+                if len(targets) == len(piece.targets) and tuple(targets) == piece.targets
+                else WrittenText(piece.text, tuple(targets))
+            )
+        return tuple(pieces)
+
+
+def _without(target: tuple[int, int], first: int, stop: int) -> Iterator[tuple[int, int]]:
+    """What is left of a range without the one from ``first`` to ``stop``."""
+    start, end = target
+    if stop <= start or first >= end:
+        yield target
+        return
+    if start < first:
+        yield start, first
+    if stop < end:
+        yield stop, end

@@ -1,0 +1,39 @@
+"""Texts of a record: what is one, and what is wrong with what is none."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from sft.seams import Turn
+
+
+def text_of(value: Any, what: str) -> str:
+    """``value``, if it is text that can be encoded; ``ValueError``, which begins with ``what``, if it is not."""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be text, not {reprlib.repr(value)}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} holds half of a surrogate pair, which is no text; correct it.") from None
+    return value
+
+
+def answer_of(value: Any, what: str) -> str:
+    """The same for an answer that is learned, in which there must be something."""
+    text = text_of(value, what)
+    if not text.strip():
+        raise ValueError(f"{what} is empty; remove the record or give it an answer.")
+    return text
+
+
+def optional_of(record: Mapping[str, Any], key: str) -> str:
+    """The text ``key`` of a record, empty where there is none."""
+    return "" if record.get(key) is None else text_of(record[key], f'"{key}"')
+
+
+def system_of(record: Mapping[str, Any]) -> list[Turn]:
+    """The system turn that a record's ``system`` is, if it says anything."""
+    text = optional_of(record, "system")
+    return [Turn("system", text)] if text.strip() else []

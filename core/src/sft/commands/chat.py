@@ -133,10 +133,11 @@ class Chat:
         return not self.waiting
 
     def ask(self, text: str | None, show: Any, stoppable: AbstractContextManager[Any] = _ANYWHERE) -> int:
-        """Answer ``text``, or the results of calls where it is None, with pieces that ``show`` receives; returns how many old turns were forgotten for want of
-        room. Raises :class:`UsageError` where a question has no room or no place; it is then not part of the
-        conversation. An answer that is interrupted remains as far as it was shown; where ``stoppable`` is a
-        :class:`CtrlC`, it is interrupted while it is computed, and not while the conversation is written down.
+        """Answer ``text``, or the results of calls where it is None, with pieces that ``show`` receives; returns how
+        many old turns were forgotten for want of room. Raises :class:`UsageError` where a question has no room or no
+        place; it is then not part of the conversation. An answer that is interrupted remains as far as it was shown;
+        where ``stoppable`` is a :class:`CtrlC`, it is interrupted while it is computed, and not while the conversation
+        is written down.
         """
         from sft.data.calls import calls_in
         from sft.data.encoding import encode_prompt, fitting

@@ -43,8 +43,8 @@ def command(
     """Measure a finished model, with or without an adapter, on dev data: what a run measures at its end.
 
     Loss (mean over target tokens, in nats), perplexity (its exponential) and accuracy (share of target tokens that
-    are the likeliest token). Where src_length, max_length, train_on, train_on_thoughts and enable_thinking are not given,
-    they are those of the run that wrote the adapter or model, if it tells, so that its own numbers come out.
+    are the likeliest token). Where src_length, max_length, train_on, train_on_thoughts and enable_thinking are not
+    given, they are those of the run that wrote the adapter or model, if it tells, so that its own numbers come out.
     """
     from sft.errors import UsageError
     from sft.inference.evaluate import evaluate_finished

@@ -1,4 +1,4 @@
-"""Tool calls in the text of an answer: each model writes them in its own way, most of them as JSON with the name in it."""
+"""Tool calls in the text of an answer. Each model writes them in its own way, most of them as JSON with the name."""
 
 from __future__ import annotations
 

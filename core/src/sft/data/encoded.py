@@ -53,6 +53,8 @@ class Counts:
     """Tool calls in answers that are learned."""
     calls_rewritten_by_template: int = 0
     """Those in ``answers_rewritten_by_template``."""
+    texts_removed_by_template: int = 0
+    """Texts that the records have beside calls and the model does not see: the template writes the calls alone."""
     thoughts: int = 0
     """Thoughts that are learned with their answers, but for empty ones."""
     empty_thoughts: int = 0
@@ -82,6 +84,7 @@ class Counts:
             "records_without_end": "{} records without end",
             "calls": "{} calls learned",
             "calls_rewritten_by_template": "{} calls rewritten by template",
+            "texts_removed_by_template": "{} texts beside calls removed by template",
             "thoughts": "{} thoughts learned",
             "empty_thoughts": "{} empty thoughts learned",
             "thoughts_left_out": "{} thoughts not learned",

@@ -43,8 +43,8 @@ class Kept(NamedTuple):
 
 
 class EncodedCache:
-    """The encoded data of ``folder``, for runs that encode with this tokenizer, these lengths and these plugins, and that
-    learn the same of it."""
+    """The encoded data of ``folder``, for runs that encode with this tokenizer, these lengths and these plugins, and
+    that learn the same of it."""
 
     def __init__(
         self,

@@ -166,8 +166,8 @@ def before_last_answer(conversation: Conversation) -> tuple[Conversation, Turn]:
 
 
 def reference_of(turns: Conversation, answer: Turn, tokenizer: Tokenizer) -> str:
-    """The text that a model would have to answer with after ``turns``, as answers are shown: of an answer with a thought
-    or calls what the chat template makes of it."""
+    """The text that a model would have to answer with after ``turns``, as answers are shown: of an answer with a
+    thought or calls what the chat template makes of it."""
     if not answer.tool_calls and answer.reasoning is None:
         return answer.content
     written = tokenizer.template.training(turns.of([*turns, answer]))

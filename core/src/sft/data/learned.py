@@ -1,6 +1,6 @@
-"""What of a conversation is learned (``train_on``, ``train_on_thoughts``): decided on the text that its template writes.
+"""What of a conversation is learned: ``train_on`` and ``train_on_thoughts``.
 
-There a target is a range of characters, whatever the template.
+It is decided on the text that the template writes, where a target is a range of characters, whatever the template.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """``train_on``: answers (all that train), last_answer (of these the last), or everything, which is also the question
-    and what the template puts around it. ``thoughts``: all, not_empty, or none of those in the answers."""
+    """``train_on``: answers (all that train), last_answer (of these the last), or everything, which is also the
+    question and what the template puts around it. ``thoughts``: all, not_empty, or none of those in the answers."""
 
     train_on: str = "answers"
     thoughts: str = "all"
@@ -64,6 +64,8 @@ class Learned:
         for turn in turns[: last + 1]:
             if turn.trains:
                 counts.calls += len(turn.tool_calls)
+            if turn.tool_calls and not any(parted(turn)[1].strip() in piece.text for piece in written.pieces):
+                counts.texts_removed_by_template += 1
             thought = parted(turn)[0] if turn.reasoning is not None or "</think>" in turn.content else None
             if thought is not None and thought.strip():
                 is_seen = any(thought.strip() in piece.text for piece in written.pieces)

@@ -1,7 +1,7 @@
 """Lists of messages: OpenAI's ``messages`` and ShareGPT's ``conversations``, with tools, calls and thoughts.
 
-The dialects differ in where they put a call and in what they call a role. All of them become the same turns: a call is a
-part of an answer, a result is a turn of its own.
+The dialects differ in where they put a call and in what they call a role. All of them become the same turns: a call is
+a part of an answer, a result is a turn of its own.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def _turn(message: Any, what: str) -> tuple[Turn, bool]:
     content = answer_of(content, what) if trains and not calls else text_of(content, what)
     if role != "tool":
         return Turn(role, content, trains, thought or None, calls), alone
-    about = {name: _optional_text(message, name, what) for name in ("tool_call_id", "name")}
-    return Turn(role, content, **about), False
+    answered = _optional_text(message, "tool_call_id", what)
+    return Turn(role, content, tool_call_id=answered, name=_optional_text(message, "name", what)), False
 
 
 def _joined(content: Any, what: str) -> Any:

@@ -207,7 +207,7 @@ def _plain(conversation: Conversation) -> tuple[Any, ...]:
 
 
 def _made(turns: list[tuple[str, str, bool, dict[str, Any]]], place: Place | None, tools: Any) -> Conversation:
-    return Conversation([Turn(*turn, **more) for *turn, more in turns], place, tools)
+    return Conversation([Turn(*turn[:3], **turn[3]) for turn in turns], place, tools)
 
 
 def serve(handle: int) -> None:

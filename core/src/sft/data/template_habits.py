@@ -1,7 +1,7 @@
 """What a chat template takes beyond texts: tools, calls, results and thoughts.
 
-It is seen in what the template writes of conversations made up for this, and of each record: templates are programs, and
-what a name in them does cannot be read off. What a template leaves out is refused, with the cure.
+It is seen in what the template writes of conversations made up for this, and of each record: templates are programs,
+and what a name in them does cannot be read off. What a template leaves out is refused, with the cure.
 """
 
 from __future__ import annotations
@@ -146,16 +146,17 @@ def _messages(
     turns: Sequence[Turn], content_of: Callable[[Turn], dict[str, Any]], form: CallForm
 ) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
-    number, waiting = 0, iter(())
+    number = 0
+    waiting: Iterator[str] = iter(())
     for turn in turns:
         if turn.role != "assistant":
-            message = {"role": turn.role, "content": turn.content}
+            plain = {"role": turn.role, "content": turn.content}
             about = {"tool_call_id": turn.tool_call_id, "name": turn.name}
             if turn.role == "tool" and form.ids and turn.tool_call_id is None:
                 about["tool_call_id"] = next(waiting, None)
-            messages.append({**message, **{name: value for name, value in about.items() if value is not None}})
+            messages.append({**plain, **{name: value for name, value in about.items() if value is not None}})
             continue
-        message = {"role": turn.role, **content_of(turn)}
+        message: dict[str, Any] = {"role": turn.role, **content_of(turn)}
         if turn.tool_calls:
             calls = []
             for call in turn.tool_calls:

@@ -9,9 +9,8 @@ import pytest
 import sft
 from sft.data.encoded import Encoded
 from sft.data.encoding import encode
-from sft.data.formats import Conversation
 from sft.data.tokenizer import Tokenizer
-from sft.seams import Turn
+from sft.seams import Conversation, Turn
 
 TURNS = [Turn("user", "What is a river?"), Turn("assistant", "It is water\nthat flows.", trains=True)]
 

@@ -20,6 +20,7 @@ from sft.data import encoded_cache
 from sft.data.encoded import Counts, Encoded
 from sft.data.encoded_cache import EncodedCache, Kept
 from sft.data.jinja_template import written_dates
+from sft.data.learned import Learned
 from sft.data.tokenizer import Tokenizer
 from sft.files import read_report
 from sft.progress import Progress
@@ -49,11 +50,13 @@ class Cache:
         positions: int = 100,
         now: datetime.datetime | None = None,
         template: str | None = None,
+        learned: Learned = Learned(),  # noqa: B008  (it never changes)
+        enable_thinking: bool | None = None,
         **settings: Any,
     ) -> EncodedCache:
         plugins = resolve(settings, ())[1]
-        tokenizer = Tokenizer(self.tokenizer, now, template)
-        return EncodedCache(self.folder, plugins, tokenizer, lengths, positions, Progress(self.said.append))
+        tokenizer = Tokenizer(self.tokenizer, now, template, enable_thinking)
+        return EncodedCache(self.folder, plugins, tokenizer, lengths, learned, positions, Progress(self.said.append))
 
     def name(self, **changes: Any) -> str:
         return self.open(**changes).place(self.files).path.name
@@ -103,6 +106,10 @@ def test_everything_that_shapes_the_encoding_gives_another_place(
     cache.files[0].write_bytes(content.replace(b"two", b"tow"))
     names.append(cache.name())
     cache.files[0].write_bytes(content)
+    names += [cache.name(learned=learned) for learned in (Learned("last_answer"), Learned(thoughts="none"))]
+    (tmp_path / "thinks.jinja").write_text("{{ messages }}{{ enable_thinking }}")
+    thinks = str(tmp_path / "thinks.jinja")
+    names += [cache.name(template=thinks, enable_thinking=value) for value in (None, True, False)]
     (tmp_path / "more.json").write_text("three\n")
     cache.files.append(tmp_path / "more.json")
     names.append(cache.name())
@@ -121,7 +128,7 @@ def test_everything_that_shapes_the_encoding_gives_another_place(
     monkeypatch.undo()
     monkeypatch.setattr(encoded_cache, "_digest_of_files", lambda paths: "another encoder")
     names.append(cache.name())
-    assert len(set(names)) == len(names) == 12
+    assert len(set(names)) == len(names) == 17
 
 
 def test_what_does_not_shape_the_encoding_gives_the_same_place(cache: Cache, tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ import pytest
 
 import sft
 from sft import Turn, hookspecs
-from sft.data.formats import Conversation, Formats, src_tgt
+from sft.data.encoding import before_last_answer
+from sft.data.formats import Formats, src_tgt
 from sft.data.sources import Record
 from sft.plugins.registry import Plugins
+from sft.seams import Conversation
 
 
 def formats(*plugins: type) -> Formats:
@@ -255,7 +257,7 @@ def test_a_question_is_a_record_where_no_target_is_needed(value: dict[str, Any],
         ({"src": "a", "tgt": ["1", "2"]}, '"src" has 1 turns and "tgt" has 2; they must be as many.'),
         ({"tgt": "a"}, 'the record has no "src"'),
         ({"prompt": 3}, '"prompt" must be text, not 3.'),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "message 1 of \"messages\" has the role 'tool'; known are"),
+        ({"messages": [{"role": "nobody", "content": "a"}]}, "message 1 of \"messages\" has the role 'nobody'; known"),
         ({"messages": [{"role": "system", "content": "a"}]}, "no turn of this record is a target"),
     ],
 )
@@ -273,7 +275,7 @@ def test_a_plugin_is_asked_for_questions_first() -> None:
 
 def test_what_stands_before_the_last_answer_that_is_learned() -> None:
     turns = Conversation([*ASKED, Turn("assistant", "d", trains=True), Turn("user", "e"), Turn("assistant", "f")])
-    assert turns.before_last_answer() == (ASKED, "d")
+    assert before_last_answer(turns) == (ASKED, Turn("assistant", "d", trains=True))
 
 
 def test_a_record_without_a_target() -> None:

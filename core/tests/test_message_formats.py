@@ -92,14 +92,11 @@ def test_a_system_text_beside_the_conversation() -> None:
         ([USER, {"role": "assistant"}], 'message 2 of "messages" has no "content" (its keys: role).'),
         ([{}], 'message 1 of "messages" has no "role" (its keys: none).'),
         ([{"from": "human", "text": "a"}], 'message 1 of "messages" has no "value" (its keys: from, text).'),
-        ([USER, {"role": "tool", "content": "3"}, BOT], "message 2 of \"messages\" has the role 'tool'; known are sys"),
         ([{"role": "developer", "content": "3"}, USER, BOT], "message 1 of \"messages\" has the role 'developer'; kno"),
         ([{"role": ["user"], "content": "3"}, BOT], "message 1 of \"messages\" has the role ['user']; known are"),
         ([{"role": None, "content": "3"}, BOT], 'message 1 of "messages" has the role None; known are'),
-        ([USER, {**BOT, "tool_calls": [{"id": 1}]}], 'message 2 of "messages" has "tool_calls", which is not support'),
         ([USER, {**BOT, "content": ""}], 'message 2 of "messages" is empty; remove the record or give it an answer.'),
         ([USER, {**BOT, "content": None}], 'message 2 of "messages" must be text, not None.'),
-        ([{**USER, "content": [{"type": "text"}]}, BOT], 'message 1 of "messages" must be text, not [{'),
         ([{**USER, "content": "\udc00"}, BOT], 'message 1 of "messages" holds half of a surrogate pair'),
         ([USER, {**BOT, "weight": 0.5}], 'message 2 of "messages" has the weight 0.5; "weight" must be 0 or 1.'),
         ([USER, {**BOT, "weight": True}], 'message 2 of "messages" has the weight True; "weight" must be 0 or 1.'),
@@ -112,8 +109,7 @@ def test_wrong_messages(messages: Any, message: str) -> None:
     assert refused({"messages": messages}).startswith(message)
 
 
-def test_what_the_core_has_no_place_for() -> None:
-    assert refused({"messages": [USER, BOT], "tools": [{"name": "f"}]}).startswith('the record has "tools", which are')
+def test_two_system_texts_are_refused() -> None:
     both = refused({"system": "s", "conversations": [SYSTEM, USER, BOT]})
     assert re.match('"system" and the first message of "conversations" both are system turns; keep one', both)
 
@@ -176,11 +172,3 @@ def test_wrong_alpaca_records(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("tools", [[], "[]", "", " [ ] ", "null", {}, "{}"])
 def test_a_list_of_no_tools_passes_as_text_too(tools: Any) -> None:
     assert read({"messages": [USER, BOT], "tools": tools}) == read({"messages": [USER, BOT]})
-
-
-@pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]', "see above"])
-def test_tools_are_refused_with_what_to_take_out(tools: Any) -> None:
-    message = refused({"messages": [USER, BOT], "tools": tools})
-    assert message == (
-        'the record has "tools", which are not supported; take "tools" out, or the record where its answers call them.'
-    )

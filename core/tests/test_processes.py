@@ -20,10 +20,10 @@ from sft.data import processes
 from sft.data.bad_records import Place
 from sft.data.encoded import Encoded
 from sft.data.encoding import encode
-from sft.data.formats import Conversation
+from sft.data.learned import Learned
 from sft.data.processes import PAYS_OFF, Encoders, processes_for
 from sft.data.tokenizer import Tokenizer
-from sft.seams import Turn
+from sft.seams import Conversation, ToolCall, Turn
 from sft.testing import write_data
 
 RECORDS = 60
@@ -83,6 +83,19 @@ def test_two_processes_encode_what_one_does(
     check_same(one, encode(conversations(), tokenizer, src_length, max_length, 4, by=two))
     assert one.counts.records == RECORDS
     assert (one.counts.prompts_truncated > 0) == (src_length == 30)
+
+
+def test_tools_calls_and_thoughts_go_along(models: Path, two: Encoders) -> None:
+    template = Path(__file__).parent / "fixtures" / "templates" / "qwen3_tools.jinja"
+    tokenizer = Tokenizer(models / "qwen2-untied", chat_template=str(template))
+    call = Turn("assistant", "", True, tool_calls=(ToolCall("f", {"x": [3, "ü"]}, "one"),))
+    answer = Turn("assistant", "9", True, reasoning="why")
+    turns = [Turn("user", "a"), call, Turn("tool", "3", tool_call_id="one", name="f"), answer]
+    records = [Conversation(turns, None, [{"type": "function", "function": {"name": "f"}}])] * 6
+    for learned in (Learned(), Learned("last_answer", "none")):
+        one = encode(records, tokenizer, 10**6, 10**6, 2, learned=learned)
+        check_same(one, encode(records, tokenizer, 10**6, 10**6, 2, by=two, learned=learned))
+    assert one.counts.thoughts_left_out == 6
 
 
 def test_the_date_and_the_template_go_along(models: Path, tmp_path: Path, two: Encoders) -> None:

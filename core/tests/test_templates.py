@@ -219,7 +219,7 @@ def test_a_system_turn_that_goes_once_it_is_answered_is_refused(make: Make) -> N
 
 
 def test_a_refusal_names_the_record(make: Make) -> None:
-    from sft.data.formats import Conversation
+    from sft.seams import Conversation
 
     turns = Conversation(
         [Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c", True)], Place(Path("train.json"), 7)

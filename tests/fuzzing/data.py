@@ -76,9 +76,8 @@ templates = st.lists(st.sampled_from(_PIECES) | words, max_size=12).map("".join)
 
 def read_template(folder: Path, text: str) -> Any:
     from sft.data.encoding import encode, encode_prompt
-    from sft.data.formats import Conversation
     from sft.data.tokenizer import Tokenizer
-    from sft.seams import Turn
+    from sft.seams import Conversation, Turn
 
     (folder / "t.jinja").write_bytes(text.encode("utf-8", "surrogatepass"))
     tokenizer = Tokenizer(BASE, chat_template=str(folder / "t.jinja"))
@@ -90,9 +89,8 @@ def read_template(folder: Path, text: str) -> Any:
 
 def read_pairs(folder: Path, value: Any) -> Any:
     from sft.data.encoding import encode
-    from sft.data.formats import Conversation
     from sft.data.tokenizer import Tokenizer
-    from sft.seams import Turn
+    from sft.seams import Conversation, Turn
 
     (folder / "t.json").write_bytes(as_json(value))
     tokenizer = Tokenizer(BASE, chat_template=str(folder / "t.json"))

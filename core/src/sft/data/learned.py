@@ -70,7 +70,8 @@ class Learned:
             if thought is not None and thought.strip():
                 is_seen = any(thought.strip() in piece.text for piece in written.pieces)
                 counts.thoughts_removed_by_template += not is_seen
-                counts.thoughts_put_before_answer += turn.reasoning is not None and not template.takes_thoughts
+                is_put = is_seen and turn.reasoning is not None and not template.takes_thoughts
+                counts.thoughts_put_before_answer += is_put
         counts.calls -= written.calls_rewritten
         counts.calls_rewritten_by_template = written.calls_rewritten
         return counts

@@ -221,17 +221,63 @@ CASES = {
         'data/train.json, line 1: "messages" begins with an answer to nothing',
         (write(TRAIN, '{"messages": [{"role": "assistant", "content": "a"}]}'),),
     ),
-    "content in parts": Case(
-        "data/train.json, line 1: message 2 of \"messages\" must be text, not [{'text': 'b', 'type': 'text'}]",
-        message(role="assistant", content=[{"type": "text", "text": "b"}]),
+    "a picture": Case(
+        "data/train.json, line 1: message 2 of \"messages\" has a part of the type 'image_url', and a model reads",
+        message(role="assistant", content=[{"type": "text", "text": "b"}, {"type": "image_url"}]),
     ),
-    "tools": Case(
-        'data/train.json, line 1: the record has "tools", which are not supported',
-        (write(TRAIN, '{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}'),),
+    "parts without a type": Case(
+        'data/train.json, line 1: message 2 of "messages" must be text, or a list of parts like',
+        message(role="assistant", content=["b"]),
     ),
-    "a tool call": Case(
-        'data/train.json, line 1: message 2 of "messages" has "tool_calls", which is not supported',
+    "tools that are no JSON": Case(
+        'data/train.json, line 1: "tools" is not valid JSON (Expecting value: line 1 column 1 (char 0)); correct it.',
+        (write(TRAIN, '{"messages": [{"role": "user", "content": "a"}], "tools": "see above"}'),),
+    ),
+    "tools without names": Case(
+        'data/train.json, line 1: tool 1 of "tools" must be an object with "name", or one with such a "function"',
+        (write(TRAIN, '{"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]}'),),
+    ),
+    "tools that the template does not write": Case(
+        "data/train.json, line 1: The chat template of model does not write the tools of a record, so the model",
+        (
+            write(
+                TRAIN,
+                '{"tools": [{"name": "f"}], "messages": [{"role": "user", "content": "a"}, '
+                '{"role": "assistant", "content": "b"}]}',
+            ),
+        ),
+    ),
+    "a call without a name": Case(
+        'data/train.json, line 1: "tool_calls" of message 2 of "messages" must be an object with "name" and "argum',
         message(role="assistant", content="b", tool_calls=[{"id": 1}]),
+    ),
+    "arguments that are a list": Case(
+        'data/train.json, line 1: "arguments" of "tool_calls" of message 2 of "messages" must be a JSON object, not',
+        message(role="assistant", tool_calls=[{"name": "f", "arguments": "[1]"}]),
+    ),
+    "arguments nested without end": Case(
+        'data/train.json, line 1: "arguments" of "tool_calls" of message 2 of "messages" is not valid JSON (it is nes',
+        message(role="assistant", tool_calls=[{"name": "f", "arguments": "[" * 100_000}]),
+    ),
+    "a call that the template does not write": Case(
+        "data/train.json, line 1: The chat template of model does not write calls; give chat_template one that does",
+        message(role="assistant", tool_calls=[{"name": "f", "arguments": {"x": 1}}]),
+    ),
+    "a call of the user": Case(
+        "data/train.json, line 1: message 2 of \"messages\" has calls, and its role is 'user'; only an assistant's",
+        message(role="user", content="b", tool_calls=[{"name": "f", "arguments": {}}]),
+    ),
+    "a thought that is no text": Case(
+        'data/train.json, line 1: "reasoning_content" of message 2 of "messages" must be text, not [1]',
+        message(role="assistant", content="b", reasoning_content=[1]),
+    ),
+    "train_on everything without thoughts": Case(
+        "train_on everything learns thoughts too; leave train_on_thoughts out",
+        settings={"train_on": "everything", "train_on_thoughts": "none"},
+    ),
+    "enable_thinking that the template does not know": Case(
+        "The chat template (model/chat_template.jinja) writes the same whether enable_thinking is true or false",
+        settings={"enable_thinking": True},
     ),
     "a history that is text": Case(
         "data/train.json, line 1: \"history\" must be a list of [question, answer], not 'c'",

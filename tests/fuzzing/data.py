@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,39 @@ from fuzzing.made_up import as_json, mutated, objects, values, words
 from fuzzing.models import BASE
 from fuzzing.trial import Target
 
+_CALL = {"function": {"name": "f", "arguments": json.dumps({"x": 1})}}
 RECORDS = (
     RECORD * 2
     + '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}\n'
     + '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "c"}\n'
     + '{"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]]}\n'
+    + json.dumps(
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}]},
+                {"role": "assistant", "content": None, "reasoning_content": "b", "tool_calls": [{"id": "c", **_CALL}]},
+                {"role": "tool", "tool_call_id": "c", "content": "2"},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+        }
+    )
+    + "\n"
+    + json.dumps(
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": json.dumps(_CALL["function"])},
+                {"from": "observation", "value": "b"},
+            ],
+            "tools": json.dumps([{"name": "f"}]),
+        }
+    )
+    + "\n"
 ).encode()
 _KEYS = (
     *("src", "tgt", "context", "messages", "conversations", "instruction", "input", "output", "history", "system"),
-    *("role", "content", "from", "value", "weight", "tools", "tool_calls"),
+    *("role", "content", "from", "value", "weight", "tools", "functions", "tool_calls", "function_call", "function"),
+    *("name", "arguments", "id", "tool_call_id", "reasoning_content", "thinking", "type", "text"),
 )
 
 
@@ -77,13 +103,17 @@ templates = st.lists(st.sampled_from(_PIECES) | words, max_size=12).map("".join)
 def read_template(folder: Path, text: str) -> Any:
     from sft.data.encoding import encode, encode_prompt
     from sft.data.tokenizer import Tokenizer
-    from sft.seams import Conversation, Turn
+    from sft.errors import UsageError
+    from sft.seams import Conversation, ToolCall, Turn
 
     (folder / "t.jinja").write_bytes(text.encode("utf-8", "surrogatepass"))
     tokenizer = Tokenizer(BASE, chat_template=str(folder / "t.jinja"))
     turns = [Turn("system", "Be brief."), Turn("user", "a"), Turn("assistant", "b", trains=True)]
     turns += [Turn("user", "What is a river?"), Turn("assistant", "It is water.", trains=True)]
     encode([Conversation(turns, "here")], tokenizer, 64, 64)
+    calls = [Turn("assistant", "", True, "why", (ToolCall("f", {"x": 1}),)), Turn("tool", "2", name="f")]
+    with suppress(UsageError):  # what a template does not take is refused
+        encode([Conversation([turns[1], *calls], "here", [{"function": {"name": "f"}}])], tokenizer, 64, 64)
     return encode_prompt(turns[:-1], tokenizer)
 
 

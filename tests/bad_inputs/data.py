@@ -277,7 +277,7 @@ CASES = {
     ),
     "enable_thinking that the template does not know": Case(
         "The chat template (model/chat_template.jinja) writes the same whether enable_thinking is true or false",
-        settings={"enable_thinking": True},
+        settings={"enable_thinking": "true"},
     ),
     "a history that is text": Case(
         "data/train.json, line 1: \"history\" must be a list of [question, answer], not 'c'",

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
-    from sft.data.bad_records import Place
     from sft.distributed.pieces import Piece
 
 
@@ -59,9 +58,7 @@ class Conversation(list[Turn]):
     the file and line, for what can only be found wrong later; the core sets it.
     """
 
-    def __init__(
-        self, turns: Iterable[Turn] = (), place: Place | None = None, tools: Iterable[dict[str, Any]] = ()
-    ) -> None:
+    def __init__(self, turns: Iterable[Turn] = (), place: Any = None, tools: Iterable[dict[str, Any]] = ()) -> None:
         super().__init__(turns)
         self.place = place
         self.tools = tuple(tools)

@@ -12,7 +12,7 @@ from run_files import steps_of
 
 import sft
 from sft.inference.evaluate import evaluate_finished
-from sft.testing import read_metrics
+from sft.testing import needs, read_metrics
 
 TEMPLATE = Path(__file__).parent / "fixtures" / "templates" / "qwen3_tools.jinja"
 TOOLS = [{"name": "square"}]
@@ -92,3 +92,16 @@ def test_the_same_however_the_data_is_read(tools_train: Train, tmp_path: Path, t
         found = tools_train(name, train_on=train_on, **settings)
         assert losses(tmp_path / name) == losses(tmp_path / "plain")
         assert found.data["train"] == plain.data["train"]
+
+
+@pytest.mark.slow
+@needs("zero-padding")
+def test_packed_is_padded(tools_train: Train, tmp_path: Path) -> None:
+    """One step over all records, of which two rows hold as much as twelve."""
+    settings = {"max_steps": 1, "train_on_thoughts": "none", "src_length": 256, "max_length": 256}
+    padded = tools_train("padded", **settings, per_device_train_batch_size=12)
+    packed = tools_train("packed", **settings, zero_padding=True, per_device_train_batch_size=12)
+    assert packed.data["train"] == padded.data["train"]
+    assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), rel=1e-5)
+    padding = [steps_of(read_metrics(tmp_path / name))[0]["padding_tokens"] for name in ("packed", "padded")]
+    assert padding[0] < padding[1]

@@ -297,7 +297,8 @@ class _Encoder:
         counts.answers_rewritten_by_template = written.rewritten
         counts.records_without_end = int(not written.ends)
         counts.answers_altered_by_template = int(not checked(partial(holds_answer, written=written), turns))
-        counts += row.text.counts
+        if row.text.counts is not None:
+            counts += row.text.counts
         ids, trained, prompt = row.ids, row.trained, row.prompt
         if longest >= self.max_length and len(ids) > self.max_length:
             longest = max(self.max_length // 2, self.max_length - (len(ids) - prompt))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from sft.data.encoded import Counts
 from sft.data.templates import Template, Written, WrittenText
-from sft.data.thoughts import parted, thoughts_in
+from sft.data.thoughts import has_closing, parted, thoughts_in
 from sft.seams import Conversation, Turn
 
 TRAIN_ON = ("answers", "last_answer", "everything")
@@ -25,8 +25,8 @@ class Text:
     """With all that stands in its answers as targets."""
     pieces: tuple[WrittenText, ...]
     """With the targets that are learned."""
-    counts: Counts
-    """Of its calls and thoughts."""
+    counts: Counts | None
+    """Of its calls and thoughts; None where it has none of either."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Learned:
             written = Written(pieces, ends=template.marks.end_of_turn(texts[-1]) is not None)
         else:
             written = template.training(turns)
+        if not _has_more(turns, written):
+            return Text(written, written.pieces, None)
         counts = self._counts(template, turns, written)
         return Text(written, self._kept(written, turns, counts), counts)
 
@@ -96,6 +98,13 @@ class Learned:
                 else WrittenText(piece.text, tuple(targets))
             )
         return tuple(pieces)
+
+
+def _has_more(turns: Sequence[Turn], written: Written) -> bool:
+    """Whether there is a call or a thought to count. Most data has none, and is not to be slower for it."""
+    if any(turn.tool_calls or turn.reasoning is not None or "</think>" in turn.content for turn in turns):
+        return True
+    return any(has_closing(piece.text) for piece in written.pieces)
 
 
 def _without(target: tuple[int, int], first: int, stop: int) -> Iterator[tuple[int, int]]:

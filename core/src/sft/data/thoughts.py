@@ -26,6 +26,11 @@ def parted(turn: Turn) -> tuple[str | None, str]:
     return (found[1].strip("\n"), turn.content[found.end() :]) if found else (None, turn.content)
 
 
+def has_closing(text: str) -> bool:
+    """Whether what ends a thought stands in ``text``."""
+    return any(closing in text for _, closing in _MARKS)
+
+
 def without_empty(text: str) -> str:
     """``text`` without an empty thought at its beginning."""
     found = _EMPTY.match(text)

@@ -134,6 +134,34 @@ def test_a_collator_gets_the_examples_that_the_records_are(rows: list[tuple[int,
     assert batch.lengths == again.lengths == tuple(tuple(lengths[n] - 1 for n in row) for row in rows)
 
 
+def test_weights_travel_with_their_labels() -> None:
+    """Of records by number and of examples alike; a label of weight 0 is no target, and a weight without a label 0."""
+    held = data(3)
+    assert make_batches(held, PaddedCollator(PAD), [(0, 1)], 1)[0].weights is None
+    held.weights = np.where(held.trained, np.arange(len(held.ids)) / 4, 0).astype(np.float32)
+    (batch,) = make_batches(held, PaddedCollator(PAD), [(2, 0), (1,)], 2)
+    assert batch.weights is not None
+    assert batch.weights.dtype == np.float32
+    expected = [
+        np.concatenate([held.weights[held.offsets[n] :][1 : held.lengths[n] + 1] for n in row])
+        for row in ((2, 0), (1,))
+    ]
+    for found, weights in zip(batch.weights, expected, strict=True):
+        assert found.tolist() == [*weights, *[0] * (batch.weights.shape[1] - len(weights))]
+    assert batch.target_weight == sum(float(weights.sum()) for weights in expected)
+    again = assemble([[held[2], held[0]], [held[1]]], PAD)
+    assert again.weights.tolist() == batch.weights.tolist()
+    assert again.labels.tolist() == batch.labels.tolist()
+
+    ids, labels = np.array([1, 2, 3]), np.array([-100, 7, 8])
+    given = [[Example(ids, labels, np.array([5, 0, 0.5])), Example(ids, labels)]]
+    mixed = assemble(given, PAD)
+    assert mixed.labels.tolist() == [[-100, -100, 8, -100, 7, 8]]
+    assert mixed.weights.tolist() == [[0, 0, 0.5, 0, 1, 1]]
+    assert (mixed.target_tokens, mixed.target_weight) == (3, 2.5)
+    assert given[0][0].labels.tolist() == [-100, 7, 8]
+
+
 def test_python_does_not_go_through_the_records_of_a_row() -> None:
     """A row of a thousand records takes as many calls as one of ten."""
 

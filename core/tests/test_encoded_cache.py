@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from timeless import timeless
 
 import sft
@@ -91,6 +92,25 @@ def test_what_is_kept_is_found_again(cache: Cache) -> None:
     assert sorted(load_file(path)) == ["dropped", "ids", "offsets", "trained"]
     assert list(cache.folder.iterdir()) == [path]
     assert cache.said == []
+
+
+def test_weights_are_kept_too(cache: Cache) -> None:
+    weights = np.where(DATA.trained, 0.5, 0).astype(np.float32)
+    data = Encoded(DATA.ids, DATA.trained, DATA.offsets, DATA.counts, weights=weights)
+    assert data.fingerprint() != DATA.fingerprint()
+    place = cache.open().place(cache.files)
+    cache.open().write(place, Kept(data, "src/tgt"))
+    kept = cache.read()
+    assert kept is not None
+    assert kept.data.weights is not None
+    assert (kept.data.weights.dtype, kept.data.weights.tolist()) == (weights.dtype, weights.tolist())
+    assert kept.data.fingerprint() == data.fingerprint()
+    tensors, metadata = load_file(place.path), {}
+    with safe_open(place.path, framework="np") as file:
+        metadata = file.metadata()
+    save_file({**tensors, "weights": 2 * tensors["weights"]}, place.path, metadata)
+    assert cache.read() is None
+    assert "it is damaged" in cache.said[-1]
 
 
 # --- what it is found by ------------------------------------------------------------------------------------

@@ -159,6 +159,42 @@ def test_records_of_no_or_several_formats(value: dict[str, Any], message: str) -
     assert refusal(value).startswith(message)
 
 
+# --- records that weigh -------------------------------------------------------------------------------------
+
+RECORDS: list[dict[str, Any]] = [
+    {"src": "a", "tgt": "b"},
+    {"instruction": "a", "output": "b"},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 2}]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+]
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"), [(None, 1), (1, 1), (0.25, 0.25), (7, 7), ("0.5", 0.5), (" 2 ", 2), ("", 1)], ids=repr
+)
+@pytest.mark.parametrize("value", RECORDS, ids=lambda value: next(iter(value)))
+def test_a_record_may_count_more_or_less_than_others(value: dict[str, Any], weight: Any, expected: float) -> None:
+    """Text is what a CSV file has."""
+    plain, found = (formats().turns(record(one)) for one in (value, {**value, "weight": weight}))
+    assert found == plain  # its turns
+    assert (plain.weight, found.weight) == (1, expected)
+
+
+@pytest.mark.parametrize("weight", [-1, True, float("nan"), float("inf"), 1e-7, 1e7, "heavy", "nan", [1]], ids=repr)
+@pytest.mark.parametrize("value", RECORDS, ids=lambda value: next(iter(value)))
+def test_a_weight_that_is_none(value: dict[str, Any], weight: Any) -> None:
+    shown = float(weight) if weight == "nan" else weight
+    assert refusal({**value, "weight": weight}) == (
+        f'the record has the weight {shown!r}; "weight" must be 0, or a number from 0.000001 to 1,000,000.'
+    )
+
+
+def test_a_record_of_weight_0_teaches_nothing() -> None:
+    value = {"src": "a", "tgt": "b", "weight": 0}
+    assert refusal(value) == "the record has the weight 0, so nothing can be learned from it; take it out."
+    assert len(formats().turns(record(value), needs_target=False)) == 2  # as a question it is as good as any
+
+
 # --- formats of plugins -------------------------------------------------------------------------------------
 
 
@@ -210,6 +246,22 @@ def test_the_first_plugin_that_knows_it_decides() -> None:
 
 def test_a_plugins_complaint_gets_file_and_line() -> None:
     assert refusal({"dialogue": []}, Dialogue) == "the dialogue is empty."
+
+
+class Weighing(sft.Plugin):
+    name = "weighing"
+    api_version = 1
+
+    @sft.hookimpl
+    def sft_record_format(self, record: dict[str, Any]) -> list[Turn] | None:
+        return [Turn("user", "a"), Turn("assistant", "b", True, record["weight"])]
+
+
+def test_turns_of_a_plugin_may_weigh_and_its_records_keep_their_keys() -> None:
+    found = formats(Weighing).turns(record({"weight": 0.5}))
+    assert ([turn.weight for turn in found], found.weight) == ([1, 0.5], 1)
+    assert refusal({"weight": -2}, Weighing).startswith("turn 2 has the weight -2; ")
+    assert refusal({"weight": 0}, Weighing).startswith("turn 2 trains and has the weight 0; ")
 
 
 def test_a_plugins_format_has_its_name() -> None:

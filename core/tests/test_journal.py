@@ -18,7 +18,8 @@ def steps(journal: Journal, first: int, last: int) -> list[dict[str, Any]]:
     """The lines of some steps, each a line; their times and memory apart."""
     lines = []
     for step in range(first, last):
-        journal.add(loss_sum=6.0 * step, tokens=10 + step, target_tokens=3, padding_tokens=step, rows=2, grad_norm=0.5)
+        counts = {"tokens": 10 + step, "target_tokens": 4, "padding_tokens": step, "rows": 2}
+        journal.add(loss_sum=6.0 * step, weight=3.0, **counts, grad_norm=0.5)
         line = journal.step_line(step, step / 8, 1e-3)
         lines.append({key: value for key, value in line.items() if key not in VARY})
     return lines
@@ -34,10 +35,22 @@ def test_a_journal_without_a_file_counts_like_one_that_writes(tmp_path: Path) ->
     assert steps(writing, 1, 4) == steps(counting, 1, 4) == read_metrics(tmp_path, same=True)
     for journal in (writing, counting):
         journal.write({"eval_loss": 1.0})
-        journal.add(1.0, 2, 1, 0, 1, 0.5)
+        journal.add(1.0, 1.0, 2, 1, 0, 1, 0.5)
     assert {**counting.state(), "digest": ""} == {**writing.state(), "digest": ""}  # of what only one writes
     assert (counting.lines, counting.total.rows, counting.first_loss, counting.last_loss) == (4, 7, 2.0, 6.0)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_checkpoint_from_before_there_were_weights() -> None:
+    """Each target counted 1."""
+    journal, old = Journal(None), Journal(None)
+    journal.add(loss_sum=9.0, weight=3.0, tokens=5, target_tokens=3, padding_tokens=0, rows=1, grad_norm=0.5)
+    state = journal.state()
+    for sums in (state["window"], state["total"]):
+        del sums["weight"]
+    old.rewind(at(1, state), Path("nowhere"))
+    assert old.state() == journal.state()
+    assert old.step_line(1, 1.0, 1e-3)["loss"] == 3.0
 
 
 def test_both_go_back_to_the_same_state(tmp_path: Path) -> None:

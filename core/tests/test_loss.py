@@ -14,13 +14,16 @@ from sft.models.kernels import Kernels
 ROWS, LENGTH, HIDDEN, VOCABULARY = 3, 9, 16, 37
 
 
-def reference(hidden: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """Σ -log softmax(h W)[label] over all positions with a label, and its gradients; ``weight`` is [hidden, V]."""
+def reference(
+    hidden: np.ndarray, labels: np.ndarray, weight: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Σ -log softmax(h W)[label] over all positions with a label, each times its weight, and its gradients; ``weight``
+    is [hidden, V]."""
     hidden, weight = hidden.astype(np.float64), weight.astype(np.float64)
     logits = hidden @ weight
     logits -= logits.max(-1, keepdims=True)
     log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    counted = (labels != -100)[..., None]
+    counted = (labels != -100)[..., None] * (1.0 if weights is None else weights[..., None].astype(np.float64))
     chosen = np.eye(weight.shape[1])[np.where(labels == -100, 0, labels)]
     difference = (np.exp(log_softmax) - chosen) * counted
     loss = -(log_softmax * chosen * counted).sum()
@@ -74,6 +77,90 @@ def test_value_and_gradients(
     found = lm_head.weight.grad.numpy()
     np.testing.assert_allclose(found.T if tied else found, weight_grad, atol=1e-5, rtol=0)
     assert not tensor.grad.numpy()[labels == -100].any()
+
+
+@pytest.fixture
+def weights(example: Any) -> np.ndarray:
+    """What the 13 targets count: from 0.01 to 100, each something else."""
+    labels = example[1]
+    found = np.zeros(labels.shape, np.float32)
+    found[labels != -100] = np.random.default_rng(9).permutation(np.logspace(-2, 2, 13))
+    return found
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("rows", [None, 5], ids=["default", "uneven"])
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_weighted_value_and_gradients(
+    paddle: Any,
+    example: Any,
+    weights: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    tied: bool,
+    rows: int | None,
+    cap: float | None,
+) -> None:
+    """With a cap, whose slope is another function, against the sum of what each position has alone."""
+    from sft.training.loss import target_loss
+
+    hidden, labels, weight = example
+    if rows is not None:
+        small_chunks(monkeypatch, rows)
+    tensor, lm_head = paddle.to_tensor(hidden, stop_gradient=False), head(paddle, weight, tied)
+    lm_head.cap = cap
+    loss = target_loss(tensor, labels, lm_head, weights=weights)
+    loss.backward()
+    if cap is None:
+        expected, hidden_grad, weight_grad = reference(hidden, labels, weight, weights)
+    else:
+        expected, hidden_grad, weight_grad = 0.0, np.zeros(hidden.shape), np.zeros(weight.shape)
+        for place in zip(*np.nonzero(labels != -100), strict=True):
+            one, alone = paddle.to_tensor(hidden, stop_gradient=False), head(paddle, weight, tied=False)
+            alone.cap = cap
+            single = np.full_like(labels, -100)
+            single[place] = labels[place]
+            value = target_loss(one, single, alone)
+            value.backward()
+            expected += float(weights[place]) * float(value)
+            hidden_grad += float(weights[place]) * one.grad.numpy().astype(np.float64)
+            weight_grad += float(weights[place]) * alone.weight.grad.numpy().astype(np.float64)
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    # The heaviest weighs 100: as above, but for that.
+    np.testing.assert_allclose(tensor.grad.numpy(), hidden_grad, atol=1e-3, rtol=1e-5)
+    found = lm_head.weight.grad.numpy()
+    np.testing.assert_allclose(found.T if tied else found, weight_grad, atol=1e-3, rtol=1e-5)
+    assert not tensor.grad.numpy()[labels == -100].any()
+
+
+def test_weights_of_1_are_none_and_those_of_2_count_twice(paddle: Any, example: Any) -> None:
+    """To the last bit: a power of two rounds nothing."""
+    from sft.training.loss import target_loss
+
+    hidden, labels, weight = example
+    found = []
+    for each, factor in ((None, 1.0), (1.0, 1.0), (2.0, 0.5)):
+        tensor, lm_head = paddle.to_tensor(hidden, stop_gradient=False), head(paddle, weight, tied=True)
+        weights = None if each is None else np.where(labels == -100, 0, each).astype(np.float32)
+        loss = target_loss(tensor, labels, lm_head, weights=weights)
+        (loss * factor).backward()
+        found.append([float(loss) * factor, tensor.grad.numpy().tobytes(), lm_head.weight.grad.numpy().tobytes()])
+    assert found[0] == found[1] == found[2]
+
+
+def test_scores_do_not_weigh(paddle: Any, models: Path, weights: np.ndarray) -> None:
+    from dataclasses import replace
+
+    from sft.data.batches import assemble
+    from sft.models.loading import load_model, open_model
+    from sft.seams import Example
+    from sft.training.loss import batch_loss, batch_scores
+
+    model = load_model(open_model(models / "llama-tied-gqa"))
+    ids = np.arange(10, 19)
+    heavy = assemble([[Example(ids, ids + 1, weights[0] + 1)]], pad_id=0)
+    plain = replace(heavy, weights=None)
+    assert batch_scores(model, heavy) == batch_scores(model, plain)
+    assert float(batch_loss(model, heavy)) > 2 * float(batch_loss(model, plain))
 
 
 def test_gradients_are_scaled_by_what_comes_from_above(paddle: Any, example: Any) -> None:
@@ -294,6 +381,33 @@ def test_chunks_of_16_bits_add_up_as_in_float64(
     assert (narrow.grad.dtype, value.grad.dtype) == (paddle.bfloat16, value.dtype)
     assert off(found[0], factor * hidden_grad) < 1e-2
     assert off(found[1], factor * weight_grad) < 5e-3
+
+
+@pytest.mark.parametrize("each", [1e-6, 0.3, 1e6])
+def test_what_all_positions_weigh_alike_changes_nothing_in_float16(
+    paddle: Any, monkeypatch: pytest.MonkeyPatch, each: float
+) -> None:
+    """The scale is 1 / Σ w: neither w nor 1 / w fits float16 where w is a millionth, their product does."""
+    from sft.training import loss
+
+    monkeypatch.setattr(loss, "product_dtype", lambda x: paddle.float16)  # as under automatic casts
+    generator = np.random.default_rng(2)
+    hidden = generator.standard_normal((1, 12, 16)).astype(np.float32)
+    weight = (0.3 * generator.standard_normal((16, 40))).astype(np.float32)
+    labels = generator.integers(0, 40, (1, 12))
+    exact = [one.astype(np.float16).astype(np.float32) for one in (hidden, weight)]
+    weights = np.full(labels.shape, each, np.float32)
+    factor = 1.0 / float(weights.sum(dtype="float64"))
+    tensor = paddle.to_tensor(hidden, stop_gradient=False)
+    lm_head = SimpleNamespace(
+        weight=paddle.to_tensor(weight, stop_gradient=False), kernels=Rounding("float16"), transpose_y=False
+    )
+    value = loss.target_loss(tensor, labels, lm_head, factor, weights) * factor
+    value.backward()
+    expected, hidden_grad, weight_grad = reference(exact[0], labels, exact[1])
+    assert float(value) == pytest.approx(expected / 12, rel=1e-3)
+    assert off(tensor.grad.numpy(), hidden_grad / 12) < 1e-3
+    assert off(lm_head.weight.grad.numpy(), weight_grad / 12) < 1e-3
 
 
 def test_the_loss_scale_comes_before_float16_rounds(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> None:

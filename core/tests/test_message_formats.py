@@ -12,6 +12,7 @@ from sft.data.formats import FORMATS, recognise
 
 SYSTEM, USER = {"role": "system", "content": "s"}, {"role": "user", "content": "a"}
 BOT = {"role": "assistant", "content": "b"}
+MUST_BE = '"weight" must be 0, or a number from 0.000001 to 1,000,000'
 
 
 def read(record: dict[str, Any]) -> list[Turn]:
@@ -60,6 +61,12 @@ def test_weight_0_excludes_an_answer(weight: dict[str, Any], trains: bool) -> No
     assert [turn.trains for turn in turns] == [False, trains, False, True]
 
 
+@pytest.mark.parametrize("weight", [0.5, 3, 1e-6, 1_000_000])
+def test_an_answer_may_count_more_or_less_than_others(weight: float) -> None:
+    turns = read({"messages": [USER, {**BOT, "weight": weight}, USER, BOT]})
+    assert [(turn.trains, turn.weight) for turn in turns] == [(False, 1), (True, weight), (False, 1), (True, 1)]
+
+
 def test_columns_of_a_table_that_are_absent_in_a_message() -> None:
     absent = {"from": None, "value": None, "tool_calls": None, "name": None, "weight": None}
     assert read({"messages": [{**USER, **absent}, {**BOT, **absent}], "tools": None}) == read({"messages": [USER, BOT]})
@@ -98,9 +105,11 @@ def test_a_system_text_beside_the_conversation() -> None:
         ([USER, {**BOT, "content": ""}], 'message 2 of "messages" is empty; remove the record or give it an answer.'),
         ([USER, {**BOT, "content": None}], 'message 2 of "messages" must be text, not None.'),
         ([{**USER, "content": "\udc00"}, BOT], 'message 1 of "messages" holds half of a surrogate pair'),
-        ([USER, {**BOT, "weight": 0.5}], 'message 2 of "messages" has the weight 0.5; "weight" must be 0 or 1.'),
-        ([USER, {**BOT, "weight": True}], 'message 2 of "messages" has the weight True; "weight" must be 0 or 1.'),
-        ([USER, {**BOT, "weight": "0"}], 'message 2 of "messages" has the weight \'0\'; "weight" must be 0 or 1.'),
+        *(
+            ([USER, {**BOT, "weight": weight}], f'message 2 of "messages" has the weight {weight!r}; {MUST_BE}.')
+            for weight in (True, "0", -1, -0.0001, float("nan"), float("inf"), 1e-7, 1_000_001, [1])
+        ),
+        ([USER, {**BOT, "weight": 10**400}], 'message 2 of "messages" has the weight 1000000000000000'),
         ([BOT], '"messages" begins with an answer to nothing; begin with a user\'s message, or give it weight 0.'),
         ([SYSTEM, BOT], '"messages" begins with an answer to nothing; begin'),
     ],

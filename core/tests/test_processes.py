@@ -61,14 +61,17 @@ def conversations(wrong: int | None = None, unread: int | None = None) -> Iterat
         turns = [Turn("user", f"question {number} " * (number % 9)), Turn("assistant", f"answer {number}", trains=True)]
         if number % 4 == 3:
             turns += [Turn("user", "and then?"), Turn("assistant", "nothing " * (number % 30), trains=True)]
+        if number % 5 == 1:
+            turns[1] = Turn("assistant", f"answer {number}", trains=True, weight=0.5 + number)
         if number == wrong:
             turns = [Turn("assistant", "a", trains=True), Turn("nobody", "b"), Turn("assistant", "c", trains=True)]
-        yield Conversation(turns, Place(Path("train.json"), number))
+        yield Conversation(turns, Place(Path("train.json"), number), weight=1 + number % 3)
 
 
 def check_same(one: Encoded, other: Encoded) -> None:
-    for name in ("ids", "trained", "offsets", "dropped"):
+    for name in ("ids", "trained", "offsets", "dropped", "weights"):
         expected, found = getattr(one, name), getattr(other, name)
+        assert expected is not None
         assert found.dtype == expected.dtype
         assert np.array_equal(found, expected)
     assert other.counts == one.counts

@@ -35,6 +35,7 @@ class Turn:
         role: system, user, assistant, or tool for the result of a call.
         content: Its text; of an answer what follows the thought and stands beside the calls.
         trains: Whether it is a target: its thought, its text and its calls.
+        weight: What the loss of each of its targets counts; above 0 where it trains.
         reasoning: The thought before an answer. One may also stand in ``content``, between ``<think>`` and
             ``</think>``; it is then written as it stands there where the chat template takes it so.
         tool_calls: The calls of an answer.
@@ -45,6 +46,7 @@ class Turn:
     role: str
     content: str
     trains: bool = False
+    weight: float = 1.0
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
@@ -52,20 +54,28 @@ class Turn:
 
 
 class Conversation(list[Turn]):
-    """The turns of a record, the tools that are offered in it, and where it stands.
+    """The turns of a record, the tools that are offered in it, where it stands, and what it weighs.
 
     ``tools`` are JSON objects as OpenAI has them: ``{"type": "function", "function": {"name": …, …}}``. ``place`` is
-    the file and line, for what can only be found wrong later; the core sets it.
+    the file and line, for what can only be found wrong later; the core sets it. The weight of each turn counts
+    ``weight`` times.
     """
 
-    def __init__(self, turns: Iterable[Turn] = (), place: Any = None, tools: Iterable[dict[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        turns: Iterable[Turn] = (),
+        place: Any = None,
+        tools: Iterable[dict[str, Any]] = (),
+        weight: float = 1.0,
+    ) -> None:
         super().__init__(turns)
         self.place = place
         self.tools = tuple(tools)
+        self.weight = weight
 
     def of(self, turns: Iterable[Turn]) -> Conversation:
-        """Other ``turns`` with the same tools and place, such as some of its own."""
-        return Conversation(turns, self.place, self.tools)
+        """Other ``turns`` with the same tools, place and weight, such as some of its own."""
+        return Conversation(turns, self.place, self.tools, self.weight)
 
     @staticmethod
     def seen(turns: Sequence[Turn]) -> Conversation:
@@ -75,10 +85,12 @@ class Conversation(list[Turn]):
 
 @dataclass(frozen=True)
 class Example:
-    """One encoded record. ``input_ids`` int64 [n]; ``labels`` int64 [n], already shifted, -100 = no target."""
+    """One encoded record. ``input_ids`` int64 [n]; ``labels`` int64 [n], already shifted, -100 = no target; ``weights``
+    float32 [n], what the loss of each label counts (0: it is no target), or None where all count 1."""
 
     input_ids: np.ndarray
     labels: np.ndarray
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,8 @@ class Batch:
     ``input_ids``, ``labels`` (already shifted, -100 where nothing is learned) and ``position_ids`` (from 0 in
     each document) are int64 [B, S]. ``startend_row_indices`` is int32 [B, 1, S, 1] in FlashMask's causal form (query
     rows from that index on do not see the key): documents do not see each other, and each padding token is a
-    document of its own. ``lengths`` are the document lengths of each row, without padding.
+    document of its own. ``lengths`` are the document lengths of each row, without padding. ``weights`` are float32
+    [B, S], above 0 where there is a label and 0 elsewhere, or None where every target counts 1.
     """
 
     input_ids: np.ndarray
@@ -96,6 +109,7 @@ class Batch:
     position_ids: np.ndarray
     startend_row_indices: np.ndarray
     lengths: tuple[tuple[int, ...], ...]
+    weights: np.ndarray | None = None
 
     @property
     def packed(self) -> bool:
@@ -114,6 +128,11 @@ class Batch:
     @property
     def target_tokens(self) -> int:
         return int((self.labels != -100).sum())
+
+    @property
+    def target_weight(self) -> float:
+        """The sum of its targets' weights, by which a summed loss is divided."""
+        return float(self.target_tokens if self.weights is None else self.weights.sum(dtype="float64"))
 
 
 class DataCollator(Protocol):
@@ -244,8 +263,8 @@ class Learning(Protocol):
         ...
 
     def loss(self, hidden: Any, batch: Batch) -> Any:
-        """The summed loss (nats, a scalar float32 tensor) of the batch's target tokens; ``hidden`` is what comes out of
-        the model's last layer."""
+        """The summed loss (nats, a scalar float32 tensor) of the batch's target tokens, each times its weight;
+        ``hidden`` is what comes out of the model's last layer."""
         ...
 
     def backward(self, loss: Any) -> None:
@@ -330,8 +349,8 @@ class ParallelStrategy(Protocol):
         ...
 
     def scores(self, model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Evaluate this process's ``batches``, without gradients: their summed loss, and in how many places the target
-        is the likeliest token."""
+        """Evaluate this process's ``batches``, without gradients: their summed loss, in which weights do not count, and
+        in how many places the target is the likeliest token."""
         ...
 
     def answering(self) -> AbstractContextManager[Callable[[], None]]:

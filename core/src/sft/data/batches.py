@@ -43,10 +43,18 @@ class Rows(Sequence[list[Example]]):
         labels: int64 [T], already shifted, -100 = no target.
         lengths: int64 [examples], tokens of each.
         counts: int64 [rows], examples in each.
+        weights: float32 [T], above 0 where there is a label and 0 elsewhere; None where every target counts 1.
     """
 
-    def __init__(self, ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> None:
-        self.ids, self.labels, self.lengths, self.counts = ids, labels, lengths, counts
+    def __init__(
+        self,
+        ids: np.ndarray,
+        labels: np.ndarray,
+        lengths: np.ndarray,
+        counts: np.ndarray,
+        weights: np.ndarray | None = None,
+    ) -> None:
+        self.ids, self.labels, self.lengths, self.counts, self.weights = ids, labels, lengths, counts, weights
         self.edges = _edges(counts)
         """int64 [rows + 1]: row i has the examples from ``edges[i]`` to ``edges[i + 1]``."""
         self.offsets = _edges(lengths)
@@ -59,11 +67,17 @@ class Rows(Sequence[list[Example]]):
             return rows
         examples = list(chain.from_iterable(rows))
         nothing = np.zeros(0, np.int64)
+        labels, weights = np.concatenate([nothing, *(example.labels for example in examples)]), None
+        if any(example.weights is not None for example in examples):
+            weights = np.concatenate([_weights(example) for example in examples])
+            weights[labels == IGNORED] = 0
+            labels = np.where(weights > 0, labels, IGNORED)
         return cls(
             np.concatenate([nothing, *(example.input_ids for example in examples)]),
-            np.concatenate([nothing, *(example.labels for example in examples)]),
+            labels,
             np.fromiter((len(example.input_ids) for example in examples), np.int64),
             np.fromiter(map(len, rows), np.int64),
+            weights,
         )
 
     @classmethod
@@ -79,6 +93,7 @@ class Rows(Sequence[list[Example]]):
             np.where(data.trained[places + 1], following, IGNORED).astype(np.int64),
             lengths,
             np.fromiter(map(len, rows), np.int64),
+            None if data.weights is None else data.weights[places + 1],
         )
 
     def __len__(self) -> int:
@@ -93,7 +108,12 @@ class Rows(Sequence[list[Example]]):
             return [self[number] for number in range(len(self))[row]]
         row = range(len(self))[row]
         ends = self.offsets[self.edges[row] : self.edges[row + 1] + 1].tolist()
-        return [Example(self.ids[start:stop], self.labels[start:stop]) for start, stop in pairwise(ends)]
+        places = [slice(*edges) for edges in pairwise(ends)]
+        weights = self.weights
+        return [
+            Example(self.ids[place], self.labels[place], None if weights is None else weights[place])
+            for place in places
+        ]
 
 
 def assemble(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
@@ -113,10 +133,20 @@ def assemble(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
     position_ids = np.zeros(held.shape, np.int64)
     ends = np.tile(np.arange(1, width + 1, dtype=np.int32), (len(flat), 1))
     input_ids[held], labels[held], position_ids[held] = flat.ids, flat.labels, _within(lengths)
+    weights = None
+    if flat.weights is not None:
+        weights = np.zeros(held.shape, np.float32)
+        weights[held] = flat.weights
     ends[held] = np.repeat(flat.offsets[1:] - np.repeat(begins[:-1], flat.counts), lengths)
     each, edges = lengths.tolist(), flat.edges.tolist()
     found = tuple(tuple(each[start:stop]) for start, stop in pairwise(edges))
-    return Batch(input_ids, labels, position_ids, ends[:, None, :, None], found)
+    return Batch(input_ids, labels, position_ids, ends[:, None, :, None], found, weights)
+
+
+def _weights(example: Example) -> np.ndarray:
+    """float32 [n], what each label of ``example`` weighs."""
+    given = example.weights
+    return np.ones(len(example.labels), np.float32) if given is None else np.asarray(given, np.float32)
 
 
 def _edges(lengths: np.ndarray) -> np.ndarray:

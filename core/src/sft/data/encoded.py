@@ -68,6 +68,8 @@ class Counts:
     thoughts_put_before_answer: int = 0
     """Thoughts that stand beside their answers in the records, and are written before them between ``<think>`` and
     ``</think>``, because the template takes them in no other way."""
+    records_weighted: int = 0
+    """Records with a target whose weight is not 1."""
     tokens: int = 0
     target_tokens: int = 0
 
@@ -91,6 +93,7 @@ class Counts:
             "empty_thoughts_left_out": "{} empty thoughts not learned",
             "thoughts_removed_by_template": "{} thoughts removed by template",
             "thoughts_put_before_answer": "{} thoughts written between <think> and </think>",
+            "records_weighted": "{} records weighted",
         }
         counts = [text.format(f"{getattr(self, name):,}") for name, text in said.items() if getattr(self, name)]
         return ", ".join([f"{self.tokens:,} tokens", f"{self.target_tokens:,} target tokens", *counts])
@@ -107,7 +110,7 @@ class Counts:
 
 @dataclass
 class Encoded:
-    """A data set in three flat arrays: record i is ``ids[offsets[i]:offsets[i + 1]]``, trained where ``trained``."""
+    """A data set in flat arrays: record i is ``ids[offsets[i]:offsets[i + 1]]``, trained where ``trained``."""
 
     ids: np.ndarray
     trained: np.ndarray
@@ -117,6 +120,8 @@ class Encoded:
     """The numbers of records that were read and are not here, in ascending order, from 0."""
     bad: list[BadRecord] = field(default_factory=list)
     """The records that were skipped, in their order; none of them is in the arrays."""
+    weights: np.ndarray | None = None
+    """What each token weighs as a target, float32, 0 where it is none; None where all weigh 1."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -127,9 +132,10 @@ class Encoded:
         return np.diff(self.offsets) - 1
 
     def __getitem__(self, index: int) -> Example:
-        ids = self.ids[self.offsets[index] : self.offsets[index + 1]].astype(np.int64)
-        trained = self.trained[self.offsets[index] : self.offsets[index + 1]]
-        return Example(ids[:-1], np.where(trained[1:], ids[1:], IGNORED))
+        place = slice(self.offsets[index], self.offsets[index + 1])
+        ids, trained = self.ids[place].astype(np.int64), self.trained[place]
+        weights = None if self.weights is None else self.weights[place][1:]
+        return Example(ids[:-1], np.where(trained[1:], ids[1:], IGNORED), weights)
 
     def numbers(self, kept: Iterable[int]) -> list[int]:
         """Which of the records that were read, from 0, those here are whose numbers are ``kept``."""
@@ -137,7 +143,7 @@ class Encoded:
         return [number + int(np.searchsorted(before, number, "right")) for number in kept]
 
     def fingerprint(self) -> str:
-        """Changes whenever a token, a target or the order of the records does."""
+        """Changes whenever a token, a target, its weight or the order of the records does."""
         return self._digest
 
     def has_fingerprint(self, expected: str) -> bool:
@@ -146,8 +152,9 @@ class Encoded:
     @cached_property
     def _digest(self) -> str:
         digest = hashlib.sha256()
-        for array in (self.ids, self.trained, self.offsets):
-            digest.update(np.ascontiguousarray(array).data)
+        for array in (self.ids, self.trained, self.offsets, self.weights):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
 
     def check_fits(self, model: Path, positions: int) -> None:
@@ -165,6 +172,13 @@ class Encoded:
         """Each pass over the data is a window, from the first one or from that of ``place``."""
         for number in itertools.count(place["window"] if place else 0):
             yield DataWindow(number, self, number, number + 1, {"window": number})
+
+
+def joined_weights(parts: Sequence[Encoded]) -> np.ndarray | None:
+    """The ``weights`` of records that follow each other in ``parts``."""
+    if all(part.weights is None for part in parts):
+        return None
+    return np.concatenate([part.trained.astype(np.float32) if part.weights is None else part.weights for part in parts])
 
 
 def check_fits(length: int, model: Path, positions: int) -> None:

@@ -1,7 +1,7 @@
 """Data kept encoded on disk (``encoded_cache``): what was encoded in the same way before is read, not encoded again.
 
 Each file has the name of everything that shapes what is in it, so none is ever out of date: it is found, or it is
-another one. It holds three arrays and what a run says of them, and it is checked when it is read.
+another one. It holds a few arrays and what a run says of them, and it is checked when it is read.
 """
 
 from __future__ import annotations
@@ -116,6 +116,8 @@ class EncodedCache:
             return
         data = kept.data
         arrays = {"ids": data.ids, "trained": data.trained, "offsets": data.offsets, "dropped": data.dropped}
+        if data.weights is not None:
+            arrays["weights"] = data.weights
         numbers = {path: number for number, path in enumerate(place.files)}
         bad = [(numbers[at.path], at.line, at.number, reason) for at, reason in kept.data.bad]
         said = {"format": kept.format, "counts": asdict(kept.data.counts), "bad": bad}
@@ -149,6 +151,7 @@ def _read(place: _Place) -> Kept:
             raise ValueError("it holds something else")
         data = Encoded(*(file.get_tensor(name) for name in ("ids", "trained", "offsets")))
         data.dropped = file.get_tensor("dropped")
+        data.weights = file.get_tensor("weights") if "weights" in file.keys() else None  # noqa: SIM118
     if _seal(data, place.key, metadata["said"]) != metadata["digest"]:
         raise ValueError("it is damaged")
     said = json.loads(metadata["said"])
@@ -158,7 +161,8 @@ def _read(place: _Place) -> Kept:
 
 
 def _seal(data: Encoded, key: str, said: str) -> str:
-    shapes = [(str(array.dtype), array.shape) for array in (data.ids, data.trained, data.offsets)]
+    arrays = [data.ids, data.trained, data.offsets] + ([] if data.weights is None else [data.weights])
+    shapes = [(str(array.dtype), array.shape) for array in arrays]
     shapes.append(("dropped", data.dropped.tolist()))
     return hashlib.sha256(json.dumps([data.fingerprint(), shapes, key, said]).encode()).hexdigest()
 

@@ -18,9 +18,10 @@ import numpy as np
 
 from sft.data.altered import holds_answer
 from sft.data.bad_records import LOOKED_AT, BadRecord, BadRecordError
-from sft.data.encoded import Counts, Encoded, check_fits
+from sft.data.encoded import Counts, Encoded, check_fits, joined_weights
 from sft.data.learned import Learned, Text
 from sft.data.messages import characters
+from sft.data.templates import WrittenText
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.seams import Conversation, Turn
@@ -54,19 +55,22 @@ class Encoding:
         """Encode conversations, which the tokenizer gets together; records that were bad before are only listed."""
         encoder = _Encoder(self.tokenizer, self.src_length, self.max_length, self.skips, self.learned)
         ids: list[np.ndarray] = []
-        trained: list[np.ndarray] = []
+        weights: list[np.ndarray] = []
         for tokens, targets in encoder.encode(group):
             if self.room is not None:
                 check_fits(len(tokens) - 1, *self.room)
             ids.append(tokens)
-            trained.append(targets)
+            weights.append(targets)
+        weighs = np.concatenate([np.zeros(0, np.float32), *weights])
+        trained = weighs > 0
         return Encoded(
             np.concatenate([np.zeros(0, np.int32), *ids]),
-            np.concatenate([np.zeros(0, bool), *trained]),
+            trained,
             np.cumsum([0, *map(len, ids)], dtype=np.int64),
             encoder.counts,
             np.array(sorted(encoder.dropped), np.int64),
             [record for _, record in sorted(encoder.bad)],
+            None if (weighs == trained).all() else weighs,
         )
 
 
@@ -104,6 +108,7 @@ def encode(
         sum((part.counts for part in parts), Counts()),
         np.concatenate([np.zeros(0, np.int64), *(part.dropped + n for part, n in zip(parts, before, strict=False))]),
         bad,
+        joined_weights(parts),
     )
 
 
@@ -181,10 +186,10 @@ def reference_of(turns: Conversation, answer: Turn, tokenizer: Tokenizer) -> str
 
 @dataclass(frozen=True)
 class _Row:
-    """A conversation in tokens, before it is made to fit: ``ids`` int32 [n], ``trained`` bool [n]."""
+    """A conversation in tokens, before it is made to fit: ``ids`` int32 [n], ``weights`` float32 [n], 0 = no target."""
 
     ids: np.ndarray
-    trained: np.ndarray
+    weights: np.ndarray
     prompt: int
     """Tokens before the first answer that is learned, or its thought if that is not."""
     text: Text
@@ -203,7 +208,7 @@ class _Encoder:
         """Those that are skipped, each after its number in the group."""
 
     def encode(self, conversations: Sequence[list[Turn] | BadRecord]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids and targets of those that keep a target, in order."""
+        """Ids, and what each weighs as a target (0: it is none), of those that keep a target, in order."""
         written = [
             (number, turns, *found)
             for number, turns in enumerate(conversations)
@@ -217,11 +222,14 @@ class _Encoder:
             result, counts = fitted
             counts.turns_dropped += len(turns) - len(kept)
             self.counts.records += 1
-            if result.trained[1:].any():
+            learned = result.weights[1:] > 0
+            if learned.any():
                 counts.tokens = len(result.ids) - 1
-                counts.target_tokens = int(result.trained[1:].sum())
+                counts.target_tokens = int(learned.sum())
+                weights = result.weights * np.float32(getattr(turns, "weight", 1.0))
+                counts.records_weighted = int((weights[1:] != learned).any())
                 self.counts = self.counts + counts
-                yield result.ids, result.trained
+                yield result.ids, weights
             else:
                 self.counts.records_dropped += 1
                 self.dropped.append(number)
@@ -273,14 +281,15 @@ class _Encoder:
             for piece, whole in zip(text.pieces, text.written.pieces, strict=True):
                 tokens, span = next(found)
                 ids += tokens
-                marks.append(_mark(len(tokens), span, piece.targets))
-                answers.append(marks[-1] if whole is piece else _mark(len(tokens), span, whole.targets))
+                marks.append(_mark(len(tokens), span, piece))
+                answers.append(marks[-1] if whole is piece else _mark(len(tokens), span, whole))
             fixed = self.tokenizer.with_bos(ids) if template.one_bos else ids
             added = len(fixed) - len(ids)
-            trained, answered = (
-                np.concatenate([np.zeros(max(0, added), bool), *parts])[max(0, -added) :] for parts in (marks, answers)
+            weights, answered = (
+                np.concatenate([np.zeros(max(0, added), np.float32), *parts])[max(0, -added) :]
+                for parts in (marks, answers)
             )
-            rows.append(_Row(np.array(fixed, np.int32), trained, _prompt_length(answered), text))
+            rows.append(_Row(np.array(fixed, np.int32), weights, _prompt_length(answered), text))
         return rows
 
     def _fit(self, turns: list[Turn], row: _Row) -> tuple[_Row, Counts]:
@@ -299,17 +308,17 @@ class _Encoder:
         counts.answers_altered_by_template = int(not checked(partial(holds_answer, written=written), turns))
         if row.text.counts is not None:
             counts += row.text.counts
-        ids, trained, prompt = row.ids, row.trained, row.prompt
+        ids, weights, prompt = row.ids, row.weights, row.prompt
         if longest >= self.max_length and len(ids) > self.max_length:
             longest = max(self.max_length // 2, self.max_length - (len(ids) - prompt))
         if prompt > longest:
             counts.prompts_truncated = 1
             cut = _beginning(ids, prompt - longest, self.tokenizer)
-            ids, trained = np.delete(ids, cut), np.delete(trained, cut)
+            ids, weights = np.delete(ids, cut), np.delete(weights, cut)
         if len(ids) > self.max_length:
             counts.targets_truncated = 1
-            ids, trained = ids[: self.max_length], trained[: self.max_length]
-        return _Row(ids, trained, prompt, row.text), counts
+            ids, weights = ids[: self.max_length], weights[: self.max_length]
+        return _Row(ids, weights, prompt, row.text), counts
 
 
 def checked(write: Callable[[list[Turn]], T], turns: list[Turn]) -> T:
@@ -323,21 +332,23 @@ def checked(write: Callable[[list[Turn]], T], turns: list[Turn]) -> T:
         raise BadRecordError(place, f": {error}") from error
 
 
-def _mark(tokens: int, span: Callable[[int], tuple[int, int]], targets: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Tokens with at least one character in a target, bool [n]; one that reaches over its beginning belongs to it.
+def _mark(tokens: int, span: Callable[[int], tuple[int, int]], piece: WrittenText) -> np.ndarray:
+    """What tokens weigh, float32 [n]: those with at least one character in a target, else 0; one that reaches over its
+    beginning belongs to it.
 
     ``span`` gives the characters of a token: neither their beginnings nor their ends ever go back.
     """
-    marked = np.zeros(tokens, bool)
-    for start, end in targets:
+    marked = np.zeros(tokens, np.float32)
+    for (start, end), weight in zip(piece.targets, piece.weights, strict=True):
         first = bisect_right(range(tokens), start, key=lambda token: span(token)[1])
         stop = bisect_left(range(tokens), end, first, key=lambda token: span(token)[0])
-        marked[first:stop] = True
+        marked[first:stop] = weight
     return marked
 
 
-def _prompt_length(trained: np.ndarray) -> int:
+def _prompt_length(weights: np.ndarray) -> int:
     """Tokens before the first target."""
+    trained = weights > 0
     return int(trained.argmax()) if trained.any() else len(trained)
 
 

@@ -14,6 +14,7 @@ from sft.data.bad_records import BadRecord, BadRecordError, Place
 from sft.data.messages import characters, messages, sharegpt
 from sft.data.sources import Record
 from sft.data.texts import answer_of, optional_of, system_of, text_of
+from sft.data.weights import record_weight, weight_of_turns
 from sft.errors import PluginError
 from sft.foreign_text import listed
 from sft.plugins.registry import Plugins
@@ -54,7 +55,7 @@ class Formats:
         those before it, or wrong in its own.
         """
         try:
-            name, turns = self._read(record.value, needs_target)
+            name, turns, weight = self._read(record.value, needs_target)
         except ValueError as error:
             raise BadRecordError(record.place, f": {error}") from error
         except PluginError as error:
@@ -70,7 +71,7 @@ class Formats:
             raise BadRecordError(
                 record.place, ": no turn of this record is a target, so nothing can be learned from it."
             )
-        conversation = Conversation(turns, record.place, getattr(turns, "tools", ()))
+        conversation = Conversation(turns, record.place, getattr(turns, "tools", ()), weight)
         length = characters(conversation)
         if length > LONGEST:
             raise BadRecordError(
@@ -81,15 +82,19 @@ class Formats:
             self.name, self._place = name, record.place
         return conversation
 
-    def _read(self, value: dict[str, Any], needs_target: bool) -> tuple[str, list[Turn]]:
+    def _read(self, value: dict[str, Any], needs_target: bool) -> tuple[str, list[Turn], float]:
+        """The format of a record, its turns and its weight."""
         for plugin in self._providers:
             turns = self._plugins.ask(plugin, "sft_record_format", record=value)
             if turns is not None:
-                return f"the format of plugin {plugin}", turns
+                return f"the format of plugin {plugin}", turns, weight_of_turns(turns)
         if not needs_target and _is_prompt(value):
-            return "a prompt", [Turn("user", text_of(value["prompt"], '"prompt"'))]
+            return "a prompt", [Turn("user", text_of(value["prompt"], '"prompt"'))], 1.0
         name = recognise(value)
-        return name, FORMATS[name][1](value, needs_target)
+        turns, weight = FORMATS[name][1](value, needs_target), record_weight(value)
+        if weight == 0 and needs_target:
+            raise ValueError("the record has the weight 0, so nothing can be learned from it; take it out.")
+        return name, turns, weight
 
 
 def _is_prompt(record: dict[str, Any]) -> bool:

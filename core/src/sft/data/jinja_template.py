@@ -84,7 +84,7 @@ class JinjaTemplate:
     def _by_prompts(self, turns: Conversation) -> Written:
         """An earlier answer that the template writes otherwise by the end of the conversation is not learned: what
         stands there is not what the model would have had to answer."""
-        text, targets, rewritten, calls = self.render(turns), [], 0, 0
+        text, targets, weights, rewritten, calls = self.render(turns), [], [], 0, 0
         for index, turn in enumerate(turns):
             if not turn.trains:
                 continue
@@ -111,31 +111,36 @@ class JinjaTemplate:
                 until += self.marks.eos
                 text, end = until, len(until)
             targets.append((len(before), end if end is not None else len(until)))
-        return Written((WrittenText(text[: targets[-1][1]], tuple(targets)),), rewritten, calls)
+            weights.append(turn.weight)
+        return Written((WrittenText(text[: targets[-1][1]], tuple(targets), tuple(weights)),), rewritten, calls)
 
     def _by_blocks(self, turns: Conversation) -> Written:
         """The blocks as they stand; a block belongs to the answer of the same number."""
         text, blocks = self._render(turns, False)
         answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-        if all(turns[index].trains for index in answers):
-            chosen = blocks
+        common = turns[answers[0]].weight if answers else 1.0
+        if all(turns[index].trains and turns[index].weight == common for index in answers):
+            chosen = [(block, common) for block in blocks]
         else:
             parts = [turns.of(turns[: end + 1]) for end in answers]
             if any(len(self._render(part, False)[1]) != number for number, part in enumerate(parts, start=1)):
                 raise UsageError(
                     f"The chat template of {self.place} has not one generation block for each answer, so an answer "
-                    "that is not to be learned cannot be told from the others; learn from all, or take it out."
+                    "that is not to be learned, or weighs something else, cannot be told from the others; learn from "
+                    "all alike, or take it out."
                 )
-            chosen = [block for block, index in zip(blocks, answers, strict=True) if turns[index].trains]
-        chosen = [(start, end) for start, end in chosen if end > start]
+            learned = [(block, turns[index]) for block, index in zip(blocks, answers, strict=True)]
+            chosen = [(block, turn.weight) for block, turn in learned if turn.trains]
+        chosen = [(block, weight) for block, weight in chosen if block[1] > block[0]]
         if not chosen:
             raise UsageError(
                 f"The chat template of {self.place} puts no text into its generation blocks for a conversation of "
                 f"{_roles(self.habits.messages(turns))}; correct the template."
             )
-        text = text[: chosen[-1][1]]
+        targets, weights = zip(*chosen, strict=True)
+        text = text[: targets[-1][1]]
         ends = self.marks.end_of_turn(text) is not None
-        return Written((WrittenText(text, tuple(chosen)),), max(0, len(answers) - len(blocks)), ends=ends)
+        return Written((WrittenText(text, targets, weights),), max(0, len(answers) - len(blocks)), ends=ends)
 
     # --- rendering ------------------------------------------------------------------------------------------
 

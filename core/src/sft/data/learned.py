@@ -51,7 +51,7 @@ class Learned:
         """``turns`` written down. Raises what :meth:`sft.data.templates.Template.training` raises."""
         if self.train_on == "everything":
             texts = template.texts(turns)
-            pieces = tuple(WrittenText(text, ((0, len(text)),)) for text in texts)
+            pieces = tuple(WrittenText(text, ((0, len(text)),), (1.0,)) for text in texts)
             written = Written(pieces, ends=template.marks.end_of_turn(texts[-1]) is not None)
         else:
             written = template.training(turns)
@@ -83,7 +83,7 @@ class Learned:
         known = [turn.reasoning for turn in turns if turn.reasoning]
         pieces = []
         for piece in written.pieces:
-            targets = list(piece.targets)
+            targets = list(zip(piece.targets, piece.weights, strict=True))
             for first, stop, is_empty in thoughts_in(piece.text, piece.targets, known):
                 leaves = self.thoughts == "none" or (is_empty and self.thoughts == "not_empty")
                 counts.thoughts += not leaves and not is_empty
@@ -91,12 +91,9 @@ class Learned:
                 counts.thoughts_left_out += leaves and not is_empty
                 counts.empty_thoughts_left_out += leaves and is_empty
                 if leaves:
-                    targets = [part for target in targets for part in _without(target, first, stop)]
-            pieces.append(
-                piece
-                if len(targets) == len(piece.targets) and tuple(targets) == piece.targets
-                else WrittenText(piece.text, tuple(targets))
-            )
+                    targets = [(part, w) for target, w in targets for part in _without(target, first, stop)]
+            left, weights = tuple(target for target, _ in targets), tuple(weight for _, weight in targets)
+            pieces.append(piece if left == piece.targets else WrittenText(piece.text, left, weights))
         return tuple(pieces)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from sft.data.sources import DECODER
 from sft.data.texts import answer_of, system_of, text_of
+from sft.data.weights import weight_of
 from sft.foreign_text import listed
 from sft.seams import Conversation, ToolCall, Turn
 from sft.small_files import why
@@ -29,7 +30,8 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 def messages(record: Mapping[str, Any], needs_target: bool = True) -> Conversation:
-    """``messages`` with ``role`` and ``content``; ``weight`` 0 excludes an answer from what is learned."""
+    """``messages`` with ``role`` and ``content``; ``weight`` is what an answer counts, and 0 excludes it from what is
+    learned."""
     return _conversation(record, "messages")
 
 
@@ -53,7 +55,7 @@ def _conversation(record: Mapping[str, Any], key: str) -> Conversation:
         turn, calls_alone = _turn(message, what)
         _check_result(turn, turns, what)
         if calls_alone and merges:
-            if turn.trains != turns[-1].trains:
+            if turn.weight != turns[-1].weight:
                 raise ValueError(f"{what} and the answer before it are one turn; give both the same weight.")
             answer = turns.pop()
             turn = dataclasses.replace(answer, tool_calls=(*answer.tool_calls, *turn.tool_calls))
@@ -80,9 +82,7 @@ def _turn(message: Any, what: str) -> tuple[Turn, bool]:
     if not isinstance(role, str) or (role not in ROLES and role not in CALLING):
         known = ", ".join((*ROLES, *CALLING))
         raise ValueError(f"{what} has the role {reprlib.repr(role)}; known are {known}: take the record out.")
-    weight = message.get("weight")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise ValueError(f'{what} has the weight {reprlib.repr(weight)}; "weight" must be 0 or 1.')
+    weight = weight_of(message.get("weight"), what)
     thought = _thought(message, what)
     alone = role in CALLING
     if alone:
@@ -97,7 +97,7 @@ def _turn(message: Any, what: str) -> tuple[Turn, bool]:
     content = "" if content is None and calls else _joined(content, what)
     content = answer_of(content, what) if trains and not calls else text_of(content, what)
     if role != "tool":
-        return Turn(role, content, trains, thought or None, calls), alone
+        return Turn(role, content, trains, weight, thought or None, calls), alone
     answered = _optional_text(message, "tool_call_id", what)
     return Turn(role, content, tool_call_id=answered, name=_optional_text(message, "name", what)), False
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from sft.data.bad_records import BadRecord, Place
+from sft.data.bad_records import BadRecord
 from sft.data.encoded import Encoded
 from sft.data.encoding import Encoding, Group
 from sft.data.sources import size_of
@@ -203,11 +203,11 @@ def _plain(conversation: Conversation) -> tuple[Any, ...]:
     for turn in conversation:
         more = {name: value for name, value in vars(turn).items() if value != _TEXT[name]}
         turns.append((more.pop("role", ""), more.pop("content", ""), more.pop("trains", False), more))
-    return turns, conversation.place, conversation.tools
+    return turns, conversation.place, conversation.tools, conversation.weight
 
 
-def _made(turns: list[tuple[str, str, bool, dict[str, Any]]], place: Place | None, tools: Any) -> Conversation:
-    return Conversation([Turn(*turn[:3], **turn[3]) for turn in turns], place, tools)
+def _made(turns: list[tuple[str, str, bool, dict[str, Any]]], *about: Any) -> Conversation:
+    return Conversation([Turn(*turn[:3], **turn[3]) for turn in turns], *about)
 
 
 def serve(handle: int) -> None:

@@ -27,10 +27,16 @@ PAIRS_FILE = "chat_template.json"
 
 @dataclass(frozen=True)
 class WrittenText:
-    """Text that is tokenised as a whole, and the character ranges in it that are targets."""
+    """Text that is tokenised as a whole, the character ranges in it that are targets, and what each of them weighs."""
 
     text: str
     targets: tuple[tuple[int, int], ...] = ()
+    weights: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, text: str, turn: Turn | None = None) -> WrittenText:
+        """Text that is a target as a whole, if it is that of a turn that trains."""
+        return cls(text, ((0, len(text)),), (turn.weight,)) if turn is not None and turn.trains else cls(text)
 
 
 @dataclass(frozen=True)
@@ -220,8 +226,7 @@ class Plain:
     def training(self, turns: Sequence[Turn]) -> Written:
         last = max(index for index, turn in enumerate(turns) if turn.trains)
         texts = self.prompt(Conversation.seen(turns).of(turns[: last + 1]))
-        pieces = zip(texts, turns, strict=False)
-        return Written(tuple(WrittenText(text, ((0, len(text)),) if turn.trains else ()) for text, turn in pieces))
+        return Written(tuple(map(WrittenText.of, texts, turns)))
 
     def texts(self, turns: Sequence[Turn]) -> list[str]:
         return [piece.text for piece in self.training(turns).pieces]
@@ -264,10 +269,7 @@ class Pairs:
         last = max(index for index, turn in enumerate(turns) if turn.trains)
         refuse_tools(Conversation.seen(turns), f"Chat template {self.place}")
         texts, targets = self._parts(turns[: last + 1], {"is_training": True})
-        pieces = tuple(
-            WrittenText(t, ((0, len(t)),) if target else ()) for t, target in zip(texts, targets, strict=True)
-        )
-        return Written(pieces, ends=self.marks.end_of_turn(texts[-1]) is not None)
+        return Written(tuple(map(WrittenText.of, texts, targets)), ends=self.marks.end_of_turn(texts[-1]) is not None)
 
     def texts(self, turns: Sequence[Turn]) -> list[str]:
         return [piece.text for piece in self.training(turns).pieces]
@@ -291,8 +293,8 @@ class Pairs:
 
     def _parts(
         self, turns: Sequence[Turn], context: dict[str, Any], length: int | None = None
-    ) -> tuple[list[str], list[bool]]:
-        """Texts, and which of them are learned. ``context`` is filled as PaddleNLP fills it: ``length`` is known in a
+    ) -> tuple[list[str], list[Turn | None]]:
+        """Texts, and of which answer each is. ``context`` is filled as PaddleNLP fills it: ``length`` is known in a
         prompt only, and no turn of it is the last."""
         turns = list(turns)
         if turns and turns[0].role == "system":
@@ -307,10 +309,10 @@ class Pairs:
                 f"{', '.join(turn.role for turn in turns)}; correct it, or use a Jinja template."
             )
         texts: list[str] = []
-        targets: list[bool] = []
+        targets: list[Turn | None] = []
         if self._values.get("system"):
             texts.append(self._write(self._values["system"], **context))
-            targets.append(False)
+            targets.append(None)
         if length is not None:
             context["length"] = length
         pairs = list(zip(turns[::2], turns[1::2], strict=True))
@@ -318,7 +320,7 @@ class Pairs:
             context.update(is_first=index == 0, is_last=length is None and index + 1 == len(pairs))
             for part in self._values["conversation"]:
                 texts.append(self._write(part, user=user.content, bot=with_thought(bot), index=index, **context))
-            targets += [False, bot.trains]
+            targets += [None, bot]
         return texts, targets
 
     def _write(self, part: str, **values: Any) -> str:

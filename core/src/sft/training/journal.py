@@ -19,6 +19,8 @@ class Totals:
     """Sums over the steps since the line before."""
 
     loss: float = 0.0
+    weight: float = 0.0
+    """Of the targets, as the loss has them."""
     tokens: int = 0
     target_tokens: int = 0
     padding_tokens: int = 0
@@ -52,11 +54,19 @@ class Journal:
     """Of the file, by which a resumed run sees that a line has changed."""
 
     def add(
-        self, loss_sum: float, tokens: int, target_tokens: int, padding_tokens: int, rows: int, grad_norm: float
+        self,
+        loss_sum: float,
+        weight: float,
+        tokens: int,
+        target_tokens: int,
+        padding_tokens: int,
+        rows: int,
+        grad_norm: float,
     ) -> None:
-        """Count one step; ``loss_sum`` is over its target tokens."""
+        """Count one step; ``loss_sum`` is over its target tokens, which weigh ``weight`` together."""
         for sums in (self.window, self.total):
             sums.loss += loss_sum
+            sums.weight += weight
             sums.tokens += tokens
             sums.target_tokens += target_tokens
             sums.padding_tokens += padding_tokens
@@ -64,12 +74,12 @@ class Journal:
             sums.grad_norm = grad_norm
 
     def step_line(self, step: int, epoch: float, learning_rate: float) -> dict[str, Any]:
-        """Write the line of a logged step; loss is the mean over all target tokens since the line before."""
+        """Write the line of a logged step; loss is the weighted mean over all target tokens since the line before."""
         now = time.monotonic()
         line = {
             "step": step,
             "epoch": round(epoch, 4),
-            "loss": self.window.loss / max(1, self.window.target_tokens),
+            "loss": self.window.loss / (self.window.weight or 1.0),
             "learning_rate": learning_rate,
             "grad_norm": self.window.grad_norm,
             "seconds": round(now - self._since, 3),
@@ -118,7 +128,7 @@ class Journal:
         then. Where the file is not what it was, those of its steps that can be read are kept, and a clause says so;
         where it is, and this run's own, it is cut off and not written anew."""
         sums = state["journal"]
-        self.window, self.total = Totals(**sums["window"]), Totals(**sums["total"])
+        self.window, self.total = _totals(sums["window"]), _totals(sums["total"])
         self.first_loss, self.last_loss = sums["first_loss"], sums["last_loss"]
         self.skipped_steps, self.lines = sums["skipped_steps"], sums["lines"]
         self.due, self.skipped_in_a_row = sums.get("due", False), sums.get("skipped_in_a_row", 0)
@@ -149,6 +159,11 @@ class Journal:
             f"{written} has been changed since step {state['step']}: {len(kept):,} lines up to there can be read, of "
             f"{sums['lines']:,} that were written"
         )
+
+
+def _totals(values: dict[str, Any]) -> Totals:
+    """Those of a checkpoint; before there were weights, each target counted 1."""
+    return Totals(**{"weight": float(values["target_tokens"]), **values})
 
 
 def _is_its_own(path: Path, written: Path) -> bool:

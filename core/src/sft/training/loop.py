@@ -1,8 +1,8 @@
 """The training loop. Read this to know what a run does.
 
 It does: shuffle by seed, accumulate micro-batches, normalise the loss by the target tokens of the whole
-window (of all processes), clip, step AdamW on the schedule (skip a step that overflows in float16), log, evaluate,
-checkpoint, resume.
+window (of all processes; each counts what it weighs), clip, step AdamW on the schedule (skip a step that
+overflows in float16), log, evaluate, checkpoint, resume.
 It does not: know any technique (those are in the model, the batches and the optimizer's groups by now), know
 other processes (the strategy does), or write final results (``training/result.py`` does).
 """
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from sft.context import CoreRun, Run
 
 
+_SUMMED = ("tokens", "target_tokens", "padding_tokens", "target_weight")
+
+
 @dataclass(frozen=True)
 class Learning:
     """What a step does with each of its micro-batches: forward, loss, backward. Gradients add up in the parameters.
@@ -53,7 +56,7 @@ class Learning:
 
     run: Run
     weight: float
-    """What each summed loss counts: the loss scale, divided by the target tokens of the whole step."""
+    """What each summed loss counts: the loss scale, divided by the weights of all targets of the step."""
     is_idle: bool = False
     sums: WideSums = field(default_factory=lambda: WideSums(()))
     """Where gradients of 16-bit parameters add up."""
@@ -70,7 +73,7 @@ class Learning:
         if hidden.place.is_cpu_place():
             give_back_holes()  # all that backward needs is held now
         with self.run.precision.autocast():
-            return target_loss(hidden, batch.labels, self.run.model.lm_head, self.weight or 1.0)
+            return target_loss(hidden, batch.labels, self.run.model.lm_head, self.weight or 1.0, batch.weights)
 
     def backward(self, loss: Any) -> None:
         with self.sums.backward():
@@ -104,16 +107,13 @@ def train(
     for at, batches in one_ahead(steps):
         began, step, epoch = time.monotonic(), at.number, at.epoch
 
-        # The tokens in the micro-batches of all processes.
-        tokens, targets, padding = map(
-            int,
-            strategy.sum(
-                [sum(getattr(b, kind) for b in batches) for kind in ("tokens", "target_tokens", "padding_tokens")]
-            ),
-        )
+        # The tokens in the micro-batches of all processes, and what the targets among them weigh.
+        *counts, weight = strategy.sum([sum(getattr(batch, kind) for batch in batches) for kind in _SUMMED])
+        tokens, targets, padding = map(int, counts)
+        share = weight or 1.0  # where there is no target there is no loss
 
         if settings.deterministic and step == start + 1:
-            unheard = Learning(run, scale.value / max(1, targets), is_idle=True, sums=sums)
+            unheard = Learning(run, scale.value / share, is_idle=True, sums=sums)
 
             def once(step: int = step, first: list[Batch] = batches[:1], learning: Learning = unheard) -> float:
                 seed_step(settings.seed, step, strategy.draw_rank)
@@ -121,9 +121,9 @@ def train(
 
             check_repeats(run, once, optimizer.parameters)
 
-        # Forward, loss and backward of each; the gradients add up to that of the mean loss over the step's targets.
+        # Forward, loss and backward of each; the gradients add up to that of the weighted mean over the step's targets.
         seed_step(settings.seed, step, strategy.draw_rank)
-        learning = Learning(run, scale.value / max(1, targets), sums=sums)
+        learning = Learning(run, scale.value / share, sums=sums)
         with display.within(step, len(batches)):
             (loss_sum,) = strategy.sum([strategy.accumulate(learning, batches)])
 
@@ -138,14 +138,14 @@ def train(
             record = {
                 "step": step,
                 "epoch": epoch,
-                "loss": loss_sum / max(1, targets),
+                "loss": loss_sum / share,
                 "learning_rate": rate,
                 "grad_norm": grad_norm,
                 "tokens": tokens,
                 "target_tokens": targets,
                 "padding_tokens": padding,
             }
-            journal.add(loss_sum, tokens, targets, padding, len(at.rows), grad_norm)
+            journal.add(loss_sum, weight, tokens, targets, padding, len(at.rows), grad_norm)
             speed = tokens / (time.monotonic() - began)
             display.step(record, speed)
             if journal.due:
@@ -155,7 +155,7 @@ def train(
             run.hook.sft_step_ended(run=run, record=record)
         else:
             if scale.gives_up:
-                display.say(left_out(run, at, journal, f"loss {loss_sum / max(1, targets)}, gradient norm {grad_norm}"))
+                display.say(left_out(run, at, journal, f"loss {loss_sum / share}, gradient norm {grad_norm}"))
             else:
                 display.say(f"step {step}: float16 overflow, skipped; the loss scale is now {scale.value:g}")
             optimizer.clear()

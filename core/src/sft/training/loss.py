@@ -13,7 +13,7 @@ from sft.distributed.meeting import Vocabulary
 from sft.models.forward import hidden_states
 from sft.models.kernels import PLAIN, Kernels
 from sft.models.sums import row_sums
-from sft.precision import product_dtype
+from sft.precision import no_casts, product_dtype
 from sft.seams import Batch
 
 CHUNK_BYTES = 24 << 20
@@ -39,6 +39,35 @@ def _place(label: Any, columns: int, vocabulary: Vocabulary) -> tuple[Any, Any]:
     column = label - vocabulary.start
     here = ((column >= 0) & (column < columns)).astype("float32")
     return column.clip(0, columns - 1), here
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What each position counts: in the loss as ``losses`` says, float64 [n, 1], and in gradients as ``gradients``,
+    float32 [n, 1], have it with the ``factor`` before they are rounded to 16 bits. None where all count 1."""
+
+    factor: float
+    losses: Any | None = None
+    gradients: Any | None = None
+
+    @classmethod
+    def of(cls, labels: np.ndarray, weights: np.ndarray | None, factor: float, place: Any) -> _Counts:
+        if weights is None:
+            return cls(factor)
+        each = weights[labels != IGNORED].astype(np.float64)[:, None]
+        # On the host and in float64: a weight, or the factor alone, may be what 16 bits and their scale do not hold.
+        return cls(factor, paddle.to_tensor(each, place=place), paddle.to_tensor(each * factor, "float32", place=place))
+
+    def weighted(self, losses: Any, part: slice) -> Any:
+        """Losses float64 [n, 1] of some positions, as they count."""
+        return losses if self.losses is None else losses * self.losses[part]
+
+    def scaled(self, difference: Any, part: slice) -> Any:
+        """Their gradients float32 [n, V], as they count; they may take the place of ``difference``."""
+        if self.gradients is not None:
+            with no_casts():
+                return difference.multiply_(self.gradients[part])
+        return difference if self.factor == 1.0 else difference.scale_(self.factor)
 
 
 @dataclass(frozen=True)
@@ -97,10 +126,10 @@ def _gpu_memory() -> int:
 
 
 class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
-    """Sum over positions of -log softmax(h W)[label], with both gradients computed beside it, chunk by chunk.
+    """Weighted sum over positions of -log softmax(h W)[label], with both gradients computed beside it, chunk by chunk.
 
-    Gradients are of ``factor`` times the sum, which is what goes backward. In 16 bits softmax - onehot is rounded, and
-    of float16 its small values would be lost before a loss scale that came later could save them.
+    Gradients are of ``counts.factor`` times the sum, which is what goes backward. In 16 bits softmax - onehot is
+    rounded, and of float16 its small values would be lost before a loss scale that came later could save them.
     """
 
     @staticmethod
@@ -112,24 +141,24 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
         shape: _Shape,
         gradients: tuple[bool, bool],
         vocabulary: Vocabulary,
-        factor: float,
+        counts: _Counts,
     ) -> Any:
         rows, transpose_y = _rows(weight, shape.transpose_y), shape.transpose_y
         total = paddle.zeros([], "float64")
         hidden_grads, weight_grad = [], None
         for start in range(0, hidden.shape[0], rows):
-            part, label = hidden[start : start + rows], labels[start : start + rows]
+            here = slice(start, start + rows)
+            part, label = hidden[here], labels[here]
             logits = shape.logits(part, weight)
             capped = None if shape.cap is None else logits.clone()
             losses, probabilities = _losses(logits, label, shape, vocabulary)
-            total += losses.sum()
+            total += counts.weighted(losses, here).sum()
             if not any(gradients):
                 del logits, capped, probabilities
                 continue
-            column, here = _place(label, probabilities.shape[-1], vocabulary)
-            difference = probabilities.put_along_axis_(column, -here, axis=-1, reduce="add")
-            difference = shape.slope(difference, capped)
-            difference = (difference if factor == 1.0 else difference.scale_(factor)).astype(hidden.dtype)
+            column, one = _place(label, probabilities.shape[-1], vocabulary)
+            difference = probabilities.put_along_axis_(column, -one, axis=-1, reduce="add")
+            difference = counts.scaled(shape.slope(difference, capped), here).astype(hidden.dtype)
             if gradients[0]:
                 product = shape.kernels.product(difference, weight, transpose_y=not transpose_y)
                 hidden_grads.append(vocabulary.total(product))
@@ -141,7 +170,7 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
             del logits, capped, probabilities, difference  # before there are those of the next chunk
         hidden_grad = paddle.concat(hidden_grads).astype(hidden.dtype) if hidden_grads else None
         ctx.grads = (hidden_grad, None if weight_grad is None else weight_grad.astype(weight.dtype))
-        ctx.factor = factor
+        ctx.factor = counts.factor
         return total.astype("float32")
 
     @staticmethod
@@ -153,13 +182,16 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
         return hidden_grad, weight_grad, None
 
 
-def target_loss(hidden: Any, labels: np.ndarray, lm_head: Any, factor: float = 1.0) -> Any:
-    """The summed cross-entropy (nats, a scalar float32 tensor) of all positions with a label.
+def target_loss(
+    hidden: Any, labels: np.ndarray, lm_head: Any, factor: float = 1.0, weights: np.ndarray | None = None
+) -> Any:
+    """The summed cross-entropy (nats, a scalar float32 tensor) of all positions with a label, each times its weight.
 
     ``hidden`` [B, S, hidden]; ``labels`` numpy int64 [B, S], already shifted, -100 where there is no target;
     ``lm_head`` has a ``weight`` [hidden, V] ([V, hidden] where it has ``transpose_y``), and may have a ``scale`` and a
     ``cap`` for the logits, and a ``vocabulary`` where processes share it. ``factor`` is what the loss is going to be
-    multiplied with before it goes backward, not 0: gradients in 16 bits have it before they are rounded.
+    multiplied with before it goes backward, not 0: gradients in 16 bits have it before they are rounded. ``weights``
+    numpy float32 [B, S]; None: every position with a label counts 1.
     """
     chosen, label = _targets(hidden, labels)
     if label is None:
@@ -168,8 +200,9 @@ def target_loss(hidden: Any, labels: np.ndarray, lm_head: Any, factor: float = 1
     learning = paddle.is_grad_enabled()
     gradients = (learning and not chosen.stop_gradient, learning and not weight.stop_gradient)
     factor = 1.0 if product_dtype(hidden) == paddle.float32 else factor
+    counts = _Counts.of(labels, weights, factor, hidden.place)
     return _ChunkedCrossEntropy.apply(
-        chosen, weight, label, _Shape.of(lm_head), gradients, _vocabulary(lm_head), factor
+        chosen, weight, label, _Shape.of(lm_head), gradients, _vocabulary(lm_head), counts
     )
 
 
@@ -215,10 +248,10 @@ def _targets(hidden: Any, labels: np.ndarray) -> tuple[Any, Any | None]:
 
 
 def batch_loss(model: Any, batch: Batch) -> Any:
-    """Summed loss of a batch's target tokens, a scalar tensor."""
-    return target_loss(hidden_states(model, batch), batch.labels, model.lm_head)
+    """Summed loss of a batch's target tokens, each times its weight; a scalar tensor."""
+    return target_loss(hidden_states(model, batch), batch.labels, model.lm_head, weights=batch.weights)
 
 
 def batch_scores(model: Any, batch: Batch) -> tuple[float, int]:
-    """Summed loss of a batch's target tokens, and how many of them are the likeliest token."""
+    """Summed loss of a batch's target tokens, each of which counts 1, and how many of them are the likeliest token."""
     return target_scores(hidden_states(model, batch), batch.labels, model.lm_head)

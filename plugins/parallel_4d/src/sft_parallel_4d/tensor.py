@@ -147,6 +147,7 @@ def padded(batch: Batch, columns: int) -> Batch:
         batch,
         input_ids=np.pad(batch.input_ids, more, mode="edge"),
         labels=np.pad(batch.labels, more, constant_values=-100),
+        weights=None if batch.weights is None else np.pad(batch.weights, more),
         position_ids=np.pad(batch.position_ids, more),
         startend_row_indices=np.concatenate([batch.startend_row_indices, ends], axis=2),
     )

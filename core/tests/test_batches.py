@@ -142,10 +142,8 @@ def test_weights_travel_with_their_labels() -> None:
     (batch,) = make_batches(held, PaddedCollator(PAD), [(2, 0), (1,)], 2)
     assert batch.weights is not None
     assert batch.weights.dtype == np.float32
-    expected = [
-        np.concatenate([held.weights[held.offsets[n] :][1 : held.lengths[n] + 1] for n in row])
-        for row in ((2, 0), (1,))
-    ]
+    of_each = [held.weights[start + 1 : stop] for start, stop in pairwise(held.offsets)]
+    expected = [np.concatenate([of_each[2], of_each[0]]), of_each[1]]
     for found, weights in zip(batch.weights, expected, strict=True):
         assert found.tolist() == [*weights, *[0] * (batch.weights.shape[1] - len(weights))]
     assert batch.target_weight == sum(float(weights.sum()) for weights in expected)

@@ -48,18 +48,28 @@ def outline_of(config_of: Callable[..., Path]) -> Callable[..., Outline]:
     return make
 
 
-def _records(count: int) -> list[dict[str, str]]:
-    """Of several lengths, so that rows are padded, and packed unevenly."""
-    return [{"src": f"say the number {n} " * (1 + n % 3), "tgt": " ".join("01234"[: n % 5 + 1])} for n in range(count)]
+WEIGHTS = (1, 0.05, 4, 0.5)
+
+
+def _records(count: int, weights: tuple[float, ...] = (1,)) -> list[dict[str, Any]]:
+    """Of several lengths, so that rows are padded, and packed unevenly; they weigh ``weights`` in turns."""
+    return [
+        {
+            "src": f"say the number {n} " * (1 + n % 3),
+            "tgt": " ".join("01234"[: n % 5 + 1]),
+            "weight": weights[n % len(weights)],
+        }
+        for n in range(count)
+    ]
 
 
 @pytest.fixture(scope="session")
 def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
-    """Trainings of a Llama of four blocks whose embeddings are tied, on 17 records: of a pass over them in steps of 8
-    rows, the last step has one row, which is less than there are data ranks."""
+    """Trainings of a Llama of four blocks whose embeddings are tied, on 17 records that weigh more or less: of a pass
+    over them in steps of 8 rows, the last step has one row, which is less than there are data ranks."""
     folder = tmp_path_factory.mktemp("trainings")
     (folder / "data").mkdir()
-    data = write_data(folder / "data", _records(17), _records(5))
+    data = write_data(folder / "data", _records(17, WEIGHTS), _records(5))
     return Trainings(folder, make_model(folder / "model", num_hidden_layers=4), data)
 
 

@@ -91,8 +91,8 @@ def test_two_processes_encode_what_one_does(
 def test_tools_calls_and_thoughts_go_along(models: Path, two: Encoders) -> None:
     template = Path(__file__).parent / "fixtures" / "templates" / "qwen3_tools.jinja"
     tokenizer = Tokenizer(models / "qwen2-untied", chat_template=str(template))
-    call = Turn("assistant", "", True, tool_calls=(ToolCall("f", {"x": [3, "ü"]}, "one"),))
-    answer = Turn("assistant", "9", True, reasoning="why")
+    call = Turn("assistant", "", True, 0.5, tool_calls=(ToolCall("f", {"x": [3, "ü"]}, "one"),))
+    answer = Turn("assistant", "9", True, 3, reasoning="why")
     turns = [Turn("user", "a"), call, Turn("tool", "3", tool_call_id="one", name="f"), answer]
     records = [Conversation(turns, None, [{"type": "function", "function": {"name": "f"}}])] * 6
     for learned in (Learned(), Learned("last_answer", "none")):

@@ -195,7 +195,7 @@ def test_a_parallel_strategy_is_asked_for_everything_that_crosses_processes(
     train("with", (providing("sft_parallel_strategy", strategy),), max_steps=2, max_grad_norm=0.7)
     train("without", max_steps=2, max_grad_norm=0.7)
     measured = [("scores", 1), ("sum", 3)]
-    step = [("sum", 3), ("accumulate", pytest.approx(1.0)), ("sum", 1), ("grad_norm", 20), ("updated",)]
+    step = [("sum", 4), ("accumulate", pytest.approx(1.0)), ("sum", 1), ("grad_norm", 20), ("updated",)]
     before = [("divide",), ("connect", True), ("share", ["decay", "no_decay"])]
     assert calls == [*before, *measured, *step, *step, *measured]
     assert metrics(tmp_path / "with", same=True) == metrics(tmp_path / "without", same=True)

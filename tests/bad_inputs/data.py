@@ -205,9 +205,27 @@ CASES = {
     "a role that is a list": Case(
         "data/train.json, line 1: message 2 of \"messages\" has the role ['user']", message(role=["user"], content="b")
     ),
-    "a weight of one half": Case(
-        'data/train.json, line 1: message 2 of "messages" has the weight 0.5',
-        message(role="assistant", content="b", weight=0.5),
+    "a negative weight": Case(
+        'data/train.json, line 1: message 2 of "messages" has the weight -0.5',
+        message(role="assistant", content="b", weight=-0.5),
+    ),
+    "a record that weighs less than nothing": Case(
+        'data/train.json, line 3: the record has the weight -1; "weight" must be 0, or a number from 0.000001 to 1,0',
+        third('{"src": "a", "tgt": "b", "weight": -1}'),
+    ),
+    "a record that weighs NaN": Case(
+        "data/train.json, line 3: the record has the weight nan", third('{"src": "a", "tgt": "b", "weight": NaN}')
+    ),
+    "a record that weighs too much": Case(
+        "data/train.json, line 3: the record has the weight 1e+30", third('{"src": "a", "tgt": "b", "weight": 1e30}')
+    ),
+    "a record that weighs a word": Case(
+        "data/train.json, line 3: the record has the weight 'heavy'",
+        third('{"src": "a", "tgt": "b", "weight": "heavy"}'),
+    ),
+    "a record that weighs nothing": Case(
+        "data/train.json, line 3: the record has the weight 0, so nothing can be learned from it; take it out",
+        third('{"src": "a", "tgt": "b", "weight": 0}'),
     ),
     "no answer among the messages": Case(
         "data/train.json, line 1: no turn of this record is a target, so nothing can be learned from it",

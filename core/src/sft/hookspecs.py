@@ -208,8 +208,9 @@ def sft_micro_batch(run: Run, batch: Batch) -> None:
 
 @hookspec
 def sft_step_ended(run: Run, record: dict[str, Any]) -> None:
-    """An optimizer step is done. ``record`` has ``step``, ``epoch``, ``loss`` (mean over target tokens),
-    ``learning_rate``, ``grad_norm``, ``tokens``, ``target_tokens``, ``padding_tokens`` of this step. It is a copy."""
+    """An optimizer step is done. ``record`` has ``step``, ``epoch``, ``loss`` (mean over target tokens, each
+    of which counts what it weighs), ``learning_rate``, ``grad_norm``, ``tokens``, ``target_tokens``, ``padding_tokens``
+    of this step. It is a copy."""
 
 
 @hookspec

@@ -76,7 +76,8 @@ def test_gradients_of_all_weights_are_the_same(library: Any, input_ids: np.ndarr
     from sft.training.loss import batch_loss
     from sft_kernels_cpu.kernels import NativeKernels
 
-    documents = [sft.Example(row, np.append(row[1:], -100)) for row in input_ids]
+    weights = np.linspace(0.1, 4, input_ids.shape[1], dtype=np.float32)
+    documents = [sft.Example(row, np.append(row[1:], -100), weights * n) for n, row in enumerate(input_ids, start=1)]
     batch, found = assemble([documents, documents[::-1]], pad_id=0), []
     for kernels in (sft.PLAIN, NativeKernels(library)):
         computed = load(model, plugins=["no:fast-cpu"])

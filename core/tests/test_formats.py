@@ -264,6 +264,21 @@ def test_turns_of_a_plugin_may_weigh_and_its_records_keep_their_keys() -> None:
     assert refusal({"weight": 0}, Weighing).startswith("turn 2 trains and has the weight 0; ")
 
 
+class WeighingAsAWhole(sft.Plugin):
+    name = "weighing-as-a-whole"
+    api_version = 1
+
+    @sft.hookimpl
+    def sft_record_format(self, record: dict[str, Any]) -> list[Turn] | None:
+        return sft.Conversation([Turn("user", "a"), Turn("assistant", "b", True)], weight=record["count"])
+
+
+def test_a_conversation_of_a_plugin_may_weigh() -> None:
+    assert formats(WeighingAsAWhole).turns(record({"count": 3})).weight == 3
+    assert refusal({"count": -2}, WeighingAsAWhole).startswith("the record has the weight -2; ")
+    assert refusal({"count": 0}, WeighingAsAWhole).startswith("the record has the weight 0, so nothing can be")
+
+
 def test_a_plugins_format_has_its_name() -> None:
     reader = formats(Dialogue, Second)
     reader.turns(record({"dialogue": ["a", "1"]}, 1))

@@ -67,6 +67,34 @@ def test_an_answer_may_count_more_or_less_than_others(weight: float) -> None:
     assert [(turn.trains, turn.weight) for turn in turns] == [(False, 1), (True, weight), (False, 1), (True, 1)]
 
 
+@pytest.mark.parametrize(
+    ("given", "weight"),
+    [
+        ({"train": False}, 0),
+        ({"training": False}, 0),
+        ({"loss": False}, 0),
+        ({"loss": 0}, 0),
+        ({"loss_scale": 0.0}, 0),
+        ({"train": True}, 1),
+        ({"loss": 1}, 1),
+        ({"loss_scale": 2.5}, 2.5),
+        ({"loss": True, "loss_scale": 0.5}, 0.5),
+        ({"train": True, "weight": 3}, 3),
+        ({"weight": 0, "loss": False}, 0),
+        ({"loss": None, "loss_scale": None, "train": None}, 1),
+    ],
+    ids=str,
+)
+def test_the_names_that_other_tools_have_for_a_weight(given: dict[str, Any], weight: float) -> None:
+    """axolotl's train and training, ms-swift's loss and loss_scale; a question that is not learned may say so."""
+    for turns in (
+        read({"messages": [{**USER, "train": False, "loss": False}, {**BOT, **given}, USER, BOT]}),
+        read({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", **given}, USER, BOT]}),
+    ):
+        assert (turns[1].trains, turns[1].weight) == (weight > 0, weight)
+        assert turns[3].trains
+
+
 def test_columns_of_a_table_that_are_absent_in_a_message() -> None:
     absent = {"from": None, "value": None, "tool_calls": None, "name": None, "weight": None}
     assert read({"messages": [{**USER, **absent}, {**BOT, **absent}], "tools": None}) == read({"messages": [USER, BOT]})
@@ -110,6 +138,31 @@ def test_a_system_text_beside_the_conversation() -> None:
             for weight in (True, "0", -1, -0.0001, float("nan"), float("inf"), 1e-7, 1_000_001, [1])
         ),
         ([USER, {**BOT, "weight": 10**400}], 'message 2 of "messages" has the weight 1000000000000000'),
+        ([USER, {**BOT, "loss": 0.5}], 'message 2 of "messages" has the loss 0.5; "loss" must be true or false.'),
+        (
+            [USER, {**BOT, "train": "no"}],
+            'message 2 of "messages" has the train \'no\'; "train" must be true',
+        ),
+        (
+            [USER, {**BOT, "loss_scale": [1]}],
+            'message 2 of "messages" has the loss_scale [1]; "loss_scale" must be',
+        ),
+        (
+            [USER, {**BOT, "loss": False, "weight": 2}],
+            'message 2 of "messages" has weights that contradict each other (weight, loss); keep one.',
+        ),
+        (
+            [USER, {**BOT, "loss_scale": 3, "weight": 2}],
+            'message 2 of "messages" has weights that contradict each other (weight, loss_scale); keep one.',
+        ),
+        (
+            [USER, {**BOT, "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}],
+            'message 2 of "messages" has "train_detail", which is for parts of a message, and a message is',
+        ),
+        (
+            [{**USER, "train": True}, BOT],
+            'message 1 of "messages" is to be learned ("train"), and its role is \'user\'; only answers are: take',
+        ),
         ([BOT], '"messages" begins with an answer to nothing; begin with a user\'s message, or give it weight 0.'),
         ([SYSTEM, BOT], '"messages" begins with an answer to nothing; begin'),
     ],

@@ -175,11 +175,14 @@ def test_the_result_of_a_call_that_is_not_there() -> None:
     )
 
 
-def test_two_weights_in_one_turn() -> None:
-    calling = {"role": "function_call", "content": json.dumps(CALL), "weight": 0}
-    assert refused({"messages": [USER, BOT, calling]}) == (
+@pytest.mark.parametrize(("text", "call"), [(1, 0), (0.5, 1), (1, 2)])
+def test_two_weights_in_one_turn(text: float, call: float) -> None:
+    calling = {"role": "function_call", "content": json.dumps(CALL), "weight": call}
+    assert refused({"messages": [USER, {**BOT, "weight": text}, calling]}) == (
         'message 3 of "messages" and the answer before it are one turn; give both the same weight.'
     )
+    (_, turn) = read({"messages": [USER, {**BOT, "weight": 0.5}, {**calling, "weight": 0.5}]})
+    assert turn == Turn("assistant", "b", True, 0.5, tool_calls=(MADE,))
 
 
 # --- thoughts and parts -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_files import steps_of
+from run_files import largest_difference, steps_of
 
 import sft
 from sft.inference.evaluate import evaluate_finished
@@ -97,11 +97,21 @@ def test_the_same_however_the_data_is_read(tools_train: Train, tmp_path: Path, t
 @pytest.mark.slow
 @needs("zero-padding")
 def test_packed_is_padded(tools_train: Train, tmp_path: Path) -> None:
-    """One step over all records, of which two rows hold as much as twelve."""
+    """One step over all records, of which two rows hold as much as twelve; calls, answers and records weigh."""
+    for split in ("train", "dev"):
+        path = tmp_path / "data" / f"{split}.json"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for number, one in enumerate(records):
+            one["weight"] = (1, 0.25, 3)[number % 3]
+            for message in one["messages"]:
+                message["weight"] = 0.5 if message.get("tool_calls") else 2
+        path.write_text("\n".join(map(json.dumps, records)))
     settings = {"max_steps": 1, "train_on_thoughts": "none", "src_length": 256, "max_length": 256}
     padded = tools_train("padded", **settings, per_device_train_batch_size=12)
     packed = tools_train("packed", **settings, zero_padding=True, per_device_train_batch_size=12)
     assert packed.data["train"] == padded.data["train"]
+    assert packed.data["train"]["records_weighted"] == 12
     assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), rel=1e-5)
+    assert largest_difference(tmp_path / "packed", tmp_path / "padded") < 1e-5
     padding = [steps_of(read_metrics(tmp_path / name))[0]["padding_tokens"] for name in ("packed", "padded")]
     assert padding[0] < padding[1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from run_files import largest_difference, steps_of, weights_of
 from stopped_runs import contents, stop, watching
 
 import sft
-from sft import Conversation, Turn
+from sft import Conversation, ToolCall, Turn
 from sft.data.encoded import Encoded
 from sft.data.encoding import encode, fitting
+from sft.data.learned import Learned
 from sft.data.tokenizer import Tokenizer
 from sft.testing import forward, needs, write_data
 
@@ -140,6 +142,52 @@ def test_answers_whose_blocks_cannot_be_told_apart_must_weigh_the_same(tokenizer
     assert {w for _, w in weighed(encode([talk(2, 2)], tokenizer, LONG, LONG), tokenizer)} == {2}
     with pytest.raises(sft.UsageError, match=r"not one generation block for each answer, so an answer .* weighs"):
         encode([talk(2, 1)], tokenizer, LONG, LONG)
+
+
+# --- with calls and thoughts --------------------------------------------------------------------------------
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+CALLED: list[Turn] = [
+    Turn("user", "a"),
+    Turn("assistant", "", True, 0.5, "one", (ToolCall("f", {"x": 3}),)),
+    Turn("tool", "3"),
+    Turn("assistant", "nine", True, 4, "two"),
+]
+CALL, ANSWER = '<tool_call>\n{"name": "f", "arguments": {"x": 3}}\n</tool_call><|im_end|>', "nine<|im_end|>"
+
+
+def encoded_tools(models: Path, learned: Learned, turns: list[Turn], weight: float = 1) -> tuple[Encoded, Tokenizer]:
+    template = Path(__file__).parent / "fixtures" / "templates" / "qwen3_tools.jinja"
+    tokenizer = Tokenizer(models / "qwen2-untied", chat_template=str(template))
+    found = Conversation(turns, tools=TOOLS, weight=weight)
+    return encode([found], tokenizer, LONG, LONG, learned=learned), tokenizer
+
+
+@pytest.mark.parametrize(
+    ("learned", "weight", "expected"),
+    [
+        (Learned(), 1, [(f"<think>\none\n</think>\n\n{CALL}", 0.5), (f"<think>\ntwo\n</think>\n\n{ANSWER}", 4)]),
+        (Learned("answers", "none"), 2, [(CALL, 1), (ANSWER, 8)]),
+        (Learned("last_answer", "none"), 1, [(ANSWER, 4)]),
+    ],
+    ids=["all", "without-thoughts", "last"],
+)
+def test_a_call_and_a_thought_weigh_what_their_turn_weighs(
+    models: Path, learned: Learned, weight: float, expected: list[tuple[str, float]]
+) -> None:
+    encoded, tokenizer = encoded_tools(models, learned, CALLED, weight)
+    assert weighed(encoded, tokenizer) == expected
+
+
+def test_what_is_learned_as_one_text_weighs_what_the_record_weighs(models: Path) -> None:
+    """A turn cannot weigh anything else there, and none that is excluded is learned all the same."""
+    plain = [replace(turn, weight=1.0) for turn in CALLED]
+    encoded, _ = encoded_tools(models, Learned("everything"), plain, 3)
+    assert encoded.weights is not None
+    assert set(encoded.weights[1:].tolist()) == {3}
+    for turns in (CALLED, [*plain, Turn("user", "a"), Turn("assistant", "b", False, 0)]):
+        with pytest.raises(sft.UsageError, match="train_on everything learns a conversation as one text, and a mess"):
+            encoded_tools(models, Learned("everything"), turns)
 
 
 # --- runs ---------------------------------------------------------------------------------------------------

@@ -205,6 +205,23 @@ CASES = {
     "a role that is a list": Case(
         "data/train.json, line 1: message 2 of \"messages\" has the role ['user']", message(role=["user"], content="b")
     ),
+    "a user's message that is to be learned": Case(
+        'data/train.json, line 1: message 2 of "messages" is to be learned ("train"), and its role is',
+        message(role="user", content="b", train=True),
+    ),
+    "an answer that is excluded, and weighs": Case(
+        'data/train.json, line 1: message 2 of "messages" has weights that contradict each other (weight, loss); keep',
+        message(role="assistant", content="b", loss=False, weight=1),
+    ),
+    "an answer of which parts are excluded": Case(
+        'data/train.json, line 1: message 2 of "messages" has "train_detail", which is for parts of a message',
+        message(role="assistant", content="b", train_detail=[{"begin_offset": 0, "end_offset": 0, "train": False}]),
+    ),
+    "a weight in what is learned as one text": Case(
+        "data/train.json, line 1: train_on everything learns a conversation as one text, and a message of this one has",
+        message(role="assistant", content="b", weight=2),
+        {"train_on": "everything"},
+    ),
     "a negative weight": Case(
         'data/train.json, line 1: message 2 of "messages" has the weight -0.5',
         message(role="assistant", content="b", weight=-0.5),

@@ -56,6 +56,8 @@ class Formats:
         """
         try:
             name, turns, weight = self._read(record.value, needs_target)
+            if weight == 0 and needs_target:
+                raise ValueError("the record has the weight 0, so nothing can be learned from it; take it out.")
         except ValueError as error:
             raise BadRecordError(record.place, f": {error}") from error
         except PluginError as error:
@@ -91,10 +93,7 @@ class Formats:
         if not needs_target and _is_prompt(value):
             return "a prompt", [Turn("user", text_of(value["prompt"], '"prompt"'))], 1.0
         name = recognise(value)
-        turns, weight = FORMATS[name][1](value, needs_target), record_weight(value)
-        if weight == 0 and needs_target:
-            raise ValueError("the record has the weight 0, so nothing can be learned from it; take it out.")
-        return name, turns, weight
+        return name, FORMATS[name][1](value, needs_target), record_weight(value)
 
 
 def _is_prompt(record: dict[str, Any]) -> bool:

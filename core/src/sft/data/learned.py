@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from sft.data.encoded import Counts
 from sft.data.templates import Template, Written, WrittenText
 from sft.data.thoughts import has_closing, parted, thoughts_in
+from sft.errors import UsageError
 from sft.seams import Conversation, Turn
 
 TRAIN_ON = ("answers", "last_answer", "everything")
@@ -48,8 +49,14 @@ class Learned:
         )
 
     def text(self, template: Template, turns: Sequence[Turn]) -> Text:
-        """``turns`` written down. Raises what :meth:`sft.data.templates.Template.training` raises."""
+        """``turns`` written down. Raises what :meth:`sft.data.templates.Template.training` raises, and
+        :class:`UsageError` where everything is learned and a turn weighs something else than the text around it."""
         if self.train_on == "everything":
+            if any(turn.weight != 1 for turn in turns):
+                raise UsageError(
+                    "train_on everything learns a conversation as one text, and a message of this one has a weight of "
+                    "its own; give the weight to the record, or leave train_on out."
+                )
             texts = template.texts(turns)
             pieces = tuple(WrittenText(text, ((0, len(text)),), (1.0,)) for text in texts)
             written = Written(pieces, ends=template.marks.end_of_turn(texts[-1]) is not None)

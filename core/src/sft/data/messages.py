@@ -14,7 +14,7 @@ from typing import Any
 
 from sft.data.sources import DECODER
 from sft.data.texts import answer_of, system_of, text_of
-from sft.data.weights import weight_of
+from sft.data.weights import message_weight
 from sft.foreign_text import listed
 from sft.seams import Conversation, ToolCall, Turn
 from sft.small_files import why
@@ -82,7 +82,7 @@ def _turn(message: Any, what: str) -> tuple[Turn, bool]:
     if not isinstance(role, str) or (role not in ROLES and role not in CALLING):
         known = ", ".join((*ROLES, *CALLING))
         raise ValueError(f"{what} has the role {reprlib.repr(role)}; known are {known}: take the record out.")
-    weight = weight_of(message.get("weight"), what)
+    weight = message_weight(message, what)
     thought = _thought(message, what)
     alone = role in CALLING
     if alone:
@@ -94,12 +94,19 @@ def _turn(message: Any, what: str) -> tuple[Turn, bool]:
             "assistant's message may have them."
         )
     trains = role == "assistant" and weight != 0
+    asked = next((name for name in ("train", "training") if role != "assistant" and message.get(name)), None)
+    if asked is not None:
+        raise ValueError(
+            f'{what} is to be learned ("{asked}"), and its role is {reprlib.repr(message[by])}; only answers are: take '
+            f'"{asked}" out, and give train_on everything to learn the rest too.'
+        )
     content = "" if content is None and calls else _joined(content, what)
     content = answer_of(content, what) if trains and not calls else text_of(content, what)
     if role != "tool":
         return Turn(role, content, trains, weight, thought or None, calls), alone
     answered = _optional_text(message, "tool_call_id", what)
-    return Turn(role, content, tool_call_id=answered, name=_optional_text(message, "name", what)), False
+    name = _optional_text(message, "name", what)
+    return Turn(role, content, weight=weight, tool_call_id=answered, name=name), False
 
 
 def _joined(content: Any, what: str) -> Any:

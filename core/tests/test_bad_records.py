@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ import sft
 from sft import hookspecs
 from sft.data.bad_records import BadRecord, Limit
 from sft.data.encoding import encode
+from sft.data.feeds import InTurn
 from sft.data.formats import Formats
 from sft.data.processes import Encoders
+from sft.data.sets import DataSet
 from sft.data.sources import Passing, read
 from sft.data.stream import Stream
 from sft.data.tokenizer import Tokenizer
@@ -161,10 +163,13 @@ def test_several_processes_and_a_stream_skip_the_same(tmp_path: Path, strict: To
         several.close()
     assert (other.bad, other.counts, other.fingerprint()) == (whole.bad, whole.counts, whole.fingerprint())
 
+    def after(one: DataSet, passed: int) -> Iterator[Any]:
+        return iter(list(enumerate(turns_of(path, passing=Passing(passed)), start=passed + 1)))
+
     def stream() -> Stream:
         return Stream(
             [path],
-            lambda passed: iter(turns_of(path, passing=Passing(passed))),
+            lambda place: InTurn([DataSet("data", [path])], after, place),
             lambda found: encode(found, strict, 64, 64, skips=True),
             size=8,
         )

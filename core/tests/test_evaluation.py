@@ -60,8 +60,9 @@ def loss_and_accuracy(folder: Path, run: sft.Run) -> tuple[float, float]:
     model, _ = load_for_inference(str(folder), None, quiet)
     loss, correct, count = 0.0, 0, 0
     assert run.dev_data is not None
-    for index in range(len(run.dev_data)):
-        example = run.dev_data[index]
+    (data,) = run.dev_data.sets.values()
+    for index in range(len(data)):
+        example = data[index]
         logits = forward(model, example.input_ids[None])[0].astype(np.float64)
         places = np.flatnonzero(example.labels != -100)
         labels = example.labels[places]
@@ -217,11 +218,11 @@ def test_a_process_makes_the_batches_of_its_own_share_alone(train: Train) -> Non
     own = run.collator.batch
     run.collator.batch = lambda rows: made.append(rows) or own(rows)  # type: ignore[method-assign,func-returns-value]
     run.strategy.data_rank, run.strategy.data_world = 1, 3
-    assert dev_loss(run)["eval_tokens"] == run.dev_data.lengths.sum()
+    assert dev_loss(run)["eval_tokens"] == run.dev_data.tokens
     ((first,), (second,)) = made[0]
     assert len(made) == 1
     for example, index in ((first, 2), (second, 3)):
-        np.testing.assert_array_equal(example.input_ids, run.dev_data[index].input_ids)
+        np.testing.assert_array_equal(example.input_ids, next(iter(run.dev_data.sets.values()))[index].input_ids)
 
 
 def test_loss_and_answers_are_computed_in_the_precision_of_the_run(train: Train) -> None:

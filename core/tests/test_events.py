@@ -61,6 +61,7 @@ def test_hooks_are_called_in_the_order_of_their_page(train: Train) -> None:
     building = [
         "sft_check",
         "sft_launch",
+        "sft_data_source",
         "sft_model_family",
         "sft_model_config",
         "sft_record_format",

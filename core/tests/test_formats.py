@@ -147,7 +147,9 @@ def test_a_data_set_is_in_one_format(name: str, other: str) -> None:
     ("value", "message"),
     [
         ({}, "the record is in no known format (its keys: none); known are src/tgt, messages (role/content), Share"),
-        ({"text": "a"}, "the record is in no known format (its keys: text); known are"),
+        ({"words": "a"}, "the record is in no known format (its keys: words); known are"),
+        ({"text": "a", "src": "b"}, 'the record has no "tgt" (its keys: text, src); each needs "src" and "tgt".'),
+        ({"text": ""}, '"text" is empty, so nothing can be learned from it.'),
         ({**SRC, **MESSAGES}, "the record could be src/tgt or messages (role/content) (its keys: src, tgt, messages)"),
         ({"instruction": "a", "tgt": "b"}, "the record could be src/tgt or Alpaca (instruction/input/output) (its"),
         ({"instruction": "a"}, 'the record has no "output" (its keys: instruction); each needs "instruction" and "out'),

@@ -77,7 +77,7 @@ def test_full_training_lowers_the_loss_and_writes_a_model_that_loads(
     """The dev loss before and after is that of full logits, without batches, padding or chunks: 1e-5 of about 7."""
     caught: list[sft.Run] = []
     summary = train(plugins=(catching(caught),), model_name_or_path=str(models / case), per_device_eval_batch_size=3)
-    examples = [caught[0].dev_data[index] for index in range(7)]
+    examples = [next(iter(caught[0].dev_data.sets.values()))[index] for index in range(7)]
     assert summary.eval_loss_before == pytest.approx(full_logits_loss(models / case, examples), rel=1e-5)
     assert summary.eval_loss_after == pytest.approx(full_logits_loss(tmp_path / "out", examples), rel=1e-5)
     assert summary.eval_loss_after < summary.eval_loss_before - 1

@@ -11,7 +11,8 @@ import pytest
 
 import sft
 from sft.data import sources
-from sft.data.sources import Passing, find_files, read, size_of, unread
+from sft.data.finding import find_files, unread
+from sft.data.sources import Passing, read, size_of
 
 LINE = '{"src": "a", "tgt": "b"}'
 

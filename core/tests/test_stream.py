@@ -18,6 +18,8 @@ import sft
 from sft.data import contents
 from sft.data.batches import PaddedCollator, Schedule
 from sft.data.encoded import Counts, Encoded
+from sft.data.feeds import InTurn
+from sft.data.sets import DataSet
 from sft.data.stream import Stream
 from sft.progress import Progress
 from sft.seams import Turn
@@ -38,10 +40,13 @@ class Reader:
     def __init__(self, numbers: list[int]) -> None:
         self.numbers, self.read = numbers, 0
 
-    def __call__(self, passed: int) -> Iterator[list[Turn]]:
-        for number in self.numbers[passed:]:
+    def __call__(self, place: dict[str, Any] | None) -> InTurn:
+        return InTurn([DataSet("data", [])], self.after, place)
+
+    def after(self, one: DataSet, passed: int) -> Iterator[tuple[int, list[Turn]]]:
+        for place, number in enumerate(self.numbers[passed:], start=passed + 1):
             self.read += 1
-            yield [Turn("user", str(number))]
+            yield place, [Turn("user", str(number))]
 
 
 def stream(numbers: list[int], size: int = 4) -> Stream:
@@ -64,7 +69,7 @@ def test_a_window_is_read_when_it_is_needed() -> None:
     reader = Reader(list(range(100)))
     windows = Stream([], reader, encode, 4).windows()
     next(windows)
-    assert reader.read <= 9  # once for the first window's lengths, once on the way, and one record ahead
+    assert reader.read <= 10  # once for the first window's lengths, once on the way, each time one record ahead
 
 
 @pytest.mark.parametrize("number", range(6))

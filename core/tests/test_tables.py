@@ -13,8 +13,9 @@ import pytest
 
 import sft
 from sft import hookspecs
+from sft.data.finding import find_files
 from sft.data.formats import Formats
-from sft.data.sources import Record, find_files, read
+from sft.data.sources import Record, read
 from sft.plugins.registry import Plugins
 
 

@@ -273,7 +273,8 @@ def test_the_loss_is_the_weighted_mean_and_the_dev_loss_is_not(
     (line,) = steps_of(metrics(tmp_path / "out"))
     assert abs(mean - plain) > 1e-3 * plain
     assert line["loss"] == pytest.approx(mean, rel=1e-6)
-    _, dev = by_hand(models / "llama-tied-gqa", [run.dev_data[index] for index in range(5)])
+    (measured,) = run.dev_data.sets.values()
+    _, dev = by_hand(models / "llama-tied-gqa", [measured[index] for index in range(5)])
     assert summary.eval_loss_before == pytest.approx(dev, rel=1e-6)
     assert any("30 records weighted" in text for text in said)
     assert summary.data["train"]["records_weighted"] == 30

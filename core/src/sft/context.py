@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sft.data.batches import Data
-    from sft.data.encoded import Encoded
     from sft.data.encoding import Question
+    from sft.data.several import Measured
     from sft.data.tokenizer import Tokenizer
     from sft.folder_lock import FolderLock
     from sft.plugins.registry import Plugins
@@ -203,7 +203,7 @@ class CoreRun(Run):
         lock: The lock of the run's folder, in the process that writes there; None before it is taken.
     """
 
-    places: Callable[[int, Sequence[int]], list[str]]
+    places: Callable[[dict[str, Any], Sequence[int]], list[str]]
     collator: DataCollator
     arithmetic: dict[str, Any]
     base_fingerprint: str
@@ -215,7 +215,7 @@ class CoreRun(Run):
         super().__init__(settings, plugins, say, given)
         self.without_effect: list[tuple[str, str]] = []
         self.train_data: Data | None = None
-        self.dev_data: Encoded | None = None
+        self.dev_data: Measured | None = None
         self.samples: list[Question] = []
         self.questions: list[Question] = []
         self.before: dict[str, Any] = {}
@@ -227,6 +227,11 @@ class CoreRun(Run):
         self.earlier_report: dict[str, Any] = {}
         self.stop = Stop(lambda text: self.say(text))
         self.lock: FolderLock | None = None
+
+    def files_of(self, name: str, split: str) -> list[Path] | None:
+        """The files that a plugin says hold a split of the data ``name``; None if none of them knows it."""
+        files: list[Path] | None = self.hook.sft_data_source(run=self, name=name, split=split)
+        return files
 
     @property
     def exports_adapter(self) -> bool:

@@ -14,8 +14,8 @@ from typing import Any
 from sft import arithmetic, deterministic, runtime
 from sft.context import CoreRun, Summary
 from sft.data.batches import PaddedCollator, Schedule
-from sft.data.reading import note_unread, read_data
-from sft.data.sources import find_files
+from sft.data.reading import read_data
+from sft.data.sets import open_sets
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import read_report
@@ -109,9 +109,8 @@ def execute(run: CoreRun) -> Summary:
 def _read(run: CoreRun) -> Checkpoint | None:
     """Open the model, find the checkpoint that the run goes on from, if any, and read the data, all without paddle."""
     settings = run.settings
-    dataset = Path(str(settings.data.dataset_name_or_path)).expanduser()
-    train_files = find_files(dataset, "train") if settings.training.do_train else []
-    dev_files = find_files(dataset, "dev")
+    trains = settings.training.do_train
+    sets = open_sets(settings.data, run.plugins, run.progress, run.files_of, trains=trains)
     runtime.require_paddle()
     source = open_model(settings.model.place, run.plugins, settings.model.allow_pickle, run)
     resumed = read_checkpoint(settings.training.resume_from_checkpoint, run.output_dir, run.progress)
@@ -122,9 +121,8 @@ def _read(run: CoreRun) -> Checkpoint | None:
     named = settings.model.tokenizer_name_or_path
     folder = find_tokenizer(named) if named else source.folder
     run.tokenizer = Tokenizer(folder, date, settings.data.chat_template, settings.data.enable_thinking)
-    note_unread(dataset, [*train_files, *dev_files], run.say)
     run.train_data, run.dev_data, run.samples, run.questions, run.places = read_data(
-        settings, run.plugins, run.tokenizer, run.progress, train_files, dev_files, source.folder, source.architecture
+        settings, run.plugins, run.tokenizer, run.progress, sets, source.folder, source.architecture
     )
     return resumed
 

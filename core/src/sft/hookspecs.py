@@ -66,6 +66,25 @@ def sft_launch(run: Run) -> Summary | None:
     that process may be raised as :class:`SystemExit`."""
 
 
+# --- where the data is --------------------------------------------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def sft_data_source(run: Run, name: str, split: str) -> list[Path] | None:
+    """The files that hold a ``split`` of the data that ``name`` means, or None if the plugin does not open such names.
+
+    ``name`` is a place that ``dataset_name_or_path`` names: ``hf://owner/name``, or whatever a plugin understands. The
+    plugins are asked before the core takes it for a file or folder. ``split`` is ``train``, ``dev`` (also what a source
+    calls validation) or a name that the settings give. Return the paths of files on this machine, in order, that the
+    core reads: .json, .jsonl, .csv or .parquet. They must hold the same bytes whenever the same data is opened, for a
+    run that is resumed finds its place in them. An empty list says that there is no ``dev`` split; for another split
+    that is not there raise :class:`sft.UsageError`. Each process of a run asks.
+
+    Also called by ``sft evaluate``. A distribution whose metadata answers ``source.SCHEME`` is active wherever data of
+    that scheme is named.
+    """
+
+
 # --- the model's config -------------------------------------------------------------------------------------
 
 
@@ -217,7 +236,8 @@ def sft_step_ended(run: Run, record: dict[str, Any]) -> None:
 def sft_evaluated(run: Run, record: dict[str, Any]) -> None:
     """An evaluation is done. ``record`` has ``step``, ``epoch``, ``eval_loss`` (mean over target tokens, nats),
     ``eval_ppl`` (its exponential), ``eval_accuracy`` (share of target tokens that are the likeliest token),
-    ``eval_tokens``, ``eval_seconds``, and with ``eval_with_do_generation`` the scores of the model's own answers,
+    ``eval_tokens``, ``eval_seconds``; of several data sets also ``eval_sets``, the first four of each, by its name; and
+    with ``eval_with_do_generation`` the scores of the model's own answers,
     0 to 1: ``eval_bleu4``, ``eval_rouge1``, ``eval_rouge2``, ``eval_rougel``. It is a copy.
 
     The first evaluation, of ``step`` 0, comes before :func:`sft_run_started`. With ``do_train false`` it is the only

@@ -173,7 +173,9 @@ def _convert(kind: Any, value: Any) -> Any:
     if typing.get_origin(kind) is list:
         if isinstance(value, str):
             value = _listed(value)
-        return list(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else _REFUSED
+        of_texts = typing.get_args(kind) == (str,)
+        is_one = isinstance(value, list) and (not of_texts or all(isinstance(v, str) for v in value))
+        return list(value) if is_one else _REFUSED
     if kind is bool:
         if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
             return value.lower() in _TRUE

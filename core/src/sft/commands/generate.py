@@ -164,8 +164,9 @@ def _texts(lines: Any) -> Iterator[tuple[Conversation, Turn | None]]:
 def _records(path: Path, plugins: Plugins) -> Iterator[tuple[Conversation, Turn | None]]:
     """Conversations to answer, and what their records have as the answer; each line of a text file is a question."""
     from sft.data.encoding import before_last_answer
+    from sft.data.finding import SUFFIXES
     from sft.data.formats import ASKING, Formats
-    from sft.data.sources import SUFFIXES, read
+    from sft.data.sources import read
 
     if path.suffix not in SUFFIXES:
         yield from _texts(read_text(path, cure="give a file of prompts in UTF-8").split("\n"))

@@ -130,7 +130,7 @@ def _row(option: Option) -> str:
 
 
 def _kind(option: Option) -> str:
-    if option.is_list:
+    if option.is_list and str not in option.kinds:
         return "A,B,…"
     return next(text for kind, text in ((int, "N"), (float, "X"), (str, "TEXT")) if kind in option.kinds)
 

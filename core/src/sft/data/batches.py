@@ -171,7 +171,8 @@ def make_batch(data: Encoded, collator: DataCollator, rows: Sequence[Sequence[in
 
 
 class Data(Protocol):
-    """What a run trains on: read whole (:class:`Encoded`), or streamed (:class:`sft.data.stream.Stream`)."""
+    """What a run trains on: read whole (:class:`Encoded`; several sets: :class:`sft.data.several.Several`), or streamed
+    (:class:`sft.data.stream.Stream`)."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -197,7 +198,7 @@ class Data(Protocol):
         """Whether these are the records of a checkpoint that has ``expected`` as their fingerprint."""
         ...
 
-    def report(self) -> dict[str, int]: ...
+    def report(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,11 @@ class Schedule:
             yield step, make_batches(step.data, self.collator, step.rows[rank::world], size)
 
     def _rows(self, window: DataWindow) -> list[tuple[int, ...]]:
-        return self.collator.rows(window.data.lengths, np.random.default_rng([self.seed, window.number]))
+        rows = self.collator.rows(window.lengths, np.random.default_rng([self.seed, window.number]))
+        if window.order is None:
+            return rows
+        records = window.order.tolist()
+        return [tuple(records[place] for place in row) for row in rows]
 
     def _steps_in(self, window: DataWindow) -> int:
         return math.ceil(len(self._rows(window)) / self.rows_per_step)

@@ -37,6 +37,8 @@ class Counts:
     """Records that cannot be read (``on_bad_record``)."""
     records_dropped: int = 0
     """Records left without a target by ``src_length`` and ``max_length``."""
+    records_too_long: int = 0
+    """Records that are dropped because they are longer than ``max_length`` (``truncation drop``)."""
     turns_dropped: int = 0
     """Turns that conversations lost from their beginning."""
     prompts_truncated: int = 0
@@ -70,6 +72,12 @@ class Counts:
     ``</think>``, because the template takes them in no other way."""
     records_weighted: int = 0
     """Records with a target whose weight is not 1."""
+    records_truncated: int = 0
+    """Records that lost tokens at one end (``truncation left`` or ``right``)."""
+    records_split: int = 0
+    """Records that are divided into several rows (``truncation split``)."""
+    pieces_dropped: int = 0
+    """Parts of such records that hold no target."""
     tokens: int = 0
     target_tokens: int = 0
 
@@ -78,6 +86,7 @@ class Counts:
         said = {
             "records_skipped": "{} records skipped (they cannot be read)",
             "records_dropped": "{} records dropped (no target left)",
+            "records_too_long": "{} records dropped (too long)",
             "turns_dropped": "{} turns dropped",
             "prompts_truncated": "{} prompts cut",
             "targets_truncated": "{} answers cut",
@@ -94,6 +103,9 @@ class Counts:
             "thoughts_removed_by_template": "{} thoughts removed by template",
             "thoughts_put_before_answer": "{} thoughts written between <think> and </think>",
             "records_weighted": "{} records weighted",
+            "records_truncated": "{} records cut",
+            "records_split": "{} records split",
+            "pieces_dropped": "{} parts dropped (no target)",
         }
         counts = [text.format(f"{getattr(self, name):,}") for name, text in said.items() if getattr(self, name)]
         return ", ".join([f"{self.tokens:,} tokens", f"{self.target_tokens:,} target tokens", *counts])
@@ -120,6 +132,8 @@ class Encoded:
     """The numbers of records that were read and are not here, in ascending order, from 0."""
     bad: list[BadRecord] = field(default_factory=list)
     """The records that were skipped, in their order; none of them is in the arrays."""
+    further: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Which are no records of their own, but the next part of the record before (``truncation split``); ascending."""
     weights: np.ndarray | None = None
     """What each token weighs as a target, float32, 0 where it is none; None where all weigh 1."""
 
@@ -140,7 +154,8 @@ class Encoded:
     def numbers(self, kept: Iterable[int]) -> list[int]:
         """Which of the records that were read, from 0, those here are whose numbers are ``kept``."""
         before = self.dropped - np.arange(len(self.dropped))  # kept ones before each that is not
-        return [number + int(np.searchsorted(before, number, "right")) for number in kept]
+        wholes = [number - int(np.searchsorted(self.further, number, "right")) for number in kept]
+        return [number + int(np.searchsorted(before, number, "right")) for number in wholes]
 
     def fingerprint(self) -> str:
         """Changes whenever a token, a target, its weight or the order of the records does."""
@@ -174,8 +189,24 @@ class Encoded:
             yield DataWindow(number, self, number, number + 1, {"window": number})
 
 
-def joined_weights(parts: Sequence[Encoded]) -> np.ndarray | None:
-    """The ``weights`` of records that follow each other in ``parts``."""
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """The records of all ``parts``, one part after the other."""
+    records = itertools.accumulate((part.counts.records for part in parts), initial=0)
+    rows = itertools.accumulate((len(part) for part in parts), initial=0)
+    nothing = np.zeros(0, np.int64)
+    return Encoded(
+        np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]),
+        np.concatenate([np.zeros(0, bool), *(part.trained for part in parts)]),
+        np.cumsum(np.concatenate([np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)])),
+        sum((part.counts for part in parts), Counts()),
+        np.concatenate([nothing, *(part.dropped + n for part, n in zip(parts, records, strict=False))]),
+        [one for part in parts for one in part.bad],
+        np.concatenate([nothing, *(part.further + n for part, n in zip(parts, rows, strict=False))]),
+        _joined_weights(parts),
+    )
+
+
+def _joined_weights(parts: Sequence[Encoded]) -> np.ndarray | None:
     if all(part.weights is None for part in parts):
         return None
     return np.concatenate([part.trained.astype(np.float32) if part.weights is None else part.weights for part in parts])
@@ -202,3 +233,10 @@ class DataWindow:
     passes_after: int
     place: dict[str, Any]
     """What finds it again; JSON."""
+    order: np.ndarray | None = None
+    """int64 [n], the records that are in it, one perhaps several times; None: each of ``data`` once."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [n], tokens that each of its records puts into a row."""
+        return self.data.lengths if self.order is None else self.data.lengths[self.order]

@@ -1,7 +1,7 @@
 """Data kept encoded on disk (``encoded_cache``): what was encoded in the same way before is read, not encoded again.
 
 Each file has the name of everything that shapes what is in it, so none is ever out of date: it is found, or it is
-another one. It holds a few arrays and what a run says of them, and it is checked when it is read.
+another one. It holds the arrays and what a run says of them, and it is checked when it is read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sft.plugins.registry import Plugins
     from sft.progress import Progress
 
+_ARRAYS = ("ids", "trained", "offsets", "dropped", "further")
 _CHUNK = 1 << 22
 _STALE = 3600.0
 """Seconds after which what another process has begun to write is taken for left over."""
@@ -51,13 +52,13 @@ class EncodedCache:
         folder: Path,
         plugins: Plugins,
         tokenizer: Tokenizer,
-        lengths: tuple[int, int],
+        lengths: tuple[int, int, str | None],
         learned: Learned,
         positions: int,
         progress: Progress,
     ) -> None:
-        """``lengths`` are src_length and max_length; a model that reads no more than ``positions`` tokens refuses
-        longer records."""
+        """``lengths`` are src_length, max_length and truncation; a model that reads no more than ``positions`` tokens
+        refuses longer records."""
         self._folder, self._progress, self._positions = folder, progress, positions
         self._shape = {
             "encoder": _digest_of_files(Path(__file__).parent.glob("*.py")),
@@ -69,8 +70,9 @@ class EncodedCache:
         }
         make_folder(folder)
 
-    def place(self, files: list[Path]) -> _Place:
-        """Where the encoded content of ``files``, as they are now, is kept."""
+    def place(self, files: list[Path], shape: Sequence[Any] = ()) -> _Place:
+        """Where the encoded content of ``files``, as they are now, is kept; ``shape`` says which of their records there
+        are, and how they are read (:attr:`sft.data.sets.DataSet.shape`)."""
         seen = [state_of(path) for path in files]
         with self._progress.task("looking for encoded data", "MiB", size_of(files), of_units=False) as task:
             digests, done = [], 0
@@ -81,7 +83,7 @@ class EncodedCache:
                     done += len(part)
                     task.advance(len(part) >> 20, done)
                 digests.append((path.suffix, digest.hexdigest()))
-        key = hashlib.sha256(json.dumps([self._shape, digests], sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self._shape, digests, [*shape]], sort_keys=True).encode()).hexdigest()
         return _Place(self._folder / f"{key[:32]}.safetensors", key, files, seen)
 
     def read(self, place: _Place, skips: bool = False) -> Kept | None:
@@ -115,7 +117,7 @@ class EncodedCache:
             self._progress.say("note: the data has changed while it was read, so it is not kept encoded")
             return
         data = kept.data
-        arrays = {"ids": data.ids, "trained": data.trained, "offsets": data.offsets, "dropped": data.dropped}
+        arrays = {name: getattr(data, name) for name in _ARRAYS}
         if data.weights is not None:
             arrays["weights"] = data.weights
         numbers = {path: number for number, path in enumerate(place.files)}
@@ -149,8 +151,7 @@ def _read(place: _Place) -> Kept:
         metadata = file.metadata() or {}
         if metadata.get("key") != place.key:
             raise ValueError("it holds something else")
-        data = Encoded(*(file.get_tensor(name) for name in ("ids", "trained", "offsets")))
-        data.dropped = file.get_tensor("dropped")
+        data = Encoded(**{name: file.get_tensor(name) for name in _ARRAYS})
         data.weights = file.get_tensor("weights") if "weights" in file.keys() else None  # noqa: SIM118
     if _seal(data, place.key, metadata["said"]) != metadata["digest"]:
         raise ValueError("it is damaged")
@@ -163,7 +164,7 @@ def _read(place: _Place) -> Kept:
 def _seal(data: Encoded, key: str, said: str) -> str:
     arrays = [data.ids, data.trained, data.offsets] + ([] if data.weights is None else [data.weights])
     shapes = [(str(array.dtype), array.shape) for array in arrays]
-    shapes.append(("dropped", data.dropped.tolist()))
+    shapes += [(name, getattr(data, name).tolist()) for name in ("dropped", "further")]
     return hashlib.sha256(json.dumps([data.fingerprint(), shapes, key, said]).encode()).hexdigest()
 
 

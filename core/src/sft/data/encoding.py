@@ -6,10 +6,9 @@ the text of training turns, with the token that ends the turn. What comes out is
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -18,11 +17,13 @@ import numpy as np
 
 from sft.data.altered import holds_answer
 from sft.data.bad_records import LOOKED_AT, BadRecord, BadRecordError
-from sft.data.encoded import Counts, Encoded, check_fits, joined_weights
+from sft.data.encoded import Counts, Encoded, check_fits, joined
 from sft.data.learned import Learned, Text
 from sft.data.messages import characters
+from sft.data.raw_text import is_raw, raw_written
 from sft.data.templates import WrittenText
 from sft.data.tokenizer import Tokenizer
+from sft.data.truncation import pieces
 from sft.errors import UsageError
 from sft.seams import Conversation, Turn
 
@@ -41,7 +42,8 @@ class Encoding:
 
     Where ``src_length`` would let a prompt fill ``max_length`` alone, the prompt of a longer record leaves its answer
     room, up to half of ``max_length``. ``room``: a model's folder and its positions, where a record that is longer is
-    to be refused at once. ``skips``: whether conversations that the template refuses are skipped.
+    to be refused at once. ``skips``: whether conversations that the template refuses are skipped. ``truncation``: what
+    becomes of a record longer than ``max_length`` in place of all this (:mod:`sft.data.truncation`).
     """
 
     tokenizer: Tokenizer
@@ -50,10 +52,11 @@ class Encoding:
     room: tuple[Path, int] | None = None
     skips: bool = False
     learned: Learned = Learned()
+    truncation: str | None = None
 
     def __call__(self, group: Group) -> Encoded:
         """Encode conversations, which the tokenizer gets together; records that were bad before are only listed."""
-        encoder = _Encoder(self.tokenizer, self.src_length, self.max_length, self.skips, self.learned)
+        encoder = _Encoder(self)
         ids: list[np.ndarray] = []
         weights: list[np.ndarray] = []
         for tokens, targets in encoder.encode(group):
@@ -70,6 +73,7 @@ class Encoding:
             encoder.counts,
             np.array(sorted(encoder.dropped), np.int64),
             [record for _, record in sorted(encoder.bad)],
+            np.array(encoder.further, np.int64),
             None if (weighs == trained).all() else weighs,
         )
 
@@ -85,6 +89,7 @@ def encode(
     skips: bool = False,
     learned: Learned = Learned(),  # noqa: B008  (it never changes)
     check: Callable[[Sequence[BadRecord], int, int], None] = lambda bad, skipped, records: None,
+    truncation: str | None = None,
 ) -> Encoded:
     """Encode every conversation (:class:`Encoding`), up to ``group`` at a time; ``by`` does it with each group, in
     order. ``check`` (:meth:`sft.data.bad_records.Limit.check`) is asked now and then whether to go on."""
@@ -92,7 +97,7 @@ def encode(
     parts: list[Encoded] = []
     bad: list[BadRecord] = []
     looked, records = 0, 0
-    for part in by(Encoding(tokenizer, src_length, max_length, room, skips, learned), groups):
+    for part in by(Encoding(tokenizer, src_length, max_length, room, skips, learned, truncation), groups):
         parts.append(part)
         bad += part.bad
         records += part.counts.records
@@ -100,16 +105,7 @@ def encode(
             check(bad, len(bad), records)
             looked = records
     check(bad, len(bad), records)
-    before = itertools.accumulate((part.counts.records for part in parts), initial=0)
-    return Encoded(
-        np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]),
-        np.concatenate([np.zeros(0, bool), *(part.trained for part in parts)]),
-        np.cumsum(np.concatenate([np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)])),
-        sum((part.counts for part in parts), Counts()),
-        np.concatenate([np.zeros(0, np.int64), *(part.dropped + n for part, n in zip(parts, before, strict=False))]),
-        bad,
-        joined_weights(parts),
-    )
+    return joined(parts)
 
 
 def _groups(conversations: Iterable[list[Turn] | BadRecord], most: int) -> Iterator[Group]:
@@ -196,12 +192,14 @@ class _Row:
 
 
 class _Encoder:
-    def __init__(self, tokenizer: Tokenizer, src_length: int, max_length: int, skips: bool, learned: Learned) -> None:
-        self.tokenizer = tokenizer
-        self.learned = learned
-        self.src_length = src_length
-        self.max_length = max_length
-        self.skips = skips
+    def __init__(self, how: Encoding) -> None:
+        self.tokenizer, self.learned = how.tokenizer, how.learned
+        self.src_length, self.max_length, self.truncation = how.src_length, how.max_length, how.truncation
+        self.skips = how.skips
+        self.rows = 0
+        """Rows that have been made."""
+        self.further: list[int] = []
+        """Those of them that go on with the record of the row before."""
         self.counts = Counts()
         self.dropped: list[int] = []
         self.bad: list[tuple[int, BadRecord]] = []
@@ -216,23 +214,26 @@ class _Encoder:
         ]
         rows = self._tokenize([text for *_, text in written])
         for (number, turns, kept, _), row in zip(written, rows, strict=True):
-            fitted = self._unless_bad(number, kept, partial(self._fit, row=row))
+            fitted = self._unless_bad(number, kept, partial(self._fitted, row=row))
             if fitted is None:
                 continue
-            result, counts = fitted
+            parts, counts = fitted
             counts.turns_dropped += len(turns) - len(kept)
             self.counts.records += 1
-            learned = result.weights[1:] > 0
-            if learned.any():
-                counts.tokens = len(result.ids) - 1
-                counts.target_tokens = int(learned.sum())
-                weights = result.weights * np.float32(getattr(turns, "weight", 1.0))
-                counts.records_weighted = int((weights[1:] != learned).any())
-                self.counts = self.counts + counts
-                yield result.ids, weights
-            else:
-                self.counts.records_dropped += 1
+            if not parts:
+                self.counts.records_too_long += counts.records_too_long
+                self.counts.records_dropped += 1 - counts.records_too_long
                 self.dropped.append(number)
+                continue
+            counts.tokens = sum(len(part.ids) - 1 for part in parts)
+            counts.target_tokens = sum(int((part.weights[1:] > 0).sum()) for part in parts)
+            weight = np.float32(getattr(turns, "weight", 1.0))
+            weighed = [part.weights * weight for part in parts]
+            counts.records_weighted = int(any((each[1:] != (each[1:] > 0)).any() for each in weighed))
+            self.counts = self.counts + counts
+            self.further += range(self.rows + 1, self.rows + len(parts))
+            self.rows += len(parts)
+            yield from ((part.ids, each) for part, each in zip(parts, weighed, strict=True))
 
     def _unless_bad(self, number: int, turns: list[Turn] | BadRecord, do: Callable[[list[Turn]], T]) -> T | None:
         """What ``do`` makes of ``turns``; None for a record that is skipped, which is then counted and noted."""
@@ -250,6 +251,9 @@ class _Encoder:
 
     def _written(self, turns: list[Turn]) -> tuple[list[Turn], Text]:
         """A conversation without what there is no room for, and how it is written down."""
+        if is_raw(turns):
+            written = raw_written(turns, self.tokenizer.eos_token)
+            return turns, Text(written, written.pieces, None)
         kept = self._shorten(self.learned.turns(turns))
         return kept, self._text(kept)
 
@@ -259,7 +263,7 @@ class _Encoder:
     def _shorten(self, turns: list[Turn]) -> list[Turn]:
         """A long conversation without the oldest turns that ``max_length`` has no room for. :meth:`_fit` would come to
         the same, after writing the whole conversation down once for each of its turns."""
-        if len(turns) <= _MANY_TURNS:
+        if len(turns) <= _MANY_TURNS or self.truncation is not None:
             return turns
         learned = max(index for index, turn in enumerate(turns) if turn.trains)
         return _Suffixes(turns, learned).longest(self.max_length, self._length)
@@ -283,7 +287,7 @@ class _Encoder:
                 ids += tokens
                 marks.append(_mark(len(tokens), span, piece))
                 answers.append(marks[-1] if whole is piece else _mark(len(tokens), span, whole))
-            fixed = self.tokenizer.with_bos(ids) if template.one_bos else ids
+            fixed = self.tokenizer.with_bos(ids) if template.one_bos or text.written.is_raw else ids
             added = len(fixed) - len(ids)
             weights, answered = (
                 np.concatenate([np.zeros(max(0, added), np.float32), *parts])[max(0, -added) :]
@@ -291,6 +295,35 @@ class _Encoder:
             )
             rows.append(_Row(np.array(fixed, np.int32), weights, _prompt_length(answered), text))
         return rows
+
+    def _fitted(self, turns: list[Turn], row: _Row) -> tuple[list[_Row], Counts]:
+        """The rows that a record becomes, without those that have no target, and what it lost."""
+        how = self.truncation or ("split" if row.text.written.is_raw else None)
+        if how is None:
+            fitted, counts = self._fit(turns, row)
+            return [fitted] if _has_target(fitted) else [], counts
+        counts = self._template_counts(turns, row)
+        begins = int(self.tokenizer.bos_id is not None and row.ids[:1].tolist() == [self.tokenizer.bos_id])
+        kept = pieces(len(row.ids), self.max_length, how, begins)
+        found = [replace(row, ids=row.ids[tokens], weights=row.weights[tokens]) for tokens in kept]
+        parts = list(filter(_has_target, found))
+        counts.records_too_long = int(not found)
+        counts.records_split = int(len(found) > 1)
+        counts.pieces_dropped = len(found) - len(parts) if counts.records_split else 0
+        counts.records_truncated = int(how in ("left", "right") and len(row.ids) > self.max_length)
+        return parts, counts
+
+    def _template_counts(self, turns: list[Turn], row: _Row) -> Counts:
+        """What the chat template does to a record that stays whole."""
+        written = row.text.written
+        if written.is_raw:
+            return Counts()
+        counts = Counts(
+            answers_rewritten_by_template=written.rewritten,
+            records_without_end=int(not written.ends),
+            answers_altered_by_template=int(not checked(partial(holds_answer, written=written), turns)),
+        )
+        return counts if row.text.counts is None else counts + row.text.counts
 
     def _fit(self, turns: list[Turn], row: _Row) -> tuple[_Row, Counts]:
         """The row cut to what there is room for, and what it lost."""
@@ -302,12 +335,7 @@ class _Encoder:
             counts.turns_dropped += len(turns) - len(shorter)
             turns = shorter
             [row] = self._tokenize([self._text(turns)])
-        written = row.text.written
-        counts.answers_rewritten_by_template = written.rewritten
-        counts.records_without_end = int(not written.ends)
-        counts.answers_altered_by_template = int(not checked(partial(holds_answer, written=written), turns))
-        if row.text.counts is not None:
-            counts += row.text.counts
+        counts += self._template_counts(turns, row)
         ids, weights, prompt = row.ids, row.weights, row.prompt
         if longest >= self.max_length and len(ids) > self.max_length:
             longest = max(self.max_length // 2, self.max_length - (len(ids) - prompt))
@@ -318,7 +346,7 @@ class _Encoder:
         if len(ids) > self.max_length:
             counts.targets_truncated = 1
             ids, weights = ids[: self.max_length], weights[: self.max_length]
-        return _Row(ids, weights, prompt, row.text), counts
+        return replace(row, ids=ids, weights=weights), counts
 
 
 def checked(write: Callable[[list[Turn]], T], turns: list[Turn]) -> T:
@@ -344,6 +372,10 @@ def _mark(tokens: int, span: Callable[[int], tuple[int, int]], piece: WrittenTex
         stop = bisect_left(range(tokens), end, first, key=lambda token: span(token)[0])
         marked[first:stop] = weight
     return marked
+
+
+def _has_target(row: _Row) -> bool:
+    return bool((row.weights[1:] > 0).any())
 
 
 def _prompt_length(weights: np.ndarray) -> int:

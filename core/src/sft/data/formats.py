@@ -12,11 +12,12 @@ from typing import Any
 
 from sft.data.bad_records import BadRecord, BadRecordError, Place
 from sft.data.messages import characters, messages, sharegpt
+from sft.data.raw_text import TEXT_ROLE
 from sft.data.sources import Record
 from sft.data.texts import answer_of, optional_of, system_of, text_of
 from sft.data.weights import record_weight, weight_of_turns
-from sft.errors import PluginError
-from sft.foreign_text import listed
+from sft.errors import PluginError, UsageError
+from sft.foreign_text import listed, shown
 from sft.plugins.registry import Plugins
 from sft.seams import Conversation, Turn
 
@@ -29,13 +30,15 @@ LONGEST = 4_000_000
 class Formats:
     """Reads the records of one data set, all of which must be in the format of the first."""
 
-    def __init__(self, plugins: Plugins, skips: bool = False) -> None:
-        """``skips``: whether :meth:`turns_or_bad` skips records that cannot be read."""
+    def __init__(self, plugins: Plugins, skips: bool = False, wanted: str | None = None) -> None:
+        """``skips``: whether :meth:`turns_or_bad` skips records that cannot be read. ``wanted``: the format that all
+        records are in, as :func:`check_format` knows it; None: that of the first."""
         self.name = ""
         """The format, once a record has been read."""
         self._place: Place | None = None
         self._plugins, self._skips = plugins, skips
         self._providers = plugins.implementing("sft_record_format")
+        self._wanted = wanted
 
     def turns_or_bad(self, record: Record | BadRecord) -> Conversation | BadRecord:
         """The turns of a record, or what is wrong with it where such records are skipped."""
@@ -86,14 +89,40 @@ class Formats:
 
     def _read(self, value: dict[str, Any], needs_target: bool) -> tuple[str, list[Turn], float]:
         """The format of a record, its turns and its weight."""
-        for plugin in self._providers:
+        for plugin in self._providers if self._wanted in (None, *self._providers) else ():
             turns = self._plugins.ask(plugin, "sft_record_format", record=value)
-            if turns is not None:
+            if turns is not None and self._wanted in (None, plugin):
                 return f"the format of plugin {plugin}", turns, weight_of_turns(turns)
+        if self._wanted is not None:
+            return *self._read_as(self._wanted, value, needs_target), record_weight(value)
         if not needs_target and _is_prompt(value):
             return "a prompt", [Turn("user", text_of(value["prompt"], '"prompt"'))], 1.0
         name = recognise(value)
         return name, FORMATS[name][1](value, needs_target), record_weight(value)
+
+    def _read_as(self, wanted: str, value: dict[str, Any], needs_target: bool) -> tuple[str, list[Turn]]:
+        if wanted in self._providers:
+            raise ValueError(f"the record is not in the format of plugin {wanted}, which is set for its data.")
+        name = _short_names()[wanted]
+        keys = FORMATS[name][0]
+        missing = [key for key in keys if key not in value]
+        if len(missing) == len(keys):
+            raise ValueError(
+                f"the record is not {name}, the format that is set for its data (its keys: {listed(value)}); correct "
+                "format, or leave it out."
+            )
+        return name, FORMATS[name][1](value, needs_target)
+
+
+def check_format(name: str, plugins: Plugins) -> None:
+    """Refuse a ``name`` that is no format of the core's, by its first word, and no plugin that reads records."""
+    known = [*_short_names(), *plugins.implementing("sft_record_format")]
+    if name not in known:
+        raise UsageError(f"dataset_name_or_path: {shown(name)} is no format; known are {', '.join(known)}.")
+
+
+def _short_names() -> dict[str, str]:
+    return {name.partition(" ")[0].lower(): name for name in FORMATS}
 
 
 def _is_prompt(record: dict[str, Any]) -> bool:
@@ -105,9 +134,11 @@ def _is_prompt(record: dict[str, Any]) -> bool:
 def recognise(record: dict[str, Any]) -> str:
     """The name of the format whose keys the record has; ``ValueError`` for none and for several."""
     given = {key for key, value in record.items() if value is not None}
-    whole = [name for name, (keys, _) in FORMATS.items() if given.issuperset(keys)]
+    whole = [name for name, (keys, _) in FORMATS.items() if given.issuperset(keys) and name != TEXT]
     # A record that lacks a key of the only format it resembles is told so by that format.
     found = whole or [name for name, (keys, _) in FORMATS.items() if not set(record).isdisjoint(keys)]
+    # A text is an ordinary thing to stand beside what makes another format.
+    found = [name for name in found if name != TEXT] or found
     if len(found) == 1:
         return found[0]
     keys = listed(record)
@@ -169,11 +200,21 @@ def alpaca(record: Mapping[str, Any], needs_target: bool = True) -> list[Turn]:
     return [*turns, Turn("assistant", answer_of(record["output"], '"output"'), trains=True)]
 
 
+def raw_text(record: Mapping[str, Any], needs_target: bool = True) -> list[Turn]:
+    """``text``: a document of which every token is learned, for continued pre-training."""
+    text = text_of(record["text"], '"text"')
+    if not text:
+        raise ValueError('"text" is empty, so nothing can be learned from it.')
+    return [Turn(TEXT_ROLE, text, trains=True)]
+
+
+TEXT = "text (raw text)"
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[..., list[Turn]]]] = {
     "src/tgt": (("src", "tgt"), src_tgt),
     "messages (role/content)": (("messages",), messages),
     "ShareGPT (conversations)": (("conversations",), sharegpt),
     "Alpaca (instruction/input/output)": (("instruction", "output"), alpaca),
+    TEXT: (("text",), raw_text),
 }
 """The core's formats by name: the keys that each needs, and what reads a record. Its last answer may be missing where
 ``needs_target`` is false; a list of messages ends as it likes."""

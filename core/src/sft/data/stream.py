@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -14,7 +13,8 @@ import numpy as np
 
 from sft.data.bad_records import BadRecord
 from sft.data.contents import Contents
-from sft.data.encoded import NO_TARGET, Counts, DataWindow, Encoded
+from sft.data.encoded import NO_TARGET, Counts, DataWindow, Encoded, joined
+from sft.data.feeds import Feed, Taken
 from sft.errors import UsageError
 from sft.seams import Turn
 
@@ -25,24 +25,30 @@ WINDOW = 4096
 
 
 class Stream:
-    """Endless windows of at most ``size`` records, in the data's order; a window ends where a pass does.
+    """Endless windows of at most ``size`` records, in the order in which a feed gives them; a window ends where a pass
+    does.
 
-    ``conversations`` begins a pass over all records but the first ones, as many as it is given; ``encode`` makes token
-    ids of some. A window is found again by counting the records before it in its pass, which are passed over.
+    ``feed`` makes a :class:`sft.data.feeds.Feed` that begins at a place, None for the beginning; ``encode`` makes token
+    ids of some records of a set. ``names`` are those of the sets, and ``shape`` is what decides, beside the files,
+    which records there are; empty for all those of one set.
     """
 
     def __init__(
         self,
         files: list[Path],
-        conversations: Callable[[int], Iterator[list[Turn] | BadRecord]],
+        feed: Callable[[dict[str, Any] | None], Feed],
         encode: Callable[[Iterable[list[Turn] | BadRecord]], Encoded],
         size: int = WINDOW,
         *,
-        check: Callable[[Sequence[BadRecord], int, int], None] = lambda bad, skipped, records: None,
+        names: Sequence[str] = ("",),
+        shape: str = "",
+        check: Callable[[int, Sequence[BadRecord], int, int], None] = lambda one, bad, skipped, records: None,
     ) -> None:
+        """``check`` refuses a set, by its number, of which too much is bad: of so many records so many are skipped."""
         self.files = files
-        self.counts = Counts()
-        self._conversations, self._encode, self._size = conversations, encode, size
+        self._counts = [Counts() for _ in names]
+        self._feed, self._encode, self._size = feed, encode, size
+        self._names, self._shape = list(names), shape
         self._room: tuple[Path, int] | None = None
         self._check = check
         self._told: Callable[[Sequence[BadRecord]], None] = lambda bad: None
@@ -52,20 +58,29 @@ class Stream:
         return Contents(self.files)
 
     @cached_property
-    def _first(self) -> Encoded:
+    def _first(self) -> list[Encoded]:
+        """The first window, by set."""
         _ = self._contents  # before anything is read
-        found = self._encode(itertools.islice(self._conversations(0), self._size))
-        self._check(found.bad, found.counts.records_skipped, found.counts.records)
+        found = self._encoded(self._feed(None).take(self._size))
+        for number, one in enumerate(found):
+            self._check(number, one.bad, one.counts.records_skipped, one.counts.records)
         return found
+
+    @cached_property
+    def _first_joined(self) -> Encoded:
+        return _joined(self._first)
+
+    def _encoded(self, taken: Taken) -> list[Encoded]:
+        return [self._encode(one) for one in taken.by_set]
 
     @property
     def lengths(self) -> np.ndarray:
-        return self._first.lengths
+        return self._first_joined.lengths
 
     def check_fits(self, model: Path, positions: int) -> None:
         """See :class:`sft.data.batches.Data`: the first window is checked now, each later one when it is encoded."""
         self._room = (model, positions)
-        self._first.check_fits(model, positions)
+        self._first_joined.check_fits(model, positions)
 
     def list_bad(self, to: Callable[[Sequence[BadRecord]], None]) -> None:
         """See :class:`sft.data.batches.Data`: ``to`` hears of each window's when the window comes."""
@@ -74,47 +89,77 @@ class Stream:
     def windows(self, place: dict[str, Any] | None = None) -> Iterator[DataWindow]:
         """See :class:`sft.data.batches.Data`. Raises :class:`UsageError` if a whole pass has no target, or a file is no
         longer what it was."""
-        number, passed, offset = (place[key] if place else 0 for key in ("window", "passes", "offset"))
-        self.counts = Counts.of(place["counts"]) if place else Counts()
-        kept = offset > 0
+        number, passed = (place[key] if place else 0 for key in ("window", "passes"))
+        self._counts = self._counts_of(place) if place else [Counts() for _ in self._names]
+        feed, kept = self._feed(place), place is not None and not _begins_pass(place)
         while True:
-            records = self._conversations(offset)
-            following = next(records, None)
-            while following is not None:
-                found = list(itertools.islice(itertools.chain([following], records), self._size))
-                following = next(records, None)
-                data = self._first if number == 0 else self._encode(found)
+            at = {"window": number, "passes": passed, **feed.place(), **self._counts_written()}
+            taken = feed.take(self._size)
+            if len(taken):
+                parts = self._first if number == 0 else self._encoded(taken)
+                data = self._first_joined if number == 0 else _joined(parts)
                 self._contents.check_same()
                 if self._room is not None:
                     data.check_fits(*self._room)
-                place = {"window": number, "passes": passed, "offset": offset, "counts": asdict(self.counts)}
-                self.counts = self.counts + data.counts
-                self._check(data.bad, self.counts.records_skipped, self.counts.records)
+                for one, part in enumerate(parts):
+                    self._counts[one] = counts = self._counts[one] + part.counts
+                    self._check(one, part.bad, counts.records_skipped, counts.records)
                 self._told(data.bad)
                 if len(data):
                     kept = True
-                    yield DataWindow(number, data, passed, passed + (following is None), place)
-                number, offset = number + 1, offset + len(found)
-            if not kept:
-                raise UsageError(NO_TARGET.format("train"))
-            passed, offset = passed + 1, 0
+                    yield DataWindow(number, data, passed, passed + taken.ends_pass, at)
+                number += 1
+            if taken.ends_pass:
+                passed += 1
+                if not kept:
+                    raise UsageError(NO_TARGET.format("train"))
+
+    def _counts_of(self, place: dict[str, Any]) -> list[Counts]:
+        if len(self._names) == 1:
+            return [Counts.of(place["counts"])]
+        return [Counts.of(place["counts_of_sets"].get(name, {})) for name in self._names]
+
+    def _counts_written(self) -> dict[str, Any]:
+        total = {"counts": asdict(sum(self._counts, Counts()))}
+        if len(self._names) == 1:
+            return total
+        sets = {name: asdict(counts) for name, counts in zip(self._names, self._counts, strict=True)}
+        return {**total, "counts_of_sets": sets}
 
     def fingerprint(self) -> str:
         """``2:`` and 16 hexadecimal digits of the tokens of the first window, the names of the files and what is in
-        them (:mod:`sft.data.contents`), as it was before the first record was read."""
-        digest = hashlib.sha256(self._first.fingerprint().encode())
+        them (:mod:`sft.data.contents`), as it was before the first record was read; and of the shape, where there is
+        one."""
+        digest = hashlib.sha256(self._first_joined.fingerprint().encode())
         digest.update(self._contents.digest.encode())
+        digest.update(self._shape.encode())
         return FORM + digest.hexdigest()[:16]
 
     def has_fingerprint(self, expected: str) -> bool:
         """Whether ``expected`` is its fingerprint, in today's form or in the older one, of names and sizes of files."""
-        if expected.startswith(FORM):
+        if expected.startswith(FORM) or self._shape:
             return expected == self.fingerprint()
-        digest = hashlib.sha256(self._first.fingerprint().encode())
+        digest = hashlib.sha256(self._first_joined.fingerprint().encode())
         for path in self.files:
             digest.update(f"{path.name} {path.stat().st_size}".encode())
         return expected == digest.hexdigest()[:16]
 
-    def report(self) -> dict[str, int]:
+    @property
+    def counts(self) -> Counts:
         """Of the records that have been read; those of a later pass count again."""
-        return asdict(self.counts)
+        return sum(self._counts, Counts())
+
+    def report(self) -> dict[str, Any]:
+        total = asdict(self.counts)
+        if len(self._names) == 1:
+            return total
+        sets = {name: asdict(counts) for name, counts in zip(self._names, self._counts, strict=True)}
+        return {**total, "sets": sets}
+
+
+def _joined(parts: list[Encoded]) -> Encoded:
+    return parts[0] if len(parts) == 1 else joined(parts)
+
+
+def _begins_pass(place: dict[str, Any]) -> bool:
+    return not place.get("offset", 0) and not place.get("set", 0) and not place.get("draws", 0)

@@ -50,6 +50,8 @@ class Written:
     """The tool calls in these."""
     ends: bool = True
     """Whether what is learned ends with a token on which an answer can stop."""
+    is_raw: bool = False
+    """Whether it is a document (:mod:`sft.data.raw_text`), which begins as the tokenizer begins a text."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from typing import Any
 from sft import runtime
 from sft.context import CoreRun
 from sft.data.batches import PaddedCollator
-from sft.data.reading import note_unread, read_data
-from sft.data.sources import find_files
+from sft.data.reading import read_data
+from sft.data.sets import OpenSets, open_sets
 from sft.errors import UsageError
 from sft.files import make_folder, read_report
+from sft.foreign_text import shown
 from sft.inference.open import load_adapted, settings_for, tokenizer_of, use
 from sft.models.loading import open_model
 from sft.options import options_of
@@ -30,7 +31,7 @@ USES = (
     "sft evaluate",
     (
         *("sft_model_family", "sft_model_config", "sft_quantizer", "sft_kernels"),
-        *("sft_attention_backend", "sft_record_format"),
+        *("sft_attention_backend", "sft_record_format", "sft_data_source"),
     ),
 )
 
@@ -56,9 +57,7 @@ def evaluate_finished(
     taken = [f"{name} {value}" for name, value in lengths.items() if name not in given]
     if taken:
         say(f"{' and '.join(taken)}, as in the run that wrote {adapter or model}")
-    dataset = Path(str(settings.data.dataset_name_or_path)).expanduser()
-    files = _dev_files(dataset)
-    note_unread(dataset, files, say)
+    sets = _dev_sets(run)
     if not settings.data.eval_with_do_generation:
         idle = [name for name in (*options_of(GenerationArguments), "seed") if name in given]
         idle += ["generations"] if generations is not None else []
@@ -68,17 +67,17 @@ def evaluate_finished(
     if generations is not None:
         make_folder(generations.parent)
     with run.progress, runtime.restored(settings.training.device):
-        return {**_measure(run, files, adapter, generations), "eval_seconds": round(time.monotonic() - started, 3)}
+        return {**_measure(run, sets, adapter, generations), "eval_seconds": round(time.monotonic() - started, 3)}
 
 
-def _measure(run: CoreRun, files: list[Path], adapter: Path | None, generations: Path | None) -> dict[str, Any]:
+def _measure(run: CoreRun, sets: OpenSets, adapter: Path | None, generations: Path | None) -> dict[str, Any]:
     runtime.require_paddle()
     settings, plugins = run.settings, run.plugins
     source = open_model(settings.model.place, plugins, settings.model.allow_pickle, run)
     run.resumes, run.step = False, 0
     run.tokenizer = tokenizer_of(source, settings, adapter)
     _, run.dev_data, run.samples, run.questions, _ = read_data(
-        settings, plugins, run.tokenizer, run.progress, [], files, source.folder, source.architecture
+        settings, plugins, run.tokenizer, run.progress, sets, source.folder, source.architecture
     )
     run.say(runtime.prepare())
 
@@ -114,8 +113,13 @@ def _as_trained(result: Path) -> dict[str, Any]:
     return {}
 
 
-def _dev_files(dataset: Path) -> list[Path]:
-    files = [dataset] if dataset.is_file() else find_files(dataset, "dev")
-    if not files:
-        raise UsageError(f"{dataset} has no dev data; give a folder that has some (dev.json), or one file.")
-    return files
+def _dev_sets(run: CoreRun) -> OpenSets:
+    data = run.settings.data
+    weighted = next((one for one in data.sets if one.weight is not None), None)
+    if weighted is not None:
+        raise UsageError(f"The weight of {shown(weighted.path)} does nothing here, all data is measured; leave it out.")
+    sets = open_sets(data, run.plugins, run.progress, run.files_of, trains=False, files_are_dev=True)
+    if not sets.dev:
+        named = ", ".join(shown(one.path) for one in data.sets)
+        raise UsageError(f"{named} has no dev data; give a folder that has some (dev.json), or one file.")
+    return sets

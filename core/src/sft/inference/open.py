@@ -45,7 +45,8 @@ def settings_for(
                 f"{adapter} was trained over a base that plugin {name} changes, which is not installed; pip install "
                 "the distribution that provides it."
             )
-    names = choose_plugins({"plugin": [*names, *requested]}, ())[0]
+    named = {key: value for key, value in (given or {}).items() if key == "dataset_name_or_path"}
+    names = choose_plugins({**named, "plugin": [*names, *requested]}, named)[0]
     readers: list[str] = []
     if adapter is not None:
         readers = with_refined(choose_reader(adapter, read_adapter_config(adapter), requested))

@@ -65,7 +65,7 @@ def installed() -> dict[str, list[Installed]]:
     return dict(sorted(by_name.items()))
 
 
-REQUESTS = ("setting", "value", "number", "environment", "adapter", "path", "command", "device", "advice")
+REQUESTS = ("setting", "value", "number", "environment", "adapter", "path", "command", "device", "advice", "source")
 """The kinds of request that ``requests.py`` knows, which come before the first dot."""
 
 

@@ -8,6 +8,7 @@ plugin, as entry points in the group ``sft.requests`` that name the same object 
 ``value.X.V``          setting X is V, or V is among its words; X belongs to the plugin's options
 ``number.X``           setting X is a number other than -1, 0 and 1 (a degree, a factor); likewise
 ``environment.X``      the process's environment has X, a number above 1 (a launcher started several)
+``source.SCHEME``      ``dataset_name_or_path`` names a place that begins with ``SCHEME://``
 ``adapter.TYPE``       an adapter folder of that ``peft_type`` is opened
 ``adapter.TYPE.K``     likewise, and K is true in its ``adapter_config.json``
 ``adapter.TYPE.K.V``   likewise, and K is V there
@@ -30,6 +31,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sft.dataset_names import schemes
 from sft.errors import UsageError
 from sft.options import convert, options_of
 from sft.plugins.discovery import canonical, entries, import_plugin, installed
@@ -77,6 +79,9 @@ def choose_plugins(values: Mapping[str, Any], known: Iterable[str]) -> tuple[lis
     for key, names in requests("environment").items():
         if os.environ.get(key, "").isdecimal() and int(os.environ[key]) > 1:
             wanted += names
+    opening = requests("source")
+    for scheme in schemes(left.get("dataset_name_or_path")) if opening else ():
+        wanted += opening.get(scheme, [])
     wanted += named
     chosen = [name for name in dict.fromkeys(wanted) if name not in off]
     for name in switched_off.intersection(chosen):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from sft.dataset_names import NamedSet, named_sets
 from sft.errors import UsageError
-from sft.foreign_text import shown, without_secrets
+from sft.foreign_text import quoted, shown, without_secrets
 from sft.hub_names import is_hub_name, is_revision, split
 from sft.options import Option, option, options_of
 
@@ -64,10 +65,22 @@ class ModelArguments:
 class DataArguments:
     """What it learns from."""
 
-    dataset_name_or_path: str | None = option(
+    dataset_name_or_path: str | list[Any] | None = option(
         None,
-        "DIR with train.json, .jsonl, .csv or .parquet, or train/ with such (dev likewise), or one file; required",
-        is_path=True,
+        "DIR with train.json, .jsonl, .csv or .parquet, or train/ with such (dev likewise), or one file; or several "
+        "with commas, and weights after colons (a.json:0.7,b:0.3), or a list (docs/data.md); required",
+    )
+    mix_until: str = option(
+        "first_exhausted",
+        "data sets with weights: a pass ends when the first has been used up, or all have been",
+        choices=("first_exhausted", "all_exhausted"),
+    )
+    dev_split: float | None = option(
+        None,
+        "dev data that is taken out of the training data of each set that has no own: a share below 1, or a number of "
+        "records",
+        above=0,
+        maximum=10**9,
     )
     src_length: int = option(
         1024,
@@ -75,6 +88,12 @@ class DataArguments:
         minimum=1,
     )
     max_length: int = option(2048, "longest record (prompt and answer together), tokens", minimum=2)
+    truncation: str | None = option(
+        None,
+        "what becomes of a record longer than max_length: its left or right end goes, it is dropped, or split into "
+        "rows; unset: old turns, the prompt's beginning and the answer's end go (raw text is split)",
+        choices=("left", "right", "drop", "split"),
+    )
     chat_template: str | None = option(
         None,
         "file with a chat template (Jinja, or PaddleNLP's chat_template.json), or none; unset: the tokenizer's own",
@@ -116,6 +135,18 @@ class DataArguments:
         0.05, "skip: the largest share of bad records that a run goes on with", minimum=0, maximum=1
     )
     eval_with_do_generation: bool = option(False, "at evaluation, answer the dev prompts and score them (BLEU, ROUGE)")
+
+    def __post_init__(self) -> None:
+        _ = self.sets  # what is wrong with them
+        if self.dev_split is not None and self.dev_split >= 1 and not float(self.dev_split).is_integer():
+            raise UsageError(
+                f"dev_split: expected a share below 1 or a whole number of records, got {quoted(self.dev_split)}."
+            )
+
+    @property
+    def sets(self) -> tuple[NamedSet, ...]:
+        """The data sets that ``dataset_name_or_path`` names."""
+        return named_sets(self.dataset_name_or_path)
 
 
 @dataclasses.dataclass

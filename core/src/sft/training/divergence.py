@@ -58,7 +58,7 @@ def _records(run: CoreRun, at: Step) -> str:
     kept = list(dict.fromkeys(chain.from_iterable(at.rows)))
     shown = at.data.numbers(kept[:_SHOWN])
     try:
-        places = "; ".join(run.places(at.place.get("offset", 0), shown))
+        places = "; ".join(run.places(at.place, shown))
     except (SftError, OSError, KeyError):  # the files have changed
         places = "places that cannot be read any more"
     more = f"; and {len(kept) - len(shown):,} more" if len(kept) > len(shown) else ""

@@ -7,11 +7,12 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import paddle
 
 from sft.data.batches import make_batch
+from sft.data.encoded import Encoded
 from sft.data.encoding import Question
 from sft.files import write_text
 from sft.models.generation import answers, unit
@@ -38,7 +39,7 @@ def before_or_after(run: CoreRun, step: int, epoch: float, journal: Any) -> dict
             asked = training.do_eval or training.evaluation_strategy != "no"
             run.say(
                 f"dev data is measured before and after training: {len(run.dev_data):,} records, "
-                f"{int(run.dev_data.lengths.sum()):,} tokens{'' if asked else ' (do_eval false leaves that out)'}"
+                f"{run.dev_data.tokens:,} tokens{'' if asked else ' (do_eval false leaves that out)'}"
             )
         if run.evaluation.get("step") != step:
             journal.write(evaluate(run, step, epoch))
@@ -62,17 +63,52 @@ def evaluate(run: CoreRun, step: int, epoch: float) -> dict[str, Any]:
 
 
 def dev_loss(run: CoreRun) -> dict[str, Any]:
-    """Loss, perplexity and token accuracy of the dev data, each over all its target tokens.
+    """Loss, perplexity and token accuracy of the dev data, each over all its target tokens; where it is several data
+    sets, of each of them too (``eval_sets``)."""
+    assert run.dev_data is not None
+    was_training = run.model.training
+    run.model.eval()
+    found = {name: _sums(run, data) for name, data in run.dev_data.sets.items()}
+    if was_training:
+        run.model.train()
+    total = _Sums(*(sum(column) for column in zip(*found.values(), strict=True)))
+    if not math.isfinite(total.mean):
+        raise explained(run, f"The dev loss is {'no longer' if run.step else 'not'} finite ({total.mean})")
+    if len(found) == 1:
+        return total.record()
+    return {**total.record(), "eval_sets": {name: sums.record() for name, sums in found.items()}}
+
+
+class _Sums(NamedTuple):
+    """Over all target tokens of some data: the sum of their losses, how many are right, and how many there are."""
+
+    loss: float
+    right: float
+    targets: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        return self.loss / self.targets
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "eval_loss": self.mean,
+            "eval_ppl": math.exp(min(self.mean, _LARGEST_EXPONENT)),
+            "eval_accuracy": self.right / self.targets,
+            "eval_tokens": self.tokens,
+        }
+
+
+def _sums(run: CoreRun, data: Encoded) -> _Sums:
+    """What all processes find of some data.
 
     The batches are those that one process would make; the processes that share the data take turns with them.
     """
-    data, size = run.dev_data, run.settings.training.per_device_eval_batch_size
-    assert data is not None
+    size = run.settings.training.per_device_eval_batch_size
     rows, rank, world = run.collator.rows(data.lengths, None), run.strategy.data_rank, run.strategy.data_world
     together = size * world * (1 if type(run.strategy) is SingleProcess else _TOGETHER)
     loss, correct, targets = 0.0, 0, 0
-    was_training = run.model.training
-    run.model.eval()
     with run.progress.task("measuring dev data", "rows", len(rows)) as task:
         # Each process makes the same number of calls, the last one perhaps with nothing.
         for first in range(0, len(rows), together):
@@ -84,18 +120,8 @@ def dev_loss(run: CoreRun) -> dict[str, Any]:
             loss, correct = loss + batches_loss, correct + batches_correct
             targets += sum(batch.target_tokens for batch in batches)
             task.advance(len(group))
-    if was_training:
-        run.model.train()
     loss, right, every = run.strategy.sum([loss, correct, targets])
-    mean = loss / every
-    if not math.isfinite(mean):
-        raise explained(run, f"The dev loss is {'no longer' if run.step else 'not'} finite ({mean})")
-    return {
-        "eval_loss": mean,
-        "eval_ppl": math.exp(min(mean, _LARGEST_EXPONENT)),
-        "eval_accuracy": right / every,
-        "eval_tokens": int(data.lengths.sum()),
-    }
+    return _Sums(loss, right, every, int(data.lengths.sum()))
 
 
 def score(run: CoreRun, path: Path | None) -> dict[str, float]:

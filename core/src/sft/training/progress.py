@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sft.foreign_text import shown
 from sft.plugins.registry import hookimpl
 from sft.progress import BAR_AFTER, Progress, duration
 from sft.settings.best_metric import ANSWER_SCORES
@@ -16,10 +17,12 @@ LINE_EVERY = 60.0
 
 
 def figures(record: dict[str, Any]) -> str:
-    """The results of an evaluation as text: loss, perplexity, accuracy, and the scores of answers if there are any."""
+    """The results of an evaluation as text: loss, perplexity, accuracy, the losses of several data sets, and the scores
+    of answers if there are any."""
     text = f"loss {record['eval_loss']:.4f}  ppl {_short(record['eval_ppl'])}  accuracy {record['eval_accuracy']:.4f}"
     answers = [f"{name} {record[f'eval_{name}']:.4f}" for name in ANSWER_SCORES if f"eval_{name}" in record]
-    return "  ".join([text, *answers])
+    sets = [f"loss of {shown(name)} {one['eval_loss']:.4f}" for name, one in record.get("eval_sets", {}).items()]
+    return "  ".join([text, *sets, *answers])
 
 
 def _short(value: float) -> str:

@@ -34,8 +34,10 @@ def check_output(run: CoreRun) -> None:
     source = find_checkpoint(training.resume_from_checkpoint, run.output_dir)
     if training.overwrite_output_dir and _is_in(run.output_dir, source):
         raise UsageError("A run cannot be continued and overwritten; leave one of the two settings out.")
-    for name in ("model_name_or_path", "dataset_name_or_path"):
-        path = Path(str(run.settings.flat()[name])).expanduser()
+    places = [("model_name_or_path", str(run.settings.model.model_name_or_path))]
+    places += [("dataset_name_or_path", one.path) for one in run.settings.data.sets]
+    for name, place in places:
+        path = Path(place).expanduser()
         if path.exists() and path.resolve().is_relative_to(run.output_dir.resolve()):
             raise UsageError(
                 f"output_dir {run.output_dir} contains {name} {path}, which would be overwritten; change one."

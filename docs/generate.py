@@ -121,6 +121,7 @@ SEAMS = {
     "sft_quantizer": ("quantizer", "量化器"),
     "sft_attention_backend": ("attention", "注意力"),
     "sft_kernels": ("kernels", "算子"),
+    "sft_data_source": ("data source", "数据来源"),
     "sft_collator": ("collator", "数据整理"),
     "sft_export_adapter": ("adapter", "适配器"),
     "sft_parallel_strategy": ("parallel strategy", "并行策略"),

@@ -1,0 +1,1 @@
+"""Data sets of the hub as an sft plugin."""

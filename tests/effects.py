@@ -205,6 +205,12 @@ EFFECTS: dict[str, Effect] = {
         "cuts prompts", {"src_length": 8}, lambda a, b: b.summary.data["train"]["prompts_truncated"] == 24
     ),
     "max_length": Effect("cuts records", {"max_length": 40}, lambda a, b: max(width for _, width in b.batches) < 40),
+    "truncation": Effect(
+        "drops long records",
+        {"truncation": "drop"},
+        lambda a, b: b.summary.data["train"]["records_too_long"] > 0,
+        {"max_length": 40},
+    ),
     "lazy": Effect("streams the data", {"lazy": True}, lambda a, b: "streamed" in b.said_of("train data")),
     "eval_with_do_generation": Effect(
         "scores answers to the dev prompts",
@@ -312,6 +318,14 @@ PARALLEL = {
 }
 ELSEWHERE: dict[str, tuple[str, str]] = {
     **PARALLEL,
+    "mix_until": (
+        "when a pass over data sets with weights ends",
+        "core/tests/test_mixing.py::test_weights_that_make_a_pass_endless_are_refused",
+    ),
+    "dev_split": (
+        "takes dev data out of training data",
+        "core/tests/test_dev_split.py::test_a_run_trains_on_the_one_side_and_measures_the_other",
+    ),
     "load_best_model_at_end": (
         "ends with the best checkpoint",
         "core/tests/test_best.py::test_the_result_is_the_best_checkpoint",

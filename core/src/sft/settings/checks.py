@@ -48,6 +48,10 @@ def _idle(settings: Settings) -> Iterator[tuple[str, str]]:
     if not training.load_best_model_at_end:
         for name in ("metric_for_best_model", "greater_is_better"):
             yield name, "load_best_model_at_end is false"
+    if not any(one.weight is not None for one in settings.data.sets):
+        yield "mix_until", "no data set has a weight"
+    if settings.data.truncation is not None and not (generation.num_samples or settings.data.eval_with_do_generation):
+        yield "src_length", f"truncation {settings.data.truncation} goes by max_length, and no prompt is answered"
     if settings.data.on_bad_record != "skip":
         yield "on_bad_record_limit", "on_bad_record is stop"
     if not (training.bf16 or training.fp16):

@@ -146,7 +146,7 @@ def test_the_strategy_of_the_guide_is_the_example() -> None:
 
 
 def test_the_data_guide_shows_each_format(tmp_path: Path) -> None:
-    from sft.data.formats import FORMATS, Formats
+    from sft.data.formats import FORMATS, TEXT, Formats
     from sft.data.sources import read
 
     plugins = Plugins.load([], hookspecs)
@@ -160,7 +160,8 @@ def test_the_data_guide_shows_each_format(tmp_path: Path) -> None:
         formats = Formats(plugins)
         conversations = [formats.turns(record) for record in read([path])]
         assert formats.name == name
-        assert [turn.content for turn in conversations[0] if turn.trains] == ["42."]
+        learned = "A document, of which every token is learned." if name == TEXT else "42."
+        assert [turn.content for turn in conversations[0] if turn.trains] == [learned]
 
 
 def test_the_data_guide_shows_what_is_learned(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from sft.data.formats import Conversation
 from sft.data.raw_text import TEXT_ROLE
 from sft.data.tokenizer import Tokenizer
 from sft.data.truncation import pieces
+from sft.inference.evaluate import evaluate_finished
 from sft.seams import Turn
 from sft.testing import needs
 
@@ -82,6 +83,19 @@ def test_pieces_overlap_by_one() -> None:
     assert [part.tolist() for part in pieces(7, 3, "split", 1)] == [[0, 1, 2], [2, 3, 4], [4, 5, 6]]
     assert [part.tolist() for part in pieces(6, 3, "split", 1)] == [[0, 1, 2], [2, 3, 4], [4, 5]]
     assert [part.tolist() for part in pieces(7, 3, "left", 1)] == [[0, 5, 6]]
+
+
+@pytest.mark.parametrize("how", ["left", pytest.param("split", marks=pytest.mark.slow)])
+def test_a_finished_model_is_measured_as_in_its_run(
+    train: Callable[..., Any], dataset: Path, tmp_path: Path, how: str
+) -> None:
+    heard: list[str] = []
+    summary = train(max_length=20, truncation=how, max_steps=2)
+    assert summary.data["dev"]["records_truncated" if how == "left" else "records_split"] > 0
+    given = {"model_name_or_path": str(tmp_path / "out"), "dataset_name_or_path": str(dataset)}
+    found = evaluate_finished(given, None, heard.append)
+    assert found["eval_loss"] == pytest.approx(summary.eval_loss_after, rel=1e-6)
+    assert f"src_length 1024 and max_length 20 and truncation {how}, as in the run that wrote" in heard[0]
 
 
 # --- raw text -----------------------------------------------------------------------------------------------

@@ -14,13 +14,13 @@ from sft.commands.shared import GENERATION, SEED, TEMPLATE, model_options, path_
 @click.command(name="evaluate")
 @model_options("An attention, or a quantizer where the adapter does not name it; repeatable, no:NAME leaves one out.")
 @setting_options(
-    *("dataset_name_or_path", "src_length", "max_length", "per_device_eval_batch_size", "chat_template"),
+    *("dataset_name_or_path", "src_length", "max_length", "truncation", "per_device_eval_batch_size", "chat_template"),
     *("enable_thinking", "train_on", "train_on_thoughts"),
     *("on_bad_record", "on_bad_record_limit", "eval_with_do_generation"),
     *GENERATION,
     chat_template=TEMPLATE,
     on_bad_record="what a record does that cannot be read: stop, or skip: it is counted, and the first is named",
-    dataset_name_or_path="a folder with dev data (dev.json), or one file",
+    dataset_name_or_path="a folder with dev data (dev.json), or one file; several with commas, each is measured",
     train_on="what is measured: all answers, the last_answer alone, or everything that the model reads",
     train_on_thoughts="thoughts (<think> …) in the answers that are measured: all, those that are not_empty, or none",
     eval_with_do_generation="answer the prompts too, and score the answers (BLEU-4, ROUGE-1, -2, -L, each 0 to 1)",
@@ -43,8 +43,9 @@ def command(
     """Measure a finished model, with or without an adapter, on dev data: what a run measures at its end.
 
     Loss (mean over target tokens, in nats), perplexity (its exponential) and accuracy (share of target tokens that
-    are the likeliest token). Where src_length, max_length, train_on, train_on_thoughts and enable_thinking are not
-    given, they are those of the run that wrote the adapter or model, if it tells, so that its own numbers come out.
+    are the likeliest token). Where src_length, max_length, truncation, train_on, train_on_thoughts and enable_thinking
+    are not given, they are those of the run that wrote the adapter or model, if it tells, so that its own numbers come
+    out.
     """
     from sft.errors import UsageError
     from sft.inference.evaluate import evaluate_finished

@@ -25,7 +25,7 @@ from sft.settings.arguments import DataArguments, GenerationArguments, check_dra
 
 LENGTHS = ("src_length", "max_length")
 """Settings of the data that decide what is measured."""
-CHOICES = ("enable_thinking", "train_on", "train_on_thoughts")
+CHOICES = ("truncation", "enable_thinking", "train_on", "train_on_thoughts")
 """More of them, which most runs leave as they are."""
 USES = (
     "sft evaluate",

@@ -18,6 +18,7 @@ from sft.data.mixing import BLOCK, Mix, pass_order
 from sft.data.sets import DataSet
 from sft.data.stream import Stream
 from sft.seams import Turn
+from sft.testing import needs
 
 CASES = [
     pytest.param((0.7, 0.3), (50, 40), False, id="first"),
@@ -169,6 +170,7 @@ KEPT = {"per_device_train_batch_size": 3, "max_steps": 14, "save_strategy": "ste
         pytest.param({"lazy": True}, id="lazy"),
         pytest.param({"mix_until": "all_exhausted"}, id="all", marks=pytest.mark.slow),
         pytest.param({"lazy": True, "mix_until": "all_exhausted"}, id="lazy-all", marks=pytest.mark.slow),
+        pytest.param({"plugin": ["zero-padding"]}, id="packed", marks=[pytest.mark.slow, needs("zero-padding")]),
         pytest.param({"lazy": True, "dataset_num_proc": 2}, id="lazy-processes", marks=pytest.mark.slow),
         pytest.param({"dev_split": 0.2, "split": "train"}, id="dev-split", marks=pytest.mark.slow),
     ],

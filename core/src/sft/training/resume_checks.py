@@ -54,6 +54,8 @@ def check_resumable(run: CoreRun, schedule: Schedule, resumed: Checkpoint) -> No
         run.say(f"note: {source.name} measured other dev data, so what was measured before it does not compare")
     now = run.settings.written()
     for name in sorted(set(now) | set(state["settings"])):
+        if name not in state["settings"] and name not in run.settings.given:
+            continue  # it is newer than the checkpoint, and has its default
         if name not in _FREE and now.get(name) != state["settings"].get(name):
             was = shown(repr(state["settings"].get(name)))
             run.say(f"note: {name} was {was} in {source.name} and is now {now.get(name)!r}")

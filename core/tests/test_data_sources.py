@@ -21,7 +21,7 @@ def put(path: Path, *numbers: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("lazy", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_plugin_says_which_files_a_name_means(train: Train, tmp_path: Path, lazy: bool) -> None:
     files = {"train": [put(tmp_path / "x.json", 1, 2), put(tmp_path / "y.json", 3)], "dev": []}
     asked: list[tuple[str, str]] = []
@@ -45,7 +45,7 @@ def test_a_plugin_says_which_files_a_name_means(train: Train, tmp_path: Path, la
         train("other", dataset_name_or_path="toy://things", max_steps=1)
 
 
-def test_a_scheme_asks_for_its_plugin(distribute: Any, sft_command: Any, tmp_path: Path, base_model: Path) -> None:
+def test_a_scheme_asks_for_its_plugin(train: Train, distribute: Any, tmp_path: Path) -> None:
     source = f"""
         import sft
         from pathlib import Path
@@ -60,10 +60,7 @@ def test_a_scheme_asks_for_its_plugin(distribute: Any, sft_command: Any, tmp_pat
                     return [Path({str(put(tmp_path / "x.json", 1, 2, 3))!r})] if split == "train" else []
     """
     distribute("toy-source", source, {"toy": "Toy"}, {"source.toy": "Toy"})
-    line = ["run", "--model_name_or_path", str(base_model), "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]
-    done = sft_command(*line, "--dataset_name_or_path", "toy://things")
-    assert "train data: 3 records of src/tgt" in done.stdout + done.stderr
-    assert done.returncode == 0
+    assert train(dataset_name_or_path="toy://things", max_steps=1).data["train"]["records"] == 3
 
 
 def test_splits_limits_and_formats(train: Train, tmp_path: Path) -> None:

@@ -51,8 +51,10 @@ def test_a_number_is_taken_of_different_records() -> None:
     assert bound_of_number(99, found) > 0
 
 
-@pytest.mark.parametrize("lazy", [False, True])
-@pytest.mark.parametrize("wanted", [0.3, 4])
+@pytest.mark.parametrize(
+    ("wanted", "lazy"),
+    [(0.3, True), (4, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0.3, False), (4, True)))],
+)
 def test_a_run_trains_on_the_one_side_and_measures_the_other(
     train: Callable[..., Any], tmp_path: Path, lazy: bool, wanted: float
 ) -> None:

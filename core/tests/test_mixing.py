@@ -166,8 +166,9 @@ KEPT = {"per_device_train_batch_size": 3, "max_steps": 14, "save_strategy": "ste
 @pytest.mark.parametrize(
     "more",
     [
-        pytest.param({}, id="whole"),
-        pytest.param({"lazy": True}, id="lazy"),
+        pytest.param({"stops": (10,), "lazy": True}, id="lazy-short"),
+        pytest.param({}, id="whole", marks=pytest.mark.slow),
+        pytest.param({"lazy": True}, id="lazy", marks=pytest.mark.slow),
         pytest.param({"mix_until": "all_exhausted"}, id="all", marks=pytest.mark.slow),
         pytest.param({"lazy": True, "mix_until": "all_exhausted"}, id="lazy-all", marks=pytest.mark.slow),
         pytest.param({"plugin": ["zero-padding"]}, id="packed", marks=[pytest.mark.slow, needs("zero-padding")]),
@@ -186,13 +187,14 @@ def test_two_sets_resume_to_the_same_bits(
     """A pass has some 24 records, so step 5 is in its middle and step 10 in another."""
     monkeypatch.setattr(Stream.__init__, "__defaults__", (7,))
     more = dict(more)
+    stops = more.pop("stops", (5, 10))
     if more.pop("split", None):
         for one in two:
             (Path(one["path"]) / "dev.json").unlink()
     settings = {"dataset_name_or_path": two, **KEPT, **more}
     summary = train("whole", **settings)
     assert list(summary.data["train"]["sets"]) == ["a", "b"]
-    for after_step in (5, 10):
+    for after_step in stops:
         name = f"parts-{after_step}"
         with pytest.raises(StoppedError):
             train(name, plugins=(stopping_when_saved(after_step),), **settings)
@@ -222,22 +224,24 @@ def test_each_dev_set_has_its_own_loss(
     assert found["eval_loss"] == pytest.approx(loss / targets, rel=1e-12)
 
 
+@pytest.mark.parametrize("lazy", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sets_without_weights_follow_each_other(
-    train: Callable[..., sft.Summary], metrics: Callable[..., Any], two: list[dict[str, Any]], tmp_path: Path
+    train: Callable[..., sft.Summary],
+    metrics: Callable[..., Any],
+    two: list[dict[str, Any]],
+    tmp_path: Path,
+    lazy: bool,
 ) -> None:
     """As one file does that holds them all (both sets in one format here)."""
     folders = [Path(one["path"]) for one in two]
     (folders[1] / "train.json").write_text((folders[0] / "train.json").read_text().replace("coat", "shirt"))
     (tmp_path / "one.json").write_text("".join((folder / "train.json").read_text() for folder in folders))
-    same = {"max_steps": 14, "per_device_train_batch_size": 3, "do_eval": False}
-    for lazy in (False, True):
-        train(f"one-{lazy}", dataset_name_or_path=str(tmp_path / "one.json"), lazy=lazy, **same)
-        several = ",".join(map(str, folders))
-        summary = train(f"several-{lazy}", dataset_name_or_path=several, lazy=lazy, **same)
-        lines = [metrics(tmp_path / f"{name}-{lazy}", same=True) for name in ("one", "several")]
-        assert lines[0] == lines[1]
-        counts = summary.data["train"]
-        assert counts["records"] == sum(one["records"] for one in counts["sets"].values())
+    same = {"max_steps": 14, "per_device_train_batch_size": 3, "do_eval": False, "lazy": lazy}
+    train("one", dataset_name_or_path=str(tmp_path / "one.json"), **same)
+    summary = train("several", dataset_name_or_path=",".join(map(str, folders)), **same)
+    assert metrics(tmp_path / "one", same=True) == metrics(tmp_path / "several", same=True)
+    counts = summary.data["train"]
+    assert counts["records"] == sum(one["records"] for one in counts["sets"].values())
 
 
 def test_other_weights_are_other_data(train: Callable[..., sft.Summary], two: list[dict[str, Any]]) -> None:
@@ -255,6 +259,7 @@ def test_weights_that_make_a_pass_endless_are_refused(
         train(dataset_name_or_path=two, mix_until="all_exhausted", max_steps=1)
 
 
+@pytest.mark.slow
 def test_each_set_has_its_own_place_in_the_cache(
     train: Callable[..., sft.Summary], two: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import sft
 from sft.data.encoding import encode
 from sft.data.formats import Conversation
 from sft.data.raw_text import TEXT_ROLE
@@ -121,7 +122,12 @@ def test_a_run_on_texts(train: Callable[..., Any], tmp_path: Path, plugin: list[
     (tmp_path / "train.json").write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts))
     heard: list[str] = []
     same = {"dataset_name_or_path": str(tmp_path / "train.json"), "max_length": 16, "num_train_epochs": 1}
-    summary = train(plugin=plugin, say=heard.append, **same)
+    summary = train(plugin=plugin, say=heard.append, num_samples=1, **same)
+    assert "note: no record asks anything, so num_samples answers nothing" in heard
+    with pytest.raises(
+        sft.UsageError, match="eval_with_do_generation answers questions of the dev data, which has none"
+    ):
+        train("asked", dev_split=1, eval_with_do_generation=True, **same)
     assert any("12 records of text (raw text)" in line and "records split" in line for line in heard)
     counts = summary.data["train"]
     assert counts["tokens"] == counts["target_tokens"] == summary.target_tokens

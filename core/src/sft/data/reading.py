@@ -96,6 +96,13 @@ def read_data(
     asked = sets.dev if uses_dev else sets.train
     samples = reading.questions(asked, settings.generation.num_samples)
     questions = reading.questions(sets.dev, None) if settings.data.eval_with_do_generation else []
+    if settings.data.eval_with_do_generation and not questions:
+        raise UsageError(
+            "eval_with_do_generation answers questions of the dev data, which has none (raw text asks nothing); leave "
+            "it out, or add dev data of another format."
+        )
+    if settings.generation.num_samples and not samples:
+        progress.say("note: no record asks anything, so num_samples answers nothing")
     return RunData(train, dev, samples, questions, partial(reading.places, sets.train))
 
 

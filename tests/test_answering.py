@@ -88,7 +88,7 @@ def test_packing_is_for_the_loss_alone(data: Path, tmp_path: Path) -> None:
 
 
 def test_answers_of_a_quantized_adapter_do_not_depend_on_the_batch(data: Path, tmp_path: Path) -> None:
-    from sft.data.encoding import encode_prompt
+    from sft.data.questions import encode_prompt
     from sft.models.generation import answers
     from sft.settings.arguments import GenerationArguments
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import sft
+from sft.conversations import Conversation, Turn
 from sft.data.encoded import Encoded
 from sft.data.encoding import encode
 from sft.data.tokenizer import Tokenizer
-from sft.seams import Conversation, Turn
 
 TURNS = [Turn("user", "What is a river?"), Turn("assistant", "It is water\nthat flows.", trains=True)]
 

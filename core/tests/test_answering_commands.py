@@ -17,12 +17,12 @@ from typed_commands import MODEL, Type
 
 import sft
 from sft.commands.chat import Chat, CtrlC
-from sft.data.encoding import encode_prompt
+from sft.conversations import Turn
+from sft.data.questions import encode_prompt
 from sft.inference.evaluate import evaluate_finished
 from sft.inference.open import Opened, load_for_inference
 from sft.models.source import find_model
 from sft.precision import Precision
-from sft.seams import Turn
 from sft.settings.arguments import GenerationArguments
 
 

@@ -12,7 +12,7 @@ from typed_commands import MODEL, Type
 import sft
 from sft import Conversation, ToolCall, Turn
 from sft.data.calls import calls_in
-from sft.data.encoding import encode_prompt
+from sft.data.questions import encode_prompt
 from sft.data.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).parent / "fixtures" / "templates" / "qwen3_tools.jinja"

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sft.data.encoding import encode_prompt
+from sft.conversations import Turn
+from sft.data.questions import encode_prompt
 from sft.data.tokenizer import Tokenizer
-from sft.seams import Turn
 from sft.settings.arguments import GenerationArguments
 from sft.testing import forward
 

@@ -15,7 +15,8 @@ from conversations import EOS, LONG, TokenizerWith, answered, one, targets_of, t
 
 from sft import Turn
 from sft.data.encoded import Encoded
-from sft.data.encoding import encode, encode_prompt
+from sft.data.encoding import encode
+from sft.data.questions import encode_prompt
 from sft.data.tokenizer import Tokenizer
 
 CHAT_FOLDERS = ("llama-tied-gqa", "llama3-scaled", "qwen2-untied")

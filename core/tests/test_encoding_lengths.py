@@ -9,10 +9,11 @@ import pytest
 from conversations import EOS, LONG, TokenizerWith, answered, one, targets_of, texts, tokens_of
 
 from sft import Turn
+from sft.conversations import Conversation
 from sft.data.encoded import Counts
-from sft.data.encoding import Question, encode, encode_prompt, fitting
+from sft.data.encoding import encode
+from sft.data.questions import Question, encode_prompt, fitting
 from sft.data.tokenizer import Tokenizer
-from sft.seams import Conversation
 
 SOURCE = "Hello, how are you today?"  # 19 tokens in llama-tied-gqa and in llama3-scaled
 TARGET = "\n\n\n\n"  # 4 tokens, and the end

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conversations import EOS, TokenizerWith, answered, one, targets_of, texts, tokens_of
 
-from sft.data.encoding import encode_prompt
+from sft.data.questions import encode_prompt
 
 # --- without a chat template --------------------------------------------------------------------------------
 

@@ -122,7 +122,7 @@ def test_a_progress_line_shows_all_of_it(train: Train) -> None:
 
 def test_answers_are_those_of_the_model_and_are_scored(train: Train, dataset: Path, tmp_path: Path) -> None:
     """The last file is what a model that is loaded again answers, one prompt at a time."""
-    from sft.data.encoding import encode_prompt
+    from sft.data.questions import encode_prompt
     from sft.models.generation import answers
     from sft.settings.arguments import GenerationArguments
 

@@ -12,11 +12,11 @@ import pytest
 
 import sft
 from sft import Turn, hookspecs
-from sft.data.encoding import before_last_answer
+from sft.conversations import Conversation
 from sft.data.formats import Formats, src_tgt
+from sft.data.questions import before_last_answer
 from sft.data.sources import Record
 from sft.plugins.registry import Plugins
-from sft.seams import Conversation
 
 
 def formats(*plugins: type) -> Formats:

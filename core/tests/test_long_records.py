@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 import sft
+from sft.conversations import Conversation, Turn
 from sft.data import encoding
 from sft.data import formats as formats_module
-from sft.data.encoding import Question, encode
+from sft.data.encoding import encode
 from sft.data.formats import Formats
+from sft.data.questions import Question
 from sft.data.sources import read
 from sft.data.tokenizer import Tokenizer
 from sft.resolve import resolve
-from sft.seams import Conversation, Turn
 
 BLOCKS = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"

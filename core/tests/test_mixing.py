@@ -13,11 +13,11 @@ import pytest
 from stopped_runs import StoppedError, stopping_when_saved
 
 import sft
+from sft.conversations import Turn
 from sft.data.feeds import Feed, InTurn, Mixed
 from sft.data.mixing import BLOCK, Mix, pass_order
 from sft.data.sets import DataSet
 from sft.data.stream import Stream
-from sft.seams import Turn
 from sft.testing import needs
 
 CASES = [

@@ -12,7 +12,8 @@ import pytest
 
 import sft
 from sft import Turn
-from sft.data.encoding import encode, encode_prompt
+from sft.data.encoding import encode
+from sft.data.questions import encode_prompt
 from sft.data.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "templates"

@@ -16,6 +16,7 @@ import pytest
 from timeless import timeless
 
 import sft
+from sft.conversations import Conversation, ToolCall, Turn
 from sft.data import processes
 from sft.data.bad_records import Place
 from sft.data.encoded import Encoded
@@ -23,7 +24,6 @@ from sft.data.encoding import encode
 from sft.data.learned import Learned
 from sft.data.processes import PAYS_OFF, Encoders, processes_for
 from sft.data.tokenizer import Tokenizer
-from sft.seams import Conversation, ToolCall, Turn
 from sft.testing import write_data
 
 RECORDS = 60

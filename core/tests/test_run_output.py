@@ -15,8 +15,9 @@ from run_files import largest_difference, steps_of, weights_of
 from toy_plugins import toy
 
 import sft
+from sft.conversations import Turn
 from sft.plugins.requests import by_device
-from sft.seams import Example, Turn
+from sft.seams import Example
 from sft.testing import forward, read_metrics
 
 Train = Callable[..., sft.Summary]
@@ -260,7 +261,7 @@ def test_run_json_says_while_a_run_is_not_finished(train: Train, tmp_path: Path)
 
 
 def test_samples_are_answers_before_and_after(train: Train, models: Path, dataset: Path, tmp_path: Path) -> None:
-    from sft.data.encoding import encode_prompt
+    from sft.data.questions import encode_prompt
     from sft.data.tokenizer import Tokenizer
     from sft.models.generation import answers
     from sft.models.loading import load_model, open_model

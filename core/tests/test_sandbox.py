@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import sft
+from sft.conversations import Turn
 from sft.data.jinja_template import JinjaTemplate
 from sft.data.sandbox import Sandbox
 from sft.data.sandbox_budget import LimitError
 from sft.data.templates import Marks, Pairs, Source
-from sft.seams import Turn
 
 TEMPLATES = Path(__file__).parent / "fixtures" / "templates"
 BIG = "{% set a = 'ab c' * 1000000 %}"

@@ -15,6 +15,7 @@ import pytest
 from stopped_runs import StoppedError, stopping_when_saved
 
 import sft
+from sft.conversations import Turn
 from sft.data import contents
 from sft.data.batches import PaddedCollator, Schedule
 from sft.data.encoded import Counts, Encoded
@@ -22,7 +23,6 @@ from sft.data.feeds import InTurn
 from sft.data.sets import DataSet
 from sft.data.stream import Stream
 from sft.progress import Progress
-from sft.seams import Turn
 
 
 def encode(conversations: Any) -> Encoded:

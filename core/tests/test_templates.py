@@ -14,7 +14,8 @@ import sft
 from sft import Turn
 from sft.data.bad_records import Place
 from sft.data.encoded import Encoded
-from sft.data.encoding import encode, encode_prompt
+from sft.data.encoding import encode
+from sft.data.questions import encode_prompt
 from sft.data.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "templates"
@@ -219,7 +220,7 @@ def test_a_system_turn_that_goes_once_it_is_answered_is_refused(make: Make) -> N
 
 
 def test_a_refusal_names_the_record(make: Make) -> None:
-    from sft.seams import Conversation
+    from sft.conversations import Conversation
 
     turns = Conversation(
         [Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c", True)], Place(Path("train.json"), 7)

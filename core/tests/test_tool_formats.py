@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sft import ToolCall, Turn
+from sft.conversations import Conversation
 from sft.data.formats import FORMATS, recognise
-from sft.seams import Conversation
 
 USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}

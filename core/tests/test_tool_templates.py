@@ -14,9 +14,10 @@ import sft
 from sft import Conversation, ToolCall, Turn
 from sft.data.bad_records import Place
 from sft.data.encoded import Counts, Encoded
-from sft.data.encoding import encode, encode_prompt
+from sft.data.encoding import encode
 from sft.data.learned import Learned
 from sft.data.messages import messages
+from sft.data.questions import encode_prompt
 from sft.data.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "templates"

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import sft
+from sft.conversations import Turn
 from sft.data.encoding import encode
 from sft.data.formats import Conversation
 from sft.data.raw_text import TEXT_ROLE
 from sft.data.tokenizer import Tokenizer
 from sft.data.truncation import pieces
 from sft.inference.evaluate import evaluate_finished
-from sft.seams import Turn
 from sft.testing import needs
 
 LONG = Conversation([Turn("user", "type#coat*warm " * 6), Turn("assistant", "A coat for you" * 8, trains=True)])

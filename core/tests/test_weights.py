@@ -23,8 +23,9 @@ from stopped_runs import contents, stop, watching
 import sft
 from sft import Conversation, ToolCall, Turn
 from sft.data.encoded import Encoded
-from sft.data.encoding import encode, fitting
+from sft.data.encoding import encode
 from sft.data.learned import Learned
+from sft.data.questions import fitting
 from sft.data.tokenizer import Tokenizer
 from sft.testing import forward, needs, write_data
 

@@ -101,10 +101,11 @@ templates = st.lists(st.sampled_from(_PIECES) | words, max_size=12).map("".join)
 
 
 def read_template(folder: Path, text: str) -> Any:
-    from sft.data.encoding import encode, encode_prompt
+    from sft.conversations import Conversation, ToolCall, Turn
+    from sft.data.encoding import encode
+    from sft.data.questions import encode_prompt
     from sft.data.tokenizer import Tokenizer
     from sft.errors import UsageError
-    from sft.seams import Conversation, ToolCall, Turn
 
     (folder / "t.jinja").write_bytes(text.encode("utf-8", "surrogatepass"))
     tokenizer = Tokenizer(BASE, chat_template=str(folder / "t.jinja"))
@@ -118,9 +119,9 @@ def read_template(folder: Path, text: str) -> Any:
 
 
 def read_pairs(folder: Path, value: Any) -> Any:
+    from sft.conversations import Conversation, Turn
     from sft.data.encoding import encode
     from sft.data.tokenizer import Tokenizer
-    from sft.seams import Conversation, Turn
 
     (folder / "t.json").write_bytes(as_json(value))
     tokenizer = Tokenizer(BASE, chat_template=str(folder / "t.json"))

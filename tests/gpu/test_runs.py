@@ -134,12 +134,12 @@ def test_going_on_is_as_if_it_had_not_stopped(train: Any, tmp_path: Path, device
 
 @pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"])
 def test_greedy_answers_are_those_of_a_cpu(paddle: Any, cases: Path, on_gpu: bool, row: Row, case: str) -> None:
-    from sft.data.encoding import encode_prompt
+    from sft.conversations import Turn
+    from sft.data.questions import encode_prompt
     from sft.data.tokenizer import Tokenizer
     from sft.models.attention import DefaultAttention
     from sft.models.generation import answers
     from sft.models.loading import load_model, open_model
-    from sft.seams import Turn
     from sft.settings.arguments import GenerationArguments
 
     found = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sft.conversations import Conversation, ToolCall, Turn
 from sft.errors import PluginError, SftError, SignalError, TooEarlyError, UsageError
 from sft.foreign_text import safe, shown
 from sft.options import option
@@ -19,7 +20,6 @@ from sft.seams import (
     AdapterMerger,
     AttentionBackend,
     Batch,
-    Conversation,
     DataCollator,
     Example,
     Learning,
@@ -27,8 +27,6 @@ from sft.seams import (
     ParameterGroup,
     QuantizedLayer,
     Quantizer,
-    ToolCall,
-    Turn,
 )
 
 if TYPE_CHECKING:

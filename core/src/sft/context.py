@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sft.data.batches import Data
-    from sft.data.encoding import Question
+    from sft.data.questions import Question
     from sft.data.several import Measured
     from sft.data.tokenizer import Tokenizer
     from sft.folder_lock import FolderLock

@@ -21,6 +21,7 @@ from sft.plugins.registry import hookspec, single
 if TYPE_CHECKING:
     import click
 
+    from sft.conversations import Turn
     from sft.models.architecture import ModelShape
     from sft.models.families.family import Family
     from sft.models.kernels import Kernels
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
         ParallelStrategy,
         ParameterGroup,
         Quantizer,
-        Turn,
     )
 
 # --- the command line ---------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def test_every_micro_batch_of_a_run_has_the_noise_of_its_own_documents(train: An
 
 def test_trap_none_in_evaluation_and_generation(adapt: Any, models: Path, logits_of: Any) -> None:
     """After a micro-batch in training, an evaluated model computes bit by bit what it does without the plugin."""
-    from sft.data.encoding import encode_prompt
+    from sft.data.questions import encode_prompt
     from sft.inference.open import load_for_inference
     from sft.models.generation import answers
     from sft.settings.arguments import GenerationArguments

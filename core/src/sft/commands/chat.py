@@ -23,8 +23,8 @@ from sft.commands.shared import (
     tools_option,
     typed_values,
 )
+from sft.conversations import Conversation, ToolCall, Turn
 from sft.errors import UsageError
-from sft.seams import Conversation, ToolCall, Turn
 from sft.settings.arguments import check_draw
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Chat:
         is written down.
         """
         from sft.data.calls import calls_in
-        from sft.data.encoding import encode_prompt, fitting
+        from sft.data.questions import encode_prompt, fitting
         from sft.models.generation import answers, check_room
 
         head = [Turn("system", self.system)] if self.system else []

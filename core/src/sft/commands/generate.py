@@ -24,9 +24,9 @@ from sft.commands.shared import (
     tools_option,
     typed_values,
 )
+from sft.conversations import Conversation, Turn
 from sft.errors import UsageError
 from sft.progress import Progress, Task
-from sft.seams import Conversation, Turn
 from sft.settings.arguments import Settings, check_draw
 from sft.small_files import read_text
 
@@ -111,7 +111,8 @@ def _answer(
 ) -> None:  # fmt: skip
     """Answer the ``questions``, ``size`` at a time, and print the answers."""
     from sft.data.calls import calls_in, shown_call
-    from sft.data.encoding import checked, encode_prompt, reference_of
+    from sft.data.encoding import checked
+    from sft.data.questions import encode_prompt, reference_of
     from sft.models.generation import answers, check_room, unit
 
     generation, tokenizer = chosen.generation, found.tokenizer
@@ -163,9 +164,9 @@ def _texts(lines: Any) -> Iterator[tuple[Conversation, Turn | None]]:
 
 def _records(path: Path, plugins: Plugins) -> Iterator[tuple[Conversation, Turn | None]]:
     """Conversations to answer, and what their records have as the answer; each line of a text file is a question."""
-    from sft.data.encoding import before_last_answer
     from sft.data.finding import SUFFIXES
     from sft.data.formats import ASKING, Formats
+    from sft.data.questions import before_last_answer
     from sft.data.sources import read
 
     if path.suffix not in SUFFIXES:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from sft.conversations import Turn
 from sft.data.templates import Written
 from sft.data.thoughts import parted
 from sft.errors import UsageError
 from sft.foreign_text import quoted
-from sft.seams import Turn
 
 ENOUGH = 4
 """So many characters together show that a text comes from another."""

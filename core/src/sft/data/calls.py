@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sft.conversations import ToolCall
 from sft.data.messages import tools_of
 from sft.errors import UsageError
-from sft.seams import ToolCall
 from sft.small_files import read_json
 
 _OPENS = re.compile(r"(?:\s*(?:<(?!/?think>)[^<>\s]{1,40}>|\[[A-Z_]+\]|\[))*\s*$")

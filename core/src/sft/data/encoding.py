@@ -15,17 +15,18 @@ from typing import TypeVar
 
 import numpy as np
 
+from sft.conversations import Conversation, Turn
 from sft.data.altered import holds_answer
 from sft.data.bad_records import LOOKED_AT, BadRecord, BadRecordError
 from sft.data.encoded import Counts, Encoded, check_fits, joined
 from sft.data.learned import Learned, Text
 from sft.data.messages import characters
 from sft.data.raw_text import is_raw, raw_written
+from sft.data.shortening import Suffixes, beginning, without_oldest
 from sft.data.templates import WrittenText
 from sft.data.tokenizer import Tokenizer
 from sft.data.truncation import pieces
 from sft.errors import UsageError
-from sft.seams import Conversation, Turn
 
 T = TypeVar("T")
 Group = list["list[Turn] | BadRecord"]
@@ -123,60 +124,6 @@ def _groups(conversations: Iterable[list[Turn] | BadRecord], most: int) -> Itera
         yield group
 
 
-# --- prompts ------------------------------------------------------------------------------------------------
-
-
-def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
-    """Ids of a conversation that the model is to answer: exactly what training shows before a target."""
-    template = tokenizer.template
-    ids = [token for text in template.prompt(turns) for token in tokenizer.encode(text)]
-    return tokenizer.with_bos(ids) if template.one_bos else ids
-
-
-def fitting(turns: list[Turn], tokenizer: Tokenizer, longest: int) -> list[Turn]:
-    """``turns`` without the oldest questions and answers that make their prompt longer than ``longest`` tokens.
-
-    A system turn and the last question stay, even where these alone are longer.
-    """
-    return _Suffixes(turns).longest(longest, lambda kept: len(encode_prompt(kept, tokenizer)))
-
-
-@dataclass(frozen=True)
-class Question:
-    """A record to be answered: its prompt's ids, the text of the last user turn, and the answer in the data."""
-
-    ids: list[int]
-    prompt: str
-    reference: str
-
-    @staticmethod
-    def of(conversation: Conversation, tokenizer: Tokenizer, src_length: int) -> Question:
-        """What stands before the last answer that is learned, of at most ``src_length`` tokens, as training cuts it:
-        the oldest turns go first, then the beginning."""
-        turns, answer = before_last_answer(conversation)
-        ids = encode_prompt(fitting(turns, tokenizer, src_length), tokenizer)
-        if len(ids) > src_length:
-            del ids[_beginning(ids, len(ids) - src_length, tokenizer)]
-        return Question(ids, turns[-1].content if turns else "", reference_of(turns, answer, tokenizer))
-
-
-def before_last_answer(conversation: Conversation) -> tuple[Conversation, Turn]:
-    """The turns before the last answer that is learned, and that answer."""
-    last = max(index for index, turn in enumerate(conversation) if turn.trains)
-    return conversation.of(conversation[:last]), conversation[last]
-
-
-def reference_of(turns: Conversation, answer: Turn, tokenizer: Tokenizer) -> str:
-    """The text that a model would have to answer with after ``turns``, as answers are shown: of an answer with a
-    thought or calls what the chat template makes of it."""
-    if not answer.tool_calls and answer.reasoning is None:
-        return answer.content
-    written = tokenizer.template.training(turns.of([*turns, answer]))
-    piece = next(piece for piece in reversed(written.pieces) if piece.targets)
-    ids = tokenizer.encode(piece.text[slice(*piece.targets[-1])])
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
 # --- training rows ------------------------------------------------------------------------------------------
 
 
@@ -266,7 +213,7 @@ class _Encoder:
         if len(turns) <= _MANY_TURNS or self.truncation is not None:
             return turns
         learned = max(index for index, turn in enumerate(turns) if turn.trains)
-        return _Suffixes(turns, learned).longest(self.max_length, self._length)
+        return Suffixes(turns, learned).longest(self.max_length, self._length)
 
     def _length(self, turns: list[Turn]) -> int:
         """Tokens of a conversation, before it is made to fit."""
@@ -329,7 +276,7 @@ class _Encoder:
         """The row cut to what there is room for, and what it lost."""
         counts, longest = Counts(), self.src_length
         while len(row.ids) > self.max_length or row.prompt > longest:
-            shorter = _without_oldest(turns)
+            shorter = without_oldest(turns)
             if shorter is None or not any(turn.trains for turn in shorter):
                 break
             counts.turns_dropped += len(turns) - len(shorter)
@@ -341,7 +288,7 @@ class _Encoder:
             longest = max(self.max_length // 2, self.max_length - (len(ids) - prompt))
         if prompt > longest:
             counts.prompts_truncated = 1
-            cut = _beginning(ids, prompt - longest, self.tokenizer)
+            cut = beginning(ids, prompt - longest, self.tokenizer)
             ids, weights = np.delete(ids, cut), np.delete(weights, cut)
         if len(ids) > self.max_length:
             counts.targets_truncated = 1
@@ -382,41 +329,3 @@ def _prompt_length(weights: np.ndarray) -> int:
     """Tokens before the first target."""
     trained = weights > 0
     return int(trained.argmax()) if trained.any() else len(trained)
-
-
-def _without_oldest(turns: list[Turn]) -> list[Turn] | None:
-    """The conversation without its oldest question and answer (a system turn stays); None if one is left."""
-    suffixes = _Suffixes(turns)
-    return suffixes[1] if len(suffixes) > 1 else None
-
-
-class _Suffixes:
-    """A conversation, then without its oldest question and answer, and so on; a system turn stays, and the turn
-    ``kept``. Each is made when it is asked for: all of them are as long as the square of the turns."""
-
-    def __init__(self, turns: list[Turn], kept: int | None = None) -> None:
-        self._turns = turns
-        self._head = 1 if turns and turns[0].role == "system" else 0
-        last = len(turns) - 1 if kept is None else kept
-        self._starts = [index for index in range(self._head + 1, last + 1) if turns[index].role == "user"]
-
-    def __len__(self) -> int:
-        return 1 + len(self._starts)
-
-    def __getitem__(self, number: int) -> list[Turn]:
-        if number == 0:
-            return self._turns
-        start = self._starts[number - 1]
-        return Conversation.seen(self._turns).of(self._turns[: self._head] + self._turns[start:])
-
-    def longest(self, most: int, length: Callable[[list[Turn]], int]) -> list[Turn]:
-        """The first that has at most ``most`` tokens, the last one if none has. Few are measured: the tokens of all
-        would take the square of the turns too."""
-        last = len(self) - 1
-        return self[bisect_left(range(last + 1), True, 0, last, key=lambda number: length(self[number]) <= most)]
-
-
-def _beginning(ids: Sequence[int] | np.ndarray, excess: int, tokenizer: Tokenizer) -> slice:
-    """The first ``excess`` tokens of a prompt, which it loses where it is too long; a BOS before them stays."""
-    first = int(tokenizer.bos_id is not None and ids[0] == tokenizer.bos_id)
-    return slice(first, first + excess)

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sft.conversations import Turn
 from sft.data.bad_records import BadRecord
 from sft.data.mixing import BLOCK, Mix, Reached
 from sft.data.sets import DataSet, Numbered
 from sft.errors import UsageError
-from sft.seams import Turn
 
 After = Callable[[DataSet, int], Iterator[Numbered]]
 """All records of a set but those among so many first ones (:meth:`sft.data.sets.Reader.after`)."""

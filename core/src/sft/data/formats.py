@@ -10,6 +10,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sft.conversations import Conversation, Turn
 from sft.data.bad_records import BadRecord, BadRecordError, Place
 from sft.data.messages import characters, messages, sharegpt
 from sft.data.raw_text import TEXT_ROLE
@@ -19,7 +20,6 @@ from sft.data.weights import record_weight, weight_of_turns
 from sft.errors import PluginError, UsageError
 from sft.foreign_text import listed, shown
 from sft.plugins.registry import Plugins
-from sft.seams import Conversation, Turn
 
 ASKING = ("user", "tool")
 """Roles of turns that an answer follows."""

@@ -13,11 +13,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sft.conversations import Conversation, Turn
 from sft.data.template_habits import Habits, texts_of
 from sft.data.templates import Marks, Source, Written, WrittenText
 from sft.data.thoughts import without_empty, without_empty_end
 from sft.errors import UsageError
-from sft.seams import Conversation, Turn
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _DATE = re.compile(r"""strftime_now\s*\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")

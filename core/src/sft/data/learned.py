@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+from sft.conversations import Conversation, Turn
 from sft.data.encoded import Counts
 from sft.data.templates import Template, Written, WrittenText
 from sft.data.thoughts import has_closing, parted, thoughts_in
 from sft.errors import UsageError
-from sft.seams import Conversation, Turn
 
 TRAIN_ON = ("answers", "last_answer", "everything")
 THOUGHTS = ("all", "not_empty", "none")

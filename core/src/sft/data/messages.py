@@ -12,11 +12,11 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sft.conversations import Conversation, ToolCall, Turn
 from sft.data.sources import DECODER
 from sft.data.texts import answer_of, system_of, text_of
 from sft.data.weights import message_weight
 from sft.foreign_text import listed
-from sft.seams import Conversation, ToolCall, Turn
 from sft.small_files import why
 
 ROLES = {

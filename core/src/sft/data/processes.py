@@ -27,13 +27,13 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from sft.conversations import Conversation, Turn
 from sft.data.bad_records import BadRecord
 from sft.data.encoded import Encoded
 from sft.data.encoding import Encoding, Group
 from sft.data.sources import size_of
 from sft.errors import SftError, UsageError
 from sft.runtime import physical_cores, processes_of_run
-from sft.seams import Conversation, Turn
 
 PAYS_OFF = 16 << 20
 """Bytes of data from which several processes are used where nothing is said: a second or two each, to begin with."""

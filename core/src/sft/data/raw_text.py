@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sft.conversations import Turn
 from sft.data.templates import Written, WrittenText
-from sft.seams import Turn
 
 TEXT_ROLE = "text"
 

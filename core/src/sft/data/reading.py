@@ -10,14 +10,16 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from sft.conversations import Conversation
 from sft.data.bad_records import Limit
 from sft.data.encoded import NO_TARGET, Encoded
 from sft.data.encoded_cache import EncodedCache, Kept
-from sft.data.encoding import Question, encode
+from sft.data.encoding import encode
 from sft.data.feeds import Feed, InTurn, Mixed
 from sft.data.learned import Learned
 from sft.data.mixing import Mix
 from sft.data.processes import Encoders, encoders, processes_for
+from sft.data.questions import Question
 from sft.data.raw_text import is_raw
 from sft.data.sets import DataSet, OpenSets, Reader
 from sft.data.several import Measured, Several
@@ -26,7 +28,6 @@ from sft.data.stream import WINDOW, Stream
 from sft.errors import UsageError
 from sft.foreign_text import shown
 from sft.progress import duration
-from sft.seams import Conversation
 
 if TYPE_CHECKING:
     from sft.data.batches import Data

@@ -8,6 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from sft.conversations import Conversation
 from sft.data.bad_records import BadRecord
 from sft.data.dev_split import Side, bound_of_number, bound_of_share
 from sft.data.finding import find_files, note_unread
@@ -16,7 +17,6 @@ from sft.data.sources import Passing, Record, read, size_of
 from sft.dataset_names import NamedSet, scheme_of
 from sft.errors import UsageError
 from sft.foreign_text import shown
-from sft.seams import Conversation
 
 if TYPE_CHECKING:
     from sft.plugins.registry import Plugins

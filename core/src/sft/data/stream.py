@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from sft.conversations import Turn
 from sft.data.bad_records import BadRecord
 from sft.data.contents import Contents
 from sft.data.encoded import NO_TARGET, Counts, DataWindow, Encoded, joined
 from sft.data.feeds import Feed, Taken
 from sft.errors import UsageError
-from sft.seams import Turn
 
 FORM = "2:"
 """What the fingerprints of today begin with. Those of names and sizes have no mark; checkpoints still hold them."""

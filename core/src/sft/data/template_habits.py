@@ -12,10 +12,10 @@ from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
+from sft.conversations import Conversation, ToolCall, Turn
 from sft.data.thoughts import parted, with_thought
 from sft.errors import UsageError
 from sft.foreign_text import quoted
-from sft.seams import Conversation, ToolCall, Turn
 
 Write = Callable[[list[dict[str, Any]], Sequence[dict[str, Any]]], str]
 """Writes messages, with these tools."""

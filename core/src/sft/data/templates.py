@@ -14,11 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from sft.conversations import Conversation, Turn
 from sft.data.template_habits import refuse_tools
 from sft.data.thoughts import with_thought
 from sft.errors import UsageError
 from sft.foreign_text import listed, quoted
-from sft.seams import Conversation, Turn
 from sft.small_files import check_links, is_there, read_object, read_text, why
 
 JINJA_FILE = "chat_template.jinja"

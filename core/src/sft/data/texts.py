@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from sft.seams import Turn
+from sft.conversations import Turn
 
 
 def text_of(value: Any, what: str) -> str:

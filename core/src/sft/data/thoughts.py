@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from sft.seams import Turn
+from sft.conversations import Turn
 
 _MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 """What stands around thoughts in published templates."""

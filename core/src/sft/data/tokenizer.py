@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sft.conversations import ToolCall, Turn
 from sft.data.jinja_template import JinjaTemplate, written_dates
 from sft.data.templates import JINJA_FILE, PAIRS_FILE, Marks, Pairs, Plain, Template, find_source
 from sft.errors import UsageError
 from sft.foreign_text import quoted
-from sft.seams import ToolCall, Turn
 from sft.small_files import is_there, read_bytes, read_object, why
 
 FILES = (

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+from sft.conversations import Turn
 from sft.foreign_text import listed
-from sft.seams import Turn
 
 LIGHTEST, HEAVIEST = 1e-6, 1e6
 """Between these sums of weights and of weighted losses are numbers that float32 and float16 hold well."""

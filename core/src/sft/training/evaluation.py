@@ -13,7 +13,7 @@ import paddle
 
 from sft.data.batches import make_batch
 from sft.data.encoded import Encoded
-from sft.data.encoding import Question
+from sft.data.questions import Question
 from sft.files import write_text
 from sft.models.generation import answers, unit
 from sft.training import answer_scores

@@ -104,9 +104,8 @@ def _turn(message: Any, what: str) -> tuple[Turn, bool]:
     content = answer_of(content, what) if trains and not calls else text_of(content, what)
     if role != "tool":
         return Turn(role, content, trains, weight, thought or None, calls), alone
-    answered = _optional_text(message, "tool_call_id", what)
-    name = _optional_text(message, "name", what)
-    return Turn(role, content, weight=weight, tool_call_id=answered, name=name), False
+    answered, tool = (_optional_text(message, name, what) for name in ("tool_call_id", "name"))
+    return Turn(role, content, weight=weight, tool_call_id=answered, name=tool), False
 
 
 def _joined(content: Any, what: str) -> Any:

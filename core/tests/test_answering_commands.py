@@ -187,6 +187,13 @@ def test_generate_refuses(typed: Type, arguments: list[str], lines: str | None, 
         typed("generate", *arguments, lines=lines)
 
 
+def test_a_document_asks_nothing(typed: Type, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text('{"text": "A coat."}\n')
+    with pytest.raises(sft.UsageError, match=r"prompts.json, line 1: this record asks nothing; take it out, or"):
+        typed("generate", *SHORT, "--prompts_file", str(path))
+
+
 def test_a_plugin_without_a_part_in_it_is_refused(typed: Type, distribute: Any) -> None:
     distribute(
         "idle", "import sft\n\nclass Idle(sft.Plugin):\n    name = 'idle'\n    api_version = 1\n", {"idle": "Idle"}

@@ -21,6 +21,8 @@ _CALL = {"function": {"name": "f", "arguments": json.dumps({"x": 1})}}
 RECORDS = (
     RECORD * 2
     + '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}\n'
+    + '{"messages": [{"role": "user", "content": "a", "train": false}, '
+    + '{"role": "assistant", "content": "b", "loss": true, "loss_scale": 0.5}], "weight": 2}\n{"text": "a"}\n'
     + '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "c"}\n'
     + '{"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]]}\n'
     + json.dumps(
@@ -50,18 +52,19 @@ _KEYS = (
     *("src", "tgt", "context", "messages", "conversations", "instruction", "input", "output", "history", "system"),
     *("role", "content", "from", "value", "weight", "tools", "functions", "tool_calls", "function_call", "function"),
     *("name", "arguments", "id", "tool_call_id", "reasoning_content", "thinking", "type", "text"),
+    *("train", "training", "train_detail", "loss", "loss_scale"),
 )
 
 
 def read_records(name: str) -> Callable[[Path, bytes], Any]:
     def read(folder: Path, content: bytes) -> Any:
+        from sft.data.finding import find_files
         from sft.data.formats import Formats
-        from sft.data.sources import find_files
         from sft.data.sources import read as records
 
         (folder / name).write_bytes(content)
-        formats = Formats(_no_plugins())
-        return [formats.turns(record) for record in records(find_files(folder, "train"))]
+        # Each is read as the first of its data, or all but those of one format would be refused for that.
+        return [Formats(_no_plugins()).turns(record) for record in records(find_files(folder, "train"))]
 
     return read
 
@@ -112,7 +115,7 @@ def read_template(folder: Path, text: str) -> Any:
     turns = [Turn("system", "Be brief."), Turn("user", "a"), Turn("assistant", "b", trains=True)]
     turns += [Turn("user", "What is a river?"), Turn("assistant", "It is water.", trains=True)]
     encode([Conversation(turns, "here")], tokenizer, 64, 64)
-    calls = [Turn("assistant", "", True, "why", (ToolCall("f", {"x": 1}),)), Turn("tool", "2", name="f")]
+    calls = [Turn("assistant", "", True, 2, "why", (ToolCall("f", {"x": 1}),)), Turn("tool", "2", name="f")]
     with suppress(UsageError):  # what a template does not take is refused
         encode([Conversation([turns[1], *calls], "here", [{"function": {"name": "f"}}])], tokenizer, 64, 64)
     return encode_prompt(turns[:-1], tokenizer)

@@ -21,7 +21,7 @@ class Turn:
     """One message of a conversation.
 
     Attributes:
-        role: system, user, assistant, or tool for the result of a call.
+        role: system, user, assistant, or tool for the result of a call; text for a document, which is alone.
         content: Its text; of an answer what follows the thought and stands beside the calls.
         trains: Whether it is a target: its thought, its text and its calls.
         weight: What the loss of each of its targets counts; above 0 where it trains.

@@ -122,7 +122,8 @@ def sft_model_config(run: Run | None, config: dict[str, Any]) -> None:
 @hookspec(firstresult=True)
 def sft_record_format(record: dict[str, Any]) -> list[Turn] | None:
     """The turns of one record of a data file, or None if it is not in this plugin's format. Where the record offers
-    tools, they are a :class:`sft.Conversation`, which is a list of turns with ``tools``.
+    tools, or weighs anything but 1, they are a :class:`sft.Conversation`: a list of turns with ``tools`` and a
+    ``weight``.
 
     Called before the core tries its own formats. In training and evaluation at least one turn must be marked
     ``trains``; for ``sft generate`` the record may end with a user's turn instead. For a record that is in the format

@@ -164,6 +164,7 @@ def _texts(lines: Any) -> Iterator[tuple[Conversation, Turn | None]]:
 
 def _records(path: Path, plugins: Plugins) -> Iterator[tuple[Conversation, Turn | None]]:
     """Conversations to answer, and what their records have as the answer; each line of a text file is a question."""
+    from sft.data.bad_records import BadRecordError
     from sft.data.finding import SUFFIXES
     from sft.data.formats import ASKING, Formats
     from sft.data.questions import before_last_answer
@@ -175,4 +176,9 @@ def _records(path: Path, plugins: Plugins) -> Iterator[tuple[Conversation, Turn 
     formats = Formats(plugins)
     for record in read([path]):
         turns = formats.turns(record, needs_target=False)
-        yield (turns, None) if turns[-1].role in ASKING else before_last_answer(turns)
+        asked, answer = (turns, None) if turns[-1].role in ASKING else before_last_answer(turns)
+        if not asked:
+            raise BadRecordError(
+                record.place, ': this record asks nothing; take it out, or call a text that is to be answered "prompt".'
+            )
+        yield asked, answer

@@ -319,6 +319,11 @@ def test_a_question_is_a_record_where_no_target_is_needed(value: dict[str, Any],
         refusal(value)
 
 
+def test_a_text_beside_a_prompt_is_no_document() -> None:
+    found = formats().turns(record({"prompt": "c", "text": "d"}), needs_target=False)
+    assert list(found) == [Turn("user", "c")]
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

@@ -127,7 +127,7 @@ def _short_names() -> dict[str, str]:
 
 def _is_prompt(record: dict[str, Any]) -> bool:
     """Whether the record is ``{"prompt": text}``, with what else but the keys of a format."""
-    known = {key for keys, _ in FORMATS.values() for key in keys}
+    known = {key for name, (keys, _) in FORMATS.items() for key in keys if name != TEXT}
     return record.get("prompt") is not None and known.isdisjoint(record)
 
 

@@ -80,6 +80,17 @@ def uneven_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mixed_data(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """A set of records that weigh, and one of texts, of which some become several rows; drawn by weight."""
+    sets = []
+    texts = [{"text": f"say the number {n} " * (1 + n % 7)} for n in range(12)]
+    for name, weight, records in (("asked", 0.7, _records(14, WEIGHTS)), ("texts", 0.3, texts)):
+        folder = tmp_path_factory.mktemp(name)
+        sets.append({"path": str(write_data(folder, records[:-3], records[-3:])), "name": name, "weight": weight})
+    return sets
+
+
+@pytest.fixture(scope="session")
 def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
 

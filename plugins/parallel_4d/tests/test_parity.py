@@ -99,6 +99,14 @@ def test_ranks_may_have_different_numbers_of_micro_batches(trainings: Trainings,
     check(trainings, plan, dataset_name_or_path=str(uneven_data))
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("plan", [slow("dp2"), slow("pp2-dp2"), slow("stage3")])
+def test_several_sets_are_mixed_alike(
+    trainings: Trainings, mixed_data: list[dict[str, Any]], plan: str, lazy: bool
+) -> None:
+    check(trainings, plan, dataset_name_or_path=mixed_data, lazy=lazy)
+
+
 @pytest.mark.parametrize("rows", [4, slow(8)])
 def test_stages_may_be_more_than_micro_batches(trainings: Trainings, rows: int) -> None:
     check(trainings, "pp4", per_device_train_batch_size=rows)

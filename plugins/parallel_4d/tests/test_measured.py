@@ -143,6 +143,6 @@ def test_ranks_hold_need_and_send_what_is_planned(
         sent = communication.rank(calculator, plan, rank["stage"], stage)
         planned = {"data": sent.data, "sharding": sent.sharding, "tensor": sent.tensor, "pipe": sent.pipeline}
         for axis, size in planned.items():
-            # Beside them four numbers of a step are summed over the data ranks.
-            scalars = 32 if axis in ("data", "sharding") and getattr(plan, axis) > 1 else 0
+            # Beside them five numbers of a step are summed over the data ranks.
+            scalars = 40 if axis in ("data", "sharding") and getattr(plan, axis) > 1 else 0
             assert rank["sent"].get(axis, 0) == size + scalars, axis

@@ -173,10 +173,11 @@ class _Encoder:
                 self.dropped.append(number)
                 continue
             counts.tokens = sum(len(part.ids) - 1 for part in parts)
-            counts.target_tokens = sum(int((part.weights[1:] > 0).sum()) for part in parts)
+            counts.target_tokens = sum(map(_targets, parts))
             weight = np.float32(getattr(turns, "weight", 1.0))
-            weighed = [part.weights * weight for part in parts]
-            counts.records_weighted = int(any((each[1:] != (each[1:] > 0)).any() for each in weighed))
+            weighed = [part.weights if weight == 1 else part.weights * weight for part in parts]
+            ones = sum(np.count_nonzero(each[1:] == 1) for each in weighed)
+            counts.records_weighted = int(ones < counts.target_tokens)
             self.counts = self.counts + counts
             self.further += range(self.rows + 1, self.rows + len(parts))
             self.rows += len(parts)
@@ -236,10 +237,8 @@ class _Encoder:
                 answers.append(marks[-1] if whole is piece else _mark(len(tokens), span, whole))
             fixed = self.tokenizer.with_bos(ids) if template.one_bos or text.written.is_raw else ids
             added = len(fixed) - len(ids)
-            weights, answered = (
-                np.concatenate([np.zeros(max(0, added), np.float32), *parts])[max(0, -added) :]
-                for parts in (marks, answers)
-            )
+            weights = _after_bos(marks, added)
+            answered = weights if text.pieces is text.written.pieces else _after_bos(answers, added)
             rows.append(_Row(np.array(fixed, np.int32), weights, _prompt_length(answered), text))
         return rows
 
@@ -248,28 +247,26 @@ class _Encoder:
         how = self.truncation or ("split" if row.text.written.is_raw else None)
         if how is None:
             fitted, counts = self._fit(turns, row)
-            return [fitted] if _has_target(fitted) else [], counts
-        counts = self._template_counts(turns, row)
+            return [fitted] if _targets(fitted) else [], counts
+        counts = self._with_template_counts(Counts(), turns, row)
         begins = int(self.tokenizer.bos_id is not None and row.ids[:1].tolist() == [self.tokenizer.bos_id])
         kept = pieces(len(row.ids), self.max_length, how, begins)
         found = [replace(row, ids=row.ids[tokens], weights=row.weights[tokens]) for tokens in kept]
-        parts = list(filter(_has_target, found))
+        parts = list(filter(_targets, found))
         counts.records_too_long = int(not found)
         counts.records_split = int(len(found) > 1)
         counts.pieces_dropped = len(found) - len(parts) if counts.records_split else 0
         counts.records_truncated = int(how in ("left", "right") and len(row.ids) > self.max_length)
         return parts, counts
 
-    def _template_counts(self, turns: list[Turn], row: _Row) -> Counts:
-        """What the chat template does to a record that stays whole."""
+    def _with_template_counts(self, counts: Counts, turns: list[Turn], row: _Row) -> Counts:
+        """``counts`` with what the chat template does to a record."""
         written = row.text.written
         if written.is_raw:
-            return Counts()
-        counts = Counts(
-            answers_rewritten_by_template=written.rewritten,
-            records_without_end=int(not written.ends),
-            answers_altered_by_template=int(not checked(partial(holds_answer, written=written), turns)),
-        )
+            return counts
+        counts.answers_rewritten_by_template = written.rewritten
+        counts.records_without_end = int(not written.ends)
+        counts.answers_altered_by_template = int(not checked(partial(holds_answer, written=written), turns))
         return counts if row.text.counts is None else counts + row.text.counts
 
     def _fit(self, turns: list[Turn], row: _Row) -> tuple[_Row, Counts]:
@@ -282,7 +279,7 @@ class _Encoder:
             counts.turns_dropped += len(turns) - len(shorter)
             turns = shorter
             [row] = self._tokenize([self._text(turns)])
-        counts += self._template_counts(turns, row)
+        counts = self._with_template_counts(counts, turns, row)
         ids, weights, prompt = row.ids, row.weights, row.prompt
         if longest >= self.max_length and len(ids) > self.max_length:
             longest = max(self.max_length // 2, self.max_length - (len(ids) - prompt))
@@ -307,6 +304,11 @@ def checked(write: Callable[[list[Turn]], T], turns: list[Turn]) -> T:
         raise BadRecordError(place, f": {error}") from error
 
 
+def _after_bos(marks: list[np.ndarray], added: int) -> np.ndarray:
+    """What the tokens of all pieces weigh, after so many that were ``added`` before them; or taken, where below 0."""
+    return np.concatenate([np.zeros(max(0, added), np.float32), *marks])[max(0, -added) :]
+
+
 def _mark(tokens: int, span: Callable[[int], tuple[int, int]], piece: WrittenText) -> np.ndarray:
     """What tokens weigh, float32 [n]: those with at least one character in a target, else 0; one that reaches over its
     beginning belongs to it.
@@ -321,11 +323,12 @@ def _mark(tokens: int, span: Callable[[int], tuple[int, int]], piece: WrittenTex
     return marked
 
 
-def _has_target(row: _Row) -> bool:
-    return bool((row.weights[1:] > 0).any())
+def _targets(row: _Row) -> int:
+    """How many of its tokens are learned: the first one never is."""
+    return np.count_nonzero(row.weights[1:])
 
 
 def _prompt_length(weights: np.ndarray) -> int:
     """Tokens before the first target."""
-    trained = weights > 0
-    return int(trained.argmax()) if trained.any() else len(trained)
+    first = int((weights > 0).argmax()) if len(weights) else 0
+    return first if weights[first:].any() else len(weights)

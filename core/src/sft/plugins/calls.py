@@ -158,10 +158,10 @@ def _resolved(annotations: dict[str, Any], names: dict[str, Any]) -> dict[str, A
     """What annotations written as text stand for, with what modules import for their types alone."""
     import numpy as np
 
-    from sft import seams
+    from sft import conversations, seams
 
     carrier = types.SimpleNamespace(__annotations__=annotations)
-    known = {"np": np, **vars(seams)}
+    known = {"np": np, **vars(conversations), **vars(seams)}
     try:
         return typing.get_type_hints(carrier, {**known, **names})
     except NameError:

@@ -90,7 +90,7 @@ def test_each_public_name_stands_on_a_page(module: str) -> None:
         assert f"`{module}.{name}`" in page, f"docs/reference/public.md lacks {module}.{name}; run make docs"
 
 
-@pytest.mark.parametrize("file", ["hookspecs.py", "seams.py"])
+@pytest.mark.parametrize("file", ["hookspecs.py", "seams.py", "conversations.py"])
 def test_each_type_that_a_signature_names_is_public(file: str) -> None:
     tree = ast.parse((CORE / file).read_text(encoding="utf-8"))
     own = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}

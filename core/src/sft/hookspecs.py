@@ -5,9 +5,10 @@ otherwise in ascending ``order``. Only one active plugin may implement a ``@sing
 refused, naming both, before anything heavy happens. A hook that refuses something raises :class:`sft.UsageError` with
 the cause and the cure in one sentence.
 
-Objects that cross a hook are described in ``seams.py``. ``run`` is :class:`sft.Run`. Its members appear as the run goes
-on: where a hook below says that ``run`` has a member "from here on", that hook and every later one can use it. Reading
-it earlier raises :class:`sft.TooEarlyError`, which names the hook to wait for.
+Objects that cross a hook are described in ``seams.py``, those of data in ``conversations.py``. ``run`` is
+:class:`sft.Run`. Its members appear as the run goes on: where a hook below says that ``run`` has a member "from here
+on", that hook and every later one can use it. Reading it earlier raises :class:`sft.TooEarlyError`, which names the
+hook to wait for.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from sft.foreign_text import safe
 
 COMMANDS = {
     "run": "Fine-tune a model.",
+    "data": "Show what the model will see of the data, before it is trained.",
     "demo": "Fine-tune the tiny embedded model and show what it learned.",
     "merge": "Fold an adapter into its base model.",
     "evaluate": "Measure a model on data, with or without an adapter.",

@@ -83,6 +83,10 @@ class Counts:
 
     def __str__(self) -> str:
         """The counts for a line of a run, without those that are zero."""
+        return ", ".join([f"{self.tokens:,} tokens", f"{self.target_tokens:,} target tokens", *self.events()])
+
+    def events(self) -> list[str]:
+        """What became of the records, without what is zero."""
         said = {
             "records_skipped": "{} records skipped (they cannot be read)",
             "records_dropped": "{} records dropped (no target left)",
@@ -107,8 +111,7 @@ class Counts:
             "records_split": "{} records split",
             "pieces_dropped": "{} parts dropped (no target)",
         }
-        counts = [text.format(f"{getattr(self, name):,}") for name, text in said.items() if getattr(self, name)]
-        return ", ".join([f"{self.tokens:,} tokens", f"{self.target_tokens:,} target tokens", *counts])
+        return [text.format(f"{getattr(self, name):,}") for name, text in said.items() if getattr(self, name)]
 
     @classmethod
     def of(cls, values: dict[str, int]) -> Counts:

@@ -94,7 +94,7 @@ def encode(
 ) -> Encoded:
     """Encode every conversation (:class:`Encoding`), up to ``group`` at a time; ``by`` does it with each group, in
     order. ``check`` (:meth:`sft.data.bad_records.Limit.check`) is asked now and then whether to go on."""
-    groups = _groups(conversations, group)
+    groups = grouped(conversations, group)
     parts: list[Encoded] = []
     bad: list[BadRecord] = []
     looked, records = 0, 0
@@ -109,7 +109,7 @@ def encode(
     return joined(parts)
 
 
-def _groups(conversations: Iterable[list[Turn] | BadRecord], most: int) -> Iterator[Group]:
+def grouped(conversations: Iterable[list[Turn] | BadRecord], most: int = 256) -> Iterator[Group]:
     """Up to ``most`` conversations at a time, and fewer where they are long: the tokenizer takes 200 bytes a character
     while it has them."""
     group: Group = []
@@ -122,6 +122,14 @@ def _groups(conversations: Iterable[list[Turn] | BadRecord], most: int) -> Itera
             group, size = [], 0
     if group:
         yield group
+
+
+def whole_length(turns: list[Turn], tokenizer: Tokenizer) -> int:
+    """Tokens of a conversation as the template writes it, or of a document, before it is made to fit."""
+    template = tokenizer.template
+    texts = [turns[0].content + tokenizer.eos_token] if is_raw(turns) else checked(template.texts, turns)
+    ids = [token for text in texts for token in tokenizer.encode(text)]
+    return len(tokenizer.with_bos(ids) if template.one_bos or is_raw(turns) else ids)
 
 
 # --- training rows ------------------------------------------------------------------------------------------
@@ -217,10 +225,7 @@ class _Encoder:
         return Suffixes(turns, learned).longest(self.max_length, self._length)
 
     def _length(self, turns: list[Turn]) -> int:
-        """Tokens of a conversation, before it is made to fit."""
-        template = self.tokenizer.template
-        ids = [token for text in checked(template.texts, turns) for token in self.tokenizer.encode(text)]
-        return len(self.tokenizer.with_bos(ids) if template.one_bos else ids)
+        return whole_length(turns, self.tokenizer)
 
     def _tokenize(self, texts: list[Text]) -> list[_Row]:
         template = self.tokenizer.template

@@ -27,6 +27,12 @@ class Mix:
     seed: int
     until_all: bool
 
+    @classmethod
+    def of(cls, weights: Sequence[float | None], seed: int, until: str) -> Mix | None:
+        """The mix of sets with these weights, all or none of which are None; ``until`` is ``mix_until``."""
+        known = tuple(weight for weight in weights if weight is not None)
+        return cls(known, seed, until == "all_exhausted") if known else None
+
     def draws(self, block: int) -> np.ndarray:
         """int64 [BLOCK]: the sets of the draws from ``block * BLOCK`` on."""
         shares = np.cumsum(np.array(self.weights) / sum(self.weights))

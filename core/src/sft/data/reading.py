@@ -82,11 +82,7 @@ def read_data(
 
     ``sizes`` are those of the model in the folder ``model``; data that is too large for it is refused.
     """
-    if tokenizer.vocab_size > sizes.vocabulary:
-        raise UsageError(
-            f"{model}: its tokenizer has {tokenizer.vocab_size} tokens, its model {sizes.vocabulary}; they do not "
-            "belong together."
-        )
+    check_belongs(tokenizer, model, sizes)
     progress.say(f"chat template: {tokenizer.template_name}")
     uses_dev = _uses_dev(settings, sets)
     reading = _Reading(settings, plugins, tokenizer, progress, model, sizes)
@@ -105,6 +101,15 @@ def read_data(
     if settings.generation.num_samples and not samples:
         progress.say("note: no record asks anything, so num_samples answers nothing")
     return RunData(train, dev, samples, questions, partial(reading.places, sets.train))
+
+
+def check_belongs(tokenizer: Tokenizer, model: Path, sizes: ModelSizes) -> None:
+    """Refuse a tokenizer with more tokens than the model in the folder ``model`` has an embedding for."""
+    if tokenizer.vocab_size > sizes.vocabulary:
+        raise UsageError(
+            f"{model}: its tokenizer has {tokenizer.vocab_size} tokens, its model {sizes.vocabulary}; they do not "
+            "belong together."
+        )
 
 
 def _uses_dev(settings: Settings, sets: OpenSets) -> bool:
@@ -178,12 +183,12 @@ class _Reading:
             self._say(f"train data is drawn by weight: {shares}; a pass ends when {last} been used up")
         if self._data.lazy:
             return self._streamed(sets, mix)
-        found = {one.name: self._encoded(one, _named("train", one, sets)) for one in sets}
+        found = {one.name: self._encoded(one, named_split("train", one, sets)) for one in sets}
         return Several(found, mix) if len(found) > 1 else next(iter(found.values()))
 
     def dev(self, sets: Sequence[DataSet]) -> Measured:
         """What is measured."""
-        return Measured({one.name: self._encoded(one, _named("dev", one, sets)) for one in sets})
+        return Measured({one.name: self._encoded(one, named_split("dev", one, sets)) for one in sets})
 
     def _encoded(self, one: DataSet, split: str) -> Encoded:
         cache, limit = self._cache, Limit(self._data.on_bad_record_limit, split)
@@ -229,7 +234,7 @@ class _Reading:
         self._say(f"train data: streamed from {number}, {WINDOW:,} records at a time{kept}")
         several = self._data.dataset_num_proc or 1
         by = Encoders(several) if several > 1 else map  # they are needed, and there, as long as the stream is
-        limits = [Limit(self._data.on_bad_record_limit, _named("train", one, sets)) for one in sets]
+        limits = [Limit(self._data.on_bad_record_limit, named_split("train", one, sets)) for one in sets]
         shapes = [one.shape for one in sets]
         is_plain = mix is None and not any(any(part is not None for part in shape) for shape in shapes)
         return Stream(
@@ -275,10 +280,9 @@ class _Reading:
         return [named[number] for number in numbers]
 
     def _mix_of(self, sets: Sequence[DataSet]) -> Mix | None:
-        weights = tuple(one.weight for one in sets if one.weight is not None)
-        return Mix(weights, self._seed, self._data.mix_until == "all_exhausted") if weights else None
+        return Mix.of([one.weight for one in sets], self._seed, self._data.mix_until)
 
 
-def _named(split: str, one: DataSet, sets: Sequence[DataSet]) -> str:
+def named_split(split: str, one: DataSet, sets: Sequence[DataSet]) -> str:
     """The split, for messages, with the name of its set where there are several."""
     return split if len(sets) == 1 else f"{split} ({shown(one.name)})"

@@ -1,0 +1,100 @@
+"""A report for the terminal: figures, a histogram, and records with what is learned highlighted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from sft.data_report import words
+from sft.data_report.value import Bar, DataReport, Piece, Split
+from sft.foreign_text import harmless
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LEARNED, SPECIAL = "black on green", "magenta"
+OPENS, CLOSES = "⟦", "⟧"
+"""Around what is learned, where there are no colours."""
+_WIDE = 40
+"""Columns of the longest bar."""
+_LABEL = 12
+
+
+def write(report: DataReport, console: Console) -> None:
+    """Print a report. Nothing in it is taken for an order, by rich or by the terminal."""
+    coloured = console.is_terminal and not console.no_color and console.color_system is not None
+    max_length = report.settings["max_length"]
+    _facts(words.heading(report), console)
+    for name, split in report.splits.items():
+        _headline(f"{name} data", console)
+        _facts(words.of_split(split, max_length), console)
+        _histogram(split, max_length, console)
+        _facts(words.of_duplicates(split), console)
+        if name == "train" and report.rows is not None:
+            _facts([words.of_rows(report.rows)], console)
+        if name == "dev" and report.overlap is not None:
+            _facts([words.of_overlap(report.overlap)], console)
+    search = words.of_search(report)
+    if search is not None:
+        _headline(search, console)
+    for record in report.records:
+        _headline(words.of_record(record), console)
+        for row in record.rows:
+            console.print(_written(row, coloured), soft_wrap=True)
+    if report.records:
+        told = Text.assemble(("learned", LEARNED), ", ", ("special token", SPECIAL)) if coloured else None
+        plain = f"{OPENS}{CLOSES} stand around what is learned"
+        console.print(Text("\n").append_text(told or Text(plain)), soft_wrap=True)
+    for note in report.notes:
+        console.print(Text(f"\nnote: {harmless(note)}"), soft_wrap=True)
+
+
+def _headline(text: str, console: Console) -> None:
+    console.print(Text(f"\n{text}", style="bold"), soft_wrap=True)
+
+
+def _facts(facts: list[words.Fact], console: Console) -> None:
+    for label, lines in facts:
+        for number, line in enumerate(lines):
+            left = label if not number else ""
+            console.print(Text(f"  {left:<{_LABEL}}", style="cyan").append(line, style="default"), soft_wrap=True)
+
+
+def _histogram(split: Split, max_length: int, console: Console) -> None:
+    if split.lengths is None:
+        return
+    bars = split.lengths.bars
+    most = max(bar.records for bar in bars)
+    wide = len(f"{bars[-1].last:,}")
+    for bar in bars:
+        line = Text(" " * (_LABEL + 2))
+        line.append(f"{bar.first:>{wide},} to {bar.last:>{wide},} ")
+        line.append("█" * _columns(bar, most), style="red" if bar.first > max_length else "green")
+        line.append(f" {bar.records:,}")
+        console.print(line, soft_wrap=True)
+
+
+def _columns(bar: Bar, most: int) -> int:
+    """How long a bar is drawn: one column at least, where there is any record."""
+    return max(int(bar.records > 0), round(_WIDE * bar.records / most))
+
+
+def _written(row: list[Piece], coloured: bool) -> Text:
+    text = Text()
+    learned = False
+    for piece in row:
+        said = harmless(piece.text)
+        if coloured:
+            style = " ".join(filter(None, ("bold" * piece.special * piece.learned, LEARNED if piece.learned else "")))
+            # The end of a line is learned too, and cannot be seen otherwise.
+            said = said.replace("\n", "↵\n") if piece.learned else said
+            text.append(said, style=style or (SPECIAL if piece.special else ""))
+            continue
+        if piece.learned != learned:
+            text.append(OPENS if piece.learned else CLOSES)
+            learned = piece.learned
+        text.append(said)
+    if learned:
+        text.append(CLOSES)
+    return text

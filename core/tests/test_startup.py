@@ -75,6 +75,7 @@ COMMANDS = [
     ("generate", "--help"),
     ("merge", "--help"),
     ("demo", "--help"),
+    ("data", "--help"),
 ]
 
 

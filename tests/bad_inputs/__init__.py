@@ -11,6 +11,7 @@ from bad_inputs import (
     checkpoints,
     configs,
     data,
+    looking,
     paths,
     plugins,
     settings,
@@ -22,7 +23,19 @@ from bad_inputs.case import Case
 
 TABLES: dict[str, dict[str, Case]] = {
     module.__name__.rpartition(".")[2]: module.CASES
-    for module in (data, settings_files, settings, configs, weights, tokenizers, adapters, checkpoints, plugins, paths)
+    for module in (
+        data,
+        looking,
+        settings_files,
+        settings,
+        configs,
+        weights,
+        tokenizers,
+        adapters,
+        checkpoints,
+        plugins,
+        paths,
+    )
 }
 
 

@@ -66,6 +66,7 @@ bench: .venv/installed-$(DEVICE) ## Run the benchmarks beside other programs: tw
 
 docs: .venv/installed-$(DEVICE) ## Generate the pages in docs/ that are made, and the picture of the floors
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/screenshots.py
 	$(BIN)/python scripts/import_graph.py --write
 	$(BIN)/python -m benchmarks.page
 	$(BIN)/python tests/reliability/figures.py

@@ -39,7 +39,15 @@ def test_readme_python_runs_as_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md", "docs/tutorial.md", "docs/data.md"])
 def test_commands_in_documents_name_real_settings(page: str) -> None:
     known = {*core_options(), *options_of(next(iter(Plugins.load(["lora"], hookspecs)))[1].Options), "plugin", "help"}
-    known |= {"lora_path", "output_path", "prompt"}  # of merge, evaluate, generate and chat
+    known |= {
+        "lora_path",
+        "output_path",
+        "prompt",
+        "show",
+        "find",
+        "html",
+        "json",
+    }  # of merge, generate, data and so on
     commands = " ".join(blocks(page, "bash"))
     assert "sft run" in commands
     for name in re.findall(r"--([a-z_]+)", commands):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.table import Table
 from rich.text import Text
 
 from sft.data_report import words
@@ -23,7 +24,14 @@ _LABEL = 12
 
 def write(report: DataReport, console: Console) -> None:
     """Print a report. Nothing in it is taken for an order, by rich or by the terminal."""
-    coloured = console.is_terminal and not console.no_color and console.color_system is not None
+    write_figures(report, console)
+    write_records(report, console)
+    for note in report.notes:
+        _print(Text(f"\nnote: {harmless(note)}"), console)
+
+
+def write_figures(report: DataReport, console: Console) -> None:
+    """What is known of all records."""
     max_length = report.settings["max_length"]
     _facts(words.heading(report), console)
     for name, split in report.splits.items():
@@ -35,30 +43,45 @@ def write(report: DataReport, console: Console) -> None:
             _facts([words.of_rows(report.rows)], console)
         if name == "dev" and report.overlap is not None:
             _facts([words.of_overlap(report.overlap)], console)
+
+
+def write_records(report: DataReport, console: Console) -> None:
+    """The records that are shown, and how many have what was looked for."""
+    coloured = console.is_terminal and not console.no_color and console.color_system is not None
     search = words.of_search(report)
     if search is not None:
         _headline(search, console)
     for record in report.records:
         _headline(words.of_record(record), console)
         for row in record.rows:
-            console.print(_written(row, coloured), soft_wrap=True)
+            _print(_written(row, coloured), console)
     if report.records:
         told = Text.assemble(("learned", LEARNED), ", ", ("special token", SPECIAL)) if coloured else None
         plain = f"{OPENS}{CLOSES} stand around what is learned"
-        console.print(Text("\n").append_text(told or Text(plain)), soft_wrap=True)
-    for note in report.notes:
-        console.print(Text(f"\nnote: {harmless(note)}"), soft_wrap=True)
+        _print(Text("\n").append_text(told or Text(plain)), console)
+
+
+def _print(text: Text, console: Console) -> None:
+    """On a terminal as wide as it is; elsewhere lines stay whole."""
+    console.print(text, soft_wrap=not console.is_terminal)
 
 
 def _headline(text: str, console: Console) -> None:
-    console.print(Text(f"\n{text}", style="bold"), soft_wrap=True)
+    _print(Text(f"\n{text}", style="bold"), console)
 
 
 def _facts(facts: list[words.Fact], console: Console) -> None:
+    if console.is_terminal:
+        grid = Table.grid(padding=(0, 0, 0, 2))
+        grid.add_column(width=_LABEL - 1, style="cyan")
+        grid.add_column(overflow="fold")
+        for label, lines in facts:
+            grid.add_row(Text(label), Text("\n".join(lines)))
+        console.print(grid)
+        return
     for label, lines in facts:
         for number, line in enumerate(lines):
-            left = label if not number else ""
-            console.print(Text(f"  {left:<{_LABEL}}", style="cyan").append(line, style="default"), soft_wrap=True)
+            _print(Text(f"  {label if not number else '':<{_LABEL}}{line}"), console)
 
 
 def _histogram(split: Split, max_length: int, console: Console) -> None:
@@ -72,7 +95,7 @@ def _histogram(split: Split, max_length: int, console: Console) -> None:
         line.append(f"{bar.first:>{wide},} to {bar.last:>{wide},} ")
         line.append("█" * _columns(bar, most), style="red" if bar.first > max_length else "green")
         line.append(f" {bar.records:,}")
-        console.print(line, soft_wrap=True)
+        _print(line, console)
 
 
 def _columns(bar: Bar, most: int) -> int:

@@ -64,7 +64,7 @@ def of_duplicates(split: Split) -> list[Fact]:
 
 
 def of_overlap(overlap: Duplicates) -> Fact:
-    return ("overlap", _duplicates(overlap, "of the dev records in the training data too"))
+    return ("overlap", _duplicates(overlap, "of these records are in the training data too"))
 
 
 def of_rows(rows: RowCount) -> Fact:
@@ -111,7 +111,7 @@ def _duplicates(found: Duplicates, what: str) -> list[str]:
 def _near(found: NearDuplicates) -> list[str]:
     sample = f"a sample of {found.sampled:,} of " if found.sampled < found.of else ""
     return [
-        f"{found.records:,} to {100 * found.threshold:g} % or more like an earlier one, among {sample}{found.of:,} "
+        f"{found.records:,} are {100 * found.threshold:g} % or more like an earlier one, among {sample}{found.of:,} "
         "different records (MinHash)",
         *(f"{shown(pair.record, 300)} ≈ {shown(pair.earlier, 300)} ({_share(pair.likeness)})" for pair in found.first),
     ]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conversations import tokenizer_with  # noqa: F401
+from data_reports import look, questions  # noqa: F401
 from stopped_runs import shared, stopped, whole  # noqa: F401
 from typed_commands import typed  # noqa: F401
 

@@ -1,90 +1,42 @@
-"""What ``sft data`` finds, against an independent recount, and how it is shown."""
+"""What ``sft data`` finds, against an independent recount."""
 
 from __future__ import annotations
 
-import html.parser
 import itertools
 import json
 import random
 import re
-import subprocess
-import sys
-from collections import Counter
-from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import click.testing
 import numpy as np
 import pytest
 from conversations import LONG
+from data_reports import Looking, read, records, turns_of
+from toy_plugins import toy
 
 import sft
-from sft.commands.data import command
 from sft.data.batches import PaddedCollator, Schedule
+from sft.data.encoded import joined
 from sft.data.encoding import encode
+from sft.data.mixing import Mix, pass_order
 from sft.data.tokenizer import Tokenizer
 from sft.data_report import near
 from sft.data_report.gather import Wanted, data_report
 from sft.data_report.look import Look
 from sft.data_report.near import NearSample, pieces_of
-from sft.data_report.records import Writer
 from sft.data_report.rows import RowTally
 from sft.data_report.tallies import LengthTally
-from sft.data_report.value import DataReport
 from sft.errors import UsageError
 from sft.seams import Batch
-from sft.testing import write_data
-
-Look_ = Callable[..., DataReport]
-EVIL = '<script>alert(1)</script></pre><img src=x onerror="alert(2)">\x1b[2J\u202egnp'
+from sft.testing import needs, write_data
 
 
-def records(number: int, seed: int = 0) -> list[dict[str, str]]:
-    """Questions and answers of some words, a few of them several times."""
-    words = "red blue warm light coat shirt dress summer city rain long short".split()
-    draw = random.Random(seed)
-    made = [
-        {"src": " ".join(draw.choices(words, k=draw.randint(1, 9))), "tgt": " ".join(draw.choices(words, k=5))}
-        for _ in range(number)
-    ]
-    return [*made, *draw.choices(made, k=number // 5)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    train = records(60)
-    return write_data(tmp_path_factory.mktemp("data"), train, [*records(6, seed=1), *train[10:14]])
-
-
-@pytest.fixture
-def look(base_model: Path, folder: Path) -> Look_:
-    """The report on the data in ``folder``, with other settings, records and texts where these are given."""
-
-    def make(number: int = 1, find: str | None = None, **settings: Any) -> DataReport:
-        values = {"model_name_or_path": str(base_model), "dataset_name_or_path": str(folder), **settings}
-        return data_report(values, Wanted(number, find), lambda text: None)
-
-    return make
-
-
-def read(folder: Path, split: str = "train") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / f"{split}.json").read_text().splitlines()]
-
-
-def turns_of(record: dict[str, str]) -> sft.Conversation:
-    return sft.Conversation([sft.Turn("user", record["src"]), sft.Turn("assistant", record["tgt"], trains=True)])
-
-
-# --- figures ------------------------------------------------------------------------------------------------
-
-
-def test_figures_equal_a_recount(look: Look_, folder: Path, base_model: Path) -> None:
+def test_figures_equal_a_recount(look: Looking, questions: Path, base_model: Path) -> None:
     tokenizer, longest = Tokenizer(base_model), 40
     report = look(max_length=longest, src_length=16)
     for split in ("train", "dev"):
-        found, held = report.splits[split], read(folder, split)
+        found, held = report.splits[split], read(questions, split)
         kept = encode([turns_of(record) for record in held], tokenizer, 16, longest)
         lengths = np.diff(encode([turns_of(record) for record in held], tokenizer, LONG, LONG).offsets).tolist()
         assert found.counts == kept.report()
@@ -104,8 +56,8 @@ def test_figures_equal_a_recount(look: Look_, folder: Path, base_model: Path) ->
         assert found.over_long == sum(length > longest for length in lengths)
 
 
-def test_duplicates_and_overlap_equal_a_set(look: Look_, folder: Path) -> None:
-    train, dev = ([tuple(sorted(one.items())) for one in read(folder, split)] for split in ("train", "dev"))
+def test_duplicates_and_overlap_equal_a_set(look: Looking, questions: Path) -> None:
+    train, dev = ([tuple(sorted(one.items())) for one in read(questions, split)] for split in ("train", "dev"))
     report = look()
     found = report.splits["train"].duplicates
     assert found.records == len(train) - len(set(train)) > 0
@@ -121,7 +73,7 @@ def test_duplicates_and_overlap_equal_a_set(look: Look_, folder: Path) -> None:
 
 
 def test_conversations_that_differ_in_a_role_a_call_or_a_tool_are_no_duplicates(
-    base_model: Path, tmp_path: Path, look: Look_
+    base_model: Path, tmp_path: Path, look: Looking
 ) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     other = [{"role": "system", "content": "a"}, *messages]
@@ -165,7 +117,7 @@ def test_near_duplicates_are_those_of_exact_likeness() -> None:
 
 def test_the_sample_of_near_duplicates_is_the_same_in_any_order() -> None:
     pytest.importorskip("datasketch")
-    contents = [random.Random(5).getrandbits(60) for _ in range(1)] + [7 * n * n + 1 for n in range(200)]
+    contents = [random.Random(5).getrandbits(60)] + [7 * n * n + 1 for n in range(200)]
     held = []
     for order in (contents, contents[::-1], sorted(contents)):
         sample = NearSample(most=20)
@@ -176,19 +128,27 @@ def test_the_sample_of_near_duplicates_is_the_same_in_any_order() -> None:
     assert held[0] == held[1] == held[2] == sorted(contents)[:20]
 
 
-def test_without_the_library_a_note_says_how_to_get_it(look: Look_, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_a_note_says_how_to_get_it(look: Looking, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near, "LIBRARY", "no_such_library")
-    report = look()
+    report = look(0)
     assert report.splits["train"].near_duplicates is None
     assert near.MISSING in report.notes
 
 
-@pytest.mark.parametrize("plugin", [None, "zero-padding", "greedy-zero-padding"])
-def test_rows_are_those_of_a_run(look: Look_, folder: Path, base_model: Path, plugin: str | None) -> None:
+PACKING = [
+    pytest.param(None, marks=pytest.mark.slow),
+    pytest.param("zero-padding", marks=[pytest.mark.slow, needs("zero-padding")]),
+    pytest.param("greedy-zero-padding", marks=needs("greedy-zero-padding")),
+]
+TRUNCATION = ["split", *(pytest.param(how, marks=pytest.mark.slow) for how in ("left", "right", "drop"))]
+
+
+@pytest.mark.parametrize("plugin", PACKING)
+def test_rows_are_those_of_a_run(look: Looking, questions: Path, base_model: Path, plugin: str | None) -> None:
     settings: dict[str, Any] = {"max_length": 64, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     report = look(**settings, **({"plugin": plugin} if plugin else {}))
     tokenizer = Tokenizer(base_model)
-    data = encode([turns_of(record) for record in read(folder)], tokenizer, 1024, 64)
+    data = encode([turns_of(record) for record in read(questions)], tokenizer, 1024, 64)
     collator: Any = PaddedCollator(tokenizer.pad_id)
     if plugin is not None:
         collators = pytest.importorskip("sft_data_packing.collators")
@@ -208,10 +168,9 @@ def test_rows_are_those_of_a_run(look: Look_, folder: Path, base_model: Path, pl
 
 
 def test_the_padding_is_what_the_collator_makes_even_if_it_pads_otherwise() -> None:
-    class Full(PaddedCollator):
+    class Wide:
         """Pads to 32 tokens."""
 
-    class Wide:
         packs = False
 
         def rows(self, lengths: np.ndarray, rng: Any) -> list[tuple[int, ...]]:
@@ -244,12 +203,13 @@ def test_lazy_rows_are_packed_in_the_windows_of_a_run(base_model: Path) -> None:
     assert tally.count().padding_tokens == padding
 
 
-def test_what_several_processes_find_is_what_one_finds(look: Look_) -> None:
+@pytest.mark.slow
+def test_what_several_processes_find_is_what_one_finds(look: Looking) -> None:
     settings = {"max_length": 40, "src_length": 16, "on_bad_record": "skip"}
     assert look(3, "coat", **settings) == look(3, "coat", dataset_num_proc=2, **settings)
 
 
-def test_bad_records_are_counted_and_the_first_is_named(look: Look_, tmp_path: Path) -> None:
+def test_bad_records_are_counted_and_the_first_is_named(look: Looking, tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text('{"src": "a", "tgt": "b"}\n' * 40 + '{"src": "a"}\n')
     split = look(dataset_name_or_path=str(tmp_path), on_bad_record="skip").splits["train"]
     assert split.counts["records_skipped"] == 1
@@ -259,15 +219,15 @@ def test_bad_records_are_counted_and_the_first_is_named(look: Look_, tmp_path: P
         look(dataset_name_or_path=str(tmp_path))
 
 
-def test_records_that_the_model_cannot_read_are_counted(look: Look_, tmp_path: Path) -> None:
+def test_records_that_the_model_cannot_read_are_counted(look: Looking, tmp_path: Path) -> None:
     data = write_data(tmp_path / "d", [{"src": "a", "tgt": "b"}, {"src": "a", "tgt": "b " * 3000}])
     report = look(dataset_name_or_path=str(data), max_length=10_000)
     assert report.splits["train"].over_model == 1
     assert any(re.search(r"1 train record.*--max_length \d+", note) for note in report.notes)
 
 
-@pytest.mark.parametrize("truncation", ["left", "right", "drop", "split"])
-def test_what_truncation_keeps_is_shown(look: Look_, base_model: Path, tmp_path: Path, truncation: str) -> None:
+@pytest.mark.parametrize("truncation", TRUNCATION)
+def test_what_truncation_keeps_is_shown(look: Looking, base_model: Path, tmp_path: Path, truncation: str) -> None:
     long = {"src": "red", "tgt": " ".join(f"coat{n}" for n in range(60))}
     data = write_data(tmp_path / "d", [{"src": "a", "tgt": "b"}, long])
     settings = {"dataset_name_or_path": str(data), "max_length": 50}
@@ -284,21 +244,19 @@ def test_what_truncation_keeps_is_shown(look: Look_, base_model: Path, tmp_path:
     assert report.splits["train"].lengths.longest == len(encode([turns_of(long)], tokenizer, LONG, LONG).ids)
 
 
-@pytest.mark.parametrize("until", ["first_exhausted", "all_exhausted"])
+@pytest.mark.parametrize("until", ["first_exhausted", pytest.param("all_exhausted", marks=pytest.mark.slow)])
 def test_mixed_sets_are_counted_by_set_and_packed_as_a_run_mixes_them(
-    look: Look_, folder: Path, base_model: Path, tmp_path: Path, until: str
+    look: Looking, questions: Path, base_model: Path, tmp_path: Path, until: str
 ) -> None:
-    from sft.data.encoded import joined
-    from sft.data.mixing import Mix, pass_order
 
     other = tmp_path / "other.json"
     other.write_text("\n".join(map(json.dumps, records(15, seed=8))))
-    named = f"{folder / 'train.json'}:0.7,{other}:0.3"
+    named = f"{questions / 'train.json'}:0.7,{other}:0.3"
     report = look(dataset_name_or_path=named, mix_until=until, per_device_train_batch_size=4)
     tokenizer = Tokenizer(base_model)
     parts = [
         encode([turns_of(json.loads(line)) for line in path.read_text().splitlines()], tokenizer, 1024, 2048)
-        for path in (folder / "train.json", other)
+        for path in (questions / "train.json", other)
     ]
     split = report.splits["train"]
     assert [one.counts for one in split.sets.values()] == [part.report() for part in parts]
@@ -307,6 +265,21 @@ def test_mixed_sets_are_counted_by_set_and_packed_as_a_run_mixes_them(
     assert report.rows is not None
     assert report.rows.records == len(order)
     assert report.rows.tokens == joined(parts).lengths[order].sum()
+
+
+def test_rows_that_cannot_be_known_are_said_to_be_unknown(look: Looking, questions: Path, base_model: Path) -> None:
+    twice = f"{questions / 'train.json'}:0.5,{questions / 'dev.json'}:0.5"
+    report = look(dataset_name_or_path=twice, lazy=True, max_steps=1)
+    assert report.rows is None
+    assert "rows are not counted where data sets are mixed by weight and lazy" in report.notes
+
+    def collator(self: Any, run: sft.Run) -> Any:
+        return PaddedCollator(int(run.precision.dtype == "float32"))
+
+    values = {"model_name_or_path": str(base_model), "dataset_name_or_path": str(questions)}
+    report = data_report(values, Wanted(0), lambda text: None, [toy(sft_collator=collator)])
+    assert report.rows is None
+    assert "rows are not counted: plugin toy makes them of what only a run has" in report.notes
 
 
 def test_percentiles_and_bars_of_any_lengths() -> None:
@@ -327,221 +300,9 @@ def test_percentiles_and_bars_of_any_lengths() -> None:
         assert sum(bar.records for bar in found.bars) == 500
 
 
-# --- records ------------------------------------------------------------------------------------------------
-
-
-def test_highlighted_tokens_are_those_of_the_mask(base_model: Path, look: Look_, folder: Path) -> None:
-    tokenizer = Tokenizer(base_model)
-    report = look(20)
-    data = encode([turns_of(record) for record in read(folder)], tokenizer, 1024, 2048)
-    specials = {token.content for token in tokenizer.backend.get_added_tokens_decoder().values() if token.special}
-    assert len(report.records) == 20
-    for number, shown in enumerate(report.records):
-        (row,) = shown.rows
-        assert shown.place == f"{folder / 'train.json'}, line {number + 1}"
-        assert shown.learned == (data[number].labels != -100).sum()
-        assert "".join(piece.text for piece in row if piece.learned) == tokenizer.decode(
-            data[number].labels[data[number].labels != -100]
-        )
-        assert {piece.text for piece in row if piece.special} <= specials
-        assert all(piece.special or not any(text in piece.text for text in specials) for piece in row)
-
-
-@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
-def test_pieces_joined_are_the_decoded_text(kind: str) -> None:
-    folder = Path(__file__).parent / "fixtures" / "templates" / "tokenizers"
-    from tokenizers import Tokenizer as Backend
-
-    class Bare:
-        backend = Backend.from_file(str(folder / f"{kind}.json"))
-
-        def decode(self, ids: Any) -> str:
-            return str(self.backend.decode(list(ids), skip_special_tokens=False))
-
-    ids = Bare.backend.encode("Where is it, Zoë? <b> Ça va — 你好 here").ids
-    for seed in range(20):
-        trained = np.repeat(np.random.default_rng(seed).random(len(ids) // 4 + 1) < 0.5, 4)[: len(ids)]
-        pieces = Writer(Bare()).pieces(np.array(ids), trained)  # type: ignore[arg-type]
-        assert "�" in "".join(piece.text for piece in pieces) or "".join(
-            piece.text for piece in pieces
-        ) == Bare().decode(ids)
-
-
-def test_find_shows_the_records_that_hold_a_text(look: Look_, folder: Path) -> None:
-    wanted = [n for n, one in enumerate(read(folder)) if "rain" in one["src"] + "\n" + one["tgt"]]
-    dev = sum("rain" in one["src"] + "\n" + one["tgt"] for one in read(folder, "dev"))
-    report = look(2, "RAIN")
-    assert report.found == len(wanted) + dev > 2
-    assert [record.place for record in report.records] == [
-        f"{folder / 'train.json'}, line {number + 1}" for number in wanted[:2]
-    ]
-    assert look(2, "no such text").found == 0
-
-
-# --- what is shown ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def evil(tmp_path: Path) -> Path:
-    return write_data(tmp_path / "evil", [{"src": EVIL, "tgt": f"[red]{EVIL}[/red]"}, {"src": "plain", "tgt": "text"}])
-
-
-def typed(base_model: Path, data: Path, *arguments: str, **run: Any) -> click.testing.Result:
-    line = ["--model_name_or_path", str(base_model), "--dataset_name_or_path", str(data), *arguments]
-    return click.testing.CliRunner().invoke(command, line, standalone_mode=False, catch_exceptions=False, **run)
-
-
-def test_without_a_terminal_brackets_stand_around_what_is_learned(base_model: Path, folder: Path, look: Look_) -> None:
-    out = typed(base_model, folder, "--show", "3").stdout
-    inside = re.findall(r"⟦(.*?)⟧", out, re.DOTALL)
-    learned = ["".join(piece.text for piece in record.rows[0] if piece.learned) for record in look(3).records]
-    assert inside[: len(learned)] == learned
-    assert "\x1b" not in out
-
-
-def test_what_data_holds_is_no_order_to_the_terminal(base_model: Path, evil: Path) -> None:
-    out = typed(base_model, evil).stdout
-    assert "\x1b" not in out
-    assert "\u202e" not in out
-    assert "[red]<script>" in out.replace("⟦", "")
-
-
-def test_in_a_terminal_what_is_learned_is_highlighted(look: Look_) -> None:
-    from rich.console import Console
-
-    from sft.data_report.terminal import write
-
-    report = look(1)
-    learned = "".join(piece.text for piece in report.records[0].rows[0] if piece.learned)
-    for colours, has in ((False, True), (True, False)):
-        out = StringIO()
-        console = Console(file=out, force_terminal=True, color_system="standard", no_color=colours, width=200)
-        write(report, console)
-        assert ("\x1b[30;42m" in out.getvalue()) is has
-        assert ("⟦" in out.getvalue()) is not has
-        marked = "".join(re.findall(r"\x1b\[(?:1;)?30;42m(.*?)\x1b\[0m", out.getvalue(), re.DOTALL))
-        assert not has or marked.replace("↵\n", "\n").removesuffix("learned") == learned
-
-
-class Page(html.parser.HTMLParser):
-    """Reads a page: the tags that it has, and the texts of its records."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: Counter[str] = Counter()
-        self.within: list[str] = []
-        self.records: list[str] = []
-        self.learned: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += attributes
-        if tag not in ("meta", "br", "input", "img"):
-            self.within.append(tag)
-        if tag == "article":
-            self.records.append("")
-            self.learned.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.within.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "pre" in self.within:
-            self.records[-1] += data
-            self.learned[-1] += data if "mark" in self.within else ""
-
-
-def test_in_the_page_a_script_in_the_data_is_text(base_model: Path, evil: Path, tmp_path: Path) -> None:
-    target = tmp_path / "page.html"
-    done = typed(base_model, evil, "--html", str(target))
-    assert done.stdout == ""
-    page = Page()
-    page.feed(target.read_text(encoding="utf-8"))
-    page.close()
-    assert page.within == []
-    assert page.tags["script"] == 1  # the page's own
-    assert page.tags["img"] == 0
-    assert page.tags["article"] == 2
-    assert not any(name.startswith("on") or name in ("src", "href") for name, _ in page.attributes)
-    assert "<script>alert(1)</script></pre><img" in page.records[0]
-    assert "<script>alert(1)</script></pre><img" in page.learned[0]
-    assert "\\x1b[2J\\u202egnp" in page.learned[0]
-    assert "http" not in target.read_text(encoding="utf-8").replace("http-equiv", "")
-
-
-def test_the_pages_policy_allows_its_own_script_alone(look: Look_) -> None:
-    import base64
-    import hashlib
-
-    from sft.data_report.page import page
-
-    text = page(look())
-    script = text.partition("<script>")[2].partition("</script>")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in text
-
-
-def test_json_is_the_value(base_model: Path, folder: Path, look: Look_) -> None:
-    out = typed(base_model, folder, "--json", "--show", "2", "--max_length", "64").stdout
-    assert json.loads(out) == json.loads(json.dumps(look(2, max_length=64).as_dict()))
-
-
-def test_a_settings_file_serves_both_commands(base_model: Path, folder: Path, tmp_path: Path) -> None:
-    settings = tmp_path / "settings.json"
-    values = {"model_name_or_path": str(base_model), "dataset_name_or_path": str(folder), "max_length": 50}
-    settings.write_text(json.dumps({**values, "output_dir": str(tmp_path / "out"), "learning_rate": 0.1}))
-    done = click.testing.CliRunner().invoke(command, ["--json", str(settings), "--max_length", "64"])
-    assert json.loads(done.stdout)["settings"]["max_length"] == 64
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("--show", "many"), "show: expected a number of records from 0 to 10,000, got 'many'."),
-        (("--show", "-1"), "show: expected a number of records from 0 to 10,000, got '-1'."),
-        (("--show", "10001"), "show: expected a number of records"),
-        (("--find", ""), "find: expected a text to look for"),
-        (("--html", "."), "html: . is a folder"),
-        (("--html", "/nowhere/at/all.html"), "is in no folder that can be written to"),
-        (("--html", "{data}/train.json"), "train.json is there, and is no page of sft data"),
-        (("--max_length", "much"), "max_length"),
-        (("--dataset_name_or_path", "nowhere"), "Data nowhere does not exist"),
-        (("--lazy", "true"), "lazy streams the data"),
-    ],
-)
-def test_what_cannot_be_is_refused(base_model: Path, folder: Path, arguments: tuple[str, ...], says: str) -> None:
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(UsageError, match=re.escape(says)):
-        typed(base_model, folder, *(one.format(data=folder) for one in arguments))
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_a_page_takes_the_place_of_an_older_one(base_model: Path, folder: Path, tmp_path: Path) -> None:
-    target = tmp_path / "page.html"
-    for _ in range(2):
-        assert typed(base_model, folder, "--html", str(target)).exit_code == 0
-    assert target.read_text().startswith("<!doctype html>")
-
-
-def test_neither_paddle_nor_weights_are_needed(base_model: Path, folder: Path, tmp_path: Path) -> None:
-    import shutil
-
-    bare = shutil.copytree(base_model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors", "*.npz"))
-    code = (
-        "import sys; from sft.commands.cli import cli; cli.main(sys.argv[1:], standalone_mode=False); "
-        "assert 'paddle' not in sys.modules"
-    )
-    line = ["data", "--model_name_or_path", str(bare), "--dataset_name_or_path", str(folder)]
-    done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "train data" in done.stdout
-
-
-def test_looking_is_encoding(base_model: Path, folder: Path) -> None:
+def test_looking_is_encoding(base_model: Path, questions: Path) -> None:
     """What :class:`Look` adds leaves what a run learns from as it is."""
     tokenizer = Tokenizer(base_model)
-    group: list[Any] = [turns_of(record) for record in read(folder)]
+    group: list[Any] = [turns_of(record) for record in read(questions)]
     seen = Look(tokenizer, 16, 40)(group)
     assert seen.fingerprint() == encode(group, tokenizer, 16, 40).fingerprint()

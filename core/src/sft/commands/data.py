@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import click
@@ -63,6 +65,8 @@ def command(arguments: tuple[str, ...], show: str | None, find: str | None, html
 
         from sft.data_report.terminal import write
 
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # data in letters that the locale has not
         write(report, Console(highlight=False, markup=False, emoji=False))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,13 +56,16 @@ class Wanted:
     find: str | None = None
 
 
-def data_report(values: Mapping[str, Any], wanted: Wanted, say: Callable[[str], None]) -> DataReport:
-    """What the model would see in a run with the settings ``values``, by name. No weights are read.
+def data_report(
+    values: Mapping[str, Any], wanted: Wanted, say: Callable[[str], None], plugins: Iterable[type] = ()
+) -> DataReport:
+    """What the model would see in a run with the settings ``values``, by name. No weights are read. ``plugins`` are
+    classes as in :func:`sft.run`.
 
     Raises :class:`UsageError` for what a run refuses before it trains, but for records that are too long for the model,
     which are counted.
     """
-    settings, active, without_effect = resolve(normalise(values), ())
+    settings, active, without_effect = resolve(normalise(values), plugins)
     for name in ("model_name_or_path", "dataset_name_or_path"):
         if not settings.flat()[name]:
             raise UsageError(f"{name} is not set; add --{name} VALUE or put it into the settings file.")

@@ -25,6 +25,8 @@ LONGEST = 100_000
 """Characters of a text that are compared."""
 _PERMUTATIONS = 128
 _AT_ONCE = 4096
+_MARGIN = 0.15
+"""Pairs are proposed from so much below the threshold on: there the index still overlooks some, above it hardly any."""
 _PAIRS = 3
 
 
@@ -68,7 +70,7 @@ class NearSample:
         """What is alike in the sample of ``different`` records; ``places`` says where the record of a number stands."""
         from datasketch import MinHashLSH
 
-        index, found = MinHashLSH(threshold, _PERMUTATIONS), []
+        index, found = MinHashLSH(threshold - _MARGIN, _PERMUTATIONS), []
         signatures = {number: signature for signature, number in self._held.values()}
         for number, signature in sorted(signatures.items()):
             alike = [(signature.jaccard(signatures[other]), other) for other in sorted(index.query(signature))]

@@ -20,7 +20,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem
   background: #fff }
 h1 { font-size: 1.4rem } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
 table { border-collapse: collapse } td, th { text-align: left; vertical-align: top; padding: .1rem 1rem .1rem 0 }
-th { font-weight: 600; color: #555 } td { overflow-wrap: anywhere }
+th { font-weight: 600; color: #555; min-width: 6rem } td { overflow-wrap: anywhere }
 .bar { background: #4c9a5b; height: .8rem; min-width: 1px } .over { background: #c0392b }
 .bars td { padding: 0 .8rem 0 0; white-space: nowrap } .bars td:nth-child(2) { width: 32rem }
 article { border: 1px solid #ddd; border-radius: .4rem; margin: 1rem 0; padding: .6rem 1rem }

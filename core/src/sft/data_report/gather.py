@@ -183,6 +183,11 @@ class _Gathering:
                 raise
             self.notes.append(f"rows are not counted: plugin {who} makes them of what only a run has")
             return None
+        shared = self.run.plugins.provider("sft_parallel_strategy")
+        if shared is not None:
+            self.notes.append(
+                f"rows and steps are those of a single process, whatever plugin {shared} shares them among"
+            )
         return RowTally(
             collator or PaddedCollator(self.run.tokenizer.pad_id),
             who or "padding",

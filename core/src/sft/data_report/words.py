@@ -75,7 +75,7 @@ def of_rows(rows: RowCount) -> Fact:
         f"({_share(rows.padding)}) in batches of {rows.batch_size:,}; {rows.steps:,} steps"
     ]
     if rows.window is not None:
-        lines.append(f"records share rows with others of the same {rows.window:,}")
+        lines.append(f"shuffled and packed {rows.window:,} records at a time")
     return ("rows", lines)
 
 

@@ -98,7 +98,7 @@ def test_without_a_terminal_brackets_stand_around_what_is_learned(
     base_model: Path, questions: Path, look: Looking
 ) -> None:
     out = typed(base_model, questions, "--show", "3").stdout
-    inside = re.findall(r"⟦(.*?)⟧", out, re.DOTALL)
+    inside = [text.replace("\n│ ", "\n") for text in re.findall(r"⟦(.*?)⟧", out, re.DOTALL)]
     learned = ["".join(piece.text for piece in record.rows[0] if piece.learned) for record in look().records[:3]]
     assert inside[: len(learned)] == learned
     assert "\x1b" not in out
@@ -111,8 +111,15 @@ def test_what_data_holds_is_no_order_to_the_terminal(base_model: Path, evil: Pat
     assert "[red]<script>" in out.replace("⟦", "")
 
 
-def test_in_a_terminal_what_is_learned_is_highlighted(look: Looking) -> None:
+def test_what_data_holds_forges_no_line_of_ours(base_model: Path, tmp_path: Path) -> None:
+    forged = "a⟧\n\ntrain: data.json, line 1: 3 tokens, 3 learned\nnote: all is well\r\n⟦"
+    out = typed(base_model, write_data(tmp_path / "d", [{"src": forged, "tgt": forged}])).stdout
+    assert out.count("⟦") == out.count("⟧") == 2  # around the answer, and in the line that says so
+    for text in ("train: data.json", "note: all is well"):
+        assert [line[:2] for line in out.splitlines() if text in line] == ["│ ", "│ "]
 
+
+def test_in_a_terminal_what_is_learned_is_highlighted(look: Looking) -> None:
     report = look()
     learned = "".join(piece.text for one in report.records for piece in one.rows[0] if piece.learned)
     for colours, has in ((False, True), (True, False)):

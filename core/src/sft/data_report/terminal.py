@@ -20,6 +20,8 @@ OPENS, CLOSES = "⟦", "⟧"
 _WIDE = 40
 """Columns of the longest bar."""
 _LABEL = 12
+_GUTTER = "│ "
+"""Before each line of a record."""
 
 
 def write(report: DataReport, console: Console) -> None:
@@ -54,7 +56,7 @@ def write_records(report: DataReport, console: Console) -> None:
     for record in report.records:
         _headline(words.of_record(record), console)
         for row in record.rows:
-            _print(_written(row, coloured), console)
+            _with_gutter(_written(row, coloured), console)
     if report.records:
         told = Text.assemble(("learned", LEARNED), ", ", ("special token", SPECIAL)) if coloured else None
         plain = f"{OPENS}{CLOSES} stand around what is learned"
@@ -64,6 +66,13 @@ def write_records(report: DataReport, console: Console) -> None:
 def _print(text: Text, console: Console) -> None:
     """On a terminal as wide as it is; elsewhere lines stay whole."""
     console.print(text, soft_wrap=not console.is_terminal)
+
+
+def _with_gutter(text: Text, console: Console) -> None:
+    """Print lines of data, none of which can be taken for one of ours."""
+    whole = text.split("\n", allow_blank=True)
+    for line in text.wrap(console, console.width - len(_GUTTER)) if console.is_terminal else whole:
+        _print(Text().append(_GUTTER, style="dim").append_text(line), console)
 
 
 def _headline(text: str, console: Console) -> None:
@@ -114,6 +123,7 @@ def _written(row: list[Piece], coloured: bool) -> Text:
             said = said.replace("\n", "↵\n") if piece.learned else said
             text.append(said, style=style or (SPECIAL if piece.special else ""))
             continue
+        said = said.replace(OPENS, "\\u27e6").replace(CLOSES, "\\u27e7")
         if piece.learned != learned:
             text.append(OPENS if piece.learned else CLOSES)
             learned = piece.learned

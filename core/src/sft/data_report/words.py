@@ -72,7 +72,7 @@ def of_rows(rows: RowCount) -> Fact:
     each = f"{rows.records / max(1, rows.rows):.2f} records a row, " if rows.packs else ""
     lines = [
         f"{rows.rows:,} a pass by {shown(rows.collator)}, {each}{rows.padding_tokens:,} tokens of padding "
-        f"({_share(rows.padding)}) in batches of {rows.batch_size:,}; {rows.steps:,} steps"
+        f"({_share(rows.padding)}) in batches of {rows.batch_size:,}; {rows.steps:,} step{'s' * (rows.steps != 1)}"
     ]
     if rows.window is not None:
         lines.append(f"shuffled and packed {rows.window:,} records at a time")

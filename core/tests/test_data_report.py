@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -23,7 +24,7 @@ from sft.data.mixing import Mix, pass_order
 from sft.data.tokenizer import Tokenizer
 from sft.data_report import near
 from sft.data_report.gather import Wanted, data_report
-from sft.data_report.look import Look
+from sft.data_report.look import Look, hash_of
 from sft.data_report.near import NearSample, pieces_of
 from sft.data_report.rows import RowTally
 from sft.data_report.tallies import LengthTally
@@ -72,14 +73,28 @@ def test_duplicates_and_overlap_equal_a_set(look: Looking, questions: Path) -> N
     assert "train.json" in first.earlier
 
 
-def test_conversations_that_differ_in_a_role_a_call_or_a_tool_are_no_duplicates(
-    base_model: Path, tmp_path: Path, look: Looking
-) -> None:
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    other = [{"role": "system", "content": "a"}, *messages]
-    thought = [messages[0], {**messages[1], "reasoning_content": "so"}]
-    data = write_data(tmp_path / "d", [{"messages": one} for one in (messages, other, thought, messages)])
-    assert look(dataset_name_or_path=str(data)).splits["train"].duplicates.records == 1
+def test_all_that_a_model_sees_of_a_conversation_tells_it_from_others() -> None:
+    def said(*turns: sft.Turn, tools: Any = ()) -> sft.Conversation:
+        return sft.Conversation(turns, tools=tools)
+
+    asks, answers = sft.Turn("user", "a"), sft.Turn("assistant", "b", trains=True)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"x": 1, "y": 2}}}
+    call = dataclasses.replace(answers, tool_calls=(sft.ToolCall("f", {"x": 1}),))
+    different = [
+        said(asks, answers),
+        said(asks, answers, tools=[tool]),
+        said(asks, dataclasses.replace(answers, reasoning="so")),
+        said(asks, call),
+        said(asks, dataclasses.replace(answers, tool_calls=(sft.ToolCall("f", {"x": 2}),))),
+        said(dataclasses.replace(asks, role="system"), answers),
+        said(sft.Turn("user", "ab"), sft.Turn("assistant", "", trains=True)),
+        said(asks, answers, asks, answers),
+    ]
+    assert len({hash_of(one) for one in different}) == len(different)
+    parameters = {"y": 2, "x": 1}
+    again = {"function": {"parameters": parameters, "name": "f"}, "type": "function"}
+    assert hash_of(said(asks, answers, tools=[again])) == hash_of(different[1])
+    assert hash_of(said(asks, dataclasses.replace(answers, trains=False))) == hash_of(different[0])
 
 
 def jaccard(one: str, other: str) -> float:

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer as Backend
 
 from sft.commands.data import command
 from sft.data.encoding import encode
+from sft.data.learned import Learned
 from sft.data.tokenizer import Tokenizer
 from sft.data_report.page import page
 from sft.data_report.records import Writer
@@ -49,6 +50,20 @@ def test_highlighted_tokens_are_those_of_the_mask(base_model: Path, look: Lookin
         )
         assert {piece.text for piece in row if piece.special} <= specials
         assert all(piece.special or not any(text in piece.text for text in specials) for piece in row)
+
+
+def test_the_first_token_is_never_learned(base_model: Path, questions: Path, look: Looking) -> None:
+    shown = look(3, train_on="everything").records
+    data = encode(
+        [turns_of(record) for record in read(questions)[:3]],
+        Tokenizer(base_model),
+        1024,
+        2048,
+        learned=Learned("everything"),
+    )
+    for number, record in enumerate(shown):
+        assert data.trained[data.offsets[number]]
+        assert record.learned == record.tokens - 1 == (data[number].labels != -100).sum()
 
 
 @pytest.mark.parametrize("kind", ["bytes", "metaspace"])

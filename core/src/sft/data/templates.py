@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 from sft.errors import UsageError
 from sft.foreign_text import listed, quoted
+from sft.model_files import check_links
 from sft.seams import Turn
-from sft.small_files import check_links, is_there, read_object, read_text, why
+from sft.small_files import is_there, read_object, read_text, why
 
 JINJA_FILE = "chat_template.jinja"
 PAIRS_FILE = "chat_template.json"

@@ -320,6 +320,27 @@ print(*before, *kept())
 """
 
 
+FIRST_ARRAY = """
+import sys
+import numpy as np
+import sft
+sft.prepare()
+import paddle
+called = []
+sys.setprofile(lambda frame, event, argument: called.append(frame.f_code.co_filename))
+paddle.to_tensor(np.ones([2, 3], np.float32))
+sys.setprofile(None)
+print(sum("numpy" in name and "_version" in name for name in called), len(called) > 0)
+"""
+
+
+@pytest.mark.slow
+def test_no_python_is_called_from_c_in_paddles_first_array() -> None:
+    """There a signal would abort the process instead of ending the run."""
+    done = subprocess.run([sys.executable, "-c", FIRST_ARRAY], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "True"]
+
+
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the control register is x86-64's")
 def test_denormals_are_zero_in_every_thread_of_paddle() -> None:
     environ = {**os.environ, "OMP_NUM_THREADS": "2"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any
 
 import pytest
@@ -20,6 +21,15 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     else:  # read when CUDA starts: float32 products keep all their bits, so that their tolerances can be narrow
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+    _hear_signals()
+
+
+def _hear_signals() -> None:
+    """As in a terminal, also under nohup or in the background of a script, where some are ignored: by this process, and
+    by all that it starts."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 def _lacks_gpu(config: pytest.Config) -> bool:

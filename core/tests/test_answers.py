@@ -96,6 +96,7 @@ def test_probabilities_are_those_of_transformers() -> None:
             np.testing.assert_allclose(found, row, atol=1e-12, rtol=0, err_msg=str(case))
 
 
+@pytest.mark.slow
 def test_draws_follow_the_probabilities(paddle: Any, models: Path) -> None:
     """First tokens of 400 seeds against the model's own distribution: chi-square over the 4 likeliest and the rest."""
     model, tokenizer = load(models, "llama-tied-gqa")

@@ -55,9 +55,9 @@ def write(paddle: Any, models: Path, tmp_path: Path) -> Any:
 @pytest.mark.parametrize(
     ("case", "form"),
     [
-        *((case, "paddle") for case in CASES),
+        *(pytest.param(case, "paddle", marks=pytest.mark.slow) for case in CASES),
         ("llama-tied-gqa", "paddle-sharded"),
-        ("qwen2-tied-sharded", "pdparams"),
+        pytest.param("qwen2-tied-sharded", "pdparams", marks=pytest.mark.slow),
         ("qwen2-untied", "pdparams-sharded"),
     ],
 )

@@ -83,6 +83,7 @@ def test_a_run_that_was_stopped_after_its_last_checkpoint_only_finishes(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_resumed(
     train: Train, metrics: Metrics, models: Path, dataset: Path, tmp_path: Path
 ) -> None:

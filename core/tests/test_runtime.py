@@ -165,6 +165,7 @@ def trained(first: str, folder: Path, model: Path, dataset: Path) -> subprocess.
     return subprocess.Popen(line, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_trap_paddle_imported_first_computes_the_same_bits(base_model: Path, dataset: Path, tmp_path: Path) -> None:
     """In a notebook ``import paddle`` comes before sft. Its threads and its path of MKL are still free then; only after
     a product the path is not, on AMD, and then the line says so and run.json has it. Strided kernels stay on, for
@@ -284,6 +285,7 @@ def test_peak_memory_grows_with_what_is_used(paddle: Any) -> None:
     assert 32 <= grown <= 256
 
 
+@pytest.mark.slow
 def test_the_peak_is_that_of_the_process_alone(paddle: Any) -> None:
     """Not that of a larger one that started it."""
     block = np.ones(600 << 20, np.uint8)
@@ -316,6 +318,27 @@ import sft
 sft.prepare()
 print(*before, *kept())
 """
+
+
+FIRST_ARRAY = """
+import sys
+import numpy as np
+import sft
+sft.prepare()
+import paddle
+called = []
+sys.setprofile(lambda frame, event, argument: called.append(frame.f_code.co_filename))
+paddle.to_tensor(np.ones([2, 3], np.float32))
+sys.setprofile(None)
+print(sum("numpy" in name and "_version" in name for name in called), len(called) > 0)
+"""
+
+
+@pytest.mark.slow
+def test_no_python_is_called_from_c_in_paddles_first_array() -> None:
+    """There a signal would abort the process instead of ending the run."""
+    done = subprocess.run([sys.executable, "-c", FIRST_ARRAY], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "True"]
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the control register is x86-64's")

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,15 @@ def test_what_others_make_of_the_end_is_not_the_end(train: Train, tmp_path: Path
 
 
 def test_without_checkpoints_it_says_that_nothing_is_kept(train: Train, tmp_path: Path) -> None:
+    """Before the run ends, however long the line takes."""
     said: list[str] = []
+
+    def say(text: str) -> None:
+        time.sleep(0.5 if text.startswith("SIGHUP") else 0)
+        said.append(text)
+
     with pytest.raises(sft.SignalError, match="SIGHUP after step 2"):
-        train("out", (sending(2, signal.SIGHUP),), say=said.append, max_steps=4)
+        train("out", (sending(2, signal.SIGHUP),), say=say, max_steps=4)
     assert any(line.startswith("SIGHUP: finishing step 2; save_strategy is no, so what") for line in said)
     assert checkpoints_of(tmp_path / "out") == []
 

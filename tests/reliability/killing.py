@@ -25,6 +25,8 @@ IMPORTED = ("sft", "sft_", "tokenizers", "safetensors", "jinja2", "ml_dtypes", "
 """What a run imports as it goes, and is worth importing once before any is forked, by how the names begin."""
 LIMIT = 120.0
 """Seconds that a run may take."""
+GRACE = 35.0
+"""Seconds that the ranks of a run have to end after a signal."""
 
 
 @dataclass(frozen=True)
@@ -85,34 +87,42 @@ class Runs:
                 )
                 for n in range(ranks)
             ]
+            whole = False
             try:
-                self._wait(forks, began, after, number)
+                whole = self._wait(forks, began, after, number)
             finally:
                 for fork in forks:
                     fork.kill()
         ends = [fork.code() or 0 for fork in forks]
         # Where a signal has ended one, the others may end because of that.
         by_signal = [end for end in ends if end > 128 or end == -number]
+        if not whole and not by_signal:
+            by_signal = [-number]
         code = next((end for end in [*sorted(by_signal, reverse=True), ends[rank], *ends] if end), 0)
         said = "".join(fork.output() for fork in forks)
         if not code and any(fork.outcome().get("value") for fork in forks):
             code = next(fork.outcome()["value"] for fork in forks if fork.outcome().get("value"))
         return Ended(code, said, [read(place / str(n) / "operations") for n in range(ranks)], time.monotonic() - began)
 
-    def _wait(self, forks: list[processes.Rank], began: float, after: float | None, number: int) -> None:
-        # One that was killed takes the others along; one that a signal has ended, as asked or at once, does not.
-        killed = -signal.SIGKILL
-        while not all(fork.ended() for fork in forks) and not any(fork.code() == killed for fork in forks):
-            if after is not None and time.monotonic() - began > after:
-                after = None
+    def _wait(self, forks: list[processes.Rank], began: float, after: float | None, number: int) -> bool:
+        """Whether all have ended. One that was killed takes the others along. Those that a signal does not end, because
+        they wait in paddle for one that it has ended, have a while, as from what starts processes for users."""
+        killed, sent = -signal.SIGKILL, None
+        while not all(fork.ended() for fork in forks):
+            now = time.monotonic()
+            if any(fork.code() == killed for fork in forks) or (sent is not None and now - sent > GRACE):
+                return False
+            if after is not None and now - began > after:
+                after, sent = None, now
                 if number == signal.SIGKILL:
-                    return
+                    return False
                 for fork in forks:
                     with suppress(ProcessLookupError):
                         os.kill(fork.process, number)
-            if time.monotonic() - began > LIMIT:
+            if now - began > LIMIT:
                 raise TimeoutError("".join(processes.last_words(fork) for fork in forks))
             time.sleep(0.002)
+        return True
 
     def _fork(
         self,

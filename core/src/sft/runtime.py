@@ -96,6 +96,7 @@ def prepare() -> str:
         _settle(vendor)
     flushes, imported = flush_denormals(), "paddle" in sys.modules
     _import_quietly()
+    keep_handlers(_meet_numpy)
     import paddle
 
     global _default_device
@@ -283,6 +284,15 @@ def use_device(name: str) -> None:
         if int(number or 0) >= count:
             raise UsageError(f"Device {name} is not there: this machine has {count} GPUs; give cpu or a lower number.")
     paddle.device.set_device(name)
+
+
+def _meet_numpy() -> None:
+    """With its first array paddle looks numpy's functions up, by Python called from C++: what a signal raises there
+    aborts the process, so signals wait meanwhile."""
+    import numpy as np
+    import paddle
+
+    paddle.to_tensor(np.zeros(1, np.float32), place=paddle.CPUPlace())
 
 
 def require_paddle() -> None:

@@ -10,13 +10,10 @@ from typing import Any
 
 from sft.errors import UsageError
 from sft.foreign_text import quoted, shown
-from sft.hub_names import in_cache
 from sft.written_numbers import read_number
 
 LARGEST = 256 * 2**20
 """Bytes. The largest such files that there are, tokenizers and indexes of weights, have some tens of millions."""
-_LINKED = (".json", ".jinja", ".txt", ".model", ".safetensors", ".pdparams", ".bin")
-"""What is read of a model's folder ends so."""
 
 
 def check_plain(path: Path, what: str = "", cure: str = "copy it again") -> int:
@@ -105,27 +102,3 @@ def why(error: Exception) -> str:
 def _kind(path: Path) -> str:
     kinds = {"is_dir": "a folder", "is_fifo": "a named pipe", "is_socket": "a socket"}
     return next((name for test, name in kinds.items() if getattr(path, test)()), "a device")
-
-
-def check_links(folder: Path) -> None:
-    """Refuse links in the folder of a model, a tokenizer or an adapter that lead out of it: such a folder comes from
-    somebody, who has no say in what else is opened on this machine, or copied into results.
-
-    The hub's cache holds files once, and links to them; these are what they seem. Raises :class:`UsageError`.
-    """
-    home = in_cache(folder.resolve())
-    within = home[0] if home is not None else folder.resolve()
-    try:
-        paths = list(folder.iterdir())
-    except OSError:  # whoever reads a file of it says what is wrong
-        return
-    for path in paths:
-        if not path.is_symlink() or not path.name.endswith(_LINKED):
-            continue
-        target = path.resolve()
-        is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-        if not target.is_relative_to(within) and not is_blob:
-            raise UsageError(
-                f"{shown(path)} is a link that leads out of its folder, to {shown(target)}; copy the file there if you "
-                "trust it, or give the folder where it lies."
-            )

@@ -19,6 +19,8 @@ from typing import Any
 from sft.errors import SignalError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PATIENCE = 2.0
+"""Seconds that the end of a run waits for a line to the user, who may not be reading."""
 
 
 class Stop:
@@ -30,6 +32,8 @@ class Stop:
         self._ended = 0
         self._closes: Callable[[BaseException], None] = lambda error: None
         self._late: list[int] = []
+        self._silent = _thread.allocate_lock()
+        """Held while the user is being told that a signal waits."""
         self.waiting = False
         """Whether signals wait for now, until :meth:`whole` or :meth:`heard` ends. To set it is no call: Python looks
         for signals in calls, so none comes between this and what stands before."""
@@ -74,6 +78,8 @@ class Stop:
             for number, handler in before.items():
                 signal.signal(number, handler)
             self._catch_up()
+            if self._silent.acquire(timeout=_PATIENCE):  # what the user is told comes before the end
+                self._silent.release()
 
     def instead_of(self, error: BaseException) -> BaseException:
         """What ends the run: ``error``, or the signal that ended it at once. Where that was raised in the midst of
@@ -98,7 +104,14 @@ class Stop:
             raise error
         self.asked = number
         # In a thread: the main one may be in the midst of printing. Not by threading, whose lock it may hold.
-        _thread.start_new_thread(self._say, (f"{signal.Signals(number).name}: {self._before}; again to stop at once",))
+        self._silent.acquire()
+        _thread.start_new_thread(self._tell, (f"{signal.Signals(number).name}: {self._before}; again to stop at once",))
+
+    def _tell(self, text: str) -> None:
+        try:
+            self._say(text)
+        finally:
+            self._silent.release()
 
 
 def keep_handlers(work: Callable[[], object]) -> None:

@@ -140,6 +140,7 @@ def test_documents_of_3_and_2_in_a_row_of_7(paddle: Any) -> None:
     np.testing.assert_allclose(found[3].ravel(), [1 + 1 / 2 + 1 / 3, 5 / 6, 1 / 3, 1.5, 0.5, 1, 1], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_row_of_32768_loses_no_small_weights(paddle: Any) -> None:
     """The last 128 queries see all keys, the others their own: one key is looked at much, all others hardly. Paddle's
     softmax of such rows does not add up to 1 (1e-3 is missing)."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import platform
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,10 @@ import pytest
 
 import sft
 from sft_kernels_cpu.library import LEVELS, native
+
+COMPILERS = [
+    found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))
+]
 
 
 class Nothing(sft.Kernels):
@@ -30,6 +37,8 @@ def library(request: pytest.FixtureRequest, paddle: Any) -> Any:
     if isinstance(found, str):
         assert "sources changed" not in found, found
         assert "does not load" not in found, found
+        is_for_all = request.param in (None, "base") or platform.machine() in ("x86_64", "AMD64")
+        assert "was not built" not in found or not (COMPILERS and is_for_all), f"{found}, and there is {COMPILERS[0]}"
         pytest.skip(f"native code, {request.param or 'any level'}: {found}")
     return found
 

@@ -158,6 +158,7 @@ def test_nothing_fits(config_of: Callable[..., Path]) -> None:
     assert {line.split()[-1] for line in result.output.splitlines()[3:-1]} == {"-"}
 
 
+@pytest.mark.slow
 def test_thousands_of_devices(config_of: Callable[..., Path]) -> None:
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
     folder = config_of(**sizes, num_key_value_heads=8, vocab_size=128256)

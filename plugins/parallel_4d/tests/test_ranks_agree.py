@@ -165,6 +165,7 @@ def report(folder: Path) -> dict[str, Any]:
     return {"status": found["status"], **result}
 
 
+@pytest.mark.slow
 def test_each_setting_divides_what_it_says(trainings: Trainings) -> None:
     def held(processes: int, data: int, **settings: Any) -> list[dict[str, Any]]:
         saves = {

@@ -16,6 +16,7 @@ from sft.plugins.registry import Plugins
 from sft.plugins.requests import by_device, choose_plugins, explicit
 from sft.settings.arguments import GROUPS, core_options
 from sft.settings.reading import normalise, read_file
+from sft.small_files import check_path
 
 
 @click.command(
@@ -33,7 +34,9 @@ def command(arguments: tuple[str, ...]) -> None:
         return
     from sft.fine_tune import run
 
-    folder = Path(str(values.get("output_dir"))).expanduser()
+    named = str(values.get("output_dir"))
+    check_path("output_dir", named)
+    folder = Path(named).expanduser()
     earlier = read_report(folder)
     try:
         summary = run(values)

@@ -19,7 +19,8 @@ from sft.data.template_habits import refuse_tools
 from sft.data.thoughts import with_thought
 from sft.errors import UsageError
 from sft.foreign_text import listed, quoted
-from sft.small_files import check_links, is_there, read_object, read_text, why
+from sft.model_files import check_links
+from sft.small_files import is_there, read_object, read_text, why
 
 JINJA_FILE = "chat_template.jinja"
 PAIRS_FILE = "chat_template.json"

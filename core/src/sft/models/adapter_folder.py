@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
 from sft.foreign_text import quoted, shown, without_secrets
+from sft.model_files import check_links
 from sft.models.families.family import Family
 from sft.models.families.known import FAMILIES
 from sft.models.fingerprint import fingerprint, has_fingerprint
@@ -24,7 +25,7 @@ from sft.models.loading import ModelSource, open_model
 from sft.models.reals import check_reals
 from sft.plugins.requests import requests
 from sft.seams import AdapterFiles
-from sft.small_files import check_links, read_object, why
+from sft.small_files import read_object, why
 from sft.tensor_files import open_tensors, read_tensors
 
 if TYPE_CHECKING:

@@ -13,17 +13,16 @@ from sft.errors import UsageError
 from sft.files import state_of
 from sft.foreign_text import quoted, shown
 from sft.hub_names import is_hub_name, split
+from sft.model_files import PICKLED, check_links
 from sft.models.families.family import Family
 from sft.models.reals import check_finite, check_reals, check_type, with_bfloat16
 from sft.models.safe_file import SafeFile, replaced
 from sft.models.stacked import Part, is_stack, parts_of
-from sft.small_files import check_links, is_there, read_object
+from sft.small_files import is_there, read_object
 
 if TYPE_CHECKING:
     import numpy as np
 
-PICKLED = (".pdparams", ".bin")
-"""Names of pickled weight files end so: Paddle's, and torch's."""
 _INDEX = ".index.json"
 _SAFE = ("model.safetensors.index.json", "model.safetensors")
 _UNSAFE = (

@@ -15,11 +15,12 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sft.model_files import PICKLED
 from sft.progress import Progress
 
 NAME = "trainer/manifest.json"
 FORMAT = 1
-_READ = (".safetensors", ".json", ".bin", ".pdparams")
+_READ = (".safetensors", ".json", *PICKLED)
 """What readers of a model, and a run, look for in a folder. Of another kind anything may lie beside it."""
 _CHUNK = 1 << 20
 _THREADS = 4

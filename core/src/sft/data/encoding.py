@@ -330,7 +330,7 @@ def _mark(tokens: int, span: Callable[[int], tuple[int, int]], piece: WrittenTex
 
 def _targets(row: _Row) -> int:
     """How many of its tokens are learned: the first one never is."""
-    return np.count_nonzero(row.weights[1:])
+    return int(np.count_nonzero(row.weights[1:]))  # which the newest numpy counts in a type of its own
 
 
 def _prompt_length(weights: np.ndarray) -> int:

@@ -86,6 +86,15 @@ def test_links_lead_somewhere(page: str) -> None:
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
+def test_each_complaint_names_a_test_that_is_there() -> None:
+    rows = re.findall(
+        r"^\|.*\| `([^`|]+)::(\w+)` \|$", (ROOT / "docs" / "why.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(rows) >= 15
+    for path, test in rows:
+        assert f"\ndef {test}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path} has no {test}"
+
+
 def test_pages_name_files_that_are_there() -> None:
     """A file is named by its path from some folder on; PaddleNLP's are not ours."""
     paths = [str(path.relative_to(ROOT)) for path in ROOT.glob("**/*.py") if ".venv" not in path.parts]

@@ -41,7 +41,7 @@ def test_an_answer_that_stands_there_whole(models: Path, tmp_path: Path, content
 def test_an_answer_of_which_some_is_left_is_counted(models: Path, tmp_path: Path, content: str) -> None:
     counts = encoded(models, tmp_path, "t.jinja", each(content)).counts
     assert counts.answers_altered_by_template == 1
-    assert "1 answers altered by template" in str(counts)
+    assert "1 answer altered by template" in str(counts)
 
 
 @pytest.mark.parametrize(

@@ -88,30 +88,31 @@ class Counts:
     def events(self) -> list[str]:
         """What became of the records, without what is zero."""
         said = {
-            "records_skipped": "{} records skipped (they cannot be read)",
-            "records_dropped": "{} records dropped (no target left)",
-            "records_too_long": "{} records dropped (too long)",
-            "turns_dropped": "{} turns dropped",
-            "prompts_truncated": "{} prompts cut",
-            "targets_truncated": "{} answers cut",
-            "answers_rewritten_by_template": "{} answers rewritten by template",
-            "answers_altered_by_template": "{} answers altered by template",
-            "records_without_end": "{} records without end",
-            "calls": "{} calls learned",
-            "calls_rewritten_by_template": "{} calls rewritten by template",
-            "texts_removed_by_template": "{} texts beside calls removed by template",
-            "thoughts": "{} thoughts learned",
-            "empty_thoughts": "{} empty thoughts learned",
-            "thoughts_left_out": "{} thoughts not learned",
-            "empty_thoughts_left_out": "{} empty thoughts not learned",
-            "thoughts_removed_by_template": "{} thoughts removed by template",
-            "thoughts_put_before_answer": "{} thoughts written between <think> and </think>",
-            "records_weighted": "{} records weighted",
-            "records_truncated": "{} records cut",
-            "records_split": "{} records split",
-            "pieces_dropped": "{} parts dropped (no target)",
+            "records_skipped": "{} record{s} skipped (not readable)",
+            "records_dropped": "{} record{s} dropped (no target left)",
+            "records_too_long": "{} record{s} dropped (too long)",
+            "turns_dropped": "{} turn{s} dropped",
+            "prompts_truncated": "{} prompt{s} cut",
+            "targets_truncated": "{} answer{s} cut",
+            "answers_rewritten_by_template": "{} answer{s} rewritten by template",
+            "answers_altered_by_template": "{} answer{s} altered by template",
+            "records_without_end": "{} record{s} without end",
+            "calls": "{} call{s} learned",
+            "calls_rewritten_by_template": "{} call{s} rewritten by template",
+            "texts_removed_by_template": "{} text{s} beside calls removed by template",
+            "thoughts": "{} thought{s} learned",
+            "empty_thoughts": "{} empty thought{s} learned",
+            "thoughts_left_out": "{} thought{s} not learned",
+            "empty_thoughts_left_out": "{} empty thought{s} not learned",
+            "thoughts_removed_by_template": "{} thought{s} removed by template",
+            "thoughts_put_before_answer": "{} thought{s} written between <think> and </think>",
+            "records_weighted": "{} record{s} weighted",
+            "records_truncated": "{} record{s} cut",
+            "records_split": "{} record{s} split",
+            "pieces_dropped": "{} part{s} dropped (no target)",
         }
-        return [text.format(f"{getattr(self, name):,}") for name, text in said.items() if getattr(self, name)]
+        found = [(getattr(self, name), text) for name, text in said.items()]
+        return [text.format(f"{number:,}", s="s" * (number != 1)) for number, text in found if number]
 
     @classmethod
     def of(cls, values: dict[str, int]) -> Counts:

@@ -76,8 +76,8 @@ def test_white_space_is_kept_and_an_empty_question_allowed() -> None:
     ("value", "message"),
     [
         ({"src": "a"}, 'the record has no "tgt" (its keys: src); each needs "src" and "tgt".'),
-        ({"src": ["a", "b"], "tgt": ["1"]}, '"src" and "tgt" must have the same number of turns; they have 2 and 1.'),
-        ({"src": "a", "tgt": ["1", "2"]}, '"src" and "tgt" must have the same number of turns; they have 1 and 2.'),
+        ({"src": ["a", "b"], "tgt": ["1"]}, '"src" and "tgt" must have as many turns; they have 2 and 1.'),
+        ({"src": "a", "tgt": ["1", "2"]}, '"src" and "tgt" must have as many turns; they have 1 and 2.'),
         ({"src": "a", "tgt": ""}, '"tgt" is empty; remove the record or give it an answer.'),
         ({"src": "a", "tgt": " \n"}, '"tgt" is empty; remove the record or give it an answer.'),
         ({"src": ["a", "b"], "tgt": ["1", ""]}, '"tgt" is empty; remove the record or give it an answer.'),
@@ -327,8 +327,8 @@ def test_a_text_beside_a_prompt_is_no_document() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"src": ["a", "b", "c"], "tgt": ["1"]}, '"src" and "tgt" must have the same number of turns; they have 3 and 1.'),
-        ({"src": "a", "tgt": ["1", "2"]}, '"src" and "tgt" must have the same number of turns; they have 1 and 2.'),
+        ({"src": ["a", "b", "c"], "tgt": ["1"]}, '"src" and "tgt" must have as many turns; they have 3 and 1.'),
+        ({"src": "a", "tgt": ["1", "2"]}, '"src" and "tgt" must have as many turns; they have 1 and 2.'),
         ({"tgt": "a"}, 'the record has no "src"'),
         ({"prompt": 3}, '"prompt" must be text, not 3.'),
         ({"messages": [{"role": "nobody", "content": "a"}]}, "message 1 of \"messages\" has the role 'nobody'; known"),

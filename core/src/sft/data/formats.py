@@ -163,7 +163,7 @@ def src_tgt(record: Mapping[str, Any], needs_target: bool = True) -> list[Turn]:
     targets = [] if record.get("tgt") is None and not needs_target else _texts(record["tgt"], "tgt")
     asks = not needs_target and len(sources) == len(targets) + 1
     if len(sources) != len(targets) and not asks:
-        raise ValueError(f'"src" and "tgt" must have the same number of turns; they have {len(sources)} and {len(targets)}.')
+        raise ValueError(f'"src" and "tgt" must have as many turns; they have {len(sources)} and {len(targets)}.')
     context = record.get("context")
     if isinstance(context, dict) and set(context) - {"system"}:
         unknown = listed(sorted(set(context) - {"system"}))

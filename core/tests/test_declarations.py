@@ -31,8 +31,8 @@ def test_a_plugin_says_itself_which_api_it_is_written_for() -> None:
 
     Old.__qualname__ = "Toy"
     assert refusal(extra=(Old,)) == (
-        f"{WHO} does not say for which plugin API it is written; add api_version = 1 to it, once it fits "
-        "docs/plugins.md."
+        f"{WHO} does not say for which plugin API it is written; add api_version = '>=1.1,<2' to it, once "
+        "it fits docs/plugins.md."
     )
 
 
@@ -43,26 +43,102 @@ def test_an_installed_one_and_a_module_too(distribute: Distribute) -> None:
         assert "does not say for which plugin API it is written" in refusal(name)
 
 
-@pytest.mark.parametrize("version", ["1", True, 1.0, (1,)])
-def test_one_that_is_no_number(version: Any) -> None:
+@pytest.mark.parametrize("version", ["1", True, 1.0, (1,), "one", ">=1;<2"])
+def test_what_is_no_range(version: Any) -> None:
     assert refusal(extra=(toy(api_version=version),)) == (
-        f"{WHO} is not well formed: api_version is {version!r}, not a number; write api_version = 1, once it fits "
-        "docs/plugins.md."
+        f"{WHO} is not well formed: api_version is {version!r}, not a range of versions; write api_version = "
+        "'>=1.1,<2', once it fits docs/plugins.md."
     )
 
 
-@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("version", ["", ">=1", "!=2", ">=1,!=3"])
+def test_a_range_without_an_end_promises_what_nobody_knows(version: str) -> None:
+    assert refusal(extra=(toy(api_version=version),)) == (
+        f"{WHO} is not well formed: api_version is {version!r}, a range without an end, which would fit an API that "
+        "nobody knows yet; write api_version = '>=1.1,<2', once it fits docs/plugins.md."
+    )
+
+
+@pytest.mark.parametrize("version", [1, ">=1,<2", ">=1.1,<2", "~=1.0", "==1.*", ">=1,<9,!=2.3"])
+def test_ranges_that_this_api_is_in(version: Any) -> None:
+    assert active(extra=(toy(api_version=version),)).names == ["toy"]
+
+
+@pytest.mark.parametrize("version", [0, 2, ">=1.2,<2", ">=2,<3", "<1.1", "==1.0"])
 def test_one_of_another_api_is_refused_also_as_a_class(version: Any) -> None:
     message = refusal(extra=(toy(api_version=version),))
-    assert message.startswith(f"{WHO} is written for plugin API {version}, and this sft has 1; install versions of")
+    assert message.startswith(f"{WHO} is written for plugin API {version}, and this sft has 1.1; install versions of")
 
 
 def test_a_newer_sft_refuses_the_plugins_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the declaration is for: it stays in the plugin while the core moves on."""
     active("lora")
-    monkeypatch.setattr("sft.plugins.declarations.API_VERSION", 2)
-    assert "is written for plugin API 1, and this sft has 2" in refusal("lora")
-    assert "is written for plugin API 1, and this sft has 2" in refusal(extra=(toy(),))
+    monkeypatch.setattr("sft.plugins.api.API_VERSION", "2.0")
+    monkeypatch.setattr("sft.plugins.api._MAJOR", 2)
+    assert "and this sft has 2.0" in refusal("lora")
+    assert "is written for plugin API 1, and this sft has 2.0" in refusal(extra=(toy(),))
+    assert "and this sft has 2.0" in refusal(extra=(toy(api_version=">=1.1,<2"),))
+
+
+def test_a_newer_minor_version_takes_the_plugins_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sft.plugins.api.API_VERSION", "1.9")
+    assert active("lora", extra=(toy(), type("Two", (toy(api_version=">=1.1,<2"),), {"name": "two"}))).names
+
+
+# --- what goes ----------------------------------------------------------------------------------------------
+
+
+class Publishing(sft.Plugin):
+    """Publishes a hook that goes."""
+
+    name = "base"
+    api_version = 1
+
+    class hookspecs:  # noqa: N801
+        @sft.hookspec(warn_on_impl=sft.SftDeprecationWarning("base_old goes with base 2; implement base_new."))
+        def base_old(self) -> None:
+            """Not for long."""
+
+
+def test_a_hook_that_goes_warns_once_with_the_name_of_who_implements_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sft.plugins.api._WARNED", set())
+    late = toy(base_old=sft.hookimpl(lambda self: None))
+    with pytest.warns(sft.SftDeprecationWarning) as warned:
+        active(extra=(Publishing, late))
+    assert [str(one.message) for one in warned] == [f"{WHO}: base_old goes with base 2; implement base_new."]
+    active(extra=(Publishing, late))  # such a warning would be an error here
+
+
+def test_in_our_tests_such_a_warning_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sft.plugins.api._WARNED", set())
+    with pytest.raises(sft.SftDeprecationWarning, match="base_old goes"):
+        active(extra=(Publishing, toy(base_old=sft.hookimpl(lambda self: None))))
+
+
+def test_the_command_line_says_it_in_a_note(distribute: Distribute, sft_command: Callable[..., Any]) -> None:
+    source = """
+        import sft
+
+        class Base(sft.Plugin):
+            name = "base"
+            api_version = 1
+
+            class hookspecs:
+                @sft.hookspec(warn_on_impl=sft.SftDeprecationWarning("base_old goes; implement base_new."))
+                def base_old(self):
+                    pass
+
+        class Late(sft.Plugin):
+            name = "late"
+            api_version = 1
+
+            @sft.hookimpl
+            def base_old(self):
+                pass
+    """
+    distribute("sft-test-late", source, {"base": "Base", "late": "Late"})
+    done = sft_command("run", "--plugin", "base,late")
+    assert done.stderr.splitlines()[0] == "note: Plugin late (sft-test-late 1.0): base_old goes; implement base_new."
 
 
 def test_a_plugin_of_others_does_not_declare_it() -> None:

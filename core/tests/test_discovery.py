@@ -133,7 +133,7 @@ def test_another_api_version(distribute: Distribute) -> None:
     distribute("sft-test-old", plugin("old", "api_version = 0"), {"old": "Tool"})
     message = refusal("old")
     assert message == (
-        "Plugin old (sft-test-old 1.0) is written for plugin API 0, and this sft has 1; install versions of sft-core "
+        "Plugin old (sft-test-old 1.0) is written for plugin API 0, and this sft has 1.1; install versions of sft-core "
         "and of the plugin that go together."
     )
 

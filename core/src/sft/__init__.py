@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sft.conversations import Conversation, ToolCall, Turn
-from sft.errors import PluginError, SftError, SignalError, TooEarlyError, UsageError
+from sft.errors import PluginError, SftDeprecationWarning, SftError, SignalError, TooEarlyError, UsageError
 from sft.foreign_text import safe, shown
 from sft.options import option
-from sft.plugins.declarations import API_VERSION
+from sft.plugins.api import API_VERSION
 from sft.plugins.registry import Plugin, hookimpl, hookspec, single
 from sft.seams import (
     AdapterFiles,
@@ -148,6 +148,7 @@ __all__ = [
     "Run",
     "Seen",
     "Settings",
+    "SftDeprecationWarning",
     "SftError",
     "SignalError",
     "Summary",

@@ -45,6 +45,12 @@ class PluginError(SftError):
         return "" if self.__cause__ is None else "".join(traceback.format_exception(self.__cause__))
 
 
+class SftDeprecationWarning(FutureWarning):
+    """Something of the plugin API is used that goes with its next major version; the text says what, and what to use
+    instead. Shown once in a process. A plugin that publishes hooks warns with it too:
+    ``@sft.hookspec(warn_on_impl=sft.SftDeprecationWarning("…"))``."""
+
+
 class SignalError(SystemExit, KeyboardInterrupt):
     """A signal has ended a run; ``number`` says which. A program that does not catch it exits, as the command line
     does, with ``exit_code``: 128 and the number.

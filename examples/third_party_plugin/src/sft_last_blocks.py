@@ -14,7 +14,7 @@ class LastBlocks(sft.Plugin):
     """Trains the last transformer blocks and nothing else."""
 
     name = "last-blocks"
-    api_version = 1
+    api_version = ">=1,<2"
     summary = "Train the last transformer blocks alone."
     conflicts = ("lora",)
     Options = LastBlocksOptions

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from typing import Any
 
 import click
 
 from sft import runtime
-from sft.errors import PluginError, SftError, UsageError
+from sft.errors import PluginError, SftDeprecationWarning, SftError, UsageError
 from sft.foreign_text import safe
 
 COMMANDS = {
@@ -89,6 +90,13 @@ def cli(context: click.Context) -> None:
 def main() -> None:
     """The console script: errors that a user can cure are one line, with exit code 2."""
     code = 0
+    usual = warnings.formatwarning
+
+    def plain(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+        is_ours = issubclass(category, SftDeprecationWarning)
+        return f"note: {safe(str(message))}\n" if is_ours else usual(message, category, *place, **more)
+
+    warnings.formatwarning = plain
     try:
         cli.main(standalone_mode=False)
     except PluginError as error:

@@ -9,15 +9,13 @@ from typing import Any
 
 from sft.errors import UsageError
 from sft.options import options_of
-
-API_VERSION = 1
-"""Which hooks there are, with their arguments and results; raised when a plugin that is right today would be wrong."""
+from sft.plugins.api import check_version
 
 
 def check_form(plugin: Any, who: str, hooks: list[str]) -> None:
     """Refuse a ``plugin`` that is not well formed; ``who`` names it, ``hooks`` are those that exist in its company. Its
     relations to others have been checked (:func:`check_relations`)."""
-    _check_version(plugin, who)
+    check_version(plugin, who)
     if getattr(plugin, "Options", None) is not None:
         try:
             options_of(plugin.Options)
@@ -37,37 +35,6 @@ def check_relations(plugin: Any, who: str) -> None:
     order = getattr(plugin, "order", 0)
     if isinstance(order, bool) or not isinstance(order, (int, float)):
         raise UsageError(f"{who} is not well formed: order is {order!r}, not a number; upgrade it.")
-
-
-def _check_version(plugin: Any, who: str) -> None:
-    declared = _version_of(plugin)
-    if declared is None:
-        raise UsageError(
-            f"{who} does not say for which plugin API it is written; add api_version = {API_VERSION} to it, once it "
-            "fits docs/plugins.md."
-        )
-    if isinstance(declared, bool) or not isinstance(declared, int):
-        raise UsageError(
-            f"{who} is not well formed: api_version is {declared!r}, not a number; write api_version = {API_VERSION}, "
-            "once it fits docs/plugins.md."
-        )
-    if declared != API_VERSION:
-        raise UsageError(
-            f"{who} is written for plugin API {declared}, and this sft has {API_VERSION}; install versions of sft-core "
-            "and of the plugin that go together."
-        )
-
-
-def _version_of(plugin: Any) -> Any:
-    """What its own code declares: a number inherited from sft, or from a plugin of others, is that of what is installed
-    now, and would always fit."""
-    if not isinstance(plugin, type):
-        return getattr(plugin, "api_version", None)
-    for base in plugin.__mro__:
-        if "api_version" in vars(base):
-            own = base.__module__.partition(".")[0] == plugin.__module__.partition(".")[0]
-            return vars(base)["api_version"] if own else None
-    return None
 
 
 def _check_markers(plugin: Any, who: str, hooks: list[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pluggy
 
 from sft.errors import SftError, UsageError
+from sft.plugins.api import said_once
 from sft.plugins.calls import failed, from_plugin, guard
 from sft.plugins.declarations import check_form, check_relations, in_order, meant
 from sft.plugins.discovery import canonical, find, import_plugin, imported, installed, is_of, strange_requests
@@ -41,8 +42,8 @@ class Plugin:
         name: The name it is requested by; equal to the entry point's.
         summary: One line for listings.
         reference: The paper or document that defines the technique.
-        api_version: The plugin API that it is written for, as a number: 1. Not inherited from the sft that happens to
-            be there.
+        api_version: The range of plugin APIs that it is written for: ``">=1.1,<2"``, as pip reads such a text, with an
+            end; a number N stands for ``>=N,<N+1``. Not inherited from the sft that happens to be there.
         requires: Plugins that must be active too; this one is called after them.
         conflicts: Plugins that it cannot work together with.
         supersedes: Plugins that do part of what this one does: where their settings are true together, this one alone
@@ -60,7 +61,7 @@ class Plugin:
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     reference: ClassVar[str] = ""
-    api_version: ClassVar[int]
+    api_version: ClassVar[int | str]
     requires: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
     supersedes: ClassVar[tuple[str, ...]] = ()
@@ -159,7 +160,8 @@ class Plugins:
         for name, plugin in reversed(self._classes.items()):
             instance = plugin if isinstance(plugin, ModuleType) else self._make(name, plugin, options.get(name))
             try:
-                self.manager.register(instance, name=name)
+                with said_once(self.who(name)):
+                    self.manager.register(instance, name=name)
             except pluggy.PluginValidationError as error:
                 cause = " ".join(str(error).split())
                 raise UsageError(f"{self.who(name)} does not fit the hooks: {cause}.") from error

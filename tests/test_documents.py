@@ -54,6 +54,19 @@ def test_commands_in_documents_name_real_settings(page: str) -> None:
         assert name in known, f"{page} shows --{name}"
 
 
+def test_the_clock_of_the_page_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space: dict[str, Any] = {}
+    exec(blocks("docs/control.md", "python")[0], space)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(space["Clock"], "seconds", 0.0)
+    monkeypatch.setattr(space["Clock"], "between", 0.0)
+    values = json.loads((ROOT / "examples" / "lora.json").read_text(encoding="utf-8"))
+    values.update(output_dir=str(tmp_path / "out"), max_steps=3, do_eval=False, num_samples=0)
+    summary = sft.run(values, plugins=[space["Clock"]], say=lambda _: None)
+    assert summary.stopped_early == {"step": 1, "reason": "0 seconds are over"}
+    assert (tmp_path / "out" / "checkpoint-1").is_dir()
+
+
 def test_chinese_readme_shows_the_same_code() -> None:
     for language in ("bash", "python"):
         ours, theirs = (
@@ -77,6 +90,7 @@ def test_the_table_of_models_has_every_family() -> None:
         "docs/plugins.md",
         "docs/models.md",
         "docs/strategies.md",
+        "docs/control.md",
         "CONTRIBUTING.md",
     ],
 )

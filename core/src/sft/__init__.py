@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sft.arrays import array_of, copy_onto
     from sft.commands.run import collect
     from sft.context import Run, Summary
+    from sft.control import Control
     from sft.data.batches import assemble
     from sft.distributed.parts import sum_over
     from sft.dry_runs import DryRun, dry_run
@@ -66,6 +67,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Architecture": "sft.models.architecture",
     "Block": "sft.models.architecture",
+    "Control": "sft.control",
     "DefaultAttention": "sft.models.attention",
     "Experts": "sft.models.architecture",
     "Foreign": "sft.settings.paddlenlp",
@@ -121,6 +123,7 @@ __all__ = [
     "AttentionBackend",
     "Batch",
     "Block",
+    "Control",
     "Conversation",
     "DataCollator",
     "DefaultAttention",

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.control import Control
 from sft.errors import TooEarlyError
 from sft.foreign_text import without_secrets
 from sft.progress import Progress
@@ -37,6 +38,8 @@ class Summary:
         rows: Rows that were trained: records, or packs of several.
         skipped_steps: Steps that changed nothing: they overflowed in float16, or their loss or gradient was not finite.
         samples: ``prompt``, ``before``, ``after`` and the ``reference`` answer of each sample prompt.
+        stopped_early: Where a hook or the file STOP has ended the training before its last step: that ``step`` and the
+            ``reason``. Otherwise None.
         speaks: Whether this process tells the user: of several that share a run, one.
     """
 
@@ -58,6 +61,7 @@ class Summary:
     peak_memory_mib: int
     data: dict[str, dict[str, int]] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
+    stopped_early: dict[str, Any] | None = None
     speaks: bool = True
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,6 +119,9 @@ class Run:
         "sft_check",
         'Shows how far long work has come: `for item in run.progress.over(items, "reading", "files")`.',
     )
+    control: Control = since(
+        "sft_check", "Asks the run to stop, to save or to evaluate after this step: `run.control.stop(reason)`."
+    )
     source: Any = since(
         "sft_model_config",
         "The model before it is built: its `folder`, `values` (the content of config.json), `family` and "
@@ -142,6 +149,7 @@ class Run:
         self.given = dict(given or {})
         self.plugins = plugins
         self.hook = plugins.hook
+        self.control = Control()
         self.progress = Progress(say, bars=not settings.training.disable_tqdm)
 
     @property
@@ -200,6 +208,7 @@ class CoreRun(Run):
         finished: Whether the run has finished. Nothing that goes wrong afterwards changes that.
         earlier_report: What run.json said before this run.
         stop: What signals have asked of the run.
+        stopped_early: As :class:`Summary` has it.
         lock: The lock of the run's folder, in the process that writes there; None before it is taken.
     """
 
@@ -226,6 +235,7 @@ class CoreRun(Run):
         self.finished = False
         self.earlier_report: dict[str, Any] = {}
         self.stop = Stop(lambda text: self.say(text))
+        self.stopped_early: dict[str, Any] | None = None
         self.lock: FolderLock | None = None
 
     def files_of(self, name: str, split: str) -> list[Path] | None:

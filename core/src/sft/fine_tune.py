@@ -19,6 +19,7 @@ from sft.data.sets import open_sets
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.files import read_report
+from sft.foreign_text import shown
 from sft.models.loading import open_model
 from sft.models.source import find_tokenizer
 from sft.progress import Printer
@@ -26,7 +27,7 @@ from sft.resolve import resolve
 from sft.settings.checks import check_plugins, check_settings
 from sft.settings.paddlenlp import listing
 from sft.settings.reading import normalise, read_file
-from sft.training.checkpoint_folder import Checkpoint, read_checkpoint
+from sft.training.checkpoint_folder import Checkpoint, is_auto, read_checkpoint
 from sft.training.ending import fail, finish
 from sft.training.out_of_memory import is_memory, out_of_memory
 from sft.training.report import describe, summarise, write_end
@@ -124,6 +125,7 @@ def _read(run: CoreRun) -> Checkpoint | None:
     run.train_data, run.dev_data, run.samples, run.questions, run.places = read_data(
         settings, run.plugins, run.tokenizer, run.progress, sets, source.folder, source.architecture
     )
+    run.control.evaluates = run.dev_data is not None
     return resumed
 
 
@@ -156,6 +158,7 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     from sft.training.optimizer import make_optimizer
     from sft.training.progress import Display
     from sft.training.publish import publish_result, rescued
+    from sft.training.wishes import Wishes
 
     training = run.settings.training
     assert run.train_data is not None
@@ -170,6 +173,7 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     record = describe(run)
     journal = open_run_folder(run, resumed.folder if resumed is not None else None, record)
     list_skipped(run, resumed.folder.parent if resumed is not None else None)
+    wishes = Wishes(run)
     if resumed is not None:
         state = resumed.state
         changed = journal.rewind(state, resumed.folder.parent / "metrics.jsonl")
@@ -178,6 +182,7 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
         run.before, run.evaluation, run.best = state["before"], state["evaluation"], best.best_so_far(run, state)
         checkpoint.drop_old(run, run.step)  # it may have been killed after it had saved
         run.say(f"resuming from {resumed.folder} after step {run.step}")
+        _keep_early_end(run, state.get("stopped_early"))
     else:
         run.before = before_or_after(run, 0, 0.0, journal)
     run.hook.sft_run_started(run=run)
@@ -187,7 +192,7 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     run.plugins.manager.register(display)
     try:
         steps, epochs = train(
-            run, optimizer, schedule, journal, display, resumed.state if resumed is not None else None
+            run, optimizer, schedule, journal, display, wishes, resumed.state if resumed is not None else None
         )
     except OSError as error:
         raise rescued(run, optimizer, error) from error
@@ -196,11 +201,24 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     best_step = best.load_best(run) if training.load_best_model_at_end else None
     run.stop.waits_for("writing the result first")
     publish_result(run, optimizer)  # before anything else can go wrong
+    wishes.ended()
     check_stop(run, "after the result was written")
     after = before_or_after(run, best_step or steps, epochs, journal)
     summary = summarise(run, journal, steps, epochs, after, time.monotonic() - started)
     finish(run, record, summary)
     return summary
+
+
+def _keep_early_end(run: CoreRun, early: dict[str, Any] | None) -> None:
+    """A checkpoint that was written as the run ended early ends it again; one that the user names goes on."""
+    if early is None:
+        return
+    was = f"the run ended early after step {early['step']} ({shown(early['reason'])})"
+    if is_auto(run.settings.training.resume_from_checkpoint):
+        run.stopped_early = early
+        run.say(f"{was}, so no step follows")
+    else:
+        run.say(f"note: {was}, and now goes on, for its checkpoint is named")
 
 
 def _only_evaluate(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:

@@ -53,8 +53,8 @@ def sft_commands(cli: click.Group) -> None:
 def sft_check(run: Run) -> None:
     """Refuse settings that do not go together. Neither data nor weights have been read yet, so keep it instant.
 
-    From here on ``run`` has ``settings``, ``given``, ``plugins``, ``hook``, ``progress``, ``say``, ``output_dir`` and
-    ``rng``.
+    From here on ``run`` has ``settings``, ``given``, ``plugins``, ``hook``, ``progress``, ``control``, ``say``,
+    ``output_dir`` and ``rng``.
     """
 
 
@@ -201,7 +201,7 @@ def sft_parameter_groups(run: Run, groups: list[ParameterGroup]) -> None:
     """Change the optimizer's groups in place. Every trainable parameter must be in exactly one afterwards."""
 
 
-# --- events of a run ----------------------------------------------------------------------------------------
+# --- events of a run; each may ask to stop, to save or to evaluate (``run.control``) --------------------------
 
 
 @hookspec

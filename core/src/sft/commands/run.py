@@ -141,6 +141,8 @@ def _kind(option: Option) -> str:
 def report(summary: Any) -> None:
     """The end of a run, in a few lines."""
     lines = ["", f"done: {summary.steps} steps ({summary.epochs:.2f} epochs) in {summary.seconds:.1f} s"]
+    if summary.stopped_early is not None:
+        lines.append(f"  ended early after step {summary.stopped_early['step']}: {summary.stopped_early['reason']}")
     lines.append(f"  train loss  {_fall(summary.train_loss_first, summary.train_loss_last)}")
     if summary.eval_loss_after is not None:
         lines.append(f"  dev loss    {_fall(summary.eval_loss_before, summary.eval_loss_after)}")

@@ -32,8 +32,8 @@ _SHAPE: dict[str, Any] = {
     **dict.fromkeys(("before", "evaluation", "best", "settings", "shaping", "plugins"), (dict,)),
 }
 """What ``state.json`` holds, and as what."""
-_MAY_LACK = {"in_adapter": (dict,), "arithmetic": (dict,)}
-"""What earlier versions did not write."""
+_MAY_LACK = {"in_adapter": (dict,), "arithmetic": (dict,), "stopped_early": {"step": (int,), "reason": (str,)}}
+"""What earlier versions did not write, or not every checkpoint has."""
 CLEARS = "clears"
 """What run.json says while a run removes what an older one has left in its folder."""
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -60,7 +60,8 @@ def asks_to_resume(request: bool | str | None) -> bool:
     return bool(request) and str(request).lower() != "false"
 
 
-def _is_auto(request: bool | str | None) -> bool:
+def is_auto(request: bool | str | None) -> bool:
+    """Whether it leaves to the run which checkpoint that is."""
     return str(request).lower() in ("auto", "true")
 
 
@@ -69,7 +70,7 @@ def find_checkpoint(request: bool | str | None, output_dir: Path) -> Path | None
     :class:`UsageError`."""
     if not asks_to_resume(request):
         return None
-    if _is_auto(request):
+    if is_auto(request):
         written = [] if read_report(output_dir).get(CLEARS) else checkpoints(output_dir)
         return written[-1] if written else None
     path = Path(str(request)).expanduser()
@@ -98,7 +99,7 @@ def read_checkpoint(request: bool | str | None, output_dir: Path, progress: Prog
     found = find_checkpoint(request, output_dir)
     if found is None:
         return None
-    if not _is_auto(request):
+    if not is_auto(request):
         return whole_checkpoint(found, progress)
     first = ""
     for folder in reversed(checkpoints(output_dir)):

@@ -2,7 +2,7 @@
 
 It does: shuffle by seed, accumulate micro-batches, normalise the loss by the target tokens of the whole
 window (of all processes; each counts what it weighs), clip, step AdamW on the schedule (skip a step that
-overflows in float16), log, evaluate, checkpoint, resume.
+overflows in float16), log, evaluate, checkpoint, resume, and what hooks and files ask of it.
 It does not: know any technique (those are in the model, the batches and the optimizer's groups by now), know
 other processes (the strategy does), or write final results (``training/result.py`` does).
 """
@@ -41,6 +41,7 @@ from sft.training.wide_sums import WideSums
 
 if TYPE_CHECKING:
     from sft.context import CoreRun, Run
+    from sft.training.wishes import Wishes
 
 
 _SUMMED = ("tokens", "target_tokens", "padding_tokens", "target_weight")
@@ -89,9 +90,12 @@ def train(
     schedule: Schedule,
     journal: Journal,
     display: Display,
+    wishes: Wishes,
     state: dict[str, Any] | None,
 ) -> tuple[int, float]:
-    """Train to the end, from the moment of a checkpoint's ``state`` on if there is one; the last step and epoch."""
+    """Train to the end, from the moment of a checkpoint's ``state`` on if there is one; the last step and epoch.
+
+    The end is that of the schedule, or where somebody asks for it (``run.stopped_early``)."""
     settings, strategy = run.settings.training, run.strategy
     total = schedule.total_steps
     start, epoch, place, scale = 0, 0.0, None, LossScale(run.precision, settings.scale_loss)
@@ -102,7 +106,9 @@ def train(
     sums = WideSums(trainable(run.model).values())
     journal.start()
     size, rank, world = settings.per_device_train_batch_size, strategy.data_rank, strategy.data_world
-    steps = islice(schedule.batches(start, place, rank, world, size), total - start)  # one more may be a window more
+    left = total - start if run.stopped_early is None else 0
+    steps = islice(schedule.batches(start, place, rank, world, size), left)  # one more may be a window more
+    step = start
     run.stop.waits_for(_before_stopping(start + 1, settings.save_strategy))
     for at, batches in one_ahead(steps):
         began, step, epoch = time.monotonic(), at.number, at.epoch
@@ -160,28 +166,38 @@ def train(
                 display.say(f"step {step}: float16 overflow, skipped; the loss scale is now {scale.value:g}")
             optimizer.clear()
             journal.skipped_steps += 1
-            if step == total and journal.window.rows:  # no step comes that could take what is due along
-                display.line(shared(strategy, partial(journal.step_line, step, epoch, rate)))
 
-        # Evaluation and checkpoint, where they are due.
-        saves = _due(settings.save_strategy, settings.save_steps, at, total)
-        if run.dev_data is not None and _due(settings.evaluation_strategy, run.eval_steps, at, total):
+        # Evaluation and checkpoint, where they are due or asked for; whoever asks may have seen the evaluation.
+        wishes.hear()
+        ends, evaluation = step == total or wishes.stops is not None, None
+        is_due = run.dev_data is not None and _due(settings.evaluation_strategy, run.eval_steps, at, ends)
+        if is_due or wishes.evaluates:
             evaluation = evaluate(run, step, epoch)
             shared(strategy, partial(journal.write, evaluation))
             journal.pause(evaluation["eval_seconds"])
             display.evaluation(evaluation)
-            if saves:
-                run.best = better(run, evaluation)
+            wishes.evaluated()
+            wishes.hear()
+            ends |= wishes.stops is not None
+        if ends and journal.window.rows:  # no step comes that could take along what is not written yet
+            display.line(shared(strategy, partial(journal.step_line, step, epoch, rate)))
+        if wishes.stops is not None and step < total:
+            run.stopped_early = {"step": step, "reason": wishes.stops}
+            display.say(f"step {step}/{total}: the run ends early ({wishes.stops})")
+        saves = wishes.saves or _due(settings.save_strategy, settings.save_steps, at, ends)
         if saves:
-            checkpoint.save(run, optimizer, state_after(run, schedule, journal, at, scale))
-        signal = int(strategy.largest(run.stop.asked)) if step < total else 0  # after the last one there is a result
-        if signal:
+            run.best = better(run, evaluation) if evaluation is not None else run.best
+            wishes.saved(checkpoint.save(run, optimizer, state_after(run, schedule, journal, at, scale)))
+            wishes.hear()  # a signal that has come meanwhile need not wait for another step
+        if ends:  # with a result
+            break
+        if wishes.signal:
             if not saves and settings.save_strategy != "no":
                 checkpoint.save(run, optimizer, state_after(run, schedule, journal, at, scale))
-            raise SignalError(signal, f"after step {step}")
+            raise SignalError(wishes.signal, f"after step {step}")
         run.stop.waits_for(_before_stopping(step + 1, settings.save_strategy))
     run.model.eval()
-    return max(start, total), epoch
+    return step, epoch
 
 
 def state_after(run: CoreRun, schedule: Schedule, journal: Journal, at: Step, scale: LossScale) -> dict[str, Any]:
@@ -206,6 +222,7 @@ def state_after(run: CoreRun, schedule: Schedule, journal: Journal, at: Step, sc
         "shaping": run.shaping(),
         "arithmetic": run.arithmetic,
         **({"other_arithmetic": run.other_arithmetic} if run.other_arithmetic else {}),
+        **({"stopped_early": run.stopped_early} if run.stopped_early else {}),
     }
 
 
@@ -228,8 +245,8 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     paddle.seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
-def _due(strategy: str, steps: int, at: Step, total: int) -> bool:
-    """An epoch that the last step cuts short ends there, as in PaddleNLP."""
+def _due(strategy: str, steps: int, at: Step, ends: bool) -> bool:
+    """An epoch that the run's end cuts short ends there, as in PaddleNLP."""
     if strategy == "epoch":
-        return at.ends_pass or at.number == total
+        return at.ends_pass or ends
     return strategy == "steps" and at.number % steps == 0

@@ -74,6 +74,7 @@ def summarise(run: CoreRun, journal: Any, steps: int, epochs: float, after: dict
         peak_memory_mib=runtime.peak_memory_mib(),
         data=data,
         samples=samples,
+        stopped_early=run.stopped_early,
         speaks=run.strategy.is_main,
     )
 

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 from sft.errors import UsageError
 from sft.files import make_folder, read_report, remove_folder, remove_leftovers, sync
 from sft.folder_lock import FolderLock, check_unused
-from sft.training.checkpoint_folder import CLEARS, asks_to_resume, checkpoints, find_checkpoint, is_checkpoint, step_of
+from sft.foreign_text import shown
+from sft.training.checkpoint_folder import (
+    CLEARS,
+    asks_to_resume,
+    checkpoints,
+    find_checkpoint,
+    is_auto,
+    is_checkpoint,
+    step_of,
+)
 from sft.training.journal import Journal
 from sft.training.report import write_report
 from sft.training.result import PUBLISHED, RESULT_KEYS
@@ -53,10 +62,12 @@ def check_output(run: CoreRun) -> None:
     if not is_used or training.overwrite_output_dir:
         return
     if asks_to_resume(training.resume_from_checkpoint) and training.do_train:
+        report = read_report(run.output_dir)
+        if is_auto(training.resume_from_checkpoint):
+            _check_ended_early(run.output_dir, report)
         if _is_in(run.output_dir, source):
             return
         # It may have been stopped before its first checkpoint.
-        report = read_report(run.output_dir)
         if source is None and report.get("status") != "finished":
             if not holds_result(run.output_dir) or report.get(CLEARS):
                 return
@@ -68,6 +79,21 @@ def check_output(run: CoreRun) -> None:
     raise UsageError(
         f"output_dir {run.output_dir} already holds a run; choose another folder, continue it with "
         "--resume_from_checkpoint auto, or replace it with --overwrite_output_dir."
+    )
+
+
+def _check_ended_early(folder: Path, report: dict[str, Any]) -> None:
+    """Refuse to go on by ``auto`` with a run that has its result, since somebody has ended it before its last step."""
+    result = report.get("result")
+    early = result.get("stopped_early") if isinstance(result, dict) else None
+    if report.get("status") != "finished" or not isinstance(early, dict):
+        return
+    left = checkpoints(folder)
+    named = f"to train on, name the checkpoint (--resume_from_checkpoint {left[-1]}), or " if left else ""
+    raise UsageError(
+        f"output_dir {folder} holds a run that has finished early, after step {shown(early.get('step'))} "
+        f"({shown(early.get('reason'))}), so it does not go on by itself; {named}replace the run with "
+        "--overwrite_output_dir."
     )
 
 

@@ -31,13 +31,13 @@ def judged(losses: list[float], accuracies: list[float] | None = None) -> type[s
             from sft.training.strategy import SingleProcess
 
             class Judging(SingleProcess):
-                def scores(self, model: Any, batches: Any) -> tuple[float, int]:
-                    found = super().scores(model, batches)
+                def scores(self, model: Any, batches: Any, *more: Any) -> list[float]:
+                    found = super().scores(model, batches, *more)
                     targets = sum(batch.target_tokens for batch in batches)
                     if not run.step:
                         return found
                     right = accuracies[run.step - 1] * targets if accuracies else found[1]
-                    return losses[run.step - 1] * targets, right  # type: ignore[return-value]
+                    return [losses[run.step - 1] * targets, right]
 
             return Judging()
 

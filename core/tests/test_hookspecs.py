@@ -41,6 +41,7 @@ SINGLE = {
     "sft_quantizer",
     "sft_attention_backend",
     "sft_kernels",
+    "sft_objective",
     "sft_export_adapter",
     "sft_import_adapter",
     "sft_adapter_merger",

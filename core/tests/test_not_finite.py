@@ -39,9 +39,9 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``poison(3, 4)``: the losses of micro-batches 3 and 4 of runs from now on, from 1, are not a number."""
-    from sft.training import loop
+    from sft.training import objective
 
-    own = loop.target_loss
+    own = objective.target_loss
 
     def switch(*numbers: int, value: float = float("nan")) -> None:
         count = itertools.count(1)
@@ -50,7 +50,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             found = own(*arguments)
             return found * value if next(count) in numbers else found
 
-        monkeypatch.setattr(loop, "target_loss", loss)
+        monkeypatch.setattr(objective, "target_loss", loss)
 
     return switch
 

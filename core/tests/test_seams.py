@@ -174,9 +174,9 @@ def test_a_parallel_strategy_is_asked_for_everything_that_crosses_processes(
                 calls.append(("updated",))
                 super().updated()
 
-            def scores(self, model: Any, batches: Any) -> tuple[float, int]:
+            def scores(self, model: Any, batches: Any, *more: Any) -> list[float]:
                 calls.append(("scores", len(batches)))
-                return super().scores(model, batches)
+                return super().scores(model, batches, *more)
 
             def accumulate(self, learning: Any, batches: Any) -> float:
                 calls.append(("accumulate", sum(batch.target_tokens for batch in batches) * learning.weight))
@@ -194,7 +194,7 @@ def test_a_parallel_strategy_is_asked_for_everything_that_crosses_processes(
 
     train("with", (providing("sft_parallel_strategy", strategy),), max_steps=2, max_grad_norm=0.7)
     train("without", max_steps=2, max_grad_norm=0.7)
-    measured = [("scores", 1), ("sum", 3)]
+    measured = [("scores", 1), ("sum", 4)]
     step = [("sum", 4), ("accumulate", pytest.approx(1.0)), ("sum", 1), ("grad_norm", 20), ("updated",)]
     before = [("divide",), ("connect", True), ("share", ["decay", "no_decay"])]
     assert calls == [*before, *measured, *step, *step, *measured]

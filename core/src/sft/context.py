@@ -199,6 +199,7 @@ class CoreRun(Run):
         collator: Makes rows and batches of records.
         arithmetic: What the last bits of the run's numbers depend on, as run.json has it.
         other_arithmetic: Where it was another: for each time the step, what that went on from, and the differences.
+        objective: What it minimises, once the model is there.
         base_fingerprint: Identifies the weights that an exported adapter belongs to; see ``models/fingerprint.py``.
         sizes: The trainable parameters of the whole model, and all of them, counted in values.
         before: What was measured before training.
@@ -215,6 +216,7 @@ class CoreRun(Run):
     places: Callable[[dict[str, Any], Sequence[int]], list[str]]
     collator: DataCollator
     arithmetic: dict[str, Any]
+    objective: Any
     base_fingerprint: str
     sizes: tuple[int, int]
 

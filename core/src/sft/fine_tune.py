@@ -132,6 +132,7 @@ def _read(run: CoreRun) -> Checkpoint | None:
 def _set_up(run: CoreRun) -> None:
     """Device, precision, collator, processes and the model itself."""
     from sft.models.setup import set_up
+    from sft.training.objective import objective_of
     from sft.training.precision import choose_precision
     from sft.training.strategy import SingleProcess
 
@@ -146,6 +147,7 @@ def _set_up(run: CoreRun) -> None:
     run.collator = run.hook.sft_collator(run=run) or PaddedCollator(run.tokenizer.pad_id)
     run.strategy = run.hook.sft_parallel_strategy(run=run) or SingleProcess()
     set_up(run)
+    run.objective = objective_of(run)
     check_alike(run)
 
 
@@ -188,7 +190,7 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     run.hook.sft_run_started(run=run)
     if training.save_strategy != "no":
         checkpoint.check_plugin_state(run)
-    display = Display(schedule.total_steps, run.step, run.progress)
+    display = Display(schedule.total_steps, run.step, run.progress, run.objective.values)
     run.plugins.manager.register(display)
     try:
         steps, epochs = train(

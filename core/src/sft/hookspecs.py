@@ -33,9 +33,11 @@ if TYPE_CHECKING:
         AttentionBackend,
         Batch,
         DataCollator,
+        Objective,
         ParallelStrategy,
         ParameterGroup,
         Quantizer,
+        TokenLoss,
     )
 
 # --- the command line ---------------------------------------------------------------------------------------
@@ -196,6 +198,22 @@ def sft_kernels(run: Run | None, precision: Precision) -> Kernels | None:
     """
 
 
+@single
+def sft_objective(run: Run) -> Objective | None:
+    """What a step minimises, made of hidden states, the batch and the chunked loss. None, or no plugin: the mean
+    cross-entropy of the targets, each of which counts what it weighs (:func:`sft_token_loss`).
+
+    Evaluation measures the objective too (``eval_objective``), beside the plain cross-entropy, which remains
+    ``eval_loss``. An objective sees the model as a whole, so it is refused where processes have only some of its
+    layers; and beside token losses, which are no part of it."""
+
+
+@hookspec
+def sft_token_loss(run: Run) -> TokenLoss | None:
+    """Another loss of each target token, made of its cross-entropy within the chunked loss: in training, and in
+    evaluation as ``eval_objective``. Of several plugins each is given the loss that the one before it has made."""
+
+
 @hookspec
 def sft_parameter_groups(run: Run, groups: list[ParameterGroup]) -> None:
     """Change the optimizer's groups in place. Every trainable parameter must be in exactly one afterwards."""
@@ -230,15 +248,18 @@ def sft_micro_batch(run: Run, batch: Batch) -> None:
 @hookspec
 def sft_step_ended(run: Run, record: dict[str, Any]) -> None:
     """An optimizer step is done. ``record`` has ``step``, ``epoch``, ``loss`` (mean over target tokens, each
-    of which counts what it weighs), ``learning_rate``, ``grad_norm``, ``tokens``, ``target_tokens``, ``padding_tokens``
-    of this step. It is a copy."""
+    of which counts what it weighs; or of what else the run minimises), ``learning_rate``, ``grad_norm``, ``tokens``,
+    ``target_tokens``, ``padding_tokens`` of this step, and the values that its objective has a name for. It is a
+    copy."""
 
 
 @hookspec
 def sft_evaluated(run: Run, record: dict[str, Any]) -> None:
     """An evaluation is done. ``record`` has ``step``, ``epoch``, ``eval_loss`` (mean over target tokens, nats),
     ``eval_ppl`` (its exponential), ``eval_accuracy`` (share of target tokens that are the likeliest token),
-    ``eval_tokens``, ``eval_seconds``; of several data sets also ``eval_sets``, the first four of each, by its name; and
+    ``eval_tokens``, ``eval_seconds``; where a run minimises something else than cross-entropy also
+    ``eval_objective``, the mean of that, and ``eval_NAME`` of each value that the objective has a name for; of several
+    data sets also ``eval_sets``, these but for the seconds of each, by its name; and
     with ``eval_with_do_generation`` the scores of the model's own answers,
     0 to 1: ``eval_bleu4``, ``eval_rouge1``, ``eval_rouge2``, ``eval_rougel``. It is a copy.
 

@@ -21,7 +21,6 @@ from sft.distributed.pieces import Piece
 from sft.distributed.whole import set_value
 from sft.models.forward import hidden_states
 from sft.models.layers import linear_features
-from sft.training.loss import target_scores
 from sft.training.report import close_report
 from sft.training.strategy import SingleProcess, squared_gradients
 
@@ -42,6 +41,5 @@ __all__ = [
     "set_value",
     "squared_gradients",
     "stage_of",
-    "target_scores",
     "whole_shape",
 ]

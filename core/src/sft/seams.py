@@ -181,6 +181,80 @@ class Quantizer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Targets:
+    """Some positions with a label, as a :class:`TokenLoss` sees them. With z the logits of a position over the whole
+    vocabulary of V tokens, each a paddle Tensor [n, 1]; gradients flow from the float64 ones to the logits.
+
+    Attributes:
+        labels: int64.
+        log_probability: float64, log softmax(z)[label]; 0 or less.
+        log_normaliser: float64, log Σ exp(z).
+        mean_logit: float64, Σ z / V.
+    """
+
+    labels: Any
+    log_probability: Any
+    log_normaliser: Any
+    mean_logit: Any
+
+
+class TokenLoss(Protocol):
+    """Makes another loss of each target token's cross-entropy, within the chunked loss."""
+
+    def loss(self, targets: Targets, before: Any) -> Any:
+        """The loss of each position, nats, float64 [n, 1]; written with paddle's operations, whose gradients count.
+
+        ``before`` is what the plugin before this one makes of it; for the first plugin, the cross-entropy
+        ``-targets.log_probability``. Called for some positions at a time, each of which must be treated alone.
+        """
+        ...
+
+
+class Losses(Protocol):
+    """The cross-entropy of a micro-batch, as an :class:`Objective` asks for it. Logits exist for a chunk of positions
+    at a time; lm_head may be divided among processes, which then ask in the same order."""
+
+    def total(self, hidden: Any, labels: np.ndarray, weights: np.ndarray | None = None) -> Any:
+        """Σ w · cross-entropy (nats) over the positions with a label: a scalar float32 tensor. Gradients flow to
+        ``hidden`` [B, S, hidden], and to lm_head where it trains.
+
+        ``labels`` int64 [B, S], already shifted, -100 where there is none; ``weights`` float32 [B, S], of any sign;
+        None where all are 1. What is returned goes backward by a factor alone: a product or a sum may follow.
+        """
+        ...
+
+    def each(self, hidden: Any, labels: np.ndarray) -> np.ndarray:
+        """The cross-entropy of each position, float64 [B, S], 0 where there is no label; no gradients flow."""
+        ...
+
+
+class Objective(Protocol):
+    """What a step minimises: Σ loss(batch) / Σ weight(batch) over the micro-batches of all processes.
+
+    Attributes:
+        values: The names of what is logged beside the loss. One that the core has itself (``loss``, ``step``) is
+            refused.
+    """
+
+    @property
+    def values(self) -> tuple[str, ...]: ...
+
+    def weight(self, batch: Batch) -> float:
+        """What a batch counts: the number of its targets, or of whatever else the mean goes over. It is known before
+        the batch goes forward."""
+        ...
+
+    def loss(self, losses: Losses, hidden: Any, batch: Batch) -> tuple[Any, Sequence[float]]:
+        """The summed loss of a batch, a scalar float32 tensor, and the sums of :attr:`values`.
+
+        ``hidden`` [B, S, hidden] comes out of the model's last layer. Called in training, in evaluation (without
+        gradients, the model in evaluation mode), and for batches that only keep other processes from waiting, whose
+        result does not count.
+        """
+        ...
+
+
 class Learning(Protocol):
     """What a step does with one micro-batch; a strategy decides when (:meth:`ParallelStrategy.accumulate`).
 
@@ -198,8 +272,8 @@ class Learning(Protocol):
         ...
 
     def loss(self, hidden: Any, batch: Batch) -> Any:
-        """The summed loss (nats, a scalar float32 tensor) of the batch's target tokens, each times its weight;
-        ``hidden`` is what comes out of the model's last layer."""
+        """The summed loss of the batch, a scalar float32 tensor, as the run's :class:`Objective` has it; ``hidden`` is
+        what comes out of the model's last layer."""
         ...
 
     def backward(self, loss: Any) -> None:
@@ -283,9 +357,11 @@ class ParallelStrategy(Protocol):
         """Called after the optimizer's step: send the new values to the processes that need them."""
         ...
 
-    def scores(self, model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Evaluate this process's ``batches``, without gradients: their summed loss, in which weights do not count, and
-        in how many places the target is the likeliest token."""
+    def scores(
+        self, model: Any, batches: Sequence[Batch], score: Callable[[Any, Batch], Sequence[float]], count: int
+    ) -> list[float]:
+        """Evaluate this process's ``batches``, without gradients: the element-wise sums of ``score(hidden, batch)``,
+        which gives ``count`` numbers of the hidden states that come out of the model's last layer."""
         ...
 
     def answering(self) -> AbstractContextManager[Callable[[], None]]:

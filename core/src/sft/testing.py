@@ -49,6 +49,7 @@ __all__ = [
     "paddle",
     "read_metrics",
     "run_settings",
+    "token_loss",
     "train",
     "write_data",
 ]
@@ -135,6 +136,23 @@ def read_metrics(folder: Path, same: bool = False) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     vary = {"seconds", "eval_seconds", "peak_memory_mib"} if same else set()
     return [{key: value for key, value in line.items() if key not in vary} for line in lines]
+
+
+def token_loss(part: sft.TokenLoss, logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
+    """Σ of what ``part`` makes of the cross-entropy of each position (nats), and its gradient in the logits, float32
+    [n, V], computed as in training. ``logits`` float32 [n, V], ``labels`` int64 [n], -100 where there is none."""
+    from types import SimpleNamespace
+
+    import paddle
+
+    from sft.training.loss import target_loss
+    from sft.training.token_losses import TokenLosses
+
+    hidden = paddle.to_tensor(logits[None].astype(np.float32), stop_gradient=False)
+    lm_head = SimpleNamespace(weight=paddle.eye(logits.shape[1]))
+    loss = target_loss(hidden, labels[None], lm_head, 1.0, None, TokenLosses([("The loss that is tested", part)]))
+    loss.backward()
+    return float(loss), hidden.grad.numpy()[0]
 
 
 @contextlib.contextmanager

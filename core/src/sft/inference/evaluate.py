@@ -83,6 +83,7 @@ def _measure(run: CoreRun, sets: OpenSets, adapter: Path | None, generations: Pa
 
     from sft.models.setup import attention_backend, check_questions
     from sft.training.evaluation import dev_loss, score
+    from sft.training.objective import RunObjective
     from sft.training.strategy import SingleProcess
 
     check_questions(run)
@@ -92,6 +93,7 @@ def _measure(run: CoreRun, sets: OpenSets, adapter: Path | None, generations: Pa
     backend = attention_backend(run)
     run.model = load_adapted(source, settings, plugins, adapter, run.precision, run.progress)
     run.model.attention = backend or run.model.attention
+    run.objective = RunObjective()
     record = dev_loss(run)
     if run.questions:
         record.update(score(run, generations))

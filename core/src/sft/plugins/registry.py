@@ -19,7 +19,7 @@ from sft.plugins.discovery import canonical, find, import_plugin, imported, inst
 
 SHAPING = (
     *("sft_collator", "sft_model_family", "sft_model_config", "sft_quantizer"),
-    *("sft_adapt_model", "sft_parameter_groups"),
+    *("sft_adapt_model", "sft_parameter_groups", "sft_objective", "sft_token_loss"),
 )
 """Hooks whose implementation may change what is learned; others only watch, or compute the same in another way."""
 

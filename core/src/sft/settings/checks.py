@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sft.errors import UsageError
@@ -85,10 +85,22 @@ def _idle(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def check_plugins(plugins: Plugins) -> None:
-    """Refuse plugins that have nothing to train together."""
+    """Refuse plugins that cannot train together, whatever their options."""
     quantizer = plugins.provider("sft_quantizer")
     if quantizer is not None and plugins.provider("sft_export_adapter") is None:
         raise UsageError(
             f"Plugin {quantizer} quantizes the base model, which then cannot be trained as a whole; add an adapter "
             "plugin, or leave it out."
+        )
+    objective = plugins.provider("sft_objective")
+    if objective is not None:
+        check_alone(objective, [name for name in plugins.implementing("sft_token_loss") if name != objective])
+
+
+def check_alone(objective: str, token_losses: Sequence[str]) -> None:
+    """Refuse an objective beside losses of tokens, which are no part of it."""
+    if token_losses:
+        raise UsageError(
+            f"Plugin {objective} minimises something else than the loss of tokens, which {token_losses[0]} changes; "
+            "leave one of them out."
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ from sft.data.encoded import Encoded
 from sft.data.questions import Question
 from sft.files import write_text
 from sft.models.generation import answers, unit
+from sft.seams import Batch
 from sft.training import answer_scores
 from sft.training.divergence import explained
 from sft.training.progress import figures
@@ -71,7 +73,7 @@ def dev_loss(run: CoreRun) -> dict[str, Any]:
     found = {name: _sums(run, data) for name, data in run.dev_data.sets.items()}
     if was_training:
         run.model.train()
-    total = _Sums(*(sum(column) for column in zip(*found.values(), strict=True)))
+    total = reduce(_Sums.plus, found.values())
     if not math.isfinite(total.mean):
         raise explained(run, f"The dev loss is {'no longer' if run.step else 'not'} finite ({total.mean})")
     if len(found) == 1:
@@ -80,12 +82,22 @@ def dev_loss(run: CoreRun) -> dict[str, Any]:
 
 
 class _Sums(NamedTuple):
-    """Over all target tokens of some data: the sum of their losses, how many are right, and how many there are."""
+    """Over all target tokens of some data: the sum of their losses, how many are right, and how many there are; and of
+    what else a run minimises."""
 
     loss: float
     right: float
     targets: float
     tokens: int
+    weight: float
+    """What its batches count for the objective."""
+    more: Mapping[str, float]
+    """The sums of the objective and of its values, by name."""
+
+    def plus(self, other: _Sums) -> _Sums:
+        more = {name: value + other.more[name] for name, value in self.more.items()}
+        loss, right, targets = (a + b for a, b in zip(self[:3], other[:3], strict=True))
+        return _Sums(loss, right, targets, self.tokens + other.tokens, self.weight + other.weight, more)
 
     @property
     def mean(self) -> float:
@@ -97,6 +109,7 @@ class _Sums(NamedTuple):
             "eval_ppl": math.exp(min(self.mean, _LARGEST_EXPONENT)),
             "eval_accuracy": self.right / self.targets,
             "eval_tokens": self.tokens,
+            **{f"eval_{name}": value / (self.weight or 1.0) for name, value in self.more.items()},
         }
 
 
@@ -108,7 +121,12 @@ def _sums(run: CoreRun, data: Encoded) -> _Sums:
     size = run.settings.training.per_device_eval_batch_size
     rows, rank, world = run.collator.rows(data.lengths, None), run.strategy.data_rank, run.strategy.data_world
     together = size * world * (1 if type(run.strategy) is SingleProcess else _TOGETHER)
-    loss, correct, targets = 0.0, 0, 0
+    names, lm_head = run.objective.measures, getattr(run.model, "lm_head", None)  # the last stage has it
+    found, targets, weight = [0.0] * (2 + len(names)), 0, 0.0
+
+    def score(hidden: Any, batch: Batch) -> Sequence[float]:
+        return run.objective.measured(hidden, batch, lm_head)
+
     with run.progress.task("measuring dev data", "rows", len(rows)) as task:
         # Each process makes the same number of calls, the last one perhaps with nothing.
         for first in range(0, len(rows), together):
@@ -116,12 +134,13 @@ def _sums(run: CoreRun, data: Encoded) -> _Sums:
             starts = range(rank * size, len(group), world * size)
             batches = [make_batch(data, run.collator, group[start : start + size]) for start in starts]
             with paddle.no_grad(), run.precision.autocast():
-                batches_loss, batches_correct = run.strategy.scores(run.model, batches)
-            loss, correct = loss + batches_loss, correct + batches_correct
+                scores = run.strategy.scores(run.model, batches, score, len(found))
+            found = [a + b for a, b in zip(found, scores, strict=True)]
             targets += sum(batch.target_tokens for batch in batches)
+            weight += sum(map(run.objective.weight, batches))
             task.advance(len(group))
-    loss, right, every = run.strategy.sum([loss, correct, targets])
-    return _Sums(loss, right, every, int(data.lengths.sum()))
+    loss, right, *more, every, weight = run.strategy.sum([*found, targets, weight])
+    return _Sums(loss, right, every, int(data.lengths.sum()), weight, dict(zip(names, more, strict=True)))
 
 
 def score(run: CoreRun, path: Path | None) -> dict[str, float]:

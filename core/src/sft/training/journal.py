@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sft.files import replaced, sync
@@ -27,6 +29,8 @@ class Totals:
     rows: int = 0
     grad_norm: float = 0.0
     """Of the last step."""
+    values: dict[str, float] = field(default_factory=dict)
+    """Of what the objective has a name for."""
 
 
 @dataclass
@@ -62,8 +66,9 @@ class Journal:
         padding_tokens: int,
         rows: int,
         grad_norm: float,
+        values: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """Count one step; ``loss_sum`` is over its target tokens, which weigh ``weight`` together."""
+        """Count one step; ``loss_sum`` and ``values`` are sums over its targets, which weigh ``weight`` together."""
         for sums in (self.window, self.total):
             sums.loss += loss_sum
             sums.weight += weight
@@ -72,9 +77,12 @@ class Journal:
             sums.padding_tokens += padding_tokens
             sums.rows += rows
             sums.grad_norm = grad_norm
+            for name, value in values.items():
+                sums.values[name] = sums.values.get(name, 0.0) + value
 
     def step_line(self, step: int, epoch: float, learning_rate: float) -> dict[str, Any]:
-        """Write the line of a logged step; loss is the weighted mean over all target tokens since the line before."""
+        """Write the line of a logged step; loss and the objective's values are weighted means over all targets since
+        the line before."""
         now = time.monotonic()
         line = {
             "step": step,
@@ -87,6 +95,7 @@ class Journal:
             "target_tokens": self.window.target_tokens,
             "padding_tokens": self.window.padding_tokens,
             "peak_memory_mib": peak_memory_mib(),
+            **{name: value / (self.window.weight or 1.0) for name, value in self.window.values.items()},
         }
         self._since, self.window, self.due = now, Totals(), False
         self.first_loss = line["loss"] if self.first_loss is None else self.first_loss

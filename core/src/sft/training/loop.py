@@ -1,8 +1,8 @@
 """The training loop. Read this to know what a run does.
 
-It does: shuffle by seed, accumulate micro-batches, normalise the loss by the target tokens of the whole
-window (of all processes; each counts what it weighs), clip, step AdamW on the schedule (skip a step that
-overflows in float16), log, evaluate, checkpoint, resume, and what hooks and files ask of it.
+It does: shuffle by seed, accumulate micro-batches, normalise the loss by what the batches of the whole window weigh (of
+all processes: their target tokens, or what else the objective counts), clip, step AdamW on the schedule (skip a step
+that overflows in float16), log, evaluate, checkpoint, resume, and what hooks and files ask of it.
 It does not: know any technique (those are in the model, the batches and the optimizer's groups by now), know
 other processes (the strategy does), or write final results (``training/result.py`` does).
 """
@@ -31,7 +31,6 @@ from sft.training.best import better
 from sft.training.divergence import left_out
 from sft.training.evaluation import evaluate
 from sft.training.journal import Journal
-from sft.training.loss import target_loss
 from sft.training.optimizer import Optimizer, clip_factor, learning_rate
 from sft.training.precision import LossScale
 from sft.training.progress import Display
@@ -40,11 +39,11 @@ from sft.training.shared import shared
 from sft.training.wide_sums import WideSums
 
 if TYPE_CHECKING:
-    from sft.context import CoreRun, Run
+    from sft.context import CoreRun
     from sft.training.wishes import Wishes
 
 
-_SUMMED = ("tokens", "target_tokens", "padding_tokens", "target_weight")
+_SUMMED = ("tokens", "target_tokens", "padding_tokens")
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,14 @@ class Learning:
     the other (``training/strategy.py``), in a pipeline as its stages hand them on. Described at :class:`sft.Learning`.
     """
 
-    run: Run
+    run: CoreRun
     weight: float
-    """What each summed loss counts: the loss scale, divided by the weights of all targets of the step."""
+    """What each summed loss counts: the loss scale, divided by the weights of all batches of the step."""
     is_idle: bool = False
     sums: WideSums = field(default_factory=lambda: WideSums(()))
     """Where gradients of 16-bit parameters add up."""
+    values: list[float] = field(default_factory=list)
+    """The sums of what the objective has a name for."""
 
     def forward(self, batch: Batch, received: Any | None = None, told: Callable[[], None] | None = None) -> Any:
         if not self.is_idle:
@@ -74,7 +75,10 @@ class Learning:
         if hidden.place.is_cpu_place():
             give_back_holes()  # all that backward needs is held now
         with self.run.precision.autocast():
-            return target_loss(hidden, batch.labels, self.run.model.lm_head, self.weight or 1.0, batch.weights)
+            loss, values = self.run.objective.loss(self.run.model.lm_head, self.weight or 1.0, hidden, batch)
+        if not self.is_idle and values:
+            self.values[:] = [a + b for a, b in zip(self.values or [0.0] * len(values), values, strict=True)]
+        return loss
 
     def backward(self, loss: Any) -> None:
         with self.sums.backward():
@@ -114,7 +118,8 @@ def train(
         began, step, epoch = time.monotonic(), at.number, at.epoch
 
         # The tokens in the micro-batches of all processes, and what the targets among them weigh.
-        *counts, weight = strategy.sum([sum(getattr(batch, kind) for batch in batches) for kind in _SUMMED])
+        own = [sum(getattr(batch, kind) for batch in batches) for kind in _SUMMED]
+        *counts, weight = strategy.sum([*own, sum(map(run.objective.weight, batches))])
         tokens, targets, padding = map(int, counts)
         share = weight or 1.0  # where there is no target there is no loss
 
@@ -130,8 +135,11 @@ def train(
         # Forward, loss and backward of each; the gradients add up to that of the weighted mean over the step's targets.
         seed_step(settings.seed, step, strategy.draw_rank)
         learning = Learning(run, scale.value / share, sums=sums)
+        names = run.objective.values
         with display.within(step, len(batches)):
-            (loss_sum,) = strategy.sum([strategy.accumulate(learning, batches)])
+            own_loss = strategy.accumulate(learning, batches)
+            loss_sum, *sums_of = strategy.sum([own_loss, *(learning.values or [0.0] * len(names))])
+        values = dict(zip(names, sums_of, strict=True))
 
         # The optimizer's step: clip, then AdamW at the schedule's rate.
         grad_norm = strategy.grad_norm(optimizer.parameters) / scale.value
@@ -150,8 +158,9 @@ def train(
                 "tokens": tokens,
                 "target_tokens": targets,
                 "padding_tokens": padding,
+                **{name: value / share for name, value in values.items()},
             }
-            journal.add(loss_sum, weight, tokens, targets, padding, len(at.rows), grad_norm)
+            journal.add(loss_sum, weight, tokens, targets, padding, len(at.rows), grad_norm, values)
             speed = tokens / (time.monotonic() - began)
             display.step(record, speed)
             if journal.due:

@@ -1,7 +1,9 @@
-"""Cross-entropy of target positions alone, through lm_head in chunks: logits [B, S, V] never exist."""
+"""Cross-entropy of target positions alone, or what token losses make of it, through lm_head in chunks: logits [B, S, V]
+never exist."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from sft.models.kernels import PLAIN, Kernels
 from sft.models.sums import row_sums
 from sft.precision import no_casts, product_dtype
 from sft.seams import Batch
+from sft.training.token_losses import Slopes, TokenLosses
 
 CHUNK_BYTES = 24 << 20
 """Size of one chunk of float32 logits on a CPU; bounds the memory of the loss whatever the batch. What is larger than
@@ -110,6 +113,32 @@ def _losses(logits: Any, label: Any, shape: _Shape, vocabulary: Vocabulary) -> t
     return normaliser.astype("float64").log() - chosen.astype("float64"), exponentials / normaliser
 
 
+def _other_losses(
+    logits: Any, label: Any, shape: _Shape, vocabulary: Vocabulary, other: TokenLosses, learns: bool
+) -> tuple[Any, Any, Slopes | None]:
+    """:func:`_losses` as token losses change them, and the slopes of these."""
+    columns = logits.shape[-1]
+    column, here = _place(label, columns, vocabulary)
+    with no_casts():
+        chosen = vocabulary.total(paddle.take_along_axis(logits, column, axis=-1) * here).astype("float64")
+        if vocabulary.start is not None:
+            columns = int(vocabulary.total(paddle.to_tensor([float(columns)])))
+        mean = vocabulary.total(row_sums(logits)).astype("float64") / columns
+    losses, probabilities = _losses(logits, label, shape, vocabulary)
+    losses, slopes = other(label.unsqueeze(-1), losses, losses + chosen, mean, columns, learns)
+    return losses, probabilities, slopes
+
+
+def _difference(probabilities: Any, label: Any, vocabulary: Vocabulary, slopes: Slopes | None) -> Any:
+    """The gradient of losses in the logits that are here, float32 [n, columns]; it takes the probabilities' place."""
+    column, one = _place(label, probabilities.shape[-1], vocabulary)
+    if slopes is None:
+        return probabilities.put_along_axis_(column, -one, axis=-1, reduce="add")
+    with no_casts():
+        scaled = probabilities.multiply_(slopes.probabilities).add_(slopes.every)
+        return scaled.put_along_axis_(column, slopes.label * one, axis=-1, reduce="add")
+
+
 def _rows(weight: Any, transpose_y: bool) -> int:
     """How many positions a chunk has."""
     columns = weight.shape[0] if transpose_y else weight.shape[1]
@@ -126,7 +155,8 @@ def _gpu_memory() -> int:
 
 
 class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
-    """Weighted sum over positions of -log softmax(h W)[label], with both gradients computed beside it, chunk by chunk.
+    """Weighted sum over positions of -log softmax(h W)[label], or of what token losses make of that, with both
+    gradients computed beside it, chunk by chunk.
 
     Gradients are of ``counts.factor`` times the sum, which is what goes backward. In 16 bits softmax - onehot is
     rounded, and of float16 its small values would be lost before a loss scale that came later could save them.
@@ -142,6 +172,7 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
         gradients: tuple[bool, bool],
         vocabulary: Vocabulary,
         counts: _Counts,
+        other: TokenLosses | None,
     ) -> Any:
         rows, transpose_y = _rows(weight, shape.transpose_y), shape.transpose_y
         total = paddle.zeros([], "float64")
@@ -151,13 +182,16 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
             part, label = hidden[here], labels[here]
             logits = shape.logits(part, weight)
             capped = None if shape.cap is None else logits.clone()
-            losses, probabilities = _losses(logits, label, shape, vocabulary)
+            slopes = None
+            if other is None:
+                losses, probabilities = _losses(logits, label, shape, vocabulary)
+            else:
+                losses, probabilities, slopes = _other_losses(logits, label, shape, vocabulary, other, any(gradients))
             total += counts.weighted(losses, here).sum()
             if not any(gradients):
                 del logits, capped, probabilities
                 continue
-            column, one = _place(label, probabilities.shape[-1], vocabulary)
-            difference = probabilities.put_along_axis_(column, -one, axis=-1, reduce="add")
+            difference = _difference(probabilities, label, vocabulary, slopes)
             difference = counts.scaled(shape.slope(difference, capped), here).astype(hidden.dtype)
             if gradients[0]:
                 product = shape.kernels.product(difference, weight, transpose_y=not transpose_y)
@@ -183,7 +217,12 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
 
 
 def target_loss(
-    hidden: Any, labels: np.ndarray, lm_head: Any, factor: float = 1.0, weights: np.ndarray | None = None
+    hidden: Any,
+    labels: np.ndarray,
+    lm_head: Any,
+    factor: float = 1.0,
+    weights: np.ndarray | None = None,
+    other: TokenLosses | None = None,
 ) -> Any:
     """The summed cross-entropy (nats, a scalar float32 tensor) of all positions with a label, each times its weight.
 
@@ -191,7 +230,7 @@ def target_loss(
     ``lm_head`` has a ``weight`` [hidden, V] ([V, hidden] where it has ``transpose_y``), and may have a ``scale`` and a
     ``cap`` for the logits, and a ``vocabulary`` where processes share it. ``factor`` is what the loss is going to be
     multiplied with before it goes backward, not 0: gradients in 16 bits have it before they are rounded. ``weights``
-    numpy float32 [B, S]; None: every position with a label counts 1.
+    numpy float32 [B, S]; None: every position with a label counts 1. ``other`` makes another loss of each position.
     """
     chosen, label = _targets(hidden, labels)
     if label is None:
@@ -202,7 +241,7 @@ def target_loss(
     factor = 1.0 if product_dtype(hidden) == paddle.float32 else factor
     counts = _Counts.of(labels, weights, factor, hidden.place)
     return _ChunkedCrossEntropy.apply(
-        chosen, weight, label, _Shape.of(lm_head), gradients, _vocabulary(lm_head), counts
+        chosen, weight, label, _Shape.of(lm_head), gradients, _vocabulary(lm_head), counts, other
     )
 
 
@@ -213,15 +252,31 @@ def target_scores(hidden: Any, labels: np.ndarray, lm_head: Any) -> tuple[float,
     if label is None:
         return 0.0, 0
     shape, vocabulary = _Shape.of(lm_head), _vocabulary(lm_head)
-    rows = _rows(lm_head.weight, shape.transpose_y)
     total, correct = paddle.zeros([], "float64"), paddle.zeros([], "int64")
-    for start in range(0, chosen.shape[0], rows):
-        part = label[start : start + rows]
-        logits = shape.logits(chosen[start : start + rows], lm_head.weight)
+    for logits, part in _logits(chosen, label, lm_head, shape):
         correct += (_likeliest(logits, vocabulary) == part).astype("int64").sum()
         total += _losses(logits, part, shape, vocabulary)[0].sum()
     total, correct = paddle.stack([total, correct.astype("float64")]).tolist()
     return total, int(correct)
+
+
+@paddle.no_grad()
+def target_losses(hidden: Any, labels: np.ndarray, lm_head: Any) -> np.ndarray:
+    """The cross-entropy (nats) of each position, float64 [B, S], 0 where there is no label; arguments as above."""
+    chosen, label = _targets(hidden, labels)
+    found = np.zeros(labels.shape, np.float64)
+    if label is not None:
+        shape, vocabulary = _Shape.of(lm_head), _vocabulary(lm_head)
+        parts = [_losses(*each, shape, vocabulary)[0] for each in _logits(chosen, label, lm_head, shape)]
+        found[labels != IGNORED] = paddle.concat(parts).numpy()[:, 0]
+    return found
+
+
+def _logits(hidden: Any, label: Any, lm_head: Any, shape: _Shape) -> Iterator[tuple[Any, Any]]:
+    """Logits float32 [n, columns that are here] and labels [n] of one chunk after the other."""
+    rows = _rows(lm_head.weight, shape.transpose_y)
+    for start in range(0, hidden.shape[0], rows):
+        yield shape.logits(hidden[start : start + rows], lm_head.weight), label[start : start + rows]
 
 
 def _likeliest(logits: Any, vocabulary: Vocabulary) -> Any:

@@ -13,10 +13,10 @@ from sft.distributed.parts import Part
 from sft.distributed.pieces import Piece
 from sft.distributed.place import beside
 from sft.distributed.whole import WholeModel
+from sft.models.forward import hidden_states
 from sft.models.layers import linear_weight
 from sft.models.sums import FEW, row_sums
 from sft.seams import Batch, Learning, ParameterGroup
-from sft.training.loss import batch_scores
 
 
 class SingleProcess(WholeModel):
@@ -52,9 +52,11 @@ class SingleProcess(WholeModel):
     def updated(self) -> None:
         pass
 
-    def scores(self, model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
-        scores = [batch_scores(model, batch) for batch in batches]
-        return sum(loss for loss, _ in scores), sum(correct for _, correct in scores)
+    def scores(
+        self, model: Any, batches: Sequence[Batch], score: Callable[[Any, Batch], Sequence[float]], count: int
+    ) -> list[float]:
+        found = [score(hidden_states(model, batch), batch) for batch in batches]
+        return [sum(each[number] for each in found) for number in range(count)]
 
     def answering(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
         return contextlib.nullcontext(lambda: None)

@@ -21,7 +21,6 @@ from sft.parallel import (
     part_of,
     set_value,
     squared_gradients,
-    target_scores,
     whole_shape,
 )
 from sft_parallel_4d.adapters import Adapters
@@ -266,17 +265,17 @@ class Parallel:
             self._shards.spread(self._trained.values())
 
     @phase("evaluation")
-    def scores(self, model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
+    def scores(
+        self, model: Any, batches: Sequence[Batch], score: Callable[[Any, Batch], Sequence[float]], count: int
+    ) -> list[float]:
         real, scores = len(batches), []
         batches = self._even(batches)
 
         def forward(batch: Batch, received: Any) -> Any:
             """What the next stage gets; in the last one, the scores are noted."""
             self.phases.go_on()
-            return self._finished(hidden_states(model, batch, received), lambda hidden: score(hidden, batch))
-
-        def score(hidden: Any, batch: Batch) -> None:
-            scores.append(target_scores(hidden, batch.labels, model.lm_head))
+            own = hidden_states(model, batch, received)
+            return self._finished(own, lambda hidden: scores.append(score(hidden, batch)))
 
         with self._together():
             if self._pipe is not None:
@@ -287,8 +286,7 @@ class Parallel:
                     if self._shards is not None:
                         self._shards.release()
         own = scores[:real]  # idle ones come last
-        loss, correct = self._at_last_stage([sum(loss for loss, _ in own), sum(right for _, right in own)])
-        return loss, int(correct)
+        return self._at_last_stage([float(sum(each[number] for each in own)) for number in range(count)])
 
     def _at_last_stage(self, values: list[float]) -> list[float]:
         """What the last stage knows, for all of a pipeline."""

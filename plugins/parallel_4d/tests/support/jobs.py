@@ -165,9 +165,9 @@ def train_with_a_bad_step(settings: dict[str, Any], rank: int, step: int) -> Non
     """One rank of a run in which the loss of a ``step`` is not a number in ``rank``."""
     from paddle import distributed
 
-    from sft.training import loop
+    from sft.training import objective
 
-    own, at = loop.target_loss, [0]
+    own, at = objective.target_loss, [0]
 
     class Steps(sft.Plugin):
         name = "steps"
@@ -181,7 +181,7 @@ def train_with_a_bad_step(settings: dict[str, Any], rank: int, step: int) -> Non
         found = own(*arguments)
         return found * float("nan") if at[0] == step - 1 and distributed.get_rank() == rank else found
 
-    loop.target_loss = loss
+    objective.target_loss = loss
     sft.run(settings, plugins=[Steps], say=print)
 
 

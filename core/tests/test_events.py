@@ -71,6 +71,8 @@ def test_hooks_are_called_in_the_order_of_their_page(train: Train) -> None:
         "sft_attention_backend",
         "sft_adapt_model",
         "sft_kernels",
+        "sft_objective",
+        "sft_token_loss",
         "sft_parameter_groups",
     ]
     step = ["sft_micro_batch", "sft_step_ended", "sft_evaluated", "sft_state", "sft_checkpoint_saved"]

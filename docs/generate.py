@@ -275,7 +275,7 @@ def public_page() -> str:
 
 def _first(value: Any, end: str = ". ") -> str:
     """The first sentence (or another beginning) of a docstring; of a plain value, the value."""
-    if isinstance(value, int):
+    if isinstance(value, (int, str)):
         return f"`{value}`"
     text = (inspect.getdoc(value) or "").partition("\n\n")[0]
     text = re.sub(r":\w+:`([^`]+)`", r"`\1`", " ".join(text.split())).replace("``", "`").replace("|", "\\|")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,28 +19,15 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 # --- listing ------------------------------------------------------------------------------------------------
 
 
-def test_listing_names_plugin_and_distribution(distribute: Distribute, sft_command: Command) -> None:
-    distribute("sft-test-tool", plugin("tool"), {"tool": "Tool"}, {"setting.use_tool": "Tool"}, version="2.3")
-    done = sft_command("plugins")
-    assert done.returncode == 0
-    assert re.search(r"^tool +sft-test-tool 2\.3  \(also requested by setting use_tool\)$", done.stdout, re.MULTILINE)
-    rows = [json.loads(line) for line in sft_command("plugins", "--json").stdout.splitlines()]
-    assert {
-        "name": "tool",
-        "distribution": "sft-test-tool",
-        "version": "2.3",
-        "also_requested_by": ["setting use_tool"],
-        "wrong_requests": [],
-    } in rows
-
-
 MARKED = """
     import pathlib
     pathlib.Path({marker!r}).write_text("imported")
 """
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("plugins",), ("run", "--help"), ("run",), ("run", "--x", "1")])
+@pytest.mark.parametrize(
+    "arguments", [(), ("--help",), ("plugins", "--help"), ("run", "--help"), ("run",), ("run", "--x", "1")]
+)
 def test_what_is_not_requested_is_not_imported(
     distribute: Distribute, sft_command: Command, tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:

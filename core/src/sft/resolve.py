@@ -7,6 +7,7 @@ from typing import Any
 
 from sft import hookspecs
 from sft.plugins.discovery import entries
+from sft.plugins.files import with_files
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import (
     by_device,
@@ -27,8 +28,9 @@ def resolve(values: Mapping[str, Any], extra: Iterable[type]) -> tuple[Settings,
     nothing here, each with the reason. Raises :class:`UsageError` for all that settings alone can get wrong.
     """
     entries.cache_clear()  # what was installed since the last run counts
+    values, files = with_files(values)
     names, left = choose_plugins(values, core_options())
-    active = Plugins.load(names, hookspecs, extra, explicit(values), by_device(values))
+    active = Plugins.load(names, hookspecs, [*extra, *files], explicit(values), by_device(values))
     known = known_names(active) - {"plugin"}
     # What asks for one plugin may be another's setting, which that plugin then reads, whatever was asked for.
     left.update({key: value for key, value in values.items() if key in known})

@@ -21,7 +21,7 @@ COMMANDS = {
     "evaluate": "Measure a model on data, with or without an adapter.",
     "generate": "Answer prompts with a model, with or without an adapter.",
     "chat": "Talk with a model in the terminal, with or without an adapter.",
-    "plugins": "List the installed plugins.",
+    "plugins": "List the installed plugins, and check what one declares.",
 }
 
 

@@ -1,47 +1,126 @@
-"""``sft plugins``: what is installed, read from metadata alone."""
+"""``sft plugins``: what is installed, what one plugin declares, whether that holds, and a new one to begin with."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
-from sft.plugins.discovery import REQUESTS, installed, strange_requests
-from sft.plugins.requests import requests
+from sft.commands.shared import option_row
+from sft.errors import SftError
+from sft.foreign_text import safe
+from sft.kit.about import About, about, all_plugins, find_plugin, found, ties
+from sft.plugins.api import API_VERSION
+from sft.plugins.discovery import strange_requests
 
 
-@click.command(name="plugins")
+@click.group(name="plugins", invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-def command(as_json: bool) -> None:
-    """List the installed plugins. None of them is imported."""
-    ways: dict[str, list[str]] = {}
-    for kind in REQUESTS:
-        for what, names in requests(kind).items():
-            for name in names:
-                ways.setdefault(name, []).append(f"{kind} {what}")
-    strange = strange_requests()
-    rows = [
-        {
-            "name": name,
-            "distribution": item.distribution,
-            "version": item.version,
-            "also_requested_by": ways.get(name, []),
-            "wrong_requests": strange.get(item.distribution, []),
-        }
-        for name, items in installed().items()
-        for item in items
-    ]
+@click.pass_context
+def command(context: click.Context, as_json: bool) -> None:
+    """List the installed plugins: what each is, needs and excludes. One that is broken is listed with the reason.
+
+    `sft plugins info NAME` says everything of one, `sft plugins validate` whether what a plugin declares holds, and
+    `sft plugins new NAME --kind KIND` writes one to begin with.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    rows = all_plugins()
     if as_json:
         for row in rows:
-            click.echo(json.dumps(row))
+            click.echo(json.dumps(row.as_dict()))
         return
     if not rows:
         click.echo("No plugin is installed; pip install 'paddle-sft[all]' brings those of the project.")
         return
-    width = max(len(str(row["name"])) for row in rows)
+    names, kinds = (max(map(len, column)) for column in ([row.name for row in rows], [_kind(row) for row in rows]))
     for row in rows:
-        also = f"  (also requested by {', '.join(row['also_requested_by'])})" if row["also_requested_by"] else ""
-        click.echo(f"{row['name']:<{width}}  {row['distribution']} {row['version']}{also}")
-    for distribution, faults in strange.items():
-        for fault in faults:
-            click.echo(f"note: {distribution} declares {fault}")
+        click.echo(safe(f"{row.name:<{names}}  {_kind(row):<{kinds}}  {row.origin}"))
+        for line in _more(row):
+            click.echo(safe(f"{'':<{names}}  {line}"))
+    for faults in strange_requests().items():
+        for fault in faults[1]:
+            click.echo(safe(f"note: {faults[0]} declares {fault}"))
+    for tie in ties(rows):
+        click.echo(safe(f"note: {tie}"))
+
+
+def _kind(row: About) -> str:
+    return "broken" if row.fault else ", ".join(row.kinds)
+
+
+def _more(row: About) -> list[str]:
+    if row.fault:
+        return [row.fault]
+    relations = [
+        f"{word} {', '.join(names)}"
+        for word, names in (("needs", row.requires), ("not with", row.conflicts), ("replaces", row.supersedes))
+        if names
+    ]
+    also = [f"also requested by {', '.join(row.also_requested_by)}"] if row.also_requested_by else []
+    return [row.summary, *(["; ".join([*relations, *also])] if relations or also else [])]
+
+
+@command.command(name="info")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+def info(name: str, as_json: bool) -> None:
+    """Everything that plugin NAME declares. NAME may be the path of a file, ./my_plugin.py."""
+    row = about(find_plugin(name), found())
+    if as_json:
+        click.echo(json.dumps(row.as_dict()))
+        return
+    for line in _page(row):
+        click.echo(safe(line))
+
+
+def _page(row: About) -> list[str]:
+    if row.fault:
+        return [f"{row.name}: broken ({row.origin})", f"  {row.fault}"]
+    shapes = {True: "yes: a checkpoint is resumed with it, and with the same options", False: "no: it may come and go"}
+    fields: dict[str, Any] = {
+        "reference": row.reference,
+        "API": f"{row.api_version} (this sft has {API_VERSION})",
+        "asked for by": ", ".join([f"--plugin {row.name}", *row.also_requested_by]),
+        "needs": ", ".join(row.requires),
+        "not with": ", ".join(row.conflicts),
+        "replaces": ", ".join(row.supersedes),
+        "shapes what is learned": shapes.get(row.shapes, "unknown, for what it needs is not here"),
+        "implements": ", ".join(row.hooks),
+        "publishes": ", ".join(row.publishes),
+    }
+    lines = [f"{row.name}: {_kind(row)} ({row.origin})", f"  {row.summary}", ""]
+    lines += [f"  {word:<22}  {value}" for word, value in fields.items() if value]
+    if row.options:
+        lines += ["", "  Settings:", *(f"  {line}" for one in row.options for line in option_row(one).split("\n"))]
+    return lines
+
+
+@command.command(name="validate")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.pass_context
+def validate(context: click.Context, name: str | None, as_json: bool) -> None:
+    """Check what plugin NAME declares (or all that are installed): its entry point, the range of APIs, its options
+    against all others, hooks and their arguments, how long its import takes, and what it says of itself.
+
+    NAME may be the path of a file, ./my_plugin.py. Exit code 1 says that something is wrong.
+    """
+    from sft.kit.validate import installed_names, validated
+
+    findings = [one for each in ([name] if name is not None else installed_names()) for one in validated(each)]
+    for one in findings:
+        if as_json:
+            click.echo(json.dumps(one.as_dict()))
+            continue
+        state = "valid" if not one.faults else f"{len(one.faults)} fault{'s' * (len(one.faults) > 1)}"
+        click.echo(safe(f"{one.name} ({one.origin}): {state}"))
+        for word, rows in (("fault", one.faults), ("note", one.notes)):
+            for check, text in rows:
+                click.echo(safe(f"  {word}, {check}: {text}"))
+    if not findings and not as_json:
+        click.echo("No plugin is installed, so there is nothing to check.")
+    wrong = [one.name for one in findings if one.faults]
+    if wrong:
+        raise SftError(f"{', '.join(wrong)}: something is wrong, see above.")

@@ -8,10 +8,12 @@ from typing import Any
 import click
 
 from sft import hookspecs
+from sft.commands.shared import option_row
 from sft.errors import SftError, SignalError, UsageError
 from sft.files import read_report
 from sft.foreign_text import safe
-from sft.options import Bare, Option, options_of
+from sft.options import Bare, options_of
+from sft.plugins.files import with_files
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import by_device, choose_plugins, explicit
 from sft.settings.arguments import GROUPS, core_options
@@ -98,44 +100,28 @@ def collect(arguments: list[str]) -> dict[str, Any]:
 
 def help_text(values: dict[str, Any]) -> str:
     """Every setting of the core and of the requested plugins, under its heading."""
+    values, files = with_files(values)
     names, _ = choose_plugins(values, core_options())
-    active = Plugins.load(names, hookspecs, explicit=explicit(values), wishes=by_device(values))
+    active = Plugins.load(names, hookspecs, files, explicit(values), by_device(values))
     lines = [
         "Usage: sft run [SETTINGS.json|.yaml] [--plugin NAME ...] [--name value ...]",
         "",
         "Fine-tune a model. Without an adapter plugin all parameters train. Names may have dashes or underscores.",
         "",
-        "  --plugin NAME  switch a plugin on (repeatable; no:NAME switches it off); its settings then show here",
+        "  --plugin NAME  switch a plugin on (repeatable; no:NAME switches it off; or the path of a file, ./x.py);",
+        "                 its settings then show here",
     ]
     for group, cls in GROUPS.items():
         lines += ["", f"{group.capitalize()} arguments: {(cls.__doc__ or '').strip()}"]
-        lines += [_row(option) for option in options_of(cls).values()]
+        lines += [option_row(option) for option in options_of(cls).values()]
     for name, plugin in active:
         lines += ["", f"Plugin {name} ({active.origin(name)}): {getattr(plugin, 'summary', '')}"]
         declared = getattr(plugin, "Options", None)
         if declared is not None:
-            lines += [_row(option) for option in options_of(declared).values()]
+            lines += [option_row(option) for option in options_of(declared).values()]
     if not names:
         lines += ["", "With --plugin NAME its settings are listed too; `sft plugins` lists the plugins."]
     return "\n".join(lines)
-
-
-def _row(option: Option) -> str:
-    kind = "|".join(option.words) or _kind(option)
-    default = (
-        "unset"
-        if option.default in (None, [])
-        else str(option.default).lower()
-        if isinstance(option.default, bool)
-        else option.default
-    )
-    return f"  --{option.name} {kind}  [{default}]\n      {option.help}"
-
-
-def _kind(option: Option) -> str:
-    if option.is_list and str not in option.kinds:
-        return "A,B,…"
-    return next(text for kind, text in ((int, "N"), (float, "X"), (str, "TEXT")) if kind in option.kinds)
 
 
 def report(summary: Any) -> None:

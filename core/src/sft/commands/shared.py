@@ -112,6 +112,25 @@ def _default(option: Option) -> str:
     return f"  [default: {str(option.default).lower() if option.is_flag else option.default}]"
 
 
+def option_row(option: Option) -> str:
+    """A setting as `--help` shows it: what is typed, its default, and below what it means."""
+    kind = "|".join(option.words) or _kind(option)
+    default = (
+        "unset"
+        if option.default in (None, [])
+        else str(option.default).lower()
+        if isinstance(option.default, bool)
+        else option.default
+    )
+    return f"  --{option.name} {kind}  [{default}]\n      {option.help}"
+
+
+def _kind(option: Option) -> str:
+    if option.is_list and str not in option.kinds:
+        return "A,B,…"
+    return next(text for kind, text in ((int, "N"), (float, "X"), (str, "TEXT")) if kind in option.kinds)
+
+
 def typed_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that were typed, checked."""
     declared = core_options()

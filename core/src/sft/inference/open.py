@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from sft import hookspecs, runtime
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
-from sft.models.adapter_folder import base_plugins, check_base, read_adapter_config
+from sft.models.adapter_folder import base_plugins, check_base, cure_of, plugin_files, read_adapter_config
 from sft.models.loading import ModelSource, open_model
 from sft.options import options_of
 from sft.plugins.discovery import canonical, installed, with_refined
+from sft.plugins.files import name_of, with_files
 from sft.plugins.registry import Plugins, implements
 from sft.plugins.requests import by_device, choose_plugins, choose_reader
 from sft.progress import Progress
@@ -37,23 +38,26 @@ def settings_for(
     time, and those ``requested`` by name. The settings are those ``given`` by name, and the defaults. ``uses``: a
     command, and the hooks that it calls; a plugin that is requested and has no part in it is refused.
     """
+    asked, files = with_files({"plugin": list(requested)})
+    requested, from_files = asked["plugin"], {name_of(plugin): plugin for plugin in files}
     trained = base_plugins(adapter) if adapter is not None else {}
     names = list(trained)
     for name in names:
-        if name not in installed():
+        if name not in installed() and name not in from_files:
             raise UsageError(
-                f"{adapter} was trained over a base that plugin {name} changes, which is not installed; pip install "
-                "the distribution that provides it."
+                f"{adapter} was trained over a base that plugin {name} changes, which is not installed; "
+                f"{cure_of(adapter, name)}."
             )
     named = {key: value for key, value in (given or {}).items() if key == "dataset_name_or_path"}
     names = choose_plugins({**named, "plugin": [*names, *requested]}, named)[0]
     readers: list[str] = []
     if adapter is not None:
-        readers = with_refined(choose_reader(adapter, read_adapter_config(adapter), requested))
+        reader = _reader(adapter, requested, from_files)
+        readers = [*_needed(from_files[reader]), reader] if reader in from_files else with_refined(reader)
         names += [name for name in readers if name not in names]
     computes = uses is None or "sft_kernels" in uses[1]
     wishes = by_device({**(given or {}), "plugin": list(requested)}) if computes else []
-    active = Plugins.load(names, hookspecs, wishes=wishes)
+    active = Plugins.load(names, hookspecs, files, wishes=wishes)
     active.readers = readers
     values = dict(given or {})
     for name, plugin in active:
@@ -66,6 +70,29 @@ def settings_for(
     if uses is not None:
         _refuse_idle(active, requested, *uses)
     return settings, active
+
+
+def _reader(adapter: Path, requested: Sequence[str], files: Mapping[str, Any]) -> str:
+    """The plugin that reads ``adapter``: one of the ``files`` that the user gives, which has no metadata to claim a
+    folder with, or else one that claims it."""
+    config = read_adapter_config(adapter)
+    reading = [name for name, plugin in files.items() if any(implements(plugin, hook) for hook in _READING)]
+    if len(reading) > 1:
+        raise UsageError(f"Plugins {' and '.join(reading)} both read adapters; leave one of them out.")
+    if reading:
+        return reading[0]
+    unread = [f"plugin {name}: {cure_of(adapter, name)}" for name in plugin_files(adapter)]
+    if unread and not any(name in files for name in plugin_files(adapter)):
+        raise UsageError(f"{adapter} is a {config['peft_type']} adapter of {' and '.join(unread)}.")
+    return choose_reader(adapter, config, requested)
+
+
+_READING = ("sft_import_adapter", "sft_adapter_merger")
+
+
+def _needed(plugin: Any) -> list[str]:
+    """What a plugin of a file ``requires``, and what that requires."""
+    return [one for name in getattr(plugin, "requires", ()) for one in with_refined(canonical(name))]
 
 
 def _check_precision(settings: Settings) -> None:

@@ -41,6 +41,8 @@ PREFIX = "base_model.model."
 """What PEFT puts before the name of a layer."""
 RENAMED = "sft.renamed"
 """Where it keeps what layers are called in its files and here, as pairs of parts of names, where that differs."""
+FILES = "sft.plugin_files"
+"""Where it keeps the names of files from which plugins were read that made the adapter or changed its base."""
 CONFIG = "sft.config"
 """Where it keeps the plugins that read the base's family or changed its config, with their options."""
 
@@ -155,7 +157,29 @@ def base_metadata(
     quantizer = plugins.provider("sft_quantizer")
     if quantizer is not None:
         about[QUANTIZER] = json.dumps({"plugin": [quantizer], **_values(options, quantizer)})
+    made_by = (*source.changed_by, quantizer, plugins.provider("sft_export_adapter"))
+    files = {name: file.path.name for name, file in plugins.files.items() if name in made_by}
+    if files:
+        about[FILES] = json.dumps(files)
     return about
+
+
+def plugin_files(folder: Path) -> dict[str, str]:
+    """The plugins without a distribution that made the adapter in ``folder``, or changed its base: for each the name of
+    its file."""
+    try:
+        found = dict(json.loads(_metadata(folder).get(FILES, "{}")))
+    except (ValueError, TypeError, RecursionError):
+        return {}  # it is there for messages alone
+    return {str(name): str(file) for name, file in found.items()}
+
+
+def cure_of(adapter: Path, name: str) -> str:
+    """What to do where plugin ``name``, which ``adapter`` needs, is not there."""
+    file = plugin_files(adapter).get(name)
+    if file is None:
+        return "pip install the distribution that provides it"
+    return f"it was the file {shown(file)}, so add --plugin PATH/{shown(file)}"
 
 
 def base_plugins(folder: Path) -> dict[str, dict[str, Any]]:

@@ -146,6 +146,12 @@ def _expected(specification: Callable[..., Any]) -> Any:
     return _resolved({"return": written}, getattr(specification, "__globals__", {})).get("return", Any)
 
 
+def annotations_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """What arguments and result of a hook are annotated with; empty where a name means nothing here."""
+    written = dict(getattr(function, "__annotations__", {}))
+    return _resolved(written, getattr(function, "__globals__", {}))
+
+
 @functools.cache
 def _fields(kind: type) -> dict[str, Any]:
     """Names and types of a dataclass's fields."""

@@ -16,6 +16,7 @@ from sft.plugins.api import said_once
 from sft.plugins.calls import failed, from_plugin, guard
 from sft.plugins.declarations import check_form, check_relations, in_order, meant
 from sft.plugins.discovery import canonical, find, import_plugin, imported, installed, is_of, strange_requests
+from sft.plugins.origins import PluginFile, file_of, origin_of
 
 SHAPING = (
     *("sft_collator", "sft_model_family", "sft_model_config", "sft_quantizer"),
@@ -86,6 +87,8 @@ class Plugins:
         """Those that read the adapter which is opened: its reader, and what that refines."""
         self.direct: list[str] = []
         """Those that were given as classes, and that another process would not find among what is installed."""
+        self.files: dict[str, PluginFile] = {}
+        """Those that were read from a file of their own, which any process with its path finds."""
         self.replaced: list[str] = []
         """Clauses on installed plugins that were asked for, and whose place a class given directly takes."""
         self.manager = pluggy.PluginManager("sft")
@@ -111,10 +114,11 @@ class Plugins:
         replaced: list[str] = []
         extra = list(extra)
         for plugin in extra:
-            given, own = _name_of(plugin), getattr(plugin, "__qualname__", plugin.__name__)
+            given, origin = _name_of(plugin), origin_of(plugin)
             if classes.setdefault(given, plugin) is not plugin:
-                raise UsageError(f"Plugin {given} is {origins[given]} and as {own}; leave one out, or rename it.")
-            origins[given] = f"given directly as {own}"
+                other = origin.removeprefix("given directly ")
+                raise UsageError(f"Plugin {given} is {origins[given]} and {other}; leave one out, or rename it.")
+            origins[given] = origin
             check_relations(plugin, f"Plugin {given} ({origins[given]})")
         available, strange = installed(), strange_requests()
         for name in names:
@@ -138,8 +142,11 @@ class Plugins:
         plugins.direct = [
             name
             for name in origins
-            if name in classes and not any(is_of(item, classes[name]) for item in available.get(name, ()))
+            if name in classes
+            and file_of(classes[name]) is None
+            and not any(is_of(item, classes[name]) for item in available.get(name, ()))
         ]
+        plugins.files = {name: file for name, plugin in classes.items() if (file := file_of(plugin)) is not None}
         plugins._check_declarations()
         plugins._classes = in_order(classes, canonical)
         plugins._check_single()
@@ -205,6 +212,10 @@ class Plugins:
     def who(self, name: str) -> str:
         """An active plugin as messages name it, at the beginning of a sentence."""
         return f"Plugin {name} ({self.origin(name)})"
+
+    def files_written(self) -> dict[str, dict[str, str]]:
+        """For run.json and checkpoints: of each plugin that was read from a file, its path and SHA-256."""
+        return {name: file.as_dict() for name, file in self.files.items()}
 
     def shaping(self) -> list[str]:
         """Those that change what is learned, themselves or through the plugin that they refine: one that they require,

@@ -32,7 +32,10 @@ _SHAPE: dict[str, Any] = {
     **dict.fromkeys(("before", "evaluation", "best", "settings", "shaping", "plugins"), (dict,)),
 }
 """What ``state.json`` holds, and as what."""
-_MAY_LACK = {"in_adapter": (dict,), "arithmetic": (dict,), "stopped_early": {"step": (int,), "reason": (str,)}}
+_MAY_LACK = {
+    **dict.fromkeys(("in_adapter", "arithmetic", "plugin_files"), (dict,)),
+    "stopped_early": {"step": (int,), "reason": (str,)},
+}
 """What earlier versions did not write, or not every checkpoint has."""
 CLEARS = "clears"
 """What run.json says while a run removes what an older one has left in its folder."""

@@ -229,6 +229,7 @@ def state_after(run: CoreRun, schedule: Schedule, journal: Journal, at: Step, sc
         "best": run.best,
         "settings": run.settings.written(),
         "shaping": run.shaping(),
+        "plugin_files": run.plugins.files_written(),
         "arithmetic": run.arithmetic,
         **({"other_arithmetic": run.other_arithmetic} if run.other_arithmetic else {}),
         **({"stopped_early": run.stopped_early} if run.stopped_early else {}),

@@ -146,11 +146,17 @@ def check_same_plugins(run: CoreRun, resumed: Checkpoint) -> None:
     before, now = state["shaping"], run.shaping()
     go_on = "resume" if run.settings.training.do_train else "measure it"
     otherwise = ", or start a new run" if run.settings.training.do_train else ""
+    files = state.get("plugin_files", {})
     if set(before) != set(now):
+        lacking = [f"{name}: --plugin {shown(files[name]['path'])}" for name in sorted({*before} - {*now} & {*files})]
+        where = f" ({', '.join(lacking)})" if lacking else ""
         raise UsageError(
             f"{source} was trained with plugins {', '.join(sorted(before)) or 'none'}, and this run has "
-            f"{', '.join(sorted(now)) or 'none'}; {go_on} with the same plugins{otherwise}."
+            f"{', '.join(sorted(now)) or 'none'}; {go_on} with the same plugins{where}{otherwise}."
         )
+    for name, file in run.plugins.files.items():
+        if name in files and files[name]["sha256"] != file.sha256:
+            run.say(f"note: {file.path}, from which plugin {name} is, has changed since {source.name} was written")
     for name, options in now.items():
         for key, value in options.items():
             if before[name].get(key) != value:

@@ -1,0 +1,1 @@
+"""For plugin authors: what a plugin declares, whether that holds, and a new one to begin with."""

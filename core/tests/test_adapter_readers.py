@@ -188,7 +188,6 @@ def test_every_command_that_opens_an_adapter(
 
 
 def test_claims_are_listed(spun: Distribute, sft_command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    lines = sft_command("plugins").stdout.splitlines()
-    found = {line.split()[0]: line.partition("also requested by ")[2].rstrip(")") for line in lines}
-    assert found["plain"] == "adapter YARN"
-    assert found["spun"] == "adapter YARN.use_spin"
+    rows = map(json.loads, sft_command("plugins", "--json").stdout.splitlines())
+    found = {row["name"]: row["also_requested_by"] for row in rows}
+    assert (found["plain"], found["spun"]) == (["adapter YARN"], ["adapter YARN.use_spin"])

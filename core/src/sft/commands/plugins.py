@@ -59,7 +59,7 @@ def _more(row: About) -> list[str]:
         if names
     ]
     also = [f"also requested by {', '.join(row.also_requested_by)}"] if row.also_requested_by else []
-    return [row.summary, *(["; ".join([*relations, *also])] if relations or also else [])]
+    return [line for line in (row.summary, "; ".join([*relations, *also])) if line]
 
 
 @command.command(name="info")
@@ -78,7 +78,11 @@ def info(name: str, as_json: bool) -> None:
 def _page(row: About) -> list[str]:
     if row.fault:
         return [f"{row.name}: broken ({row.origin})", f"  {row.fault}"]
-    shapes = {True: "yes: a checkpoint is resumed with it, and with the same options", False: "no: it may come and go"}
+    shapes = {
+        True: "yes: a checkpoint is resumed with it, and with the same options",
+        False: "no: it may come and go",
+        None: "unknown, for what it needs is not here",
+    }
     fields: dict[str, Any] = {
         "reference": row.reference,
         "API": f"{row.api_version} (this sft has {API_VERSION})",
@@ -86,7 +90,7 @@ def _page(row: About) -> list[str]:
         "needs": ", ".join(row.requires),
         "not with": ", ".join(row.conflicts),
         "replaces": ", ".join(row.supersedes),
-        "shapes what is learned": shapes.get(row.shapes, "unknown, for what it needs is not here"),
+        "shapes what is learned": shapes[row.shapes],
         "implements": ", ".join(row.hooks),
         "publishes": ", ".join(row.publishes),
     }

@@ -40,14 +40,8 @@ def settings_for(
     """
     asked, files = with_files({"plugin": list(requested)})
     requested, from_files = asked["plugin"], {name_of(plugin): plugin for plugin in files}
-    trained = base_plugins(adapter) if adapter is not None else {}
+    trained = _base_of(adapter, from_files) if adapter is not None else {}
     names = list(trained)
-    for name in names:
-        if name not in installed() and name not in from_files:
-            raise UsageError(
-                f"{adapter} was trained over a base that plugin {name} changes, which is not installed; "
-                f"{cure_of(adapter, name)}."
-            )
     named = {key: value for key, value in (given or {}).items() if key == "dataset_name_or_path"}
     names = choose_plugins({**named, "plugin": [*names, *requested]}, named)[0]
     readers: list[str] = []
@@ -70,6 +64,19 @@ def settings_for(
     if uses is not None:
         _refuse_idle(active, requested, *uses)
     return settings, active
+
+
+def _base_of(adapter: Path, files: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The plugins that changed the base of ``adapter``, with their options; each is installed, or one of the ``files``
+    that the user gives."""
+    trained = base_plugins(adapter)
+    for name in trained:
+        if name not in installed() and name not in files:
+            raise UsageError(
+                f"{adapter} was trained over a base that plugin {name} changes, which is not installed; "
+                f"{cure_of(adapter, name)}."
+            )
+    return trained
 
 
 def _reader(adapter: Path, requested: Sequence[str], files: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from sft.foreign_text import shown
 from sft.plugins.discovery import canonical
 from sft.plugins.origins import PluginFile, remember
 from sft.plugins.registry import Plugin
-from sft.small_files import check_path, why
+from sft.small_files import check_path
 
 _PREFIX = "sft_plugin_file_"
 
@@ -85,9 +85,8 @@ def _run(name: str, path: Path, content: bytes) -> None:
         del sys.modules[name]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = f", line {lines[-1]}" if lines else ""
-        raise UsageError(
-            f"Plugin file {shown(path)}{line}: {type(error).__name__}: {why(error)}; correct it there."
-        ) from error
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"Plugin file {shown(path)}{line}: {text}; correct it there.") from error
 
 
 def _plugin_in(module: ModuleType, path: Path) -> Any:

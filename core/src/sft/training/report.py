@@ -36,7 +36,7 @@ def describe(run: CoreRun) -> dict[str, Any]:
         "settings": run.settings.written(),
         "hub": {what: found for what, folder in places.items() if (found := commit_of(folder)) is not None},
         "plugins": {name: run.plugins.origin(name) for name in run.plugins.names},
-        **({"plugin_files": found} if (found := run.plugins.files_written()) else {}),
+        **({"plugin_files": files} if (files := run.plugins.files_written()) else {}),
         "packages": packages,
         "machine": runtime.machine(),
         "arithmetic": run.arithmetic,

@@ -126,7 +126,12 @@ SEAMS = {
     "sft_export_adapter": ("adapter", "适配器"),
     "sft_parallel_strategy": ("parallel strategy", "并行策略"),
     "sft_model_family": ("model family", "模型族"),
+    "sft_objective": ("objective", "优化目标"),
 }
+
+SHARED = {"sft_commands": ("command", "命令"), "sft_token_loss": ("loss of a token", "词元损失")}
+"""What several plugins may be at the same time."""
+EMBEDDING = ("embedding", "嵌入")
 
 
 def plugin_table(chinese: bool) -> str:
@@ -141,10 +146,8 @@ def plugin_table(chinese: bool) -> str:
         link = f"[{item.distribution}](plugins/{_folder(item)})"
         kinds = [words[chinese] for hook, words in SEAMS.items() if _implements(plugin, hook)]
         refines = "改进 lora" if chinese else "refines lora"
-        other = (
-            ("命令" if chinese else "command")
-            if _implements(plugin, "sft_commands")
-            else ("嵌入" if chinese else "embedding")
+        other = next(
+            (words[chinese] for hook, words in SHARED.items() if _implements(plugin, hook)), EMBEDDING[chinese]
         )
         seam = kinds[0] if kinds else refines if plugin.requires else other
         cells = (_names(plugin.requires), _names(excluded(name, plugins)), _names(plugin.supersedes))

@@ -1,0 +1,1 @@
+"""What a step minimises, as sft plugins: other losses of a token, and preferences."""

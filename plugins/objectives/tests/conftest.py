@@ -1,0 +1,14 @@
+"""The settings of this distribution's test runs; the rest of what they share is in plugins/conftest.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sft.testing import metrics  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def run_settings() -> dict[str, Any]:
+    return {"learning_rate": 1e-3, "logging_steps": 1}

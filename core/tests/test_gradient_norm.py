@@ -14,11 +14,13 @@ from sft.settings.arguments import TrainingArguments
 @pytest.mark.parametrize("max_norm", [0.5, 2.0, 1e6, 0.0])
 def test_clipping_is_by_the_global_norm(paddle: Any, max_norm: float) -> None:
     """One step of AdamW sees the clipped gradients in its first moment."""
-    from sft.training.optimizer import Optimizer, clip_factor, default_groups
+    from sft.training.adamw import AdamW
+    from sft.training.groups import default_groups
+    from sft.training.loop import clip_factor
     from sft.training.strategy import SingleProcess
 
     parameters, gradients = parameters_of(paddle), gradients_of(1)
-    optimizer = Optimizer(default_groups(parameters, 0.0), TrainingArguments())
+    optimizer = AdamW(default_groups(parameters, 0.0), TrainingArguments())
     for name, parameter in parameters.items():
         parameter.grad = paddle.to_tensor(gradients[name][0])
     idle = paddle.create_parameter([2], "float32")

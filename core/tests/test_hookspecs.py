@@ -42,6 +42,8 @@ SINGLE = {
     "sft_attention_backend",
     "sft_kernels",
     "sft_objective",
+    "sft_optimizer",
+    "sft_schedule",
     "sft_export_adapter",
     "sft_import_adapter",
     "sft_adapter_merger",

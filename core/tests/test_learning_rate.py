@@ -28,7 +28,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize(("kind", "warmup"), SCHEDULES)
 def test_schedules_are_hugging_faces(kind: str, warmup: int) -> None:
-    from sft.training.optimizer import learning_rate
+    from sft.training.rates import learning_rate
 
     training = TrainingArguments(learning_rate=3e-4, lr_scheduler_type=kind, warmup_steps=warmup)
     found = [learning_rate(step, 10, training) for step in range(1, 11)]
@@ -36,7 +36,7 @@ def test_schedules_are_hugging_faces(kind: str, warmup: int) -> None:
 
 
 def test_the_polynomial_schedule_ends_at_its_last_rate() -> None:
-    from sft.training.optimizer import learning_rate
+    from sft.training.rates import learning_rate
 
     training = TrainingArguments(
         learning_rate=2.0, lr_scheduler_type="polynomial", warmup_steps=2, power=2.0, lr_end=0.4
@@ -46,7 +46,7 @@ def test_the_polynomial_schedule_ends_at_its_last_rate() -> None:
 
 
 def test_two_whole_waves_of_the_cosine() -> None:
-    from sft.training.optimizer import learning_rate
+    from sft.training.rates import learning_rate
 
     training = TrainingArguments(learning_rate=1.0, lr_scheduler_type="cosine", num_cycles=2.0)
     found = [learning_rate(step, 8, training) for step in range(1, 9)]
@@ -55,7 +55,7 @@ def test_two_whole_waves_of_the_cosine() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_a_decay_would_reach_zero_after_the_last_step(kind: str) -> None:
-    from sft.training.optimizer import learning_rate
+    from sft.training.rates import learning_rate
 
     training = TrainingArguments(learning_rate=1.0, lr_scheduler_type=kind)
     assert learning_rate(11, 10, training) == pytest.approx(0.0, abs=1e-15)
@@ -66,7 +66,7 @@ def test_a_decay_would_reach_zero_after_the_last_step(kind: str) -> None:
     ("steps", "ratio", "warmup"), [(0, 0.4, 4), (0, 0.31, 4), (3, 0.9, 3), (0, 0.0, 0), (0, 1.0, 10)]
 )
 def test_warm_up_by_ratio_is_rounded_up_and_steps_win(steps: int, ratio: float, warmup: int) -> None:
-    from sft.training.optimizer import learning_rate
+    from sft.training.rates import learning_rate
 
     training = TrainingArguments(
         learning_rate=1.0, lr_scheduler_type="constant_with_warmup", warmup_steps=steps, warmup_ratio=ratio
@@ -76,7 +76,7 @@ def test_warm_up_by_ratio_is_rounded_up_and_steps_win(steps: int, ratio: float, 
 
 
 def test_warm_up_longer_than_the_run_never_reaches_the_peak() -> None:
-    from sft.training.optimizer import learning_rate
+    from sft.training.rates import learning_rate
 
     training = TrainingArguments(learning_rate=1.0, lr_scheduler_type="cosine", warmup_steps=100)
     assert [learning_rate(step, 3, training) for step in (1, 2, 3)] == pytest.approx([0.0, 0.01, 0.02])

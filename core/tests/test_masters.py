@@ -13,7 +13,8 @@ from sft.settings.arguments import TrainingArguments
 
 def test_parameters_of_16_bits_are_stepped_as_float32_masters(paddle: Any) -> None:
     """Steps of 1e-4 at values of 1, where bfloat16 resolves 4e-3: the parameters alone would never move."""
-    from sft.training.optimizer import Optimizer, default_groups
+    from sft.training.adamw import AdamW
+    from sft.training.groups import default_groups
 
     start = np.linspace(0.5, 1.5, 12, dtype=np.float32).reshape(4, 3)
     narrow = paddle.to_tensor(start).astype("bfloat16")
@@ -21,7 +22,7 @@ def test_parameters_of_16_bits_are_stepped_as_float32_masters(paddle: Any) -> No
     parameter = paddle.base.framework.EagerParamBase.from_tensor(narrow)
     parameter.stop_gradient = False
     training = TrainingArguments()
-    optimizer = Optimizer(default_groups({"w": parameter}, 0.0), training)
+    optimizer = AdamW(default_groups({"w": parameter}, 0.0), training)
     gradients = np.random.default_rng(3).standard_normal((40, 4, 3)).astype(np.float32) * 0.1 + 1
     rounded = [paddle.to_tensor(g).astype("bfloat16") for g in gradients]
     for gradient in rounded:
@@ -38,13 +39,14 @@ def test_parameters_of_16_bits_are_stepped_as_float32_masters(paddle: Any) -> No
 
 
 def test_masters_travel_with_the_state(paddle: Any) -> None:
-    from sft.training.optimizer import Optimizer, default_groups
+    from sft.training.adamw import AdamW
+    from sft.training.groups import default_groups
 
     def make() -> tuple[Any, Any]:
         value = paddle.to_tensor(np.linspace(0.5, 1.5, 6, dtype=np.float32).reshape(2, 3)).astype("bfloat16")
         parameter = paddle.base.framework.EagerParamBase.from_tensor(value)
         parameter.stop_gradient = False
-        return parameter, Optimizer(default_groups({"w": parameter}, 0.0), TrainingArguments())
+        return parameter, AdamW(default_groups({"w": parameter}, 0.0), TrainingArguments())
 
     def step(parameter: Any, optimizer: Any) -> None:
         parameter.grad = paddle.ones([2, 3], "bfloat16")
@@ -64,12 +66,12 @@ def test_masters_travel_with_the_state(paddle: Any) -> None:
 def test_micro_batches_of_16_bits_are_stepped_by_their_exact_sum(paddle: Any) -> None:
     """Five steps of eight micro-batches, against the paper's AdamW in float64 on exact sums. In 16 bits they would be
     off by up to 1e-2."""
-    from sft.training.optimizer import Optimizer
+    from sft.training.adamw import AdamW
     from sft.training.wide_sums import WideSums
 
     parameter = paddle.base.framework.EagerParamBase.from_tensor(paddle.ones([64]).astype("bfloat16"))
     parameter.stop_gradient = False
-    optimizer = Optimizer([ParameterGroup("all", {"p": parameter})], TrainingArguments())
+    optimizer = AdamW([ParameterGroup("all", {"p": parameter})], TrainingArguments())
     draws = 1 + 0.1 * np.random.default_rng(0).standard_normal((5, 8, 64)).astype(np.float32)
     sums, exact = WideSums([parameter]), []
     for draw in draws:

@@ -23,6 +23,7 @@ from sft.training import checkpoint
 
 SHAPES = {"linear": (6, 8), "norm": (7,), "table": (12, 5)}
 KINDS = ("moment1", "moment2", "beta1_pow_acc")
+GRAINS = {"beta1_pow_acc": 0}
 DIVIDED = {"linear": 1, "table": 0}
 """Along which dimension tensor parts are cut; the norm is whole in each."""
 
@@ -73,7 +74,7 @@ def stepped(state: dict[str, np.ndarray], pieces: dict[str, Piece], lengths: dic
 
 def write(folder: Path, state: dict[str, np.ndarray], tensor: int, flat: int) -> None:
     for file, pieces, lengths in division(tensor, flat):
-        save_pieces(folder / f"{file}.safetensors", stepped(state, pieces, lengths), pieces)
+        save_pieces(folder / f"{file}.safetensors", stepped(state, pieces, lengths), pieces, GRAINS)
 
 
 @pytest.mark.parametrize("before", [(1, 1), (2, 1), (1, 3), (2, 2), (2, 5)], ids=str)
@@ -82,7 +83,7 @@ def test_what_is_written_in_pieces_is_read_under_any_division(
 ) -> None:
     """``before`` and afterwards: parts along a dimension, and flat pieces of these."""
     write(tmp_path, state, *before)
-    saved = SavedState(tmp_path, "optimizer")
+    saved = SavedState(tmp_path, "optimizer", GRAINS)
     assert set(saved) == set(state)
     for key, whole in state.items():
         np.testing.assert_array_equal(saved.whole(key), whole, strict=True)
@@ -97,7 +98,7 @@ def test_a_piece_is_given_in_the_shape_of_what_is_stepped(tmp_path: Path, state:
     """As tensor parallelism alone has it: a matrix."""
     write(tmp_path, state, 2, 3)
     half = Piece(Part((6, 8), 1, 1, 2), 0, 24)
-    found = SavedState(tmp_path, "optimizer").piece("linear.moment2", half, (6, 4))
+    found = SavedState(tmp_path, "optimizer", GRAINS).piece("linear.moment2", half, (6, 4))
     np.testing.assert_array_equal(found, state["linear.moment2"][:, 4:], strict=True)
 
 
@@ -116,7 +117,7 @@ def test_a_missing_file_is_noticed(tmp_path: Path, state: dict[str, np.ndarray],
     """Process 3 writes no norm: it has the same as process 2."""
     write(tmp_path, state, 2, 5)
     (tmp_path / f"optimizer-{lost}.safetensors").unlink()
-    saved = SavedState(tmp_path, "optimizer")
+    saved = SavedState(tmp_path, "optimizer", GRAINS)
     for name in SHAPES:
         key = f"{name}.moment2"
         if name not in lacking:
@@ -128,12 +129,12 @@ def test_a_missing_file_is_noticed(tmp_path: Path, state: dict[str, np.ndarray],
 
 def test_no_file_and_a_cut_off_file_are_named(tmp_path: Path, state: dict[str, np.ndarray]) -> None:
     with pytest.raises(sft.UsageError, match=r"has no optimizer\.safetensors; resume from another checkpoint"):
-        SavedState(tmp_path, "optimizer")
+        SavedState(tmp_path, "optimizer", GRAINS)
     write(tmp_path, state, 2, 1)
     path = tmp_path / "optimizer-1.safetensors"
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(sft.UsageError, match=r"optimizer-1\.safetensors cannot be read \(.*\); resume from another"):
-        SavedState(tmp_path, "optimizer")
+        SavedState(tmp_path, "optimizer", GRAINS)
 
 
 # --- a checkpoint of two processes --------------------------------------------------------------------------
@@ -192,7 +193,9 @@ def test_two_processes_write_one_checkpoint(
             check_lock=lambda: None,
             plugins=SimpleNamespace(names=["counter"], ask=lambda name, hook, run: {"count": rank}),
         )
-        return run, SimpleNamespace(state=lambda: (late(0.1 * (rank == 1)), strategy.state)[1], parameters={})
+        return run, SimpleNamespace(
+            state=lambda: (late(0.1 * (rank == 1)), strategy.state)[1], parameters={}, grains=GRAINS
+        )
 
     def late(seconds: float) -> bool:
         time.sleep(seconds)
@@ -226,6 +229,6 @@ def test_two_processes_write_one_checkpoint(
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     written = json.loads((folders[0] / "trainer" / "state.json").read_text())
     assert (written["step"], written["plugins"]) == (2, {"counter": {"count": 0}})
-    saved = SavedState(folders[0] / "trainer", "optimizer")
+    saved = SavedState(folders[0] / "trainer", "optimizer", GRAINS)
     for key, whole in state.items():
         np.testing.assert_array_equal(saved.whole(key), whole, strict=True)

@@ -40,7 +40,7 @@ class Devices:
 def test_what_rests_on_the_host_is_stepped_there(paddle: Any, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moments are made where paddle computes, and paddle takes an operation on tensors of both places to the GPU:
     in a run on a GPU everything that touches them must be told to stay."""
-    from sft.training.optimizer import Optimizer
+    from sft.training.adamw import AdamW
     from sft.training.strategy import squared_gradients
 
     def optimizer() -> Any:
@@ -50,7 +50,7 @@ def test_what_rests_on_the_host_is_stepped_there(paddle: Any, dtype: str, monkey
         other = paddle.base.framework.EagerParamBase.from_tensor(parameter)
         other.stop_gradient = False
         other.grad = paddle.ones([3, 2])
-        return Optimizer([ParameterGroup("all", {"p": parameter, "q": other})], TrainingArguments())
+        return AdamW([ParameterGroup("all", {"p": parameter, "q": other})], TrainingArguments())
 
     first, second = optimizer(), optimizer()
     devices = Devices(paddle, monkeypatch)

@@ -230,7 +230,8 @@ def test_four_bits(paddle: Any, on_gpu: bool, row: Row, kind: str) -> None:
 def test_adamw(paddle: Any, row: Row, dtype: str) -> None:
     """Five steps of 70 tensors, clipped, against float64; 16-bit parameters by their masters."""
     from sft.settings.arguments import TrainingArguments
-    from sft.training.optimizer import Optimizer, default_groups
+    from sft.training.adamw import AdamW
+    from sft.training.groups import default_groups
 
     training, random, parameters, exact = TrainingArguments(weight_decay=0.1), np.random.default_rng(7), {}, {}
     for number in range(70):
@@ -238,7 +239,7 @@ def test_adamw(paddle: Any, row: Row, dtype: str) -> None:
         parameters[str(number)] = paddle.base.framework.EagerParamBase.from_tensor(value)
         parameters[str(number)].stop_gradient = False
         exact[str(number)] = value.astype("float32").numpy().astype(np.float64)
-    optimizer = Optimizer(default_groups(parameters, 0.1), training)
+    optimizer = AdamW(default_groups(parameters, 0.1), training)
     first, second = ({name: 0.0 * value for name, value in exact.items()} for _ in range(2))
     for step in range(1, 6):
         for name, parameter in parameters.items():

@@ -58,17 +58,21 @@ if TYPE_CHECKING:
     from sft.models.rotary import Rotary
     from sft.models.shards import parse_size
     from sft.models.sums import row_sums
+    from sft.optimizer import Optimizer
     from sft.patterns import matches
     from sft.precision import Precision
     from sft.runtime import prepare
     from sft.settings.arguments import Settings
     from sft.settings.paddlenlp import Foreign
+    from sft.training.adamw import AdamW
     from sft.training.resume_checks import check_continued
 
 __version__ = "0.1.0"
 
 # Loaded on first use: they stay out of `sft --help`.
 _LAZY = {
+    "AdamW": "sft.training.adamw",
+    "Optimizer": "sft.optimizer",
     "Architecture": "sft.models.architecture",
     "Block": "sft.models.architecture",
     "Control": "sft.control",
@@ -120,6 +124,7 @@ _LAZY = {
 __all__ = [
     "API_VERSION",
     "PLAIN",
+    "AdamW",
     "AdapterFiles",
     "AdapterLayer",
     "AdapterMerger",
@@ -145,6 +150,7 @@ __all__ = [
     "ModelShape",
     "Norms",
     "Objective",
+    "Optimizer",
     "ParallelStrategy",
     "ParameterGroup",
     "Plugin",

@@ -84,7 +84,7 @@ def prepare_run(values: Mapping[str, Any], extra: Iterable[type], say: Callable[
     for name in ("model_name_or_path", "dataset_name_or_path", "output_dir"):
         if not given[name]:
             raise UsageError(f"{name} is not set; add --{name} VALUE or put it into the settings file.")
-    current.without_effect = [*without_effect, *check_settings(settings)]
+    current.without_effect = [*without_effect, *check_settings(settings, active)]
     check_output(current)
     current.earlier_report = read_report(current.output_dir)
     active.hook.sft_check(run=current)
@@ -156,16 +156,17 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     from sft.training import best, checkpoint
     from sft.training.evaluation import before_or_after
     from sft.training.export_checks import check_export
+    from sft.training.groups import make_optimizer
     from sft.training.loop import check_stop, train
-    from sft.training.optimizer import make_optimizer
     from sft.training.progress import Display
     from sft.training.publish import publish_result, rescued
+    from sft.training.rates import make_rates
     from sft.training.wishes import Wishes
 
     training = run.settings.training
     assert run.train_data is not None
     schedule = Schedule.of(training, run.train_data, run.collator, run.strategy.data_world)
-    optimizer = make_optimizer(run)
+    optimizer, rates = make_optimizer(run), make_rates(run, schedule.total_steps)
     if resumed is not None:
         check_resumable(run, schedule, resumed)
         checkpoint.restore(run, optimizer, resumed.folder, resumed.state)
@@ -194,7 +195,7 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     run.plugins.manager.register(display)
     try:
         steps, epochs = train(
-            run, optimizer, schedule, journal, display, wishes, resumed.state if resumed is not None else None
+            run, optimizer, rates, schedule, journal, display, wishes, resumed.state if resumed is not None else None
         )
     except OSError as error:
         raise rescued(run, optimizer, error) from error

@@ -13,6 +13,7 @@ hook to wait for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sft.models.architecture import ModelShape
     from sft.models.families.family import Family
     from sft.models.kernels import Kernels
+    from sft.optimizer import Optimizer
     from sft.precision import Precision
     from sft.seams import (
         AdapterFiles,
@@ -217,6 +219,26 @@ def sft_token_loss(run: Run) -> TokenLoss | None:
 @hookspec
 def sft_parameter_groups(run: Run, groups: list[ParameterGroup]) -> None:
     """Change the optimizer's groups in place. Every trainable parameter must be in exactly one afterwards."""
+
+
+@single
+def sft_optimizer(run: Run, groups: list[ParameterGroup]) -> Optimizer | None:
+    """What steps the parameters of ``groups``: an :class:`sft.Optimizer` of exactly these. None, or no plugin:
+    :class:`sft.AdamW`.
+
+    ``groups`` are as :func:`sft_parameter_groups` left them, with what this process steps under each name: the
+    parameter, or a piece of it, flat. What the optimizer keeps of them is in checkpoints and comes back by itself.
+    """
+
+
+@single
+def sft_schedule(run: Run, total: int) -> Callable[[int], float] | None:
+    """The learning rate of each of ``total`` optimizer steps, by its number from 1. None, or no plugin: by the core's
+    schedules.
+
+    The rate must depend on that number and on settings alone: a run that goes on from a checkpoint asks for later steps
+    only, and every process asks. ``run.settings.training`` has ``learning_rate``, the peak, and ``warmup_of(total)``.
+    """
 
 
 # --- events of a run; each may ask to stop, to save or to evaluate (``run.control``) --------------------------

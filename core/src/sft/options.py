@@ -40,13 +40,15 @@ def option(
     aliases: tuple[str, ...] = (),
     none_is_text: bool = False,
     is_path: bool = False,
+    hook: str | None = None,
 ) -> Any:
     """A dataclass field that is a setting.
 
     ``help`` is one line, with units. ``choices`` lists the accepted strings; ``minimum`` and ``maximum``
     are inclusive bounds, ``above`` and ``below`` exclusive ones. ``aliases`` are other names that mean the same.
     ``none_is_text``: the word none is a value of its own, not another way of leaving the setting unset. ``is_path``:
-    the text names a file or folder, and is refused where none can have that name.
+    the text names a file or folder, and is refused where none can have that name. ``hook``, of the core's settings
+    alone: plugins that implement it add words to the ``choices`` (requests ``value.X.V``).
     """
     metadata = {
         "help": help,
@@ -58,6 +60,7 @@ def option(
         "aliases": aliases,
         "none_is_text": none_is_text,
         "is_path": is_path,
+        "hook": hook,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -80,6 +83,7 @@ class Option:
     aliases: tuple[str, ...] = ()
     none_is_text: bool = False
     is_path: bool = False
+    hook: str | None = None
 
     @property
     def kinds(self) -> tuple[Any, ...]:
@@ -116,6 +120,7 @@ def options_of(cls: type) -> dict[str, Option]:
         }
         bounds["aliases"] = field.metadata.get("aliases", ())
         bounds.update({key: field.metadata.get(key, False) for key in ("none_is_text", "is_path")})
+        bounds["hook"] = field.metadata.get("hook")
         found[field.name] = Option(field.name, hints[field.name], default, field.metadata.get("help", ""), **bounds)
     return found
 

@@ -21,6 +21,7 @@ from sft.plugins.requests import (
 from sft.settings.arguments import Settings, core_options
 from sft.settings.paddlenlp import explain
 from sft.settings.reading import build, known_names
+from sft.settings.words import shared_settings
 
 
 def resolve(values: Mapping[str, Any], extra: Iterable[type]) -> tuple[Settings, Plugins, list[tuple[str, str]]]:
@@ -29,7 +30,7 @@ def resolve(values: Mapping[str, Any], extra: Iterable[type]) -> tuple[Settings,
     """
     entries.cache_clear()  # what was installed since the last run counts
     values, files = with_files(values)
-    names, left = choose_plugins(values, core_options())
+    names, left = choose_plugins(values, core_options(), shared_settings())
     active = Plugins.load(names, hookspecs, [*extra, *files], explicit(values), by_device(values))
     known = known_names(active) - {"plugin"}
     # What asks for one plugin may be another's setting, which that plugin then reads, whatever was asked for.

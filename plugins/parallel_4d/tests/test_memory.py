@@ -15,8 +15,9 @@ import sft
 from sft.models.decoder import CausalLM
 from sft.models.forward import hidden_states
 from sft.testing import make_model, needs
+from sft.training.adamw import AdamW
+from sft.training.groups import default_groups
 from sft.training.loss import batch_loss
-from sft.training.optimizer import Optimizer, default_groups
 from sft.training.strategy import squared_gradients
 from sft_parallel_4d import activations
 from sft_parallel_4d.activations import Shape
@@ -122,7 +123,7 @@ def test_peak_of_real_steps(
     memory = Allocator()
     model = build(folder, recompute)
     parameters = dict(model.named_parameters())
-    optimizer = Optimizer(default_groups(parameters, 0.0), sft.settings.arguments.TrainingArguments())
+    optimizer = AdamW(default_groups(parameters, 0.0), sft.settings.arguments.TrainingArguments())
     tokens = full_batch(rows, length, model.architecture.vocabulary)
     for _ in range(2):
         memory.forget()

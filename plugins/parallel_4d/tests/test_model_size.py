@@ -19,8 +19,9 @@ from sft.models.decoder import CausalLM
 from sft.models.loading import load_model, open_model
 from sft.precision import Precision as Weights
 from sft.testing import make_model, needs
+from sft.training.adamw import AdamW
+from sft.training.groups import default_groups
 from sft.training.loss import batch_loss
-from sft.training.optimizer import Optimizer, default_groups
 from sft_parallel_4d.model_size import ROW, Division, Precision, divided_side, stages, total
 from sft_parallel_4d.outline import Outline
 from sft_parallel_4d.paper import outline as on_paper
@@ -62,7 +63,7 @@ def sft_config(folder: Path) -> dict[str, Any]:
 def test_optimizer_bytes_are_those_of_its_state(paddle: Any, models: Path, case: str, dtype: str) -> None:
     model = load_model(open_model(models / case), precision=Weights(dtype, dtype, dtype))
     parameters = dict(model.named_parameters())
-    optimizer = Optimizer(default_groups(parameters, 0.0), sft.settings.arguments.TrainingArguments())
+    optimizer = AdamW(default_groups(parameters, 0.0), sft.settings.arguments.TrainingArguments())
     for parameter in parameters.values():
         parameter.grad = paddle.zeros_like(parameter)
     optimizer.step(1e-3)

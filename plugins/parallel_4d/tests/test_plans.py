@@ -212,6 +212,18 @@ def test_one_that_may_freeze_something_and_does_not_say_so_is_named(config_of: C
     assert note.startswith("note: silent may change the model (sft_adapt_model) and does not say on paper how")
 
 
+def test_another_optimizer_than_that_of_the_formulas_is_named(config_of: Callable[..., Path]) -> None:
+    class Steps(sft.Plugin):
+        name = "steps"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_optimizer(self, run: sft.Run, groups: list[sft.ParameterGroup]) -> Any: ...
+
+    (note,) = on_paper({"model_name_or_path": str(config_of())}, plugins=[Steps]).notes
+    assert note.startswith("note: the figures have the state that AdamW keeps; that of plugin steps keeps another")
+
+
 class Scaled(sft.Plugin):
     """Adds a tensor to each Linear, and does not say how it is divided."""
 

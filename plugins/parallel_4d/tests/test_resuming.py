@@ -53,7 +53,9 @@ def checked(trainings: Trainings, old: str, new: str, **settings: Any) -> None:
     values = killed(trainings, PLANS[old], **settings)
     output = resumed(values, PLANS[old], PLANS[new])
     assert_equal(one, output)
-    wanted, found = (SavedState(folder / "checkpoint-4" / "trainer", "optimizer") for folder in (one, output))
+    wanted, found = (
+        SavedState(folder / "checkpoint-4" / "trainer", "optimizer", sft.AdamW.grains) for folder in (one, output)
+    )
     assert set(wanted) == set(found)
     for key in wanted:
         np.testing.assert_allclose(found.whole(key), wanted.whole(key), rtol=0, atol=TOLERANCE, err_msg=key)

@@ -18,6 +18,7 @@ from sft.plugins.registry import Plugins
 from sft.plugins.requests import by_device, choose_plugins, explicit
 from sft.settings.arguments import GROUPS, core_options
 from sft.settings.reading import normalise, read_file
+from sft.settings.words import shared_settings, with_words
 from sft.small_files import check_path
 
 
@@ -101,7 +102,7 @@ def collect(arguments: list[str]) -> dict[str, Any]:
 def help_text(values: dict[str, Any]) -> str:
     """Every setting of the core and of the requested plugins, under its heading."""
     values, files = with_files(values)
-    names, _ = choose_plugins(values, core_options())
+    names, _ = choose_plugins(values, core_options(), shared_settings())
     active = Plugins.load(names, hookspecs, files, explicit(values), by_device(values))
     lines = [
         "Usage: sft run [SETTINGS.json|.yaml] [--plugin NAME ...] [--name value ...]",
@@ -113,7 +114,7 @@ def help_text(values: dict[str, Any]) -> str:
     ]
     for group, cls in GROUPS.items():
         lines += ["", f"{group.capitalize()} arguments: {(cls.__doc__ or '').strip()}"]
-        lines += [option_row(option) for option in options_of(cls).values()]
+        lines += [option_row(with_words(option, active)) for option in options_of(cls).values()]
     for name, plugin in active:
         lines += ["", f"Plugin {name} ({active.origin(name)}): {getattr(plugin, 'summary', '')}"]
         declared = getattr(plugin, "Options", None)

@@ -69,7 +69,7 @@ def data_report(
     for name in ("model_name_or_path", "dataset_name_or_path"):
         if not settings.flat()[name]:
             raise UsageError(f"{name} is not set; add --{name} VALUE or put it into the settings file.")
-    check_settings(settings)
+    check_settings(settings, active)
     run = CoreRun(settings, active, say, values)
     active.hook.sft_check(run=run)
     check_plugins(active)

@@ -53,8 +53,13 @@ class Piece:
         self.part.write(part, whole)
 
 
-def save_pieces(path: Path, state: Mapping[str, np.ndarray], pieces: Mapping[str, Piece]) -> None:
-    """Write an optimizer's ``state`` (``NAME.KIND``), except for what another process writes."""
+def save_pieces(
+    path: Path, state: Mapping[str, np.ndarray], pieces: Mapping[str, Piece], grains: Mapping[str, int]
+) -> None:
+    """Write an optimizer's ``state`` (``NAME.KIND``), except for what another process writes.
+
+    ``grains`` says of a kind how many values of the parameter one of its numbers stands for (0: all; not listed: one).
+    """
     tensors: dict[str, np.ndarray] = {}
     about: dict[str, Any] = {}
     for key, value in state.items():
@@ -62,24 +67,26 @@ def save_pieces(path: Path, state: Mapping[str, np.ndarray], pieces: Mapping[str
         piece = pieces[name]
         if not piece.written:
             continue
-        if _is_scalar(kind):
+        grain = grains.get(kind, 1)
+        if not grain:
             tensors[key] = value
             continue
-        tensors[key] = np.ascontiguousarray(value.reshape(-1)[: piece.stop - piece.start])
-        if piece.is_whole:  # which may have been stepped flat
+        tensors[key] = np.ascontiguousarray(value.reshape(-1)[: -(-(piece.stop - piece.start) // grain)])
+        if piece.is_whole and grain == 1:  # which may have been stepped flat
             tensors[key] = tensors[key].reshape(piece.part.shape)
-        else:
+        if not piece.is_whole:
             about[name] = {"part": asdict(piece.part), "start": piece.start, "stop": piece.stop}
     save_tensors(path, tensors, {METADATA: json.dumps(about)} if about else None)
 
 
 class SavedState:
-    """The optimizer state in ``folder``, whoever wrote it: files whose names begin with ``stem``."""
+    """The optimizer state in ``folder``, whoever wrote it: files whose names begin with ``stem``; ``grains`` as
+    :func:`save_pieces` has them."""
 
-    def __init__(self, folder: Path, stem: str) -> None:
+    def __init__(self, folder: Path, stem: str, grains: Mapping[str, int]) -> None:
         from safetensors import safe_open
 
-        self.folder = folder
+        self.folder, self._grains = folder, grains
         paths = sorted(folder.glob(f"{stem}*.safetensors"))
         if not paths:
             raise UsageError(f"{folder} has no {stem}.safetensors; resume from another checkpoint.")
@@ -91,7 +98,7 @@ class SavedState:
                 about = json.loads((file.metadata() or {}).get(METADATA, "{}"))
                 for key in file.keys():  # noqa: SIM118  (no dict)
                     name, _, kind = key.rpartition(".")
-                    values = None if _is_scalar(kind) else about.get(name)
+                    values = about.get(name) if grains.get(kind, 1) else None
                     self._where.setdefault(key, []).append((file, _piece(values) if values else None))
             except MemoryError:
                 raise
@@ -99,15 +106,46 @@ class SavedState:
                 raise UsageError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
 
     def piece(self, key: str, piece: Piece, shape: tuple[int, ...]) -> np.ndarray:
-        """The ``piece`` of a tensor that is stepped here, in the ``shape`` of what is stepped; KeyError without it."""
+        """The ``piece`` of a tensor that is stepped here, in the ``shape`` of what is stepped; KeyError without it.
+
+        Raises :class:`UsageError` where one number stands for several values, and was written for others than are now
+        together.
+        """
+        grain = self._grains.get(key.rpartition(".")[2], 1)
+        if grain > 1:
+            return self._blocks(key, piece, -(-math.prod(shape) // grain), grain)
         whole = self.whole(key)
-        return whole if _is_scalar(key.rpartition(".")[2]) else piece.of(whole, shape)
+        return piece.of(whole, shape) if grain else whole
+
+    def _blocks(self, key: str, piece: Piece, count: int, grain: int) -> np.ndarray:
+        """The ``count`` numbers for ``piece``, each of which stands for ``grain`` values."""
+        size = math.prod(piece.part.local_shape)
+        wanted = np.zeros(count, self._where[key][0][0].get_tensor(key).dtype)
+        missing = -(-(piece.stop - piece.start) // grain)
+        for file, stored in self._where[key]:
+            stored = stored or Piece(Part(piece.part.shape, 0, 0, 1), 0, math.prod(piece.part.shape))
+            begin, end = max(piece.start, stored.start), min(piece.stop, stored.stop)
+            if stored.part != piece.part or begin >= end:
+                continue
+            edges = {piece.start, stored.start, *({piece.stop, stored.stop} - {size})}
+            if (piece.start, piece.stop) != (stored.start, stored.stop) and any(edge % grain for edge in edges):
+                continue
+            values = file.get_tensor(key)[(begin - stored.start) // grain : -(-(end - stored.start) // grain)]
+            start = (begin - piece.start) // grain
+            wanted[start : start + len(values)] = values
+            missing -= len(values)
+        if missing:
+            raise UsageError(
+                f"{self.folder} holds {key} in blocks of {grain} values, which the processes of this run cut otherwise "
+                "than those that wrote it; resume with the number of processes and the parallel plan of that run."
+            )
+        return wanted
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
     def whole(self, key: str) -> np.ndarray:
-        """The whole tensor, put together if it was written in pieces."""
+        """The whole tensor, put together if it was written in pieces. Not for what stands for several values each."""
         stored = self._where[key]
         if stored[0][1] is None:
             return np.asarray(stored[0][0].get_tensor(key))
@@ -135,8 +173,3 @@ def _piece(values: dict[str, Any]) -> Piece:
     return Piece(
         Part(tuple(part["shape"]), part["axis"], part["index"], part["count"], fused), values["start"], values["stop"]
     )
-
-
-def _is_scalar(kind: str) -> bool:
-    """Whether a kind of state is one number a parameter (a power of β), not a value for each of its values."""
-    return kind.endswith("_pow_acc")

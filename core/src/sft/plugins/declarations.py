@@ -27,7 +27,7 @@ def check_form(plugin: Any, who: str, hooks: list[str]) -> None:
 
 def check_relations(plugin: Any, who: str) -> None:
     """Refuse a ``plugin`` whose relations to others are of no use; it comes before they are looked at."""
-    for key in ("requires", "conflicts", "supersedes"):
+    for key in ("requires", "conflicts", "supersedes", "reads"):
         names = getattr(plugin, key, ())
         is_collection = isinstance(names, (tuple, list, set, frozenset))
         if not is_collection or not all(isinstance(name, str) for name in names):

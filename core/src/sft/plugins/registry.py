@@ -20,9 +20,11 @@ from sft.plugins.origins import PluginFile, file_of, origin_of
 
 SHAPING = (
     *("sft_collator", "sft_model_family", "sft_model_config", "sft_quantizer"),
-    *("sft_adapt_model", "sft_parameter_groups", "sft_objective", "sft_token_loss"),
+    *("sft_adapt_model", "sft_parameter_groups", "sft_objective", "sft_token_loss", "sft_optimizer"),
 )
-"""Hooks whose implementation may change what is learned; others only watch, or compute the same in another way."""
+"""Hooks whose implementation changes what a checkpoint's weights and state are; others only watch, or compute the same
+in another way. A schedule is not among them: to branch off a checkpoint with another is usual, and the settings that
+differ are said."""
 
 hookspec = pluggy.HookspecMarker("sft")
 hookimpl = pluggy.HookimplMarker("sft")
@@ -49,6 +51,8 @@ class Plugin:
         conflicts: Plugins that it cannot work together with.
         supersedes: Plugins that do part of what this one does: where their settings are true together, this one alone
             is active. Both requested by name are as any other two that need the same place.
+        reads: Settings of the core that it reads and that do nothing without it (``adam_beta1`` beside another
+            optimizer), so that nobody is told that they have no effect.
         order: Hooks that all plugins answer are called in ascending order, then in the order of the requests; but a
             plugin always after those that it ``requires``.
         demo: Settings with which ``sft demo`` shows this plugin, where its distribution claims ``command.demo``.
@@ -66,6 +70,7 @@ class Plugin:
     requires: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
     supersedes: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[str, ...]] = ()
     order: ClassVar[int] = 0
     demo: ClassVar[Mapping[str, Any]] = {}
     paddlenlp: ClassVar[Mapping[str, Any]] = {}

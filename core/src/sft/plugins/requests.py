@@ -5,7 +5,8 @@ plugin, as entry points in the group ``sft.requests`` that name the same object 
 
 =====================  ======================================================================================
 ``setting.X``          setting X is true (a switch of another name; nobody else reads X)
-``value.X.V``          setting X is V, or V is among its words; X belongs to the plugin's options
+``value.X.V``          setting X is V, or V is among its words; X belongs to the plugin's options, or is a setting of
+                       the core that is open to plugins (``optim``, ``lr_scheduler_type``)
 ``number.X``           setting X is a number other than -1, 0 and 1 (a degree, a factor); likewise
 ``environment.X``      the process's environment has X, a number above 1 (a launcher started several)
 ``source.SCHEME``      ``dataset_name_or_path`` names a place that begins with ``SCHEME://``
@@ -59,15 +60,18 @@ def requests(kind: str) -> dict[str, list[str]]:
     return answering
 
 
-def choose_plugins(values: Mapping[str, Any], known: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+def choose_plugins(
+    values: Mapping[str, Any], known: Iterable[str], shared: Iterable[str] = ()
+) -> tuple[list[str], dict[str, Any]]:
     """Which plugins ``values`` request, in order, and the values that are left for the settings.
 
-    ``known`` holds names of the core's settings, which are never taken for a plugin's switch.
+    ``known`` holds names of the core's settings, which are never taken for a plugin's switch; of these, ``shared`` are
+    open to words of plugins.
     """
     left = dict(values)
     named, off = by_name(left.pop("plugin", []))
-    switch_of, numbers, cases = switches(), requests("number"), _value_requests()
-    by_setting = _by_settings(left, known)
+    switch_of, numbers, cases = switches(), requests("number"), by_words()
+    by_setting = _by_settings(left, known, shared)
     wanted = [name for names in by_setting.values() for name in names]
     switched_off: set[str] = set()
     for key in [key for key in left if key in switch_of and key not in set(known)]:
@@ -184,7 +188,7 @@ def origins(names: Iterable[str]) -> str:
 def switched_off(values: Mapping[str, Any], chosen: Iterable[str]) -> list[str]:
     """Plugins that a given setting could have requested and did not: ``name: false``, or another value of X."""
     ways = {**switches(), **requests("number")}
-    for key, cases in _value_requests().items():
+    for key, cases in by_words().items():
         ways[key] = [*ways.get(key, []), *(name for names in cases.values() for name in names)]
     askable = [name for key, names in ways.items() if key in values for name in names]
     return [name for name in dict.fromkeys(askable) if name not in chosen]
@@ -225,15 +229,19 @@ def explicit(values: Mapping[str, Any]) -> set[str]:
     return set(by_name(values.get("plugin", []))[0])
 
 
-def _by_settings(values: Mapping[str, Any], known: Iterable[str]) -> dict[str, list[str]]:
+def _by_settings(values: Mapping[str, Any], known: Iterable[str], shared: Iterable[str] = ()) -> dict[str, list[str]]:
     """Of the settings that can request plugins, those that are given, with the plugins that each requests now."""
     core, asked_for = set(known), {}
     for key, names in switches().items():
         if key in values and key not in core:
             asked_for[key] = list(names) if _switch(key, values[key], names) else []
-    numbers, cases = requests("number"), _value_requests()
+    numbers, cases = requests("number"), by_words()
     for key in values:
-        if key not in asked_for and (key in numbers or key in cases):
+        if key in core and key not in shared:
+            continue
+        if key in core:  # whose own words the core knows
+            asked_for[key] = cases.get(key, {}).get(str(values[key]).strip().lower(), [])
+        elif key not in asked_for and (key in numbers or key in cases):
             asked_for[key] = _by_value(key, values[key], numbers.get(key, []), cases.get(key, {}))
     return asked_for
 
@@ -256,7 +264,8 @@ def switches() -> dict[str, list[str]]:
     return by_setting
 
 
-def _value_requests() -> dict[str, dict[str, list[str]]]:
+def by_words() -> dict[str, dict[str, list[str]]]:
+    """Setting → word → the plugins that it asks for (``value.X.V``)."""
     by_value: dict[str, dict[str, list[str]]] = {}
     for what, names in requests("value").items():
         key, _, needed = what.partition(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from sft.dataset_names import NamedSet, named_sets
@@ -12,6 +13,8 @@ from sft.hub_names import is_hub_name, is_revision, split
 from sft.options import Option, option, options_of
 
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")
+ADAMW = ("adamw", "adamw_torch", "adamw_torch_fused")
+"""PaddleNLP's and transformers' names of the core's optimizer."""
 
 
 @dataclasses.dataclass
@@ -179,14 +182,23 @@ class TrainingArguments:
     max_steps: int = option(-1, "optimizer steps; -1: num_train_epochs decides", minimum=-1, maximum=10**9)
     learning_rate: float = option(5e-5, "peak learning rate", minimum=0)
     lr_scheduler_type: str = option(
-        "linear", "shape of the decay after warm-up; constant has no warm-up either", choices=SCHEDULES
+        "linear",
+        "shape of the decay after warm-up, or one that a plugin brings; constant has no warm-up either",
+        choices=SCHEDULES,
+        hook="sft_schedule",
     )
     num_cycles: float = option(0.5, "cosine: waves; a half one goes down to 0 and no further", above=0)
     power: float = option(1.0, "polynomial: its exponent", above=0)
     lr_end: float = option(1e-7, "polynomial: the learning rate that it ends with", minimum=0)
     warmup_steps: int = option(0, "steps of linear warm-up; above 0 it overrides warmup_ratio", minimum=0)
     warmup_ratio: float = option(0.0, "share of all steps spent on warm-up", minimum=0, maximum=1)
-    weight_decay: float = option(0.0, "AdamW's decoupled decay; biases and norms get none", minimum=0)
+    optim: str = option(
+        "adamw",
+        "what steps the weights: adamw (adamw_torch and adamw_torch_fused mean it too), or what a plugin brings",
+        choices=ADAMW,
+        hook="sft_optimizer",
+    )
+    weight_decay: float = option(0.0, "the optimizer's decoupled decay; biases and norms get none", minimum=0)
     adam_beta1: float = option(0.9, "AdamW's decay of the first moment", minimum=0, below=1)
     adam_beta2: float = option(0.999, "AdamW's decay of the second moment", minimum=0, below=1)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
@@ -230,6 +242,10 @@ class TrainingArguments:
         choices=("strict",),
     )
     seed: int = option(42, "seed of shuffling, initialisation and dropout", minimum=0, maximum=2**31 - 1)
+
+    def warmup_of(self, total: int) -> int:
+        """Steps of warm-up in a run of ``total`` optimizer steps."""
+        return self.warmup_steps or math.ceil(total * self.warmup_ratio)
 
 
 def check_precision(training: TrainingArguments) -> None:

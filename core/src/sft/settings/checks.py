@@ -6,21 +6,22 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sft.errors import UsageError
-from sft.settings.arguments import Settings, check_precision
+from sft.settings.arguments import ADAMW, Settings, check_precision
 from sft.settings.best_metric import check_best
 
 if TYPE_CHECKING:
     from sft.plugins.registry import Plugins
 
 IDLE_WITHOUT_TRAINING = (
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm"),
+    *("learning_rate", "lr_scheduler_type", "optim", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm"),
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"),
     *("save_strategy", "evaluation_strategy", "load_best_model_at_end", "recompute", "lazy"),
 )
 
 
-def check_settings(settings: Settings) -> list[tuple[str, str]]:
-    """Refuse settings that contradict each other; given ones that do nothing beside the others: ("name value", why)."""
+def check_settings(settings: Settings, plugins: Plugins) -> list[tuple[str, str]]:
+    """Refuse settings that contradict each other; given ones that do nothing beside the others, and that no plugin
+    reads either: ("name value", why)."""
     training = settings.training
     if training.max_steps == 0:
         raise UsageError("max_steps is 0, so nothing would be trained; give -1 to let num_train_epochs decide.")
@@ -33,7 +34,9 @@ def check_settings(settings: Settings) -> list[tuple[str, str]]:
         raise UsageError("train_on everything learns thoughts too; leave train_on_thoughts out.")
     check_best(settings)
     flat = settings.flat()
-    return [(f"{name} {flat[name]}", why) for name, why in _idle(settings) if name in settings.given]
+    read = {name for _, plugin in plugins for name in getattr(plugin, "reads", ())}
+    idle = [(name, why) for name, why in _idle(settings) if name in settings.given and name not in read]
+    return [(f"{name} {flat[name]}", why) for name, why in idle]
 
 
 def _idle(settings: Settings) -> Iterator[tuple[str, str]]:
@@ -74,6 +77,9 @@ def _idle(settings: Settings) -> Iterator[tuple[str, str]]:
     if training.lr_scheduler_type != "polynomial":
         for name in ("power", "lr_end"):
             yield name, "lr_scheduler_type is not polynomial"
+    if training.optim not in ADAMW:
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            yield name, f"optim is {training.optim}"
     if training.max_steps > 0:
         yield "num_train_epochs", "max_steps is given"
     if generation.top_k == 1:

@@ -215,7 +215,6 @@ FOREIGN: dict[str, Foreign] = {
     ),
     **_each("amp_custom_black_list amp_custom_white_list", "paddle's own lists are used", OFF),
     **_each("no_cuda", "use device", OFF),
-    **_each("optim", "AdamW is the optimizer", ("adamw",)),
     **_each("decay_steps", "the schedule ends with the last step", ("0", "-1", "", "none", "null")),
     **_each("offload_optim", "the optimizer's state stays on the device", OFF),
     **_each(

@@ -19,6 +19,7 @@ from sft.plugins.discovery import import_plugin
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import switches
 from sft.settings.arguments import GROUPS, Settings, core_options
+from sft.settings.words import with_words, words_of
 from sft.small_files import read_text, why
 from sft.written_numbers import or_tiny, read_number
 
@@ -122,11 +123,16 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
         also = f" Also unknown: {listed(unknown[1:])}." if len(unknown) > 1 else ""
         raise UsageError(unknown_setting(unknown[0], owners, plugins) + also)
 
+    decided = words_of(plugins, values)
+
     def fill(cls: type) -> Any:
-        declared = options_of(cls)
+        declared = {name: with_words(setting, plugins) for name, setting in options_of(cls).items()}
         # null is "unset" in a settings file, also where unset is not a value of its own.
         given = {name: values[name] for name in declared if values.get(name) is not None}
-        return cls(**{name: convert(declared[name], value) for name, value in given.items()})
+        return cls(
+            **{name: convert(declared[name], value) for name, value in given.items() if name not in decided},
+            **{name: word for name, word in decided.items() if name in declared},
+        )
 
     groups = {key: fill(cls) for key, cls in GROUPS.items()}
     options = {name: fill(cls) for name, cls in classes.items()}

@@ -32,8 +32,8 @@ from sft.training.shared import shared
 
 if TYPE_CHECKING:
     from sft.context import CoreRun
+    from sft.optimizer import Optimizer
     from sft.seams import ParallelStrategy
-    from sft.training.optimizer import Optimizer
 
 OPTIMIZER = "optimizer"
 
@@ -55,7 +55,7 @@ def save(run: CoreRun, optimizer: Optimizer, state: dict[str, Any]) -> Path:
             shared(strategy, lambda: _write_whole(run, folder, staged, values, state))
         own = staging_of(folder) / "trainer" / f"{strategy.own_file(OPTIMIZER)}.safetensors"
         pieces = strategy.pieces(optimizer.parameters)
-        shared(strategy, lambda: save_pieces(own, optimizer.state(), pieces))
+        shared(strategy, lambda: save_pieces(own, optimizer.state(), pieces, optimizer.grains))
         shared(strategy, lambda: _close(run, folder, staged))
     shared(strategy, lambda: drop_old(run, state["step"]))
     if strategy.is_main:
@@ -124,7 +124,8 @@ def restore(run: CoreRun, optimizer: Optimizer, folder: Path, state: dict[str, A
 
 def _optimizer_state(run: CoreRun, optimizer: Optimizer, folder: Path) -> dict[str, np.ndarray]:
     """What this process updates of the optimizer's state in a checkpoint."""
-    saved, pieces = SavedState(folder / "trainer", OPTIMIZER), run.strategy.pieces(optimizer.parameters)
+    pieces = run.strategy.pieces(optimizer.parameters)
+    saved = SavedState(folder / "trainer", OPTIMIZER, optimizer.grains)
     values = {}
     for key in saved:
         name, _, kind = key.rpartition(".")

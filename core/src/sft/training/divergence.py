@@ -16,8 +16,8 @@ from sft.training.checkpoint_folder import checkpoints, find_checkpoint
 if TYPE_CHECKING:
     from sft.context import CoreRun
     from sft.data.batches import Step
+    from sft.optimizer import Optimizer
     from sft.training.journal import Journal
-    from sft.training.optimizer import Optimizer
 
 _SHOWN = 8
 """Records of a step that are named."""

@@ -1,8 +1,8 @@
 """The training loop. Read this to know what a run does.
 
 It does: shuffle by seed, accumulate micro-batches, normalise the loss by what the batches of the whole window weigh (of
-all processes: their target tokens, or what else the objective counts), clip, step AdamW on the schedule (skip a step
-that overflows in float16), log, evaluate, checkpoint, resume, and what hooks and files ask of it.
+all processes: their target tokens, or what else the objective counts), clip, step the optimizer at the schedule's rate
+(skip a step that overflows in float16), log, evaluate, checkpoint, resume, and what hooks and files ask of it.
 It does not: know any technique (those are in the model, the batches and the optimizer's groups by now), know
 other processes (the strategy does), or write final results (``training/result.py`` does).
 """
@@ -25,15 +25,16 @@ from sft.errors import SignalError
 from sft.freed_memory import give_back_holes
 from sft.models.forward import hidden_states
 from sft.models.layers import trainable
+from sft.optimizer import Optimizer
 from sft.seams import Batch
 from sft.training import checkpoint
 from sft.training.best import better
 from sft.training.divergence import left_out
 from sft.training.evaluation import evaluate
 from sft.training.journal import Journal
-from sft.training.optimizer import Optimizer, clip_factor, learning_rate
 from sft.training.precision import LossScale
 from sft.training.progress import Display
+from sft.training.rates import Rates
 from sft.training.repeats import check_repeats
 from sft.training.shared import shared
 from sft.training.wide_sums import WideSums
@@ -91,6 +92,7 @@ class Learning:
 def train(
     run: CoreRun,
     optimizer: Optimizer,
+    rates: Rates,
     schedule: Schedule,
     journal: Journal,
     display: Display,
@@ -141,9 +143,9 @@ def train(
             loss_sum, *sums_of = strategy.sum([own_loss, *(learning.values or [0.0] * len(names))])
         values = dict(zip(names, sums_of, strict=True))
 
-        # The optimizer's step: clip, then AdamW at the schedule's rate.
+        # The optimizer's step: clip, then step at the schedule's rate.
         grad_norm = strategy.grad_norm(optimizer.parameters) / scale.value
-        rate, unscaled = learning_rate(step, total, settings), 1.0 / scale.value
+        rate, unscaled = rates(step), 1.0 / scale.value
         journal.due |= step % settings.logging_steps == 0 or step in (1, total)
         if scale.accepts(loss_sum, grad_norm):
             optimizer.step(rate, unscaled * clip_factor(grad_norm, settings.max_grad_norm))
@@ -248,6 +250,11 @@ def check_stop(run: CoreRun, moment: str) -> None:
     run.stop.waits_for("")
     if signal:
         raise SignalError(signal, moment)
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """The factor that scales gradients of global norm ``norm`` down to ``max_norm`` (0: no clipping)."""
+    return max_norm / norm if max_norm and norm > max_norm else 1.0
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

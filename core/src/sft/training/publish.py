@@ -19,7 +19,7 @@ from sft.training.strategy import SingleProcess
 
 if TYPE_CHECKING:
     from sft.context import CoreRun
-    from sft.training.optimizer import Optimizer
+    from sft.optimizer import Optimizer
 
 
 def publish_result(run: CoreRun, optimizer: Optimizer) -> None:

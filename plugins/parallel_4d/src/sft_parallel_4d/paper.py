@@ -56,6 +56,12 @@ def outline(values: Mapping[str, Any], plugins: Iterable[type] = ()) -> PaperRun
             f"note: {' and '.join(changing)} may change the model (sft_adapt_model) and does not say on paper how "
             "(parallel_outline); the figures are those of a model in which it adds and freezes no tensor"
         )
+    optimizer = active.provider("sft_optimizer")
+    if optimizer is not None:
+        notes.append(
+            f"note: the figures have the state that AdamW keeps; that of plugin {optimizer} keeps another, of "
+            "which nothing is known on paper"
+        )
     return PaperRun(run, paper, tuple(notes))
 
 

@@ -102,16 +102,16 @@ def _bytes(tensor: Any) -> int:
 
 def train(settings: dict[str, Any], rows: int, length: int) -> dict[str, Any]:
     """Take STEPS steps of a run; what was found in all but the first one."""
-    from sft.training import optimizer
+    from sft.training import groups
 
     sent, found, optimizers = Sent(), {}, []
-    make_optimizer = optimizer.make_optimizer
+    make_optimizer = groups.make_optimizer
 
     def caught(run: sft.Run) -> Any:
         optimizers.append(make_optimizer(run))
         return optimizers[-1]
 
-    optimizer.make_optimizer = caught
+    groups.make_optimizer = caught
 
     class Measure(sft.Plugin):
         name = "measure"

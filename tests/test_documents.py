@@ -212,3 +212,25 @@ def test_the_data_guide_shows_what_is_learned(tmp_path: Path) -> None:
         if trained != inside:
             marked, inside = marked + ("»" if trained else "«"), trained
     assert [marked + "\n"] == blocks("docs/data.md", "text")
+
+
+def test_the_optimizer_of_the_guide_steps_as_it_says() -> None:
+    """v ← 0.9 v + g; w ← w - rate · (v + decay · w), by hand in float64."""
+    import numpy as np
+    import paddle
+
+    (code,) = [block for block in blocks("docs/plugins.md", "python") if "class Momentum" in block]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    parameter = paddle.create_parameter([3], "float32")
+    parameter.set_value(np.array([1, 2, 3], np.float32))
+    group = sft.ParameterGroup("all", {"w": parameter}, 1.0, 0.5)
+    optimizer = names["Momentum"]().sft_optimizer(None, [group])
+    value, velocity = np.array([1.0, 2.0, 3.0]), np.zeros(3)
+    for gradient in ([1.0, -1.0, 0.5], [0.25, 2.0, -1.0]):
+        parameter.grad_ = paddle.to_tensor(np.array(gradient, np.float32))
+        optimizer.step(0.1)
+        velocity = 0.9 * velocity + gradient
+        value = value - 0.1 * (velocity + 0.5 * value)
+    np.testing.assert_allclose(parameter.numpy(), value, atol=1e-6, rtol=0)
+    assert set(optimizer.state()) == {"w.velocity"}

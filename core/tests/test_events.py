@@ -74,6 +74,8 @@ def test_hooks_are_called_in_the_order_of_their_page(train: Train) -> None:
         "sft_objective",
         "sft_token_loss",
         "sft_parameter_groups",
+        "sft_optimizer",
+        "sft_schedule",
     ]
     step = ["sft_micro_batch", "sft_step_ended", "sft_evaluated", "sft_state", "sft_checkpoint_saved"]
     assert [event for index, event in enumerate(events) if event not in events[:index] or event not in building] == [

@@ -226,6 +226,16 @@ def test_a_plugins_schedule_is_asked_for_each_step(train: Train, metrics: Metric
     assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["lr_scheduler_type"] == "stairs"
 
 
+def test_none_is_no_answer(train: Train, tmp_path: Path) -> None:
+    silent = toy("silent", sft_schedule=lambda self: None, sft_optimizer=lambda self: None)
+    train("out", (silent,), max_steps=2, do_eval=False)
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
+    assert (settings["optim"], settings["lr_scheduler_type"]) == ("adamw", "linear")
+    train("without", max_steps=2, do_eval=False)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "without")]
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.parametrize(
     ("rate", "message"),
     [

@@ -11,7 +11,7 @@ from sft.errors import UsageError
 from sft.options import Option
 from sft.plugins.registry import Plugins, implements
 from sft.plugins.requests import by_words
-from sft.settings.arguments import core_options
+from sft.settings.arguments import Settings, core_options
 
 
 def shared_settings() -> dict[str, Option]:
@@ -50,6 +50,13 @@ def words_of(plugins: Plugins, values: Mapping[str, Any]) -> dict[str, str]:
         if given is None or word in (*own, provider):
             found[name] = word if given is not None else own[0] if own else provider
     return found
+
+
+def without_answer(settings: Settings, name: str) -> None:
+    """Give a shared setting its default again, where the plugin that decides about it has said None."""
+    option = shared_settings()[name]
+    if getattr(settings.training, name) not in (option.choices or ()):
+        setattr(settings.training, name, option.default)
 
 
 def _provider(option: Option, plugins: Plugins) -> str | None:

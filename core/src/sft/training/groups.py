@@ -10,6 +10,7 @@ from sft.models.layers import trainable
 from sft.optimizer import Optimizer
 from sft.plugins.calls import checked, checking, mistaken
 from sft.seams import ParameterGroup
+from sft.settings.words import without_answer
 from sft.training.adamw import AdamW
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def make_optimizer(run: CoreRun) -> Optimizer:
     groups = run.strategy.share(groups)
     optimizer = run.hook.sft_optimizer(run=run, groups=groups)
     if optimizer is None:
+        without_answer(run.settings, "optim")
         return AdamW(groups, run.settings.training)
     name = str(run.plugins.provider("sft_optimizer"))
     # Where hooks are checked, paddle is not there yet, and neither is this class.

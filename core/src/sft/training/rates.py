@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sft.plugins.calls import checking, mistaken
 from sft.settings.arguments import TrainingArguments
+from sft.settings.words import without_answer
 
 if TYPE_CHECKING:
     from sft.context import CoreRun
@@ -42,6 +43,7 @@ def make_rates(run: CoreRun, total: int) -> Rates:
     """The rate of each optimizer step of ``total``, by its number from 1."""
     provided = run.hook.sft_schedule(run=run, total=total)
     if provided is None:
+        without_answer(run.settings, "lr_scheduler_type")
         return lambda step: learning_rate(step, total, run.settings.training)
     who = run.plugins.who(str(run.plugins.provider("sft_schedule")))
     ask = checking(provided, float, "the schedule that it gave", who)

@@ -27,6 +27,8 @@ ADAPTERS = [
     "lora pissa rslora",
     "lora pissa lora-plus",
     "lora pissa rslora lora-plus",
+    "lora dora",
+    "lora dora pissa rslora lora-plus",
     "vera",
 ]
 QUANTIZERS = ["", "nf4", "fp4", "int8", "int4"]
@@ -35,10 +37,14 @@ COLLATORS = ["", "zero-padding", "greedy-zero-padding"]
 NOISE = ["", "neftune"]
 WITH_ADAPTER = list(itertools.product(ADAPTERS, QUANTIZERS, ATTENTION, COLLATORS, NOISE))
 WITHOUT = list(itertools.product([""], [""], ATTENTION, COLLATORS, NOISE))
-# The default tier takes each pair of choices at least once, the slow tier another sixth of all combinations;
+# The default tier takes each pair of choices at least once, the slow tier another seventh of all combinations;
 # SFT_EVERY_COMBINATION=1 makes that all of them, in about half an hour.
-PAIRS = [*WITH_ADAPTER[::13], *WITHOUT[::7]]
-SLOW = [*WITH_ADAPTER, *WITHOUT] if os.environ.get("SFT_EVERY_COMBINATION") else [*WITH_ADAPTER[5::6], *WITHOUT[3::7]]
+PAIRS = [
+    (adapter, quantizer, ATTENTION[(one + two) % 3], COLLATORS[(one // 3 + two) % 3], NOISE[(one // 2 + two) % 2])
+    for one, adapter in enumerate(ADAPTERS)
+    for two, quantizer in enumerate(QUANTIZERS)
+] + WITHOUT[::7]
+SLOW = [*WITH_ADAPTER, *WITHOUT] if os.environ.get("SFT_EVERY_COMBINATION") else [*WITH_ADAPTER[5::7], *WITHOUT[3::7]]
 
 
 @pytest.fixture(scope="module")

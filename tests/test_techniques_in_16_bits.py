@@ -20,6 +20,7 @@ TECHNIQUES = [
     "lora nf4",
     "lora int4",
     "lora pissa",
+    "lora dora",
     "lora rslora lora-plus",
     "lora neftune",
     "vera",

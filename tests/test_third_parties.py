@@ -90,14 +90,14 @@ def test_the_sqlite_tracker_beside_our_plugins(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_dora_tests_itself(tmp_path: Path) -> None:
+def test_ia3_tests_itself(tmp_path: Path) -> None:
     """With the parity that its fixtures of PEFT ask for, over models that it makes."""
-    shutil.copytree(EXAMPLES / "dora_plugin", tmp_path / "plugin")
+    shutil.copytree(EXAMPLES / "ia3_plugin", tmp_path / "plugin")
     (tmp_path / "site").mkdir()
-    install("dora_plugin", tmp_path / "site")
+    install("ia3_plugin", tmp_path / "site")
     done = python(tmp_path / "plugin", tmp_path / "site", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^17 passed", done.stdout, re.MULTILINE)
+    assert re.search(r"^14 passed", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -138,34 +138,33 @@ def test_two_processes_of_the_data_parallel_example_learn_what_one_does(
 
 
 @needs("lora")
-def test_dora_reads_dora_and_leaves_lora_alone(
+def test_ia3_reads_its_adapters_and_leaves_lora_alone(
     paddle: Any,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Folders of both, of the same peft_type, are read and merged by who claims them."""
+    """Folders of both are read and merged by who claims them."""
     from sft.inference.merge import merge
     from sft.inference.open import settings_for
 
     (tmp_path / "site").mkdir()
-    install("dora_plugin", tmp_path / "site")
+    install("ia3_plugin", tmp_path / "site")
     monkeypatch.syspath_prepend(tmp_path / "site")
     entries.cache_clear()
     base = make_model(tmp_path / "base")
     write_data(tmp_path / "data", [{"src": f"a{n}", "tgt": "b"} for n in range(4)])
     settings = {"model_name_or_path": str(base), "dataset_name_or_path": str(tmp_path / "data"), "max_steps": 2}
-    for plugin in ("lora", "dora"):
+    for plugin in ("lora", "ia3"):
         sft.run({**settings, "plugin": plugin, "output_dir": str(tmp_path / plugin)}, say=lambda text: None)
-    of_peft = EXAMPLES / "dora_plugin" / "tests" / "fixtures" / "llama"
+    of_peft = EXAMPLES / "ia3_plugin" / "tests" / "fixtures" / "llama"
     ids = np.arange(4, 24)[None]
-    for folder, reader in ((tmp_path / "lora", "lora"), (tmp_path / "dora", "dora"), (of_peft, "dora")):
-        assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    for folder, reader in ((tmp_path / "lora", "lora"), (tmp_path / "ia3", "ia3"), (of_peft, "ia3")):
         assert settings_for(folder)[1].readers == [reader]
         merged = tmp_path / f"merged {folder.name}"
         merge(str(base), folder, merged, lambda text: None)
         np.testing.assert_allclose(forward(load(base, folder), ids), forward(load(merged), ids), atol=2e-5, rtol=0)
-    with pytest.raises(sft.UsageError, match="use_dora = True is more than LoRA"):
-        load(base, of_peft, ["no:dora"])
+    with pytest.raises(sft.UsageError, match="what reads it is left out; take away --plugin no:ia3"):
+        load(base, of_peft, ["no:ia3"])
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from sft.models.families.values import Values
     from sft.models.kept_keys import KeptKeys, Seen
     from sft.models.kernels import PLAIN, Kernels, Linear
-    from sft.models.layers import Target, linear_weight, matching, module_names, target_layers
+    from sft.models.layers import Target, linear_bias, linear_weight, matching, module_names, target_layers
     from sft.models.loading import open_model
     from sft.models.own_kernels import own_kernels
     from sft.models.recompute import recomputed
@@ -115,6 +115,7 @@ _LAZY = {
     "matching": "sft.models.layers",
     "parse_size": "sft.models.shards",
     "row_sums": "sft.models.sums",
+    "linear_bias": "sft.models.layers",
     "linear_weight": "sft.models.layers",
     "sum_over": "sft.distributed.parts",
     "target_layers": "sft.models.layers",
@@ -184,6 +185,7 @@ __all__ = [
     "hookimpl",
     "hookspec",
     "is_hub_name",
+    "linear_bias",
     "linear_weight",
     "matches",
     "matching",

@@ -348,11 +348,14 @@ def sft_export_adapter(run: Run, model: Any) -> AdapterFiles:
 
 
 @single
-def sft_import_adapter(model: Any, folder: Path) -> bool:
+def sft_import_adapter(model: Any, folder: Path, hook: Any) -> bool:
     """Put the adapter in ``folder`` over ``model``, for inference, and return True. Called for folders that the
-    plugin's metadata claims (``adapter.TYPE``, or ``adapter.TYPE.K``: docs/plugins.md)."""
+    plugin's metadata claims (``adapter.TYPE``, or ``adapter.TYPE.K``: docs/plugins.md).
+
+    ``hook`` calls hooks, also those that the plugin publishes for its refinements, as ``run.hook`` does in a run."""
 
 
 @single
-def sft_adapter_merger(folder: Path) -> AdapterMerger:
-    """What folds the adapter in ``folder`` into base weights."""
+def sft_adapter_merger(folder: Path, hook: Any) -> AdapterMerger:
+    """What folds the adapter in ``folder`` into base weights. ``hook`` calls hooks, as in
+    :func:`sft_import_adapter`."""

@@ -20,6 +20,7 @@ CASES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
 DENSE = tuple(case for case in CASES if case not in WITH_EXPERTS)
 FIXED = {"max_steps": 2, "per_device_train_batch_size": 4, "evaluation_strategy": "no"}
 SETTINGS: dict[str, dict[str, Any]] = {"full": FIXED, "lora": {**FIXED, "plugin": ["lora"], "lora_rank": 4}}
+SETTINGS["dora"] = {**SETTINGS["lora"], "plugin": ["lora", "dora"]}
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +73,10 @@ PLANNED = ["tp2", "tp2-sequence", "pp2", "stage3", "tp2-pp2", "tp2-stage1"]
         case("tp2-sequence", "lora", ("glm4", "llama-biased", "olmo2", "phi3")),
         case("pp2", "full", ("gemma2", "granite")),
         case("tp2", "full", ("qwen2-moe",)),
-        *(case(plan, what, DENSE, slow=True) for plan in PLANNED for what in SETTINGS),
+        *(case(plan, what, DENSE, slow=True) for plan in PLANNED for what in ("full", "lora")),
+        case("tp2", "dora", ("glm4", "llama-biased", "phi3", "qwen2-moe"), slow=True),
         case("stage3", "full", ("mixtral",)),
-        *(case(plan, what, WITH_EXPERTS, slow=True) for plan in [*PLANNED, "stage2"] for what in SETTINGS),
+        *(case(plan, what, WITH_EXPERTS, slow=True) for plan in [*PLANNED, "stage2"] for what in ("full", "lora")),
     ],
 )
 def test_families_learn_what_one_process_learns(

@@ -152,6 +152,8 @@ def techniques() -> list[Any]:
     plans = {
         ("lora", "pissa", "rslora"): ["tp2", "stage3", "pp2"],
         ("lora", "lora-plus"): ["tp2-stage1"],
+        # A norm over all inputs of a Linear.
+        ("lora", "dora"): ["tp2", "tp2-sequence", "tp2-pp2", "stage3", "tp2-stage2"],
         ("vera",): ["tp2", "stage1", "tp2-sequence-pp2"],
         ("lora", "nf4"): ["stage3", "dp2", "pp2"],
         ("lora", "int8"): ["pp2", "stage3"],
@@ -159,9 +161,10 @@ def techniques() -> list[Any]:
         ("neftune",): ["tp2", "pp2"],
         ("neftune", "lora", *PACKED["plugin"]): ["tp2-pp2"],
     }
+    only_slow = {("lora", "dora", "pissa"): ["tp2"], ("lora", "dora", "nf4"): ["stage3"]}
     return [
-        marked(plan, list(names), plugins=list(names), slow=number > 0)
-        for names, chosen in plans.items()
+        marked(plan, list(names), plugins=list(names), slow=number > 0 or names in only_slow)
+        for names, chosen in {**plans, **only_slow}.items()
         for number, plan in enumerate(chosen)
     ]
 
@@ -187,14 +190,11 @@ def test_an_adapter_that_does_not_say_how_it_is_divided_is_refused(trainings: Tr
         trainings.many(PLANS[plan], job="jobs:train_strange")
 
 
-@pytest.mark.parametrize("job", ["jobs:train_dora", slow("jobs:train_normed")])
-@pytest.mark.parametrize("plan", ["tp2", slow("tp2-sequence"), slow("tp2-pp2"), slow("stage3"), slow("tp2-stage2")])
-def test_an_adapter_that_needs_whole_dimensions_sums_over_their_parts(
-    trainings: Trainings, plan: str, job: str
-) -> None:
-    """A norm over all inputs of a Linear, as DoRA's, and norms of both sides with their gradients."""
-    one, _ = trainings.many(PLANS["one"], job=job)
-    many, _ = trainings.many(PLANS[plan], job=job)
+@pytest.mark.parametrize("plan", [slow(plan) for plan in ("tp2", "tp2-sequence", "tp2-pp2", "stage3", "tp2-stage2")])
+def test_an_adapter_that_needs_whole_dimensions_sums_over_their_parts(trainings: Trainings, plan: str) -> None:
+    """Norms of both sides of a Linear with their gradients. (DoRA's, of one side, is among the techniques.)"""
+    one, _ = trainings.many(PLANS["one"], job="jobs:train_normed")
+    many, _ = trainings.many(PLANS[plan], job="jobs:train_normed")
     assert_equal(one, many)
 
 
@@ -227,7 +227,8 @@ def test_an_adapter_that_cannot_be_tried_is_said(trainings: Trainings) -> None:
 
 
 @pytest.mark.parametrize(
-    "plugins", [pytest.param(names, marks=needs(*names)) for names in (["lora", "pissa"], ["vera"])]
+    "plugins",
+    [pytest.param(names, marks=needs(*names)) for names in (["lora", "pissa"], ["lora", "dora", "pissa"], ["vera"])],
 )
 def test_our_adapters_can_be_tried(trainings: Trainings, plugins: list[str]) -> None:
     dropout = {f"{plugins[0]}_dropout": 0.1}

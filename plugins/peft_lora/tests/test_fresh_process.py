@@ -25,6 +25,7 @@ CASES = {
     **KINDS,
     **{f"{name}-nf4": [*plugins, "nf4"] for name, plugins in KINDS.items()},
     "rslora-pissa-int8": ["rslora", "pissa", "int8"],
+    "dora-rslora": ["dora", "rslora"],
 }
 
 ELSEWHERE = """

@@ -40,7 +40,6 @@ def refused(train: Any, models: Path, tmp_path: Path) -> Refused:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
         ("bias", "all"),
         ("bias", "lora_only"),
         ("lora_bias", True),

@@ -57,6 +57,6 @@ def merge(
         from sft.models.saving import write_merged
 
         check_base(adapter, source, plugins, settings.options, say)
-        merger = plugins.hook.sft_adapter_merger(folder=adapter)
+        merger = plugins.hook.sft_adapter_merger(folder=adapter, hook=plugins.hook)
         with Progress(say) as progress:
             return write_merged(output, source, merger, tokenizer, plugins.hook.sft_quantizer(run=None), form, progress)

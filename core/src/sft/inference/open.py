@@ -201,7 +201,7 @@ def load_adapted(
     progress.say(f"model: {total:,} parameters{held_by(plugins.provider('sft_quantizer'), loaded)}")
     if adapter is not None:
         check_base(adapter, source, plugins, settings.options, progress.say)
-        plugins.hook.sft_import_adapter(model=loaded, folder=adapter)
+        plugins.hook.sft_import_adapter(model=loaded, folder=adapter, hook=plugins.hook)
     use_kernels(loaded, kernels_for(plugins, None, precision))
     loaded.eval()
     return loaded

@@ -117,6 +117,12 @@ def linear_weight(layer: Any) -> Any:
     return layer.dequantize() if hasattr(layer, "dequantize") else layer.weight.astype("float32")
 
 
+def linear_bias(layer: Any) -> Any:
+    """What a Linear, or what stands for one, adds to its products in this process: [out], or None. Of processes that
+    share its inputs one adds the bias, and the others add zeros."""
+    return layer.added_bias if hasattr(layer, "added_bias") else getattr(layer, "bias", None)
+
+
 def quantized_values(model: Any) -> int:
     """How many values of Linears are kept as codes, or beside them: those that ``parameters()`` does not know of."""
     count = 0

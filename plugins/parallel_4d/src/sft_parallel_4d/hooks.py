@@ -6,7 +6,7 @@ to import nothing of it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sft
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 
 @sft.hookspec
-def parallel_outline(outline: Outline) -> None:
+def parallel_outline(outline: Outline, hook: Any) -> None:
     """Change the model on paper as this plugin changes the real one: tensors that it adds, freezes or replaces, and
-    what it keeps for backward. Called to plan a run, of whose model only ``config.json`` has been read."""
+    what it keeps for backward. Called to plan a run, of whose model only ``config.json`` has been read.
+
+    ``hook`` calls hooks, also those that the plugin publishes for its refinements, as ``run.hook`` does in a run."""

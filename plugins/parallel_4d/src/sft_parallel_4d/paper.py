@@ -48,7 +48,7 @@ def outline(values: Mapping[str, Any], plugins: Iterable[type] = ()) -> PaperRun
             )
     if adapter is not None:
         paper.freeze()
-    active.hook.parallel_outline(outline=paper)
+    active.hook.parallel_outline(outline=paper, hook=active.hook)
     notes = [run.without_effect] if run.without_effect else []
     changing = [name for name in silent if name in active.implementing("sft_adapt_model")]
     if changing:

@@ -178,8 +178,13 @@ class _Summand(sft.Linear):
         mark_part(self, part_of(whole))
         self._share = float(adds)
 
+    @property
+    def added_bias(self) -> Any:
+        """Of :func:`sft.linear_bias`."""
+        return self.bias * self._share
+
     def forward(self, x: Any) -> Any:
-        return self.kernels.linear(x, self.weight) + self.bias * self._share
+        return self.kernels.linear(x, self.weight) + self.added_bias
 
 
 class _DropoutApart(paddle.nn.Dropout):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -248,15 +246,6 @@ def held(settings: dict[str, Any]) -> dict[str, Any]:
 
     sft.run(settings, plugins=[Look], say=lambda text: None)
     return found
-
-
-def train_dora(settings: dict[str, Any]) -> dict[str, Any]:
-    """One rank of a run with the DoRA of a third party, of examples/."""
-    sys.path.insert(0, str(Path(__file__).parents[4] / "examples" / "dora_plugin" / "src"))
-    from sft_dora.plugin import Dora
-
-    sft.run(settings, plugins=[Dora], say=lambda text: None)
-    return {"process": os.getpid()}
 
 
 def train_normed(settings: dict[str, Any]) -> dict[str, Any]:

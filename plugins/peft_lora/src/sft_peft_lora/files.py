@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sft import AdapterFiles, UsageError, matches, module_names, read_adapter
 
+if TYPE_CHECKING:
+    from sft_peft_lora.hooks import LoraForm
+
 PREFIX = "base_model.model."
 _SMALLEST, _LARGEST = 1e-9, 1e9
 """Of α and of ranks. Adapters have α up to some thousands; far beyond, float32 products of it overflow."""
-_KEY = re.compile(re.escape(PREFIX) + r"(?P<target>.+)\.lora_(?P<half>[AB])\.weight")
+_PAIR = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
+"""What follows a target's name in the file, and the layer's attribute."""
 
 # What PEFT keeps of a target, of a Linear or of an embedding; a target outside the blocks keeps its base, too.
 _OF_A_TARGET = re.compile(re.escape(PREFIX) + r"(?P<target>.+?)\.(lora_\w+|base_layer)(\..+)?")
@@ -40,23 +45,32 @@ _OVER_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 class LoraFolder:
-    """An adapter folder: for each target its pair A [in, r], B [r, out] (float32) and its scaling.
+    """An adapter folder: for each target its pair A [in, r], B [r, out] (float32), its scaling, and its ``further``
+    tensors (float32, by attribute of the layer) where a refinement's ``form`` has some.
 
-    Raises :class:`UsageError` for a folder that is damaged, or whose config asks for more than plain LoRA.
+    Raises :class:`UsageError` for a folder that is damaged, or whose config asks for anything but LoRA of that form.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, form: LoraForm | None = None) -> None:
         self.folder = folder
+        formed = {} if form is None else form.config
         self.config, tensors = read_adapter(folder)
         if self.config["peft_type"] != "LORA":
             raise UsageError(
                 f"{folder} is a {self.config['peft_type']} adapter, and plugin lora reads LORA alone; give "
                 "another folder."
             )
-        for key, plain in _PLAIN.items():
-            if self.config.get(key, plain[0]) not in (*plain, None):
+        for key, value in formed.items():
+            if self.config.get(key) != value:
                 raise UsageError(
-                    f"{folder}: {key} = {self.config[key]!r} is more than LoRA; this plugin cannot read it."
+                    f"{folder}: its config has {key} = {self.config.get(key)!r}, and an active plugin that refines "
+                    f"lora reads adapters with {key} = {value!r}; leave that plugin out, or give another adapter."
+                )
+        for key, plain in _PLAIN.items():
+            if key not in formed and self.config.get(key, plain[0]) not in (*plain, None):
+                raise UsageError(
+                    f"{folder}: {key} = {self.config[key]!r} is more than LoRA, and no active plugin reads it; add one "
+                    "that does (sft plugins lists them), or give another adapter."
                 )
         if not isinstance(self.config.get("use_rslora"), (bool, type(None))):
             raise UsageError(f"{folder}: adapter_config.json must give use_rslora as true or false.")
@@ -74,18 +88,32 @@ class LoraFolder:
                 "alone; train the adapter with other target_modules."
             )
         self.pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        halves: dict[str, dict[str, np.ndarray]] = {}
+        self.further: dict[str, dict[str, np.ndarray]] = {}
+        tensors_of_form = {} if form is None else form.tensors
+        endings = {**_PAIR, **{name: attribute for attribute, (name, _) in tensors_of_form.items()}}
+        found: dict[str, dict[str, np.ndarray]] = {}
         for key, tensor in tensors.items():
-            match = _KEY.fullmatch(key)
-            if match is None:
+            ending = next((ending for ending in endings if key.endswith(f".{ending}")), None)
+            if ending is None or not key.startswith(PREFIX):
                 raise UsageError(f"{folder}: tensor {key} is not a LoRA weight of the PEFT layout.")
-            if tensor.ndim != 2:
-                raise UsageError(f"{folder}: tensor {key} has {tensor.ndim} dimensions, and LoRA's have 2.")
-            halves.setdefault(match["target"], {})[match["half"]] = tensor.astype(np.float32)
-        for target, found in halves.items():
-            if set(found) != {"A", "B"} or found["A"].shape[0] != found["B"].shape[1] or not found["A"].shape[0]:
+            attribute = endings[ending]
+            dimensions = len(tensors_of_form[attribute][1]) if attribute in tensors_of_form else 2
+            if tensor.ndim != dimensions:
+                raise UsageError(f"{folder}: tensor {key} has {tensor.ndim} dimensions, and it must have {dimensions}.")
+            target = key[len(PREFIX) : -len(ending) - 1]
+            found.setdefault(target, {})[attribute] = np.ascontiguousarray(tensor.astype(np.float32).T)
+        for target, parts in found.items():
+            if not {"lora_A", "lora_B"} <= set(parts) or not _fit(parts["lora_A"], parts["lora_B"]):
                 raise UsageError(f"{folder}: the pair of lora_A and lora_B for {target} is not complete.")
-            self.pairs[target] = (np.ascontiguousarray(found["A"].T), np.ascontiguousarray(found["B"].T))
+            a, b = self.pairs[target] = parts.pop("lora_A"), parts.pop("lora_B")
+            lengths = {"in": a.shape[0], "out": b.shape[1], None: b.shape[0]}
+            for attribute, (name, sides) in tensors_of_form.items():
+                shape = tuple(lengths[side] for side in sides)
+                if attribute not in parts or parts[attribute].shape != shape:
+                    raise UsageError(
+                        f"{folder}: {name} of {target} is not there, or does not fit its lora_A and lora_B."
+                    )
+            self.further[target] = parts
         if not self.pairs:
             raise UsageError(f"{folder} holds no LoRA weights.")
         for target in self.pairs:
@@ -128,6 +156,10 @@ class LoraFolder:
         return value
 
 
+def _fit(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape[1] == b.shape[0] and bool(b.shape[0])
+
+
 def adapter_files(
     pairs: dict[str, tuple[np.ndarray, np.ndarray]],
     modules: list[str],
@@ -135,8 +167,11 @@ def adapter_files(
     scalings: dict[str, float],
     base: str,
     dropout: float,
+    form: LoraForm | None = None,
+    further: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> AdapterFiles:
-    """The PEFT form of trained pairs A [in, r], B [r, out], each scaled by its own of ``scalings``.
+    """The PEFT form of trained pairs A [in, r], B [r, out], each scaled by its own of ``scalings``; with a ``form``
+    also of the ``further`` tensors of each target by attribute.
 
     Where a pair's rank is not the one that its α was scaled with, α is written so that PEFT computes the scaling.
     """
@@ -169,11 +204,14 @@ def adapter_files(
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": None,
+        **({} if form is None else form.config),
     }
     tensors = {}
     for target, (a, b) in pairs.items():
         tensors[f"{PREFIX}{target}.lora_A.weight"] = np.ascontiguousarray(a.T)
         tensors[f"{PREFIX}{target}.lora_B.weight"] = np.ascontiguousarray(b.T)
+        for attribute, (name, _) in ({} if form is None else form.tensors).items():
+            tensors[f"{PREFIX}{target}.{name}"] = np.ascontiguousarray((further or {})[target][attribute].T)
     return AdapterFiles(config, tensors)
 
 
@@ -189,10 +227,11 @@ def _patterns(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 class LoraMerger:
-    """W' = W + s·(A·B)ᵀ in float32, for weights in Hugging Face's [out, in] layout."""
+    """W' = W + s·(A·B)ᵀ in float32, or what a ``form`` makes of the two, for weights in Hugging Face's [out, in]
+    layout."""
 
-    def __init__(self, folder: Path) -> None:
-        self._adapter = LoraFolder(folder)
+    def __init__(self, folder: Path, form: LoraForm | None = None) -> None:
+        self._adapter, self._form = LoraFolder(folder, form), form
         self._left = dict(self._adapter.pairs)
 
     def merge(self, name: str, weight: Any) -> Any:
@@ -208,7 +247,11 @@ class LoraMerger:
                 f"{'x'.join(map(str, weight.shape))}; it belongs to another model."
             )
         a, b = paddle.to_tensor(a), paddle.to_tensor(b)
-        return weight + self._adapter.scaling(target) * paddle.matmul(b, a, transpose_x=True, transpose_y=True)
+        update = self._adapter.scaling(target) * paddle.matmul(b, a, transpose_x=True, transpose_y=True)
+        if self._form is None:
+            return weight + update
+        further = {name: paddle.to_tensor(values) for name, values in self._adapter.further[target].items()}
+        return self._form.merged(weight, update, further)
 
     def unused(self) -> list[str]:
         return sorted(self._left)

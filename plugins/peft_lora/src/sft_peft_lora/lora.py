@@ -51,11 +51,15 @@ class Lora(sft.Plugin):
         """The adapted layers by their target's Hugging Face name."""
         self.targets: list[str] = []
         """Names of all layers that could have been adapted."""
+        self.form: Any = None
+        """What a refinement's layers are beyond LoRA's: :class:`sft_peft_lora.hooks.LoraForm`, or None."""
+        self._layer_class: Any = None
         self.alphas: dict[str, float] = {}
         """α of each adapted layer; its own scaling follows from it, and may be said otherwise by a refinement."""
 
     @sft.hookimpl
     def sft_check(self, run: Run) -> None:
+        self.form = run.hook.lora_form()
         if self.options.lora_path is None:
             return
         if not (Path(self.options.lora_path).expanduser() / "adapter_config.json").is_file():
@@ -73,7 +77,9 @@ class Lora(sft.Plugin):
                 )
         from sft_peft_lora.files import LoraFolder
 
-        LoraFolder(Path(self.options.lora_path).expanduser())  # one that cannot be read is refused before data is
+        LoraFolder(
+            Path(self.options.lora_path).expanduser(), self.form
+        )  # one that cannot be read is refused before data is
 
     @sft.hookimpl
     def sft_adapt_model(self, run: Run, model: Any) -> None:
@@ -99,15 +105,18 @@ class Lora(sft.Plugin):
                 rng = run.rng(target.name)
                 if not run.hook.lora_initialize(layer=layer, name=target.name, rng=rng):
                     initialize(layer, rng)
+                if hasattr(layer, "begin") and not run.resumes:  # a checkpoint brings what it would set
+                    layer.begin(run.strategy.linear_weight(target.layer))
         ranks, scalings = (sorted({getattr(one, key) for one in self.layers.values()}) for key in ("rank", "scaling"))
         run.say(f"lora: {len(self.layers)} layers, {_span('rank', ranks)}, {_span('scaling', scalings)}")
 
     @sft.hookimpl(optionalhook=True)
-    def parallel_outline(self, outline: Any) -> None:
+    def parallel_outline(self, outline: Any, hook: Any) -> None:
+        form = hook.lora_form()
         if self.options.lora_path is not None:
             from sft_peft_lora.files import LoraFolder
 
-            pairs = LoraFolder(Path(self.options.lora_path).expanduser()).pairs
+            pairs = LoraFolder(Path(self.options.lora_path).expanduser(), form).pairs
             ranks = {name: a.shape[1] for name, (a, _) in pairs.items()}
         else:
             chosen = outline.targets(self.options.lora_target_modules)
@@ -118,6 +127,9 @@ class Lora(sft.Plugin):
             rank = ranks[linear.name]
             linear.add("lora_A", (linear.in_features, rank), ("in", None))
             linear.add("lora_B", (rank, linear.out_features), (None, "out"))
+            lengths = {"in": linear.in_features, "out": linear.out_features, None: rank}
+            for name, (_, sides) in ({} if form is None else form.tensors).items():
+                linear.add(name, tuple(lengths[side] for side in sides), sides)
             # x·A, and with dropout its input too.
             linear.kept += rank + (linear.in_features if self.options.lora_dropout else 0)
 
@@ -130,7 +142,12 @@ class Lora(sft.Plugin):
             pairs[name] = run.hook.lora_export(layer=layer) or (layer.lora_A.numpy(), layer.lora_B.numpy())
         scalings = {name: layer.scaling for name, layer in self.layers.items()}
         base, modules = str(run.settings.model.model_name_or_path), sft.module_names(self.layers, self.targets)
-        return adapter_files(pairs, modules, self.alphas, scalings, base, self.options.lora_dropout)
+        further = {
+            name: {attribute: getattr(layer, attribute).numpy() for attribute in layer.further}
+            for name, layer in self.layers.items()
+        }
+        dropout = self.options.lora_dropout
+        return adapter_files(pairs, modules, self.alphas, scalings, base, dropout, self.form, further)
 
     @sft.hookimpl
     def sft_state(self, run: Run) -> dict[str, Any]:
@@ -150,15 +167,16 @@ class Lora(sft.Plugin):
                 )
 
     @sft.hookimpl
-    def sft_import_adapter(self, model: Any, folder: Path) -> bool:
+    def sft_import_adapter(self, model: Any, folder: Path, hook: Any) -> bool:
+        self.form = hook.lora_form()
         self._adapt_from(model, folder)
         return True
 
     @sft.hookimpl
-    def sft_adapter_merger(self, folder: Path) -> AdapterMerger:
+    def sft_adapter_merger(self, folder: Path, hook: Any) -> AdapterMerger:
         from sft_peft_lora.files import LoraMerger
 
-        return LoraMerger(folder)
+        return LoraMerger(folder, hook.lora_form())
 
     # --- the parts ------------------------------------------------------------------------------------------
 
@@ -169,9 +187,11 @@ class Lora(sft.Plugin):
         return float(provided) if provided is not None else 2.0 * rank
 
     def _wrap(self, target: Target, rank: int, scaling: float) -> Any:
-        from sft_peft_lora.layer import LoraLinear
+        from sft_peft_lora.layer import layer_class
 
-        layer = LoraLinear(
+        if self._layer_class is None:
+            self._layer_class = layer_class(self.form)
+        layer = self._layer_class(
             target.layer, target.in_features, target.out_features, rank, scaling, self.options.lora_dropout
         )
         target.replace(layer)
@@ -182,7 +202,7 @@ class Lora(sft.Plugin):
         """Adapt ``model`` with the pairs of an adapter folder; every pair must find its layer, and fit it."""
         from sft_peft_lora.files import LoraFolder
 
-        adapter = LoraFolder(folder)
+        adapter = LoraFolder(folder, self.form)
         targets = {target.name: target for target in sft.target_layers(model, EVERY)}
         self.targets = list(targets)
         for name, (a, b) in adapter.pairs.items():
@@ -193,6 +213,8 @@ class Lora(sft.Plugin):
             self.alphas[name] = adapter.alpha(name)
             layer.lora_A.set_value(a)
             layer.lora_B.set_value(b)
+            for attribute, values in adapter.further[name].items():
+                getattr(layer, attribute).set_value(values)
 
 
 def _span(what: str, values: list[Any]) -> str:

@@ -14,7 +14,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 def base_of(tmp_path_factory):
     """``base_of(case)``: the directory of the model that a case of PEFT's is for."""
     folder = tmp_path_factory.mktemp("bases")
-    return {case: bases.write(case, folder / case) for case in ("llama", "qwen2-qv-rs")}.__getitem__
+    return {case: bases.write(case, folder / case) for case in ("llama", "qwen2")}.__getitem__
 
 
 @pytest.fixture(scope="session")
@@ -24,4 +24,4 @@ def base_model(base_of):
 
 @pytest.fixture(scope="session")
 def run_settings():
-    return {"plugin": ["dora"], "learning_rate": 1e-2, "max_steps": 4, "do_eval": False, "save_strategy": "no"}
+    return {"plugin": ["ia3"], "learning_rate": 5e-2, "max_steps": 4, "do_eval": False, "save_strategy": "no"}

@@ -1,1 +1,0 @@
-"""DoRA as an sft plugin of a third party."""

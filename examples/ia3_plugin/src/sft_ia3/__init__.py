@@ -1,0 +1,1 @@
+"""(IA)³ as an sft plugin of a third party."""

@@ -10,9 +10,6 @@ import sft
 if TYPE_CHECKING:
     from sft_peft_lora.hooks import LoraForm
 
-SMALLEST = 1e-30
-"""Of a squared norm: an output all of whose weights are zero stays zero."""
-
 
 class Dora(sft.Plugin):
     """y = x·V ⊙ m/‖V‖ + b with V = W + s·A·B. ‖V‖ [out] is the norm of each output's weights over all inputs, and
@@ -41,6 +38,8 @@ class Dora(sft.Plugin):
 
     def merged(self, weight: Any, update: Any, tensors: Mapping[str, Any]) -> Any:
         """V ⊙ m/‖V‖, float32 [out, in]."""
+        from sft_peft_lora.dora_layer import SMALLEST
+
         directed = weight + update
         norm = sft.row_sums(directed.square()).clip(min=SMALLEST).sqrt()
         return directed * (tensors["magnitude"].unsqueeze(-1) / norm)

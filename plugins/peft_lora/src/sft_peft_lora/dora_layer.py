@@ -7,7 +7,9 @@ from typing import Any
 import paddle
 
 import sft
-from sft_peft_lora.dora import SMALLEST
+
+SMALLEST = 1e-30
+"""Of a squared norm: an output all of whose weights are zero stays zero."""
 
 
 def dora_linear(base_class: Any) -> type:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import sft
 
@@ -21,10 +22,10 @@ class Dora(sft.Plugin):
     reference = "arXiv 2402.09353"
     requires = ("lora",)
 
-    config: ClassVar[dict[str, Any]] = {"use_dora": True}
-    tensors: ClassVar[dict[str, tuple[str, tuple[str | None, ...]]]] = {
-        "magnitude": ("lora_magnitude_vector", ("out",))
-    }
+    config: Mapping[str, Any] = MappingProxyType({"use_dora": True})
+    tensors: Mapping[str, tuple[str, tuple[str | None, ...]]] = MappingProxyType(
+        {"magnitude": ("lora_magnitude_vector", ("out",))}
+    )
 
     @sft.hookimpl
     def lora_form(self) -> LoraForm:

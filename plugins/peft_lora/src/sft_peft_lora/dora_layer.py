@@ -15,7 +15,7 @@ SMALLEST = 1e-30
 def dora_linear(base_class: Any) -> type:
     """A subclass of LoRA's layers with ``magnitude`` float32 [out], m."""
 
-    class DoraLinear(base_class):  # type: ignore[misc]
+    class DoraLinear(base_class):
         """y = x·V ⊙ m/‖V‖ + b: input [..., in] → output [..., out]."""
 
         def begin(self, weight: Any) -> None:

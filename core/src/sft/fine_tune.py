@@ -22,6 +22,7 @@ from sft.files import read_report
 from sft.foreign_text import shown
 from sft.models.loading import open_model
 from sft.models.source import find_tokenizer
+from sft.plugins.discovery import left_out
 from sft.progress import Printer
 from sft.resolve import resolve
 from sft.settings.checks import check_plugins, check_settings
@@ -78,8 +79,9 @@ def prepare_run(values: Mapping[str, Any], extra: Iterable[type], say: Callable[
     """Resolve plugins and settings and run every check that is instant; nothing heavy is imported."""
     settings, active, without_effect = resolve(values, extra)
     current = CoreRun(settings, active, say, values)
-    for clause in active.replaced:
-        say(f"note: {clause}")
+    for clause in (*active.replaced, left_out()):
+        if clause is not None:
+            say(f"note: {clause}")
     given = settings.flat()
     for name in ("model_name_or_path", "dataset_name_or_path", "output_dir"):
         if not given[name]:

@@ -83,8 +83,12 @@ def cli(context: click.Context) -> None:
 
     Start with `sft demo`, then `sft run --help`.
     """
+    from sft.plugins.discovery import left_out
+
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+    elif context.invoked_subcommand != "run" and left_out() is not None:  # a run says it with its other notes
+        click.echo(f"note: {left_out()}", err=True)
 
 
 def main() -> None:

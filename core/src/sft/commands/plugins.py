@@ -12,7 +12,7 @@ from sft.errors import SftError
 from sft.foreign_text import safe
 from sft.kit.about import About, about, all_plugins, find_plugin, found, ties
 from sft.plugins.api import API_VERSION
-from sft.plugins.discovery import strange_requests
+from sft.plugins.discovery import left_out, strange_requests
 
 
 @click.group(name="plugins", invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -32,7 +32,8 @@ def command(context: click.Context, as_json: bool) -> None:
             click.echo(json.dumps(row.as_dict()))
         return
     if not rows:
-        click.echo("No plugin is installed; pip install 'paddle-sft[all]' brings those of the project.")
+        cure = "pip install 'paddle-sft[all]' brings those of the project" if left_out() is None else left_out()
+        click.echo(f"No plugin is installed; {cure}.")
         return
     names, kinds = (max(map(len, column)) for column in ([row.name for row in rows], [_kind(row) for row in rows]))
     for row in rows:

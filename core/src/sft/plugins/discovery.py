@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -54,8 +55,34 @@ def entries(group: str) -> tuple[Installed, ...]:
     return tuple(found)
 
 
+LEFT_OUT = "SFT_DISABLE_PLUGINS"
+"""The variable of the environment that names plugins which are to be as if they were not installed; ``*``: all."""
+
+
 def installed() -> dict[str, list[Installed]]:
-    """Every declared plugin by name; more than one under a name is a conflict, reported when it is requested."""
+    """Every declared plugin by name, without those that the environment leaves out; more than one under a name is a
+    conflict, reported when it is requested."""
+    out = _named_out()
+    return {name: items for name, items in _everything().items() if name not in out and "*" not in out}
+
+
+def left_out() -> str | None:
+    """What the environment leaves out of what is installed, as a clause; None if it names nothing."""
+    out = _named_out()
+    if not out:
+        return None
+    there = _everything()
+    gone = [name for name in there if "*" in out or name in out]
+    unknown = sorted(out - {*there} - {"*"})
+    clause = f"{LEFT_OUT} leaves out {', '.join(gone) or 'nothing'}"
+    return clause if not unknown else f"{clause}, and names {', '.join(unknown)}, which is not installed"
+
+
+def _named_out() -> set[str]:
+    return {canonical(name) for name in os.environ.get(LEFT_OUT, "").split(",") if name.strip()}
+
+
+def _everything() -> dict[str, list[Installed]]:
     by_name: dict[str, list[Installed]] = {}
     for item in entries("sft.plugins"):
         same = by_name.setdefault(item.name, [])
@@ -79,7 +106,7 @@ def dependencies(plugins: Iterable[str]) -> list[str]:
 
 def strange_requests() -> dict[str, list[str]]:
     """By distribution, what is wrong with entry points in ``sft.requests`` that can never ask for a plugin."""
-    objects = {(item.distribution, item.entry.value) for items in installed().values() for item in items}
+    objects = {(item.distribution, item.entry.value) for items in _everything().values() for item in items}
     faults: dict[str, list[str]] = {}
     for request in entries("sft.requests"):
         entry, distribution = request.entry, request.distribution
@@ -117,6 +144,8 @@ def with_refined(name: str) -> list[str]:
 
 def find(name: str, available: Mapping[str, list[Installed]]) -> Installed:
     items = available.get(name, [])
+    if not items and name in _everything() and name not in installed():
+        raise UsageError(f"Plugin {name} is left out by {LEFT_OUT}; take it out of that variable of the environment.")
     if not items:
         close = difflib.get_close_matches(name, available, n=1)
         hint = f"did you mean {close[0]}?" if close else "pip install the distribution that provides it."

@@ -17,6 +17,7 @@ from sft.plugins.calls import failed, from_plugin, guard
 from sft.plugins.declarations import check_form, check_relations, in_order, meant
 from sft.plugins.discovery import canonical, find, import_plugin, imported, installed, is_of, strange_requests
 from sft.plugins.origins import PluginFile, file_of, origin_of
+from sft.plugins.trace import watch_if_asked
 
 SHAPING = (
     *("sft_collator", "sft_model_family", "sft_model_config", "sft_quantizer"),
@@ -189,6 +190,7 @@ class Plugins:
             ) from error
         for name, _ in self:
             guard(self.manager, self.manager.get_plugin(name), self.who(name))
+        watch_if_asked(self.manager)
 
     def _make(self, name: str, plugin: Any, options: Any) -> Any:
         try:

@@ -74,7 +74,7 @@ class Trace:
         """The calls that this thread is in, the innermost last."""
         if not hasattr(self._open, "calls"):
             self._open.calls = []
-        return self._open.calls  # type: ignore[no-any-return]
+        return self._open.calls
 
     def _before(self, hook_name: str, hook_impls: Any, kwargs: Any) -> None:
         self._calls().append(_Call(hook_name, time.perf_counter()))

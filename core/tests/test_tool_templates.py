@@ -240,6 +240,21 @@ def test_a_template_that_leaves_results_out_is_refused(make: Make) -> None:
     assert "MODEL leaves the result 'it rains' out; give chat_template one that does" in message
 
 
+def test_calls_and_results_whose_words_stand_elsewhere_too_are_missed(make: Make) -> None:
+    """A question and the tools have the words of a call, and an answer those of a result."""
+    tools = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+    calls = "{% for c in (m.tool_calls or [])[:MOST] %}{{ c.function | tojson }}{% endfor %}"
+    written = tools + PLAIN.replace("{{ m.content }}", "{{ m.content }}" + calls)
+    both = (ToolCall("weather", {"city": "Bern"}), ToolCall("weather", {"city": "Rome"}))
+    calling, asked = Turn("assistant", "", True, tool_calls=both), Turn("user", "Rain in Bern and in Rome?")
+    talk = Conversation([asked, calling, Turn("tool", "yes"), Turn("assistant", "yes", True)], tools=TOOLS)
+    assert one(talk, make(written.replace("MOST", "9"))).counts.calls == 2
+    first = refused(talk, make(written.replace("MOST", "1")))
+    assert "MODEL does not write all calls of a turn; give chat_template one that does" in first
+    silent = written.replace("MOST", "9").replace("messages %}", "messages if m.role != 'tool' %}", 1)
+    assert "MODEL leaves the result 'yes' out; give chat_template one that does" in refused(talk, make(silent))
+
+
 def test_what_a_template_refuses_is_refused_with_its_words(make: Make) -> None:
     case = chosen(template="llama31_tools", conversation="two")
     assert case["error"] == "This model calls one tool at a time!"
@@ -404,6 +419,7 @@ def test_what_is_learned_of_a_conversation(make: Make, template: str) -> None:
     tokenizer = make(template)
     assert learned(one(TALK, tokenizer, "answers"), tokenizer) == ["b<|im_end|>", "d<|im_end|>"]
     assert learned(one(TALK, tokenizer, "last_answer"), tokenizer) == ["d<|im_end|>"]
+    assert one(TALK, tokenizer, "answers").counts.turns_after_answers == 1
     whole = one(TALK, tokenizer, "everything")
     assert whole.ids.tolist() == one(TALK, tokenizer).ids.tolist()
     assert whole.trained.all()

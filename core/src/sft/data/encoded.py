@@ -41,6 +41,8 @@ class Counts:
     """Records that are dropped because they are longer than ``max_length`` (``truncation drop``)."""
     turns_dropped: int = 0
     """Turns that conversations lost from their beginning."""
+    turns_after_answers: int = 0
+    """Turns after the last answer that is learned, which the model does not see."""
     prompts_truncated: int = 0
     """Records whose prompt lost tokens from its beginning."""
     targets_truncated: int = 0
@@ -92,6 +94,7 @@ class Counts:
             "records_dropped": "{} record{s} dropped (no target left)",
             "records_too_long": "{} record{s} dropped (too long)",
             "turns_dropped": "{} turn{s} dropped",
+            "turns_after_answers": "{} turn{s} after the last answer left out",
             "prompts_truncated": "{} prompt{s} cut",
             "targets_truncated": "{} answer{s} cut",
             "answers_rewritten_by_template": "{} answer{s} rewritten by template",

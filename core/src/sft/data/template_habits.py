@@ -23,6 +23,7 @@ _KEYS = ("reasoning_content", "reasoning", "thinking")
 """Names by which published templates know a thought, most of them by the first."""
 _QUESTION = {"role": "user", "content": "seen question"}
 _CALL = ToolCall("seen_function", {"seen_name": "seen value"})
+_FURTHER = ToolCall("further_function", {"further_name": "further value"})
 _TOOL = {
     "type": "function",
     "function": {
@@ -87,6 +88,21 @@ class Habits:
                 return form
         return None
 
+    @cached_property
+    def _leaves_calls_out(self) -> bool:
+        """Whether it writes only some of several calls in a turn. The words of a call that is missing may stand in the
+        question and in the tools, so that a record does not show it."""
+        text = self._seen(*self.messages([Turn("assistant", "", tool_calls=(_CALL, _FURTHER))]))
+        return bool(text) and not (holds_call(_CALL, text) and holds_call(_FURTHER, text))
+
+    @cached_property
+    def _leaves_results_out(self) -> bool:
+        """Whether it writes no results of calls, which may stand in an answer as well."""
+        calls = (_CALL,) if self.calls is not None else ()
+        turns = [Turn("assistant", "" if calls else "seen answer", tool_calls=calls), Turn("tool", "seen result")]
+        text = self._seen(*self.messages([*turns, Turn("assistant", "seen answer")]))
+        return bool(text) and "seen result" not in text
+
     def _seen(self, *messages: dict[str, Any], tools: Sequence[dict[str, Any]] = ()) -> str:
         """What it writes of a question and these messages; nothing where it refuses them."""
         try:
@@ -125,11 +141,13 @@ class Habits:
                     f'give chat_template one that does, or take "tools" out.'
                 )
         for turn in conversation:
+            if len(turn.tool_calls) > 1 and self.calls is not None and self._leaves_calls_out:
+                raise UsageError(f"The chat template of {self._place} does not write all calls of a turn; {_CURE}.")
             for call in turn.tool_calls:
                 if self.calls is None or not holds_call(call, text):
                     what = "calls" if self.calls is None else f"the call of {quoted(call.name)} as it stands here"
                     raise UsageError(f"The chat template of {self._place} does not write {what}; {_CURE}.")
-            if turn.role == "tool" and not _holds(turn.content.strip(), text):
+            if turn.role == "tool" and (self._leaves_results_out or not _holds(turn.content.strip(), text)):
                 raise UsageError(
                     f"The chat template of {self._place} leaves the result {quoted(turn.content)} out; {_CURE}."
                 )

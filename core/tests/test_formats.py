@@ -355,3 +355,17 @@ def test_what_stands_before_the_last_answer_that_is_learned() -> None:
 def test_a_record_without_a_target() -> None:
     message = refusal({"dialogue": ["only a question"]}, Dialogue)
     assert message == "no turn of this record is a target, so nothing can be learned from it."
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "b"}]},
+        {"instruction": "a", "output": "b"},
+        {"src": "a", "tgt": "b"},
+    ],
+)
+def test_a_record_with_images_is_refused(value: dict[str, Any]) -> None:
+    assert turns_of({**value, "images": []})
+    text = refusal({**value, "images": ["a.png"]})
+    assert text.endswith('the record has "images", and a model reads text here; take the record out, or "images".')

@@ -163,6 +163,11 @@ def test_a_system_text_beside_the_conversation() -> None:
             [{**USER, "train": True}, BOT],
             'message 1 of "messages" is to be learned ("train"), and its role is \'user\'; only answers are: take',
         ),
+        (
+            [{**USER, "weight": 0.5}, BOT],
+            "message 1 of \"messages\" has the weight 0.5, and its role is 'user'; only answers weigh: take it out, or",
+        ),
+        ([{**USER, "images": ["a.png"]}, BOT], 'message 1 of "messages" has "images", and a model reads text here;'),
         ([BOT], '"messages" begins with an answer to nothing; begin with a user\'s message, or give it weight 0.'),
         ([SYSTEM, BOT], '"messages" begins with an answer to nothing; begin'),
     ],

@@ -161,6 +161,11 @@ WHAT = 'message 2 of "messages"'
         ({"role": "tool", "content": "3", "tool_call_id": 7}, f'"tool_call_id" of {WHAT} must be text, not 7.'),
         ({**BOT, "reasoning_content": 3}, f'"reasoning_content" of {WHAT} must be text, not 3.'),
         ({**BOT, "reasoning": "x", "thinking": "y"}, f"{WHAT} has two thoughts (reasoning, thinking); keep one."),
+        ({**BOT, "content": "<think>y</think>b", "thinking": "x"}, f"{WHAT} has two thoughts, one of them in its con"),
+        (
+            {**BOT, "tool_calls": [CALL], "function_call": {**CALL, "name": "g"}},
+            f"{WHAT} has tool_calls, function_call that are not the same; keep one.",
+        ),
         ({**BOT, "content": "", "reasoning": "x"}, f"{WHAT} is empty; remove the record or give it an answer."),
     ],
 )
@@ -199,6 +204,20 @@ def test_a_thought_in_the_answer_stays_there() -> None:
     assert read({"messages": [USER, {**BOT, "content": "<think>why</think>b"}]})[1] == Turn(
         "assistant", "<think>why</think>b", True
     )
+
+
+@pytest.mark.parametrize("inside", ["", "why"])
+def test_a_thought_in_both_places_is_one(inside: str) -> None:
+    answer = {**BOT, "content": f"<think>\n{inside}\n</think>\n\nb", "reasoning_content": "why"}
+    assert read({"messages": [USER, answer]})[1] == Turn("assistant", "b", True, reasoning="why")
+
+
+def test_tools_and_calls_under_two_names_are_read_once() -> None:
+    twice = {**BOT, "tool_calls": [{"id": "x", "function": CALL}], "function_call": CALL}
+    turns = read({"messages": [USER, twice], "tools": [{"function": FUNCTION}], "functions": [FUNCTION]})
+    assert (turns[1].tool_calls, len(turns.tools)) == ((ToolCall("f", MADE.arguments, "x"),), 1)
+    other = {"tools": [FUNCTION], "functions": [{**FUNCTION, "name": "g"}]}
+    assert refused({"messages": [USER, BOT], **other}).startswith('the record has "tools" and "functions" that are not')
 
 
 def test_parts_of_text_are_joined() -> None:

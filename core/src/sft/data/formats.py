@@ -15,7 +15,7 @@ from sft.data.bad_records import BadRecord, BadRecordError, Place
 from sft.data.messages import characters, messages, sharegpt
 from sft.data.raw_text import TEXT_ROLE
 from sft.data.sources import Record
-from sft.data.texts import answer_of, optional_of, system_of, text_of
+from sft.data.texts import answer_of, optional_of, refuse_media, system_of, text_of
 from sft.data.weights import record_weight, weight_of_turns
 from sft.errors import PluginError, UsageError
 from sft.foreign_text import listed, shown
@@ -93,6 +93,7 @@ class Formats:
             turns = self._plugins.ask(plugin, "sft_record_format", record=value)
             if turns is not None and self._wanted in (None, plugin):
                 return f"the format of plugin {plugin}", turns, weight_of_turns(turns)
+        refuse_media(value, "the record")
         if self._wanted is not None:
             return *self._read_as(self._wanted, value, needs_target), record_weight(value)
         if not needs_target and _is_prompt(value):

@@ -14,7 +14,8 @@ from typing import Any
 
 from sft.conversations import Conversation, ToolCall, Turn
 from sft.data.sources import DECODER
-from sft.data.texts import answer_of, system_of, text_of
+from sft.data.texts import answer_of, refuse_media, system_of, text_of
+from sft.data.thoughts import parted
 from sft.data.weights import message_weight
 from sft.foreign_text import listed
 from sft.small_files import why
@@ -46,6 +47,8 @@ def _conversation(record: Mapping[str, Any], key: str) -> Conversation:
     if not isinstance(value, list) or not value:
         raise ValueError(f'"{key}" must be a list of at least one message, not {reprlib.repr(value)}.')
     tools = tools_of(record.get("tools") or record.get("functions"))
+    if record.get("tools") and record.get("functions") and tools_of(record["functions"]) != tools:
+        raise ValueError('the record has "tools" and "functions" that are not the same; keep one.')
     turns = system_of(record)
     if turns and isinstance(value[0], dict) and "system" in (value[0].get("role"), value[0].get("from")):
         raise ValueError(f'"system" and the first message of "{key}" both are system turns; keep one.')
@@ -82,6 +85,7 @@ def _turn(message: Any, what: str) -> tuple[Turn, bool]:
     if not isinstance(role, str) or (role not in ROLES and role not in CALLING):
         known = ", ".join((*ROLES, *CALLING))
         raise ValueError(f"{what} has the role {reprlib.repr(role)}; known are {known}: take the record out.")
+    refuse_media(message, what)
     weight = message_weight(message, what)
     thought = _thought(message, what)
     alone = role in CALLING
@@ -93,6 +97,11 @@ def _turn(message: Any, what: str) -> tuple[Turn, bool]:
             f"{what} has {'calls' if calls else 'a thought'}, and its role is {reprlib.repr(message[by])}; only an "
             "assistant's message may have them."
         )
+    if role != "assistant" and weight not in (0, 1):
+        raise ValueError(
+            f"{what} has the weight {weight:g}, and its role is {reprlib.repr(message[by])}; only answers weigh: take "
+            "it out, or give the record a weight."
+        )
     trains = role == "assistant" and weight != 0
     asked = next((name for name in ("train", "training") if role != "assistant" and message.get(name)), None)
     if asked is not None:
@@ -101,6 +110,8 @@ def _turn(message: Any, what: str) -> tuple[Turn, bool]:
             f'"{asked}" out, and give train_on everything to learn the rest too.'
         )
     content = "" if content is None and calls else _joined(content, what)
+    if thought and isinstance(content, str):
+        content = _without_thought(content, thought, what)
     content = answer_of(content, what) if trains and not calls else text_of(content, what)
     if role != "tool":
         return Turn(role, content, trains, weight, thought or None, calls), alone
@@ -135,6 +146,16 @@ def _thought(message: Mapping[str, Any], what: str) -> str:
     return next(iter(found.values()), "")
 
 
+def _without_thought(content: str, thought: str, what: str) -> str:
+    """The content of a message that has its ``thought`` beside it: some data has the same in both."""
+    inside, rest = parted(Turn("assistant", content))
+    if inside is None:
+        return content
+    if inside.strip() not in ("", thought.strip()):
+        raise ValueError(f"{what} has two thoughts, one of them in its content; keep one.")
+    return rest
+
+
 def _optional_text(message: Mapping[str, Any], name: str, what: str) -> str | None:
     value = message.get(name)
     return None if value is None else text_of(value, f'"{name}" of {what}')
@@ -155,10 +176,12 @@ def _check_result(turn: Turn, turns: Sequence[Turn], what: str) -> None:
 
 def _calls(message: Mapping[str, Any], what: str) -> tuple[ToolCall, ...]:
     """The calls that stand in a message beside its content."""
-    for name in ("tool_calls", "function_call"):
-        if message.get(name):
-            return calls_of(message[name], f'"{name}" of {what}')
-    return ()
+    names = [name for name in ("tool_calls", "function_call") if message.get(name)]
+    found = [calls_of(message[name], f'"{name}" of {what}') for name in names]
+    same = [[(call.name, call.arguments) for call in calls] for calls in found]
+    if same[1:] and same[0] != same[1]:
+        raise ValueError(f"{what} has {listed(names)} that are not the same; keep one.")
+    return found[0] if found else ()
 
 
 def calls_of(value: Any, what: str) -> tuple[ToolCall, ...]:

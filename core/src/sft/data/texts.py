@@ -28,6 +28,17 @@ def answer_of(value: Any, what: str) -> str:
     return text
 
 
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Names under which records hold what is no text."""
+
+
+def refuse_media(value: Mapping[str, Any], what: str) -> None:
+    """Refuse a record or a message that comes with images, or the like: the model would learn to answer unseen ones."""
+    found = next((name for name in _MEDIA if value.get(name)), None)
+    if found is not None:
+        raise ValueError(f'{what} has "{found}", and a model reads text here; take the record out, or "{found}".')
+
+
 def optional_of(record: Mapping[str, Any], key: str) -> str:
     """The text ``key`` of a record, empty where there is none."""
     return "" if record.get(key) is None else text_of(record[key], f'"{key}"')

@@ -147,6 +147,18 @@ def test_in_a_terminal_what_is_learned_is_highlighted(look: Looking) -> None:
         assert not has or marked.replace("↵\n", "\n").removesuffix("learned") == learned
 
 
+def test_in_a_narrow_terminal_bars_are_shorter(look: Looking) -> None:
+    report = look()
+    number = sum(bar.records > 0 for split in report.splits.values() for bar in split.lengths.bars)
+    for width, longest in ((200, 40), (40, None)):
+        out = StringIO()
+        write(report, Console(file=out, force_terminal=True, color_system=None, width=width))
+        lines = [line for line in out.getvalue().splitlines() if "█" in line]
+        assert len(lines) == number
+        assert all(re.fullmatch(r" +\d+ to +\d+ █+ \d+", line) and len(line) <= width for line in lines)
+        assert longest in (None, max(line.count("█") for line in lines))
+
+
 class Page(html.parser.HTMLParser):
     """Reads a page: the tags that it has, and the texts of its records."""
 

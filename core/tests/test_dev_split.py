@@ -77,5 +77,11 @@ def test_data_that_has_dev_data_keeps_it(train: Callable[..., Any], dataset: Pat
     (tmp_path / "one.json").write_text('{"src": "a", "tgt": "b"}\n' * 3)
     with pytest.raises(sft.UsageError, match="dev_split 1 would take all different records of one"):
         train(dataset_name_or_path=str(tmp_path / "one.json"), dev_split=1, max_steps=1)
+    for share, what in (
+        (0.05, "takes none .*; give a larger share, or a"),
+        (0.99, "leaves none .* to train on; give a"),
+    ):
+        with pytest.raises(sft.UsageError, match=f"dev_split {share} {what}"):
+            train(dataset_name_or_path=str(tmp_path / "one.json"), dev_split=share, max_steps=1)
     with pytest.raises(sft.UsageError, match=r"dev_split: expected a share below 1 or a whole number of records, got"):
         train(dev_split=1.5, max_steps=1)

@@ -22,6 +22,11 @@ class Side:
     bound: int
     is_dev: bool
 
+    @property
+    def share(self) -> float:
+        """The share of all hashes that is measured."""
+        return self.bound / _ALL
+
     def holds(self, record: Record | BadRecord) -> bool:
         """Whether a record is on this side; one that cannot be read is among those to train on."""
         if isinstance(record, BadRecord):

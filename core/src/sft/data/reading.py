@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from sft.conversations import Conversation
 from sft.data.bad_records import Limit
-from sft.data.encoded import NO_TARGET, Encoded
+from sft.data.encoded import Encoded
 from sft.data.encoded_cache import EncodedCache, Kept
 from sft.data.encoding import encode
 from sft.data.feeds import Feed, InTurn, Mixed
@@ -224,7 +224,7 @@ class _Reading:
             found = (conversation for _, conversation in self._read(one, formats, task))
             records = self._tokens_of(found, by=by, check=limit.check)
         if not len(records):
-            raise UsageError(NO_TARGET.format(split))
+            raise one.nothing(split, records.counts.records)
         return Kept(records, formats.name), time.monotonic() - began
 
     def _streamed(self, sets: Sequence[DataSet], mix: Mix | None) -> Stream:

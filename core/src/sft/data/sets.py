@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sft.conversations import Conversation
 from sft.data.bad_records import BadRecord
 from sft.data.dev_split import Side, bound_of_number, bound_of_share
+from sft.data.encoded import NO_TARGET
 from sft.data.finding import find_files, note_unread
 from sft.data.formats import Formats, check_format
 from sft.data.sources import Passing, Record, read, size_of
@@ -46,6 +47,14 @@ class DataSet:
         for number, record in enumerate(islice(read(self.files, passing, skips=skips), most), start=passed + 1):
             if self.side is None or self.side.holds(record):
                 yield number, record
+
+    def nothing(self, split: str, records: int) -> UsageError:
+        """What is said where no record of the set is left in ``split``, of so many ``records`` that were read."""
+        if records or self.side is None:
+            return UsageError(NO_TARGET.format(split))
+        none = f"none of the few records of {shown(self.name)}"
+        what = f"takes {none}; give a larger" if self.side.is_dev else f"leaves {none} to train on; give a smaller"
+        return UsageError(f"dev_split {self.side.share:g} {what} share, or a number of records, such as 1.")
 
     @property
     def shape(self) -> list[str | int | bool | None]:

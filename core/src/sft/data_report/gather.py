@@ -13,7 +13,7 @@ import numpy as np
 from sft.context import CoreRun
 from sft.conversations import Conversation
 from sft.data.batches import PaddedCollator
-from sft.data.encoded import NO_TARGET, Counts
+from sft.data.encoded import Counts
 from sft.data.learned import Learned
 from sft.data.mixing import Mix
 from sft.data.reading import check_belongs, named_split
@@ -153,7 +153,7 @@ class _Gathering:
                 self._show(split, group, seen)
             tally.end(going.format)
             if not tally.kept:
-                raise UsageError(NO_TARGET.format(name))
+                raise one.nothing(name, tally.counts.records)
         return tally
 
     def _show(self, split: str, group: Group, seen: Seen) -> None:
@@ -217,18 +217,18 @@ class _SplitTally:
         self._before = Counts()
         """Of the sets before this one."""
         self._set: DataSet
-        self._counts, self.kept = Counts(), 0
+        self.counts, self.kept = Counts(), 0
         """Of this one."""
 
     def begin(self, one: DataSet) -> None:
         """What is added from now on is of this set."""
-        self._set, self._counts, self.kept = one, Counts(), 0
+        self._set, self.counts, self.kept = one, Counts(), 0
         self.files += one.files
 
     def add(self, group: Group, seen: Seen) -> None:
         """The records of a group."""
-        before = self._before.records + self._counts.records
-        self._counts += seen.counts
+        before = self._before.records + self.counts.records
+        self.counts += seen.counts
         self.turns += seen.turns
         self.whole.add(seen.whole)
         self.kept += len(seen)
@@ -245,7 +245,7 @@ class _SplitTally:
 
     def end(self, name: str) -> None:
         """All of the set has been added, whose records are in the format ``name``."""
-        counts = self._counts
+        counts = self.counts
         self.sets[self._set.name] = SetCounts(name, self._set.weight, asdict(counts))
         self.formats[name] += counts.records - counts.records_skipped
         self._before += counts

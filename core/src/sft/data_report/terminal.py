@@ -99,17 +99,19 @@ def _histogram(split: Split, max_length: int, console: Console) -> None:
     bars = split.lengths.bars
     most = max(bar.records for bar in bars)
     wide = len(f"{bars[-1].last:,}")
+    around = _LABEL + 2 + 2 * wide + len(" to  ") + len(f" {most:,}")
+    longest = max(1, min(_WIDE, console.width - around)) if console.is_terminal else _WIDE
     for bar in bars:
         line = Text(" " * (_LABEL + 2))
         line.append(f"{bar.first:>{wide},} to {bar.last:>{wide},} ")
-        line.append("█" * _columns(bar, most), style="red" if bar.first > max_length else "green")
+        line.append("█" * _columns(bar, most, longest), style="red" if bar.first > max_length else "green")
         line.append(f" {bar.records:,}")
         _print(line, console)
 
 
-def _columns(bar: Bar, most: int) -> int:
+def _columns(bar: Bar, most: int, longest: int) -> int:
     """How long a bar is drawn: one column at least, where there is any record."""
-    return max(int(bar.records > 0), round(_WIDE * bar.records / most))
+    return max(int(bar.records > 0), round(longest * bar.records / most))
 
 
 def _written(row: list[Piece], coloured: bool) -> Text:

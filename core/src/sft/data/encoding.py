@@ -174,7 +174,7 @@ class _Encoder:
                 continue
             parts, counts = fitted
             counts.turns_dropped += len(turns) - len(kept)
-            counts.turns_after_answers = next(after for after, turn in enumerate(reversed(turns)) if turn.trains)
+            counts.turns_after_answers = next(after for after, turn in enumerate(reversed(kept)) if turn.trains)
             self.counts.records += 1
             if not parts:
                 self.counts.records_too_long += counts.records_too_long

@@ -89,7 +89,7 @@ def test_what_is_kept_is_found_again(cache: Cache) -> None:
     for name in ("ids", "trained", "offsets"):
         expected, found = getattr(DATA, name), getattr(kept.data, name)
         assert (found.dtype, found.tolist()) == (expected.dtype, expected.tolist())
-    assert sorted(load_file(path)) == ["dropped", "further", "ids", "offsets", "trained"]
+    assert sorted(load_file(path)) == ["beside", "dropped", "further", "ids", "offsets", "trained"]
     assert list(cache.folder.iterdir()) == [path]
     assert cache.said == []
 

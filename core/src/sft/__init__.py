@@ -51,7 +51,15 @@ if TYPE_CHECKING:
     from sft.models.families.values import Values
     from sft.models.kept_keys import KeptKeys, Seen
     from sft.models.kernels import PLAIN, Kernels, Linear
-    from sft.models.layers import Target, linear_bias, linear_weight, matching, module_names, target_layers
+    from sft.models.layers import (
+        Target,
+        linear_bias,
+        linear_weight,
+        matching,
+        module_names,
+        target_layers,
+        without_adapter,
+    )
     from sft.models.loading import open_model
     from sft.models.own_kernels import own_kernels
     from sft.models.recompute import recomputed
@@ -120,6 +128,7 @@ _LAZY = {
     "sum_over": "sft.distributed.parts",
     "target_layers": "sft.models.layers",
     "through_experts": "sft.models.experts",
+    "without_adapter": "sft.models.layers",
 }
 
 __all__ = [
@@ -205,6 +214,7 @@ __all__ = [
     "sum_over",
     "target_layers",
     "through_experts",
+    "without_adapter",
 ]
 
 

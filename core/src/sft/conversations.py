@@ -47,7 +47,8 @@ class Conversation(list[Turn]):
 
     ``tools`` are JSON objects as OpenAI has them: ``{"type": "function", "function": {"name": …, …}}``. ``place`` is
     the file and line, for what can only be found wrong later; the core sets it. The weight of each turn counts
-    ``weight`` times.
+    ``weight`` times. ``beside`` are further conversations of the same record, such as other answers to its question:
+    all of them are learned in one row, in their order, as documents that do not see each other.
     """
 
     def __init__(
@@ -56,14 +57,21 @@ class Conversation(list[Turn]):
         place: Any = None,
         tools: Iterable[dict[str, Any]] = (),
         weight: float = 1.0,
+        beside: Iterable[Conversation] = (),
     ) -> None:
         super().__init__(turns)
         self.place = place
         self.tools = tuple(tools)
         self.weight = weight
+        self.beside = tuple(beside)
+
+    @property
+    def together(self) -> tuple[Conversation, ...]:
+        """All conversations of the record, this one first."""
+        return (self, *self.beside)
 
     def of(self, turns: Iterable[Turn]) -> Conversation:
-        """Other ``turns`` with the same tools, place and weight, such as some of its own."""
+        """Other ``turns`` with the same tools, place and weight, such as some of its own, and nothing beside them."""
         return Conversation(turns, self.place, self.tools, self.weight)
 
     @staticmethod

@@ -128,7 +128,9 @@ def sft_model_config(run: Run | None, config: dict[str, Any]) -> None:
 def sft_record_format(record: dict[str, Any]) -> list[Turn] | None:
     """The turns of one record of a data file, or None if it is not in this plugin's format. Where the record offers
     tools, or weighs anything but 1, they are a :class:`sft.Conversation`: a list of turns with ``tools`` and a
-    ``weight``.
+    ``weight``. A record that is several conversations, such as two answers to one question, is the first of them with
+    the others ``beside`` it: they stay in one row, as documents that do not see each other, and are kept or dropped
+    together.
 
     Called before the core tries its own formats. In training and evaluation at least one turn must be marked
     ``trains``; for ``sft generate`` the record may end with a user's turn instead. For a record that is in the format

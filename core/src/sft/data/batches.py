@@ -83,7 +83,12 @@ class Rows(Sequence[list[Example]]):
     @classmethod
     def taken(cls, data: Encoded, rows: Sequence[Sequence[int]]) -> Rows:
         """The records of ``data`` that have the numbers in ``rows``."""
-        numbers = np.fromiter(chain.from_iterable(rows), np.int64)
+        numbers, counts = np.fromiter(chain.from_iterable(rows), np.int64), np.fromiter(map(len, rows), np.int64)
+        if len(data.beside):  # from records to their documents
+            each = data.edges[numbers + 1] - data.edges[numbers]
+            row = np.repeat(np.arange(len(counts)), counts)
+            numbers = _within(each) + np.repeat(data.edges[numbers], each)
+            counts = np.bincount(row, each, len(counts)).astype(np.int64)
         starts = data.offsets[numbers]
         lengths = data.offsets[numbers + 1] - starts - 1
         places = _within(lengths) + np.repeat(starts, lengths)
@@ -92,7 +97,7 @@ class Rows(Sequence[list[Example]]):
             data.ids[places].astype(np.int64),
             np.where(data.trained[places + 1], following, IGNORED).astype(np.int64),
             lengths,
-            np.fromiter(map(len, rows), np.int64),
+            counts,
             None if data.weights is None else data.weights[places + 1],
         )
 

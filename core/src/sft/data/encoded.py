@@ -123,13 +123,24 @@ class Counts:
         renamed = {"dropped": "records_dropped", "answers_without_end": "records_without_end"}
         return cls(**{renamed.get(name, name): value for name, value in values.items()})
 
+    @classmethod
+    def of_one_record(cls, members: Sequence[Counts]) -> Counts:
+        """The counts of several conversations that are one record."""
+        total = sum(members, cls())
+        for name in ("records_without_end", "records_truncated", "prompts_truncated", "targets_truncated"):
+            setattr(total, name, max(getattr(one, name) for one in members))
+        for name in ("answers_altered_by_template", "records_too_long"):
+            setattr(total, name, max(getattr(one, name) for one in members))
+        return total
+
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 @dataclass
 class Encoded:
-    """A data set in flat arrays: record i is ``ids[offsets[i]:offsets[i + 1]]``, trained where ``trained``."""
+    """A data set in flat arrays: document i is ``ids[offsets[i]:offsets[i + 1]]``, trained where ``trained``. A record
+    is one document, but for those that have others ``beside`` them."""
 
     ids: np.ndarray
     trained: np.ndarray
@@ -143,16 +154,39 @@ class Encoded:
     """Which are no records of their own, but the next part of the record before (``truncation split``); ascending."""
     weights: np.ndarray | None = None
     """What each token weighs as a target, float32, 0 where it is none; None where all weigh 1."""
+    beside: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Which documents are no records, but stay together with the document before (:attr:`Conversation.beside`);
+    ascending."""
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        """How many records there are."""
+        return len(self.offsets) - 1 - len(self.beside)
+
+    @cached_property
+    def edges(self) -> np.ndarray:
+        """int64 [records + 1]: record i is the documents from ``edges[i]`` to ``edges[i + 1]``."""
+        return np.delete(np.arange(len(self.offsets)), self.beside)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens that each record puts into a row: one less than it has, because labels are shifted."""
-        return np.diff(self.offsets) - 1
+        """Tokens that each record puts into a row: of each of its documents one less than it has, because labels are
+        shifted."""
+        each = np.diff(self.offsets) - 1
+        return np.add.reduceat(each, self.edges[:-1]) if len(self.beside) else each
+
+    @property
+    def longest_of_each(self) -> np.ndarray:
+        """The same of the longest document of each record."""
+        each = np.diff(self.offsets) - 1
+        return np.maximum.reduceat(each, self.edges[:-1]) if len(self.beside) else each
+
+    @property
+    def longest(self) -> int:
+        """The same of the longest document."""
+        return int((np.diff(self.offsets) - 1).max(initial=0))
 
     def __getitem__(self, index: int) -> Example:
+        """A document."""
         place = slice(self.offsets[index], self.offsets[index + 1])
         ids, trained = self.ids[place].astype(np.int64), self.trained[place]
         weights = None if self.weights is None else self.weights[place][1:]
@@ -174,14 +208,14 @@ class Encoded:
     @cached_property
     def _digest(self) -> str:
         digest = hashlib.sha256()
-        for array in (self.ids, self.trained, self.offsets, self.weights):
+        for array in (self.ids, self.trained, self.offsets, self.weights, self.beside if len(self.beside) else None):
             if array is not None:
                 digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
 
     def check_fits(self, model: Path, positions: int) -> None:
         """Refuse a record that has more tokens than the model in folder ``model`` has positions."""
-        check_fits(int(self.lengths.max(initial=0)), model, positions)
+        check_fits(self.longest, model, positions)
 
     def report(self) -> dict[str, int]:
         return asdict(self.counts)
@@ -200,6 +234,7 @@ def joined(parts: Sequence[Encoded]) -> Encoded:
     """The records of all ``parts``, one part after the other."""
     records = itertools.accumulate((part.counts.records for part in parts), initial=0)
     rows = itertools.accumulate((len(part) for part in parts), initial=0)
+    documents = itertools.accumulate((len(part.offsets) - 1 for part in parts), initial=0)
     nothing = np.zeros(0, np.int64)
     return Encoded(
         np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]),
@@ -210,6 +245,7 @@ def joined(parts: Sequence[Encoded]) -> Encoded:
         [one for part in parts for one in part.bad],
         np.concatenate([nothing, *(part.further + n for part, n in zip(parts, rows, strict=False))]),
         _joined_weights(parts),
+        np.concatenate([nothing, *(part.beside + n for part, n in zip(parts, documents, strict=False))]),
     )
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sft.plugins.registry import Plugins
     from sft.progress import Progress
 
-_ARRAYS = ("ids", "trained", "offsets", "dropped", "further")
+_ARRAYS = ("ids", "trained", "offsets", "dropped", "further", "beside")
 _CHUNK = 1 << 22
 _STALE = 3600.0
 """Seconds after which what another process has begun to write is taken for left over."""
@@ -97,7 +97,7 @@ class EncodedCache:
             cause = " ".join(str(error).split()) or type(error).__name__
             self._progress.say(f"note: {place.path} cannot be used ({cause}); the data is encoded anew")
             return None
-        if kept.data.lengths.max(initial=0) > self._positions:
+        if kept.data.longest > self._positions:
             return None  # encoding it again says which record is too long
         if kept.data.bad and not skips:
             return None  # or what is wrong with the first
@@ -164,7 +164,7 @@ def _read(place: _Place) -> Kept:
 def _seal(data: Encoded, key: str, said: str) -> str:
     arrays = [data.ids, data.trained, data.offsets] + ([] if data.weights is None else [data.weights])
     shapes = [(str(array.dtype), array.shape) for array in arrays]
-    shapes += [(name, getattr(data, name).tolist()) for name in ("dropped", "further")]
+    shapes += [(name, getattr(data, name).tolist()) for name in ("dropped", "further", "beside")]
     return hashlib.sha256(json.dumps([data.fingerprint(), shapes, key, said]).encode()).hexdigest()
 
 

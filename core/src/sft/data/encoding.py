@@ -76,6 +76,7 @@ class Encoding:
             [record for _, record in sorted(encoder.bad)],
             np.array(encoder.further, np.int64),
             None if (weighs == trained).all() else weighs,
+            np.array(encoder.beside, np.int64),
         )
 
 
@@ -151,10 +152,12 @@ class _Encoder:
         self.tokenizer, self.learned = how.tokenizer, how.learned
         self.src_length, self.max_length, self.truncation = how.src_length, how.max_length, how.truncation
         self.skips = how.skips
-        self.rows = 0
-        """Rows that have been made."""
+        self.rows, self.documents = 0, 0
+        """Rows that have been made, and the documents in them."""
         self.further: list[int] = []
-        """Those of them that go on with the record of the row before."""
+        """Those rows that go on with the record of the row before."""
+        self.beside: list[int] = []
+        """Those documents that stand in the row of the one before."""
         self.counts = Counts()
         self.dropped: list[int] = []
         self.bad: list[tuple[int, BadRecord]] = []
@@ -163,18 +166,21 @@ class _Encoder:
     def encode(self, conversations: Sequence[list[Turn] | BadRecord]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids, and what each weighs as a target (0: it is none), of those that keep a target, in order."""
         written = [
-            (number, turns, *found)
+            (number, turns, found)
             for number, turns in enumerate(conversations)
-            if (found := self._unless_bad(number, turns, self._written)) is not None
+            if (found := self._unless_bad(number, turns, self._all_written)) is not None
         ]
-        rows = self._tokenize([text for *_, text in written])
-        for (number, turns, kept, _), row in zip(written, rows, strict=True):
-            fitted = self._unless_bad(number, kept, partial(self._fitted, row=row))
+        rows = iter(self._tokenize([text for _, _, members in written for _, text in members]))
+        for number, turns, members in written:
+            kept = [turns for turns, _ in members]
+            each = [next(rows) for _ in members]
+            fitted = self._unless_bad(number, turns, partial(self._fitted_together, members=kept, rows=each))
             if fitted is None:
                 continue
             parts, counts = fitted
-            counts.turns_dropped += len(turns) - len(kept)
-            counts.turns_after_answers = next(after for after, turn in enumerate(reversed(kept)) if turn.trains)
+            own = Conversation.seen(turns).together if isinstance(turns, list) else ()
+            counts.turns_dropped += sum(map(len, own)) - sum(map(len, kept))
+            counts.turns_after_answers = sum(map(_after_answers, kept))
             self.counts.records += 1
             if not parts:
                 self.counts.records_too_long += counts.records_too_long
@@ -183,13 +189,19 @@ class _Encoder:
                 continue
             counts.tokens = sum(len(part.ids) - 1 for part in parts)
             counts.target_tokens = sum(map(_targets, parts))
-            weight = np.float32(getattr(turns, "weight", 1.0))
-            weighed = [part.weights if weight == 1 else part.weights * weight for part in parts]
+            # Several members are as many parts; one may be any number of them.
+            weights = [np.float32(one.weight) for one in (own if len(own) > 1 else own * len(parts))]
+            weighed = [p.weights if w == 1 else p.weights * w for p, w in zip(parts, weights, strict=True)]
             ones = sum(np.count_nonzero(each[1:] == 1) for each in weighed)
             counts.records_weighted = int(ones < counts.target_tokens)
             self.counts = self.counts + counts
-            self.further += range(self.rows + 1, self.rows + len(parts))
-            self.rows += len(parts)
+            if len(own) > 1:
+                self.beside += range(self.documents + 1, self.documents + len(parts))
+                self.rows += 1
+            else:
+                self.further += range(self.rows + 1, self.rows + len(parts))
+                self.rows += len(parts)
+            self.documents += len(parts)
             yield from ((part.ids, each) for part, each in zip(parts, weighed, strict=True))
 
     def _unless_bad(self, number: int, turns: list[Turn] | BadRecord, do: Callable[[list[Turn]], T]) -> T | None:
@@ -205,6 +217,19 @@ class _Encoder:
         self.dropped.append(number)
         self.counts += Counts(records=1, records_skipped=1)
         return None
+
+    def _all_written(self, turns: list[Turn]) -> list[tuple[list[Turn], Text]]:
+        """Each conversation of a record, as :meth:`_written` has it."""
+        together = Conversation.seen(turns).together
+        if len(together) == 1:
+            return [self._written(turns)]
+        if self.truncation == "split":
+            raise UsageError(
+                "truncation split divides a record into rows, and some records here are several conversations, which "
+                "stay in one; give another truncation, or leave it out."
+            )
+        every = [self.learned.turns(one) for one in together]
+        return [(one, self._text(one)) for one in every]
 
     def _written(self, turns: list[Turn]) -> tuple[list[Turn], Text]:
         """A conversation without what there is no room for, and how it is written down."""
@@ -252,8 +277,7 @@ class _Encoder:
         """The rows that a record becomes, without those that have no target, and what it lost."""
         how = self.truncation or ("split" if row.text.written.is_raw else None)
         if how is None:
-            fitted, counts = self._fit(turns, row)
-            return [fitted] if _targets(fitted) else [], counts
+            return self._fit(turns, row)
         counts = self._with_template_counts(Counts(), turns, row)
         begins = int(self.tokenizer.bos_id is not None and row.ids[:1].tolist() == [self.tokenizer.bos_id])
         kept = pieces(len(row.ids), self.max_length, how, begins)
@@ -265,6 +289,36 @@ class _Encoder:
         counts.records_truncated = int(how in ("left", "right") and len(row.ids) > self.max_length)
         return parts, counts
 
+    def _fitted_together(
+        self, turns: list[Turn], members: list[list[Turn]], rows: list[_Row]
+    ) -> tuple[list[_Row], Counts]:
+        """:meth:`_fitted` of all ``members`` of a record: each becomes one row, or nothing is left of the record. They
+        lose as much from their beginnings as the one that loses most, so that their answers still answer the same."""
+        if len(members) == 1:
+            return self._fitted(members[0], rows[0])
+        if self.truncation is not None:
+            found = [self._fitted(turns, row) for turns, row in zip(members, rows, strict=True)]
+        else:
+            members, rows, dropped = self._without_oldest(members, rows)
+            longest = min(map(self._longest_prompt, rows))
+            found = [self._cut(turns, row, longest) for turns, row in zip(members, rows, strict=True)]
+            found[0][1].turns_dropped = dropped
+        parts = [part for kept, _ in found for part in kept]
+        return parts if len(parts) == len(members) else [], Counts.of_one_record([counts for _, counts in found])
+
+    def _without_oldest(self, members: list[list[Turn]], rows: list[_Row]) -> tuple[list[list[Turn]], list[_Row], int]:
+        """Conversations without as many of their oldest turns as the longest has no room for, and how many turns that
+        is."""
+        dropped = 0
+        while any(len(row.ids) > self.max_length or row.prompt > self.src_length for row in rows):
+            shorter = [without_oldest(turns) for turns in members]
+            kept = [turns for turns in shorter if turns is not None and any(turn.trains for turn in turns)]
+            if len(kept) < len(members):
+                break
+            dropped += sum(map(len, members)) - sum(map(len, kept))
+            members, rows = kept, self._tokenize([self._text(turns) for turns in kept])
+        return members, rows, dropped
+
     def _with_template_counts(self, counts: Counts, turns: list[Turn], row: _Row) -> Counts:
         """``counts`` with what the chat template does to a record."""
         written = row.text.written
@@ -275,20 +329,23 @@ class _Encoder:
         counts.answers_altered_by_template = int(not checked(partial(holds_answer, written=written), turns))
         return counts if row.text.counts is None else counts + row.text.counts
 
-    def _fit(self, turns: list[Turn], row: _Row) -> tuple[_Row, Counts]:
-        """The row cut to what there is room for, and what it lost."""
-        counts, longest = Counts(), self.src_length
-        while len(row.ids) > self.max_length or row.prompt > longest:
-            shorter = without_oldest(turns)
-            if shorter is None or not any(turn.trains for turn in shorter):
-                break
-            counts.turns_dropped += len(turns) - len(shorter)
-            turns = shorter
-            [row] = self._tokenize([self._text(turns)])
-        counts = self._with_template_counts(counts, turns, row)
+    def _fit(self, turns: list[Turn], row: _Row) -> tuple[list[_Row], Counts]:
+        """The row cut to what there is room for, if it keeps a target, and what it lost."""
+        [turns], [row], dropped = self._without_oldest([turns], [row])
+        found, counts = self._cut(turns, row, self._longest_prompt(row))
+        counts.turns_dropped += dropped
+        return found, counts
+
+    def _longest_prompt(self, row: _Row) -> int:
+        """How many tokens a row's prompt may have: where it would fill ``max_length`` alone, it leaves room."""
+        if self.src_length < self.max_length or len(row.ids) <= self.max_length:
+            return self.src_length
+        return max(self.max_length // 2, self.max_length - (len(row.ids) - row.prompt))
+
+    def _cut(self, turns: list[Turn], row: _Row, longest: int) -> tuple[list[_Row], Counts]:
+        """The row with no more than the ``longest`` end of its prompt, and of ``max_length``; it or none."""
+        counts = self._with_template_counts(Counts(), turns, row)
         ids, weights, prompt = row.ids, row.weights, row.prompt
-        if longest >= self.max_length and len(ids) > self.max_length:
-            longest = max(self.max_length // 2, self.max_length - (len(ids) - prompt))
         if prompt > longest:
             counts.prompts_truncated = 1
             cut = beginning(ids, prompt - longest, self.tokenizer)
@@ -296,7 +353,8 @@ class _Encoder:
         if len(ids) > self.max_length:
             counts.targets_truncated = 1
             ids, weights = ids[: self.max_length], weights[: self.max_length]
-        return replace(row, ids=ids, weights=weights), counts
+        kept = replace(row, ids=ids, weights=weights)
+        return [kept] if _targets(kept) else [], counts
 
 
 def checked(write: Callable[[list[Turn]], T], turns: list[Turn]) -> T:
@@ -332,6 +390,11 @@ def _mark(tokens: int, span: Callable[[int], tuple[int, int]], piece: WrittenTex
 def _targets(row: _Row) -> int:
     """How many of its tokens are learned: the first one never is."""
     return int(np.count_nonzero(row.weights[1:]))  # which the newest numpy counts in a type of its own
+
+
+def _after_answers(turns: list[Turn]) -> int:
+    """How many turns follow the last one that trains."""
+    return next(after for after, turn in enumerate(reversed(turns)) if turn.trains)
 
 
 def _prompt_length(weights: np.ndarray) -> int:

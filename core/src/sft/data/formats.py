@@ -71,12 +71,16 @@ class Formats:
                 f": this record is {name}, and {self._place} is {self.name}; keep the records of one format in a data "
                 "set.",
             )
+        beside = [
+            Conversation(one, record.place, getattr(one, "tools", ()), weight_of_turns(one))
+            for one in getattr(turns, "beside", ())
+        ]
         asks = not needs_target and bool(turns) and turns[-1].role in ASKING
-        if not asks and not any(turn.trains for turn in turns):
+        if not asks and not all(any(turn.trains for turn in one) for one in (turns, *beside)):
             raise BadRecordError(
                 record.place, ": no turn of this record is a target, so nothing can be learned from it."
             )
-        conversation = Conversation(turns, record.place, getattr(turns, "tools", ()), weight)
+        conversation = Conversation(turns, record.place, getattr(turns, "tools", ()), weight, beside)
         length = characters(conversation)
         if length > LONGEST:
             raise BadRecordError(

@@ -203,11 +203,15 @@ def _plain(conversation: Conversation) -> tuple[Any, ...]:
     for turn in conversation:
         more = {name: value for name, value in vars(turn).items() if value != _TEXT[name]}
         turns.append((more.pop("role", ""), more.pop("content", ""), more.pop("trains", False), more))
-    return turns, conversation.place, conversation.tools, conversation.weight
+    beside = tuple(map(_plain, conversation.beside))
+    return turns, conversation.place, conversation.tools, conversation.weight, beside
 
 
-def _made(turns: list[tuple[str, str, bool, dict[str, Any]]], *about: Any) -> Conversation:
-    return Conversation([Turn(*turn[:3], **turn[3]) for turn in turns], *about)
+def _made(
+    turns: list[tuple[str, str, bool, dict[str, Any]]], place: Any, tools: Any, weight: float, beside: Any
+) -> Conversation:
+    others = [_made(*one) for one in beside]
+    return Conversation([Turn(*turn[:3], **turn[3]) for turn in turns], place, tools, weight, others)
 
 
 def serve(handle: int) -> None:

@@ -232,7 +232,7 @@ class _SplitTally:
         self.turns += seen.turns
         self.whole.add(seen.whole)
         self.kept += len(seen)
-        self.over_model += int((seen.lengths > self._positions).sum())
+        self.over_model += int((seen.longest_of_each > self._positions).sum())
         if self.first_skipped is None and seen.bad:
             self.first_skipped = f"{seen.bad[0].place}: {seen.bad[0].reason}"
         if self.rows is not None:

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class Look(Encoding):
             numbers.append(number)
             hashes.append(hash_of(seen))
             found.append(wanted is not None and wanted in text_of(seen).casefold())
-            turns.update(turn.role for turn in seen)
+            turns.update(turn.role for one in seen.together for turn in one)
         readable = np.array(numbers, np.int64)
         known = {item.name: getattr(encoded, item.name) for item in dataclasses.fields(encoded)}
         return Seen(
@@ -78,7 +79,7 @@ class Look(Encoding):
 
     def _whole(self, group: Group, encoded: Encoded, rows_of: np.ndarray, readable: np.ndarray) -> np.ndarray:
         kept = np.zeros(len(group), np.int64)
-        np.maximum.at(kept, rows_of, np.diff(encoded.offsets))
+        np.maximum.at(kept, rows_of, encoded.lengths + np.diff(encoded.edges))
         if any(getattr(encoded.counts, name) for name in _CUTS):
             for number in readable.tolist():
                 kept[number] = max(kept[number], self._written(group[number]))
@@ -87,22 +88,24 @@ class Look(Encoding):
     def _written(self, conversation: object) -> int:
         assert isinstance(conversation, list)
         try:
-            return whole_length(self.learned.turns(conversation), self.tokenizer)
+            every = Conversation.seen(conversation).together
+            return sum(whole_length(self.learned.turns(one), self.tokenizer) for one in every)
         except BadRecordError:
             return 0
 
 
 def hash_of(conversation: Conversation) -> int:
-    """64 bits that are equal for conversations of the same turns and tools."""
+    """64 bits that are equal for conversations of the same turns and tools, and the same beside them."""
     digest = hashlib.blake2b(digest_size=8)
-    for part in _parts(conversation):
+    for part in chain.from_iterable(map(_parts, conversation.together)):
         digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
     return int.from_bytes(digest.digest(), "big")
 
 
 def text_of(conversation: Conversation) -> str:
     """What stands in the turns, and in the tools, one below the other."""
-    texts = [text for turn in conversation for text in (turn.reasoning, turn.content, *_calls(turn)) if text]
+    every = [turn for one in conversation.together for turn in one]
+    texts = [text for turn in every for text in (turn.reasoning, turn.content, *_calls(turn)) if text]
     return "\n".join([*_tools(conversation), *texts])
 
 

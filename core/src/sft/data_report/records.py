@@ -23,7 +23,7 @@ class Writer:
     def record(self, split: str, place: str, data: Encoded, rows: Sequence[int]) -> ShownRecord:
         """The record that became ``rows`` of ``data``, each given by its number."""
         pieces, tokens, learned = [], 0, 0
-        for row in rows:
+        for row in (document for number in rows for document in range(*data.edges[number : number + 2])):
             ids = data.ids[data.offsets[row] : data.offsets[row + 1]]
             trained = data.trained[data.offsets[row] : data.offsets[row + 1]].copy()
             trained[:1] = False  # nothing stands before it from which it could be predicted

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from sft.distributed.parts import is_elsewhere, part_of, whole_size
 from sft.errors import UsageError
 from sft.foreign_text import quoted
 from sft.patterns import matches
+
+_STANDS_FOR = "stands_for"
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class Target:
     out_features: int
 
     def replace(self, layer: Any) -> None:
-        """Put ``layer`` in this place."""
+        """Put ``layer`` in this place, which it leaves within :func:`without_adapter`."""
         setattr(self.parent, self.attribute, layer)
+        vars(layer)[_STANDS_FOR] = self.layer  # no sublayer of it, which it may be under another name
 
 
 def target_layers(model: Any, patterns: Sequence[str] | None = None) -> list[Target]:
@@ -48,6 +52,41 @@ def target_layers(model: Any, patterns: Sequence[str] | None = None) -> list[Tar
         return [target for target in found if not isinstance(target.layer, Router)]
     chosen = matching([target.name for target in found], patterns)
     return [target for target in found if target.name in chosen]
+
+
+@contextlib.contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """Within it ``model`` computes what its base does, in evaluation mode: each layer that has taken a Linear's place
+    (:meth:`Target.replace`) gives it back. It is for a forward pass without gradients beside one of the adapted model.
+
+    Raises :class:`UsageError` where something that trains is still there, so that this is no base: a model that trains
+    whole, or an adapter that is more than such layers.
+    """
+    replaced = [
+        (parent, attribute, layer)
+        for parent in model.sublayers(include_self=True)
+        for attribute, layer in parent.named_children()
+        if _STANDS_FOR in vars(layer)
+    ]
+    was_training = model.training
+    try:
+        for parent, attribute, layer in replaced:
+            while _STANDS_FOR in vars(layer):
+                layer = vars(layer)[_STANDS_FOR]
+            setattr(parent, attribute, layer)
+        left = next(iter(trainable(model)), None)
+        if left is not None:
+            raise UsageError(
+                f"Parameter {left} trains and is no part of an adapter that can be switched off, so there is no frozen "
+                "model to compare with; train an adapter, and nothing beside it."
+            )
+        model.eval()
+        yield
+    finally:
+        for parent, attribute, layer in replaced:
+            setattr(parent, attribute, layer)
+        if was_training:
+            model.train()
 
 
 def matching(names: Sequence[str], patterns: Sequence[str]) -> set[str]:

@@ -28,14 +28,20 @@ class NextFitCollator:
     def rows(self, lengths: np.ndarray, rng: np.random.Generator | None) -> list[tuple[int, ...]]:
         rows = self.pack(lengths, rng)
         if rng is not None and self._say is not None:
-            fill = 100 * lengths.sum() / (len(rows) * self.capacity)
-            self._say(f"{len(lengths):,} records in {len(rows):,} rows of {self.capacity} tokens, {fill:.1f} % full")
+            room = self.room(lengths)
+            fill = 100 * lengths.sum() / (len(rows) * room)
+            self._say(f"{len(lengths):,} records in {len(rows):,} rows of {room} tokens, {fill:.1f} % full")
             self._say = None
         return rows
 
+    def room(self, lengths: np.ndarray) -> int:
+        """Tokens of a row. A record of several conversations stays in one row, also where together they are longer than
+        ``capacity``; rows are then as long as the longest."""
+        return max(self.capacity, int(lengths.max(initial=0)))
+
     def pack(self, lengths: np.ndarray, rng: np.random.Generator | None) -> list[tuple[int, ...]]:
         order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
-        packs = next_fit(lengths[order].tolist(), self.capacity)
+        packs = next_fit(lengths[order].tolist(), self.room(lengths))
         return [tuple(int(order[position]) for position in pack) for pack in packs]
 
     def batch(self, rows: Sequence[Sequence[Example]]) -> Batch:
@@ -57,5 +63,5 @@ class BestFitCollator(NextFitCollator):
         packs = []
         for start in range(0, len(lengths), self.group):
             part = lengths[start : start + self.group].tolist()
-            packs += [tuple(start + n for n in pack) for pack in best_fit_decreasing(part, self.capacity)]
+            packs += [tuple(start + n for n in pack) for pack in best_fit_decreasing(part, self.room(lengths))]
         return packs if rng is None else [packs[index] for index in rng.permutation(len(packs))]

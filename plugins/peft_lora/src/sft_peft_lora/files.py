@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sft_peft_lora.hooks import LoraForm
 
 PREFIX = "base_model.model."
-_SMALLEST, _LARGEST = 1e-9, 1e9
+SMALLEST, LARGEST = 1e-9, 1e9
 """Of α and of ranks. Adapters have α up to some thousands; far beyond, float32 products of it overflow."""
 _PAIR = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
 """What follows a target's name in the file, and the layer's attribute."""
@@ -148,9 +148,9 @@ class LoraFolder:
         return self._checked(key, self.config[key]) if key in self.config else None
 
     def _checked(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _SMALLEST <= value <= _LARGEST:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not SMALLEST <= value <= LARGEST:
             raise UsageError(
-                f"{self.folder}: adapter_config.json must give {key} as a number from {_SMALLEST:g} to {_LARGEST:g}, "
+                f"{self.folder}: adapter_config.json must give {key} as a number from {SMALLEST:g} to {LARGEST:g}, "
                 f"not {value!r:.100}."
             )
         return value

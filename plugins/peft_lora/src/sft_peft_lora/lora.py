@@ -10,22 +10,38 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import sft
 from sft import UsageError
 from sft_peft_lora import hooks
+from sft_peft_lora.choice import check, chosen
 
 if TYPE_CHECKING:
     from sft import AdapterFiles, AdapterMerger, Run, Target
 
 EVERY = [".+"]
 """A pattern that routers of experts match too, which are adapted where they are named."""
+BEGINS = (
+    *("lora_rank", "lora_alpha", "lora_target_modules", "lora_exclude_modules", "lora_layers_to_transform"),
+    *("lora_rank_pattern", "lora_alpha_pattern"),
+)
+"""Settings of how a new adapter begins."""
 
 
 @dataclass
 class LoraOptions:
     lora_rank: int = sft.option(8, "rank r of the update", minimum=1)
-    lora_alpha: float | None = sft.option(None, "α; the update is scaled by α/r; unset: 2·r", above=0)
+    lora_alpha: float | None = sft.option(
+        None, "α; the update is scaled by α/r; unset: 2·r (of each target's own rank)", above=0
+    )
     lora_dropout: float = sft.option(0.0, "dropout on the update's input, training only", minimum=0, maximum=0.99)
     lora_target_modules: list[str] = sft.option(
         [], "layer names (q_proj) or regular expressions over whole names; unset: every Linear of the blocks"
     )
+    lora_exclude_modules: list[str] = sft.option([], "those of the targets that are not adapted, by the same names")
+    lora_layers_to_transform: list[Any] = sft.option(
+        [], "numbers of the blocks that are adapted, from 0 (0,1,5-7); unset: all"
+    )
+    lora_rank_pattern: list[str] = sft.option(
+        [], "other ranks of some targets, as NAME=RANK, by the same names; the first that fits counts"
+    )
+    lora_alpha_pattern: list[str] = sft.option([], "other α of some targets, as NAME=ALPHA, likewise")
     lora_path: str | None = sft.option(
         None, "start from the adapter in this folder (its ranks, scalings and targets count)", is_path=True
     )
@@ -61,12 +77,13 @@ class Lora(sft.Plugin):
     def sft_check(self, run: Run) -> None:
         self.form = run.hook.lora_form()
         if self.options.lora_path is None:
+            check(self.options)
             return
         if not (Path(self.options.lora_path).expanduser() / "adapter_config.json").is_file():
             raise UsageError(f"lora_path {self.options.lora_path} holds no adapter (no adapter_config.json).")
         if Path(self.options.lora_path).expanduser().resolve().is_relative_to(run.output_dir.resolve()):
             raise UsageError(f"lora_path {self.options.lora_path} lies in output_dir, where it would be overwritten.")
-        for name in ("lora_rank", "lora_alpha", "lora_target_modules"):
+        for name in BEGINS:
             if name in run.settings.given:
                 raise UsageError(f"{name} does nothing beside lora_path, whose adapter decides; leave one of them out.")
         for hook in ("lora_scaling", "lora_default_alpha", "lora_initialize"):
@@ -89,19 +106,16 @@ class Lora(sft.Plugin):
             sft.check_continued(run, folder)
             self._adapt_from(model, folder)
         else:
-            rank, alpha = options.lora_rank, self._alpha(run.hook, options.lora_rank)
-            scaling = _scaling(run.hook, rank, alpha)
             self.targets = [target.name for target in sft.target_layers(model, EVERY)]
-            chosen = sft.target_layers(model, options.lora_target_modules)
-            widest = max(max(target.in_features, target.out_features) for target in chosen)
-            if rank > widest:
-                raise UsageError(
-                    f"lora_rank {rank} is more than the {widest} dimensions of the widest layer that it adapts, and an "
-                    "update has no higher rank than its layer; lower it."
-                )
-            for target in chosen:
-                layer = self._wrap(target, rank, scaling)
-                self.alphas[target.name] = alpha
+            found = sft.target_layers(model, options.lora_target_modules)
+            choice = chosen([target.name for target in found], options)
+            adapted = [target for target in found if target.name in choice]
+            for rank in sorted({rank for rank, _ in choice.values()}):
+                self._check_rank(rank, [target for target in adapted if choice[target.name][0] == rank])
+            for target in adapted:
+                rank, given = choice[target.name]
+                alpha = self.alphas[target.name] = self._alpha(run.hook, rank, given)
+                layer = self._wrap(target, rank, _scaling(run.hook, rank, alpha))
                 rng = run.rng(target.name)
                 if not run.hook.lora_initialize(layer=layer, name=target.name, rng=rng):
                     initialize(layer, rng)
@@ -119,8 +133,8 @@ class Lora(sft.Plugin):
             pairs = LoraFolder(Path(self.options.lora_path).expanduser(), form).pairs
             ranks = {name: a.shape[1] for name, (a, _) in pairs.items()}
         else:
-            chosen = outline.targets(self.options.lora_target_modules)
-            ranks = {linear.name: self.options.lora_rank for linear in chosen}
+            found = [linear.name for linear in outline.targets(self.options.lora_target_modules)]
+            ranks = {name: rank for name, (rank, _) in chosen(found, self.options).items()}
         for linear in outline.targets():
             if linear.name not in ranks:
                 continue
@@ -180,9 +194,18 @@ class Lora(sft.Plugin):
 
     # --- the parts ------------------------------------------------------------------------------------------
 
-    def _alpha(self, hook: Any, rank: int) -> float:
-        if self.options.lora_alpha is not None:
-            return float(self.options.lora_alpha)
+    def _check_rank(self, rank: int, targets: list[Target]) -> None:
+        widest = max(max(target.in_features, target.out_features) for target in targets)
+        if rank > widest:
+            setting = "lora_rank" if rank == self.options.lora_rank else "lora_rank_pattern:"
+            raise UsageError(
+                f"{setting} {rank} is more than the {widest} dimensions of the widest layer that it adapts, and an "
+                "update has no higher rank than its layer; lower it."
+            )
+
+    def _alpha(self, hook: Any, rank: int, given: float | None) -> float:
+        if given is not None:
+            return float(given)
         provided = hook.lora_default_alpha(rank=rank)
         return float(provided) if provided is not None else 2.0 * rank
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sft import UsageError, matching
-from sft_peft_lora.files import LARGEST, SMALLEST
-
-if TYPE_CHECKING:
-    from sft_peft_lora.lora import LoraOptions
+from sft_peft_lora.options import LARGEST, SMALLEST, LoraOptions
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 """Blocks are numbered, whatever a family calls them; of a layer of experts the first number is that of the block."""

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft import AdapterFiles, UsageError, matches, module_names, read_adapter
+from sft_peft_lora.options import LARGEST, SMALLEST
 
 if TYPE_CHECKING:
     from sft_peft_lora.hooks import LoraForm
 
 PREFIX = "base_model.model."
-SMALLEST, LARGEST = 1e-9, 1e9
-"""Of α and of ranks. Adapters have α up to some thousands; far beyond, float32 products of it overflow."""
 _PAIR = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
 """What follows a target's name in the file, and the layer's attribute."""
 

@@ -129,7 +129,11 @@ SEAMS = {
     "sft_objective": ("objective", "优化目标"),
 }
 
-SHARED = {"sft_commands": ("command", "命令"), "sft_token_loss": ("loss of a token", "词元损失")}
+SHARED = {
+    "sft_commands": ("command", "命令"),
+    "sft_token_loss": ("loss of a token", "词元损失"),
+    "sft_evaluated": ("events", "事件"),
+}
 """What several plugins may be at the same time."""
 EMBEDDING = ("embedding", "嵌入")
 

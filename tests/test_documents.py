@@ -67,6 +67,19 @@ def test_the_clock_of_the_page_ends_a_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "out" / "checkpoint-1").is_dir()
 
 
+def test_the_padding_of_the_page_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    space: dict[str, Any] = {}
+    exec(blocks("docs/control.md", "python")[1], space)
+    values = json.loads((ROOT / "examples" / "lora.json").read_text(encoding="utf-8"))
+    values.update({name: str(ROOT / values[name]) for name in ("model_name_or_path", "dataset_name_or_path")})
+    values.update(output_dir=str(tmp_path / "out"), max_steps=2, logging_steps=1, do_eval=False, num_samples=0)
+    sft.run(values, plugins=[space["Padding"]], say=lambda _: None)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["padding_tokens"] / (line["padding_tokens"] + line["tokens"]) for line in lines]
+    assert [line["padding/share"] for line in lines] == pytest.approx(shares)
+    assert capsys.readouterr().out.splitlines() == [f"{line['step']} {line['padding/share']}" for line in lines]
+
+
 def test_chinese_readme_shows_the_same_code() -> None:
     for language in ("bash", "python"):
         ours, theirs = (

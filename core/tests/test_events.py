@@ -77,10 +77,12 @@ def test_hooks_are_called_in_the_order_of_their_page(train: Train) -> None:
         "sft_optimizer",
         "sft_schedule",
     ]
-    step = ["sft_micro_batch", "sft_step_ended", "sft_evaluated", "sft_state", "sft_checkpoint_saved"]
+    evaluation = ["sft_metrics", "sft_evaluated", "sft_logged"]
+    logged = ["sft_micro_batch", "sft_step_ended", "sft_metrics", "sft_logged"]
+    step = [*logged, *evaluation, "sft_state", "sft_checkpoint_saved"]
     assert [event for index, event in enumerate(events) if event not in events[:index] or event not in building] == [
         *building,
-        "sft_evaluated",  # the dev loss before training
+        *evaluation,  # before training
         "sft_run_started",
         "sft_state",  # to see that it can be kept
         *step,
@@ -237,7 +239,7 @@ def test_random_numbers_depend_on_seed_and_name_alone(train: Train) -> None:
 def test_a_run_that_only_measures_ends_too(train: Train) -> None:
     events: list[str] = []
     train("out", (recording(events, (*ADAPTER_FOLDERS, "sft_quantizer", "sft_adapt_model")),), do_train=False)
-    assert events[-2:] == ["sft_evaluated", "sft_run_ended"]
+    assert events[-4:] == ["sft_metrics", "sft_evaluated", "sft_logged", "sft_run_ended"]
 
 
 def test_each_plugin_has_a_record_of_its_own(train: Train, metrics: Metrics, tmp_path: Path) -> None:

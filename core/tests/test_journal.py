@@ -21,6 +21,7 @@ def steps(journal: Journal, first: int, last: int) -> list[dict[str, Any]]:
         counts = {"tokens": 10 + step, "target_tokens": 4, "padding_tokens": step, "rows": 2}
         journal.add(loss_sum=6.0 * step, weight=3.0, **counts, grad_norm=0.5)
         line = journal.step_line(step, step / 8, 1e-3)
+        journal.write(line)
         lines.append({key: value for key, value in line.items() if key not in VARY})
     return lines
 

@@ -184,7 +184,7 @@ def test_where_no_place_takes_the_weights_that_is_said(
 
 
 def test_a_folder_that_has_vanished_is_made_again(train: Train, tmp_path: Path) -> None:
-    gone = toy("gone", sft_step_ended=lambda self: shutil.rmtree(tmp_path / "out"))
+    gone = toy("gone", sft_logged=lambda self: shutil.rmtree(tmp_path / "out"))
     train("out", (gone,), max_steps=1, do_eval=False)
     assert (tmp_path / "out" / "model.safetensors").exists()
 

@@ -150,6 +150,7 @@ class Run:
         self.plugins = plugins
         self.hook = plugins.hook
         self.control = Control()
+        plugins.tell = lambda text: self.say(text)
         self.progress = Progress(say, bars=not settings.training.disable_tqdm)
 
     @property
@@ -210,6 +211,7 @@ class CoreRun(Run):
         earlier_report: What run.json said before this run.
         stop: What signals have asked of the run.
         stopped_early: As :class:`Summary` has it.
+        not_finite: Numbers of plugins that have been said not to be finite.
         lock: The lock of the run's folder, in the process that writes there; None before it is taken.
     """
 
@@ -238,6 +240,7 @@ class CoreRun(Run):
         self.earlier_report: dict[str, Any] = {}
         self.stop = Stop(lambda text: self.say(text))
         self.stopped_early: dict[str, Any] | None = None
+        self.not_finite: set[str] = set()
         self.lock: FolderLock | None = None
 
     def files_of(self, name: str, split: str) -> list[Path] | None:

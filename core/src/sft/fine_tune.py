@@ -127,7 +127,6 @@ def _read(run: CoreRun) -> Checkpoint | None:
     run.train_data, run.dev_data, run.samples, run.questions, run.places = read_data(
         settings, run.plugins, run.tokenizer, run.progress, sets, source.folder, source.architecture
     )
-    run.control.evaluates = run.dev_data is not None
     return resumed
 
 
@@ -234,7 +233,7 @@ def _only_evaluate(run: CoreRun, resumed: Checkpoint | None, started: float) -> 
     step, epoch = 0, 0.0
     if resumed is not None:
         check_same_base(run, resumed.folder)
-        checkpoint.restore_model(run, resumed.folder, resumed.state)
+        checkpoint.restore_model(run, resumed.folder, resumed.state, "measure")
         check_arithmetic(run, resumed.folder.name, resumed.state)
         step, epoch = run.step, resumed.state["epoch"]
         run.say(f"measuring {resumed.folder}")

@@ -247,11 +247,12 @@ def sft_schedule(run: Run, total: int) -> Callable[[int], float] | None:
 
 
 @hookspec
-def sft_restore(run: Run, state: dict[str, Any]) -> None:
-    """Restore what this plugin's :func:`sft_state` returned when the checkpoint was written.
+def sft_restore(run: Run, state: dict[str, Any], why: str, step: int) -> None:
+    """Restore what this plugin's :func:`sft_state` returned when the checkpoint of ``step`` was written.
 
-    Called when a run resumes, when it goes back to its best checkpoint at the end (``load_best_model_at_end``), and
-    when a checkpoint is only measured (``do_train false``).
+    ``why`` is "resume" where the run goes on from that step, "best" where it goes back to its best checkpoint at its
+    end (``load_best_model_at_end``; ``run.step`` stays the last one), and "measure" where the checkpoint is only
+    measured (``do_train false``).
     """
 
 
@@ -278,6 +279,17 @@ def sft_step_ended(run: Run, record: dict[str, Any]) -> None:
 
 
 @hookspec
+def sft_metrics(run: Run, record: dict[str, Any]) -> dict[str, float]:
+    """Numbers of the plugin's own for the line that ``record``, a copy, is about to be: that of a logged step, or of an
+    evaluation, which has ``eval_loss``.
+
+    Each stands there as ``PLUGIN/NAME``, so no two can meet; it is in ``metrics.jsonl``, in what :func:`sft_evaluated`
+    and :func:`sft_logged` are given, and among what the user sees. Every process is asked, and may sum over the others
+    (``run.strategy.sum``); what the main one answers is written. A number that is not finite is left out, and the user
+    told so once."""
+
+
+@hookspec
 def sft_evaluated(run: Run, record: dict[str, Any]) -> None:
     """An evaluation is done. ``record`` has ``step``, ``epoch``, ``eval_loss`` (mean over target tokens, nats),
     ``eval_ppl`` (its exponential), ``eval_accuracy`` (share of target tokens that are the likeliest token),
@@ -289,6 +301,18 @@ def sft_evaluated(run: Run, record: dict[str, Any]) -> None:
 
     The first evaluation, of ``step`` 0, comes before :func:`sft_run_started`. With ``do_train false`` it is the only
     one, and :func:`sft_run_ended` follows."""
+
+
+@hookspec
+def sft_logged(run: Run, record: dict[str, Any]) -> None:
+    """A line has been written to ``metrics.jsonl``. ``record``, a copy, is that line: an evaluation, as
+    :func:`sft_evaluated` has it, or a logged step (``logging_steps``; the first and the last always).
+
+    A logged step has ``step``, ``epoch``, ``loss`` (mean over the target tokens since the line before),
+    ``learning_rate`` and ``grad_norm`` (of this step), ``peak_memory_mib``, and, since the line before, ``seconds``,
+    ``tokens``, ``target_tokens`` and ``padding_tokens``. Both have what plugins measure (:func:`sft_metrics`).
+
+    Called in every process; the main one has written the line."""
 
 
 @hookspec

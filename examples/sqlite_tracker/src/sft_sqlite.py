@@ -30,8 +30,9 @@ class SqliteTracker(sft.Plugin):
     """One row in ``runs`` for each run, one in ``metrics`` for each number that a step or an evaluation measures."""
 
     name = "sqlite"
-    api_version = 1
+    api_version = ">=1.1,<2"
     summary = "Log steps and evaluations into an SQLite database."
+    observes = True  # what goes wrong here is said, and the run goes on
     Options = SqliteOptions
 
     def __init__(self, options):
@@ -67,13 +68,12 @@ class SqliteTracker(sft.Plugin):
 
     @sft.hookimpl
     def sft_state(self, run):
-        return {"run_id": self.run_id, "step": self.step}
+        return {"run_id": self.run_id}
 
     @sft.hookimpl
-    def sft_restore(self, run, state):
-        # Also called to go back to the best checkpoint (a run is open then) and to measure one (nothing is trained).
-        if self.run_id is None and run.settings.training.do_train:
-            self.step = state["step"]
+    def sft_restore(self, run, state, why, step):
+        if why == "resume":
+            self.step = step
             self.open(run, state["run_id"])
 
     @sft.hookimpl

@@ -19,20 +19,30 @@ from typing import Any
 
 import pluggy
 
+from sft.control import observing
 from sft.errors import PluginError, SftError, TooEarlyError
 
 RAISES: dict[str, tuple[type[BaseException], ...]] = {"sft_record_format": (ValueError,), "sft_launch": (SystemExit,)}
 """Exceptions that a hook is documented to raise, beside those of sft."""
 ANSWERS = ("sft_export_adapter", "sft_import_adapter", "sft_adapter_merger")
 """Hooks whose None means nothing: there is no other way of doing what they are asked for."""
-COPIED = {"sft_step_ended": "record", "sft_evaluated": "record"}
+COPIED = dict.fromkeys(("sft_step_ended", "sft_evaluated", "sft_metrics", "sft_logged"), "record")
 """Arguments of which each plugin gets a copy of its own: what one does with it is no business of the others."""
+
+EVENTS = (
+    *("sft_restore", "sft_run_started", "sft_micro_batch", "sft_step_ended", "sft_metrics", "sft_evaluated"),
+    *("sft_logged", "sft_state", "sft_checkpoint_saved", "sft_run_ended"),
+)
+"""Hooks in which an observer's errors are said, and end nothing."""
+WATCHING = (*EVENTS, "sft_run_failed", "sft_check", "sft_commands", "sft_memory_advice")
+"""Hooks that an observer may implement."""
 
 _CURE = "tell its author, or leave the plugin out"
 
 
-def guard(manager: pluggy.PluginManager, plugin: Any, who: str) -> None:
-    """Let the hooks of a registered ``plugin`` say whose they are where they go wrong; ``who`` names it."""
+def guard(manager: pluggy.PluginManager, plugin: Any, who: str, tell: Callable[[str], None]) -> None:
+    """Let the hooks of a registered ``plugin`` say whose they are where they go wrong; ``who`` names it. Of an observer
+    what goes wrong is only told (``tell``), once for each hook."""
     for caller in manager.get_hookcallers(plugin) or []:
         for implementation in caller.get_hookimpls():
             if implementation.plugin is plugin:
@@ -40,6 +50,8 @@ def guard(manager: pluggy.PluginManager, plugin: Any, who: str) -> None:
                 arguments = list(implementation.argnames)
                 own = arguments.index(COPIED[caller.name]) if COPIED.get(caller.name) in arguments else -1
                 function = (_guarded_wrapper if wraps else _guarded)(implementation.function, caller, who, own)
+                if getattr(plugin, "observes", False) and caller.name in EVENTS:
+                    function = _only_told(function, f"{who} failed in {caller.name}", tell)
                 implementation.function = function  # type: ignore[misc]
 
 
@@ -64,6 +76,31 @@ def _guarded(function: Callable[..., Any], caller: pluggy.HookCaller, who: str, 
         return result
 
     return guarded
+
+
+def _only_told(function: Callable[..., Any], what: str, tell: Callable[[str], None]) -> Callable[..., Any]:
+    """An observer's ``function``, which neither ends the run nor asks anything of it; ``what`` says what happens."""
+    told = False
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        nonlocal told
+        try:
+            with observing():
+                return function(*args, **kwargs)
+        except KeyboardInterrupt:  # a signal, which is no error of the plugin
+            raise
+        except SftError as error:  # whatever it was, for the function is guarded
+            if not told:
+                told = True
+                cause = str(error)
+                # What is the plugin's fault names plugin and hook already, and says what to do about it.
+                clause = (
+                    cause.rpartition("; ")[0] if isinstance(error, PluginError) else f"{what} ({cause.rstrip('.')})"
+                )
+                tell(f"note: {clause}; it only watches, so the run goes on, and this is not said again")
+            return None
+
+    return watching
 
 
 def _guarded_wrapper(function: Callable[..., Any], caller: pluggy.HookCaller, who: str, own: int) -> Callable[..., Any]:

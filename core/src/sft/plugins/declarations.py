@@ -10,6 +10,7 @@ from typing import Any
 from sft.errors import UsageError
 from sft.options import options_of
 from sft.plugins.api import check_version
+from sft.plugins.calls import WATCHING
 
 
 def check_form(plugin: Any, who: str, hooks: list[str]) -> None:
@@ -23,6 +24,29 @@ def check_form(plugin: Any, who: str, hooks: list[str]) -> None:
             cause = f"its Options are no dataclass of settings ({type(error).__name__}: {error})"
             raise UsageError(f"{who} is not well formed: {cause}; upgrade it.") from error
     _check_markers(plugin, who, hooks)
+    _check_observer(plugin, who, hooks)
+
+
+def _check_observer(plugin: Any, who: str, hooks: list[str]) -> None:
+    """Who only watches implements events, and nothing that others' answers go through."""
+    shaping, observes = getattr(plugin, "shaping", None), getattr(plugin, "observes", False)
+    for name, value, words in (("shaping", shaping, (True, False, None)), ("observes", observes, (True, False))):
+        if not any(value is word for word in words):
+            allowed = ", ".join(map(str, words[:-1])) + f" or {words[-1]}"
+            raise UsageError(f"{who} is not well formed: {name} is {value!r}, not {allowed}; upgrade it.")
+    if not observes:
+        return
+    if shaping:
+        raise UsageError(f"{who} only watches (observes) and changes what is learned (shaping); take one of them away.")
+    for hook in hooks:
+        mark = getattr(getattr(plugin, hook, None), "sft_impl", None)
+        if mark is None or mark.get("optionalhook"):
+            continue
+        if hook not in WATCHING or mark.get("wrapper") or mark.get("hookwrapper"):
+            what = "wraps others' answers to" if hook in WATCHING else "implements"
+            raise UsageError(
+                f"{who} only watches (observes = True), and {what} {hook}, which does more; take one of them away."
+            )
 
 
 def check_relations(plugin: Any, who: str) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -56,6 +56,10 @@ class Plugin:
             optimizer), so that nobody is told that they have no effect.
         order: Hooks that all plugins answer are called in ascending order, then in the order of the requests; but a
             plugin always after those that it ``requires``.
+        shaping: Whether it changes what is learned: then a checkpoint is only resumed and measured with it, and with
+            the same options. None: as its hooks let suppose.
+        observes: Whether it only watches. It may then implement events alone, and errors in them are said and end
+            nothing. One that does not say so ends the run with its errors.
         demo: Settings with which ``sft demo`` shows this plugin, where its distribution claims ``command.demo``.
         paddlenlp: PaddleNLP's settings that it answers without reading them: an :class:`sft.Foreign` by name, which
             says why nothing depends on it, or at which values.
@@ -73,6 +77,8 @@ class Plugin:
     supersedes: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[tuple[str, ...]] = ()
     order: ClassVar[int] = 0
+    shaping: ClassVar[bool | None] = None
+    observes: ClassVar[bool] = False
     demo: ClassVar[Mapping[str, Any]] = {}
     paddlenlp: ClassVar[Mapping[str, Any]] = {}
     Options: ClassVar[type | None] = None
@@ -97,6 +103,8 @@ class Plugins:
         """Those that were read from a file of their own, which any process with its path finds."""
         self.replaced: list[str] = []
         """Clauses on installed plugins that were asked for, and whose place a class given directly takes."""
+        self.tell: Callable[[str], None] = print
+        """Tells the user a line."""
         self.manager = pluggy.PluginManager("sft")
         self._callers: dict[tuple[str, str], pluggy.HookCaller] = {}
 
@@ -189,7 +197,7 @@ class Plugins:
                 "upgrade it, or add the plugin that it refines."
             ) from error
         for name, _ in self:
-            guard(self.manager, self.manager.get_plugin(name), self.who(name))
+            guard(self.manager, self.manager.get_plugin(name), self.who(name), lambda text: self.tell(text))
         watch_if_asked(self.manager)
 
     def _make(self, name: str, plugin: Any, options: Any) -> Any:
@@ -225,21 +233,19 @@ class Plugins:
         return {name: file.as_dict() for name, file in self.files.items()}
 
     def shaping(self) -> list[str]:
-        """Those that change what is learned, themselves or through the plugin that they refine: one that they require,
-        or whose hooks they implement."""
+        """Those that change what is learned. Of one that does not say whether it does: itself, or through the plugin
+        that it refines, which it requires, or whose hooks it implements."""
         published = {name: getattr(plugin, "hookspecs", None) for name, plugin in self}
 
         def refines(name: str, plugin: Any) -> bool:
             others = [specs for other, specs in published.items() if specs is not None and other != name]
             return any(_is_spec(specs, hook) and _needs(plugin, hook) for specs in others for hook in dir(specs))
 
-        return [
-            name
-            for name, plugin in self
-            if getattr(plugin, "requires", ())
-            or any(implements(plugin, hook) for hook in SHAPING)
-            or refines(name, plugin)
-        ]
+        def shapes(name: str, plugin: Any) -> bool:
+            declared = getattr(plugin, "shaping", None)
+            return shapes_by_itself(plugin) or refines(name, plugin) if declared is None else bool(declared)
+
+        return [name for name, plugin in self if shapes(name, plugin)]
 
     def inactive(self) -> list[str]:
         return [name for name in installed() if name not in self._classes]
@@ -361,6 +367,15 @@ def _is_spec(specs: Any, name: str) -> bool:
 def implements(plugin: Any, hook: str) -> bool:
     """Whether a plugin class or module implements ``hook``: pluggy's own mark, read before there is an instance."""
     return hasattr(getattr(plugin, hook, None), "sft_impl")
+
+
+def shapes_by_itself(plugin: Any) -> bool:
+    """Whether a plugin class or module changes what is learned: as it declares, or else as its own hooks and
+    ``requires`` let suppose. In the company of others it may also refine one of them."""
+    declared = getattr(plugin, "shaping", None)
+    if declared is not None:
+        return bool(declared)
+    return bool(getattr(plugin, "requires", ())) or any(implements(plugin, hook) for hook in SHAPING)
 
 
 def _needs(plugin: Any, hook: str) -> bool:

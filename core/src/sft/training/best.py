@@ -42,7 +42,7 @@ def load_best(run: CoreRun) -> int | None:
     folder = run.output_dir / f"checkpoint-{run.best['step']}"
     run.strategy.wait()  # the main process may still be writing it
     try:
-        restore_model(run, *whole_checkpoint(folder, run.progress))
+        restore_model(run, *whole_checkpoint(folder, run.progress), "best")
     except UsageError as error:
         raise _without_best(run, folder, error) from error
     key, _ = best_metric(run.settings)

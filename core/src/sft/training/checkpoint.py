@@ -116,7 +116,7 @@ def drop_old(run: CoreRun, step: int) -> None:
 
 def restore(run: CoreRun, optimizer: Optimizer, folder: Path, state: dict[str, Any]) -> None:
     """Put parameters, optimizer state and plugin state back. The model has been built and adapted."""
-    restore_model(run, folder, state)
+    restore_model(run, folder, state, "resume")
     # In two steps: while a file is open, all that was read of it stays in memory.
     values = _optimizer_state(run, optimizer, folder)
     optimizer.load(values)
@@ -135,8 +135,9 @@ def _optimizer_state(run: CoreRun, optimizer: Optimizer, folder: Path) -> dict[s
     return values
 
 
-def restore_model(run: CoreRun, folder: Path, state: dict[str, Any]) -> None:
-    """Put the model back as it was: its trainable parameters by name, and plugin state."""
+def restore_model(run: CoreRun, folder: Path, state: dict[str, Any], why: str) -> None:
+    """Put the model back as it was: its trainable parameters by name, and plugin state, for what ``why`` says
+    (``sft_restore``)."""
     from sft.models.loading import fill
     from sft.models.source import ModelFolder
 
@@ -154,7 +155,7 @@ def restore_model(run: CoreRun, folder: Path, state: dict[str, Any]) -> None:
             own = {key.partition("/")[2]: value for key, value in arrays.items() if key.startswith(f"{name}/")}
             own.update(state["plugins"].get(name, {}))
             if own:
-                run.plugins.ask(name, "sft_restore", run=run, state=own)
+                run.plugins.ask(name, "sft_restore", run=run, state=own, why=why, step=state["step"])
 
 
 def _todays_name(run: CoreRun, name: str) -> str:

@@ -20,6 +20,7 @@ from sft.models.generation import answers, unit
 from sft.seams import Batch
 from sft.training import answer_scores
 from sft.training.divergence import explained
+from sft.training.lines import measured, write
 from sft.training.progress import figures
 from sft.training.strategy import SingleProcess
 
@@ -44,7 +45,7 @@ def before_or_after(run: CoreRun, step: int, epoch: float, journal: Any) -> dict
                 f"{run.dev_data.tokens:,} tokens{'' if asked else ' (do_eval false leaves that out)'}"
             )
         if run.evaluation.get("step") != step:
-            journal.write(evaluate(run, step, epoch))
+            write(run, journal, evaluate(run, step, epoch))
         measured["eval_loss"] = run.evaluation["eval_loss"]
         run.say(f"dev data {'before' if step == 0 else 'after'} training: {figures(run.evaluation)}")
     if run.samples:
@@ -59,6 +60,7 @@ def evaluate(run: CoreRun, step: int, epoch: float) -> dict[str, Any]:
     if run.questions:
         record.update(score(run, run.output_dir / f"generations-{step}.jsonl"))
     record["eval_seconds"] = round(time.monotonic() - started, 3)
+    record = measured(run, record)
     run.evaluation = record
     run.hook.sft_evaluated(run=run, record=record)
     return record

@@ -81,8 +81,8 @@ class Journal:
                 sums.values[name] = sums.values.get(name, 0.0) + value
 
     def step_line(self, step: int, epoch: float, learning_rate: float) -> dict[str, Any]:
-        """Write the line of a logged step; loss and the objective's values are weighted means over all targets since
-        the line before."""
+        """The line of a logged step, to be written; loss and the objective's values are weighted means over all
+        targets since the line before."""
         now = time.monotonic()
         line = {
             "step": step,
@@ -100,7 +100,6 @@ class Journal:
         self._since, self.window, self.due = now, Totals(), False
         self.first_loss = line["loss"] if self.first_loss is None else self.first_loss
         self.last_loss = line["loss"]
-        self.write(line)
         return line
 
     def write(self, line: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +31,11 @@ from sft.training.best import better
 from sft.training.divergence import left_out
 from sft.training.evaluation import evaluate
 from sft.training.journal import Journal
+from sft.training.lines import measured, write
 from sft.training.precision import LossScale
 from sft.training.progress import Display
 from sft.training.rates import Rates
 from sft.training.repeats import check_repeats
-from sft.training.shared import shared
 from sft.training.wide_sums import WideSums
 
 if TYPE_CHECKING:
@@ -165,11 +164,11 @@ def train(
             journal.add(loss_sum, weight, tokens, targets, padding, len(at.rows), grad_norm, values)
             speed = tokens / (time.monotonic() - began)
             display.step(record, speed)
+            run.hook.sft_step_ended(run=run, record=record)
             if journal.due:
-                display.line(shared(strategy, partial(journal.step_line, step, epoch, rate)))
+                _log(run, journal, display, step, epoch, rate)
             else:
                 display.between(record, speed)
-            run.hook.sft_step_ended(run=run, record=record)
         else:
             if scale.gives_up:
                 display.say(left_out(run, at, journal, f"loss {loss_sum / share}, gradient norm {grad_norm}"))
@@ -184,14 +183,14 @@ def train(
         is_due = run.dev_data is not None and _due(settings.evaluation_strategy, run.eval_steps, at, ends)
         if is_due or wishes.evaluates:
             evaluation = evaluate(run, step, epoch)
-            shared(strategy, partial(journal.write, evaluation))
+            write(run, journal, evaluation)
             journal.pause(evaluation["eval_seconds"])
             display.evaluation(evaluation)
             wishes.evaluated()
             wishes.hear()
             ends |= wishes.stops is not None
         if ends and journal.window.rows:  # no step comes that could take along what is not written yet
-            display.line(shared(strategy, partial(journal.step_line, step, epoch, rate)))
+            _log(run, journal, display, step, epoch, rate)
         if wishes.stops is not None and step < total:
             run.stopped_early = {"step": step, "reason": wishes.stops}
             display.say(f"step {step}/{total}: the run ends early ({wishes.stops})")
@@ -209,6 +208,12 @@ def train(
         run.stop.waits_for(_before_stopping(step + 1, settings.save_strategy))
     run.model.eval()
     return step, epoch
+
+
+def _log(run: CoreRun, journal: Journal, display: Display, step: int, epoch: float, rate: float) -> None:
+    line = measured(run, journal.step_line(step, epoch, rate))
+    write(run, journal, line)
+    display.line(line)
 
 
 def state_after(run: CoreRun, schedule: Schedule, journal: Journal, at: Step, scale: LossScale) -> dict[str, Any]:

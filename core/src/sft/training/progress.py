@@ -25,7 +25,12 @@ def figures(record: dict[str, Any]) -> str:
     known = {"loss", "ppl", "accuracy", "tokens", "seconds", *ANSWER_SCORES}
     own = {key.removeprefix("eval_"): value for key, value in record.items() if key.startswith("eval_")}
     more = [f"{name} {value:.4f}" for name, value in own.items() if isinstance(value, float) and name not in known]
-    return "  ".join([text, *sets, *answers, *more])
+    return "  ".join([text, *sets, *answers, *more]) + _own(record)
+
+
+def _own(record: dict[str, Any]) -> str:
+    """What plugins measure, behind the rest."""
+    return "".join(f"  {shown(name)} {value:.4g}" for name, value in record.items() if "/" in name)
 
 
 def _short(value: float) -> str:
@@ -96,7 +101,7 @@ class Display:
             self.say(
                 f"step {line['step']}/{self._total}  epoch {line['epoch']:.2f}  loss {line['loss']:.4f}  {values}"
                 f"lr {line['learning_rate']:.2e}  grad norm {line['grad_norm']:.3f}  {speed:,.0f} tokens/s  "
-                f"ETA {self._eta()}"
+                f"ETA {self._eta()}{_own(line)}"
             )
 
     def between(self, record: dict[str, Any], tokens_per_second: float) -> None:

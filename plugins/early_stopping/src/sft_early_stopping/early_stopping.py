@@ -1,0 +1,124 @@
+"""Plugin ``early-stopping``: a run ends when its evaluations get no better."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import sft
+
+if TYPE_CHECKING:
+    from sft import Run
+
+
+@dataclass
+class EarlyStoppingOptions:
+    early_stopping_patience: int = sft.option(
+        1, "evaluations one after the other that bring no improvement, with which the run ends", minimum=1
+    )
+    early_stopping_threshold: float = sft.option(
+        0.0, "how much better than the best so far the metric must be, in its own unit", minimum=0
+    )
+    early_stopping_metric: str | None = sft.option(
+        None, "number of an evaluation that decides, such as eval_loss; unset: metric_for_best_model"
+    )
+    early_stopping_greater_is_better: bool | None = sft.option(
+        None, "whether a greater one of early_stopping_metric is better; unset: not if its name ends with loss or ppl"
+    )
+
+
+class EarlyStopping(sft.Plugin):
+    """Asks the run to stop after ``patience`` evaluations that were not better than the best before them by more than
+    ``threshold``. The count is that of transformers' ``EarlyStoppingCallback``: the best moves with each improvement,
+    be it smaller than the threshold, and the evaluation before training does not count."""
+
+    name = "early-stopping"
+    api_version = ">=1.1,<2"
+    summary = "End the run when evaluations get no better."
+    reference = "transformers' EarlyStoppingCallback"
+    reads = ("metric_for_best_model", "greater_is_better")
+    Options = EarlyStoppingOptions
+
+    def __init__(self, options: EarlyStoppingOptions) -> None:
+        super().__init__(options)
+        self._best: float | None = None
+        self._without = 0
+        """Evaluations without an improvement, since the last one that brought one."""
+
+    @sft.hookimpl
+    def sft_check(self, run: Run) -> None:
+        training = run.settings.training
+        if training.do_train and training.evaluation_strategy == "no":
+            raise sft.UsageError(
+                "early-stopping goes by evaluations on the way, and evaluation_strategy is no; set it to steps or "
+                "epoch, or leave early-stopping out."
+            )
+
+        if self.options.early_stopping_metric is None and self.options.early_stopping_greater_is_better is not None:
+            raise sft.UsageError(
+                "early_stopping_greater_is_better belongs to early_stopping_metric, which is not set; set that too, or "
+                "greater_is_better, which belongs to metric_for_best_model."
+            )
+
+    @sft.hookimpl
+    def sft_run_started(self, run: Run) -> None:
+        which = "best" if run.settings.training.load_best_model_at_end else "last"
+        run.say(
+            f"early-stopping: by {self._key(run)}, after {self.options.early_stopping_patience} evaluations without an "
+            f"improvement; the run ends with its {which} weights (load_best_model_at_end)"
+        )
+
+    @sft.hookimpl
+    def sft_evaluated(self, run: Run, record: dict[str, Any]) -> None:
+        key = self._key(run)
+        value = record.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            numbers = [name for name, one in record.items() if isinstance(one, (int, float))]
+            raise sft.UsageError(
+                f"early_stopping_metric: evaluations of this run have no number {sft.shown(key)}; they have "
+                f"{', '.join(numbers)}."
+            )
+        if not record["step"] or not run.settings.training.do_train:
+            return
+        gain = math.inf if self._best is None else self._gain(run, value)
+        self._without = 0 if gain > self.options.early_stopping_threshold else self._without + 1
+        if self._without >= self.options.early_stopping_patience:
+            run.control.stop(self._reason(run, value))
+        self._best = value if gain > 0 else self._best
+
+    @sft.hookimpl
+    def sft_state(self, run: Run) -> dict[str, Any]:
+        return {"metric": self._key(run), "best": self._best, "without": self._without}
+
+    @sft.hookimpl
+    def sft_restore(self, run: Run, state: dict[str, Any]) -> None:
+        if state["metric"] == self._key(run):
+            self._best, self._without = state["best"], state["without"]
+        else:
+            run.say(f"note: early-stopping went by {state['metric']}, and now goes by {self._key(run)}: it counts anew")
+
+    # --- which number, and which way ------------------------------------------------------------------------
+
+    def _key(self, run: Run) -> str:
+        """The decisive number's name in an evaluation's record."""
+        named = (run.settings.training.metric_for_best_model or "loss").lower().removeprefix("eval_")
+        return self.options.early_stopping_metric or f"eval_{named}"
+
+    def _is_greater_better(self, run: Run) -> bool:
+        own = self.options.early_stopping_metric is not None
+        given = self.options.early_stopping_greater_is_better if own else run.settings.training.greater_is_better
+        return not self._key(run).endswith(("loss", "ppl")) if given is None else given
+
+    def _gain(self, run: Run, value: float) -> float:
+        """By how much ``value`` is better than the best so far; below 0 where it is worse."""
+        assert self._best is not None
+        return value - self._best if self._is_greater_better(run) else self._best - value
+
+    def _reason(self, run: Run, value: float) -> str:
+        way, threshold = "risen" if self._is_greater_better(run) else "fallen", self.options.early_stopping_threshold
+        side = "above" if way == "risen" else "below"
+        far = f"{way} by more than {threshold:g} {side}" if threshold else f"{way} {side}"
+        patience = self.options.early_stopping_patience
+        count = f"{patience} evaluations" if patience > 1 else "an evaluation"
+        return f"early-stopping: {self._key(run)} is {value:.4f}, and has not {far} {self._best:.4f} in {count}"

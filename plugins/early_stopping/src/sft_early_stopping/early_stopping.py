@@ -65,8 +65,7 @@ class EarlyStopping(sft.Plugin):
     def sft_run_started(self, run: Run) -> None:
         which = "best" if run.settings.training.load_best_model_at_end else "last"
         run.say(
-            f"early-stopping: by {self._key(run)}, after {self.options.early_stopping_patience} evaluations without an "
-            f"improvement; the run ends with its {which} weights (load_best_model_at_end)"
+            f"early-stopping: by {self._key(run)}, after {self._count()} without an improvement; the run ends with its {which} weights (load_best_model_at_end)"
         )
 
     @sft.hookimpl
@@ -119,6 +118,8 @@ class EarlyStopping(sft.Plugin):
         way, threshold = "risen" if self._is_greater_better(run) else "fallen", self.options.early_stopping_threshold
         side = "above" if way == "risen" else "below"
         far = f"{way} by more than {threshold:g} {side}" if threshold else f"{way} {side}"
+        return f"early-stopping: {self._key(run)} is {value:.4f}, and has not {far} {self._best:.4f} in {self._count()}"
+
+    def _count(self) -> str:
         patience = self.options.early_stopping_patience
-        count = f"{patience} evaluations" if patience > 1 else "an evaluation"
-        return f"early-stopping: {self._key(run)} is {value:.4f}, and has not {far} {self._best:.4f} in {count}"
+        return f"{patience} evaluation{'s' * (patience > 1)}"

@@ -55,6 +55,15 @@ def test_one_that_is_restored_after_any_evaluation_stops_there_too() -> None:
             assert bool(stops) == (number == case["stops_after"])
 
 
+def test_a_number_that_is_missing_is_no_improvement() -> None:
+    """A plugin's may not be finite, and is then left out."""
+    plugin, stops = plugin_of({"patience": 2, "threshold": 0.0, "greater": True}), list[str]()
+    for step, record in enumerate([{"score": 1.0}, {}, {"score": 2.0}, {}, {}], 1):
+        plugin.sft_evaluated(a_run(stops), {"step": step, **record})
+        assert bool(stops) == (step == 5)
+    assert stops == ["early-stopping: score is nan, and has not risen above 2.0000 in 2 evaluations"]
+
+
 class Judge(sft.Plugin):
     """Measures what the test says after each step."""
 

@@ -65,21 +65,22 @@ class EarlyStopping(sft.Plugin):
     def sft_run_started(self, run: Run) -> None:
         which = "best" if run.settings.training.load_best_model_at_end else "last"
         run.say(
-            f"early-stopping: by {self._key(run)}, after {self._count()} without an improvement; the run ends with its {which} weights (load_best_model_at_end)"
+            f"early-stopping: by {self._key(run)}, after {self._count()} without an improvement; the run ends with its "
+            f"{which} weights (load_best_model_at_end)"
         )
 
     @sft.hookimpl
     def sft_evaluated(self, run: Run, record: dict[str, Any]) -> None:
-        key = self._key(run)
+        key, first = self._key(run), not record["step"]
         value = record.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not isinstance(value, (int, float)) and self._best is None and (key.startswith("eval_") or not first):
             numbers = [name for name, one in record.items() if isinstance(one, (int, float))]
             raise sft.UsageError(
-                f"early_stopping_metric: evaluations of this run have no number {sft.shown(key)}; they have "
-                f"{', '.join(numbers)}."
+                f"early-stopping: evaluations of this run have no number {sft.shown(key)}; they have {', '.join(numbers)}."
             )
-        if not record["step"] or not run.settings.training.do_train:
+        if first or not run.settings.training.do_train:
             return
+        value = float(value) if isinstance(value, (int, float)) else math.nan  # a plugin's, which was not finite
         gain = math.inf if self._best is None else self._gain(run, value)
         self._without = 0 if gain > self.options.early_stopping_threshold else self._without + 1
         if self._without >= self.options.early_stopping_patience:

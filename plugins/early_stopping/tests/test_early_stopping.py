@@ -127,7 +127,7 @@ def test_options_may_change_when_a_run_goes_on(train: Train, tmp_path: Path) -> 
     patient = {**SETTINGS, "early_stopping_patience": 10}
     assert train("out", (Judge,), resume_from_checkpoint=named, **patient).steps == 6
     said: list[str] = []
-    other = {**SETTINGS, "early_stopping_metric": None}
+    other = {**SETTINGS, "early_stopping_metric": None, "early_stopping_greater_is_better": None}
     assert train("again", (), resume_from_checkpoint=named, say=said.append, **other).steps == 6
     assert "note: early-stopping went by judge/score, and now goes by eval_loss: it counts anew" in said
 

@@ -76,7 +76,8 @@ class EarlyStopping(sft.Plugin):
         if not isinstance(value, (int, float)) and self._best is None and (key.startswith("eval_") or not first):
             numbers = [name for name, one in record.items() if isinstance(one, (int, float))]
             raise sft.UsageError(
-                f"early-stopping: evaluations of this run have no number {sft.shown(key)}; they have {', '.join(numbers)}."
+                f"early-stopping: evaluations of this run have no number {sft.shown(key)}; they have "
+                f"{', '.join(numbers)}."
             )
         if first or not run.settings.training.do_train:
             return

@@ -204,11 +204,12 @@ PLAIN = (
 TOOLS = chosen(conversation="call")["tools"]
 
 
-def refused(turns: Conversation, tokenizer: Tokenizer) -> str:
+def refused(turns: Conversation, tokenizer: Tokenizer, everything: bool = True) -> str:
     with pytest.raises(sft.UsageError) as caught:
         one(Conversation(turns, Place(Path("train.json"), 7), turns.tools), tokenizer)
-    with pytest.raises(sft.UsageError):
-        one(turns, tokenizer, "everything")
+    if everything:
+        with pytest.raises(sft.UsageError):
+            one(turns, tokenizer, "everything")
     return str(caught.value).replace(str(tokenizer.folder), "MODEL")
 
 
@@ -400,6 +401,9 @@ def test_a_template_is_told_whether_to_think(make: Make) -> None:
     tokens = learned(one(read(case), off), off)
     assert [text[:11] for text in tokens] == ["<tool_call>", "Yes.<|im_en"]
     assert off.fingerprint() != on.fingerprint()
+    for thinking in (Turn("assistant", "b", True, reasoning="c"), Turn("assistant", "<think>c</think>b", True)):
+        said = refused(Conversation([ASKED, thinking]), off, everything=False)
+        assert said.startswith("train.json, line 7: enable_thinking is false, so the model is asked for answers withou")
 
 
 def test_a_template_that_does_not_heed_it_is_refused(make: Make, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from sft.conversations import Conversation, Turn
 from sft.data.template_habits import Habits, texts_of
 from sft.data.templates import Marks, Source, Written, WrittenText
-from sft.data.thoughts import without_empty, without_empty_end
+from sft.data.thoughts import parted, without_empty, without_empty_end
 from sft.errors import UsageError
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -92,6 +92,11 @@ class JinjaTemplate:
             is_last = index + 1 == len(turns)
             until = text if is_last else self.render(turns.of(turns[: index + 1]))
             if is_last and not until.startswith(before):
+                if self._told.get("enable_thinking") is False and (parted(turn)[0] or "").strip():
+                    raise UsageError(
+                        "enable_thinking is false, so the model is asked for answers without a thought, and the last "
+                        "answer of this record has one; leave enable_thinking out, or take the thought out."
+                    )
                 raise UsageError(
                     f"The chat template of {self.place} writes an answer into another text than the one it gives to be "
                     f"answered ({_difference(before, until)}), so what is learned would not be what is asked for; give "

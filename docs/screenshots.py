@@ -1,4 +1,5 @@
-"""Draw what `sft data` shows in a terminal, as pictures for docs/data.md; ``--check`` says whether they are current.
+"""Draw what `sft data` shows in a terminal and in a page, as pictures for docs/data.md; ``--check`` says whether they
+are current.
 
 The near duplicates in them need datasketch, which the extra `test` brings.
 """
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from sft.data_report.gather import Wanted, data_report
+from sft.data_report.page import page
 from sft.data_report.terminal import write_figures, write_records
 from sft.data_report.value import DataReport
 
@@ -28,6 +30,8 @@ DEMO = ROOT / "core" / "src" / "sft" / "demo"
 TEMPLATE = ROOT / "core" / "tests" / "fixtures" / "templates" / "qwen3_tools.jinja"
 FOLDER = ROOT / "docs" / "images"
 WIDTH = 118
+PAGE = (1000, 1130)
+"""Pixels of the picture of a page, which is cut there."""
 
 TOOL = {
     "type": "function",
@@ -49,9 +53,9 @@ RECORD = {
 }
 
 
-def figures() -> DataReport:
-    """The demo's data, of which some does not fit."""
-    return _report(0, dataset_name_or_path="data", max_length=64, plugin="greedy-zero-padding")
+def figures(records: int = 0, data: str = "data") -> DataReport:
+    """The demo's data, of which some does not fit, with so many of its records."""
+    return _report(records, dataset_name_or_path=data, max_length=64, plugin="greedy-zero-padding")
 
 
 def record() -> DataReport:
@@ -80,6 +84,21 @@ def drawn(report: DataReport, wrote: Callable[[DataReport, Console], None]) -> s
     return re.sub(r"@font-face {.*?}\s*", "", picture, flags=re.DOTALL)  # fonts of another site
 
 
+def framed(html: str) -> str:
+    """The picture of a page: its own style and body, in a frame of SVG, drawn as a browser draws it."""
+    style = re.sub(r"@media .*?}\s*}", "", html[html.index("<style>") + 7 : html.index("</style>")], flags=re.DOTALL)
+    body = html[html.index("<body>") + 6 : html.index("<script>")]
+    body = re.sub(r"<(br|input[^>]*)>", r"<\1/>", body)
+    wide, high = PAGE
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{high}" viewBox="0 0 {wide} {high}">\n'
+        f"<style>{style}</style>\n"
+        f'<rect width="{wide}" height="{high}" fill="#fff"/>\n'
+        f'<foreignObject width="{wide}" height="{high}">\n'
+        f'<body xmlns="http://www.w3.org/1999/xhtml">{body}</body>\n</foreignObject>\n</svg>\n'
+    )
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)
@@ -89,6 +108,7 @@ def main() -> int:
         pictures = {
             "data-report.svg": drawn(figures(), write_figures),
             "data-record.svg": drawn(record(), write_records),
+            "data-page.svg": framed(page(figures(2, "data/train.json"))),
         }
     FOLDER.mkdir(exist_ok=True)
     old = [name for name, text in pictures.items() if not _is(FOLDER / name, text)]

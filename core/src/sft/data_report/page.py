@@ -90,7 +90,7 @@ def _legend(report: DataReport) -> str:
     search = words.of_search(report)
     said = f"<p>{_text(search)}</p>\n" if search is not None else ""
     return (
-        f"{said}<p><mark>learned</mark>, <span class=special>special token</span></p>\n"
+        f'{said}<p><mark>learned</mark>, <span class="special">special token</span></p>\n'
         '<p><label>Search in these records: <input id="search" type="search" autocomplete="off"></label> '
         f'<span id="said">{len(report.records)} of {len(report.records)}</span></p>'
     )
@@ -123,7 +123,7 @@ def _record(record: ShownRecord) -> str:
 
 def _piece(piece: Piece) -> str:
     text = _text(piece.text)
-    text = f"<span class=special>{text}</span>" if piece.special else text
+    text = f'<span class="special">{text}</span>' if piece.special else text
     return f"<mark>{text}</mark>" if piece.learned else text
 
 

@@ -127,6 +127,8 @@ SEAMS = {
     "sft_parallel_strategy": ("parallel strategy", "并行策略"),
     "sft_model_family": ("model family", "模型族"),
     "sft_objective": ("objective", "优化目标"),
+    "sft_optimizer": ("optimizer", "优化器"),
+    "sft_schedule": ("schedule", "学习率"),
 }
 
 SHARED = {

@@ -146,7 +146,7 @@ def test_an_optimizer_that_fails_or_answers_wrongly_is_named(train: Train, momen
     ):
         with pytest.raises(sft.PluginError, match=message):
             train("out", (plugin_of(made),), max_steps=1, do_eval=False, overwrite_output_dir=True)  # type: ignore[arg-type]
-    with pytest.raises(sft.SftError, match=r"Large keeps 1 numbers as 'steps' of .*, which has \d+ values; let "):
+    with pytest.raises(sft.SftError, match=r"Large keeps a tensor of \[1\] as 'steps' of .*, which has \[.*\] values"):
         train("out", (plugin_of(Large),), max_steps=1, do_eval=False, overwrite_output_dir=True)
 
 
@@ -303,7 +303,7 @@ class TestWords:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"optim": "adam"}, r"optim: expected one of adamw, .*, ball, sign, sign_32bit, got 'adam'"),
+            ({"optim": "adam"}, r"optim: expected one of adamw, .*ball, .*sign, sign_32bit, got 'adam'"),
             (
                 {"optim": "adamw", "plugin": "sign"},
                 r"optim is adamw, and plugin sign \(sft-test-steps 1\.0\) brings a",
@@ -324,4 +324,5 @@ class TestWords:
     def test_help_lists_the_words(self) -> None:
         from sft.commands.run import help_text
 
-        assert "--optim adamw|adamw_torch|adamw_torch_fused|ball|sign|sign_32bit  [adamw]" in help_text({})
+        (line,) = [line for line in help_text({}).splitlines() if line.startswith("  --optim ")]
+        assert {"adamw", "adamw_torch", "ball", "sign", "sign_32bit"} < {*line.split()[1].split("|")}

@@ -161,7 +161,7 @@ CASES = {
         num_samples="1",
     ),
     "an unknown schedule": value(
-        "lr_scheduler_type: expected one of linear, cosine, polynomial, constant, constant_with_warmup, got '",
+        "lr_scheduler_type: expected one of linear, cosine, polynomial, constant, constant_with_warmup",
         "lr_scheduler_type",
         "sine",
     ),

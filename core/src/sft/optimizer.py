@@ -4,6 +4,7 @@ place to compute, and state that goes into checkpoints and comes back. How value
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ class Optimizer:
             Only then may processes share the values of a parameter; otherwise a run that divides one is refused.
         grains: Of each kind of state, how many values of its parameter one number stands for, in memory order (the last
             ones may be fewer); 0: it belongs to the parameter as a whole. Kinds that are not listed have a number for
-            each value.
+            each value, and its shape.
         groups: The parameters in their groups, as this process steps them.
         parameters: The same by name. Float32 or 16 bits, of any shape; where processes share the values of one, flat.
         values: What is stepped for each of them, float32: the parameter itself, or its master.
@@ -67,16 +68,18 @@ class Optimizer:
         """Apply the gradients, each times ``factor``, at learning rate ``rate``, and clear them."""
         if not self.parameters:  # all that trains is in other processes
             return
-        with self._beside():
-            self._step(rate, factor)
+        with self.__beside():
+            self.__step(rate, factor)
         self.clear()
 
-    def _beside(self) -> AbstractContextManager[None]:
+    # Names that are this class's alone: those of subclasses are theirs to choose.
+
+    def __beside(self) -> AbstractContextManager[None]:
         """Within it paddle computes where the parameters are."""
         return beside(next(iter(self.values.values()))) if self.values else nullcontext()
 
-    def _step(self, rate: float, factor: float) -> None:
-        self._make_state()
+    def __step(self, rate: float, factor: float) -> None:
+        self.__make_state()
         gradients = {n: _aligned(p.grad.astype("float32")) for n, p in self.parameters.items() if p.grad is not None}
         if factor != 1.0:
             scaled, inverse = list(gradients.values()), paddle.full([1], 1.0 / factor)
@@ -90,22 +93,24 @@ class Optimizer:
             if self.values[name] is not self.parameters[name]:
                 paddle.assign(self.values[name].astype(self.parameters[name].dtype), self.parameters[name])
 
-    def _make_state(self) -> None:
+    def __make_state(self) -> None:
         if self.kept:
             return
         kept = {name: self.new_state(name, value) for name, value in self.values.items()}
         for name, tensors in kept.items():
             for kind, tensor in tensors.items():
-                self._check(kind, int(tensor.size), int(self.values[name].size), name)
+                self.__check(kind, list(tensor.shape), list(self.values[name].shape), name)
         self.kept = kept
 
-    def _check(self, kind: str, size: int, values: int, name: str) -> None:
+    def __check(self, kind: str, shape: list[int], values: list[int], name: str) -> None:
         """What a checkpoint could not tell apart, or not cut."""
         grain = self.grains.get(kind, 1)
-        if "." in kind or kind == MASTER or (grain and size != -(-values // grain)):
+        wanted = values if grain == 1 else [-(-math.prod(values) // grain)] if grain else shape
+        if "." in kind or kind == MASTER or shape != wanted:
             raise SftError(
-                f"{type(self).__name__} keeps {size} numbers as {kind!r} of {name}, which has {values} values; let its "
-                f"grains say how many values one number stands for (0: all), and its kind be a word (not {MASTER})."
+                f"{type(self).__name__} keeps a tensor of {shape} as {kind!r} of {name}, which has {values} values; "
+                "let its grains say how many values one number stands for (0: all). A tensor of one each has the shape "
+                f"of the values, one of blocks has a single dimension, and its kind is a word other than {MASTER}."
             )
 
     def clear(self) -> None:
@@ -115,9 +120,9 @@ class Optimizer:
 
     def state(self) -> dict[str, np.ndarray]:
         """``NAME.KIND`` for what is kept of every parameter, by structured name; ``NAME.master`` where there is one."""
-        return {key: tensor.numpy() for key, tensor in self._tensors().items()}
+        return {key: tensor.numpy() for key, tensor in self.__tensors().items()}
 
-    def _tensors(self) -> dict[str, Any]:
+    def __tensors(self) -> dict[str, Any]:
         kept = {f"{name}.{kind}": tensor for name, own in self.kept.items() for kind, tensor in own.items()}
         masters = {f"{n}.{MASTER}": value for n, value in self.values.items() if value is not self.parameters[n]}
         return {**kept, **masters}
@@ -125,9 +130,9 @@ class Optimizer:
     @paddle.no_grad()
     def load(self, state: dict[str, np.ndarray]) -> None:
         """Restore what :meth:`state` returned, for the same parameters."""
-        with self._beside():
-            self._make_state()
-            tensors = self._tensors()
+        with self.__beside():
+            self.__make_state()
+            tensors = self.__tensors()
             if set(tensors) != set(state):
                 odd = sorted(set(tensors) ^ set(state))[0]
                 raise SftError(f"The checkpoint's optimizer state does not fit this run (first difference: {odd}).")

@@ -40,6 +40,8 @@ KINDS = {
     "sft_model_family": "family",
     "sft_data_source": "source",
     "sft_record_format": "format",
+    "sft_optimizer": "optimizer",
+    "sft_schedule": "schedule",
     "sft_commands": "command",
 }
 """What a plugin is called that implements a hook."""

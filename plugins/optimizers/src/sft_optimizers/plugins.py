@@ -1,0 +1,99 @@
+"""The optimizers' plugins: what each is called, its settings, and which class steps."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import sft
+from sft_optimizers.options import AdafactorOptions, AdamW8bitOptions, LionOptions, MuonOptions
+
+if TYPE_CHECKING:
+    from sft import Optimizer, ParameterGroup, Run
+
+ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+"""AdamW's settings of the core."""
+
+
+class LionPlugin(sft.Plugin):
+    """Lion: steps of one size along the sign of an average. A third to a tenth of AdamW's learning rate, and three to
+    ten times its weight decay."""
+
+    name = "lion"
+    api_version = ">=1.1,<2"
+    summary = "Lion instead of AdamW: the sign of an average of gradients; half of the state."
+    reference = "arXiv 2302.06675"
+    Options = LionOptions
+
+    @sft.hookimpl
+    def sft_optimizer(self, run: Run, groups: list[ParameterGroup]) -> Optimizer:
+        from sft_optimizers.lion import Lion
+
+        return Lion(groups, self.options.lion_beta1, self.options.lion_beta2)
+
+
+class AdafactorPlugin(sft.Plugin):
+    """Adafactor: of a matrix's squared gradients it keeps row and column averages alone. The learning rate is the
+    schedule's, as transformers' trainer has it."""
+
+    name = "adafactor"
+    api_version = ">=1.1,<2"
+    summary = "Adafactor instead of AdamW: a row and a column of state for each matrix."
+    reference = "arXiv 1804.04235"
+    Options = AdafactorOptions
+
+    @sft.hookimpl
+    def sft_optimizer(self, run: Run, groups: list[ParameterGroup]) -> Optimizer:
+        from sft_optimizers.adafactor import Adafactor
+
+        return Adafactor(groups, self.options)
+
+
+class AdamW8bitPlugin(sft.Plugin):
+    """AdamW whose moments have 8 bits in blocks of 256 values, but for embeddings and small parameters, as in
+    bitsandbytes."""
+
+    name = "adamw-8bit"
+    api_version = ">=1.1,<2"
+    summary = "AdamW with moments of 8 bits, in blocks: a quarter of the state."
+    reference = "arXiv 2110.02861"
+    reads = ADAM
+    Options = AdamW8bitOptions
+
+    @sft.hookimpl
+    def sft_optimizer(self, run: Run, groups: list[ParameterGroup]) -> Optimizer:
+        from sft.parallel import whole_shape
+        from sft_optimizers.adamw_8bit import AdamW8bit
+
+        embedding = run.model.get_input_embeddings().weight
+        # By the whole parameter's size, so that it does not depend on how processes divide it.
+        coded = {
+            name
+            for name, parameter in run.strategy.parameters(run.model)
+            if math.prod(whole_shape(parameter)) >= self.options.adamw_8bit_min_size and parameter is not embedding
+        }
+        return AdamW8bit(groups, run.settings.training, coded)
+
+
+class MuonPlugin(sft.Plugin):
+    """Muon for the matrices of the transformer blocks: each step is orthogonalised, times 0.2·√max(rows, columns), so
+    that AdamW's learning rate and weight decay fit. Embeddings, lm_head and vectors are stepped by AdamW."""
+
+    name = "muon"
+    api_version = ">=1.1,<2"
+    summary = "Muon for the blocks' matrices (orthogonalised steps), AdamW for the rest."
+    reference = "https://kellerjordan.github.io/posts/muon/, arXiv 2502.16982"
+    reads = ADAM
+    Options = MuonOptions
+
+    @sft.hookimpl
+    def sft_optimizer(self, run: Run, groups: list[ParameterGroup]) -> Optimizer:
+        from sft_optimizers.muon import Muon
+
+        outside = [run.model.get_input_embeddings().weight, getattr(run.model.lm_head, "weight", None)]
+        matrices = {
+            name
+            for name, parameter in run.strategy.parameters(run.model)
+            if len(parameter.shape) == 2 and not any(parameter is one for one in outside)
+        }
+        return Muon(groups, run.settings.training, matrices, self.options.muon_momentum, self.options.muon_steps)

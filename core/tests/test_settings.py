@@ -192,11 +192,54 @@ def test_the_unknown_name_is_reported_before_wrong_values() -> None:
         built({"learning_rate": "fast", "learning_rat": 1})
 
 
-def test_a_setting_of_two_plugins_is_refused_naming_both() -> None:
+def test_a_setting_that_two_plugins_have_is_given_by_its_long_name() -> None:
+    settings = built({"first.first_rank": "3", "twin.first_rank": 4}, First, Twin)
+    assert (settings.options["first"].first_rank, settings.options["twin"].first_rank) == (3, 4)
+    flat = settings.flat()
+    assert (flat["first.first_rank"], flat["twin.first_rank"]) == (3, 4)
+    assert "first_rank" not in flat
+    assert settings.given == {"first.first_rank", "twin.first_rank"}
+    del flat["plugin"]
+    assert built(flat, First, Twin).options == settings.options
     with pytest.raises(sft.UsageError) as caught:
-        built({}, First, Twin)
-    assert str(caught.value).startswith("Setting first_rank is declared by both plugin first and plugin twin ")
-    assert "--plugin no:NAME" in str(caught.value)
+        built({"first_rank": 3}, First, Twin)
+    assert str(caught.value) == (
+        "Setting first_rank is one of plugin first and of plugin twin; give --first.first_rank or --twin.first_rank."
+    )
+
+
+def test_a_long_name_is_there_where_the_short_one_does_too() -> None:
+    settings = built({"first.first_rank": "3"}, First)
+    assert settings.options["first"].first_rank == 3
+    assert settings.flat()["first_rank"] == 3
+    with pytest.raises(
+        sft.UsageError, match=r"^first\.first_rank and first_rank are one setting, which is given twice"
+    ):
+        built({"first.first_rank": 3, "first_rank": 3}, First)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("first.first_rnk", "Unknown setting first.first_rnk; did you mean first.first_rank?"),
+        ("frist.first_rank", "Unknown setting frist.first_rank; did you mean first.first_rank?"),
+        ("first.nothing_like_it", "Unknown setting first.nothing_like_it; `sft run --help` lists"),
+        ("training.seed", "Unknown setting training.seed; `sft run --help` lists"),
+    ],
+)
+def test_a_long_name_that_nobody_has(name: str, said: str) -> None:
+    with pytest.raises(sft.UsageError) as caught:
+        built({name: 1}, First, Twin)
+    assert str(caught.value).startswith(said)
+
+
+def test_a_long_name_of_a_plugin_that_is_not_asked_for(distribute: Callable[..., None]) -> None:
+    distribute("sft-test-saw", "1 / 0", {"big-saw": "Saw"})
+    with pytest.raises(sft.UsageError) as caught:
+        built({"big_saw.teeth": 1})
+    assert str(caught.value) == (
+        "Unknown setting big_saw.teeth; if it belongs to plugin big-saw, add --plugin big-saw."
+    )
 
 
 def test_a_setting_of_the_core_cannot_be_declared_again() -> None:
@@ -220,13 +263,19 @@ def test_an_alias_cannot_take_a_setting_from_its_owner() -> None:
     assert str(caught.value) == (
         "Setting learning_rate is declared by both the core and plugin thief (given directly as Toy); leave thief out."
     )
-    for one, other in (
-        (aliased("one", "a_rate", "shared"), aliased("two", "b_rate", "shared")),
-        (aliased("one", "a_rate", "b_rate"), aliased("two", "b_rate")),
-        (aliased("one", "b_rate"), aliased("two", "a_rate", "b_rate")),
+    for name, one, other in (
+        ("shared", aliased("one", "a_rate", "shared"), aliased("two", "b_rate", "shared")),
+        ("b_rate", aliased("one", "a_rate", "b_rate"), aliased("two", "b_rate")),
+        ("b_rate", aliased("one", "b_rate"), aliased("two", "a_rate", "b_rate")),
     ):
-        with pytest.raises(sft.UsageError, match=r"^Setting (shared|b_rate) is declared by both plugin one and plugin"):
-            built({}, one, other)
+        with pytest.raises(sft.UsageError, match=rf"^Setting {name} is one of plugin one and of plugin two; give"):
+            built({name: 1}, one, other)
+        settings = built({f"one.{name}": 5, f"two.{name}": 6}, one, other)
+        assert [list(vars(settings.options[owner]).values()) for owner in ("one", "two")] == [[5], [6]]
+        flat = settings.flat()
+        assert settings.given <= {*flat}
+        del flat["plugin"]
+        assert built(flat, one, other).options == settings.options
 
 
 def test_an_option_is_no_switch_of_a_plugin(distribute: Callable[..., None]) -> None:

@@ -17,6 +17,7 @@ from sft.plugins.files import with_files
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import by_device, choose_plugins, explicit
 from sft.settings.arguments import GROUPS, core_options
+from sft.settings.names import Names
 from sft.settings.reading import normalise, read_file
 from sft.settings.words import shared_settings, with_words
 from sft.small_files import check_path
@@ -115,11 +116,12 @@ def help_text(values: dict[str, Any]) -> str:
     for group, cls in GROUPS.items():
         lines += ["", f"{group.capitalize()} arguments: {(cls.__doc__ or '').strip()}"]
         lines += [option_row(with_words(option, active)) for option in options_of(cls).values()]
+    shared = Names(active)
     for name, plugin in active:
         lines += ["", f"Plugin {name} ({active.origin(name)}): {getattr(plugin, 'summary', '')}"]
         declared = getattr(plugin, "Options", None)
         if declared is not None:
-            lines += [option_row(option) for option in options_of(declared).values()]
+            lines += [option_row(option, shared.written(name, option.name)) for option in options_of(declared).values()]
     if not names:
         lines += ["", "With --plugin NAME its settings are listed too; `sft plugins` lists the plugins."]
     return "\n".join(lines)

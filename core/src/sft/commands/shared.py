@@ -112,8 +112,9 @@ def _default(option: Option) -> str:
     return f"  [default: {str(option.default).lower() if option.is_flag else option.default}]"
 
 
-def option_row(option: Option) -> str:
-    """A setting as `--help` shows it: what is typed, its default, and below what it means."""
+def option_row(option: Option, name: str | None = None) -> str:
+    """A setting as `--help` shows it: what is typed, its default, and below what it means; by ``name``, where it is
+    typed by another than its own."""
     kind = "|".join(option.words) or _kind(option)
     default = (
         "unset"
@@ -122,7 +123,7 @@ def option_row(option: Option) -> str:
         if isinstance(option.default, bool)
         else option.default
     )
-    return f"  --{option.name} {kind}  [{default}]\n      {option.help}"
+    return f"  --{name or option.name} {kind}  [{default}]\n      {option.help}"
 
 
 def _kind(option: Option) -> str:

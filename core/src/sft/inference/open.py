@@ -19,7 +19,7 @@ from sft.plugins.files import name_of, with_files
 from sft.plugins.registry import Plugins, implements
 from sft.plugins.requests import by_device, choose_plugins, choose_reader
 from sft.progress import Progress
-from sft.settings.arguments import Settings, check_precision
+from sft.settings.arguments import Settings, check_precision, long_name
 from sft.settings.reading import build
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def settings_for(
     for name, plugin in active:
         if name in trained and getattr(plugin, "Options", None) is not None:
             own = trained[name]
-            values.update({key: own[key] for key in options_of(plugin.Options) if key in own and key not in values})
+            keys = {key: long_name(name, key) for key in options_of(plugin.Options) if key in own}
+            values.update({long: own[key] for key, long in keys.items() if not {key, long} & values.keys()})
     settings = build(values, active)
     _check_precision(settings)
     active.start(settings.options)

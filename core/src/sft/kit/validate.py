@@ -22,7 +22,7 @@ from sft.plugins.calls import annotations_of
 from sft.plugins.discovery import canonical, installed
 from sft.plugins.registry import Plugins, implements
 from sft.plugins.requests import requests, switches
-from sft.settings.arguments import core_options
+from sft.settings.arguments import core_options, long_name
 
 SLOWEST = 0.5
 """Seconds of the processor that an import may take: `--help` and listings wait for it."""
@@ -216,7 +216,10 @@ def _shared(row: Found, others: dict[str, Any]) -> Iterator[str]:
     for name, plugin in others.items():
         shared = sorted(own & _settings(plugin))
         if shared and name not in _needed(row.plugin, others) and not excludes(row.plugin, plugin):
-            yield f"plugin {name} has {', '.join(shared)} too; names that begin with the plugin's own do not meet."
+            yield (
+                f"plugin {name} has {', '.join(shared)} too, so with it users must write "
+                f"{long_name(row.name, shared[0])}; names that begin with the plugin's own do not meet."
+            )
 
 
 def _relations(row: Found) -> Iterator[str]:

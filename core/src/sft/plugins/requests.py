@@ -206,14 +206,16 @@ def of_idle_plugins(
     idle = {}
     unknown = [key for key in values if key not in known]
     # Only what a name points to is imported.
-    named = [name for name in active.inactive() if any(key.startswith(name.replace("-", "_") + "_") for key in unknown)]
+    stems = {name: name.replace("-", "_") for name in active.inactive()}
+    named = [name for name, stem in stems.items() if any(key.startswith((f"{stem}_", f"{stem}.")) for key in unknown)]
     for name in dict.fromkeys([*off, *named]):
         try:
             declared = getattr(import_plugin(name), "Options", None)
         except UsageError:
             continue  # it is broken and not asked for: a setting of its own will be unknown, which names it
         for option in options_of(declared).values() if declared is not None else ():
-            for key in (option.name, *option.aliases):
+            names = (option.name, *option.aliases)
+            for key in (*names, *(f"{name.replace('-', '_')}.{one}" for one in names)):
                 if key not in values or key in known:
                     continue
                 if name in off:

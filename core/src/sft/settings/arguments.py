@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from typing import Any
 
 from sft.dataset_names import NamedSet, named_sets
@@ -285,15 +286,25 @@ class Settings:
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
     def flat(self) -> dict[str, Any]:
-        """Every setting by its name, as a settings file would hold it."""
+        """Every setting by its name, as a settings file would hold it: one that two plugins have is ``PLUGIN.NAME``."""
         values: dict[str, Any] = {"plugin": list(self.plugin)}
-        for part in (self.model, self.data, self.generation, self.training, *self.options.values()):
+        for part in (self.model, self.data, self.generation, self.training):
             values.update(dataclasses.asdict(part))
+        declared = [one for options in self.options.values() for one in options_of(type(options)).values()]
+        counts = Counter(name for one in declared for name in (one.name, *one.aliases))
+        for owner, options in self.options.items():
+            own = dataclasses.asdict(options)
+            values.update({name if counts[name] == 1 else long_name(owner, name): own[name] for name in own})
         return values
 
     def written(self) -> dict[str, Any]:
         """:meth:`flat`, as it is written down: what looks like a secret is masked."""
         return dict(without_secrets(self.flat()))
+
+
+def long_name(plugin: str, name: str) -> str:
+    """An option of a plugin by the name that no other plugin's has."""
+    return f"{plugin.replace('-', '_')}.{name}"
 
 
 def core_options() -> dict[str, Option]:

@@ -17,8 +17,8 @@ from sft.foreign_text import listed, shown
 from sft.options import convert, options_of
 from sft.plugins.discovery import import_plugin
 from sft.plugins.registry import Plugins
-from sft.plugins.requests import switches
-from sft.settings.arguments import GROUPS, Settings, core_options
+from sft.settings.arguments import GROUPS, Settings
+from sft.settings.names import CORE, Names
 from sft.settings.words import with_words, words_of
 from sft.small_files import read_text, why
 from sft.written_numbers import or_tiny, read_number
@@ -93,67 +93,34 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
 
     Raises :class:`UsageError` for the first unknown name or wrong value.
     """
-    owners = {name: "the core" for setting in core_options().values() for name in (setting.name, *setting.aliases)}
-    switch_of = switches()
-    classes: dict[str, type] = {}
-    for owner, plugin in plugins:
-        declared = getattr(plugin, "Options", None)
-        if declared is None:
-            continue
-        classes[owner] = declared
-        for setting in options_of(declared).values():
-            for name in (setting.name, *setting.aliases):
-                if name == owner.replace("-", "_") or name in switch_of:
-                    asked = " and ".join(switch_of.get(name, [owner]))
-                    raise UsageError(
-                        f"{plugins.who(owner)} has an option {name}, which is the switch of plugin {asked}, so it "
-                        "would never get a value; upgrade it."
-                    )
-                if name in owners:
-                    core = owners[name] == "the core"
-                    cure = f"leave {owner} out" if core else "switch one of them off with --plugin no:NAME"
-                    raise UsageError(
-                        f"Setting {name} is declared by both {owners[name]} and plugin {owner} "
-                        f"({plugins.origin(owner)}); {cure}."
-                    )
-                owners[name] = f"plugin {owner}"
-    values = _by_own_names(values, [*GROUPS.values(), *classes.values()])
-    unknown = [name for name in values if name not in owners]
+    names = Names(plugins)
+    parts, unknown = names.divided(values)
     if unknown:
         also = f" Also unknown: {listed(unknown[1:])}." if len(unknown) > 1 else ""
-        raise UsageError(unknown_setting(unknown[0], owners, plugins) + also)
+        raise UsageError(unknown_setting(unknown[0], names.near(unknown[0]), plugins) + also)
 
-    decided = words_of(plugins, values)
+    decided = words_of(plugins, parts[CORE])
 
-    def fill(cls: type) -> Any:
+    def fill(cls: type, owner: str) -> Any:
         declared = {name: with_words(setting, plugins) for name, setting in options_of(cls).items()}
         # null is "unset" in a settings file, also where unset is not a value of its own.
-        given = {name: values[name] for name in declared if values.get(name) is not None}
+        given = {name: parts[owner][name] for name in declared if parts[owner].get(name) is not None}
+        words = {name: word for name, word in decided.items() if name in declared and owner == CORE}
         return cls(
-            **{name: convert(declared[name], value) for name, value in given.items() if name not in decided},
-            **{name: word for name, word in decided.items() if name in declared},
+            **{name: convert(declared[name], value) for name, value in given.items() if name not in words}, **words
         )
 
-    groups = {key: fill(cls) for key, cls in GROUPS.items()}
-    options = {name: fill(cls) for name, cls in classes.items()}
-    given = frozenset(name for name, value in values.items() if value is not None)
-    return Settings(**groups, plugin=tuple(plugins.names), options=options, given=given)
-
-
-def _by_own_names(values: Mapping[str, Any], classes: Iterable[type]) -> dict[str, Any]:
-    """``values`` with aliases replaced by the settings' own names."""
-    own = {alias: setting.name for cls in classes for setting in options_of(cls).values() for alias in setting.aliases}
-    for alias, name in own.items():
-        if alias in values and name in values:
-            raise UsageError(f"{alias} and {name} are one setting, which is given twice; keep one of them.")
-    return {own.get(name, name): value for name, value in values.items()}
+    groups = {key: fill(cls, CORE) for key, cls in GROUPS.items()}
+    options = {owner: fill(cls, owner) for owner, cls in names.classes.items()}
+    given = {
+        names.written(owner, name) for owner, part in parts.items() for name, value in part.items() if value is not None
+    }
+    return Settings(**groups, plugin=tuple(plugins.names), options=options, given=frozenset(given))
 
 
 def known_names(plugins: Plugins) -> set[str]:
     """Every name that the core or an active plugin reads."""
-    declared = [getattr(plugin, "Options", None) for _, plugin in plugins]
-    settings = [one for cls in (*GROUPS.values(), *declared) if cls is not None for one in options_of(cls).values()]
-    return {name for setting in settings for name in (setting.name, *setting.aliases)}
+    return Names(plugins).all()
 
 
 def unknown_setting(name: str, known: Iterable[str], plugins: Plugins) -> str:
@@ -163,10 +130,11 @@ def unknown_setting(name: str, known: Iterable[str], plugins: Plugins) -> str:
     if close:
         return f"Unknown setting {said}; did you mean {close[0]}?"
     stems = {plugin: plugin.replace("-", "_") for plugin in plugins.inactive()}
+    prefixed = [plugin for plugin, stem in stems.items() if name.startswith(f"{stem}.")]
     near = [plugin for plugin, stem in stems.items() if name.startswith(stem.partition("_")[0] + "_")]
     whole = sorted((plugin for plugin, stem in stems.items() if name.startswith(stem + "_")), key=len)
     # The plugins that have it; else the one with the longest name that it begins with, else all whose first part.
-    owners = [plugin for plugin in near if _declares(plugin, name)] or whole[-1:] or near
+    owners = prefixed or [plugin for plugin in near if _declares(plugin, name)] or whole[-1:] or near
     if owners:
         these = f"{', '.join(owners[:-1])} or {owners[-1]}" if len(owners) > 1 else owners[0]
         rival = plugins.rival(owners[0]) if len(owners) == 1 else None

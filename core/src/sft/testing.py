@@ -1,15 +1,14 @@
-"""What tests of a plugin need: a tiny model, data, small runs, logits. pytest fixtures, for a ``conftest.py``::
+"""What tests of a plugin need: a tiny model, data, small runs, logits. It is a pytest plugin; the ``conftest.py`` at
+the top of a package says so, and all fixtures are there::
 
-    import pytest
-    from sft.testing import adapt, base_model, dataset, logits_of, paddle, train  # noqa: F401
+    pytest_plugins = ["sft.testing"]
 
-    @pytest.fixture(scope="session")
-    def run_settings():
-        return {"plugin": ["my-plugin"], "learning_rate": 1e-2, "max_steps": 3}
+A fixture of the same name in a conftest or a test file takes the place of one of these. Beside the fixtures there is
+:func:`suite`, the tests that every plugin of a kind should pass::
 
-Fixtures find each other by name: import those that your tests name and those that these are built on (each says
-which), and define one of the same name instead where yours should differ. Nothing here needs the repository of sft;
-only this module imports pytest, and nothing in sft imports this module.
+    TestMyPlugin = suite("my-plugin", learning_rate=1e-2)
+
+Nothing here needs the repository of sft; only this module imports pytest, and nothing in sft imports this module.
 """
 
 from __future__ import annotations
@@ -28,9 +27,11 @@ import numpy as np
 import pytest
 
 import sft
+from sft import suites
 from sft.conformance import check_family, compute_logits
 from sft.data.batches import assemble
 from sft.files import save_tensors, write_json
+from sft.kit.about import about, find_plugin, found
 from sft.plugins.discovery import canonical, installed
 
 __all__ = [
@@ -153,6 +154,41 @@ def token_loss(part: sft.TokenLoss, logits: np.ndarray, labels: np.ndarray) -> t
     loss = target_loss(hidden, labels[None], lm_head, 1.0, None, TokenLosses([("The loss that is tested", part)]))
     loss.backward()
     return float(loss), hidden.grad.numpy()[0]
+
+
+def suite(plugin: str, **settings: Any) -> type:
+    """The tests that every plugin of its kind should pass, as a class for a test file; give it a name that begins with
+    ``Test``. ``plugin`` is installed; ``settings`` are for each run, and may name further plugins with it.
+
+    What it declares holds (``sft plugins validate``), and a run with it that stops and goes on is the same to the bit.
+    An adapter that is read again, or merged, computes what was trained; an observer changes nothing. A quantizer is
+    tried under ``lora``, and skipped where that is not installed. Built on train and base_model.
+    """
+    kinds, company = about(find_plugin(plugin), found()).kinds, [canonical(plugin)]
+    bare = "quantizer" in kinds and "plugin" not in settings
+    settings = {"plugin": [*(["lora"] if bare else ()), *company], **settings}
+
+    class Suite:
+        def test_what_it_declares_holds(self) -> None:
+            suites.check_declared(plugin)
+
+        @needs(*(["lora"] if bare else ()))
+        def test_a_run_that_stops_and_goes_on_is_the_same(self, train: Callable[..., sft.Summary]) -> None:
+            suites.check_resumes(train, **settings)
+
+    if "adapter" in kinds:
+
+        def reads(self: Any, train: Callable[..., sft.Summary], base_model: Path) -> None:
+            suites.check_reloads(train, base_model, plugin, **settings)
+
+        Suite.test_what_is_read_or_merged_computes_what_was_trained = reads  # type: ignore[attr-defined]
+    if kinds == ("observer",):
+
+        def watches(self: Any, train: Callable[..., sft.Summary]) -> None:
+            suites.check_changes_nothing(train, plugin, **settings)
+
+        Suite.test_it_changes_nothing = watches  # type: ignore[attr-defined]
+    return Suite
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,8 +12,10 @@ from sft.commands.shared import option_row
 from sft.errors import SftError
 from sft.foreign_text import safe
 from sft.kit.about import About, about, all_plugins, find_plugin, found, ties
+from sft.kit.new import KINDS, write_package
 from sft.plugins.api import API_VERSION
-from sft.plugins.discovery import left_out, strange_requests
+from sft.plugins.discovery import canonical, left_out, strange_requests
+from sft.small_files import check_path
 
 
 @click.group(name="plugins", invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -129,3 +132,19 @@ def validate(context: click.Context, name: str | None, as_json: bool) -> None:
     wrong = [one.name for one in findings if one.faults]
     if wrong:
         raise SftError(f"{', '.join(wrong)}: something is wrong, see above.")
+
+
+@command.command(name="new")
+@click.argument("name")
+@click.argument("folder", required=False, metavar="[DIR]")
+@click.option("--kind", required=True, type=click.Choice(list(KINDS)), help="What it is.")
+def new(name: str, folder: str | None, kind: str) -> None:
+    """Write a package for a new plugin NAME into DIR (by default sft-NAME): a small technique of its kind that
+    installs, validates and passes its tests as it is.
+    """
+    named = canonical(name)
+    if folder is not None:
+        check_path("DIR", folder)
+    target = write_package(named, kind, None if folder is None else Path(folder).expanduser())
+    click.echo(safe(f"written to {target}: {KINDS[kind].summary}"))
+    click.echo(safe(f"next: pip install -e '{target}[test]', sft plugins validate {named}, pytest {target}"))

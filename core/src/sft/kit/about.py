@@ -42,6 +42,8 @@ KINDS = {
     "sft_record_format": "format",
     "sft_optimizer": "optimizer",
     "sft_schedule": "schedule",
+    "sft_objective": "objective",
+    "sft_token_loss": "objective",
     "sft_commands": "command",
 }
 """What a plugin is called that implements a hook."""
@@ -197,7 +199,7 @@ def about(row: Found, company: Iterable[Found]) -> About:
 
 
 def _kinds(hooks: Sequence[str], refined: Sequence[str]) -> tuple[str, ...]:
-    kinds = [kind for hook, kind in KINDS.items() if hook in hooks]
+    kinds = list(dict.fromkeys(kind for hook, kind in KINDS.items() if hook in hooks))
     kinds += [f"refines {name}" for name in refined]
     if not kinds:
         kinds = ["observer" if hooks and _WATCHING.issuperset(hooks) else "change"]

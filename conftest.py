@@ -10,6 +10,8 @@ import pytest
 
 from sft.runtime import likely_device
 
+pytest_plugins = ["sft.testing"]
+
 NONE = (
     "There is no GPU here, or PaddlePaddle's build for GPUs is missing, so nothing was checked; README.md says how to "
     "install it."

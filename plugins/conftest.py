@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import sft
-from sft.testing import adapt, dataset, forward, fresh_logits, logits_of, paddle, train  # noqa: F401
+from sft.testing import forward
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import pytest
 from device_calls import NO_NATIVE_CODE, Calls, CountStep, counted
 
 import sft
-from sft.testing import base_model, dataset, make_model, needs, paddle, run_settings, train  # noqa: F401
+from sft.testing import make_model, needs
 
 Train = Callable[..., sft.Summary]
 
@@ -21,7 +21,7 @@ WAITS = 2
 """The loss and the gradient norm: one decides whether the step is taken, the other how long it is."""
 
 
-def test_what_counts_as_a_wait(paddle: Any) -> None:  # noqa: F811
+def test_what_counts_as_a_wait(paddle: Any) -> None:
     x, weight = paddle.to_tensor([1.0, 0.0, 2.0]), paddle.create_parameter([3], "float32")
     with counted(paddle) as calls:
         weight.grad_ = x * 2
@@ -41,7 +41,7 @@ def test_tests_hide_gpus() -> None:
 
 
 @pytest.fixture
-def of_a_step(train: Train) -> Callable[..., Calls]:  # noqa: F811
+def of_a_step(train: Train) -> Callable[..., Calls]:
     """What the third of five steps calls. Of these only the first and the last are logged."""
 
     def measure(name: str = "out", plugin: list[str] = [], **settings: Any) -> Calls:  # noqa: B006
@@ -73,7 +73,7 @@ def test_a_logged_step_waits_no_longer(of_a_step: Callable[..., Calls]) -> None:
     assert len(of_a_step(logging_steps=1).waits) <= WAITS
 
 
-def test_sums_of_16_bit_gradients_wait_for_nothing(paddle: Any) -> None:  # noqa: F811
+def test_sums_of_16_bit_gradients_wait_for_nothing(paddle: Any) -> None:
     from sft.training.wide_sums import WideSums
 
     weight = paddle.base.framework.EagerParamBase.from_tensor(paddle.ones([4]).astype("bfloat16"))
@@ -87,7 +87,7 @@ def test_sums_of_16_bit_gradients_wait_for_nothing(paddle: Any) -> None:  # noqa
     assert weight.grad.tolist() == [6.0] * 4
 
 
-def test_a_mixture_of_experts_waits_once_a_layer(paddle: Any) -> None:  # noqa: F811
+def test_a_mixture_of_experts_waits_once_a_layer(paddle: Any) -> None:
     """For how many tokens each expert has; backward knows."""
     experts = [paddle.nn.Linear(8, 8) for _ in range(5)]
     tokens = paddle.randn([12, 8])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import sft
-from sft.testing import forward, make_model, needs, paddle, read_metrics, write_data  # noqa: F401
+from sft.testing import forward, make_model, needs, read_metrics, write_data
 
 CORE = Path(sft.__file__).parent
 EXAMPLE = Path(__file__).parent.parent / "examples" / "third_party_plugin"
@@ -38,7 +38,7 @@ def test_a_third_party_tests_its_plugin_with_the_kit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [{}, {"num_hidden_layers": 3, "tie_word_embeddings": False, "hidden_size": 64}])
-def test_a_made_model_is_a_model(paddle: Any, tmp_path: Path, config: dict[str, Any]) -> None:  # noqa: F811
+def test_a_made_model_is_a_model(paddle: Any, tmp_path: Path, config: dict[str, Any]) -> None:
     """sft and PaddleNLP's own loader compute the same with it, and its tokens tell each other apart."""
     from paddlenlp.transformers import AutoModelForCausalLM
 

@@ -7,44 +7,20 @@ import os
 import re
 import shutil
 import sqlite3
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from installing import install, python
 from safetensors.numpy import load_file
 
 import sft
 from sft.plugins.discovery import entries
-from sft.testing import forward, load, make_model, needs, paddle, write_data  # noqa: F401
+from sft.testing import forward, load, make_model, needs, write_data
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def install(example: str, site: Path) -> None:
-    """What ``pip install --target SITE --no-deps`` does, without building a wheel."""
-    tomllib = pytest.importorskip("tomllib")
-    project = tomllib.loads((EXAMPLES / example / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for source in (EXAMPLES / example / "src").iterdir():
-        if source.suffix == ".py":
-            shutil.copy(source, site)
-        elif (source / "__init__.py").exists():
-            shutil.copytree(source, site / source.name)
-    info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    lines = []
-    for group, points in project["entry-points"].items():
-        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in points.items())]
-    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
-
-
-def python(folder: Path, site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *filter(None, sys.path[1:])])}
-    line = [sys.executable, *arguments]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=folder, timeout=110)
 
 
 @pytest.mark.slow
@@ -60,7 +36,7 @@ def test_the_sqlite_tracker_tests_itself(tmp_path: Path) -> None:
 def test_the_sqlite_tracker_beside_our_plugins(tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
-    install("sqlite_tracker", site)
+    install(EXAMPLES / "sqlite_tracker", site)
     make_model(tmp_path / "model")
     write_data(tmp_path / "data", [{"src": f"type#{n}", "tgt": "A coat."} for n in range(12)])
 
@@ -94,7 +70,7 @@ def test_ia3_tests_itself(tmp_path: Path) -> None:
     """With the parity that its fixtures of PEFT ask for, over models that it makes."""
     shutil.copytree(EXAMPLES / "ia3_plugin", tmp_path / "plugin")
     (tmp_path / "site").mkdir()
-    install("ia3_plugin", tmp_path / "site")
+    install(EXAMPLES / "ia3_plugin", tmp_path / "site")
     done = python(tmp_path / "plugin", tmp_path / "site", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^14 passed", done.stdout, re.MULTILINE)
@@ -109,7 +85,7 @@ def test_two_processes_of_the_data_parallel_example_learn_what_one_does(
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # paddle's launcher takes it for a GPU
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     (tmp_path / "site").mkdir()
-    install("data_parallel_plugin", tmp_path / "site")
+    install(EXAMPLES / "data_parallel_plugin", tmp_path / "site")
     make_model(tmp_path / "model")
     records = [{"src": f"type#{n}", "tgt": "A coat. " * (1 + n % 3)} for n in range(13)]
     write_data(tmp_path / "data", records, records[:3])
@@ -139,7 +115,7 @@ def test_two_processes_of_the_data_parallel_example_learn_what_one_does(
 
 @needs("lora")
 def test_ia3_reads_its_adapters_and_leaves_lora_alone(
-    paddle: Any,  # noqa: F811
+    paddle: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -148,7 +124,7 @@ def test_ia3_reads_its_adapters_and_leaves_lora_alone(
     from sft.inference.open import settings_for
 
     (tmp_path / "site").mkdir()
-    install("ia3_plugin", tmp_path / "site")
+    install(EXAMPLES / "ia3_plugin", tmp_path / "site")
     monkeypatch.syspath_prepend(tmp_path / "site")
     entries.cache_clear()
     base = make_model(tmp_path / "base")

@@ -20,7 +20,7 @@ from stopped_runs import shared, stopped, whole  # noqa: F401
 from typed_commands import typed  # noqa: F401
 
 from sft.plugins.discovery import entries
-from sft.testing import adapt, metrics, paddle, train, write_data  # noqa: F401
+from sft.testing import write_data
 
 
 @pytest.fixture(scope="session")

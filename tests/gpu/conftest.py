@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 
-from sft.testing import base_model, dataset, make_model, run_settings, train  # noqa: F401
-
 FORCED = os.environ.get("SFT_TEST_GPU") == "cpu"
 ROWS = pytest.StashKey[list[tuple[str, str, str]]]()
 BEGAN = pytest.StashKey[float]()

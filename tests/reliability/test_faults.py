@@ -21,7 +21,7 @@ import sft
 from reliability.figures import WHOLE, record
 from reliability.full_disk import full_disk
 from sft.files import read_report
-from sft.testing import needs, paddle, write_data  # noqa: F401
+from sft.testing import needs, write_data
 
 MODEL = Path(__file__).resolve().parent.parent.parent / "core" / "tests" / "fixtures" / "models" / "llama-tied-gqa"
 TRAINING: dict[str, Any] = {

@@ -19,7 +19,6 @@ import sft
 from reliability import figures
 from sft.files import read_report
 from sft.stopping import SIGNALS
-from sft.testing import base_model, dataset, make_model, paddle, run_settings, train  # noqa: F401
 
 Train = Callable[..., sft.Summary]
 MODULES = ("training/run_folder", "training/report", "training/ending", "fine_tune", "folder_lock", "files", "stopping")
@@ -44,7 +43,7 @@ CASES: dict[str, tuple[str, type[sft.Plugin] | None, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_signals_at_each_moment(train: Train, tmp_path: Path, name: str) -> None:  # noqa: F811
+def test_signals_at_each_moment(train: Train, tmp_path: Path, name: str) -> None:
     begins, plugin, settings = CASES[name]
     trial = Trial(train, tmp_path, begins, plugin, {"max_steps": 1, "save_steps": 1, **settings})
     began, draw = time.monotonic(), random.Random(name)

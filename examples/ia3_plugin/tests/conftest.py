@@ -5,8 +5,6 @@ from pathlib import Path
 import bases
 import pytest
 
-from sft.testing import adapt, dataset, fresh_logits, logits_of, metrics, paddle, train  # noqa: F401
-
 FIXTURES = Path(__file__).parent / "fixtures"
 
 

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-from sft.testing import metrics  # noqa: F401
-
 
 @pytest.fixture(scope="session")
 def run_settings() -> dict[str, Any]:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from sft import UsageError, matching
+import sft
+from sft import UsageError
 from sft_peft_lora.options import LARGEST, SMALLEST, LoraOptions
 
 _BLOCK = re.compile(r"\.(\d+)\.")
@@ -30,7 +31,7 @@ def chosen(names: Iterable[str], options: LoraOptions) -> dict[str, tuple[int, f
             )
         left = [name for name in left if _block(name) in blocks]
     if options.lora_exclude_modules:
-        without = matching(left, options.lora_exclude_modules)
+        without = sft.matching(left, options.lora_exclude_modules)
         left = [name for name in left if name not in without]
         if not left:
             raise UsageError(
@@ -76,7 +77,7 @@ def _by_pattern(
     found: dict[str, float] = {}
     for line in lines:
         pattern, value = _pair(setting, line, read)
-        for name in matching(names, [pattern]):
+        for name in sft.matching(names, [pattern]):
             found.setdefault(name, value)
     return found
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 import sft
 from sft import hookspecs
+from sft.inference.export import export
 from sft.models.families.known import FAMILIES
 from sft.options import options_of
 from sft.plugins.registry import Plugins
@@ -80,6 +84,22 @@ def test_the_padding_of_the_page_is_measured(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().out.splitlines() == [f"{line['step']} {line['padding/share']}" for line in lines]
 
 
+def test_the_archive_of_the_page_holds_the_model(tmp_path: Path) -> None:
+    space: dict[str, Any] = {}
+    (code,) = blocks("docs/export.md", "python")
+    exec(code, space)
+    (tmp_path / "npz.py").write_text(code, encoding="utf-8")
+    model, npz = ROOT / "core" / "tests" / "fixtures" / "models" / "llama-untied", str(tmp_path / "npz.py")
+    shutil.copytree(model, tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model.parent / "llama-tied-gqa" / name, tmp_path / "model" / name)
+    export(str(tmp_path / "model"), None, "npz", tmp_path / "out", lambda text: None, [npz])
+    stored, written = load_file(model / "model.safetensors"), np.load(tmp_path / "out" / "model.npz")
+    assert sorted(written) == sorted(stored)
+    for name in stored:
+        np.testing.assert_array_equal(written[name], stored[name])
+
+
 def test_chinese_readme_shows_the_same_code() -> None:
     for language in ("bash", "python"):
         ours, theirs = (
@@ -104,6 +124,7 @@ def test_the_table_of_models_has_every_family() -> None:
         "docs/models.md",
         "docs/strategies.md",
         "docs/control.md",
+        "docs/export.md",
         "docs/optimizers.md",
         "CONTRIBUTING.md",
     ],

@@ -266,3 +266,22 @@ def test_paddlenlps_format_is_refused_for_a_family_that_it_does_not_have(adapter
     assert isinstance(done.exception, sft.UsageError)
     assert "PaddleNLP's format is not known here of model_type 'qwen3'" in str(done.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_export_writes_what_a_merge_writes(adapters: Path, tmp_path: Path) -> None:
+    """Bit by bit, adapter and quantizer included: the same files."""
+    from sft.commands.export import command as export
+
+    for technique in ("lora", "lora-nf4"):
+        given = ("--model_name_or_path", MODEL, "--lora_path", adapters / technique)
+        merged, exported = tmp_path / f"{technique}-merged", tmp_path / f"{technique}-exported"
+        assert merge(*given, "--output_path", merged).exit_code == 0
+        line = [*map(str, given), "--to", "huggingface", "--output_path", str(exported)]
+        done = CliRunner().invoke(export, line)
+        assert done.exit_code == 0, done.output
+        assert {path.name for path in exported.iterdir()} == {path.name for path in merged.iterdir()}
+        for path in merged.iterdir():
+            assert (exported / path.name).read_bytes() == path.read_bytes(), path.name
+        base, whole = load_file(MODEL / "model.safetensors"), load_file(exported / "model.safetensors")
+        name = "model.layers.0.self_attn.q_proj.weight"
+        assert not np.array_equal(base[name], whole[name])

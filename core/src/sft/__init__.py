@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from sft.models.experts import through_experts
     from sft.models.families.family import Family, LanguageModel, Reading
     from sft.models.families.values import Values
+    from sft.models.finished import FinishedModel
     from sft.models.kept_keys import KeptKeys, Seen
     from sft.models.kernels import PLAIN, Kernels, Linear
     from sft.models.layers import (
@@ -88,6 +89,7 @@ _LAZY = {
     "Experts": "sft.models.architecture",
     "Foreign": "sft.settings.paddlenlp",
     "Family": "sft.models.families.family",
+    "FinishedModel": "sft.models.finished",
     "KeptKeys": "sft.models.kept_keys",
     "Kernels": "sft.models.kernels",
     "LanguageModel": "sft.models.families.family",
@@ -150,6 +152,7 @@ __all__ = [
     "Example",
     "Experts",
     "Family",
+    "FinishedModel",
     "Foreign",
     "KeptKeys",
     "Kernels",

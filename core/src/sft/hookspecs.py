@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sft.conversations import Turn
     from sft.models.architecture import ModelShape
     from sft.models.families.family import Family
+    from sft.models.finished import FinishedModel
     from sft.models.kernels import Kernels
     from sft.optimizer import Optimizer
     from sft.precision import Precision
@@ -385,3 +386,17 @@ def sft_import_adapter(model: Any, folder: Path, hook: Any) -> bool:
 def sft_adapter_merger(folder: Path, hook: Any) -> AdapterMerger:
     """What folds the adapter in ``folder`` into base weights. ``hook`` calls hooks, as in
     :func:`sft_import_adapter`."""
+
+
+# --- a finished model in another form -------------------------------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def sft_export(model: FinishedModel, to: str, folder: Path) -> list[Path] | None:
+    """Write ``model``, with its adapter folded in, into ``folder`` in the form that ``to`` names, and return the paths
+    of what was written; None if the plugin does not write that form.
+
+    Called by ``sft export --to FORM``. A distribution whose metadata answers ``export.FORM`` is active then, and its
+    options are given as ``--name value``. ``folder`` is there and empty; under the name that the user gave it appears
+    when all is written, or not at all. Every tensor of ``model.names`` must be read: a plugin that leaves one out has
+    written another model, and is refused."""

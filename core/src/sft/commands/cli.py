@@ -18,6 +18,7 @@ COMMANDS = {
     "data": "Show what the model will see of the data, before it is trained.",
     "demo": "Fine-tune the tiny embedded model and show what it learned.",
     "merge": "Fold an adapter into its base model.",
+    "export": "Write a finished model in another form.",
     "evaluate": "Measure a model on data, with or without an adapter.",
     "generate": "Answer prompts with a model, with or without an adapter.",
     "chat": "Talk with a model in the terminal, with or without an adapter.",

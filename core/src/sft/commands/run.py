@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from sft import hookspecs
-from sft.commands.shared import option_row
+from sft.commands.shared import named_values, option_row
 from sft.errors import SftError, SignalError, UsageError
 from sft.files import read_report
 from sft.foreign_text import safe
-from sft.options import Bare, options_of
+from sft.options import options_of
 from sft.plugins.files import with_files
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import by_device, choose_plugins, explicit
@@ -70,26 +70,10 @@ def _interrupted(values: dict[str, Any], error: KeyboardInterrupt, folder: Path,
 
 def collect(arguments: list[str]) -> dict[str, Any]:
     """The settings file's values overridden by the command line's; the last one given counts, plugins add up."""
-    path: str | None = None
-    given: dict[str, Any] = {}
-    plugins: list[str] = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--"):
-            if path is not None:
-                raise UsageError(f"Unexpected {argument!r}; settings are given as --name value.")
-            path = argument
-            continue
-        name, equals, value = argument[2:].partition("=")
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else Bare("true")
-        if name == "plugin" and isinstance(value, Bare):
-            raise UsageError("--plugin needs a name; `sft plugins` lists the installed ones.")
-        if name == "plugin":
-            plugins += value.split(",")
-        else:
-            given[name.replace("-", "_")] = value
+    loose, given, plugins = named_values(arguments)
+    if len(loose) > 1:
+        raise UsageError(f"Unexpected {loose[1]!r}; settings are given as --name value.")
+    path = loose[0] if loose else None
     values = normalise(read_file(Path(path))) if path is not None else {}
     of_file = values.pop("plugin", [])
     if isinstance(of_file, str):

@@ -10,7 +10,7 @@ import click
 
 from sft.errors import UsageError
 from sft.foreign_text import harmless
-from sft.options import Option, convert
+from sft.options import Bare, Option, convert
 from sft.plugins.requests import requests
 from sft.progress import Printer
 from sft.settings.arguments import core_options
@@ -130,6 +130,30 @@ def _kind(option: Option) -> str:
     if option.is_list and str not in option.kinds:
         return "A,B,…"
     return next(text for kind, text in ((int, "N"), (float, "X"), (str, "TEXT")) if kind in option.kinds)
+
+
+def named_values(arguments: list[str]) -> tuple[list[str], dict[str, Any], list[str]]:
+    """What is typed as ``--name value`` for settings that only plugins know: words without a name, values by name (the
+    last one given counts), and the plugins."""
+    loose: list[str] = []
+    given: dict[str, Any] = {}
+    plugins: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            loose.append(argument)
+            continue
+        name, equals, value = argument[2:].partition("=")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else Bare("true")
+        if name == "plugin" and isinstance(value, Bare):
+            raise UsageError("--plugin needs a name; `sft plugins` lists the installed ones.")
+        if name == "plugin":
+            plugins += value.split(",")
+        else:
+            given[name.replace("-", "_")] = value
+    return loose, given, plugins
 
 
 def typed_values(values: Mapping[str, Any]) -> dict[str, Any]:

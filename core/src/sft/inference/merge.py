@@ -6,12 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft import runtime
 from sft.errors import UsageError
-from sft.files import check_free
-from sft.inference.open import settings_for, tokenizer_of
-from sft.models.adapter_folder import check_base
-from sft.models.loading import open_model
+from sft.files import check_free, staged_folder
+from sft.inference.finished import finished, opened_source
+from sft.inference.open import settings_for
 from sft.progress import Progress
 
 if TYPE_CHECKING:
@@ -39,24 +37,17 @@ def merge(
     """
     given: dict[str, Any] = {"model_name_or_path": model, "allow_pickle": allow_pickle, "device": device}
     settings, plugins = settings_for(adapter, requested, given, USES)
-    runtime.require_paddle()
-    source = open_model(settings.model.place, plugins, allow_pickle)
+    source = opened_source(settings, plugins, adapter)
     if form is not None and form.layout == "paddle" and source.family.paddle_prefix is None:
         raise UsageError(
             f"{source.folder}: PaddleNLP's format is not known here of model_type {source.family.model_type!r}; leave "
             "--format paddle out."
         )
-    tokenizer = tokenizer_of(source, settings, adapter)
     check_free(output)
-    with runtime.restored(device):
-        runtime.exact_products()
-        say(runtime.prepare())
-        if device is not None:
-            runtime.use_device(device)
+    dtype = "base" if form is None else form.dtype
+    with finished(settings, plugins, adapter, source, dtype, say) as whole, Progress(say) as progress:
+        from sft.models.saving import write_finished
 
-        from sft.models.saving import write_merged
-
-        check_base(adapter, source, plugins, settings.options, say)
-        merger = plugins.hook.sft_adapter_merger(folder=adapter, hook=plugins.hook)
-        with Progress(say) as progress:
-            return write_merged(output, source, merger, tokenizer, plugins.hook.sft_quantizer(run=None), form, progress)
+        with staged_folder(output) as staging:
+            write_finished(staging, whole, form, progress)
+        return whole.changed

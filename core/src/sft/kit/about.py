@@ -39,6 +39,7 @@ KINDS = {
     "sft_parallel_strategy": "parallel",
     "sft_model_family": "family",
     "sft_data_source": "source",
+    "sft_export": "export",
     "sft_record_format": "format",
     "sft_optimizer": "optimizer",
     "sft_schedule": "schedule",

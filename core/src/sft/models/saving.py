@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft.data.tokenizer import Tokenizer
-from sft.errors import UsageError
 from sft.files import staged_folder, write_json
 from sft.models.config import hf_config
-from sft.models.layers import target_layers
-from sft.models.loading import ModelSource, build_model
+from sft.models.finished import FinishedModel
+from sft.models.loading import ModelSource
 from sft.models.shards import WeightFormat, write_tensors
 from sft.models.stacked import stacked
 from sft.progress import Progress
@@ -53,6 +52,26 @@ def write_model(folder: Path, parameters: Iterable[tuple[str, Any]], source: Mod
     _write_settings(folder, source, tokenizer, dtypes[0])
 
 
+def write_finished(
+    folder: Path, model: FinishedModel, form: WeightFormat | None = None, progress: Progress | None = None
+) -> None:
+    """The tensors of ``model``, streamed, with config and tokenizer; ``folder`` is there and empty."""
+    form, progress = form or WeightFormat(), progress or Progress(lambda text: None)
+    source = model.source
+
+    def laid_out() -> Iterator[tuple[str, np.ndarray]]:
+        for name in progress.over(model.names, "writing", "tensors"):
+            weight = model.read(name)
+            if form.layout == "paddle" and source.family.is_transposed(name, weight.ndim):
+                weight = np.ascontiguousarray(weight.T)
+            yield name, weight
+
+    tensors = stacked(laid_out(), source.parts if form.layout == "hf" else {})
+    write_tensors(folder, ((source.to_file(name, form.layout), tensor) for name, tensor in tensors), form)
+    model.check_adapter()
+    _write_settings(folder, source, model.tokenizer, model.dtype, form.layout)
+
+
 def write_merged(
     folder: Path,
     source: ModelSource,
@@ -68,74 +87,10 @@ def write_merged(
     in float32.
     The folder appears complete under its name or not at all. Returns the number of tensors that changed.
     """
-    form, progress = form or WeightFormat(), progress or Progress(lambda text: None)
-    weights = source.weights()
-    quantized = set() if quantizer is None else {layer.name for layer in target_layers(build_model(source))}
-    changed = 0
-    dtypes: set[str] = set()
-
-    def merged() -> Iterator[tuple[str, np.ndarray]]:
-        nonlocal changed
-        for original in progress.over(list(weights), "merging", "tensors"):
-            stored = weights.read_stored(original)
-            name = source.family.from_file(original, weights.layout)
-            if weights.layout == "paddle" and source.family.is_transposed(name, stored.ndim):
-                stored = stored.T
-            weight, is_new = _merge_one(name, stored, merger, quantizer, name.removesuffix(".weight") in quantized)
-            if quantizer is None and form.dtype == "base":
-                with np.errstate(over="ignore"):  # it is an error below
-                    weight = weight.astype(stored.dtype, copy=False)
-            elif form.dtype == "float32":
-                weight = weight.astype(np.float32, copy=False)
-            if weight is not stored:
-                _check_finite(name, stored, weight)
-            changed += is_new
-            dtypes.add(str(weight.dtype))
-            if form.layout == "paddle" and source.family.is_transposed(name, weight.ndim):
-                weight = weight.T
-            yield name, np.ascontiguousarray(weight)
-
+    model = FinishedModel(source, tokenizer, merger, quantizer, (form or WeightFormat()).dtype)
     with staged_folder(folder) as staging:
-        tensors = stacked(merged(), source.parts if form.layout == "hf" else {})
-        write_tensors(staging, ((source.to_file(name, form.layout), tensor) for name, tensor in tensors), form)
-        if merger.unused():
-            shown = ", ".join(merger.unused()[:3])
-            raise UsageError(
-                f"The adapter has weights that {source.folder} has no place for ({shown}); it belongs to another model."
-            )
-        dtype = next(iter(dtypes)) if len(dtypes) == 1 else "float32"
-        _write_settings(staging, source, tokenizer, dtype, form.layout)
-    return changed
-
-
-def _merge_one(
-    name: str, stored: np.ndarray, merger: AdapterMerger, quantizer: Quantizer | None, quantized: bool
-) -> tuple[np.ndarray, bool]:
-    """One tensor [out, in], in float32 if the adapter or the quantizer changed it, and whether the adapter did."""
-    import paddle
-
-    base = paddle.to_tensor(np.ascontiguousarray(stored.astype(np.float32, copy=False)))
-    if quantizer is not None and quantized:
-        weight = np.ascontiguousarray(stored.astype(np.float32, copy=False).T)
-        layer = quantizer.quantize(name.removesuffix(".weight"), weight, None)
-        base = base if layer is None else layer.dequantize().T
-    weight = merger.merge(name, base)
-    if weight is base and quantizer is None:
-        return stored, False
-    array = weight.numpy()
-    is_new = weight is not base and not np.array_equal(array, base.numpy())
-    return array, is_new
-
-
-def _check_finite(name: str, stored: np.ndarray, weight: np.ndarray) -> None:
-    """Refuse a ``weight`` to be written that is not finite where the base's, as ``stored``, is."""
-    if np.isfinite(weight).all() or not (np.isfinite(stored) & ~np.isfinite(weight)).any():
-        return
-    if weight.dtype == np.float32:
-        raise UsageError(f"With the adapter, {name} would not be finite; the adapter is damaged: copy it again.")
-    raise UsageError(
-        f"With the adapter, {name} has values that do not fit into {weight.dtype}, the base's; add --dtype float32."
-    )
+        write_finished(staging, model, form, progress)
+    return model.changed
 
 
 def _write_settings(folder: Path, source: ModelSource, tokenizer: Tokenizer, dtype: str, layout: str = "hf") -> None:

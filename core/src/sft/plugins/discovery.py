@@ -92,7 +92,10 @@ def _everything() -> dict[str, list[Installed]]:
     return dict(sorted(by_name.items()))
 
 
-REQUESTS = ("setting", "value", "number", "environment", "adapter", "path", "command", "device", "advice", "source")
+REQUESTS = (
+    *("setting", "value", "number", "environment", "adapter", "path", "command", "device", "advice", "source"),
+    "export",
+)
 """The kinds of request that ``requests.py`` knows, which come before the first dot."""
 
 

@@ -130,6 +130,15 @@ def test_nested_columns_are_what_json_lines_hold(tmp_path: Path) -> None:
     assert [turn.trains for turn in turns(tmp_path / "train.parquet")[0]] == [False, False, False, True]
 
 
+def test_arguments_of_a_call_do_not_get_the_names_of_others(tmp_path: Path) -> None:
+    """A nested column has the names of all rows in each row; JSON lines say what each call has."""
+    calls = [{"name": "f", "arguments": {"x": 3}}, {"name": "g", "arguments": {"y": [{"z": "a"}, {"w": 1}]}}]
+    rows = [{"messages": [TALK[0][0], {"role": "assistant", "content": "", "tool_calls": [call]}]} for call in calls]
+    parquet(tmp_path / "train.parquet", rows)
+    (tmp_path / "train.json").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    assert turns(tmp_path / "train.parquet") == turns(tmp_path / "train.json")
+
+
 @pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
 def test_texts_of_every_kind(tmp_path: Path, text: pa.DataType) -> None:
     schema = pa.schema([("src", text), ("tgt", text), ("score", pa.float64())])

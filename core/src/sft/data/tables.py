@@ -68,8 +68,19 @@ def _header(names: list[str], path: Path, line: int | None = None) -> list[str]:
     return names
 
 
+def _without_absent(value: Any) -> Any:
+    """A nested value without the names that are null in it."""
+    if isinstance(value, dict):
+        return {name: _without_absent(inner) for name, inner in value.items() if inner is not None}
+    return [_without_absent(inner) for inner in value] if isinstance(value, list) else value
+
+
 def read_parquet(path: Path, skips: bool = False) -> Iterator[Row]:
-    """Each row as Python values (nested columns as lists and dictionaries) and its number from 1."""
+    """Each row as Python values (nested columns as lists and dictionaries) and its number from 1.
+
+    All objects of a nested column have all its names; those that are null in one are taken for absent there, for the
+    arguments of a call would have the names of all other calls, too.
+    """
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -85,6 +96,8 @@ def read_parquet(path: Path, skips: bool = False) -> Iterator[Row]:
                         if not skips:
                             raise fault
                         value = fault.record
+                    elif isinstance(value, dict):
+                        value = {name: _without_absent(one) for name, one in value.items()}
                     yield value, number, number / file.metadata.num_rows
     except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.strerror:  # the system's; pyarrow's own has only a message

@@ -61,8 +61,10 @@ def check_changes_nothing(train: Train, plugin: str, /, **settings: Any) -> None
     check_same_result(without.output_dir, beside.output_dir, f"A run with {plugin}")
 
 
-def check_reloads(train: Train, base: Path, plugin: str, /, **settings: Any) -> None:
-    """An adapter that is read again, and one that is merged, compute what the trained model computes."""
+def check_reloads(train: Train, base: Path, plugin: str, by_name: bool = True, /, **settings: Any) -> None:
+    """An adapter that is read again, and one that is merged, compute what the trained model computes. ``by_name``: the
+    reader is asked for by its name, and not found by what the folder says."""
+    requested = [plugin] if by_name else []
     found: list[tuple[np.ndarray, np.ndarray]] = []
 
     class Look(sft.Plugin):
@@ -81,10 +83,10 @@ def check_reloads(train: Train, base: Path, plugin: str, /, **settings: Any) -> 
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     for key in ("peft_type", "target_modules", "base_model_name_or_path"):
         assert config.get(key), f"adapter_config.json of {plugin} has no {key}."
-    again = _logits(load_for_inference(str(base), folder, _quiet, [plugin])[0], ids)
+    again = _logits(load_for_inference(str(base), folder, _quiet, requested)[0], ids)
     assert _apart(again, trained) <= CLOSE, f"An adapter of {plugin} computes something else when it is read again."
     merged = folder.with_name("merged")
-    merge(str(base), folder, merged, _quiet, [plugin])
+    merge(str(base), folder, merged, _quiet, requested)
     folded = _logits(load_for_inference(str(merged), None, _quiet)[0], ids)
     assert _apart(folded, trained) <= CLOSE, f"A merged adapter of {plugin} computes something else."
 

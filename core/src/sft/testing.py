@@ -31,8 +31,8 @@ from sft import suites
 from sft.conformance import check_family, compute_logits
 from sft.data.batches import assemble
 from sft.files import save_tensors, write_json
-from sft.kit.about import about, find_plugin, found
-from sft.plugins.discovery import canonical, installed
+from sft.kit.about import about, found
+from sft.plugins.discovery import canonical, installed, with_refined
 
 __all__ = [
     "adapt",
@@ -158,31 +158,35 @@ def token_loss(part: sft.TokenLoss, logits: np.ndarray, labels: np.ndarray) -> t
 
 def suite(plugin: str, **settings: Any) -> type:
     """The tests that every plugin of its kind should pass, as a class for a test file; give it a name that begins with
-    ``Test``. ``plugin`` is installed; ``settings`` are for each run, and may name further plugins with it.
+    ``Test``. ``plugin`` is installed, and what it ``requires`` is active with it; ``settings`` are for each run.
 
     What it declares holds (``sft plugins validate``), and a run with it that stops and goes on is the same to the bit.
-    An adapter that is read again, or merged, computes what was trained; an observer changes nothing. A quantizer is
-    tried under ``lora``, and skipped where that is not installed. Built on train and base_model.
+    An adapter that is read again, or merged, computes what was trained, whoever refines it; an observer changes
+    nothing. A quantizer is tried under ``lora``, and skipped where that is not installed. Built on train and
+    base_model.
     """
-    kinds, company = about(find_plugin(plugin), found()).kinds, [canonical(plugin)]
-    bare = "quantizer" in kinds and "plugin" not in settings
-    settings = {"plugin": [*(["lora"] if bare else ()), *company], **settings}
+    rows = {row.name: row for row in found()}
+    company = with_refined(canonical(plugin))
+    kinds = {name: about(rows[name], rows.values()).kinds for name in company}
+    own = kinds[canonical(plugin)]
+    under = ["lora"] if "quantizer" in own and "plugin" not in settings else []
+    settings = {"plugin": [*under, *company], **settings}
 
     class Suite:
         def test_what_it_declares_holds(self) -> None:
             suites.check_declared(plugin)
 
-        @needs(*(["lora"] if bare else ()))
+        @needs(*under)
         def test_a_run_that_stops_and_goes_on_is_the_same(self, train: Callable[..., sft.Summary]) -> None:
             suites.check_resumes(train, **settings)
 
-    if "adapter" in kinds:
+    if any("adapter" in each for each in kinds.values()):
 
         def reads(self: Any, train: Callable[..., sft.Summary], base_model: Path) -> None:
-            suites.check_reloads(train, base_model, plugin, **settings)
+            suites.check_reloads(train, base_model, plugin, "adapter" in own, **settings)
 
         Suite.test_what_is_read_or_merged_computes_what_was_trained = reads  # type: ignore[attr-defined]
-    if kinds == ("observer",):
+    if own == ("observer",):
 
         def watches(self: Any, train: Callable[..., sft.Summary]) -> None:
             suites.check_changes_nothing(train, plugin, **settings)

@@ -1,0 +1,13 @@
+"""What every plugin of its kind promises, of these."""
+
+from __future__ import annotations
+
+import pytest
+
+from sft.testing import suite
+
+pytestmark = pytest.mark.slow
+
+TestLabelSmoothing = suite("label-smoothing")
+TestFocalLoss = suite("focal-loss")
+TestZLoss = suite("z-loss")

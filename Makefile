@@ -17,7 +17,7 @@ PYTHON ?=
 PYTHONS := $(or $(PYTHON),python3 python3.12 python3.11 python3.10)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu test-reliability test-plugin lint format bench docs clean
+.PHONY: help demo test test-slow test-gpu test-reliability test-plugin certify certify-faults lint format bench docs clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,13 @@ test-gpu: .venv/installed-test ## Check a GPU, within ten minutes: make DEVICE=g
 test-reliability: .venv/installed-test ## Try everything that a run must survive, for hours, and write docs/reliability.md
 	SFT_RELIABILITY=whole OMP_NUM_THREADS=1 $(BIN)/pytest tests/reliability -m "not gpu" $(ARGS); \
 	    code=$$?; $(BIN)/python tests/reliability/figures.py; exit $$code
+
+# Each about three minutes on two cores. ARGS names some of them.
+certify: .venv/installed-test ## Certify the plugins: writes docs/certified/, from which the README's matrix is made
+	$(BIN)/python tests/certify/all_plugins.py $(ARGS)
+
+certify-faults: .venv/installed-test ## Put faults into plugins and certify those, for an hour: writes docs/certify.json
+	$(BIN)/python tests/certify/seed.py $(ARGS)
 
 test-plugin: ## Test one plugin alone with the core, in a venv of its own: make test-plugin NAME=peft_vera
 	@test -f plugins/$(NAME)/pyproject.toml || { echo "Give NAME=, one of: $(notdir $(PLUGINS))." >&2; exit 2; }

@@ -38,6 +38,7 @@ __all__ = [
     "adapt",
     "base_model",
     "check_family",
+    "check_plugin",
     "dataset",
     "emulated_autocast",
     "forward",
@@ -118,6 +119,21 @@ def needs(*plugins: str) -> pytest.MarkDecorator:
     available = installed()
     missing = [name for name in plugins if canonical(name) not in available]
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+def check_plugin(plugin: str | type[sft.Plugin], *checks: str) -> None:
+    """Try what `sft certify` tries of ``plugin``: its name, the path of its file, or its class. Minutes; with names of
+    ``checks`` (docs/certify.md), these alone. Raises AssertionError with a line for each case that fails::
+
+        def test_it_keeps_what_a_plugin_must() -> None:
+            check_plugin("my-plugin", "reloads", "resumes", "options take effect")
+    """
+    from sft.certify.certify import certify
+    from sft.certify.report import line
+
+    name, given = (plugin, ()) if isinstance(plugin, str) else (plugin.name, (plugin,))
+    failures = certify(name, plugins=given, only=checks).failures
+    assert not failures, "\n".join(map(line, failures))
 
 
 def load(model: Path | str, adapter: Path | None = None, plugins: Sequence[str] = ()) -> Any:

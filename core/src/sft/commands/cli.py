@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "Answer prompts with a model, with or without an adapter.",
     "chat": "Talk with a model in the terminal, with or without an adapter.",
     "plugins": "List the installed plugins, and check what one declares.",
+    "certify": "Try on tiny models what a plugin must keep, beside all others.",
 }
 
 

@@ -61,6 +61,7 @@ class Plugin:
         observes: Whether it only watches. It may then implement events alone, and errors in them are said and end
             nothing. One that does not say so ends the run with its errors.
         demo: Settings with which ``sft demo`` shows this plugin, where its distribution claims ``command.demo``.
+        certify: Settings without which ``sft certify`` could not try it, by name: ``{"evaluation_strategy": "steps"}``.
         paddlenlp: PaddleNLP's settings that it answers without reading them: an :class:`sft.Foreign` by name, which
             says why nothing depends on it, or at which values.
         Options: A dataclass of :func:`sft.option` fields: the settings that the plugin adds.
@@ -80,6 +81,7 @@ class Plugin:
     shaping: ClassVar[bool | None] = None
     observes: ClassVar[bool] = False
     demo: ClassVar[Mapping[str, Any]] = {}
+    certify: ClassVar[Mapping[str, Any]] = {}
     paddlenlp: ClassVar[Mapping[str, Any]] = {}
     Options: ClassVar[type | None] = None
     hookspecs: Any = None

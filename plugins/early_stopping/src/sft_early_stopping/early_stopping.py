@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import sft
 
@@ -39,6 +39,7 @@ class EarlyStopping(sft.Plugin):
     reference = "transformers' EarlyStoppingCallback"
     reads = ("metric_for_best_model", "greater_is_better")
     Options = EarlyStoppingOptions
+    certify: ClassVar[dict[str, Any]] = {"evaluation_strategy": "steps", "eval_steps": 1}
 
     def __init__(self, options: EarlyStoppingOptions) -> None:
         super().__init__(options)

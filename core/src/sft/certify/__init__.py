@@ -1,0 +1,1 @@
+"""`sft certify`: what a plugin must keep, beside all others, tried on tiny models."""

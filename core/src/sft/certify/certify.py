@@ -1,0 +1,122 @@
+"""The procedure: every check that asks about a plugin, in each of its cases."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sft import runtime
+from sft.certify import adapters, parts, runs, together
+from sft.certify.checking import Check
+from sft.certify.lab import Lab, NotTriedError
+from sft.certify.report import FAILED, HELD, NOT_TRIED, REFUSED, Report, Row, versions
+from sft.certify.subject import Subject, find_subject
+from sft.certify.together import RefusedError
+from sft.errors import SftError, UsageError
+from sft.plugins.discovery import entries, installed
+
+ALONE: tuple[Check, ...] = (*runs.CHECKS, *adapters.CHECKS, *parts.CHECKS)
+CHECKS: tuple[Check, ...] = (*ALONE, *together.CHECKS)
+OWN = "sft.certify"
+"""The group of entry points: NAME = the checks of plugin NAME's own formula, a tuple of functions (lab)."""
+
+
+def certify(
+    name: str,
+    *,
+    plugins: Sequence[type] = (),
+    only: Iterable[str] = (),
+    tried: Mapping[str, Any] | None = None,
+    first_failure: bool = False,
+    say: Callable[[Row], None] = lambda row: None,
+) -> Report:
+    """Try plugin ``name`` on tiny models, on the CPU: each check that asks about it, in all cases.
+
+    ``plugins`` are classes that nothing installed provides, ``only`` names the checks that are tried, ``tried`` has
+    values for options that nobody could guess. With ``first_failure`` nothing is tried after a case that fails.
+    ``say`` is told of each case. Raises :class:`sft.UsageError` where there is no such plugin, or check.
+    """
+    runtime.prepare()
+    runtime.use_device("cpu")
+    subject = find_subject(name, plugins, tried)
+    checks = _chosen([*ALONE, *own_checks(subject), *together.CHECKS], only)
+    began = time.monotonic()
+    report = _about(subject, checks)
+    with tempfile.TemporaryDirectory(prefix="sft-certify-") as work, warnings.catch_warnings():
+        # numpy's, as denormal numbers count as zero while paddle computes.
+        warnings.filterwarnings("ignore", "The value of the smallest subnormal")
+        lab = Lab(subject, Path(work), plugins)
+        for check in checks:
+            if not check.asks(lab):
+                continue
+            for case in _cases(check, lab):
+                row = case if isinstance(case, Row) else _try(check, lab, case)
+                report.rows.append(row)
+                say(row)
+                if first_failure and row.status == FAILED:
+                    report.seconds = time.monotonic() - began
+                    return report
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def own_checks(subject: Subject) -> list[Check]:
+    """What the plugin's author says of its formula: the functions that its metadata names, each with its docstring."""
+    return [_own(one) for item in entries(OWN) if item.name == subject.name for one in item.entry.load()]
+
+
+def _own(function: Callable[[Lab], None]) -> Check:
+    name = function.__name__.removeprefix("check_").replace("_", " ")
+    sentence = " ".join((function.__doc__ or "").partition("\n\n")[0].split())
+    return Check(name, sentence, lambda lab, case: function(lab), lambda lab: True, lambda lab: ("",))
+
+
+def _chosen(checks: list[Check], only: Iterable[str]) -> list[Check]:
+    wanted = [name.replace("-", " ").replace("_", " ") for name in only]
+    known = {check.name for check in checks}
+    for name in wanted:
+        if name not in known:
+            raise UsageError(f"There is no check {name!r}; there are {', '.join(sorted(known))}.")
+    return [check for check in checks if not wanted or check.name in wanted]
+
+
+def _about(subject: Subject, checks: list[Check]) -> Report:
+    items = installed()
+    own = items[subject.name][0].distribution if subject.name in items else "given directly"
+    found = {item.distribution: item.version for each in items.values() for item in each}
+    sentences = {check.name: check.sentence for check in checks}
+    return Report(subject.name, own, subject.company, versions(found), sentences)
+
+
+def _cases(check: Check, lab: Lab) -> Iterable[str | Row]:
+    """The cases of a check; where finding them fails, that is its one case."""
+    began = time.monotonic()
+    try:
+        return list(check.cases(lab))
+    except Exception as error:
+        return [Row(check.name, "", FAILED, _sentence(error), time.monotonic() - began)]
+
+
+def _try(check: Check, lab: Lab, case: str) -> Row:
+    began = time.monotonic()
+    try:
+        status, said = HELD, check.holds(lab, case) or ""
+    except RefusedError as error:
+        status, said = REFUSED, str(error)
+    except NotTriedError as error:
+        status, said = NOT_TRIED, str(error)
+    except Exception as error:
+        status, said = FAILED, _sentence(error)
+    return Row(check.name, case, status, " ".join(said.split()), round(time.monotonic() - began, 2))
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, (AssertionError, SftError)) and str(error):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}: {error}"

@@ -1,0 +1,129 @@
+"""What was tried of a plugin and what came of it: as JSON, as a page, and in lines."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from html import escape
+from typing import Any
+
+from sft.foreign_text import harmless
+
+BEGINS = "<!doctype html>\n<!-- made by sft certify -->\n"
+HELD, FAILED, REFUSED, NOT_TRIED = "holds", "fails", "refused", "not tried"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case of one check. ``status``: holds, fails, refused (in one sentence, as it should be), or not tried."""
+
+    check: str
+    case: str
+    status: str
+    said: str
+    seconds: float
+
+
+@dataclass
+class Report:
+    """All that was tried of one plugin.
+
+    Attributes:
+        company: The plugins that all its runs have, because it cannot be without them.
+        versions: Of what took part, by distribution.
+        sentences: What must hold, by check.
+    """
+
+    plugin: str
+    distribution: str
+    company: list[str]
+    versions: dict[str, str]
+    sentences: dict[str, str] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def failures(self) -> list[Row]:
+        return [row for row in self.rows if row.status == FAILED]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        values = asdict(self)
+        values["holds"] = not self.failures
+        return values
+
+    def as_json(self) -> str:
+        """The same as text, a line for each case."""
+        values = self.as_dict()
+        rows = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in values.pop("rows"))
+        head = json.dumps(values, indent=1, ensure_ascii=False)
+        return f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'
+
+    def summary(self) -> str:
+        """One line: how many cases, and what came of them."""
+        counts = Counter(row.status for row in self.rows)
+        parts = [f"{counts[status]} {status}" for status in (HELD, REFUSED, NOT_TRIED, FAILED) if counts[status]]
+        return f"{self.plugin}: {len(self.rows)} cases in {self.seconds:.0f} s: {', '.join(parts)}"
+
+
+def line(row: Row) -> str:
+    """A case in one line, for the terminal."""
+    case = f" ({row.case})" if row.case else ""
+    said = f": {row.said}" if row.said and row.status != HELD else ""
+    return f"{row.status:9}  {row.check}{case}{said}"
+
+
+def versions(names: Mapping[str, str]) -> dict[str, str]:
+    """Versions of Python, paddle, numpy, the core and the distributions of plugins."""
+    found = {"python": platform.python_version()}
+    for name in ("sft-core", "paddlepaddle", "paddlepaddle-gpu", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {**found, **dict(sorted(names.items()))}
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1c1c1c;
+  background: #fff }
+h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 1.5rem 0 .3rem }
+td { vertical-align: top; padding: .1rem 1rem .1rem 0; overflow-wrap: anywhere } .fails { color: #b00020 }
+.holds { color: #2e7d32 } td:first-child { white-space: nowrap }
+@media (prefers-color-scheme: dark) { body { background: #181818; color: #e4e4e4 } .holds { color: #7bc47f }
+  .fails { color: #ff7b8a } }
+"""
+
+
+def page(report: Report) -> str:
+    """The report as one HTML page that needs nothing else."""
+    verdict = f"{len(report.failures)} cases fail" if report.failures else "all that was tried holds"
+    told = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    body = [f"<h1>{_text(report.plugin)}: {verdict}</h1>", f"<p>{_text(report.summary())}</p>", f"<p>{_text(told)}</p>"]
+    if report.company:
+        body.append(f"<p>Tried beside {_text(', '.join(report.company))}.</p>")
+    for name, sentence in report.sentences.items():
+        rows = [row for row in report.rows if row.check == name]
+        if not rows:
+            continue
+        body.append(f"<h2>{_text(name)}</h2>\n<p>{_text(sentence)}</p>\n<table>")
+        for row in rows:
+            kind = row.status if row.status in (HELD, FAILED) else ""
+            body.append(
+                f'<tr><td class="{kind}">{row.status}</td><td>{_text(row.case)}</td><td>{_text(row.said)}</td></tr>'
+            )
+        body.append("</table>")
+    return (
+        f'{BEGINS}<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        f'<meta name="viewport" content="width=device-width">\n<title>sft certify {_text(report.plugin)}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    )
+
+
+def _text(text: str) -> str:
+    return escape(harmless(text))

@@ -1,0 +1,120 @@
+"""`sft certify` catches what is wrong, in plugins of these tests and in the project's with a fault; and its page."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from certify.seed import seeded
+from click.testing import CliRunner
+
+import sft
+from sft.certify.certify import CHECKS, certify
+from sft.certify.report import BEGINS, page
+from sft.commands.cli import cli
+from sft.plugins.discovery import installed
+from sft.testing import check_plugin
+
+from seeded_faults import FAULTS  # isort: skip
+
+ROOT = Path(__file__).parents[2]
+
+
+class Scaled(sft.Plugin):
+    """Learns less of everything: what is right."""
+
+    name = "scaled"
+    api_version = 1
+    summary = "Learns less."
+
+    @sft.hookimpl
+    def sft_parameter_groups(self, run: sft.Run, groups: list[sft.ParameterGroup]) -> None:
+        for group in groups:
+            group.learning_rate *= 0.5
+
+
+class DrawsFromAll(Scaled):
+    """The same, by what numpy's own generator says."""
+
+    name = "draws-from-all"
+    api_version = 1
+
+    @sft.hookimpl
+    def sft_parameter_groups(self, run: sft.Run, groups: list[sft.ParameterGroup]) -> None:
+        for group in groups:
+            group.learning_rate *= np.random.uniform(0.4, 0.6)
+
+
+def test_a_plugin_that_is_right_holds_and_one_that_draws_from_a_shared_generator_does_not() -> None:
+    check_plugin(Scaled, "repeats")
+    with pytest.raises(AssertionError, match=r"fails      repeats \(as it comes\): losses: at place 1, "):
+        check_plugin(DrawsFromAll, "repeats")
+
+
+def test_each_fault_can_be_put_in(tmp_path: Path) -> None:
+    for number, fault in enumerate(FAULTS):
+        spec = importlib.util.find_spec(fault.module.partition("/")[0])
+        if spec is None:
+            continue  # this distribution is not installed
+        origin = Path(str(spec.origin)).parents[1] / fault.module
+        text = (seeded(fault, tmp_path / str(number)) / fault.module).read_text(encoding="utf-8")
+        assert text != origin.read_text(encoding="utf-8"), fault.name
+
+
+def is_own(distribution: str) -> bool:
+    return (ROOT / "plugins" / distribution.removeprefix("sft-").replace("-", "_")).is_dir()
+
+
+def test_the_command_says_what_fails_and_writes_its_reports(tmp_path: Path) -> None:
+    path = tmp_path / "silent_plugin.py"
+    path.write_text(
+        'import sft\n\n\nclass Silent(sft.Plugin):\n    name = "silent"\n    api_version = 1\n\n'
+        "    @sft.hookimpl\n    def sft_run_started(self, run):\n        pass\n",
+        encoding="utf-8",
+    )
+    files = ["--json", str(tmp_path / "report.json"), "--html", str(tmp_path / "report.html")]
+    done = CliRunner().invoke(cli, ["certify", str(path), "--check", "declared", *files])
+    assert done.exit_code == 1
+    assert "fails      declared: " in done.output
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert (report["holds"], report["plugin"], len(report["rows"])) == (False, "silent", 1)
+    assert report["versions"]["sft-core"]
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert text.startswith(BEGINS)
+    assert '<td class="fails">' in text
+
+
+def test_what_a_plugin_says_is_text_on_the_page() -> None:
+    report = certify("scaled", plugins=[Scaled], only=["declared"])
+    report.plugin = "<script>alert(1)</script>"
+    assert "<script>" not in page(report)
+
+
+def test_a_check_or_an_option_that_is_not_there_is_refused() -> None:
+    with pytest.raises(sft.UsageError, match="There is no check 'declares'"):
+        certify("scaled", plugins=[Scaled], only=["declares"])
+    with pytest.raises(sft.UsageError, match="has no option rank"):
+        certify("scaled", plugins=[Scaled], tried={"rank": 4})
+
+
+def test_checks_have_names_of_their_own_and_a_sentence() -> None:
+    assert len({one.name for one in CHECKS}) == len(CHECKS)
+    assert all(one.sentence.endswith(".") for one in CHECKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(name for name, items in installed().items() if is_own(items[0].distribution)))
+def test_a_plugin_of_the_project_keeps_what_every_plugin_must(name: str) -> None:
+    check_plugin(name, "declared", "learns", "reloads", "resumes", "repeats")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_adapter_holds_in_all_but_several_processes_and_each_company() -> None:
+    skipped = {"works beside", "works in two processes", "works on family"}
+    report = certify("vera", only=[one.name for one in CHECKS if one.name not in skipped])
+    assert report.failures == []
+    assert len(report.rows) > 30

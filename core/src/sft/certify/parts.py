@@ -28,14 +28,14 @@ def _quantizer(lab: Lab, case: str) -> Any:
 
 _SIZES = ((256, 384), (1024, 1152))
 _SMALL = slice(8, 16)
-"""Outputs whose weights are a hundredth of the others'."""
+"""Outputs whose weights are a tenth of the others'."""
 
 
 def _weight(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """W [in, out] and a bias [out]; some outputs are much smaller than the others."""
     generator = np.random.default_rng(size[0])
     weight = generator.standard_normal(size, dtype=np.float32)
-    weight[:, _SMALL] /= 100
+    weight[:, _SMALL] /= 10
     return weight, generator.standard_normal(size[1], dtype=np.float32)
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from sft.context import Run, Summary
     from sft.control import Control
     from sft.data.batches import assemble
+    from sft.data.formats import turns_of
     from sft.distributed.parts import sum_over
     from sft.dry_runs import DryRun, dry_run
     from sft.fine_tune import run
@@ -130,6 +131,7 @@ _LAZY = {
     "sum_over": "sft.distributed.parts",
     "target_layers": "sft.models.layers",
     "through_experts": "sft.models.experts",
+    "turns_of": "sft.data.formats",
     "without_adapter": "sft.models.layers",
 }
 
@@ -217,6 +219,7 @@ __all__ = [
     "sum_over",
     "target_layers",
     "through_experts",
+    "turns_of",
     "without_adapter",
 ]
 

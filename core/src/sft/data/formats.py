@@ -119,6 +119,12 @@ class Formats:
         return name, FORMATS[name][1](value, needs_target)
 
 
+def turns_of(record: Mapping[str, Any]) -> Conversation:
+    """The turns of a ``record`` that is in one of the core's formats, for a plugin that reads records which hold such
+    ones: messages with tools, calls and thoughts, ShareGPT's, Alpaca's, src/tgt. ``ValueError`` for any other."""
+    return Conversation.seen(FORMATS[recognise(dict(record))][1](record))
+
+
 def check_format(name: str, plugins: Plugins) -> None:
     """Refuse a ``name`` that is no format of the core's, by its first word, and no plugin that reads records."""
     known = [*_short_names(), *plugins.implementing("sft_record_format")]

@@ -30,6 +30,8 @@ class Shards:
         self._pieces: dict[int, Any] = {}
         self._whole: list[Any] = []
         """Parameters that are whole now and shall not stay so."""
+        self._held: set[int] = set()
+        """By identity, those that must not go yet (:meth:`whole`)."""
         self._late: Set[int] = frozenset()
         self.goes_back = False
         """Whether backward is under way."""
@@ -178,11 +180,16 @@ class Shards:
 
     @contextlib.contextmanager
     def whole(self, layer: Any) -> Iterator[None]:
-        """Within it, the matrices of ``layer`` exist."""
+        """Within it, the matrices of ``layer`` exist, also where another forward pass goes through a layer of them."""
         parameters = self._matrices(layer)
         self.gather(parameters)
-        yield
-        self.release(parameters)
+        held = {id(parameter) for parameter in parameters} - self._held
+        self._held |= held
+        try:
+            yield
+        finally:
+            self._held -= held
+            self.release(parameters)
 
     def _matrices(self, layer: Any) -> list[Any]:
         return [parameter for parameter in layer.parameters() if self.takes(parameter)]
@@ -197,7 +204,7 @@ class Shards:
     def release(self, parameters: Iterable[Any] | None = None) -> None:
         """Of ``parameters``, or of all, keep the pieces alone."""
         for parameter in list(self._whole if parameters is None else parameters):
-            if parameter._is_initialized():
+            if parameter._is_initialized() and id(parameter) not in self._held:
                 parameter._clear_data()
         self._whole = [parameter for parameter in self._whole if parameter._is_initialized()]
 

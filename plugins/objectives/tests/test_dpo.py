@@ -239,7 +239,7 @@ def test_a_place_is_named(train: Train, tmp_path: Path, as_trl: dict[str, Any]) 
         ({"train_on": "everything"}, "dpo compares answers, and train_on everything"),
         (
             {"plugin": ["dpo", "lora", "z-loss"]},
-            "Plugin dpo minimises something else than the loss of tokens, which z-loss",
+            "cannot work together; leave one of them out",
         ),
         ({"truncation": "split"}, "truncation split divides a record into rows"),
     ],

@@ -25,6 +25,7 @@ class Dpo(sft.Plugin):
     api_version = 1
     summary = "Learn from pairs of answers, of which one is preferred."
     reference = "arXiv 2305.18290"
+    conflicts = ("label-smoothing", "focal-loss", "z-loss")  # what these change is no part of a pair's loss
     Options = DpoOptions
 
     @sft.hookimpl

@@ -84,6 +84,19 @@ def test_it_learns_what_it_learns_in_float32(trained: Any, tmp_path: Path, plugi
     assert report["precision"] == {"dtype": "bfloat16", "weights": "float32", "frozen": "bfloat16"}
 
 
+@pytest.mark.slow
+def test_layers_that_train_whole_have_32_bits(trained: Any) -> None:
+    settings = {"modules_to_save": ["embed_tokens"]}
+    wide, _ = trained("wide", "lora", **settings)
+    narrow, said = trained("narrow", "lora", bf16=True, **settings)
+    assert 0 < abs(narrow.eval_loss_after / wide.eval_loss_after - 1) < 0.01
+    assert wide.eval_loss_after < wide.eval_loss_before - 0.02
+    assert "modules_to_save: model.embed_tokens.weight train whole" in said
+    (held,) = [line for line in said if line.startswith("held: ")]
+    assert "(False, True, 'float32')" in held
+    assert "(False, True, 'bfloat16')" not in held
+
+
 def test_merging_folds_into_the_weights_of_the_file(trained: Any, tmp_path: Path) -> None:
     """What a run held in 16 bits is not what is merged: the file's own weights are."""
     from safetensors.numpy import load_file

@@ -169,8 +169,16 @@ FAULTS: dict[str, tuple[Any, ...]] = {
         of_json(CONFIG, bias="all"),
     ),
     "modules_to_save": (
-        "done: modules_to_save = ['lm_head'] is more than LoRA",
+        "done: adapter_config.json names lm_head in modules_to_save, and adapter_model.safetensors holds no",
         of_json(CONFIG, modules_to_save=["lm_head"]),
+    ),
+    "modules_to_save a word": (
+        "done: adapter_config.json must give modules_to_save as names, not 'lm_head'",
+        of_json(CONFIG, modules_to_save="lm_head"),
+    ),
+    "modules_to_save of numbers": (
+        "done: adapter_config.json must give modules_to_save as names, not [1]",
+        of_json(CONFIG, modules_to_save=[1]),
     ),
     "init_lora_weights of PiSSA": (
         "done: init_lora_weights = 'pissa' changed the base that it was trained over",

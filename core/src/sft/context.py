@@ -201,6 +201,8 @@ class CoreRun(Run):
         arithmetic: What the last bits of the run's numbers depend on, as run.json has it.
         other_arithmetic: Where it was another: for each time the step, what that went on from, and the differences.
         objective: What it minimises, once the model is there.
+        whole: Structured names of the parameters that train whole beside an adapter (``modules_to_save``).
+        continued: The folder of the adapter from which the run goes on, where it goes on from one.
         base_fingerprint: Identifies the weights that an exported adapter belongs to; see ``models/fingerprint.py``.
         sizes: The trainable parameters of the whole model, and all of them, counted in values.
         before: What was measured before training.
@@ -235,6 +237,8 @@ class CoreRun(Run):
         self.evaluation: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
         self.other_arithmetic: list[dict[str, Any]] = []
+        self.whole: list[str] = []
+        self.continued: Path | None = None
         self.executes = False
         self.finished = False
         self.earlier_report: dict[str, Any] = {}

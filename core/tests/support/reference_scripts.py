@@ -67,6 +67,8 @@ def neutralise(folder: Path, base: str) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base
     config["target_modules"] = sorted(config["target_modules"])
+    if config.get("modules_to_save"):
+        config["modules_to_save"] = sorted(config["modules_to_save"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)  # the model card, with nothing in it
 

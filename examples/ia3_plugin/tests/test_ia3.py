@@ -119,7 +119,6 @@ def test_what_feeds_must_be_a_target(train):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("modules_to_save", ["lm_head"], "plugin ia3 does not know modules_to_save"),
         ("fan_in_fan_out", True, "plugin ia3 does not know fan_in_fan_out"),
         ("feedforward_modules", [], "down_proj.ia3_l is 1x48, .* scales outputs"),
         ("feedforward_modules", "down", "needs feedforward_modules as a list of names"),

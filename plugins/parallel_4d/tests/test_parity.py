@@ -175,6 +175,15 @@ def test_techniques(trainings: Trainings, plan: str, plugins: list[str]) -> None
     check(trainings, plan, plugin=plugins, **slower)
 
 
+@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize(
+    "plan", [slow(plan, plugins=["lora"]) for plan in ("tp2-sequence", "pp2", "stage3", "tp2-pp2", "tp2-stage1")]
+)
+def test_layers_train_whole_beside_an_adapter(trainings: Trainings, untied_model: Path, plan: str, model: str) -> None:
+    other = {"model_name_or_path": str(untied_model)} if model == "untied" else {}
+    check(trainings, plan, **LORA, modules_to_save=["embed_tokens", "lm_head"], **other)
+
+
 @pytest.mark.parametrize("kind", ["gradient", pytest.param("weight", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("plan", [slow("dp2"), slow("stage1"), "tp2", slow("pp2")])
 def test_damage_on_one_rank_is_noticed(trainings: Trainings, plan: str, kind: str) -> None:

@@ -43,7 +43,6 @@ def refused(train: Any, models: Path, tmp_path: Path) -> Refused:
         ("bias", "all"),
         ("bias", "lora_only"),
         ("lora_bias", True),
-        ("modules_to_save", ["lm_head"]),
         ("fan_in_fan_out", True),
         ("trainable_token_indices", [1, 2]),
         ("layer_replication", [[0, 2], [1, 2]]),
@@ -71,11 +70,12 @@ B = A.replace("lora_A", "lora_B")
     [
         (lambda t: t.pop(B), r"pair of lora_A and lora_B for model\.layers\.0\.mlp\.up_proj is not complete"),
         (lambda t: t.update({B: t[B][:, :2].copy()}), r"layers\.0\.mlp\.up_proj is not complete"),
-        (lambda t: t.update({"base_model.model.lm_head.weight": t[A]}), r"lm_head\.weight is not a LoRA weight"),
+        (lambda t: t.update({"base_model.model.model.norm.weight": t[A]}), r"norm\.weight is not a LoRA weight"),
+        (lambda t: t.update({"base_model.model.lm_head.weight": t[A]}), "an embedding and a head that are apart"),
         (lambda t: t.clear(), "holds no LoRA weights"),
         (lambda t: t.update({A: t[A][:2].copy(), B: t[B][:, :2].copy()}), r"has rank 2, adapter_config\.json says 4"),
     ],
-    ids=["half", "ranks-differ", "unknown", "empty", "rank"],
+    ids=["half", "ranks-differ", "unknown", "a head", "empty", "rank"],
 )
 def test_damaged_tensors_are_named(
     paddle: Any, models: Path, variant: Any, change: Callable[..., Any], message: str

@@ -200,7 +200,7 @@ def test_trap_projections_that_were_not_saved_are_refused_and_not_drawn_again(
         (lambda t: t.pop(D), r"the vectors of model\.layers\.0\.mlp\.up_proj are not complete"),
         (lambda t: t.update({D: t[D][:2].copy()}), r"the vectors of model\.layers\.0\.mlp\.up_proj are not complete"),
         (lambda t: t.update({B: t[B][:, None].copy()}), r"layers\.0\.mlp\.up_proj are not complete"),
-        (lambda t: t.update({"base_model.model.lm_head.weight": t[B]}), r"lm_head\.weight is not a VeRA weight"),
+        (lambda t: t.update({"base_model.model.model.norm.weight": t[B]}), r"norm\.weight is not a VeRA weight"),
         (lambda t: [t.pop(n) for n in list(t) if n not in PAIR], "holds no VeRA vectors"),
         (lambda t: t.update({PAIR[1]: t[PAIR[1]][:, :3].copy()}), "shapes of vera_A and vera_B do not belong together"),
         (lambda t: t.update({PAIR[0]: t[PAIR[0]][0].copy()}), "shapes of vera_A and vera_B do not belong together"),
@@ -247,9 +247,7 @@ def test_a_rank_that_is_not_the_configs_is_refused(paddle: Any, base: Path, vari
         load(base, variant(r=8))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("bias", "all"), ("modules_to_save", ["lm_head"]), ("fan_in_fan_out", True)]
-)
+@pytest.mark.parametrize(("key", "value"), [("bias", "all"), ("fan_in_fan_out", True)])
 def test_more_than_vera_is_refused_and_not_left_out(
     paddle: Any, base: Path, variant: Any, key: str, value: Any
 ) -> None:

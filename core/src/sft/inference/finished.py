@@ -40,6 +40,7 @@ def finished(
     """``source`` with ``adapter`` folded in, in the ``dtype`` that :class:`FinishedModel` takes. The arithmetic happens
     on the device that is set; afterwards paddle has its device of before."""
     from sft.models.finished import FinishedModel
+    from sft.models.saved_layers import SavedMerger, tied_once
 
     tokenizer = tokenizer_of(source, settings, adapter)
     computes = adapter is not None or plugins.provider("sft_quantizer") is not None
@@ -56,4 +57,6 @@ def finished(
         if adapter is not None:
             check_base(adapter, source, plugins, settings.options, say)
             merger = plugins.hook.sft_adapter_merger(folder=adapter, hook=plugins.hook)
+            if saved := tied_once(adapter, source):
+                merger = SavedMerger(merger, saved)
         yield FinishedModel(source, tokenizer, merger, plugins.hook.sft_quantizer(run=None), dtype)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft import hookspecs, runtime
 from sft.data.tokenizer import Tokenizer
+from sft.distributed.whole import WholeModel
 from sft.errors import UsageError
 from sft.models.adapter_folder import base_plugins, check_base, cure_of, plugin_files, read_adapter_config
 from sft.models.loading import ModelSource, open_model
@@ -194,6 +195,7 @@ def load_adapted(
     from sft.models.kernels import use_kernels
     from sft.models.layers import held_by, sizes
     from sft.models.loading import load_model
+    from sft.models.saved_layers import put, tied_once
     from sft.models.setup import kernels_for
 
     quantizer = plugins.hook.sft_quantizer(run=None)
@@ -203,6 +205,7 @@ def load_adapted(
     if adapter is not None:
         check_base(adapter, source, plugins, settings.options, progress.say)
         plugins.hook.sft_import_adapter(model=loaded, folder=adapter, hook=plugins.hook)
+        put(dict(loaded.named_parameters()), tied_once(adapter, source), source, WholeModel(), adapter)
     use_kernels(loaded, kernels_for(plugins, None, precision))
     loaded.eval()
     return loaded

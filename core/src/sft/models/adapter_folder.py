@@ -39,6 +39,8 @@ QUANTIZER = "sft.quantizer"
 """Where it keeps the plugin that quantized them, with its options: they travel with the file."""
 PREFIX = "base_model.model."
 """What PEFT puts before the name of a layer."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""Whole matrices that PEFT saves without a word in the config where the vocabulary has grown."""
 RENAMED = "sft.renamed"
 """Where it keeps what layers are called in its files and here, as pairs of parts of names, where that differs."""
 FILES = "sft.plugin_files"
@@ -68,7 +70,24 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Config and tensors of an adapter folder in PEFT's layout, as they stand in the files, but for the names of layers
-    that are called otherwise here than in Hugging Face's files (Mixtral's experts)."""
+    that are called otherwise here than in Hugging Face's files (Mixtral's experts), and without the layers that were
+    trained whole (``modules_to_save``), with which the core deals."""
+    config, tensors, _ = _read(folder)
+    return {**config, "modules_to_save": None} if "modules_to_save" in config else config, tensors
+
+
+def read_saved(folder: Path) -> tuple[dict[str, np.ndarray], bool]:
+    """The tensors of layers that were trained whole beside the adapter in ``folder``, by structured name, in the files'
+    layout; and whether its config says that embedding and head were kept one matrix. None of a folder whose reader has
+    files of its own."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        return {}, False
+    config, _, saved = _read(folder)
+    return saved, config.get("ensure_weight_tying") is True
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The config, the adapter's own tensors, and those of layers that were trained whole."""
     config = read_adapter_config(folder)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
@@ -85,7 +104,27 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         check_reals(tensor, f"{path}: tensor {shown(name)}")
     for pairs in _pairs(folder):
         config, tensors = _renamed(config, tensors, partial(_replaced, pairs))
-    return config, tensors
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UsageError(
+            f"{folder}: adapter_config.json must give modules_to_save as names, not {quoted(names)}; copy the adapter "
+            "again."
+        )
+    saved = {name[len(PREFIX) :]: tensor for name, tensor in tensors.items() if _is_whole(name, names)}
+    if names and not saved:
+        raise UsageError(
+            f"{folder}: adapter_config.json names {shown(names[0])} in modules_to_save, and adapter_model.safetensors "
+            "holds no such layer; copy the adapter again."
+        )
+    return config, {name: tensor for name, tensor in tensors.items() if name[len(PREFIX) :] not in saved}, saved
+
+
+def _is_whole(name: str, names: list[str]) -> bool:
+    """Whether a tensor is one of a whole layer that ``names`` end like, as PEFT reads them."""
+    path, _, kind = name.removeprefix(PREFIX).rpartition(".")
+    if not name.startswith(PREFIX) or kind not in ("weight", "bias"):
+        return False
+    return name[len(PREFIX) :] in (EMBEDDING, HEAD) or any(path.endswith(one) for one in names)
 
 
 def _pairs(folder: Path) -> list[Any]:
@@ -126,8 +165,9 @@ def _renamed(
         return PREFIX + rename(name[len(PREFIX) :]) if name.startswith(PREFIX) else rename(name)
 
     config = dict(config)
-    if isinstance(config.get("target_modules"), list):
-        config["target_modules"] = [rename(name) for name in config["target_modules"]]
+    for key in ("target_modules", "modules_to_save"):
+        if isinstance(config.get(key), list):
+            config[key] = [rename(name) if isinstance(name, str) else name for name in config[key]]
     for key in ("rank_pattern", "alpha_pattern"):
         if isinstance(config.get(key), dict):
             config[key] = {rename(pattern): value for pattern, value in config[key].items()}

@@ -11,6 +11,7 @@ from sft.models.generation import check_room
 from sft.models.kernels import Kernels, use_kernels
 from sft.models.layers import held_by, sizes, trainable
 from sft.models.own_kernels import own_kernels
+from sft.models.saved_layers import let_train, with_parameters
 from sft.plugins.calls import checked
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ def set_up(run: CoreRun) -> None:
         for parameter in run.model.parameters():
             parameter.stop_gradient = True
     names = {name for name, _ in run.model.named_parameters()}
+    layers = with_parameters(run.model)
     run.hook.sft_adapt_model(run=run, model=run.model)
+    run.whole = let_train(run, layers)
     if not run.exports_adapter and names != {name for name, _ in run.model.named_parameters()}:
         raise UsageError(
             f"Plugins {', '.join(run.plugins.names)} change the model's layers and none of them exports an adapter, "

@@ -36,6 +36,11 @@ class ModelArguments:
     tokenizer_name_or_path: str | None = option(
         None, "tokenizer directory or hub name (owner/name@revision too); unset: the model's own", is_path=True
     )
+    modules_to_save: list[str] = option(
+        [],
+        "layers that train whole beside an adapter and are saved with it: embed_tokens, lm_head, other names, or "
+        "regular expressions over whole names",
+    )
 
     def __post_init__(self) -> None:
         """A revision in the name is the setting, too: what names the base of an adapter has none."""

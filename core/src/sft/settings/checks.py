@@ -33,6 +33,10 @@ def check_settings(settings: Settings, plugins: Plugins) -> list[tuple[str, str]
     if settings.data.train_on == "everything" and settings.data.train_on_thoughts != "all":
         raise UsageError("train_on everything learns thoughts too; leave train_on_thoughts out.")
     check_best(settings)
+    if settings.model.modules_to_save and plugins.provider("sft_export_adapter") is None:
+        raise UsageError(
+            "modules_to_save names layers beside an adapter, and this run trains all of them; leave it out."
+        )
     flat = settings.flat()
     read = {name for _, plugin in plugins for name in getattr(plugin, "reads", ())}
     idle = [(name, why) for name, why in _idle(settings) if name in settings.given and name not in read]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sft import arithmetic
 from sft.errors import UsageError
@@ -135,7 +135,9 @@ def check_same_base(run: CoreRun, source: Path) -> None:
 
 def check_continued(run: Run, adapter: Path) -> None:
     """Tell the user if ``adapter``, from which ``run`` goes on, was trained over another base than the run's: over
-    other weights, or over a base that other plugins, or other options, had changed."""
+    other weights, or over a base that other plugins, or other options, had changed. What that adapter has of layers
+    that were trained whole (``modules_to_save``) goes on too."""
+    cast("CoreRun", run).continued = adapter
     check_base(adapter, run.source, run.plugins, run.settings.options, run.say)
 
 

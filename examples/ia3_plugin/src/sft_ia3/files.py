@@ -15,7 +15,7 @@ PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(PREFIX) + r"(?P<target>.+\.layers\.\d+\..+)\.ia3_l")
 
 # Settings that change what PEFT computes, and the values of them that mean nothing; one that is left out means them.
-_PLAIN = {"fan_in_fan_out": (False, None), "modules_to_save": (None, [])}
+_PLAIN = {"fan_in_fan_out": (False, None)}
 
 
 class Ia3Folder:

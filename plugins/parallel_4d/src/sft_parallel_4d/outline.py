@@ -6,10 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from sft import Architecture, Block, matching
+from sft import Architecture, Block, UsageError, matching
 
 Sides = tuple[str | None, ...]
 """What each dimension of a tensor is; see :class:`Weight`."""
+
+
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,25 @@ class Outline:
         self.embedding, self.norm = _frozen(self.embedding), _frozen(self.norm)
         self.inside = [[_frozen(weight) for weight in weights] for weights in self.inside]
         self.head = None if self.head is None else _frozen(self.head)
+
+    def let_train(self, names: Sequence[str]) -> None:
+        """Let the embedding, the head and Linears train that ``modules_to_save`` names beside an adapter."""
+        linears = {linear.name: linear for linear in self.targets()}
+        for name in names:
+            try:
+                met = matching([_EMBEDDING, _HEAD, *linears], [name])
+            except UsageError:
+                raise UsageError(
+                    f"modules_to_save {name}: on paper embed_tokens, lm_head and the blocks' Linears can train beside "
+                    "an adapter, and this is none of them; leave it out of the plan."
+                ) from None
+            for path in met & {*linears}:
+                one = linears[path]
+                one.weights = [replace(w, trains=w.trains or w.name in ("weight", "bias")) for w in one.weights]
+            if _EMBEDDING in met or (self.head is None and _HEAD in met):
+                self.embedding = replace(self.embedding, trains=True)
+            if self.head is not None and _HEAD in met:
+                self.head = replace(self.head, trains=True)
 
     def weights(self) -> Iterator[Weight]:
         """Every tensor, as often as it is there; a tied matrix once."""

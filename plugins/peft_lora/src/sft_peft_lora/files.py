@@ -32,7 +32,6 @@ _PLAIN = {
     "bias": ("none",),
     "lora_bias": (False,),
     "fan_in_fan_out": (False,),
-    "modules_to_save": (None, []),
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
     "target_parameters": (None, []),

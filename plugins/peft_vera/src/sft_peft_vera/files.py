@@ -19,7 +19,7 @@ class VeraFolder:
 
     def __init__(self, folder: Path) -> None:
         self.config, tensors = read_adapter(folder)
-        for key, plain in (("bias", "none"), ("modules_to_save", None), ("fan_in_fan_out", False)):
+        for key, plain in (("bias", "none"), ("fan_in_fan_out", False)):
             if self.config.get(key) not in (plain, None, []):
                 raise UsageError(
                     f"{folder}: {key} = {self.config[key]!r} is more than VeRA; this plugin cannot read it."

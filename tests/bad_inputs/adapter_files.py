@@ -157,7 +157,7 @@ FAULTS: dict[str, tuple[Any, ...]] = {
         of_json(CONFIG, alpha_pattern={"[": 2}),
     ),
     "use_dora": (
-        "done: lora_magnitude_vector of model.layers.0.mlp.down_proj is not there",
+        "use_dora = True",
         of_json(CONFIG, use_dora=True),
     ),
     "use_rslora a word": (

@@ -97,7 +97,9 @@ class LoraFolder:
             attribute = endings[ending]
             dimensions = len(tensors_of_form[attribute][1]) if attribute in tensors_of_form else 2
             if tensor.ndim != dimensions:
-                raise UsageError(f"{folder}: tensor {key} has {tensor.ndim} dimensions, and it must have {dimensions}.")
+                raise UsageError(
+                    f"{folder}: tensor {key} has {tensor.ndim} dimensions, and LoRA's have {dimensions} there."
+                )
             target = key[len(PREFIX) : -len(ending) - 1]
             found.setdefault(target, {})[attribute] = np.ascontiguousarray(tensor.astype(np.float32).T)
         for target, parts in found.items():
@@ -108,8 +110,10 @@ class LoraFolder:
             for attribute, (name, sides) in tensors_of_form.items():
                 shape = tuple(lengths[side] for side in sides)
                 if attribute not in parts or parts[attribute].shape != shape:
+                    said = ", ".join(f"{key} = {value!r}" for key, value in formed.items())
                     raise UsageError(
-                        f"{folder}: {name} of {target} is not there, or does not fit its lora_A and lora_B."
+                        f"{folder}: its config has {said}, and {name} of {target} is not there, or does not fit its "
+                        "lora_A and lora_B; copy the adapter again."
                     )
             self.further[target] = parts
         if not self.pairs:

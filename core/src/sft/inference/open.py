@@ -205,7 +205,7 @@ def load_adapted(
     if adapter is not None:
         check_base(adapter, source, plugins, settings.options, progress.say)
         plugins.hook.sft_import_adapter(model=loaded, folder=adapter, hook=plugins.hook)
-        put(dict(loaded.named_parameters()), tied_once(adapter, source), source, WholeModel(), adapter)
+        put(dict(loaded.named_parameters()), tied_once(adapter, source), source, WholeModel().store, adapter)
     use_kernels(loaded, kernels_for(plugins, None, precision))
     loaded.eval()
     return loaded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sft.distributed.parts import copy_marks, is_elsewhere, whole_shape
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from sft.context import CoreRun
     from sft.models.loading import ModelSource
-    from sft.seams import ParallelStrategy
 
 _TIED = {name.rpartition(".")[0] for name in (EMBEDDING, HEAD)}
 
@@ -59,7 +58,7 @@ def let_train(run: CoreRun, layers: Mapping[str, Any]) -> list[str]:
                 _release(run.model, layers[path], attribute, run.precision.weights)
     trained = {id(p) for path in paths & {*layers} for p in layers[path]._parameters.values() if p is not None}
     parameters = dict(run.strategy.parameters(run.model))
-    put(parameters, stored, run.source, run.strategy, run.continued)
+    put(parameters, stored, run.source, run.strategy.store, run.continued)
     found = [name for name, parameter in parameters.items() if id(parameter) in trained]
     run.say(
         f"modules_to_save: {', '.join(found[:4])}{f' and {len(found) - 4} more' if len(found) > 4 else ''} train whole"
@@ -121,10 +120,11 @@ def put(
     parameters: Mapping[str, Any],
     saved: Mapping[str, np.ndarray],
     source: ModelSource,
-    strategy: ParallelStrategy,
+    store: Callable[[Any, Callable[[tuple[slice, ...]], np.ndarray]], None],
     folder: Path | None,
 ) -> None:
-    """Give parameters, by structured name, the values that they have in the adapter of ``folder``."""
+    """Give parameters, by structured name, the values that they have in the adapter of ``folder``; ``store`` is that of
+    :class:`sft.ParallelStrategy`."""
     for name, value in saved.items():
         value = value.T if source.family.is_transposed(name, value.ndim) else value
         parameter = parameters.get(name)
@@ -135,7 +135,7 @@ def put(
                 f"The adapter in {folder} has {shown(name)} whole ({there}), which does not fit this model ({here})."
             )
         if not is_elsewhere(parameter):
-            strategy.store(parameter, value.__getitem__)
+            store(parameter, value.__getitem__)
 
 
 def saved_tensors(run: CoreRun) -> dict[str, np.ndarray]:

@@ -318,6 +318,10 @@ PARALLEL = {
 }
 ELSEWHERE: dict[str, tuple[str, str]] = {
     **PARALLEL,
+    "optim": (
+        "what steps the weights",
+        "plugins/optimizers/tests/test_runs.py::test_a_resumed_run_is_the_same_to_the_bit_and_learns",
+    ),
     "mix_until": (
         "when a pass over data sets with weights ends",
         "core/tests/test_mixing.py::test_weights_that_make_a_pass_endless_are_refused",

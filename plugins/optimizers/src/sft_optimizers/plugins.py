@@ -65,12 +65,14 @@ class AdamW8bitPlugin(sft.Plugin):
         from sft.parallel import whole_shape
         from sft_optimizers.adamw_8bit import AdamW8bit
 
-        embedding = run.model.get_input_embeddings().weight
-        # By the whole parameter's size, so that it does not depend on how processes divide it.
+        shape = run.model.architecture
+        head = None if shape.tied else getattr(getattr(run.model, "lm_head", None), "weight", None)
+        # By the whole parameter's size and its name, so that it does not depend on how processes divide the model.
         coded = {
             name
             for name, parameter in run.strategy.parameters(run.model)
-            if math.prod(whole_shape(parameter)) >= self.options.adamw_8bit_min_size and parameter is not embedding
+            if math.prod(whole_shape(parameter)) >= self.options.adamw_8bit_min_size
+            and (name.startswith(f"{shape.block_names}.") or parameter is head)
         }
         return AdamW8bit(groups, run.settings.training, coded)
 
@@ -90,10 +92,10 @@ class MuonPlugin(sft.Plugin):
     def sft_optimizer(self, run: Run, groups: list[ParameterGroup]) -> Optimizer:
         from sft_optimizers.muon import Muon
 
-        outside = [run.model.get_input_embeddings().weight, getattr(run.model.lm_head, "weight", None)]
+        blocks = f"{run.model.architecture.block_names}."
         matrices = {
             name
             for name, parameter in run.strategy.parameters(run.model)
-            if len(parameter.shape) == 2 and not any(parameter is one for one in outside)
+            if name.startswith(blocks) and len(parameter.shape) == 2
         }
         return Muon(groups, run.settings.training, matrices, self.options.muon_momentum, self.options.muon_steps)

@@ -35,18 +35,21 @@ class Codes:
 
     def encode(self, values: Any) -> tuple[Any, Any]:
         """float32 [n] → codes uint8 [n], and the scale of each block, float32 [⌈n / 256⌉]."""
-        size = values.shape[0]
         blocks = _blocks(values)
         scale = blocks.abs().max(axis=1, keepdim=True)
-        divisor = paddle.where(scale > 0, scale, paddle.ones_like(scale))
-        places = paddle.bucketize((blocks / divisor).reshape([-1]), self._between, out_int32=True)[:size]
-        return ((places + (256 - self._zero)) % 256).astype("uint8"), scale.reshape([-1])
+        shares = (blocks / paddle.where(scale > 0, scale, paddle.ones_like(scale))).reshape([-1])
+        places = paddle.bucketize(shares, self._between, out_int32=True)
+        return _first((places - self._zero).astype("uint8"), values.shape[0]), scale.reshape([-1])  # modulo 256
 
     def decode(self, codes: Any, scale: Any) -> Any:
         """What :meth:`encode` gave → float32 [n]."""
-        size = codes.shape[0]
         values = _blocks(paddle.gather(self._values, codes.astype("int32")))
-        return (values * scale.unsqueeze(1)).reshape([-1])[:size]
+        return _first((values * scale.unsqueeze(1)).reshape([-1]), codes.shape[0])
+
+
+def _first(values: Any, size: int) -> Any:
+    """[n] → [size]."""
+    return values if values.shape[0] == size else values[:size]
 
 
 def _blocks(values: Any) -> Any:

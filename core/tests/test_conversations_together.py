@@ -123,7 +123,9 @@ def test_a_record_that_stays_together_is_not_split(tokenizer: Tokenizer) -> None
         encode([together("yes", "no")], tokenizer, 256, 24, truncation="split")
 
 
-@pytest.mark.parametrize("more", [{}, {"lazy": True}, {"dataset_num_proc": 2}])
+@pytest.mark.parametrize(
+    "more", [{}, *(pytest.param(one, marks=pytest.mark.slow) for one in ({"lazy": True}, {"dataset_num_proc": 2}))]
+)
 def test_a_run_learns_them_as_records_of_one(train: Train, metrics: Any, tmp_path: Path, more: dict[str, Any]) -> None:
     """Against a run whose records are the single conversations: all in one step, so that both learn the same."""
     records = [record_of(number) for number in range(8)]
@@ -139,6 +141,7 @@ def test_a_run_learns_them_as_records_of_one(train: Train, metrics: Any, tmp_pat
     assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_asks_the_first(train: Train, metrics: Any, tmp_path: Path) -> None:
     records = [record_of(number) for number in range(8)]
     data = write_data(tmp_path / "data", records, records[:2])
@@ -162,6 +165,7 @@ def test_one_without_a_target_is_a_bad_record(train: Train, tmp_path: Path) -> N
         train("out", (toy("half", sft_record_format=half),), dataset_name_or_path=str(data), max_steps=1)
 
 
+@pytest.mark.slow
 def test_the_report_shows_all_of_a_record(models: Path, tmp_path: Path) -> None:
     records = [record_of(3), record_of(5), record_of(3)]
     data = write_data(tmp_path / "data", records)

@@ -62,6 +62,7 @@ def test_an_objective_is_minimised_measured_and_logged(train: Train, metrics: Me
     assert any(f"objective {after['eval_objective']:.4f}" in line for line in said)
 
 
+@pytest.mark.slow
 def test_values_of_an_objective_go_on_when_a_run_does(train: Train, metrics: Metrics, tmp_path: Path) -> None:
     """A line over steps before and after the stop."""
     settings = {"max_steps": 4, "logging_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -70,6 +71,7 @@ def test_values_of_an_objective_go_on_when_a_run_does(train: Train, metrics: Met
     assert metrics(tmp_path / "again", same=True) == metrics(tmp_path / "whole", same=True)
 
 
+@pytest.mark.slow
 def test_the_loss_of_tokens_is_learned_and_cross_entropy_measured(
     train: Train, metrics: Metrics, tmp_path: Path
 ) -> None:
@@ -92,12 +94,14 @@ def test_an_objective_beside_the_loss_of_tokens_is_refused() -> None:
         check_plugins(active(extra=(Rows, token)))
 
 
+@pytest.mark.slow
 def test_an_objective_that_nobody_gives_is_cross_entropy(train: Train, metrics: Metrics, tmp_path: Path) -> None:
     train("none", (providing("sft_objective", lambda run: None),), max_steps=1)
     train("plain", max_steps=1)
     assert metrics(tmp_path / "none", same=True) == metrics(tmp_path / "plain", same=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

@@ -57,7 +57,9 @@ def example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return hidden, np.array([[0, 7, 8, 11, 12, 15, 16, 23, -100, 3, 19, 12, -100, 5]]), weight
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "tied", [pytest.param(False, id="untied"), pytest.param(True, id="tied", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize(("rows", "cap", "weighs"), [(None, None, False), (5, 3.0, True)], ids=["plain", "all"])
 def test_value_and_gradients_are_those_of_whole_logits(

@@ -59,7 +59,7 @@ def logits(model: Any) -> np.ndarray:
         return model.lm_head(hidden_states(model, sft.assemble([[example]], pad_id=0))).numpy()
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_within_it_the_model_is_its_base_to_the_bit(adapt: Adapt, times: int) -> None:
     base = adapt().model
     base.eval()
@@ -77,6 +77,7 @@ def test_within_it_the_model_is_its_base_to_the_bit(adapt: Adapt, times: int) ->
     assert logits(model).tobytes() == adapted.tobytes()
 
 
+@pytest.mark.slow
 def test_it_is_undone_when_something_fails(adapt: Adapt) -> None:
     model = adapt(adapting()).model
     names = [name for name, _ in model.named_parameters()]

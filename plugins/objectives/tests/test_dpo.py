@@ -44,7 +44,7 @@ def as_trl(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("kind", ["sigmoid", *(pytest.param(k, marks=pytest.mark.slow) for k in ("hinge", "ipo"))])
 def test_each_step_is_trls(train: Train, metrics: Metrics, tmp_path: Path, as_trl: dict[str, Any], kind: str) -> None:
     """Losses, rewards, margins and log-probabilities of four steps of a LoRA, and where it ends."""
     train("out", dpo_loss_type=kind, dpo_beta=TRL["runs"][kind]["beta"], **as_trl)
@@ -62,6 +62,7 @@ def test_each_step_is_trls(train: Train, metrics: Metrics, tmp_path: Path, as_tr
             np.testing.assert_allclose(ours[name], values, atol=2e-4, rtol=0, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
@@ -86,6 +87,7 @@ def test_pairs_may_be_divided_packed_and_streamed(
             assert line[name] == pytest.approx(expected[name], rel=5e-4, abs=5e-4), (line["step"], name)
 
 
+@pytest.mark.slow
 def test_dev_pairs_are_measured_as_the_objective_and_as_cross_entropy(
     train: Train, metrics: Metrics, tmp_path: Path, as_trl: dict[str, Any]
 ) -> None:
@@ -103,6 +105,7 @@ def test_dev_pairs_are_measured_as_the_objective_and_as_cross_entropy(
     assert after["eval_loss"] == pytest.approx(nats / targets, rel=2e-4)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_bit(train: Train, metrics: Metrics, tmp_path: Path, as_trl: dict[str, Any]) -> None:
     settings = {**as_trl, "lora_path": None, "lora_rank": 2, "lora_dropout": 0.3, "neftune_noise_alpha": 5.0}
     settings |= {"plugin": ["dpo", "lora", "neftune"], "save_strategy": "steps", "save_steps": 2}
@@ -117,6 +120,7 @@ def test_a_run_goes_on_to_the_bit(train: Train, metrics: Metrics, tmp_path: Path
         train("other", **settings)
 
 
+@pytest.mark.slow
 def test_encoded_pairs_are_kept(train: Train, metrics: Metrics, tmp_path: Path, as_trl: dict[str, Any]) -> None:
     said: list[str] = []
     settings = {**as_trl, "max_steps": 1, "encoded_cache": str(tmp_path / "kept")}
@@ -126,6 +130,7 @@ def test_encoded_pairs_are_kept(train: Train, metrics: Metrics, tmp_path: Path, 
     assert metrics(tmp_path / "again", same=True) == metrics(tmp_path / "first", same=True)
 
 
+@pytest.mark.slow
 def test_gradients_in_16_bits_are_those_of_float32(train: Train, metrics: Metrics, tmp_path: Path, as_trl: Any) -> None:
     """bfloat16 holds 8 bits: the norm of the first step's gradient, whose factors are ±β/2 over 4 pairs."""
     train("out", **{**as_trl, "max_steps": 1, "bf16": True})

@@ -80,7 +80,10 @@ def test_a_token_that_is_certain_learns_nothing_and_breaks_nothing(paddle: Any, 
     assert np.abs(gradient).max() < 1e-5
 
 
-@pytest.mark.parametrize("asked", ["z-loss focal-loss label-smoothing", "label-smoothing focal-loss z-loss"])
+@pytest.mark.parametrize(
+    "asked",
+    ["z-loss focal-loss label-smoothing", pytest.param("label-smoothing focal-loss z-loss", marks=pytest.mark.slow)],
+)
 def test_a_run_learns_them_in_their_order(train: Any, metrics: Any, tmp_path: Path, asked: str) -> None:
     """Together, whatever the order in which they are asked for: smoothing, then focal, then z. Options decide."""
     given = {"label_smoothing_factor": 0.3, "focal_loss_gamma": 1.0, "z_loss_weight": 0.5, "max_steps": 1}
@@ -110,6 +113,7 @@ def test_a_run_learns_them_in_their_order(train: Any, metrics: Any, tmp_path: Pa
     assert line["loss"] == pytest.approx(expected.mean(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_setting_asks_for_smoothing_and_cross_entropy_is_measured(train: Any, metrics: Any, tmp_path: Path) -> None:
     """Before training, of equal models: the same dev loss; the objective beside it."""
     train("smoothed", label_smoothing_factor=0.1, max_steps=1)
@@ -120,6 +124,7 @@ def test_a_setting_asks_for_smoothing_and_cross_entropy_is_measured(train: Any, 
     assert json.loads((tmp_path / "smoothed" / "run.json").read_text())["settings"]["plugin"][0] == "label-smoothing"
 
 
+@pytest.mark.slow
 def test_another_factor_is_no_run_to_go_on_with(train: Any, tmp_path: Path) -> None:
     settings = {"label_smoothing_factor": 0.1, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     train("out", **settings)

@@ -167,7 +167,7 @@ def test_without_evaluated_checkpoint_the_last_weights_stay(train: Callable[...,
         ({}, "save_strategy is no"),
         ({"save_strategy": "epoch"}, "set both to steps or both to epoch"),
         ({**STEPS, "save_steps": 3, "eval_steps": 2}, "3 is no multiple of eval_steps 2"),
-        ({**STEPS, "metric_for_best_model": "speed"}, "expected one of loss, ppl, accuracy, got 'speed'"),
+        ({**STEPS, "metric_for_best_model": "speed"}, "expected one of loss, ppl, objective, accuracy, got 'speed'"),
         ({**STEPS, "metric_for_best_model": "bleu4"}, "needs eval_with_do_generation"),
     ],
 )

@@ -88,6 +88,18 @@ def test_the_loss_of_tokens_is_learned_and_cross_entropy_measured(
     assert other[1]["grad_norm"] == pytest.approx(3 * plain[1]["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_the_best_model_may_be_that_of_the_objective(train: Train) -> None:
+    """The highest, which is that of the first step: cross-entropy would take the last."""
+    said: list[str] = []
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "evaluation_strategy": "steps"}
+    settings |= {"eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "objective"}
+    train("out", (Rows,), said.append, **settings, greater_is_better=True)
+    assert any(line.startswith("best model: checkpoint-1, eval_objective ") for line in said)
+    with pytest.raises(sft.UsageError, match="objective: what this run minimises is cross-entropy, which is loss"):
+        train("plain", **settings)
+
+
 def test_an_objective_beside_the_loss_of_tokens_is_refused() -> None:
     token = providing("sft_token_loss", lambda run: None, "heavy")
     with pytest.raises(sft.UsageError, match="rows minimises something else than the loss of tokens, which heavy cha"):

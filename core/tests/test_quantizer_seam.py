@@ -117,6 +117,16 @@ def test_no_float_parameter_of_a_quantized_layer_remains(paddle: Any, models: Pa
     )
 
 
+def test_a_linear_that_was_quantized_is_gone_for_good(paddle: Any, models: Path) -> None:
+    """Also where adapters give their places back."""
+    model = load(models / "qwen2-untied", Rounding())
+    for parameter in model.parameters():
+        parameter.stop_gradient = True
+    names = [name for name, _ in model.named_parameters()]
+    with sft.without_adapter(model):
+        assert [name for name, _ in model.named_parameters()] == names
+
+
 def test_a_quantized_layer_is_still_a_target(paddle: Any, models: Path) -> None:
     plain, quantized = load(models / "llama-tied-gqa"), load(models / "llama-tied-gqa", Rounding())
     described = [

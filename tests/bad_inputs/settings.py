@@ -178,7 +178,7 @@ CASES = {
     "neither true nor false": value("do_train: expected true or false, got 'maybe'", "do_train", "maybe"),
     "a word for a switch": value("lazy: expected true or false, got 'often'", "lazy", "often"),
     "an unknown metric": value(
-        "metric_for_best_model: expected one of loss, ppl, accuracy, got 'beauty'",
+        "metric_for_best_model: expected one of loss, ppl, objective, accuracy, got 'beauty'",
         "metric_for_best_model",
         "beauty",
         load_best_model_at_end="true",

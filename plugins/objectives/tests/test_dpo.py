@@ -12,12 +12,13 @@ import pytest
 from safetensors.numpy import load_file
 
 import sft
-from sft.testing import write_data
+from sft.testing import needs, write_data
 from sft_objectives.pairs import pair_of
 from sft_objectives.preference import LOSSES, Answers
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TRL = json.loads((FIXTURES / "dpo.json").read_text())
+ADAPTERS = ("lora", "lora pissa", "lora rslora lora-plus", "lora dora", "vera", "lora nf4", "lora int8")
 VALUES = (
     "rewards/chosen",
     "rewards/rejected",
@@ -137,6 +138,23 @@ def test_gradients_in_16_bits_are_those_of_float32(train: Train, metrics: Metric
     [line] = [line for line in metrics(tmp_path / "out") if "loss" in line]
     assert line["loss"] == pytest.approx(np.log(2), rel=0.02)
     assert line["grad_norm"] == pytest.approx(TRL["runs"]["sigmoid"]["steps"][0]["grad_norm"], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(one, marks=needs(*one.split())) for one in ADAPTERS], ids=lambda one: one.replace(" ", "+")
+)
+def test_every_adapter_begins_as_its_reference(
+    train: Train, metrics: Metrics, tmp_path: Path, as_trl: dict[str, Any], adapter: str
+) -> None:
+    """Its loss is log 2 to begin with, whatever holds the base, and margins grow."""
+    settings = {**as_trl, "plugin": ["dpo", *adapter.split()]}
+    del settings["lora_path"]
+    train("out", **settings)
+    lines = [line for line in metrics(tmp_path / "out") if "loss" in line]
+    assert lines[0]["loss"] == pytest.approx(np.log(2), rel=1e-4)
+    assert 0 < lines[1]["rewards/margins"] < lines[3]["rewards/margins"]
+    assert lines[3]["loss"] < lines[1]["loss"] < lines[0]["loss"]
 
 
 @pytest.mark.parametrize("kind", LOSSES)

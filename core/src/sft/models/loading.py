@@ -282,7 +282,7 @@ def _quantize(
             )
         layer = layer.part(part.axis, part.index, part.count)
     copy_marks(target.layer, layer)
-    target.replace(layer)
+    setattr(target.parent, target.attribute, layer)  # nobody asks for the Linear again
     stored.pop(f"{name}.weight")
     stored.pop(f"{name}.bias", None)
 

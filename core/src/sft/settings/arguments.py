@@ -232,9 +232,13 @@ class TrainingArguments:
     save_total_limit: int | None = option(None, "checkpoints to keep; unset: all", minimum=1)
     load_best_model_at_end: bool = option(False, "end with the checkpoint whose evaluation was best")
     metric_for_best_model: str | None = option(
-        None, "what best means: loss, ppl, accuracy, or a score of eval_with_do_generation; unset: loss"
+        None,
+        "what best means: loss, ppl, accuracy, objective (where another than loss is minimised), or a score of "
+        "eval_with_do_generation; unset: loss",
     )
-    greater_is_better: bool | None = option(None, "whether a greater metric is better; unset: not for loss and ppl")
+    greater_is_better: bool | None = option(
+        None, "whether a greater metric is better; unset: not for loss, ppl and objective"
+    )
     resume_from_checkpoint: bool | str | None = option(
         None,
         "a checkpoint folder, or auto (or true): the newest in output_dir (a fresh start if there is none)",

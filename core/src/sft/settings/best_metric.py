@@ -7,7 +7,7 @@ from sft.settings.arguments import Settings
 
 ANSWER_SCORES = ("bleu4", "rouge1", "rouge2", "rougel")
 """The scores of the model's own answers (``eval_with_do_generation``)."""
-LOWER = ("loss", "ppl")
+LOWER = ("loss", "ppl", "objective")
 GREATER = ("accuracy",)
 
 

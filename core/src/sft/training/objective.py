@@ -12,6 +12,7 @@ from sft.distributed.parts import is_elsewhere
 from sft.errors import UsageError
 from sft.plugins.calls import checking, mistaken
 from sft.seams import Batch, Losses, Objective
+from sft.settings.best_metric import best_metric
 from sft.settings.checks import check_alone
 from sft.training import loss
 from sft.training.loss import target_loss, target_losses
@@ -20,6 +21,8 @@ from sft.training.token_losses import TokenLosses
 if TYPE_CHECKING:
     from sft.context import CoreRun
 
+OWN = "eval_objective"
+"""The mean of what a run minimises, in the record of an evaluation."""
 TAKEN = (
     *("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds", "tokens", "target_tokens", "padding_tokens"),
     *("peak_memory_mib", "ppl", "accuracy", "sets", "objective", "bleu4", "rouge1", "rouge2", "rougel"),
@@ -108,6 +111,15 @@ class RunObjective:
 def objective_of(run: CoreRun) -> RunObjective:
     """The objective of a run whose model is set up. Raises :class:`UsageError` where it cannot be computed as the model
     is divided."""
+    found = _asked_of_plugins(run)
+    if found.is_plain and run.settings.training.load_best_model_at_end and best_metric(run.settings)[0] == OWN:
+        raise UsageError(
+            "metric_for_best_model objective: what this run minimises is cross-entropy, which is loss; give that."
+        )
+    return found
+
+
+def _asked_of_plugins(run: CoreRun) -> RunObjective:
     provider, given = run.plugins.provider("sft_objective"), run.hook.sft_objective(run=run)
     answers = {n: run.plugins.ask(n, "sft_token_loss", run=run) for n in run.plugins.implementing("sft_token_loss")}
     parts = [(name, part) for name, part in answers.items() if part is not None]

@@ -125,7 +125,10 @@ def test_the_table_of_models_has_every_family() -> None:
         "docs/strategies.md",
         "docs/control.md",
         "docs/export.md",
+        "docs/api-policy.md",
+        "docs/kit.md",
         "docs/optimizers.md",
+        "docs/recipes.md",
         "CONTRIBUTING.md",
     ],
 )

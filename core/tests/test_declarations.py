@@ -115,6 +115,7 @@ def test_in_our_tests_such_a_warning_is_an_error(monkeypatch: pytest.MonkeyPatch
         active(extra=(Publishing, toy(base_old=sft.hookimpl(lambda self: None))))
 
 
+@pytest.mark.slow
 def test_the_command_line_says_it_in_a_note(distribute: Distribute, sft_command: Callable[..., Any]) -> None:
     source = """
         import sft

@@ -36,7 +36,7 @@ def dtype_of(tensor: Any) -> np.dtype[Any]:
 def array_of(tensor: Any) -> np.ndarray:
     """The values of a dense tensor on the CPU, in the same memory; bfloat16 as ``ml_dtypes`` has it.
 
-    The array does not keep the tensor: whoever uses it does.
+    The array does not keep the tensor: whoever uses it does. Raises :class:`ValueError` for any other tensor.
     """
     dtype = dtype_of(tensor)
     if not (tensor.place.is_cpu_place() and tensor.is_contiguous()):
@@ -48,7 +48,8 @@ def array_of(tensor: Any) -> np.ndarray:
 
 
 def copy_onto(target: np.ndarray, source: np.ndarray) -> None:
-    """Give ``target`` the values of ``source``, of the same shape and any float dtype, rounded by way of float32."""
+    """Give ``target`` the values of ``source``, of the same shape (else it raises :class:`ValueError`) and any float
+    dtype, rounded by way of float32."""
     if target.shape != source.shape:
         raise ValueError(f"values of shape {list(source.shape)} for {list(target.shape)}")
     if source.ndim != 2 or source.size <= FEW:

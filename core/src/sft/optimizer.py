@@ -119,7 +119,8 @@ class Optimizer:
             parameter.clear_gradient(False)  # set_to_zero, which paddle ignores by name: it would keep zeros
 
     def state(self) -> dict[str, np.ndarray]:
-        """``NAME.KIND`` for what is kept of every parameter, by structured name; ``NAME.master`` where there is one."""
+        """``NAME.KIND`` for what is kept of every parameter, by structured name, in the dtype in which it is kept;
+        ``NAME.master`` (float32) where there is one."""
         return {key: tensor.numpy() for key, tensor in self.__tensors().items()}
 
     def __tensors(self) -> dict[str, Any]:
@@ -129,7 +130,8 @@ class Optimizer:
 
     @paddle.no_grad()
     def load(self, state: dict[str, np.ndarray]) -> None:
-        """Restore what :meth:`state` returned, for the same parameters."""
+        """Restore what :meth:`state` returned, for the same parameters; raises :class:`SftError` where it is of
+        others."""
         with self.__beside():
             self.__make_state()
             tensors = self.__tensors()

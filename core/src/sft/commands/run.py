@@ -69,7 +69,8 @@ def _interrupted(values: dict[str, Any], error: KeyboardInterrupt, folder: Path,
 
 
 def collect(arguments: list[str]) -> dict[str, Any]:
-    """The settings file's values overridden by the command line's; the last one given counts, plugins add up."""
+    """The settings file's values overridden by the command line's; the last one given counts, plugins add up. Raises
+    :class:`UsageError` for what is no setting, and for a file that cannot be read."""
     loose, given, plugins = named_values(arguments)
     if len(loose) > 1:
         raise UsageError(f"Unexpected {loose[1]!r}; settings are given as --name value.")

@@ -57,12 +57,12 @@ class Part:
         return np.argsort(np.concatenate([np.arange(one.start, one.stop) for one in slices]))
 
     def read(self, read: Callable[[tuple[slice, ...]], np.ndarray]) -> np.ndarray:
-        """The part's values; ``read`` gives the values at a place of the whole."""
+        """The part's values, of its shape; ``read`` gives the values at a place of the whole, of any dtype."""
         pieces = [read(place) for place in self.places]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
 
     def write(self, values: np.ndarray, whole: np.ndarray) -> None:
-        """Copy the part's ``values`` to their places in ``whole``."""
+        """Copy the part's ``values``, of its shape, to their places in ``whole``."""
         start = 0
         for place in self.places:
             stop = start + place[self.axis].stop - place[self.axis].start

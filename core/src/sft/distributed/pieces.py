@@ -47,7 +47,7 @@ class Piece:
         return filled.reshape(shape)
 
     def put(self, values: np.ndarray, whole: np.ndarray) -> None:
-        """Write this piece's ``values`` to their place in ``whole``."""
+        """Write this piece's ``values`` [stop - start] to their place in ``whole``, which has the whole shape."""
         part = np.ascontiguousarray(self.part.read(whole.__getitem__))
         part.reshape(-1)[self.start : self.stop] = values
         self.part.write(part, whole)

@@ -71,7 +71,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Config and tensors of an adapter folder in PEFT's layout, as they stand in the files, but for the names of layers
     that are called otherwise here than in Hugging Face's files (Mixtral's experts), and without the layers that were
-    trained whole (``modules_to_save``), with which the core deals."""
+    trained whole (``modules_to_save``), with which the core deals. Tensors are of any float dtype, [out, in] if they
+    belong to a Linear. Raises :class:`UsageError` where a file is missing, damaged, or holds no finite numbers."""
     config, tensors, _ = _read(folder)
     return {**config, "modules_to_save": None} if "modules_to_save" in config else config, tensors
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def hidden_states(model: Any, batch: Batch, embedded: Any | None = None) -> Any:
     """The last hidden states [B, S, hidden] of a batch, through the model's attention backend.
 
-    ``embedded`` [B, S, hidden] goes into the first block instead of the embedding of the batch's tokens.
+    ``embedded`` [B, S, hidden] goes into the first block instead of the embedding of the batch's tokens. Raises
+    :class:`UsageError` where rows hold several records and the attention backend cannot keep them apart.
     """
     if batch.packed and not getattr(model.attention, "packed", False):
         raise UsageError(

@@ -90,7 +90,8 @@ def without_adapter(model: Any) -> Iterator[None]:
 
 
 def matching(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
-    """Those of the layers' ``names`` that ``patterns`` choose; see :func:`target_layers`."""
+    """Those of the layers' ``names`` that ``patterns`` choose, as :func:`target_layers` reads them; raises
+    :class:`UsageError` for one that chooses none."""
     chosen: set[str] = set()
     for pattern in patterns:
         matched = {name for name in names if _matches(pattern, name)}

@@ -47,7 +47,8 @@ class WeightFormat:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a human size, read as transformers reads it: ``2GB`` is 2·10⁹, ``2GiB`` is 2·2³⁰, a number is bytes."""
+    """Bytes of a human size, read as transformers reads it: ``2GB`` is 2·10⁹, ``2GiB`` is 2·2³⁰, a number is bytes.
+    Raises :class:`UsageError` for any other text."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or float(match[1]) == 0:
         raise UsageError(f"{text!r} is no size; give something like 2GB, 500MB or 1GiB.")

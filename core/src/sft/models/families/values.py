@@ -82,6 +82,7 @@ class Values:
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
+        """A switch: true or false."""
         value = self._given(name, default)
         if not isinstance(value, bool):
             raise self.wrong(name, "true or false")

@@ -48,7 +48,8 @@ def option(
     are inclusive bounds, ``above`` and ``below`` exclusive ones. ``aliases`` are other names that mean the same.
     ``none_is_text``: the word none is a value of its own, not another way of leaving the setting unset. ``is_path``:
     the text names a file or folder, and is refused where none can have that name. ``hook``, of the core's settings
-    alone: plugins that implement it add words to the ``choices`` (requests ``value.X.V``).
+    alone: plugins that implement it add words to the ``choices`` (requests ``value.X.V``); where the setting is a list,
+    each of its words asks for one of them, and ``all`` for all.
     """
     metadata = {
         "help": help,
@@ -177,7 +178,7 @@ def _convert(kind: Any, value: Any) -> Any:
         return _REFUSED
     if typing.get_origin(kind) is list:
         if isinstance(value, str):
-            value = _listed(value)
+            value = items_in(value)
         of_texts = typing.get_args(kind) == (str,)
         is_one = isinstance(value, list) and (not of_texts or all(isinstance(v, str) for v in value))
         return list(value) if is_one else _REFUSED
@@ -206,7 +207,7 @@ def _convert(kind: Any, value: Any) -> Any:
     return number
 
 
-def _listed(text: str) -> list[Any]:
+def items_in(text: str) -> list[Any]:
     """The items of a list that is written as JSON, or with commas between them."""
     if text.lstrip().startswith("["):
         with contextlib.suppress(ValueError):  # a regular expression may begin like a list

@@ -21,7 +21,7 @@ from sft.plugins.requests import (
 from sft.settings.arguments import Settings, core_options
 from sft.settings.paddlenlp import explain
 from sft.settings.reading import build, known_names
-from sft.settings.words import shared_settings
+from sft.settings.words import shared_settings, without_listeners
 
 
 def resolve(values: Mapping[str, Any], extra: Iterable[type]) -> tuple[Settings, Plugins, list[tuple[str, str]]]:
@@ -30,6 +30,7 @@ def resolve(values: Mapping[str, Any], extra: Iterable[type]) -> tuple[Settings,
     """
     entries.cache_clear()  # what was installed since the last run counts
     values, files = with_files(values)
+    values, unheard = without_listeners(values)
     names, left = choose_plugins(values, core_options(), shared_settings())
     active = Plugins.load(names, hookspecs, [*extra, *files], explicit(values), by_device(values))
     known = known_names(active) - {"plugin"}
@@ -41,4 +42,4 @@ def resolve(values: Mapping[str, Any], extra: Iterable[type]) -> tuple[Settings,
     left, foreign = explain(left, known, answered)
     settings = build(left, active)
     active.start(settings.options)
-    return settings, active, [*foreign, *idle, *overruled(values, known)]
+    return settings, active, [*foreign, *unheard, *idle, *overruled(values, known)]

@@ -14,6 +14,7 @@ from sft import hookspecs
 from sft.errors import SftError, UsageError
 from sft.options import Option, options_of
 from sft.plugins.api import declared_version
+from sft.plugins.calls import WATCHING
 from sft.plugins.declarations import check_form, check_relations
 from sft.plugins.discovery import (
     REQUESTS,
@@ -48,11 +49,6 @@ KINDS = {
     "sft_commands": "command",
 }
 """What a plugin is called that implements a hook."""
-_WATCHING = {
-    *("sft_check", "sft_run_started", "sft_step_ended", "sft_evaluated", "sft_checkpoint_saved", "sft_run_ended"),
-    *("sft_run_failed", "sft_state", "sft_restore"),
-}
-"""Hooks in which nothing is answered; a plugin of these alone is an observer."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +199,7 @@ def _kinds(hooks: Sequence[str], refined: Sequence[str]) -> tuple[str, ...]:
     kinds = list(dict.fromkeys(kind for hook, kind in KINDS.items() if hook in hooks))
     kinds += [f"refines {name}" for name in refined]
     if not kinds:
-        kinds = ["observer" if hooks and _WATCHING.issuperset(hooks) else "change"]
+        kinds = ["observer" if hooks and set(WATCHING).issuperset(hooks) else "change"]
     return tuple(kinds)
 
 

@@ -6,7 +6,7 @@ plugin, as entry points in the group ``sft.requests`` that name the same object 
 =====================  ======================================================================================
 ``setting.X``          setting X is true (a switch of another name; nobody else reads X)
 ``value.X.V``          setting X is V, or V is among its words; X belongs to the plugin's options, or is a setting of
-                       the core that is open to plugins (``optim``, ``lr_scheduler_type``)
+                       the core that is open to plugins (``optim``, ``lr_scheduler_type``, ``report_to``)
 ``number.X``           setting X is a number other than -1, 0 and 1 (a degree, a factor); likewise
 ``environment.X``      the process's environment has X, a number above 1 (a launcher started several)
 ``source.SCHEME``      ``dataset_name_or_path`` names a place that begins with ``SCHEME://``
@@ -35,7 +35,7 @@ from typing import Any
 
 from sft.dataset_names import schemes
 from sft.errors import UsageError
-from sft.options import convert, options_of
+from sft.options import convert, items_in, options_of
 from sft.plugins.discovery import canonical, entries, import_plugin, installed
 from sft.plugins.registry import Plugins
 from sft.runtime import likely_device
@@ -243,7 +243,10 @@ def _by_settings(values: Mapping[str, Any], known: Iterable[str], shared: Iterab
         if key in core and key not in shared:
             continue
         if key in core:  # whose own words the core knows
-            asked_for[key] = cases.get(key, {}).get(str(values[key]).strip().lower(), [])
+            words = cases.get(key, {})
+            given = words_in(values[key])
+            asked = [*words] if ALL in given and isinstance(shared, Mapping) and shared[key].is_list else given
+            asked_for[key] = [name for word in asked for name in words.get(word, [])]
         elif key not in asked_for and (key in numbers or key in cases):
             asked_for[key] = _by_value(key, values[key], numbers.get(key, []), cases.get(key, {}))
     return asked_for
@@ -274,6 +277,16 @@ def by_words() -> dict[str, dict[str, list[str]]]:
         key, _, needed = what.partition(".")
         by_value.setdefault(key, {}).setdefault(needed.lower(), []).extend(names)
     return by_value
+
+
+ALL = "all"
+"""A word of a setting that is a list: every plugin that there is for it."""
+
+
+def words_in(value: Any) -> list[str]:
+    """The words of a setting that is a word, or a list of words."""
+    parts = value if isinstance(value, (list, tuple)) else items_in(str(value))
+    return [word for part in parts if (word := str(part).strip().lower())]
 
 
 def _switch(key: str, value: Any, names: list[str]) -> bool:

@@ -244,6 +244,10 @@ class TrainingArguments:
         "a checkpoint folder, or auto (or true): the newest in output_dir (a fresh start if there is none)",
         is_path=True,
     )
+    report_to: list[str] = option(
+        [], "where the run is logged beside its own files: names of plugins for that, all, or none", hook="sft_logged"
+    )
+    run_name: str | None = option(None, "what report_to calls the run; unset: the name of output_dir")
     disable_tqdm: bool = option(False, "plain lines instead of a progress bar")
     deterministic: bool | str = option(
         False,
@@ -252,6 +256,9 @@ class TrainingArguments:
         choices=("strict",),
     )
     seed: int = option(42, "seed of shuffling, initialisation and dropout", minimum=0, maximum=2**31 - 1)
+
+    def __post_init__(self) -> None:
+        self.report_to = [word.strip().lower() for word in self.report_to if word.strip().lower() != "none"]
 
     def warmup_of(self, total: int) -> int:
         """Steps of warm-up in a run of ``total`` optimizer steps."""

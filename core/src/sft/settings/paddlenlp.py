@@ -126,7 +126,7 @@ FOREIGN: dict[str, Foreign] = {
         kind=FLAG,
     ),
     **_each(
-        "logging_dir report_to run_name wandb_api_key wandb_http_proxy metrics_output_path output_signal_dir",
+        "logging_dir wandb_api_key wandb_http_proxy metrics_output_path output_signal_dir",
         JOURNAL,
     ),
     **_each(

@@ -25,6 +25,8 @@ _FREE = {
     "dataset_num_proc",
     "encoded_cache",
     "on_bad_record_limit",
+    "report_to",
+    "run_name",
 }
 """Settings that change nothing of what is computed."""
 

@@ -140,6 +140,11 @@ class Tokenizer:
         return None if self._source.kind == "none" else self._source.text
 
     @property
+    def has_jinja(self) -> bool:
+        """Whether the chat template is in Jinja, as Hugging Face's are."""
+        return self._source.kind == "jinja"
+
+    @property
     def template_name(self) -> str:
         """Which chat template is used, for people."""
         return self._source.name

@@ -45,7 +45,7 @@ def finished(
     tokenizer = tokenizer_of(source, settings, adapter)
     computes = adapter is not None or plugins.provider("sft_quantizer") is not None
     if not computes:
-        yield FinishedModel(source, tokenizer, dtype=dtype)
+        yield FinishedModel(source, tokenizer, dtype=dtype, say=say)
         return
     device = settings.training.device
     with runtime.restored(device):
@@ -59,4 +59,4 @@ def finished(
             merger = plugins.hook.sft_adapter_merger(folder=adapter, hook=plugins.hook)
             if saved := tied_once(adapter, source):
                 merger = SavedMerger(merger, saved)
-        yield FinishedModel(source, tokenizer, merger, plugins.hook.sft_quantizer(run=None), dtype)
+        yield FinishedModel(source, tokenizer, merger, plugins.hook.sft_quantizer(run=None), dtype, say)

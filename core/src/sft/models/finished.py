@@ -4,12 +4,14 @@ them."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sft.conversations import Turn
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.models.architecture import ModelShape
@@ -32,7 +34,7 @@ class FinishedModel:
     Where the adapter was trained over a quantized base, it is folded into that: weights are quantized and read back.
 
     Attributes:
-        tokenizer: With the chat template that goes with the model.
+        say: Prints a line for the user.
         changed: How many of the tensors that were read the adapter has changed.
     """
 
@@ -43,10 +45,11 @@ class FinishedModel:
         merger: AdapterMerger | None = None,
         quantizer: Quantizer | None = None,
         dtype: str = "base",
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """``dtype``: "base", so that each tensor has the dtype of its file, to which what is merged is rounded; or
         "float32". Over a quantized base all is float32."""
-        self.source, self.tokenizer = source, tokenizer
+        self.source, self.tokenizer, self.say = source, tokenizer, say
         self._merger, self._quantizer, self._dtype = merger, quantizer, dtype
         self._weights = source.weights()
         self._stored = {source.family.from_file(name, self._weights.layout): name for name in self._weights}
@@ -163,19 +166,51 @@ class FinishedModel:
         return values if isinstance(values, dict) else {}
 
     @property
-    def chat_template(self) -> str | None:
-        """The text of the chat template, mostly Jinja; None without one."""
-        return self.tokenizer.chat_template
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """Tokens on which an answer ends."""
-        return self.tokenizer.stop_ids
-
-    @property
     def name(self) -> str:
         """What the model's folder is called."""
         return self.source.folder.resolve().name
+
+    # --- text -------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer_json(self) -> dict[str, Any]:
+        """``tokenizer.json`` as the tokenizers library writes it, whatever version of it had written the file; without
+        padding and truncation."""
+        return dict(json.loads(self.tokenizer.backend.to_str()))
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.tokenizer.bos_id
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer itself begins a text with BOS."""
+        return self.tokenizer.adds_bos
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The tokenizer's end-of-text token first, then those of the model's config."""
+        return list(self.tokenizer.eos_ids)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens on which an answer ends: :attr:`eos_ids`, and what ends a turn of the chat template."""
+        return list(self.tokenizer.stop_ids)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template in Jinja; None without one, and where it is in PaddleNLP's form (:attr:`renders`)."""
+        return self.tokenizer.chat_template if self.tokenizer.has_jinja else None
+
+    @property
+    def renders(self) -> bool:
+        """Whether conversations have a form of their own, in Jinja or not."""
+        return self.tokenizer.chat_template is not None
+
+    def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
+        """A conversation as the chat template writes it, or up to where the model is to answer; raises
+        :class:`UsageError` for what the template refuses."""
+        return self.tokenizer.render(turns, add_generation_prompt)
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write ``tokenizer.json``, ``tokenizer_config.json``, the chat template and what else belongs to them."""

@@ -1,0 +1,39 @@
+"""The plugin: what it is asked for, and what it writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import sft
+from sft_export_gguf.types import TYPES
+
+
+@dataclass
+class GgufOptions:
+    """How numbers are kept."""
+
+    gguf_type: str | None = sft.option(
+        None,
+        "type of the matrices, those with a q in blocks of 32 values; unset: the model's own; q4_k_m and other K types "
+        "are made of an f16 file by llama-quantize of llama.cpp",
+        choices=TYPES,
+    )
+
+
+class Gguf(sft.Plugin):
+    name = "gguf"
+    api_version = ">=1.1,<2"
+    summary = "Write a finished model as one GGUF file, for llama.cpp."
+    reference = "https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"
+    Options = GgufOptions
+
+    @sft.hookimpl
+    def sft_export(self, model: sft.FinishedModel, to: str, folder: Path) -> list[Path] | None:
+        if to != "gguf":
+            return None
+        from sft_export_gguf.writing import write
+
+        path = folder / "model.gguf"
+        write(path, model, self.options.gguf_type)
+        return [path]

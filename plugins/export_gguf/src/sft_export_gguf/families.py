@@ -1,0 +1,160 @@
+"""Families that llama.cpp computes, and how its files describe them.
+
+What a family's graph in llama.cpp computes is fixed; a model that differs in anything that no key of the file says is
+refused. Each family here has been held to logits of llama.cpp itself (tests/fixtures/make_answers.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+import sft
+
+Change = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A family of models as llama.cpp has it.
+
+    Attributes:
+        arch: What GGUF calls it.
+        can: Fields of an :class:`sft.Architecture` that the file describes, whatever they are.
+        has: Those that the graph has built in, where they are not the architecture's defaults.
+        adjacent: Whether the rotary embedding turns dimensions 2i and 2i + 1 of a head together; Hugging Face's files
+            have i and i + size / 2.
+        stretches: The scalings of the rotary embedding that the file can describe.
+    """
+
+    arch: str
+    can: tuple[str, ...] = ()
+    has: dict[str, Any] | None = None
+    adjacent: bool = False
+    stretches: tuple[str, ...] = ("linear", "yarn")
+
+
+FORMS = {
+    "llama": Form(
+        "llama",
+        can=("attention_bias", "output_bias", "mlp_bias"),
+        adjacent=True,
+        stretches=("linear", "yarn", "llama3"),
+    ),
+    "mistral": Form("llama", adjacent=True),
+    "qwen2": Form("qwen2", has={"attention_bias": True}),
+    "qwen3": Form("qwen3", has={"head_norm": "head"}),
+}
+"""By ``model_type``."""
+
+_SIZES = (
+    *("vocabulary", "hidden", "positions", "blocks", "tied", "rotaries", "block_names"),
+    *("inner", "heads", "kv_heads", "head_size", "norm_epsilon"),
+)
+"""Fields of an architecture that every file describes, or that are looked at by themselves."""
+
+
+def form_of(model: sft.FinishedModel) -> Form:
+    """How ``model`` is described; :class:`sft.UsageError` for what llama.cpp does not compute."""
+    kind, found = model.config.get("model_type"), model.architecture
+    form = FORMS.get(str(kind))
+    if form is None or not isinstance(found, sft.Architecture):
+        raise sft.UsageError(
+            f"Models of type {sft.shown(kind)} cannot be written as GGUF here (those that can: {', '.join(FORMS)}); "
+            "write --to huggingface, and convert that with llama.cpp's convert_hf_to_gguf.py."
+        )
+    for field in fields(found):
+        if field.name in (*_SIZES, *form.can):
+            continue
+        value, expected = getattr(found, field.name), (form.has or {}).get(field.name, field.default)
+        if value != expected:
+            raise sft.UsageError(
+                f"llama.cpp computes {form.arch} with {field.name} {expected!r}, and this model has {value!r}; write "
+                "--to huggingface."
+            )
+    if any(block.experts is not None or block.rotary != 0 for block in found.blocks):
+        raise sft.UsageError(f"llama.cpp's {form.arch} has no experts and turns every block; write --to huggingface.")
+    rotary = found.rotaries[0]
+    if rotary.kind not in ("default", *form.stretches) or rotary.size != found.head_size or rotary.interleaved:
+        raise sft.UsageError(
+            f"A GGUF file of {form.arch} cannot describe this model's rotary embedding ({rotary.kind}, {rotary.size} "
+            f"of {found.head_size} dimensions); write --to huggingface."
+        )
+    return form
+
+
+def describe(model: sft.FinishedModel, form: Form, writer: Any) -> None:
+    """Write the sizes of ``model`` into the header of ``writer`` (gguf's)."""
+    import gguf
+
+    found = model.architecture
+    assert isinstance(found, sft.Architecture)
+    windows = [block.window for block in found.blocks if block.window is not None]
+    positions = min([found.positions, *windows])
+    if positions < found.positions:
+        model.say(
+            f"note: llama.cpp's {form.arch} has no sliding window, so the file says that its context is the window, "
+            f"{positions:,} tokens, up to which both compute the same"
+        )
+    writer.add_context_length(positions)
+    writer.add_embedding_length(found.hidden)
+    writer.add_block_count(len(found.blocks))
+    writer.add_feed_forward_length(found.inner)
+    writer.add_head_count(found.heads)
+    writer.add_head_count_kv(found.kv_heads)
+    writer.add_key_length(found.head_size)
+    writer.add_value_length(found.head_size)
+    writer.add_layer_norm_rms_eps(found.norm_epsilon)
+    writer.add_vocab_size(found.vocabulary)
+    rotary = found.rotaries[0]
+    writer.add_rope_dimension_count(rotary.size)
+    writer.add_rope_freq_base(rotary.base)
+    if rotary.kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rotary.values["factor"]))
+    elif rotary.kind == "yarn":
+        _describe_yarn(model, rotary, writer)
+
+
+def _describe_yarn(model: sft.FinishedModel, rotary: sft.Rotary, writer: Any) -> None:
+    import gguf
+
+    known = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "rope_type", "type"}
+    more = sorted(key for key, value in rotary.values.items() if key not in known and value is not None)
+    if more:
+        raise sft.UsageError(
+            f"A GGUF file cannot describe {', '.join(more)} of this model's rope_scaling; write --to huggingface."
+        )
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(float(rotary.values["factor"]))
+    writer.add_rope_scaling_orig_ctx_len(int(rotary.values.get("original_max_position_embeddings") or rotary.positions))
+    writer.add_rope_scaling_yarn_beta_fast(float(rotary.values.get("beta_fast") or 32.0))
+    writer.add_rope_scaling_yarn_beta_slow(float(rotary.values.get("beta_slow") or 1.0))
+
+
+def further_tensors(model: sft.FinishedModel) -> dict[str, np.ndarray]:
+    """Tensors that the file has beside the model's: by what each rotary frequency is divided, float32 [size / 2]."""
+    rotary = model.architecture.rotaries[0]
+    if rotary.kind != "llama3":
+        return {}
+    plain = replace(rotary, kind="default").frequencies()[0]
+    return {"rope_freqs.weight": (plain / rotary.frequencies()[0]).astype(np.float32)}
+
+
+def change_of(name: str, model: sft.FinishedModel, form: Form) -> Change | None:
+    """What becomes of the tensor ``name``; None where it is written as it is."""
+    found = model.architecture
+    assert isinstance(found, sft.Architecture)
+    if form.adjacent and name.split(".")[-2:-1] in (["q_proj"], ["k_proj"]):
+        heads = found.heads if ".q_proj." in name else found.kv_heads
+        return lambda array: _adjacent(array, heads)
+    return None
+
+
+def _adjacent(array: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head, of which i and i + size / 2 turn together, so that 2i and 2i + 1 do."""
+    halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+    return halves.swapaxes(1, 2).reshape(array.shape)

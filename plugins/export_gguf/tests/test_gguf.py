@@ -1,0 +1,272 @@
+"""Files for llama.cpp: what llama.cpp itself computes from them, and what the gguf library reads in them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import sft
+from sft.testing import forward, load
+
+CASES = (
+    *("llama", "llama-untied", "llama-headdim", "llama3", "llama-biased", "llama-linear", "llama-yarn", "mistral"),
+    *("qwen2", "qwen2-tied", "qwen3"),
+)
+QUICK = ("llama3", "qwen2")
+TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+
+
+def slowly(names: tuple[str, ...], quick: tuple[str, ...]) -> list[Any]:
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def log_probabilities(model: Any, ids: list[int]) -> np.ndarray:
+    """Of the token after ``ids``, float64 [V]."""
+    logits = forward(model, np.array([ids]))[0, -1].astype(np.float64)
+    shifted = logits - logits.max()
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
+
+
+def exported(model: Path, output: Path, *say: Callable[[str], None], **options: Any) -> Path:
+    from sft.inference.export import export
+
+    (path,) = export(str(model), None, "gguf", output, *(say or (lambda text: None,)), options=options)
+    return path
+
+
+# --- llama.cpp ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", slowly(CASES, QUICK))
+def test_llama_cpp_computes_what_sft_computes(
+    cases: ModuleType, answers: dict[str, Any], tmp_path: Path, case: str
+) -> None:
+    """From the very file that is written here, and of the same text: equal tokens, and log-probabilities equal to
+    float32's noise (llama.cpp gives six digits)."""
+    answer = answers[f"{case} f32"]
+    assert cases.digest(cases.write(case, "f32", tmp_path)) == answer["digest"], "make_answers.py must be run again"
+    model, tokenizer = load(tmp_path / "model"), sft_tokenizer(tmp_path / "model")
+    for ids, after in zip(cases.IDS, answer["after"], strict=True):
+        np.testing.assert_allclose(after, log_probabilities(model, ids), rtol=0, atol=2e-5)
+    for text, tokens in zip(cases.TEXTS, answer["tokens"], strict=True):
+        assert tokenizer.with_bos(tokenizer.encode(text)) == tokens
+
+
+def sft_tokenizer(folder: Path) -> Any:
+    from sft.data.tokenizer import Tokenizer
+
+    return Tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", slowly(TYPES, ("q8_0",)))
+def test_llama_cpp_reads_every_type(cases: ModuleType, answers: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    """Against sft's model with the weights that are in the file. llama.cpp rounds what it multiplies them with, to 8
+    bits in blocks or to the type's own, which moves the result; another block order, or scale, would move it far."""
+    answer = answers[f"llama {kind}"]
+    path = cases.write("llama", kind, tmp_path)
+    assert cases.digest(path) == answer["digest"], "make_answers.py must be run again"
+    exact = load(tmp_path / "model")
+    write_back(path, tmp_path / "model")
+    rounded = load(tmp_path / "model")
+    found, expected = np.array(answer["after"][0]), log_probabilities(rounded, cases.IDS[0])
+    moved = np.abs(found - expected).max()
+    assert moved < {"f16": 0.02, "bf16": 0.1}.get(kind, 0.25), moved
+    if kind.startswith(("q4", "q5")):  # the rounding of the weights is larger than that of what they meet
+        assert moved < 0.5 * np.abs(found - log_probabilities(exact, cases.IDS[0])).max()
+
+
+def write_back(path: Path, folder: Path) -> None:
+    """Give the model in ``folder`` the weights of a GGUF file."""
+    values, tensors = {}, load_file(folder / "model.safetensors")
+    for tensor in gguf.GGUFReader(path).tensors:
+        values[tensor.name] = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    config = json.loads((folder / "config.json").read_text())
+    for name, array in tensors.items():
+        found = values[theirs(name)].reshape(array.shape)
+        tensors[name] = np.ascontiguousarray(separate(name, found, config)).astype(np.float32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# --- what is in the file ------------------------------------------------------------------------------------
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def theirs(name: str) -> str:
+    """What GGUF's specification calls a tensor of Hugging Face's Llama."""
+    outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    if name in (*outer, "lm_head.weight"):
+        return outer.get(name, "output.weight")
+    _, _, block, *middle, kind = name.split(".")
+    return f"blk.{block}.{NAMES['.'.join(middle)]}.{kind}"
+
+
+def separate(name: str, array: np.ndarray, config: dict[str, Any]) -> np.ndarray:
+    """The rows of q and k of Llama in Hugging Face's order: those of a head's first halves of pairs come first."""
+    if config["model_type"] in ("llama", "mistral") and ("q_proj" in name or "k_proj" in name):
+        heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+        size = array.shape[0] // heads
+        order = [head * size + 2 * pair + half for head in range(heads) for half in (0, 1) for pair in range(size // 2)]
+        return np.asarray(array[order])
+    return array
+
+
+@pytest.mark.parametrize("case", slowly(CASES, ("llama3",)))
+def test_every_tensor_is_in_the_file_bit_by_bit(cases: ModuleType, tmp_path: Path, case: str) -> None:
+    reader = gguf.GGUFReader(cases.write(case, "f32", tmp_path))
+    folder = tmp_path / "model"
+    config = json.loads((folder / "config.json").read_text())
+    stored = {name: array for file in folder.glob("model*.safetensors") for name, array in load_file(file).items()}
+    found = {tensor.name: tensor.data.reshape(tensor.shape[::-1]) for tensor in reader.tensors}
+    factors = found.pop("rope_freqs.weight", None)
+    assert (factors is not None) == (case == "llama3")
+    assert sorted(found) == sorted(map(theirs, stored))
+    for name, array in stored.items():
+        np.testing.assert_array_equal(separate(name, found[theirs(name)], config), array, name)
+
+    def said(key: str) -> Any:
+        return reader.fields[key].contents()
+
+    arch = said("general.architecture")
+    assert arch == {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    assert said(f"{arch}.block_count") == config["num_hidden_layers"]
+    assert said(f"{arch}.attention.head_count_kv") == config["num_key_value_heads"]
+    assert said(f"{arch}.context_length") == sft.open_model(folder).architecture.positions
+    assert said("tokenizer.ggml.tokens")[5] == "&"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_without_a_type_nothing_is_rounded(cases: ModuleType, tmp_path: Path, dtype: str) -> None:
+    folder = cases.prepare("qwen2", tmp_path / "model")
+    stored = load_file(folder / "model.safetensors")
+    narrow = {
+        name: array.astype(np.dtype(dtype) if dtype != "bfloat16" else ml_dtypes.bfloat16)
+        for name, array in stored.items()
+    }
+    save_file(narrow, folder / "model.safetensors", metadata={"format": "pt"})
+    for tensor in gguf.GGUFReader(exported(folder, tmp_path / "out")).tensors:
+        name = next(name for name in stored if theirs(name) == tensor.name)
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(stored[name].shape)
+        np.testing.assert_array_equal(values, narrow[name].astype(np.float32))
+        assert tensor.tensor_type.name == (
+            "F32" if values.ndim == 1 else {"float32": "F32", "float16": "F16"}.get(dtype, "BF16")
+        )
+
+
+def test_blocks_of_8_bits_have_the_scale_of_their_largest_value(cases: ModuleType, tmp_path: Path) -> None:
+    """The formula of ggml's Q8_0 in float64: d = max |x| / 127 in float16, and x / d to the nearest whole number."""
+    said: list[str] = []
+    folder = cases.prepare("qwen2", tmp_path / "model")
+    reader = gguf.GGUFReader(exported(folder, tmp_path / "out", said.append, gguf_type="q8_0"))
+    stored, blocks = load_file(folder / "model.safetensors"), 0
+    for tensor in reader.tensors:
+        if tensor.tensor_type is not gguf.GGMLQuantizationType.Q8_0:
+            continue
+        name = next(name for name in stored if theirs(name) == tensor.name)
+        rows = np.asarray(tensor.data).reshape(-1, 34)
+        scales, codes = rows[:, :2].copy().view(np.float16)[:, 0], rows[:, 2:].copy().view(np.int8)
+        values = stored[name].astype(np.float64).reshape(-1, 32)
+        exact = np.abs(values).max(axis=1) / 127
+        np.testing.assert_array_equal(scales, exact.astype(np.float16))
+        assert np.abs(codes - values / exact[:, None]).max() <= 0.5 + 1e-4
+        blocks += len(rows)
+    assert blocks > 500
+    assert "matrices are f16 and not q8_0, whose blocks of 32 values do not divide their rows" in " ".join(said)
+
+
+# --- what is said, and refused ------------------------------------------------------------------------------
+
+
+def test_what_the_file_cannot_say_is_said(cases: ModuleType, tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = cases.prepare("mistral", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 24}))
+    reader = gguf.GGUFReader(exported(folder, tmp_path / "out", said.append))
+    assert reader.fields["llama.context_length"].contents() == 24
+    (note,) = said
+    assert "no sliding window, so the file says that its context is the window, 24 tokens" in note
+    said.clear()
+    exported(cases.prepare("qwen2", tmp_path / "composing"), tmp_path / "out2", said.append)
+    assert "llama.cpp does not compose letters as this tokenizer does (NFC)" in " ".join(said)
+
+
+def test_what_llama_cpp_does_not_compute_is_refused(models: Path, cases: ModuleType, tmp_path: Path) -> None:
+    families = models.parent / "families"
+    wrong = {
+        families / "llama-dynamic": r"GGUF file of llama cannot describe this model's rotary embedding \(dynamic, ",
+        families / "gemma2": "Models of type gemma2 cannot be written as GGUF here .those that can: llama, ",
+    }
+    for model, message in wrong.items():
+        folder = tmp_path / model.name
+        shutil.copytree(model, folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(models / "llama-tied-gqa" / name, folder / name)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+        with pytest.raises(sft.UsageError, match=message):
+            exported(folder, tmp_path / "out")
+    biased = cases.prepare("qwen3", tmp_path / "biased")
+    config = json.loads((biased / "config.json").read_text())
+    (biased / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
+    with pytest.raises(
+        sft.UsageError, match=r"llama\.cpp computes qwen3 with attention_bias False, and this model has True"
+    ):
+        exported(biased, tmp_path / "out")
+    large = cases.prepare("llama", tmp_path / "large")
+    tensors = load_file(large / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"] * np.float32(1e7)
+    save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(sft.UsageError, match="which float16 does not hold; give --gguf_type bf16 or f32"):
+        exported(large, tmp_path / "out", gguf_type="f16")
+    with pytest.raises(sft.UsageError, match="gguf_type"):
+        exported(large, tmp_path / "out", gguf_type="q4_k_m")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
+            "BPE that cuts words by",
+        ),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "BPE that cuts words by .*Whitespace"),
+        ({"normalizer": {"type": "Lowercase"}}, "BPE with normalizer .*Lowercase"),
+        ({"decoder": {"type": "Fuse"}}, "BPE that is not byte-level BPE"),
+        ({"model": {"ignore_merges": True}}, "and never cuts tokens"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_does_not_follow_is_refused(
+    cases: ModuleType, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    folder = cases.prepare("llama", tmp_path / "model")
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content.update({key: {**content[key], **value} if key == "model" else value for key, value in change.items()})
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(sft.UsageError, match=f"The tokenizer is .*{message}"):
+        exported(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

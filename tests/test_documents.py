@@ -22,6 +22,7 @@ from sft.models.families.known import FAMILIES
 from sft.options import options_of
 from sft.plugins.registry import Plugins
 from sft.settings.arguments import core_options
+from sft.testing import token_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -278,3 +279,16 @@ def test_the_optimizer_of_its_page_steps_as_it_says() -> None:
         value = value - 0.1 * (velocity + 0.5 * value)
     np.testing.assert_allclose(parameter.numpy(), value, atol=1e-6, rtol=0)
     assert set(optimizer.state()) == {"w.velocity"}
+
+
+def test_the_loss_of_the_guide_leaves_out_what_is_known() -> None:
+    """The example in docs/plugins.md: of three tokens the one of probability 0.99 teaches nothing."""
+    [block] = [block for block in blocks("docs/plugins.md", "python") if "sft_token_loss" in block]
+    made: dict[str, Any] = {"__name__": "guide"}
+    exec(compile(block, "docs/plugins.md", "exec", dont_inherit=True), made)
+    logits = np.log(np.array([[0.99, 0.005, 0.005], [0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], np.float32))
+    plugin = made["SkipKnown"](made["KnownOptions"]())
+    value, gradient = token_loss(plugin.sft_token_loss(None), logits, np.array([0, 1, 2]))
+    assert value == pytest.approx(-np.log(0.25) - np.log(0.8), rel=1e-5)
+    assert not gradient[0].any()
+    np.testing.assert_allclose(gradient[1], [0.5, -0.75, 0.25], atol=1e-6)

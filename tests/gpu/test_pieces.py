@@ -202,6 +202,44 @@ def test_loss(paddle: Any, on_gpu: bool, monkeypatch: pytest.MonkeyPatch, row: R
         row(f"… gradient of lm_head, {dtype}", apart(head.grad, wide[0].T @ chances), tolerance or 5e-3)
 
 
+class Mixed:
+    """A loss of a token that is made of all three numbers."""
+
+    def loss(self, targets: Any, before: Any) -> Any:
+        every = targets.log_normaliser - targets.mean_logit
+        return before * (1.0 - targets.log_probability.exp()) + 0.1 * every + 0.01 * targets.log_normaliser.square()
+
+
+def test_losses_of_tokens(paddle: Any, on_gpu: bool, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
+    """16 chunks of 32,000 logits, against autograd over whole logits in float64."""
+    from sft.training import loss
+    from sft.training.token_losses import TokenLosses
+
+    vocabulary, hidden, positions = (32_000, 256, 256) if on_gpu else (4_000, 64, 64)
+    monkeypatch.setattr(loss, "chunk_bytes", lambda memory: 4 * vocabulary * positions // 16)
+    random = np.random.default_rng(5)
+    states = random.standard_normal((1, positions, hidden)) / hidden**0.5
+    weight, labels = random.standard_normal((hidden, vocabulary)), random.integers(0, vocabulary, (1, positions))
+    for dtype in dtypes(on_gpu):
+        given, head = tensor(paddle, states, dtype), tensor(paddle, weight, dtype)
+        lm_head = SimpleNamespace(weight=head, kernels=own_kernels())
+        value = loss.target_loss(given, labels, lm_head, 1.0, None, TokenLosses([("mixed", Mixed())]))
+        value.backward()
+        wide, matrix = (paddle.to_tensor(one.astype("float32").numpy().astype(np.float64)) for one in (given[0], head))
+        wide.stop_gradient = matrix.stop_gradient = False
+        logits = paddle.matmul(wide, matrix)
+        chosen = paddle.take_along_axis(logits, paddle.to_tensor(labels[0])[:, None], axis=-1)
+        normaliser = paddle.logsumexp(logits, axis=-1, keepdim=True)
+        nats = normaliser - chosen
+        exact = nats * (1.0 - (-nats).exp()) + 0.1 * (normaliser - logits.mean(axis=-1, keepdim=True))
+        exact = (exact + 0.01 * normaliser.square()).sum()
+        exact.backward()
+        tolerance = {"float32": 1e-5}.get(dtype)
+        row(f"losses of tokens, {dtype}", abs(float(value) / float(exact) - 1), tolerance or 2e-3)
+        row(f"… gradient of hidden states, {dtype}", apart(given.grad[0], wide.grad.numpy()), tolerance or 1e-2)
+        row(f"… gradient of lm_head, {dtype}", apart(head.grad, matrix.grad.numpy()), tolerance or 5e-3)
+
+
 @needs("nf4")
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_four_bits(paddle: Any, on_gpu: bool, row: Row, kind: str) -> None:

@@ -192,7 +192,7 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     run.hook.sft_run_started(run=run)
     if training.save_strategy != "no":
         checkpoint.check_plugin_state(run)
-    display = Display(schedule.total_steps, run.step, run.progress, run.objective.values)
+    display = Display(schedule.total_steps, run.step, run.progress)
     run.plugins.manager.register(display)
     try:
         steps, epochs = train(

@@ -233,8 +233,8 @@ class Objective(Protocol):
     """What a step minimises: Σ loss(batch) / Σ weight(batch) over the micro-batches of all processes.
 
     Attributes:
-        values: The names of what is logged beside the loss. One that the core has itself (``loss``, ``step``) is
-            refused.
+        values: The names of what is logged beside the loss, each with a slash, as in ``rewards/margins``: no number of
+            the core's own has one.
     """
 
     @property

@@ -23,11 +23,6 @@ if TYPE_CHECKING:
 
 OWN = "eval_objective"
 """The mean of what a run minimises, in the record of an evaluation."""
-TAKEN = (
-    *("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds", "tokens", "target_tokens", "padding_tokens"),
-    *("peak_memory_mib", "ppl", "accuracy", "sets", "objective", "bleu4", "rouge1", "rouge2", "rougel"),
-)
-"""What a line of a run has itself, so that no value of an objective has such a name."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +129,6 @@ def _asked_of_plugins(run: CoreRun) -> RunObjective:
         )
     who = run.plugins.who(provider)
     for name in given.values:
-        if name in TAKEN:
-            raise mistaken(f"a value called {name}, which the lines of a run have themselves", "sft_objective", who)
+        if not all(name.partition("/")):
+            raise mistaken(f"a value called {name}, where a name such as part/{name} is expected", "sft_objective", who)
     return RunObjective(given, who=who)

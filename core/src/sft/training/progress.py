@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,15 +22,15 @@ def figures(record: dict[str, Any]) -> str:
     text = f"loss {record['eval_loss']:.4f}  ppl {_short(record['eval_ppl'])}  accuracy {record['eval_accuracy']:.4f}"
     answers = [f"{name} {record[f'eval_{name}']:.4f}" for name in ANSWER_SCORES if f"eval_{name}" in record]
     sets = [f"loss of {shown(name)} {one['eval_loss']:.4f}" for name, one in record.get("eval_sets", {}).items()]
-    known = {"loss", "ppl", "accuracy", "tokens", "seconds", *ANSWER_SCORES}
-    own = {key.removeprefix("eval_"): value for key, value in record.items() if key.startswith("eval_")}
-    more = [f"{name} {value:.4f}" for name, value in own.items() if isinstance(value, float) and name not in known]
-    return "  ".join([text, *sets, *answers, *more]) + _own(record)
+    objective = [f"objective {record['eval_objective']:.4f}"] if "eval_objective" in record else []
+    return "  ".join([text, *objective, *sets, *answers]) + _own(record)
 
 
 def _own(record: dict[str, Any]) -> str:
-    """What plugins measure, behind the rest."""
-    return "".join(f"  {shown(name)} {value:.4g}" for name, value in record.items() if "/" in name)
+    """What plugins measure, and the values of an objective, behind the rest."""
+    return "".join(
+        f"  {shown(name.removeprefix('eval_'))} {value:.4g}" for name, value in record.items() if "/" in name
+    )
 
 
 def _short(value: float) -> str:
@@ -40,9 +40,8 @@ def _short(value: float) -> str:
 class Display:
     """Shows steps, logged lines and evaluations. Registered beside the plugins, it hears of micro-batches too."""
 
-    def __init__(self, total: int, done: int, progress: Progress, values: Sequence[str] = ()) -> None:
-        """``values``: what the objective has a name for."""
-        self._progress, self._values = progress, values
+    def __init__(self, total: int, done: int, progress: Progress) -> None:
+        self._progress = progress
         self._total, self._first, self._done = total, done, done
         self._began = self._said = time.monotonic()
         self._bar = progress.show("step", total) if progress.has_bars else None
@@ -97,9 +96,8 @@ class Display:
         """A logged step, in plain text (the bar shows the same figures at every step)."""
         if self._bar is None:
             speed = line["tokens"] / max(line["seconds"], 1e-9)
-            values = "".join(f"{name} {line[name]:.4f}  " for name in self._values)
             self.say(
-                f"step {line['step']}/{self._total}  epoch {line['epoch']:.2f}  loss {line['loss']:.4f}  {values}"
+                f"step {line['step']}/{self._total}  epoch {line['epoch']:.2f}  loss {line['loss']:.4f}  "
                 f"lr {line['learning_rate']:.2e}  grad norm {line['grad_norm']:.3f}  {speed:,.0f} tokens/s  "
                 f"ETA {self._eta()}{_own(line)}"
             )

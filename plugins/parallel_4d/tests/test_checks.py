@@ -11,6 +11,7 @@ import pytest
 
 import sft
 from sft.fine_tune import prepare_run
+from sft.testing import needs
 from sft_parallel_4d.plans import Plan
 from sft_parallel_4d.plugin import Parallel4d
 
@@ -196,3 +197,14 @@ def test_a_model_of_the_hub_is_looked_at_when_the_checks_are_done(
     ):
         sft.run({**values, "tensor_parallel_degree": 2}, say=lambda text: None)
     assert asked == ["owner/model"]
+
+
+@needs("muon", "lion")
+def test_an_optimizer_of_whole_parameters_is_refused_before_weights_are_read(planned: Planned) -> None:
+    for processes, settings in ((2, {"sharding": "stage1"}), (2, {TENSOR: 2}), (1, {"sharding": "stage1 offload"})):
+        with pytest.raises(
+            sft.UsageError, match="The optimizer of plugin muon steps a parameter as a whole, and shard"
+        ):
+            planned(processes, optim="muon", **settings)
+        assert planned(processes, optim="lion", **settings) is not None
+    assert planned(4, optim="muon", **{PIPELINE: 2}).data == 2

@@ -75,6 +75,25 @@ def test_optimizer_bytes_are_those_of_its_state(paddle: Any, models: Path, case:
     assert gradients in (0, stage.size.weights)
 
 
+@pytest.mark.parametrize("model", ["llama-tied-gqa", "qwen2-untied"])
+@pytest.mark.parametrize("optim", ["lion", "adafactor", "adamw_8bit", "muon"])
+def test_bytes_of_other_optimizers_are_those_of_their_state(
+    adapt: Callable[..., sft.Run], models: Path, model: str, optim: str
+) -> None:
+    """As each plugin says; a tied matrix, an lm_head of its own, and biases."""
+    pytest.importorskip("sft_optimizers")
+    from sft.training.groups import make_optimizer
+
+    settings: dict[str, Any] = {"model_name_or_path": str(models / model), "optim": optim}
+    settings |= {"adamw_8bit_min_size": 600} if optim == "adamw_8bit" else {}
+    optimizer = make_optimizer(adapt(**settings))  # type: ignore[arg-type]
+    for parameter in optimizer.parameters.values():
+        parameter.grad_ = parameter * 0
+    optimizer.step(0.0)
+    (stage,) = stages(on_paper(settings).outline, Division(), 1, WHOLE)
+    assert stage.size.optimizer == sum(array.nbytes for array in optimizer.state().values())
+
+
 def marked(settings: dict[str, Any]) -> Any:
     return pytest.param(settings, marks=needs(*settings["plugin"]))
 

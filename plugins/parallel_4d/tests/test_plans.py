@@ -224,6 +224,29 @@ def test_another_optimizer_than_that_of_the_formulas_is_named(config_of: Callabl
     assert note.startswith("note: the figures have the state that AdamW keeps; that of plugin steps keeps another")
 
 
+def test_an_optimizer_of_whole_parameters_leaves_the_plans_that_divide_none(config_of: Callable[..., Path]) -> None:
+    class Steps(sft.Plugin):
+        name = "steps"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_optimizer(self, run: sft.Run, groups: list[sft.ParameterGroup]) -> Any: ...
+
+        @sft.hookimpl
+        def parallel_outline(self, outline: Outline) -> None:
+            outline.steps(lambda shape, where: 1, wholes=True)
+
+    paper = on_paper({"model_name_or_path": str(config_of())}, plugins=[Steps])
+    assert paper.notes == ()
+    plans = legal_plans(paper.outline, 4, 8, 1)
+    assert {(plan.tensor, plan.stage) for plan in plans} == {(1, 0)}
+    assert {plan.pipeline for plan in plans} == {1, 2, 4}
+    with pytest.raises(sft.UsageError, match="steps whole parameters, which sharding would divide"):
+        legal_plans(paper.outline, 4, 8, 1, Wanted(stage=1))
+    with pytest.raises(sft.UsageError, match="steps whole parameters, which tensor parallelism would divide"):
+        legal_plans(paper.outline, 4, 8, 1, Wanted(tensor=2))
+
+
 class Scaled(sft.Plugin):
     """Adds a tensor to each Linear, and does not say how it is divided."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sft
 from sft_optimizers.options import AdafactorOptions, AdamW8bitOptions, LionOptions, MuonOptions
@@ -31,6 +31,10 @@ class LionPlugin(sft.Plugin):
 
         return Lion(groups, self.options.lion_beta1, self.options.lion_beta2)
 
+    @sft.hookimpl(optionalhook=True)
+    def parallel_outline(self, outline: Any, hook: Any) -> None:
+        outline.steps(lambda shape, where: 4 * math.prod(shape))
+
 
 class AdafactorPlugin(sft.Plugin):
     """Adafactor: of a matrix's squared gradients it keeps row and column averages alone. The learning rate is the
@@ -47,6 +51,18 @@ class AdafactorPlugin(sft.Plugin):
         from sft_optimizers.adafactor import Adafactor
 
         return Adafactor(groups, self.options)
+
+    @sft.hookimpl(optionalhook=True)
+    def parallel_outline(self, outline: Any, hook: Any) -> None:
+        average = 0 if self.options.adafactor_beta1 is None else 4
+
+        def state(shape: tuple[int, ...], where: str) -> int:
+            squares = math.prod(shape)
+            if len(shape) > 1:
+                squares = math.prod(shape[:-1]) + math.prod((*shape[:-2], shape[-1]))
+            return 8 + 4 * squares + average * math.prod(shape)
+
+        outline.steps(state, wholes=True)
 
 
 class AdamW8bitPlugin(sft.Plugin):
@@ -76,6 +92,16 @@ class AdamW8bitPlugin(sft.Plugin):
         }
         return AdamW8bit(groups, run.settings.training, coded)
 
+    @sft.hookimpl(optionalhook=True)
+    def parallel_outline(self, outline: Any, hook: Any) -> None:
+        least = self.options.adamw_8bit_min_size
+
+        def state(shape: tuple[int, ...], where: str) -> int:
+            size = math.prod(shape)
+            return 8 + (2 * size + 8 * -(-size // 256) if where in ("block", "head") and size >= least else 8 * size)
+
+        outline.steps(state)
+
 
 class MuonPlugin(sft.Plugin):
     """Muon for the matrices of the transformer blocks: each step is orthogonalised, times 0.2·√max(rows, columns), so
@@ -99,3 +125,10 @@ class MuonPlugin(sft.Plugin):
             if name.startswith(blocks) and len(parameter.shape) == 2
         }
         return Muon(groups, run.settings.training, matrices, self.options.muon_momentum, self.options.muon_steps)
+
+    @sft.hookimpl(optionalhook=True)
+    def parallel_outline(self, outline: Any, hook: Any) -> None:
+        def state(shape: tuple[int, ...], where: str) -> int:
+            return 4 * math.prod(shape) if where == "block" and len(shape) == 2 else 8 * math.prod(shape) + 8
+
+        outline.steps(state, wholes=True)

@@ -64,6 +64,8 @@ def plan_for(run: Run, options: ParallelOptions, world: int) -> Plan:
             verb = "do" if len(allowed) > 1 else "does"
             these = " and ".join(f"stage{number}" for number in allowed)
             raise refuse(f"sharding stage{stage} does not go with {other} parallelism; {these} {verb}")
+    if tensor > 1 or (stage and (sharding > 1 or offload)):
+        _check_optimizer(run, outline)
     return Plan(
         left // sharding,
         sharding,
@@ -75,6 +77,19 @@ def plan_for(run: Run, options: ParallelOptions, world: int) -> Plan:
         run.settings.training.gradient_accumulation_steps,
         offload,
     )
+
+
+def _check_optimizer(run: Run, outline: Outline) -> None:
+    """Refuse an optimizer that says on paper that it steps whole parameters, before weights are read."""
+    name = run.plugins.provider("sft_optimizer")
+    if name is None:
+        return
+    run.plugins.ask(name, "parallel_outline", outline=outline, hook=run.hook)
+    if outline.steps_wholes:
+        raise UsageError(
+            f"The optimizer of plugin {name} steps a parameter as a whole, and sharding and tensor parallelism divide "
+            "parameters; leave these out (data and pipeline parallelism divide none), or take another optim."
+        )
 
 
 def degrees(options: ParallelOptions) -> tuple[int, int]:

@@ -106,7 +106,8 @@ def divided(weight: Weight, side: str, tensor: int) -> int:
 def size_of(weight: Weight, side: str, division: Division, precision: Precision) -> Size:
     """What ``weight`` takes on one rank.
 
-    AdamW keeps two float32 moments a value and two float32 powers a tensor; over 16-bit weights also a float32 master.
+    AdamW keeps two float32 moments a value and two float32 powers a tensor, other optimizers what their plugins say of
+    them; over 16-bit weights there is also a float32 master.
     Gradients add up in float32 whatever the weights are.
     """
     values = divided(weight, side, division.tensor)
@@ -130,12 +131,17 @@ def size_of(weight: Weight, side: str, division: Division, precision: Precision)
         gradients=4 * values,
         partial=4 * values if is_partial else 0,
         norms=4 * values if is_norm else 0,
-        optimizer=8 * piece + 8 + (4 * piece if bits < 32 else 0),
+        optimizer=_state(weight, piece) + (4 * piece if bits < 32 else 0),
         largest=held,
         passing=held + (4 * values if bits < 32 else 0),
         widening=held + 4 * values if bits < 32 else 0,
         stepped=piece,
     )
+
+
+def _state(weight: Weight, piece: int) -> int:
+    """Bytes that the optimizer keeps of ``piece`` values of ``weight``, without a master."""
+    return 8 * piece + 8 if weight.state is None else math.ceil(weight.state * piece / weight.size)
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from sft import Architecture, Block, UsageError, matching
@@ -24,6 +24,7 @@ class Weight:
 
     Attributes:
         bits: Of one value; None: what the run's precision gives to weights.
+        state: Bytes that the optimizer keeps of it where it trains, without a master; None: those of AdamW.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Weight:
     sides: Sides = ()
     trains: bool = True
     bits: int | None = None
+    state: int | None = None
 
     @property
     def size(self) -> int:
@@ -78,6 +80,8 @@ class Outline:
         inside: Of each block what its attention and MLP have beside Linears that techniques work on: norms of queries
             and keys, and what routes tokens to experts. Each process has those whole whose ``sides`` are None.
         shared: Tensors that a technique holds once in each process, for all blocks.
+        state: What :meth:`steps` was given.
+        steps_wholes: Whether the optimizer needs whole parameters, so that processes can divide none.
     """
 
     architecture: Architecture
@@ -96,6 +100,8 @@ class Outline:
     norms: int
     inside: list[list[Weight]]
     shared: list[Weight] = field(default_factory=list)
+    state: Callable[[tuple[int, ...], str], int] | None = None
+    steps_wholes: bool = False
 
     def targets(self, patterns: Sequence[str] | None = None) -> list[LinearOutline]:
         """The Linears that ``patterns`` choose, all without any; as :func:`sft.target_layers` chooses layers."""
@@ -110,6 +116,28 @@ class Outline:
     ) -> None:
         """Add a tensor that each process holds once, for all blocks; see :class:`Weight`."""
         self.shared.append(Weight(name, shape, sides, trains, bits))
+
+    def steps(self, state: Callable[[tuple[int, ...], str], int], wholes: bool = False) -> None:
+        """Say what another optimizer than AdamW keeps: the bytes of its ``state`` for a tensor of a shape, which is in
+        a "block", the "embedding", the "head" or "shared", without a float32 master; and whether it steps ``wholes``
+        alone, as one does that is not ``elementwise`` (:class:`sft.Optimizer`)."""
+        self.state, self.steps_wholes = state, wholes
+
+    def with_state(self) -> None:
+        """Give all tensors, also those that techniques have added, what :meth:`steps` says of them."""
+        if self.state is None:
+            return
+        state = self.state
+
+        def stepped(weight: Weight, where: str) -> Weight:
+            return replace(weight, state=state(weight.shape, where))
+
+        for linear in self.targets():
+            linear.weights = [stepped(weight, "block") for weight in linear.weights]
+        self.inside = [[stepped(weight, "block") for weight in weights] for weights in self.inside]
+        self.embedding, self.norm = stepped(self.embedding, "embedding"), stepped(self.norm, "block")
+        self.head = None if self.head is None else stepped(self.head, "head")
+        self.shared = [stepped(weight, "shared") for weight in self.shared]
 
     def undivided(self) -> str | None:
         """The name of a tensor of a Linear of which nobody says how processes divide it, where there is one."""

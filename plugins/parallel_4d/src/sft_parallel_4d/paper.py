@@ -58,7 +58,8 @@ def outline(values: Mapping[str, Any], plugins: Iterable[type] = ()) -> PaperRun
             "(parallel_outline); the figures are those of a model in which it adds and freezes no tensor"
         )
     optimizer = active.provider("sft_optimizer")
-    if optimizer is not None:
+    paper.with_state()
+    if optimizer is not None and paper.state is None:
         notes.append(
             f"note: the figures have the state that AdamW keeps; that of plugin {optimizer} keeps another, of "
             "which nothing is known on paper"

@@ -56,6 +56,8 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
     """
     wanted = wanted or Wanted()
     unsaid = outline.undivided()
+    if outline.steps_wholes and wanted.stage:
+        raise UsageError("The optimizer steps whole parameters, which sharding would divide; leave one of them out.")
     if unsaid is not None and wanted.stage == 3:
         raise UsageError(f"{_unsaid(unsaid)}; leave its plugin out, or sharding stage3.")
     found, refused = [], dict.fromkeys(_divisions(devices, wanted))
@@ -75,6 +77,7 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
                 Plan(data, sharding, stage, tensor, pipeline, sequence, recompute, accumulation, wanted.offload)
                 for stage in _stages(sharding, tensor, pipeline, wanted)
                 if stage < 3 or unsaid is None
+                if not (stage and outline.steps_wholes)
                 for sequence in _either(wanted.sequence)
                 if tensor > 1 or not sequence
                 for recompute in (_either(wanted.recompute))
@@ -100,6 +103,8 @@ def refusal(outline: Outline, tensor: int, pipeline: int) -> str | None:
         parts["the intermediate size of experts"] = experts.inner
         if experts.shared_inner is not None:
             parts["the intermediate size of shared experts"] = experts.shared_inner
+    if outline.steps_wholes and tensor > 1:
+        return "the optimizer steps whole parameters, which tensor parallelism would divide"
     unsaid = outline.undivided()
     if unsaid is not None and tensor * pipeline > 1:
         return _unsaid(unsaid)

@@ -263,7 +263,7 @@ class Plugins:
                 return other
         return None
 
-    def ask(self, name: str, hook: str, **arguments: Any) -> Any:
+    def ask(self, name: str, hook: str, /, **arguments: Any) -> Any:
         """Call ``hook`` of one plugin alone; None when it does not implement it."""
         caller = self._callers.get((name, hook))
         if caller is None:  # making one takes longer than most calls, and records are many

@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,33 @@ FILES = (
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
+@dataclass(frozen=True)
+class NewToken:
+    """A token that the tokenizer's files do not have. One that is ``special`` is left out where answers are shown."""
+
+    text: str
+    special: bool = False
+
+
+def tokens_beyond(folder: Path, other: Path) -> list[NewToken]:
+    """The added tokens of the tokenizer in ``other`` that the one in ``folder`` does not have, by their ids."""
+    texts = [read_bytes(one / "tokenizer.json") for one in (folder, other)]
+    if texts[0] == texts[1]:
+        return []
+    known, found = (_added_tokens(text) for text in texts)
+    return [NewToken(text, special) for text, special in found.items() if text not in known]
+
+
+def _added_tokens(file: bytes) -> dict[str, bool]:
+    """The added tokens of a ``tokenizer.json`` by their ids, each with whether it is special; none of a broken file, of
+    which its reader speaks."""
+    try:
+        added = sorted(json.loads(file)["added_tokens"], key=lambda one: int(one["id"]))
+        return {str(one["content"]): one.get("special") is True for one in added}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
 class Tokenizer:
     """Text ↔ token ids exactly as ``tokenizer.json`` says, special tokens, and the chat template if there is one."""
 
@@ -40,11 +68,13 @@ class Tokenizer:
         now: datetime.datetime | None = None,
         chat_template: str | None = None,
         enable_thinking: bool | None = None,
+        new_tokens: Sequence[NewToken] = (),
     ) -> None:
         """``now`` is what templates that print the date are told; a resumed run keeps that of its beginning.
 
         ``chat_template``: a file, the folder of a tokenizer whose template is wanted, or none; unset, ``folder``'s own.
-        ``enable_thinking`` is told to the template, too, unless it is None.
+        ``enable_thinking`` is told to the template, too, unless it is None. ``new_tokens`` get the ids after those that
+        there are, but for those that the tokenizer has.
         """
         from tokenizers import Tokenizer as Backend
 
@@ -63,6 +93,9 @@ class Tokenizer:
             self.backend = Backend.from_str(self._files["tokenizer.json"].decode("utf-8"))
         except Exception as error:
             raise UsageError(f"{path} cannot be read by the tokenizers library ({why(error)}); replace it.") from error
+        self._new_tokens = tuple(new_tokens)
+        self.new_ids = self._add(self._new_tokens)
+        """The ids of those of ``new_tokens`` that the tokenizer did not have."""
         self.backend.no_padding()
         self.backend.no_truncation()
         self.config = _read_object(folder / "tokenizer_config.json")
@@ -81,7 +114,19 @@ class Tokenizer:
 
     def __reduce__(self) -> Any:
         """For another process: it reads the files again, where the path of a chat template means the same."""
-        return Tokenizer, (self.folder, self.now, self._given, self._enable_thinking)
+        return Tokenizer, (self.folder, self.now, self._given, self._enable_thinking, self._new_tokens)
+
+    def _add(self, tokens: Sequence[NewToken]) -> list[int]:
+        """Add tokens, each whole wherever it stands in a text; their ids."""
+        from tokenizers import AddedToken
+
+        fresh = [token for token in dict.fromkeys(tokens) if self.backend.token_to_id(token.text) is None]
+        for token in fresh:
+            added = AddedToken(token.text, normalized=False, special=token.special)
+            (self.backend.add_special_tokens if token.special else self.backend.add_tokens)([added])
+        if fresh:
+            self._files["tokenizer.json"] = self.backend.to_str(pretty=True).encode()
+        return [int(self.backend.token_to_id(token.text)) for token in fresh]
 
     # --- ids ------------------------------------------------------------------------------------------------
 

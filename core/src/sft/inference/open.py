@@ -14,6 +14,7 @@ from sft.distributed.whole import WholeModel
 from sft.errors import UsageError
 from sft.models.adapter_folder import base_plugins, check_base, cure_of, plugin_files, read_adapter_config
 from sft.models.loading import ModelSource, open_model
+from sft.models.vocabulary import grown_as
 from sft.options import options_of
 from sft.plugins.discovery import canonical, installed, with_refined
 from sft.plugins.files import name_of, with_files
@@ -130,9 +131,10 @@ def trained_template(adapter: Path | None) -> str | None:
 
 def tokenizer_of(source: ModelSource, settings: Settings, adapter: Path | None) -> Tokenizer:
     """The tokenizer of a model, with the chat template that is set, or else that of the adapter's run, or the
-    model's own."""
+    model's own, and with the tokens that the run added, for which ``source`` gets rows."""
     template = settings.data.chat_template or trained_template(adapter)
-    return Tokenizer(source.folder, chat_template=template, enable_thinking=settings.data.enable_thinking)
+    new, thinks = grown_as(adapter, source), settings.data.enable_thinking
+    return Tokenizer(source.folder, chat_template=template, enable_thinking=thinks, new_tokens=new)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from sft.model_files import check_links
 from sft.models.families.family import Family
 from sft.models.families.known import FAMILIES
 from sft.models.fingerprint import fingerprint, has_fingerprint
+from sft.models.grown import EMBEDDING, HEAD
 from sft.models.loading import ModelSource, open_model
 from sft.models.reals import check_reals
 from sft.plugins.requests import requests
@@ -39,8 +40,6 @@ QUANTIZER = "sft.quantizer"
 """Where it keeps the plugin that quantized them, with its options: they travel with the file."""
 PREFIX = "base_model.model."
 """What PEFT puts before the name of a layer."""
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-"""Whole matrices that PEFT saves without a word in the config where the vocabulary has grown."""
 RENAMED = "sft.renamed"
 """Where it keeps what layers are called in its files and here, as pairs of parts of names, where that differs."""
 FILES = "sft.plugin_files"
@@ -125,6 +124,7 @@ def _is_whole(name: str, names: list[str]) -> bool:
     path, _, kind = name.removeprefix(PREFIX).rpartition(".")
     if not name.startswith(PREFIX) or kind not in ("weight", "bias"):
         return False
+    # These PEFT saves without a word in the config where the vocabulary has grown.
     return name[len(PREFIX) :] in (EMBEDDING, HEAD) or any(path.endswith(one) for one in names)
 
 
@@ -180,6 +180,17 @@ def _metadata(folder: Path) -> dict[str, str]:
         return open_tensors(folder / "adapter_model.safetensors").metadata() or {}
     except UsageError:
         return {}  # whoever reads the tensors says what is wrong
+
+
+def saved_rows(folder: Path) -> int:
+    """How many tokens the embedding or head has that is in the adapter's file; 0 where there is none."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        return 0
+    file = open_tensors(path)
+    names = [PREFIX + name for name in (EMBEDDING, HEAD) if PREFIX + name in file.keys()]  # noqa: SIM118
+    shapes = [file.get_slice(name).get_shape() for name in names]
+    return max((int(shape[0]) for shape in shapes if len(shape) == 2), default=0)
 
 
 # --- the base -----------------------------------------------------------------------------------------------

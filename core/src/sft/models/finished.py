@@ -16,6 +16,7 @@ from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.models.architecture import ModelShape
 from sft.models.config import hf_config
+from sft.models.grown import EMBEDDING, HEAD, Growth
 from sft.models.layers import target_layers
 from sft.models.loading import ModelSource, build_model
 from sft.small_files import why
@@ -69,7 +70,8 @@ class FinishedModel:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that :meth:`read` gives; no weight is read for it."""
         shape = self._weights.shape(self._stored[name])
-        return tuple(shape[::-1] if self._is_turned(name, len(shape)) else shape)
+        found = tuple(shape[::-1] if self._is_turned(name, len(shape)) else shape)
+        return found if self._growth_of(name) is None else (self.source.architecture.vocabulary, *found[1:])
 
     def dtype_of(self, name: str) -> str:
         """The dtype that :meth:`read` gives, by numpy's name or "bfloat16"; no weight is read for it."""
@@ -92,6 +94,9 @@ class FinishedModel:
         stored = self._weights.read_stored(self._stored[name])
         if self._is_turned(name, stored.ndim):
             stored = stored.T
+        growth = self._growth_of(name)
+        if growth is not None:
+            stored = growth.of(stored, 0)
         weight, is_new = self._finish(name, stored)
         if self._dtype == "float32":
             weight = weight.astype(np.float32, copy=False)
@@ -117,6 +122,9 @@ class FinishedModel:
                 f"The adapter has weights that {self.source.folder} has no place for ({shown}); it belongs to another "
                 "model."
             )
+
+    def _growth_of(self, name: str) -> Growth | None:
+        return self.source.growth if name in (EMBEDDING, HEAD) else None
 
     def _is_turned(self, name: str, dimensions: int) -> bool:
         return self._weights.layout == "paddle" and self.source.family.is_transposed(name, dimensions)

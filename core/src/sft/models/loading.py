@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from sft.models.architecture import Architecture, ModelShape
 from sft.models.config import OF_THE_WEIGHTS, read_config, with_one_spelling
 from sft.models.families.family import Family, LanguageModel
 from sft.models.families.known import family_of
+from sft.models.grown import EMBEDDING, HEAD, GrownTensor, Growth
 from sft.models.layers import Target, target_layers
 from sft.models.source import ModelFolder, Weights, find_config, find_model, weight_files
 from sft.models.stacked import Part
@@ -53,12 +54,25 @@ class ModelSource:
     that changed the config (``sft_model_config``)."""
     generation: bytes | None = None
     """``generation_config.json`` as it stands, if there is one; it goes with the weights."""
+    growth: Growth | None = None
+    """The vocabulary that it has instead of its files' own (:meth:`grow`)."""
     parts: dict[str, Part] = field(default_factory=dict)
     """The matrices of experts that its files have stacked, by name; known once the files have been opened."""
 
     @property
     def folder(self) -> Path:
         return self.place.path
+
+    def grow(self, rows: int, ids: Sequence[int]) -> None:
+        """Let its vocabulary have so many ``rows``, of which those of ``ids`` are new; see :class:`Growth`."""
+        before = self.architecture.vocabulary
+        if self.family.build is not None:
+            raise UsageError(
+                f"{self.folder} is of a plugin's family, whose vocabulary does not grow here; leave new_tokens out."
+            )
+        self.values = {**self.values, "vocab_size": rows}
+        self.architecture = self.family.architecture(self.values, self.folder)
+        self.growth = Growth(before, rows, tuple(ids))
 
     def weights(self) -> Weights:
         """The tensors in its files, of a tied matrix only the embedding; raises :class:`UsageError` where there are
@@ -216,9 +230,15 @@ def fill(
     expected = dict(strategy.parameters(model))
     _compare(set(expected), set(stored), source)
     for name, parameter in progress.over(expected.items(), "reading weights", "tensors"):
-        _check_shape(stored[name], whole_shape(parameter), weights, source)
+        tensor: Stored = _Tensor(stored[name], weights, source)
+        shape, growth = list(whole_shape(parameter)), source.growth
+        if growth is not None and name in (EMBEDDING, HEAD):
+            axis = 0 if name == EMBEDDING else 1
+            shape[axis] = growth.before
+            tensor = GrownTensor(tensor, shape, growth, axis)
+        _check_shape(stored[name], tuple(shape), weights, source)
         if not is_elsewhere(parameter):
-            strategy.store(parameter, _Tensor(stored[name], weights, source))
+            strategy.store(parameter, tensor)
 
 
 def build_model(source: ModelSource, precision: Precision = FLOAT32) -> Any:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from sft.distributed.parts import copy_marks, is_elsewhere, whole_shape
 from sft.errors import UsageError
 from sft.foreign_text import quoted, shown
-from sft.models.adapter_folder import EMBEDDING, HEAD, PREFIX, read_saved
+from sft.models.adapter_folder import PREFIX, read_saved
+from sft.models.grown import EMBEDDING, HEAD
 from sft.models.saving import model_tensors
 from sft.patterns import matches
 from sft.seams import AdapterFiles
@@ -38,7 +39,9 @@ def let_train(run: CoreRun, layers: Mapping[str, Any]) -> list[str]:
 
     Raises :class:`UsageError` for a name that meets no layer, and for a layer that is adapted too.
     """
-    names = run.settings.model.modules_to_save
+    names = list(run.settings.model.modules_to_save)
+    if run.exports_adapter and run.source.growth is not None:  # rows that are means alone know nothing
+        names += [name for name in ("embed_tokens", "lm_head") if name not in names]
     stored = {} if run.continued is None else tied_once(run.continued, run.source)
     paths = {*chosen(layers, names), *(name.rpartition(".")[0] for name in stored)}
     if not paths:
@@ -60,9 +63,8 @@ def let_train(run: CoreRun, layers: Mapping[str, Any]) -> list[str]:
     parameters = dict(run.strategy.parameters(run.model))
     put(parameters, stored, run.source, run.strategy.store, run.continued)
     found = [name for name, parameter in parameters.items() if id(parameter) in trained]
-    run.say(
-        f"modules_to_save: {', '.join(found[:4])}{f' and {len(found) - 4} more' if len(found) > 4 else ''} train whole"
-    )
+    more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+    run.say(f"modules_to_save: {', '.join(found[:4])}{more} {'trains' if len(found) == 1 else 'train'} whole")
     return found
 
 

@@ -36,6 +36,11 @@ class ModelArguments:
     tokenizer_name_or_path: str | None = option(
         None, "tokenizer directory or hub name (owner/name@revision too); unset: the model's own", is_path=True
     )
+    new_tokens: list[str] = option(
+        [],
+        "tokens that tokenizer and model get (<a>,<b>), each whole wherever it stands; their embeddings begin as the mean, and beside an adapter "
+        "embed_tokens and lm_head train whole",
+    )
     modules_to_save: list[str] = option(
         [],
         "layers that train whole beside an adapter and are saved with it: embed_tokens, lm_head, other names, or "
@@ -44,6 +49,9 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         """A revision in the name is the setting, too: what names the base of an adapter has none."""
+        for token in self.new_tokens:
+            if not token.strip() or token.encode("utf-8", "replace").decode() != token:
+                raise UsageError(f"new_tokens: expected texts, got {quoted(token)}.")
         name, revision = split(self.model_name_or_path or "")
         if revision is not None:
             if self.model_revision not in (None, revision):

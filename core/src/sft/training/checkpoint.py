@@ -148,7 +148,7 @@ def restore_model(run: CoreRun, folder: Path, state: dict[str, Any], why: str) -
         values = {_todays_name(run, name): value for name, value in stored.items()}
         _load_trainable(strategy, trainable, values, folder)
     else:
-        fill(run.model, replace(run.source, place=ModelFolder(folder)), strategy, progress=run.progress)
+        fill(run.model, replace(run.source, place=ModelFolder(folder), growth=None), strategy, progress=run.progress)
     arrays = _arrays(folder, state, "plugins")
     with strategy.assembled(run.model):
         for name in run.plugins.names:

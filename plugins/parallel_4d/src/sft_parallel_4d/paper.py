@@ -49,7 +49,9 @@ def outline(values: Mapping[str, Any], plugins: Iterable[type] = ()) -> PaperRun
     if adapter is not None:
         paper.freeze()
     active.hook.parallel_outline(outline=paper, hook=active.hook)
-    paper.let_train(run.settings.model.modules_to_save)
+    model = run.settings.model
+    if adapter is not None:
+        paper.let_train([*model.modules_to_save, *(("embed_tokens", "lm_head") if model.new_tokens else ())])
     notes = [run.without_effect] if run.without_effect else []
     changing = [name for name in silent if name in active.implementing("sft_adapt_model")]
     if changing:

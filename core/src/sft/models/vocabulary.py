@@ -1,0 +1,35 @@
+"""Tokenizer and model with more tokens (`new_tokens`): in a run, and where what it trained is opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sft.data.tokenizer import NewToken, Tokenizer, tokens_beyond
+from sft.models.adapter_folder import saved_rows
+from sft.models.grown import rows_for
+from sft.models.loading import ModelSource
+
+
+def grow(source: ModelSource, tokenizer: Tokenizer) -> str:
+    """Let the model of ``source`` have rows for the tokens that ``tokenizer`` got; a line that says what was done."""
+    if not tokenizer.new_ids:
+        return "new_tokens: the tokenizer has all of them already"
+    ids = sorted(tokenizer.new_ids)
+    before = source.architecture.vocabulary
+    rows = rows_for(before, max(ids) + 1)
+    source.grow(rows, ids)
+    where = f"embeddings grow from {before:,} to {rows:,} rows" if rows > before else "for which there are rows already"
+    count = "1 token" if len(ids) == 1 else f"{len(ids):,} tokens"
+    return f"new_tokens: {count}, ids {ids[0]:,} to {ids[-1]:,}, {where}"
+
+
+def grown_as(adapter: Path | None, source: ModelSource) -> list[NewToken]:
+    """The tokens that the run of ``adapter`` added to the tokenizer of its base; ``source`` gets the rows that its
+    embedding has in the adapter's file."""
+    if adapter is None or not (adapter / "tokenizer.json").is_file():
+        return []
+    new = tokens_beyond(source.folder, adapter) if (source.folder / "tokenizer.json").is_file() else []
+    rows = saved_rows(adapter)
+    if rows > source.architecture.vocabulary:
+        source.grow(rows, ())
+    return new

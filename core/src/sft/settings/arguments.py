@@ -38,8 +38,8 @@ class ModelArguments:
     )
     new_tokens: list[str] = option(
         [],
-        "tokens that tokenizer and model get (<a>,<b>), each whole wherever it stands; their embeddings begin as the mean, and beside an adapter "
-        "embed_tokens and lm_head train whole",
+        "tokens that tokenizer and model get (<a>,<b>), each whole wherever it stands; their embeddings begin as the "
+        "mean, and beside an adapter embed_tokens and lm_head train whole",
     )
     modules_to_save: list[str] = option(
         [],

@@ -14,7 +14,7 @@ import sft
 from sft.conversations import Conversation, Turn
 from sft.data.batches import Rows, assemble
 from sft.data.encoded import Encoded, joined
-from sft.data.encoding import encode
+from sft.data.encoding import encode, whole_length
 from sft.data.tokenizer import Tokenizer
 from sft.data_report.gather import Wanted, data_report
 from sft.testing import write_data
@@ -177,3 +177,8 @@ def test_the_report_shows_all_of_a_record(models: Path, tmp_path: Path) -> None:
     split = report.splits["train"]
     assert split.counts["records"] == 3
     assert split.turns == {"user": 9, "assistant": 9}
+    assert split.lengths is not None
+    alone = [turns for one in records for turns in read(None, one).together]  # type: ignore[arg-type]
+    each = [whole_length(turns, Tokenizer(models / "llama-tied-gqa")) for turns in alone]
+    assert split.lengths.longest == max(each)
+    assert split.over_long == 0

@@ -36,7 +36,7 @@ class Seen(Encoded):
     hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     """uint64 [readable]: equal for records of the same turns and tools."""
     whole: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """int64 [readable]: tokens before anything is cut."""
+    """int64 [readable]: tokens before anything is cut; of several conversations those of the longest."""
     found: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     """bool [readable]: which hold the text that is looked for."""
     turns: Counter[str] = field(default_factory=Counter)
@@ -79,7 +79,7 @@ class Look(Encoding):
 
     def _whole(self, group: Group, encoded: Encoded, rows_of: np.ndarray, readable: np.ndarray) -> np.ndarray:
         kept = np.zeros(len(group), np.int64)
-        np.maximum.at(kept, rows_of, encoded.lengths + np.diff(encoded.edges))
+        np.maximum.at(kept, rows_of, encoded.longest_of_each + 1)
         if any(getattr(encoded.counts, name) for name in _CUTS):
             for number in readable.tolist():
                 kept[number] = max(kept[number], self._written(group[number]))
@@ -89,7 +89,7 @@ class Look(Encoding):
         assert isinstance(conversation, list)
         try:
             every = Conversation.seen(conversation).together
-            return sum(whole_length(self.learned.turns(one), self.tokenizer) for one in every)
+            return max(whole_length(self.learned.turns(one), self.tokenizer) for one in every)
         except BadRecordError:
             return 0
 

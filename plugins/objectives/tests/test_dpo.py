@@ -196,7 +196,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TRL, texts": {"prompt": "q", "chosen": "good", "rejected": "bad"},
     "TRL, messages": {"prompt": [user("q")], "chosen": [bot("good")], "rejected": [bot("bad")]},
     "TRL, without a prompt": {"chosen": [user("q"), bot("good")], "rejected": [user("q"), bot("bad")]},
-    "UltraFeedback": {"prompt": "q", "chosen": [user("q"), bot("good")], "rejected": [user("q"), bot("bad")]},
+    "UltraFeedback": {
+        **{"prompt": "q", "messages": [user("q"), bot("good")], "score_chosen": 8.0},
+        **{"chosen": [user("q"), bot("good")], "rejected": [user("q"), bot("bad")]},
+    },
+    "Orca": {"system": None, "question": "q", "chosen": "good", "rejected": "bad"},
     "text and messages": {"prompt": "q", "chosen": [bot("good")], "rejected": [bot("bad")]},
     "LLaMA-Factory, Alpaca": {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"},
     "LLaMA-Factory, ShareGPT": {
@@ -239,6 +243,10 @@ def test_only_what_differs_is_learned() -> None:
         ({"prompt": "q", "chosen": "a", "rejected": "b", "weight": 2}, 'has no "weight"'),
         ({"prompt": "q", "chosen": "a", "rejected": 3}, "must be text or a list of messages, not 3"),
         ({"prompt": "q", "chosen": "a", "rejected": " "}, "empty"),
+        (
+            {"chosen": "Human: q Assistant: a", "rejected": "b"},
+            "two answers and no question (its keys: chosen, rejected)",
+        ),
         ({"prompt": [user("q")], "chosen": [bot("a") | {"weight": 2}], "rejected": [bot("b")]}, "has a weight"),
         ({"prompt": [user("q")], "chosen": [user("a")], "rejected": [bot("b")]}, '"chosen" holds no answer'),
     ],

@@ -13,8 +13,8 @@ from sft import Conversation
 def pair_of(record: Mapping[str, Any]) -> Conversation:
     """The conversation that was chosen, with the rejected one beside it; what both begin with is not learned.
 
-    Known are TRL's layouts (``prompt``, ``chosen`` and ``rejected`` as texts or as messages; the last two alone, as
-    whole conversations) and LLaMA-Factory's (``chosen`` and ``rejected`` beside ``instruction`` and ``input``, or
+    Known are TRL's layouts (``prompt``, ``chosen`` and ``rejected`` as texts or as messages; the last two as whole
+    conversations) and LLaMA-Factory's (``chosen`` and ``rejected`` beside ``instruction`` and ``input``, or
     beside ``conversations``). Raises ``ValueError`` for what is no such record.
     """
     for key in ("chosen", "rejected"):
@@ -36,21 +36,20 @@ def pair_of(record: Mapping[str, Any]) -> Conversation:
 def _with_answer(record: Mapping[str, Any], answer: Any) -> Conversation:
     """The whole conversation that ends with ``answer``."""
     more = {key: record[key] for key in ("system", "tools") if record.get(key) is not None}
+    answers = _answers(answer)
+    if answers and _role(answers[0]) != "assistant":  # a whole conversation; what stands beside it only repeats some
+        return sft.turns_of({**more, "messages": answers})
     if record.get("instruction") is not None:
         kept = {key: record[key] for key in ("instruction", "input", "history") if record.get(key) is not None}
         return sft.turns_of({**kept, **more, "output": _text(answer)})
-    for key in ("conversations", "messages"):
+    for key in ("prompt", "question", "messages", "conversations"):
         if record.get(key) is not None:
-            return sft.turns_of({**more, key: [*_messages(record[key], key), *_answers(answer)]})
-    prompt = record.get("prompt")
-    if isinstance(prompt, str) and isinstance(answer, str):
-        return sft.turns_of({**more, "messages": [_message("user", prompt), _message("assistant", answer)]})
-    answers = _answers(answer)
-    if isinstance(prompt, str) and answers and _role(answers[0]) == "assistant":
-        answers = [_message("user", prompt), *answers]
-    elif prompt is not None and not isinstance(prompt, str):  # a text beside whole conversations only repeats them
-        answers = [*_messages(prompt, "prompt"), *answers]
-    return sft.turns_of({**more, "messages": answers})
+            name = "conversations" if key == "conversations" else "messages"
+            return sft.turns_of({**more, name: [*_messages(record[key], key), *answers]})
+    raise ValueError(
+        f"the record has two answers and no question (its keys: {sft.shown(', '.join(record))}); give it as "
+        '"prompt", or begin "chosen" and "rejected" with it.'
+    )
 
 
 def _after(turns: Conversation, same: int, key: str) -> Conversation:

@@ -191,6 +191,11 @@ class FinishedModel:
         return self.tokenizer.bos_id
 
     @property
+    def bos_text(self) -> str | None:
+        """The token that begins a text, as text."""
+        return self.tokenizer.special.get("bos_token")
+
+    @property
     def adds_bos(self) -> bool:
         """Whether the tokenizer itself begins a text with BOS."""
         return self.tokenizer.adds_bos

@@ -19,21 +19,29 @@ class GgufOptions:
         "are made of an f16 file by llama-quantize of llama.cpp",
         choices=TYPES,
     )
+    gguf_system: str | None = sft.option(None, "system prompt that the Modelfile gives the model, with --to ollama")
 
 
 class Gguf(sft.Plugin):
     name = "gguf"
     api_version = ">=1.1,<2"
-    summary = "Write a finished model as one GGUF file, for llama.cpp."
+    summary = "Write a finished model as one GGUF file, for llama.cpp and Ollama."
     reference = "https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"
     Options = GgufOptions
 
     @sft.hookimpl
     def sft_export(self, model: sft.FinishedModel, to: str, folder: Path) -> list[Path] | None:
-        if to != "gguf":
+        if to not in ("gguf", "ollama"):
             return None
+        from sft_export_gguf.modelfile import modelfile
         from sft_export_gguf.writing import write
 
-        path = folder / "model.gguf"
+        if to == "gguf" and self.options.gguf_system is not None:
+            raise sft.UsageError("gguf_system does nothing with --to gguf, which has no place for it; use --to ollama.")
+        path, beside = folder / "model.gguf", folder / "Modelfile"
+        text = modelfile(model, path.name, self.options.gguf_system) if to == "ollama" else None
         write(path, model, self.options.gguf_type)
-        return [path]
+        if text is None:
+            return [path]
+        beside.write_text(text, encoding="utf-8")
+        return [path, beside]

@@ -127,6 +127,7 @@ def test_the_table_of_models_has_every_family() -> None:
         "docs/control.md",
         "docs/export.md",
         "docs/api-policy.md",
+        "docs/first-plugin.md",
         "docs/kit.md",
         "docs/optimizers.md",
         "docs/recipes.md",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from installing import install
 
 import sft
 from sft.kit.validate import validated
@@ -39,6 +43,40 @@ def recipe(tmp_path: Path) -> Callable[[str], str]:
         return str(path)
 
     return write
+
+
+def replaced(folder: Path, diff: str) -> None:
+    """Change a file as a block of the page says: its lines with - become those with +."""
+    heading, *lines = diff.splitlines()
+    path = folder / heading.removeprefix("--- ")
+    old, new = ("\n".join(line[1:] for line in lines if line[:1] in signs) for signs in (" -", " +"))
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1, old
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_the_first_plugin_is_made_as_the_page_says(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    search = os.pathsep.join([str(site), *filter(None, sys.path[1:])])
+    environment = {**os.environ, "PYTHONPATH": search, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    page = (ROOT / "docs" / "first-plugin.md").read_text(encoding="utf-8")
+    for language, text in re.findall(r"^```(json|console|diff)\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        if language == "json":
+            (tmp_path / "try.json").write_text(text, encoding="utf-8")
+        elif language == "diff":
+            replaced(tmp_path / "sft-poly-loss", text)
+        else:
+            for command, shown in re.findall(r"^\$ (.+)\n((?:[^$].*\n)*)", text, re.MULTILINE):
+                if command.startswith("pip install"):
+                    install(tmp_path / "sft-poly-loss", site)
+                    continue
+                line = ["bash", "-c", command.replace("pytest", "python -m pytest -p no:cacheprovider")]
+                done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=110)
+                said = done.stdout + done.stderr
+                assert done.returncode == 0, f"{command}\n{said}"
+                for expected in shown.splitlines():
+                    assert expected.partition("…")[0] in said, f"{command} does not say {expected!r}:\n{said}"
 
 
 def losses(summary: sft.Summary) -> list[float]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from installing import install, python
 
@@ -15,6 +17,7 @@ import sft
 from sft.commands.cli import cli
 from sft.kit.about import about, find_plugin
 from sft.kit.new import KINDS, write_package
+from sft.tensor_files import read_tensors
 from sft.testing import load, needs
 
 
@@ -95,6 +98,28 @@ def test_an_adapter_of_a_file_says_which_file_it_needs(
         standalone_mode=False,
     )
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@needs("parallel-4d")
+def test_processes_that_nproc_starts_find_the_file(base_model: Path, dataset: Path, tmp_path: Path) -> None:
+    """By a path from the folder in which the command is typed; and one process goes on from what two have saved."""
+    write_package("my-scale", "adapter", tmp_path / "package")
+    line = ["-m", "sft", "run", "--model_name_or_path", str(base_model), "--dataset_name_or_path", str(dataset)]
+    line += ["--plugin", "package/src/sft_my_scale.py", "--max_steps", "2", "--per_device_train_batch_size", "2"]
+    line += ["--save_strategy", "steps", "--save_steps", "1", "--learning_rate", "0.1", "--device", "cpu"]
+    (tmp_path / "site").mkdir()
+    two = python(tmp_path, tmp_path / "site", *line, "--nproc", "2", "--output_dir", "two")
+    assert two.returncode == 0, two.stdout + two.stderr
+    given = ["--resume_from_checkpoint", "two/checkpoint-1", "--gradient_accumulation_steps", "2"]
+    one = python(tmp_path, tmp_path / "site", *line, "--output_dir", "one", *given)
+    assert one.returncode == 0, one.stdout + one.stderr
+    found, expected = (read_tensors(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-5, rtol=0)
+    about_file = json.loads((tmp_path / "two" / "run.json").read_text())["plugin_files"]["my-scale"]
+    assert about_file["path"] == str(tmp_path / "package" / "src" / "sft_my_scale.py")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def command(context: click.Context, as_json: bool) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    rows = all_plugins()
+    rows = all_plugins(shapes=as_json)
     if as_json:
         for row in rows:
             click.echo(json.dumps(row.as_dict()))

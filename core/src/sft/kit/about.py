@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from sft import hookspecs
@@ -105,10 +105,10 @@ class Found:
 
 def found() -> list[Found]:
     """Every installed plugin, imported; one that two distributions provide is there twice, with that as its fault."""
-    rows = []
+    rows, strange = [], strange_requests()
     for name, items in installed().items():
         for item in items:
-            plugin, fault = _checked(f"Plugin {name} ({item.origin})", partial(_loaded, item))
+            plugin, fault = _checked(f"Plugin {name} ({item.origin})", partial(_loaded, item, strange))
             if len(items) > 1:
                 others = " and ".join(one.origin for one in items if one is not item)
                 fault = f"{others} provides a plugin of this name too; pip uninstall one of them."
@@ -134,8 +134,8 @@ def load(name: str) -> Any:
     return read_plugin_file(name) if is_file(name) else import_plugin(canonical(name))
 
 
-def _loaded(item: Installed) -> Any:
-    for fault in strange_requests().get(item.distribution, ()):
+def _loaded(item: Installed, strange: Mapping[str, list[str]]) -> Any:
+    for fault in strange.get(item.distribution, ()):
         raise UsageError(f"{item.distribution} declares {fault}")
     return imported(item)
 
@@ -152,22 +152,30 @@ def _checked(who: str, load: Callable[[], Any]) -> tuple[Any, str | None]:
         return None, str(error)
 
 
-def all_plugins() -> list[About]:
-    """What every installed plugin declares."""
-    rows = found()
-    return [about(row, rows) for row in rows]
+def all_plugins(shapes: bool = True) -> list[About]:
+    """What every installed plugin declares; without ``shapes``, which takes longest, where nobody asks for it."""
+    rows, ways = found(), _ways()
+    return [about(row, rows, ways, shapes) for row in rows]
 
 
-def about(row: Found, company: Iterable[Found]) -> About:
-    """What a plugin declares; it may implement hooks that those in its ``company`` publish."""
+def _ways() -> dict[str, tuple[str, ...]]:
+    """By plugin, the ways of asking for it beside its name."""
+    asking = [(f"{kind} {what}", names) for kind in REQUESTS for what, names in requests(kind).items()]
+    return {name: tuple(way for way, names in asking if name in names) for name in installed()}
+
+
+def about(
+    row: Found, company: Iterable[Found], ways: Mapping[str, tuple[str, ...]] | None = None, shapes: bool = True
+) -> About:
+    """What a plugin declares; it may implement hooks that those in its ``company`` publish. ``ways`` are those of
+    asking for each, where they are known."""
     name, plugin, item = row.name, row.plugin, row.item
-    ways = tuple(f"{kind} {what}" for kind in REQUESTS for what, names in requests(kind).items() if name in names)
     basis = About(
         name,
         row.origin,
         distribution=item.distribution if item is not None else None,
         version=item.version if item is not None else None,
-        also_requested_by=ways if item is not None else (),
+        also_requested_by=(ways or _ways()).get(name, ()) if item is not None else (),
         fault=row.fault,
     )
     if plugin is None:
@@ -191,7 +199,7 @@ def about(row: Found, company: Iterable[Found]) -> About:
         hooks=(*own, *dict.fromkeys(hook for _, hook in of_others)),
         publishes=tuple(hooks_of(getattr(plugin, "hookspecs", None))),
         options=tuple(options_of(declared).values()) if declared is not None else (),
-        shapes=_shapes(name, plugin, requires, others),
+        shapes=_shapes(name, plugin, requires, others) if shapes else None,
     )
 
 
@@ -217,8 +225,13 @@ def excludes(plugin: Any, other: Any) -> bool:
     declared = canonical(other.name) in _names(plugin, "conflicts") or canonical(plugin.name) in _names(
         other, "conflicts"
     )
-    places = [hook for hook in hooks_of(hookspecs) if getattr(getattr(hookspecs, hook), "sft_single", False)]
-    return declared or any(implements(plugin, hook) and implements(other, hook) for hook in places)
+    return declared or any(implements(plugin, hook) and implements(other, hook) for hook in _places())
+
+
+@cache
+def _places() -> list[str]:
+    """The core's hooks that one active plugin may implement."""
+    return [hook for hook in hooks_of(hookspecs) if getattr(getattr(hookspecs, hook), "sft_single", False)]
 
 
 def ties(rows: Iterable[About]) -> list[str]:

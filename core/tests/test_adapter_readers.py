@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click.testing
@@ -48,6 +49,32 @@ READERS = """
         name = "worn"
         api_version = 1
         requires = ("plain",)
+
+    class Twice(sft.Plugin):
+        name = "twice"
+        api_version = 1
+        requires = ("plain",)
+
+        @sft.hookimpl(wrapper=True)
+        def sft_import_adapter(self, model):
+            found = yield
+            model.read_by += ", and twice"
+            return found
+
+        @sft.hookimpl(wrapper=True)
+        def sft_adapter_merger(self, folder):
+            try:
+                return (yield)
+            except sft.UsageError as error:
+                raise sft.UsageError(f"{error}, and twice") from error
+
+    class Wrong(Twice):
+        name = "wrong"
+        api_version = 1
+
+        @sft.hookimpl(wrapper=True)
+        def sft_import_adapter(self):
+            yield
 """
 
 
@@ -141,6 +168,23 @@ def test_a_refinement_brings_what_it_refines(plain: Distribute, adapter: Any) ->
     plain("sft-test-worn", READERS, {"worn": "Worn"}, {"adapter.YARN.worn": "Worn"})
     assert set(settings_for(adapter(worn=True))[1].readers) == {"plain", "worn"}
     assert settings_for(adapter())[1].readers == ["plain"]
+
+
+def test_one_that_wraps_anothers_answers(plain: Distribute, adapter: Any) -> None:
+    """It is no second provider, sees what the reader made of a folder, and answers for itself where it is wrong."""
+    plain("sft-test-twice", READERS, {"twice": "Twice"}, {"adapter.YARN.twice": "Twice"})
+    plain("sft-test-wrong", READERS, {"wrong": "Wrong"}, {"adapter.YARN.wrong": "Wrong"})
+    folder, model = adapter(twice=True), SimpleNamespace()
+    active = settings_for(folder)[1]
+    assert active.readers == ["plain", "twice"]
+    assert active.provider("sft_import_adapter") == "plain"
+    assert active.hook.sft_import_adapter(model=model, folder=folder, hook=active.hook) is True
+    assert model.read_by == "plain, and twice"
+    with pytest.raises(sft.UsageError, match=r"^plain merges, and twice$"):
+        active.hook.sft_adapter_merger(folder=folder, hook=active.hook)
+    wrong = settings_for(adapter(wrong=True))[1]
+    with pytest.raises(sft.PluginError, match=r"Plugin wrong .* answers sft_import_adapter with nothing where a bool"):
+        wrong.hook.sft_import_adapter(model=model, folder=folder, hook=wrong.hook)
 
 
 def test_a_plugin_that_claims_other_adapters_need_not_work(plain: Distribute, adapter: Any) -> None:

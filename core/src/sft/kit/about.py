@@ -28,7 +28,7 @@ from sft.plugins.discovery import (
 )
 from sft.plugins.files import is_file, name_of, read_plugin_file
 from sft.plugins.origins import origin_of
-from sft.plugins.registry import Plugins, implements
+from sft.plugins.registry import Plugins, implements, provides
 from sft.plugins.requests import requests
 
 KINDS = {
@@ -225,7 +225,7 @@ def excludes(plugin: Any, other: Any) -> bool:
     declared = canonical(other.name) in _names(plugin, "conflicts") or canonical(plugin.name) in _names(
         other, "conflicts"
     )
-    return declared or any(implements(plugin, hook) and implements(other, hook) for hook in _places())
+    return declared or any(provides(plugin, hook) and provides(other, hook) for hook in _places())
 
 
 @cache

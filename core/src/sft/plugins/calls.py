@@ -104,17 +104,24 @@ def _only_told(function: Callable[..., Any], what: str, tell: Callable[[str], No
 
 
 def _guarded_wrapper(function: Callable[..., Any], caller: pluggy.HookCaller, who: str, own: int) -> Callable[..., Any]:
-    """Of one that yields where the others' calls are: what these raise goes through it unchanged."""
+    """Of one that yields where the others' calls are: what these raise goes through it unchanged. It gives what it
+    makes of the one answer of a hook that has one."""
+    answers = caller.name in ANSWERS
 
     def guarded(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         try:
-            return (yield from function(*_own(args, own), **kwargs))
+            result = yield from function(*_own(args, own), **kwargs)
         except TooEarlyError as error:
             raise failed(error, caller.name, who) from from_plugin(error)
         except _passed(caller.name):
             raise
         except (Exception, SystemExit) as error:
             raise failed(error, caller.name, who) from from_plugin(error)
+        if caller.spec is not None and caller.spec.opts.get("firstresult") and (result is not None or answers):
+            wrong = mismatch(result, _expected(caller.spec.function))
+            if wrong is not None:
+                raise mistaken(wrong, caller.name, who)
+        return result
 
     return guarded
 

@@ -291,9 +291,10 @@ class Plugins:
         return found
 
     def provider(self, hook: str) -> str | None:
-        """The name of the plugin that implements ``hook``, where one does."""
+        """The name of the plugin that implements ``hook``, where one does; not of one that wraps its answer."""
         for implementation in getattr(self.hook, hook).get_hookimpls():
-            return str(implementation.plugin_name)
+            if not implementation.wrapper:
+                return str(implementation.plugin_name)
         return None
 
     def _check_declarations(self) -> None:
@@ -330,7 +331,7 @@ class Plugins:
 
     def _check_single(self) -> None:
         for hook in _single_hooks(self._specifications()):
-            providers = [name for name, plugin in self if implements(plugin, hook)]
+            providers = [name for name, plugin in self if provides(plugin, hook)]
             if len(providers) > 1:
                 listed = " and ".join(f"{name} ({self.origin(name)})" for name in providers)
                 raise UsageError(f"Plugins {listed} both provide {hook}, which has one place; leave one out.")
@@ -346,8 +347,8 @@ def _goes_with(name: str, plugin: Any, others: Mapping[str, Any], hookspecs: Any
                 return False
     published = (getattr(one, "hookspecs", None) for one in others.values())
     places = _single_hooks([hookspecs, *filter(None, published)])
-    taken = [hook for hook in places if any(implements(theirs, hook) for theirs in others.values())]
-    return not any(implements(plugin, hook) for hook in taken)
+    taken = [hook for hook in places if any(provides(theirs, hook) for theirs in others.values())]
+    return not any(provides(plugin, hook) for hook in taken)
 
 
 def _related(plugin: Any, key: str) -> list[str]:
@@ -369,6 +370,11 @@ def _is_spec(specs: Any, name: str) -> bool:
 def implements(plugin: Any, hook: str) -> bool:
     """Whether a plugin class or module implements ``hook``: pluggy's own mark, read before there is an instance."""
     return hasattr(getattr(plugin, hook, None), "sft_impl")
+
+
+def provides(plugin: Any, hook: str) -> bool:
+    """Whether a plugin class or module answers ``hook`` itself, and does not wrap another's answer alone."""
+    return implements(plugin, hook) and not getattr(plugin, hook).sft_impl.get("wrapper")
 
 
 def shapes_by_itself(plugin: Any) -> bool:

@@ -20,7 +20,7 @@ from sft.testing import forward, load
 
 CASES = (
     *("llama", "llama-untied", "llama-headdim", "llama3", "llama-biased", "llama-linear", "llama-yarn", "mistral"),
-    *("qwen2", "qwen2-tied", "qwen3"),
+    *("qwen2", "qwen2-tied", "qwen3", "smollm3", "granite", "olmo2"),
 )
 QUICK = ("llama3", "qwen2")
 TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -112,20 +112,23 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+BEHIND = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+"""Norms that are applied to what a part of a block gives, and not to what it gets."""
 
 
-def theirs(name: str) -> str:
-    """What GGUF's specification calls a tensor of Hugging Face's Llama."""
+def theirs(name: str, behind: bool = False) -> str:
+    """What GGUF's specification calls a tensor of Hugging Face's Llama; or of OLMo 2, whose norms stand ``behind``."""
     outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
     if name in (*outer, "lm_head.weight"):
         return outer.get(name, "output.weight")
     _, _, block, *middle, kind = name.split(".")
-    return f"blk.{block}.{NAMES['.'.join(middle)]}.{kind}"
+    names = {**NAMES, **BEHIND} if behind else NAMES
+    return f"blk.{block}.{names['.'.join(middle)]}.{kind}"
 
 
 def separate(name: str, array: np.ndarray, config: dict[str, Any]) -> np.ndarray:
     """The rows of q and k of Llama in Hugging Face's order: those of a head's first halves of pairs come first."""
-    if config["model_type"] in ("llama", "mistral") and ("q_proj" in name or "k_proj" in name):
+    if config["model_type"] in ("llama", "mistral", "smollm3", "granite") and ("q_proj" in name or "k_proj" in name):
         heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
         size = array.shape[0] // heads
         order = [head * size + 2 * pair + half for head in range(heads) for half in (0, 1) for pair in range(size // 2)]
@@ -142,9 +145,10 @@ def test_every_tensor_is_in_the_file_bit_by_bit(cases: ModuleType, tmp_path: Pat
     found = {tensor.name: tensor.data.reshape(tensor.shape[::-1]) for tensor in reader.tensors}
     factors = found.pop("rope_freqs.weight", None)
     assert (factors is not None) == (case == "llama3")
-    assert sorted(found) == sorted(map(theirs, stored))
+    called = {name: theirs(name, case == "olmo2") for name in stored}
+    assert sorted(found) == sorted(called.values())
     for name, array in stored.items():
-        np.testing.assert_array_equal(separate(name, found[theirs(name)], config), array, name)
+        np.testing.assert_array_equal(separate(name, found[called[name]], config), array, name)
 
     def said(key: str) -> Any:
         return reader.fields[key].contents()

@@ -28,6 +28,7 @@ class Form:
         adjacent: Whether the rotary embedding turns dimensions 2i and 2i + 1 of a head together; Hugging Face's files
             have i and i + size / 2.
         stretches: The scalings of the rotary embedding that the file can describe.
+        still: Every so many blocks, one whose queries and keys are not turned; None: all are turned.
     """
 
     arch: str
@@ -35,7 +36,11 @@ class Form:
     has: dict[str, Any] | None = None
     adjacent: bool = False
     stretches: tuple[str, ...] = ("linear", "yarn")
+    still: int | None = None
 
+
+_SCALES = ("attention_scale", "embedding_scale", "residual_scale", "logit_scale")
+_BEHIND = sft.Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 
 FORMS = {
     "llama": Form(
@@ -47,6 +52,9 @@ FORMS = {
     "mistral": Form("llama", adjacent=True),
     "qwen2": Form("qwen2", has={"attention_bias": True}),
     "qwen3": Form("qwen3", has={"head_norm": "head"}),
+    "smollm3": Form("smollm3", adjacent=True, still=4),
+    "granite": Form("granite", can=_SCALES, adjacent=True, stretches=()),
+    "olmo2": Form("olmo2", has={"head_norm": "all", "norms": _BEHIND}, stretches=()),
 }
 """By ``model_type``."""
 
@@ -75,8 +83,15 @@ def form_of(model: sft.FinishedModel) -> Form:
                 f"llama.cpp computes {form.arch} with {field.name} {expected!r}, and this model has {value!r}; write "
                 "--to huggingface."
             )
-    if any(block.experts is not None or block.rotary != 0 for block in found.blocks):
-        raise sft.UsageError(f"llama.cpp's {form.arch} has no experts and turns every block; write --to huggingface.")
+    turned = [form.still is None or (number + 1) % form.still != 0 for number in range(len(found.blocks))]
+    if any(block.experts is not None for block in found.blocks) or turned != [
+        block.rotary is not None for block in found.blocks
+    ]:
+        which = "every block" if form.still is None else f"all blocks but every {form.still}th"
+        raise sft.UsageError(
+            f"llama.cpp's {form.arch} has no experts, and turns queries and keys of {which}; this model is another: "
+            "write --to huggingface."
+        )
     rotary = found.rotaries[0]
     if rotary.kind not in ("default", *form.stretches) or rotary.size != found.head_size or rotary.interleaved:
         raise sft.UsageError(
@@ -109,6 +124,13 @@ def describe(model: sft.FinishedModel, form: Form, writer: Any) -> None:
     writer.add_value_length(found.head_size)
     writer.add_layer_norm_rms_eps(found.norm_epsilon)
     writer.add_vocab_size(found.vocabulary)
+    if "attention_scale" in form.can:
+        writer.add_attention_scale(
+            found.attention_scale if found.attention_scale is not None else found.head_size**-0.5
+        )
+        writer.add_embedding_scale(found.embedding_scale)
+        writer.add_residual_scale(found.residual_scale)
+        writer.add_logit_scale(1.0 / found.logit_scale)  # it divides
     rotary = found.rotaries[0]
     writer.add_rope_dimension_count(rotary.size)
     writer.add_rope_freq_base(rotary.base)

@@ -172,7 +172,7 @@ def token_loss(part: sft.TokenLoss, logits: np.ndarray, labels: np.ndarray) -> t
     return float(loss), hidden.grad.numpy()[0]
 
 
-def suite(plugin: str, **settings: Any) -> type:
+def suite(plugin: str, /, **settings: Any) -> type:
     """The tests that every plugin of its kind should pass, as a class for a test file; give it a name that begins with
     ``Test``. ``plugin`` is installed, and what it ``requires`` is active with it; ``settings`` are for each run.
 

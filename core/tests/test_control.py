@@ -89,6 +89,7 @@ def test_a_run_that_is_asked_to_stop_ends_as_after_its_last_step(
     assert summary.eval_loss_after == found[-1]["eval_loss"]
 
 
+@pytest.mark.slow
 def test_an_end_that_is_asked_for_after_an_evaluation_is_that_of_its_step(
     train: Train, tmp_path: Path, metrics: Metrics
 ) -> None:
@@ -158,6 +159,7 @@ def test_what_is_due_anyway_is_done_once(train: Train, tmp_path: Path, metrics: 
     assert checkpoints_of(tmp_path / "out") == ["checkpoint-1", "checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_without_dev_data_is_said_to_be_none(train: Train, dataset: Path) -> None:
     said: list[str] = []
     asks = toy(sft_step_ended=lambda self, run: run.control.evaluate())
@@ -169,6 +171,7 @@ def test_an_evaluation_without_dev_data_is_said_to_be_none(train: Train, dataset
 # --- going on -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_early_does_not_go_on_by_itself(train: Train, tmp_path: Path) -> None:
     settings = {**CONSTANT, "save_strategy": "steps"}
     train("out", (asking(5, stop),), **settings)

@@ -40,6 +40,7 @@ def test_what_is_named_as_an_event_is_a_hook() -> None:
     assert set(WATCHING) <= set(vars(hookspecs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -208,6 +209,7 @@ def test_what_is_no_number_is_the_plugins_fault(train: Train, answer: Any) -> No
 # --- why state is restored ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_plugin_is_told_why_its_state_is_restored(train: Train, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     plugin = toy(

@@ -81,6 +81,7 @@ def test_files_of_others_run_where_no_plugin_is_installed_for_it(monkeypatch: py
     assert resolved(report_to="none")[2] == []
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_may_report_elsewhere(train: Callable[..., Any], tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 1, "do_eval": False}
     train("out", max_steps=1, **settings)

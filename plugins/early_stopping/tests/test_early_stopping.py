@@ -169,6 +169,7 @@ def test_which_number_decides_and_which_way(
     assert (plugin._key(run), plugin._is_greater_better(run)) == expected
 
 
+@pytest.mark.slow
 def test_what_it_reads_is_not_said_to_have_no_effect(train: Train) -> None:
     said: list[str] = []
     train("out", say=said.append, max_steps=1, metric_for_best_model="accuracy")

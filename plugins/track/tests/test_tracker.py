@@ -117,8 +117,17 @@ def without(monkeypatch: pytest.MonkeyPatch, *libraries: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [tracker.name for tracker in ALL])
-@pytest.mark.parametrize("setting", ["report_to", "plugin"])
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ("report_to", "wandb"),
+        *(
+            pytest.param(setting, tracker.name, marks=pytest.mark.slow)
+            for setting in ("report_to", "plugin")
+            for tracker in ALL
+        ),
+    ],
+)
 def test_a_library_that_is_missing_is_refused_with_the_cure(
     train: Train, monkeypatch: pytest.MonkeyPatch, name: str, setting: str
 ) -> None:
@@ -162,6 +171,7 @@ def test_one_that_is_asked_for_and_switched_off(train: Train) -> None:
     assert str(caught.value) == "report_to wandb asks for plugin wandb, which is switched off; keep one of them."
 
 
+@pytest.mark.slow
 def test_a_run_has_a_name(train: Train, log: type[Log], monkeypatch: pytest.MonkeyPatch) -> None:
     from sft_track.tracker import name_of
 
@@ -180,6 +190,7 @@ def test_a_run_that_replaces_another_has_a_log_of_its_own(tmp_path: Path) -> Non
     assert not new_folder(tmp_path).exists()
 
 
+@pytest.mark.slow
 def test_no_library_is_imported_before_there_is_something_to_log() -> None:
     code = (
         "import sys, sft_track.curves, sft_track.services; "

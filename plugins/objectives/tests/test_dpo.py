@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies
 from safetensors.numpy import load_file
 
 import sft
@@ -255,6 +257,30 @@ def test_a_record_that_is_no_pair_is_refused(record: dict[str, Any], said: str) 
     with pytest.raises(ValueError) as caught:
         pair_of(record)
     assert said in str(caught.value)
+
+
+NUMBERS = strategies.one_of(strategies.booleans(), strategies.integers(-3, 3), strategies.floats())
+ROLES = strategies.sampled_from(["user", "assistant", "gpt", "system"])
+LEAVES = strategies.one_of(strategies.none(), NUMBERS, strategies.text(max_size=3), ROLES)
+MESSAGES = strategies.dictionaries(strategies.sampled_from(["role", "content", "from", "value", "weight"]), LEAVES)
+VALUE = strategies.one_of(LEAVES, MESSAGES, strategies.lists(strategies.one_of(MESSAGES, LEAVES), max_size=3))
+KEYS = ["chosen", "rejected", "prompt", "messages", "conversations", "instruction", "system", "tools"]
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(strategies.sampled_from(sorted(LAYOUTS)), strategies.sampled_from(KEYS), VALUE)
+def test_whatever_a_record_holds_it_is_a_pair_or_a_bad_record(layout: str, key: str, value: Any) -> None:
+    pair, said = None, "-"
+    try:
+        pair = pair_of({**LAYOUTS[layout], key: value})
+    except ValueError as error:
+        said = str(error)
+    assert said
+    assert "\n" not in said
+    if pair is not None:
+        assert all(any(turn.trains for turn in one) for one in pair.together)
+        assert len(pair.beside) == 1
 
 
 def test_a_place_is_named(train: Train, tmp_path: Path, as_trl: dict[str, Any]) -> None:

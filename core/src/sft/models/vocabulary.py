@@ -19,8 +19,8 @@ def grow(source: ModelSource, tokenizer: Tokenizer) -> str:
     rows = rows_for(before, max(ids) + 1)
     source.grow(rows, ids)
     where = f"embeddings grow from {before:,} to {rows:,} rows" if rows > before else "for which there are rows already"
-    count = "1 token" if len(ids) == 1 else f"{len(ids):,} tokens"
-    return f"new_tokens: {count}, ids {ids[0]:,} to {ids[-1]:,}, {where}"
+    what = f"1 token, id {ids[0]:,}" if len(ids) == 1 else f"{len(ids):,} tokens, ids {ids[0]:,} to {ids[-1]:,}"
+    return f"new_tokens: {what}, {where}"
 
 
 def grown_as(adapter: Path | None, source: ModelSource) -> list[NewToken]:

@@ -285,3 +285,27 @@ def test_export_writes_what_a_merge_writes(adapters: Path, tmp_path: Path) -> No
         base, whole = load_file(MODEL / "model.safetensors"), load_file(exported / "model.safetensors")
         name = "model.layers.0.self_attn.q_proj.weight"
         assert not np.array_equal(base[name], whole[name])
+
+
+def test_a_gguf_file_has_the_adapter_folded_in(adapters: Path, tmp_path: Path) -> None:
+    """The matrices that llama.cpp has as Hugging Face has them are those of the merged model, bit by bit."""
+    import gguf
+
+    from sft.commands.export import command as export
+
+    given = ("--model_name_or_path", str(MODEL), "--lora_path", str(adapters / "lora"))
+    merged, exported = tmp_path / "merged", tmp_path / "exported"
+    assert merge(*given, "--output_path", merged).exit_code == 0
+    done = CliRunner().invoke(export, [*given, "--to", "gguf", "--output_path", str(exported)])
+    assert done.exit_code == 0, done.output
+    whole, base = load_file(merged / "model.safetensors"), load_file(MODEL / "model.safetensors")
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(exported / "model.gguf").tensors}
+    for block in range(2):
+        for theirs, ours in {
+            "attn_v": "self_attn.v_proj",
+            "ffn_up": "mlp.up_proj",
+            "ffn_down": "mlp.down_proj",
+        }.items():
+            name = f"model.layers.{block}.{ours}.weight"
+            assert not np.array_equal(whole[name], base[name])
+            np.testing.assert_array_equal(found[f"blk.{block}.{theirs}.weight"], whole[name])

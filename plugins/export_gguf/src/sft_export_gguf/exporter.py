@@ -23,6 +23,9 @@ class GgufOptions:
 
 
 class Gguf(sft.Plugin):
+    """Writes a finished model as one GGUF file for llama.cpp (``--to gguf``), with a Modelfile for Ollama (``--to
+    ollama``)."""
+
     name = "gguf"
     api_version = ">=1.1,<2"
     summary = "Write a finished model as one GGUF file, for llama.cpp and Ollama."

@@ -87,6 +87,8 @@ def test_secrets_by_their_name() -> None:
         "client-secret",
         "hfToken",
         "auth_key",
+        "Authorization",
+        "session_cookie",
     ):
         assert is_secret(name), name
     for name in ("pad_token", "eos_token", "max_new_tokens", "tokenizer_name_or_path", "key", "save_tokens", "monkey"):

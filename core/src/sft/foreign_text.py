@@ -35,6 +35,7 @@ _AROUND = re.compile(
 )
 _SECRET_WORDS = frozenset(
     ("token", "secret", "secrets", "password", "passwd", "passphrase", "pwd", "credential", "credentials", "apikey")
+    + ("authorization", "cookie", "cookies")
 )
 _KEYS = frozenset(("api", "access", "private", "secret", "auth", "encryption", "signing", "account", "ssh", "license"))
 _SPECIAL_TOKENS = frozenset(

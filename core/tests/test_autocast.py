@@ -82,6 +82,7 @@ def test_types_are_those_of_the_products(paddle: Any, models: Path, case: str, w
     each norm is rounded once for all the products that read it. Over frozen matrices of 16 bits the norms train."""
     from sft.models.loading import load_model, open_model
     from sft.training.loop import Learning
+    from sft.training.objective import RunObjective
     from sft.training.wide_sums import WideSums
 
     precision = Precision("bfloat16", weights, frozen)
@@ -91,7 +92,7 @@ def test_types_are_those_of_the_products(paddle: Any, models: Path, case: str, w
     for parameter in model.parameters():
         parameter.stop_gradient = frozen != weights and parameter.ndim > 1
     batch = batch_of(model.architecture.vocabulary)
-    run: Any = type("Run", (), {"model": model, "precision": precision, "hook": None})
+    run: Any = type("Run", (), {"model": model, "precision": precision, "hook": None, "objective": RunObjective()})
     trained = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
     learning = Learning(run, 1.0 / 24, is_idle=True, sums=WideSums(trained))
     with emulated_autocast("bfloat16") as factors:

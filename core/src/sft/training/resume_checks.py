@@ -10,6 +10,7 @@ from sft import arithmetic
 from sft.errors import UsageError
 from sft.foreign_text import shown
 from sft.models.adapter_folder import base_differences, check_base
+from sft.options import options_of
 
 if TYPE_CHECKING:
     from sft.context import CoreRun, Run
@@ -162,9 +163,11 @@ def check_same_plugins(run: CoreRun, resumed: Checkpoint) -> None:
         if name in files and files[name]["sha256"] != file.sha256:
             run.say(f"note: {file.path}, from which plugin {name} is, has changed since {source.name} was written")
     for name, options in now.items():
+        declared = options_of(type(run.settings.options[name])) if options else {}
         for key, value in options.items():
-            if before[name].get(key) != value:
+            then = before[name].get(key, declared[key].default)  # what was learned before there was such a setting
+            if then != value:
                 raise UsageError(
-                    f"{source} was trained with {key} {before[name].get(key)!r} of plugin {name}, and this run has "
+                    f"{source} was trained with {key} {then!r} of plugin {name}, and this run has "
                     f"{value!r}; {go_on} with the same value{otherwise}."
                 )

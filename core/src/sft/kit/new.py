@@ -32,7 +32,7 @@ class Kind:
 
 KINDS = {
     "adapter": Kind("A trained scale for each output of a frozen model's Linears."),
-    "quantizer": Kind("The base model's Linears in 8-bit whole numbers.", "--plugin lora,new-plugin"),
+    "quantizer": Kind("The base model's Linears in 8-bit whole numbers.", "--plugin AN_ADAPTER,new-plugin"),
     "attention": Kind("Attention for some queries at a time, exact, with less memory."),
     "collator": Kind("Records of like length share a batch."),
     "optimizer": Kind("Steps along the sign of a running mean of gradients."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import hookspecs
+from sft.certify.certify import CHECKS
 from sft.commands.cli import COMMANDS
 from sft.context import members
 from sft.options import Option, options_of
@@ -161,15 +163,78 @@ def plugin_table(chinese: bool) -> str:
     return "\n".join(rows)
 
 
+CERTIFIED = ROOT / "docs" / "certified"
+BESIDE = "works beside"
+_CELLS = {"holds": "+", "refused": "–", "not tried": "○", "fails": "✗"}
+
+
+def reports() -> dict[str, dict[str, Any]]:
+    """What `sft certify` found of the project's plugins (`make certify`), by name."""
+    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(CERTIFIED.glob("*.json")))
+    return {report["plugin"]: report for report in found}
+
+
 def matrix() -> str:
-    """Which plugins work together, from their declarations: a row and a column each."""
-    plugins = own_plugins()
+    """Which plugins work together, as it was measured: a row and a column each."""
+    plugins, measured = own_plugins(), reports()
     rows = ["| | " + " | ".join(f"`{name}`" for name in plugins) + " |", "|---|" + ":-:|" * len(plugins)]
-    for name, plugin in plugins.items():
+    for name in plugins:
+        cells = [
+            "" if other == name else "needs" if other in plugins[name].requires else together(name, other, measured)
+            for other in plugins
+        ]
         never = excluded(name, plugins)
-        cells = ["" if o == name else "–" if o in never else "needs" if o in plugin.requires else "+" for o in plugins]
+        cells = ["–" if one == "○" and o in never else one for one, o in zip(cells, plugins, strict=True)]
         rows.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def together(name: str, other: str, measured: Mapping[str, dict[str, Any]]) -> str:
+    """What the reports of two plugins say of each other: one that fails goes first, then one that
+    holds: what one of them needs, such as an adapter, may be beside in one report alone."""
+    found = {_beside(measured.get(one), of) for one, of in ((name, other), (other, name))}
+    return next((sign for sign in ("✗", "+", "–") if sign in found), "○")
+
+
+def _beside(report: dict[str, Any] | None, other: str) -> str:
+    if report is None:
+        return "○"
+    if other in report["company"]:
+        return "+" if report["holds"] else "○"
+    return next((_CELLS[r["status"]] for r in report["rows"] if r["check"] == BESIDE and r["case"] == other), "○")
+
+
+def certify_page() -> str:
+    """docs/certify.md with its tables made anew: of the checks, and of the faults."""
+    path = ROOT / "docs" / "certify.md"
+    checks = ["| check | what must hold |", "|---|---|"]
+    checks += [f"| {one.name} | {one.sentence} |" for one in CHECKS]
+    faults = json.loads((ROOT / "docs" / "certify.json").read_text(encoding="utf-8"))
+    general = {one.name for one in CHECKS}
+    caught = [one for one in faults.values() if one["caught"]]
+    own = sum(one["caught"]["check"] not in general for one in caught)
+    said = [
+        f"**{len(caught)} of {len(faults)} are caught** ({len(caught) / len(faults):.0%}), {len(caught) - own} of them "
+        f"by the checks above and {own} by the plugin's own formula.",
+        "",
+        "| fault | plugin | what is wrong | caught by |",
+        "|---|---|---|---|",
+    ]
+    for name, fault in faults.items():
+        found = fault["caught"]
+        by = "**missed**"
+        if found:
+            case = f" ({found['case']})" if found["case"] else ""
+            by = f"{found['check']}{case}" if found["check"] in general else f"its own formula: {found['check']}"
+        said.append(f"| {name} | `{fault['plugin']}` | {fault['wrong']} | {by} |")
+    text = path.read_text(encoding="utf-8")
+    for key, lines in (("checks", checks), ("faults", said)):
+        text = re.sub(rf"(<!-- {key} -->\n).*?(<!-- end -->)", rf"\1{_escaped(lines)}\n\2", text, flags=re.DOTALL)
+    return text
+
+
+def _escaped(lines: list[str]) -> str:
+    return "\n".join(lines).replace("\\", r"\\")
 
 
 def excluded(name: str, plugins: dict[str, Any]) -> list[str]:
@@ -303,6 +368,7 @@ PAGES = {
 def main(check: bool) -> int:
     FOLDER.mkdir(exist_ok=True)
     pages = {FOLDER / name: page() for name, page in PAGES.items()}
+    pages[ROOT / "docs" / "certify.md"] = certify_page()
     pages.update({ROOT / readme: with_table(readme) for readme in ("README.md", "README_zh.md")})
     stale = [path for path, text in pages.items() if not _same(path, text)]
     names = ", ".join(str(path.relative_to(ROOT)) for path in stale)

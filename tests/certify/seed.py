@@ -1,7 +1,7 @@
 """Puts each fault of ``seeded_faults`` into a copy of its plugin and certifies that: what is caught, and by what.
 
     python tests/certify/seed.py                 # all of them, about an hour on two cores; writes docs/certify.json
-    python tests/certify/seed.py lora-merge-sign # these alone; only says what came of them
+    python tests/certify/seed.py lora-merge-sign # these alone; the figures of the others stay there
 
 The copy stands before the installed package on PYTHONPATH, so that each process that certify starts has it too.
 """
@@ -79,8 +79,10 @@ def main(names: list[str]) -> int:
             print(f"{fault.name} [{figures['seconds']} s]: {by}", flush=True)
     missed = [name for name, figures in found.items() if figures["caught"] is None]
     print(f"{len(found) - len(missed)} of {len(found)} caught; missed: {', '.join(missed) or 'none'}")
-    if not names:
-        FIGURES.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    before = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+    kept = {**before, **found}
+    ordered = {fault.name: kept[fault.name] for fault in FAULTS if fault.name in kept}
+    FIGURES.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 1 if missed else 0
 
 

@@ -208,8 +208,8 @@ def _lost(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
 
 
 def _foreign(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    name = _of_a_layer(tensors)
-    tensors[name.replace("layers.0", "layers.7")] = tensors[name]
+    block = {name: tensor for name, tensor in tensors.items() if ".layers.0." in name}
+    tensors.update({name.replace(".layers.0.", ".layers.7."): tensor for name, tensor in block.items()})
 
 
 def _unknown(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:

@@ -18,7 +18,7 @@ from sft.certify.report import FAILED, HELD, NOT_TRIED, REFUSED, Report, Row, ve
 from sft.certify.subject import Subject, find_subject
 from sft.certify.together import RefusedError
 from sft.errors import SftError, UsageError
-from sft.plugins.discovery import entries, installed
+from sft.plugins.discovery import canonical, entries, find, installed
 
 ALONE: tuple[Check, ...] = (*runs.CHECKS, *adapters.CHECKS, *parts.CHECKS)
 CHECKS: tuple[Check, ...] = (*ALONE, *together.CHECKS)
@@ -32,25 +32,28 @@ def certify(
     plugins: Sequence[type] = (),
     only: Iterable[str] = (),
     tried: Mapping[str, Any] | None = None,
+    beside: Iterable[str] | None = None,
     first_failure: bool = False,
     say: Callable[[Row], None] = lambda row: None,
 ) -> Report:
     """Try plugin ``name`` on tiny models, on the CPU: each check that asks about it, in all cases.
 
     ``plugins`` are classes that nothing installed provides, ``only`` names the checks that are tried, ``tried`` has
-    values for options that nobody could guess. With ``first_failure`` nothing is tried after a case that fails.
-    ``say`` is told of each case. Raises :class:`sft.UsageError` where there is no such plugin, or check.
+    values for options that nobody could guess. It is tried ``beside`` these plugins; None: all others. With
+    ``first_failure`` nothing is tried after a case that fails. ``say`` is told of each case. Raises
+    :class:`sft.UsageError` where there is no such plugin, or check.
     """
     runtime.prepare()
     runtime.use_device("cpu")
     subject = find_subject(name, plugins, tried)
     checks = _chosen([*ALONE, *own_checks(subject), *together.CHECKS], only)
+    others = None if beside is None else [find(canonical(one), installed()).name for one in beside]
     began = time.monotonic()
     report = _about(subject, checks)
     with tempfile.TemporaryDirectory(prefix="sft-certify-") as work, warnings.catch_warnings():
         # numpy's, as denormal numbers count as zero while paddle computes.
         warnings.filterwarnings("ignore", "The value of the smallest subnormal")
-        lab = Lab(subject, Path(work), plugins)
+        lab = Lab(subject, Path(work), plugins, others)
         for check in checks:
             if not check.asks(lab):
                 continue

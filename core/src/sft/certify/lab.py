@@ -9,11 +9,13 @@ import hashlib
 import io
 import json
 import random
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -89,8 +91,12 @@ class Outcome:
 class Lab:
     """The tiny models, the data, and the runs of one subject, in a folder that is its own."""
 
-    def __init__(self, subject: Subject, work: Path, extra: Sequence[type] = ()) -> None:
+    def __init__(
+        self, subject: Subject, work: Path, extra: Sequence[type] = (), others: Sequence[str] | None = None
+    ) -> None:
+        """``others`` are the plugins beside which the subject is tried; None: all that are installed."""
         self.subject, self.work, self.extra = subject, work, tuple(extra)
+        self.others = [name for name in (installed() if others is None else others) if name not in subject.own]
         self.data = tiny.write_data(work / "data")
         self._models: dict[str, Path] = {}
         self._runs: dict[str, Outcome] = {}
@@ -161,7 +167,7 @@ class Lab:
         outcome = Outcome(Path(values["output_dir"]))
         self._disturb()
         shown = io.StringIO()
-        with redirect_stdout(shown), redirect_stderr(shown):
+        with redirect_stdout(shown), redirect_stderr(shown), mock.patch.object(warnings, "showwarning", _unheard):
             fine_tune(values, plugins=[*self.extra, *also, _watch(outcome, started)], say=outcome.said.append)
         outcome.printed = shown.getvalue()
         if cached:
@@ -217,6 +223,10 @@ class Lab:
 
         plain = self.run(beside, **settings)
         return self.run(beside, also=[Reseed], **settings).losses != plain.losses
+
+
+def _unheard(*_: Any, **__: Any) -> None:
+    """Warnings are those of libraries, and no line of the plugin's."""
 
 
 def _watch(outcome: Outcome, started: Started | None) -> type:

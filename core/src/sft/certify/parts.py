@@ -121,9 +121,18 @@ def _kinds(lab: Lab) -> Iterator[str]:
     _kinds,
 )
 def attends_by_the_formula(lab: Lab, case: str) -> None:
-    import paddle
+    from sft.models.kernels import PLAIN
 
     backend = lab.run(started=lambda run: run.model.attention).started
+    _attends_as(backend, case, "")
+    if hasattr(backend, "kernels"):  # what it leaves to the model's kernels, and what it does itself
+        backend.kernels = PLAIN
+        _attends_as(backend, case, "with plain kernels, ")
+
+
+def _attends_as(backend: Any, case: str, how: str) -> None:
+    import paddle
+
     cap = 2.0 if case == "capped" else None
     if cap is not None and not getattr(backend, "caps", False):
         raise NotTriedError("it does not claim to cap scores, and models that do are refused")
@@ -139,9 +148,9 @@ def attends_by_the_formula(lab: Lab, case: str) -> None:
     out = backend.attend(*tensors, mask, cap) if cap is not None else backend.attend(*tensors, mask)
     (out * paddle.to_tensor(upstream)).sum().backward()
     expected = _formula(query, key, value, upstream, ends, cap)
-    close(out.numpy(), expected[0], "what it computes")
+    close(out.numpy(), expected[0], f"{how}what it computes")
     for name, tensor, gradient in zip(("queries", "keys", "values"), tensors, expected[1:], strict=True):
-        close(tensor.grad.numpy(), gradient, f"the gradient of {name}")
+        close(tensor.grad.numpy(), gradient, f"{how}the gradient of {name}")
 
 
 def _ends(case: str, length: int) -> np.ndarray | None:

@@ -83,6 +83,8 @@ def find_subject(request: str, extra: Sequence[type] = (), tried: Mapping[str, A
     name = name_of(plugin)
     subject = Subject(name, request, plugin, tried=dict(tried or {}))
     subject.company = [one for one in _required(plugin) if one != name]
+    if needs_records(plugin):
+        raise UsageError(f"Plugin {name} cannot be tried: {NO_RECORDS}")
     if subject.has(QUANTIZES) and not subject.adapts():
         subject.company = [*an_adapter(subject), *subject.company]
     for key in subject.tried:
@@ -90,6 +92,17 @@ def find_subject(request: str, extra: Sequence[type] = (), tried: Mapping[str, A
             known = ", ".join(subject.options) or "none"
             raise UsageError(f"Plugin {name} has no option {key} (it has {known}); leave --try {key} out.")
     return subject
+
+
+NO_RECORDS = (
+    "it reads records in a format of its own, and its class names none to learn "
+    '(certify = {"dataset_name_or_path": "…"}).'
+)
+
+
+def needs_records(plugin: Any) -> bool:
+    """Whether a plugin reads records of its own and does not say where some are."""
+    return implements(plugin, "sft_record_format") and "dataset_name_or_path" not in getattr(plugin, "certify", {})
 
 
 def _required(plugin: Any) -> list[str]:

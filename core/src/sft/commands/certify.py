@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sft.commands.shared import path_of
 @click.option(
     "--try", "tried", multiple=True, metavar="OPTION=VALUE", help="A value for an option of the plugin; repeatable."
 )
+@click.option("--beside", multiple=True, metavar="PLUGIN", help="Another plugin; repeatable; unset: all others.")
 @click.option("--first-failure", is_flag=True, help="End at the first case that fails.")
 @click.option("--json", "json_file", callback=path_of, help="File for the report as JSON.")
 @click.option("--html", "html_file", callback=path_of, help="File for the report as a page.")
@@ -23,6 +25,7 @@ def command(
     name: str,
     only: tuple[str, ...],
     tried: tuple[str, ...],
+    beside: tuple[str, ...],
     first_failure: bool,
     json_file: str | None,
     html_file: str | None,
@@ -44,11 +47,18 @@ def command(
         if not equals:
             raise UsageError(f"--try {text} gives no value; write --try OPTION=VALUE.")
         values[key] = value
-    report = certify(name, only=only, tried=values, first_failure=first_failure, say=lambda row: click.echo(line(row)))
+    report = certify(
+        name,
+        only=only,
+        tried=values,
+        beside=beside or None,
+        first_failure=first_failure,
+        say=lambda row: click.echo(line(row)),
+    )
     click.echo(report.summary())
     if json_file:
         write_text(Path(json_file).expanduser(), report.as_json())
     if html_file:
         write_text(Path(html_file).expanduser(), page(report))
     if report.failures:
-        raise click.exceptions.Exit(1)
+        sys.exit(1)

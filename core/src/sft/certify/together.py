@@ -87,8 +87,8 @@ def _compare(lab: Lab, case: str, beside: list[str], whole: Outcome) -> None:
         except UsageError:
             return
         close(whole.losses, plain.losses, "without it, losses", NEAR)
-        norms = [[step["grad_norm"] for step in outcome.steps] for outcome in (whole, plain)]
-        close(*norms, "without it, gradient norms", NEAR / 10)
+        own, others = ([step["grad_norm"] for step in outcome.steps] for outcome in (whole, plain))
+        close(own, others, "without it, gradient norms", NEAR / 10)
 
 
 # --- families -----------------------------------------------------------------------------------------------

@@ -11,12 +11,10 @@ import numpy as np
 _LENGTH, _HEADS, _KEPT, _SIZE = 300, 4, 2, 8
 
 
-def _formula(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, upstream: np.ndarray, ends: np.ndarray, cap: float | None
-) -> list[np.ndarray]:
+def _formula(arrays: list[np.ndarray], ends: np.ndarray, cap: float | None) -> list[np.ndarray]:
     """softmax(Q·Kᵀ/√D)·V, capped, of keys j that query i sees (j ≤ i < end of j), and the gradients of Q, K and V;
     float64, each [S, heads, D]."""
-    q, k, v, dy = (one[0].astype(np.float64).transpose(1, 0, 2) for one in (query, key, value, upstream))
+    q, k, v, dy = (one[0].astype(np.float64).transpose(1, 0, 2) for one in arrays)
     k, v = (np.repeat(one, _HEADS // _KEPT, axis=0) for one in (k, v))
     places, scale = np.arange(_LENGTH), 1 / math.sqrt(_SIZE)
     scores, bent = q @ k.swapaxes(1, 2) * scale, np.ones(1)
@@ -46,11 +44,12 @@ def check_blocks_compute_the_formula(lab: Any) -> None:
     for ends, cap in ((documents, None), (np.full(_LENGTH, _LENGTH), 2.0)):
         arrays = [generator.standard_normal(shape, dtype=np.float32) for shape in shapes]
         tensors = [paddle.to_tensor(one, stop_gradient=False) for one in arrays[:3]]
-        y = attention(*tensors, column_masks(ends.astype(np.int32)[None, None, :, None]), cap)
+        query, key, value = tensors
+        y = attention(query, key, value, column_masks(ends.astype(np.int32)[None, None, :, None]), cap)
         (y * paddle.to_tensor(arrays[3])).sum().backward()
         found = [y, *(one.grad for one in tensors)]
         names = ("the output", "the gradient of queries", "the gradient of keys", "the gradient of values")
-        for name, one, expected in zip(names, found, _formula(*arrays, ends, cap), strict=True):
+        for name, one, expected in zip(names, found, _formula(arrays, ends, cap), strict=True):
             off, largest = np.abs(one.numpy()[0] - expected).max(), np.abs(expected).max()
             assert off <= 1e-5 * largest, f"{name} is {off:.2e} off, where the largest value is {largest:.2e}"
 

@@ -357,9 +357,15 @@ def test_a_request_that_can_ask_for_nothing_is_refused_and_listed(
     assert fault in listed[0]
 
 
+NO_COMMAND = (
+    "sft: There is no command 'rnu'; `sft --help` lists the commands, and plugins add to them "
+    "(pip install 'paddle-sft[all]' brings those of the project).\n"
+)
+
+
 def test_an_unknown_command(sft_command: Command) -> None:
     done = sft_command("rnu")
-    assert (done.returncode, done.stderr) == (2, "sft: There is no command 'rnu'; `sft --help` lists the commands.\n")
+    assert (done.returncode, done.stderr) == (2, NO_COMMAND)
 
 
 def test_no_command_shows_the_help(sft_command: Command) -> None:

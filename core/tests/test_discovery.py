@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from toy_plugins import active, plugin, refusal
 
+import sft
 from sft.plugins.discovery import installed
 
 Distribute = Callable[..., None]
@@ -82,7 +83,40 @@ def test_missing(distribute: Distribute) -> None:
     assert message.startswith("Plugin sharpner is not installed (installed: ")
     assert "sharpener" in message.partition("(installed: ")[2].partition(")")[0].split(", ")
     assert message.endswith("; did you mean sharpener?")
-    assert refusal("xyz").endswith("; pip install the distribution that provides it.")
+
+
+@pytest.mark.parametrize(
+    ("name", "extras", "hint"),
+    [
+        ("loom", ("loom", "sharpenr"), "pip install 'paddle-sft[loom]' brings it."),
+        ("sharpenr", ("loom", "sharpenr"), "pip install 'paddle-sft[sharpenr]' brings it."),  # and not the one near it
+        ("looms", ("loom",), "did you mean loom (pip install 'paddle-sft[loom]' brings it)?"),
+        ("xyz", ("loom",), "pip install the distribution that provides it."),
+        (
+            "xyz",
+            (),
+            "pip install 'paddle-sft[xyz]' brings it if it is one of the project's; of another, pip install its "
+            "distribution.",
+        ),
+        ("x'; y", (), "pip install the distribution that provides it."),
+    ],
+)
+def test_what_brings_one_that_is_missing(
+    distribute: Distribute, monkeypatch: pytest.MonkeyPatch, name: str, extras: tuple[str, ...], hint: str
+) -> None:
+    distribute("sft-test-tool", plugin("sharpener"), {"sharpener": "Tool"})
+    monkeypatch.setattr("sft.plugins.discovery.extras", lambda: extras)
+    assert refusal(name).endswith(f"); {hint}")
+
+
+def test_a_setting_of_one_that_is_missing_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sft.settings.reading.extras", lambda: ("loom", "loom-wide"))
+    monkeypatch.setattr("sft.plugins.discovery.extras", lambda: ("loom", "loom-wide"))
+    for setting, name in (("loom", "loom"), ("loom_wide_warp", "loom-wide"), ("loom_wide.warp", "loom-wide")):
+        with pytest.raises(sft.UsageError) as caught:
+            sft.run({setting: True}, say=lambda _: None)
+        cure = f"if it belongs to plugin {name}, pip install 'paddle-sft[{name}]' brings it."
+        assert str(caught.value) == f"Unknown setting {setting}; {cure}"
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,12 @@ class _Commands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            raise UsageError(f"There is no command {args[0]!r}; `sft --help` lists the commands.") from error
+            from sft.plugins.discovery import ALL_OF_PROJECT
+
+            raise UsageError(
+                f"There is no command {args[0]!r}; `sft --help` lists the commands, and plugins add to them "
+                f"({ALL_OF_PROJECT})."
+            ) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from sft.plugins.requests import requests

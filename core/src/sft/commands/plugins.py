@@ -14,7 +14,7 @@ from sft.foreign_text import safe
 from sft.kit.about import About, about, all_plugins, find_plugin, found, ties
 from sft.kit.new import KINDS, write_package
 from sft.plugins.api import API_VERSION
-from sft.plugins.discovery import canonical, left_out, strange_requests
+from sft.plugins.discovery import ALL_OF_PROJECT, canonical, left_out, strange_requests
 from sft.small_files import check_path
 
 
@@ -35,7 +35,7 @@ def command(context: click.Context, as_json: bool) -> None:
             click.echo(json.dumps(row.as_dict()))
         return
     if not rows:
-        cure = "pip install 'paddle-sft[all]' brings those of the project" if left_out() is None else left_out()
+        cure = ALL_OF_PROJECT if left_out() is None else left_out()
         click.echo(f"No plugin is installed; {cure}.")
         return
     names, kinds = (max(map(len, column)) for column in ([row.name for row in rows], [_kind(row) for row in rows]))

@@ -13,7 +13,7 @@ from sft.foreign_text import shown
 from sft.inference.finished import finished, opened_source
 from sft.inference.open import settings_for
 from sft.options import options_of
-from sft.plugins.discovery import import_plugin
+from sft.plugins.discovery import ALL_OF_PROJECT, import_plugin
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import by_name, origins, requests
 from sft.progress import Progress
@@ -101,7 +101,7 @@ def _unknown(to: str) -> str:
     known = ", ".join([OWN, *sorted(requests("export"))])
     return (
         f"Nothing that is installed exports to {shown(to)} (there are: {known}); take one of these, or pip install the "
-        "distribution of the plugin that does ('paddle-sft[all]' brings all that the project has)."
+        f"distribution of the plugin that does ({ALL_OF_PROJECT})."
     )
 
 

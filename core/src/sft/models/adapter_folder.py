@@ -24,6 +24,7 @@ from sft.models.fingerprint import fingerprint, has_fingerprint
 from sft.models.grown import EMBEDDING, HEAD
 from sft.models.loading import ModelSource, open_model
 from sft.models.reals import check_reals
+from sft.plugins.discovery import cure
 from sft.plugins.requests import requests
 from sft.seams import AdapterFiles
 from sft.small_files import read_object, why
@@ -230,7 +231,7 @@ def cure_of(adapter: Path, name: str) -> str:
     """What to do where plugin ``name``, which ``adapter`` needs, is not there."""
     file = plugin_files(adapter).get(name)
     if file is None:
-        return "pip install the distribution that provides it"
+        return cure(name)
     return f"it was the file {shown(file)}, so add --plugin PATH/{shown(file)}"
 
 

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, metadata
 from typing import Any
 
 from sft.errors import UsageError
@@ -150,14 +150,47 @@ def find(name: str, available: Mapping[str, list[Installed]]) -> Installed:
     if not items and name in _everything() and name not in installed():
         raise UsageError(f"Plugin {name} is left out by {LEFT_OUT}; take it out of that variable of the environment.")
     if not items:
-        close = difflib.get_close_matches(name, available, n=1)
-        hint = f"did you mean {close[0]}?" if close else "pip install the distribution that provides it."
+        near = difflib.get_close_matches(name, [*available, *extras()], n=1)
+        hint = f"{cure(name)}." if name in extras() or not near else f"did you mean {_near(near[0], available)}?"
         listed = ", ".join(available) or "none"
         raise UsageError(f"Plugin {name} is not installed (installed: {listed}); {hint}")
     if len(items) > 1:
         listed = " and ".join(f"{item.origin} ({item.entry.value})" for item in items)
         raise UsageError(f"Plugin {name} is provided twice, by {listed}; pip uninstall one of them.")
     return items[0]
+
+
+PROJECT = "paddle-sft"
+"""The distribution with an extra for each plugin of the project, by the plugin's name."""
+
+_NO_PLUGINS = ("all", "cpu", "gpu", "test", "dev")
+
+ALL_OF_PROJECT = f"pip install '{PROJECT}[all]' brings those of the project"
+
+
+@functools.cache
+def extras() -> tuple[str, ...]:
+    """The names of the project's plugins, installed or not, as the metadata of its distribution says; none where that
+    is not installed, which a core alone is."""
+    try:
+        named = metadata(PROJECT).get_all("Provides-Extra") or ()
+    except PackageNotFoundError:
+        return ()
+    return tuple(canonical(name) for name in named if name not in _NO_PLUGINS)
+
+
+def cure(name: str) -> str:
+    """How the plugin ``name``, which is not installed, gets there: a clause."""
+    installing = f"pip install '{PROJECT}[{name}]'"
+    if name in extras():
+        return f"{installing} brings it"
+    if not extras() and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        return f"{installing} brings it if it is one of the project's; of another, pip install its distribution"
+    return "pip install the distribution that provides it"
+
+
+def _near(name: str, available: Mapping[str, list[Installed]]) -> str:
+    return name if name in available else f"{name} ({cure(name)})"
 
 
 def is_of(item: Installed, plugin: Any) -> bool:

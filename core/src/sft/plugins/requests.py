@@ -36,7 +36,7 @@ from typing import Any
 from sft.dataset_names import schemes
 from sft.errors import UsageError
 from sft.options import convert, items_in, options_of
-from sft.plugins.discovery import canonical, entries, import_plugin, installed
+from sft.plugins.discovery import ALL_OF_PROJECT, canonical, entries, import_plugin, installed
 from sft.plugins.registry import Plugins
 from sft.runtime import likely_device
 
@@ -161,7 +161,9 @@ def choose_reader(folder: Path, config: Mapping[str, Any], requested: Iterable[s
                 f"{' or '.join(f'--plugin no:{name}' for name in claims)}."
             )
         known = ", ".join(requests("adapter")) or "none"
-        raise UsageError(f"{folder} is a {kind} adapter, which no installed plugin reads (installed: {known}).")
+        raise UsageError(
+            f"{folder} is a {kind} adapter, which no installed plugin reads (installed: {known}); {ALL_OF_PROJECT}."
+        )
     chosen = {name: rank for name, rank in left.items() if name in named} or left
     best = sorted(name for name, rank in chosen.items() if rank == max(chosen.values()))
     if len(best) > 1:

@@ -15,7 +15,7 @@ from typing import Any
 from sft.errors import UsageError
 from sft.foreign_text import listed, shown
 from sft.options import convert, options_of
-from sft.plugins.discovery import import_plugin
+from sft.plugins.discovery import cure, extras, import_plugin
 from sft.plugins.registry import Plugins
 from sft.settings.arguments import GROUPS, Settings
 from sft.settings.names import CORE, Names
@@ -143,9 +143,17 @@ def unknown_setting(name: str, known: Iterable[str], plugins: Plugins) -> str:
                 f"Unknown setting {said}; if it belongs to plugin {these}, that cannot work together with "
                 f"{rival}: leave one of them out."
             )
-        cure = "NAME" if len(owners) > 1 else owners[0]
-        return f"Unknown setting {said}; if it belongs to plugin {these}, add --plugin {cure}."
+        added = "NAME" if len(owners) > 1 else owners[0]
+        return f"Unknown setting {said}; if it belongs to plugin {these}, add --plugin {added}."
+    missing = [one for one in extras() if name.startswith(f"{one.replace('-', '_')}.") or _begins(name, one)]
+    if missing:
+        plugin = max(missing, key=len)
+        return f"Unknown setting {said}; if it belongs to plugin {plugin}, {cure(plugin)}."
     return f"Unknown setting {said}; `sft run --help` lists the settings (with --plugin NAME, the plugin's too)."
+
+
+def _begins(name: str, plugin: str) -> bool:
+    return f"{name}_".startswith(f"{plugin.replace('-', '_')}_")
 
 
 def _declares(plugin: str, name: str) -> bool:

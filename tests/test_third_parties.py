@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import sqlite3
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from environments import build_wheels
 from installing import install, python
 from safetensors.numpy import load_file
 
@@ -74,6 +76,22 @@ def test_ia3_tests_itself(tmp_path: Path) -> None:
     done = python(tmp_path / "plugin", tmp_path / "site", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^13 passed", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("example", "name"), [("lr_finder", "lr-finder"), ("layerwise_decay", "layerwise-decay")])
+def test_a_plugin_from_outside_is_a_wheel_that_tests_itself(tmp_path: Path, example: str, name: str) -> None:
+    wheels = build_wheels([EXAMPLES / example], tmp_path / "wheels", tmp_path / "sources")
+    (wheel,) = wheels.iterdir()
+    site, tests = tmp_path / "site", tmp_path / "plugin"
+    line = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel]
+    subprocess.run(line, check=True, timeout=110)
+    shutil.copytree(EXAMPLES / example, tests, ignore=shutil.ignore_patterns("src", "__pycache__"))
+    valid = python(tmp_path, site, "-m", "sft", "plugins", "validate", name)
+    assert valid.returncode == 0, valid.stdout + valid.stderr
+    done = python(tests, site, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^\d+ passed in", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.slow

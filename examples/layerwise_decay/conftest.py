@@ -1,0 +1,3 @@
+"""sft's testing kit: a tiny model, data, small runs, as fixtures."""
+
+pytest_plugins = ["sft.testing"]

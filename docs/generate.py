@@ -134,6 +134,7 @@ SEAMS = {
 }
 
 SHARED = {
+    "sft_export": ("export", "导出"),
     "sft_commands": ("command", "命令"),
     "sft_token_loss": ("loss of a token", "词元损失"),
     "sft_evaluated": ("events", "事件"),

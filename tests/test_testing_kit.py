@@ -27,6 +27,7 @@ def test_nothing_in_sft_imports_the_kit_or_pytest() -> None:
     assert found == ["testing.py"]
 
 
+@pytest.mark.slow
 def test_a_third_party_tests_its_plugin_with_the_kit(tmp_path: Path) -> None:
     """In a folder that knows nothing of this repository, with the packages that are installed."""
     shutil.copytree(EXAMPLE, tmp_path / "plugin")

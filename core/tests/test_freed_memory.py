@@ -38,7 +38,13 @@ print(before - resident(), float(held[-1].sum()))
 
 @pytest.mark.parametrize(
     "users",
-    [{}, {"MALLOC_MMAP_THRESHOLD_": "1000000"}, pytest.param({"MALLOC_TOP_PAD_": "1000000"}, marks=pytest.mark.slow)],
+    [
+        {},
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in ({"MALLOC_MMAP_THRESHOLD_": "1000000"}, {"MALLOC_TOP_PAD_": "1000000"})
+        ),
+    ],
     ids=" ".join,
 )
 def test_what_is_freed_serves_again_and_holes_between_tensors_are_given_back(users: dict[str, str]) -> None:

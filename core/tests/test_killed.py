@@ -260,7 +260,9 @@ def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_the_new_one(
 # --- folders that stay known --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["overwriting", "measuring", "measuring over"])
+@pytest.mark.parametrize(
+    "kind", ["measuring", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("overwriting", "measuring over"))]
+)
 def test_a_folder_stays_known_as_a_run(
     train: Train, tmp_path: Path, killer: Killer, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

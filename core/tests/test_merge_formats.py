@@ -56,7 +56,7 @@ def write(paddle: Any, models: Path, tmp_path: Path) -> Any:
     ("case", "form"),
     [
         *(pytest.param(case, "paddle", marks=pytest.mark.slow) for case in CASES),
-        ("llama-tied-gqa", "paddle-sharded"),
+        pytest.param("llama-tied-gqa", "paddle-sharded", marks=pytest.mark.slow),
         pytest.param("qwen2-tied-sharded", "pdparams", marks=pytest.mark.slow),
         ("qwen2-untied", "pdparams-sharded"),
     ],

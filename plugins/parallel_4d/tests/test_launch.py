@@ -136,6 +136,7 @@ def test_a_refusal_in_one_rank_ends_all_and_is_told_once(
     assert capfd.readouterr().err == "quietly 0\n"
 
 
+@pytest.mark.slow
 def test_a_bug_in_one_rank_keeps_its_traceback(program: Program, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(sft.SftError) as caught:
         program("bug")
@@ -145,6 +146,7 @@ def test_a_bug_in_one_rank_keeps_its_traceback(program: Program, capfd: pytest.C
     assert re.fullmatch(rf"quietly 0\nTraceback .*\n(  .*\n)+{text}\n", errors), errors
 
 
+@pytest.mark.slow
 def test_an_error_before_the_ranks_meet(program: Program) -> None:
     with pytest.raises(sft.SftError, match=r"^rank 1: LookupError: before the ranks meet$"):
         program("early")
@@ -228,6 +230,7 @@ def test_what_a_killed_launch_left_goes_with_the_next_one(tmp_path: Path, monkey
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_sft_itself_is_what_the_ranks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ranks refuse the settings, which reach them, before any rank has met another."""
     prepare(tmp_path, monkeypatch)

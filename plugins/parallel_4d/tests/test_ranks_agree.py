@@ -20,7 +20,7 @@ from sft.testing import needs, read_metrics
 @pytest.mark.parametrize(
     ("plan", "settings"),
     [
-        ("stage3", {}),
+        pytest.param("stage3", {}, marks=pytest.mark.slow),
         pytest.param("tp2-stage2", {}, marks=pytest.mark.slow),
         pytest.param("pp2-stage1", {}, marks=pytest.mark.slow),
         pytest.param("tp2-dp2", {"plugin": ["lora", "neftune"], "lora_dropout": 0.2}, marks=needs("lora", "neftune")),
@@ -197,7 +197,7 @@ def test_each_setting_divides_what_it_says(trainings: Trainings) -> None:
 
 
 @pytest.mark.parametrize(
-    "hook", ["sft_evaluated", "sft_micro_batch", pytest.param("sft_step_ended", marks=pytest.mark.slow)]
+    "hook", ["sft_evaluated", *(pytest.param(h, marks=pytest.mark.slow) for h in ("sft_micro_batch", "sft_step_ended"))]
 )
 def test_a_rank_that_stands_still_is_named(trainings: Trainings, hook: str) -> None:
     """In evaluation the others wait for it when the model answers, in a step when gradients are added up."""
@@ -272,7 +272,7 @@ def test_a_result_that_its_folder_cannot_take_is_whole_elsewhere(
         ),
     ],
 )
-@pytest.mark.parametrize("plugin", [[], pytest.param(["lora"], marks=needs("lora"))])
+@pytest.mark.parametrize("plugin", [[], pytest.param(["lora"], marks=[needs("lora"), pytest.mark.slow])])
 def test_a_disk_that_is_lost_in_training_does_not_cost_the_weights(
     trainings: Trainings, tmp_path: Path, plan: str, what: str, plugin: list[str]
 ) -> None:

@@ -104,7 +104,8 @@ def test_packed_is_padded(tools_train: Train, tmp_path: Path) -> None:
         for number, one in enumerate(records):
             one["weight"] = (1, 0.25, 3)[number % 3]
             for message in one["messages"]:
-                message["weight"] = 0.5 if message.get("tool_calls") else 2
+                if message["role"] == "assistant":
+                    message["weight"] = 0.5 if message.get("tool_calls") else 2
         path.write_text("\n".join(map(json.dumps, records)))
     settings = {"max_steps": 1, "train_on_thoughts": "none", "src_length": 256, "max_length": 256}
     padded = tools_train("padded", **settings, per_device_train_batch_size=12)

@@ -223,7 +223,10 @@ def train_and_lose_the_disk(settings: dict[str, Any], temporary: str, what: str)
         def sft_step_ended(self, run: sft.Run) -> None:
             if what != "journal":
                 safetensors.numpy.save_file = save_file
-            elif run.step == 1 and run.strategy.is_main:
+
+        @sft.hookimpl
+        def sft_logged(self, run: sft.Run) -> None:
+            if what == "journal" and run.step == 1 and run.strategy.is_main:
                 shutil.rmtree(run.output_dir)
 
     sft.run(settings, plugins=[Lose], say=lambda text: None)

@@ -167,7 +167,8 @@ CASES = {
         record(src="a", tgt={"text": "b"}),
     ),
     "more questions than answers": Case(
-        'data/train.json, line 3: "src" has 2 turns and "tgt" has 1', record(src=["a", "b"], tgt=["c"])
+        'data/train.json, line 3: "src" and "tgt" must have as many turns; they have 2 and 1',
+        record(src=["a", "b"], tgt=["c"]),
     ),
     "no turns": Case('data/train.json, line 3: "src" must be text or a list of texts, not []', record(src=[], tgt=[])),
     "a list within a list": Case(

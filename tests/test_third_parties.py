@@ -48,8 +48,8 @@ def test_the_sqlite_tracker_beside_our_plugins(tmp_path: Path) -> None:
         return done.stdout
 
     listed = typed("plugins")
-    assert re.search(r"^sqlite +sft-example-sqlite 0\.1\.0$", listed, re.MULTILINE)
-    assert re.search(r"^lora +sft-peft-lora ", listed, re.MULTILINE)
+    assert re.search(r"^sqlite +observer +sft-example-sqlite 0\.1\.0$", listed, re.MULTILINE)
+    assert re.search(r"^lora +adapter +sft-peft-lora ", listed, re.MULTILINE)
     assert "--sqlite_path TEXT" in typed("run", "--plugin", "sqlite", "--help")
     run = ("run", "--model_name_or_path", "model", "--dataset_name_or_path", "data", "--max_steps", "3")
     run = (*run, "--plugin", "lora", "--logging_steps", "1")

@@ -6,7 +6,6 @@ the text of training turns, with the token that ends the turn. What comes out is
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,7 @@ from sft.data.learned import Learned, Text
 from sft.data.messages import characters
 from sft.data.raw_text import is_raw, raw_written
 from sft.data.shortening import Suffixes, beginning, without_oldest
-from sft.data.templates import WrittenText
+from sft.data.tokenized import Tokenized, tokenized
 from sft.data.tokenizer import Tokenizer
 from sft.data.truncation import pieces
 from sft.errors import UsageError
@@ -136,17 +135,6 @@ def whole_length(turns: list[Turn], tokenizer: Tokenizer) -> int:
 # --- training rows ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A conversation in tokens, before it is made to fit: ``ids`` int32 [n], ``weights`` float32 [n], 0 = no target."""
-
-    ids: np.ndarray
-    weights: np.ndarray
-    prompt: int
-    """Tokens before the first answer that is learned, or its thought if that is not."""
-    text: Text
-
-
 class _Encoder:
     def __init__(self, how: Encoding) -> None:
         self.tokenizer, self.learned = how.tokenizer, how.learned
@@ -170,7 +158,7 @@ class _Encoder:
             for number, turns in enumerate(conversations)
             if (found := self._unless_bad(number, turns, self._all_written)) is not None
         ]
-        rows = iter(self._tokenize([text for _, _, members in written for _, text in members]))
+        rows = iter(tokenized([text for _, _, members in written for _, text in members], self.tokenizer))
         for number, turns, members in written:
             kept = [turns for turns, _ in members]
             each = [next(rows) for _ in members]
@@ -188,7 +176,7 @@ class _Encoder:
                 self.dropped.append(number)
                 continue
             counts.tokens = sum(len(part.ids) - 1 for part in parts)
-            counts.target_tokens = sum(map(_targets, parts))
+            counts.target_tokens = sum(part.targets for part in parts)
             # Several members are as many parts; one may be any number of them.
             weights = [np.float32(one.weight) for one in (own if len(own) > 1 else own * len(parts))]
             weighed = [p.weights if w == 1 else p.weights * w for p, w in zip(parts, weights, strict=True)]
@@ -253,27 +241,7 @@ class _Encoder:
     def _length(self, turns: list[Turn]) -> int:
         return whole_length(turns, self.tokenizer)
 
-    def _tokenize(self, texts: list[Text]) -> list[_Row]:
-        template = self.tokenizer.template
-        found = iter(self.tokenizer.encode_spans([piece.text for text in texts for piece in text.pieces]))
-        rows = []
-        for text in texts:
-            ids: list[int] = []
-            marks: list[np.ndarray] = []
-            answers: list[np.ndarray] = []
-            for piece, whole in zip(text.pieces, text.written.pieces, strict=True):
-                tokens, span = next(found)
-                ids += tokens
-                marks.append(_mark(len(tokens), span, piece))
-                answers.append(marks[-1] if whole is piece else _mark(len(tokens), span, whole))
-            fixed = self.tokenizer.with_bos(ids) if template.one_bos or text.written.is_raw else ids
-            added = len(fixed) - len(ids)
-            weights = _after_bos(marks, added)
-            answered = weights if text.pieces is text.written.pieces else _after_bos(answers, added)
-            rows.append(_Row(np.array(fixed, np.int32), weights, _prompt_length(answered), text))
-        return rows
-
-    def _fitted(self, turns: list[Turn], row: _Row) -> tuple[list[_Row], Counts]:
+    def _fitted(self, turns: list[Turn], row: Tokenized) -> tuple[list[Tokenized], Counts]:
         """The rows that a record becomes, without those that have no target, and what it lost."""
         how = self.truncation or ("split" if row.text.written.is_raw else None)
         if how is None:
@@ -282,7 +250,7 @@ class _Encoder:
         begins = int(self.tokenizer.bos_id is not None and row.ids[:1].tolist() == [self.tokenizer.bos_id])
         kept = pieces(len(row.ids), self.max_length, how, begins)
         found = [replace(row, ids=row.ids[tokens], weights=row.weights[tokens]) for tokens in kept]
-        parts = list(filter(_targets, found))
+        parts = [part for part in found if part.targets]
         counts.records_too_long = int(not found)
         counts.records_split = int(len(found) > 1)
         counts.pieces_dropped = len(found) - len(parts) if counts.records_split else 0
@@ -290,8 +258,8 @@ class _Encoder:
         return parts, counts
 
     def _fitted_together(
-        self, turns: list[Turn], members: list[list[Turn]], rows: list[_Row]
-    ) -> tuple[list[_Row], Counts]:
+        self, turns: list[Turn], members: list[list[Turn]], rows: list[Tokenized]
+    ) -> tuple[list[Tokenized], Counts]:
         """:meth:`_fitted` of all ``members`` of a record: each becomes one row, or nothing is left of the record. They
         lose as much from their beginnings as the one that loses most, so that their answers still answer the same."""
         if len(members) == 1:
@@ -306,7 +274,9 @@ class _Encoder:
         parts = [part for kept, _ in found for part in kept]
         return parts if len(parts) == len(members) else [], Counts.of_one_record([counts for _, counts in found])
 
-    def _without_oldest(self, members: list[list[Turn]], rows: list[_Row]) -> tuple[list[list[Turn]], list[_Row], int]:
+    def _without_oldest(
+        self, members: list[list[Turn]], rows: list[Tokenized]
+    ) -> tuple[list[list[Turn]], list[Tokenized], int]:
         """Conversations without as many of their oldest turns as the longest has no room for, and how many turns that
         is."""
         dropped = 0
@@ -316,10 +286,10 @@ class _Encoder:
             if len(kept) < len(members):
                 break
             dropped += sum(map(len, members)) - sum(map(len, kept))
-            members, rows = kept, self._tokenize([self._text(turns) for turns in kept])
+            members, rows = kept, tokenized([self._text(turns) for turns in kept], self.tokenizer)
         return members, rows, dropped
 
-    def _with_template_counts(self, counts: Counts, turns: list[Turn], row: _Row) -> Counts:
+    def _with_template_counts(self, counts: Counts, turns: list[Turn], row: Tokenized) -> Counts:
         """``counts`` with what the chat template does to a record."""
         written = row.text.written
         if written.is_raw:
@@ -329,20 +299,20 @@ class _Encoder:
         counts.answers_altered_by_template = int(not checked(partial(holds_answer, written=written), turns))
         return counts if row.text.counts is None else counts + row.text.counts
 
-    def _fit(self, turns: list[Turn], row: _Row) -> tuple[list[_Row], Counts]:
+    def _fit(self, turns: list[Turn], row: Tokenized) -> tuple[list[Tokenized], Counts]:
         """The row cut to what there is room for, if it keeps a target, and what it lost."""
         [turns], [row], dropped = self._without_oldest([turns], [row])
         found, counts = self._cut(turns, row, self._longest_prompt(row))
         counts.turns_dropped += dropped
         return found, counts
 
-    def _longest_prompt(self, row: _Row) -> int:
+    def _longest_prompt(self, row: Tokenized) -> int:
         """How many tokens a row's prompt may have: where it would fill ``max_length`` alone, it leaves room."""
         if self.src_length < self.max_length or len(row.ids) <= self.max_length:
             return self.src_length
         return max(self.max_length // 2, self.max_length - (len(row.ids) - row.prompt))
 
-    def _cut(self, turns: list[Turn], row: _Row, longest: int) -> tuple[list[_Row], Counts]:
+    def _cut(self, turns: list[Turn], row: Tokenized, longest: int) -> tuple[list[Tokenized], Counts]:
         """The row with no more than the ``longest`` end of its prompt, and of ``max_length``; it or none."""
         counts = self._with_template_counts(Counts(), turns, row)
         ids, weights, prompt = row.ids, row.weights, row.prompt
@@ -354,7 +324,7 @@ class _Encoder:
             counts.targets_truncated = 1
             ids, weights = ids[: self.max_length], weights[: self.max_length]
         kept = replace(row, ids=ids, weights=weights)
-        return [kept] if _targets(kept) else [], counts
+        return [kept] if kept.targets else [], counts
 
 
 def checked(write: Callable[[list[Turn]], T], turns: list[Turn]) -> T:
@@ -368,36 +338,6 @@ def checked(write: Callable[[list[Turn]], T], turns: list[Turn]) -> T:
         raise BadRecordError(place, f": {error}") from error
 
 
-def _after_bos(marks: list[np.ndarray], added: int) -> np.ndarray:
-    """What the tokens of all pieces weigh, after so many that were ``added`` before them; or taken, where below 0."""
-    return np.concatenate([np.zeros(max(0, added), np.float32), *marks])[max(0, -added) :]
-
-
-def _mark(tokens: int, span: Callable[[int], tuple[int, int]], piece: WrittenText) -> np.ndarray:
-    """What tokens weigh, float32 [n]: those with at least one character in a target, else 0; one that reaches over its
-    beginning belongs to it.
-
-    ``span`` gives the characters of a token: neither their beginnings nor their ends ever go back.
-    """
-    marked = np.zeros(tokens, np.float32)
-    for (start, end), weight in zip(piece.targets, piece.weights, strict=True):
-        first = bisect_right(range(tokens), start, key=lambda token: span(token)[1])
-        stop = bisect_left(range(tokens), end, first, key=lambda token: span(token)[0])
-        marked[first:stop] = weight
-    return marked
-
-
-def _targets(row: _Row) -> int:
-    """How many of its tokens are learned: the first one never is."""
-    return int(np.count_nonzero(row.weights[1:]))  # which the newest numpy counts in a type of its own
-
-
 def _after_answers(turns: list[Turn]) -> int:
     """How many turns follow the last one that trains."""
     return next(after for after, turn in enumerate(reversed(turns)) if turn.trains)
-
-
-def _prompt_length(weights: np.ndarray) -> int:
-    """Tokens before the first target."""
-    first = int((weights > 0).argmax()) if len(weights) else 0
-    return first if weights[first:].any() else len(weights)

@@ -153,20 +153,21 @@ class _Encoder:
 
     def encode(self, conversations: Sequence[list[Turn] | BadRecord]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids, and what each weighs as a target (0: it is none), of those that keep a target, in order."""
-        written = [
-            (number, turns, found)
-            for number, turns in enumerate(conversations)
-            if (found := self._unless_bad(number, turns, self._all_written)) is not None
-        ]
+        written = []
+        for number, turns in enumerate(conversations):
+            if isinstance(turns, BadRecord):
+                self._skip(number, turns)
+            elif (found := self._unless_bad(number, partial(self._all_written, turns))) is not None:
+                written.append((number, turns, found))
         rows = iter(tokenized([text for _, _, members in written for _, text in members], self.tokenizer))
         for number, turns, members in written:
             kept = [turns for turns, _ in members]
             each = [next(rows) for _ in members]
-            fitted = self._unless_bad(number, turns, partial(self._fitted_together, members=kept, rows=each))
+            fitted = self._unless_bad(number, partial(self._fitted_together, kept, each))
             if fitted is None:
                 continue
             parts, counts = fitted
-            own = Conversation.seen(turns).together if isinstance(turns, list) else ()
+            own = Conversation.seen(turns).together
             counts.turns_dropped += sum(map(len, own)) - sum(map(len, kept))
             counts.turns_after_answers = sum(map(_after_answers, kept))
             self.counts.records += 1
@@ -192,19 +193,20 @@ class _Encoder:
             self.documents += len(parts)
             yield from ((part.ids, each) for part, each in zip(parts, weighed, strict=True))
 
-    def _unless_bad(self, number: int, turns: list[Turn] | BadRecord, do: Callable[[list[Turn]], T]) -> T | None:
-        """What ``do`` makes of ``turns``; None for a record that is skipped, which is then counted and noted."""
-        if isinstance(turns, list):
-            try:
-                return do(turns)
-            except BadRecordError as error:
-                if not self.skips:
-                    raise
-                turns = error.record
-        self.bad.append((number, turns))
+    def _unless_bad(self, number: int, do: Callable[[], T]) -> T | None:
+        """What ``do`` gives; None where it says that the record of this ``number`` is bad, which is then skipped."""
+        try:
+            return do()
+        except BadRecordError as error:
+            if not self.skips:
+                raise
+            self._skip(number, error.record)
+        return None
+
+    def _skip(self, number: int, record: BadRecord) -> None:
+        self.bad.append((number, record))
         self.dropped.append(number)
         self.counts += Counts(records=1, records_skipped=1)
-        return None
 
     def _all_written(self, turns: list[Turn]) -> list[tuple[list[Turn], Text]]:
         """Each conversation of a record, as :meth:`_written` has it."""
@@ -257,9 +259,7 @@ class _Encoder:
         counts.records_truncated = int(how in ("left", "right") and len(row.ids) > self.max_length)
         return parts, counts
 
-    def _fitted_together(
-        self, turns: list[Turn], members: list[list[Turn]], rows: list[Tokenized]
-    ) -> tuple[list[Tokenized], Counts]:
+    def _fitted_together(self, members: list[list[Turn]], rows: list[Tokenized]) -> tuple[list[Tokenized], Counts]:
         """:meth:`_fitted` of all ``members`` of a record: each becomes one row, or nothing is left of the record. They
         lose as much from their beginnings as the one that loses most, so that their answers still answer the same."""
         if len(members) == 1:

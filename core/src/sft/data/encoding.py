@@ -19,9 +19,9 @@ from sft.data.altered import holds_answer
 from sft.data.bad_records import LOOKED_AT, BadRecord, BadRecordError
 from sft.data.encoded import Counts, Encoded, check_fits, joined
 from sft.data.learned import Learned, Text
-from sft.data.messages import characters
 from sft.data.raw_text import is_raw, raw_written
 from sft.data.shortening import Suffixes, beginning, without_oldest
+from sft.data.texts import characters
 from sft.data.tokenized import Tokenized, tokenized
 from sft.data.tokenizer import Tokenizer
 from sft.data.truncation import pieces

@@ -12,10 +12,10 @@ from typing import Any
 
 from sft.conversations import Conversation, Turn
 from sft.data.bad_records import BadRecord, BadRecordError, Place
-from sft.data.messages import characters, messages, sharegpt
+from sft.data.messages import messages, sharegpt
 from sft.data.raw_text import TEXT_ROLE
 from sft.data.sources import Record
-from sft.data.texts import answer_of, optional_of, refuse_media, system_of, text_of
+from sft.data.texts import answer_of, characters, optional_of, refuse_media, system_of, text_of
 from sft.data.weights import record_weight, weight_of_turns
 from sft.errors import PluginError, UsageError
 from sft.foreign_text import listed, shown

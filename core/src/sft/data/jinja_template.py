@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sft.conversations import Conversation, Turn
-from sft.data.template_habits import Habits, texts_of
+from sft.data.template_habits import Habits
 from sft.data.templates import Marks, Source, Written, WrittenText
+from sft.data.texts import all_texts
 from sft.data.thoughts import parted, without_empty, without_empty_end
 from sft.errors import UsageError
 
@@ -152,7 +153,7 @@ class JinjaTemplate:
     def _render(self, turns: Conversation, add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the ranges of characters that come from generation blocks."""
         variables = {"add_generation_prompt": add_generation_prompt, **self._told}
-        return self._written(self.habits.messages(turns), turns.tools, texts_of(turns), variables)
+        return self._written(self.habits.messages(turns), turns.tools, all_texts(turns), variables)
 
     def _write(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
         """What it writes of messages that are none of a record's."""

@@ -248,13 +248,3 @@ def _check_values(value: Any, what: str) -> None:
         raise ValueError(f"{what} holds half of a surrogate pair, which is no text; correct it.") from None
     except (ValueError, RecursionError, TypeError) as error:
         raise ValueError(f"{what} cannot be written as JSON ({why(error)}); correct it.") from None
-
-
-def characters(conversation: Conversation) -> int:
-    """The characters of all that a conversation holds, and those beside it."""
-    length = sum(map(characters, conversation.beside))
-    length += sum(len(json.dumps(tool, ensure_ascii=False)) for tool in conversation.tools)
-    for turn in conversation:
-        length += len(turn.content) + len(turn.reasoning or "")
-        length += sum(len(call.name) + len(json.dumps(call.arguments, ensure_ascii=False)) for call in turn.tool_calls)
-    return length

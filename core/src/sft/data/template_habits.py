@@ -191,17 +191,6 @@ def _messages(
     return messages
 
 
-def texts_of(conversation: Conversation) -> list[str]:
-    """All that a conversation holds as texts, which is what a template's budget grows with."""
-    texts = [json.dumps(tool, ensure_ascii=False) for tool in conversation.tools]
-    for turn in conversation:
-        texts.append(turn.content)
-        if turn.reasoning:
-            texts.append(turn.reasoning)
-        texts += [call.name + json.dumps(call.arguments, ensure_ascii=False) for call in turn.tool_calls]
-    return texts
-
-
 def holds_call(call: ToolCall, text: str) -> bool:
     """Whether the name and the arguments of a call stand in ``text``, in whatever form."""
     if call.name not in text:

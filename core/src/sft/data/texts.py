@@ -1,12 +1,13 @@
-"""Texts of a record: what is one, and what is wrong with what is none."""
+"""Texts of a record: what is one, what is wrong with what is none, and all those that a conversation holds."""
 
 from __future__ import annotations
 
+import json
 import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from sft.conversations import Turn
+from sft.conversations import Conversation, Turn
 
 
 def text_of(value: Any, what: str) -> str:
@@ -48,3 +49,19 @@ def system_of(record: Mapping[str, Any]) -> list[Turn]:
     """The system turn that a record's ``system`` is, if it says anything."""
     text = optional_of(record, "system")
     return [Turn("system", text)] if text.strip() else []
+
+
+def all_texts(conversation: Conversation) -> list[str]:
+    """All that a conversation holds, those beside it left out, as texts: a template's budget grows with them."""
+    texts = [json.dumps(tool, ensure_ascii=False) for tool in conversation.tools]
+    for turn in conversation:
+        texts.append(turn.content)
+        if turn.reasoning:
+            texts.append(turn.reasoning)
+        texts += [call.name + json.dumps(call.arguments, ensure_ascii=False) for call in turn.tool_calls]
+    return texts
+
+
+def characters(conversation: Conversation) -> int:
+    """The characters of all that a conversation holds, and those beside it."""
+    return sum(len(text) for one in conversation.together for text in all_texts(one))

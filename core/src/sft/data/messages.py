@@ -15,7 +15,7 @@ from typing import Any
 from sft.conversations import Conversation, ToolCall, Turn
 from sft.data.sources import DECODER
 from sft.data.texts import answer_of, refuse_media, system_of, text_of
-from sft.data.thoughts import parted
+from sft.data.thoughts import NAMES, parted
 from sft.data.weights import message_weight
 from sft.foreign_text import listed
 from sft.small_files import why
@@ -26,8 +26,6 @@ ROLES = {
 }
 CALLING = ("function_call", "tool_call")
 """Roles of messages that are nothing but calls, as JSON; with the answer before them they are one turn."""
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""The keys in which a message may hold its thought."""
 
 
 def messages(record: Mapping[str, Any], needs_target: bool = True) -> Conversation:
@@ -140,7 +138,7 @@ def _joined(content: Any, what: str) -> Any:
 
 
 def _thought(message: Mapping[str, Any], what: str) -> str:
-    found = {name: text for name in THOUGHTS if (text := _optional_text(message, name, what))}
+    found = {name: text for name in NAMES if (text := _optional_text(message, name, what))}
     if len(set(found.values())) > 1:
         raise ValueError(f"{what} has two thoughts ({listed(found)}); keep one.")
     return next(iter(found.values()), "")

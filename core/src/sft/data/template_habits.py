@@ -13,14 +13,12 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from sft.conversations import Conversation, ToolCall, Turn
-from sft.data.thoughts import parted, with_thought
+from sft.data.thoughts import NAMES, parted, with_thought
 from sft.errors import UsageError
 from sft.foreign_text import quoted
 
 Write = Callable[[list[dict[str, Any]], Sequence[dict[str, Any]]], str]
 """Writes messages, with these tools."""
-_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Names by which published templates know a thought, most of them by the first."""
 _QUESTION = {"role": "user", "content": "seen question"}
 _CALL = ToolCall("seen_function", {"seen_name": "seen value"})
 _FURTHER = ToolCall("further_function", {"further_name": "further value"})
@@ -62,7 +60,7 @@ class Habits:
     def thought(self) -> str | None:
         """The key in which it takes a thought; None where it takes none."""
         answer = {"role": "assistant", "content": "seen answer"}
-        return next((key for key in _KEYS if "seen thought" in self._seen({**answer, key: "seen thought"})), None)
+        return next((key for key in NAMES if "seen thought" in self._seen({**answer, key: "seen thought"})), None)
 
     @cached_property
     def _parts_content(self) -> bool:

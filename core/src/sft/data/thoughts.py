@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from sft.conversations import Turn
 
+NAMES = ("reasoning_content", "reasoning", "thinking")
+"""The keys in which messages hold a thought, in data and for published templates, most of which know the first."""
 _MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 """What stands around thoughts in published templates."""
 _BEFORE = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)

@@ -78,3 +78,9 @@ class Conversation(list[Turn]):
     def seen(turns: Sequence[Turn]) -> Conversation:
         """``turns`` as a conversation; itself if it is one."""
         return turns if isinstance(turns, Conversation) else Conversation(turns)
+
+
+def up_to_last_target(turns: Sequence[Turn]) -> Conversation:
+    """``turns`` without those after the last one that trains, which training does not read."""
+    last = max(index for index, turn in enumerate(turns) if turn.trains)
+    return Conversation.seen(turns).of(turns[: last + 1])

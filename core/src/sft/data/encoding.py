@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from sft.conversations import Conversation, Turn
+from sft.conversations import Conversation, Turn, up_to_last_target
 from sft.data.altered import holds_answer
 from sft.data.bad_records import LOOKED_AT, BadRecord, BadRecordError
 from sft.data.encoded import Counts, Encoded, check_fits, joined
@@ -169,7 +169,7 @@ class _Encoder:
             parts, counts = fitted
             own = Conversation.seen(turns).together
             counts.turns_dropped += sum(map(len, own)) - sum(map(len, kept))
-            counts.turns_after_answers = sum(map(_after_answers, kept))
+            counts.turns_after_answers = sum(len(turns) - len(up_to_last_target(turns)) for turns in kept)
             self.counts.records += 1
             if not parts:
                 self.counts.records_too_long += counts.records_too_long
@@ -237,8 +237,8 @@ class _Encoder:
         the same, after writing the whole conversation down once for each of its turns."""
         if len(turns) <= _MANY_TURNS or self.truncation is not None:
             return turns
-        learned = max(index for index, turn in enumerate(turns) if turn.trains)
-        return Suffixes(turns, learned).longest(self.max_length, self._length)
+        last = len(up_to_last_target(turns)) - 1
+        return Suffixes(turns, last).longest(self.max_length, self._length)
 
     def _length(self, turns: list[Turn]) -> int:
         return whole_length(turns, self.tokenizer)
@@ -336,8 +336,3 @@ def checked(write: Callable[[list[Turn]], T], turns: list[Turn]) -> T:
         if place is None:
             raise
         raise BadRecordError(place, f": {error}") from error
-
-
-def _after_answers(turns: list[Turn]) -> int:
-    """How many turns follow the last one that trains."""
-    return next(after for after, turn in enumerate(reversed(turns)) if turn.trains)

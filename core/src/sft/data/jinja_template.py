@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sft.conversations import Conversation, Turn
+from sft.conversations import Conversation, Turn, up_to_last_target
 from sft.data.template_habits import Habits
 from sft.data.templates import Marks, Source, Written, WrittenText
 from sft.data.texts import all_texts
@@ -66,7 +66,7 @@ class JinjaTemplate:
         return [text]
 
     def training(self, turns: Sequence[Turn]) -> Written:
-        conversation = _learned(turns)
+        conversation = up_to_last_target(turns)
         written = self._by_blocks(conversation) if self._has_blocks else self._by_prompts(conversation)
         self.habits.check(conversation, written.pieces[0].text)
         return written
@@ -74,7 +74,7 @@ class JinjaTemplate:
     def texts(self, turns: Sequence[Turn]) -> list[str]:
         if self._has_blocks:
             return [piece.text for piece in self.training(turns).pieces]
-        conversation = _learned(turns)
+        conversation = up_to_last_target(turns)
         text = self.render(conversation)
         self.habits.check(conversation, text)
         end = self.marks.end_of_turn(text)
@@ -264,12 +264,6 @@ def _difference(before: str, until: str) -> str:
     at = next((i for i, (a, b) in enumerate(zip(before, until, strict=False)) if a != b), min(len(before), len(until)))
     shown = [json.dumps(text[at : at + 30], ensure_ascii=False) for text in (until, before)]
     return f"{shown[0]} in the place of {shown[1]}"
-
-
-def _learned(turns: Sequence[Turn]) -> Conversation:
-    """The turns up to the last one that trains."""
-    conversation = Conversation.seen(turns)
-    return conversation.of(turns[: 1 + max(index for index, turn in enumerate(turns) if turn.trains)])
 
 
 def _roles(messages: Sequence[Mapping[str, Any]]) -> str:

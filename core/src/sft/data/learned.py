@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from sft.conversations import Conversation, Turn
+from sft.conversations import Conversation, Turn, up_to_last_target
 from sft.data.encoded import Counts
 from sft.data.templates import Template, Written, WrittenText
 from sft.data.thoughts import has_closing, parted, thoughts_in
@@ -69,8 +69,7 @@ class Learned:
 
     def _counts(self, template: Template, turns: Sequence[Turn], written: Written) -> Counts:
         counts = Counts()
-        last = max(index for index, turn in enumerate(turns) if turn.trains)
-        for turn in turns[: last + 1]:
+        for turn in up_to_last_target(turns):
             if turn.trains:
                 counts.calls += len(turn.tool_calls)
             if turn.tool_calls and not any(parted(turn)[1].strip() in piece.text for piece in written.pieces):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sft.conversations import Conversation, Turn
+from sft.conversations import Conversation, Turn, up_to_last_target
 from sft.data.shortening import Suffixes, beginning
 from sft.data.tokenizer import Tokenizer
 
@@ -46,8 +46,8 @@ class Question:
 
 def before_last_answer(conversation: Conversation) -> tuple[Conversation, Turn]:
     """The turns before the last answer that is learned, and that answer."""
-    last = max(index for index, turn in enumerate(conversation) if turn.trains)
-    return conversation.of(conversation[:last]), conversation[last]
+    *before, answer = up_to_last_target(conversation)
+    return conversation.of(before), answer
 
 
 def reference_of(turns: Conversation, answer: Turn, tokenizer: Tokenizer) -> str:

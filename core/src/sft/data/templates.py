@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from sft.conversations import Conversation, Turn
+from sft.conversations import Conversation, Turn, up_to_last_target
 from sft.data.template_habits import refuse_tools
 from sft.data.thoughts import with_thought
 from sft.errors import UsageError
@@ -227,9 +227,8 @@ class Plain:
         self.marks = marks
 
     def training(self, turns: Sequence[Turn]) -> Written:
-        last = max(index for index, turn in enumerate(turns) if turn.trains)
-        texts = self.prompt(Conversation.seen(turns).of(turns[: last + 1]))
-        return Written(tuple(map(WrittenText.of, texts, turns)))
+        read = up_to_last_target(turns)
+        return Written(tuple(map(WrittenText.of, self.prompt(read), read)))
 
     def texts(self, turns: Sequence[Turn]) -> list[str]:
         return [piece.text for piece in self.training(turns).pieces]
@@ -269,9 +268,8 @@ class Pairs:
         self._mine = _OfThread()
 
     def training(self, turns: Sequence[Turn]) -> Written:
-        last = max(index for index, turn in enumerate(turns) if turn.trains)
         refuse_tools(Conversation.seen(turns), f"Chat template {self.place}")
-        texts, targets = self._parts(turns[: last + 1], {"is_training": True})
+        texts, targets = self._parts(up_to_last_target(turns), {"is_training": True})
         return Written(tuple(map(WrittenText.of, texts, targets)), ends=self.marks.end_of_turn(texts[-1]) is not None)
 
     def texts(self, turns: Sequence[Turn]) -> list[str]:

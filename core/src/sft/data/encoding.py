@@ -28,6 +28,7 @@ from sft.data.truncation import pieces
 from sft.errors import UsageError
 
 T = TypeVar("T")
+Part = TypeVar("Part", bound=Encoded)
 Group = list["list[Turn] | BadRecord"]
 """Conversations that are encoded together; of a bad record nothing is left but what is wrong with it."""
 _MANY_TURNS = 32
@@ -94,19 +95,22 @@ def encode(
 ) -> Encoded:
     """Encode every conversation (:class:`Encoding`), up to ``group`` at a time; ``by`` does it with each group, in
     order. ``check`` (:meth:`sft.data.bad_records.Limit.check`) is asked now and then whether to go on."""
-    groups = grouped(conversations, group)
-    parts: list[Encoded] = []
+    encoding = Encoding(tokenizer, src_length, max_length, room, skips, learned, truncation)
+    return joined(list(looked_at(by(encoding, grouped(conversations, group)), check)))
+
+
+def looked_at(parts: Iterable[Part], check: Callable[[Sequence[BadRecord], int, int], None]) -> Iterator[Part]:
+    """``parts``, of which ``check`` (:meth:`sft.data.bad_records.Limit.check`) is told now and then, and at the end."""
     bad: list[BadRecord] = []
     looked, records = 0, 0
-    for part in by(Encoding(tokenizer, src_length, max_length, room, skips, learned, truncation), groups):
-        parts.append(part)
+    for part in parts:
         bad += part.bad
         records += part.counts.records
         if records - looked >= LOOKED_AT:
             check(bad, len(bad), records)
             looked = records
+        yield part
     check(bad, len(bad), records)
-    return joined(parts)
 
 
 def grouped(conversations: Iterable[list[Turn] | BadRecord], most: int = 256) -> Iterator[Group]:

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from sft.data.bad_records import LOOKED_AT, BadRecord, Limit
-from sft.data.encoding import Group, grouped
+from sft.data.bad_records import Limit
+from sft.data.encoding import Group, grouped, looked_at
 from sft.data.processes import encoders, processes_for
 from sft.data.sets import DataSet, Reader
 from sft.data.sources import size_of
@@ -35,9 +35,7 @@ class Pass:
 
     def over(self, look: Look) -> Iterator[tuple[Group, Seen]]:
         """Each group of conversations, and what ``look`` makes of it. Raises what a run raises of bad records."""
-        check = Limit(self._data.on_bad_record_limit, self._split).check
-        bad: list[BadRecord] = []
-        records = looked = 0
+        limit = Limit(self._data.on_bad_record_limit, self._split)
         waiting: deque[Group] = deque()
         files = self.set.files
         with (
@@ -45,15 +43,9 @@ class Pass:
             encoders(processes_for(files, self._data.dataset_num_proc)) as by,
         ):
             conversations = (conversation for _, conversation in self._read(self.set, self._formats, task))
-            for seen in by(look, _kept(grouped(conversations), waiting)):
+            for seen in looked_at(by(look, _kept(grouped(conversations), waiting)), limit.check):
                 assert isinstance(seen, Seen)
-                bad += seen.bad
-                records += seen.counts.records
-                if records - looked >= LOOKED_AT:
-                    check(bad, len(bad), records)
-                    looked = records
                 yield waiting.popleft(), seen
-        check(bad, len(bad), records)
 
 
 def _kept(groups: Iterator[Group], waiting: deque[Group]) -> Iterator[Group]:

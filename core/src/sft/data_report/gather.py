@@ -27,7 +27,7 @@ from sft.data_report.passing import Pass
 from sft.data_report.records import Writer
 from sft.data_report.rows import RowTally
 from sft.data_report.tallies import ContentTally, LengthTally
-from sft.data_report.value import DataReport, RowCount, SetCounts, ShownRecord, Split
+from sft.data_report.value import DataReport, SetCounts, ShownRecord, Split
 from sft.errors import PluginError, TooEarlyError, UsageError
 from sft.foreign_text import shown
 from sft.hub_names import is_hub_name
@@ -137,7 +137,7 @@ class _Gathering:
             self.run.tokenizer.template_name,
             {name: value for name, value in self.settings.flat().items() if name in _SAID},
             splits,
-            self._counted(rows),
+            None if rows is None else rows.count(),
             tallies["dev"].content.shared_with(tallies["train"].content) if both else None,
             self.wanted.find,
             None if self.wanted.find is None else self.found,
@@ -201,9 +201,6 @@ class _Gathering:
             WINDOW if lazy else None,
             mix,
         )
-
-    def _counted(self, rows: RowTally | None) -> RowCount | None:
-        return None if rows is None else rows.count()
 
 
 class _SplitTally:

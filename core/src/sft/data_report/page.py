@@ -68,13 +68,8 @@ def page(report: DataReport) -> str:
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     body = ["<h1>What the model will see</h1>", _table(words.heading(report))]
     for name, split in report.splits.items():
-        facts = words.of_duplicates(split)
-        if name == "train" and report.rows is not None:
-            facts.append(words.of_rows(report.rows))
-        if name == "dev" and report.overlap is not None:
-            facts.append(words.of_overlap(report.overlap))
-        told = _table(words.of_split(split, max_length))
-        body += [f"<h2>{_text(name)} data</h2>", told, _histogram(split, max_length), _table(facts)]
+        told, below = _table(words.of_split(split, max_length)), _table(words.below_lengths(report, name))
+        body += [f"<h2>{_text(name)} data</h2>", told, _histogram(split, max_length), below]
     body += [f"<p>note: {_text(note)}</p>" for note in report.notes]
     body += ["<h2>Records</h2>", _legend(report), *map(_record, report.records)]
     return (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -110,15 +109,14 @@ class ContentTally:
         order = np.argsort(hashes, kind="stable")
         again = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
         first = np.sort(order[again + 1])[:SHOWN_PAIRS].tolist()
-        return Duplicates(len(again), [self._pair(self.places.__getitem__, n, hashes) for n in first])
+        return Duplicates(len(again), [self._pair(n, self) for n in first])
 
     def shared_with(self, train: ContentTally) -> Duplicates:
         """Those that are in ``train`` too."""
         shared = np.flatnonzero(np.isin(self.hashes, train.hashes))
-        theirs = train.hashes
-        first = shared[:SHOWN_PAIRS].tolist()
-        return Duplicates(len(shared), [self._pair(train.places.__getitem__, n, theirs) for n in first])
+        return Duplicates(len(shared), [self._pair(n, train) for n in shared[:SHOWN_PAIRS].tolist()])
 
-    def _pair(self, place: Callable[[int], str], number: int, among: np.ndarray) -> Pair:
-        earlier = int(np.flatnonzero(among == self.hashes[number])[0])
-        return Pair(self.places[number], place(earlier), 1.0)
+    def _pair(self, number: int, among: ContentTally) -> Pair:
+        """A record, and the first one ``among`` others that is equal to it."""
+        earlier = int(np.flatnonzero(among.hashes == self.hashes[number])[0])
+        return Pair(self.places[number], among.places[earlier], 1.0)

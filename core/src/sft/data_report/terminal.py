@@ -40,11 +40,7 @@ def write_figures(report: DataReport, console: Console) -> None:
         _headline(f"{name} data", console)
         _facts(words.of_split(split, max_length), console)
         _histogram(split, max_length, console)
-        _facts(words.of_duplicates(split), console)
-        if name == "train" and report.rows is not None:
-            _facts([words.of_rows(report.rows)], console)
-        if name == "dev" and report.overlap is not None:
-            _facts([words.of_overlap(report.overlap)], console)
+        _facts(words.below_lengths(report, name), console)
 
 
 def write_records(report: DataReport, console: Console) -> None:

@@ -55,28 +55,17 @@ def of_split(split: Split, max_length: int) -> list[Fact]:
     return facts
 
 
-def of_duplicates(split: Split) -> list[Fact]:
-    """Which records are alike."""
+def below_lengths(report: DataReport, name: str) -> list[Fact]:
+    """Which records of the split ``name`` are alike; of train data how rows are filled, of dev data what is in both."""
+    split = report.splits[name]
     facts: list[Fact] = [("duplicates", _duplicates(split.duplicates, "equal to an earlier record"))]
     if split.near_duplicates is not None:
         facts.append(("near ones", _near(split.near_duplicates)))
+    if name == "train" and report.rows is not None:
+        facts.append(_of_rows(report.rows))
+    if name == "dev" and report.overlap is not None:
+        facts.append(("overlap", _duplicates(report.overlap, "of these records are in the training data too")))
     return facts
-
-
-def of_overlap(overlap: Duplicates) -> Fact:
-    return ("overlap", _duplicates(overlap, "of these records are in the training data too"))
-
-
-def of_rows(rows: RowCount) -> Fact:
-    """How rows are filled."""
-    each = f"{rows.records / max(1, rows.rows):.2f} records a row, " if rows.packs else ""
-    lines = [
-        f"{rows.rows:,} a pass by {shown(rows.collator)}, {each}{rows.padding_tokens:,} tokens of padding "
-        f"({_share(rows.padding)}) in batches of {rows.batch_size:,}; {rows.steps:,} step{'s' * (rows.steps != 1)}"
-    ]
-    if rows.window is not None:
-        lines.append(f"shuffled and packed {rows.window:,} records at a time")
-    return ("rows", lines)
 
 
 def of_record(record: ShownRecord) -> str:
@@ -93,6 +82,17 @@ def of_search(report: DataReport) -> str | None:
         return f"no record has {what}"
     here = f", {len(report.records):,} of them here" if len(report.records) != report.found else ""
     return f"{report.found:,} record{'s have' if report.found != 1 else ' has'} {what}{here}"
+
+
+def _of_rows(rows: RowCount) -> Fact:
+    each = f"{rows.records / max(1, rows.rows):.2f} records a row, " if rows.packs else ""
+    lines = [
+        f"{rows.rows:,} a pass by {shown(rows.collator)}, {each}{rows.padding_tokens:,} tokens of padding "
+        f"({_share(rows.padding)}) in batches of {rows.batch_size:,}; {rows.steps:,} step{'s' * (rows.steps != 1)}"
+    ]
+    if rows.window is not None:
+        lines.append(f"shuffled and packed {rows.window:,} records at a time")
+    return ("rows", lines)
 
 
 def _of_set(name: str, one: SetCounts) -> str:

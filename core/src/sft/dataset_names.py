@@ -18,8 +18,10 @@ from sft.small_files import check_path
 _NUMBER = re.compile(r"[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?")
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 _SPLIT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
-_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-_MEASURED = ("dev", "validation")
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+"""What files of data end with."""
+DEV = ("dev", "validation")
+"""What the dev split of a data set may be called; the first that is there counts."""
 _NAME = "dataset_name_or_path"
 _MOST_COMMAS = 16
 """In one path of several; a path that stands alone, or in a settings file, may have any number."""
@@ -73,7 +75,7 @@ def schemes(value: Any) -> list[str]:
         sets = named_sets(value)
     except UsageError:
         return []  # said when the settings are read
-    return list(dict.fromkeys(match[1] for one in sets if (match := _SCHEME.match(one.path))))
+    return list(dict.fromkeys(scheme for one in sets if (scheme := scheme_of(one.path)) is not None))
 
 
 def scheme_of(path: str) -> str | None:
@@ -159,7 +161,7 @@ def _splits(value: Any, where: str) -> tuple[str | None, str | None]:
     if value is None:
         return "train", "dev"
     if isinstance(value, str) and _SPLIT.fullmatch(value):
-        return (None, value) if value in _MEASURED else (value, None)
+        return (None, value) if value in DEV else (value, None)
     if isinstance(value, Mapping) and value and set(value) <= {"train", "dev"}:
         names = [value.get("train"), value.get("dev")]
         if any(names) and all(name is None or (isinstance(name, str) and _SPLIT.fullmatch(name)) for name in names):
@@ -187,8 +189,8 @@ def _check_weights(sets: list[NamedSet]) -> None:
 
 def _own_name(path: str, taken: list[str]) -> str:
     """The last part of a path, without a suffix; with a number where another set has that name."""
-    last = Path(path.partition("://")[2] or path).name.partition("@")[0] if _SCHEME.match(path) else Path(path).name
-    last = next((last.removesuffix(suffix) for suffix in _SUFFIXES if last.endswith(suffix)), last) or "data"
+    last = Path(path).name if scheme_of(path) is None else Path(path.partition("://")[2] or path).name.partition("@")[0]
+    last = next((last.removesuffix(suffix) for suffix in SUFFIXES if last.endswith(suffix)), last) or "data"
     names = (last if number == 1 else f"{last}-{number}" for number in range(1, len(taken) + 2))
     return next(name for name in names if name not in taken)
 

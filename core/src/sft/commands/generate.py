@@ -25,6 +25,7 @@ from sft.commands.shared import (
     typed_values,
 )
 from sft.conversations import Conversation, Turn
+from sft.dataset_names import SUFFIXES
 from sft.errors import UsageError
 from sft.progress import Progress, Task
 from sft.settings.arguments import Settings, check_draw
@@ -165,7 +166,6 @@ def _texts(lines: Any) -> Iterator[tuple[Conversation, Turn | None]]:
 def _records(path: Path, plugins: Plugins) -> Iterator[tuple[Conversation, Turn | None]]:
     """Conversations to answer, and what their records have as the answer; each line of a text file is a question."""
     from sft.data.bad_records import BadRecordError
-    from sft.data.finding import SUFFIXES
     from sft.data.formats import ASKING, Formats
     from sft.data.questions import before_last_answer
     from sft.data.sources import read

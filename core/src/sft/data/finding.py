@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from sft.dataset_names import DEV, SUFFIXES
 from sft.errors import UsageError
 from sft.foreign_text import shown
 from sft.small_files import is_there
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-NAMES = {"train": ("train",), "dev": ("dev", "validation")}
+NAMES = {"train": ("train",), "dev": DEV}
 """What the files of a split are called; the first name that has any counts."""
 _NOT_READ = ("validation", "valid", "val", "eval", "test")
 

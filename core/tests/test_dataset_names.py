@@ -70,6 +70,10 @@ def test_splits(split: Any, train: str | None, dev: str | None) -> None:
         ("a:0,b:1", "data set 1: weight must be a number above 0, not 0.0; leave a set out to drop it."),
         ([{"path": "a", "weight": True}, "b:1"], "data set 1: weight must be a number above 0, not True;"),
         ([{"path": "a", "weight": float("nan")}, "b:1"], "data set 1: weight must be a number above 0, not nan;"),
+        ("a:1e400,b:1", "data set 1: weight must be from 1.2e-38 to 3.4e+38, not inf."),
+        ([{"path": "a", "weight": 10**400}, "b:1"], "data set 1: weight must be from 1.2e-38 to 3.4e+38, not 1000"),
+        ("a:1e-60,b:1", "data set 1: weight must be from 1.2e-38 to 3.4e+38, not 1e-60."),
+        ([{"path": "a", "limit": 10**30}], "limit goes up to 9,223,372,036,854,775,807, not 1000"),
         ([{"path": "a", "limit": 0}], "limit must be a whole number of records from 1, not 0."),
         ([{"path": "a", "share": 1}], "has share; known are format, limit, name, path, split, weight."),
         ([{"weight": 1}], "has no path; say where the data is."),
@@ -78,6 +82,7 @@ def test_splits(split: Any, train: str | None, dev: str | None) -> None:
         ([{"path": "a", "split": "../b"}], "split must be the name of a split, or an object"),
         ([{"path": "a", "split": {"train": None}}], "split must be the name of a split, or an object"),
         ('["a"', "begins like a JSON list and is none"),
+        ("[" * 100_000, "begins like a JSON list and is none (it is nested too deep)."),
         (3, "expected a path or a list of data sets, got 3."),
     ],
 )

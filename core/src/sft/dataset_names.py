@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sft.errors import UsageError
 from sft.foreign_text import listed, quoted, shown
-from sft.small_files import check_path
+from sft.precision import LARGEST, SMALLEST
+from sft.small_files import check_path, why
 
 _NUMBER = re.compile(r"[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?")
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
@@ -93,8 +94,8 @@ def _of_text(text: str) -> list[Mapping[str, Any]]:
     if text.lstrip().startswith("["):
         try:
             return _of_list(json.loads(text))
-        except ValueError as error:
-            raise UsageError(f"{_NAME}: {quoted(text)} begins like a JSON list and is none ({error}).") from error
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{_NAME}: {quoted(text)} begins like a JSON list and is none ({why(error)}).") from error
     pieces, entries = text.split(","), []
     while pieces:
         # The longest name that is there, so that a path may hold commas; otherwise a comma ends it.
@@ -142,10 +143,14 @@ def _named(entry: Mapping[str, Any], where: str, taken: list[str]) -> NamedSet:
     if "path" not in given:
         raise UsageError(f"{where} has no path; say where the data is.")
     weight, limit = given.get("weight"), given.get("limit")
-    if weight is not None and not (_is_number(weight) and math.isfinite(weight) and weight > 0):
+    if weight is not None and not (_is_number(weight) and weight > 0):
         raise UsageError(f"{where}: weight must be a number above 0, not {quoted(weight)}; leave a set out to drop it.")
+    if weight is not None and not SMALLEST <= weight <= LARGEST:
+        raise UsageError(f"{where}: weight must be from {SMALLEST:.2g} to {LARGEST:.2g}, not {quoted(weight)}.")
     if limit is not None and not (isinstance(limit, int) and not isinstance(limit, bool) and limit > 0):
         raise UsageError(f"{where}: limit must be a whole number of records from 1, not {quoted(limit)}.")
+    if limit is not None and limit > sys.maxsize:
+        raise UsageError(f"{where}: limit goes up to {sys.maxsize:,}, not {quoted(limit)}; leave it out to read all.")
     check_path(_NAME, given["path"])
     if "name" in given and given["name"] in taken:
         raise UsageError(f"{where}: two data sets are called {shown(given['name'])}; give one of them another name.")

@@ -39,10 +39,6 @@ class Mix:
         uniform = np.random.default_rng([self.seed, _DRAWS, block]).random(BLOCK)
         return np.minimum(np.searchsorted(shares, uniform, side="right"), len(shares) - 1)
 
-    def draw(self, number: int) -> int:
-        """The set of one draw."""
-        return int(self.draws(number // BLOCK)[number % BLOCK])
-
     def is_over(self, drawn: Sequence[int], sizes: Sequence[int | None]) -> bool:
         """Whether a pass ends in which so many records of each set have been drawn; a size that is not known yet is
         larger."""

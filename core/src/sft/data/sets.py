@@ -159,7 +159,7 @@ def _bound(wanted: float, one: DataSet, skips: bool, progress: Progress) -> int:
     if wanted < 1:
         return bound_of_share(wanted)
     with progress.task("choosing dev data", "records", size_of(one.files), of_units=False) as task:
-        bound = bound_of_number(int(wanted), _followed(one.records(skips), task))
+        bound = bound_of_number(int(wanted), (record for _, record in _followed(one.records(skips), task)))
     if not bound:
         raise UsageError(
             f"dev_split {int(wanted):,} would take all different records of {one.name}, and leave none to train on; "
@@ -168,12 +168,15 @@ def _bound(wanted: float, one: DataSet, skips: bool, progress: Progress) -> int:
     return bound
 
 
-def _followed(records: Iterator[tuple[int, Record | BadRecord]], task: Task) -> Iterator[Record | BadRecord]:
+def _followed(
+    records: Iterator[tuple[int, Record | BadRecord]], task: Task
+) -> Iterator[tuple[int, Record | BadRecord]]:
+    """``records``, with which ``task`` advances."""
     done = 0
-    for _, record in records:
+    for number, record in records:
         done = done if isinstance(record, BadRecord) else record.done
         task.advance(done=done)
-        yield record
+        yield number, record
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -193,11 +196,8 @@ class Reader:
 
     def __call__(self, one: DataSet, formats: Formats | None = None, task: Task | None = None) -> Iterator[Numbered]:
         """All records of a set, in their order."""
-        formats, done = formats or self.formats(one), 0
-        for number, record in one.records(self._skips):
-            if task is not None:
-                done = done if isinstance(record, BadRecord) else record.done
-                task.advance(done=done)
+        formats, records = formats or self.formats(one), one.records(self._skips)
+        for number, record in records if task is None else _followed(records, task):
             yield number, formats.turns_or_bad(record)
 
     def after(self, one: DataSet, number: int) -> Iterator[Numbered]:

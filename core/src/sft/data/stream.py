@@ -90,7 +90,7 @@ class Stream:
         """See :class:`sft.data.batches.Data`. Raises :class:`UsageError` if a whole pass has no target, or a file is no
         longer what it was."""
         number, passed = (place[key] if place else 0 for key in ("window", "passes"))
-        self._counts = self._counts_of(place) if place else [Counts() for _ in self._names]
+        self._counts = self._counts_at(place) if place else [Counts() for _ in self._names]
         feed, kept = self._feed(place), place is not None and not _begins_pass(place)
         while True:
             at = {"window": number, "passes": passed, **feed.place(), **self._counts_written()}
@@ -114,17 +114,24 @@ class Stream:
                 if not kept:
                     raise UsageError(NO_TARGET.format("train"))
 
-    def _counts_of(self, place: dict[str, Any]) -> list[Counts]:
+    def _counts_at(self, place: dict[str, Any]) -> list[Counts]:
         if len(self._names) == 1:
             return [Counts.of(place["counts"])]
         return [Counts.of(place["counts_of_sets"].get(name, {})) for name in self._names]
 
     def _counts_written(self) -> dict[str, Any]:
-        total = {"counts": asdict(sum(self._counts, Counts()))}
+        sets = self._counts_of_sets()
+        return {"counts": self._total(), **({"counts_of_sets": sets} if sets else {})}
+
+    def _total(self) -> dict[str, int]:
+        """The counts of the records that have been read; those of a later pass count again."""
+        return asdict(sum(self._counts, Counts()))
+
+    def _counts_of_sets(self) -> dict[str, dict[str, int]]:
+        """The same of each set, where there are several."""
         if len(self._names) == 1:
-            return total
-        sets = {name: asdict(counts) for name, counts in zip(self._names, self._counts, strict=True)}
-        return {**total, "counts_of_sets": sets}
+            return {}
+        return {name: asdict(counts) for name, counts in zip(self._names, self._counts, strict=True)}
 
     def fingerprint(self) -> str:
         """``2:`` and 16 hexadecimal digits of the tokens of the first window, the names of the files and what is in
@@ -144,17 +151,9 @@ class Stream:
             digest.update(f"{path.name} {path.stat().st_size}".encode())
         return expected == digest.hexdigest()[:16]
 
-    @property
-    def counts(self) -> Counts:
-        """Of the records that have been read; those of a later pass count again."""
-        return sum(self._counts, Counts())
-
     def report(self) -> dict[str, Any]:
-        total = asdict(self.counts)
-        if len(self._names) == 1:
-            return total
-        sets = {name: asdict(counts) for name, counts in zip(self._names, self._counts, strict=True)}
-        return {**total, "sets": sets}
+        sets = self._counts_of_sets()
+        return {**self._total(), **({"sets": sets} if sets else {})}
 
 
 def _joined(parts: list[Encoded]) -> Encoded:

@@ -92,7 +92,7 @@ def setting_options(*names: str, **helps: str) -> Callable[[Any], Any]:
                 *dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")),
                 name,
                 default=None,
-                metavar=_metavar(option),
+                metavar="true|false" if option.is_flag else _kind(option),
                 help=f"{text[0].upper()}{text[1:]}.{_default(option)}",
                 **flag,
             )(function)
@@ -101,29 +101,22 @@ def setting_options(*names: str, **helps: str) -> Callable[[Any], Any]:
     return add
 
 
-def _metavar(option: Option) -> str:
-    kinds = {int: "N", float: "X", str: "TEXT"}
-    return "true|false" if option.is_flag else next(text for kind, text in kinds.items() if kind in option.kinds)
-
-
 def _default(option: Option) -> str:
     if option.default is None or "; required" in option.help:
         return ""
-    return f"  [default: {str(option.default).lower() if option.is_flag else option.default}]"
+    return f"  [default: {_shown_default(option)}]"
 
 
 def option_row(option: Option, name: str | None = None) -> str:
     """A setting as `--help` shows it: what is typed, its default, and below what it means; by ``name``, where it is
     typed by another than its own."""
     kind = "|".join(option.words) or _kind(option)
-    default = (
-        "unset"
-        if option.default in (None, [])
-        else str(option.default).lower()
-        if isinstance(option.default, bool)
-        else option.default
-    )
+    default = "unset" if option.default in (None, []) else _shown_default(option)
     return f"  --{name or option.name} {kind}  [{default}]\n      {option.help}"
+
+
+def _shown_default(option: Option) -> str:
+    return str(option.default).lower() if isinstance(option.default, bool) else str(option.default)
 
 
 def _kind(option: Option) -> str:

@@ -108,7 +108,7 @@ class Formats:
     def _read_as(self, wanted: str, value: dict[str, Any], needs_target: bool) -> tuple[str, list[Turn]]:
         if wanted in self._providers:
             raise ValueError(f"the record is not in the format of plugin {wanted}, which is set for its data.")
-        name = _short_names()[wanted]
+        name = _SHORT_NAMES[wanted]
         keys = FORMATS[name][0]
         missing = [key for key in keys if key not in value]
         if len(missing) == len(keys):
@@ -127,13 +127,9 @@ def turns_of(record: Mapping[str, Any]) -> Conversation:
 
 def check_format(name: str, plugins: Plugins) -> None:
     """Refuse a ``name`` that is no format of the core's, by its first word, and no plugin that reads records."""
-    known = [*_short_names(), *plugins.implementing("sft_record_format")]
+    known = [*_SHORT_NAMES, *plugins.implementing("sft_record_format")]
     if name not in known:
         raise UsageError(f"dataset_name_or_path: {shown(name)} is no format; known are {', '.join(known)}.")
-
-
-def _short_names() -> dict[str, str]:
-    return {name.partition(" ")[0].lower(): name for name in FORMATS}
 
 
 def _is_prompt(record: dict[str, Any]) -> bool:
@@ -229,6 +225,8 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[..., list[Turn]]]] = {
 }
 """The core's formats by name: the keys that each needs, and what reads a record. Its last answer may be missing where
 ``needs_target`` is false; a list of messages ends as it likes."""
+_SHORT_NAMES = {name.partition(" ")[0].lower(): name for name in FORMATS}
+"""Their names by what settings call them."""
 
 
 def _texts(value: Any, key: str) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import tokenizer_of  # noqa: F401
 from conversations import tokenizer_with  # noqa: F401
 from data_reports import look, questions  # noqa: F401
 from stopped_runs import shared, stopped, whole  # noqa: F401

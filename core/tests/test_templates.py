@@ -4,45 +4,18 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import FIXTURES, TokenizerOf, learned, name_of, of_case, one
 
 import sft
 from sft import Turn
 from sft.data.bad_records import Place
-from sft.data.encoded import Encoded
-from sft.data.encoding import encode
 from sft.data.questions import encode_prompt
-from sft.data.tokenizer import Tokenizer
 
-FIXTURES = Path(__file__).parent / "fixtures" / "templates"
 CASES = json.loads((FIXTURES / "jinja_references.json").read_text(encoding="utf-8"))
-Make = Callable[..., Tokenizer]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """A tokenizer of the fixtures with a template: the name of a fixture, or the text of one."""
-
-    def tokenizer(template: str, kind: str = "bytes", special: dict[str, str] | None = None) -> Tokenizer:
-        folder = tmp_path / f"tokenizer-{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        (folder / "tokenizer.json").write_bytes((FIXTURES / "tokenizers" / f"{kind}.json").read_bytes())
-        config = special or {"eos_token": "<|im_end|>"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-        path = FIXTURES / f"{template}.jinja"
-        text = path.read_text(encoding="utf-8") if "\n" not in template and path.is_file() else template
-        (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
-        return Tokenizer(folder)
-
-    return tokenizer
-
-
-def of_case(make: Make, case: dict[str, Any]) -> Tokenizer:
-    return make(case["template"], case["tokenizer"], case["special"])
 
 
 def turns_of(messages: list[dict[str, str]], untrained: tuple[int, ...] = ()) -> list[Turn]:
@@ -53,31 +26,12 @@ def turns_of(messages: list[dict[str, str]], untrained: tuple[int, ...] = ()) ->
     ]
 
 
-def one(turns: list[Turn], tokenizer: Tokenizer) -> Encoded:
-    return encode([turns], tokenizer, 10**6, 10**6)
-
-
-def learned(encoded: Encoded, tokenizer: Tokenizer) -> list[str]:
-    """The text of each unbroken run of trained tokens."""
-    runs: list[list[int]] = [[]]
-    for token, trained in zip(encoded.ids.tolist(), encoded.trained.tolist(), strict=True):
-        if trained:
-            runs[-1].append(token)
-        elif runs[-1]:
-            runs.append([])
-    return [tokenizer.decode(run) for run in runs if run]
-
-
-def name(case: dict[str, Any]) -> str:
-    return f"{case['template']}-{case['conversation']}"
-
-
 # --- as transformers renders --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES, ids=name)
-def test_texts_and_ids_are_those_of_transformers(make: Make, case: dict[str, Any]) -> None:
-    tokenizer = of_case(make, case)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_texts_and_ids_are_those_of_transformers(tokenizer_of: TokenizerOf, case: dict[str, Any]) -> None:
+    tokenizer = of_case(tokenizer_of, case)
     turns = turns_of(case["messages"])
     assert tokenizer.render(turns) == case["text"]
     assert tokenizer.render(turns, add_generation_prompt=True) == case["generation_text"]
@@ -110,12 +64,12 @@ def expected(case: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if (c["template"], c["conversation"]) != ("mistral_v03", "system")], ids=name
+    "case", [c for c in CASES if (c["template"], c["conversation"]) != ("mistral_v03", "system")], ids=name_of
 )
-def test_the_answers_are_learned_with_their_ends(make: Make, case: dict[str, Any]) -> None:
+def test_the_answers_are_learned_with_their_ends(tokenizer_of: TokenizerOf, case: dict[str, Any]) -> None:
     if case["template"] == "qwen3" and case["conversation"] == "asked":
         case = {**case, "messages": case["messages"][:2]}  # the question that follows is left out
-    tokenizer = of_case(make, case)
+    tokenizer = of_case(tokenizer_of, case)
     encoded = one(turns_of(case["messages"]), tokenizer)
     # A byte-level tokenizer gives each answer back; Metaspace's decoder takes the first space of a run of tokens away.
     spaced = [" " + text if case["tokenizer"] == "metaspace" else text for text in learned(encoded, tokenizer)]
@@ -132,18 +86,18 @@ def test_the_answers_are_learned_with_their_ends(make: Make, case: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if (c["template"], c["conversation"]) != ("mistral_v03", "system")], ids=name
+    "case", [c for c in CASES if (c["template"], c["conversation"]) != ("mistral_v03", "system")], ids=name_of
 )
-def test_the_quick_way_to_the_texts_of_training_gives_the_same(make: Make, case: dict[str, Any]) -> None:
+def test_the_quick_way_to_the_texts_of_training_gives_the_same(tokenizer_of: TokenizerOf, case: dict[str, Any]) -> None:
     """It is what long conversations are measured by before they are cut."""
-    template, turns = of_case(make, case).template, turns_of(case["messages"])
+    template, turns = of_case(tokenizer_of, case).template, turns_of(case["messages"])
     if any(turn.trains for turn in turns):
         assert template.texts(turns) == [piece.text for piece in template.training(turns).pieces]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "mask" in c], ids=name)
-def test_generation_blocks_are_masked_as_by_transformers(make: Make, case: dict[str, Any]) -> None:
-    encoded = one(turns_of(case["messages"]), of_case(make, case))
+@pytest.mark.parametrize("case", [c for c in CASES if "mask" in c], ids=name_of)
+def test_generation_blocks_are_masked_as_by_transformers(tokenizer_of: TokenizerOf, case: dict[str, Any]) -> None:
+    encoded = one(turns_of(case["messages"]), of_case(tokenizer_of, case))
     length = len(encoded.ids)
     assert encoded.ids.tolist() == case["ids"][:length]
     assert encoded.trained.astype(int).tolist() == case["mask"][:length]
@@ -155,9 +109,9 @@ def test_generation_blocks_are_masked_as_by_transformers(make: Make, case: dict[
     ("untrained", "texts"), [((1,), ["42", "ok"]), ((3,), ["one", "ok"]), ((5,), ["one", "42"]), ((1, 5), ["42"])]
 )
 def test_an_answer_that_does_not_train_is_no_target(
-    make: Make, template: str, untrained: tuple[int, ...], texts: list[str]
+    tokenizer_of: TokenizerOf, template: str, untrained: tuple[int, ...], texts: list[str]
 ) -> None:
-    tokenizer = make(template)
+    tokenizer = tokenizer_of(template)
     roles = ["user", "assistant"] * 3
     contents = ["a", "one", "b", "42", "c", "ok"]
     turns = [
@@ -167,11 +121,11 @@ def test_an_answer_that_does_not_train_is_no_target(
     assert learned(one(turns, tokenizer), tokenizer) == [text + "<|im_end|>" for text in texts]
 
 
-def test_private_characters_in_a_message_mark_nothing(make: Make) -> None:
-    tokenizer = make("chatml_blocks")
+def test_private_characters_in_a_message_mark_nothing(tokenizer_of: TokenizerOf) -> None:
+    tokenizer = tokenizer_of("chatml_blocks")
     turns = [Turn("user", "\ue000a\ue001"), Turn("assistant", "\ue002b\ue000", trains=True)]
     assert learned(one(turns, tokenizer), tokenizer) == ["\ue002b\ue000<|im_end|>"]
-    assert tokenizer.render(turns) == make("chatml").render(turns)
+    assert tokenizer.render(turns) == tokenizer_of("chatml").render(turns)
 
 
 # --- templates that need care -------------------------------------------------------------------------------
@@ -186,9 +140,9 @@ TALK = [
 ]
 
 
-def test_answers_that_are_cut_later_are_counted_and_not_learned(make: Make) -> None:
+def test_answers_that_are_cut_later_are_counted_and_not_learned(tokenizer_of: TokenizerOf) -> None:
     cut = "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n"
-    tokenizer = make(HEADER + cut + FOOTER)
+    tokenizer = tokenizer_of(HEADER + cut + FOOTER)
     encoded = one(TALK, tokenizer)
     assert learned(encoded, tokenizer) == ["<think>e</think>f<|im_end|>"]
     assert encoded.counts.answers_rewritten_by_template == 1
@@ -199,8 +153,8 @@ def test_answers_that_are_cut_later_are_counted_and_not_learned(make: Make) -> N
     assert learned(one(plain, tokenizer), tokenizer) == ["b<|im_end|>", "<think>e</think>f<|im_end|>"]
 
 
-def test_a_prompt_that_no_answer_follows_is_refused(make: Make) -> None:
-    tokenizer = make(
+def test_a_prompt_that_no_answer_follows_is_refused(tokenizer_of: TokenizerOf) -> None:
+    tokenizer = tokenizer_of(
         HEADER + "{{ m.content.split('</think>')[-1] }}<|im_end|>\n" + FOOTER.replace("{% endif", "<think>\n{% endif")
     )
     with pytest.raises(sft.UsageError) as caught:
@@ -212,34 +166,36 @@ def test_a_prompt_that_no_answer_follows_is_refused(make: Make) -> None:
     assert '("c<|im_end|>\\n" in the place of "<think>\\n")' in message
 
 
-def test_a_system_turn_that_goes_once_it_is_answered_is_refused(make: Make) -> None:
+def test_a_system_turn_that_goes_once_it_is_answered_is_refused(tokenizer_of: TokenizerOf) -> None:
     """Mistral's template writes the system turn into the last question, and only if no answer follows."""
     (case,) = (c for c in CASES if (c["template"], c["conversation"]) == ("mistral_v03", "system"))
     with pytest.raises(sft.UsageError, match=r'in the place of "You answer in one sentence\.'):
-        one(turns_of(case["messages"]), of_case(make, case))
+        one(turns_of(case["messages"]), of_case(tokenizer_of, case))
 
 
-def test_a_refusal_names_the_record(make: Make) -> None:
+def test_a_refusal_names_the_record(tokenizer_of: TokenizerOf) -> None:
     from sft.conversations import Conversation
 
     turns = Conversation(
         [Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c", True)], Place(Path("train.json"), 7)
     )
     with pytest.raises(sft.UsageError, match=r"^train\.json, line 7: The chat template of .* must alternate"):
-        one(turns, make("mistral_v03", "metaspace", {"bos_token": "<s>", "eos_token": "</s>"}))
+        one(turns, tokenizer_of("mistral_v03", {"bos_token": "<s>", "eos_token": "</s>"}, "metaspace"))
 
 
-def test_blocks_without_the_end_of_a_turn_are_counted(make: Make) -> None:
+def test_blocks_without_the_end_of_a_turn_are_counted(tokenizer_of: TokenizerOf) -> None:
     block = "{% generation %}{{ m.content }}{% endgeneration %}"
     body = "{% if m.role == 'assistant' %}" + block + "{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
-    tokenizer = make(HEADER + body + FOOTER)
+    tokenizer = tokenizer_of(HEADER + body + FOOTER)
     encoded = one(TALK, tokenizer)
     assert learned(encoded, tokenizer) == ["<think>b</think>c", "<think>e</think>f"]
     assert encoded.counts.records_without_end == 1
 
 
-def test_end_of_text_that_is_not_marked_special_ends_a_turn_too(make: Make) -> None:
-    tokenizer = make("{% for m in messages %}{{ m.content }}</think>\n{% endfor %}", special={"eos_token": "</think>"})
+def test_end_of_text_that_is_not_marked_special_ends_a_turn_too(tokenizer_of: TokenizerOf) -> None:
+    tokenizer = tokenizer_of(
+        "{% for m in messages %}{{ m.content }}</think>\n{% endfor %}", special={"eos_token": "</think>"}
+    )
     encoded = one([Turn("user", "a"), Turn("assistant", "b", True)], tokenizer)
     assert learned(encoded, tokenizer) == ["b</think>"]
 
@@ -250,41 +206,41 @@ LAST_BLOCK = (
 )
 
 
-def test_a_template_may_mark_fewer_answers(make: Make) -> None:
-    tokenizer = make(HEADER + LAST_BLOCK + FOOTER)
+def test_a_template_may_mark_fewer_answers(tokenizer_of: TokenizerOf) -> None:
+    tokenizer = tokenizer_of(HEADER + LAST_BLOCK + FOOTER)
     encoded = one(TALK, tokenizer)
     assert learned(encoded, tokenizer) == ["<think>e</think>f<|im_end|>"]
     assert encoded.counts.answers_rewritten_by_template == 1
 
 
-def test_blocks_that_cannot_be_told_apart_are_refused(make: Make) -> None:
-    tokenizer = make(HEADER + LAST_BLOCK + FOOTER)
+def test_blocks_that_cannot_be_told_apart_are_refused(tokenizer_of: TokenizerOf) -> None:
+    tokenizer = tokenizer_of(HEADER + LAST_BLOCK + FOOTER)
     turns = [TALK[0], Turn("assistant", "x"), *TALK[2:]]
     with pytest.raises(sft.UsageError, match="has not one generation block for each answer"):
         one(turns, tokenizer)
 
 
-def test_empty_blocks_are_refused(make: Make) -> None:
-    tokenizer = make(HEADER + "{% generation %}{% endgeneration %}{{ m.content }}<|im_end|>\n" + FOOTER)
+def test_empty_blocks_are_refused(tokenizer_of: TokenizerOf) -> None:
+    tokenizer = tokenizer_of(HEADER + "{% generation %}{% endgeneration %}{{ m.content }}<|im_end|>\n" + FOOTER)
     with pytest.raises(sft.UsageError, match="puts no text into its generation blocks"):
         one(TALK, tokenizer)
 
 
-def test_blocks_within_a_macro(make: Make) -> None:
+def test_blocks_within_a_macro(tokenizer_of: TokenizerOf) -> None:
     """Positions are counted in the finished text, not while it is made."""
     macro = "{% macro say(m) %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endmacro %}"
     body = "{{ say(m) if m.role == 'assistant' else m.content + '<|im_end|>' }}\n"
-    tokenizer = make(macro + HEADER + body + FOOTER)
+    tokenizer = tokenizer_of(macro + HEADER + body + FOOTER)
     encoded = one(TALK, tokenizer)
     assert learned(encoded, tokenizer) == ["<think>b</think>c<|im_end|>", "<think>e</think>f<|im_end|>"]
 
 
-def test_two_threads_may_write_conversations_at_once(make: Make) -> None:
+def test_two_threads_may_write_conversations_at_once(tokenizer_of: TokenizerOf) -> None:
     """Blocks are marked with characters that a conversation does not hold, and the second one holds the first's."""
     text = (
         "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
     )
-    tokenizer = make(text + "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}\n")
+    tokenizer = tokenizer_of(text + "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}\n")
     turns = [[Turn("user", question), Turn("assistant", "ok", trains=True)] for question in ("a", "\ue000\ue001")]
     template: Any = tokenizer.template
     own, others = template.between_edges, []

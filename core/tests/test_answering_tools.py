@@ -86,9 +86,9 @@ def test_tools_of_a_file_or_of_a_record_are_offered(
     call = {"role": "assistant", "tool_calls": [{"name": "own", "arguments": {"x": 1}}]}
     result = {"role": "tool", "content": "3"}
     messages = [{"role": "user", "content": "a"}, call, result]
-    records = [{"messages": messages, "tools": own}, {"messages": messages[:2], "tools": own}, {"prompt": "b"}]
+    records = [{"messages": messages, "tools": own}, {"messages": messages[:2], "tools": own}]
     path = tmp_path / "asked.json"
-    path.write_text("[" + ",".join(json.dumps(record) for record in records[:2]) + "]")
+    path.write_text(json.dumps(records))
     texts += ["ok", '{"name": "own", "arguments": {"x": 1}}', WRITTEN]
     template = ("--chat_template", str(TEMPLATE), "--enable_thinking", "false")
     found = typed("generate", *template, "--prompts_file", str(path), "--json").stdout.splitlines()
@@ -149,19 +149,15 @@ def test_a_chat_shows_calls_and_takes_their_results(
     (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
     square = '<tool_call>\n{"name": "square", "arguments": {"of": 3}}\n</tool_call>'
     texts += [f"{WRITTEN}\n{square}", "ok"]
-    lines = "/result 1\na\n/result\n/result rain\n/result 9\n/exit\n"
+    lines = "/result 1\na\n/result rain\n/result 9\n/exit\n"
     options = ("--chat_template", str(TEMPLATE), "--tools", str(tmp_path / "tools.json"))
-    result = typed("chat", *options, lines=lines.replace("/result\n", ""))
+    result = typed("chat", *options, lines=lines)
     said = result.stderr
     assert "no call waits for a result" in said
     assert '(call: weather {"city": "Bern"}; /result TEXT gives the result)' in said
     assert '(call: square {"of": 3}; /result TEXT gives the result)' in said
     assert "(/result TEXT gives the result of square)" in said
     assert result.stdout == f"{WRITTEN}\n{square}\nok\n"
-    square_call = ToolCall("square", {"of": 3})
-    turns = [ASKED, Turn("assistant", "Wait.", tool_calls=(BERN, square_call)), Turn("tool", "rain"), Turn("tool", "9")]
-    named = [
-        *turns[:2],
-        *(Turn("tool", t.content, name=n) for t, n in zip(turns[2:], ("weather", "square"), strict=True)),
-    ]
-    assert prompts[1] == encode_prompt(Conversation(named, tools=TOOLS), tokenizer)
+    calling = Turn("assistant", "Wait.", tool_calls=(BERN, ToolCall("square", {"of": 3})))
+    turns = [ASKED, calling, Turn("tool", "rain", name="weather"), Turn("tool", "9", name="square")]
+    assert prompts[1] == encode_prompt(Conversation(turns, tools=TOOLS), tokenizer)

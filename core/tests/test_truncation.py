@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 import sft
-from sft.conversations import Turn
+from sft.conversations import Conversation, Turn
 from sft.data.encoding import encode
-from sft.data.formats import Conversation
 from sft.data.raw_text import TEXT_ROLE
 from sft.data.tokenizer import Tokenizer
 from sft.data.truncation import pieces

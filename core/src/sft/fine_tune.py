@@ -16,13 +16,12 @@ from sft.context import CoreRun, Summary
 from sft.data.batches import PaddedCollator, Schedule
 from sft.data.reading import read_data
 from sft.data.sets import open_sets
-from sft.data.tokenizer import NewToken, Tokenizer
 from sft.errors import UsageError
 from sft.files import read_report
 from sft.foreign_text import shown
 from sft.models.loading import open_model
 from sft.models.source import find_tokenizer
-from sft.models.vocabulary import grow
+from sft.models.vocabulary import grown_tokenizer
 from sft.plugins.discovery import left_out
 from sft.progress import Printer
 from sft.resolve import resolve
@@ -124,10 +123,7 @@ def _read(run: CoreRun) -> Checkpoint | None:
     date = datetime.fromisoformat(resumed.state["date"]) if resumed is not None else None
     named = settings.model.tokenizer_name_or_path
     folder = find_tokenizer(named) if named else source.folder
-    new = [NewToken(text) for text in settings.model.new_tokens]
-    run.tokenizer = Tokenizer(folder, date, settings.data.chat_template, settings.data.enable_thinking, new)
-    if new:
-        run.say(grow(source, run.tokenizer))
+    run.tokenizer = grown_tokenizer(settings, source, folder, date, run.say)
     run.train_data, run.dev_data, run.samples, run.questions, run.places = read_data(
         settings, run.plugins, run.tokenizer, run.progress, sets, source.folder, source.architecture
     )

@@ -20,7 +20,6 @@ from sft.data.reading import check_belongs, named_split
 from sft.data.sets import DataSet, open_sets
 from sft.data.sources import size_of
 from sft.data.stream import WINDOW
-from sft.data.tokenizer import NewToken, Tokenizer
 from sft.data_report import near
 from sft.data_report.look import Look, Seen, text_of
 from sft.data_report.passing import Pass
@@ -33,7 +32,7 @@ from sft.foreign_text import shown
 from sft.hub_names import is_hub_name
 from sft.models.loading import open_model
 from sft.models.source import find_tokenizer
-from sft.models.vocabulary import grow
+from sft.models.vocabulary import grown_tokenizer
 from sft.resolve import resolve
 from sft.settings.checks import check_plugins, check_settings
 from sft.settings.paddlenlp import listing
@@ -95,10 +94,7 @@ class _Gathering:
         source = open_model(model.place, run.plugins, model.allow_pickle, run, weights=False)
         named = model.tokenizer_name_or_path or (model.place if is_hub_name(model.place) else None)
         folder = find_tokenizer(named) if named else source.folder
-        new = [NewToken(text) for text in model.new_tokens]
-        run.tokenizer = Tokenizer(folder, None, data.chat_template, data.enable_thinking, new)
-        if new:
-            run.say(grow(source, run.tokenizer))
+        run.tokenizer = grown_tokenizer(run.settings, source, folder, None, run.say)
         run.resumes, run.step = False, 0
         check_belongs(run.tokenizer, source.folder, source.architecture)
         self.model, self.positions = source.folder, source.architecture.positions

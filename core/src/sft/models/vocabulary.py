@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from sft.data.tokenizer import NewToken, Tokenizer, tokens_beyond
 from sft.models.adapter_folder import saved_rows
 from sft.models.grown import rows_for
 from sft.models.loading import ModelSource
+from sft.settings.arguments import Settings
+
+
+def grown_tokenizer(
+    settings: Settings, source: ModelSource, folder: Path, now: datetime | None, say: Callable[[str], None]
+) -> Tokenizer:
+    """The tokenizer of a run, whose files are in ``folder``, with the template and the new tokens that are set; the
+    model of ``source`` gets rows for these, and a line says so. ``now`` is the date of the run."""
+    new = [NewToken(text) for text in settings.model.new_tokens]
+    tokenizer = Tokenizer(folder, now, settings.data.chat_template, settings.data.enable_thinking, new)
+    if new:
+        say(grow(source, tokenizer))
+    return tokenizer
 
 
 def grow(source: ModelSource, tokenizer: Tokenizer) -> str:

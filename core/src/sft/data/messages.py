@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from sft.conversations import Conversation, ToolCall, Turn
@@ -51,10 +51,12 @@ def _conversation(record: Mapping[str, Any], key: str) -> Conversation:
     if turns and isinstance(value[0], dict) and "system" in (value[0].get("role"), value[0].get("from")):
         raise ValueError(f'"system" and the first message of "{key}" both are system turns; keep one.')
     merges = False
+    called: set[str] = set()
     for number, message in enumerate(value, start=1):
         what = f'message {number} of "{key}"'
         turn, calls_alone = _turn(message, what)
-        _check_result(turn, turns, what)
+        _check_result(turn, called, what)
+        called |= {call.id for call in turn.tool_calls if call.id is not None}
         if calls_alone and merges:
             if turn.weight != turns[-1].weight:
                 raise ValueError(f"{what} and the answer before it are one turn; give both the same weight.")
@@ -159,10 +161,10 @@ def _optional_text(message: Mapping[str, Any], name: str, what: str) -> str | No
     return None if value is None else text_of(value, f'"{name}" of {what}')
 
 
-def _check_result(turn: Turn, turns: Sequence[Turn], what: str) -> None:
-    """Refuse the result of a call that is not there. Some data has calls as plain text, so not all need one."""
-    ids = {call.id for earlier in turns for call in earlier.tool_calls} - {None}
-    if turn.tool_call_id is not None and ids and turn.tool_call_id not in ids:
+def _check_result(turn: Turn, called: set[str], what: str) -> None:
+    """Refuse the result of a call whose id is not among those ``called``. Some data has calls as plain text, so not all
+    need one."""
+    if turn.tool_call_id is not None and called and turn.tool_call_id not in called:
         raise ValueError(
             f'{what} has the "tool_call_id" {reprlib.repr(turn.tool_call_id)}, and no call before it has this "id"; '
             "correct it."

@@ -146,8 +146,10 @@ def test_everything_that_shapes_the_encoding_gives_another_place(
     monkeypatch.setattr(encoded_cache, "version", lambda name: "9")
     names.append(cache.name())
     monkeypatch.undo()
-    monkeypatch.setattr(encoded_cache, "_digest_of_files", lambda paths: "another encoder")
+    read: list[Path] = []
+    monkeypatch.setattr(encoded_cache, "_digest_of_files", lambda paths: read.extend(paths) or "another encoder")
     names.append(cache.name())
+    assert {path.name for path in read} > {"encoding.py", "jinja_template.py", "conversations.py"}
     assert len(set(names)) == len(names) == 17
 
 

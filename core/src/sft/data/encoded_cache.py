@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _ARRAYS = ("ids", "trained", "offsets", "dropped", "further", "beside")
 _CHUNK = 1 << 22
+_HERE = Path(__file__).parent
 _STALE = 3600.0
 """Seconds after which what another process has begun to write is taken for left over."""
 
@@ -61,7 +62,7 @@ class EncodedCache:
         refuses longer records."""
         self._folder, self._progress, self._positions = folder, progress, positions
         self._shape = {
-            "encoder": _digest_of_files(Path(__file__).parent.glob("*.py")),
+            "encoder": _digest_of_files([*_HERE.glob("*.py"), _HERE.parent / "conversations.py"]),
             "versions": {name: version(name) for name in ("sft-core", "tokenizers", "jinja2")},
             "tokenizer": tokenizer.fingerprint(),
             "lengths": lengths,

@@ -98,14 +98,14 @@ def test_perplexity_and_accuracy(train: Train, models: Path, tmp_path: Path, cas
 
 def test_perplexity_does_not_overflow(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A loss of 2,000 nats: JSON knows no infinity."""
-    from sft.training import loss
+    from sft.training.loss import target_scores as own
 
-    own = loss.target_scores
-    monkeypatch.setattr(loss, "target_scores", lambda *a: (2000.0 * int((a[1] != -100).sum()), own(*a)[1]))
+    measured = "sft.training.objective.target_scores"
+    monkeypatch.setattr(measured, lambda *a: (2000.0 * int((a[1] != -100).sum()), own(*a)[1]))
     train(plugins=(Catch,), max_steps=1)
     assert Catch.records[0]["eval_loss"] == 2000.0
     assert 1e300 < Catch.records[0]["eval_ppl"] < math.inf
-    monkeypatch.setattr(loss, "target_scores", lambda *a: (math.nan, 0))
+    monkeypatch.setattr(measured, lambda *a: (math.nan, 0))
     with pytest.raises(sft.SftError, match=r"The dev loss is not finite \(nan\); nothing has been learned yet"):
         train("again", max_steps=1)
 

@@ -151,15 +151,18 @@ def test_scores_do_not_weigh(paddle: Any, models: Path, weights: np.ndarray) -> 
     from dataclasses import replace
 
     from sft.data.batches import assemble
+    from sft.models.forward import hidden_states
     from sft.models.loading import load_model, open_model
     from sft.seams import Example
-    from sft.training.loss import batch_loss, batch_scores
+    from sft.training.loss import batch_loss
+    from sft.training.objective import RunObjective
 
     model = load_model(open_model(models / "llama-tied-gqa"))
     ids = np.arange(10, 19)
     heavy = assemble([[Example(ids, ids + 1, weights[0] + 1)]], pad_id=0)
     plain = replace(heavy, weights=None)
-    assert batch_scores(model, heavy) == batch_scores(model, plain)
+    scores = [RunObjective().measured(hidden_states(model, batch), batch, model.lm_head) for batch in (heavy, plain)]
+    assert scores[0] == scores[1]
     assert float(batch_loss(model, heavy)) > 2 * float(batch_loss(model, plain))
 
 

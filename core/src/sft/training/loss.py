@@ -305,8 +305,3 @@ def _targets(hidden: Any, labels: np.ndarray) -> tuple[Any, Any | None]:
 def batch_loss(model: Any, batch: Batch) -> Any:
     """Summed loss of a batch's target tokens, each times its weight; a scalar tensor."""
     return target_loss(hidden_states(model, batch), batch.labels, model.lm_head, weights=batch.weights)
-
-
-def batch_scores(model: Any, batch: Batch) -> tuple[float, int]:
-    """Summed loss of a batch's target tokens, each of which counts 1, and how many of them are the likeliest token."""
-    return target_scores(hidden_states(model, batch), batch.labels, model.lm_head)

@@ -14,8 +14,7 @@ from sft.plugins.calls import checking, mistaken
 from sft.seams import Batch, Losses, Objective
 from sft.settings.best_metric import best_metric
 from sft.settings.checks import check_alone
-from sft.training import loss
-from sft.training.loss import target_loss, target_losses
+from sft.training.loss import target_loss, target_losses, target_scores
 from sft.training.token_losses import TokenLosses
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ class RunObjective:
     def measured(self, hidden: Any, batch: Batch, lm_head: Any) -> list[float]:
         """Of a batch in evaluation: the summed cross-entropy, in which weights do not count, in how many places the
         target is the likeliest token, and (unless they are the same) the objective's own loss and values."""
-        own, right = loss.target_scores(hidden, batch.labels, lm_head)
+        own, right = target_scores(hidden, batch.labels, lm_head)
         if self.is_plain:
             return [own, right]
         found, values = self.loss(lm_head, 1.0, hidden, batch)

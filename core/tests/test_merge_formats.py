@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from merging import write_merged
 from model_folders import paddlenlps_logits
 from safetensors.numpy import load_file
 
@@ -41,7 +42,6 @@ class Nothing:
 def write(paddle: Any, models: Path, tmp_path: Path) -> Any:
     """Write a base in a form, unchanged; the folder."""
     from sft.models.loading import open_model
-    from sft.models.saving import write_merged
 
     def make(base: Path, form: str, name: str = "merged") -> Path:
         tokenizer = Tokenizer(models / "llama-tied-gqa")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from merging import write_merged
 from model_folders import TOLERANCE, largest_difference, load, own_logits, reference
 from safetensors.numpy import load_file, save_file
 
@@ -149,7 +150,6 @@ def test_a_merge_quantizes_what_a_run_quantizes(paddle: Any, models: Path, tmp_p
     """Not the router of experts, whose weight is a matrix too."""
     from sft.data.tokenizer import Tokenizer
     from sft.models.loading import open_model
-    from sft.models.saving import write_merged
 
     class Nothing:
         def merge(self, name: str, weight: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from merging import write_merged
 from model_folders import architecture_of, paddlenlps_logits
 from safetensors.numpy import load_file
 
@@ -132,7 +133,6 @@ def test_merging_nothing_copies_every_bit(
     paddle: Any, models: Path, tmp_path: Path, tokenizer: Tokenizer, case: str
 ) -> None:
     from sft.models.loading import open_model
-    from sft.models.saving import write_merged
 
     merger = Merger()
     changed = write_merged(tmp_path / "merged", open_model(models / case), merger, tokenizer)
@@ -148,7 +148,6 @@ def test_a_merged_weight_is_computed_in_float32_and_rounded_once(
     paddle: Any, models: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     from sft.models.loading import open_model
-    from sft.models.saving import write_merged
 
     case, name = models / "qwen2-tied-sharded", "model.layers.1.self_attn.v_proj.weight"
     shift = 0.01
@@ -166,7 +165,6 @@ def test_a_base_in_paddles_layout_is_written_in_hugging_faces(
     paddle: Any, models: Path, tmp_path: Path, tokenizer: Tokenizer, dtype: str
 ) -> None:
     from sft.models.loading import load_model, open_model
-    from sft.models.saving import write_merged
 
     case = models / "qwen2-tied-sharded"  # exact in bfloat16
     base = tmp_path / "base"
@@ -195,7 +193,6 @@ def test_an_adapter_of_another_model_leaves_nothing_behind(
     paddle: Any, models: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     from sft.models.loading import open_model
-    from sft.models.saving import write_merged
 
     merger = Merger(lost=("model.layers.7.mlp.up_proj",))
     with pytest.raises(sft.UsageError, match=r"no place for \(model\.layers\.7\.mlp\.up_proj\)"):
@@ -207,7 +204,6 @@ def test_a_folder_that_holds_something_is_not_merged_into(
     paddle: Any, models: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     from sft.models.loading import open_model
-    from sft.models.saving import write_merged
 
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(sft.UsageError, match="already exists and is not empty"):
@@ -221,7 +217,6 @@ def test_paddlenlp_itself_loads_a_merged_folder(
 ) -> None:
     """Logits against transformers': float32 noise between the two is 1e-5, another theta moves them by 0.05."""
     from sft.models.loading import open_model
-    from sft.models.saving import write_merged
 
     folder = tmp_path / "merged"
     write_merged(folder, open_model(models / case), Merger(), tokenizer)

@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from merging import write_merged
 from model_folders import TOLERANCE, largest_difference, load, own_logits, reference
 from safetensors.numpy import load_file, save_file
 
@@ -91,7 +92,6 @@ def test_a_merged_model_has_them_stacked(
 ) -> None:
     from sft.data.tokenizer import Tokenizer
     from sft.models.loading import open_model
-    from sft.models.saving import write_merged
 
     alone, stacked = checkpoints
     before = {name: tensor.astype(dtype) for name, tensor in stacked_tensors(alone).items()}

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from sft.data.tokenizer import Tokenizer
-from sft.files import staged_folder, write_json
+from sft.files import write_json
 from sft.models.config import hf_config
 from sft.models.finished import FinishedModel
 from sft.models.loading import ModelSource
 from sft.models.shards import WeightFormat, write_tensors
 from sft.models.stacked import stacked
 from sft.progress import Progress
-
-if TYPE_CHECKING:
-    from sft.seams import AdapterMerger, Quantizer
 
 
 def model_tensors(parameters: Iterable[tuple[str, Any]], source: ModelSource) -> Iterator[tuple[str, np.ndarray]]:
@@ -70,27 +67,6 @@ def write_finished(
     write_tensors(folder, ((source.to_file(name, form.layout), tensor) for name, tensor in tensors), form)
     model.check_adapter()
     _write_settings(folder, source, model.tokenizer, model.dtype, form.layout)
-
-
-def write_merged(
-    folder: Path,
-    source: ModelSource,
-    merger: AdapterMerger,
-    tokenizer: Tokenizer,
-    quantizer: Quantizer | None = None,
-    form: WeightFormat | None = None,
-    progress: Progress | None = None,
-) -> int:
-    """``source``'s weights with an adapter folded in, tensor by tensor: float32 arithmetic, ``form``'s dtype.
-
-    With a ``quantizer`` the Linears that it stands for in a run are quantized and read back first, and all is written
-    in float32.
-    The folder appears complete under its name or not at all. Returns the number of tensors that changed.
-    """
-    model = FinishedModel(source, tokenizer, merger, quantizer, (form or WeightFormat()).dtype)
-    with staged_folder(folder) as staging:
-        write_finished(staging, model, form, progress)
-    return model.changed
 
 
 def _write_settings(folder: Path, source: ModelSource, tokenizer: Tokenizer, dtype: str, layout: str = "hf") -> None:

@@ -41,12 +41,12 @@ def read_metadata(folder: Path, metadata: dict[str, str]) -> Any:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from sft.models.adapter_folder import base_plugins, read_adapter
+    from sft.models.adapter_folder import base_plugins, read_adapter, read_saved
 
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     save_file({name: np.ones((2, 32), np.float32)}, str(folder / "adapter_model.safetensors"), metadata)
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    return base_plugins(folder), read_adapter(folder)
+    return base_plugins(folder), read_adapter(folder), read_saved(folder)
 
 
 TARGETS: dict[str, Target] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +54,12 @@ def _check_width(file: Any, name: str, path: Path) -> None:
         )
 
 
-def read_tensors(path: Path, cure: str = "copy it again") -> dict[str, np.ndarray]:
-    """All tensors of a file by name; raises as :func:`open_tensors` does."""
+def read_tensors(
+    path: Path, cure: str = "copy it again", wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, np.ndarray]:
+    """All ``wanted`` tensors of a file by name; raises as :func:`open_tensors` does."""
     file = open_tensors(path, cure)
-    names = list(file.keys())
+    names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118  (no dict)
     for name in names:
         _check_width(file, name, path)
     try:

@@ -73,7 +73,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     that are called otherwise here than in Hugging Face's files (Mixtral's experts), and without the layers that were
     trained whole (``modules_to_save``), with which the core deals. Tensors are of any float dtype, [out, in] if they
     belong to a Linear. Raises :class:`UsageError` where a file is missing, damaged, or holds no finite numbers."""
-    config, tensors, _ = _read(folder)
+    config, tensors = _read(folder, whole=False)
     return {**config, "modules_to_save": None} if "modules_to_save" in config else config, tensors
 
 
@@ -83,12 +83,13 @@ def read_saved(folder: Path) -> tuple[dict[str, np.ndarray], bool]:
     files of its own."""
     if not (folder / "adapter_model.safetensors").is_file():
         return {}, False
-    config, _, saved = _read(folder)
-    return saved, config.get("ensure_weight_tying") is True
+    config, saved = _read(folder, whole=True)
+    tied = config.get("ensure_weight_tying") is True
+    return {name[len(PREFIX) :]: tensor for name, tensor in saved.items()}, tied
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The config, the adapter's own tensors, and those of layers that were trained whole."""
+def _read(folder: Path, whole: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The config, and the tensors of layers that were trained ``whole``, or all others; only these are read."""
     config = read_adapter_config(folder)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
@@ -100,24 +101,26 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str
             f"{folder} has no adapter_model.safetensors{other}; write it with PEFT: "
             "PeftModel.from_pretrained(BASE, DIR).save_pretrained(DIR)."
         )
-    tensors = read_tensors(path)
-    for name, tensor in tensors.items():
-        check_reals(tensor, f"{path}: tensor {shown(name)}")
+    in_file = {name: name for name in open_tensors(path).keys()}  # noqa: SIM118  (no dict)
     for pairs in _pairs(folder):
-        config, tensors = _renamed(config, tensors, partial(_replaced, pairs))
+        config, in_file = _renamed(config, in_file, partial(_replaced, pairs))
     names = config.get("modules_to_save") or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise UsageError(
             f"{folder}: adapter_config.json must give modules_to_save as names, not {quoted(names)}; copy the adapter "
             "again."
         )
-    saved = {name[len(PREFIX) :]: tensor for name, tensor in tensors.items() if _is_whole(name, names)}
+    saved = {name for name in in_file if _is_whole(name, names)}
     if names and not saved:
         raise UsageError(
             f"{folder}: adapter_config.json names {shown(names[0])} in modules_to_save, and adapter_model.safetensors "
             "holds no such layer; copy the adapter again."
         )
-    return config, {name: tensor for name, tensor in tensors.items() if name[len(PREFIX) :] not in saved}, saved
+    chosen = {name: theirs for name, theirs in in_file.items() if (name in saved) is whole}
+    tensors = read_tensors(path, wanted={*chosen.values()}.__contains__)
+    for name, tensor in tensors.items():
+        check_reals(tensor, f"{path}: tensor {shown(name)}")
+    return config, {name: tensors[theirs] for name, theirs in chosen.items()}
 
 
 def _is_whole(name: str, names: list[str]) -> bool:
@@ -161,8 +164,10 @@ def as_in_files(files: AdapterFiles, family: Family) -> AdapterFiles:
 
 
 def _renamed(
-    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], rename: Callable[[str], str]
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    config: Mapping[str, Any], tensors: Mapping[str, Any], rename: Callable[[str], str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A config and what it has for each tensor, with the names of layers as ``rename`` has them."""
+
     def beyond(name: str) -> str:
         return PREFIX + rename(name[len(PREFIX) :]) if name.startswith(PREFIX) else rename(name)
 

@@ -114,15 +114,12 @@ def _losses(logits: Any, label: Any, shape: _Shape, vocabulary: Vocabulary) -> t
 
 
 def _other_losses(
-    logits: Any, label: Any, shape: _Shape, vocabulary: Vocabulary, other: TokenLosses, learns: bool
+    logits: Any, label: Any, shape: _Shape, vocabulary: Vocabulary, other: TokenLosses, columns: int, learns: bool
 ) -> tuple[Any, Any, Slopes | None]:
-    """:func:`_losses` as token losses change them, and the slopes of these."""
-    columns = logits.shape[-1]
-    column, here = _place(label, columns, vocabulary)
+    """:func:`_losses` as token losses change them, and the slopes of these; ``columns`` are those of all processes."""
+    column, here = _place(label, logits.shape[-1], vocabulary)
     with no_casts():
         chosen = vocabulary.total(paddle.take_along_axis(logits, column, axis=-1) * here).astype("float64")
-        if vocabulary.start is not None:
-            columns = int(vocabulary.total(paddle.to_tensor([float(columns)])))
         mean = vocabulary.total(row_sums(logits)).astype("float64") / columns
     losses, probabilities = _losses(logits, label, shape, vocabulary)
     losses, slopes = other(label.unsqueeze(-1), losses, losses + chosen, mean, columns, learns)
@@ -137,6 +134,12 @@ def _difference(probabilities: Any, label: Any, vocabulary: Vocabulary, slopes: 
     with no_casts():
         scaled = probabilities.multiply_(slopes.probabilities).add_(slopes.every)
         return scaled.put_along_axis_(column, slopes.label * one, axis=-1, reduce="add")
+
+
+def _columns(weight: Any, transpose_y: bool, vocabulary: Vocabulary) -> int:
+    """How many columns the logits have in all processes together, which may have to ask each other."""
+    columns = int(weight.shape[0 if transpose_y else 1])
+    return columns if vocabulary.start is None else int(vocabulary.total(paddle.to_tensor([float(columns)])))
 
 
 def _rows(weight: Any, transpose_y: bool) -> int:
@@ -177,6 +180,7 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
         rows, transpose_y = _rows(weight, shape.transpose_y), shape.transpose_y
         total = paddle.zeros([], "float64")
         hidden_grads, weight_grad = [], None
+        columns = 0 if other is None else _columns(weight, transpose_y, vocabulary)
         for start in range(0, hidden.shape[0], rows):
             here = slice(start, start + rows)
             part, label = hidden[here], labels[here]
@@ -186,7 +190,9 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
             if other is None:
                 losses, probabilities = _losses(logits, label, shape, vocabulary)
             else:
-                losses, probabilities, slopes = _other_losses(logits, label, shape, vocabulary, other, any(gradients))
+                losses, probabilities, slopes = _other_losses(
+                    logits, label, shape, vocabulary, other, columns, any(gradients)
+                )
             total += counts.weighted(losses, here).sum()
             if not any(gradients):
                 del logits, capped, probabilities

@@ -35,7 +35,7 @@ _LARGEST_EXPONENT = 700.0
 
 def before_or_after(run: CoreRun, step: int, epoch: float, journal: Any) -> dict[str, Any]:
     """Dev loss and sample answers, before or after training."""
-    measured: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     if run.dev_data is not None:
         if step == 0 and run.settings.training.do_train:
             training = run.settings.training
@@ -46,11 +46,11 @@ def before_or_after(run: CoreRun, step: int, epoch: float, journal: Any) -> dict
             )
         if run.evaluation.get("step") != step:
             write(run, journal, evaluate(run, step, epoch))
-        measured["eval_loss"] = run.evaluation["eval_loss"]
+        found["eval_loss"] = run.evaluation["eval_loss"]
         run.say(f"dev data {'before' if step == 0 else 'after'} training: {figures(run.evaluation)}")
     if run.samples:
-        measured["samples"] = answer(run, run.samples)
-    return measured
+        found["samples"] = answer(run, run.samples)
+    return found
 
 
 def evaluate(run: CoreRun, step: int, epoch: float) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _sums(run: CoreRun, data: Encoded) -> _Sums:
     names, lm_head = run.objective.measures, getattr(run.model, "lm_head", None)  # the last stage has it
     found, targets, weight = [0.0] * (2 + len(names)), 0, 0.0
 
-    def score(hidden: Any, batch: Batch) -> Sequence[float]:
+    def measure(hidden: Any, batch: Batch) -> Sequence[float]:
         return run.objective.measured(hidden, batch, lm_head)
 
     with run.progress.task("measuring dev data", "rows", len(rows)) as task:
@@ -136,7 +136,7 @@ def _sums(run: CoreRun, data: Encoded) -> _Sums:
             starts = range(rank * size, len(group), world * size)
             batches = [make_batch(data, run.collator, group[start : start + size]) for start in starts]
             with paddle.no_grad(), run.precision.autocast():
-                scores = run.strategy.scores(run.model, batches, score, len(found))
+                scores = run.strategy.scores(run.model, batches, measure, len(found))
             found = [a + b for a, b in zip(found, scores, strict=True)]
             targets += sum(batch.target_tokens for batch in batches)
             weight += sum(map(run.objective.weight, batches))

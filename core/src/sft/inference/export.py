@@ -59,7 +59,7 @@ def export(
             written = sorted(staging.iterdir())
         else:
             written = _written(plugins, to, whole, staging)
-        whole.check_adapter()
+            whole.check_adapter()
         return [output / path.relative_to(staging) for path in written]
 
 
@@ -115,8 +115,8 @@ def _written(plugins: Plugins, to: str, model: Any, folder: Path) -> list[Path]:
         for path in found:
             if not path.exists() or not path.resolve().is_relative_to(folder.resolve()):
                 raise PluginError(f"{plugins.who(name)} says that it wrote {path}, which is not in {folder}.")
-        if model.unread():
-            left = model.unread()
+        left = model.unread()
+        if left:
             raise PluginError(
                 f"{plugins.who(name)} left out {len(left)} of the model's {len(model.names)} tensors, such as "
                 f"{left[0]}; tell its author."

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def opened_source(settings: Settings, plugins: Plugins, adapter: Path | None) -> ModelSource:
     """The model that ``settings`` name, of which no weight has been read."""
-    if adapter is not None:
+    if _computes(plugins, adapter):
         runtime.require_paddle()
     return open_model(settings.model.place, plugins, settings.model.allow_pickle)
 
@@ -43,8 +43,7 @@ def finished(
     from sft.models.saved_layers import SavedMerger, tied_once
 
     tokenizer = tokenizer_of(source, settings, adapter)
-    computes = adapter is not None or plugins.provider("sft_quantizer") is not None
-    if not computes:
+    if not _computes(plugins, adapter):
         yield FinishedModel(source, tokenizer, dtype=dtype, say=say)
         return
     device = settings.training.device
@@ -60,3 +59,7 @@ def finished(
             if saved := tied_once(adapter, source):
                 merger = SavedMerger(merger, saved)
         yield FinishedModel(source, tokenizer, merger, plugins.hook.sft_quantizer(run=None), dtype, say)
+
+
+def _computes(plugins: Plugins, adapter: Path | None) -> bool:
+    return adapter is not None or plugins.provider("sft_quantizer") is not None

@@ -48,18 +48,18 @@ def let_train(run: CoreRun, layers: Mapping[str, Any]) -> list[str]:
         return []
     if run.source.architecture.tied and paths & _TIED:
         paths |= _TIED & {*layers}
-    now = dict(run.model.named_sublayers())
-    for path in sorted(paths & {*layers}):
+    now, here = dict(run.model.named_sublayers()), sorted(paths & {*layers})
+    for path in here:
         if now.get(path) is not layers[path]:
             raise UsageError(
                 f"{path} is adapted, and modules_to_save lets it train whole; leave it out there, or out of the layers "
                 "that are adapted."
             )
-    for path in sorted(paths & {*layers}):
+    for path in here:
         for attribute, parameter in list(layers[path]._parameters.items()):
             if parameter is not None and parameter.stop_gradient:
                 _release(run.model, layers[path], attribute, run.precision.weights)
-    trained = {id(p) for path in paths & {*layers} for p in layers[path]._parameters.values() if p is not None}
+    trained = {id(p) for path in here for p in layers[path]._parameters.values() if p is not None}
     parameters = dict(run.strategy.parameters(run.model))
     put(parameters, stored, run.source, run.strategy.store, run.continued)
     found = [name for name, parameter in parameters.items() if id(parameter) in trained]

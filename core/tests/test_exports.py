@@ -129,3 +129,23 @@ def test_a_full_place_is_refused_before_anything_is_read(
     with pytest.raises(sft.UsageError, match="already exists and is not empty"):
         export(str(model), None, "huggingface", tmp_path / "out", lambda text: None)
     assert (tmp_path / "out" / "mine").read_text() == "x"
+
+
+def test_paddle_is_asked_for_where_something_is_computed(
+    distribute: Any, monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
+) -> None:
+    """Before anything is opened."""
+    body = """
+        @sft.hookimpl
+        def sft_quantizer(self): ...
+"""
+    distribute("toy-few", plugin("few", body), {"few": "Tool"})
+
+    def missing() -> None:
+        raise sft.UsageError("PaddlePaddle is not installed")
+
+    monkeypatch.setattr("sft.runtime.require_paddle", missing)
+    export(str(model), None, "huggingface", tmp_path / "plain", lambda text: None)
+    monkeypatch.setattr("sft.inference.finished.open_model", lambda *given: pytest.fail("the model is opened"))
+    with pytest.raises(sft.UsageError, match="PaddlePaddle is not installed"):
+        export(str(model), None, "huggingface", tmp_path / "out", lambda text: None, ["few"])

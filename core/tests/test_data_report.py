@@ -263,7 +263,6 @@ def test_what_truncation_keeps_is_shown(look: Looking, base_model: Path, tmp_pat
 def test_mixed_sets_are_counted_by_set_and_packed_as_a_run_mixes_them(
     look: Looking, questions: Path, base_model: Path, tmp_path: Path, until: str
 ) -> None:
-
     other = tmp_path / "other.json"
     other.write_text("\n".join(map(json.dumps, records(15, seed=8))))
     named = f"{questions / 'train.json'}:0.7,{other}:0.3"

@@ -77,12 +77,15 @@ def test_pieces_joined_are_the_decoded_text(kind: str) -> None:
             return str(self.backend.decode(list(ids), skip_special_tokens=False))
 
     ids = Bare.backend.encode("Where is it, Zoë? <b> Ça va — 你好 here").ids
+    whole, compared = Bare().decode(ids), 0
     for seed in range(20):
         trained = np.repeat(np.random.default_rng(seed).random(len(ids) // 4 + 1) < 0.5, 4)[: len(ids)]
         pieces = Writer(Bare()).pieces(np.array(ids), trained)  # type: ignore[arg-type]
-        assert "�" in "".join(piece.text for piece in pieces) or "".join(
-            piece.text for piece in pieces
-        ) == Bare().decode(ids)
+        text = "".join(piece.text for piece in pieces)
+        if "�" not in text:  # else a piece ends within a character
+            assert text == whole
+            compared += 1
+    assert compared
 
 
 def test_find_shows_the_records_that_hold_a_text(look: Looking, questions: Path) -> None:
@@ -207,7 +210,6 @@ def test_in_the_page_a_script_in_the_data_is_text(base_model: Path, evil: Path, 
 
 
 def test_the_pages_policy_allows_its_own_script_alone(look: Looking) -> None:
-
     text = page(look())
     script = text.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -259,7 +261,6 @@ def test_a_page_takes_the_place_of_an_older_one(base_model: Path, questions: Pat
 
 
 def test_neither_paddle_nor_weights_are_needed(base_model: Path, questions: Path, tmp_path: Path) -> None:
-
     bare = shutil.copytree(base_model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors", "*.npz"))
     code = (
         "import sys; from sft.commands.cli import cli; cli.main(sys.argv[1:], standalone_mode=False); "

@@ -15,7 +15,7 @@ class DataHub(sft.Plugin):
     """Opens ``hf://owner/name``: the library ``datasets`` fetches and reads it, once for all runs."""
 
     name = "data-hub"
-    api_version = 1
+    api_version = ">=1.1,<2"
     summary = "Data sets of the hub by name, or of a folder with its layout (hf://)."
     reference = "Lhoest et al. 2021, Datasets (arXiv 2109.02846)"
 

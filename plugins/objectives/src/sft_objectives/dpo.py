@@ -22,7 +22,7 @@ class Dpo(sft.Plugin):
     """Learns from pairs of answers which one is preferred, beside the frozen model that the adapter stands on."""
 
     name = "dpo"
-    api_version = 1
+    api_version = ">=1.1,<2"
     summary = "Learn from pairs of answers, of which one is preferred."
     reference = "arXiv 2305.18290"
     conflicts = ("label-smoothing", "focal-loss", "z-loss")  # what these change is no part of a pair's loss

@@ -34,7 +34,7 @@ class FocalLoss(sft.Plugin):
     """Tokens of probability p count (1 − p)^γ. Called after label smoothing, if both are active."""
 
     name = "focal-loss"
-    api_version = 1
+    api_version = ">=1.1,<2"
     summary = "Tokens that the model already predicts count less."
     reference = "arXiv 1708.02002"
     order = 10

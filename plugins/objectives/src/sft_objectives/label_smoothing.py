@@ -31,7 +31,7 @@ class LabelSmoothing(sft.Plugin):
     """Cross-entropy to (1 − ε)·onehot + ε/V, as torch's and Hugging Face's ``label_smoothing_factor`` has it."""
 
     name = "label-smoothing"
-    api_version = 1
+    api_version = ">=1.1,<2"
     summary = "A share of each target's probability goes to all tokens alike."
     reference = "arXiv 1512.00567, section 7"
     Options = LabelSmoothingOptions

@@ -30,7 +30,7 @@ class ZLoss(sft.Plugin):
     """Adds c·log²Z to the loss of each token, after what other plugins make of that."""
 
     name = "z-loss"
-    api_version = 1
+    api_version = ">=1.1,<2"
     summary = "Adds c·log²Z, which keeps logits from drifting."
     reference = "arXiv 2204.02311, section 5"
     order = 20

@@ -28,7 +28,7 @@ class Parallel4d(sft.Plugin):
     """
 
     name = "parallel-4d"
-    api_version = 1
+    api_version = ">=1.1,<2"
     summary = "Divide a run among processes: data, sharding, tensor, sequence and pipeline parallelism; sft plan."
     reference = "arXiv 1909.08053, 1910.02054, 1811.06965, 2205.05198"
     Options = ParallelOptions

@@ -17,7 +17,7 @@ class Dora(sft.Plugin):
     trainable m [out] begins as ‖W‖, so that y begins as x·W + b."""
 
     name = "dora"
-    api_version = 1
+    api_version = ">=1.1,<2"
     summary = "Train the magnitude of each output's weights beside LoRA's update of their direction."
     reference = "arXiv 2402.09353"
     requires = ("lora",)

@@ -28,7 +28,7 @@ class Lora(sft.Plugin):
     """y = x·W + s·dropout(x)·A·B with W frozen, A Kaiming-uniform, B zero, s = α/r, on every target Linear."""
 
     name = "lora"
-    api_version = 1
+    api_version = ">=1.1,<2"
     summary = "Low-rank adapters beside frozen Linear layers (LoRA)."
     reference = "arXiv 2106.09685"
     Options = LoraOptions

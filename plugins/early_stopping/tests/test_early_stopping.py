@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import sft
+from sft.settings.arguments import DataArguments, GenerationArguments, ModelArguments, Settings, TrainingArguments
 from sft_early_stopping.early_stopping import EarlyStopping, EarlyStoppingOptions
 
 Train = Callable[..., sft.Summary]
@@ -154,8 +155,10 @@ def test_what_it_cannot_go_by_is_refused_before_the_first_step(
         ({}, {}, ("eval_loss", False)),
         ({"metric_for_best_model": "accuracy"}, {}, ("eval_accuracy", True)),
         ({"metric_for_best_model": "eval_ppl"}, {}, ("eval_ppl", False)),
+        ({"metric_for_best_model": "objective"}, {}, ("eval_objective", False)),
         ({"metric_for_best_model": "accuracy", "greater_is_better": False}, {}, ("eval_accuracy", False)),
         ({"greater_is_better": True}, {"early_stopping_metric": "eval_ppl"}, ("eval_ppl", False)),
+        ({}, {"early_stopping_metric": "eval_objective"}, ("eval_objective", False)),
         ({}, {"early_stopping_metric": "a/b", "early_stopping_greater_is_better": False}, ("a/b", False)),
         ({"metric_for_best_model": "ppl"}, {"early_stopping_metric": "a/b"}, ("a/b", True)),
     ],
@@ -164,9 +167,8 @@ def test_which_number_decides_and_which_way(
     training: dict[str, Any], options: dict[str, Any], expected: tuple[str, bool]
 ) -> None:
     plugin = EarlyStopping(EarlyStoppingOptions(**options))
-    defaults = {"metric_for_best_model": None, "greater_is_better": None}
-    run: Any = SimpleNamespace(settings=SimpleNamespace(training=SimpleNamespace(**{**defaults, **training})))
-    assert (plugin._key(run), plugin._is_greater_better(run)) == expected
+    settings = Settings(ModelArguments(), DataArguments(), GenerationArguments(), TrainingArguments(**training))
+    assert plugin._metric(SimpleNamespace(settings=settings)) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

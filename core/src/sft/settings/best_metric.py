@@ -32,7 +32,8 @@ def check_best(settings: Settings) -> None:
 
 
 def best_metric(settings: Settings) -> tuple[str, bool]:
-    """The key of an evaluation's record that decides, and whether a greater one is better."""
+    """The key of an evaluation's record that decides (``metric_for_best_model``, or else the loss), and whether a
+    greater one is better; raises :class:`UsageError` for a number that evaluations of these settings do not have."""
     training = settings.training
     name = (training.metric_for_best_model or "loss").lower().removeprefix("eval_")
     known = [*LOWER, *GREATER, *(ANSWER_SCORES if settings.data.eval_with_do_generation else ())]

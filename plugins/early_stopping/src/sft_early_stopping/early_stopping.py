@@ -11,6 +11,9 @@ import sft
 if TYPE_CHECKING:
     from sft import Run
 
+LOWER = ("loss", "ppl", "objective")
+"""What the name of a number ends with of which a lower one is better."""
+
 
 @dataclass
 class EarlyStoppingOptions:
@@ -24,7 +27,9 @@ class EarlyStoppingOptions:
         None, "number of an evaluation that decides, such as eval_loss; unset: metric_for_best_model"
     )
     early_stopping_greater_is_better: bool | None = sft.option(
-        None, "whether a greater one of early_stopping_metric is better; unset: not if its name ends with loss or ppl"
+        None,
+        "whether a greater one of early_stopping_metric is better; unset: not if its name ends with loss, ppl or "
+        "objective",
     )
 
 
@@ -55,7 +60,6 @@ class EarlyStopping(sft.Plugin):
                 "early-stopping goes by evaluations on the way, and evaluation_strategy is no; set it to steps or "
                 "epoch, or leave early-stopping out."
             )
-
         if self.options.early_stopping_metric is None and self.options.early_stopping_greater_is_better is not None:
             raise sft.UsageError(
                 "early_stopping_greater_is_better belongs to early_stopping_metric, which is not set; set that too, or "
@@ -64,15 +68,16 @@ class EarlyStopping(sft.Plugin):
 
     @sft.hookimpl
     def sft_run_started(self, run: Run) -> None:
+        key, _ = self._metric(run)
         which = "best" if run.settings.training.load_best_model_at_end else "last"
         run.say(
-            f"early-stopping: by {self._key(run)}, after {self._count()} without an improvement; the run ends with its "
-            f"{which} weights (load_best_model_at_end)"
+            f"early-stopping: by {key}, after {self._count()} without an improvement; the run ends with its {which} "
+            "weights (load_best_model_at_end)"
         )
 
     @sft.hookimpl
     def sft_evaluated(self, run: Run, record: dict[str, Any]) -> None:
-        key, first = self._key(run), not record["step"]
+        (key, greater), first = self._metric(run), not record["step"]
         value = record.get(key)
         if not isinstance(value, (int, float)) and self._best is None and (key.startswith("eval_") or not first):
             numbers = [name for name, one in record.items() if isinstance(one, (int, float))]
@@ -83,45 +88,37 @@ class EarlyStopping(sft.Plugin):
         if first or not run.settings.training.do_train:
             return
         value = float(value) if isinstance(value, (int, float)) else math.nan  # a plugin's, which was not finite
-        gain = math.inf if self._best is None else self._gain(run, value)
+        best = value if self._best is None else self._best
+        gain = math.inf if self._best is None else value - best if greater else best - value
         self._without = 0 if gain > self.options.early_stopping_threshold else self._without + 1
         if self._without >= self.options.early_stopping_patience:
-            run.control.stop(self._reason(run, value))
-        self._best = value if gain > 0 else self._best
+            run.control.stop(self._reason(key, greater, value, best))
+        self._best = value if gain > 0 else best
 
     @sft.hookimpl
     def sft_state(self, run: Run) -> dict[str, Any]:
-        return {"metric": self._key(run), "best": self._best, "without": self._without}
+        return {"metric": self._metric(run)[0], "best": self._best, "without": self._without}
 
     @sft.hookimpl
     def sft_restore(self, run: Run, state: dict[str, Any]) -> None:
-        if state["metric"] == self._key(run):
+        key, _ = self._metric(run)
+        if state["metric"] == key:
             self._best, self._without = state["best"], state["without"]
         else:
-            run.say(f"note: early-stopping went by {state['metric']}, and now goes by {self._key(run)}: it counts anew")
+            run.say(f"note: early-stopping went by {state['metric']}, and now goes by {key}: it counts anew")
 
-    # --- which number, and which way ------------------------------------------------------------------------
+    def _metric(self, run: Run) -> tuple[str, bool]:
+        """The decisive number's name in an evaluation's record, and whether a greater one is better."""
+        own, given = self.options.early_stopping_metric, self.options.early_stopping_greater_is_better
+        if own is None:
+            return sft.best_metric(run.settings)
+        return own, not own.endswith(LOWER) if given is None else given
 
-    def _key(self, run: Run) -> str:
-        """The decisive number's name in an evaluation's record."""
-        named = (run.settings.training.metric_for_best_model or "loss").lower().removeprefix("eval_")
-        return self.options.early_stopping_metric or f"eval_{named}"
-
-    def _is_greater_better(self, run: Run) -> bool:
-        own = self.options.early_stopping_metric is not None
-        given = self.options.early_stopping_greater_is_better if own else run.settings.training.greater_is_better
-        return not self._key(run).endswith(("loss", "ppl")) if given is None else given
-
-    def _gain(self, run: Run, value: float) -> float:
-        """By how much ``value`` is better than the best so far; below 0 where it is worse."""
-        assert self._best is not None
-        return value - self._best if self._is_greater_better(run) else self._best - value
-
-    def _reason(self, run: Run, value: float) -> str:
-        way, threshold = "risen" if self._is_greater_better(run) else "fallen", self.options.early_stopping_threshold
-        side = "above" if way == "risen" else "below"
+    def _reason(self, key: str, greater: bool, value: float, best: float) -> str:
+        way, side = ("risen", "above") if greater else ("fallen", "below")
+        threshold = self.options.early_stopping_threshold
         far = f"{way} by more than {threshold:g} {side}" if threshold else f"{way} {side}"
-        return f"early-stopping: {self._key(run)} is {value:.4f}, and has not {far} {self._best:.4f} in {self._count()}"
+        return f"early-stopping: {key} is {value:.4f}, and has not {far} {best:.4f} in {self._count()}"
 
     def _count(self) -> str:
         patience = self.options.early_stopping_patience

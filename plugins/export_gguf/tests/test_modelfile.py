@@ -60,6 +60,16 @@ def test_the_rest_of_a_modelfile(cases: ModuleType, tmp_path: Path) -> None:
         export(str(folder), None, "ollama", tmp_path / "other", lambda text: None, options=options)
 
 
+def test_a_model_that_draws_nothing_keeps_its_penalty(cases: ModuleType, tmp_path: Path) -> None:
+    """transformers applies it to the likeliest token too; the others are for drawing alone."""
+    folder = cases.prepare("qwen2", tmp_path / "model")
+    greedy = {"do_sample": False, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.05}
+    (folder / "generation_config.json").write_text(json.dumps(greedy))
+    _, path = export(str(folder), None, "ollama", tmp_path / "out", lambda text: None)
+    parameters = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("PARAMETER")]
+    assert parameters[1:] == ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1.05"]
+
+
 @pytest.mark.parametrize(
     "template",
     [

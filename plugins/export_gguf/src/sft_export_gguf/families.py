@@ -6,15 +6,12 @@ refused. Each family here has been held to logits of llama.cpp itself (tests/fix
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 import sft
-
-Change = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -166,14 +163,14 @@ def further_tensors(model: sft.FinishedModel) -> dict[str, np.ndarray]:
     return {"rope_freqs.weight": (plain / rotary.frequencies()[0]).astype(np.float32)}
 
 
-def change_of(name: str, model: sft.FinishedModel, form: Form) -> Change | None:
-    """What becomes of the tensor ``name``; None where it is written as it is."""
-    found = model.architecture
+def arranged(name: str, model: sft.FinishedModel, form: Form) -> np.ndarray:
+    """The tensor ``name`` of ``model``, its rows in the order in which ``form`` has them."""
+    found, array = model.architecture, model.read(name)
     assert isinstance(found, sft.Architecture)
-    if form.adjacent and name.split(".")[-2:-1] in (["q_proj"], ["k_proj"]):
-        heads = found.heads if ".q_proj." in name else found.kv_heads
-        return lambda array: _adjacent(array, heads)
-    return None
+    layer = name.split(".")[-2]
+    if form.adjacent and layer in ("q_proj", "k_proj"):
+        return _adjacent(array, found.heads if layer == "q_proj" else found.kv_heads)
+    return array
 
 
 def _adjacent(array: np.ndarray, heads: int) -> np.ndarray:

@@ -81,7 +81,7 @@ def _parameters(model: sft.FinishedModel) -> list[tuple[str, str]]:
     ]
     given = model.generation
     if given.get("do_sample") is False:
-        return [*found, ("temperature", "0")]
+        given = {"temperature": 0, "repetition_penalty": given.get("repetition_penalty")}
     names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "repetition_penalty": "repeat_penalty"}
     return found + [(name, str(given[key])) for key, name in names.items() if isinstance(given.get(key), (int, float))]
 
@@ -145,6 +145,5 @@ def _agrees(model: sft.FinishedModel, turns: Turns, trials: Sequence[Sequence[tu
 def _common_end(*texts: str) -> str:
     """The longest text with which all of them end."""
     shortest = min(texts, key=len)
-    return next(
-        (shortest[at:] for at in range(len(shortest) + 1) if all(text.endswith(shortest[at:]) for text in texts)), ""
-    )
+    ends = (shortest[at:] for at in range(len(shortest) + 1))
+    return next(end for end in ends if all(text.endswith(end) for text in texts))

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 
 import sft
-from sft_export_gguf.families import change_of, describe, form_of, further_tensors
+from sft_export_gguf.families import arranged, describe, form_of, further_tensors
 from sft_export_gguf.types import TYPES
 from sft_export_gguf.vocabulary import describe_tokenizer
 
@@ -54,8 +54,7 @@ def write(path: Path, model: sft.FinishedModel, wanted: str | None) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name in model.names:
-        array, change = model.read(name), change_of(name, model, form)
-        writer.write_tensor_data(_packed(name, array if change is None else change(array), kinds[name]))
+        writer.write_tensor_data(_packed(name, arranged(name, model, form), kinds[name]))
     for array in further.values():
         writer.write_tensor_data(array)
     writer.close()

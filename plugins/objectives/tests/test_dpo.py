@@ -243,7 +243,7 @@ def test_only_what_differs_is_learned() -> None:
         ({"prompt": "q", "chosen": "a"}, 'the record has no "rejected"'),
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "are the same"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "weight": 2}, 'has no "weight"'),
-        ({"prompt": "q", "chosen": "a", "rejected": 3}, "must be text or a list of messages, not 3"),
+        ({"prompt": "q", "chosen": "a", "rejected": 3}, '"rejected" must be text or a list of messages, not 3'),
         ({"prompt": "q", "chosen": "a", "rejected": " "}, "empty"),
         (
             {"chosen": "Human: q Assistant: a", "rejected": "b"},

@@ -25,7 +25,7 @@ def pair_of(record: Mapping[str, Any]) -> Conversation:
             )
     if record.get("weight") is not None:
         raise ValueError('a pair of answers has no "weight" of its own; take it out.')
-    chosen, rejected = (_with_answer(record, record[key]) for key in ("chosen", "rejected"))
+    chosen, rejected = (_with_answer(record, key) for key in ("chosen", "rejected"))
     same = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     if same is None:
         raise ValueError('"chosen" and "rejected" are the same, or one begins the other, so neither is preferred.')
@@ -33,15 +33,16 @@ def pair_of(record: Mapping[str, Any]) -> Conversation:
     return Conversation(_after(chosen, same, "chosen"), tools=chosen.tools, beside=[rejected])
 
 
-def _with_answer(record: Mapping[str, Any], answer: Any) -> Conversation:
-    """The whole conversation that ends with ``answer``."""
+def _with_answer(record: Mapping[str, Any], which: str) -> Conversation:
+    """The whole conversation that ends with the answer that was ``which``, chosen or rejected."""
     more = {key: record[key] for key in ("system", "tools") if record.get(key) is not None}
-    answers = _answers(answer)
-    if answers and _role(answers[0]) != "assistant":  # a whole conversation; what stands beside it only repeats some
+    answers = _answers(record[which], which)
+    if answers and _role(answers[0]) not in ("assistant", "gpt"):
+        # A whole conversation; what stands beside it only repeats some of it.
         return sft.turns_of({**more, "messages": answers})
     if record.get("instruction") is not None:
         kept = {key: record[key] for key in ("instruction", "input", "history") if record.get(key) is not None}
-        return sft.turns_of({**kept, **more, "output": _text(answer)})
+        return sft.turns_of({**kept, **more, "output": _text(record[which])})
     for key in ("prompt", "question", "messages", "conversations"):
         if record.get(key) is not None:
             name = "conversations" if key == "conversations" else "messages"
@@ -62,11 +63,11 @@ def _after(turns: Conversation, same: int, key: str) -> Conversation:
     return learned
 
 
-def _answers(answer: Any) -> list[Any]:
+def _answers(answer: Any, which: str) -> list[Any]:
     """What follows the question, as messages: a text, a message, or several."""
     if isinstance(answer, str):
         return [_message("assistant", answer)]
-    return [answer] if isinstance(answer, Mapping) else _messages(answer, "chosen or rejected")
+    return [answer] if isinstance(answer, Mapping) else _messages(answer, which)
 
 
 def _messages(value: Any, key: str) -> list[Any]:
@@ -89,5 +90,4 @@ def _message(role: str, text: str) -> dict[str, str]:
 
 
 def _role(message: Any) -> Any:
-    role = message.get("role", message.get("from")) if isinstance(message, Mapping) else None
-    return {"gpt": "assistant"}.get(str(role), role)
+    return message.get("role", message.get("from")) if isinstance(message, Mapping) else None

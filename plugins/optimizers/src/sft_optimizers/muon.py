@@ -44,8 +44,9 @@ class Muon(sft.AdamW):
         for name, gradient in gradients.items():
             if name in self._matrices:
                 value, momentum = self.values[name], self.kept[name]["momentum"]
-                momentum.scale_(self._momentum).add_(share * gradient)
-                ahead = share * gradient + self._momentum * momentum
+                fresh = share * gradient
+                momentum.scale_(self._momentum).add_(fresh)
+                ahead = fresh + self._momentum * momentum
                 step = rate * 0.2 * math.sqrt(max(value.shape)) * orthogonalised(ahead, self._steps)
                 value.scale_(1 - rate * decay).subtract_(step)
 

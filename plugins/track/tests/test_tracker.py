@@ -14,7 +14,7 @@ import pytest
 import sft
 from sft.testing import read_metrics
 from sft_track import curves, services
-from sft_track.tracker import Tracker, new_folder, numbers_of
+from sft_track.tracker import Tracker, folder_in, numbers_of
 
 Train = Callable[..., sft.Summary]
 ALL = (curves.TensorBoard, curves.VisualDL, services.WandB, services.MLflow, services.SwanLab)
@@ -185,9 +185,10 @@ def test_a_run_has_a_name(train: Train, log: type[Log], monkeypatch: pytest.Monk
 
 
 def test_a_run_that_replaces_another_has_a_log_of_its_own(tmp_path: Path) -> None:
-    first = new_folder(tmp_path)
+    first = folder_in(tmp_path, None)
     first.mkdir()
-    assert not new_folder(tmp_path).exists()
+    assert not folder_in(tmp_path, None).exists()
+    assert folder_in(tmp_path, first.name) == first
 
 
 @pytest.mark.slow

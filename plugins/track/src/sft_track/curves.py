@@ -6,7 +6,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from sft_track.tracker import Tracker, name_of, new_folder
+from sft_track.tracker import Tracker, folder_in, name_of
 
 if TYPE_CHECKING:
     from sft import Run
@@ -25,15 +25,14 @@ class TensorBoard(Tracker):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        parent = run.output_dir / "tensorboard"
-        folder = parent / earlier if earlier is not None else new_folder(parent)
+        folder = folder_in(run.output_dir / "tensorboard", earlier)
         self._writer = EventFileWriter(str(folder))
         if earlier is not None:  # what was logged after the checkpoint is not shown any more
             start = Event(step=after + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
             self._writer.add_event(start)
         else:
             self._text("settings", run.settings.written())
-        return str(folder.name)
+        return folder.name
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -70,12 +69,11 @@ class VisualDL(Tracker):
     def begin(self, run: Run, earlier: str | None, after: int) -> str:
         from visualdl import LogWriter
 
-        parent = run.output_dir / "visualdl"
-        folder = parent / earlier if earlier is not None else new_folder(parent)
+        folder = folder_in(run.output_dir / "visualdl", earlier)
         self._writer = LogWriter(logdir=str(folder), display_name=name_of(run))
         if earlier is None:
             self._text("settings", run.settings.written())
-        return str(folder.name)
+        return folder.name
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():

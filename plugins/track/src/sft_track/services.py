@@ -6,6 +6,7 @@ Where it goes, and whether to a network at all, is what each library reads in it
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 from sft_track.tracker import Tracker, name_of
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from sft import Run
 
 PROJECT = "sft"
+_LONGEST = 500
+"""Characters of a parameter that every store of MLflow takes."""
 
 
 class WandB(Tracker):
@@ -79,21 +82,15 @@ class MLflow(Tracker):
         return self._id
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        from time import time
-
         from mlflow.entities import Metric
 
-        now = int(time() * 1000)
+        now = int(time.time() * 1000)
         self._client.log_batch(self._id, metrics=[Metric(name, value, now, step) for name, value in numbers.items()])
 
     def end(self, status: str, summary: dict[str, Any]) -> None:
         for key, value in _plain(summary).items():
             self._client.set_tag(self._id, f"result.{key}", str(value))
         self._client.set_terminated(self._id, {"finished": "FINISHED", "failed": "FAILED"}.get(status, "KILLED"))
-
-
-_LONGEST = 500
-"""Characters of a parameter that every store of MLflow takes."""
 
 
 class SwanLab(Tracker):

@@ -119,11 +119,13 @@ def numbers_of(record: Mapping[str, Any], within: str = "") -> Iterator[tuple[st
             yield (key if "/" in key else f"{kind}/{within}{own}"), float(value)
 
 
-def new_folder(parent: Path) -> Path:
-    """A folder in ``parent`` that is not there yet, called after the moment. A run that replaces another has a curve of
-    its own."""
+def folder_in(parent: Path, earlier: str | None) -> Path:
+    """The folder in ``parent`` that a log goes into: the one that is called ``earlier``, or one that is not there yet,
+    called after the moment. A run that replaces another has a curve of its own."""
     from datetime import datetime
 
+    if earlier is not None:
+        return parent / earlier
     moment = datetime.now().strftime("%Y%m%d-%H%M%S")
     names = (f"{moment}{f'-{number}' if number else ''}" for number in range(1000))
     return next(parent / name for name in names if not (parent / name).exists())

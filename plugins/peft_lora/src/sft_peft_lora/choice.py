@@ -37,8 +37,8 @@ def chosen(names: Iterable[str], options: LoraOptions) -> dict[str, tuple[int, f
             raise UsageError(
                 "lora_exclude_modules leaves out every layer that would be adapted, so nothing trains; shorten it."
             )
-    ranks = _by_pattern("lora_rank_pattern", options.lora_rank_pattern, left, _rank)
-    alphas = _by_pattern("lora_alpha_pattern", options.lora_alpha_pattern, left, _alpha)
+    ranks = _by_pattern("lora_rank_pattern", options.lora_rank_pattern, left, int)
+    alphas = _by_pattern("lora_alpha_pattern", options.lora_alpha_pattern, left, float)
     return {name: (int(ranks.get(name, options.lora_rank)), alphas.get(name, options.lora_alpha)) for name in left}
 
 
@@ -46,9 +46,9 @@ def check(options: LoraOptions) -> None:
     """Refuse patterns and numbers that no model could make right; :class:`UsageError`."""
     block_numbers(options.lora_layers_to_transform)
     for line in options.lora_rank_pattern:
-        _pair("lora_rank_pattern", line, _rank)
+        _pair("lora_rank_pattern", line, int)
     for line in options.lora_alpha_pattern:
-        _pair("lora_alpha_pattern", line, _alpha)
+        _pair("lora_alpha_pattern", line, float)
 
 
 def block_numbers(given: Sequence[Any]) -> set[int]:
@@ -57,7 +57,7 @@ def block_numbers(given: Sequence[Any]) -> set[int]:
     for item in given:
         match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", str(item))
         first, last = (int(match[1]), int(match[2] or match[1])) if match is not None else (1, 0)
-        if last < first or isinstance(item, bool):
+        if last < first:
             raise UsageError(
                 f"lora_layers_to_transform: expected numbers of blocks from 0, or ranges such as 4-7, got {item!r:.60}."
             )
@@ -94,11 +94,3 @@ def _pair(setting: str, line: str, read: Callable[[str], float]) -> tuple[str, f
             f"{line!r:.100}."
         )
     return pattern, value
-
-
-def _rank(text: str) -> float:
-    return int(text)
-
-
-def _alpha(text: str) -> float:
-    return float(text)

@@ -71,9 +71,8 @@ class Lora(sft.Plugin):
                 )
         from sft_peft_lora.files import LoraFolder
 
-        LoraFolder(
-            Path(self.options.lora_path).expanduser(), self.form
-        )  # one that cannot be read is refused before data is
+        # One that cannot be read is refused before data is.
+        LoraFolder(Path(self.options.lora_path).expanduser(), self.form)
 
     @sft.hookimpl
     def sft_adapt_model(self, run: Run, model: Any) -> None:

@@ -175,31 +175,52 @@ def attention(paddle: Any, name: str, dtype: str, size: int) -> Any:
     return FlashMask().sft_attention_backend(run=run, config=SimpleNamespace(attention_cap=None, head_size=size))  # type: ignore[arg-type]
 
 
+class Losses:
+    """Losses of random hidden states [1, positions, hidden], through an lm_head whose logits come in ``chunks``."""
+
+    def __init__(
+        self, paddle: Any, monkeypatch: pytest.MonkeyPatch, vocabulary: int, hidden: int, positions: int, chunks: int
+    ) -> None:
+        from sft.training import loss
+
+        monkeypatch.setattr(loss, "chunk_bytes", lambda memory: 4 * vocabulary * positions // chunks)
+        random = np.random.default_rng(5)
+        self.paddle, self.target_loss = paddle, loss.target_loss
+        self.states = random.standard_normal((1, positions, hidden)) / hidden**0.5
+        self.weight = random.standard_normal((hidden, vocabulary))
+        self.labels = random.integers(0, vocabulary, (1, positions))
+
+    def compute(self, dtype: str, *more: Any) -> tuple[float, Any, Any]:
+        """The loss, and the tensors of states and head, which have their gradients; ``more`` goes to target_loss."""
+        given, head = (tensor(self.paddle, array, dtype) for array in (self.states, self.weight))
+        value = self.target_loss(given, self.labels, SimpleNamespace(weight=head, kernels=own_kernels()), *more)
+        value.backward()
+        return float(value), given, head
+
+
+def compare(row: Row, what: str, dtype: str, found: tuple[float, Any, Any], exact: tuple[float, Any, Any]) -> None:
+    """What :meth:`Losses.compute` gives with an exact loss, and the exact gradients of states and head."""
+    (value, given, head), (wanted, of_states, of_head) = found, exact
+    tolerance = {"float32": 1e-5}.get(dtype)
+    row(f"{what}, {dtype}", abs(value / wanted - 1), tolerance or 2e-3)
+    row(f"… gradient of hidden states, {dtype}", apart(given.grad[0], of_states), tolerance or 1e-2)
+    row(f"… gradient of lm_head, {dtype}", apart(head.grad, of_head), tolerance or 5e-3)
+
+
 def test_loss(paddle: Any, on_gpu: bool, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
     """64 chunks of 128,000 logits, against float64."""
-    from sft.training import loss
-
     vocabulary, hidden, positions = (128_000, 512, 512) if on_gpu else (4_000, 64, 64)
-    monkeypatch.setattr(loss, "chunk_bytes", lambda memory: 4 * vocabulary * positions // 64)
-    random = np.random.default_rng(5)
-    states = random.standard_normal((1, positions, hidden)) / hidden**0.5
-    weight, labels = random.standard_normal((hidden, vocabulary)), random.integers(0, vocabulary, (1, positions))
+    losses = Losses(paddle, monkeypatch, vocabulary, hidden, positions, chunks=64)
+    chosen = np.arange(positions), losses.labels[0]
     for dtype in dtypes(on_gpu):
-        given, head = tensor(paddle, states, dtype), tensor(paddle, weight, dtype)
-        lm_head = SimpleNamespace(weight=head, kernels=own_kernels())
-        value = loss.target_loss(given, labels, lm_head)
-        value.backward()
-        wide, matrix = (one.astype("float32").numpy().astype(np.float64) for one in (given, head))
+        found = losses.compute(dtype)
+        wide, matrix = (one.astype("float32").numpy().astype(np.float64) for one in found[1:])
         logits = wide[0] @ matrix
         chances = np.exp(logits - logits.max(-1, keepdims=True))
         chances /= chances.sum(-1, keepdims=True)
-        chosen = np.arange(positions), labels[0]
         exact = -np.log(chances[chosen]).sum()
         chances[chosen] -= 1
-        tolerance = {"float32": 1e-5}.get(dtype)
-        row(f"loss, {vocabulary:,} tokens, {dtype}", abs(float(value) / exact - 1), tolerance or 2e-3)
-        row(f"… gradient of hidden states, {dtype}", apart(given.grad[0], chances @ matrix.T), tolerance or 1e-2)
-        row(f"… gradient of lm_head, {dtype}", apart(head.grad, wide[0].T @ chances), tolerance or 5e-3)
+        compare(row, f"loss, {vocabulary:,} tokens", dtype, found, (exact, chances @ matrix.T, wide[0].T @ chances))
 
 
 class Mixed:
@@ -212,32 +233,24 @@ class Mixed:
 
 def test_losses_of_tokens(paddle: Any, on_gpu: bool, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
     """16 chunks of 32,000 logits, against autograd over whole logits in float64."""
-    from sft.training import loss
     from sft.training.token_losses import TokenLosses
 
     vocabulary, hidden, positions = (32_000, 256, 256) if on_gpu else (4_000, 64, 64)
-    monkeypatch.setattr(loss, "chunk_bytes", lambda memory: 4 * vocabulary * positions // 16)
-    random = np.random.default_rng(5)
-    states = random.standard_normal((1, positions, hidden)) / hidden**0.5
-    weight, labels = random.standard_normal((hidden, vocabulary)), random.integers(0, vocabulary, (1, positions))
+    losses = Losses(paddle, monkeypatch, vocabulary, hidden, positions, chunks=16)
     for dtype in dtypes(on_gpu):
-        given, head = tensor(paddle, states, dtype), tensor(paddle, weight, dtype)
-        lm_head = SimpleNamespace(weight=head, kernels=own_kernels())
-        value = loss.target_loss(given, labels, lm_head, 1.0, None, TokenLosses([("mixed", Mixed())]))
-        value.backward()
+        found = losses.compute(dtype, 1.0, None, TokenLosses([("mixed", Mixed())]))
+        _, given, head = found
         wide, matrix = (paddle.to_tensor(one.astype("float32").numpy().astype(np.float64)) for one in (given[0], head))
         wide.stop_gradient = matrix.stop_gradient = False
         logits = paddle.matmul(wide, matrix)
-        chosen = paddle.take_along_axis(logits, paddle.to_tensor(labels[0])[:, None], axis=-1)
+        chosen = paddle.take_along_axis(logits, paddle.to_tensor(losses.labels[0])[:, None], axis=-1)
         normaliser = paddle.logsumexp(logits, axis=-1, keepdim=True)
         nats = normaliser - chosen
         exact = nats * (1.0 - (-nats).exp()) + 0.1 * (normaliser - logits.mean(axis=-1, keepdim=True))
         exact = (exact + 0.01 * normaliser.square()).sum()
         exact.backward()
-        tolerance = {"float32": 1e-5}.get(dtype)
-        row(f"losses of tokens, {dtype}", abs(float(value) / float(exact) - 1), tolerance or 2e-3)
-        row(f"… gradient of hidden states, {dtype}", apart(given.grad[0], wide.grad.numpy()), tolerance or 1e-2)
-        row(f"… gradient of lm_head, {dtype}", apart(head.grad, matrix.grad.numpy()), tolerance or 5e-3)
+        gradients = wide.grad.numpy(), matrix.grad.numpy()
+        compare(row, "losses of tokens", dtype, found, (float(exact), *gradients))
 
 
 @needs("nf4")

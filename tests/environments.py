@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from installing import pyproject
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -25,7 +26,7 @@ def build_wheels(packages: Iterable[Path], folder: Path, scratch: Path) -> Path:
     what is not installed."""
     copies = []
     for package in packages:
-        needed = _read(package / "pyproject.toml")["build-system"]["requires"]
+        needed = pyproject(package)["build-system"]["requires"]
         for one in map(Requirement, needed):
             if not _holds(one):
                 pytest.skip(f"{one}, with which pip builds {package.name}, is not installed")
@@ -128,8 +129,3 @@ def _holds(requirement: Requirement) -> bool:
         return requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
     except metadata.PackageNotFoundError:
         return requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
-
-
-def _read(path: Path) -> dict:
-    tomllib = pytest.importorskip("tomllib")
-    return tomllib.loads(path.read_text(encoding="utf-8"))

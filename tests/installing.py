@@ -7,14 +7,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 
+def pyproject(package: Path) -> dict[str, Any]:
+    """What ``pyproject.toml`` of ``package`` says. Skips the test where Python cannot read it."""
+    tomllib = pytest.importorskip("tomllib")
+    return tomllib.loads((package / "pyproject.toml").read_text(encoding="utf-8"))
+
+
 def install(package: Path, site: Path) -> None:
     """What ``pip install --target SITE --no-deps PACKAGE`` does, without building a wheel."""
-    tomllib = pytest.importorskip("tomllib")
-    project = tomllib.loads((package / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = pyproject(package)["project"]
     for source in (package / "src").iterdir():
         if source.suffix == ".py":
             shutil.copy(source, site)

@@ -31,6 +31,20 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
+def names_of(code: str) -> dict[str, Any]:
+    """What a block of Python makes, as in a file of its own."""
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(code, "page", "exec", dont_inherit=True), names)
+    return names
+
+
+def example(output: Path, **changes: Any) -> dict[str, Any]:
+    """The settings of examples/lora.json, from whatever folder, without measuring."""
+    values = json.loads((ROOT / "examples" / "lora.json").read_text(encoding="utf-8"))
+    values.update({name: str(ROOT / values[name]) for name in ("model_name_or_path", "dataset_name_or_path")})
+    return {**values, "output_dir": str(output), "do_eval": False, "num_samples": 0, **changes}
+
+
 def test_readme_python_runs_as_shown(tmp_path: Path) -> None:
     (code,) = blocks("README.md", "python")
     assert '"output_dir": "out"' in code
@@ -44,15 +58,7 @@ def test_readme_python_runs_as_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md", "docs/tutorial.md", "docs/data.md"])
 def test_commands_in_documents_name_real_settings(page: str) -> None:
     known = {*core_options(), *options_of(next(iter(Plugins.load(["lora"], hookspecs)))[1].Options), "plugin", "help"}
-    known |= {
-        "lora_path",
-        "output_path",
-        "prompt",
-        "show",
-        "find",
-        "html",
-        "json",
-    }  # of merge, generate, data and so on
+    known |= {"lora_path", "output_path", "prompt", "show", "find", "html", "json"}  # of merge, generate, data, …
     commands = " ".join(blocks(page, "bash"))
     assert "sft run" in commands
     for name in re.findall(r"--([a-z_]+)", commands):
@@ -60,25 +66,17 @@ def test_commands_in_documents_name_real_settings(page: str) -> None:
 
 
 def test_the_clock_of_the_page_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    space: dict[str, Any] = {}
-    exec(blocks("docs/control.md", "python")[0], space)
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(space["Clock"], "seconds", 0.0)
-    monkeypatch.setattr(space["Clock"], "between", 0.0)
-    values = json.loads((ROOT / "examples" / "lora.json").read_text(encoding="utf-8"))
-    values.update(output_dir=str(tmp_path / "out"), max_steps=3, do_eval=False, num_samples=0)
-    summary = sft.run(values, plugins=[space["Clock"]], say=lambda _: None)
+    clock = names_of(blocks("docs/control.md", "python")[0])["Clock"]
+    monkeypatch.setattr(clock, "seconds", 0.0)
+    monkeypatch.setattr(clock, "between", 0.0)
+    summary = sft.run(example(tmp_path / "out", max_steps=3), plugins=[clock], say=lambda _: None)
     assert summary.stopped_early == {"step": 1, "reason": "0 seconds are over"}
     assert (tmp_path / "out" / "checkpoint-1").is_dir()
 
 
 def test_the_padding_of_the_page_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    space: dict[str, Any] = {}
-    exec(blocks("docs/control.md", "python")[1], space)
-    values = json.loads((ROOT / "examples" / "lora.json").read_text(encoding="utf-8"))
-    values.update({name: str(ROOT / values[name]) for name in ("model_name_or_path", "dataset_name_or_path")})
-    values.update(output_dir=str(tmp_path / "out"), max_steps=2, logging_steps=1, do_eval=False, num_samples=0)
-    sft.run(values, plugins=[space["Padding"]], say=lambda _: None)
+    padding = names_of(blocks("docs/control.md", "python")[1])["Padding"]
+    sft.run(example(tmp_path / "out", max_steps=2, logging_steps=1), plugins=[padding], say=lambda _: None)
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     shares = [line["padding_tokens"] / (line["padding_tokens"] + line["tokens"]) for line in lines]
     assert [line["padding/share"] for line in lines] == pytest.approx(shares)
@@ -86,9 +84,7 @@ def test_the_padding_of_the_page_is_measured(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_archive_of_the_page_holds_the_model(tmp_path: Path) -> None:
-    space: dict[str, Any] = {}
     (code,) = blocks("docs/export.md", "python")
-    exec(code, space)
     (tmp_path / "npz.py").write_text(code, encoding="utf-8")
     model, npz = ROOT / "core" / "tests" / "fixtures" / "models" / "llama-untied", str(tmp_path / "npz.py")
     shutil.copytree(model, tmp_path / "model")
@@ -262,16 +258,13 @@ def test_the_data_guide_shows_what_is_learned(tmp_path: Path) -> None:
 
 def test_the_optimizer_of_its_page_steps_as_it_says() -> None:
     """v ← 0.9 v + g; w ← w - rate · (v + decay · w), by hand in float64."""
-    import numpy as np
     import paddle
 
     (code,) = blocks("docs/optimizers.md", "python")
-    names: dict[str, Any] = {}
-    exec(code, names)
     parameter = paddle.create_parameter([3], "float32")
     parameter.set_value(np.array([1, 2, 3], np.float32))
     group = sft.ParameterGroup("all", {"w": parameter}, 1.0, 0.5)
-    optimizer = names["Momentum"]().sft_optimizer(None, [group])
+    optimizer = names_of(code)["Momentum"]().sft_optimizer(None, [group])
     value, velocity = np.array([1.0, 2.0, 3.0]), np.zeros(3)
     for gradient in ([1.0, -1.0, 0.5], [0.25, 2.0, -1.0]):
         parameter.grad_ = paddle.to_tensor(np.array(gradient, np.float32))
@@ -285,8 +278,7 @@ def test_the_optimizer_of_its_page_steps_as_it_says() -> None:
 def test_the_loss_of_the_guide_leaves_out_what_is_known() -> None:
     """The example in docs/plugins.md: of three tokens the one of probability 0.99 teaches nothing."""
     [block] = [block for block in blocks("docs/plugins.md", "python") if "sft_token_loss" in block]
-    made: dict[str, Any] = {"__name__": "guide"}
-    exec(compile(block, "docs/plugins.md", "exec", dont_inherit=True), made)
+    made = names_of(block)
     logits = np.log(np.array([[0.99, 0.005, 0.005], [0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], np.float32))
     plugin = made["SkipKnown"](made["KnownOptions"]())
     value, gradient = token_loss(plugin.sft_token_loss(None), logits, np.array([0, 1, 2]))

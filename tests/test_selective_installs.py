@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from environments import Environment, build_wheels
+from installing import pyproject
 
 from sft.testing import make_model, write_data
 
@@ -41,14 +42,12 @@ TRAINED_WITH = {
 REFUSED = {"quant_nf4": "adapter"}
 """By folder, of those that can do nothing alone, a word of the sentence that says so."""
 
-
 LIBRARY = {"track": "visualdl"}
 """By folder, the extra of a distribution that can do nothing without one."""
 
 
 def project(package: Path) -> dict[str, Any]:
-    tomllib = pytest.importorskip("tomllib")
-    return tomllib.loads((package / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return pyproject(package)["project"]
 
 
 def plugins_of(package: Path) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -78,7 +77,6 @@ def test_a_revision_and_a_config_are_handed_on(monkeypatch: pytest.MonkeyPatch) 
         asked.append((*about, more))
         raise ValueError("enough")
 
-    monkeypatch.setattr(opening, "_write", SimpleNamespace)
     monkeypatch.setattr("datasets.load_dataset_builder", builder)
     for name in ("hf://owner/name@v1.0#small", "hf://owner/name", "hf://squad#plain"):
         with pytest.raises(sft.UsageError, match=r"cannot be opened \(enough\)"):

@@ -56,9 +56,10 @@ class Lora(sft.Plugin):
         if self.options.lora_path is None:
             check(self.options)
             return
-        if not (Path(self.options.lora_path).expanduser() / "adapter_config.json").is_file():
+        folder = Path(self.options.lora_path).expanduser()
+        if not (folder / "adapter_config.json").is_file():
             raise UsageError(f"lora_path {self.options.lora_path} holds no adapter (no adapter_config.json).")
-        if Path(self.options.lora_path).expanduser().resolve().is_relative_to(run.output_dir.resolve()):
+        if folder.resolve().is_relative_to(run.output_dir.resolve()):
             raise UsageError(f"lora_path {self.options.lora_path} lies in output_dir, where it would be overwritten.")
         for name in BEGINS:
             if name in run.settings.given:
@@ -71,8 +72,7 @@ class Lora(sft.Plugin):
                 )
         from sft_peft_lora.files import LoraFolder
 
-        # One that cannot be read is refused before data is.
-        LoraFolder(Path(self.options.lora_path).expanduser(), self.form)
+        LoraFolder(folder, self.form)  # one that cannot be read is refused before data is
 
     @sft.hookimpl
     def sft_adapt_model(self, run: Run, model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,26 +18,38 @@ def _near(found: Any, expected: Any, what: str, tolerance: float = 1e-5) -> None
     assert off <= tolerance * largest, f"{what}: {off:.2e} apart, where the largest value is {largest:.2e}"
 
 
-def _check_update(lab: Any, rank: int, alpha: float, scaling: float) -> None:
-    """Each adapted layer computes x·W + s·x·A·B, with the A and B that are written, in float64."""
+Formula = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""The output of a layer, of x, W, A·B [in, out] and one more of the file's tensors, in float64."""
+
+
+def _check_layers(lab: Any, ending: str, formula: Formula, more: str = "") -> None:
+    """Each adapted layer of rank 4 and α 12 computes ``formula`` of what the file has of it: A and B, and the tensor
+    whose name has this ``ending``. ``more`` is said where it does not."""
     import paddle
 
-    outcome = lab.run(started=lambda run: run.model, lora_rank=rank, lora_alpha=alpha)
+    outcome = lab.run(started=lambda run: run.model, lora_rank=4, lora_alpha=12.0)
     _, tensors = sft.read_adapter(outcome.folder)
     layers = dict(outcome.started.named_sublayers())
-    names = [name for name in tensors if name.endswith(".lora_A.weight")]
-    assert names, "no lora_A is written"
-    for name in names:
-        layer = layers[name.removeprefix(PREFIX).removesuffix(".lora_A.weight")]
-        a, b = (tensors[name.replace("lora_A", half)].astype(np.float64) for half in ("lora_A", "lora_B"))
+    stems = [name.removesuffix(ending) for name in tensors if name.endswith(ending)]
+    assert stems, f"nothing is written whose name ends with {ending}"
+    for stem in stems:
+        layer = layers[stem.removeprefix(PREFIX)]
+        own, a, b = (tensors[stem + end].astype(np.float64) for end in (ending, ".lora_A.weight", ".lora_B.weight"))
         weight = sft.linear_weight(layer.base).numpy().astype(np.float64)
         x = np.random.default_rng(0).standard_normal((5, weight.shape[0])).astype(np.float32)
-        _near(layer(paddle.to_tensor(x)).numpy(), x @ weight + scaling * x @ a.T @ b.T, f"{name}, with s = {scaling:g}")
+        _near(layer(paddle.to_tensor(x)).numpy(), formula(x, weight, a.T @ b.T, own), f"{stem}{ending}{more}")
+
+
+def _check_scaling(lab: Any, scaling: float) -> None:
+    def formula(x: np.ndarray, weight: np.ndarray, update: np.ndarray, _: np.ndarray) -> np.ndarray:
+        return np.asarray(x @ weight + scaling * x @ update)
+
+    _check_layers(lab, ".lora_A.weight", formula, f", with s = {scaling:g}")
 
 
 def check_adds_its_update(lab: Any) -> None:
     """y = x·W + s·x·A·B with s = α/r (arXiv 2106.09685, equation 3), of the files' A and B."""
-    _check_update(lab, 4, 12.0, 3.0)
+    _check_scaling(lab, 3.0)
 
 
 def check_begins_as_the_paper_says(lab: Any) -> None:
@@ -58,7 +71,7 @@ def check_begins_as_the_paper_says(lab: Any) -> None:
 
 def check_scales_by_the_root_of_the_rank(lab: Any) -> None:
     """s = α/√r (arXiv 2312.03732)."""
-    _check_update(lab, 4, 12.0, 6.0)
+    _check_scaling(lab, 6.0)
 
 
 def check_b_learns_faster(lab: Any) -> None:
@@ -101,20 +114,12 @@ def check_begins_at_the_principal_part(lab: Any) -> None:
 def check_turns_and_scales(lab: Any) -> None:
     """y = x·V ⊙ m/‖V‖ with V = W + s·A·B and ‖V‖ over the inputs of each output (arXiv 2402.09353, equation 5), of the
     files' A, B and m."""
-    import paddle
 
-    outcome = lab.run(started=lambda run: run.model, lora_rank=4, lora_alpha=12.0)
-    _, tensors = sft.read_adapter(outcome.folder)
-    layers = dict(outcome.started.named_sublayers())
-    names = [name for name in tensors if name.endswith(".lora_magnitude_vector")]
-    assert names, "no magnitude is written"
-    for name in names:
-        stem = name.removesuffix(".lora_magnitude_vector")
-        layer, magnitude = layers[stem.removeprefix(PREFIX)], tensors[name].astype(np.float64)
-        a, b = (tensors[f"{stem}.{half}.weight"].astype(np.float64) for half in ("lora_A", "lora_B"))
-        v = sft.linear_weight(layer.base).numpy() + 3.0 * a.T @ b.T
-        x = np.random.default_rng(0).standard_normal((5, v.shape[0])).astype(np.float32)
-        _near(layer(paddle.to_tensor(x)).numpy(), x @ v * magnitude / np.sqrt((v**2).sum(0)), stem)
+    def formula(x: np.ndarray, weight: np.ndarray, update: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
+        v = weight + 3.0 * update
+        return np.asarray(x @ v * magnitude / np.sqrt((v**2).sum(0)))
+
+    _check_layers(lab, ".lora_magnitude_vector", formula)
 
 
 LORA = (check_adds_its_update, check_begins_as_the_paper_says)

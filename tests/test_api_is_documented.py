@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sft import hookspecs
-from sft.kit.about import KINDS, found, hooks_of
+from sft.kit.about import KINDS, found
+from sft.plugins.marks import hooks_of, single_hooks
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = ("sft", "sft.parallel", "sft.testing")
@@ -65,7 +66,7 @@ def test_each_hook_is_tried() -> None:
 
 def test_each_seam_is_a_kind_of_plugin() -> None:
     """In ``sft plugins``."""
-    seams = {name for name in hooks_of(hookspecs) if getattr(getattr(hookspecs, name), "sft_single", False)}
+    seams = {*single_hooks([hookspecs])}
     assert seams - NO_KIND <= {*KINDS}
     assert {*KINDS} <= {*hooks_of(hookspecs)}
 

@@ -13,7 +13,8 @@ from sft.errors import PluginError, SftDeprecationWarning, SftError, SignalError
 from sft.foreign_text import safe, shown
 from sft.options import option
 from sft.plugins.api import API_VERSION
-from sft.plugins.registry import Plugin, hookimpl, hookspec, single
+from sft.plugins.marks import hookimpl, hookspec, single
+from sft.plugins.registry import Plugin
 from sft.seams import (
     AdapterFiles,
     AdapterLayer,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.context import Run, Summary
-from sft.plugins.registry import hookspec, single
+from sft.plugins.marks import hookspec, single
 
 if TYPE_CHECKING:
     import click

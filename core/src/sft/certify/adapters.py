@@ -32,6 +32,8 @@ from sft.files import save_tensors
 from sft.inference.merge import merge
 from sft.inference.open import load_for_inference
 from sft.models.adapter_folder import PREFIX
+from sft.plugins.discovery import import_plugin
+from sft.plugins.marks import hooks_of
 from sft.tensor_files import read_tensors
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -51,10 +53,7 @@ _ABOUT_LAYERS = ("sft_adapt_model", "sft_export_adapter", "sft_quantizer")
 
 def _published(lab: Lab) -> list[str]:
     """The hooks that its company publishes."""
-    from sft.plugins.discovery import import_plugin
-
-    specs = [getattr(import_plugin(name), "hookspecs", None) for name in lab.subject.company]
-    return [hook for one in specs if one is not None for hook in vars(one) if not hook.startswith("_")]
+    return [hook for name in lab.subject.company for hook in hooks_of(getattr(import_plugin(name), "hookspecs", None))]
 
 
 @check("The adapted model begins as its base, in training too.", _begins, variants)

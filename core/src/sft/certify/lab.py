@@ -29,7 +29,8 @@ from sft.fine_tune import run as fine_tune
 from sft.inference.merge import merge
 from sft.inference.open import load_for_inference
 from sft.plugins.discovery import import_plugin, installed
-from sft.plugins.registry import Plugin, hookimpl, implements
+from sft.plugins.marks import hookimpl, implements
+from sft.plugins.registry import Plugin
 from sft.seams import Batch, Example
 from sft.tensor_files import read_tensors
 

@@ -21,7 +21,8 @@ from sft.context import Run
 from sft.data.batches import PaddedCollator
 from sft.errors import UsageError
 from sft.kit.validate import validated
-from sft.plugins.registry import Plugin, hookimpl
+from sft.plugins.marks import hookimpl, hooks_of
+from sft.plugins.registry import Plugin
 
 DEFAULTS, VARIED = "as it comes", "options changed"
 
@@ -252,8 +253,7 @@ def asks_what_it_publishes(lab: Lab, case: str) -> str:
 
         return hookimpl(implementation)
 
-    specs = lab.subject.plugin.hookspecs
-    names = [name for name in dir(specs) if hasattr(getattr(specs, name), "sft_spec")]
+    names = hooks_of(lab.subject.plugin.hookspecs)
     members = {"name": "certify-probe", "api_version": 1, **{name: probe(name) for name in names}}
     lab.run(also=[type("Probe", (Plugin,), members)])
     if silent := sorted(set(names) - asked):

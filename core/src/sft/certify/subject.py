@@ -13,7 +13,8 @@ from sft.kit.about import load
 from sft.options import Option, convert, options_of
 from sft.plugins.discovery import canonical, import_plugin, installed, with_refined
 from sft.plugins.files import is_file, name_of
-from sft.plugins.registry import Plugins, implements
+from sft.plugins.marks import implements
+from sft.plugins.registry import Plugins
 from sft.plugins.requests import requests
 
 ADAPTS, EXPORTS, QUANTIZES = "sft_adapt_model", "sft_export_adapter", "sft_quantizer"

@@ -18,7 +18,8 @@ from sft.models.vocabulary import grown_as
 from sft.options import options_of
 from sft.plugins.discovery import canonical, installed, with_refined
 from sft.plugins.files import name_of, with_files
-from sft.plugins.registry import Plugins, implements
+from sft.plugins.marks import implements
+from sft.plugins.registry import Plugins
 from sft.plugins.requests import by_device, choose_plugins, choose_reader
 from sft.progress import Progress
 from sft.settings.arguments import Settings, check_precision, long_name

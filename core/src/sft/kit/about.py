@@ -27,8 +27,9 @@ from sft.plugins.discovery import (
     strange_requests,
 )
 from sft.plugins.files import is_file, name_of, read_plugin_file
+from sft.plugins.marks import hooks_of, implements, needs, provides, single_hooks
 from sft.plugins.origins import origin_of
-from sft.plugins.registry import Plugins, implements, provides
+from sft.plugins.registry import Plugins
 from sft.plugins.requests import requests
 
 KINDS = {
@@ -186,7 +187,7 @@ def about(
     of_others = [(other, hook) for other, hooks in published.items() for hook in hooks if implements(plugin, hook)]
     declared = getattr(plugin, "Options", None)
     requires = _names(plugin, "requires")
-    refined = [*requires, *(other for other, hook in of_others if not _is_optional(plugin, hook))]
+    refined = [*requires, *(other for other, hook in of_others if needs(plugin, hook))]
     return replace(
         basis,
         kinds=_kinds(own, list(dict.fromkeys(refined))),
@@ -231,7 +232,7 @@ def excludes(plugin: Any, other: Any) -> bool:
 @cache
 def _places() -> list[str]:
     """The core's hooks that one active plugin may implement."""
-    return [hook for hook in hooks_of(hookspecs) if getattr(getattr(hookspecs, hook), "sft_single", False)]
+    return single_hooks([hookspecs])
 
 
 def ties(rows: Iterable[About]) -> list[str]:
@@ -249,14 +250,5 @@ def ties(rows: Iterable[About]) -> list[str]:
     ]
 
 
-def hooks_of(specs: Any) -> list[str]:
-    """The names of the hooks that a module or class specifies, in its order."""
-    return [] if specs is None else [name for name, one in vars(specs).items() if hasattr(one, "sft_spec")]
-
-
 def _names(plugin: Any, key: str) -> tuple[str, ...]:
     return tuple(canonical(name) for name in getattr(plugin, key, ()))
-
-
-def _is_optional(plugin: Any, hook: str) -> bool:
-    return bool(getattr(plugin, hook).sft_impl.get("optionalhook"))

@@ -16,11 +16,12 @@ from typing import Any
 
 from sft import hookspecs
 from sft.errors import SftError
-from sft.kit.about import Found, excludes, find_plugin, found, hooks_of
+from sft.kit.about import Found, excludes, find_plugin, found
 from sft.options import options_of
 from sft.plugins.calls import annotations_of
 from sft.plugins.discovery import canonical, installed
-from sft.plugins.registry import Plugins, implements
+from sft.plugins.marks import hooks_of, implements
+from sft.plugins.registry import Plugins
 from sft.plugins.requests import requests, switches
 from sft.settings.arguments import core_options, long_name
 

@@ -16,6 +16,7 @@ from sft.plugins.api import said_once
 from sft.plugins.calls import failed, from_plugin, guard
 from sft.plugins.declarations import check_form, check_relations, in_order, meant
 from sft.plugins.discovery import canonical, find, import_plugin, imported, installed, is_of, strange_requests
+from sft.plugins.marks import hooks_of, implements, needs, provides, single_hooks
 from sft.plugins.origins import PluginFile, file_of, origin_of
 from sft.plugins.trace import watch_if_asked
 
@@ -26,15 +27,6 @@ SHAPING = (
 """Hooks whose implementation changes what a checkpoint's weights and state are; others only watch, or compute the same
 in another way. A schedule is not among them: to branch off a checkpoint with another is usual, and the settings that
 differ are said."""
-
-hookspec = pluggy.HookspecMarker("sft")
-hookimpl = pluggy.HookimplMarker("sft")
-
-
-def single(function: Any) -> Any:
-    """Mark a hook specification that at most one active plugin may implement; its caller gets one result."""
-    function.sft_single = True
-    return hookspec(firstresult=True)(function)
 
 
 class Plugin:
@@ -241,7 +233,7 @@ class Plugins:
 
         def refines(name: str, plugin: Any) -> bool:
             others = [specs for other, specs in published.items() if specs is not None and other != name]
-            return any(_is_spec(specs, hook) and _needs(plugin, hook) for specs in others for hook in dir(specs))
+            return any(needs(plugin, hook) for specs in others for hook in hooks_of(specs))
 
         def shapes(name: str, plugin: Any) -> bool:
             declared = getattr(plugin, "shaping", None)
@@ -283,10 +275,10 @@ class Plugins:
         that require it, or implement a hook that it publishes."""
         found = self.implementing(hook)
         published = [specs for name, plugin in self if name in found and (specs := getattr(plugin, "hookspecs", None))]
-        hooks = [name for specs in published for name in dir(specs) if _is_spec(specs, name)]
+        hooks = [hook for specs in published for hook in hooks_of(specs)]
         for name, plugin in self:
-            needs = not set(found).isdisjoint(_related(plugin, "requires"))
-            if name not in found and (needs or any(implements(plugin, one) for one in hooks)):
+            required = not set(found).isdisjoint(_related(plugin, "requires"))
+            if name not in found and (required or any(implements(plugin, one) for one in hooks)):
                 found.append(name)
         return found
 
@@ -323,14 +315,14 @@ class Plugins:
 
     def _hooks(self) -> list[str]:
         """Every hook that exists among these plugins: the core's, and those that they publish."""
-        return [hook for specs in self._specifications() for hook in dir(specs) if _is_spec(specs, hook)]
+        return [hook for specs in self._specifications() for hook in hooks_of(specs)]
 
     def _specifications(self) -> list[Any]:
         published = (getattr(plugin, "hookspecs", None) for plugin in self._classes.values())
         return [self._hookspecs, *(specs for specs in published if specs is not None)]
 
     def _check_single(self) -> None:
-        for hook in _single_hooks(self._specifications()):
+        for hook in single_hooks(self._specifications()):
             providers = [name for name, plugin in self if provides(plugin, hook)]
             if len(providers) > 1:
                 listed = " and ".join(f"{name} ({self.origin(name)})" for name in providers)
@@ -346,7 +338,7 @@ def _goes_with(name: str, plugin: Any, others: Mapping[str, Any], hookspecs: Any
             if other in _related(plugin, key) or name in _related(theirs, key):
                 return False
     published = (getattr(one, "hookspecs", None) for one in others.values())
-    places = _single_hooks([hookspecs, *filter(None, published)])
+    places = single_hooks([hookspecs, *filter(None, published)])
     taken = [hook for hook in places if any(provides(theirs, hook) for theirs in others.values())]
     return not any(provides(plugin, hook) for hook in taken)
 
@@ -356,27 +348,6 @@ def _related(plugin: Any, key: str) -> list[str]:
     return [canonical(name) for name in getattr(plugin, key, ())]
 
 
-def _single_hooks(specifications: Iterable[Any]) -> list[str]:
-    """Those of the hooks that have one place."""
-    return [
-        hook for specs in specifications for hook in dir(specs) if getattr(getattr(specs, hook), "sft_single", False)
-    ]
-
-
-def _is_spec(specs: Any, name: str) -> bool:
-    return hasattr(getattr(specs, name), "sft_spec")
-
-
-def implements(plugin: Any, hook: str) -> bool:
-    """Whether a plugin class or module implements ``hook``: pluggy's own mark, read before there is an instance."""
-    return hasattr(getattr(plugin, hook, None), "sft_impl")
-
-
-def provides(plugin: Any, hook: str) -> bool:
-    """Whether a plugin class or module answers ``hook`` itself, and does not wrap another's answer alone."""
-    return implements(plugin, hook) and not getattr(plugin, hook).sft_impl.get("wrapper")
-
-
 def shapes_by_itself(plugin: Any) -> bool:
     """Whether a plugin class or module changes what is learned: as it declares, or else as its own hooks and
     ``requires`` let suppose. In the company of others it may also refine one of them."""
@@ -384,11 +355,6 @@ def shapes_by_itself(plugin: Any) -> bool:
     if declared is not None:
         return bool(declared)
     return bool(getattr(plugin, "requires", ())) or any(implements(plugin, hook) for hook in SHAPING)
-
-
-def _needs(plugin: Any, hook: str) -> bool:
-    """Whether a plugin implements ``hook`` and does not go without it: one of an optional hook refines nobody."""
-    return implements(plugin, hook) and not getattr(plugin, hook).sft_impl.get("optionalhook")
 
 
 def _name_of(plugin: Any) -> str:

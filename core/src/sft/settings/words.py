@@ -11,7 +11,8 @@ from typing import Any
 from sft.errors import UsageError
 from sft.foreign_text import shown
 from sft.options import Option
-from sft.plugins.registry import Plugins, implements
+from sft.plugins.marks import implements
+from sft.plugins.registry import Plugins
 from sft.plugins.requests import ALL, by_words, words_in
 from sft.settings.arguments import Settings, core_options
 

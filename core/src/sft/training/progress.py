@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sft.foreign_text import shown
-from sft.plugins.registry import hookimpl
+from sft.plugins.marks import hookimpl
 from sft.progress import BAR_AFTER, Progress, duration
 from sft.settings.best_metric import ANSWER_SCORES
 

@@ -14,7 +14,7 @@ from sft.foreign_text import safe
 from sft.kit.about import About, about, all_plugins, find_plugin, found, ties
 from sft.kit.new import KINDS, write_package
 from sft.plugins.api import API_VERSION
-from sft.plugins.discovery import ALL_OF_PROJECT, canonical, left_out, strange_requests
+from sft.plugins.discovery import ALL_OF_PROJECT, canonical, installed, left_out, strange_requests
 from sft.small_files import check_path
 
 
@@ -35,17 +35,16 @@ def command(context: click.Context, as_json: bool) -> None:
             click.echo(json.dumps(row.as_dict()))
         return
     if not rows:
-        cure = ALL_OF_PROJECT if left_out() is None else left_out()
-        click.echo(f"No plugin is installed; {cure}.")
+        click.echo(f"No plugin is installed; {left_out() or ALL_OF_PROJECT}.")
         return
     names, kinds = (max(map(len, column)) for column in ([row.name for row in rows], [_kind(row) for row in rows]))
     for row in rows:
         click.echo(safe(f"{row.name:<{names}}  {_kind(row):<{kinds}}  {row.origin}"))
         for line in _more(row):
             click.echo(safe(f"{'':<{names}}  {line}"))
-    for faults in strange_requests().items():
-        for fault in faults[1]:
-            click.echo(safe(f"note: {faults[0]} declares {fault}"))
+    for distribution, faults in strange_requests().items():
+        for fault in faults:
+            click.echo(safe(f"note: {distribution} declares {fault}"))
     for tie in ties(rows):
         click.echo(safe(f"note: {tie}"))
 
@@ -115,9 +114,9 @@ def validate(context: click.Context, name: str | None, as_json: bool) -> None:
 
     NAME may be the path of a file, ./my_plugin.py. Exit code 1 says that something is wrong.
     """
-    from sft.kit.validate import installed_names, validated
+    from sft.kit.validate import validated
 
-    findings = [one for each in ([name] if name is not None else installed_names()) for one in validated(each)]
+    findings = [one for each in ([name] if name is not None else installed()) for one in validated(each)]
     for one in findings:
         if as_json:
             click.echo(json.dumps(one.as_dict()))

@@ -49,11 +49,6 @@ class Findings:
         return {"name": self.name, "origin": self.origin, "valid": not self.faults, **rows}
 
 
-def installed_names() -> list[str]:
-    """The plugins that are installed, broken ones too."""
-    return list(installed())
-
-
 def validated(name: str) -> list[Findings]:
     """What is found of the plugin that is asked for by ``name`` or by a file's path; two rows where it is there twice.
     :class:`UsageError` if it is not there."""

@@ -119,8 +119,10 @@ def test_our_own_are_of_the_kinds_that_they_are() -> None:
 
 def test_one_that_only_watches_shapes_nothing(distribute: Distribute) -> None:
     body = "@sft.hookimpl\n        def sft_step_ended(self, run, record):\n            pass"
-    distribute("sft-test-tool", plugin("tool", body), {"tool": "Tool"})
+    source = plugin("tool", f"observes = True\n        {body}") + "\n" + plugin("asks", body).replace("Tool", "Asks")
+    distribute("sft-test-tool", source, {"tool": "Tool", "asks": "Asks"})
     assert (row("tool").kinds, row("tool").shapes) == (("observer",), False)
+    assert (row("asks").kinds, row("asks").shapes) == (("events",), False)  # it may ask the run to stop
 
 
 @pytest.mark.parametrize(

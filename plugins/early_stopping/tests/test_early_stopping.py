@@ -12,6 +12,7 @@ import pytest
 
 import sft
 from sft.settings.arguments import DataArguments, GenerationArguments, ModelArguments, Settings, TrainingArguments
+from sft.testing import read_metrics
 from sft_early_stopping.early_stopping import EarlyStopping, EarlyStoppingOptions
 
 Train = Callable[..., sft.Summary]
@@ -96,6 +97,14 @@ def test_a_run_stops_and_says_why(train: Train, tmp_path: Path) -> None:
         "early-stopping: by judge/score, after 3 evaluations without an improvement; the run ends with its last "
         "weights (load_best_model_at_end)" in said
     )
+
+
+def test_a_run_that_it_does_not_stop_is_the_one_without_it(train: Train) -> None:
+    without, beside = train("without", plugin=[]), train("with")
+    assert beside.stopped_early is None
+    assert read_metrics(beside.output_dir, same=True) == read_metrics(without.output_dir, same=True)
+    learned = [(one.output_dir / "model.safetensors").read_bytes() for one in (beside, without)]
+    assert learned[0] == learned[1]
 
 
 @pytest.mark.slow

@@ -57,7 +57,8 @@ class About:
     """One plugin. Where it cannot be loaded, ``fault`` says why, and what it would have declared is empty.
 
     Attributes:
-        kinds: What it is: the seams that it provides, ``refines NAME``, ``observer`` (it only watches), or ``change``.
+        kinds: What it is: the seams that it provides, ``refines NAME``, ``observer`` (it only watches: ``observes``),
+            ``events`` (it is told what happens, and may ask the run to stop, save or evaluate), or ``change``.
         conflicts: Those that it cannot be active with, whichever of the two says so.
         also_requested_by: Ways of asking for it beside its name, as ``setting X``.
         hooks: The hooks that it implements.
@@ -190,7 +191,7 @@ def about(
     refined = [*requires, *(other for other, hook in of_others if needs(plugin, hook))]
     return replace(
         basis,
-        kinds=_kinds(own, list(dict.fromkeys(refined))),
+        kinds=_kinds(plugin, own, list(dict.fromkeys(refined))),
         summary=str(getattr(plugin, "summary", "")),
         reference=str(getattr(plugin, "reference", "")),
         api_version=declared_version(plugin),
@@ -204,12 +205,12 @@ def about(
     )
 
 
-def _kinds(hooks: Sequence[str], refined: Sequence[str]) -> tuple[str, ...]:
+def _kinds(plugin: Any, hooks: Sequence[str], refined: Sequence[str]) -> tuple[str, ...]:
     kinds = list(dict.fromkeys(kind for hook, kind in KINDS.items() if hook in hooks))
     kinds += [f"refines {name}" for name in refined]
-    if not kinds:
-        kinds = ["observer" if hooks and set(WATCHING).issuperset(hooks) else "change"]
-    return tuple(kinds)
+    if not kinds and hooks and set(WATCHING).issuperset(hooks):
+        kinds = ["observer" if getattr(plugin, "observes", False) else "events"]
+    return tuple(kinds or ["change"])
 
 
 def _shapes(name: str, plugin: Any, requires: Iterable[str], company: Mapping[str, Any]) -> bool | None:

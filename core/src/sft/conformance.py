@@ -77,6 +77,11 @@ def compute_logits(model: Any, batch: Batch) -> np.ndarray:
         return np.asarray(model.lm_head(hidden_states(model, batch)).astype("float32").numpy())
 
 
+def forward(model: Any, input_ids: np.ndarray) -> np.ndarray:
+    """float32 logits [B, S, V] of ``input_ids`` int64 [B, S], each row one document."""
+    return compute_logits(model, _rows(*([ids] for ids in input_ids)))
+
+
 def _agree(found: np.ndarray, expected: np.ndarray, what: str) -> None:
     assert found.shape == expected.shape, f"{what}: shape {found.shape} where {expected.shape} is expected"
     off = float(np.abs(found.astype(np.float64) - expected).max(initial=0.0))

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 import sft
-from sft.conformance import compute_logits
-from sft.data.batches import assemble
+from sft.conformance import forward
 from sft.inference.merge import merge
 from sft.inference.open import load_for_inference
 from sft.kit.validate import validated
 from sft.tensor_files import read_tensors
+from sft.training.journal import read_metrics
 
 Train = Callable[..., sft.Summary]
 CLOSE = 2e-5
@@ -38,7 +38,7 @@ def check_resumes(train: Train, /, **settings: Any) -> None:
     settings = {**settings, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
     whole = train("whole", **settings)
     again = train("resumed", **settings, resume_from_checkpoint=str(whole.output_dir / "checkpoint-2"))
-    expected, found = (_measured(one.output_dir) for one in (whole, again))
+    expected, found = (read_metrics(one.output_dir, same=True) for one in (whole, again))
     later = [line for line in expected if line["step"] > 2]
     assert found[-len(later) :] == later, f"A resumed run measures {found}, and the whole one {expected}."
     check_same_result(whole.output_dir, again.output_dir, "A run that was resumed")
@@ -57,7 +57,8 @@ def check_changes_nothing(train: Train, plugin: str, /, **settings: Any) -> None
     alone = {**settings, "plugin": [name for name in settings["plugin"] if name != plugin]}
     alone = {name: value for name, value in alone.items() if not name.startswith(f"{plugin.replace('-', '_')}_")}
     without, beside = train("without", **alone), train("with", **settings)
-    assert _measured(beside.output_dir) == _measured(without.output_dir), f"With {plugin} a run measures other numbers."
+    expected, found = (read_metrics(one.output_dir, same=True) for one in (without, beside))
+    assert found == expected, f"With {plugin} a run measures other numbers."
     check_same_result(without.output_dir, beside.output_dir, f"A run with {plugin}")
 
 
@@ -74,20 +75,20 @@ def check_reloads(train: Train, base: Path, plugin: str, by_name: bool = True, /
         @sft.hookimpl
         def sft_run_ended(self, run: sft.Run, summary: sft.Summary) -> None:
             ids = _ids(run.model)
-            found.append((ids, _logits(run.model, ids)))
+            found.append((ids, forward(run.model, ids)))
 
     done = train("adapter", (Look,), **settings)
     (ids, trained), folder = found[0], done.output_dir
-    untouched = _logits(load_for_inference(str(base), None, _quiet)[0], ids)
+    untouched = forward(load_for_inference(str(base), None, _quiet)[0], ids)
     assert _apart(trained, untouched) > CLOSE, f"{plugin} has learned nothing in {done.steps} steps; train more of it."
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     for key in ("peft_type", "target_modules", "base_model_name_or_path"):
         assert config.get(key), f"adapter_config.json of {plugin} has no {key}."
-    again = _logits(load_for_inference(str(base), folder, _quiet, requested)[0], ids)
+    again = forward(load_for_inference(str(base), folder, _quiet, requested)[0], ids)
     assert _apart(again, trained) <= CLOSE, f"An adapter of {plugin} computes something else when it is read again."
     merged = folder.with_name("merged")
     merge(str(base), folder, merged, _quiet, requested)
-    folded = _logits(load_for_inference(str(merged), None, _quiet)[0], ids)
+    folded = forward(load_for_inference(str(merged), None, _quiet)[0], ids)
     assert _apart(folded, trained) <= CLOSE, f"A merged adapter of {plugin} computes something else."
 
 
@@ -100,19 +101,8 @@ def _ids(model: Any) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocabulary, (2, 16))
 
 
-def _logits(model: Any, ids: np.ndarray) -> np.ndarray:
-    return compute_logits(model, assemble([[sft.Example(row, np.full_like(row, -100))] for row in ids], pad_id=0))
-
-
 def _apart(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max() / np.abs(other).max())
-
-
-def _measured(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without times and memory."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    vary = ("seconds", "eval_seconds", "peak_memory_mib")
-    return [{key: value for key, value in line.items() if key not in vary} for line in lines]
 
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:

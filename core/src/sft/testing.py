@@ -13,13 +13,12 @@ Nothing here needs the repository of sft; only this module imports pytest, and n
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,12 @@ import pytest
 
 import sft
 from sft import suites
-from sft.conformance import check_family, compute_logits
-from sft.data.batches import assemble
+from sft.conformance import check_family, forward
+from sft.emulated_autocast import emulated_autocast
 from sft.files import save_tensors, write_json
 from sft.kit.about import about, found
 from sft.plugins.discovery import canonical, installed, with_refined
+from sft.training.journal import read_metrics
 
 __all__ = [
     "adapt",
@@ -143,18 +143,6 @@ def load(model: Path | str, adapter: Path | None = None, plugins: Sequence[str] 
     return load_for_inference(str(model), adapter, lambda text: None, plugins)[0]
 
 
-def forward(model: Any, input_ids: np.ndarray) -> np.ndarray:
-    """float32 logits [B, S, V] of ``input_ids`` int64 [B, S], each row one document."""
-    return compute_logits(model, assemble([[sft.Example(row, np.full_like(row, -100))] for row in input_ids], pad_id=0))
-
-
-def read_metrics(folder: Path, same: bool = False) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``; ``same``: without what differs between equal runs (times, memory)."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    vary = {"seconds", "eval_seconds", "peak_memory_mib"} if same else set()
-    return [{key: value for key, value in line.items() if key not in vary} for line in lines]
-
-
 def token_loss(part: sft.TokenLoss, logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
     """Σ of what ``part`` makes of the cross-entropy of each position (nats), and its gradient in the logits, float32
     [n, V], computed as in training. ``logits`` float32 [n, V], ``labels`` int64 [n], -100 where there is none."""
@@ -213,69 +201,6 @@ def suite(plugin: str, /, **settings: Any) -> type:
 
         Suite.test_it_changes_nothing = watches  # type: ignore[attr-defined]
     return Suite
-
-
-@contextlib.contextmanager
-def emulated_autocast(dtype: str) -> Iterator[list[Any]]:
-    """Within it a CPU does what automatic casts to ``dtype`` ("bfloat16", "float16") do on a GPU, where paddle has none
-    on CPU: products (``paddle.matmul``, ``paddle.einsum``, ``F.linear``) have their factors rounded, are summed in
-    float32, and their result is rounded; ``paddle.amp.auto_cast(enable=False)`` switches that off. Yields a list of the
-    rounded factors, two for each product, which a GPU would keep for backward."""
-    import paddle
-    from paddle.nn import functional
-
-    on, factors = [True], list[Any]()
-
-    def narrow(x: Any) -> Any:
-        return x.astype(dtype) if isinstance(x, paddle.Tensor) and x.is_floating_point() else x
-
-    def rounding(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def compute(*arguments: Any, **more: Any) -> Any:
-            if not on[-1]:
-                return operation(*arguments, **more)
-            narrowed = [narrow(one) for one in arguments]
-            factors.extend(one for one in narrowed if isinstance(one, paddle.Tensor))
-            wide = [one.astype("float32") if isinstance(one, paddle.Tensor) else one for one in narrowed]
-            with switched(False):
-                return operation(*wide, **more).astype(dtype)
-
-        return compute
-
-    def lifted(operation: Callable[..., Any]) -> Callable[..., Any]:
-        """For what has no kernel for 16 bits on CPU."""
-
-        def compute(*arguments: Any, **more: Any) -> Any:
-            types = {one.dtype for one in arguments if isinstance(one, paddle.Tensor)}
-            if not types & {paddle.bfloat16, paddle.float16}:
-                return operation(*arguments, **more)
-            wide = [one.astype("float32") if isinstance(one, paddle.Tensor) else one for one in arguments]
-            return operation(*wide, **more).astype(types.pop() if len(types) == 1 else "float32")
-
-        return compute
-
-    @contextlib.contextmanager
-    def switched(enable: bool = True, *_: Any, **__: Any) -> Iterator[None]:
-        on.append(enable)
-        try:
-            yield
-        finally:
-            on.pop()
-
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in (
-            (paddle, "matmul"),
-            (paddle, "einsum"),
-            (functional, "linear"),
-            (paddle.Tensor, "matmul"),
-            (paddle.Tensor, "__matmul__"),
-        ):
-            patch.setattr(owner, name, rounding(getattr(owner, name)))
-        for owner, name in ((paddle, "roll"), (functional, "swiglu"), (paddle.Tensor, "__add__")):
-            patch.setattr(owner, name, lifted(getattr(owner, name)))
-        patch.setattr(paddle.amp, "auto_cast", switched)
-        patch.setattr(paddle, "is_autocast_enabled", lambda: on[-1])
-        patch.setattr(paddle, "get_autocast_dtype", lambda: dtype)
-        yield factors
 
 
 # --- fixtures -----------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import numpy as np
 
 from sft.certify.checking import check
 from sft.certify.lab import (
-    SHOWN,
     FailedError,
     Lab,
     NotTriedError,
@@ -23,7 +22,6 @@ from sft.certify.lab import (
     logits_of,
     quiet,
     refused,
-    rows,
     without_wishes,
 )
 from sft.certify.runs import DEFAULTS, main_run, settings_of, variants
@@ -59,13 +57,7 @@ def _published(lab: Lab) -> list[str]:
 @check("The adapted model begins as its base, in training too.", _begins, variants)
 def begins_as_its_base(lab: Lab, case: str) -> None:
     def look(run: Run) -> list[np.ndarray]:
-        found = [logits_of(run.model)]
-        run.model.train()
-        try:
-            found.append(_as_it_trains(run.model))
-        finally:
-            run.model.train()
-        return found
+        return [logits_of(run.model), logits_of(run.model, as_it_trains=True)]
 
     given = settings_of(lab, case)
     base = _held(lab, given)
@@ -79,18 +71,6 @@ def _held(lab: Lab, given: dict[str, Any]) -> Any:
     options = {key: value for key, value in given.items() if lab.subject.has("sft_quantizer")}
     requested = [*([lab.subject.request] if lab.subject.has("sft_quantizer") else []), *without_wishes()]
     return logits_of(load_for_inference(str(lab.model()), None, quiet, requested, **options)[0])
-
-
-def _as_it_trains(model: Any) -> np.ndarray:
-    """The logits without leaving training mode."""
-    from sft.conformance import compute_logits
-    from sft.models.attention import DefaultAttention
-
-    own, model.attention = model.attention, DefaultAttention()
-    try:
-        return compute_logits(model, rows(SHOWN))
-    finally:
-        model.attention = own
 
 
 @check("All that trains learns, and nothing else changes.", _adapts, variants)

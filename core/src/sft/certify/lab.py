@@ -21,9 +21,8 @@ import numpy as np
 
 from sft.certify import tiny
 from sft.certify.subject import Subject, wishes
-from sft.conformance import compute_logits
+from sft.conformance import forward
 from sft.context import Run, Summary
-from sft.data.batches import assemble
 from sft.errors import SftError
 from sft.fine_tune import run as fine_tune
 from sft.inference.merge import merge
@@ -31,7 +30,7 @@ from sft.inference.open import load_for_inference
 from sft.plugins.discovery import import_plugin, installed
 from sft.plugins.marks import hookimpl, implements
 from sft.plugins.registry import Plugin
-from sft.seams import Batch, Example
+from sft.seams import Batch
 from sft.tensor_files import read_tensors
 
 CLOSE = 1e-5
@@ -271,24 +270,19 @@ def provides(name: str, hook: str) -> bool:
     return name in installed() and implements(import_plugin(name), hook)
 
 
-def rows(*documents: np.ndarray) -> Batch:
-    """A batch of one row that holds the documents, each token of which is learned."""
-    return assemble([[Example(ids, np.append(ids[1:], -100)) for ids in documents]], pad_id=0)
-
-
-def logits_of(model: Any) -> np.ndarray:
-    """float32 [1, S, V] by the core's own attention: others differ in the last bits."""
+def logits_of(model: Any, as_it_trains: bool = False) -> np.ndarray:
+    """float32 [1, S, V] by the core's own attention: others differ in the last bits. ``as_it_trains``: without leaving
+    training mode."""
     from sft.models.attention import DefaultAttention
 
     mode, own = model.training, model.attention
-    model.eval()
+    (model.train if as_it_trains else model.eval)()
     model.attention = DefaultAttention()
     try:
-        return compute_logits(model, rows(SHOWN))
+        return forward(model, SHOWN[None])
     finally:
         model.attention = own
-        if mode:
-            model.train()
+        (model.train if mode else model.eval)()
 
 
 def same(found: Mapping[str, Any] | Sequence[Any], expected: Any, what: str) -> None:

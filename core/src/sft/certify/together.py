@@ -16,6 +16,7 @@ from sft.errors import UsageError
 from sft.fine_tune import run as fine_tune
 from sft.plugins.discovery import canonical, import_plugin
 from sft.plugins.requests import requests
+from sft.training.journal import read_metrics
 
 PROCESSES = "nproc"
 """The setting that starts several processes; the plugin that claims it shares a run among them."""
@@ -186,7 +187,7 @@ def _shared_run(lab: Lab, plan: dict[str, Any], beside: list[str], **more: Any) 
     values = lab.settings(lab.model(), names, **saves, **plan, **more)
     fine_tune(values, say=quiet)
     folder = Path(values["output_dir"])
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(folder)
     steps = [line for line in lines if "loss" in line]
     return folder, steps, [line["eval_loss"] for line in lines if "eval_loss" in line]
 

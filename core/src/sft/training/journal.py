@@ -15,6 +15,15 @@ from typing import Any
 from sft.files import replaced, sync
 from sft.runtime import peak_memory_mib
 
+_VARY = ("seconds", "eval_seconds", "peak_memory_mib")
+"""Numbers of lines that differ between runs that are equal."""
+
+
+def read_metrics(folder: Path, same: bool = False) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``; ``same``: without what differs between equal runs (times, memory)."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if not (same and key in _VARY)} for line in lines]
+
 
 @dataclass
 class Totals:

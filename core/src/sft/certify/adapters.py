@@ -30,9 +30,11 @@ from sft.files import save_tensors
 from sft.inference.merge import merge
 from sft.inference.open import load_for_inference
 from sft.models.adapter_folder import PREFIX
+from sft.models.layers import target_layers
+from sft.models.loading import build_model, open_model
 from sft.plugins.discovery import import_plugin
 from sft.plugins.marks import hooks_of
-from sft.tensor_files import read_tensors
+from sft.tensor_files import open_tensors, read_tensors
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -95,8 +97,6 @@ def trains_what_it_should(lab: Lab, case: str) -> None:
 
 
 def _is_of_base(lab: Lab, name: str) -> bool:
-    from sft.models.loading import build_model, open_model
-
     plain = {one for one, _ in build_model(open_model(lab.model(), weights=False)).named_parameters()}
     return name in plain or name.replace(".base.", ".") in plain
 
@@ -170,9 +170,6 @@ def _values_are_written(config: dict[str, Any], given: dict[str, Any]) -> None:
 
 def _linears(lab: Lab) -> dict[str, tuple[int, int]]:
     """(in, out) of each Linear of the tiny model, lm_head among them."""
-    from sft.models.layers import target_layers
-    from sft.models.loading import build_model, open_model
-
     source = open_model(lab.model(), weights=False)
     found = {one.name: (one.in_features, one.out_features) for one in target_layers(build_model(source))}
     shape = source.architecture
@@ -239,8 +236,7 @@ def _damages(lab: Lab) -> Iterator[str]:
 )
 def refuses_what_it_cannot_read(lab: Lab, case: str) -> str:
     outcome = main_run(lab, DEFAULTS)
-    lab._count += 1
-    folder = lab.work / f"damaged-{lab._count}"
+    folder = lab.place("damaged")
     shutil.copytree(outcome.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     tensors, metadata = dict(read_tensors(folder / ADAPTER)), _metadata(folder / ADAPTER)
@@ -251,14 +247,12 @@ def refuses_what_it_cannot_read(lab: Lab, case: str) -> str:
     if lab.subject.has("sft_import_adapter"):
         said = refused(lambda: load_for_inference(str(lab.model()), folder, quiet, reading), "reading it")
     if lab.subject.has("sft_adapter_merger"):
-        place = lab.work / f"merged-damaged-{lab._count}"
+        place = lab.place("merged")
         said = refused(lambda: merge(str(lab.model()), folder, place, quiet, lab.subject.files), "merging it") or said
     return said
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    from sft.tensor_files import open_tensors
-
     return dict(open_tensors(path).metadata() or {})
 
 

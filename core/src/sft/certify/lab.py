@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,10 +21,10 @@ from unittest import mock
 import numpy as np
 
 from sft.certify import tiny
-from sft.certify.subject import Subject, wishes
+from sft.certify.subject import Subject, other_values, wishes
 from sft.conformance import forward
 from sft.context import Run, Summary
-from sft.errors import SftError
+from sft.errors import SftError, UsageError
 from sft.fine_tune import run as fine_tune
 from sft.inference.merge import merge
 from sft.inference.open import load_for_inference
@@ -104,6 +105,25 @@ class Lab:
         self.tried: dict[str, str | None] = {}
         """What checks have to say of what several of them would try."""
 
+    def place(self, what: str) -> Path:
+        """A path for ``what`` where nothing is yet."""
+        self._count += 1
+        return self.work / f"{what}-{self._count}"
+
+    @cached_property
+    def varied(self) -> dict[str, Any]:
+        """Another value for each option of the subject that can be guessed one, where a run takes them together."""
+        found: dict[str, Any] = {}
+        for name, option in self.subject.options.items():
+            for value in other_values(option, self.subject.tried):
+                try:
+                    self.run(**{**found, name: value})
+                except UsageError:
+                    continue
+                found[name] = value
+                break
+        return found
+
     # --- runs -----------------------------------------------------------------------------------------------
 
     def model(self, family: str = "llama", **config: Any) -> Path:
@@ -120,12 +140,11 @@ class Lab:
 
     def settings(self, model: Path, names: Sequence[str], **more: Any) -> dict[str, Any]:
         """Those of a run of three steps with four rows each."""
-        self._count += 1
         values: dict[str, Any] = {
             "plugin": list(names),
             "model_name_or_path": str(model),
             "dataset_name_or_path": str(self.data),
-            "output_dir": str(self.work / f"run-{self._count}"),
+            "output_dir": str(self.place("run")),
             "max_length": 64,
             "max_steps": 3,
             "per_device_train_batch_size": 4,
@@ -202,8 +221,7 @@ class Lab:
 
     def merged(self, outcome: Outcome, model: Path | None = None) -> Any:
         """float32 logits [1, S, V] of the base with the adapter of a run folded in."""
-        self._count += 1
-        folder = self.work / f"merged-{self._count}"
+        folder = self.place("merged")
         merge(str(model or self.model()), outcome.folder, folder, quiet, self.subject.files)
         return logits_of(load_for_inference(str(folder), None, quiet, without_wishes())[0])
 

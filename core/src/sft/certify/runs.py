@@ -27,29 +27,15 @@ from sft.plugins.registry import Plugin
 DEFAULTS, VARIED = "as it comes", "options changed"
 
 
-def varied(lab: Lab) -> dict[str, Any]:
-    """Another value for each option of the subject that can be guessed one, where a run takes them together."""
-    found: dict[str, Any] = {}
-    for name, option in lab.subject.options.items():
-        for value in other_values(option, lab.subject.tried):
-            try:
-                lab.run(**{**found, name: value})
-            except UsageError:
-                continue
-            found[name] = value
-            break
-    return found
-
-
 def variants(lab: Lab) -> Iterator[str]:
     """The subject as it comes, and with all its options changed."""
     yield DEFAULTS
-    if varied(lab):
+    if lab.varied:
         yield VARIED
 
 
 def settings_of(lab: Lab, variant: str) -> dict[str, Any]:
-    return varied(lab) if variant == VARIED else {}
+    return lab.varied if variant == VARIED else {}
 
 
 def main_run(lab: Lab, variant: str, **more: Any) -> Outcome:
@@ -220,7 +206,7 @@ def options_take_effect(lab: Lab, case: str) -> str:
         raise NotTriedError(f"no value of it can be guessed; give one with --try {case}=VALUE")
     if lab.subject.only_computes():
         raise NotTriedError("the plugin changes nothing of what is learned, so no number could show it")
-    rest = {name: value for name, value in varied(lab).items() if name != case}
+    rest = {name: value for name, value in lab.varied.items() if name != case}
     shown, why = [], ""
     for beside in ({}, rest) if rest else ({},):
         for value in values:
@@ -235,7 +221,7 @@ def options_take_effect(lab: Lab, case: str) -> str:
                 return f"{case} {value}"
     if not shown:
         raise NotTriedError(f"all values that were tried are refused: {why}")
-    raise FailedError(f"with {' or '.join(map(str, dict.fromkeys(map(str, shown))))} everything is as without")
+    raise FailedError(f"with {' or '.join(dict.fromkeys(map(str, shown)))} everything is as without")
 
 
 def _publishes(lab: Lab) -> bool:

@@ -10,10 +10,11 @@ from typing import Any
 from sft.certify import tiny
 from sft.certify.checking import check
 from sft.certify.lab import NEAR, FailedError, Lab, NotTriedError, Outcome, close, provides, quiet, same, without_wishes
-from sft.certify.runs import DEFAULTS, main_run, varied
+from sft.certify.runs import DEFAULTS, main_run
 from sft.certify.subject import NO_RECORDS, an_adapter, company_of, needs_records
 from sft.errors import UsageError
 from sft.fine_tune import run as fine_tune
+from sft.inference.evaluate import evaluate_finished
 from sft.plugins.discovery import canonical, import_plugin
 from sft.plugins.requests import requests
 from sft.training.journal import read_metrics
@@ -57,7 +58,7 @@ def works_beside(lab: Lab, case: str) -> str | None:
         raise RefusedError(str(error)) from error
     _compare(lab, case, beside, whole)
     # Other options are worth their time where others have a hand in the layers.
-    given = varied(lab) if any(provides(case, hook) for hook in _OF_LAYERS) else {}
+    given = lab.varied if any(provides(case, hook) for hook in _OF_LAYERS) else {}
     _keeps(lab, beside, lab.run(beside, save_strategy="steps", save_steps=2, **given), **given)
     return f"beside {', '.join(beside)}" if beside != [case] else None
 
@@ -204,8 +205,6 @@ def _on_one(lab: Lab, beside: list[str], tokens: int) -> Outcome:
 
 def _measures_on_one(lab: Lab, folder: Path, expected: float) -> None:
     """What two processes wrote is measured in this one."""
-    from sft.inference.evaluate import evaluate_finished
-
     adapter = (folder / "adapter_config.json").is_file()
     values = {
         "model_name_or_path": str(lab.model() if adapter else folder),

@@ -27,11 +27,12 @@ import pytest
 
 import sft
 from sft import suites
+from sft.certify.subject import Subject, an_adapter
 from sft.conformance import check_family, forward
 from sft.emulated_autocast import emulated_autocast
 from sft.files import save_tensors, write_json
 from sft.kit.about import about, found
-from sft.plugins.discovery import canonical, installed, with_refined
+from sft.plugins.discovery import canonical, find, installed, with_refined
 from sft.training.journal import read_metrics
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "paddle",
     "read_metrics",
     "run_settings",
+    "suite",
     "token_loss",
     "train",
     "write_data",
@@ -166,25 +168,27 @@ def suite(plugin: str, /, **settings: Any) -> type:
 
     What it declares holds (``sft plugins validate``), and a run with it that stops and goes on is the same to the bit.
     An adapter that is read again, or merged, computes what was trained, whoever refines it; an observer changes
-    nothing. A quantizer is tried under the first adapter that is installed, and skipped where none is. Built on train
-    and base_model.
+    nothing. A quantizer is tried under the first installed adapter that it goes together with, and skipped where there
+    is none. Built on train and base_model.
     """
     rows = {row.name: row for row in found()}
-    company = with_refined(canonical(plugin))
-    kinds = {name: about(rows[name], rows.values()).kinds for name in company}
-    own = kinds[canonical(plugin)]
-    takes_adapter = "quantizer" in own and "plugin" not in settings
-    adapters = [name for name, row in rows.items() if about(row, rows.values()).kinds == ("adapter",)]
-    under = adapters[:1] if takes_adapter else []
-    settings = {"plugin": [*under, *company], **settings}
+    name = find(canonical(plugin), installed()).name
+    company = with_refined(name)
+    kinds = {one: about(rows[one], rows.values(), {}, shapes=False).kinds for one in company}
+    own = kinds[name]
+    lacks = ""
+    if "quantizer" in own and "plugin" not in settings:
+        try:
+            company = [*an_adapter(Subject(name, name, rows[name].plugin)), *company]
+        except sft.UsageError as error:
+            lacks = str(error)
+    settings = {"plugin": company, **settings}
 
     class Suite:
         def test_what_it_declares_holds(self) -> None:
             suites.check_declared(plugin)
 
-        @pytest.mark.skipif(
-            takes_adapter and not under, reason="no adapter is installed, under which it could be tried"
-        )
+        @pytest.mark.skipif(bool(lacks), reason=lacks)
         def test_a_run_that_stops_and_goes_on_is_the_same(self, train: Callable[..., sft.Summary]) -> None:
             suites.check_resumes(train, **settings)
 

@@ -177,7 +177,7 @@ def about(
         row.origin,
         distribution=item.distribution if item is not None else None,
         version=item.version if item is not None else None,
-        also_requested_by=(ways or _ways()).get(name, ()) if item is not None else (),
+        also_requested_by=(_ways() if ways is None else ways).get(name, ()) if item is not None else (),
         fault=row.fault,
     )
     if plugin is None:

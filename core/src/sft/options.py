@@ -75,12 +75,12 @@ class Option:
     name: str
     type: Any
     default: Any
-    help: str
-    choices: tuple[str, ...] | None
-    minimum: float | None
-    above: float | None
-    maximum: float | None
-    below: float | None
+    help: str = ""
+    choices: tuple[str, ...] | None = None
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    below: float | None = None
     aliases: tuple[str, ...] = ()
     none_is_text: bool = False
     is_path: bool = False
@@ -108,6 +108,10 @@ class Option:
         return any(typing.get_origin(kind) is list for kind in self.kinds)
 
 
+_SAID = {field.name for field in dataclasses.fields(Option)} - {"name", "type", "default"}
+"""What :func:`option` says of a field; one that it did not make says none of it."""
+
+
 def options_of(cls: type) -> dict[str, Option]:
     """The settings that a dataclass declares, by name, in order."""
     hints = typing.get_type_hints(cls)
@@ -116,13 +120,8 @@ def options_of(cls: type) -> dict[str, Option]:
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        bounds: dict[str, Any] = {
-            key: field.metadata.get(key) for key in ("choices", "minimum", "above", "maximum", "below")
-        }
-        bounds["aliases"] = field.metadata.get("aliases", ())
-        bounds.update({key: field.metadata.get(key, False) for key in ("none_is_text", "is_path")})
-        bounds["hook"] = field.metadata.get("hook")
-        found[field.name] = Option(field.name, hints[field.name], default, field.metadata.get("help", ""), **bounds)
+        said = {key: value for key, value in field.metadata.items() if key in _SAID}
+        found[field.name] = Option(field.name, hints[field.name], default, **said)
     return found
 
 

@@ -19,22 +19,32 @@ def level(name):
     return int(name.split(".")[2]) + 1 if ".layers." in name else 0 if "embed" in name else 2
 
 
-def test_each_parameter_has_the_rate_of_its_depth(train):
-    rates = {}
+@pytest.fixture
+def rates_of(train):
+    """``rates_of(**settings)``: the rate of each parameter that trains, by its name."""
 
-    class Look(sft.Plugin):
-        name = "look"
-        api_version = 1
-        order = 99
+    def run(**settings):
+        rates = {}
 
-        @sft.hookimpl
-        def sft_parameter_groups(self, run, groups):
-            rates.update({name: group.learning_rate for group in groups for name in group.parameters})
-            assert {name for group in groups for name in group.parameters} == {
-                name for name, parameter in run.model.named_parameters() if not parameter.stop_gradient
-            }
+        class Look(sft.Plugin):
+            name = "look"
+            api_version = 1
+            order = 99
 
-    train(plugins=(Look,))
+            @sft.hookimpl
+            def sft_parameter_groups(self, run, groups):
+                rates.update({name: group.learning_rate for group in groups for name in group.parameters})
+                parameters = run.model.named_parameters()
+                assert {*rates} == {name for name, parameter in parameters if not parameter.stop_gradient}
+
+        train(plugins=(Look,), **settings)
+        return rates
+
+    return run
+
+
+def test_each_parameter_has_the_rate_of_its_depth(rates_of):
+    rates = rates_of()
     assert {level(name): rate for name, rate in rates.items()} == {0: 0.25, 1: 0.5, 2: 1.0}
     assert all(rate == 0.5 ** (2 - level(name)) for name, rate in rates.items())
 
@@ -49,18 +59,7 @@ def test_the_first_step_of_adamw_is_as_large_as_the_rate(train, base_model, tmp_
 
 
 @needs("lora")
-def test_with_an_adapter_it_is_the_adapters_layers(train):
-    rates = {}
-
-    class Look(sft.Plugin):
-        name = "look"
-        api_version = 1
-        order = 99
-
-        @sft.hookimpl
-        def sft_parameter_groups(self, run, groups):
-            rates.update({name: group.learning_rate for group in groups for name in group.parameters})
-
-    train(plugins=(Look,), plugin=["lora", "layerwise-decay"])
+def test_with_an_adapter_it_is_the_adapters_layers(rates_of):
+    rates = rates_of(plugin=["lora", "layerwise-decay"])
     assert set(rates.values()) == {0.5, 1.0}
     assert all("lora_" in name and rate == 0.5 ** (2 - level(name)) for name, rate in rates.items())

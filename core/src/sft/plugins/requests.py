@@ -31,11 +31,12 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sft.dataset_names import schemes
 from sft.errors import UsageError
-from sft.options import convert, items_in, options_of
+from sft.options import Option, convert, items_in, options_of
 from sft.plugins.discovery import ALL_OF_PROJECT, canonical, entries, import_plugin, installed
 from sft.plugins.registry import Plugins
 from sft.runtime import likely_device
@@ -43,6 +44,7 @@ from sft.runtime import likely_device
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 _NOTHING = ("", "none", "null", *_FALSE)
+_NONE_SHARED: Mapping[str, Option] = MappingProxyType({})
 
 
 def requests(kind: str) -> dict[str, list[str]]:
@@ -62,7 +64,7 @@ def requests(kind: str) -> dict[str, list[str]]:
 
 
 def choose_plugins(
-    values: Mapping[str, Any], known: Iterable[str], shared: Iterable[str] = ()
+    values: Mapping[str, Any], known: Iterable[str], shared: Mapping[str, Option] = _NONE_SHARED
 ) -> tuple[list[str], dict[str, Any]]:
     """Which plugins ``values`` request, in order, and the values that are left for the settings.
 
@@ -234,7 +236,9 @@ def explicit(values: Mapping[str, Any]) -> set[str]:
     return set(by_name(values.get("plugin", []))[0])
 
 
-def _by_settings(values: Mapping[str, Any], known: Iterable[str], shared: Iterable[str] = ()) -> dict[str, list[str]]:
+def _by_settings(
+    values: Mapping[str, Any], known: Iterable[str], shared: Mapping[str, Option] = _NONE_SHARED
+) -> dict[str, list[str]]:
     """Of the settings that can request plugins, those that are given, with the plugins that each requests now."""
     core, asked_for = set(known), {}
     for key, names in switches().items():
@@ -247,7 +251,7 @@ def _by_settings(values: Mapping[str, Any], known: Iterable[str], shared: Iterab
         if key in core:  # whose own words the core knows
             words = cases.get(key, {})
             given = words_in(values[key])
-            asked = [*words] if ALL in given and isinstance(shared, Mapping) and shared[key].is_list else given
+            asked = [*words] if ALL in given and shared[key].is_list else given
             asked_for[key] = [name for word in asked for name in words.get(word, [])]
         elif key not in asked_for and (key in numbers or key in cases):
             asked_for[key] = _by_value(key, values[key], numbers.get(key, []), cases.get(key, {}))

@@ -5,6 +5,7 @@ place to compute, and state that goes into checkpoints and comes back. How value
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from sft.errors import SftError
 from sft.seams import ParameterGroup
 
 
-class Optimizer:
+class Optimizer(ABC):
     """Steps parameters that it knows by structured name. A subclass says what it keeps of each (:meth:`new_state`) and
     how it steps them (:meth:`update`); all else is here.
 
@@ -47,11 +48,12 @@ class Optimizer:
 
     # --- what a subclass says ---
 
+    @abstractmethod
     def new_state(self, name: str, value: Any) -> dict[str, Any]:
         """The state of parameter ``name`` before its first step: tensors by kind, a word. ``value`` is what is stepped,
         float32. Paddle computes on its device here, and so it does in :meth:`update`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, gradients: dict[str, Any], rate: float, decay: float) -> None:
         """Step ``values`` and ``kept`` in place, for the names in ``gradients``, which are of one group.
 
@@ -59,7 +61,6 @@ class Optimizer:
         the learning rate of this step and group, ``decay`` the group's weight decay. What has no gradient in this step
         is not among them. Gradients are not recorded here.
         """
-        raise NotImplementedError
 
     # --- what all have ---
 

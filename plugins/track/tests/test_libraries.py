@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 def needs(library: str) -> pytest.MarkDecorator:
     missing = importlib.util.find_spec(library) is None
-    return pytest.mark.skipif(missing, reason=f"not installed: {library}")
+    return pytest.mark.skipif(missing, reason=f"not installed: {library} (tests/test_tracker_libraries.py has all)")
 
 
 class Fails(sft.Plugin):

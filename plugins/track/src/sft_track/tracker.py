@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from sft import Run, Summary
 
 
-class Tracker(sft.Plugin):
+class Tracker(sft.Plugin, ABC):
     """Logs each line of ``metrics.jsonl``, from the main process alone. A subclass writes, by its library.
 
     Attributes:
@@ -35,18 +36,18 @@ class Tracker(sft.Plugin):
 
     # --- what a subclass does -------------------------------------------------------------------------------
 
+    @abstractmethod
     def begin(self, run: Run, earlier: str | None, after: int) -> str:
         """Open the log. ``earlier`` is what this returned in the run that is resumed after step ``after``; None where a
         new one begins. Returns what finds it again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """Log the ``numbers`` of ``step``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self, status: str, summary: dict[str, Any]) -> None:
         """Close the log; ``status`` is finished, failed or interrupted, ``summary`` what came of a finished run."""
-        raise NotImplementedError
 
     # --- when -----------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from sft import hookspecs
 from sft.certify.certify import CHECKS
 from sft.commands.cli import COMMANDS
 from sft.context import members
+from sft.kit.about import all_plugins, excludes
 from sft.options import Option, options_of
 from sft.plugins.discovery import Installed, installed
 from sft.plugins.requests import requests
@@ -119,48 +120,31 @@ def commands_page() -> str:
     return "\n".join([*lines, ""])
 
 
-SEAMS = {
-    "sft_quantizer": ("quantizer", "量化器"),
-    "sft_attention_backend": ("attention", "注意力"),
-    "sft_kernels": ("kernels", "算子"),
-    "sft_data_source": ("data source", "数据来源"),
-    "sft_collator": ("collator", "数据整理"),
-    "sft_export_adapter": ("adapter", "适配器"),
-    "sft_parallel_strategy": ("parallel strategy", "并行策略"),
-    "sft_model_family": ("model family", "模型族"),
-    "sft_objective": ("objective", "优化目标"),
-    "sft_optimizer": ("optimizer", "优化器"),
-    "sft_schedule": ("schedule", "学习率"),
+CHINESE = {
+    **{"adapter": "适配器", "quantizer": "量化器", "attention": "注意力", "collator": "数据整理", "kernels": "算子"},
+    **{"parallel": "并行策略", "family": "模型族", "source": "数据来源", "export": "导出", "format": "数据格式"},
+    **{"optimizer": "优化器", "schedule": "学习率", "objective": "优化目标", "command": "命令"},
+    **{"observer": "观察", "events": "事件", "change": "改动", "refines": "改进"},
 }
-
-SHARED = {
-    "sft_export": ("export", "导出"),
-    "sft_commands": ("command", "命令"),
-    "sft_token_loss": ("loss of a token", "词元损失"),
-    "sft_evaluated": ("events", "事件"),
-}
-"""What several plugins may be at the same time."""
-EMBEDDING = ("embedding", "嵌入")
+"""The kinds of `sft plugins`."""
 
 
 def plugin_table(chinese: bool) -> str:
     """What each plugin is, needs, excludes and replaces: read from its declarations."""
-    plugins = own_plugins()
-    heads = ("插件", "发行包", "位置", "需要", "不能同时使用", "取代") if chinese else (
-        "plugin", "distribution", "seam", "needs", "not with", "replaces",
+    plugins, rows_of = own_plugins(), {row.name: row for row in all_plugins(shapes=False)}
+    heads = ("插件", "发行包", "类别", "需要", "不能同时使用", "取代") if chinese else (
+        "plugin", "distribution", "kind", "needs", "not with", "replaces",
     )  # fmt: skip
     rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name, plugin in plugins.items():
         item = installed()[name][0]
         link = f"[{item.distribution}](plugins/{_folder(item)})"
-        kinds = [words[chinese] for hook, words in SEAMS.items() if _implements(plugin, hook)]
-        refines = "改进 lora" if chinese else "refines lora"
-        other = next(
-            (words[chinese] for hook, words in SHARED.items() if _implements(plugin, hook)), EMBEDDING[chinese]
-        )
-        seam = kinds[0] if kinds else refines if plugin.requires else other
+        kinds = ", ".join(rows_of[name].kinds)
+        if chinese:  # "refines NAME" is of two words
+            each = (kind.partition(" ") for kind in rows_of[name].kinds)
+            kinds = "、".join(f"{CHINESE[kind]}{space}{of}" for kind, space, of in each)
         cells = (_names(plugin.requires), _names(excluded(name, plugins)), _names(plugin.supersedes))
-        rows.append(f"| `{name}` | {link} | {seam} | {' | '.join(cells)} |")
+        rows.append(f"| `{name}` | {link} | {kinds} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -239,20 +223,14 @@ def _escaped(lines: list[str]) -> str:
 
 
 def excluded(name: str, plugins: dict[str, Any]) -> list[str]:
-    """The plugins that cannot be active together with ``name``: a declared conflict, or the same single place."""
+    """The plugins that cannot be active together with ``name``, or with what it needs."""
     plugin, found = plugins[name], []
     for other, theirs in plugins.items():
-        declared = other in plugin.conflicts or name in theirs.conflicts
-        shared = any(_implements(plugin, hook) and _implements(theirs, hook) for hook in SEAMS)
         needs = any(need in theirs.conflicts for need in plugin.requires)
         needs = needs or any(need in plugin.conflicts for need in theirs.requires)
-        if other != name and (declared or shared or needs):
+        if other != name and (needs or excludes(plugin, theirs)):
             found.append(other)
     return found
-
-
-def _implements(plugin: Any, hook: str) -> bool:
-    return hasattr(getattr(plugin, hook, None), "sft_impl")
 
 
 def _names(names: Iterable[str]) -> str:

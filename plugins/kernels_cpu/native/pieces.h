@@ -163,6 +163,39 @@ EXPORT void cross_entropy(float *x, const int64_t *labels, double *losses, int64
     }
 }
 
+// Of 16 values, those at the places `at`.
+INLINE vec of_sixteen(const float *values, ivec at) {
+#if LANES == 4
+    const vec low = chosen(load(values), load(values + 4), at & 7), high = chosen(load(values + 8), load(values + 12), at & 7);
+    return at > 7 ? high : low;
+#else
+    return chosen(load(values), load(values + 16 - LANES), at);
+#endif
+}
+
+// y = values[code] · scale: codes of 4 bits, two a byte, the first in its high half; a scale for each block of `size`
+// values, which are whole pairs of vectors.
+EXPORT void four_bits(const uint8_t *codes, const float *values, const float *scales, float *y, int64_t blocks,
+                      int64_t size) {
+    typedef uint8_t bytes __attribute__((vector_size(LANES)));
+    ivec front, back;  // where the values of two vectors lie when they take turns
+    for (int lane = 0; lane < LANES; lane++) {
+        front[lane] = lane / 2 + lane % 2 * LANES;
+        back[lane] = front[lane] + LANES / 2;
+    }
+#pragma omp parallel for schedule(static) if (blocks * size > FEW)
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t i = block * size; i < (block + 1) * size; i += 2 * LANES) {
+            bytes pairs;
+            memcpy(&pairs, codes + i / 2, LANES);
+            const ivec pair = __builtin_convertvector(pairs, ivec);
+            const vec first = of_sixteen(values, pair >> 4) * scales[block];
+            const vec second = of_sixteen(values, pair & 15) * scales[block];
+            store(y + i, chosen(first, second, front));
+            store(y + i + LANES, chosen(first, second, back));
+        }
+}
+
 // Every row of y is x.
 EXPORT void repeated(const float *x, float *y, int64_t rows, int64_t n) {
 #pragma omp parallel for schedule(static) if (rows * n > FEW)

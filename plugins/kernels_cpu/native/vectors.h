@@ -36,6 +36,17 @@ INLINE void store(float *to, vec x, int64_t count) {
     else memcpy(to, &x, count * sizeof(float));
 }
 
+// Values of `a` and `b` by their places: those of `b` follow those of `a`.
+INLINE vec chosen(vec a, vec b, ivec at) {
+#if defined(__clang__)
+    vec y;
+    for (int lane = 0; lane < LANES; lane++) y[lane] = at[lane] < LANES ? a[at[lane]] : b[at[lane] - LANES];
+    return y;
+#else
+    return __builtin_shuffle(a, b, at);
+#endif
+}
+
 // The greater one; `b` where either is NaN.
 INLINE vec greater(vec a, vec b) { return a > b ? a : b; }
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import sft
 from sft_quant_nf4.codes import quantize_blocks, quantize_channels
 
 KINDS = ["nf4", "nf4-double", "fp4", "nf4-6", "int8", "int4", "int4-group"]

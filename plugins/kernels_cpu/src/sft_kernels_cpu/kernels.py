@@ -106,6 +106,16 @@ class NativeKernels(sft.Kernels):
         self._library.cross_entropy(*pointers, *logits.shape)
         return losses, logits
 
+    def four_bits(self, codes: Any, values: Any, scales: Any, size: int) -> Any | None:
+        library = for_width(self._library, size // 2) if size % 2 == 0 else None  # a block must be whole vectors
+        if library is None or not fits(values, scales) or not codes.place.is_cpu_place():
+            return self._rest.four_bits(codes, values, scales, size)
+        codes, values, scales = dense(codes), dense(values), dense(scales)
+        blocks = math.prod(scales.shape)
+        y = empty([blocks * size])
+        library.four_bits(*(one.data_ptr() for one in (codes, values, scales, y)), blocks, size)
+        return y
+
     def _gated(self, gate: Any, up: Any, silu: bool) -> Any:
         gate, up, rest, library = dense(gate), dense(up), self._rest, self._library
         if not learning(gate, up):

@@ -32,6 +32,7 @@ _FUNCTIONS = {
     "gated_slope": (*[c_void_p] * 5, c_int64, c_int64),
     "cross_entropy": (*[c_void_p] * 3, c_int64, c_int64),
     "repeated": (c_void_p, c_void_p, c_int64, c_int64),
+    "four_bits": (*[c_void_p] * 4, c_int64, c_int64),
     "attention": (*[c_void_p] * 5, *[c_int64] * 5, c_float, c_float, *[c_void_p] * 2),
     "attention_slope": (*[c_void_p] * 8, *[c_int64] * 6, c_float, c_float, *[c_void_p] * 4),
     "few_rows": (*[c_void_p] * 4, *[c_int64] * 5, *[c_void_p] * 2, c_int64, c_float),

@@ -52,8 +52,13 @@ class DoubleAbsmax:
 
 def pair_table(kind: str) -> np.ndarray:
     """float32 [256, 2]: the two values that a byte of codes stands for."""
-    byte = np.arange(256)
-    return np.stack([CODEBOOKS[kind][byte >> 4], CODEBOOKS[kind][byte & 15]], axis=1)
+    byte, values = np.arange(256), codebook(kind)
+    return np.stack([values[byte >> 4], values[byte & 15]], axis=1)
+
+
+def codebook(kind: str) -> np.ndarray:
+    """float32 [16]: what each code of "nf4", "fp4" or "int4" stands for."""
+    return np.arange(-8, 8, dtype=np.float32) if kind == "int4" else CODEBOOKS[kind]
 
 
 def nearest(values: np.ndarray, kind: str) -> np.ndarray:
@@ -178,10 +183,6 @@ def _eight_bits(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     lower = upper - 1
     codes = np.where(np.abs(unit - DYNAMIC[lower]) <= np.abs(DYNAMIC[upper] - unit), lower, upper)
     return codes.astype(np.uint8), absmax
-
-
-INT4_PAIRS = np.stack([np.arange(256) >> 4, np.arange(256) & 15], axis=1).astype(np.float32) - 8
-"""float32 [256, 2]: the two whole numbers that a byte stands for."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ import paddle
 
 import sft
 from sft import UsageError
-from sft_quant_nf4.codes import DYNAMIC, INT4_PAIRS, Blocks, Channels, DoubleAbsmax, pair_table
+from sft_quant_nf4.codes import DYNAMIC, Blocks, Channels, DoubleAbsmax, codebook, pair_table
 from sft_quant_nf4.kernels import Kernel, Packed, on_gpu
 from sft_quant_nf4.lookup import look_up
 from sft_quant_nf4.tables import table
@@ -194,11 +194,8 @@ class BlockLinear(QuantizedLinear):
         blocks = slice(first // self.blocksize, -(-last // self.blocksize))
         places = slice(blocks.start * self.blocksize // 2, blocks.stop * self.blocksize // 2)
         if self.codes.place.is_cpu_place():
-            scaled = paddle.empty([2 * (places.stop - places.start)], "float32")
-            values = sft.array_of(scaled)
-            look_up(sft.array_of(self.codes)[places], self.kind, values)
-            in_blocks = values.reshape(-1, self.blocksize)
-            np.multiply(in_blocks, self._scales_on_cpu(blocks)[:, None], out=in_blocks)
+            scales = self._scales_on_cpu(blocks)
+            scaled = _looked_up(self.kernels, self.codes[places], self.kind, scales, self.blocksize)
         else:
             pairs = paddle.gather(self.table, self.codes[places].astype("int32"))
             scaled = (pairs.reshape([-1, self.blocksize]) * self._scales(blocks).unsqueeze(-1)).reshape([-1])
@@ -229,6 +226,17 @@ class BlockLinear(QuantizedLinear):
         return (blocks // width * stride + first + blocks % width) // 256
 
 
+def _looked_up(kernels: sft.Kernels, codes: Any, kind: str, scales: np.ndarray, size: int) -> Any:
+    """What 4-bit ``codes`` uint8 [n / 2] on the CPU stand for, times the scale of each ``size`` of them, float32 [n]."""
+    values = kernels.four_bits(codes, table(f"codes of {kind}", codebook(kind)), paddle.to_tensor(scales), size)
+    if values is None:
+        values = paddle.empty([2 * codes.size], "float32")
+        look_up(sft.array_of(codes), kind, sft.array_of(values))
+        in_blocks = sft.array_of(values).reshape(-1, size)
+        np.multiply(in_blocks, scales.reshape(-1, 1), out=in_blocks)
+    return values
+
+
 class ChannelLinear(QuantizedLinear):
     """INT8 and INT4: whole numbers, and a scale for each output channel or each group of its inputs.
 
@@ -241,7 +249,7 @@ class ChannelLinear(QuantizedLinear):
         self.bits, self.kernel = channels.bits, kernel
         self.packed: Packed | None = None
         self.refused = False
-        self.table = table("int4", INT4_PAIRS) if channels.bits == 4 else None
+        self.table = table("int4", pair_table("int4")) if channels.bits == 4 else None
         self.codes, self.scales = paddle.to_tensor(channels.codes), paddle.to_tensor(channels.scales)
 
     def _inputs(self, where: slice, count: int) -> QuantizedLinear:
@@ -281,7 +289,13 @@ class ChannelLinear(QuantizedLinear):
         return super().product(x)
 
     def rows(self, start: int, stop: int) -> Any:
-        values, scales = self.values(start, stop), self.scales[start:stop]
+        scales = self.scales[start:stop]
+        if self.table is not None and self.packed is None and self.codes.place.is_cpu_place():
+            size = self.in_features // scales.shape[1]
+            if size % 2 == 0:  # no byte has values of two scales
+                values = _looked_up(self.kernels, self.codes[start:stop].reshape([-1]), "int4", sft.array_of(scales), size)
+                return values.reshape([stop - start, self.in_features])
+        values = self.values(start, stop)
         grouped = values.reshape([stop - start, scales.shape[1], -1]) * scales.unsqueeze(-1)
         return grouped.reshape([stop - start, self.in_features])
 

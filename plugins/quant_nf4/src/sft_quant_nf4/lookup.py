@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from sft_quant_nf4.codes import INT4_PAIRS, pair_table
+from sft_quant_nf4.codes import pair_table
 
 _FOUR = np.complex128
 """A type of 16 bytes; nothing is computed in it."""
@@ -19,9 +19,8 @@ _FOUR = np.complex128
 @cache
 def _fours(kind: str) -> np.ndarray:
     """[65536]: the four float32 values of each two bytes, 1 MiB."""
-    pairs = INT4_PAIRS if kind == "int4" else pair_table(kind)
     both = np.arange(1 << 16, dtype=np.uint16).view(np.uint8)  # as they lie in memory
-    return np.ascontiguousarray(pairs[both], np.float32).reshape(-1, 4).view(_FOUR)[:, 0]
+    return np.ascontiguousarray(pair_table(kind)[both], np.float32).reshape(-1, 4).view(_FOUR)[:, 0]
 
 
 def look_up(codes: np.ndarray, kind: str, values: np.ndarray) -> None:

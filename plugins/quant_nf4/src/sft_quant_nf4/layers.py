@@ -293,7 +293,9 @@ class ChannelLinear(QuantizedLinear):
         if self.table is not None and self.packed is None and self.codes.place.is_cpu_place():
             size = self.in_features // scales.shape[1]
             if size % 2 == 0:  # no byte has values of two scales
-                values = _looked_up(self.kernels, self.codes[start:stop].reshape([-1]), "int4", sft.array_of(scales), size)
+                values = _looked_up(
+                    self.kernels, self.codes[start:stop].reshape([-1]), "int4", sft.array_of(scales), size
+                )
                 return values.reshape([stop - start, self.in_features])
         values = self.values(start, stop)
         grouped = values.reshape([stop - start, scales.shape[1], -1]) * scales.unsqueeze(-1)

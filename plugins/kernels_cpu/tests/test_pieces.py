@@ -191,3 +191,29 @@ def test_the_number_of_threads_changes_no_bit(kernels: sft.Kernels, threads: Cal
         found.append([y, *grads])
     for other in found[1:]:
         assert all((a == b).all() for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("size", [8, 64, 96, 256])
+def test_four_bits(library: Any, size: int) -> None:
+    """To the last bit what is looked up one by one; blocks too small for this level go to a lower one."""
+    import paddle
+
+    from sft_kernels_cpu.kernels import NativeKernels
+
+    draw = np.random.default_rng(size)
+    for blocks in (1, 3, 1000):
+        codes = draw.integers(0, 256, blocks * size // 2, dtype=np.uint8)
+        values, scales = draw.standard_normal((2, 16 + blocks)).astype(np.float32)
+        values, scales = values[:16], scales[16:]
+        expected = values[np.stack([codes >> 4, codes & 15], axis=1).reshape(blocks, size)] * scales[:, None]
+        tensors = map(paddle.to_tensor, (codes, values, scales))
+        found = NativeKernels(library).four_bits(*tensors, size)
+        assert np.array_equal(found.numpy(), expected.reshape(-1))
+
+
+def test_blocks_that_are_no_whole_vectors_stay_where_they_are(library: Any, paddle: Any) -> None:
+    from sft_kernels_cpu.kernels import NativeKernels
+
+    codes, values, scales = np.zeros(15, np.uint8), np.ones(16, np.float32), np.ones(5, np.float32)
+    for size in (6, 3):
+        assert NativeKernels(library).four_bits(*map(paddle.to_tensor, (codes, values, scales)), size) is None

@@ -177,3 +177,23 @@ def test_a_gpu_has_the_whole_matrix_at_a_time(
         np.testing.assert_allclose(y.numpy(), x @ wide.T, atol=1e-5, rtol=1e-5)
         np.testing.assert_allclose(tensor.grad.numpy(), upstream @ wide, atol=1e-5, rtol=1e-5)
     assert 2 <= len(divided._gpu_parts) <= 3
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double", "fp4", "int4", "int4-group"])
+def test_kernels_may_look_codes_up(paddle: Any, kind: str) -> None:
+    """They are told all that a part of a layer stands for; what they do not give is as it was."""
+
+    class ByOne(sft.Kernels):
+        calls = 0
+
+        def four_bits(self, codes: Any, values: Any, scales: Any, size: int) -> Any:
+            codes, values, scales = codes.numpy(), values.numpy(), scales.numpy().reshape(-1, 1)
+            both = values[np.stack([codes >> 4, codes & 15], axis=1).reshape(len(scales), size)]
+            self.calls += 1
+            return paddle.to_tensor((both * scales).reshape(-1))
+
+    layer, _ = make(np.random.default_rng(0).standard_normal((96, 192)).astype(np.float32), kind)
+    expected = layer.dequantize().numpy()
+    layer.kernels = ByOne()
+    assert np.array_equal(layer.dequantize().numpy(), expected)
+    assert layer.kernels.calls == len(layer.parts)

@@ -143,8 +143,8 @@ class Kernels:
         return losses, exponentials / normaliser
 
     def four_bits(self, codes: Any, values: Any, scales: Any, size: int) -> Any | None:
-        """values[code] · scale of codes of 4 bits: uint8 [blocks · size / 2], two in a byte, the first in its high half;
-        values float32 [16]; scales float32 [blocks], one for each ``size`` codes → float32 [blocks · size]. None where
+        """values[code] · scale, float32 [blocks · size], of codes of 4 bits: uint8 [blocks · size / 2], two in a byte,
+        the first in its high half; values float32 [16]; scales float32, one for each ``size`` codes. None where
         whoever holds the codes has the better way. (Here always.)"""
         return None
 

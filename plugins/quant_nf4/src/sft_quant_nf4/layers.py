@@ -227,7 +227,7 @@ class BlockLinear(QuantizedLinear):
 
 
 def _looked_up(kernels: sft.Kernels, codes: Any, kind: str, scales: np.ndarray, size: int) -> Any:
-    """What 4-bit ``codes`` uint8 [n / 2] on the CPU stand for, times the scale of each ``size`` of them, float32 [n]."""
+    """What 4-bit ``codes`` uint8 [n / 2] on the CPU stand for, times the scale of each ``size``: float32 [n]."""
     values = kernels.four_bits(codes, table(f"codes of {kind}", codebook(kind)), paddle.to_tensor(scales), size)
     if values is None:
         values = paddle.empty([2 * codes.size], "float32")

@@ -168,6 +168,15 @@ def test_an_evaluation_without_dev_data_is_said_to_be_none(train: Train, dataset
     assert said.count(note) == 1
 
 
+@pytest.mark.slow
+def test_a_file_that_asks_for_what_cannot_be_goes_too(train: Train, tmp_path: Path) -> None:
+    said: list[str] = []
+    asks = toy(sft_step_ended=lambda self, run: (run.output_dir / "EVALUATE").touch() if run.step == 1 else None)
+    train("out", (asks,), say=said.append, max_steps=2, do_eval=False)
+    assert any("there is no dev data to measure" in line for line in said)
+    assert not (tmp_path / "out" / "EVALUATE").exists()
+
+
 # --- going on -----------------------------------------------------------------------------------------------
 
 
@@ -210,13 +219,15 @@ def test_one_that_was_killed_as_it_ended_early_ends_there(train: Train, tmp_path
 
 
 def test_files_in_the_folder_ask_too_and_go_when_they_have_been_obeyed(
-    train: Train, tmp_path: Path, short: Path
+    train: Train, tmp_path: Path, short: Path, metrics: Metrics
 ) -> None:
     folder, said = tmp_path / "out", list[str]()
     left: list[set[str]] = []
 
     def touch(self: Any, run: sft.Run, record: dict[str, Any]) -> None:
-        left.append({name for name in ("STOP", "SAVE") if (folder / name).exists()})
+        left.append({name for name in ("STOP", "SAVE", "EVALUATE") if (folder / name).exists()})
+        if record["step"] == 2:
+            (folder / "EVALUATE").touch()
         if record["step"] == 3:
             (folder / "SAVE").touch()
         if record["step"] == 5:
@@ -227,6 +238,8 @@ def test_files_in_the_folder_ask_too_and_go_when_they_have_been_obeyed(
     assert summary.stopped_early is not None
     assert summary.stopped_early["reason"].startswith(reason)
     assert "\x1b" not in summary.stopped_early["reason"]
+    assert [line["step"] for line in metrics(folder) if "eval_loss" in line] == [0, 2, 5]
+    assert f"the dev data has been measured, as the file EVALUATE in {folder} asked" in said
     assert checkpoints_of(folder) == ["checkpoint-3"]
     assert f"checkpoint-3 has been written, as the file SAVE in {folder} asked" in said
     assert left == [set()] * 5

@@ -22,7 +22,7 @@ from toy_plugins import toy
 import sft
 from sft import folder_lock
 from sft.files import read_report
-from sft.folder_lock import FolderLock, check_unused, is_used
+from sft.folder_lock import FolderLock, Holder, check_unused, holder_of, is_used
 
 Train = Callable[..., sft.Summary]
 
@@ -87,6 +87,9 @@ def test_one_process_holds_a_folder(tmp_path: Path) -> None:
     check_unused(tmp_path, quiet)
     lock = FolderLock(tmp_path, quiet)
     assert is_used(tmp_path)
+    holder = holder_of(tmp_path)
+    assert holder is not None
+    assert (holder.pid, holder.is_here) == (os.getpid(), True)
     message = rf"Another run is writing to .* \(process {os.getpid()} on \S+, since 2\d\d\d-\S+\); wait until it"
     for attempt in (lambda: FolderLock(tmp_path, quiet), lambda: check_unused(tmp_path, quiet)):
         with pytest.raises(sft.UsageError, match=message):
@@ -107,6 +110,7 @@ def test_a_lock_dies_with_its_owner(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=10)
     assert (tmp_path / folder_lock.NAME).exists()
+    assert holder_of(tmp_path) is None
     check_unused(tmp_path, quiet)
     FolderLock(tmp_path, quiet).release()
     assert not list(tmp_path.iterdir())
@@ -137,6 +141,7 @@ def test_a_file_that_its_owner_had_not_filled_is_no_lock(tmp_path: Path) -> None
 def test_a_run_on_another_machine_is_seen(tmp_path: Path) -> None:
     path, said = of_another_machine(tmp_path), []
     with beating(path):
+        assert holder_of(tmp_path) == Holder(4321, "node7", "2026-01-02T03:04:05", is_here=False)
         for attempt in (lambda: FolderLock(tmp_path, said.append), lambda: check_unused(tmp_path, said.append)):
             with pytest.raises(sft.UsageError, match=r"\(process 4321 on node7, since 2026-01-02T03:04:05\)"):
                 attempt()
@@ -146,6 +151,7 @@ def test_a_run_on_another_machine_is_seen(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_machine_that_is_silent_does_not_block(tmp_path: Path) -> None:
     of_another_machine(tmp_path, age=5.0)
+    assert holder_of(tmp_path) is None
     began = time.monotonic()
     FolderLock(tmp_path, quiet).release()
     assert time.monotonic() - began < 0.9  # long enough ago: nothing to wait for
@@ -161,9 +167,11 @@ def test_a_machine_that_is_silent_does_not_block(tmp_path: Path) -> None:
 def test_a_disk_without_locks(tmp_path: Path) -> None:
     """The owner's time is all there is, on one machine too."""
     lock = FolderLock(tmp_path, quiet)
+    assert holder_of(tmp_path) is not None
     with pytest.raises(sft.UsageError, match=f"process {os.getpid()} on"):
         FolderLock(tmp_path, lambda text: None)
     lock.release()
+    assert holder_of(tmp_path) is None
     FolderLock(tmp_path, quiet).release()
 
 

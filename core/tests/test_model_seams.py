@@ -97,6 +97,7 @@ def test_an_adapter_trains_and_is_all_that_is_written(train: Train, models: Path
         "chat_template.jinja",
         "metrics.jsonl",
         "run.json",
+        "sft.log",
         "tokenizer.json",
         "tokenizer_config.json",
     ]

@@ -250,7 +250,8 @@ def test_run_json_says_while_a_run_is_not_finished(train: Train, tmp_path: Path)
         @sft.hookimpl
         def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
             found.append(json.loads((run.output_dir / "run.json").read_text()))
-            assert sorted(path.name for path in run.output_dir.iterdir()) == ["metrics.jsonl", "run.json", "run.lock"]
+            written = sorted(path.name for path in run.output_dir.iterdir())
+            assert written == ["metrics.jsonl", "run.json", "run.lock", "sft.log"]
 
     train(plugins=(Look,), max_steps=1)
     assert [record["status"] for record in found] == ["running"]

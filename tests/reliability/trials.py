@@ -190,6 +190,8 @@ def snapshot(folder: Path) -> dict[str, Any]:
             found[name] = read_metrics(path.parent, same=True)
         elif path.name == "state.json":
             found[name] = without_times(json.loads(path.read_text()))
+        elif path.name == "sft.log":  # a stopped run has more to say
+            found[name] = ""
         elif path.name == "run.json":
             found[name] = json.loads(path.read_text())["status"]
         elif path.name == "manifest.json":  # the state's hash is in it

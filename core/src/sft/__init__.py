@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from sft.distributed.parts import sum_over
     from sft.dry_runs import DryRun, dry_run
     from sft.fine_tune import run
+    from sft.folder_lock import Holder, holder_of
     from sft.hub_names import is_hub_name
     from sft.models.adapter_folder import read_adapter
     from sft.models.architecture import Architecture, Block, Experts, ModelShape, Norms
@@ -92,6 +93,7 @@ _LAZY = {
     "Foreign": "sft.settings.paddlenlp",
     "Family": "sft.models.families.family",
     "FinishedModel": "sft.models.finished",
+    "Holder": "sft.folder_lock",
     "KeptKeys": "sft.models.kept_keys",
     "Kernels": "sft.models.kernels",
     "LanguageModel": "sft.models.families.family",
@@ -124,6 +126,7 @@ _LAZY = {
     "Target": "sft.models.layers",
     "collect": "sft.commands.run",
     "dry_run": "sft.dry_runs",
+    "holder_of": "sft.folder_lock",
     "matches": "sft.patterns",
     "matching": "sft.models.layers",
     "parse_size": "sft.models.shards",
@@ -158,6 +161,7 @@ __all__ = [
     "Family",
     "FinishedModel",
     "Foreign",
+    "Holder",
     "KeptKeys",
     "Kernels",
     "LanguageModel",
@@ -199,6 +203,7 @@ __all__ = [
     "collect",
     "copy_onto",
     "dry_run",
+    "holder_of",
     "hookimpl",
     "hookspec",
     "is_hub_name",

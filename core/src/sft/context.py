@@ -14,6 +14,7 @@ from sft.control import Control
 from sft.errors import TooEarlyError
 from sft.foreign_text import without_secrets
 from sft.progress import Progress
+from sft.run_log import RunLog
 from sft.stopping import Stop
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class Run:
 
     @say.setter
     def say(self, say: Callable[[str], None]) -> None:
-        self.progress.say = say
+        self.progress.voice = say
 
     @property
     def output_dir(self) -> Path:
@@ -215,6 +216,7 @@ class CoreRun(Run):
         stopped_early: As :class:`Summary` has it.
         not_finite: Numbers of plugins that have been said not to be finite.
         lock: The lock of the run's folder, in the process that writes there; None before it is taken.
+        log: What the run says, as it stands in the folder of a run.
     """
 
     places: Callable[[dict[str, Any], Sequence[int]], list[str]]
@@ -246,6 +248,7 @@ class CoreRun(Run):
         self.stopped_early: dict[str, Any] | None = None
         self.not_finite: set[str] = set()
         self.lock: FolderLock | None = None
+        self.log = RunLog(self.progress)
 
     def files_of(self, name: str, split: str) -> list[Path] | None:
         """The files that a plugin says hold a split of the data ``name``; None if none of them knows it."""
@@ -272,6 +275,7 @@ class CoreRun(Run):
         with self.stop.whole():
             if self.lock is not None:
                 self.lock.release()
+            self.log.end()
 
     def shaping(self) -> dict[str, dict[str, Any]]:
         """The options of the plugins that change what is learned, by plugin: what a resumed run must have too. What

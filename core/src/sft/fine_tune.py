@@ -176,8 +176,8 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     check_export(run)
     record = describe(run)
     journal = open_run_folder(run, resumed.folder if resumed is not None else None, record)
-    list_skipped(run, resumed.folder.parent if resumed is not None else None)
     wishes = Wishes(run)
+    list_skipped(run, resumed.folder.parent if resumed is not None else None)
     if resumed is not None:
         state = resumed.state
         changed = journal.rewind(state, resumed.folder.parent / "metrics.jsonl")

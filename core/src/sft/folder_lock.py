@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,23 @@ SILENCE = 60.0
 """Seconds without that after which an owner on another machine is taken for dead."""
 _TRIES = 6
 """Attempts to lock, 50 ms apart: whoever only looks has the lock for a moment."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds the folder of a run: the process that writes there.
+
+    Attributes:
+        pid: Its number on its machine; None where it has not said it yet.
+        host: The name of that machine.
+        since: When it took the folder, in its local time, ISO 8601.
+        is_here: Whether that is this machine, as far as the system's own name for itself tells.
+    """
+
+    pid: int | None
+    host: str
+    since: str
+    is_here: bool
 
 
 class FolderLock:
@@ -93,12 +111,45 @@ def is_used(folder: Path) -> bool:
     """Whether a run on this machine holds ``folder`` now."""
     try:
         with (folder / NAME).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+            return _is_locked(file.fileno())[0]
     except OSError:
-        pass
-    return False
+        return False
+
+
+def holder_of(folder: str | os.PathLike[str]) -> Holder | None:
+    """The run that holds ``folder`` now, on this machine or, by the time of its lock file, on another; None where none
+    does. Nothing is changed there, and nothing is waited for.
+
+    Where ``run.json`` says that a run is under way and nobody holds its folder, the run has died: it was killed, or its
+    machine went down. Another machine is believed for a minute after its last sign of life, if the clocks agree."""
+    path = Path(folder) / NAME
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # whatever lies there under that name
+    except OSError:
+        return None
+    try:
+        beat, said = os.fstat(handle).st_mtime, _owner(os.read(handle, 4096))
+        is_locked, system_knows = _is_locked(handle)
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+    is_here = said.get("machine") in (None, _machine())
+    if not is_locked and ((system_knows and is_here) or time.time() - beat >= SILENCE):
+        return None
+    pid, host, since = said.get("pid"), said.get("host", ""), said.get("since", "")
+    return Holder(pid if isinstance(pid, int) else None, shown(host, 80), shown(since, 80), is_here)
+
+
+def _is_locked(handle: int) -> tuple[bool, bool]:
+    """Whether somebody has locked the file, and whether the system knows: some disks have no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True, True
+    except OSError:
+        return False, False
+    return False, True
 
 
 def check_unused(folder: Path, say: Callable[[str], None]) -> None:

@@ -64,15 +64,17 @@ class Printer:
 
 
 class Progress:
-    """Where a run shows how far it is. ``say`` gets its lines; bars need a ``say`` that is a :class:`Printer`, whose
-    stream is a terminal, and ``bars``.
+    """Where a run shows how far it is. ``voice`` gets its lines; bars need one that is a :class:`Printer`, whose stream
+    is a terminal, and ``bars``.
 
     Work shows itself when it advances. So that one long batch is not silent, a thread looks after it too, while there
-    is some and ``say`` is a Printer: a callable of the user's is called by the thread that works alone.
+    is some and ``voice`` is a Printer: a callable of the user's is called by the thread that works alone.
     """
 
-    def __init__(self, say: Callable[[str], None], bars: bool = True) -> None:
-        self.say = say
+    def __init__(self, voice: Callable[[str], None], bars: bool = True) -> None:
+        self.voice = voice
+        self.ears: list[Callable[[str], None]] = []
+        """What hears each line too, whatever ``voice`` makes of it."""
         self._bars = bars
         self._live: Any = None
         self._shown = 0
@@ -80,6 +82,16 @@ class Progress:
         self._ended: threading.Event | None = None
         self.lock = threading.RLock()
         """Held by whoever shows something."""
+
+    def say(self, text: str) -> None:
+        """Tell the user one line."""
+        self.note(text)
+        self.voice(text)
+
+    def note(self, text: str) -> None:
+        """A line for ``ears`` alone: what it says the user sees in another way, such as a bar."""
+        for hear in self.ears:
+            hear(text)
 
     def over(self, items: Iterable[T], what: str, unit: str, total: int | None = None) -> Iterator[T]:
         """``items`` one by one, as a task of ``total`` of them (of ``len(items)`` where they have one)."""
@@ -113,7 +125,7 @@ class Progress:
         """Within the block ``work`` is looked at from time to time, while nothing else is going on within it."""
         with self.lock:
             self._open.append(work)
-            if self._ended is None and isinstance(self.say, Printer):
+            if self._ended is None and isinstance(self.voice, Printer):
                 self._ended = threading.Event()
                 threading.Thread(target=self._watch, args=(self._ended,), daemon=True).start()
         try:
@@ -131,7 +143,7 @@ class Progress:
                         return
                     if not self._open:  # not as soon as there is none: a step may take less time than a thread to begin
                         self._stop_watching()
-                    elif isinstance(self.say, Printer):
+                    elif isinstance(self.voice, Printer):
                         self._open[-1].look()
 
     def _stop_watching(self) -> None:
@@ -143,13 +155,13 @@ class Progress:
     def has_bars(self) -> bool:
         """Whether there is a terminal for bars."""
         dumb = os.environ.get("TERM") in ("dumb", "unknown")
-        return self._bars and not dumb and isinstance(self.say, Printer) and bool(self.say.file.isatty())
+        return self._bars and not dumb and isinstance(self.voice, Printer) and bool(self.voice.file.isatty())
 
     def show(self, description: str, total: float | None) -> int:
         """Open a bar below those that are there; its number for :meth:`update` and :meth:`hide`."""
         with self.lock:
             if self._live is None:
-                self._live = _bars(self.say)
+                self._live = _bars(self.voice)
                 self._live.start()
             self._shown += 1
             return int(self._live.add_task(description, total=total, text=""))
@@ -252,7 +264,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
 
-def _bars(say: Any) -> Any:
+def _bars(voice: Any) -> Any:
     """rich's display; what is printed while it is there appears above it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -264,7 +276,7 @@ def _bars(say: Any) -> Any:
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
-        console=Console(file=say.file, highlight=False, soft_wrap=True),
+        console=Console(file=voice.file, highlight=False, soft_wrap=True),
         transient=True,
         # What goes to a file or a pipe is no line above the bar.
         redirect_stdout=sys.stdout.isatty(),

@@ -26,6 +26,7 @@ def finish(run: CoreRun, record: dict[str, Any], summary: Summary) -> None:
     finished. So it does at a signal, which waits until they have been told."""
     run.stop.waits_for("the run has finished, and its plugins hear of it first")
     write_report(run, {**record, "status": "finished", "result": summary.as_dict()})
+    run.progress.note(f"the run has finished: {summary.steps} steps in {summary.seconds:.1f} s")
     run.finished = True
     first: BaseException | None = None
     for name in run.plugins.implementing("sft_run_ended"):

@@ -94,13 +94,16 @@ class Display:
 
     def line(self, line: dict[str, Any]) -> None:
         """A logged step, in plain text (the bar shows the same figures at every step)."""
+        speed = line["tokens"] / max(line["seconds"], 1e-9)
+        text = (
+            f"step {line['step']}/{self._total}  epoch {line['epoch']:.2f}  loss {line['loss']:.4f}  "
+            f"lr {line['learning_rate']:.2e}  grad norm {line['grad_norm']:.3f}  {speed:,.0f} tokens/s  "
+            f"ETA {self._eta()}{_own(line)}"
+        )
         if self._bar is None:
-            speed = line["tokens"] / max(line["seconds"], 1e-9)
-            self.say(
-                f"step {line['step']}/{self._total}  epoch {line['epoch']:.2f}  loss {line['loss']:.4f}  "
-                f"lr {line['learning_rate']:.2e}  grad norm {line['grad_norm']:.3f}  {speed:,.0f} tokens/s  "
-                f"ETA {self._eta()}{_own(line)}"
-            )
+            self.say(text)
+        else:
+            self._progress.note(text)
 
     def between(self, record: dict[str, Any], tokens_per_second: float) -> None:
         """A step that is not logged. It is shown if no line has come for long, so that slow training is not silent."""

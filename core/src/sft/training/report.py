@@ -102,6 +102,8 @@ def write_end(run: CoreRun, error: BaseException) -> None:
         return
     stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
     end = {"status": "interrupted"} if stopped else {"status": "failed", "error": sentence(error)}
+    moment = f" ({error})" if str(error) else ""
+    run.progress.note(f"the run was interrupted{moment}" if stopped else f"the run has failed: {end['error']}")
     with contextlib.suppress(OSError):  # what has ended the run is what counts
         write_json(run.output_dir / "run.json", {**record, **end})
 

@@ -10,6 +10,7 @@ from sft.errors import UsageError
 from sft.files import make_folder, read_report, remove_folder, remove_leftovers, sync
 from sft.folder_lock import FolderLock, check_unused
 from sft.foreign_text import shown
+from sft.run_log import NAME as LOG
 from sft.training.checkpoint_folder import (
     CLEARS,
     asks_to_resume,
@@ -27,7 +28,7 @@ from sft.training.skipped_records import NAME
 if TYPE_CHECKING:
     from sft.context import CoreRun
 
-RESULT_FILES = ("run.json", *PUBLISHED, "metrics.jsonl", NAME, "generations-*.jsonl")
+RESULT_FILES = ("run.json", *PUBLISHED, "metrics.jsonl", LOG, NAME, "generations-*.jsonl")
 """What a run writes into its folder beside checkpoints."""
 
 
@@ -121,6 +122,7 @@ def open_run_folder(run: CoreRun, source: Path | None, record: dict[str, Any]) -
     if run.strategy.is_main:
         _take(run)
         _clear(run, source, record)
+        run.log.begin(run.output_dir)
     run.strategy.wait()
     return Journal(run.output_dir / "metrics.jsonl" if run.strategy.is_main else None)
 

@@ -1,4 +1,4 @@
-"""What a run is asked while it trains: by hooks (``run.control``), by files in its folder (STOP, SAVE), by signals.
+"""What a run is asked while it trains: by hooks (``run.control``), by files in its folder, by signals.
 
 The processes of a run may be asked different things. They agree by one ``largest`` a step, which says whether anybody
 has been asked anything; only then do they ask each other what.
@@ -60,6 +60,8 @@ class Wishes:
         self.evaluates |= evaluates
         if self.evaluates and run.dev_data is None:
             self.evaluates = False
+            if self._files is not None:
+                self._files.obeyed(EVALUATE)
             if not self._told_of_no_data:
                 self._told_of_no_data = True
                 run.say("note: an evaluation was asked for, and there is no dev data to measure, so none is made")
@@ -67,6 +69,8 @@ class Wishes:
     def evaluated(self) -> None:
         """An evaluation of this step has been made."""
         self.evaluates = False
+        if self._files is not None and self._files.obeyed(EVALUATE):
+            self._run.say(f"the dev data has been measured, as the file EVALUATE in {self._run.output_dir} asked")
 
     def saved(self, folder: Path) -> None:
         """A checkpoint of this step has been written."""
@@ -81,12 +85,12 @@ class Wishes:
 
 
 class _Files:
-    """STOP and SAVE in the folder of a run. Only what comes or changes while the run trains counts: a file of such a
-    name that was there before may be anybody's, and is neither obeyed nor removed."""
+    """STOP, SAVE and EVALUATE in the folder of a run. Only what comes or changes while the run trains counts: a file of
+    such a name that was there before may be anybody's, and is neither obeyed nor removed."""
 
     def __init__(self, run: CoreRun) -> None:
         self._run = run
-        self._paths = {kind: run.output_dir / kind.upper() for kind in (STOP, SAVE)}
+        self._paths = {kind: run.output_dir / kind.upper() for kind in (STOP, SAVE, EVALUATE)}
         self._known = {kind: _mark(path) for kind, path in self._paths.items()}
         self._obeys: dict[str, Mark] = {}
         for kind, mark in self._known.items():
@@ -103,6 +107,8 @@ class _Files:
             self._known[kind] = self._obeys[kind] = mark
             if kind == SAVE:
                 self._run.control.save()
+            elif kind == EVALUATE:
+                self._run.control.evaluate()
             else:
                 reason = _reason(path)
                 self._run.control.stop(f"the file {path} asks for it{f': {reason}' if reason else ''}")

@@ -26,6 +26,7 @@ TRAINED_WITH = {
     "data_packing": "--plugin greedy-zero-padding",
     "export_gguf": "",  # a run leaves a model to export, below
     "early_stopping": "--plugin early-stopping --evaluation_strategy steps --eval_steps 1",
+    "influence": "--save_strategy steps --save_steps 1",  # of a run that leaves checkpoints, below
     "kernels_cpu": "--plugin fast-cpu",
     "models_paddlenlp": "--plugin paddlenlp-models",
     "noise_neftune": "--plugin neftune",
@@ -151,6 +152,9 @@ def test_the_core_with_one(
         train(environment, material, "out", *settings)
     if package.name == "export_gguf":
         environment.sft("export", "--to", "gguf", "--model_name_or_path", "out", "--output_path", "exported")
+    if package.name == "influence":
+        said = environment.sft("why", "out", "--prompt", "type#1", "--answer", "A coat for you.")
+        assert "helpful:" in said
     environment.uninstall(name)
     assert environment.files() == core_alone.files()
     assert listed(environment) == {}

@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from sft.optimizer import Optimizer
     from sft.patterns import matches
     from sft.precision import Precision
+    from sft.reopening import PastStep, Reopened, reopened
     from sft.runtime import prepare
     from sft.settings.arguments import Settings
     from sft.settings.paddlenlp import Foreign
@@ -111,7 +112,9 @@ _LAZY = {
     "copy_onto": "sft.arrays",
     "is_hub_name": "sft.hub_names",
     "open_model": "sft.models.loading",
+    "PastStep": "sft.reopening",
     "Precision": "sft.precision",
+    "Reopened": "sft.reopening",
     "Run": "sft.context",
     "Summary": "sft.context",
     "assemble": "sft.data.batches",
@@ -121,6 +124,7 @@ _LAZY = {
     "prepare": "sft.runtime",
     "own_kernels": "sft.models.own_kernels",
     "recomputed": "sft.models.recompute",
+    "reopened": "sft.reopening",
     "read_adapter": "sft.models.adapter_folder",
     "run": "sft.fine_tune",
     "Target": "sft.models.layers",
@@ -174,12 +178,14 @@ __all__ = [
     "Optimizer",
     "ParallelStrategy",
     "ParameterGroup",
+    "PastStep",
     "Plugin",
     "PluginError",
     "Precision",
     "QuantizedLayer",
     "Quantizer",
     "Reading",
+    "Reopened",
     "Rotary",
     "Run",
     "Seen",
@@ -219,6 +225,7 @@ __all__ = [
     "prepare",
     "read_adapter",
     "recomputed",
+    "reopened",
     "row_sums",
     "run",
     "safe",

@@ -100,16 +100,16 @@ def execute(run: CoreRun) -> Summary:
         started, run.executes = time.monotonic(), True
         if run.without_effect:
             run.say(listing(run.without_effect))
-        resumed = _read(run)
+        resumed = read_inputs(run)
         run.say(runtime.prepare())
-        _set_up(run)
+        set_up_model(run)
         check_agreed(run)
         if training.do_train:
             return _train(run, resumed, started)
         return _only_evaluate(run, resumed, started)
 
 
-def _read(run: CoreRun) -> Checkpoint | None:
+def read_inputs(run: CoreRun) -> Checkpoint | None:
     """Open the model, find the checkpoint that the run goes on from, if any, and read the data, all without paddle."""
     settings = run.settings
     trains = settings.training.do_train
@@ -130,7 +130,7 @@ def _read(run: CoreRun) -> Checkpoint | None:
     return resumed
 
 
-def _set_up(run: CoreRun) -> None:
+def set_up_model(run: CoreRun) -> None:
     """Device, precision, collator, processes and the model itself."""
     from sft.models.setup import set_up
     from sft.training.objective import objective_of

@@ -25,15 +25,12 @@ from sft.commands.shared import (
     typed_values,
 )
 from sft.conversations import Conversation, Turn
-from sft.dataset_names import SUFFIXES
 from sft.errors import UsageError
 from sft.progress import Progress, Task
 from sft.settings.arguments import Settings, check_draw
-from sft.small_files import read_text
 
 if TYPE_CHECKING:
     from sft.inference.open import Opened
-    from sft.plugins.registry import Plugins
 
 BATCH_SIZE = 8
 USES = ("sft generate", ("sft_model_family", "sft_model_config", "sft_quantizer", "sft_kernels", "sft_record_format"))
@@ -85,6 +82,7 @@ def command(
     and with --json as calls.
     """
     from sft.data.calls import read_tools
+    from sft.inference.asked import of_file, of_texts
     from sft.inference.open import opened, settings_for
 
     if prompts and file:
@@ -95,7 +93,7 @@ def command(
     chosen, active = settings_for(folder, plugins, {"model_name_or_path": model, **typed_values(settings)}, USES)
     check_draw(chosen.generation)
     offered = read_tools(Path(tools)) if tools else ()
-    questions = list(_records(Path(file), active) if file else _texts(prompts or _standard_input()))
+    questions = list(of_file(Path(file), active) if file else of_texts(prompts or _standard_input()))
     questions = [(turns if turns.tools else Conversation(turns, turns.place, offered), a) for turns, a in questions]
     if not questions:
         raise UsageError(f"{file or 'Standard input'} has no prompt; give --prompt TEXT, a file or lines of text.")
@@ -157,28 +155,3 @@ def _standard_input() -> Iterator[str]:
     if sys.stdin.isatty():
         say("a prompt on each line; Ctrl-D ends")
     return (line.rstrip("\r\n") for line in lines_of_standard_input())
-
-
-def _texts(lines: Any) -> Iterator[tuple[Conversation, Turn | None]]:
-    return ((Conversation([Turn("user", line)]), None) for line in lines if line.strip())
-
-
-def _records(path: Path, plugins: Plugins) -> Iterator[tuple[Conversation, Turn | None]]:
-    """Conversations to answer, and what their records have as the answer; each line of a text file is a question."""
-    from sft.data.bad_records import BadRecordError
-    from sft.data.formats import ASKING, Formats
-    from sft.data.questions import before_last_answer
-    from sft.data.sources import read
-
-    if path.suffix not in SUFFIXES:
-        yield from _texts(read_text(path, cure="give a file of prompts in UTF-8").split("\n"))
-        return
-    formats = Formats(plugins)
-    for record in read([path]):
-        turns = formats.turns(record, needs_target=False)
-        asked, answer = (turns, None) if turns[-1].role in ASKING else before_last_answer(turns)
-        if not asked:
-            raise BadRecordError(
-                record.place, ': this record asks nothing; take it out, or call a text that is to be answered "prompt".'
-            )
-        yield asked, answer

@@ -26,6 +26,7 @@ from sft.options import options_of
 from sft.plugins.discovery import import_plugin
 from sft.plugins.marks import implements
 from sft.plugins.requests import requests
+from sft.progress import Printer
 from sft.resolve import resolve
 from sft.seams import Batch
 from sft.settings.arguments import core_options, long_name
@@ -134,8 +135,10 @@ class Reopened:
     def gradients(self, loss: Any) -> dict[str, Any]:
         """The gradient of ``loss`` in each parameter of :attr:`trainable` that it depends on, float32 tensors."""
         loss.backward()
-        found = {name: p.grad.astype("float32") for name, p in self.trainable.items() if p.grad is not None}
-        for parameter in self.trainable.values():
+        found = {}
+        for name, parameter in self.trainable.items():
+            if parameter.grad is not None:
+                found[name] = parameter.grad.astype("float32").clone()  # what shares its memory goes with it
             parameter.clear_gradient(False)
         return found
 
@@ -228,19 +231,19 @@ class Reopened:
 @contextlib.contextmanager
 def reopened(
     folder: Path,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] | None = None,
     settings: Mapping[str, Any] | None = None,
     plugins: Iterable[type] = (),
 ) -> Iterator[Reopened]:
     """Open the run that ``folder`` holds again, with the settings and plugins that its run.json has.
 
     ``settings`` take the place of the run's, by name: where its model and its data are now, and on which ``device`` it
-    is computed. ``plugins`` are classes as in :func:`sft.run`; ``say`` gets lines. Plugins that only watch, and those
-    that divide a run among processes, stay out; what was trained with ``fp16`` is computed in float32. Afterwards
+    is computed. ``plugins`` are classes as in :func:`sft.run`; ``say`` gets the lines that otherwise go to standard
+    error. Plugins that only watch, and those that divide a run among processes, stay out; what was trained with ``fp16`` is computed in float32. Afterwards
     paddle has its device of before. Raises :class:`UsageError` where the folder holds no run with a checkpoint, or one
     whose records cannot be looked up: its data has changed, or is streamed (``lazy``).
     """
-    plugins = list(plugins)
+    plugins, say = list(plugins), say or Printer("stderr")
     kept = checkpoints(folder)
     values = {**settings_again(folder, plugins), **(settings or {}), "output_dir": str(folder)}
     if values.get("lazy"):

@@ -239,9 +239,11 @@ def reopened(
 
     ``settings`` take the place of the run's, by name: where its model and its data are now, and on which ``device`` it
     is computed. ``plugins`` are classes as in :func:`sft.run`; ``say`` gets the lines that otherwise go to standard
-    error. Plugins that only watch, and those that divide a run among processes, stay out; what was trained with ``fp16`` is computed in float32. Afterwards
-    paddle has its device of before. Raises :class:`UsageError` where the folder holds no run with a checkpoint, or one
-    whose records cannot be looked up: its data has changed, or is streamed (``lazy``).
+    error. Plugins that only watch, and those that divide a run among processes, stay out; what was trained with
+    ``fp16`` is computed in float32. Afterwards paddle has its device of before.
+
+    Raises :class:`UsageError` where the folder holds no run with a checkpoint, or one whose records cannot be looked
+    up: its data has changed, or is streamed (``lazy``).
     """
     plugins, say = list(plugins), say or Printer("stderr")
     kept = checkpoints(folder)

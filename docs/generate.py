@@ -228,10 +228,11 @@ def influence_page() -> str:
         return f"**{one['mean']:.2f}** ({one['low']:.2f} to {one['high']:.2f})"
 
     lines = [
-        f"**Against leaving records out.** {out['records']} records were learned {out['runs']} times: with {out['seeds']} "
-        "seeds, whole and without each record in turn (it keeps its place and weighs a millionth). What that did to the "
-        f"losses of {out['answers']} dev answers is compared with their scores, by Spearman's rank correlation over the "
-        "records; its mean over answers and seeds, and the 95 % interval of draws of cases and records:",
+        f"**Against leaving records out.** {out['records']} records were learned {out['runs']} times: with "
+        f"{out['seeds']} seeds, whole and without each record in turn (it keeps its place and weighs a millionth). "
+        f"What that did to the losses of {out['answers']} dev answers is compared with their scores, by Spearman's "
+        "rank correlation over the records; its mean over answers and seeds, and the 95 % interval of draws of cases "
+        "and records:",
         "",
         "| | rank correlation |",
         "|---|---|",
@@ -241,11 +242,11 @@ def influence_page() -> str:
         "",
         "The last row says how much of an effect is the record's own, and how much the order in which it was learned.",
         "",
-        f"**Planted records.** {planted['facts']} facts, each told by {planted['records each']} records in other words, "
-        f"among {planted['others']} records about other things; all facts are put in the same words, and differ in a place "
-        "and in what is sold there. Of the ten records that are named first for a question about a fact, its own are "
-        f"{planted['tracin']:.0%} with `tracin` and {planted['adam']:.0%} with `adam`, after {planted['passes']:,} passes "
-        f"for all {planted['facts']} together.",
+        f"**Planted records.** {planted['facts']} facts, each told by {planted['records each']} records in other "
+        f"words, among {planted['others']} records about other things; all facts are put in the same words, and differ "
+        "in a place and in what is sold there. Of the ten records that are named first for a question about a fact, its own "
+        f"are {planted['tracin']:.0%} with `tracin` and {planted['adam']:.0%} with `adam`, after "
+        f"{planted['passes']:,} passes for all {planted['facts']} together.",
     ]
     text = path.read_text(encoding="utf-8")
     return re.sub(r"(<!-- measured -->\n).*?(<!-- end -->)", rf"\1{_escaped(lines)}\n\2", text, flags=re.DOTALL)

@@ -24,7 +24,7 @@ RECORDS = [
 ]
 SETTINGS: dict[str, Any] = {
     "plugin": ["lora"],
-    "lora_rank": 2,
+    "lora_rank": 1,
     "lora_target_modules": ["q_proj", "v_proj"],
     "learning_rate": 1e-2,
     "lr_scheduler_type": "linear",
@@ -135,14 +135,20 @@ def second_moments(checkpoint: Path, step: int) -> Tensors:
 
 
 @needs("lora")
-@pytest.mark.parametrize("method", METHODS)
-def test_scores_are_those_of_the_formula_in_float64(run_folder: Path, base_model: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("checkpoints", "method"),
+    [([6], "tracin"), *(pytest.param([3, 6], method, marks=pytest.mark.slow) for method in METHODS)],
+)
+def test_scores_are_those_of_the_formula_in_float64(
+    run_folder: Path, base_model: Path, checkpoints: list[int], method: str
+) -> None:
     with sft.reopened(run_folder, lambda text: None) as opened:
+        assert opened.checkpoints == [3, 6]
         answer = opened.answered([sft.Turn("user", "type#coat")], sft.Turn("assistant", "A coat."))
-        weights = shares(opened.steps(), opened.checkpoints, len(opened))
-        found = trace(opened, [answer, answer], opened.checkpoints, [0, 2, 3], weights, method)
+        weights = shares(opened.steps(), checkpoints, len(opened))
+        found = trace(opened, [answer, answer], checkpoints, [0, 2, 3], weights, method)
         expected, losses = np.zeros(4), []
-        for row, step in enumerate(opened.checkpoints):
+        for row, step in enumerate(checkpoints):
             folder = run_folder / f"checkpoint-{step}"
             llama = Llama(base_model, folder)
             losses.append(llama.loss(answer) / answer.target_tokens)
@@ -162,8 +168,9 @@ def test_scores_are_those_of_the_formula_in_float64(run_folder: Path, base_model
 def test_each_step_counts_once_at_the_checkpoint_nearest_to_it() -> None:
     steps = [sft.PastStep(n, records, 0.1 * n, 10.0) for n, records in enumerate([(0, 1), (1, 2), (0, 2), (1,)], 1)]
     found = shares(steps, [2, 4], 4)
-    # Step 3 leads from the weights after step 2 to those after step 3: as near to 2 as 4, and the earlier one counts.
     assert found == pytest.approx(np.array([[0.01 + 0.03, 0.01 + 0.02, 0.02 + 0.03, 0], [0, 0.04, 0, 0]]))
+    # Step 3 leads from the weights after step 2 to those after step 3: its gradients are those of the earlier ones.
+    assert shares(steps, [2, 3], 4) == pytest.approx(found)
     assert shares(steps, [1], 4).sum() == pytest.approx(found.sum())
     assert passes_of(found, [1, 3]) == 2
 

@@ -91,7 +91,9 @@ class Account:
 def account(opened: sft.Reopened, asked: Iterable[Asked], wanted: Wanted) -> Account:
     """Trace the answers that are ``asked`` about through the run. Raises :class:`UsageError` for what is not there."""
     checkpoints = _checkpoints(opened, wanted)
-    answers = [(turns, answer or sft.Turn("assistant", opened.answer(turns)), answer is None) for turns, answer in asked]
+    answers = [
+        (turns, answer or sft.Turn("assistant", opened.answer(turns)), answer is None) for turns, answer in asked
+    ]
     batches = [opened.answered(before, answer) for before, answer, _ in answers]
     weights = shares(opened.steps(), checkpoints, len(opened))
     learned = np.flatnonzero(weights.any(axis=0))

@@ -1,13 +1,13 @@
 """How `sft why` compares with the truth: writes docs/influence.json, from which docs/influence.md is made.
 
-    .venv/bin/python scripts/leave_one_out.py WORK
+    .venv/bin/python scripts/leave_one_out.py WORK [SEED]   # with SEED: that seed's runs alone, for several processes
 
 *Leave one out*: the demo's model learns RECORDS records by LoRA, for each of SEEDS; then it learns them again once for
 each record, which weighs a millionth: it stands in the same place, and teaches nothing. What that does to the losses of
 ANSWERS dev records at the end is what the record has taught. The scores of `sft why` are compared with it by Spearman's
 rank correlation. How far two seeds agree with each other about it says what any score could reach.
 
-*Planted*: FACTS facts, each told by ten records among 300 others. How many of the ten that are named first for a
+*Planted*: FACTS facts, each told by ten records among OTHERS others. How many of the ten that are named first for a
 question about a fact are its own.
 
 Runs that WORK holds are not run again, so the script may be stopped at any time.
@@ -30,7 +30,7 @@ from sft_influence.tracing import METHODS, shares, trace
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "core" / "src" / "sft" / "demo"
 PAGE = ROOT / "docs" / "influence.json"
-RECORDS, ANSWERS, SEEDS, FACTS = 80, 10, (1, 2, 3), 20
+RECORDS, ANSWERS, SEEDS, FACTS, OTHERS = 64, 10, (1, 2, 3), 10, 200
 SETTINGS: dict[str, Any] = {
     "model_name_or_path": str(DEMO / "model"),
     "plugin": ["lora"],
@@ -39,7 +39,8 @@ SETTINGS: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_ratio": 0.1,
     "per_device_train_batch_size": 8,
-    "num_train_epochs": 4,
+    "num_train_epochs": 2,
+    "save_steps": 4,
     "max_length": 128,
     "do_eval": False,
     "disable_tqdm": True,
@@ -54,6 +55,11 @@ def quiet(text: str) -> None:
 
 def lines(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (DEMO / "data" / f"{name}.json").read_text(encoding="utf-8").splitlines()]
+
+
+def is_finished(folder: Path) -> bool:
+    report = folder / "run.json"
+    return report.exists() and json.loads(report.read_text(encoding="utf-8"))["status"] == "finished"
 
 
 def written(folder: Path, records: Sequence[dict[str, Any]]) -> str:
@@ -88,8 +94,9 @@ def seed_of(work: Path, seed: int) -> dict[str, Any]:
     folder, records, asked = work / f"seed-{seed}", lines("train")[:RECORDS], lines("dev")[:ANSWERS]
     settings = {**SETTINGS, "seed": seed, "dataset_name_or_path": written(folder / "data", records)}
     whole = folder / "whole"
-    if not (whole / "run.json").exists():
-        sft.run({**settings, "output_dir": str(whole), "save_strategy": "epoch"}, say=quiet)
+    if not is_finished(whole):
+        place = {"output_dir": str(whole), "overwrite_output_dir": True}
+        sft.run({**settings, **place, "save_strategy": "steps"}, say=quiet)
     scores = {}
     with sft.reopened(whole, quiet) as opened:
         turns = [([sft.Turn("user", one["src"])], sft.Turn("assistant", one["tgt"])) for one in asked]
@@ -174,15 +181,15 @@ def facts() -> list[tuple[str, str, str]]:
 
 def planted(work: Path) -> dict[str, Any]:
     records = [{"src": form.format(place), "tgt": answer} for place, _, answer in facts() for form in FORMS]
-    everything = [*lines("train")[:300], *records]
+    everything = [*lines("train")[:OTHERS], *records]
     order = np.random.default_rng(0).permutation(len(everything))
     data = written(work / "planted" / "data", [everything[n] for n in order])
-    own = {int(n): (place - 300) // len(FORMS) if place >= 300 else None for n, place in enumerate(order)}
+    own = {int(n): (place - OTHERS) // len(FORMS) if place >= OTHERS else None for n, place in enumerate(order)}
     out = work / "planted" / "out"
-    if not (out / "run.json").exists():
-        place = {"output_dir": str(out), "dataset_name_or_path": data, "save_strategy": "epoch"}
-        sft.run({**SETTINGS, **place, "num_train_epochs": 6}, say=quiet)
-    report: dict[str, Any] = {"facts": FACTS, "records each": len(FORMS), "others": 300}
+    if not is_finished(out):
+        place = {"output_dir": str(out), "overwrite_output_dir": True, "dataset_name_or_path": data}
+        sft.run({**SETTINGS, **place, "save_strategy": "epoch", "num_train_epochs": 4}, say=quiet)
+    report: dict[str, Any] = {"facts": FACTS, "records each": len(FORMS), "others": OTHERS}
     with sft.reopened(out, quiet) as opened:
         asked = [([sft.Turn("user", question)], sft.Turn("assistant", answer)) for _, question, answer in facts()]
         for method in METHODS:
@@ -203,6 +210,9 @@ def main(work: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) == 3:
+        seed_of(Path(sys.argv[1]), int(sys.argv[2]))
+    elif len(sys.argv) == 2:
+        main(Path(sys.argv[1]))
+    else:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]))

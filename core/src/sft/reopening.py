@@ -165,7 +165,7 @@ class Reopened:
         edges = self._data.edges[record : record + 2]
         spans = (self._data.offsets[number : number + 2] for number in range(*edges))
         decode = self._run.tokenizer.decode
-        return "\n".join(decode(self._data.ids[slice(*span)], skip_special_tokens=True) for span in spans)
+        return "\n".join(decode(self._data.ids[slice(*span)].tolist(), skip_special_tokens=True) for span in spans)
 
     def steps(self) -> Iterator[PastStep]:
         """The steps that the run has made: up to its end, or where it has none, to its last checkpoint."""

@@ -202,7 +202,7 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
         raise rescued(run, optimizer, error) from error
     finally:
         display.close()
-    best_step = best.load_best(run) if training.load_best_model_at_end else None
+    best_step = best.load_best(run, optimizer) if training.load_best_model_at_end else None
     run.stop.waits_for("writing the result first")
     publish_result(run, optimizer)  # before anything else can go wrong
     wishes.ended()

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 from sft.errors import SftError, UsageError
 from sft.settings.best_metric import best_metric
 from sft.training.checkpoint import restore_model
-from sft.training.checkpoint_folder import checkpoints, looks_whole, step_of, whole_checkpoint
+from sft.training.checkpoint_folder import looks_whole, step_of, whole_checkpoint
+from sft.training.divergence import last_checkpoint
+from sft.training.publish import kept_beside
 
 if TYPE_CHECKING:
     from sft.context import CoreRun
+    from sft.optimizer import Optimizer
 
 
 def better(run: CoreRun, evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -34,31 +37,40 @@ def best_so_far(run: CoreRun, state: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def load_best(run: CoreRun) -> int | None:
-    """Go back to the checkpoint whose evaluation was best; its step, or None if there is no such checkpoint."""
+def load_best(run: CoreRun, optimizer: Optimizer) -> int | None:
+    """Go back to the checkpoint whose evaluation was best; its step, or None if there is no such checkpoint.
+
+    Raises :class:`SftError` if it is damaged. By then the weights of the last step are in a checkpoint or a folder beside.
+    """
     if not run.best:
         run.say("note: no checkpoint was evaluated, so the run ends with its last weights")
         return None
     folder = run.output_dir / f"checkpoint-{run.best['step']}"
     run.strategy.wait()  # the main process may still be writing it
+    found, failure = None, None
     try:
-        restore_model(run, *whole_checkpoint(folder, run.progress), "best")
+        found = whole_checkpoint(folder, run.progress)
     except UsageError as error:
-        raise _without_best(run, folder, error) from error
+        failure = error
+    if run.strategy.largest(float(found is None)):
+        raise _without_best(run, optimizer, folder, failure) from failure
+    assert found is not None
+    restore_model(run, *found, "best")
     key, _ = best_metric(run.settings)
     run.evaluation = run.best
     run.say(f"best model: {folder.name}, {key} {run.best[key]:.4f}")
     return step_of(folder)
 
 
-def _without_best(run: CoreRun, best: Path, error: UsageError) -> SftError:
-    """The error to raise if the ``best`` checkpoint cannot be restored at the end. It says where other weights are."""
-    left = [folder for folder in checkpoints(run.output_dir) if folder != best]
-    if not left:
-        where = "there is no other checkpoint, so nothing is left of the run"
-    elif step_of(left[-1]) == run.step:
-        where = f"the weights after its last step are in {left[-1]}"
-    else:
-        where = f"the last weights that are left are those in {left[-1]}, and the run ended after step {run.step}"
-    cause = str(error).partition("; ")[0]
-    return SftError(f"The run cannot end with its best model ({cause.rstrip('.')}); {where}.")
+def _without_best(run: CoreRun, optimizer: Optimizer, best: Path, error: UsageError | None) -> SftError:
+    """The error to raise if the ``best`` checkpoint cannot be restored at the end. It says where the last weights are,
+    which are still in the model."""
+    last = last_checkpoint(run)
+    where = last if last is not None and last != best and step_of(last) == run.step else kept_beside(run, optimizer)
+    if not run.strategy.is_main:
+        run.strategy.wait()  # the main process knows what to say, and ends the others with it
+    cause = str(error).partition("; ")[0].rstrip(".") if error is not None else "said by another process"
+    left = f"the weights after its last step, {run.step}, are in {where}"
+    if where is None:
+        left = "nor could the weights after its last step be written there; see what is wrong with the disk"
+    return SftError(f"The run cannot end with its best model ({cause}); {left}.")

@@ -58,6 +58,15 @@ def rescued(run: CoreRun, optimizer: Optimizer, error: OSError) -> BaseException
     return error if where is None else SftError(f"{fails}; {where}.")
 
 
+def kept_beside(run: CoreRun, optimizer: Optimizer) -> Path | None:
+    """Write the model as it is into a new folder in that of the run: that folder, or None if it cannot be, or weights
+    are not finite. All processes take part, and the main one knows the folder."""
+    if run.strategy.largest(float(bool(not_finite(optimizer.parameters)))):
+        return None
+    beside = _Elsewhere(lambda: run.output_dir)
+    return beside.folder if _write(run, beside) is None else None
+
+
 def _rescue(run: CoreRun) -> str:
     """Write the result to the first place that has room for it, and return a clause that says where it is."""
     failure = None

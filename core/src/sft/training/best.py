@@ -40,7 +40,7 @@ def best_so_far(run: CoreRun, state: dict[str, Any]) -> dict[str, Any]:
 def load_best(run: CoreRun, optimizer: Optimizer) -> int | None:
     """Go back to the checkpoint whose evaluation was best; its step, or None if there is no such checkpoint.
 
-    Raises :class:`SftError` if it is damaged. By then the weights of the last step are in a checkpoint or a folder beside.
+    Raises :class:`SftError` if it is damaged. By then the last weights are in a checkpoint or beside it.
     """
     if not run.best:
         run.say("note: no checkpoint was evaluated, so the run ends with its last weights")

@@ -87,8 +87,8 @@ def drawn(report: DataReport, wrote: Callable[[DataReport, Console], None]) -> s
 def framed(html: str) -> str:
     """The picture of a page: its own style and body, in a frame of SVG, drawn as a browser draws it."""
     style = re.sub(r"@media .*?}\s*}", "", html[html.index("<style>") + 7 : html.index("</style>")], flags=re.DOTALL)
-    body = html[html.index("<body>") + 6 : html.index("<script>")]
-    body = re.sub(r"<(br|input[^>]*)>", r"<\1/>", body)
+    body = html[html.index("<main>") + 6 : html.index("</main>")]
+    body = re.sub(r"<(br|input[^>]*)>", r"<\1/>", body).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ')
     wide, high = PAGE
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{high}" viewBox="0 0 {wide} {high}">\n'

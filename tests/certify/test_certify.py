@@ -14,8 +14,9 @@ from click.testing import CliRunner
 
 import sft
 from sft.certify.certify import CHECKS, certify
-from sft.certify.report import BEGINS, page
+from sft.certify.report import MADE_BY, page
 from sft.commands.cli import cli
+from sft.pages import begins
 from sft.plugins.discovery import installed
 from sft.testing import check_plugin
 
@@ -96,7 +97,7 @@ def test_the_command_says_what_fails_and_writes_its_reports(tmp_path: Path) -> N
     assert (report["holds"], report["plugin"], len(report["rows"])) == (False, "silent", 1)
     assert report["versions"]["sft-core"]
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert text.startswith(BEGINS)
+    assert text.startswith(begins(MADE_BY))
     assert '<td class="fails">' in text
 
 

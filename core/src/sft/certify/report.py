@@ -8,12 +8,11 @@ import platform
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from html import escape
 from typing import Any
 
-from sft.foreign_text import harmless
+from sft.pages import document, text
 
-BEGINS = "<!doctype html>\n<!-- made by sft certify -->\n"
+MADE_BY = "sft certify"
 HELD, FAILED, REFUSED, NOT_TRIED = "holds", "fails", "refused", "not tried"
 
 
@@ -89,13 +88,8 @@ def versions(names: Mapping[str, str]) -> dict[str, str]:
 
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1c1c1c;
-  background: #fff }
-h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 1.5rem 0 .3rem }
-td { vertical-align: top; padding: .1rem 1rem .1rem 0; overflow-wrap: anywhere } .fails { color: #b00020 }
-.holds { color: #2e7d32 } td:first-child { white-space: nowrap }
-@media (prefers-color-scheme: dark) { body { background: #181818; color: #e4e4e4 } .holds { color: #7bc47f }
-  .fails { color: #ff7b8a } }
+h2 { font-size: 1.05rem; margin: 1.5rem 0 .3rem } .fails { color: var(--bad) } .holds { color: var(--good) }
+td:first-child { white-space: nowrap }
 """
 
 
@@ -103,27 +97,18 @@ def page(report: Report) -> str:
     """The report as one HTML page that needs nothing else."""
     verdict = f"{len(report.failures)} cases fail" if report.failures else "all that was tried holds"
     told = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    body = [f"<h1>{_text(report.plugin)}: {verdict}</h1>", f"<p>{_text(report.summary())}</p>", f"<p>{_text(told)}</p>"]
+    body = [f"<h1>{text(report.plugin)}: {verdict}</h1>", f"<p>{text(report.summary())}</p>", f"<p>{text(told)}</p>"]
     if report.company:
-        body.append(f"<p>Tried beside {_text(', '.join(report.company))}.</p>")
+        body.append(f"<p>Tried beside {text(', '.join(report.company))}.</p>")
     for name, sentence in report.sentences.items():
         rows = [row for row in report.rows if row.check == name]
         if not rows:
             continue
-        body.append(f"<h2>{_text(name)}</h2>\n<p>{_text(sentence)}</p>\n<table>")
+        body.append(f"<h2>{text(name)}</h2>\n<p>{text(sentence)}</p>\n<table>")
         for row in rows:
             kind = row.status if row.status in (HELD, FAILED) else ""
             body.append(
-                f'<tr><td class="{kind}">{row.status}</td><td>{_text(row.case)}</td><td>{_text(row.said)}</td></tr>'
+                f'<tr><td class="{kind}">{row.status}</td><td>{text(row.case)}</td><td>{text(row.said)}</td></tr>'
             )
         body.append("</table>")
-    return (
-        f'{BEGINS}<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f'<meta name="viewport" content="width=device-width">\n<title>sft certify {_text(report.plugin)}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
-    )
-
-
-def _text(text: str) -> str:
-    return escape(harmless(text))
+    return document(MADE_BY, f"{MADE_BY} {report.plugin}", body, style=_STYLE)

@@ -45,9 +45,10 @@ def command(arguments: tuple[str, ...], show: str | None, find: str | None, html
         raise UsageError("find: expected a text to look for, got an empty one.")
     target = None if html is None else Path(html).expanduser()
     if target is not None:
-        from sft.data_report.page import check_place
+        from sft.data_report.page import MADE_BY
+        from sft.pages import check_place
 
-        check_place(target)
+        check_place(target, MADE_BY)
         number = number if show is not None else _IN_PAGE
     from sft.data_report.gather import Wanted, data_report
 

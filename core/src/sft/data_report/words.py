@@ -6,9 +6,7 @@ from __future__ import annotations
 from sft.data.encoded import Counts
 from sft.data_report.value import DataReport, Duplicates, NearDuplicates, RowCount, SetCounts, ShownRecord, Split
 from sft.foreign_text import shown
-
-Fact = tuple[str, list[str]]
-"""What is told, and the lines that tell it."""
+from sft.pages import Fact
 
 
 def heading(report: DataReport) -> list[Fact]:

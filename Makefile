@@ -17,7 +17,7 @@ PYTHON ?=
 PYTHONS := $(or $(PYTHON),python3 python3.12 python3.11 python3.10)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu test-reliability test-plugin certify certify-faults lint format bench docs clean
+.PHONY: help demo test test-slow test-browser test-gpu test-reliability test-plugin certify certify-faults lint format bench docs clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,10 @@ test: .venv/installed-test ## Run the tests, without the slow ones
 # pytest exits with 5 when there is no such test, which is no failure here.
 test-slow: .venv/installed-test ## Run the slow tests
 	$(BIN)/pytest -m slow $(ARGS) || [ $$? -eq 5 ]
+
+# Needs chromium and its driver (Debian: chromium chromium-driver); without them each test says so, and is skipped.
+test-browser: .venv/installed-test ## Look at the pages that sft makes, in a headless browser
+	$(BIN)/pytest -m browser -rs $(ARGS) || [ $$? -eq 5 ]
 
 # One process: several would share the GPU's memory. The table at the end is for an issue. Without a GPU there is one
 # sentence, and pytest exits with 5.

@@ -334,7 +334,10 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "where the run is logged beside its own files; with no plugin installed for that, it is listed without effect",
         "plugins/track/tests/test_tracker.py::test_all_means_those_that_are_there",
     ),
-    "run_name": ("what report_to calls the run", "plugins/track/tests/test_tracker.py::test_a_run_has_a_name"),
+    "run_name": (
+        "what its report and report_to call the run",
+        "plugins/track/tests/test_tracker.py::test_a_run_has_a_name",
+    ),
     "load_best_model_at_end": (
         "ends with the best checkpoint",
         "core/tests/test_best.py::test_the_result_is_the_best_checkpoint",

@@ -15,6 +15,7 @@ import sft
 from sft.files import read_report
 
 Train = Callable[..., sft.Summary]
+OF_A_FAILED_RUN = ["metrics.jsonl", "report.html", "report.json", "rows.json", "run.json", "sft.log"]
 
 
 # --- weights that are not finite ----------------------------------------------------------------------------
@@ -48,7 +49,7 @@ def test_weights_that_are_not_finite_are_not_saved(train: Train, tmp_path: Path)
     settings = {**SETTINGS, "save_steps": 2, "save_total_limit": 1, "max_steps": 6, "evaluation_strategy": "no"}
     with pytest.raises(sft.SftError, match=message):
         train("out", (ruining(4),), **settings)
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "metrics.jsonl", "run.json", "sft.log"]
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", *OF_A_FAILED_RUN]
     assert read_report(out)["status"] == "failed"
     train("out", resume_from_checkpoint="auto", **settings)
     train("whole", **settings)
@@ -61,7 +62,7 @@ def test_they_are_no_result(train: Train, models: Path, tmp_path: Path) -> None:
     message = r"lower learning_rate \(3e\+38\), and start again, for there is no checkpoint"
     with pytest.raises(sft.SftError, match=rf"no longer finite after step 1 \(model\..*{message}"):
         train("out", max_steps=1, do_eval=False, model_name_or_path=str(models / "qwen2-untied"), **settings)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "run.json", "sft.log"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == OF_A_FAILED_RUN
 
 
 def test_a_model_that_is_not_finite_is_named(train: Train, variant: Callable[..., Path], tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_a_result_has_the_tokenizer_that_was_loaded(
     assert "tokenizer.json" in found
 
 
-VARYING = ("run.json", "metrics.jsonl", "sft.log")
+VARYING = ("run.json", "metrics.jsonl", "sft.log", "report.html", "report.json")
 
 
 @pytest.fixture

@@ -212,8 +212,22 @@ def test_run_json_tells_what_was_run(train: Train, models: Path, dataset: Path, 
     summary = train(plugins=(Idle,), max_steps=2, seed=9)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert set(record) == {
-        *("status", "started", "settings", "plugins", "packages", "machine", "arithmetic", "precision", "hub", "result")
+        *(
+            "status",
+            "started",
+            "settings",
+            "changed",
+            "without_effect",
+            "total_steps",
+            "plugins",
+            "packages",
+            "machine",
+        ),
+        *("arithmetic", "precision", "hub", "data", "parameters", "result"),
     }
+    assert record["changed"]["seed"] == 42  # each with its default
+    assert "weight_decay" not in record["changed"]
+    assert record["total_steps"] == 2
     assert record["hub"] == {}  # the model is a folder
     assert record["status"] == "finished"
     assert record["settings"]["seed"] == 9
@@ -251,7 +265,7 @@ def test_run_json_says_while_a_run_is_not_finished(train: Train, tmp_path: Path)
         def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
             found.append(json.loads((run.output_dir / "run.json").read_text()))
             written = sorted(path.name for path in run.output_dir.iterdir())
-            assert written == ["metrics.jsonl", "run.json", "run.lock", "sft.log"]
+            assert written == ["metrics.jsonl", "rows.json", "run.json", "run.lock", "sft.log"]
 
     train(plugins=(Look,), max_steps=1)
     assert [record["status"] for record in found] == ["running"]

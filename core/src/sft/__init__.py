@@ -74,6 +74,9 @@ if TYPE_CHECKING:
     from sft.patterns import matches
     from sft.precision import Precision
     from sft.reopening import PastStep, Reopened, reopened
+    from sft.run_report.gather import read_run
+    from sft.run_report.library import chart_library
+    from sft.run_report.value import RunReport
     from sft.runtime import prepare
     from sft.settings.arguments import Settings
     from sft.settings.paddlenlp import Foreign
@@ -108,7 +111,9 @@ _LAZY = {
     "Values": "sft.models.families.values",
     "DryRun": "sft.dry_runs",
     "Settings": "sft.settings.arguments",
+    "RunReport": "sft.run_report.value",
     "array_of": "sft.arrays",
+    "chart_library": "sft.run_report.library",
     "copy_onto": "sft.arrays",
     "is_hub_name": "sft.hub_names",
     "open_model": "sft.models.loading",
@@ -125,6 +130,7 @@ _LAZY = {
     "own_kernels": "sft.models.own_kernels",
     "recomputed": "sft.models.recompute",
     "reopened": "sft.reopening",
+    "read_run": "sft.run_report.gather",
     "read_adapter": "sft.models.adapter_folder",
     "run": "sft.fine_tune",
     "Target": "sft.models.layers",
@@ -188,6 +194,7 @@ __all__ = [
     "Reopened",
     "Rotary",
     "Run",
+    "RunReport",
     "Seen",
     "Settings",
     "SftDeprecationWarning",
@@ -205,6 +212,7 @@ __all__ = [
     "array_of",
     "assemble",
     "best_metric",
+    "chart_library",
     "check_continued",
     "collect",
     "copy_onto",
@@ -224,6 +232,7 @@ __all__ = [
     "parse_size",
     "prepare",
     "read_adapter",
+    "read_run",
     "recomputed",
     "reopened",
     "row_sums",

@@ -195,7 +195,8 @@ class CoreRun(Run):
         without_effect: Settings that were given and do nothing here, with the reason.
         train_data: The records to train on, encoded; None where nothing is trained.
         dev_data: Those to measure; None where there are none, or none are used.
-        samples: What is answered before and after training (``num_samples``).
+        samples: What is answered before and after training, and at each evaluation (``num_samples``).
+        answered: The last answers to them, after which step.
         places: Says in which file and line training records stand: :attr:`sft.data.reading.RunData.places`.
         questions: What is answered in each evaluation (``eval_with_do_generation``).
         collator: Makes rows and batches of records.
@@ -234,6 +235,7 @@ class CoreRun(Run):
         self.train_data: Data | None = None
         self.dev_data: Measured | None = None
         self.samples: list[Question] = []
+        self.answered: tuple[int, list[str]] | None = None
         self.questions: list[Question] = []
         self.before: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}

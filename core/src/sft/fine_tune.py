@@ -25,11 +25,13 @@ from sft.models.vocabulary import grown_tokenizer
 from sft.plugins.discovery import left_out
 from sft.progress import Printer
 from sft.resolve import resolve
+from sft.run_report.written import leave_report
 from sft.settings.checks import check_plugins, check_settings
 from sft.settings.paddlenlp import listing
 from sft.settings.reading import normalise, read_file
 from sft.training.checkpoint_folder import Checkpoint, is_auto, read_checkpoint
 from sft.training.ending import fail, finish
+from sft.training.first_rows import keep_rows
 from sft.training.out_of_memory import is_memory, out_of_memory
 from sft.training.report import describe, summarise, write_end
 from sft.training.resume_checks import (
@@ -66,7 +68,7 @@ def run(
                 return current.hook.sft_launch(run=current) or execute(current)
         except BaseException as error:
             told = out_of_memory(current, error) if is_memory(error) else current.stop.instead_of(error)
-            fail(current, told)
+            fail(current, told, leave_report)
             if told is error:
                 raise
             raise told from error
@@ -174,7 +176,7 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     else:
         check_replay(run)
     check_export(run)
-    record = describe(run)
+    record = describe(run, schedule.total_steps)
     journal = open_run_folder(run, resumed.folder if resumed is not None else None, record)
     wishes = Wishes(run)
     list_skipped(run, resumed.folder.parent if resumed is not None else None)
@@ -183,6 +185,7 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
         changed = journal.rewind(state, resumed.folder.parent / "metrics.jsonl")
         if changed is not None:
             run.say(f"note: {changed}")
+        keep_rows(run, resumed.folder.parent)
         run.before, run.evaluation, run.best = state["before"], state["evaluation"], best.best_so_far(run, state)
         checkpoint.drop_old(run, run.step)  # it may have been killed after it had saved
         run.say(f"resuming from {resumed.folder} after step {run.step}")
@@ -209,7 +212,7 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     check_stop(run, "after the result was written")
     after = before_or_after(run, best_step or steps, epochs, journal)
     summary = summarise(run, journal, steps, epochs, after, time.monotonic() - started)
-    finish(run, record, summary)
+    finish(run, record, summary, leave_report)
     return summary
 
 
@@ -237,11 +240,11 @@ def _only_evaluate(run: CoreRun, resumed: Checkpoint | None, started: float) -> 
         check_arithmetic(run, resumed.folder.name, resumed.state)
         step, epoch = run.step, resumed.state["epoch"]
         run.say(f"measuring {resumed.folder}")
-    record = describe(run)
+    record = describe(run, None)
     journal = open_run_folder(run, None, record)
     list_skipped(run, None)
     run.model.eval()
     run.before = before_or_after(run, step, epoch, journal)
     summary = summarise(run, journal, step, epoch, run.before, time.monotonic() - started)
-    finish(run, record, summary)
+    finish(run, record, summary, leave_report)
     return summary

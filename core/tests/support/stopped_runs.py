@@ -87,7 +87,7 @@ def watching(steps: list[int]) -> type[sft.Plugin]:
     return Watch
 
 
-TIMED = ("metrics.jsonl", "run.json", "sft.log", "state.json", "manifest.json")
+TIMED = ("metrics.jsonl", "run.json", "sft.log", "state.json", "manifest.json", "report.html", "report.json")
 """Files that hold times or paths, or what comes of them."""
 
 

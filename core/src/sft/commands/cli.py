@@ -17,6 +17,7 @@ COMMANDS = {
     "run": "Fine-tune a model.",
     "data": "Show what the model will see of the data, before it is trained.",
     "demo": "Fine-tune the tiny embedded model and show what it learned.",
+    "report": "Show a run, or several side by side, as a page.",
     "merge": "Fold an adapter into its base model.",
     "export": "Write a finished model in another form.",
     "evaluate": "Measure a model on data, with or without an adapter.",

@@ -16,6 +16,7 @@ from sft.options import options_of
 from sft.plugins.files import with_files
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import by_device, choose_plugins, explicit
+from sft.run_report.value import PAGE
 from sft.settings.arguments import GROUPS, core_options
 from sft.settings.names import Names
 from sft.settings.reading import normalise, read_file
@@ -141,6 +142,9 @@ def report(summary: Any) -> None:
             f"  before: {_block(sample['before'])}",
             f"  after:  {_block(sample['after'])}",
         ]
+    page = summary.output_dir / PAGE
+    if page.is_file():
+        lines += ["", f"report: {page}"]
     click.echo(safe("\n".join(lines)))
 
 

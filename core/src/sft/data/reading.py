@@ -61,7 +61,7 @@ class RunData(NamedTuple):
     train: Data | None
     dev: Measured | None
     samples: list[Question]
-    """What is answered before and after training (``num_samples``)."""
+    """What is answered before and after training, and at each evaluation (``num_samples``)."""
     questions: list[Question]
     """What is answered in each evaluation (``eval_with_do_generation``)."""
     places: Callable[[dict[str, Any], Sequence[int]], list[str]]

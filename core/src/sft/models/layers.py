@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +185,35 @@ def sizes(parameters: dict[str, Any], model: Any) -> tuple[int, int]:
     found = [(whole_size(parameter), not parameter.stop_gradient) for parameter in parameters.values()]
     total = sum(size for size, _ in found) + quantized_values(model)
     return sum(size for size, trains in found if trains), total
+
+
+def trained_by_layer(parameters: Mapping[str, Any], model: Any) -> dict[str, dict[str, int]]:
+    """How many values train in each block of a model (``model.layers.0``), by the part of it to which they belong
+    (``self_attn.q_proj``), and in what is in no block. What an adapter adds to a layer belongs to that layer, and
+    experts of one name add up. ``parameters`` are all of the model, by structured name."""
+    blocks = f"{model.architecture.block_names}."
+    paths = [path for path, layer in model.named_sublayers() if _STANDS_FOR in vars(layer)]
+    adapted = {_in_block(path, blocks)[1] for path in paths}
+    found: dict[str, dict[str, int]] = {}
+    for name, parameter in parameters.items():
+        if parameter.stop_gradient:
+            continue
+        layer, part = _in_block(name, blocks)
+        words = part.split(".")
+        owners = (".".join(words[:count]) for count in range(1, len(words)))
+        own = next((owner for owner in owners if owner in adapted), ".".join(words[:-1]) or part)
+        of_layer = found.setdefault(layer or own, {})
+        of_layer[own] = of_layer.get(own, 0) + whole_size(parameter)
+    return found
+
+
+def _in_block(path: str, blocks: str) -> tuple[str, str]:
+    """A structured name as its block, empty where it is in none, and the rest, without numbers."""
+    block, rest = "", path
+    if path.startswith(blocks):
+        number, _, rest = path.removeprefix(blocks).partition(".")
+        block = f"{blocks}{number}"
+    return block, ".".join(word for word in rest.split(".") if not word.isdigit())
 
 
 def held_by(quantizer: str | None, model: Any) -> str:

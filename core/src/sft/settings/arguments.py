@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from sft.dataset_names import NamedSet, named_sets
@@ -172,7 +173,8 @@ class GenerationArguments:
 
     num_samples: int = option(
         0,
-        "dev (else train) prompts to answer before and after training, shown and kept in run.json",
+        "dev (else train) prompts to answer before and after training, shown and kept in run.json, and at each "
+        "evaluation, kept in samples-STEP.jsonl",
         minimum=0,
     )
     max_new_tokens: int = option(128, "longest generated answer, tokens", minimum=1)
@@ -255,7 +257,7 @@ class TrainingArguments:
     report_to: list[str] = option(
         [], "where the run is logged beside its own files: names of plugins for that, all, or none", hook="sft_logged"
     )
-    run_name: str | None = option(None, "what report_to calls the run; unset: the name of output_dir")
+    run_name: str | None = option(None, "what its report and report_to call the run; unset: the name of output_dir")
     disable_tqdm: bool = option(False, "plain lines instead of a progress bar")
     deterministic: bool | str = option(
         False,
@@ -311,19 +313,28 @@ class Settings:
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its name, as a settings file would hold it: one that two plugins have is ``PLUGIN.NAME``."""
-        values: dict[str, Any] = {"plugin": list(self.plugin)}
-        for part in (self.model, self.data, self.generation, self.training):
-            values.update(dataclasses.asdict(part))
-        declared = [one for options in self.options.values() for one in options_of(type(options)).values()]
-        counts = Counter(name for one in declared for name in (one.name, *one.aliases))
-        for owner, options in self.options.items():
-            own = dataclasses.asdict(options)
-            values.update({name if counts[name] == 1 else long_name(owner, name): own[name] for name in own})
-        return values
+        return {name: value for name, value, _ in self._all()}
+
+    def changed(self) -> dict[str, Any]:
+        """The settings of :meth:`flat` that are not what they are by default, each with its default."""
+        return {name: default for name, value, default in self._all() if value != default}
 
     def written(self) -> dict[str, Any]:
         """:meth:`flat`, as it is written down: what looks like a secret is masked."""
         return dict(without_secrets(self.flat()))
+
+    def _all(self) -> Iterator[tuple[str, Any, Any]]:
+        """Each setting: its name, its value, its default."""
+        yield "plugin", list(self.plugin), []
+        for part in (self.model, self.data, self.generation, self.training):
+            declared = options_of(type(part))
+            yield from ((name, value, declared[name].default) for name, value in dataclasses.asdict(part).items())
+        each = {owner: options_of(type(options)) for owner, options in self.options.items()}
+        counts = Counter(name for own in each.values() for one in own.values() for name in (one.name, *one.aliases))
+        for owner, options in self.options.items():
+            for name, value in dataclasses.asdict(options).items():
+                written = name if counts[name] == 1 else long_name(owner, name)
+                yield written, value, each[owner][name].default
 
 
 def long_name(plugin: str, name: str) -> str:

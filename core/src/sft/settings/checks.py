@@ -61,8 +61,6 @@ def _idle(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "src_length", f"truncation {settings.data.truncation} goes by max_length, and no prompt is answered"
     if settings.data.on_bad_record != "skip":
         yield "on_bad_record_limit", "on_bad_record is stop"
-    if not training.report_to:
-        yield "run_name", "the run is reported nowhere (report_to)"
     if not (training.bf16 or training.fp16):
         for name in ("fp16_opt_level", "require_precision"):
             yield name, "neither bf16 nor fp16 is set"

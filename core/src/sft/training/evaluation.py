@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,10 @@ import paddle
 from sft.data.batches import make_batch
 from sft.data.encoded import Encoded
 from sft.data.questions import Question
-from sft.files import write_text
 from sft.models.generation import answers, unit
 from sft.seams import Batch
 from sft.training import answer_scores
+from sft.training.answer_files import GENERATIONS, SAMPLES, file_of, write_answers
 from sft.training.divergence import explained
 from sft.training.lines import measured, write
 from sft.training.progress import figures
@@ -49,7 +48,7 @@ def before_or_after(run: CoreRun, step: int, epoch: float, journal: Any) -> dict
         found["eval_loss"] = run.evaluation["eval_loss"]
         run.say(f"dev data {'before' if step == 0 else 'after'} training: {figures(run.evaluation)}")
     if run.samples:
-        found["samples"] = answer(run, run.samples)
+        found["samples"] = answer_samples(run, step)
     return found
 
 
@@ -58,7 +57,7 @@ def evaluate(run: CoreRun, step: int, epoch: float) -> dict[str, Any]:
     started = time.monotonic()
     record = {"step": step, "epoch": round(epoch, 4), **dev_loss(run)}
     if run.questions:
-        record.update(score(run, run.output_dir / f"generations-{step}.jsonl"))
+        record.update(score(run, file_of(run.output_dir, GENERATIONS, step)))
     record["eval_seconds"] = round(time.monotonic() - started, 3)
     record = measured(run, record)
     run.evaluation = record
@@ -155,13 +154,19 @@ def score(run: CoreRun, path: Path | None) -> dict[str, float]:
     texts = answer(run, mine)
     if path is not None and run.strategy.is_first:
         path = path if world == 1 else path.with_name(f"{path.stem}-rank-{rank}{path.suffix}")
-        lines = [
-            {"prompt": question.prompt, "answer": text, "reference": question.reference}
-            for question, text in zip(mine, texts, strict=True)
-        ]
-        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_answers(path, mine, texts)
     counts = run.strategy.sum(answer_scores.count(texts, [question.reference for question in mine]))
     return {f"eval_{name}": value for name, value in answer_scores.scores(counts).items()}
+
+
+def answer_samples(run: CoreRun, step: int) -> list[str]:
+    """The model's answers to the sample prompts after ``step``, which it is asked once; the main process keeps them in
+    a file of that step."""
+    if run.answered is None or run.answered[0] != step:
+        run.answered = step, answer(run, run.samples)
+        if run.strategy.is_main:
+            write_answers(file_of(run.output_dir, SAMPLES, step), run.samples, run.answered[1])
+    return run.answered[1]
 
 
 def answer(run: CoreRun, questions: Sequence[Question]) -> list[str]:

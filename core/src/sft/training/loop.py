@@ -29,7 +29,8 @@ from sft.seams import Batch
 from sft.training import checkpoint
 from sft.training.best import better
 from sft.training.divergence import left_out
-from sft.training.evaluation import evaluate
+from sft.training.evaluation import answer_samples, evaluate
+from sft.training.first_rows import FirstRows
 from sft.training.journal import Journal
 from sft.training.lines import measured, write
 from sft.training.precision import LossScale
@@ -113,10 +114,12 @@ def train(
     size, rank, world = settings.per_device_train_batch_size, strategy.data_rank, strategy.data_world
     left = total - start if run.stopped_early is None else 0
     steps = islice(schedule.batches(start, place, rank, world, size), left)  # one more may be a window more
-    step = start
+    step, first_rows = start, FirstRows(run, run.output_dir)
     run.stop.waits_for(_before_stopping(start + 1, settings.save_strategy))
     for at, batches in one_ahead(steps):
         began, step, epoch = time.monotonic(), at.number, at.epoch
+
+        first_rows.see(at, batches)
 
         # The tokens in the micro-batches of all processes, and what the targets among them weigh.
         own = [sum(getattr(batch, kind) for batch in batches) for kind in _SUMMED]
@@ -182,9 +185,12 @@ def train(
         ends, evaluation = step == total or wishes.stops is not None, None
         is_due = run.dev_data is not None and _due(settings.evaluation_strategy, run.eval_steps, at, ends)
         if is_due or wishes.evaluates:
+            paused = time.monotonic()
             evaluation = evaluate(run, step, epoch)
             write(run, journal, evaluation)
-            journal.pause(evaluation["eval_seconds"])
+            if run.samples:
+                answer_samples(run, step)
+            journal.pause(time.monotonic() - paused)
             display.evaluation(evaluation)
             wishes.evaluated()
             wishes.hear()

@@ -14,16 +14,18 @@ from sft.context import CoreRun, Run, Summary
 from sft.errors import SftError
 from sft.files import read_report, write_json
 from sft.folder_lock import is_used
-from sft.foreign_text import shown
+from sft.foreign_text import shown, without_secrets
 from sft.hub_names import commit_of
+from sft.models.layers import trained_by_layer
 from sft.plugins.discovery import dependencies
 
 PACKAGES = ("sft-core", "paddlepaddle", "paddlepaddle-gpu", "numpy", "tokenizers")
 """Those whose versions ``run.json`` has, beside what the distributions of active plugins depend on."""
 
 
-def describe(run: CoreRun) -> dict[str, Any]:
-    """The part of ``run.json`` that is known before training: settings, plugins with versions, machine."""
+def describe(run: CoreRun, total_steps: int | None) -> dict[str, Any]:
+    """The part of ``run.json`` that is known before training: settings, plugins with versions, machine, data, what
+    trains. ``total_steps`` is None where nothing does."""
     packages = {}
     for name in (*PACKAGES, *dependencies(run.plugins.names)):
         try:
@@ -34,6 +36,9 @@ def describe(run: CoreRun) -> dict[str, Any]:
     return {
         "started": datetime.now().astimezone().isoformat(timespec="microseconds"),  # no two runs write the same
         "settings": run.settings.written(),
+        "changed": dict(without_secrets(run.settings.changed())),
+        "without_effect": [[shown(name), shown(why)] for name, why in run.without_effect],
+        "total_steps": total_steps,
         "hub": {what: found for what, folder in places.items() if (found := commit_of(folder)) is not None},
         "plugins": {name: run.plugins.origin(name) for name in run.plugins.names},
         **({"plugin_files": files} if (files := run.plugins.files_written()) else {}),
@@ -42,6 +47,11 @@ def describe(run: CoreRun) -> dict[str, Any]:
         "arithmetic": run.arithmetic,
         **({"other_arithmetic": run.other_arithmetic} if run.other_arithmetic else {}),
         "precision": asdict(run.precision),
+        "data": _counts(run),
+        "parameters": {
+            **dict(zip(("trained", "total"), run.sizes, strict=True)),
+            "layers": trained_by_layer(dict(run.strategy.parameters(run.model)), run.model),
+        },
     }
 
 
@@ -54,8 +64,6 @@ def summarise(run: CoreRun, journal: Any, steps: int, epochs: float, after: dict
         {"prompt": question.prompt, "before": before, "after": later, "reference": question.reference}
         for question, (before, later) in zip(run.samples, answers, strict=True)
     ]
-    splits = {"train": run.train_data, "dev": run.dev_data}
-    data = {split: records.report() for split, records in splits.items() if records is not None}
     return Summary(
         output_dir=run.output_dir,
         steps=steps,
@@ -73,11 +81,17 @@ def summarise(run: CoreRun, journal: Any, steps: int, epochs: float, after: dict
         rows=journal.total.rows,
         skipped_steps=journal.skipped_steps,
         peak_memory_mib=runtime.peak_memory_mib(),
-        data=data,
+        data=_counts(run),
         samples=samples,
         stopped_early=run.stopped_early,
         speaks=run.strategy.is_main,
     )
+
+
+def _counts(run: CoreRun) -> dict[str, Any]:
+    """What has become of the records so far."""
+    splits = {"train": run.train_data, "dev": run.dev_data}
+    return {split: records.report() for split, records in splits.items() if records is not None}
 
 
 def write_report(run: CoreRun, record: dict[str, Any]) -> None:

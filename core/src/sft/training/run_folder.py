@@ -11,6 +11,7 @@ from sft.files import make_folder, read_report, remove_folder, remove_leftovers,
 from sft.folder_lock import FolderLock, check_unused
 from sft.foreign_text import shown
 from sft.run_log import NAME as LOG
+from sft.training.answer_files import GENERATIONS, PATTERNS, SAMPLES, files_of
 from sft.training.checkpoint_folder import (
     CLEARS,
     asks_to_resume,
@@ -20,6 +21,7 @@ from sft.training.checkpoint_folder import (
     is_checkpoint,
     step_of,
 )
+from sft.training.first_rows import NAME as ROWS
 from sft.training.journal import Journal
 from sft.training.report import write_report
 from sft.training.result import PUBLISHED, RESULT_KEYS
@@ -28,7 +30,9 @@ from sft.training.skipped_records import NAME
 if TYPE_CHECKING:
     from sft.context import CoreRun
 
-RESULT_FILES = ("run.json", *PUBLISHED, "metrics.jsonl", LOG, NAME, "generations-*.jsonl")
+REPORT_FILES = ("report.html", "report.json")
+"""What a run leaves at its end, and ``sft report`` writes."""
+RESULT_FILES = ("run.json", *PUBLISHED, "metrics.jsonl", LOG, NAME, ROWS, *PATTERNS, *REPORT_FILES)
 """What a run writes into its folder beside checkpoints."""
 
 
@@ -156,10 +160,10 @@ def _clear(run: CoreRun, source: Path | None, record: dict[str, Any]) -> None:
         for folder in checkpoints(run.output_dir):
             if step_of(folder) > run.step:  # of a future that this run does not have
                 remove_folder(folder)
-        for path in run.output_dir.glob("generations-*.jsonl"):
-            number = path.stem.split("-")[1]
-            if number.isdecimal() and int(number) > run.step:
-                path.unlink()
+        for kind in (GENERATIONS, SAMPLES):
+            for step, path in files_of(run.output_dir, kind):
+                if step > run.step:
+                    path.unlink()
         return
     if not is_used:
         return

@@ -25,7 +25,6 @@ class Tracker(sft.Plugin, ABC):
 
     library: ClassVar[str]
     observes = True
-    reads = ("run_name",)
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)

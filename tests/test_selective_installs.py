@@ -37,6 +37,7 @@ TRAINED_WITH = {
     "peft_vera": "--plugin vera",
     "quant_nf4": "--plugin nf4",
     "track": "--report_to visualdl",
+    "ui_board": "",  # it follows runs, and no run has it
 }
 """By folder, what a run is given beside model and data, with which the distribution has something to do."""
 

@@ -1,0 +1,1 @@
+"""The live view of runs as an sft plugin."""

@@ -1,0 +1,206 @@
+"""The page of the board, as people meet it: runs that train, that are stopped by its button, that have died; on a phone
+and on a wide screen, in light and dark, by keyboard."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser.conftest import DEMO
+from browser.driver import SCHEMES, SIZES, Browser
+from browser.test_report_page import COLOURS, REACHABLE
+from sft_ui_board.server import application, server_of
+
+import sft
+
+pytestmark = pytest.mark.browser
+
+TOKEN = "c" * 64
+SLOW = """
+import time
+import sft
+
+class Slow(sft.Plugin):
+    name = "slow"
+    api_version = 1
+
+    @sft.hookimpl
+    def sft_step_ended(self, run, record):
+        time.sleep(0.1)
+"""
+SETTINGS = {
+    "model_name_or_path": str(DEMO / "model"),
+    "dataset_name_or_path": str(DEMO / "data"),
+    **{"max_steps": 3000, "logging_steps": 1, "max_length": 64, "per_device_train_batch_size": 1, "learning_rate": 1e-4},
+    **{"save_strategy": "no", "do_eval": False, "disable_tqdm": True},
+}
+
+
+@contextmanager
+def board_of(folder: Path) -> Iterator[str]:
+    """The address of a board, with its token."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = server_of(application(folder, TOKEN))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/#{TOKEN}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that trains in ``tmp_path/runs/out``, ten steps a second at most."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    given = [text for name, value in SETTINGS.items() for text in (f"--{name}", str(value).lower() if value in (True, False) else str(value))]
+    line = [sys.executable, "-m", "sft", "run", "--plugin", str(tmp_path / "slow.py"), *given]
+    (tmp_path / "runs").mkdir()
+    process = subprocess.Popen([*line, "--output_dir", str(tmp_path / "runs" / "out")], stdout=subprocess.DEVNULL)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def text_of(browser: Browser, name: str) -> str:
+    return str(browser.evaluate("return document.getElementById(arguments[0]).textContent", name))
+
+
+def until(holds: Callable[[], Any], seconds: float = 60.0) -> Any:
+    ends = time.monotonic() + seconds
+    while not (found := holds()):
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+    return found
+
+
+def step_of(browser: Browser) -> int:
+    found = re.match(r"step ([\d,]+)", text_of(browser, "steps"))
+    return int(found[1].replace(",", "")) if found else 0
+
+
+@pytest.mark.parametrize(("size", "scheme"), [*itertools.product(SIZES, SCHEMES)])
+def test_it_opens_and_everyone_can_use_it(browser: Browser, runs: list[Path], size: str, scheme: str) -> None:
+    with board_of(runs[0].parent) as address:
+        browser.open(address, size, scheme)
+        until(lambda: text_of(browser, "state") == "finished")
+        until(lambda: browser.evaluate("return document.querySelectorAll('figure[data-chart] canvas').length"))
+        drawn = dict(browser.evaluate(COLOURS))
+        assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mib"} <= set(drawn)
+        assert all(colours > 20 for colours in drawn.values()), drawn
+        assert browser.evaluate("return document.querySelectorAll('#runs a').length") == 2
+        assert "the run has finished" in text_of(browser, "log")
+        assert "After training" in text_of(browser, "answers")
+        assert "learning_rate" in text_of(browser, "settings")
+        assert TOKEN not in browser.driver.current_url
+        wide, shown = browser.evaluate("const all = document.documentElement; return [all.scrollWidth, all.clientWidth]")
+        assert wide <= shown  # nothing stands out at the side
+        dark = browser.evaluate("return getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, re.findall(r"\d+", dark)[:3])) < 200) == (scheme == "dark")
+        assert browser.axe() == []
+        assert browser.complaints() == []
+
+
+def test_the_keyboard_reaches_everything(browser: Browser, runs: list[Path]) -> None:
+    with board_of(runs[0].parent) as address:
+        browser.open(address)
+        until(lambda: text_of(browser, "state") == "finished")
+        wanted = until(lambda: browser.evaluate(REACHABLE))
+        browser.evaluate("window.met = new Set(); document.addEventListener('focusin', event => met.add(event.target));")
+        browser.press(*["Tab"] * (wanted + 2))
+        assert browser.evaluate("return met.size") == wanted
+        name = text_of(browser, "name")
+        browser.evaluate("document.querySelector('#runs a:not([aria-current])').focus()")
+        browser.press("Enter")
+        other = until(lambda: text_of(browser, "name") != name and text_of(browser, "name"))
+        assert browser.evaluate("return document.querySelector('#runs a[aria-current]').textContent").startswith(other)
+
+
+def test_a_run_that_trains_is_followed_and_its_button_stops_it(
+    browser: Browser, training: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    with board_of(tmp_path / "runs") as address:
+        browser.open(address)
+        assert "No run is in this folder yet" in text_of(browser, "no-runs")
+        until(lambda: text_of(browser, "state") == "running")
+        first = until(lambda: step_of(browser))
+        until(lambda: step_of(browser) > first + 5)
+        assert re.search(r"Time left\d+:\d\d:\d\d", text_of(browser, "facts"))
+        assert re.search(r"Memory of the run now[\d.]+ GiB", text_of(browser, "facts"))
+        until(lambda: f"step {step_of(browser)}/3000" in text_of(browser, "log"))
+        assert dict(browser.evaluate(COLOURS))["loss"] > 20
+        assert browser.axe() == []
+        # By keyboard: the button, a question that is answered with no by default, and its other answer.
+        browser.evaluate("document.querySelector('[data-what=stop]').focus()")
+        browser.press("Enter")
+        assert browser.evaluate("return document.getElementById('sure').open")
+        assert browser.axe() == []
+        assert browser.evaluate("return document.activeElement.id") == "sure-no"
+        browser.press("Enter")
+        assert not browser.evaluate("return document.getElementById('sure').open")
+        assert not (tmp_path / "runs" / "out" / "STOP").exists()
+        browser.press("Enter")
+        browser.press("Tab", shift=True)
+        browser.press("Enter")
+        until(lambda: text_of(browser, "state") == "finished")
+        assert re.search(r"ended early, after step \d+: the file .*STOP asks for it", text_of(browser, "why"))
+        assert training.wait(60) == 0
+        assert sft.read_run(tmp_path / "runs" / "out").result["stopped_early"]["step"] > 5
+        assert browser.complaints() == []
+
+
+def test_a_run_that_is_killed_is_shown_to_have_died_and_so_is_the_board(
+    browser: Browser, training: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    with board_of(tmp_path / "runs") as address:
+        browser.open(address, "phone")
+        until(lambda: step_of(browser) > 2)
+        os.kill(training.pid, signal.SIGKILL)
+        until(lambda: text_of(browser, "state") == "died")
+        assert "--resume_from_checkpoint auto goes on" in text_of(browser, "why")
+        assert browser.evaluate("return document.getElementById('orders').hidden")
+        assert "step 2/3000" in text_of(browser, "log")
+        assert browser.axe() == []
+        assert browser.complaints() == []
+    until(lambda: browser.evaluate("return !document.getElementById('trouble').hidden"))
+    assert text_of(browser, "trouble").startswith("The board does not answer. What you see is of ")
+    assert text_of(browser, "state") == "died"
+
+
+def test_without_the_token_it_shows_nothing(browser: Browser, runs: list[Path]) -> None:
+    with board_of(runs[0].parent) as address:
+        browser.open("about:blank")
+        browser.open(address.partition("#")[0])
+        said = until(lambda: text_of(browser, "trouble"))
+        assert said == "The token is missing or old; open the address that sft board has printed."
+        assert browser.evaluate("return document.querySelectorAll('#runs a').length") == 0
+
+
+def test_what_a_run_says_is_no_script(browser: Browser, tmp_path: Path) -> None:
+    evil = "</pre><script>window.met = true</script><img src=x onerror='window.met = true'>"
+    (tmp_path / evil.replace("/", "")).mkdir()
+    folder = tmp_path / evil.replace("/", "")
+    (folder / "run.json").write_text(
+        '{"status": "failed", "settings": {"run_name": EVIL}, "error": EVIL, "changed": ["run_name"]}'.replace("EVIL", f'"{evil}"')
+    )
+    (folder / "sft.log").write_text(evil)
+    with board_of(tmp_path) as address:
+        browser.open(address)
+        until(lambda: text_of(browser, "state") == "failed")
+        assert (text_of(browser, "why"), text_of(browser, "log")) == (evil, evil)
+        assert text_of(browser, "name") == folder.name
+        assert browser.evaluate("return window.met === undefined")
+        assert browser.complaints() == []

@@ -194,7 +194,7 @@ def test_what_a_run_says_is_no_script(browser: Browser, tmp_path: Path) -> None:
     (tmp_path / evil.replace("/", "")).mkdir()
     folder = tmp_path / evil.replace("/", "")
     (folder / "run.json").write_text(
-        '{"status": "failed", "settings": {"run_name": EVIL}, "error": EVIL, "changed": ["run_name"]}'.replace("EVIL", f'"{evil}"')
+        '{"status": "failed", "settings": {"run_name": EVIL}, "error": EVIL, "changed": {"run_name": null}}'.replace("EVIL", f'"{evil}"')
     )
     (folder / "sft.log").write_text(evil)
     with board_of(tmp_path) as address:

@@ -21,9 +21,9 @@ import pytest
 from browser.conftest import DEMO
 from browser.driver import SCHEMES, SIZES, Browser
 from browser.test_report_page import COLOURS, REACHABLE
-from sft_ui_board.server import application, server_of
 
 import sft
+from sft_ui_board.server import application, server_of
 
 pytestmark = pytest.mark.browser
 
@@ -41,10 +41,10 @@ class Slow(sft.Plugin):
         time.sleep(0.1)
 """
 SETTINGS = {
-    "model_name_or_path": str(DEMO / "model"),
-    "dataset_name_or_path": str(DEMO / "data"),
-    **{"max_steps": 3000, "logging_steps": 1, "max_length": 64, "per_device_train_batch_size": 1, "learning_rate": 1e-4},
-    **{"save_strategy": "no", "do_eval": False, "disable_tqdm": True},
+    "model_name_or_path": DEMO / "model",
+    "dataset_name_or_path": DEMO / "data",
+    **{"max_steps": 3000, "logging_steps": 1, "max_length": 64, "per_device_train_batch_size": 1},
+    **{"learning_rate": 1e-4, "save_strategy": "no", "do_eval": "false", "disable_tqdm": "true"},
 }
 
 
@@ -66,7 +66,7 @@ def board_of(folder: Path) -> Iterator[str]:
 def training(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that trains in ``tmp_path/runs/out``, ten steps a second at most."""
     (tmp_path / "slow.py").write_text(SLOW)
-    given = [text for name, value in SETTINGS.items() for text in (f"--{name}", str(value).lower() if value in (True, False) else str(value))]
+    given = [text for name, value in SETTINGS.items() for text in (f"--{name}", str(value))]
     line = [sys.executable, "-m", "sft", "run", "--plugin", str(tmp_path / "slow.py"), *given]
     (tmp_path / "runs").mkdir()
     process = subprocess.Popen([*line, "--output_dir", str(tmp_path / "runs" / "out")], stdout=subprocess.DEVNULL)
@@ -106,7 +106,9 @@ def test_it_opens_and_everyone_can_use_it(browser: Browser, runs: list[Path], si
         assert "After training" in text_of(browser, "answers")
         assert "learning_rate" in text_of(browser, "settings")
         assert TOKEN not in browser.driver.current_url
-        wide, shown = browser.evaluate("const all = document.documentElement; return [all.scrollWidth, all.clientWidth]")
+        wide, shown = browser.evaluate(
+            "const all = document.documentElement; return [all.scrollWidth, all.clientWidth]"
+        )
         assert wide <= shown  # nothing stands out at the side
         dark = browser.evaluate("return getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", dark)[:3])) < 200) == (scheme == "dark")
@@ -119,7 +121,9 @@ def test_the_keyboard_reaches_everything(browser: Browser, runs: list[Path]) -> 
         browser.open(address)
         until(lambda: text_of(browser, "state") == "finished")
         wanted = until(lambda: browser.evaluate(REACHABLE))
-        browser.evaluate("window.met = new Set(); document.addEventListener('focusin', event => met.add(event.target));")
+        browser.evaluate(
+            "window.met = new Set(); document.addEventListener('focusin', event => met.add(event.target));"
+        )
         browser.press(*["Tab"] * (wanted + 2))
         assert browser.evaluate("return met.size") == wanted
         name = text_of(browser, "name")
@@ -194,7 +198,9 @@ def test_what_a_run_says_is_no_script(browser: Browser, tmp_path: Path) -> None:
     (tmp_path / evil.replace("/", "")).mkdir()
     folder = tmp_path / evil.replace("/", "")
     (folder / "run.json").write_text(
-        '{"status": "failed", "settings": {"run_name": EVIL}, "error": EVIL, "changed": {"run_name": null}}'.replace("EVIL", f'"{evil}"')
+        '{"status": "failed", "settings": {"run_name": EVIL}, "error": EVIL, "changed": {"run_name": null}}'.replace(
+            "EVIL", f'"{evil}"'
+        )
     )
     (folder / "sft.log").write_text(evil)
     with board_of(tmp_path) as address:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import json
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
-from sft_ui_board.server import application, server_of
+
+from sft_ui_board.server import application
 
 TOKEN = "a" * 64
 
@@ -31,23 +31,42 @@ class Answer:
 
 @dataclass
 class Client:
-    """Asks the board at ``port``: with its token, under a name of it, unless told otherwise."""
+    """Asks the board, without a network: with its token, under a name of it, unless told otherwise."""
 
-    port: int
-    headers: dict[str, str] = field(default_factory=lambda: {"Authorization": f"Bearer {TOKEN}"})
+    app: Any
 
     def ask(self, path: str, method: str = "GET", **headers: str | None) -> Answer:
-        sent = {**self.headers, **headers}
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        connection.putrequest(method, path, skip_host=True)
-        for name, value in {"Host": f"127.0.0.1:{self.port}", **sent}.items():
-            if value is not None:
-                connection.putheader(name, value)
-        connection.endheaders()
-        answer = connection.getresponse()
-        text = answer.read().decode()
-        connection.close()
-        return Answer(answer.status, {name.lower(): value for name, value in answer.getheaders()}, text)
+        sent = {"Host": "127.0.0.1:8377", "Authorization": f"Bearer {TOKEN}", **headers}
+        place, _, query = path.partition("?")
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": method,
+            "scheme": "http",
+            "path": unquote(place),
+            "raw_path": place.encode(),
+            "query_string": query.encode(),
+            "root_path": "",
+            "headers": [
+                (name.lower().encode(), value.encode("latin-1")) for name, value in sent.items() if value is not None
+            ],
+            "client": ("127.0.0.1", 50_000),
+            "server": ("127.0.0.1", 8377),
+        }
+        messages: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            messages.append(message)
+
+        asyncio.run(self.app(scope, receive, send))
+        text = b"".join(message.get("body", b"") for message in messages).decode()
+        return Answer(
+            messages[0]["status"], {name.decode(): value.decode() for name, value in messages[0]["headers"]}, text
+        )
 
     def until(self, path: str, holds: Callable[[Any], bool], seconds: float = 60.0) -> Any:
         """What the board says at ``path``, when that ``holds``."""
@@ -61,16 +80,9 @@ class Client:
 
 
 @pytest.fixture
-def board(tmp_path: Path) -> Iterator[Client]:
+def board(tmp_path: Path) -> Client:
     """The board of ``tmp_path``."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = server_of(application(tmp_path, TOKEN))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    yield Client(listening.getsockname()[1])
-    server.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive()
+    return Client(application(tmp_path, TOKEN))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +19,12 @@ from typing import Any
 import psutil
 import pytest
 from click.testing import CliRunner
-from sft_ui_board import watch
-from sft_ui_board.command import command
-from sft_ui_board.watch import Watched, log_of, memory_of, seconds_left
 
 import sft
 from sft.folder_lock import FolderLock
+from sft_ui_board import watch
+from sft_ui_board.command import command
+from sft_ui_board.watch import Watched, log_of, memory_of, seconds_left
 
 Train = Callable[..., sft.Summary]
 RunFolder = Callable[..., Path]
@@ -190,7 +191,10 @@ def test_buttons_leave_files_that_the_run_obeys(board: Any, run_folder: RunFolde
     refused = board.ask("/api/ask?run=out&what=stop", "POST")
     assert (refused.status, "is no plain file" in refused.json["error"]) == (409, True)
     refused = board.ask("/api/ask?run=out&what=remove", "POST")
-    assert (refused.status, refused.json["error"]) == (409, "There is nothing to ask of a run but stop, save, evaluate.")
+    assert (refused.status, refused.json["error"]) == (
+        409,
+        "There is nothing to ask of a run but stop, save, evaluate.",
+    )
     lock.release()
     refused = board.ask("/api/ask?run=out&what=evaluate", "POST")
     assert (refused.status, "so nobody would obey." in refused.json["error"]) == (409, True)
@@ -257,16 +261,12 @@ def test_it_prints_its_address_and_ends_with_a_signal(tmp_path: Path) -> None:
     address, token = process.stdout.readline().strip().split("/#")
     assert address.startswith("http://127.0.0.1:")
     assert len(token) == 64
-    code = (
-        "import sys, urllib.request as r; "
-        "print(r.urlopen(r.Request(sys.argv[1] + '/api/runs', headers={'Authorization': 'Bearer ' + sys.argv[2]})).status)"
-    )
-    for _ in range(100):
-        asked = subprocess.run([sys.executable, "-c", code, address, token], capture_output=True, text=True, check=False)
-        if asked.returncode == 0:
-            break
-        time.sleep(0.2)
-    assert asked.stdout == "200\n"
+    request = urllib.request.Request(f"{address}/api/runs", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=60) as answer:  # it listens already, and answers when it is ready
+        assert json.load(answer)["folder"] == str(tmp_path)
+    with urllib.request.urlopen(address, timeout=60) as answer:
+        assert "server" not in answer.headers
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (0, "")

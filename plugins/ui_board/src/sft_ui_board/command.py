@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import socket
 from pathlib import Path
@@ -25,8 +26,8 @@ def command(runs_dir: str, host: str, port: int) -> None:
 
     RUNS_DIR is a folder that holds runs, also in folders of it, or one run; without it, the current one. The page shows
     curves as they grow, when the run will be done, what it says, answers, and the memory of this machine, and has
-    buttons to stop, save and evaluate. It is for whoever has the address that is printed: it ends in a token, drawn anew
-    each time. Ctrl-C ends the board, and no run.
+    buttons to stop, save and evaluate. It is for whoever has the address that is printed: it ends in a token, drawn
+    anew each time. Ctrl-C ends the board, and no run.
     """
     folder = Path(runs_dir).expanduser()
     if not folder.is_dir():
@@ -58,15 +59,16 @@ def _listening(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server((address[0], address[1]), family=family)
     except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or error
+        number = getattr(error, "errno", None) or 0
+        why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
         raise sft.UsageError(
-            f"The board cannot listen at {sft.shown(host)}, port {port} ({why}); give another --port, or --port 0, which "
-            "takes a free one."
+            f"The board cannot listen at {sft.shown(host)}, port {port} ({why}); give another --port, or --port 0, "
+            "which takes a free one."
         ) from error
 
 
 def _name_of(address: str) -> str:
-    """What a browser elsewhere types for an address; one that stands for all of this machine's has no name of its own."""
+    """What a browser elsewhere types for an address; one that stands for all of this machine's is no such name."""
     return socket.gethostname() if address in ("0.0.0.0", "::") else address
 
 

@@ -1,5 +1,5 @@
-"""Which folders below RUNS_DIR hold runs. No path leaves it: links are not followed, and a run whose files are links that
-lead out, or no files at all, is named and not read."""
+"""Which folders below RUNS_DIR hold runs. No path leaves it: links are not followed, and a run whose files are links
+that lead out, or no plain files, is named and not read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is asked from outside: files named STOP, SAVE and EVALUATE in its folder, which the run obeys and removes."""
+"""What a run is asked from outside: files named STOP, SAVE and EVALUATE in its folder, which it obeys and removes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The board as a program that answers: the page, its files, and what it asks for. Made of Starlette, served by uvicorn."""
+"""The board as a program that answers: the page, its files, and what it asks for; by Starlette, served by uvicorn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def application(root: Path, token: str, host: str = "127.0.0.1", loopback: bool = True) -> Starlette:
-    """The board of the runs below ``root``: it may be asked under ``host`` and names of this machine, with ``token``."""
+    """The board of the runs below ``root``, to be asked under ``host`` and names of this machine, with ``token``."""
     watch, lock = Watch(root.resolve()), threading.Lock()
 
     def runs(request: Request) -> Response:

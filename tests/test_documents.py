@@ -74,13 +74,19 @@ def test_the_clock_of_the_page_ends_a_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "out" / "checkpoint-1").is_dir()
 
 
-def test_the_padding_of_the_page_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_padding_of_the_page_is_measured_and_figures_of_steps_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     padding = names_of(blocks("docs/control.md", "python")[1])["Padding"]
     sft.run(example(tmp_path / "out", max_steps=2, logging_steps=1), plugins=[padding], say=lambda _: None)
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     shares = [line["padding_tokens"] / (line["padding_tokens"] + line["tokens"]) for line in lines]
     assert [line["padding/share"] for line in lines] == pytest.approx(shares)
     assert capsys.readouterr().out.splitlines() == [f"{line['step']} {line['padding/share']}" for line in lines]
+    monkeypatch.chdir(tmp_path)
+    figures = names_of(blocks("docs/replay.md", "python")[0])
+    for name in ("loss", "grad_norm"):
+        assert figures[name].tolist() == [line[name] for line in lines]
 
 
 def test_the_archive_of_the_page_holds_the_model(tmp_path: Path) -> None:

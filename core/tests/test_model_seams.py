@@ -101,6 +101,7 @@ def test_an_adapter_trains_and_is_all_that_is_written(train: Train, models: Path
         "rows.json",
         "run.json",
         "sft.log",
+        "steps.bin",
         "tokenizer.json",
         "tokenizer_config.json",
     ]

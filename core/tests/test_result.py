@@ -15,7 +15,7 @@ import sft
 from sft.files import read_report
 
 Train = Callable[..., sft.Summary]
-OF_A_FAILED_RUN = ["metrics.jsonl", "report.html", "report.json", "rows.json", "run.json", "sft.log"]
+OF_A_FAILED_RUN = ["metrics.jsonl", "report.html", "report.json", "rows.json", "run.json", "sft.log", "steps.bin"]
 
 
 # --- weights that are not finite ----------------------------------------------------------------------------

@@ -212,18 +212,9 @@ def test_run_json_tells_what_was_run(train: Train, models: Path, dataset: Path, 
     summary = train(plugins=(Idle,), max_steps=2, seed=9)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert set(record) == {
-        *(
-            "status",
-            "started",
-            "settings",
-            "changed",
-            "without_effect",
-            "total_steps",
-            "plugins",
-            "packages",
-            "machine",
-        ),
-        *("arithmetic", "precision", "hub", "data", "parameters", "result"),
+        *("status", "started", "date", "settings", "given", "changed", "without_effect", "total_steps", "schedule"),
+        *("base_fingerprint", "plugins", "packages", "machine", "arithmetic", "precision", "hub", "data"),
+        *("parameters", "result"),
     }
     assert record["changed"]["seed"] == 42  # each with its default
     assert "weight_decay" not in record["changed"]
@@ -265,7 +256,7 @@ def test_run_json_says_while_a_run_is_not_finished(train: Train, tmp_path: Path)
         def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
             found.append(json.loads((run.output_dir / "run.json").read_text()))
             written = sorted(path.name for path in run.output_dir.iterdir())
-            assert written == ["metrics.jsonl", "rows.json", "run.json", "run.lock", "sft.log"]
+            assert written == ["metrics.jsonl", "rows.json", "run.json", "run.lock", "sft.log", "steps.bin"]
 
     train(plugins=(Look,), max_steps=1)
     assert [record["status"] for record in found] == ["running"]

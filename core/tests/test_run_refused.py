@@ -30,7 +30,7 @@ def test_overwriting_removes_the_old_run_and_nothing_else(train: Train, tmp_path
     train(max_steps=1, plugin=["lora"], overwrite_output_dir=True)
     left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     tokenizer = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
-    written = {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "run.json", "sft.log"}
+    written = {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "run.json", "sft.log", "steps.bin"}
     written |= {"report.html", "report.json", "rows.json"}
     kept = {"notes.txt", "checkpoint-notes/more.txt"}
     assert left - {"generation_config.json"} == tokenizer | written | kept

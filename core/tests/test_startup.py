@@ -76,6 +76,7 @@ COMMANDS = [
     ("merge", "--help"),
     ("demo", "--help"),
     ("data", "--help"),
+    ("replay", "--help"),
 ]
 
 

@@ -18,9 +18,11 @@ from sft.run_log import RunLog
 from sft.stopping import Stop
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     import numpy as np
 
-    from sft.data.batches import Data
+    from sft.data.batches import Data, Step
     from sft.data.questions import Question
     from sft.data.several import Measured
     from sft.data.tokenizer import Tokenizer
@@ -202,8 +204,12 @@ class CoreRun(Run):
         collator: Makes rows and batches of records.
         arithmetic: What the last bits of the run's numbers depend on, as run.json has it.
         other_arithmetic: Where it was another: for each time the step, what that went on from, and the differences.
+        earlier: Where it went on from a checkpoint with other settings or another arithmetic: for each time the step
+            ``until`` which it had these ``settings`` and this ``arithmetic``, in ascending order.
+        at: The step that is computed, or was the last one (:class:`sft.data.batches.Step`); None before the first.
         objective: What it minimises, once the model is there.
         whole: Structured names of the parameters that train whole beside an adapter (``modules_to_save``).
+        date: The time that chat templates are told where the run begins anew; None: now.
         continued: The folder of the adapter from which the run goes on, where it goes on from one.
         base_fingerprint: Identifies the weights that an exported adapter belongs to; see ``models/fingerprint.py``.
         sizes: The trainable parameters of the whole model, and all of them, counted in values.
@@ -241,6 +247,9 @@ class CoreRun(Run):
         self.evaluation: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
         self.other_arithmetic: list[dict[str, Any]] = []
+        self.earlier: list[dict[str, Any]] = []
+        self.at: Step | None = None
+        self.date: datetime | None = None
         self.whole: list[str] = []
         self.continued: Path | None = None
         self.executes = False

@@ -204,6 +204,15 @@ def state_of(path: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def is_own_file(path: Path, written: Path) -> bool:
+    """Whether ``path`` is the file ``written``, may be changed, and is no link to a file that somebody else keeps."""
+    try:
+        found = path.lstat()
+        return os.path.samestat(found, written.stat()) and found.st_nlink == 1 and os.access(path, os.W_OK)
+    except FileNotFoundError:
+        return False
+
+
 def _finish(path: Path) -> None:
     """On disk, and readable by those whom the user's umask lets read (safetensors writes for its owner alone)."""
     if path.is_file():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sft import arithmetic, deterministic, runtime
 from sft.context import CoreRun, Summary
@@ -38,13 +38,21 @@ from sft.training.resume_checks import (
     check_agreed,
     check_alike,
     check_arithmetic,
-    check_replay,
-    check_resumable,
+    check_beginning,
     check_same_base,
     check_same_plugins,
 )
 from sft.training.run_folder import check_output, open_run_folder
 from sft.training.skipped_records import list_skipped
+from sft.training.steps_file import NAME as STEPS
+
+if TYPE_CHECKING:
+    from sft.optimizer import Optimizer
+    from sft.training.journal import Journal
+    from sft.training.rates import Rates
+    from sft.training.wishes import Wishes
+
+T = TypeVar("T")
 
 
 def run(
@@ -61,14 +69,22 @@ def run(
     """
     values = read_file(Path(settings)) if isinstance(settings, (str, os.PathLike)) else settings
     current = prepare_run(normalise(values), plugins, say or Printer("stdout"))
+    return carried_out(
+        current, lambda: current.hook.sft_launch(run=current) or execute(current, _train_or_measure), leave_report
+    )
+
+
+def carried_out(current: CoreRun, work: Callable[[], T], leave: Callable[[CoreRun], None]) -> T:
+    """What ``work`` makes of a run that has been prepared. It hears signals, and whatever ends it is told to all;
+    ``leave`` then writes what people read."""
     with current.stop.heard(partial(write_end, current)):
         try:
             check_plugins(current.plugins)
             with current.progress:
-                return current.hook.sft_launch(run=current) or execute(current)
+                return work()
         except BaseException as error:
             told = out_of_memory(current, error) if is_memory(error) else current.stop.instead_of(error)
-            fail(current, told, leave_report)
+            fail(current, told, leave)
             if told is error:
                 raise
             raise told from error
@@ -95,8 +111,8 @@ def prepare_run(values: Mapping[str, Any], extra: Iterable[type], say: Callable[
     return current
 
 
-def execute(run: CoreRun) -> Summary:
-    """Data, model, training, result. The run directory appears only when training is about to begin."""
+def execute(run: CoreRun, work: Callable[[CoreRun, Checkpoint | None, float], T]) -> T:
+    """Data and model, then ``work``, which is given the checkpoint that the run goes on from, and when it began."""
     training = run.settings.training
     with runtime.restored(training.device), deterministic.repeatable(training.deterministic):
         started, run.executes = time.monotonic(), True
@@ -106,9 +122,12 @@ def execute(run: CoreRun) -> Summary:
         run.say(runtime.prepare())
         set_up_model(run)
         check_agreed(run)
-        if training.do_train:
-            return _train(run, resumed, started)
-        return _only_evaluate(run, resumed, started)
+        return work(run, resumed, started)
+
+
+def _train_or_measure(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
+    """Training and its result, or the model measured. The run directory appears only when that is about to begin."""
+    return (_train if run.settings.training.do_train else _only_evaluate)(run, resumed, started)
 
 
 def read_inputs(run: CoreRun) -> Checkpoint | None:
@@ -122,7 +141,7 @@ def read_inputs(run: CoreRun) -> Checkpoint | None:
     if resumed is not None:
         check_same_plugins(run, resumed)
     run.resumes, run.step = resumed is not None, resumed.state["step"] if resumed is not None else 0
-    date = datetime.fromisoformat(resumed.state["date"]) if resumed is not None else None
+    date = datetime.fromisoformat(resumed.state["date"]) if resumed is not None else run.date
     named = settings.model.tokenizer_name_or_path
     folder = find_tokenizer(named) if named else source.folder
     run.tokenizer = grown_tokenizer(settings, source, folder, date, run.say)
@@ -154,42 +173,66 @@ def set_up_model(run: CoreRun) -> None:
     check_alike(run)
 
 
+class Begun(NamedTuple):
+    """Training that is about to begin, or to go on."""
+
+    schedule: Schedule
+    optimizer: Optimizer
+    rates: Rates
+    journal: Journal
+    wishes: Wishes
+    record: dict[str, Any]
+    """What ``run.json`` says of it."""
+
+
+def begin(
+    run: CoreRun, resumed: Checkpoint | None, check: Callable[[CoreRun, Schedule, Checkpoint | None], None]
+) -> Begun:
+    """Put everything in place for the first step, or for the one after a checkpoint, which ``check`` may refuse."""
+    from sft.training import best, checkpoint
+    from sft.training.export_checks import check_export
+    from sft.training.groups import make_optimizer
+    from sft.training.rates import make_rates
+    from sft.training.wishes import Wishes
+
+    assert run.train_data is not None
+    schedule = Schedule.of(run.settings.training, run.train_data, run.collator, run.strategy.data_world)
+    optimizer, rates = make_optimizer(run), make_rates(run, schedule.total_steps)
+    check(run, schedule, resumed)
+    if resumed is not None:
+        checkpoint.restore(run, optimizer, resumed.folder, resumed.state)
+    check_export(run)
+    record = describe(run, schedule)
+    journal = open_run_folder(run, resumed.folder if resumed is not None else None, record)
+    wishes = Wishes(run)
+    if resumed is not None:
+        state, before = resumed.state, resumed.folder.parent
+        changed = (
+            journal.rewind(state, before / "metrics.jsonl"),
+            journal.steps.rewind(run.step, state.get("steps"), before / STEPS),
+        )
+        for clause in filter(None, changed):
+            run.say(f"note: {clause}")
+        keep_rows(run, before)
+        run.before, run.evaluation, run.best = state["before"], state["evaluation"], best.best_so_far(run, state)
+        checkpoint.drop_old(run, run.step)  # it may have been killed after it had saved
+        run.say(f"resuming from {resumed.folder} after step {run.step}")
+    return Begun(schedule, optimizer, rates, journal, wishes, record)
+
+
 def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     """Train the model that has been set up, write the result, and measure the model before and after."""
     from sft.training import best, checkpoint
     from sft.training.evaluation import before_or_after
-    from sft.training.export_checks import check_export
-    from sft.training.groups import make_optimizer
     from sft.training.loop import check_stop, train
     from sft.training.progress import Display
     from sft.training.publish import publish_result, rescued
-    from sft.training.rates import make_rates
-    from sft.training.wishes import Wishes
 
     training = run.settings.training
-    assert run.train_data is not None
-    schedule = Schedule.of(training, run.train_data, run.collator, run.strategy.data_world)
-    optimizer, rates = make_optimizer(run), make_rates(run, schedule.total_steps)
-    if resumed is not None:
-        check_resumable(run, schedule, resumed)
-        checkpoint.restore(run, optimizer, resumed.folder, resumed.state)
-    else:
-        check_replay(run)
-    check_export(run)
-    record = describe(run, schedule.total_steps)
-    journal = open_run_folder(run, resumed.folder if resumed is not None else None, record)
-    wishes = Wishes(run)
+    schedule, optimizer, rates, journal, wishes, record = begin(run, resumed, check_beginning)
     list_skipped(run, resumed.folder.parent if resumed is not None else None)
     if resumed is not None:
-        state = resumed.state
-        changed = journal.rewind(state, resumed.folder.parent / "metrics.jsonl")
-        if changed is not None:
-            run.say(f"note: {changed}")
-        keep_rows(run, resumed.folder.parent)
-        run.before, run.evaluation, run.best = state["before"], state["evaluation"], best.best_so_far(run, state)
-        checkpoint.drop_old(run, run.step)  # it may have been killed after it had saved
-        run.say(f"resuming from {resumed.folder} after step {run.step}")
-        _keep_early_end(run, state.get("stopped_early"))
+        _keep_early_end(run, resumed.state.get("stopped_early"))
     else:
         run.before = before_or_after(run, 0, 0.0, journal)
     run.hook.sft_run_started(run=run)
@@ -205,6 +248,7 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
         raise rescued(run, optimizer, error) from error
     finally:
         display.close()
+        journal.steps.close()
     best_step = best.load_best(run, optimizer) if training.load_best_model_at_end else None
     run.stop.waits_for("writing the result first")
     publish_result(run, optimizer)  # before anything else can go wrong

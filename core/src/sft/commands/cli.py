@@ -16,6 +16,8 @@ from sft.foreign_text import safe
 COMMANDS = {
     "run": "Fine-tune a model.",
     "data": "Show what the model will see of the data, before it is trained.",
+    "replay": "Compute a step of a run again: its records, and the loss of each token.",
+    "blame": "Name the records that made the loss of a run jump.",
     "demo": "Fine-tune the tiny embedded model and show what it learned.",
     "report": "Show a run, or several side by side, as a page.",
     "merge": "Fold an adapter into its base model.",

@@ -253,6 +253,10 @@ class Schedule:
         # Rounded first: 1.1 - 1 is a little more than 0.1, which would cost a step too many.
         return max(1, steps + (math.ceil(round(part * self._steps_in(next(windows)), 6)) if part else 0))
 
+    def written(self) -> dict[str, Any]:
+        """What ``run.json`` says of it."""
+        return {"rows_per_step": self.rows_per_step, "fingerprint": self.data.fingerprint()}
+
     def iterate(self, start: int = 0, place: dict[str, Any] | None = None) -> Iterator[Step]:
         """Endless steps after step ``start``, which was taken at ``place`` (None: look for it from the beginning)."""
         number = place["first_step"] if place else 0

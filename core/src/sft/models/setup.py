@@ -26,8 +26,7 @@ def set_up(run: CoreRun) -> None:
     Each plugin that has a say in it is asked. Raises :class:`UsageError` where plugins, model and data do not go
     together.
     """
-    if run.exports_adapter:
-        run.base_fingerprint = fingerprint(run.source)
+    run.base_fingerprint = fingerprint(run.source)
     check_questions(run)
     quantizer = run.hook.sft_quantizer(run=run)
     backend = attention_backend(run)

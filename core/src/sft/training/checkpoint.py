@@ -29,6 +29,7 @@ from sft.training.held_once import find_places, take
 from sft.training.manifest import write_manifest
 from sft.training.result import write_result
 from sft.training.shared import shared
+from sft.training.steps_file import NAME as STEPS
 
 if TYPE_CHECKING:
     from sft.context import CoreRun
@@ -95,9 +96,9 @@ def _close(run: CoreRun, folder: Path, staged: contextlib.ExitStack) -> None:
     """All processes have written their part; the main one sees to it that it is there to stay, and names it."""
     if run.strategy.is_main:
         write_manifest(staging_of(folder))
-        lines = run.output_dir / "metrics.jsonl"
-        if lines.exists():
-            sync(lines)  # those up to now belong to this moment
+        for name in ("metrics.jsonl", STEPS):
+            if (run.output_dir / name).exists():
+                sync(run.output_dir / name)  # what they hold up to now belongs to this moment
     staged.close()
 
 

@@ -34,6 +34,8 @@ _SHAPE: dict[str, Any] = {
 """What ``state.json`` holds, and as what."""
 _MAY_LACK = {
     **dict.fromkeys(("in_adapter", "arithmetic", "plugin_files"), (dict,)),
+    "steps": {"count": (int,), "digest": (str,)},
+    "earlier": (list,),
     "stopped_early": {"step": (int,), "reason": (str,)},
 }
 """What earlier versions did not write, or not every checkpoint has."""

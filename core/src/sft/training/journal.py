@@ -1,4 +1,5 @@
-"""What a run writes down as it goes: ``metrics.jsonl``, one line a logged step or evaluation."""
+"""What a run writes down as it goes: ``metrics.jsonl``, one line a logged step or evaluation (``steps_file.py`` has the
+figures of every step)."""
 
 from __future__ import annotations
 
@@ -12,8 +13,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sft.files import replaced, sync
+from sft.files import is_own_file, replaced, sync
 from sft.runtime import peak_memory_mib
+from sft.training.steps_file import NAME as STEPS
+from sft.training.steps_file import StepsFile
 
 _VARY = ("seconds", "eval_seconds", "peak_memory_mib")
 """Numbers of lines that differ between runs that are equal."""
@@ -44,7 +47,8 @@ class Totals:
 
 @dataclass
 class Journal:
-    """Appends to ``metrics.jsonl``. Its state travels in checkpoints, so a resumed run writes the same lines.
+    """Appends to ``metrics.jsonl``, and has what appends to ``steps.bin``. Its state travels in checkpoints, so a
+    resumed run writes the same lines.
 
     Without a ``path`` it only counts: another process of the run writes.
     """
@@ -56,6 +60,8 @@ class Journal:
     last_loss: float | None = None
     lines: int = 0
     """Lines in the file."""
+    steps: StepsFile = field(init=False)
+    """The figures of each step, whether a line is due or not."""
     due: bool = False
     """Whether the next step that is taken writes a line; a logging step may overflow and be none."""
     skipped_steps: int = 0
@@ -65,6 +71,9 @@ class Journal:
     _since: float = field(default_factory=time.monotonic)
     _digest: Any = field(default_factory=hashlib.sha256)
     """Of the file, by which a resumed run sees that a line has changed."""
+
+    def __post_init__(self) -> None:
+        self.steps = StepsFile(None if self.path is None else self.path.with_name(STEPS))
 
     def add(
         self,
@@ -162,7 +171,7 @@ class Journal:
             text = b"".join(kept)
             self._digest = hashlib.sha256(text)
         self.lines = len(kept)
-        if is_same and _is_its_own(self.path, written):
+        if is_same and is_own_file(self.path, written):
             os.truncate(self.path, len(text))
             sync(self.path)
         else:
@@ -181,15 +190,6 @@ class Journal:
 def _totals(values: dict[str, Any]) -> Totals:
     """Those of a checkpoint; before there were weights, each target counted 1."""
     return Totals(**{"weight": float(values["target_tokens"]), **values})
-
-
-def _is_its_own(path: Path, written: Path) -> bool:
-    """Whether ``path`` is the file ``written``, may be changed, and is no link to a file that somebody else keeps."""
-    try:
-        found = path.lstat()
-        return os.path.samestat(found, written.stat()) and found.st_nlink == 1 and os.access(path, os.W_OK)
-    except FileNotFoundError:
-        return False
 
 
 def _sound(line: bytes) -> bytes:

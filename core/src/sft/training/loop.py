@@ -98,10 +98,12 @@ def train(
     display: Display,
     wishes: Wishes,
     state: dict[str, Any] | None,
+    until: int | None = None,
 ) -> tuple[int, float]:
     """Train to the end, from the moment of a checkpoint's ``state`` on if there is one; the last step and epoch.
 
-    The end is that of the schedule, or where somebody asks for it (``run.stopped_early``)."""
+    The end is that of the schedule, or where somebody asks for it (``run.stopped_early``); or the step ``until``, for a
+    replay, which goes no further."""
     settings, strategy = run.settings.training, run.strategy
     total = schedule.total_steps
     start, epoch, place, scale = 0, 0.0, None, LossScale(run.precision, settings.scale_loss)
@@ -112,10 +114,10 @@ def train(
     sums = WideSums(trainable(run.model).values())
     journal.start()
     size, rank, world = settings.per_device_train_batch_size, strategy.data_rank, strategy.data_world
-    left = total - start if run.stopped_early is None else 0
+    left = (until or total) - start if run.stopped_early is None else 0
     steps = islice(schedule.batches(start, place, rank, world, size), left)  # one more may be a window more
     step, first_rows = start, FirstRows(run, run.output_dir)
-    run.stop.waits_for(_before_stopping(start + 1, settings.save_strategy))
+    run.stop.waits_for(_before_stopping(start + 1, settings.save_strategy, until))
     for at, batches in one_ahead(steps):
         began, step, epoch = time.monotonic(), at.number, at.epoch
 
@@ -137,6 +139,7 @@ def train(
             check_repeats(run, once, optimizer.parameters)
 
         # Forward, loss and backward of each; the gradients add up to that of the weighted mean over the step's targets.
+        run.at = at
         seed_step(settings.seed, step, strategy.draw_rank)
         learning = Learning(run, scale.value / share, sums=sums)
         names = run.objective.values
@@ -149,6 +152,7 @@ def train(
         grad_norm = strategy.grad_norm(optimizer.parameters) / scale.value
         rate, unscaled = rates(step), 1.0 / scale.value
         journal.due |= step % settings.logging_steps == 0 or step in (1, total)
+        journal.steps.add(step, loss_sum / share, grad_norm)
         if scale.accepts(loss_sum, grad_norm):
             optimizer.step(rate, unscaled * clip_factor(grad_norm, settings.max_grad_norm))
             strategy.updated()
@@ -211,7 +215,7 @@ def train(
             if not saves and settings.save_strategy != "no":
                 checkpoint.save(run, optimizer, state_after(run, schedule, journal, at, scale))
             raise SignalError(wishes.signal, f"after step {step}")
-        run.stop.waits_for(_before_stopping(step + 1, settings.save_strategy))
+        run.stop.waits_for(_before_stopping(step + 1, settings.save_strategy, until))
     run.model.eval()
     return step, epoch
 
@@ -237,6 +241,7 @@ def state_after(run: CoreRun, schedule: Schedule, journal: Journal, at: Step, sc
         },
         "loss_scale": scale.state(),
         "journal": journal.state(),
+        "steps": journal.steps.state(),
         "before": run.before,
         "evaluation": run.evaluation,
         "best": run.best,
@@ -245,11 +250,14 @@ def state_after(run: CoreRun, schedule: Schedule, journal: Journal, at: Step, sc
         "plugin_files": run.plugins.files_written(),
         "arithmetic": run.arithmetic,
         **({"other_arithmetic": run.other_arithmetic} if run.other_arithmetic else {}),
+        **({"earlier": run.earlier} if run.earlier else {}),
         **({"stopped_early": run.stopped_early} if run.stopped_early else {}),
     }
 
 
-def _before_stopping(step: int, save_strategy: str) -> str:
+def _before_stopping(step: int, save_strategy: str, until: int | None) -> str:
+    if until is not None:
+        return f"finishing step {step}"
     if save_strategy != "no":
         return f"finishing step {step} and saving"
     return f"finishing step {step}; save_strategy is no, so what the run has learned is not kept"

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft import runtime
 from sft.context import CoreRun, Run, Summary
@@ -19,13 +19,16 @@ from sft.hub_names import commit_of
 from sft.models.layers import trained_by_layer
 from sft.plugins.discovery import dependencies
 
+if TYPE_CHECKING:
+    from sft.data.batches import Schedule
+
 PACKAGES = ("sft-core", "paddlepaddle", "paddlepaddle-gpu", "numpy", "tokenizers")
 """Those whose versions ``run.json`` has, beside what the distributions of active plugins depend on."""
 
 
-def describe(run: CoreRun, total_steps: int | None) -> dict[str, Any]:
+def describe(run: CoreRun, schedule: Schedule | None) -> dict[str, Any]:
     """The part of ``run.json`` that is known before training: settings, plugins with versions, machine, data, what
-    trains. ``total_steps`` is None where nothing does."""
+    trains, and what is needed to compute a step again. ``schedule`` is None where nothing trains."""
     packages = {}
     for name in (*PACKAGES, *dependencies(run.plugins.names)):
         try:
@@ -35,10 +38,14 @@ def describe(run: CoreRun, total_steps: int | None) -> dict[str, Any]:
     places = {"model": run.source.folder, "tokenizer": run.tokenizer.folder}
     return {
         "started": datetime.now().astimezone().isoformat(timespec="microseconds"),  # no two runs write the same
+        "date": run.tokenizer.now.isoformat(),
         "settings": run.settings.written(),
         "changed": dict(without_secrets(run.settings.changed())),
         "without_effect": [[shown(name), shown(why)] for name, why in run.without_effect],
-        "total_steps": total_steps,
+        "total_steps": None if schedule is None else schedule.total_steps,
+        "given": sorted(run.settings.given),
+        **({} if schedule is None else {"schedule": schedule.written()}),
+        "base_fingerprint": run.base_fingerprint,
         "hub": {what: found for what, folder in places.items() if (found := commit_of(folder)) is not None},
         "plugins": {name: run.plugins.origin(name) for name in run.plugins.names},
         **({"plugin_files": files} if (files := run.plugins.files_written()) else {}),
@@ -46,6 +53,7 @@ def describe(run: CoreRun, total_steps: int | None) -> dict[str, Any]:
         "machine": runtime.machine(),
         "arithmetic": run.arithmetic,
         **({"other_arithmetic": run.other_arithmetic} if run.other_arithmetic else {}),
+        **({"earlier": run.earlier} if run.earlier else {}),
         "precision": asdict(run.precision),
         "data": _counts(run),
         "parameters": {

@@ -32,6 +32,14 @@ _FREE = {
 """Settings that change nothing of what is computed."""
 
 
+def check_beginning(run: CoreRun, schedule: Schedule, resumed: Checkpoint | None) -> None:
+    """:func:`check_resumable`; of a run that begins anew, :func:`check_replay`."""
+    if resumed is not None:
+        check_resumable(run, schedule, resumed)
+    else:
+        check_replay(run)
+
+
 def check_resumable(run: CoreRun, schedule: Schedule, resumed: Checkpoint) -> None:
     """Refuse a checkpoint from which this run cannot go on exactly, and tell the user which settings have changed."""
     source, state = resumed
@@ -55,14 +63,28 @@ def check_resumable(run: CoreRun, schedule: Schedule, resumed: Checkpoint) -> No
     measured = run.dev_data.fingerprint() if run.dev_data is not None else None
     if None not in (measured, data.get("dev")) and measured != data["dev"]:
         run.say(f"note: {source.name} measured other dev data, so what was measured before it does not compare")
-    now = run.settings.written()
-    for name in sorted(set(now) | set(state["settings"])):
-        if name not in state["settings"] and name not in run.settings.given:
-            continue  # it is newer than the checkpoint, and has its default
-        if name not in _FREE and now.get(name) != state["settings"].get(name):
-            was = shown(repr(state["settings"].get(name)))
-            run.say(f"note: {name} was {was} in {source.name} and is now {now.get(name)!r}")
+    changed = changed_settings(run, state["settings"])
+    for name, (was, now) in changed.items():
+        run.say(f"note: {name} was {shown(repr(was))} in {source.name} and is now {now!r}")
     check_arithmetic(run, source.name, state)
+    run.earlier = earlier_of(run, state, bool(changed))
+
+
+def changed_settings(run: CoreRun, before: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings of which what is computed may depend, and which are not what they were: by name what they were and
+    what they are. One that is newer than what is written, and has its default, is none of them."""
+    now = run.settings.written()
+    known = [name for name in sorted({*now, *before} - _FREE) if name in before or name in run.settings.given]
+    return {name: (before.get(name), now.get(name)) for name in known if now.get(name) != before.get(name)}
+
+
+def earlier_of(run: CoreRun, state: Mapping[str, Any], changed: bool) -> list[dict[str, Any]]:
+    """:attr:`CoreRun.earlier` of a run that goes on from the checkpoint of ``state``, with ``changed`` settings."""
+    then = state.get("arithmetic", run.arithmetic)
+    if not changed and not arithmetic.differences(then, run.arithmetic):
+        return list(state.get("earlier", []))
+    leg = {"until": state["step"], "settings": state["settings"], "arithmetic": then}
+    return [*state.get("earlier", []), leg]
 
 
 def check_arithmetic(run: CoreRun, name: str, before: Mapping[str, Any]) -> None:

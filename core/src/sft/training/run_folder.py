@@ -25,14 +25,15 @@ from sft.training.first_rows import NAME as ROWS
 from sft.training.journal import Journal
 from sft.training.report import write_report
 from sft.training.result import PUBLISHED, RESULT_KEYS
-from sft.training.skipped_records import NAME
+from sft.training.skipped_records import NAME as SKIPPED
+from sft.training.steps_file import NAME as STEPS
 
 if TYPE_CHECKING:
     from sft.context import CoreRun
 
 REPORT_FILES = ("report.html", "report.json")
 """What a run leaves at its end, and ``sft report`` writes."""
-RESULT_FILES = ("run.json", *PUBLISHED, "metrics.jsonl", LOG, NAME, ROWS, *PATTERNS, *REPORT_FILES)
+RESULT_FILES = ("run.json", *PUBLISHED, "metrics.jsonl", LOG, STEPS, SKIPPED, ROWS, *PATTERNS, *REPORT_FILES)
 """What a run writes into its folder beside checkpoints."""
 
 

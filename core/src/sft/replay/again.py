@@ -1,0 +1,223 @@
+"""The folder of a run, opened to compute steps of it again: what it wrote down, its checkpoints, and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from sft.dataset_names import named_sets, scheme_of
+from sft.errors import UsageError
+from sft.files import read_report
+from sft.fine_tune import prepare_run
+from sft.foreign_text import MASK, shown
+from sft.options import options_of
+from sft.plugins.discovery import installed
+from sft.resolve import resolve
+from sft.settings.arguments import core_options, long_name
+from sft.training.checkpoint_folder import checkpoints, is_auto, is_checkpoint, read_state, step_of
+from sft.training.resume_checks import changed_settings
+from sft.training.steps_file import NAME as STEPS
+from sft.training.steps_file import StepFigures, read_steps
+
+if TYPE_CHECKING:
+    from sft.context import CoreRun
+    from sft.plugins.registry import Plugins
+
+PLACES = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name_or_path")
+"""Settings that say where something is; it may have moved."""
+_NOWHERE: Mapping[str, str | None] = MappingProxyType({})
+_OWN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "run_name", "plugin"}
+"""Settings that a replay has of its own, or that concern only where a run is written and logged."""
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A stretch of a run that was computed with the same settings and the same arithmetic."""
+
+    after: int
+    """The step after which it begins."""
+    settings: dict[str, Any]
+    arithmetic: dict[str, Any] | None
+    """None where an earlier version of sft did not write it down."""
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run whose folder holds this ``run.json``. ``moved`` are settings that say where its model and data are now."""
+
+    folder: Path
+    record: dict[str, Any]
+    figures: StepFigures | None
+    moved: Mapping[str, str]
+
+    @classmethod
+    def of(cls, folder: Path, moved: Mapping[str, str | None] = _NOWHERE) -> OpenedRun:
+        """Raises :class:`UsageError` where ``folder`` holds no run that trains."""
+        record = read_report(folder)
+        if not isinstance(record.get("settings"), dict):
+            what = "holds no run of sft (no run.json that can be read)" if folder.is_dir() else "is no folder"
+            raise UsageError(f"{shown(folder)} {what}; give the output_dir of a run.")
+        if record["settings"].get("do_train") is False:
+            raise UsageError(f"{folder} holds a run that only measured (do_train false); there is no step to replay.")
+        places = {name: place for name, place in moved.items() if place is not None}
+        return cls(folder, record, read_steps(folder), places)
+
+    # --- steps ----------------------------------------------------------------------------------------------
+
+    def check(self, steps: Iterable[int]) -> None:
+        """Refuse steps that the run has not computed, as far as that is known before its data are read."""
+        last = None if self.figures is None else len(self.figures)
+        for step in steps:
+            if step >= 1 and (last is None or step <= last):
+                continue
+            has = "numbers its steps from 1" if last is None else f"has computed steps 1 to {last:,}"
+            so_far = " so far" if last is not None and self.record.get("status") == "running" else ""
+            raise UsageError(f"{self.folder} {has}{so_far}, and step {step:,} is none of them; give one that is.")
+
+    def recorded(self, step: int) -> tuple[float, float] | None:
+        """Loss and gradient norm of a step as the run wrote them down."""
+        figures = self.figures
+        if figures is None or step > len(figures) or not figures.known[step - 1]:
+            return None
+        return float(figures.loss[step - 1]), float(figures.grad_norm[step - 1])
+
+    def required_figures(self) -> StepFigures:
+        """Raises :class:`UsageError` where there are none."""
+        if self.figures is None or not self.figures.taken.any():
+            raise UsageError(
+                f"{self.folder} has no {STEPS} with the figures of its steps, which earlier versions of sft did not "
+                "write; name a step yourself with sft replay --step N."
+            )
+        return self.figures
+
+    def leg(self, step: int) -> Leg:
+        """The stretch in which a step was computed."""
+        after, record = 0, self.record
+        for one in record.get("earlier", []):
+            if step <= one["until"]:
+                return Leg(after, one["settings"], one["arithmetic"])
+            after = one["until"]
+        return Leg(after, record["settings"], record.get("arithmetic"))
+
+    @cached_property
+    def starts(self) -> dict[int, Path]:
+        """The checkpoints from which steps can be computed, by their step: the run's own, and one of another folder
+        from which it went on."""
+        found = {step_of(path): path for path in checkpoints(self.folder)}
+        for settings in (self.record["settings"], *(one["settings"] for one in self.record.get("earlier", []))):
+            named = settings.get("resume_from_checkpoint")
+            path = Path(str(named)).expanduser()
+            if named and not is_auto(named) and is_checkpoint(path):
+                found.setdefault(int(read_state(path)["step"]), path)
+        return found
+
+    # --- the run, prepared again ------------------------------------------------------------------------------
+
+    def prepared(
+        self, leg: Leg, start: Path | None, output_dir: Path, say: Callable[[str], None]
+    ) -> tuple[CoreRun, list[str]]:
+        """The run as it was in a ``leg``, about to be read and set up: from the checkpoint ``start`` on, or from its
+        beginning, in another folder; and settings that are not what they were. What it measures, saves and logs is left
+        out, unless what is learned hears of it.
+        """
+        self._check_places(leg.settings)
+        values = {**self._values(leg.settings), "output_dir": str(output_dir)}
+        if start is not None:
+            values["resume_from_checkpoint"] = str(start)
+        run = prepare_run(values, (), say)
+        run.without_effect = []  # the run itself has said it
+        run.date = datetime.fromisoformat(self.record.get("date") or self.record["started"]).replace(tzinfo=None)
+        changed = _changed(run, leg)
+        _leave_out_measuring(run)
+        return run, changed
+
+    def _values(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of the run as somebody would give them, with the plugins that it had, but for those that only
+        watch, and what shared it among processes."""
+        values = {
+            name: value
+            for name, value in {**settings, **self.moved}.items()
+            if name not in _OWN and value is not None and MASK not in str(value)
+        }
+        origins, files = self.record.get("plugins", {}), self.record.get("plugin_files", {})
+        # One that has gone since an earlier stretch did not shape what is learned: a resume would have been refused.
+        names = [name for name in settings["plugin"] if name in origins or name in installed()]
+        direct = [name for name in names if str(origins.get(name, "")).startswith("given directly")]
+        if direct:
+            raise UsageError(
+                f"{self.folder} was trained with plugin {direct[0]}, a class that a Python program gave to sft.run, "
+                "which nobody finds here; put it into a file (--plugin ./FILE.py) or a distribution, and train with it."
+            )
+        values["plugin"] = [files[name]["path"] if name in files else name for name in names]
+        _, active, _ = resolve(values, ())
+        out = [name for name, plugin in active if getattr(plugin, "observes", False) or name not in names]
+        shares = active.provider("sft_parallel_strategy")
+        if shares is not None:
+            out.append(shares)
+            rows = self._rows_per_step(settings)
+            values["gradient_accumulation_steps"] = rows // settings["per_device_train_batch_size"]
+        self._take_out(values, active, out)
+        kept = [named for name, named in zip(names, values["plugin"], strict=True) if name not in out]
+        return {**values, "plugin": [*kept, *(f"no:{name}" for name in out if name in installed())]}
+
+    def _take_out(self, values: dict[str, Any], active: Plugins, out: Collection[str]) -> None:
+        """Take the options of the plugins that are left ``out`` away, and defaults that nobody had typed: to type one
+        can mean something (fp16_opt_level O1)."""
+        given = set(self.record.get("given", ()))
+        for name, option in core_options().items():
+            if name not in given and values.get(name) == option.default:
+                values.pop(name, None)
+        for owner, plugin in active:
+            options = getattr(plugin, "Options", None)
+            for name, option in options_of(options).items() if options is not None else ():
+                for key in (name, long_name(owner, name)):
+                    if owner in out or (key not in given and values.get(key) == option.default):
+                        values.pop(key, None)
+
+    def _rows_per_step(self, settings: Mapping[str, Any]) -> int:
+        """The rows that all processes of the run had together in each step."""
+        said = self.record.get("schedule", {}).get("rows_per_step")
+        states = (read_state(path) for path in self.starts.values())
+        found = said or next((state["data"]["rows_per_step"] for state in states), None)
+        if found is None:
+            raise UsageError(
+                f"{self.folder} does not say how many rows its processes had in a step, as an earlier version of sft "
+                "wrote it, and has no checkpoint that does; it cannot be replayed."
+            )
+        return int(found)
+
+    def _check_places(self, settings: Mapping[str, Any]) -> None:
+        """Refuse a run whose data are no longer where they were, and say how to tell where they are."""
+        if "dataset_name_or_path" in self.moved:
+            return
+        for one in named_sets(settings["dataset_name_or_path"]):
+            if scheme_of(one.path) is None and not Path(one.path).expanduser().exists():
+                raise UsageError(
+                    f"{self.folder} was trained on {shown(one.path)}, which is not there (a relative path is looked "
+                    "for from where you are); say where the data are with --dataset_name_or_path."
+                )
+
+
+def _changed(run: CoreRun, leg: Leg) -> list[str]:
+    """Settings of ``run`` that are not what the ``leg`` had, though nothing that is computed is left out yet."""
+    now = run.settings.written()
+    return [
+        f"{name} {was!r} (now {now[name]!r})"
+        for name, (was, _) in changed_settings(run, leg.settings).items()
+        if name in now and name not in (*PLACES, *_OWN, "gradient_accumulation_steps")
+    ]
+
+
+def _leave_out_measuring(run: CoreRun) -> None:
+    """Nothing is evaluated, answered or saved, for none of it changes what is learned; but where a plugin that shapes
+    that hears of evaluations, they are made."""
+    settings = run.settings
+    settings.training.save_strategy, settings.training.load_best_model_at_end = "no", False
+    settings.generation.num_samples, settings.data.eval_with_do_generation = 0, False
+    if not {*run.plugins.shaping()} & {*run.plugins.implementing("sft_evaluated")}:
+        settings.training.evaluation_strategy, settings.training.do_eval = "no", False

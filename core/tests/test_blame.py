@@ -1,0 +1,140 @@
+"""Which records made a step stand out (``sft blame``), and what the commands print of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import pytest
+from replays import state_of
+
+import sft
+from sft.commands.blame import command as blame_command
+from sft.commands.replay import command as replay_command
+from sft.replay.blame import suspects
+from sft.replay.spikes import Spike
+from sft.replay.value import ReplayedRecord, ReplayedStep, Span
+from sft.testing import write_data
+
+Train = Callable[..., sft.Summary]
+
+
+def step_of(*records: tuple[float | None, float]) -> ReplayedStep:
+    """A step of records with these losses and weights; they are called a, b and so on."""
+    found = [
+        ReplayedRecord("abcdefgh"[at], Span(at, 0, 9), 9, int(weight), weight, loss)
+        for at, (loss, weight) in enumerate(records)
+    ]
+    return ReplayedStep(7, 0.5, 0.0, 1.0, None, [], found)
+
+
+def spike(usual: float, loss_score: float, norm_score: float = 0.0) -> Spike:
+    return Spike(7, 0.0, usual, loss_score, 1.0, 1.0, norm_score)
+
+
+def test_what_is_blamed_adds_up_to_the_spike() -> None:
+    """Σ w (l − u) over the records, by Σ w, is by how much the mean differs from what is usual."""
+    step = step_of((9.0, 40.0), (2.1, 60.0), (1.5, 100.0), (None, 0.0), (3.0, 10.0))
+    found = suspects(step, spike(2.0, 8.0), plain=True)
+    assert [one.record.place for one in found] == ["a"]
+    assert found[0].excess == 40 * 7
+    assert found[0].share == 280 / (280 + 6 + 10)
+    whole = (9 * 40 + 2.1 * 60 + 1.5 * 100 + 3 * 10) / 210 - 2
+    assert abs((280 + 6 - 50 + 10) / 210 - whole) < 1e-12
+    assert abs(step.mean_loss - 2 - whole) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("found", "plain", "names"),
+    [
+        (spike(2.0, -8.0), True, "b"),  # lower than usual: the one that is endless and easy
+        (spike(2.0, 3.0, 9.0), True, "ba"),  # gradients: either way
+        (spike(99.0, 8.0), False, "ba"),  # another objective has no usual cross-entropy
+    ],
+)
+def test_the_direction_of_the_spike_counts(found: Spike, plain: bool, names: str) -> None:
+    step = step_of((4.0, 50.0), (0.1, 100.0), (2.0, 30.0))
+    assert [one.record.place for one in suspects(step, found, plain)] == list(names)
+
+
+def test_a_record_whose_loss_is_not_finite_is_the_one() -> None:
+    step = step_of((4.0, 50.0), (float("nan"), 3.0), (2.0, 30.0))
+    (found,) = suspects(step, spike(2.0, float("inf"), float("inf")), plain=True)
+    assert (found.record.place, found.share) == ("b", 1.0)
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+def typed(command: Any, *words: str) -> str:
+    result = click.testing.CliRunner().invoke(command, words, standalone_mode=False, catch_exceptions=False)
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_a_bad_record_is_named(train: Train, tmp_path: Path) -> None:
+    """One of 240, which a model that has learned the others does not expect."""
+    records = [
+        {"src": f"type#{'coat' if n % 2 else 'hat'}", "tgt": "A warm one for long cold days."} for n in range(240)
+    ]
+    records[170] = {"src": "type#coat", "tgt": "Zwölf Boxer jagen über den Deich."}
+    data = write_data(tmp_path / "data", records)
+    train(
+        "out",
+        dataset_name_or_path=str(data),
+        num_train_epochs=1,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        max_length=60,
+    )
+    before = state_of(tmp_path / "out")
+    found = json.loads(typed(blame_command, str(tmp_path / "out"), "--json", "--most", "3"))
+    assert found["steps"] == 60
+    assert found["spikes"][0]["records"][0]["place"] == f"{data / 'train.json'}, line 171"
+    assert found["spikes"][0]["records"][0]["share"] > 0.9
+    assert all(one["is_same"] for one in found["spikes"])
+    said = typed(blame_command, str(tmp_path / "out"), "--most", "1")
+    assert re.search(rf"step {found['spikes'][0]['step']}: loss .* usual .*\n +\d+%  loss .*line 171", said)
+    assert state_of(tmp_path / "out") == before
+
+
+@pytest.mark.slow
+def test_what_replay_prints(whole: Callable[..., Path]) -> None:
+    said = typed(replay_command, str(whole()), "--step", "7", "--show", "2")
+    assert said.count("as recorded, to the last bit") == 2
+    assert re.search(r"rows +4 with 4 records: ", said)
+    assert len(re.findall(r"train\.json, line \d+", said)) == 2
+    assert "and 2 more (--show N)" in said
+    assert "1 step computed, from checkpoint-6" in said
+    found = json.loads(typed(replay_command, str(whole()), "--step", "7", "--json"))
+    (step,) = found["steps"]
+    for row in step["rows"]:
+        assert len(row["input_ids"]) == len(row["labels"]) == len(row["ends"]) == len(row["losses"])
+        assert [loss is None for loss in row["losses"]] == [label == -100 for label in row["labels"]]
+    assert step["loss"] == step["recorded"]["loss"]
+
+
+@pytest.mark.slow
+def test_what_the_commands_refuse(whole: Callable[..., Path]) -> None:
+    folder = str(whole())
+    for command, words, why in (
+        (replay_command, (folder, "--step", "8", "--show", "-1"), "show: expected"),
+        (blame_command, (folder, "--most", "0"), "most: expected"),
+    ):
+        with pytest.raises(sft.UsageError, match=why):
+            typed(command, *words)
+    assert "no spike in 13 steps" in typed(blame_command, folder)
+
+
+@pytest.mark.slow
+def test_a_run_of_an_earlier_version_cannot_be_blamed(whole: Callable[..., Path], tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(whole(), tmp_path / "out")
+    (folder / "steps.bin").unlink()
+    with pytest.raises(sft.UsageError, match=r"no steps\.bin .* sft replay --step N"):
+        typed(blame_command, str(folder))

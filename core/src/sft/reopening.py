@@ -22,14 +22,10 @@ from sft.files import read_report
 from sft.fine_tune import read_inputs, set_up_model
 from sft.foreign_text import shown
 from sft.inference.asked import of_file
-from sft.options import options_of
-from sft.plugins.discovery import import_plugin
-from sft.plugins.marks import implements
-from sft.plugins.requests import requests
 from sft.progress import Printer
 from sft.resolve import resolve
 from sft.seams import Batch
-from sft.settings.arguments import core_options, long_name
+from sft.settings.again import report_of, settings_again
 from sft.settings.checks import check_plugins
 from sft.training.checkpoint_folder import Checkpoint, checkpoints, step_of, whole_checkpoint
 from sft.training.resume_checks import check_same_base
@@ -37,9 +33,6 @@ from sft.training.resume_checks import check_same_base
 if TYPE_CHECKING:
     from sft.data.encoded import Encoded
     from sft.optimizer import Optimizer
-
-_ITS_OWN = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "run_name", "fp16")
-"""Settings that say where the run writes, or with what it begins; and fp16, whose gradients need a loss scale."""
 
 
 class PastStep(NamedTuple):
@@ -247,7 +240,8 @@ def reopened(
     """
     plugins, say = list(plugins), say or Printer("stderr")
     kept = checkpoints(folder)
-    values = {**settings_again(folder, plugins), **(settings or {}), "output_dir": str(folder)}
+    values = {**settings_again(report_of(folder), plugins), **(settings or {}), "output_dir": str(folder)}
+    values.pop("fp16", None)  # its gradients need a loss scale
     if values.get("lazy"):
         raise UsageError(
             f"{folder} streamed its data (lazy), and none of its records can be looked up by itself; train without "
@@ -268,38 +262,3 @@ def reopened(
         say(runtime.prepare())
         set_up_model(run)
         yield Reopened(run, folder, last)
-
-
-def settings_again(folder: Path, plugins: Iterable[Any] = ()) -> dict[str, Any]:
-    """The settings of the run in ``folder`` as somebody would give them: those that differ from their defaults, and the
-    plugins that have a part in what one process computes. ``plugins`` are classes that no distribution provides."""
-    report = read_report(folder)
-    written, files = report.get("settings"), report.get("plugin_files", {})
-    if not isinstance(written, dict) or not isinstance(written.get("plugin"), list):
-        raise UsageError(f"{folder} holds no run (no run.json with its settings); give the output_dir of one.")
-    direct = {plugin.name for plugin in plugins}
-    usual = {name: option.default for name, option in core_options().items()}
-    if report.get("precision", {}).get("frozen") == "float32" and written.get("bf16"):
-        del usual["fp16_opt_level"]  # typed O1 keeps frozen weights in float32, and looks like the default here
-    wishes = {name for names in requests("device").values() for name in names}  # they come by themselves where they can
-    names: list[str] = []
-    left = set(_ITS_OWN)
-    for name in written["plugin"]:
-        if name in direct or name in files:
-            names += [] if name in direct else [str(files[name]["path"])]
-            continue
-        plugin = import_plugin(name)
-        own = options_of(plugin.Options) if getattr(plugin, "Options", None) is not None else {}
-        watches, divides = getattr(plugin, "observes", False), implements(plugin, "sft_parallel_strategy")
-        stays = not (watches or divides or name in wishes)
-        names += [name] * stays
-        for key, option in own.items():
-            for spelling in (key, long_name(name, key)):
-                usual[spelling] = option.default
-                left |= set() if stays else {spelling}
-    values = {
-        name: value
-        for name, value in written.items()
-        if name not in (*left, "plugin") and value is not None and not (name in usual and usual[name] == value)
-    }
-    return {**values, "plugin": names}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -12,13 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from sft.dataset_names import named_sets, scheme_of
 from sft.errors import UsageError
-from sft.files import read_report
 from sft.fine_tune import prepare_run
-from sft.foreign_text import MASK, shown
-from sft.options import options_of
-from sft.plugins.discovery import installed
-from sft.resolve import resolve
-from sft.settings.arguments import core_options, long_name
+from sft.foreign_text import shown
+from sft.settings.again import ITS_OWN, report_of, settings_again
 from sft.training.checkpoint_folder import checkpoints, is_auto, is_checkpoint, read_state, step_of
 from sft.training.resume_checks import changed_settings
 from sft.training.steps_file import NAME as STEPS
@@ -26,13 +22,10 @@ from sft.training.steps_file import StepFigures, read_steps
 
 if TYPE_CHECKING:
     from sft.context import CoreRun
-    from sft.plugins.registry import Plugins
 
 PLACES = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name_or_path")
 """Settings that say where something is; it may have moved."""
 _NOWHERE: Mapping[str, str | None] = MappingProxyType({})
-_OWN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "run_name", "plugin"}
-"""Settings that a replay has of its own, or that concern only where a run is written and logged."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +51,7 @@ class OpenedRun:
     @classmethod
     def of(cls, folder: Path, moved: Mapping[str, str | None] = _NOWHERE) -> OpenedRun:
         """Raises :class:`UsageError` where ``folder`` holds no run that trains."""
-        record = read_report(folder)
-        if not isinstance(record.get("settings"), dict):
-            what = "holds no run of sft (no run.json that can be read)" if folder.is_dir() else "is no folder"
-            raise UsageError(f"{shown(folder)} {what}; give the output_dir of a run.")
+        record = report_of(folder)
         if record["settings"].get("do_train") is False:
             raise UsageError(f"{folder} holds a run that only measured (do_train false); there is no step to replay.")
         places = {name: place for name, place in moved.items() if place is not None}
@@ -126,7 +116,10 @@ class OpenedRun:
         out, unless what is learned hears of it.
         """
         self._check_places(leg.settings)
-        values = {**self._values(leg.settings), "output_dir": str(output_dir)}
+        values = {**settings_again(self.record, written=leg.settings), **self.moved, "output_dir": str(output_dir)}
+        rows = self._rows_per_step(leg)
+        if rows is not None:
+            values["gradient_accumulation_steps"] = rows // leg.settings["per_device_train_batch_size"]
         if start is not None:
             values["resume_from_checkpoint"] = str(start)
         run = prepare_run(values, (), say)
@@ -136,60 +129,22 @@ class OpenedRun:
         _leave_out_measuring(run)
         return run, changed
 
-    def _values(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of the run as somebody would give them, with the plugins that it had, but for those that only
-        watch, and what shared it among processes."""
-        values = {
-            name: value
-            for name, value in {**settings, **self.moved}.items()
-            if name not in _OWN and value is not None and MASK not in str(value)
-        }
-        origins, files = self.record.get("plugins", {}), self.record.get("plugin_files", {})
-        # One that has gone since an earlier stretch did not shape what is learned: a resume would have been refused.
-        names = [name for name in settings["plugin"] if name in origins or name in installed()]
-        direct = [name for name in names if str(origins.get(name, "")).startswith("given directly")]
-        if direct:
-            raise UsageError(
-                f"{self.folder} was trained with plugin {direct[0]}, a class that a Python program gave to sft.run, "
-                "which nobody finds here; put it into a file (--plugin ./FILE.py) or a distribution, and train with it."
-            )
-        values["plugin"] = [files[name]["path"] if name in files else name for name in names]
-        _, active, _ = resolve(values, ())
-        out = [name for name, plugin in active if getattr(plugin, "observes", False) or name not in names]
-        shares = active.provider("sft_parallel_strategy")
-        if shares is not None:
-            out.append(shares)
-            rows = self._rows_per_step(settings)
-            values["gradient_accumulation_steps"] = rows // settings["per_device_train_batch_size"]
-        self._take_out(values, active, out)
-        kept = [named for name, named in zip(names, values["plugin"], strict=True) if name not in out]
-        return {**values, "plugin": [*kept, *(f"no:{name}" for name in out if name in installed())]}
-
-    def _take_out(self, values: dict[str, Any], active: Plugins, out: Collection[str]) -> None:
-        """Take the options of the plugins that are left ``out`` away, and defaults that nobody had typed: to type one
-        can mean something (fp16_opt_level O1)."""
-        given = set(self.record.get("given", ()))
-        for name, option in core_options().items():
-            if name not in given and values.get(name) == option.default:
-                values.pop(name, None)
-        for owner, plugin in active:
-            options = getattr(plugin, "Options", None)
-            for name, option in options_of(options).items() if options is not None else ():
-                for key in (name, long_name(owner, name)):
-                    if owner in out or (key not in given and values.get(key) == option.default):
-                        values.pop(key, None)
-
-    def _rows_per_step(self, settings: Mapping[str, Any]) -> int:
-        """The rows that all processes of the run had together in each step."""
+    def _rows_per_step(self, leg: Leg) -> int | None:
+        """The rows that all processes of the run had together in each step; None where it had one process alone, which
+        its settings describe."""
         said = self.record.get("schedule", {}).get("rows_per_step")
         states = (read_state(path) for path in self.starts.values())
         found = said or next((state["data"]["rows_per_step"] for state in states), None)
-        if found is None:
+        if found is None and self.processes(leg) > 1:
             raise UsageError(
                 f"{self.folder} does not say how many rows its processes had in a step, as an earlier version of sft "
                 "wrote it, and has no checkpoint that does; it cannot be replayed."
             )
-        return int(found)
+        return None if found is None else int(found)
+
+    def processes(self, leg: Leg) -> int:
+        """How many processes shared the run."""
+        return int((leg.arithmetic or {}).get("processes", 1))
 
     def _check_places(self, settings: Mapping[str, Any]) -> None:
         """Refuse a run whose data are no longer where they were, and say how to tell where they are."""
@@ -209,7 +164,7 @@ def _changed(run: CoreRun, leg: Leg) -> list[str]:
     return [
         f"{name} {was!r} (now {now[name]!r})"
         for name, (was, _) in changed_settings(run, leg.settings).items()
-        if name in now and name not in (*PLACES, *_OWN, "gradient_accumulation_steps")
+        if name in now and name not in (*PLACES, *ITS_OWN, "plugin", "gradient_accumulation_steps")
     ]
 
 

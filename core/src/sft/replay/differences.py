@@ -64,7 +64,7 @@ def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def other_processes(leg: Leg, opened: OpenedRun) -> list[str]:
     """A clause on how many processes the run had, where it had several."""
-    processes = int((leg.arithmetic or opened.record.get("arithmetic") or {}).get("processes", 1))
+    processes = opened.processes(leg)
     if processes == 1:
         return []
     return [

@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "core" / "src" / "sft" / "demo"
-MOST = (10, 25, 50, 75, 100)
+MOST = (25, 50, 100)
 FOREIGN = (
     "Dieser Artikel überzeugt durch weiche Wolle, schöne Knöpfe und einen geraden Schnitt für jeden Tag.",
     "Cette pièce élégante séduit par sa matière légère, ses détails brodés et sa coupe très féminine.",

@@ -320,7 +320,7 @@ def test_a_step_that_the_run_has_not_computed(whole: Callable[..., Path], step: 
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
-    for folder, why in ((tmp_path, "holds no run of sft"), (tmp_path / "nowhere", "is no folder")):
+    for folder, why in ((tmp_path, "holds no run"), (tmp_path / "nowhere", "is no folder")):
         with pytest.raises(sft.UsageError, match=why):
             again(folder, 1)
 

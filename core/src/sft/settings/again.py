@@ -13,7 +13,7 @@ from sft.options import options_of
 from sft.plugins.discovery import import_plugin, installed
 from sft.plugins.files import read_plugin_file
 from sft.plugins.marks import implements
-from sft.plugins.requests import requests
+from sft.plugins.requests import by_device, requests
 from sft.settings.arguments import core_options, long_name
 
 ITS_OWN = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "run_name")
@@ -25,7 +25,7 @@ def report_of(folder: Path) -> dict[str, Any]:
     report = read_report(folder)
     written = report.get("settings")
     if not isinstance(written, dict) or not isinstance(written.get("plugin"), list):
-        what = "holds no run of sft (no run.json with its settings)" if folder.is_dir() else "is no folder"
+        what = "holds no run (no run.json with its settings)" if folder.is_dir() else "is no folder"
         raise UsageError(f"{shown(folder)} {what}; give the output_dir of a run.")
     return report
 
@@ -37,8 +37,8 @@ def settings_again(
     was typed, or differs from its default, and the plugins that have a part in what one process computes. ``plugins``
     are classes that no distribution provides.
 
-    Plugins that only watch stay out, and those that divide a run among processes. One that wishes to be active on a
-    device comes by itself where it can, if the run had it. Secrets are masked in a run.json, and are not there.
+    Plugins that only watch stay out, and those that divide a run among processes. One that came by itself, for it wishes
+    to be active on that device, does so again where it can; if the run did not have it, it stays out. Secrets are masked in a run.json, and are not there.
     """
     written = report["settings"] if written is None else written
     files, origins = report.get("plugin_files", {}), report.get("plugins", {})
@@ -46,7 +46,8 @@ def settings_again(
     usual = {name: option.default for name, option in core_options().items()}
     if "given" not in report and report.get("precision", {}).get("frozen") == "float32" and written.get("bf16"):
         del usual["fp16_opt_level"]  # typed O1 keeps frozen weights in float32, and looks like the default here
-    wishes = {name for names in requests("device").values() for name in names}
+    device = str({**report.get("machine", {}), **report.get("arithmetic", {})}.get("device", "cpu")).partition(":")[0]
+    came, comes = requests("device").get(device, []), by_device({"device": written.get("device")})
     names: list[str] = []
     left = {*ITS_OWN, "plugin"}
     for name in written["plugin"]:
@@ -63,7 +64,7 @@ def settings_again(
         plugin = import_plugin(name) if path is None else read_plugin_file(path)
         own = options_of(plugin.Options) if getattr(plugin, "Options", None) is not None else {}
         stays = not (getattr(plugin, "observes", False) or implements(plugin, "sft_parallel_strategy"))
-        if stays and name not in wishes:
+        if stays and name not in came and name not in comes:
             names.append(path or name)
         for key, option in own.items():
             for spelling in (key, long_name(name, key)):
@@ -77,4 +78,4 @@ def settings_again(
         and MASK not in str(value)
         and (name in given or name not in usual or usual[name] != value)
     }
-    return {**values, "plugin": [*names, *(f"no:{name}" for name in sorted(wishes - {*written["plugin"]}))]}
+    return {**values, "plugin": [*names, *(f"no:{name}" for name in comes if name not in written["plugin"])]}

@@ -37,8 +37,9 @@ def settings_again(
     was typed, or differs from its default, and the plugins that have a part in what one process computes. ``plugins``
     are classes that no distribution provides.
 
-    Plugins that only watch stay out, and those that divide a run among processes. One that came by itself, for it wishes
-    to be active on that device, does so again where it can; if the run did not have it, it stays out. Secrets are masked in a run.json, and are not there.
+    Plugins that only watch stay out, and those that divide a run among processes. One that came by itself, since it
+    wishes to be active on that device, does so again where it can, and stays out if the run did not have it. Secrets
+    are masked in a run.json, so they are not there.
     """
     written = report["settings"] if written is None else written
     files, origins = report.get("plugin_files", {}), report.get("plugins", {})

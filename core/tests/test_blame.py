@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Callable
@@ -9,18 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import click.testing
+import numpy as np
 import pytest
-from replays import state_of
+from replays import again, state_of
 
 import sft
 from sft.commands.blame import command as blame_command
 from sft.commands.replay import command as replay_command
+from sft.data.tokenizer import Tokenizer
+from sft.data_report.records import Writer
 from sft.replay.blame import suspects
+from sft.replay.page import BOUNDS, page_of_replay
 from sft.replay.spikes import Spike
 from sft.replay.value import ReplayedRecord, ReplayedStep, Span
 from sft.testing import write_data
 
 Train = Callable[..., sft.Summary]
+EVIL = "</pre><script>\x1b[2J"
 
 
 def step_of(*records: tuple[float | None, float]) -> ReplayedStep:
@@ -67,6 +73,44 @@ def test_a_record_whose_loss_is_not_finite_is_the_one() -> None:
     assert (found.record.place, found.share) == ("b", 1.0)
 
 
+# --- pages --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["Where is it, Zoë? — 你好 🙂 here", "�� broken � text 你", ""])
+def test_texts_of_tokens_joined_are_the_text(base_model: Path, text: str) -> None:
+    tokenizer = Tokenizer(base_model)
+    ids = np.asarray([*tokenizer.backend.encode(text).ids, tokenizer.eos_ids[0]])
+    each = Writer(tokenizer).each(ids)
+    assert "".join(piece for piece, _ in each) == tokenizer.decode(ids)
+    assert sum(count for _, count in each) == len(ids)
+    assert each[-1][1] == 1
+
+
+@pytest.mark.slow
+def test_tokens_are_coloured_by_their_own_loss(train: Train, tmp_path: Path) -> None:
+    """The loss of a token stands where the one before it is read."""
+    records = [{"src": f"type#{n}", "tgt": f"A coat {EVIL} {n} 你好."} for n in range(4)]
+    data = write_data(tmp_path / "data", records)
+    train("out", dataset_name_or_path=str(data), max_steps=2, per_device_train_batch_size=2, max_length=60)
+    found = again(tmp_path / "out", 2)
+    page = page_of_replay(found)
+    assert "<script" not in page
+    assert "\x1b" not in page
+    spans = re.findall(r'<span class="learned(?: s(\d))?" title="([^"]+)">([^<]*)</span>', page)
+    record = max(found.steps[0].records, key=lambda one: one.loss or 0.0)
+    row = found.steps[0].rows[record.span.row]
+    losses = row.losses[row.labels != -100]
+    told = [float(one) for _, title, _ in spans for one in title.split(", ")]
+    np.testing.assert_allclose(told[: len(losses)], losses, atol=6e-4)
+    shown = "".join(html.unescape(text) for _, _, text in spans)
+    assert shown.count("A coat") == 2
+    for shade, title, _ in spans:
+        highest = max(float(one) for one in title.split(", "))
+        assert abs(sum(highest >= bound for bound in BOUNDS) - int(shade or 0)) <= (
+            min(abs(highest - b) for b in BOUNDS) < 1e-3
+        )
+
+
 # --- commands -----------------------------------------------------------------------------------------------
 
 
@@ -99,11 +143,14 @@ def test_a_bad_record_is_named(train: Train, tmp_path: Path) -> None:
     assert all(one["is_same"] for one in found["spikes"])
     said = typed(blame_command, str(tmp_path / "out"), "--most", "1")
     assert re.search(rf"step {found['spikes'][0]['step']}: loss .* usual .*\n +\d+%  loss .*line 171", said)
+    assert typed(blame_command, str(tmp_path / "out"), "--html", str(tmp_path / "page.html")) == ""
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Zwölf Boxer jagen über den Deich." in re.sub(r"<[^>]+>", "", page)
     assert state_of(tmp_path / "out") == before
 
 
 @pytest.mark.slow
-def test_what_replay_prints(whole: Callable[..., Path]) -> None:
+def test_what_replay_prints(whole: Callable[..., Path], tmp_path: Path) -> None:
     said = typed(replay_command, str(whole()), "--step", "7", "--show", "2")
     assert said.count("as recorded, to the last bit") == 2
     assert re.search(r"rows +4 with 4 records: ", said)
@@ -119,9 +166,11 @@ def test_what_replay_prints(whole: Callable[..., Path]) -> None:
 
 
 @pytest.mark.slow
-def test_what_the_commands_refuse(whole: Callable[..., Path]) -> None:
-    folder = str(whole())
+def test_what_the_commands_refuse(whole: Callable[..., Path], tmp_path: Path) -> None:
+    folder, own = str(whole()), tmp_path / "own.html"
+    own.write_text("somebody's")
     for command, words, why in (
+        (replay_command, (folder, "--step", "8", "--html", str(own)), "is no page of sft replay"),
         (replay_command, (folder, "--step", "8", "--show", "-1"), "show: expected"),
         (blame_command, (folder, "--most", "0"), "most: expected"),
     ):

@@ -8,16 +8,17 @@ from pathlib import Path
 import click
 
 from sft.commands.replay import MOVED
-from sft.commands.shared import path_of, say, setting_options
+from sft.commands.shared import page_option, path_of, put_page, say, setting_options
 from sft.errors import UsageError
 
 
 @click.command(name="blame")
 @click.argument("run", metavar="RUN", callback=path_of)
 @click.option("--most", metavar="N", type=int, default=10, help="The most steps to be computed again.  [default: 10]")
+@page_option("sft blame")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON on standard output, and nothing else.")
 @setting_options(*MOVED, **MOVED)
-def command(run: str, most: int, as_json: bool, **moved: str | None) -> None:
+def command(run: str, most: int, html: Path | None, as_json: bool, **moved: str | None) -> None:
     """Name the records that made the loss or the gradients of a run jump.
 
     RUN is the output_dir of a run, which is not changed. Steps whose loss (up or down) or gradient norm stands out
@@ -28,9 +29,12 @@ def command(run: str, most: int, as_json: bool, **moved: str | None) -> None:
     from sft.replay import words
     from sft.replay.again import OpenedRun
     from sft.replay.blame import blame
+    from sft.replay.page import page_of_blame
 
     found = blame(OpenedRun.of(Path(run).expanduser(), moved), most, say)
+    if html is not None:
+        put_page(html, page_of_blame(found))
     if as_json:
         click.echo(json.dumps(found.as_dict(), allow_nan=False))
-    else:
+    elif html is None:
         click.echo("\n".join(words.of_blame(found)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from sft.commands.shared import path_of, say, setting_options
+from sft.commands.shared import page_option, path_of, put_page, say, setting_options
 from sft.errors import UsageError
 
 MOVED = {
@@ -21,9 +21,10 @@ MOVED = {
 @click.argument("run", metavar="RUN", callback=path_of)
 @click.option("--step", "steps", metavar="N", type=int, multiple=True, required=True, help="A step (repeatable).")
 @click.option("--show", metavar="N", type=int, default=10, help="So many records of each step.  [default: 10]")
+@page_option("sft replay")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON on standard output, and nothing else.")
 @setting_options(*MOVED, **MOVED)
-def command(run: str, steps: tuple[int, ...], show: int, as_json: bool, **moved: str | None) -> None:
+def command(run: str, steps: tuple[int, ...], show: int, html: Path | None, as_json: bool, **moved: str | None) -> None:
     """Compute a step of a run again, from the nearest checkpoint.
 
     RUN is the output_dir of a run, which is not changed. It says which records the step had, with file and line, the
@@ -35,10 +36,13 @@ def command(run: str, steps: tuple[int, ...], show: int, as_json: bool, **moved:
         raise UsageError(f"show: expected a number of records from 0 on, got {show}.")
     from sft.replay import words
     from sft.replay.again import OpenedRun
+    from sft.replay.page import page_of_replay
     from sft.replay.replay import replay
 
     found = replay(OpenedRun.of(Path(run).expanduser(), moved), steps, say)
+    if html is not None:
+        put_page(html, page_of_replay(found))
     if as_json:
         click.echo(json.dumps(found.as_dict(), allow_nan=False))
-    else:
+    elif html is None:
         click.echo("\n".join(words.of_replay(found, show)))

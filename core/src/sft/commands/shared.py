@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -76,6 +77,32 @@ def path_of(context: click.Context, parameter: click.Parameter, value: str | Non
     if value is not None:
         check_path(str(parameter.name), value)
     return value
+
+
+def page_option(made_by: str) -> Callable[[Any], Any]:
+    """The option ``--html FILE``, for the page of a program such as ``sft replay``; its value is the path of a place
+    where nothing else would be lost."""
+
+    def place(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
+        if value is None:
+            return None
+        from sft.pages import check_place
+
+        path = Path(str(path_of(context, parameter, value))).expanduser()
+        check_place(path, made_by)
+        return path
+
+    return click.option(
+        "--html", metavar="FILE", callback=place, help="Write it as one page, with tokens coloured by their loss."
+    )
+
+
+def put_page(path: Path, page: str) -> None:
+    """Write a page, and say where it is."""
+    from sft.files import write_text
+
+    write_text(path, page)
+    say(f"written to {path}")
 
 
 def setting_options(*names: str, **helps: str) -> Callable[[Any], Any]:

@@ -11,6 +11,11 @@ from sft.data.encoded import Encoded
 from sft.data.tokenizer import Tokenizer
 from sft.data_report.value import Piece, ShownRecord
 
+_BROKEN = "\ufffd"
+"""What a decoder writes for bytes that are no character yet."""
+_BYTES = 4
+"""Of the longest character."""
+
 
 class Writer:
     """Writes records with the texts of ``tokenizer``."""
@@ -50,3 +55,26 @@ class Writer:
             return self._special[tokens[0]]
         whole, start = self._tokenizer.decode([*before, *tokens]), self._tokenizer.decode(before)
         return whole[len(start) :] if whole.startswith(start) else self._tokenizer.decode(tokens)
+
+    def each(self, ids: np.ndarray) -> list[tuple[str, int]]:
+        """Tokens ``ids`` int [n] as texts, each with how many tokens it is: some are a character together only. Joined,
+        the texts are what the tokenizer makes of all ids."""
+        numbers: list[int] = ids.tolist()
+        found: list[tuple[str, int]] = []
+        before: list[int] = []
+        start = 0
+        for at in range(1, len(numbers) + 1):
+            text = self._text(before, numbers[start:at])
+            following = range(at + 1, min(at + _BYTES, len(numbers) + 1))
+            if text.endswith(_BROKEN) and not all(
+                self._text(before, numbers[start:end]).startswith(text) for end in following
+            ):
+                continue  # what comes next makes a character of it
+            if text or not found:
+                found.append((text, at - start))
+                before = numbers[start:at]
+            else:  # bytes of a character that stands there already
+                found[-1] = (found[-1][0], found[-1][1] + at - start)
+                before += numbers[start:at]
+            start = at
+        return found

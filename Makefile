@@ -31,7 +31,7 @@ test: .venv/installed-test ## Run the tests, without the slow ones
 
 # pytest exits with 5 when there is no such test, which is no failure here.
 test-slow: .venv/installed-test ## Run the slow tests
-	$(BIN)/pytest -m slow $(ARGS) || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m slow $(ARGS) || [ $$? -eq 5 ]
 
 # Needs chromium and its driver (Debian: chromium chromium-driver); without them each test says so, and is skipped.
 test-browser: .venv/installed-test ## Look at the pages that sft makes, in a headless browser

@@ -67,7 +67,11 @@ def scores(record: dict[str, Any]) -> dict[str, float]:
     return {key: value for key, value in record.items() if key.startswith("eval_") and key != "eval_seconds"}
 
 
-@pytest.mark.parametrize("plugins", [("lora",), ("vera", "nf4"), ("lora", "int8")], ids="-".join)
+@pytest.mark.parametrize(
+    "plugins",
+    [("lora",), *(pytest.param(names, marks=pytest.mark.slow) for names in (("vera", "nf4"), ("lora", "int8")))],
+    ids="-".join,
+)
 def test_an_adapter_has_the_numbers_of_its_run(data: Path, tmp_path: Path, plugins: tuple[str, ...]) -> None:
     """The quantizer and its options are those of the run beside it."""
     record = scores(run(data, tmp_path / "out", *plugins))

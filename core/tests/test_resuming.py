@@ -25,7 +25,14 @@ Metrics = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("stopped_at", "first"), [(5, 4), (11, 10), (13, 13)], ids=["epoch-1", "epoch-2", "last-step"])
+@pytest.mark.parametrize(
+    ("stopped_at", "first"),
+    [
+        pytest.param(5, 4, id="epoch-1", marks=pytest.mark.slow),
+        pytest.param(11, 10, id="epoch-2"),
+        pytest.param(13, 13, id="last-step"),
+    ],
+)
 def test_a_resumed_run_is_the_run_that_was_never_stopped(
     train: Train, metrics: Metrics, whole: Any, tmp_path: Path, kind: dict[str, Any], stopped_at: int, first: int
 ) -> None:

@@ -46,9 +46,10 @@ def check(trainings: Trainings, plan: str, **settings: Any) -> None:
 @pytest.mark.parametrize(
     ("plan", "what", "layout"),
     [
-        *crossed(["stage2", "tp2-sequence", "pp2"], "full", "padded"),
+        *crossed(["stage2", "pp2"], "full", "padded"),
         *crossed(
             [
+                "tp2-sequence",
                 "dp2",
                 "stage3",
                 "stage1",
@@ -66,8 +67,10 @@ def check(trainings: Trainings, plan: str, **settings: Any) -> None:
             "padded",
             slow=True,
         ),
-        *crossed(["stage3", "tp2-sequence", "tp2-pp2"], "lora", "packed"),
-        *crossed(["dp2", "pp2", "stage1", "stage2", "tp2", "tp2-dp2", "tp2-stage1"], "lora", "packed", slow=True),
+        *crossed(["stage3", "tp2-sequence"], "lora", "packed"),
+        *crossed(
+            ["tp2-pp2", "dp2", "pp2", "stage1", "stage2", "tp2", "tp2-dp2", "tp2-stage1"], "lora", "packed", slow=True
+        ),
         *crossed(["tp2-sequence", "pp2"], "full", "packed", slow=True),
         *crossed(["stage3", "tp2"], "lora", "padded", slow=True),
     ],
@@ -109,7 +112,8 @@ def test_several_sets_are_mixed_alike(
     check(trainings, plan, dataset_name_or_path=mixed_data, lazy=lazy)
 
 
-@pytest.mark.parametrize("rows", [4, slow(8)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [4, 8])
 def test_stages_may_be_more_than_micro_batches(trainings: Trainings, rows: int) -> None:
     check(trainings, "pp4", per_device_train_batch_size=rows)
 
@@ -117,7 +121,7 @@ def test_stages_may_be_more_than_micro_batches(trainings: Trainings, rows: int) 
 @pytest.mark.parametrize(
     ("model", "plan"),
     [
-        ("qwen2-untied", "tp2-sequence"),
+        slow("qwen2-untied", "tp2-sequence"),
         slow("mistral-gqa", "pp2"),
         slow("qwen2-untied", "tp2-pp2"),
         slow("mistral-gqa", "tp2-stage1"),
@@ -138,7 +142,7 @@ def test_lm_head_of_its_own(trainings: Trainings, untied_model: Path, plan: str)
 @pytest.mark.parametrize(
     ("plan", "settings"),
     [
-        ("stage3", FULL),
+        slow("stage3", FULL),
         slow("pp2", FULL),
         slow("tp2-sequence", FULL),
         slow("stage3", joined(LORA, PACKED), plugins=["lora", *PACKED["plugin"]]),
@@ -150,17 +154,17 @@ def test_recompute(trainings: Trainings, plan: str, settings: dict[str, Any]) ->
 
 
 def techniques() -> list[Any]:
-    """The first plan of each is tried in every test run, the others in slow ones."""
+    """The first plan of those that divide most is tried in every test run, the others in slow ones."""
     plans = {
         ("lora", "pissa", "rslora"): ["tp2", "stage3", "pp2"],
         # A norm over all inputs of a Linear.
         ("lora", "dora"): ["tp2", "tp2-sequence", "tp2-pp2", "stage3", "tp2-stage2"],
-        ("vera",): ["tp2", "stage1", "tp2-sequence-pp2"],
         ("lora", "nf4"): ["stage3", "dp2", "pp2"],
-        # Each stage and each data rank draws numbers of its own; noise is drawn where embeddings are.
-        ("neftune",): ["tp2", "pp2"],
     }
     only_slow = {
+        ("vera",): ["tp2", "stage1", "tp2-sequence-pp2"],
+        # Each stage and each data rank draws numbers of its own; noise is drawn where embeddings are.
+        ("neftune",): ["tp2", "pp2"],
         ("lora", "lora-plus"): ["tp2-stage1"],
         ("lora", "int8"): ["pp2", "stage3"],
         ("neftune", "lora", *PACKED["plugin"]): ["tp2-pp2"],
@@ -242,7 +246,10 @@ def test_an_adapter_that_cannot_be_tried_is_said(trainings: Trainings) -> None:
 
 @pytest.mark.parametrize(
     "plugins",
-    [pytest.param(names, marks=needs(*names)) for names in (["lora", "pissa"], ["lora", "dora", "pissa"], ["vera"])],
+    [
+        marked(names, plugins=names, slow=slow)
+        for names, slow in ((["lora", "pissa"], True), (["lora", "dora", "pissa"], False), (["vera"], True))
+    ],
 )
 def test_our_adapters_can_be_tried(trainings: Trainings, plugins: list[str]) -> None:
     dropout = {f"{plugins[0]}_dropout": 0.1}

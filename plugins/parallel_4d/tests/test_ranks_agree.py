@@ -78,7 +78,7 @@ def test_stages_draw_their_own(trainings: Trainings) -> None:
 
 
 @pytest.mark.parametrize("plan", ["dp2", *(pytest.param(p, marks=pytest.mark.slow) for p in ("stage2", "stage3"))])
-@pytest.mark.parametrize("plugin", [[], pytest.param(["neftune"], marks=needs("neftune"))])
+@pytest.mark.parametrize("plugin", [[], pytest.param(["neftune"], marks=[needs("neftune"), pytest.mark.slow])])
 def test_ranks_together_count_what_one_process_counts(
     trainings: Trainings, uneven_data: Path, plan: str, plugin: list[str]
 ) -> None:
@@ -265,10 +265,15 @@ def test_a_result_that_its_folder_cannot_take_is_whole_elsewhere(
     ("plan", "what"),
     [
         ("tp2", "main"),
-        ("stage1", "other"),
         *(
             pytest.param(p, w, marks=pytest.mark.slow)
-            for p, w in [("dp2", "journal"), ("pp2", "journal"), ("stage3", "main"), ("dp2", "main")]
+            for p, w in [
+                ("stage1", "other"),
+                ("dp2", "journal"),
+                ("pp2", "journal"),
+                ("stage3", "main"),
+                ("dp2", "main"),
+            ]
         ),
     ],
 )

@@ -17,7 +17,7 @@ PYTHON ?=
 PYTHONS := $(or $(PYTHON),python3 python3.12 python3.11 python3.10)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-browser test-gpu test-reliability test-plugin certify certify-faults lint format bench docs clean
+.PHONY: help demo test test-slow test-browser test-gpu test-reliability test-plugin certify certify-faults lint format bench docs site clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -75,15 +75,29 @@ format: .venv/installed-dev ## Put the code into the house format
 bench: .venv/installed-$(DEVICE) ## Run the benchmarks beside other programs: two to three hours; ARGS="steps" runs one
 	$(BIN)/python -m benchmarks $(ARGS)
 
-docs: .venv/installed-$(DEVICE) ## Generate the pages in docs/ that are made, and the picture of the floors
-	$(BIN)/python docs/generate.py
+docs: .venv/installed-$(DEVICE) ## Generate the pages in docs/ that are made, and the picture of the floors; then the site
 	$(BIN)/python docs/screenshots.py
 	$(BIN)/python scripts/import_graph.py --write
 	$(BIN)/python -m benchmarks.page
 	$(BIN)/python tests/reliability/figures.py
+	$(BIN)/python docs/generate.py
+	@$(MAKE) --no-print-directory site
+
+# Pages in English and Chinese that need no network. Each build knows its own pages, words and search alone.
+site: .venv-docs/installed ## Build the site from docs/ into site/, with warnings as errors
+	.venv-docs/bin/sphinx-build -q -W --keep-going -j auto -c docs . site/en
+	.venv-docs/bin/sphinx-build -q -W --keep-going -j auto -c docs -t zh . site/zh
+	.venv-docs/bin/python docs/check_site.py site
+	@echo "site/en/docs/index.html and site/zh/docs/zh/index.html are there."
+
+.venv-docs/installed: docs/requirements.txt | .venv/bin/pip
+	@echo "Installing what builds the site into .venv-docs."
+	@$(BIN)/python -m venv --clear .venv-docs
+	@.venv-docs/bin/pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@touch $@
 
 clean: ## Remove .venv and all caches
-	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* site .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each candidate is tried by really making the environment: a command of that name may exist and

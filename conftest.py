@@ -19,6 +19,7 @@ NONE = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ["SFT_LANG"] = "en"  # whatever the machine speaks
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     else:  # read when CUDA starts: float32 products keep all their bits, so that their tolerances can be narrow

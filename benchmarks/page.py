@@ -67,27 +67,40 @@ def outdated(results: Path = RESULTS) -> list[str]:
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:
-    """What stands in the results by benchmark, in the benchmarks' order, with each one's title and text."""
+    """What stands in the results by benchmark, in the benchmarks' order, with each one's title and text; without cases
+    where it has not been measured."""
     from benchmarks.__main__ import NAMES
 
     found = {}
     for name in NAMES:
         path, module = results / f"{name}.json", importlib.import_module(f"benchmarks.{name}")
-        if path.is_file():
-            found[name] = {"title": module.TITLE, "text": module.TEXT, **json.loads(path.read_text(encoding="utf-8"))}
+        measured = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"cases": {}}
+        found[name] = {"title": module.TITLE, "text": module.TEXT, **measured}
     return found
 
 
 def page(results: Path) -> str:
     lines = [HEAD]
     for name, found in read(results).items():
-        lines += [f"## {found['title']}", "", found["text"], ""]
-        if pictures_of(name, found):
-            lines += [f"![{found['title']}](../benchmarks/results/{one})" for one in pictures_of(name, found)] + [""]
-        lines += [*(curves if name == "attention" else table)(found["cases"]), "", *provenance(found["cases"]), ""]
-    if (results / "profile.json").is_file():
-        lines += profile(json.loads((results / "profile.json").read_text(encoding="utf-8"))["cases"])
+        lines += [f"## {found['title']}", "", found["text"], "", FIGURES, *figures(name, found), END, ""]
+    profiled = results / "profile.json"
+    shown = ["Not measured yet: `python -m benchmarks.profiling` does it."]
+    if profiled.is_file():
+        shown = profile(json.loads(profiled.read_text(encoding="utf-8"))["cases"])
+    lines += [PROFILE, FIGURES, *shown, END]
     return "\n".join(lines).rstrip() + "\n"
+
+
+FIGURES, END = "<!-- figures -->", "<!-- end -->"
+"""What stands between them is copied into the page's translation (docs/generate.py)."""
+
+
+def figures(name: str, found: Mapping[str, Any]) -> list[str]:
+    """Pictures, table and provenance of a benchmark."""
+    if not found["cases"]:
+        return [f"Not measured yet: `make bench ARGS={name}` does it."]
+    lines = [f"![{found['title']}](../benchmarks/results/{one})" for one in pictures_of(name, found)]
+    return [*lines, "", *(curves if name == "attention" else table)(found["cases"]), "", *provenance(found["cases"])]
 
 
 def table(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -142,14 +155,14 @@ def curves(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def profile(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    lines = [PROFILE]
+    lines = [""]
     for case in cases.values():
         for name, side in case["sides"].items():
             lines += [f"**{case['what']}, {name}**: {of_step(side)}.", "", "| operation | calls | ms | share |"]
             lines.append("|---|--:|--:|--:|")
             lines += [f"| `{row[0]}` | {row[1]} | {row[2]:,.0f} | {row[3]:.1f} % |" for row in shares(side, 12)]
             lines.append("")
-    return [*lines, *provenance(cases), ""]
+    return [*lines, *provenance(cases)]
 
 
 def of_step(side: Mapping[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""Write docs/reference/ and the READMEs' plugin tables from the code; ``--check`` says whether they are current."""
+"""Write docs/reference/, what is generated in docs/zh, and the READMEs' tables; ``--check`` says whether they are
+current."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sft.certify.certify import CHECKS
 from sft.commands.cli import COMMANDS
 from sft.context import members
 from sft.kit.about import all_plugins, excludes
+from sft.language import package_of, table
 from sft.options import Option, options_of
 from sft.plugins.discovery import Installed, installed
 from sft.plugins.requests import requests
@@ -26,6 +28,20 @@ from sft.settings.paddlenlp import FOREIGN, Foreign
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "reference"
 PUBLIC = ("sft", "sft.parallel", "sft.testing")
+CHINESE_PAGES = ROOT / "docs" / "zh"
+WORDS = json.loads((CHINESE_PAGES / "words.json").read_text(encoding="utf-8"))
+"""What tables say in both languages; the help of settings and commands is in the tables of :mod:`sft.language`."""
+
+Say = Callable[..., str]
+"""A text of a package (by default the core's) in the language of a page."""
+
+
+def as_it_is(text: str, package: str = "sft") -> str:
+    return text
+
+
+def in_chinese(text: str, package: str = "sft") -> str:
+    return str(WORDS.get(text) or table(package, "zh").get(text) or table("sft", "zh").get(text, text))
 
 
 def own_plugins() -> dict[str, Any]:
@@ -38,19 +54,25 @@ def _folder(item: Installed) -> str:
     return item.distribution.removeprefix("sft-").replace("-", "_")
 
 
-def settings_page() -> str:
-    lines = ["# Settings", "", "Made by `make docs` from the code.", ""]
+def settings_page(say: Say = as_it_is) -> str:
+    lines = [f"# {say('Settings')}", "", say("Made by `make docs` from the code."), ""]
     for group, cls in GROUPS.items():
-        lines += [f"## {group.capitalize()} arguments", "", (cls.__doc__ or "").strip(), "", *_table(cls)]
+        heading = say(f"{group.capitalize()} arguments")
+        lines += [f"## {heading}", "", say((cls.__doc__ or "").strip()), "", *_table(cls, say, "sft")]
     for plugin in own_plugins().values():
         if plugin.Options is not None:
-            lines += [f"## Plugin `{plugin.name}`", "", plugin.summary, "", *_table(plugin.Options)]
+            package = package_of(plugin)
+            lines += [f"## {say('Plugin')} `{plugin.name}`", "", say(plugin.summary, package), ""]
+            lines += _table(plugin.Options, say, package)
     return "\n".join(lines)
 
 
-def _table(cls: type) -> list[str]:
-    rows = [f"| `{o.name}` | {_default(o)} | {o.help.replace('|', chr(92) + '|')} |" for o in options_of(cls).values()]
-    return ["| setting | default | meaning |", "|---|---|---|", *rows, ""]
+def _table(cls: type, say: Say, package: str) -> list[str]:
+    rows = [
+        f"| `{o.name}` | {_default(o, say)} | {say(o.help, package).replace('|', chr(92) + '|')} |"
+        for o in options_of(cls).values()
+    ]
+    return [f"| {say('setting')} | {say('default')} | {say('meaning')} |", "|---|---|---|", *rows, ""]
 
 
 def _cell(text: str) -> str:
@@ -58,8 +80,8 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("``", "`").replace("|", "\\|")
 
 
-def _default(option: Option) -> str:
-    return "unset" if option.default in (None, []) else f"`{option.default}`"
+def _default(option: Option, say: Say) -> str:
+    return say("unset") if option.default in (None, []) else f"`{option.default}`"
 
 
 def hooks_page() -> str:
@@ -114,9 +136,10 @@ def _hooks(specs: Any, heading: str, members_by: Mapping[str, str] | None = None
     return lines
 
 
-def commands_page() -> str:
-    lines = ["# Commands", "", "Made by `make docs` from the code.", "", "| command | what it does |", "|---|---|"]
-    lines += [f"| `sft {name}` | {text} |" for name, text in COMMANDS.items()]
+def commands_page(say: Say = as_it_is) -> str:
+    lines = [f"# {say('Commands')}", "", say("Made by `make docs` from the code."), ""]
+    lines += [f"| {say('command')} | {say('what it does')} |", "|---|---|"]
+    lines += [f"| `sft {name}` | {say(text)} |" for name, text in COMMANDS.items()]
     return "\n".join([*lines, ""])
 
 
@@ -216,6 +239,36 @@ def certify_page() -> str:
     for key, lines in (("checks", checks), ("faults", said)):
         text = re.sub(rf"(<!-- {key} -->\n).*?(<!-- end -->)", rf"\1{_escaped(lines)}\n\2", text, flags=re.DOTALL)
     return text
+
+
+REGION = re.compile(r"<!-- (?!en |end )([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+def chinese_page(path: Path, english: str) -> str:
+    """A page of docs/zh with what is generated in the English one: its figures as they are, its words in Chinese."""
+    found = iter(REGION.findall(english))
+
+    def filled(match: re.Match[str]) -> str:
+        name, text = next(found, (match[1], match[2]))
+        return f"<!-- {name} -->\n{''.join(map(_in_chinese, text.splitlines(keepends=True)))}<!-- end -->"
+
+    return REGION.sub(filled, path.read_text(encoding="utf-8"))
+
+
+_CAUGHT = re.compile(
+    r"\*\*(.*) of (.*) are caught\*\* \((.*)\), (.*) of them by the checks above and (.*) by the plugin's own formula\."
+)
+
+
+def _in_chinese(line: str) -> str:
+    """A line of what is generated. A link leads from a folder below."""
+    line = line.replace("](../", "](../../")
+    line = re.sub(r"^Not measured yet: (`.*`) does it\.$", r"尚未测量：用 \1 测量。", line)
+    line = _CAUGHT.sub(r"**\2 个中发现了 \1 个**（\3），其中 \4 个由上面的检查发现，\5 个由插件自己的公式发现。", line)
+    if not line.startswith("| "):
+        return line
+    cells = line.rstrip("\n").split("|")
+    return "|".join(f" {in_chinese(cell.strip())} " if cell.strip() else cell for cell in cells) + "\n"
 
 
 def _escaped(lines: list[str]) -> str:
@@ -345,9 +398,15 @@ PAGES = {
 
 
 def main(check: bool) -> int:
-    FOLDER.mkdir(exist_ok=True)
+    for folder in (FOLDER, CHINESE_PAGES / "reference"):
+        folder.mkdir(exist_ok=True)
     pages = {FOLDER / name: page() for name, page in PAGES.items()}
     pages[ROOT / "docs" / "certify.md"] = certify_page()
+    pages[CHINESE_PAGES / "reference" / "settings.md"] = settings_page(in_chinese)
+    pages[CHINESE_PAGES / "reference" / "commands.md"] = commands_page(in_chinese)
+    for path in CHINESE_PAGES.glob("*.md"):
+        english = ROOT / "docs" / path.name
+        pages[path] = chinese_page(path, pages.get(english) or english.read_text(encoding="utf-8"))
     pages.update({ROOT / readme: with_table(readme) for readme in ("README.md", "README_zh.md")})
     stale = [path for path, text in pages.items() if not _same(path, text)]
     names = ", ".join(str(path.relative_to(ROOT)) for path in stale)

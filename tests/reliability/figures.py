@@ -76,7 +76,7 @@ def page(figures: dict[str, dict[str, dict[str, Any]]]) -> str:
             seconds = f"{values['seconds']:,.0f}" if "seconds" in values else ""
             row = ["" if position else title, case, words, seconds, values["date"]]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-    return HEAD + "\n".join(lines) + "\n"
+    return "\n".join([HEAD + "<!-- figures -->", *lines, "<!-- end -->", ""])
 
 
 def _words(name: str, value: float | str) -> str:

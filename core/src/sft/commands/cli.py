@@ -10,8 +10,10 @@ from typing import Any
 import click
 
 from sft import runtime
+from sft.commands.words import in_readers_language
 from sft.errors import PluginError, SftDeprecationWarning, SftError, UsageError
 from sft.foreign_text import safe
+from sft.language import translated
 
 COMMANDS = {
     "run": "Fine-tune a model.",
@@ -40,8 +42,9 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in COMMANDS:
-            return importlib.import_module(f"sft.commands.{name}").command
-        return super().get_command(ctx, name) or self._from_plugin(name)
+            return in_readers_language(importlib.import_module(f"sft.commands.{name}").command)
+        found = super().get_command(ctx, name) or self._from_plugin(name)
+        return None if found is None else in_readers_language(found)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         try:
@@ -57,9 +60,10 @@ class _Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from sft.plugins.requests import requests
 
-        rows = list(COMMANDS.items())
+        rows = [(name, translated(text)) for name, text in COMMANDS.items()]
         others = sorted(requests("command").items())
-        rows += [(name, f"from plugin {', '.join(names)}") for name, names in others if name not in COMMANDS]
+        source = translated("from plugin")
+        rows += [(name, f"{source} {', '.join(names)}") for name, names in others if name not in COMMANDS]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
@@ -112,7 +116,7 @@ def main() -> None:
 
     warnings.formatwarning = plain
     try:
-        cli.main(standalone_mode=False)
+        in_readers_language(cli).main(standalone_mode=False)
     except PluginError as error:
         click.echo(safe(error.details()), err=True, nl=False)
         code = _failed(str(error), error.exit_code)

@@ -13,6 +13,7 @@ from sft.errors import SftError
 from sft.foreign_text import safe
 from sft.kit.about import About, about, all_plugins, find_plugin, found, ties
 from sft.kit.new import KINDS, write_package
+from sft.language import translated
 from sft.plugins.api import API_VERSION
 from sft.plugins.discovery import ALL_OF_PROJECT, canonical, installed, left_out, strange_requests
 from sft.small_files import check_path
@@ -62,7 +63,7 @@ def _more(row: About) -> list[str]:
         if names
     ]
     also = [f"also requested by {', '.join(row.also_requested_by)}"] if row.also_requested_by else []
-    return [line for line in (row.summary, "; ".join([*relations, *also])) if line]
+    return [line for line in (translated(row.summary, row.package), "; ".join([*relations, *also])) if line]
 
 
 @command.command(name="info")
@@ -97,10 +98,11 @@ def _page(row: About) -> list[str]:
         "implements": ", ".join(row.hooks),
         "publishes": ", ".join(row.publishes),
     }
-    lines = [f"{row.name}: {_kind(row)} ({row.origin})", f"  {row.summary}", ""]
+    lines = [f"{row.name}: {_kind(row)} ({row.origin})", f"  {translated(row.summary, row.package)}", ""]
     lines += [f"  {word:<22}  {value}" for word, value in fields.items() if value]
     if row.options:
-        lines += ["", "  Settings:", *(f"  {line}" for one in row.options for line in option_row(one).split("\n"))]
+        shown = [line for one in row.options for line in option_row(one, package=row.package).split("\n")]
+        lines += ["", f"  {translated('Settings')}:", *(f"  {line}" for line in shown)]
     return lines
 
 

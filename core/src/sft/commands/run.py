@@ -12,6 +12,7 @@ from sft.commands.shared import named_values, option_row
 from sft.errors import SftError, SignalError, UsageError
 from sft.files import read_report
 from sft.foreign_text import safe
+from sft.language import package_of, translated
 from sft.options import options_of
 from sft.plugins.files import with_files
 from sft.plugins.registry import Plugins
@@ -86,30 +87,37 @@ def collect(arguments: list[str]) -> dict[str, Any]:
     return values
 
 
+HEAD = """\
+Usage: sft run [SETTINGS.json|.yaml] [--plugin NAME ...] [--name value ...]
+
+Fine-tune a model. Without an adapter plugin all parameters train. Names may have dashes or underscores.
+
+  --plugin NAME  switch a plugin on (repeatable; no:NAME switches it off; or the path of a file, ./x.py);
+                 its settings then show here"""
+TAIL = "With --plugin NAME its settings are listed too; `sft plugins` lists the plugins."
+
+
 def help_text(values: dict[str, Any]) -> str:
-    """Every setting of the core and of the requested plugins, under its heading."""
+    """Every setting of the core and of the requested plugins, under its heading, in the reader's language."""
     values, files = with_files(values)
     names, _ = choose_plugins(values, core_options(), shared_settings())
     active = Plugins.load(names, hookspecs, files, explicit(values), by_device(values))
-    lines = [
-        "Usage: sft run [SETTINGS.json|.yaml] [--plugin NAME ...] [--name value ...]",
-        "",
-        "Fine-tune a model. Without an adapter plugin all parameters train. Names may have dashes or underscores.",
-        "",
-        "  --plugin NAME  switch a plugin on (repeatable; no:NAME switches it off; or the path of a file, ./x.py);",
-        "                 its settings then show here",
-    ]
+    lines = [translated(HEAD)]
     for group, cls in GROUPS.items():
-        lines += ["", f"{group.capitalize()} arguments: {(cls.__doc__ or '').strip()}"]
+        heading = translated(f"{group.capitalize()} arguments")
+        lines += ["", f"{heading}: {translated((cls.__doc__ or '').strip())}"]
         lines += [option_row(with_words(option, active)) for option in options_of(cls).values()]
     shared = Names(active)
     for name, plugin in active:
-        lines += ["", f"Plugin {name} ({active.origin(name)}): {getattr(plugin, 'summary', '')}"]
+        package = package_of(plugin)
+        summary = translated(getattr(plugin, "summary", ""), package)
+        lines += ["", f"{translated('Plugin')} {name} ({active.origin(name)}): {summary}"]
         declared = getattr(plugin, "Options", None)
         if declared is not None:
-            lines += [option_row(option, shared.written(name, option.name)) for option in options_of(declared).values()]
+            rows = options_of(declared).values()
+            lines += [option_row(option, shared.written(name, option.name), package) for option in rows]
     if not names:
-        lines += ["", "With --plugin NAME its settings are listed too; `sft plugins` lists the plugins."]
+        lines += ["", translated(TAIL)]
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ import click
 
 from sft.errors import UsageError
 from sft.foreign_text import harmless
+from sft.language import translated
 from sft.options import Bare, Option, convert
 from sft.plugins.requests import requests
 from sft.progress import Printer
@@ -134,12 +135,12 @@ def _default(option: Option) -> str:
     return f"  [default: {_shown_default(option)}]"
 
 
-def option_row(option: Option, name: str | None = None) -> str:
-    """A setting as `--help` shows it: what is typed, its default, and below what it means; by ``name``, where it is
-    typed by another than its own."""
+def option_row(option: Option, name: str | None = None, package: str = "sft") -> str:
+    """A setting of ``package`` as `--help` shows it: what is typed, its default, and below what it means; by ``name``,
+    where it is typed by another than its own."""
     kind = "|".join(option.words) or _kind(option)
-    default = "unset" if option.default in (None, []) else _shown_default(option)
-    return f"  --{name or option.name} {kind}  [{default}]\n      {option.help}"
+    default = translated("unset") if option.default in (None, []) else _shown_default(option)
+    return f"  --{name or option.name} {kind}  [{default}]\n      {translated(option.help, package)}"
 
 
 def _shown_default(option: Option) -> str:

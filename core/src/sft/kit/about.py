@@ -12,6 +12,7 @@ from typing import Any
 
 from sft import hookspecs
 from sft.errors import SftError, UsageError
+from sft.language import package_of
 from sft.options import Option, options_of
 from sft.plugins.api import declared_version
 from sft.plugins.calls import WATCHING
@@ -63,6 +64,7 @@ class About:
         also_requested_by: Ways of asking for it beside its name, as ``setting X``.
         hooks: The hooks that it implements.
         publishes: Those that it publishes for others.
+        package: Where its code is, and the table of its texts in other languages.
         shapes: Whether it changes what is learned.
     """
 
@@ -80,6 +82,7 @@ class About:
     also_requested_by: tuple[str, ...] = ()
     hooks: tuple[str, ...] = ()
     publishes: tuple[str, ...] = ()
+    package: str = ""
     options: tuple[Option, ...] = ()
     shapes: bool | None = None
     fault: str | None = None
@@ -90,7 +93,9 @@ class About:
             {"name": option.name, "default": option.default, "help": option.help, "aliases": list(option.aliases)}
             for option in self.options
         ]
-        return {**asdict(self), "options": options}
+        values = {**asdict(self), "options": options}
+        del values["package"]  # which is for this program's own words
+        return values
 
 
 @dataclass(frozen=True)
@@ -200,6 +205,7 @@ def about(
         supersedes=_names(plugin, "supersedes"),
         hooks=(*own, *dict.fromkeys(hook for _, hook in of_others)),
         publishes=tuple(hooks_of(getattr(plugin, "hookspecs", None))),
+        package=package_of(plugin),
         options=tuple(options_of(declared).values()) if declared is not None else (),
         shapes=_shapes(name, plugin, requires, others) if shapes else None,
     )

@@ -99,6 +99,11 @@ SHOWN: dict[str, str | Blocks] = {
         ("import shutil", f"{KIT}::test_the_newest_checkpoint_is_copied"),
     ],
     "docs/reliability.md": "not run: hours",
+    "docs/report.md": [
+        ("report: out/report.html", TYPED),
+        ("sft report out ", TYPED),
+        ("import sft", TYPED),
+    ],
     "docs/strategies.md": [
         ("from dataclasses import replace", f"{HERE}::test_the_strategy_of_the_guide_is_the_example"),
         (

@@ -20,7 +20,7 @@ from sft import hookspecs
 from sft.data.formats import Formats
 from sft.data.sources import read
 from sft.plugins.registry import Plugins
-from sft.testing import needs
+from sft.testing import needs, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -135,12 +135,12 @@ def test_the_family_of_the_guide_keeps_the_protocol(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_files_of_the_page_are_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each line at a step of its own: a checkpoint, then an end with its reason."""
+    """A checkpoint and an evaluation after the first step, then an end, with a reason or without."""
     monkeypatch.chdir(tmp_path)
-    save, stop, with_reason = shown("docs/control.md", "bash", "touch").splitlines()
+    *first, stop, with_reason = shown("docs/control.md", "bash", "touch").splitlines()
     demo = ROOT / "core" / "src" / "sft" / "demo"
     settings = {"model_name_or_path": str(demo / "model"), "dataset_name_or_path": str(demo / "data")}
-    settings |= {"max_length": 64, "per_device_train_batch_size": 1, "do_eval": False, "overwrite_output_dir": True}
+    settings |= {"max_length": 64, "per_device_train_batch_size": 1, "overwrite_output_dir": True}
 
     for last in (stop, with_reason):
 
@@ -150,13 +150,16 @@ def test_the_files_of_the_page_are_obeyed(tmp_path: Path, monkeypatch: pytest.Mo
 
             @sft.hookimpl
             def sft_step_ended(self, run: sft.Run, record: dict[str, Any], last: str = last) -> None:
-                subprocess.run(["bash", "-c", save if record["step"] == 1 else last], check=True)
+                for line in first if record["step"] == 1 else [last]:
+                    subprocess.run(["bash", "-c", line], check=True)
 
         summary = sft.run({**settings, "output_dir": "out", "max_steps": 5}, plugins=[Typist], say=lambda _: None)
         assert summary.stopped_early is not None
-        assert summary.stopped_early["step"] in (2, 3)
+        assert summary.stopped_early["step"] == 2
         assert ("the loss looks good" in summary.stopped_early["reason"]) == (last is with_reason)
-        assert (tmp_path / "out" / f"checkpoint-{summary.stopped_early['step'] - 1}").is_dir()
+        assert (tmp_path / "out" / "checkpoint-1").is_dir()
+        evaluated = [line["step"] for line in read_metrics(tmp_path / "out") if "eval_loss" in line]
+        assert evaluated == [0, 1, 2]
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,7 @@ PAGES = {
     "docs/influence.md": ["sft run settings.json --output_dir out --save_strategy steps --save_steps 1"],
     "docs/kit.md": [],
     "docs/plan.md": [],
+    "docs/report.md": [f"sft run settings.json --output_dir {name}" for name in ("out", "out-a", "out-b")],
 }
 """The pages, and what has to be typed before."""
 
@@ -109,7 +112,7 @@ def lines_of(page: str) -> list[str]:
 
 
 def typed(line: str) -> str:
-    words = shlex.split(line.replace("…", REST), comments=True)[1:]
+    words = shlex.split(line.replace("…", REST).replace("/tmp/", ""), comments=True)[1:]
     if words[0] == "run":
         words += ["--max_steps", "2"]
     result = CliRunner().invoke(cli, words, input="type#bag\n", standalone_mode=False, catch_exceptions=False)
@@ -132,8 +135,15 @@ def test_what_a_page_shows_is_typed(page: str, folder: Path) -> None:
     if page == "docs/data.md":
         assert len((folder / "rest" / "bad_records.jsonl").read_text(encoding="utf-8").splitlines()) == 1
         report = json.loads((folder / "mixed" / "run.json").read_text(encoding="utf-8"))
-        assert [one["name"] for one in report["data"]["train"]["sets"]] == ["chats.json", "more"]
+        assert sorted(report["data"]["train"]["sets"]) == ["chats.json", "more"]
     if page == "docs/kit.md":
         assert "my option is 3" in said[0]
+    if page == "docs/report.md":
+        (last,) = code(page, "")
+        assert said[0].endswith(last)
+        (program,) = code(page, "python")
+        printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        assert printed.startswith("finished 2 2\n")
+        assert len(printed.splitlines()) > 3
     if page == "docs/plan.md":
         assert "legal plans" in said[0]

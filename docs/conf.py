@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import posixpath
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", list_pages)
     app.connect("doctree-read", find_links)
     app.connect("html-page-context", name_the_other_language)
+    app.connect("build-finished", copy_pictures)
 
 
 def list_pages(app: Sphinx, page: str, source: list[str]) -> None:
@@ -113,6 +115,12 @@ def _replace(node: addnodes.pending_xref, address: str | None) -> None:
     text = node.deepcopy().children
     link = nodes.reference("", "", *text, refuri=address, internal=True) if address else nodes.inline("", "", *text)
     node.replace_self(link)
+
+
+def copy_pictures(app: Sphinx, error: Exception | None) -> None:
+    """Those that pages name in HTML, of which Sphinx knows nothing, where these look for them."""
+    if error is None:
+        shutil.copytree(ROOT / "docs" / "images", Path(app.outdir) / "docs" / "images", dirs_exist_ok=True)
 
 
 def name_the_other_language(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: Any) -> None:

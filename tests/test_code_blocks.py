@@ -24,6 +24,7 @@ SHOWN: dict[str, str | Blocks] = {
     "docs/answers.md": "tests/test_answering.py::test_the_guide_shows_what_works",
     "docs/api-policy.md": [("api_version = ", f"{MORE}::test_the_range_of_the_page_has_this_api")],
     "docs/architecture.md": "tests/test_import_graph.py::test_the_picture_in_the_documentation_is_the_graph",
+    "docs/board.md": "not run: it serves until Ctrl-C; the tests of sft-ui-board start it",
     "docs/certify.md": [
         ("sft certify my-plugin", "not run: minutes; tests/certify/test_certify.py types it with a check of its own"),
         ("from sft.testing import check_plugin", f"{MORE}::test_a_plugin_is_certified_as_the_page_shows"),
@@ -99,6 +100,12 @@ SHOWN: dict[str, str | Blocks] = {
         ("import shutil", f"{KIT}::test_the_newest_checkpoint_is_copied"),
     ],
     "docs/reliability.md": "not run: hours",
+    "docs/replay.md": [
+        ("sft replay out", TYPED),
+        ("import numpy as np", TYPED),
+        ("sft blame out", TYPED),
+        ("loss − usual =", "not run: a formula; core/tests/test_blame.py holds it"),
+    ],
     "docs/report.md": [
         ("report: out/report.html", TYPED),
         ("sft report out ", TYPED),

@@ -9,13 +9,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chinese_pages import sections
 from click.testing import CliRunner
 
 from sft.commands.cli import cli
-from sft.testing import needs
+from sft.testing import needs, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "core" / "src" / "sft" / "demo"
@@ -53,6 +54,7 @@ PAGES = {
     "docs/influence.md": ["sft run settings.json --output_dir out --save_strategy steps --save_steps 1"],
     "docs/kit.md": [],
     "docs/plan.md": [],
+    "docs/replay.md": ["sft run settings.json --output_dir out"],
     "docs/report.md": [f"sft run settings.json --output_dir {name}" for name in ("out", "out-a", "out-b")],
 }
 """The pages, and what has to be typed before."""
@@ -112,7 +114,9 @@ def lines_of(page: str) -> list[str]:
 
 
 def typed(line: str) -> str:
-    words = shlex.split(line.replace("…", REST).replace("/tmp/", ""), comments=True)[1:]
+    words = shlex.split(line.replace("…", REST).replace("/tmp/", "").replace("--step 120", "--step 2"), comments=True)[
+        1:
+    ]
     if words[0] == "run":
         words += ["--max_steps", "2"]
     result = CliRunner().invoke(cli, words, input="type#bag\n", standalone_mode=False, catch_exceptions=False)
@@ -138,6 +142,11 @@ def test_what_a_page_shows_is_typed(page: str, folder: Path) -> None:
         assert sorted(report["data"]["train"]["sets"]) == ["chats.json", "more"]
     if page == "docs/kit.md":
         assert "my option is 3" in said[0]
+    if page == "docs/replay.md":
+        names: dict[str, Any] = {}
+        (program,) = code(page, "python")
+        exec(program, names)
+        assert names["loss"].tolist() == [line["loss"] for line in read_metrics(folder / "out") if "loss" in line]
     if page == "docs/report.md":
         (last,) = code(page, "")
         assert said[0].endswith(last)

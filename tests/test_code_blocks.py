@@ -35,7 +35,7 @@ SHOWN: dict[str, str | Blocks] = {
     "docs/control.md": [
         ("touch out/SAVE", f"{MORE}::test_the_files_of_the_page_are_obeyed"),
         ("import time", f"{HERE}::test_the_clock_of_the_page_ends_a_run"),
-        ("import sft", f"{HERE}::test_the_padding_of_the_page_is_measured"),
+        ("import sft", f"{HERE}::test_the_padding_of_the_page_is_measured_and_figures_of_steps_are_read"),
     ],
     "docs/data.md": [
         ("sft run … --dataset_name_or_path", TYPED),

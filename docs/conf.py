@@ -12,12 +12,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jieba
 from docutils import nodes
 from pygments.lexers.special import TextLexer
 from sphinx import addnodes
 from sphinx.application import Sphinx
 
-logging.getLogger("jieba").setLevel(logging.WARNING)  # which says how it loads its dictionary
+jieba.setLogLevel(logging.WARNING)  # else it says how it loads its dictionary
 
 IS_CHINESE = "zh" in tags  # noqa: F821 - Sphinx gives it
 ROOT = Path(__file__).parent.parent

@@ -112,7 +112,7 @@ def _lines(text: str, width: int) -> str:
     return "\n".join([*lines, line])
 
 
-def _with_clicks_words(command: click.Command) -> None:
+def _with_clicks_words(command: Any) -> None:
     usual = command.get_help
     words = _CLICKS[language()]
 
@@ -122,4 +122,4 @@ def _with_clicks_words(command: click.Command) -> None:
             text = re.sub(pattern, word, text, flags=re.MULTILINE)
         return text
 
-    command.get_help = get_help  # type: ignore[method-assign]
+    command.get_help = get_help

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import sft
-from sft.testing import forward, load
+from sft.testing import forward, load, needs
 
 CASES = (
     *("llama", "llama-untied", "llama-headdim", "llama3", "llama-biased", "llama-linear", "llama-yarn", "mistral"),
     *("qwen2", "qwen2-tied", "qwen3", "smollm3", "granite", "olmo2"),
+    *("mixtral", "qwen2-moe", "qwen3-moe", "mistral-prefixed", "gemma-plain"),
 )
-QUICK = ("llama3", "qwen2")
+QUICK = ("llama3", "qwen2-moe", "mistral-prefixed")
 TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
@@ -58,8 +60,50 @@ def test_llama_cpp_computes_what_sft_computes(
     model, tokenizer = load(tmp_path / "model"), sft_tokenizer(tmp_path / "model")
     for ids, after in zip(cases.IDS, answer["after"], strict=True):
         np.testing.assert_allclose(after, log_probabilities(model, ids), rtol=0, atol=2e-5)
-    for text, tokens in zip(cases.TEXTS, answer["tokens"], strict=True):
+    for text, tokens in zip(cases.texts_of(case), answer["tokens"], strict=True):
         assert tokenizer.with_bos(tokenizer.encode(text)) == tokens
+
+
+@needs("lora")
+@pytest.mark.parametrize("name", ["llama-lora", pytest.param("qwen2-lora", marks=pytest.mark.slow)])
+def test_llama_cpp_puts_an_adapter_over_its_base(
+    cases: ModuleType, answers: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    """With ranks and α of several kinds, and updates of embedding and head; from the very file that is written here."""
+    answer, (_, adapter) = answers[f"{name} alone"], cases.ADAPTERS[name]
+    _, path = cases.write_adapter(name, tmp_path)
+    assert cases.digest(path) == answer["digest"], "make_answers.py must be run again"
+    model, plain = load(tmp_path / "model", adapter), load(tmp_path / "model")
+    for ids, after in zip(cases.IDS, answer["after"], strict=True):
+        np.testing.assert_allclose(after, log_probabilities(model, ids), rtol=0, atol=5e-5)
+        assert np.abs(np.array(after) - log_probabilities(plain, ids)).max() > 0.05
+
+
+@needs("lora")
+@pytest.mark.parametrize(
+    ("adapter", "options", "message"),
+    [
+        (None, {}, "There is no adapter to write alone; add --lora_path"),
+        ("llama-lora-patterns", {"gguf_type": "q8_0"}, "gguf_type q8_0 is none of an adapter alone; give one of f32"),
+        ("llama-lora-patterns", {"gguf_system": "s"}, "gguf_system does nothing with --to gguf-lora"),
+        ("llama-lora-saved", {}, "is more than updates of low rank: .* trained too"),
+        ("llama-lora-rows", {}, "is more than updates of low rank: model.embed_tokens"),
+        ("llama-dora-all-linear", {}, "is more than updates of low rank, as plugin lora reads it"),
+        ("llama-lora-outer", {}, "an embedding that is lm_head too"),
+        ("mixtral", {}, "The adapter changes experts"),
+    ],
+)
+def test_an_adapter_that_no_file_of_its_own_can_hold_is_refused(
+    cases: ModuleType, tmp_path: Path, adapter: str | None, options: dict[str, Any], message: str
+) -> None:
+    from sft.inference.export import export
+
+    case = "mixtral" if adapter == "mixtral" else "llama"
+    folder = cases.prepare(case, tmp_path / "model")
+    path = None if adapter is None else cases.PEFT / ("written/mixtral" if adapter == "mixtral" else adapter)
+    with pytest.raises(sft.UsageError, match=message):
+        export(str(folder), path, "gguf-lora", tmp_path / "out", lambda text: None, options=options)
+    assert not (tmp_path / "out").exists()
 
 
 def sft_tokenizer(folder: Path) -> Any:
@@ -112,6 +156,16 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+EXPERTS = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+}
 BEHIND = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
 """Norms that are applied to what a part of a block gives, and not to what it gets."""
 
@@ -121,14 +175,22 @@ def theirs(name: str, behind: bool = False) -> str:
     outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
     if name in (*outer, "lm_head.weight"):
         return outer.get(name, "output.weight")
+    name = re.sub(r"\.(experts)\.\d+\.", r".\1.", name.replace("block_sparse_moe", "mlp"))
+    for old, new in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+        name = name.replace(f".{old}.", f".{new}.")
     _, _, block, *middle, kind = name.split(".")
-    names = {**NAMES, **BEHIND} if behind else NAMES
+    names = {**NAMES, **EXPERTS, **(BEHIND if behind else {})}
     return f"blk.{block}.{names['.'.join(middle)]}.{kind}"
 
 
 def separate(name: str, array: np.ndarray, config: dict[str, Any]) -> np.ndarray:
-    """The rows of q and k of Llama in Hugging Face's order: those of a head's first halves of pairs come first."""
-    if config["model_type"] in ("llama", "mistral", "smollm3", "granite") and ("q_proj" in name or "k_proj" in name):
+    """The rows of q and k of Llama in Hugging Face's order: those of a head's first halves of pairs come first. Of
+    Gemma's norms one less."""
+    if config["model_type"] == "gemma" and "norm" in name:
+        return np.asarray(array - np.float32(1.0))
+    if config["model_type"] in ("llama", "mistral", "mixtral", "smollm3", "granite") and (
+        "q_proj" in name or "k_proj" in name
+    ):
         heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
         size = array.shape[0] // heads
         order = [head * size + 2 * pair + half for head in range(heads) for half in (0, 1) for pair in range(size // 2)]
@@ -146,19 +208,38 @@ def test_every_tensor_is_in_the_file_bit_by_bit(cases: ModuleType, tmp_path: Pat
     factors = found.pop("rope_freqs.weight", None)
     assert (factors is not None) == (case == "llama3")
     called = {name: theirs(name, case == "olmo2") for name in stored}
-    assert sorted(found) == sorted(called.values())
+    assert sorted(found) == sorted(set(called.values()))
     for name, array in stored.items():
-        np.testing.assert_array_equal(separate(name, found[called[name]], config), array, name)
+        expert = re.search(r"\.experts\.(\d+)\.", name)
+        own = found[called[name]] if expert is None else found[called[name]][int(expert[1])]
+        off = 1e-7 if config["model_type"] == "gemma" else 0.0  # 1 is added, and taken away again
+        np.testing.assert_allclose(
+            separate(name, own.reshape(array.shape), config), array, atol=off, rtol=0, err_msg=name
+        )
 
     def said(key: str) -> Any:
         return reader.fields[key].contents()
 
     arch = said("general.architecture")
-    assert arch == {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    arches = {"mistral": "llama", "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+    assert arch == arches.get(config["model_type"], config["model_type"])
     assert said(f"{arch}.block_count") == config["num_hidden_layers"]
     assert said(f"{arch}.attention.head_count_kv") == config["num_key_value_heads"]
     assert said(f"{arch}.context_length") == sft.open_model(folder).architecture.positions
-    assert said("tokenizer.ggml.tokens")[5] == "&"
+    if case not in cases.SENTENCEPIECE:
+        assert said("tokenizer.ggml.tokens")[5] == "&"
+        return
+    tokens, scores, types = (said(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type"))
+    assert said("tokenizer.ggml.model") == "llama"
+    assert said("tokenizer.ggml.add_space_prefix") is (case == "mistral-prefixed")
+    merges = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
+    pieces = ["".join(pair) for pair in merges]
+    order = [scores[tokens.index(piece)] for piece in pieces if piece in tokens and types[tokens.index(piece)] == 1]
+    assert len(order) > 50
+    assert order == sorted(order, reverse=True)
+    assert {token for token, kind in zip(tokens, types, strict=True) if kind == 6} == {
+        f"<0x{n:02X}>" for n in range(256)
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -24,7 +24,7 @@ class GgufOptions:
 
 class Gguf(sft.Plugin):
     """Writes a finished model as one GGUF file for llama.cpp (``--to gguf``), with a Modelfile for Ollama (``--to
-    ollama``)."""
+    ollama``), or its adapter alone (``--to gguf-lora``)."""
 
     name = "gguf"
     api_version = ">=1.1,<2"
@@ -34,13 +34,19 @@ class Gguf(sft.Plugin):
 
     @sft.hookimpl
     def sft_export(self, model: sft.FinishedModel, to: str, folder: Path) -> list[Path] | None:
-        if to not in ("gguf", "ollama"):
+        if to not in ("gguf", "gguf-lora", "ollama"):
             return None
+        from sft_export_gguf.adapter import write_adapter
         from sft_export_gguf.modelfile import modelfile
         from sft_export_gguf.writing import write
 
-        if to == "gguf" and self.options.gguf_system is not None:
-            raise sft.UsageError("gguf_system does nothing with --to gguf, which has no place for it; use --to ollama.")
+        if to != "ollama" and self.options.gguf_system is not None:
+            raise sft.UsageError(
+                f"gguf_system does nothing with --to {to}, which has no place for it; use --to ollama."
+            )
+        if to == "gguf-lora":
+            write_adapter(folder / "adapter.gguf", model, self.options.gguf_type)
+            return [folder / "adapter.gguf"]
         path, beside = folder / "model.gguf", folder / "Modelfile"
         text = modelfile(model, path.name, self.options.gguf_system) if to == "ollama" else None
         write(path, model, self.options.gguf_type)

@@ -21,10 +21,13 @@ class Form:
     Attributes:
         arch: What GGUF calls it.
         can: Fields of an :class:`sft.Architecture` that the file describes, whatever they are.
-        has: Those that the graph has built in, where they are not the architecture's defaults.
+        has: Those that the graph has built in, where they are not the architecture's defaults; one that follows from
+            the model's sizes is a function of the architecture.
         adjacent: Whether the rotary embedding turns dimensions 2i and 2i + 1 of a head together; Hugging Face's files
             have i and i + size / 2.
         stretches: The scalings of the rotary embedding that the file can describe.
+        experts: Of models whose every block has experts: whether the weights of those that are chosen are made to sum
+            to one, and whether there is one that every token goes through. None: the graph has none.
         still: Every so many blocks, one whose queries and keys are not turned; None: all are turned.
     """
 
@@ -33,7 +36,12 @@ class Form:
     has: dict[str, Any] | None = None
     adjacent: bool = False
     stretches: tuple[str, ...] = ("linear", "yarn")
+    experts: tuple[bool, bool] | None = None
     still: int | None = None
+
+
+def _root_of_hidden(found: sft.Architecture) -> float:
+    return float(found.hidden**0.5)
 
 
 _SCALES = ("attention_scale", "embedding_scale", "residual_scale", "logit_scale")
@@ -47,10 +55,18 @@ FORMS = {
         stretches=("linear", "yarn", "llama3"),
     ),
     "mistral": Form("llama", adjacent=True),
+    "gemma": Form(
+        "gemma",
+        has={"norm_offset": 1.0, "activation": "gelu_tanh", "embedding_scale": _root_of_hidden},
+        stretches=(),
+    ),
     "qwen2": Form("qwen2", has={"attention_bias": True}),
     "qwen3": Form("qwen3", has={"head_norm": "head"}),
     "smollm3": Form("smollm3", adjacent=True, still=4),
     "granite": Form("granite", can=_SCALES, adjacent=True, stretches=()),
+    "mixtral": Form("llama", adjacent=True, experts=(True, False)),
+    "qwen2_moe": Form("qwen2moe", has={"attention_bias": True}, experts=(False, True)),
+    "qwen3_moe": Form("qwen3moe", has={"head_norm": "head"}, experts=(True, False)),
     "olmo2": Form("olmo2", has={"head_norm": "all", "norms": _BEHIND}, stretches=()),
 }
 """By ``model_type``."""
@@ -75,20 +91,20 @@ def form_of(model: sft.FinishedModel) -> Form:
         if field.name in (*_SIZES, *form.can):
             continue
         value, expected = getattr(found, field.name), (form.has or {}).get(field.name, field.default)
+        expected = expected(found) if callable(expected) else expected
         if value != expected:
             raise sft.UsageError(
                 f"llama.cpp computes {form.arch} with {field.name} {expected!r}, and this model has {value!r}; write "
                 "--to huggingface."
             )
     turned = [form.still is None or (number + 1) % form.still != 0 for number in range(len(found.blocks))]
-    if any(block.experts is not None for block in found.blocks) or turned != [
-        block.rotary is not None for block in found.blocks
-    ]:
+    if turned != [block.rotary is not None for block in found.blocks]:
         which = "every block" if form.still is None else f"all blocks but every {form.still}th"
         raise sft.UsageError(
-            f"llama.cpp's {form.arch} has no experts, and turns queries and keys of {which}; this model is another: "
-            "write --to huggingface."
+            f"llama.cpp's {form.arch} turns queries and keys of {which}, and this model those of others; write --to "
+            "huggingface."
         )
+    _check_experts(form, found)
     rotary = found.rotaries[0]
     if rotary.kind not in ("default", *form.stretches) or rotary.size != found.head_size or rotary.interleaved:
         raise sft.UsageError(
@@ -96,6 +112,19 @@ def form_of(model: sft.FinishedModel) -> Form:
             f"of {found.head_size} dimensions); write --to huggingface."
         )
     return form
+
+
+def _check_experts(form: Form, found: sft.Architecture) -> None:
+    kinds = {block.experts for block in found.blocks}
+    one = next(iter(kinds))
+    here = None if one is None else (one.normalise, one.shared_inner is not None)
+    if len(kinds) > 1 or here != form.experts:
+        expected = "no experts" if form.experts is None else "experts in every block"
+        if form.experts is not None:
+            expected += f", weights that are {'' if form.experts[0] else 'not '}made to sum to one"
+        raise sft.UsageError(
+            f"llama.cpp's {form.arch} has {expected}, and this model is another; write --to huggingface."
+        )
 
 
 def describe(model: sft.FinishedModel, form: Form, writer: Any) -> None:
@@ -128,6 +157,14 @@ def describe(model: sft.FinishedModel, form: Form, writer: Any) -> None:
         writer.add_embedding_scale(found.embedding_scale)
         writer.add_residual_scale(found.residual_scale)
         writer.add_logit_scale(1.0 / found.logit_scale)  # it divides
+    experts = found.blocks[0].experts
+    if experts is not None:
+        writer.add_expert_count(experts.count)
+        writer.add_expert_used_count(experts.chosen)
+        if form.arch != "llama":
+            writer.add_expert_feed_forward_length(experts.inner)
+        if experts.shared_inner is not None:
+            writer.add_expert_shared_feed_forward_length(experts.shared_inner)
     rotary = found.rotaries[0]
     writer.add_rope_dimension_count(rotary.size)
     writer.add_rope_freq_base(rotary.base)
@@ -165,9 +202,16 @@ def further_tensors(model: sft.FinishedModel) -> dict[str, np.ndarray]:
 
 def arranged(name: str, model: sft.FinishedModel, form: Form) -> np.ndarray:
     """The tensor ``name`` of ``model``, its rows in the order in which ``form`` has them."""
-    found, array = model.architecture, model.read(name)
+    return turned_as(form, name, model.read(name), model)
+
+
+def turned_as(form: Form, name: str, array: np.ndarray, model: sft.FinishedModel) -> np.ndarray:
+    """``array``, the rows of tensor ``name`` or of what is added to it, in the order in which ``form`` has them."""
+    found = model.architecture
     assert isinstance(found, sft.Architecture)
     layer = name.split(".")[-2]
+    if found.norm_offset and array.ndim == 1 and layer.endswith("norm"):
+        return array.astype(np.float32) + np.float32(found.norm_offset)  # the graph adds none
     if form.adjacent and layer in ("q_proj", "k_proj"):
         return _adjacent(array, found.heads if layer == "q_proj" else found.kv_heads)
     return array

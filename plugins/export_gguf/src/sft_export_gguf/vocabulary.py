@@ -1,4 +1,5 @@
-"""The tokenizer in a GGUF file: byte-level BPE, whose way of cutting text into words llama.cpp knows by a name.
+"""The tokenizer in a GGUF file: SentencePiece's, or byte-level BPE, whose way of cutting text into words llama.cpp
+knows by a name.
 
 llama.cpp has no interpreter of ``tokenizer.json``: a name stands for regular expressions in its source. The name is
 found here by the expressions, so it holds for any vocabulary that was trained with them.
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import sft
+from sft_export_gguf.sentencepiece import describe_sentencepiece, is_sentencepiece
 
 _GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
@@ -41,15 +43,15 @@ def describe_tokenizer(model: sft.FinishedModel, writer: Any) -> None:
     llama.cpp would not follow."""
     content = model.tokenizer_json
     bpe = content["model"]
-    if (
-        bpe.get("type") != "BPE"
-        or bpe.get("byte_fallback")
-        or (content.get("decoder") or {}).get("type") != "ByteLevel"
-    ):
-        raise _refused(f"{bpe.get('type')} that is not byte-level BPE")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if bpe.get(key):
-            raise _refused(f"byte-level BPE with {key} {bpe[key]!r}")
+            raise _refused(f"BPE with {key} {bpe[key]!r}")
+    if is_sentencepiece(content):
+        describe_sentencepiece(model, content, *_tokens(model, content), writer)
+        _describe_special(model, writer)
+        return
+    if bpe.get("type") != "BPE" or (content.get("decoder") or {}).get("type") != "ByteLevel":
+        raise _refused(f"{bpe.get('type')} that is not byte-level BPE")
     normalizer = content.get("normalizer")
     if normalizer is not None and normalizer != {"type": "NFC"}:
         raise _refused(f"byte-level BPE with normalizer {json.dumps(normalizer)[:200]}")
@@ -130,5 +132,5 @@ def _refused(what: str) -> sft.UsageError:
     names = ", ".join(dict.fromkeys(name for name, _, _ in _NAMES))
     return sft.UsageError(
         f"The tokenizer is {sft.shown(what)}, which cannot be written as GGUF here (what can: byte-level BPE that cuts "
-        f"words as {names} do in llama.cpp); write --to huggingface."
+        f"words as {names} do in llama.cpp, and SentencePiece's BPE); write --to huggingface."
     )

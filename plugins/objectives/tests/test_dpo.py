@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import sft
 from sft.testing import needs, write_data
@@ -63,6 +64,63 @@ def test_each_step_is_trls(train: Train, metrics: Metrics, tmp_path: Path, as_tr
         assert set(ours) == set(theirs)
         for name, values in theirs.items():
             np.testing.assert_allclose(ours[name], values, atol=2e-4, rtol=0, err_msg=name)
+
+
+def of_all(as_trl: dict[str, Any]) -> dict[str, Any]:
+    """Those of the run without an adapter."""
+    kept = {name: value for name, value in as_trl.items() if name != "lora_path"}
+    return {**kept, "plugin": ["dpo"], "learning_rate": TRL["whole"]["learning_rate"]}
+
+
+def test_each_step_of_a_whole_model_is_trls(
+    train: Train, metrics: Metrics, tmp_path: Path, as_trl: dict[str, Any], base_model: Path
+) -> None:
+    """Beside a copy of it as it was, which costs what the weights do."""
+    said: list[str] = []
+    train("out", say=said.append, **of_all(as_trl))
+    size = sum(array.nbytes for array in load_file(base_model / "model.safetensors").values())
+    assert f"dpo: the model stays as it is now beside the one that trains, {size / 2**20:,.0f} MiB more" in "\n".join(
+        said
+    )
+    lines = [line for line in metrics(tmp_path / "out") if "loss" in line]
+    for line, expected in zip(lines, TRL["whole"]["steps"], strict=True):
+        for name in ("loss", "grad_norm", *VALUES):
+            assert line[name] == pytest.approx(expected[name], rel=2e-4, abs=2e-4), (line["step"], name)
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    for name, values in load_file(FIXTURES / "dpo_whole_end.safetensors").items():
+        np.testing.assert_allclose(ours[name], values, atol=2e-4, rtol=0, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_whole_model_goes_on_to_the_bit(
+    train: Train, metrics: Metrics, tmp_path: Path, as_trl: dict[str, Any], base_model: Path
+) -> None:
+    """Compared with what it was before the first step, not with what it is at the checkpoint."""
+    settings = {**of_all(as_trl), "save_strategy": "steps", "save_steps": 2}
+    train("whole", **settings)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    train("again", resume_from_checkpoint=checkpoint, **settings)
+    assert metrics(tmp_path / "again", same=True) == metrics(tmp_path / "whole", same=True)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
+    assert all(one[name].tobytes() == other[name].tobytes() for name in one)
+    shutil.copytree(base_model, tmp_path / "moved")
+    tensors = load_file(base_model / "model.safetensors")
+    save_file(
+        {**tensors, "model.norm.weight": tensors["model.norm.weight"] * 2}, tmp_path / "moved" / "model.safetensors"
+    )
+    settings |= {"model_name_or_path": str(tmp_path / "moved"), "resume_from_checkpoint": checkpoint}
+    with pytest.raises(sft.UsageError, match=r"The checkpoint compares with another model than .*moved is now"):
+        train("other", **settings)
+
+
+@pytest.mark.slow
+@needs("parallel-4d")
+def test_on_paper_the_copy_is_there(base_model: Path, as_trl: dict[str, Any]) -> None:
+    from sft_parallel_4d.paper import outline
+
+    settings = {"model_name_or_path": str(base_model), "plugin": ["dpo"]}
+    (total, trains), (plain, _) = outline(settings).outline.count(), outline({**settings, "plugin": []}).outline.count()
+    assert (total, trains) == (2 * plain, plain)
 
 
 @pytest.mark.slow
@@ -294,7 +352,6 @@ def test_a_place_is_named(train: Train, tmp_path: Path, as_trl: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"plugin": ["dpo"], "lora_path": None}, "add an adapter, such as --plugin lora"),
         ({"train_on": "everything"}, "dpo compares answers, and train_on everything"),
         (
             {"plugin": ["dpo", "lora", "z-loss"]},

@@ -18,6 +18,7 @@ PLANS = {
     "dp2": {"per_device_train_batch_size": 2},
     "tp2": {"tensor_parallel_degree": 2, "per_device_train_batch_size": 4},
     "tp2-sequence": {"tensor_parallel_degree": 2, "sequence_parallel": "true", "per_device_train_batch_size": 4},
+    "stage2": {"sharding": "stage2", "sharding_parallel_degree": 2, "per_device_train_batch_size": 2},
     "stage3": {"sharding": "stage3", "sharding_parallel_degree": 2, "per_device_train_batch_size": 2},
     "pp2": {"pipeline_parallel_degree": 2, "per_device_train_batch_size": 4},
 }
@@ -52,6 +53,33 @@ def test_pairs_are_learned_as_trl_learns_them(base_model: Path, tmp_path: Path, 
         for name in ("loss", "grad_norm", "rewards/chosen", "rewards/margins", "logps/chosen", "rewards/accuracies"):
             assert line[name] == pytest.approx(expected[name], rel=2e-4, abs=2e-4), (line["step"], name)
     assert lines[-1]["eval_objective"] == pytest.approx(TRL["runs"]["sigmoid"]["steps"][3]["loss"], rel=1e-3)
+
+
+WHOLE = ("dp2", "tp2", "tp2-sequence", "stage2")
+
+
+@pytest.mark.parametrize("plan", [pytest.param(plan, marks=ALL) for plan in WHOLE])
+def test_a_whole_model_is_compared_with_its_copy(base_model: Path, tmp_path: Path, plan: str) -> None:
+    data = write_data(tmp_path / "data", TRL["pairs"], TRL["pairs"])
+    settings = {**dpo_of(tmp_path), "plugin": "dpo", "learning_rate": TRL["whole"]["learning_rate"]}
+    del settings["lora_path"]
+    done = run(base_model, data, tmp_path / "out", nproc=2, **{**settings, **PLANS[plan]})
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [line for line in read_metrics(tmp_path / "out") if "loss" in line]
+    for line, expected in zip(steps, TRL["whole"]["steps"][:3], strict=True):
+        for name in ("loss", "grad_norm", "rewards/chosen", "rewards/margins", "logps/chosen", "rewards/accuracies"):
+            assert line[name] == pytest.approx(expected[name], rel=2e-4, abs=2e-4), (line["step"], name)
+
+
+@pytest.mark.slow
+@needs("parallel-4d")
+def test_a_whole_model_in_pieces_has_no_copy(base_model: Path, tmp_path: Path) -> None:
+    settings = {**dpo_of(tmp_path), "plugin": "dpo"}
+    del settings["lora_path"]
+    data = write_data(tmp_path / "data", TRL["pairs"], TRL["pairs"])
+    done = run(base_model, data, tmp_path / "out", nproc=2, **{**settings, **PLANS["stage3"]})
+    assert done.returncode == 2
+    assert "is kept in pieces (sharding stage3)" in done.stdout + done.stderr
 
 
 @pytest.mark.slow

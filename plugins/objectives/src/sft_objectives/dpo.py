@@ -9,7 +9,7 @@ import sft
 from sft import UsageError
 
 if TYPE_CHECKING:
-    from sft import Objective, Run, Turn
+    from sft import Objective, Reference, Run, Turn
 
 
 @dataclass
@@ -19,7 +19,8 @@ class DpoOptions:
 
 
 class Dpo(sft.Plugin):
-    """Learns from pairs of answers which one is preferred, beside the frozen model that the adapter stands on."""
+    """Learns from pairs of answers which one is preferred, beside the model as it was: what an adapter stands on, or
+    where the whole model trains a frozen copy."""
 
     name = "dpo"
     api_version = ">=1.1,<2"
@@ -28,13 +29,12 @@ class Dpo(sft.Plugin):
     conflicts = ("label-smoothing", "focal-loss", "z-loss")  # what these change is no part of a pair's loss
     Options = DpoOptions
 
+    def __init__(self, options: DpoOptions) -> None:
+        super().__init__(options)
+        self.before: Reference | None = None
+
     @sft.hookimpl
     def sft_check(self, run: Run) -> None:
-        if run.plugins.provider("sft_export_adapter") is None:
-            raise UsageError(
-                "dpo compares the model with itself before training, which is the model with its adapter switched off; "
-                "add an adapter, such as --plugin lora."
-            )
         if run.settings.data.train_on == "everything":
             raise UsageError("dpo compares answers, and train_on everything would learn the questions; leave it out.")
 
@@ -48,6 +48,37 @@ class Dpo(sft.Plugin):
     def sft_objective(self, run: Run) -> Objective:
         from sft_objectives.preference import Preference
 
-        with sft.without_adapter(run.model):
-            pass  # a model that has no frozen base is refused before anything is measured
-        return Preference(run, self.options.dpo_beta, self.options.dpo_loss_type)
+        self.before = sft.Reference(run.model)
+        if self.before.copied:
+            run.say(
+                f"dpo: the model stays as it is now beside the one that trains, {self.before.copied / 2**20:,.0f} "
+                "MiB more in each process (none with an adapter)"
+            )
+        return Preference(run, self.before, self.options.dpo_beta, self.options.dpo_loss_type)
+
+    @sft.hookimpl
+    def sft_state(self, run: Run) -> dict[str, Any]:
+        """Which model a copy is of: the run that goes on makes it again."""
+        copied = self.before is not None and self.before.copied
+        return {"reference": sft.fingerprint(run.source)} if copied else {}
+
+    @sft.hookimpl
+    def sft_restore(self, run: Run, state: dict[str, Any]) -> None:
+        if state["reference"] != sft.fingerprint(run.source):
+            raise UsageError(
+                f"The checkpoint compares with another model than {run.source.folder} is now; put that back as it was, "
+                "or start a new run."
+            )
+
+    @sft.hookimpl(optionalhook=True)
+    def parallel_outline(self, outline: Any, hook: Any) -> None:
+        weights = [outline.embedding, outline.norm, *([] if outline.head is None else [outline.head])]
+        if not any(weight.trains for weight in weights):
+            return  # beside an adapter, the base itself
+        for linear in outline.targets():
+            for weight in list(linear.weights):
+                linear.add(f"reference_{weight.name}", weight.shape, weight.sides, trains=False, bits=weight.bits)
+        each = [outline.norm] * (len(outline.blocks) * outline.norms + 1)
+        ends = [outline.embedding, *([] if outline.head is None else [outline.head])]
+        for weight in [*ends, *each, *(one for inside in outline.inside for one in inside)]:
+            outline.share(f"reference_{weight.name}", weight.shape, weight.sides, trains=False, bits=weight.bits)

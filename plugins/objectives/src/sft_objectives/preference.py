@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import paddle
 
-import sft
 from sft.parallel import hidden_states
 
 if TYPE_CHECKING:
-    from sft import Batch, Losses, Run
+    from sft import Batch, Losses, Reference, Run
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ class Preference:
         *("logps/chosen", "logps/rejected"),
     )
 
-    def __init__(self, run: Run, beta: float, loss_type: str) -> None:
-        self._run, self._beta, self._loss = run, beta, LOSSES[loss_type]
+    def __init__(self, run: Run, reference: Reference, beta: float, loss_type: str) -> None:
+        self._run, self._reference, self._beta, self._loss = run, reference, beta, LOSSES[loss_type]
 
     def weight(self, batch: Batch) -> float:
         return float(sum(len(row) // 2 for row in batch.lengths))
@@ -76,7 +75,7 @@ class Preference:
     def loss(self, losses: Losses, hidden: Any, batch: Batch) -> tuple[Any, Sequence[float]]:
         places = documents(batch)
         own = sums(-losses.each(hidden, batch.labels), places)
-        with paddle.no_grad(), sft.without_adapter(self._run.model):
+        with paddle.no_grad(), self._reference():
             reference = sums(-losses.each(hidden_states(self._run.model, batch), batch.labels), places)
         ratios, tokens = own - reference, sums(batch.labels != -100, places)
         answers = Answers(ratios[:, 0], ratios[:, 1], tokens[:, 0], tokens[:, 1])

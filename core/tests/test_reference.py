@@ -1,8 +1,9 @@
-"""A model whose adapter is switched off for a moment: its base, whatever has been learned, and back again."""
+"""The model before training, for a moment, whatever has been learned; and back again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_within_it_the_model_is_its_base_to_the_bit(adapt: Adapt, times: int) ->
     adapted, names = logits(model), [name for name, _ in model.named_parameters()]
     model.train()
     assert np.abs(adapted - logits(base)).max() > 1e-3
-    with sft.without_adapter(model):
+    with sft.Reference(model)():
         assert not model.training  # or dropout would draw
         assert logits(model).tobytes() == logits(base).tobytes()
     assert model.training
@@ -81,15 +82,46 @@ def test_within_it_the_model_is_its_base_to_the_bit(adapt: Adapt, times: int) ->
 def test_it_is_undone_when_something_fails(adapt: Adapt) -> None:
     model = adapt(adapting()).model
     names = [name for name, _ in model.named_parameters()]
-    with pytest.raises(ZeroDivisionError), sft.without_adapter(model):
+    with pytest.raises(ZeroDivisionError), sft.Reference(model)():
         raise ZeroDivisionError
     assert [name for name, _ in model.named_parameters()] == names
 
 
-@pytest.mark.parametrize("also", [None, "norm"])
-def test_a_base_that_trains_is_refused(adapt: Adapt, also: str | None) -> None:
-    model = (adapt() if also is None else adapt(adapting(also_trains=also))).model
+def test_an_adapter_that_cannot_be_switched_off_is_refused(adapt: Adapt) -> None:
+    model = adapt(adapting(also_trains="norm")).model
     names = [name for name, _ in model.named_parameters()]
-    with pytest.raises(sft.UsageError, match="trains and is no part of an adapter"), sft.without_adapter(model):
-        pass
+    with pytest.raises(sft.UsageError, match="trains and is no part of an adapter"):
+        sft.Reference(model)
     assert [name for name, _ in model.named_parameters()] == names
+
+
+@pytest.mark.parametrize("model", ["llama-tied-gqa", "qwen2-untied"])
+def test_where_all_of_a_model_trains_it_is_a_copy(adapt: Adapt, models: Path, model: str) -> None:
+    """Bit by bit what it was; the graph of a pass that came before, and what trains, do not change by it."""
+    import paddle
+
+    trained = adapt(model_name_or_path=str(models / model)).model
+    reference, began = sft.Reference(trained), logits(trained)
+    assert reference.copied == 4 * sum(int(p.size) for p in trained.parameters())
+    parameters = dict(trained.named_parameters())
+    with paddle.no_grad():
+        for parameter in parameters.values():
+            parameter.set_value(parameter * 1.25)
+    learned, weight = logits(trained), trained.model.layers[0].mlp.up_proj.weight
+    assert np.abs(learned - began).max() > 1e-3
+    trained.train()
+    x = paddle.to_tensor(np.ones((1, 32), np.float32))
+    y = trained.model.layers[0].mlp(x)
+    with reference():
+        assert not trained.training
+        assert logits(trained).tobytes() == began.tobytes()
+        assert not any(not p.stop_gradient for p in trained.parameters())
+    assert trained.training
+    y.sum().backward()
+    found = weight.grad.numpy()
+    weight.clear_grad()
+    trained.model.layers[0].mlp(x).sum().backward()
+    np.testing.assert_array_equal(found, weight.grad.numpy())
+    assert all(one is parameters[name] for name, one in trained.named_parameters())
+    trained.eval()
+    assert logits(trained).tobytes() == learned.tobytes()

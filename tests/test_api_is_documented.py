@@ -25,7 +25,7 @@ SHOWN = (
     "core/src/sft/kit/templates/*/plugin.py.template",
 )
 TRIED = ("core/tests/**/*.py", "tests/**/*.py", "plugins/*/tests/**/*.py")
-NO_KIND = {"sft_launch", "sft_import_adapter", "sft_adapter_merger"}
+NO_KIND = {"sft_launch", "sft_import_adapter", "sft_adapter_merger", "sft_adapter_updates"}
 """Hooks with one place that say nothing about what a plugin is; those that do go with another one."""
 
 

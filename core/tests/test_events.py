@@ -34,7 +34,13 @@ def recording(events: list[str], skip: tuple[str, ...] = ()) -> type[sft.Plugin]
 
 
 ALL_HOOKS = [name for name in vars(hookspecs) if name.startswith("sft_")]
-ADAPTER_FOLDERS = ("sft_export_adapter", "sft_import_adapter", "sft_adapter_merger", "sft_commands")
+ADAPTER_FOLDERS = (
+    "sft_export_adapter",
+    "sft_import_adapter",
+    "sft_adapter_merger",
+    "sft_adapter_updates",
+    "sft_commands",
+)
 
 
 def test_hooks_are_called_in_the_order_of_their_page(train: Train) -> None:

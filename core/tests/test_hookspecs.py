@@ -47,6 +47,7 @@ SINGLE = {
     "sft_export_adapter",
     "sft_import_adapter",
     "sft_adapter_merger",
+    "sft_adapter_updates",
 }
 
 

@@ -144,7 +144,7 @@ def test_scores_do_not_weigh(paddle: Any, models: Path, weights: np.ndarray) -> 
     ids = np.arange(10, 19)
     heavy = assemble([[Example(ids, ids + 1, weights[0] + 1)]], pad_id=0)
     plain = replace(heavy, weights=None)
-    scores = [RunObjective().measured(hidden_states(model, batch), batch, model.lm_head) for batch in (heavy, plain)]
+    scores = [RunObjective().measured(hidden_states(model, batch), batch, model) for batch in (heavy, plain)]
     assert scores[0] == scores[1]
     assert float(batch_loss(model, heavy)) > 2 * float(batch_loss(model, plain))
 

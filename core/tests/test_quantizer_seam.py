@@ -124,7 +124,7 @@ def test_a_linear_that_was_quantized_is_gone_for_good(paddle: Any, models: Path)
     for parameter in model.parameters():
         parameter.stop_gradient = True
     names = [name for name, _ in model.named_parameters()]
-    with sft.without_adapter(model):
+    with sft.Reference(model)():
         assert [name for name, _ in model.named_parameters()] == names
 
 

@@ -49,9 +49,11 @@ if TYPE_CHECKING:
     from sft.models.adapter_folder import read_adapter
     from sft.models.architecture import Architecture, Block, Experts, ModelShape, Norms
     from sft.models.attention import DefaultAttention
+    from sft.models.beside import Beside, HeadLayer
     from sft.models.experts import through_experts
     from sft.models.families.family import Family, LanguageModel, Reading
     from sft.models.families.values import Values
+    from sft.models.fingerprint import fingerprint
     from sft.models.finished import FinishedModel
     from sft.models.kept_keys import KeptKeys, Seen
     from sft.models.kernels import PLAIN, Kernels, Linear
@@ -62,11 +64,12 @@ if TYPE_CHECKING:
         matching,
         module_names,
         target_layers,
-        without_adapter,
+        vocabulary_layers,
     )
     from sft.models.loading import open_model
     from sft.models.own_kernels import own_kernels
     from sft.models.recompute import recomputed
+    from sft.models.reference import Reference
     from sft.models.rotary import Rotary
     from sft.models.shards import parse_size
     from sft.models.sums import row_sums
@@ -90,6 +93,7 @@ _LAZY = {
     "AdamW": "sft.training.adamw",
     "Optimizer": "sft.optimizer",
     "Architecture": "sft.models.architecture",
+    "Beside": "sft.models.beside",
     "Block": "sft.models.architecture",
     "Control": "sft.control",
     "DefaultAttention": "sft.models.attention",
@@ -97,6 +101,7 @@ _LAZY = {
     "Foreign": "sft.settings.paddlenlp",
     "Family": "sft.models.families.family",
     "FinishedModel": "sft.models.finished",
+    "HeadLayer": "sft.models.beside",
     "Holder": "sft.folder_lock",
     "KeptKeys": "sft.models.kept_keys",
     "Kernels": "sft.models.kernels",
@@ -106,6 +111,7 @@ _LAZY = {
     "Norms": "sft.models.architecture",
     "PLAIN": "sft.models.kernels",
     "Reading": "sft.models.families.family",
+    "Reference": "sft.models.reference",
     "Rotary": "sft.models.rotary",
     "Seen": "sft.models.kept_keys",
     "Values": "sft.models.families.values",
@@ -115,6 +121,7 @@ _LAZY = {
     "array_of": "sft.arrays",
     "chart_library": "sft.run_report.library",
     "copy_onto": "sft.arrays",
+    "fingerprint": "sft.models.fingerprint",
     "is_hub_name": "sft.hub_names",
     "open_model": "sft.models.loading",
     "PastStep": "sft.reopening",
@@ -147,7 +154,7 @@ _LAZY = {
     "target_layers": "sft.models.layers",
     "through_experts": "sft.models.experts",
     "turns_of": "sft.data.formats",
-    "without_adapter": "sft.models.layers",
+    "vocabulary_layers": "sft.models.layers",
 }
 
 __all__ = [
@@ -160,6 +167,7 @@ __all__ = [
     "Architecture",
     "AttentionBackend",
     "Batch",
+    "Beside",
     "Block",
     "Control",
     "Conversation",
@@ -171,6 +179,7 @@ __all__ = [
     "Family",
     "FinishedModel",
     "Foreign",
+    "HeadLayer",
     "Holder",
     "KeptKeys",
     "Kernels",
@@ -191,6 +200,7 @@ __all__ = [
     "QuantizedLayer",
     "Quantizer",
     "Reading",
+    "Reference",
     "Reopened",
     "Rotary",
     "Run",
@@ -217,6 +227,7 @@ __all__ = [
     "collect",
     "copy_onto",
     "dry_run",
+    "fingerprint",
     "holder_of",
     "hookimpl",
     "hookspec",
@@ -244,7 +255,7 @@ __all__ = [
     "target_layers",
     "through_experts",
     "turns_of",
-    "without_adapter",
+    "vocabulary_layers",
 ]
 
 

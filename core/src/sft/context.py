@@ -210,6 +210,7 @@ class CoreRun(Run):
         objective: What it minimises, once the model is there.
         whole: Structured names of the parameters that train whole beside an adapter (``modules_to_save``).
         date: The time that chat templates are told where the run begins anew; None: now.
+        rows: Those of rows of tokens that train (``trainable_token_indices``), each with the ids of these.
         continued: The folder of the adapter from which the run goes on, where it goes on from one.
         base_fingerprint: Identifies the weights that an exported adapter belongs to; see ``models/fingerprint.py``.
         sizes: The trainable parameters of the whole model, and all of them, counted in values.
@@ -251,6 +252,7 @@ class CoreRun(Run):
         self.at: Step | None = None
         self.date: datetime | None = None
         self.whole: list[str] = []
+        self.rows: dict[str, tuple[int, ...]] = {}
         self.continued: Path | None = None
         self.executes = False
         self.finished = False

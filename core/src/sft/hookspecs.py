@@ -388,6 +388,16 @@ def sft_adapter_merger(folder: Path, hook: Any) -> AdapterMerger:
     :func:`sft_import_adapter`."""
 
 
+@single
+def sft_adapter_updates(folder: Path, hook: Any) -> dict[str, tuple[Any, Any]] | None:
+    """The adapter in ``folder`` as updates of low rank: for each layer that it changes, by Hugging Face's name without
+    ``.weight``, numpy float32 A [in, r] and B [r, out], so that the layer computes x · (W + A·B) over the original
+    base. Of the embedding, ``in`` is the vocabulary. None where it is more than that.
+
+    Called where a plugin writes an adapter alone (:meth:`sft.FinishedModel.updates`). ``hook`` calls hooks, as in
+    :func:`sft_import_adapter`."""
+
+
 # --- a finished model in another form -------------------------------------------------------------------------
 
 

@@ -114,7 +114,7 @@ class Reopened:
 
         with self._run.precision.autocast():
             hidden = hidden_states(self._run.model, batch)
-            return self._run.objective.loss(self._run.model.lm_head, 1.0, hidden, batch)[0]
+            return self._run.objective.loss(self._run.model, 1.0, hidden, batch)[0]
 
     def cross_entropy(self, batch: Batch) -> Any:
         """The sum of the plain cross-entropy (nats) of a batch's targets, whatever the run minimises; a scalar float32

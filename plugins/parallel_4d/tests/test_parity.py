@@ -193,6 +193,31 @@ def test_layers_train_whole_beside_an_adapter(trainings: Trainings, untied_model
     check(trainings, plan, **LORA, modules_to_save=["embed_tokens", "lm_head"], **other)
 
 
+OUTER = {**LORA, "lora_target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+ROWS = {**LORA, "new_tokens": ["<tool>"], "trainable_token_indices": ["new", 5, 300]}
+
+
+@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize("settings", [OUTER, ROWS], ids=["outer", "rows"])
+@pytest.mark.parametrize(
+    "plan", [slow(plan, plugins=["lora"]) for plan in ("tp2", "tp2-sequence", "tp2-stage1", "stage2")]
+)
+def test_updates_of_embedding_and_head_are_divided(
+    trainings: Trainings, untied_model: Path, plan: str, settings: dict[str, Any], model: str
+) -> None:
+    other = {"model_name_or_path": str(untied_model)} if model == "untied" else {}
+    check(trainings, plan, **settings, **other)
+
+
+@pytest.mark.parametrize("settings", [OUTER, ROWS], ids=["outer", "rows"])
+@pytest.mark.parametrize("plan", [slow(plan, plugins=["lora"]) for plan in ("pp2", "stage3")])
+def test_updates_of_embedding_and_head_that_cannot_be_divided_are_refused(
+    trainings: Trainings, plan: str, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(RankError, match="which pipeline parallelism and sharding stage3 do not divide"):
+        trainings.many(PLANS[plan], **settings)
+
+
 @pytest.mark.parametrize("kind", ["gradient", pytest.param("weight", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("plan", [slow("dp2"), slow("stage1"), "tp2", slow("pp2")])
 def test_damage_on_one_rank_is_noticed(trainings: Trainings, plan: str, kind: str) -> None:

@@ -20,7 +20,7 @@ from sft.progress import Progress
 from sft.settings.arguments import core_options
 
 OWN = "huggingface"
-_HOOKS = ("sft_model_family", "sft_model_config", "sft_quantizer", "sft_adapter_merger")
+_HOOKS = ("sft_model_family", "sft_model_config", "sft_quantizer", "sft_adapter_merger", "sft_adapter_updates")
 
 
 def export(

@@ -198,8 +198,10 @@ def load_adapted(
     from sft.models.kernels import use_kernels
     from sft.models.layers import held_by, sizes
     from sft.models.loading import load_model
+    from sft.models.rows_in_files import rows_for_base
     from sft.models.saved_layers import put, tied_once
     from sft.models.setup import kernels_for
+    from sft.models.token_rows import put_rows
 
     quantizer = plugins.hook.sft_quantizer(run=None)
     loaded = load_model(source, quantizer, precision, progress=progress)
@@ -209,6 +211,7 @@ def load_adapted(
         check_base(adapter, source, plugins, settings.options, progress.say)
         plugins.hook.sft_import_adapter(model=loaded, folder=adapter, hook=plugins.hook)
         put(dict(loaded.named_parameters()), tied_once(adapter, source), source, WholeModel().store, adapter)
+        put_rows(loaded, rows_for_base(adapter, source), source.architecture.tied)
     use_kernels(loaded, kernels_for(plugins, None, precision))
     loaded.eval()
     return loaded

@@ -45,6 +45,8 @@ RENAMED = "sft.renamed"
 """Where it keeps what layers are called in its files and here, as pairs of parts of names, where that differs."""
 FILES = "sft.plugin_files"
 """Where it keeps the names of files from which plugins were read that made the adapter or changed its base."""
+DELTA = "token_adapter.trainable_tokens_delta"
+"""What PEFT calls the rows of some tokens, after the name of their layer."""
 CONFIG = "sft.config"
 """Where it keeps the plugins that read the base's family or changed its config, with their options."""
 
@@ -71,10 +73,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Config and tensors of an adapter folder in PEFT's layout, as they stand in the files, but for the names of layers
     that are called otherwise here than in Hugging Face's files (Mixtral's experts), and without the layers that were
-    trained whole (``modules_to_save``), with which the core deals. Tensors are of any float dtype, [out, in] if they
-    belong to a Linear. Raises :class:`UsageError` where a file is missing, damaged, or holds no finite numbers."""
-    config, tensors = _read(folder, whole=False)
-    return {**config, "modules_to_save": None} if "modules_to_save" in config else config, tensors
+    trained whole (``modules_to_save``) and rows of tokens (``trainable_token_indices``), with which the core deals.
+    Tensors are of any float dtype, [out, in] if they belong to a Linear. Raises :class:`UsageError` where a file is
+    missing, damaged, or holds no finite numbers."""
+    config, tensors = _read(folder, "adapter")
+    return {**config, **{key: None for key in _OF_THE_CORE if key in config}}, tensors
 
 
 def read_saved(folder: Path) -> tuple[dict[str, np.ndarray], bool]:
@@ -83,13 +86,24 @@ def read_saved(folder: Path) -> tuple[dict[str, np.ndarray], bool]:
     files of its own."""
     if not (folder / "adapter_model.safetensors").is_file():
         return {}, False
-    config, saved = _read(folder, whole=True)
+    config, saved = _read(folder, "whole")
     tied = config.get("ensure_weight_tying") is True
     return {name[len(PREFIX) :]: tensor for name, tensor in saved.items()}, tied
 
 
-def _read(folder: Path, whole: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The config, and the tensors of layers that were trained ``whole``, or all others; only these are read."""
+def read_rows_tensors(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The config of the adapter in ``folder``, and what its file has of rows of tokens, as it stands there. Nothing
+    of a folder whose reader has files of its own."""
+    return _read(folder, "rows") if (folder / "adapter_model.safetensors").is_file() else ({}, {})
+
+
+_OF_THE_CORE = ("modules_to_save", "trainable_token_indices")
+"""Settings of an adapter's config that are no matter of its plugin."""
+
+
+def _read(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The config, and those tensors that are of a ``kind``: "whole" layers, "rows" of tokens, or the "adapter"'s own;
+    only these are read."""
     config = read_adapter_config(folder)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
@@ -110,17 +124,31 @@ def _read(folder: Path, whole: bool) -> tuple[dict[str, Any], dict[str, np.ndarr
             f"{folder}: adapter_config.json must give modules_to_save as names, not {quoted(names)}; copy the adapter "
             "again."
         )
-    saved = {name for name in in_file if _is_whole(name, names)}
-    if names and not saved:
+    kinds = {name: _kind(name, names) for name in in_file}
+    if names and "whole" not in kinds.values():
         raise UsageError(
             f"{folder}: adapter_config.json names {shown(names[0])} in modules_to_save, and adapter_model.safetensors "
             "holds no such layer; copy the adapter again."
         )
-    chosen = {name: theirs for name, theirs in in_file.items() if (name in saved) is whole}
+    chosen = {name: theirs for name, theirs in in_file.items() if kinds[name] == kind}
     tensors = read_tensors(path, wanted={*chosen.values()}.__contains__)
     for name, tensor in tensors.items():
         check_reals(tensor, f"{path}: tensor {shown(name)}")
     return config, {name: tensors[theirs] for name, theirs in chosen.items()}
+
+
+def _kind(name: str, names: list[str]) -> str:
+    """What a tensor belongs to: see :func:`_read`; ``names`` are those of whole layers."""
+    if name.startswith(_OF_ROWS):
+        return "rows"
+    return "whole" if _is_whole(name, names) else "adapter"
+
+
+_OF_ROWS = tuple(
+    f"{PREFIX}{name.removesuffix('.weight')}.{part}."
+    for name in (EMBEDDING, HEAD)
+    for part in ("token_adapter", "original_module")
+)
 
 
 def _is_whole(name: str, names: list[str]) -> bool:
@@ -194,7 +222,9 @@ def saved_rows(folder: Path) -> int:
     if not path.is_file():
         return 0
     file = open_tensors(path)
-    names = [PREFIX + name for name in (EMBEDDING, HEAD) if PREFIX + name in file.keys()]  # noqa: SIM118
+    known = [PREFIX + name for name in (EMBEDDING, HEAD)]
+    known += [f"{start}base_layer.weight" for start in _OF_ROWS]
+    names = [name for name in known if name in file.keys()]  # noqa: SIM118
     shapes = [file.get_slice(name).get_shape() for name in names]
     return max((int(shape[0]) for shape in shapes if len(shape) == 2), default=0)
 

@@ -96,6 +96,11 @@ class Embedding(nn.Embedding):
     def forward(self, tokens: Any) -> Any:
         return super().forward(tokens).astype(self.stream)
 
+    def look_up(self, tokens: Any, matrix: Any) -> Any:
+        """Rows of another ``matrix`` [V, r], which processes that share the vocabulary divide as this one:
+        int64 [B, S] → [B, S, r]."""
+        return F.embedding(tokens, matrix)
+
 
 class DecoderBlock(nn.Layer):
     """x + attention(x), then x + mlp(x), with norms before, after or around each."""
@@ -271,13 +276,16 @@ class Head(nn.Layer):
 
     def forward(self, hidden: Any) -> Any:
         """[..., hidden] → [..., V]."""
-        products = self.kernels.linear(hidden, self.weight, transposed=self.transpose_y)
-        return self.vocabulary.whole(self.finished(products))
+        return self.logits(self.products(hidden))
 
-    def finished(self, products: Any) -> Any:
-        """Logits of the products with the matrix: scaled, and capped."""
+    def products(self, hidden: Any) -> Any:
+        """[..., hidden] → products with the matrix, [..., columns]: as many as are here, where processes share it."""
+        return self.kernels.linear(hidden, self.weight, transposed=self.transpose_y)
+
+    def logits(self, products: Any) -> Any:
+        """[..., columns] → [..., V]: scaled, capped, and put together."""
         logits = products if self.scale == 1.0 else products * self.scale
-        return logits if self.cap is None else paddle.tanh(logits / self.cap) * self.cap
+        return self.vocabulary.whole(logits if self.cap is None else paddle.tanh(logits / self.cap) * self.cap)
 
 
 def linear(in_features: int, out_features: int, bias: bool) -> Linear:

@@ -24,6 +24,9 @@ from sft.small_files import why
 if TYPE_CHECKING:
     from sft.seams import AdapterMerger, Quantizer
 
+Updates = dict[str, tuple[np.ndarray, np.ndarray]]
+"""By layer A [in, r] and B [r, out], float32: the layer computes x · (W + A·B)."""
+
 
 class FinishedModel:
     """A model in the form in which ``sft_export`` gets it. Tensors are read one at a time, in any order.
@@ -37,6 +40,7 @@ class FinishedModel:
     Attributes:
         say: Prints a line for the user.
         changed: How many of the tensors that were read the adapter has changed.
+        adapter_alone: Whether somebody has asked for :meth:`updates`.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class FinishedModel:
         quantizer: Quantizer | None = None,
         dtype: str = "base",
         say: Callable[[str], None] = lambda text: None,
+        updates: Callable[[], Updates] | None = None,
     ) -> None:
         """``dtype``: "base", so that each tensor has the dtype of its file, to which what is merged is rounded; or
         "float32". Over a quantized base all is float32."""
@@ -58,7 +63,9 @@ class FinishedModel:
             set() if quantizer is None else {f"{layer.name}.weight" for layer in target_layers(build_model(source))}
         )
         self._left = set(self._stored)
+        self._updates = updates
         self.changed = 0
+        self.adapter_alone = False
 
     # --- tensors --------------------------------------------------------------------------------------------
 
@@ -111,12 +118,23 @@ class FinishedModel:
         return np.ascontiguousarray(weight)
 
     def unread(self) -> list[str]:
-        """The tensors that nobody has read yet."""
-        return sorted(self._left)
+        """The tensors that nobody has read yet; none where the adapter is written alone."""
+        return [] if self.adapter_alone else sorted(self._left)
+
+    def updates(self) -> Updates:
+        """The adapter as updates of low rank, by layer: what ``sft_adapter_updates`` says. Whoever asks for them writes
+        the adapter alone.
+
+        Raises :class:`UsageError` where there is no adapter, or one that is more than such updates.
+        """
+        if self._updates is None:
+            raise UsageError("There is no adapter to write alone; add --lora_path.")
+        self.adapter_alone = True
+        return self._updates()
 
     def check_adapter(self) -> None:
         """Once all tensors have been read: refuse an adapter with weights for which there was no tensor."""
-        if self._merger is not None and self._merger.unused():
+        if self._merger is not None and not self.adapter_alone and self._merger.unused():
             shown = ", ".join(self._merger.unused()[:3])
             raise UsageError(
                 f"The adapter has weights that {self.source.folder} has no place for ({shown}); it belongs to another "

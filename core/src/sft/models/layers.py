@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +12,14 @@ from sft.errors import UsageError
 from sft.foreign_text import quoted
 from sft.patterns import matches
 
-_STANDS_FOR = "stands_for"
+STANDS_FOR = "stands_for"
+"""Where a layer that has taken another's place says which."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A Linear of a transformer block: its name as Hugging Face has it, its place, and the layer itself.
+    """A Linear of a transformer block: its name as Hugging Face has it, its place, and the layer itself. The embedding
+    is one of tokens, [V, hidden], and lm_head one of hidden states, [hidden, V].
 
     Attributes:
         name: For example ``model.layers.0.self_attn.q_proj``.
@@ -32,9 +33,9 @@ class Target:
     out_features: int
 
     def replace(self, layer: Any) -> None:
-        """Put ``layer`` in this place, which it leaves within :func:`without_adapter`."""
+        """Put ``layer`` in this place, which it leaves within :class:`sft.Reference`."""
         setattr(self.parent, self.attribute, layer)
-        vars(layer)[_STANDS_FOR] = self.layer  # no sublayer of it, which it may be under another name
+        vars(layer)[STANDS_FOR] = self.layer  # no sublayer of it, which it may be under another name
 
 
 def target_layers(model: Any, patterns: Sequence[str] | None = None) -> list[Target]:
@@ -54,39 +55,23 @@ def target_layers(model: Any, patterns: Sequence[str] | None = None) -> list[Tar
     return [target for target in found if target.name in chosen]
 
 
-@contextlib.contextmanager
-def without_adapter(model: Any) -> Iterator[None]:
-    """Within it ``model`` computes what its base does, in evaluation mode: each layer that has taken a Linear's place
-    (:meth:`Target.replace`) gives it back. It is for a forward pass without gradients beside one of the adapted model.
+def vocabulary_layers(model: Any) -> list[Target]:
+    """The embedding and the head, ``model.embed_tokens`` and ``lm_head``, for techniques that name them. What takes
+    their places makes of int64 [B, S] the rows [B, S, hidden] (``base.look_up`` gives those of another matrix), and is
+    an :class:`sft.HeadLayer`. Of a tied model both have one matrix.
 
-    Raises :class:`UsageError` where something that trains is still there, so that this is no base: a model that trains
-    whole, or an adapter that is more than such layers.
+    Raises :class:`UsageError` for a model of a plugin's family: only the decoder's are known.
     """
-    replaced = [
-        (parent, attribute, layer)
-        for parent in model.sublayers(include_self=True)
-        for attribute, layer in parent.named_children()
-        if _STANDS_FOR in vars(layer)
-    ]
-    was_training = model.training
-    try:
-        for parent, attribute, layer in replaced:
-            while _STANDS_FOR in vars(layer):
-                layer = vars(layer)[_STANDS_FOR]
-            setattr(parent, attribute, layer)
-        left = next(iter(trainable(model)), None)
-        if left is not None:
-            raise UsageError(
-                f"Parameter {left} trains and is no part of an adapter that can be switched off, so there is no frozen "
-                "model to compare with; train an adapter, and nothing beside it."
-            )
-        model.eval()
-        yield
-    finally:
-        for parent, attribute, layer in replaced:
-            setattr(parent, attribute, layer)
-        if was_training:
-            model.train()
+    from sft.models.decoder import CausalLM
+
+    if not isinstance(model, CausalLM):
+        raise UsageError(
+            f"{type(model).__name__} is a class of a plugin's own, whose embedding and head stay as they are; name "
+            "layers of its blocks."
+        )
+    rows, size = model.architecture.vocabulary, model.architecture.hidden
+    embedding = Target("model.embed_tokens", model.model, "embed_tokens", model.model.embed_tokens, rows, size)
+    return [embedding, Target("lm_head", model, "lm_head", model.lm_head, size, rows)]
 
 
 def matching(names: Sequence[str], patterns: Sequence[str]) -> set[str]:

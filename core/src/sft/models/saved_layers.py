@@ -11,6 +11,7 @@ from sft.errors import UsageError
 from sft.foreign_text import quoted, shown
 from sft.models.adapter_folder import PREFIX, read_saved
 from sft.models.grown import EMBEDDING, HEAD
+from sft.models.rows_in_files import read_rows, read_rows_and_wholes
 from sft.models.saving import model_tensors
 from sft.patterns import matches
 from sft.seams import AdapterFiles
@@ -39,8 +40,10 @@ def let_train(run: CoreRun, layers: Mapping[str, Any]) -> list[str]:
 
     Raises :class:`UsageError` for a name that meets no layer, and for a layer that is adapted too.
     """
-    names = list(run.settings.model.modules_to_save)
-    if run.exports_adapter and run.source.growth is not None:  # rows that are means alone know nothing
+    names, added = list(run.settings.model.modules_to_save), False
+    rows_train = run.settings.model.trainable_token_indices or (run.continued is not None and read_rows(run.continued))
+    if run.exports_adapter and run.source.growth is not None and not rows_train:  # means alone know nothing
+        added = True
         names += [name for name in ("embed_tokens", "lm_head") if name not in names]
     stored = {} if run.continued is None else tied_once(run.continued, run.source)
     paths = {*chosen(layers, names), *(name.rpartition(".")[0] for name in stored)}
@@ -51,9 +54,10 @@ def let_train(run: CoreRun, layers: Mapping[str, Any]) -> list[str]:
     now, here = dict(run.model.named_sublayers()), sorted(paths & {*layers})
     for path in here:
         if now.get(path) is not layers[path]:
+            why = "new_tokens" if added and not run.settings.model.modules_to_save else "modules_to_save"
             raise UsageError(
-                f"{path} is adapted, and modules_to_save lets it train whole; leave it out there, or out of the layers "
-                "that are adapted."
+                f"{path} is adapted, and {why} lets it train whole; leave it out there, or out of the layers that are "
+                "adapted."
             )
     for path in here:
         for attribute, parameter in list(layers[path]._parameters.items()):
@@ -106,6 +110,8 @@ def tied_once(folder: Path, source: ModelSource) -> dict[str, np.ndarray]:
     """The whole layers' tensors in an adapter's ``folder``, by structured name in Hugging Face's layout; of a base
     whose head is its embedding, one of the two. Raises :class:`UsageError` where the adapter has them apart."""
     saved, ties = read_saved(folder)
+    wholes = {name: whole for name, (_, whole) in read_rows_and_wholes(folder).items() if whole is not None}
+    saved, ties = {**saved, **wholes}, ties or EMBEDDING in wholes
     if not source.architecture.tied or not {EMBEDDING, HEAD} & {*saved}:
         return saved
     both = [saved[name] for name in (EMBEDDING, HEAD) if name in saved]

@@ -12,6 +12,7 @@ from sft.models.kernels import Kernels, use_kernels
 from sft.models.layers import held_by, sizes, trainable
 from sft.models.own_kernels import own_kernels
 from sft.models.saved_layers import let_train, with_parameters
+from sft.models.token_rows import let_rows_train
 from sft.plugins.calls import checked
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def set_up(run: CoreRun) -> None:
     layers = with_parameters(run.model)
     run.hook.sft_adapt_model(run=run, model=run.model)
     run.whole = let_train(run, layers)
+    run.rows = let_rows_train(run)
     if not run.exports_adapter and names != {name for name, _ in run.model.named_parameters()}:
         raise UsageError(
             f"Plugins {', '.join(run.plugins.names)} change the model's layers and none of them exports an adapter, "

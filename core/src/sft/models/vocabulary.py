@@ -10,6 +10,7 @@ from sft.data.tokenizer import NewToken, Tokenizer, tokens_beyond
 from sft.models.adapter_folder import saved_rows
 from sft.models.grown import rows_for
 from sft.models.loading import ModelSource
+from sft.models.rows_in_files import read_rows
 from sft.settings.arguments import Settings
 
 
@@ -18,7 +19,7 @@ def grown_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of a run, whose files are in ``folder``, with the template and the new tokens that are set; the
     model of ``source`` gets rows for these, and a line says so. ``now`` is the date of the run."""
-    new = [NewToken(text) for text in settings.model.new_tokens]
+    new = [NewToken(text) for text in settings.model.tokens_to_add()]
     tokenizer = Tokenizer(folder, now, settings.data.chat_template, settings.data.enable_thinking, new)
     if new:
         say(grow(source, tokenizer))
@@ -40,11 +41,12 @@ def grow(source: ModelSource, tokenizer: Tokenizer) -> str:
 
 def grown_as(adapter: Path | None, source: ModelSource) -> list[NewToken]:
     """The tokens that the run of ``adapter`` added to the tokenizer of its base; ``source`` gets the rows that its
-    embedding has in the adapter's file."""
+    embedding has in the adapter's file, or as many as it had for the tokens whose rows are there."""
     if adapter is None or not (adapter / "tokenizer.json").is_file():
         return []
     new = tokens_beyond(source.folder, adapter) if (source.folder / "tokenizer.json").is_file() else []
-    rows = saved_rows(adapter)
+    trained = [max(rows.ids, default=0) for rows in read_rows(adapter).values()]
+    rows = max(saved_rows(adapter), rows_for(source.architecture.vocabulary, max(trained, default=0) + 1))
     if rows > source.architecture.vocabulary:
         source.grow(rows, ())
     return new

@@ -43,13 +43,13 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._objective, name)
 
-    def loss(self, lm_head: Any, factor: float, hidden: Any, batch: Batch) -> tuple[Any, Sequence[float]]:
+    def loss(self, model: Any, factor: float, hidden: Any, batch: Batch) -> tuple[Any, Sequence[float]]:
         """See :meth:`sft.training.objective.RunObjective.loss`."""
         at = self._run.at
         if at is not None and at.number in self._wanted:
-            losses = target_losses(hidden, batch.labels, lm_head)
+            losses = target_losses(hidden, batch.labels, model.lm_head)
             self.seen.setdefault(at.number, Seen(at)).batches.append((batch, losses))
-        found: tuple[Any, Sequence[float]] = self._objective.loss(lm_head, factor, hidden, batch)
+        found: tuple[Any, Sequence[float]] = self._objective.loss(model, factor, hidden, batch)
         return found
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from sft.dataset_names import NamedSet, named_sets
@@ -13,6 +14,7 @@ from sft.errors import UsageError
 from sft.foreign_text import quoted, shown, without_secrets
 from sft.hub_names import is_hub_name, is_revision, split
 from sft.options import Option, option, options_of
+from sft.small_files import read_text
 
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")
 ADAMW = ("adamw", "adamw_torch", "adamw_torch_fused")
@@ -42,6 +44,14 @@ class ModelArguments:
         "tokens that tokenizer and model get (<a>,<b>), each whole wherever it stands; their embeddings begin as the "
         "mean, and beside an adapter embed_tokens and lm_head train whole",
     )
+    new_tokens_path: str | None = option(
+        None, "text file with such tokens, one in a line; they come after those of new_tokens", is_path=True
+    )
+    trainable_token_indices: list[Any] = option(
+        [],
+        "tokens of which the rows of embedding and lm_head train beside an adapter, and no others: ids, tokens as "
+        "tokenizer.json has them, or new: those of new_tokens, whose embeddings then do not train whole",
+    )
     modules_to_save: list[str] = option(
         [],
         "layers that train whole beside an adapter and are saved with it: embed_tokens, lm_head, other names, or "
@@ -65,6 +75,19 @@ class ModelArguments:
             raise UsageError(
                 f"model_revision: expected a branch, a tag or a commit, got {shown(repr(self.model_revision))}."
             )
+
+    def tokens_to_add(self) -> list[str]:
+        """Those of ``new_tokens``, and then those in the file ``new_tokens_path``; empty lines are none. Raises
+        :class:`UsageError` where it cannot be read."""
+        if self.new_tokens_path is None:
+            return list(self.new_tokens)
+        text = read_text(Path(self.new_tokens_path).expanduser(), "new_tokens_path: ")
+        found = [line for line in text.splitlines() if line.strip()]
+        if not found:
+            raise UsageError(
+                f"new_tokens_path: {shown(self.new_tokens_path)} holds no token; write one in a line, or leave it out."
+            )
+        return [*self.new_tokens, *found]
 
     @property
     def place(self) -> str:

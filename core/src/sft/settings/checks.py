@@ -37,6 +37,11 @@ def check_settings(settings: Settings, plugins: Plugins) -> list[tuple[str, str]
         raise UsageError(
             "modules_to_save names layers beside an adapter, and this run trains all of them; leave it out."
         )
+    if settings.model.trainable_token_indices and plugins.provider("sft_export_adapter") is None:
+        raise UsageError(
+            "trainable_token_indices names rows that train beside an adapter, and this run trains all of them; leave "
+            "it out."
+        )
     flat = settings.flat()
     read = {name for _, plugin in plugins for name in getattr(plugin, "reads", ())}
     idle = [(name, why) for name, why in _idle(settings) if name in settings.given and name not in read]

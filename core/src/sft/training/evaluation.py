@@ -122,11 +122,11 @@ def _sums(run: CoreRun, data: Encoded) -> _Sums:
     size = run.settings.training.per_device_eval_batch_size
     rows, rank, world = run.collator.rows(data.lengths, None), run.strategy.data_rank, run.strategy.data_world
     together = size * world * (1 if type(run.strategy) is SingleProcess else _TOGETHER)
-    names, lm_head = run.objective.measures, getattr(run.model, "lm_head", None)  # the last stage has it
+    names = run.objective.measures
     found, targets, weight = [0.0] * (2 + len(names)), 0, 0.0
 
     def measure(hidden: Any, batch: Batch) -> Sequence[float]:
-        return run.objective.measured(hidden, batch, lm_head)
+        return run.objective.measured(hidden, batch, run.model)
 
     with run.progress.task("measuring dev data", "rows", len(rows)) as task:
         # Each process makes the same number of calls, the last one perhaps with nothing.

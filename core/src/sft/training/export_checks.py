@@ -34,8 +34,9 @@ def check_export(run: CoreRun) -> None:
             return
         export = partial(run.hook.sft_export_adapter, run=run, model=run.model)
         wrong = not_written(export())
-        # Layers that train whole are written by the core.
-        parameters = {name: p for name, p in trainable(run.model).items() if name not in run.whole}
+        # Layers that train whole, and rows of tokens, are written by the core.
+        own = {*run.whole, *run.rows}
+        parameters = {name: p for name, p in trainable(run.model).items() if name not in own}
         missing = left_out(parameters, export) if wrong is None else []
     plugin = str(run.plugins.provider("sft_export_adapter"))
     if wrong is not None:

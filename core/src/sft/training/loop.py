@@ -76,7 +76,7 @@ class Learning:
         if hidden.place.is_cpu_place():
             give_back_holes()  # all that backward needs is held now
         with self.run.precision.autocast():
-            loss, values = self.run.objective.loss(self.run.model.lm_head, self.weight or 1.0, hidden, batch)
+            loss, values = self.run.objective.loss(self.run.model, self.weight or 1.0, hidden, batch)
         if not self.is_idle and values:
             self.values[:] = [a + b for a, b in zip(self.values or [0.0] * len(values), values, strict=True)]
         return loss

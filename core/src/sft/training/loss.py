@@ -12,11 +12,13 @@ import paddle
 
 from sft.data.encoded import IGNORED
 from sft.distributed.meeting import Vocabulary
+from sft.models.beside import HeadLayer
 from sft.models.forward import hidden_states
 from sft.models.kernels import PLAIN, Kernels
 from sft.models.sums import row_sums
 from sft.precision import no_casts, product_dtype
 from sft.seams import Batch
+from sft.training.head_update import Update
 from sft.training.token_losses import Slopes, TokenLosses
 
 CHUNK_BYTES = 24 << 20
@@ -28,6 +30,15 @@ GPU_CHUNK_BYTES = 1 << 30
 GPU_SHARE = 64
 """What part of a GPU's memory a chunk is otherwise; three such arrays exist at a time. It is all of its memory that
 counts, not what is free at a moment, so that a run's sums always have the same order."""
+
+
+def _apart(lm_head: Any, hidden: Any) -> tuple[Any, Update | None]:
+    """The layer that has the matrix, and what an adapter in its place has beside the products of ``hidden`` with it."""
+    if not isinstance(lm_head, HeadLayer):
+        return lm_head, None
+    base, kernels = lm_head.base, _Shape.of(lm_head.base).kernels
+    columns = int(base.weight.shape[0 if base.transpose_y else 1])
+    return base, Update(lm_head.beside(hidden), columns, _vocabulary(base), kernels)
 
 
 def _vocabulary(lm_head: Any) -> Vocabulary:
@@ -88,8 +99,9 @@ class _Shape:
         transposed, cap = bool(getattr(lm_head, "transpose_y", False)), getattr(lm_head, "cap", None)
         return cls(transposed, getattr(lm_head, "scale", 1.0), cap, getattr(lm_head, "kernels", PLAIN))
 
-    def logits(self, part: Any, weight: Any) -> Any:
+    def logits(self, part: Any, weight: Any, update: Update | None, here: slice) -> Any:
         logits = self.kernels.product(part, weight, transpose_y=self.transpose_y).astype("float32")
+        logits = logits if update is None else update.onto(logits, here)
         logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.cap is None else paddle.tanh(logits / self.cap) * self.cap
 
@@ -171,34 +183,38 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
         hidden: Any,
         weight: Any,
         labels: Any,
+        inputs: Any | None,
+        matrix: Any | None,
         shape: _Shape,
         gradients: tuple[bool, bool],
+        update: Update | None,
         vocabulary: Vocabulary,
         counts: _Counts,
         other: TokenLosses | None,
     ) -> Any:
         rows, transpose_y = _rows(weight, shape.transpose_y), shape.transpose_y
+        learns = any(gradients) or (update is not None and update.learns)
         total = paddle.zeros([], "float64")
         hidden_grads, weight_grad = [], None
         columns = 0 if other is None else _columns(weight, transpose_y, vocabulary)
         for start in range(0, hidden.shape[0], rows):
             here = slice(start, start + rows)
             part, label = hidden[here], labels[here]
-            logits = shape.logits(part, weight)
+            logits = shape.logits(part, weight, update, here)
             capped = None if shape.cap is None else logits.clone()
             slopes = None
             if other is None:
                 losses, probabilities = _losses(logits, label, shape, vocabulary)
             else:
-                losses, probabilities, slopes = _other_losses(
-                    logits, label, shape, vocabulary, other, columns, any(gradients)
-                )
+                losses, probabilities, slopes = _other_losses(logits, label, shape, vocabulary, other, columns, learns)
             total += counts.weighted(losses, here).sum()
-            if not any(gradients):
+            if not learns:
                 del logits, capped, probabilities
                 continue
             difference = _difference(probabilities, label, vocabulary, slopes)
             difference = counts.scaled(shape.slope(difference, capped), here).astype(hidden.dtype)
+            if update is not None and update.learns:
+                difference = update.take(difference, here)
             if gradients[0]:
                 product = shape.kernels.product(difference, weight, transpose_y=not transpose_y)
                 hidden_grads.append(vocabulary.total(product))
@@ -209,17 +225,16 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
                 del share, left, right
             del logits, capped, probabilities, difference  # before there are those of the next chunk
         hidden_grad = paddle.concat(hidden_grads).astype(hidden.dtype) if hidden_grads else None
-        ctx.grads = (hidden_grad, None if weight_grad is None else weight_grad.astype(weight.dtype))
+        ctx.grads = [hidden_grad, None if weight_grad is None else weight_grad.astype(weight.dtype), None]
+        if update is not None:
+            ctx.grads += update.gradients()
         ctx.factor = counts.factor
         return total.astype("float32")
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
-        hidden_grad, weight_grad = ctx.grads
-        ctx.grads, upstream = None, upstream / ctx.factor
-        hidden_grad = None if hidden_grad is None else hidden_grad * upstream.astype(hidden_grad.dtype)
-        weight_grad = None if weight_grad is None else weight_grad * upstream.astype(weight_grad.dtype)
-        return hidden_grad, weight_grad, None
+        grads, ctx.grads, upstream = ctx.grads, None, upstream / ctx.factor
+        return tuple(None if one is None else one * upstream.astype(one.dtype) for one in grads)
 
 
 def target_loss(
@@ -241,13 +256,15 @@ def target_loss(
     chosen, label = _targets(hidden, labels)
     if label is None:
         return hidden.sum() * 0.0
+    lm_head, update = _apart(lm_head, chosen)
     weight = lm_head.weight
     learning = paddle.is_grad_enabled()
     gradients = (learning and not chosen.stop_gradient, learning and not weight.stop_gradient)
     factor = 1.0 if product_dtype(hidden) == paddle.float32 else factor
     counts = _Counts.of(labels, weights, factor, hidden.place)
+    pair = (None, None) if update is None else (update.inputs, update.matrix)
     return _ChunkedCrossEntropy.apply(
-        chosen, weight, label, _Shape.of(lm_head), gradients, _vocabulary(lm_head), counts, other
+        *(chosen, weight, label, *pair), _Shape.of(lm_head), gradients, update, _vocabulary(lm_head), counts, other
     )
 
 
@@ -257,9 +274,10 @@ def target_scores(hidden: Any, labels: np.ndarray, lm_head: Any) -> tuple[float,
     chosen, label = _targets(hidden, labels)
     if label is None:
         return 0.0, 0
+    lm_head, update = _apart(lm_head, chosen)
     shape, vocabulary = _Shape.of(lm_head), _vocabulary(lm_head)
     total, correct = paddle.zeros([], "float64"), paddle.zeros([], "int64")
-    for logits, part in _logits(chosen, label, lm_head, shape):
+    for logits, part in _logits(chosen, label, lm_head, shape, update):
         correct += (_likeliest(logits, vocabulary) == part).astype("int64").sum()
         total += _losses(logits, part, shape, vocabulary)[0].sum()
     total, correct = paddle.stack([total, correct.astype("float64")]).tolist()
@@ -272,17 +290,19 @@ def target_losses(hidden: Any, labels: np.ndarray, lm_head: Any) -> np.ndarray:
     chosen, label = _targets(hidden, labels)
     found = np.zeros(labels.shape, np.float64)
     if label is not None:
+        lm_head, update = _apart(lm_head, chosen)
         shape, vocabulary = _Shape.of(lm_head), _vocabulary(lm_head)
-        parts = [_losses(*each, shape, vocabulary)[0] for each in _logits(chosen, label, lm_head, shape)]
+        parts = [_losses(*each, shape, vocabulary)[0] for each in _logits(chosen, label, lm_head, shape, update)]
         found[labels != IGNORED] = paddle.concat(parts).numpy()[:, 0]
     return found
 
 
-def _logits(hidden: Any, label: Any, lm_head: Any, shape: _Shape) -> Iterator[tuple[Any, Any]]:
+def _logits(hidden: Any, label: Any, lm_head: Any, shape: _Shape, update: Update | None) -> Iterator[tuple[Any, Any]]:
     """Logits float32 [n, columns that are here] and labels [n] of one chunk after the other."""
     rows = _rows(lm_head.weight, shape.transpose_y)
     for start in range(0, hidden.shape[0], rows):
-        yield shape.logits(hidden[start : start + rows], lm_head.weight), label[start : start + rows]
+        here = slice(start, start + rows)
+        yield shape.logits(hidden[here], lm_head.weight, update, here), label[here]
 
 
 def _likeliest(logits: Any, vocabulary: Vocabulary) -> Any:

@@ -26,17 +26,18 @@ OWN = "eval_objective"
 
 @dataclass(frozen=True)
 class ChunkedLosses:
-    """Described at :class:`sft.Losses`. ``factor`` is what a loss is multiplied with before it goes backward."""
+    """Described at :class:`sft.Losses`. ``factor`` is what a loss is multiplied with before it goes backward. ``model``
+    has another head within :class:`sft.Reference`."""
 
-    lm_head: Any
+    model: Any
     factor: float
     other: TokenLosses | None
 
     def total(self, hidden: Any, labels: np.ndarray, weights: np.ndarray | None = None) -> Any:
-        return target_loss(hidden, labels, self.lm_head, self.factor, weights, self.other)
+        return target_loss(hidden, labels, self.model.lm_head, self.factor, weights, self.other)
 
     def each(self, hidden: Any, labels: np.ndarray) -> np.ndarray:
-        return target_losses(hidden, labels, self.lm_head)
+        return target_losses(hidden, labels, self.model.lm_head)
 
 
 class CrossEntropy:
@@ -75,9 +76,9 @@ class RunObjective:
             return self.objective.weight(batch)
         return float(checking(self.objective.weight, float, "the weight of a batch", self.who)(batch))
 
-    def loss(self, lm_head: Any, factor: float, hidden: Any, batch: Batch) -> tuple[Any, Sequence[float]]:
+    def loss(self, model: Any, factor: float, hidden: Any, batch: Batch) -> tuple[Any, Sequence[float]]:
         """The loss of a batch, and the sums of :attr:`values`; ``factor`` as :class:`ChunkedLosses` has it."""
-        losses = ChunkedLosses(lm_head, factor, self.token_losses)
+        losses = ChunkedLosses(model, factor, self.token_losses)
         if self.who is None:
             return self.objective.loss(losses, hidden, batch)
         found, values = checking(self.objective.loss, tuple[Any, Any], "the loss of a batch", self.who)(
@@ -87,13 +88,13 @@ class RunObjective:
             raise mistaken(f"{len(values)} values where {len(self.values)} have names", "the loss of a batch", self.who)
         return found, [float(value) for value in values]
 
-    def measured(self, hidden: Any, batch: Batch, lm_head: Any) -> list[float]:
+    def measured(self, hidden: Any, batch: Batch, model: Any) -> list[float]:
         """Of a batch in evaluation: the summed cross-entropy, in which weights do not count, in how many places the
         target is the likeliest token, and (unless they are the same) the objective's own loss and values."""
-        own, right = target_scores(hidden, batch.labels, lm_head)
+        own, right = target_scores(hidden, batch.labels, model.lm_head)
         if self.is_plain:
             return [own, right]
-        found, values = self.loss(lm_head, 1.0, hidden, batch)
+        found, values = self.loss(model, 1.0, hidden, batch)
         return [own, right, float(found), *values]
 
     @property

@@ -30,8 +30,10 @@ def write_result(run: CoreRun, folder: Path | None) -> dict[str, np.ndarray]:
 
     All processes of a run call this. The main one gives a folder and writes; the others give None and only take part.
     """
+    from sft.models.rows_in_files import with_rows
     from sft.models.saved_layers import saved_tensors, with_saved
     from sft.models.saving import write_model
+    from sft.models.token_rows import rows_of
 
     if not run.exports_adapter:
         parameters = list(run.strategy.parameters(run.model))
@@ -43,12 +45,12 @@ def write_result(run: CoreRun, folder: Path | None) -> dict[str, np.ndarray]:
             for _ in whole:  # where the disk is full, the other processes still wait for this one
                 pass
         return {}
-    saved = saved_tensors(run)
+    saved, rows = saved_tensors(run), rows_of(run)
     with run.strategy.assembled(run.model):
         if folder is None:
             return {}
         files = as_in_files(run.hook.sft_export_adapter(run=run, model=run.model), run.source.family)
-        files = with_saved(files, saved, run.source.architecture.tied)
+        files = with_rows(with_saved(files, saved, run.source.architecture.tied), rows)
         write_json(folder / "adapter_config.json", files.config)
         base = base_metadata(run.base_fingerprint, run.source, run.plugins, run.settings.options)
         save_tensors(folder / "adapter_model.safetensors", files.tensors, {"format": "pt", **base})

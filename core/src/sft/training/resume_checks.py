@@ -10,6 +10,7 @@ from sft import arithmetic
 from sft.errors import UsageError
 from sft.foreign_text import shown
 from sft.models.adapter_folder import base_differences, check_base
+from sft.models.rows_in_files import check_same_rows
 from sft.options import options_of
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def check_agreed(run: CoreRun) -> None:
 
 
 def check_same_base(run: CoreRun, source: Path) -> None:
-    """Refuse a checkpoint whose adapter was trained over another base than this run's.
+    """Refuse a checkpoint whose adapter was trained over another base than this run's, or has rows of other tokens.
 
     Where the whole model trains, all its weights are in the checkpoint, and the base does not matter any more.
     """
@@ -156,6 +157,7 @@ def check_same_base(run: CoreRun, source: Path) -> None:
             f"{source} holds an adapter that was trained over {clause}; put the base back as it was, or start a new "
             "run."
         )
+    check_same_rows(source, run.rows)
 
 
 def check_continued(run: Run, adapter: Path) -> None:

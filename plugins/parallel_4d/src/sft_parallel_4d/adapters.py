@@ -17,19 +17,22 @@ from sft_parallel_4d.topology import Axis
 
 
 class Adapters:
-    """Those of all ``blocks``, each with the stage that has it. ``pipe`` is None where there is one stage.
+    """Those of all ``blocks``, each with the stage that has it, and those at the ``outer`` ends of the model, each with
+    the side that is the vocabulary; these only where there is one stage, for which ``pipe`` is None.
 
     ``whole`` gives the whole tensor of a parameter that has been divided, ``store`` takes a whole value for one.
     """
 
     def __init__(
-        self, blocks: Iterable[tuple[Any, int]], tensor: Axis, pipe: Axis | None,
+        self, blocks: Iterable[tuple[Any, int]], outer: Iterable[tuple[Any, str]], tensor: Axis, pipe: Axis | None,
         whole: Callable[[Any], Any], store: Callable[[Any, Callable[[tuple[slice, ...]], Any]], None],
     ) -> None:  # fmt: skip
         self._tensor, self._pipe, self._whole, self._store = tensor, pipe, whole, store
         self.is_whole = False
         """Whether layers hold whole tensors now."""
         self._layers = [(layer, side, stage) for block, stage in blocks for layer, side in adapters(block)]
+        self._tried = list(self._layers)  # of the others none is in the place of a Linear
+        self._layers += [(layer, side, 0) for layer, side in outer]
         for layer, _, _ in self._layers:
             _mark_stage(layer)
 
@@ -45,7 +48,7 @@ class Adapters:
                 )
         if self._tensor.size > 1:
             # Those of other stages too: they are still here, and the process that speaks must know of all.
-            trial.check([(layer, side) for layer, side, _ in self._layers], self._tensor, say)
+            trial.check([(layer, side) for layer, side, _ in self._tried], self._tensor, say)
 
     @paddle.no_grad()
     def divide(self) -> None:

@@ -51,7 +51,11 @@ def outline(values: Mapping[str, Any], plugins: Iterable[type] = ()) -> PaperRun
     active.hook.parallel_outline(outline=paper, hook=active.hook)
     model = run.settings.model
     if adapter is not None:
-        paper.let_train([*model.modules_to_save, *(("embed_tokens", "lm_head") if model.new_tokens else ())])
+        new, rows = model.tokens_to_add(), model.trainable_token_indices
+        paper.let_train([*model.modules_to_save, *(("embed_tokens", "lm_head") if new and not rows else ())])
+        count = sum(len(new) if one == "new" else 1 for one in rows)
+        for _ in range((1 if paper.tied else 2) if rows else 0):
+            paper.share("rows", (count, paper.hidden), (None, None))
     notes = [run.without_effect] if run.without_effect else []
     changing = [name for name in silent if name in active.implementing("sft_adapt_model")]
     if changing:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import paddle
 
-from sft import Batch, Learning, ParameterGroup, linear_weight
+from sft import Batch, Learning, ParameterGroup, UsageError, linear_weight
 from sft.parallel import (
     Part,
     Piece,
@@ -28,7 +28,7 @@ from sft_parallel_4d.lots import Pairs
 from sft_parallel_4d.phases import Phases, phase
 from sft_parallel_4d.pipeline import Pipeline
 from sft_parallel_4d.sharding import Shards, here
-from sft_parallel_4d.tensor import TensorParallel
+from sft_parallel_4d.tensor import TensorParallel, outer_adapters
 from sft_parallel_4d.topology import Topology
 
 if TYPE_CHECKING:
@@ -100,8 +100,16 @@ class Parallel:
     def connect(self, model: Any) -> None:
         pipe, backbone = self._pipe, model.model
         blocks = pipe.blocks(model) if pipe is not None else ((block, 0) for block in backbone.layers)
+        outer = outer_adapters(model)
+        if outer and (pipe is not None or self._at.plan.stage == 3):
+            raise UsageError(
+                "The embedding or lm_head is adapted, or some of their rows train, which pipeline parallelism and "
+                "sharding stage3 do not divide; leave these out (tensor and data parallelism, stage1 and stage2 do), "
+                "or train neither of the two."
+            )
         self._adapters = Adapters(
             blocks,
+            outer,
             self._at.tensor,
             self._at.pipe if pipe is not None else None,
             self._whole_value,

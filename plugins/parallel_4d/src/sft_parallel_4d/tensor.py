@@ -162,11 +162,18 @@ class _Rows(paddle.nn.Layer):
         self.weight, self._stream, self._rank, self._meeting = weight, stream, rank, meeting
 
     def forward(self, tokens: Any) -> Any:
-        rows = self.weight.shape[0]
+        return self._rows(tokens, self.weight, self._stream)
+
+    def look_up(self, tokens: Any, matrix: Any) -> Any:
+        """Rows of another ``matrix``, of which each process has as many: int64 [B, S] → [B, S, r]."""
+        return self._rows(tokens, matrix, matrix.dtype)
+
+    def _rows(self, tokens: Any, matrix: Any, dtype: Any) -> Any:
+        rows = matrix.shape[0]
         places = tokens - self._rank * rows
         here = ((places >= 0) & (places < rows)).unsqueeze(-1)
-        embedded = F.embedding(places.clip(0, rows - 1), self.weight).astype(self._stream)
-        return self._meeting.total(embedded * here.astype(embedded.dtype))
+        found = F.embedding(places.clip(0, rows - 1), matrix).astype(dtype)
+        return self._meeting.total(found * here.astype(found.dtype))
 
 
 class _Summand(sft.Linear):
@@ -221,6 +228,12 @@ def _fused(parent: Any, name: str) -> tuple[int, ...]:
         half = int(parent.gate_up_proj.weight.shape[1]) // 2
         return half, half
     return ()
+
+
+def outer_adapters(model: Any) -> list[tuple[Any, str]]:
+    """What stands in the places of the embedding and of lm_head, with the side that is the vocabulary."""
+    places = [(model.model.embed_tokens, "in"), (model.lm_head, "out")]
+    return [(layer, side) for layer, side in places if hasattr(layer, "sides")]
 
 
 def adapters(block: Any) -> Iterator[tuple[Any, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import sft
 from sft import UsageError
+from sft_peft_lora.names import OUTER
 from sft_peft_lora.options import LARGEST, SMALLEST, LoraOptions
 
 _BLOCK = re.compile(r"\.(\d+)\.")
@@ -20,8 +21,14 @@ def chosen(names: Iterable[str], options: LoraOptions) -> dict[str, tuple[int, f
 
     Raises :class:`UsageError` for a pattern or a block that meets none of them, and where nothing is left.
     """
-    left = list(names)
+    given = list(names)
+    outer, left = [name for name in given if name in OUTER], [name for name in given if name not in OUTER]
     blocks = block_numbers(options.lora_layers_to_transform)
+    if blocks and not left:
+        raise UsageError(
+            "lora_layers_to_transform numbers blocks, and lora_target_modules names none of their layers; leave one of "
+            "them out."
+        )
     if blocks:
         there = {_block(name) for name in left}
         if missing := sorted(blocks - there):
@@ -30,6 +37,7 @@ def chosen(names: Iterable[str], options: LoraOptions) -> dict[str, tuple[int, f
                 f"{min(there)} to {max(there)}; correct it."
             )
         left = [name for name in left if _block(name) in blocks]
+    left = [*left, *outer]
     if options.lora_exclude_modules:
         without = sft.matching(left, options.lora_exclude_modules)
         left = [name for name in left if name not in without]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sft import AdapterFiles, UsageError, matches, module_names, read_adapter
+from sft_peft_lora.names import EMBEDDING, HEAD, OUTER
 from sft_peft_lora.options import LARGEST, SMALLEST
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 _PAIR = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
 """What follows a target's name in the file, and the layer's attribute."""
+_PAIR_OF_EMBEDDING = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
+_BASE = "base_layer.weight"
+"""PEFT writes the frozen matrix of an adapted embedding, or head, into the file too."""
 
 # What PEFT keeps of a target, of a Linear or of an embedding; a target outside the blocks keeps its base, too.
 _OF_A_TARGET = re.compile(re.escape(PREFIX) + r"(?P<target>.+?)\.(lora_\w+|base_layer)(\..+)?")
@@ -32,7 +36,6 @@ _PLAIN = {
     "bias": ("none",),
     "lora_bias": (False,),
     "fan_in_fan_out": (False,),
-    "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
@@ -80,21 +83,31 @@ class LoraFolder:
             )
         targets = {match["target"]: None for match in map(_OF_A_TARGET.fullmatch, tensors) if match is not None}
         outside = [target for target in targets if not _IN_A_BLOCK.fullmatch(target)]
-        if outside:
+        unknown = [target for target in outside if target not in OUTER or form is not None]
+        if unknown:
+            what = (
+                "Linears of the blocks, the embedding and lm_head" if form is None else "refined Linears of the blocks"
+            )
             raise UsageError(
-                f"{folder} adapts {' and '.join(outside)}, and plugin lora adapts Linears of the transformer blocks "
-                "alone; train the adapter with other target_modules."
+                f"{folder} adapts {' and '.join(unknown)}, and plugin lora reads adapters of {what} alone; train the "
+                "adapter with other target_modules."
             )
         self.pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.further: dict[str, dict[str, np.ndarray]] = {}
+        self.bases: dict[str, np.ndarray] = {}
+        """The frozen matrices of adapted embeddings and heads that are in the file, in its layout."""
         tensors_of_form = {} if form is None else form.tensors
         endings = {**_PAIR, **{name: attribute for attribute, (name, _) in tensors_of_form.items()}}
         found: dict[str, dict[str, np.ndarray]] = {}
         for key, tensor in tensors.items():
-            ending = next((ending for ending in endings if key.endswith(f".{ending}")), None)
+            if key.removeprefix(PREFIX).removesuffix(f".{_BASE}") in outside and key.endswith(f".{_BASE}"):
+                self.bases[key[len(PREFIX) : -len(_BASE) - 1]] = tensor
+                continue
+            known = _PAIR_OF_EMBEDDING if key.startswith(f"{PREFIX}{EMBEDDING}.") else endings
+            ending = next((ending for ending in known if key.endswith(f".{ending}")), None)
             if ending is None or not key.startswith(PREFIX):
                 raise UsageError(f"{folder}: tensor {key} is not a LoRA weight of the PEFT layout.")
-            attribute = endings[ending]
+            attribute = known[ending]
             dimensions = len(tensors_of_form[attribute][1]) if attribute in tensors_of_form else 2
             if tensor.ndim != dimensions:
                 raise UsageError(
@@ -118,8 +131,48 @@ class LoraFolder:
             self.further[target] = parts
         if not self.pairs:
             raise UsageError(f"{folder} holds no LoRA weights.")
+        self.ties = self.config.get("ensure_weight_tying") is True and EMBEDDING in self.pairs
+        """Whether the head has the embedding's update, as it has its matrix."""
+        if self.ties and HEAD in self.pairs:
+            self._drop_head()
         for target in self.pairs:
             self.alpha(target)
+
+    def _drop_head(self) -> None:
+        """Of a tied base PEFT writes the update twice."""
+        (a, b), (inputs, outputs) = self.pairs[EMBEDDING], self.pairs.pop(HEAD)
+        if not np.array_equal(inputs, b.T) or not np.array_equal(outputs, a.T):
+            raise UsageError(
+                f"{self.folder} says that embedding and head are one (ensure_weight_tying), and has different updates "
+                "of the two; train it again with PEFT 0.18 or later, or over a base whose tie_word_embeddings is false."
+            )
+
+    def check_outer(self, tied: bool, where: Any) -> None:
+        """Refuse an adapter of an embedding or a head where the base ``where`` has the two as one matrix and the
+        adapter does not, or the other way round."""
+        if not any(target in OUTER for target in self.pairs):
+            return
+        if tied and not self.ties:
+            raise UsageError(
+                f"{self.folder} adapts the embedding and the head apart, and in {where} they are one matrix; train it "
+                "with PEFT's ensure_weight_tying, or over a base whose tie_word_embeddings is false."
+            )
+        if self.ties and not tied:
+            raise UsageError(
+                f"{self.folder} has one update for embedding and head (ensure_weight_tying), and in {where} they are "
+                "two matrices; give the base that it was trained over."
+            )
+
+    def check_matrix(self, target: str, weight: Callable[[], np.ndarray]) -> None:
+        """Refuse a base whose embedding, or head, is not the one in the file; ``weight`` gives it as files have it."""
+        if target not in self.bases:
+            return
+        here, there = weight(), self.bases[target]
+        if here.shape != there.shape or not np.array_equal(here.astype(np.float32), there.astype(np.float32)):
+            raise UsageError(
+                f"{self.folder} was trained over another matrix of {target} than this model has (new tokens, perhaps); "
+                "give that base, or fold the adapter in with PEFT (merge_and_unload)."
+            )
 
     def alpha(self, target: str) -> float:
         """α of one target; the pattern settings of PEFT count."""
@@ -210,10 +263,23 @@ def adapter_files(
     }
     tensors = {}
     for target, (a, b) in pairs.items():
-        tensors[f"{PREFIX}{target}.lora_A.weight"] = np.ascontiguousarray(a.T)
-        tensors[f"{PREFIX}{target}.lora_B.weight"] = np.ascontiguousarray(b.T)
+        names = _PAIR_OF_EMBEDDING if target == EMBEDDING else _PAIR
+        for name, matrix in zip(names, (a, b), strict=True):
+            tensors[f"{PREFIX}{target}.{name}"] = np.ascontiguousarray(matrix.T)
         for attribute, (name, _) in ({} if form is None else form.tensors).items():
             tensors[f"{PREFIX}{target}.{name}"] = np.ascontiguousarray((further or {})[target][attribute].T)
+    return AdapterFiles(config, tensors)
+
+
+def with_tied_head(files: AdapterFiles) -> AdapterFiles:
+    """The files of an adapter of a tied embedding as PEFT has them: they have its update for the head too."""
+    config, tensors = {**files.config, "ensure_weight_tying": True}, dict(files.tensors)
+    a, b = (tensors[f"{PREFIX}{EMBEDDING}.{name}"] for name in _PAIR_OF_EMBEDDING)
+    for name, matrix in zip(_PAIR, (b, a), strict=True):
+        tensors[f"{PREFIX}{HEAD}.{name}"] = np.ascontiguousarray(matrix.T)
+    for key in ("rank_pattern", "alpha_pattern"):  # what holds of the one must hold of the other
+        names = [name for name in config[key] if name in (EMBEDDING, EMBEDDING.rpartition(".")[2])]
+        config[key] = {**config[key], **({HEAD: config[key][names[0]]} if names else {})}
     return AdapterFiles(config, tensors)
 
 
@@ -235,20 +301,26 @@ class LoraMerger:
     def __init__(self, folder: Path, form: LoraForm | None = None) -> None:
         self._adapter, self._form = LoraFolder(folder, form), form
         self._left = dict(self._adapter.pairs)
+        self._has_head = False
 
     def merge(self, name: str, weight: Any) -> Any:
         import paddle
 
         target = name.removesuffix(".weight")
+        self._has_head |= target == HEAD
         if target not in self._left:
             return weight
         a, b = self._left.pop(target)
-        if tuple(weight.shape) != (b.shape[1], a.shape[0]):
+        shape = (a.shape[0], b.shape[1]) if target == EMBEDDING else (b.shape[1], a.shape[0])
+        if tuple(weight.shape) != shape:
             raise UsageError(
-                f"The adapter's {target} is {b.shape[1]}x{a.shape[0]} and the model's {name} is "
+                f"The adapter's {target} is {shape[0]}x{shape[1]} and the model's {name} is "
                 f"{'x'.join(map(str, weight.shape))}; it belongs to another model."
             )
+        self._adapter.check_matrix(target, lambda: weight.numpy())
         a, b = paddle.to_tensor(a), paddle.to_tensor(b)
+        if target == EMBEDDING:
+            return weight + self._adapter.scaling(target) * paddle.matmul(a, b)
         update = self._adapter.scaling(target) * paddle.matmul(b, a, transpose_x=True, transpose_y=True)
         if self._form is None:
             return weight + update
@@ -256,4 +328,5 @@ class LoraMerger:
         return self._form.merged(weight, update, further)
 
     def unused(self) -> list[str]:
+        self._adapter.check_outer(not self._has_head, "the model")
         return sorted(self._left)

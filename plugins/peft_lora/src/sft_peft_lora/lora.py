@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,6 +12,7 @@ import sft
 from sft import UsageError
 from sft_peft_lora import hooks
 from sft_peft_lora.choice import check, chosen
+from sft_peft_lora.names import EMBEDDING, HEAD, OUTER, wanted
 from sft_peft_lora.options import LoraOptions
 
 if TYPE_CHECKING:
@@ -80,10 +83,12 @@ class Lora(sft.Plugin):
         if options.lora_path is not None:
             folder = Path(options.lora_path).expanduser()
             sft.check_continued(run, folder)
-            self._adapt_from(model, folder)
+            self._adapt_from(model, folder, lambda one: dict(run.strategy.whole([("", one)]))[""])
         else:
-            self.targets = [target.name for target in sft.target_layers(model, EVERY)]
-            found = sft.target_layers(model, options.lora_target_modules)
+            blocks, outer = wanted(options.lora_target_modules, model.architecture.tied)
+            found = [] if blocks is None else sft.target_layers(model, blocks)
+            found += self._outer(model, outer, run.plugins)
+            self.targets = [target.name for target in sft.target_layers(model, EVERY)] + outer
             choice = chosen([target.name for target in found], options)
             adapted = [target for target in found if target.name in choice]
             for rank in sorted({rank for rank, _ in choice.values()}):
@@ -91,10 +96,10 @@ class Lora(sft.Plugin):
             for target in adapted:
                 rank, given = choice[target.name]
                 alpha = self.alphas[target.name] = self._alpha(run.hook, rank, given)
-                layer = self._wrap(target, rank, _scaling(run.hook, rank, alpha))
+                layer = self._wrap(model, target, rank, _scaling(run.hook, rank, alpha))
                 rng = run.rng(target.name)
                 if not run.hook.lora_initialize(layer=layer, name=target.name, rng=rng):
-                    initialize(layer, rng)
+                    (initialize_embedding if target.name == EMBEDDING else initialize)(layer, rng)
                 if hasattr(layer, "begin") and not run.resumes:  # a checkpoint brings what it would set
                     layer.begin(run.strategy.linear_weight(target.layer))
         ranks, scalings = (sorted({getattr(one, key) for one in self.layers.values()}) for key in ("rank", "scaling"))
@@ -109,8 +114,16 @@ class Lora(sft.Plugin):
             pairs = LoraFolder(Path(self.options.lora_path).expanduser(), form).pairs
             ranks = {name: a.shape[1] for name, (a, _) in pairs.items()}
         else:
-            found = [linear.name for linear in outline.targets(self.options.lora_target_modules)]
-            ranks = {name: rank for name, (rank, _) in chosen(found, self.options).items()}
+            blocks, outer = wanted(self.options.lora_target_modules, outline.tied)
+            found = [] if blocks is None else [linear.name for linear in outline.targets(blocks)]
+            ranks = {name: rank for name, (rank, _) in chosen([*found, *outer], self.options).items()}
+        for name in OUTER:
+            if name in ranks:
+                rows = "vocabulary" if name == EMBEDDING else None
+                sizes = outline.vocabulary, outline.hidden
+                inputs, outputs = sizes if name == EMBEDDING else sizes[::-1]
+                outline.share(f"{name}.lora_A", (inputs, ranks[name]), (rows, None))
+                outline.share(f"{name}.lora_B", (ranks[name], outputs), (None, None if rows else "vocabulary"))
         for linear in outline.targets():
             if linear.name not in ranks:
                 continue
@@ -125,7 +138,7 @@ class Lora(sft.Plugin):
 
     @sft.hookimpl
     def sft_export_adapter(self, run: Run, model: Any) -> AdapterFiles:
-        from sft_peft_lora.files import adapter_files
+        from sft_peft_lora.files import adapter_files, with_tied_head
 
         pairs = {}
         for name, layer in self.layers.items():
@@ -137,7 +150,8 @@ class Lora(sft.Plugin):
             for name, layer in self.layers.items()
         }
         dropout = self.options.lora_dropout
-        return adapter_files(pairs, modules, self.alphas, scalings, base, dropout, self.form, further)
+        files = adapter_files(pairs, modules, self.alphas, scalings, base, dropout, self.form, further)
+        return with_tied_head(files) if EMBEDDING in pairs and model.architecture.tied else files
 
     @sft.hookimpl
     def sft_state(self, run: Run) -> dict[str, Any]:
@@ -168,6 +182,16 @@ class Lora(sft.Plugin):
 
         return LoraMerger(folder, hook.lora_form())
 
+    @sft.hookimpl
+    def sft_adapter_updates(self, folder: Path, hook: Any) -> dict[str, tuple[Any, Any]] | None:
+        from sft_peft_lora.files import LoraFolder
+
+        form = hook.lora_form()
+        if form is not None:
+            return None
+        adapter = LoraFolder(folder)
+        return {name: (a, adapter.scaling(name) * b) for name, (a, b) in adapter.pairs.items()}
+
     # --- the parts ------------------------------------------------------------------------------------------
 
     def _check_rank(self, rank: int, targets: list[Target]) -> None:
@@ -185,35 +209,62 @@ class Lora(sft.Plugin):
         provided = hook.lora_default_alpha(rank=rank)
         return float(provided) if provided is not None else 2.0 * rank
 
-    def _wrap(self, target: Target, rank: int, scaling: float) -> Any:
+    def _outer(self, model: Any, names: list[str], plugins: Any) -> list[Target]:
+        """The embedding and the head, as far as ``names`` has them, which no refinement knows."""
+        if not names:
+            return []
+        for hook in ("lora_form", "lora_initialize", "lora_export"):
+            if (plugin := plugins.provider(hook)) is not None:
+                raise UsageError(
+                    f"lora_target_modules names {names[0]}, and plugin {plugin} refines Linears of the blocks alone "
+                    f"({hook}); leave one of them out."
+                )
+        return [target for target in sft.vocabulary_layers(model) if target.name in names]
+
+    def _wrap(self, model: Any, target: Target, rank: int, scaling: float) -> Any:
         from sft_peft_lora.layer import layer_class
+        from sft_peft_lora.vocabulary import TiedHead, layer_of
 
         if self._layer_class is None:
             self._layer_class = layer_class(self.form)
-        layer = self._layer_class(
-            target.layer, target.in_features, target.out_features, rank, scaling, self.options.lora_dropout
-        )
+        dropout = self.options.lora_dropout
+        sizes = target.in_features, target.out_features
+        layer = layer_of(target.name, self._layer_class)(target.layer, *sizes, rank, scaling, dropout)
         target.replace(layer)
+        if target.name == EMBEDDING and model.architecture.tied:
+            (head,) = (other for other in sft.vocabulary_layers(model) if other.name == HEAD)
+            head.replace(TiedHead(head.layer, layer, dropout))
         self.layers[target.name] = layer
         return layer
 
-    def _adapt_from(self, model: Any, folder: Path) -> None:
-        """Adapt ``model`` with the pairs of an adapter folder; every pair must find its layer, and fit it."""
+    def _adapt_from(self, model: Any, folder: Path, whole: Callable[[Any], Any] = lambda one: one) -> None:
+        """Adapt ``model`` with the pairs of an adapter folder; every pair must find its layer, and fit it. ``whole``
+        gives the whole of a parameter, of which a process may hold a part."""
         from sft_peft_lora.files import LoraFolder
 
         adapter = LoraFolder(folder, self.form)
         targets = {target.name: target for target in sft.target_layers(model, EVERY)}
-        self.targets = list(targets)
+        if any(name in OUTER for name in adapter.pairs):
+            targets.update({target.name: target for target in sft.vocabulary_layers(model)})
+            adapter.check_outer(model.architecture.tied, "the model")
+        self.targets = [name for name in targets if name != HEAD or not model.architecture.tied]
         for name, (a, b) in adapter.pairs.items():
             target = targets.get(name)
             if target is None or (target.in_features, target.out_features) != (a.shape[0], b.shape[1]):
                 raise UsageError(f"The adapter in {folder} has weights for {name}, which do not fit this model.")
-            layer = self._wrap(target, a.shape[1], adapter.scaling(name))
+            adapter.check_matrix(name, partial(_in_file, name, target.layer, whole))
+            layer = self._wrap(model, target, a.shape[1], adapter.scaling(name))
             self.alphas[name] = adapter.alpha(name)
             layer.lora_A.set_value(a)
             layer.lora_B.set_value(b)
             for attribute, values in adapter.further[name].items():
                 getattr(layer, attribute).set_value(values)
+
+
+def _in_file(name: str, layer: Any, whole: Callable[[Any], Any]) -> Any:
+    """The matrix of the embedding or the head as files have it, float32 [V, hidden]."""
+    matrix = whole(layer.weight).astype("float32").numpy()
+    return matrix if name == EMBEDDING else matrix.T
 
 
 def _span(what: str, values: list[Any]) -> str:
@@ -226,6 +277,11 @@ def _span(what: str, values: list[Any]) -> str:
 def _scaling(hook: Any, rank: int, alpha: float) -> float:
     provided = hook.lora_scaling(rank=rank, alpha=alpha)
     return float(provided) if provided is not None else alpha / rank
+
+
+def initialize_embedding(layer: Any, rng: Any) -> None:
+    """B from N(0, 1), A zero, as PEFT begins with an embedding: each token gets a row of A of its own."""
+    layer.lora_B.set_value(rng.standard_normal((layer.rank, layer.out_features)).astype("float32"))
 
 
 def initialize(layer: Any, rng: Any) -> None:

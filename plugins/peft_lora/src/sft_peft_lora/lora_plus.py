@@ -10,6 +10,9 @@ import sft
 if TYPE_CHECKING:
     from sft import ParameterGroup, Run
 
+_OF_EMBEDDING = "model.embed_tokens.lora_B"
+"""An embedding begins the other way round, with A zero."""
+
 
 @dataclass
 class LoraPlusOptions:
@@ -29,7 +32,8 @@ class LoraPlus(sft.Plugin):
     @sft.hookimpl
     def sft_parameter_groups(self, run: Run, groups: list[ParameterGroup]) -> None:
         for group in list(groups):
-            faster = {name: p for name, p in group.parameters.items() if name.endswith(".lora_B")}
+            names = [name for name in group.parameters if name.endswith(".lora_B") and name != _OF_EMBEDDING]
+            faster = {name: group.parameters[name] for name in names}
             if not faster:
                 continue
             for name in faster:

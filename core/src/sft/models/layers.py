@@ -177,7 +177,7 @@ def trained_by_layer(parameters: Mapping[str, Any], model: Any) -> dict[str, dic
     (``self_attn.q_proj``), and in what is in no block. What an adapter adds to a layer belongs to that layer, and
     experts of one name add up. ``parameters`` are all of the model, by structured name."""
     blocks = f"{model.architecture.block_names}."
-    paths = [path for path, layer in model.named_sublayers() if _STANDS_FOR in vars(layer)]
+    paths = [path for path, layer in model.named_sublayers() if STANDS_FOR in vars(layer)]
     adapted = {_in_block(path, blocks)[1] for path in paths}
     found: dict[str, dict[str, int]] = {}
     for name, parameter in parameters.items():

@@ -47,7 +47,7 @@ def mixed(content: dict[str, Any]) -> None:
         (lambda c: c.update(normalizer={"type": "NFKC"}), r"that normalizes by .*NFKC.* and cuts by null"),
         (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "that normalizes by .* cuts by .*Whitespace"),
         (lambda c: c["model"]["vocab"].pop("<0x0A>"), "that lacks 1 of the 256 bytes, such as <0x0A>"),
-        (mixed, "do not follow each other, so that no score says them"),
+        (mixed, "whose merges to one do not follow each other, so that no score says them"),
         (lacking, "that never merges o and ne"),
     ],
     ids=["normalizer", "words", "bytes", "mixed", "lacking"],

@@ -45,7 +45,7 @@ def in_readers_language(command: click.Command) -> click.Command:
 
 def texts(command: click.Command) -> Iterator[str]:
     """All that a command says in its help, as it stands in the tables."""
-    yield from (_joined(one) for one in (command.help or "").split("\n\n"))
+    yield from (_joined(one) for one in (command.help or "").split("\n\n") if not _is_fixed(one))
     for parameter in command.params:
         text, default = _said(getattr(parameter, "help", None) or "")
         yield text
@@ -62,7 +62,14 @@ def _joined(text: str) -> str:
 def _paragraphs(text: str | None, package: str) -> str | None:
     if text is None:
         return None
-    return "\n\n".join("\b\n" + _lines(translated(_joined(one), package), 78) for one in text.split("\n\n"))
+    return "\n\n".join(
+        one if _is_fixed(one) else "\b\n" + _lines(translated(_joined(one), package), 78) for one in text.split("\n\n")
+    )
+
+
+def _is_fixed(paragraph: str) -> bool:
+    """Whether click keeps its lines as they are, because they are code."""
+    return paragraph.lstrip(" \n").startswith("\b")
 
 
 def _first(text: str | None, package: str) -> str:

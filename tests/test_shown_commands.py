@@ -139,7 +139,7 @@ def test_what_a_page_shows_is_typed(page: str, folder: Path) -> None:
     if page == "docs/data.md":
         assert len((folder / "rest" / "bad_records.jsonl").read_text(encoding="utf-8").splitlines()) == 1
         report = json.loads((folder / "mixed" / "run.json").read_text(encoding="utf-8"))
-        assert sorted(report["data"]["train"]["sets"]) == ["chats.json", "more"]
+        assert sorted(report["data"]["train"]["sets"]) == ["chats", "more"]
     if page == "docs/kit.md":
         assert "my option is 3" in said[0]
     if page == "docs/replay.md":

@@ -25,9 +25,10 @@ SHOWN_SKIPPED = 50
 """Records that cannot be read and are named."""
 
 
-def read_run(folder: Path) -> RunReport:
+def read_run(folder: Path | str) -> RunReport:
     """What the folder of a run says of it, whether it has finished, has failed or goes on. Raises :class:`UsageError`
     for a folder that holds no run."""
+    folder = Path(folder)
     record = _object(_finite(read_report(folder)))
     if not isinstance(record.get("settings"), dict):
         what = "holds no run of sft (its run.json is missing or cannot be read)" if folder.is_dir() else "is no folder"

@@ -1,4 +1,5 @@
-"""Photograph the report of a real run for the README and docs/report.md: docs/images/report.png and report-dark.png.
+"""Photograph a real run for the README, docs/report.md and docs/board.md: its board while it trains, and its report:
+docs/images/board.png and report.png, each with a dark one.
 
 It needs chromium and its driver (tests/browser/driver.py), trains the demo's model for two minutes, and is run by hand:
 what a browser draws differs from machine to machine in single pixels, so nothing compares it.
@@ -9,10 +10,12 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from browser.boards import board_of, until  # noqa: E402
 from browser.driver import Browser, missing  # noqa: E402
 
 import sft  # noqa: E402
@@ -38,6 +41,9 @@ SETTINGS = {
     "seed": 1,
 }
 
+BOARD_AT = 100
+"""The step after which the board is photographed."""
+
 
 def main() -> int:
     reason = missing()
@@ -46,9 +52,9 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "ads-lora"
-        sft.run({**SETTINGS, "output_dir": str(folder)})
         browser = Browser()
         try:
+            sft.run({**SETTINGS, "output_dir": str(folder)}, plugins=[photographer(browser, folder.parent)])
             for scheme, picture in (("light", "report.png"), ("dark", "report-dark.png")):
                 browser.open(folder / "report.html", "laptop", scheme)
                 browser.point("figure[data-chart=loss] .u-over", 0.45)
@@ -57,6 +63,27 @@ def main() -> int:
         finally:
             browser.close()
     return 0
+
+
+def photographer(browser: Browser, folder: Path) -> type[sft.Plugin]:
+    """A plugin that lets a run wait while its board is photographed."""
+
+    class Photographer(sft.Plugin):
+        name = "photographer"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            if record["step"] != BOARD_AT:
+                return
+            with board_of(folder) as address:
+                for scheme, picture in (("light", "board.png"), ("dark", "board-dark.png")):
+                    browser.open("about:blank")
+                    browser.open(address, "laptop", scheme)
+                    until(lambda: browser.evaluate("return document.querySelectorAll('figure canvas').length > 5"))
+                    browser.picture(IMAGES / picture, high=1010)
+
+    return Photographer
 
 
 if __name__ == "__main__":

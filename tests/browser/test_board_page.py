@@ -7,27 +7,21 @@ import itertools
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from browser.boards import TOKEN, board_of, until
 from browser.conftest import DEMO
 from browser.driver import SCHEMES, SIZES, Browser
 from browser.test_report_page import COLOURS, REACHABLE
 
 import sft
-from sft_ui_board.server import application, server_of
 
 pytestmark = pytest.mark.browser
 
-TOKEN = "c" * 64
 SLOW = """
 import time
 import sft
@@ -48,20 +42,6 @@ SETTINGS = {
 }
 
 
-@contextmanager
-def board_of(folder: Path) -> Iterator[str]:
-    """The address of a board, with its token."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = server_of(application(folder, TOKEN))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/#{TOKEN}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-
-
 @pytest.fixture
 def training(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that trains in ``tmp_path/runs/out``, ten steps a second at most."""
@@ -77,14 +57,6 @@ def training(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def text_of(browser: Browser, name: str) -> str:
     return str(browser.evaluate("return document.getElementById(arguments[0]).textContent", name))
-
-
-def until(holds: Callable[[], Any], seconds: float = 60.0) -> Any:
-    ends = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < ends
-        time.sleep(0.1)
-    return found
 
 
 def step_of(browser: Browser) -> int:

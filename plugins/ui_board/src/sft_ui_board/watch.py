@@ -106,14 +106,15 @@ class Watch:
 
     root: Path
     runs: dict[str, Watched] = field(default_factory=dict)
-    _looked: float = -LOOK_EVERY
+    _due: float = 0.0
 
     def look(self) -> None:
         """Find runs that have come or gone."""
-        if time.monotonic() - self._looked >= LOOK_EVERY:
+        began = time.monotonic()
+        if began >= self._due:
             found = runs_in(self.root)
             self.runs = {name: self.runs.get(name) or Watched(folder) for name, folder in found.items()}
-            self._looked = time.monotonic()
+            self._due = began + max(LOOK_EVERY, SHARE * (time.monotonic() - began))
 
     def lines(self) -> list[dict[str, Any]]:
         """Each run in a line."""

@@ -5,8 +5,8 @@
 Writes records of the demo's kind (``scripts/make_demo``) into FOLDER, with bad ones in places that are drawn: answers
 to other products, answers in other languages, answers whose UTF-8 was read as Latin-1, and answers that repeat
 themselves without end. Trains the demo's model on them for one pass, by the command line, with a checkpoint every 25
-steps; and lets `sft blame --json` name records for more and more steps. A bad record is found if it is named. Prints a
-table.
+steps; and lets `sft blame --json` name records. A bad record is found if it is named. Prints a table of how many are,
+in the steps that stand out most. A run that FOLDER holds already is not made again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "core" / "src" / "sft" / "demo"
-MOST = (25, 50, 100)
+MOST = (10, 25, 50, 75, 100)
+SAVED = 25
+"""Steps between checkpoints."""
 FOREIGN = (
     "Dieser Artikel überzeugt durch weiche Wolle, schöne Knöpfe und einen geraden Schnitt für jeden Tag.",
     "Cette pièce élégante séduit par sa matière légère, ses détails brodés et sa coupe très féminine.",
@@ -101,28 +103,33 @@ def main() -> None:
         *("run", "--model_name_or_path", given.model, "--dataset_name_or_path", given.folder / "data"),
         *("--max_length", 256, "--per_device_train_batch_size", given.batch_size, "--num_train_epochs", 1),
         *("--learning_rate", given.learning_rate, "--warmup_steps", 20, "--lr_scheduler_type", "cosine"),
-        *("--save_strategy", "steps", "--save_steps", 25, "--output_dir", out, "--overwrite_output_dir", "true"),
+        *("--save_strategy", "steps", "--save_steps", SAVED, "--output_dir", out),
         *(word for name in given.plugin for word in ("--plugin", name)),
     ]
     print("sft", *line)
-    sft(*line)
-    print(f"trained in {time.monotonic() - began:.0f} s\n")
+    if not (out / "model.safetensors").exists() and not (out / "adapter_model.safetensors").exists():
+        sft(*line, "--overwrite_output_dir", "true")
+        print(f"trained in {time.monotonic() - began:.0f} s")
+    began = time.monotonic()
+    found = json.loads(sft("blame", out, "--most", max(MOST), "--json"))
+    print(f"blamed in {time.monotonic() - began:.0f} s: {found['computed_steps']} of {found['steps']} steps computed\n")
+    spikes = found["spikes"]
+    if not all(one["is_same"] for one in spikes):
+        raise SystemExit("a replayed step is not the step of the run")
     kinds = [f"{kind} ({[*bad.values()].count(kind)})" for kind in KINDS]
-    print(f"| replays | steps computed | named | bad ones found | {' | '.join(kinds)} | seconds |")
-    print("|---" * (5 + len(kinds)) + "|")
+    print(f"| steps replayed | steps computed | records named | bad ones found | {' | '.join(kinds)} |")
+    print("|---" * (4 + len(kinds)) + "|")
     for most in MOST:
-        began = time.monotonic()
-        found = json.loads(sft("blame", out, "--most", most, "--json"))
-        if not all(one["is_same"] for one in found["spikes"]):
-            raise SystemExit("a replayed step is not the step of the run")
-        named = {int(each["place"].rpartition(" ")[2]) for one in found["spikes"] for each in one["records"]}
+        part = spikes[:most]  # those that stand out more come first
+        last = {(one["step"] - 1) // SAVED: 0 for one in part}
+        for one in part:
+            at = (one["step"] - 1) // SAVED
+            last[at] = max(last[at], one["step"] - at * SAVED)
+        named = {int(each["place"].rpartition(" ")[2]) for one in part for each in one["records"]}
         hits = [bad[number] for number in named if number in bad]
         each = [str(hits.count(kind)) for kind in KINDS]
-        seconds = time.monotonic() - began
-        row = [len(found["spikes"]), found["computed_steps"], len(named), f"{len(hits)} of {len(bad)}", *each]
-        print(f"| {' | '.join(map(str, row))} | {seconds:.0f} |", flush=True)
-        if len(found["spikes"]) < most:
-            break
+        row = [len(part), sum(last.values()), len(named), f"{len(hits)} of {len(bad)}", *each]
+        print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def records(step: ReplayedStep, show: int) -> Iterator[str]:
         yield f"  {'loss':>8} {'learned':>8} {'row':>4}  record"
     for one in ordered[:show]:
         yield f"  {number(one.loss):>8} {one.targets:>8,} {one.span.row + 1:>4}  {shown(one.place)}"
-    if len(ordered) > show:
+    if 0 < show < len(ordered):
         yield f"  and {len(ordered) - show:,} more (--show N)"
 
 

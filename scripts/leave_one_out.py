@@ -1,6 +1,6 @@
 """How `sft why` compares with the truth: writes docs/influence.json, from which docs/influence.md is made.
 
-    .venv/bin/python scripts/leave_one_out.py WORK [SEED]   # with SEED: that seed's runs alone, for several processes
+    .venv/bin/python scripts/leave_one_out.py WORK [PART]   # PART: a seed, or planted, for several processes
 
 *Leave one out*: the demo's model learns RECORDS records by LoRA, for each of SEEDS; then it learns them again once for
 each record, which weighs a millionth: it stands in the same place, and teaches nothing. What that does to the losses of
@@ -30,7 +30,7 @@ from sft_influence.tracing import METHODS, shares, trace
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "core" / "src" / "sft" / "demo"
 PAGE = ROOT / "docs" / "influence.json"
-RECORDS, ANSWERS, SEEDS, FACTS, OTHERS = 64, 10, (1, 2, 3), 10, 200
+RECORDS, ANSWERS, SEEDS, FACTS, OTHERS = 64, 10, (1, 3), 10, 100
 SETTINGS: dict[str, Any] = {
     "model_name_or_path": str(DEMO / "model"),
     "plugin": ["lora"],
@@ -97,14 +97,16 @@ def seed_of(work: Path, seed: int) -> dict[str, Any]:
     if not is_finished(whole):
         place = {"output_dir": str(whole), "overwrite_output_dir": True}
         sft.run({**settings, **place, "save_strategy": "steps"}, say=quiet)
-    scores = {}
+    traced = folder / "scores.json"
+    scores = json.loads(traced.read_text()) if traced.exists() else {}
     with sft.reopened(whole, quiet) as opened:
         turns = [([sft.Turn("user", one["src"])], sft.Turn("assistant", one["tgt"])) for one in asked]
         Measure.batches = [opened.answered(before, answer) for before, answer in turns]
         weights = shares(opened.steps(), opened.checkpoints, len(opened))
-        for method in METHODS:
+        for method in [one for one in METHODS if one not in scores]:
             found = trace(opened, Measure.batches, opened.checkpoints, range(RECORDS), weights, method)
             scores[method] = found.scores.tolist()
+        traced.write_text(json.dumps(scores))
     kept = folder / "losses.json"
     losses = json.loads(kept.read_text()) if kept.exists() else {}
     for name in ("none", *map(str, range(RECORDS))):
@@ -180,6 +182,9 @@ def facts() -> list[tuple[str, str, str]]:
 
 
 def planted(work: Path) -> dict[str, Any]:
+    kept = work / "planted" / "found.json"
+    if kept.exists():
+        return dict(json.loads(kept.read_text()))
     records = [{"src": form.format(place), "tgt": answer} for place, _, answer in facts() for form in FORMS]
     everything = [*lines("train")[:OTHERS], *records]
     order = np.random.default_rng(0).permutation(len(everything))
@@ -188,7 +193,7 @@ def planted(work: Path) -> dict[str, Any]:
     out = work / "planted" / "out"
     if not is_finished(out):
         place = {"output_dir": str(out), "overwrite_output_dir": True, "dataset_name_or_path": data}
-        sft.run({**SETTINGS, **place, "save_strategy": "epoch", "num_train_epochs": 4}, say=quiet)
+        sft.run({**SETTINGS, **place, "save_strategy": "epoch", "num_train_epochs": 3}, say=quiet)
     report: dict[str, Any] = {"facts": FACTS, "records each": len(FORMS), "others": OTHERS}
     with sft.reopened(out, quiet) as opened:
         asked = [([sft.Turn("user", question)], sft.Turn("assistant", answer)) for _, question, answer in facts()]
@@ -200,6 +205,7 @@ def planted(work: Path) -> dict[str, Any]:
                 shares_found.append(sum(own[n] == fact for n in numbers) / len(FORMS))
             report[method] = round(float(np.mean(shares_found)), 3)
             report["passes"] = found.passes
+    kept.write_text(json.dumps(report))
     return report
 
 
@@ -211,7 +217,8 @@ def main(work: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
-        seed_of(Path(sys.argv[1]), int(sys.argv[2]))
+        work, part = Path(sys.argv[1]), sys.argv[2]
+        print(planted(work)) if part == "planted" else seed_of(work, int(part))
     elif len(sys.argv) == 2:
         main(Path(sys.argv[1]))
     else:

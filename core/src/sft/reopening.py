@@ -203,12 +203,11 @@ class Reopened:
     def answered(self, turns: Sequence[Turn], answer: Turn) -> Batch:
         """``answer`` after ``turns``, encoded as the run encodes its data: a batch of one row, of which the answer
         alone is learned. Raises :class:`UsageError` where the run's lengths leave nothing of it."""
-        data, source = self._run.settings.data, self._run.source
+        data, positions = self._run.settings.data, self._run.source.architecture.positions
         encode = Encoding(
             self._run.tokenizer,
             data.src_length,
-            data.max_length,
-            (source.folder, source.architecture.positions),
+            min(data.max_length, positions + 1),  # the last token is only predicted
             learned=Learned("last_answer", data.train_on_thoughts),
         )
         tools = Conversation.seen(turns).tools

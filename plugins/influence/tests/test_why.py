@@ -95,8 +95,8 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path, line: list[str], cause: st
 KINDS: dict[str, dict[str, Any]] = {
     "whole": {},
     "lora": {"plugin": ["lora"]},
-    "lora-plus": {"plugin": ["lora-plus"]},
-    "pissa": {"plugin": ["pissa"]},
+    "lora-plus": {"plugin": ["lora", "lora-plus"]},
+    "pissa": {"plugin": ["lora", "pissa"]},
     "vera": {"plugin": ["vera"]},
     "nf4": {"plugin": ["lora", "nf4"]},
     "packed": {"plugin": ["greedy-zero-padding"], "max_length": 64},
@@ -158,14 +158,19 @@ def test_packed_and_padded_runs_name_the_same_records(train: Train, tmp_path: Pa
 def test_files_of_answers_samples_and_chosen_checkpoints(train: Train, tmp_path: Path) -> None:
     train("out")
     asked = tmp_path / "asked.jsonl"
-    lines = [{"src": "type#1", "tgt": "A coat."}, {"prompt": "type#2"}]
+    lines = [{"src": "type#1", "tgt": "A coat."}, {"src": ["type#2", "type#3"], "tgt": ["A coat.", "No."]}]
     asked.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     found = told(tmp_path / "out", "--answers", asked, "--sample", 5, "--checkpoints", "4")
-    assert [one["is_own"] for one in found["answers"]] == [False, True]
+    told_of = [(one["prompt"], one["answer"], one["is_own"]) for one in found["answers"]]
+    assert told_of == [("type#1", "A coat.", False), ("type#3", "No.", False)]
     assert (found["records"], found["of"], found["checkpoints"]) == (5, 12, [4])
     assert found["passes"] == 5
     again = told(tmp_path / "out", "--answers", asked, "--sample", 5, "--checkpoints", "4")
     assert again["answers"][0] == found["answers"][0]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("type#1\n\ntype#2\n", encoding="utf-8")
+    own = told(tmp_path / "out", "--answers", prompts, "--sample", 1)["answers"]
+    assert [(one["prompt"], one["is_own"]) for one in own] == [("type#1", True), ("type#2", True)]
     with pytest.raises(sft.UsageError, match="has no checkpoint of step 3; it has those of 2, 4"):
         told(tmp_path / "out", "--answers", asked, "--checkpoints", "3,4")
 

@@ -74,6 +74,9 @@ if TYPE_CHECKING:
     from sft.models.shards import parse_size
     from sft.models.sums import row_sums
     from sft.optimizer import Optimizer
+    from sft.pages import check_place as check_html
+    from sft.pages import document as html_page
+    from sft.pages import text as html_text
     from sft.patterns import matches
     from sft.precision import Precision
     from sft.reopening import PastStep, Reopened, reopened
@@ -88,7 +91,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded on first use: they stay out of `sft --help`.
+# Loaded on first use: they stay out of `sft --help`. After a colon, what a name is called in its module.
 _LAZY = {
     "AdamW": "sft.training.adamw",
     "Optimizer": "sft.optimizer",
@@ -132,6 +135,9 @@ _LAZY = {
     "assemble": "sft.data.batches",
     "best_metric": "sft.settings.best_metric",
     "check_continued": "sft.training.resume_checks",
+    "check_html": "sft.pages:check_place",
+    "html_page": "sft.pages:document",
+    "html_text": "sft.pages:text",
     "module_names": "sft.models.layers",
     "prepare": "sft.runtime",
     "own_kernels": "sft.models.own_kernels",
@@ -224,6 +230,7 @@ __all__ = [
     "best_metric",
     "chart_library",
     "check_continued",
+    "check_html",
     "collect",
     "copy_onto",
     "dry_run",
@@ -231,6 +238,8 @@ __all__ = [
     "holder_of",
     "hookimpl",
     "hookspec",
+    "html_page",
+    "html_text",
     "is_hub_name",
     "linear_bias",
     "linear_weight",
@@ -268,5 +277,6 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         import importlib
 
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        module, _, own = _LAZY[name].partition(":")
+        return getattr(importlib.import_module(module), own or name)
     raise AttributeError(f"module 'sft' has no attribute {name!r}")

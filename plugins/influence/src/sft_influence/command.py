@@ -60,10 +60,10 @@ def command(
         raise UsageError("--answer belongs to --prompt; the records of --answers have their own.")
     target = None if html is None else Path(html).expanduser()
     from sft_influence.account import Asked, Wanted, account
-    from sft_influence.page import check_place, page
+    from sft_influence.page import MADE_BY, page
 
     if target is not None:
-        check_place(target)
+        sft.check_html(target, MADE_BY)
     wanted = Wanted(method, _steps(checkpoints), sample, top)
     given = {name: value for name, value in settings.items() if value is not None}
     with sft.reopened(Path(run).expanduser(), settings=given) as opened:

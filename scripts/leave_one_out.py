@@ -91,34 +91,33 @@ class Measure(sft.Plugin):
 
 def seed_of(work: Path, seed: int) -> dict[str, Any]:
     """Of one seed: the scores [answers, records] by method, and what leaving each record out does to each loss."""
-    folder, records, asked = work / f"seed-{seed}", lines("train")[:RECORDS], lines("dev")[:ANSWERS]
-    settings = {**SETTINGS, "seed": seed, "dataset_name_or_path": written(folder / "data", records)}
-    whole = folder / "whole"
-    if not is_finished(whole):
-        place = {"output_dir": str(whole), "overwrite_output_dir": True}
-        sft.run({**settings, **place, "save_strategy": "steps"}, say=quiet)
-    traced = folder / "scores.json"
-    scores = json.loads(traced.read_text()) if traced.exists() else {}
-    with sft.reopened(whole, quiet) as opened:
-        turns = [([sft.Turn("user", one["src"])], sft.Turn("assistant", one["tgt"])) for one in asked]
-        Measure.batches = [opened.answered(before, answer) for before, answer in turns]
-        weights = shares(opened.steps(), opened.checkpoints, len(opened))
-        for method in [one for one in METHODS if one not in scores]:
-            found = trace(opened, Measure.batches, opened.checkpoints, range(RECORDS), weights, method)
-            scores[method] = found.scores.tolist()
-        traced.write_text(json.dumps(scores))
-    kept = folder / "losses.json"
-    losses = json.loads(kept.read_text()) if kept.exists() else {}
-    for name in ("none", *map(str, range(RECORDS))):
-        if name in losses:
-            continue
-        left = [{**one, "weight": TINY} if str(n) == name else one for n, one in enumerate(records)]
-        data = written(folder / "left", left)
-        place = {"output_dir": str(folder / "out"), "overwrite_output_dir": True, "dataset_name_or_path": data}
-        sft.run({**settings, **place}, plugins=[Measure], say=quiet)
-        losses[name] = Measure.losses
-        kept.write_text(json.dumps(losses))
-        print(f"seed {seed}: without {name}", flush=True)
+    folder = work / f"seed-{seed}"
+    traced, measured = folder / "scores.json", folder / "losses.json"
+    scores, losses = (json.loads(one.read_text()) if one.exists() else {} for one in (traced, measured))
+    names = ("none", *map(str, range(RECORDS)))
+    if not ({*scores} >= {*METHODS} and {*losses} >= {*names}):
+        records, asked = lines("train")[:RECORDS], lines("dev")[:ANSWERS]
+        settings = {**SETTINGS, "seed": seed, "dataset_name_or_path": written(folder / "data", records)}
+        whole = folder / "whole"
+        if not is_finished(whole):
+            place = {"output_dir": str(whole), "overwrite_output_dir": True}
+            sft.run({**settings, **place, "save_strategy": "steps"}, say=quiet)
+        with sft.reopened(whole, quiet) as opened:
+            turns = [([sft.Turn("user", one["src"])], sft.Turn("assistant", one["tgt"])) for one in asked]
+            Measure.batches = [opened.answered(before, answer) for before, answer in turns]
+            weights = shares(opened.steps(), opened.checkpoints, len(opened))
+            for method in [one for one in METHODS if one not in scores]:
+                found = trace(opened, Measure.batches, opened.checkpoints, range(RECORDS), weights, method)
+                scores[method] = found.scores.tolist()
+                traced.write_text(json.dumps(scores))
+        for name in [one for one in names if one not in losses]:
+            left = [{**one, "weight": TINY} if str(n) == name else one for n, one in enumerate(records)]
+            data = written(folder / "left", left)
+            place = {"output_dir": str(folder / "out"), "overwrite_output_dir": True, "dataset_name_or_path": data}
+            sft.run({**settings, **place}, plugins=[Measure], say=quiet)
+            losses[name] = Measure.losses
+            measured.write_text(json.dumps(losses))
+            print(f"seed {seed}: without {name}", flush=True)
     effects = np.array([losses[str(n)] for n in range(RECORDS)]).T - np.array(losses["none"])[:, None]
     return {"scores": scores, "effects": effects.tolist()}
 

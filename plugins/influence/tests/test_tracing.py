@@ -209,3 +209,36 @@ def test_adam_is_refused_where_nothing_keeps_second_moments(train: Callable[...,
         with pytest.raises(sft.UsageError, match="--method adam needs the second moments that AdamW keeps"):
             trace(opened, [answer], [2], [0], weights, "adam")
         assert np.isfinite(trace(opened, [answer], [2], [0], weights).scores).all()
+
+
+@pytest.mark.slow
+def test_of_one_small_step_scores_are_what_leaving_a_record_out_does(
+    train: Callable[..., sft.Summary], tmp_path: Path
+) -> None:
+    """Retrained without each record, by plain gradient descent: the others then share what the step weighs."""
+    records = [{"src": f"type#{n}", "tgt": "A coat" + " for you" * (n % 3) + "."} for n in range(8)]
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0, "learning_rate": 2e-3}
+
+    def learned(name: str, without: int | None) -> Path:
+        left = [{**one, "weight": 1e-6} if n == without else one for n, one in enumerate(records)]
+        data = write_data(tmp_path / f"data-{name}", left)
+        train(name, (Plain,), dataset_name_or_path=str(data), lr_scheduler_type="constant", **settings)
+        return tmp_path / name
+
+    def loss(folder: Path) -> float:
+        with sft.reopened(folder, lambda text: None, plugins=(Plain,)) as opened:
+            answer = opened.answered([sft.Turn("user", "type#9")], sft.Turn("assistant", "A coat for me."))
+            return float(opened.cross_entropy(answer)) / answer.target_tokens
+
+    whole = learned("whole", None)
+    with sft.reopened(whole, lambda text: None, plugins=(Plain,)) as opened:
+        answer = opened.answered([sft.Turn("user", "type#9")], sft.Turn("assistant", "A coat for me."))
+        (step,) = opened.steps()
+        weights = shares([step], [1], len(opened))
+        scores = trace(opened, [answer], [1], range(len(records)), weights).scores[0]
+        sizes = np.array([opened.batch(number).target_tokens for number in range(len(records))])
+    assert step.weight == sizes.sum()
+    grows = step.weight / (step.weight - sizes)
+    expected = scores * grows - scores.sum() * (grows - 1)
+    effects = np.array([loss(learned(f"without-{n}", n)) for n in range(len(records))]) - loss(whole)
+    assert effects == pytest.approx(expected, abs=0.05 * np.abs(expected).max())

@@ -217,7 +217,7 @@ def test_of_one_small_step_scores_are_what_leaving_a_record_out_does(
 ) -> None:
     """Retrained without each record, by plain gradient descent: the others then share what the step weighs."""
     records = [{"src": f"type#{n}", "tgt": "A coat" + " for you" * (n % 3) + "."} for n in range(8)]
-    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0, "learning_rate": 2e-3}
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0, "learning_rate": 2e-4}
 
     def learned(name: str, without: int | None) -> Path:
         left = [{**one, "weight": 1e-6} if n == without else one for n, one in enumerate(records)]

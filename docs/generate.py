@@ -273,36 +273,32 @@ def _in_chinese(line: str) -> str:
 
 def influence_page() -> str:
     """docs/influence.md with what scripts/leave_one_out.py has measured."""
-    path = ROOT / "docs" / "influence.md"
+    text = (ROOT / "docs" / "influence.md").read_text(encoding="utf-8")
     found = json.loads((ROOT / "docs" / "influence.json").read_text(encoding="utf-8"))
     out, planted = found["left out"], found["planted"]
-
-    def between(one: Mapping[str, float]) -> str:
-        return f"**{one['mean']:.2f}** ({one['low']:.2f} to {one['high']:.2f})"
-
-    lines = [
-        f"**Against leaving records out.** {out['records']} records were learned {out['runs']} times: with "
-        f"{out['seeds']} seeds, whole and without each record in turn (it keeps its place and weighs a millionth). "
-        f"What that did to the losses of {out['answers']} dev answers is compared with their scores, by Spearman's "
-        "rank correlation over the records; its mean over answers and seeds, and the 95 % interval of draws of cases "
-        "and records:",
-        "",
-        "| | rank correlation |",
-        "|---|---|",
-        f"| `--method tracin` | {between(out['tracin'])} |",
-        f"| `--method adam` | {between(out['adam'])} |",
-        f"| what leaving out does, with another seed | {between(out['other seed'])} |",
-        "",
-        "The last row says how much of an effect is the record's own, and how much the order in which it was learned.",
-        "",
-        f"**Planted records.** {planted['facts']} facts, each told by {planted['records each']} records in other "
-        f"words, among {planted['others']} records about other things; all facts are put in the same words, and differ "
-        "in a place and in what is sold there. Of the ten records that are named first for a question about a fact, "
-        f"its own are {planted['tracin']:.0%} with `tracin` and {planted['adam']:.0%} with `adam`, after "
-        f"{planted['passes']:,} passes for all {planted['facts']} together.",
-    ]
-    text = path.read_text(encoding="utf-8")
-    return re.sub(r"(<!-- measured -->\n).*?(<!-- end -->)", rf"\1{_escaped(lines)}\n\2", text, flags=re.DOTALL)
+    rows = {
+        name: out[key] for name, key in (("`tracin`", "tracin"), ("`adam`", "adam"), ("another seed", "other seed"))
+    }
+    tables = {
+        "left-out": [
+            "| runs | records | answers | score | rank correlation | 95 % interval |",
+            "|---|---|---|---|---|---|",
+            *(
+                f"| {out['runs']} | {out['records']} | {out['answers']} | {name} | {one['mean']:.2f} "
+                f"| {one['low']:.2f} – {one['high']:.2f} |"
+                for name, one in rows.items()
+            ),
+        ],
+        "planted": [
+            "| facts | records of each | other records | passes | `tracin` | `adam` |",
+            "|---|---|---|---|---|---|",
+            f"| {planted['facts']} | {planted['records each']} | {planted['others']} | {planted['passes']:,} "
+            f"| {planted['tracin']:.0%} | {planted['adam']:.0%} |",
+        ],
+    }
+    for key, lines in tables.items():
+        text = re.sub(rf"(<!-- {key} -->\n).*?(<!-- end -->)", rf"\1{_escaped(lines)}\n\2", text, flags=re.DOTALL)
+    return text
 
 
 def _escaped(lines: list[str]) -> str:

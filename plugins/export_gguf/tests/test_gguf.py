@@ -58,8 +58,10 @@ def test_llama_cpp_computes_what_sft_computes(
     answer = answers[f"{case} f32"]
     assert cases.digest(cases.write(case, "f32", tmp_path)) == answer["digest"], "make_answers.py must be run again"
     model, tokenizer = load(tmp_path / "model"), sft_tokenizer(tmp_path / "model")
+    # llama.cpp looks GELU up in a table of 16-bit numbers; Gemma is the one family that has it.
+    noise = 4e-3 if case.startswith("gemma") else 2e-5
     for ids, after in zip(cases.IDS, answer["after"], strict=True):
-        np.testing.assert_allclose(after, log_probabilities(model, ids), rtol=0, atol=2e-5)
+        np.testing.assert_allclose(after, log_probabilities(model, ids), rtol=0, atol=noise)
     for text, tokens in zip(cases.texts_of(case), answer["tokens"], strict=True):
         assert tokenizer.with_bos(tokenizer.encode(text)) == tokens
 
@@ -212,10 +214,11 @@ def test_every_tensor_is_in_the_file_bit_by_bit(cases: ModuleType, tmp_path: Pat
     for name, array in stored.items():
         expert = re.search(r"\.experts\.(\d+)\.", name)
         own = found[called[name]] if expert is None else found[called[name]][int(expert[1])]
-        off = 1e-7 if config["model_type"] == "gemma" else 0.0  # 1 is added, and taken away again
-        np.testing.assert_allclose(
-            separate(name, own.reshape(array.shape), config), array, atol=off, rtol=0, err_msg=name
-        )
+        there = separate(name, own.reshape(array.shape), config)
+        if config["model_type"] == "gemma":  # of whose norms 1 is added, and taken away again
+            np.testing.assert_allclose(there, array, atol=1e-7, rtol=0, err_msg=name)
+        else:
+            np.testing.assert_array_equal(there, array, name)
 
     def said(key: str) -> Any:
         return reader.fields[key].contents()
@@ -235,7 +238,7 @@ def test_every_tensor_is_in_the_file_bit_by_bit(cases: ModuleType, tmp_path: Pat
     merges = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
     pieces = ["".join(pair) for pair in merges]
     order = [scores[tokens.index(piece)] for piece in pieces if piece in tokens and types[tokens.index(piece)] == 1]
-    assert len(order) > 50
+    assert len(order) > 20
     assert order == sorted(order, reverse=True)
     assert {token for token, kind in zip(tokens, types, strict=True) if kind == 6} == {
         f"<0x{n:02X}>" for n in range(256)

@@ -97,7 +97,12 @@ def let_rows_train(run: CoreRun) -> dict[str, tuple[int, ...]]:
     rows = stored or {name: Rows(tuple(ids), values) for name, values in _begun(run, ids).items()}
     put_rows(run.model, rows, run.source.architecture.tied)
     count = len(next(iter(rows.values())).ids)
-    run.say(f"trainable_token_indices: {count:,} row{'s' if count > 1 else ''} of {' and of '.join(rows)} train")
+    what = (
+        "1 row of {} trains"
+        if count == 1 and len(rows) == 1
+        else f"{count:,} row{'s' if count > 1 else ''} of {{}} train"
+    )
+    run.say(f"trainable_token_indices: {what.format(' and of '.join(rows))}")
     return {name.replace(".weight", ".rows"): one.ids for name, one in rows.items()}
 
 

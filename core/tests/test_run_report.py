@@ -278,6 +278,14 @@ def test_a_run_that_was_killed_has_died(tmp_path: Path) -> None:
     assert sft.read_run(written(tmp_path / "out", status="running")).status == "died"
 
 
+def test_notes_of_a_run_are_on_its_page(train: Train, tmp_path: Path) -> None:
+    speaks = toy("speaks", sft_step_ended=lambda self, run: run.say("note: the sky is grey\nand low"))
+    train("out", (speaks,), max_steps=2)
+    run = sft.read_run(tmp_path / "out")
+    assert run.notes == ["the sky is grey"]
+    assert "<br>the sky is grey" in page([run]) or "<td>the sky is grey" in page([run])
+
+
 def test_a_run_in_its_folder_is_running(train: Train, tmp_path: Path) -> None:
     found: list[sft.RunReport] = []
     looks = toy("looks", sft_step_ended=lambda self, run: found.append(sft.read_run(run.output_dir)))

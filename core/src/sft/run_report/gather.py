@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from sft.errors import UsageError
 from sft.files import read_report
 from sft.folder_lock import is_alive
+from sft.run_log import NAME as LOG
 from sft.run_report.curves import curves_of, moments_of, number_of
 from sft.run_report.value import Answers, Document, Given, Layer, Mask, Row, RunReport, Skipped
 from sft.settings.arguments import core_options
@@ -21,8 +23,9 @@ from sft.training.checkpoint_folder import checkpoints, step_of
 from sft.training.first_rows import NAME as ROWS
 from sft.training.skipped_records import NAME as BAD_RECORDS
 
-SHOWN_SKIPPED = 50
-"""Records that cannot be read and are named."""
+SHOWN = 50
+"""Notes that are shown, and records that cannot be read."""
+_NOTE = re.compile(r"note: |step \d+: (skipped|float16 overflow)")
 
 
 def read_run(folder: Path | str) -> RunReport:
@@ -56,6 +59,7 @@ def read_run(folder: Path | str) -> RunReport:
         arithmetic=_object(record.get("arithmetic")),
         precision=_object(record.get("precision")),
         hub=_object(record.get("hub")),
+        notes=_notes(folder / LOG),
         counts={str(split): _object(counts) for split, counts in _counts(record, result).items()},
         skipped=_skipped(folder / BAD_RECORDS),
         skipped_steps=_whole(result.get("skipped_steps")) or 0,
@@ -93,9 +97,20 @@ def _counts(record: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     return _object(result.get("data")) or _object(record.get("data"))
 
 
+def _notes(path: Path) -> list[str]:
+    """The notes in a run's log, and its lines on steps that were left out; a log that is not there has none."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            said = (line.partition(" ")[2].strip() for line in file)
+            notes = dict.fromkeys(text.removeprefix("note: ") for text in said if _NOTE.match(text))
+            return list(islice(notes, SHOWN))
+    except OSError:
+        return []
+
+
 def _skipped(path: Path) -> Skipped:
     lines = _lines(path)
-    first = list(islice(lines, SHOWN_SKIPPED))
+    first = list(islice(lines, SHOWN))
     return Skipped(len(first) + sum(1 for _ in lines), first)
 
 

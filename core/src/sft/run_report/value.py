@@ -131,6 +131,7 @@ class RunReport:
         changed: Those that are not what they are by default, each with its default (None too where a run of an earlier
             version did not write it down).
         without_effect: Settings that were given and did nothing, each with the reason.
+        notes: What the run has said of what it left out, refused or could not do (``sft.log``), each once.
         counts: What became of the records of ``train`` and ``dev``, as the run counts them.
         trained, total: Parameters, in values; None where the run has not come so far.
         checkpoints: The steps whose checkpoints are there.
@@ -154,6 +155,7 @@ class RunReport:
     arithmetic: dict[str, Any]
     precision: dict[str, Any]
     hub: dict[str, Any]
+    notes: list[str]
     counts: dict[str, dict[str, Any]]
     skipped: Skipped
     skipped_steps: int

@@ -59,6 +59,8 @@ def events(run: RunReport) -> list[Fact]:
     early = run.result.get("stopped_early")
     if isinstance(early, dict):
         found.append(("ended early", [f"after step {early.get('step')}: {early.get('reason')}"]))
+    if run.notes:
+        found.append(("notes", run.notes))
     if run.without_effect:
         found.append(("settings without effect", [f"{name}: {why}" for name, why in run.without_effect]))
     return found

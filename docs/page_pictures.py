@@ -57,7 +57,8 @@ def main() -> int:
             sft.run({**SETTINGS, "output_dir": str(folder)}, plugins=[photographer(browser, folder.parent)])
             for scheme, picture in (("light", "report.png"), ("dark", "report-dark.png")):
                 browser.open(folder / "report.html", "laptop", scheme)
-                browser.point("figure[data-chart=loss] .u-over", 0.45)
+                browser.evaluate("document.querySelector('figure[data-chart=loss] .plot').focus({focusVisible: false})")
+                browser.press(*["ArrowRight"] * 30)
                 browser.evaluate("scrollTo(0, 0)")
                 browser.picture(IMAGES / picture, high=1010)
         finally:

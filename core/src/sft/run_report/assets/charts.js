@@ -237,7 +237,7 @@ const sftCharts = place => {
     }
     const lowest = Math.min(...own.flatMap(line => line.ys.reduce((a, b) => Math.min(a, b), Infinity)));
     const isLog = state.log && said.log && lowest > 0;
-    const tick = ticks[said.format];
+    const tick = ticks[said.format], strokes = series.map(one => one.stroke);
     const options = {
       ...size(chart),
       legend: { show: false },
@@ -245,7 +245,7 @@ const sftCharts = place => {
         drag: { x: true, y: false, dist: 4 },
         bind: { dblclick: () => () => { zoom(...state.full); return null; } },
         sync: { key: "sft", filters: { pub: type => type === "mousemove" || type === "mouseleave", sub: () => true } },
-        points: { size: 8 },
+        points: { size: 8, fill: (_, number) => strokes[number], stroke: (_, number) => strokes[number] },
       },
       scales: {
         x: { time: false, range: (_, min, max) => [min, max] },

@@ -401,6 +401,19 @@ def test_each_dev_set_and_each_number_of_a_plugin_has_a_curve() -> None:
     assert moments_of(lines).tokens == [6]
 
 
+def test_steps_that_have_no_line_have_a_curve_too(train: Train, tmp_path: Path) -> None:
+    found: list[dict[str, Any]] = []
+    watches = toy("watches", sft_step_ended=lambda self, record: found.append(record))
+    train("out", (watches,), max_steps=4, logging_steps=4, do_eval=False)
+    run = sft.read_run(tmp_path / "out")
+    for chart, key in (("loss", "loss"), ("grad_norm", "grad_norm")):
+        curve = run.curve(chart, "each step")
+        assert curve is not None
+        assert (curve.steps, curve.values) == ([1, 2, 3, 4], [record[key] for record in found])
+    assert run.curve("loss", "train") is not None
+    assert run.skipped_steps == 0
+
+
 def test_the_chart_library_is_uplot_as_it_was_published() -> None:
     """Its bytes are those of the npm package ``uplot`` of that version."""
     import hashlib

@@ -8,11 +8,13 @@ from typing import Any
 
 from sft.run_report.value import Curve, Moments
 from sft.settings.best_metric import ANSWER_SCORES
+from sft.training.steps_file import StepFigures
 
 MOST_POINTS = 2000
 """Points of a curve. Of more the lowest and the highest of each stretch are kept, so that no spike is lost."""
 _TRAIN = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm", "peak_memory_mib": "memory_mib"}
 _DEV = {"eval_loss": "loss", "eval_accuracy": "accuracy", "eval_objective": "objective"}
+EACH = "each step"
 _COUNTED = ("tokens", "padding_tokens", "seconds")
 
 
@@ -30,8 +32,9 @@ def moments_of(lines: Sequence[dict[str, Any]]) -> Moments:
     return found
 
 
-def curves_of(lines: Sequence[dict[str, Any]]) -> list[Curve]:
-    """Every figure that the lines have, in the order in which it is drawn."""
+def curves_of(lines: Sequence[dict[str, Any]], each: StepFigures | None = None) -> list[Curve]:
+    """Every figure that the lines have, in the order in which it is drawn; and where not every step has a line, loss
+    and gradient norm of ``each`` step that was taken."""
     found: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
 
     def add(chart: str, name: str, step: int, value: Any) -> None:
@@ -65,6 +68,10 @@ def curves_of(lines: Sequence[dict[str, Any]]) -> list[Curve]:
         for key, value in line.items():
             if "/" in key:
                 add(key.removeprefix("eval_"), of, step, value)
+    if each is not None and each.taken.sum() > len(found.get(("loss", "train"), ([], []))[0]):
+        steps = (each.taken.nonzero()[0] + 1).tolist()
+        found["loss", EACH] = steps, each.loss[each.taken].tolist()
+        found["grad_norm", EACH] = steps, each.grad_norm[each.taken].tolist()
     first = [*dict.fromkeys(_TRAIN.values()), "tokens_per_second", "padding", *_DEV.values(), "answers"]
     order = {chart: number for number, chart in enumerate(dict.fromkeys(first))}
     names = sorted(

@@ -22,6 +22,7 @@ from sft.training.answer_files import SAMPLES, files_of
 from sft.training.checkpoint_folder import checkpoints, step_of
 from sft.training.first_rows import NAME as ROWS
 from sft.training.skipped_records import NAME as BAD_RECORDS
+from sft.training.steps_file import StepFigures, read_steps
 
 SHOWN = 50
 """Notes that are shown, and records that cannot be read."""
@@ -39,7 +40,7 @@ def read_run(folder: Path | str) -> RunReport:
     lines = [line for line in _lines(folder / "metrics.jsonl") if _whole(line.get("step")) is not None]
     settings, result = record["settings"], _object(record.get("result"))
     moments, trained = moments_of(lines), _object(record.get("parameters"))
-    rows, mask, packs = _rows(folder)
+    (rows, mask, packs), each = _rows(folder), _each_step(folder)
     return RunReport(
         name=str(settings.get("run_name") or folder.resolve().name),
         folder=str(folder),
@@ -62,12 +63,13 @@ def read_run(folder: Path | str) -> RunReport:
         notes=_notes(folder / LOG),
         counts={str(split): _object(counts) for split, counts in _counts(record, result).items()},
         skipped=_skipped(folder / BAD_RECORDS),
-        skipped_steps=_whole(result.get("skipped_steps")) or 0,
+        skipped_steps=_whole(result.get("skipped_steps"))
+        or (0 if each is None else int((each.known & ~each.taken).sum())),
         trained=_whole(trained.get("trained", result.get("trainable_parameters"))),
         total=_whole(trained.get("total", result.get("total_parameters"))),
         layers=_layers(trained.get("layers")),
         moments=moments,
-        curves=curves_of(lines),
+        curves=curves_of(lines, each),
         evaluations=[line for line in lines if "eval_loss" in line],
         answers=_answers(folder, result),
         packs=packs,
@@ -106,6 +108,13 @@ def _notes(path: Path) -> list[str]:
             return list(islice(notes, SHOWN))
     except OSError:
         return []
+
+
+def _each_step(folder: Path) -> StepFigures | None:
+    try:
+        return read_steps(folder)
+    except UsageError:
+        return None
 
 
 def _skipped(path: Path) -> Skipped:

@@ -17,7 +17,8 @@ class Curve:
         chart: What it is drawn in: ``loss``, ``learning_rate``, ``grad_norm``, ``tokens_per_second``, ``memory_mib``,
             ``padding`` (a share, 0 to 1), ``accuracy``, ``answers`` (scores of the model's own answers), ``objective``,
             or the name of a number of a plugin, which has a slash.
-        name: ``train``, ``dev``, ``dev NAME`` of one of several data sets, or which score.
+        name: ``train``, a mean over the steps of a line; ``each step``; ``dev``; ``dev NAME`` of one of several data
+            sets; or which score.
         steps: Ascending. A figure of a stretch of steps stands at its last one.
         values: As many, all finite.
     """

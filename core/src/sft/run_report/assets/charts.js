@@ -158,7 +158,7 @@ const sftCharts = place => {
       const name = names.indexOf(curve.name);
       const label = alone ? curve.name : names.length === 1 ? state.runs[number].name : `${state.runs[number].name}: ${curve.name}`;
       return {
-        key: `${chart} ${label}`, label, colour: alone ? name : number, dash: alone ? [] : DASHES[name % DASHES.length],
+        key: `${chart} ${label}`, label, faint: curve.name === "each step", colour: alone ? name : number, dash: alone ? [] : DASHES[name % DASHES.length],
         xs: placed(state.runs[number], curve.steps), ys: curve.values,
       };
     }));
@@ -224,8 +224,8 @@ const sftCharts = place => {
     const series = [{}], tables = [], shown = [];
     for (const line of own) {
       const colour = theme.of[line.colour % theme.of.length];
-      const usual = { label: line.label, stroke: colour, dash: line.dash, width: 2, show: !state.off.has(line.key) };
-      const points = { show: line.xs.length <= POINTS, size: 5, width: 1.5, fill: theme.ground };
+      const usual = { label: line.label, stroke: colour, dash: line.dash, width: line.faint ? 1 : 2, alpha: line.faint ? 0.5 : 1, show: !state.off.has(line.key) };
+      const points = { show: line.xs.length <= POINTS && !line.faint, size: 5, width: 1.5, fill: theme.ground };
       const is = state.smooth > 0 && line.xs.length > 8;
       shown.push({ line, colour, number: series.length + (is ? 1 : 0), all: is ? [series.length, series.length + 1] : [series.length] });
       if (is) {

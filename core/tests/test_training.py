@@ -90,7 +90,7 @@ def test_a_run_repeats_itself_bit_by_bit(train: Train, metrics: Metrics, tmp_pat
     assert metrics(first, same=True) == metrics(second, same=True)
     names = sorted(path.name for path in first.iterdir())
     assert names == sorted(path.name for path in second.iterdir())
-    for name in set(names) - {"metrics.jsonl", "run.json", "sft.log"}:
+    for name in set(names) - {"metrics.jsonl", "run.json", "sft.log", "report.html", "report.json"}:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     assert [line["loss"] for line in steps_of(metrics(other))] != [line["loss"] for line in steps_of(metrics(first))]
 
@@ -161,7 +161,8 @@ def test_evaluation_alone_measures_and_writes_no_weights(train: Train, metrics: 
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
     measured = train("new", do_train=False, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     assert measured.eval_loss_after == trained.eval_loss_after
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["metrics.jsonl", "run.json", "sft.log"]
+    written = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert written == ["metrics.jsonl", "report.html", "report.json", "run.json", "sft.log"]
     base = train("base", do_train=False)
     assert base.eval_loss_after == trained.eval_loss_before
     # A run's own folder is not touched.

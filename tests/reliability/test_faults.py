@@ -53,7 +53,7 @@ def run(out: Path, settings: dict[str, Any], **more: Any) -> sft.Summary:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All that two equal runs have in common: everything but times and paths."""
-    varying = ("metrics.jsonl", "run.json", "sft.log", "state.json", "manifest.json")
+    varying = ("metrics.jsonl", "run.json", "sft.log", "state.json", "manifest.json", "report.html", "report.json")
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in varying)
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 

@@ -184,6 +184,8 @@ def snapshot(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
+        if path.name.endswith(("report.html", "report.json")):  # of each run its own, and written when it has ended
+            continue
         if path.is_dir():
             found[name] = None
         elif path.name == "metrics.jsonl":

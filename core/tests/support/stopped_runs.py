@@ -87,7 +87,8 @@ def watching(steps: list[int]) -> type[sft.Plugin]:
     return Watch
 
 
-TIMED = ("metrics.jsonl", "run.json", "sft.log", "state.json", "manifest.json", "report.html", "report.json")
+REPORT = ("report.html", "report.json")
+TIMED = ("metrics.jsonl", "run.json", "sft.log", "state.json", "manifest.json")
 """Files that hold times or paths, or what comes of them."""
 
 
@@ -96,7 +97,7 @@ def contents(folder: Path, without: tuple[str, ...] = TIMED) -> dict[str, bytes]
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in without
+        if path.is_file() and path.name not in without and not (without and path.name.endswith(REPORT))
     }
 
 

@@ -47,11 +47,11 @@ test-reliability: .venv/installed-test ## Try everything that a run must survive
 	SFT_RELIABILITY=whole OMP_NUM_THREADS=1 $(BIN)/pytest tests/reliability -m "not gpu" $(ARGS); \
 	    code=$$?; $(BIN)/python tests/reliability/figures.py; exit $$code
 
-# Each about three minutes on two cores. ARGS names some of them.
+# Each about three minutes on two cores. ARGS names some of them, or is --quick: each two once, in half an hour.
 certify: .venv/installed-test ## Certify the plugins: writes docs/certified/, from which the README's matrix is made
 	$(BIN)/python tests/certify/all_plugins.py $(ARGS)
 
-certify-faults: .venv/installed-test ## Put faults into plugins and certify those, for an hour: writes docs/certify.json
+certify-faults: .venv/installed-test ## Put faults into plugins and certify those: writes docs/certify.json
 	$(BIN)/python tests/certify/seed.py $(ARGS)
 
 test-plugin: ## Test one plugin alone with the core, in a venv of its own: make test-plugin NAME=peft_vera

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 from collections.abc import Iterable
 from pathlib import Path
@@ -83,6 +84,22 @@ class Environment:
             for path in self.site.rglob("*")
             if path.is_file() and "__pycache__" not in path.parts
         }
+
+
+TRACKERS = ("tensorboard", "visualdl", "wandb", "mlflow-skinny", "swanlab")  # skinny: without servers
+
+
+def with_trackers(folder: Path) -> Path:
+    """The Python of an environment in ``folder`` with the libraries of trackers, the newest that pip finds, over what is
+    installed here: they want another protobuf than paddlenlp leaves."""
+    venv.create(folder / "trackers", with_pip=False)
+    python = folder / "trackers" / "bin" / "python"
+    (own,) = folder.glob("trackers/lib/python*/site-packages")
+    here = sysconfig.get_path("purelib")
+    (own / "here.pth").write_text(f"import site; site.addsitedir({here!r})\n", encoding="utf-8")
+    line = [*PIP, "--python", str(python), "install", "--quiet", *TRACKERS]
+    done(subprocess.run(line, capture_output=True, text=True, timeout=800))
+    return python
 
 
 def done(ended: subprocess.CompletedProcess[str], code: int = 0) -> str:

@@ -226,6 +226,13 @@ def test_what_holds_is_valid(distribute: Distribute, ask: Callable[..., Any]) ->
         ('("tool_width",)', '("max_length",)', "settings", "max_length is a setting of the core"),
         ('"how large it is"', '""', "settings", "tool_size has no help"),
         ('summary = "Nothing much."', "", "words", "it has no summary"),
+        ('conflicts = ("vera",)', "certify = {}", "certify", "certify of plugin tool is {}, not an sft.Trial"),
+        (
+            'conflicts = ("vera",)',
+            'certify = sft.Trial(options={"tool_depth": 2})',
+            "certify",
+            "certify has a value for option tool_depth, which the plugin has not",
+        ),
         ("    import sft\n", "    import sft\n    import datasets\n", "import", "importing it imports datasets"),
         ("class Tool", "sum(n for n in range(40_000_000))\n\n    class Tool", "import", "0.5 s are allowed"),
     ],

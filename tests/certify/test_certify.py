@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from sft.certify.report import MADE_BY, page
 from sft.commands.cli import cli
 from sft.pages import begins
 from sft.plugins.discovery import installed
-from sft.testing import check_plugin
+from sft.testing import check_plugin, needs
 
 from seeded_faults import FAULTS  # isort: skip
 
@@ -54,6 +55,79 @@ def test_a_plugin_that_is_right_holds_and_one_that_draws_from_a_shared_generator
     check_plugin(Scaled, "repeats")
     with pytest.raises(AssertionError, match=r"fails      repeats \(as it comes\): losses: at place 1, "):
         check_plugin(DrawsFromAll, "repeats")
+
+
+class Asks(Scaled):
+    """Reads records of its own."""
+
+    name = "asks"
+    api_version = 1
+    certify = sft.Trial(
+        settings={"max_steps": 2},
+        records=[{"q": f"type#{number}", "a": "A coat."} for number in range(5)],
+        environment={"SFT_TEST_PLACE": "{folder}/kept"},
+    )
+    seen: ClassVar[list[tuple[int, int, str]]] = []
+
+    @sft.hookimpl
+    def sft_record_format(self, record: dict[str, Any]) -> list[sft.Turn]:
+        return [sft.Turn("user", record["q"]), sft.Turn("assistant", record["a"], trains=True)]
+
+    @sft.hookimpl
+    def sft_run_started(self, run: sft.Run) -> None:
+        self.seen.append((run.settings.training.max_steps, len(run.train_data), os.environ["SFT_TEST_PLACE"]))
+
+
+def test_what_a_plugin_needs_is_there_while_it_is_tried() -> None:
+    report = certify("asks", plugins=[Asks], only=["learns"])
+    assert (report.failures, [row.status for row in report.rows]) == ([], ["holds"])
+    ((steps, records, place),) = Asks.seen
+    assert (steps, records) == (2, 5)
+    assert Path(place).name == "kept"
+    assert not Path(place).parent.exists()
+    assert "SFT_TEST_PLACE" not in os.environ
+
+
+class NeedsAdapter(Scaled):
+    """Refuses a run without an adapter."""
+
+    name = "needs-adapter"
+    api_version = 1
+
+    @sft.hookimpl
+    def sft_check(self, run: sft.Run) -> None:
+        if run.plugins.provider("sft_export_adapter") is None:
+            raise sft.UsageError("needs-adapter wants one.")
+
+
+class NeedsMore(NeedsAdapter):
+    """Refuses every run."""
+
+    name = "needs-more"
+    api_version = 1
+
+    @sft.hookimpl
+    def sft_check(self, run: sft.Run) -> None:
+        raise sft.UsageError("needs-more wants more.")
+
+
+@needs("lora")
+def test_who_is_refused_without_an_adapter_is_tried_beside_one() -> None:
+    report = certify("needs-adapter", plugins=[NeedsAdapter], only=["declared"])
+    assert report.company
+    with pytest.raises(sft.UsageError, match="Plugin needs-more cannot be tried here: needs-more wants more"):
+        certify("needs-more", plugins=[NeedsMore], only=["declared"])
+
+
+@needs("visualdl", "lora", "vera")
+def test_who_cannot_be_tried_says_nothing_of_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And two that can, and do not go together, are refused."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "visualdl" else found(name, *more))
+    (row,) = certify("lora", only=["works beside"], beside=["visualdl"]).rows
+    assert (row.status, row.said[:31]) == ("not tried", "visualdl needs visualdl, which ")
+    (row,) = certify("lora", only=["works beside"], beside=["vera"]).rows
+    assert (row.status, "cannot work together" in row.said or "both provide" in row.said) == ("refused", True)
 
 
 def test_each_fault_can_be_put_in(tmp_path: Path) -> None:
@@ -121,12 +195,13 @@ def test_checks_have_names_of_their_own_and_a_sentence() -> None:
 
 # One of each kind; `make certify-faults` tries them all.
 SOME = ("lora-merge-sign", "pissa-state-not-restored", "vera-d-initial-ignored", "neftune-in-evaluation")
-MORE = ("packing-labels-lost", "quantizer-gradient", "flashmask-sees-ahead", "kernels-turn-back")
+MORE = ("packing-labels-lost", "quantizer-gradient", "flashmask-sees-ahead", "kernels-turn-back", "lion-moment-not-kept")
+LATER = ("dpo-counts-rows", "early-stopping-count-lost", "gguf-without-the-adapter")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", [*SOME, *MORE])
+@pytest.mark.parametrize("name", [*SOME, *MORE, *LATER])
 def test_a_seeded_fault_is_caught_by_the_check_that_the_page_names(name: str) -> None:
     (fault,) = (one for one in FAULTS if one.name == name)
     figures: dict[str, Any] = json.loads(FIGURES.read_text(encoding="utf-8"))[name]

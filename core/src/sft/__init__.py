@@ -15,6 +15,7 @@ from sft.options import option
 from sft.plugins.api import API_VERSION
 from sft.plugins.marks import hookimpl, hookspec, single
 from sft.plugins.registry import Plugin
+from sft.plugins.trial import Trial
 from sft.seams import (
     AdapterFiles,
     AdapterLayer,
@@ -222,6 +223,7 @@ __all__ = [
     "TokenLoss",
     "TooEarlyError",
     "ToolCall",
+    "Trial",
     "Turn",
     "UsageError",
     "Values",

@@ -12,5 +12,9 @@ from seeded_faults.of_adapters import NEFTUNE, VERA
 from seeded_faults.of_computing import ATTENTION, KERNELS, PARALLEL
 from seeded_faults.of_lora import LORA
 from seeded_faults.of_parts import PACKING, QUANTIZERS
+from seeded_faults.of_training import EVENTS, EXPORTS, OBJECTIVES, OPTIMIZERS
 
-FAULTS: tuple[Fault, ...] = (*LORA, *VERA, *NEFTUNE, *PACKING, *QUANTIZERS, *ATTENTION, *KERNELS, *PARALLEL)
+FAULTS: tuple[Fault, ...] = (
+    *(*LORA, *VERA, *NEFTUNE, *PACKING, *QUANTIZERS, *ATTENTION, *KERNELS, *PARALLEL),
+    *(*OPTIMIZERS, *OBJECTIVES, *EVENTS, *EXPORTS),
+)

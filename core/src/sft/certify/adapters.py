@@ -14,16 +14,8 @@ from typing import Any
 import numpy as np
 
 from sft.certify.checking import check
-from sft.certify.lab import (
-    FailedError,
-    Lab,
-    NotTriedError,
-    close,
-    logits_of,
-    quiet,
-    refused,
-    without_wishes,
-)
+from sft.certify.comparing import FailedError, NotTriedError, close, refused
+from sft.certify.lab import Lab, logits_of, no_others, quiet
 from sft.certify.runs import DEFAULTS, main_run, settings_of, variants
 from sft.context import Run
 from sft.files import save_tensors
@@ -71,7 +63,7 @@ def begins_as_its_base(lab: Lab, case: str) -> None:
 def _held(lab: Lab, given: dict[str, Any]) -> Any:
     """Logits of the base, as the quantizer of the run holds it where there is one."""
     options = {key: value for key, value in given.items() if lab.subject.has("sft_quantizer")}
-    requested = [*([lab.subject.request] if lab.subject.has("sft_quantizer") else []), *without_wishes()]
+    requested = [*([lab.subject.request] if lab.subject.has("sft_quantizer") else []), *no_others()]
     return logits_of(load_for_inference(str(lab.model()), None, quiet, requested, **options)[0])
 
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from sft import runtime
-from sft.certify import adapters, parts, runs, together
+from sft.certify import adapters, exports, parts, runs, together
 from sft.certify.checking import Check
-from sft.certify.lab import Lab, NotTriedError
+from sft.certify.company import complete
+from sft.certify.comparing import NotTriedError, RefusedError
+from sft.certify.lab import Lab
 from sft.certify.report import FAILED, HELD, NOT_TRIED, REFUSED, Report, Row, versions
 from sft.certify.subject import Subject, find_subject
-from sft.certify.together import RefusedError
 from sft.errors import SftError, UsageError
-from sft.plugins.discovery import canonical, entries, find, installed
+from sft.plugins.discovery import canonical, entries, find, import_plugin, installed
+from sft.plugins.trial import trial_of
 
-ALONE: tuple[Check, ...] = (*runs.CHECKS, *adapters.CHECKS, *parts.CHECKS)
+ALONE: tuple[Check, ...] = (*runs.CHECKS, *adapters.CHECKS, *parts.CHECKS, *exports.CHECKS)
 CHECKS: tuple[Check, ...] = (*ALONE, *together.CHECKS)
 OWN = "sft.certify"
 """The group of entry points: NAME = the checks of plugin NAME's own formula, a tuple of functions (lab)."""
@@ -49,23 +53,39 @@ def certify(
     checks = _chosen([*ALONE, *own_checks(subject), *together.CHECKS], only)
     others = None if beside is None else [find(canonical(one), installed()).name for one in beside]
     began = time.monotonic()
-    report = _about(subject, checks)
     with tempfile.TemporaryDirectory(prefix="sft-certify-") as work, warnings.catch_warnings():
         # numpy's, as denormal numbers count as zero while paddle computes.
         warnings.filterwarnings("ignore", "The value of the smallest subnormal")
         lab = Lab(subject, Path(work), plugins, others)
-        for check in checks:
-            if not check.asks(lab):
-                continue
-            for case in _cases(check, lab):
-                row = case if isinstance(case, Row) else _try(check, lab, case)
+        with mock.patch.dict(os.environ, _environment(lab)):
+            complete(lab)
+            report = _about(subject, checks)
+            for row in _rows(checks, lab):
                 report.rows.append(row)
                 say(row)
                 if first_failure and row.status == FAILED:
-                    report.seconds = time.monotonic() - began
-                    return report
+                    break
     report.seconds = time.monotonic() - began
     return report
+
+
+def _environment(lab: Lab) -> dict[str, str]:
+    """What the plugins that take part need in the environment, as they say themselves."""
+    found: dict[str, str] = {}
+    for name in [*lab.subject.company, *lab.others]:
+        try:
+            found.update(trial_of(import_plugin(name)).environment)
+        except UsageError:  # it is not tried, and its case says why
+            continue
+    found.update(trial_of(lab.subject.plugin).environment)
+    return {key: value.replace("{folder}", str(lab.work)) for key, value in found.items()}
+
+
+def _rows(checks: Iterable[Check], lab: Lab) -> Iterator[Row]:
+    for check in checks:
+        if check.asks(lab):
+            for case in _cases(check, lab):
+                yield case if isinstance(case, Row) else _try(check, lab, case)
 
 
 def own_checks(subject: Subject) -> list[Check]:

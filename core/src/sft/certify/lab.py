@@ -24,31 +24,22 @@ from sft.certify import tiny
 from sft.certify.subject import Subject, other_values, wishes
 from sft.conformance import forward
 from sft.context import Run, Summary
-from sft.errors import SftError, UsageError
+from sft.errors import UsageError
 from sft.fine_tune import run as fine_tune
+from sft.inference.export import export
 from sft.inference.merge import merge
 from sft.inference.open import load_for_inference
 from sft.plugins.discovery import import_plugin, installed
+from sft.plugins.files import name_of
 from sft.plugins.marks import hookimpl, implements
 from sft.plugins.registry import Plugin
+from sft.plugins.trial import trial_of
 from sft.seams import Batch
+from sft.settings.arguments import core_options
 from sft.tensor_files import read_tensors
-
-CLOSE = 1e-5
-"""Two ways of computing the same logits in float32 are so near, as a share of the largest."""
-NEAR = 1e-3
-"""So near are losses after steps of training by two ways of computing the same gradients."""
 
 SHOWN = np.array([3, 5, 7, 9, 11, 13, 2, 4, 17, 19, 23, 29])
 Started = Callable[[Run], Any]
-
-
-class FailedError(AssertionError):
-    """What must hold does not: a sentence."""
-
-
-class NotTriedError(Exception):
-    """Why a case cannot be tried here: a sentence."""
 
 
 @dataclass
@@ -77,11 +68,16 @@ class Outcome:
     def losses(self) -> list[float]:
         return [record["loss"] for record in self.steps]
 
+    @property
+    def minimised(self) -> list[float]:
+        """What the run minimises, of each evaluation: its objective, or cross-entropy."""
+        return [record.get("eval_objective", record["eval_loss"]) for record in self.evaluations]
+
     def files(self) -> dict[str, str]:
         """A digest of each file of the result: weights, and what says how to read them."""
         names = ("adapter_config.json", "config.json")
-        found = [path for path in self.folder.iterdir() if path.suffix == ".safetensors" or path.name in names]
-        return {path.name: hashlib.blake2b(path.read_bytes()).hexdigest() for path in sorted(found)}
+        own = [path for path in self.folder.iterdir() if path.suffix == ".safetensors" or path.name in names]
+        return digests(self.folder, own)
 
     def numbers(self) -> tuple[list[float], list[dict[str, Any]], dict[str, bytes]]:
         """What was learned, without what was only written down: losses, evaluations, the result's tensors."""
@@ -97,13 +93,18 @@ class Lab:
     ) -> None:
         """``others`` are the plugins beside which the subject is tried; None: all that are installed."""
         self.subject, self.work, self.extra = subject, work, tuple(extra)
-        self.others = [name for name in (installed() if others is None else others) if name not in subject.own]
+        self._others = list(installed() if others is None else others)
         self.data = tiny.write_data(work / "data")
         self._models: dict[str, Path] = {}
         self._runs: dict[str, Outcome] = {}
         self._count = 0
         self.tried: dict[str, str | None] = {}
         """What checks have to say of what several of them would try."""
+
+    @property
+    def others(self) -> list[str]:
+        """The plugins beside which the subject is tried."""
+        return [name for name in self._others if name not in self.subject.own]
 
     def place(self, what: str) -> Path:
         """A path for ``what`` where nothing is yet."""
@@ -114,6 +115,8 @@ class Lab:
     def varied(self) -> dict[str, Any]:
         """Another value for each option of the subject that can be guessed one, where a run takes them together."""
         found: dict[str, Any] = {}
+        if self.subject.shares:  # whose options ask for processes
+            return found
         for name, option in self.subject.options.items():
             for value in other_values(option, self.subject.tried):
                 try:
@@ -135,8 +138,7 @@ class Lab:
 
     def names(self, beside: Iterable[str] = (), without: bool = False) -> list[str]:
         """The plugins of a run: the subject, what it cannot be without, and ``beside``; ``without`` the subject."""
-        wanted = [*(self.subject.company if without else self.subject.names), *beside]
-        return [*dict.fromkeys(wanted), *(f"no:{name}" for name in wishes() if name not in wanted)]
+        return no_others([*(self.subject.company if without else self.subject.names), *beside])
 
     def settings(self, model: Path, names: Sequence[str], **more: Any) -> dict[str, Any]:
         """Those of a run of three steps with four rows each."""
@@ -155,12 +157,24 @@ class Lab:
         return {**values, **self.needed(names), **more}
 
     def needed(self, names: Iterable[str]) -> dict[str, Any]:
-        """The settings without which the subject and ``names`` could not be tried, as they say themselves."""
-        plugins = [import_plugin(name) for name in names if name in installed()]
+        """The settings without which ``names`` could not be tried, as they say themselves, and a data set of the records
+        that they read; the subject has the last word."""
         found: dict[str, Any] = {}
-        for plugin in (*plugins, self.subject.plugin):
-            found.update(getattr(plugin, "certify", {}))
+        for name in reversed([*names]):
+            if name != self.subject.request and name not in installed():
+                continue
+            trial = trial_of(self.subject.plugin if name == self.subject.request else import_plugin(name))
+            found.update(trial.settings)
+            if trial.records:
+                folder = self.work / f"records of {Path(name).stem}"
+                if not folder.exists():
+                    tiny.write_data(folder, trial.records)
+                found["dataset_name_or_path"] = str(folder)
         return found
+
+    def needed_of_core(self, names: Iterable[str]) -> dict[str, Any]:
+        """Of the settings that ``names`` need, those that a run without them has too."""
+        return {name: value for name, value in self.needed(names).items() if name in core_options()}
 
     def run(
         self,
@@ -178,16 +192,19 @@ class Lab:
         """
         model = model or self.model()
         names = self.names(beside, without)
+        if without:  # what of its settings is the core's is that of both
+            settings = {**self.needed_of_core([self.subject.request]), **settings}
         key = json.dumps([names, str(model), settings], sort_keys=True, default=str)
         cached = not fresh and started is None and not also
         if cached and key in self._runs:
             return self._runs[key]
         values = self.settings(model, names, **settings)
         outcome = Outcome(Path(values["output_dir"]))
+        given = [one for one in self.extra if not (without and name_of(one) == self.subject.name)]
         self._disturb()
         shown = io.StringIO()
         with redirect_stdout(shown), redirect_stderr(shown), mock.patch.object(warnings, "showwarning", _unheard):
-            fine_tune(values, plugins=[*self.extra, *also, _watch(outcome, started)], say=outcome.said.append)
+            fine_tune(values, plugins=[*given, *also, _watch(outcome, started)], say=outcome.said.append)
         outcome.printed = shown.getvalue()
         if cached:
             self._runs[key] = outcome
@@ -213,17 +230,25 @@ class Lab:
         model = model or self.model()
         if (outcome.folder / "adapter_config.json").is_file():
             return logits_of(load_for_inference(str(model), outcome.folder, quiet, self.reading())[0])
-        return logits_of(load_for_inference(str(outcome.folder), None, quiet, without_wishes())[0])
+        return logits_of(load_for_inference(str(outcome.folder), None, quiet, no_others())[0])
 
     def reading(self) -> list[str]:
         """The plugins that are named where a result is read: an adapter's files know the others."""
-        return [*self.subject.files, *without_wishes()]
+        return no_others(self.subject.files)
 
     def merged(self, outcome: Outcome, model: Path | None = None) -> Any:
         """float32 logits [1, S, V] of the base with the adapter of a run folded in."""
         folder = self.place("merged")
         merge(str(model or self.model()), outcome.folder, folder, quiet, self.subject.files)
-        return logits_of(load_for_inference(str(folder), None, quiet, without_wishes())[0])
+        return logits_of(load_for_inference(str(folder), None, quiet, no_others())[0])
+
+    def exported(self, outcome: Outcome, form: str, model: Path | None = None, **options: Any) -> dict[str, str]:
+        """A digest of each file that `sft export --to FORM` writes of the result of a run."""
+        adapter = outcome.folder if (outcome.folder / "adapter_config.json").is_file() else None
+        base = outcome.folder if adapter is None else model or self.model()
+        folder = self.place("exported")
+        export(str(base), adapter, form, folder, quiet, self.subject.files, options=options)
+        return digests(folder, folder.rglob("*"))
 
     def draws(self, beside: Sequence[str] = (), **settings: Any) -> bool:
         """Whether what is learned depends on what paddle's generator gives: dropout, noise."""
@@ -274,9 +299,16 @@ def _watch(outcome: Outcome, started: Started | None) -> type:
     return Watch
 
 
-def without_wishes() -> list[str]:
-    """What leaves out the plugins that wish to be active on this device."""
-    return [f"no:{name}" for name in wishes()]
+def no_others(names: Iterable[str] = ()) -> list[str]:
+    """What asks for ``names``, and leaves out the plugins that wish to be active on this device."""
+    wanted = [*dict.fromkeys(names)]
+    return [*wanted, *(f"no:{name}" for name in wishes() if name not in wanted)]
+
+
+def digests(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """Of each file among ``paths``, by where it is in ``folder``."""
+    files = sorted(path for path in paths if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}
 
 
 def quiet(text: str) -> None:
@@ -303,45 +335,3 @@ def logits_of(model: Any, as_it_trains: bool = False) -> np.ndarray:
         (model.train if mode else model.eval)()
 
 
-def same(found: Mapping[str, Any] | Sequence[Any], expected: Any, what: str) -> None:
-    """Both to the last bit."""
-    if found != expected:
-        raise FailedError(f"{what}: {_first_difference(found, expected)}")
-
-
-def close(found: Any, expected: Any, what: str, tolerance: float = CLOSE) -> None:
-    """Arrays or lists of numbers, as near as ``tolerance`` times the largest."""
-    one, other = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    if one.shape != other.shape:
-        raise FailedError(f"{what}: {one.shape} where {other.shape} is expected")
-    if not np.isfinite(one).all():
-        raise FailedError(f"{what}: not finite")
-    off, largest = float(np.abs(one - other).max(initial=0.0)), float(np.abs(other).max(initial=0.0))
-    if off > tolerance * largest:
-        raise FailedError(f"{what}: {off:.2e} apart, where the largest value is {largest:.2e}")
-
-
-def refused(action: Callable[[], Any], what: str) -> str:
-    """The one sentence in which ``action`` is refused."""
-    try:
-        action()
-    except SftError as error:
-        return str(error)
-    except Exception as error:
-        raise FailedError(f"{what} is no error in a sentence but a {type(error).__name__}: {error}") from error
-    raise FailedError(f"{what} is accepted")
-
-
-def _first_difference(found: Any, expected: Any) -> str:
-    if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        keys = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
-        return f"{keys[0]} differs"
-    for number, (one, other) in enumerate(zip(found, expected, strict=False)):
-        if one != other:
-            return f"at place {number}, {_short(one)} where {_short(other)} is expected"
-    return f"{len(found)} where {len(expected)} are expected"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else text[:77] + "…"

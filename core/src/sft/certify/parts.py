@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from sft.certify.checking import check
-from sft.certify.lab import CLOSE, FailedError, Lab, NotTriedError, close, same
+from sft.certify.comparing import CLOSE, FailedError, NotTriedError, close, same
+from sft.certify.lab import Lab
 from sft.certify.runs import settings_of, variants
 from sft.context import Run
 from sft.seams import Example

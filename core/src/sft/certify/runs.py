@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from sft.certify.checking import check
-from sft.certify.lab import CLOSE, NEAR, FailedError, Lab, NotTriedError, Outcome, close, same
+from sft.certify.comparing import CLOSE, NEAR, FailedError, NotTriedError, close, same
+from sft.certify.lab import Lab, Outcome
 from sft.certify.subject import other_values
 from sft.context import Run
 from sft.data.batches import PaddedCollator
@@ -57,12 +58,16 @@ def declared(lab: Lab, case: str) -> None:
 
 @check("A run of it learns: all numbers are finite, and the loss on what is learned falls.", cases=variants)
 def learns(lab: Lab, case: str) -> None:
-    outcome = main_run(lab, case)
-    before, after = (outcome.evaluations[place]["eval_loss"] for place in (0, -1))
+    check_learned(main_run(lab, case))
+
+
+def check_learned(outcome: Outcome) -> None:
+    """All is finite, and what the run minimises has fallen."""
+    before, after = outcome.minimised[0], outcome.minimised[-1]
     if not np.isfinite([*outcome.losses, before, after]).all():
         raise FailedError("a loss is not finite")
     if after >= before:
-        raise FailedError(f"after three steps the loss is {after:.4f}, and it was {before:.4f}")
+        raise FailedError(f"after {len(outcome.losses)} steps the loss is {after:.4f}, and it was {before:.4f}")
 
 
 @check("A run tells what it has to say through run.say, and writes nothing past it.", cases=variants)
@@ -87,7 +92,9 @@ def repeats(lab: Lab, case: str) -> None:
 )
 def resumes(lab: Lab, case: str) -> None:
     whole = main_run(lab, case)
-    for step in (1, 2):
+    if len(whole.losses) < 2:
+        raise NotTriedError("it ends its run after the first step, so nothing could follow")
+    for step in range(1, len(whole.losses)):
         later = lab.resumed(whole, step, save_strategy="steps", save_steps=1, **settings_of(lab, case))
         same(later.losses, whole.losses[step:], f"from step {step} on, losses")
         same(later.files(), whole.files(), f"from step {step} on, files of the result")
@@ -102,7 +109,7 @@ def evaluates_without_a_trace(lab: Lab, case: str) -> None:
     same(watched.files(), plain.files(), "files of a run that evaluates after each step")
     same(watched.evaluations[:1], plain.evaluations[:1], "the evaluation before the first step")
     same(watched.evaluations[-1:], plain.evaluations[-1:], "the evaluation of the result")
-    twice = [record["eval_loss"] for record in watched.evaluations if record["step"] == 3]
+    twice = [record["eval_loss"] for record in watched.evaluations if record["step"] == plain.steps[-1]["step"]]
     same(twice, twice[:1] * len(twice), "the same model measured twice")
     alone = lab.run(do_train=False, **given)
     same(alone.evaluations, plain.evaluations[:1], "a run that only measures")
@@ -201,11 +208,11 @@ def options_take_effect(lab: Lab, case: str) -> str:
     option = lab.subject.options[case]
     if len(option.words) == 1:
         raise NotTriedError(f"its one value, {option.words[0]}, asks for the plugin")
+    if lab.subject.shares:
+        raise NotTriedError("processes that share a run are what works in two processes tries")
     values = other_values(option, lab.subject.tried)
     if not values:
         raise NotTriedError(f"no value of it can be guessed; give one with --try {case}=VALUE")
-    if lab.subject.only_computes():
-        raise NotTriedError("the plugin changes nothing of what is learned, so no number could show it")
     rest = {name: value for name, value in lab.varied.items() if name != case}
     shown, why = [], ""
     for beside in ({}, rest) if rest else ({},):
@@ -217,16 +224,30 @@ def options_take_effect(lab: Lab, case: str) -> str:
                 continue
             plain = lab.run(save_strategy="steps", save_steps=1, **beside)
             shown.append(value)
-            if other.numbers() != plain.numbers():
+            if other.numbers() != plain.numbers() or _changes_an_export(lab, plain, beside, {case: value}):
                 return f"{case} {value}"
     if not shown:
         raise NotTriedError(f"all values that were tried are refused: {why}")
-    raise FailedError(f"with {' or '.join(dict.fromkeys(map(str, shown)))} everything is as without")
+    same_as = f"with {' or '.join(dict.fromkeys(map(str, shown)))} everything is as without"
+    if lab.subject.only_computes() and not lab.subject.may_ask:
+        raise NotTriedError(f"{same_as}, and the plugin changes nothing of what is learned")
+    raise FailedError(same_as)
+
+
+def _changes_an_export(lab: Lab, outcome: Outcome, beside: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Whether a model is exported otherwise with the options ``given``, in a form that takes them."""
+    for form in lab.subject.forms:
+        try:
+            if lab.exported(outcome, form, **beside, **given) != lab.exported(outcome, form, **beside):
+                return True
+        except UsageError:
+            continue
+    return False
 
 
 def _publishes(lab: Lab) -> bool:
     published = getattr(lab.subject.plugin, "hookspecs", None)
-    return published is not None and not lab.subject.has("sft_parallel_strategy", "sft_launch")
+    return published is not None and not lab.subject.shares
 
 
 @check("It asks each hook that it publishes, so that no refinement is active and forgotten.", _publishes)
@@ -272,7 +293,7 @@ class Packs(Plugin):
 
 
 def _collates_not(lab: Lab) -> bool:
-    return not lab.subject.has("sft_collator", "sft_parallel_strategy", "sft_launch")
+    return not lab.subject.has("sft_collator") and not lab.subject.shares
 
 
 @check("Records that share a row are learned as if each had its own.", _collates_not, variants)

@@ -11,13 +11,15 @@ from sft import hookspecs
 from sft.errors import UsageError
 from sft.kit.about import load
 from sft.options import Option, convert, options_of
+from sft.plugins.calls import EVENTS
 from sft.plugins.discovery import canonical, import_plugin, installed, with_refined
 from sft.plugins.files import is_file, name_of
 from sft.plugins.marks import implements
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import requests
+from sft.plugins.trial import trial_of
 
-ADAPTS, EXPORTS, QUANTIZES = "sft_adapt_model", "sft_export_adapter", "sft_quantizer"
+EXPORTS = "sft_export_adapter"
 
 
 @dataclass
@@ -28,8 +30,8 @@ class Subject:
         name: Its canonical name.
         request: What asks for it: its name, or the path of its file.
         plugin: Its class, or module.
-        company: What it cannot be without: what it requires, and an adapter where it trains nothing by itself.
-        tried: Values that the user gave for options of it.
+        company: What it cannot be without: what it requires, and an adapter where a run without one is refused.
+        tried: Values for options of it that nobody could guess: its class's, and the user's.
     """
 
     name: str
@@ -66,44 +68,46 @@ class Subject:
         """Whether a run of it writes an adapter, its own or that of its company."""
         return self.has(EXPORTS) or any(implements(import_plugin(one), EXPORTS) for one in self.company)
 
+    @property
+    def shares(self) -> bool:
+        """Whether it shares runs among processes."""
+        return self.has("sft_parallel_strategy", "sft_launch")
+
+    @property
+    def may_ask(self) -> bool:
+        """Whether it is told what happens in a run, and may ask it to stop, to save or to evaluate."""
+        return self.has(*EVENTS) and not getattr(self.plugin, "observes", False)
+
+    @property
+    def forms(self) -> list[str]:
+        """What `sft export --to FORM` may name for it to write."""
+        return forms_of(self.name)
+
     def only_computes(self, beside: Sequence[str] = ()) -> bool:
         """Whether it changes nothing of what is learned; or, beside it, those that are named there."""
         extra = [self.plugin] if self.name not in installed() else []
         active = Plugins.load([one for one in (*self.own, *beside) if one in installed()], hookspecs, extra)
         asked = list(beside) or [self.name]
-        shaping = {*active.shaping(), *(name for name, one in active if implements(one, "sft_schedule"))}
+        deciding = ("sft_schedule", "sft_record_format")
+        others = [name for name, one in active if any(implements(one, hook) for hook in deciding)]
+        shaping = {*active.shaping(), *others}
         return not shaping & {*asked}
 
 
 def find_subject(request: str, extra: Sequence[type] = (), tried: Mapping[str, Any] | None = None) -> Subject:
     """The plugin that is installed as ``request``, or in the file of that path, or the class of that name in ``extra``,
-    with the company that it needs."""
+    with what it requires."""
     direct = {name_of(one): one for one in extra if hasattr(one, "name")}
     request = str(Path(request).expanduser().absolute()) if is_file(request) else canonical(request)
     plugin = direct.get(request) or load(request)
     name = name_of(plugin)
-    subject = Subject(name, request, plugin, tried=dict(tried or {}))
-    subject.company = [one for one in _required(plugin) if one != name]
-    if needs_records(plugin):
-        raise UsageError(f"Plugin {name} cannot be tried: {NO_RECORDS}")
-    if subject.has(QUANTIZES) and not subject.adapts():
-        subject.company = [*an_adapter(subject), *subject.company]
+    company = [one for one in _required(plugin) if one != name]
+    subject = Subject(name, request, plugin, company, {**trial_of(plugin).options, **(tried or {})})
     for key in subject.tried:
         if key not in subject.options:
             known = ", ".join(subject.options) or "none"
-            raise UsageError(f"Plugin {name} has no option {key} (it has {known}); leave --try {key} out.")
+            raise UsageError(f"Plugin {name} has no option {key} (it has {known}), so no other value of it can be tried.")
     return subject
-
-
-NO_RECORDS = (
-    "it reads records in a format of its own, and its class names none to learn "
-    '(certify = {"dataset_name_or_path": "…"}).'
-)
-
-
-def needs_records(plugin: Any) -> bool:
-    """Whether a plugin reads records of its own and does not say where some are."""
-    return implements(plugin, "sft_record_format") and "dataset_name_or_path" not in getattr(plugin, "certify", {})
 
 
 def _required(plugin: Any) -> list[str]:
@@ -127,6 +131,11 @@ def an_adapter(subject: Subject, beside: Sequence[str] = ()) -> list[str]:
         f"Plugin {subject.name} is tried beside an adapter, and none that goes together with it is installed; pip "
         "install one."
     )
+
+
+def forms_of(name: str) -> list[str]:
+    """The forms in which the installed plugin ``name`` writes a finished model."""
+    return [form for form, names in requests("export").items() if name in names]
 
 
 def company_of(name: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,10 @@ RECORDS = [
 ]
 
 
-def write_data(folder: Path) -> Path:
-    """A data set of 12 records of several lengths; what is learned is measured too."""
+def write_data(folder: Path, records: Iterable[Mapping[str, Any]] = RECORDS) -> Path:
+    """A data set of ``records``; by itself 12 of several lengths. What is learned is measured too."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(record) + "\n" for record in RECORDS)
+    text = "".join(json.dumps(record) + "\n" for record in records)
     for split in ("train", "dev"):
         (folder / f"{split}.json").write_text(text, encoding="utf-8")
     return folder

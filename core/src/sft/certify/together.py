@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sft.certify import tiny
 from sft.certify.checking import check
-from sft.certify.lab import NEAR, FailedError, Lab, NotTriedError, Outcome, close, provides, quiet, same, without_wishes
-from sft.certify.runs import DEFAULTS, main_run
-from sft.certify.subject import NO_RECORDS, an_adapter, company_of, needs_records
+from sft.certify.company import together_with
+from sft.certify.comparing import NEAR, FailedError, NotTriedError, RefusedError, close, same
+from sft.certify.lab import Lab, Outcome, no_others, provides, quiet
+from sft.certify.runs import DEFAULTS, check_learned, main_run
+from sft.certify.subject import forms_of
 from sft.errors import UsageError
 from sft.fine_tune import run as fine_tune
 from sft.inference.evaluate import evaluate_finished
@@ -21,10 +23,6 @@ from sft.training.journal import read_metrics
 
 PROCESSES = "nproc"
 """The setting that starts several processes; the plugin that claims it shares a run among them."""
-
-
-class RefusedError(Exception):
-    """Two plugins that do not go together say so, in one sentence."""
 
 
 # --- beside others ------------------------------------------------------------------------------------------
@@ -42,14 +40,7 @@ def _others(lab: Lab) -> Iterator[str]:
     cases=_others,
 )
 def works_beside(lab: Lab, case: str) -> str | None:
-    if needs_records(import_plugin(case)):
-        raise NotTriedError(NO_RECORDS)
-    beside = [one for one in company_of(case) if one not in lab.subject.own]
-    if provides(case, "sft_quantizer") and not lab.subject.adapts():
-        try:
-            beside = [*an_adapter(lab.subject, beside), *beside]
-        except UsageError as error:
-            raise RefusedError(str(error)) from error
+    beside = together_with(lab, case)
     if provides(case, "sft_parallel_strategy") or lab.subject.has("sft_parallel_strategy"):
         return _in_two_processes(lab, {PROCESSES: 2}, beside)
     try:
@@ -60,23 +51,34 @@ def works_beside(lab: Lab, case: str) -> str | None:
     # Other options are worth their time where others have a hand in the layers.
     given = lab.varied if any(provides(case, hook) for hook in _OF_LAYERS) else {}
     _keeps(lab, beside, lab.run(beside, save_strategy="steps", save_steps=2, **given), **given)
+    _export(lab, [*lab.subject.forms, *forms_of(case)], whole)
     return f"beside {', '.join(beside)}" if beside != [case] else None
 
 
 def _keeps(lab: Lab, beside: list[str], whole: Outcome, **given: Any) -> None:
     """It is gone on with, read again, merged and measured alike."""
-    later = lab.resumed(whole, 2, beside, save_strategy="steps", save_steps=2, **given)
-    same(later.losses, whole.losses[2:], "gone on with, the loss")
-    same(later.files(), whole.files(), "gone on with, the files of the result")
-    same(later.evaluations[-1:], whole.evaluations[-1:], "gone on with, the evaluation at the end")
+    if len(whole.losses) > 2:  # it may have been asked to end before
+        later = lab.resumed(whole, 2, beside, save_strategy="steps", save_steps=2, **given)
+        same(later.losses, whole.losses[2:], "gone on with, the loss")
+        same(later.files(), whole.files(), "gone on with, the files of the result")
+        same(later.evaluations[-1:], whole.evaluations[-1:], "gone on with, the evaluation at the end")
     close(lab.reloaded(whole), whole.logits, "read again, logits")
     if (whole.folder / "adapter_config.json").is_file():
         close(lab.merged(whole), whole.logits, "merged, logits")
 
 
+def _export(lab: Lab, forms: Iterable[str], whole: Outcome, model: Path | None = None) -> None:
+    """It is written in ``forms``."""
+    for form in forms:
+        try:
+            lab.exported(whole, form, model)
+        except UsageError as error:
+            raise RefusedError(str(error)) from error
+
+
 def _compare(lab: Lab, case: str, beside: list[str], whole: Outcome) -> None:
     """What only computes in another way changes no number; what refines the subject changes some."""
-    needed = lab.needed(beside)
+    needed = lab.needed_of_core(beside)
     if lab.subject.only_computes(beside):
         close(whole.losses, main_run(lab, DEFAULTS, **needed).losses, f"without {case}, losses", NEAR)
     elif lab.subject.name in map(canonical, getattr(import_plugin(case), "requires", ())):
@@ -97,7 +99,7 @@ def _compare(lab: Lab, case: str, beside: list[str], whole: Outcome) -> None:
 
 
 def _families(lab: Lab) -> list[str]:
-    return [] if lab.subject.has("sft_parallel_strategy", "sft_launch") else tiny.families()
+    return [] if lab.subject.shares else tiny.families()
 
 
 @check(
@@ -107,9 +109,7 @@ def _families(lab: Lab) -> list[str]:
 def works_on_family(lab: Lab, case: str) -> None:
     model = lab.model(case)
     outcome = lab.run(model=model)
-    before, after = (outcome.evaluations[place]["eval_loss"] for place in (0, -1))
-    if not after < before:
-        raise FailedError(f"after three steps the loss is {after:.4f}, and it was {before:.4f}")
+    check_learned(outcome)
     close(lab.reloaded(outcome, model), outcome.logits, "read again, logits")
     if (outcome.folder / "adapter_config.json").is_file():
         close(lab.merged(outcome, model), outcome.logits, "merged, logits")
@@ -118,6 +118,7 @@ def works_on_family(lab: Lab, case: str) -> None:
         close(outcome.losses[:1], plain.losses[:1], "the first loss")
         close(outcome.steps[0]["grad_norm"], plain.steps[0]["grad_norm"], "the first gradient norm", NEAR / 10)
         close(outcome.losses, plain.losses, "losses", NEAR)
+    _export(lab, lab.subject.forms, outcome, model)
 
 
 # --- two processes ------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def _tried(lab: Lab, plan: dict[str, Any], shared: list[str]) -> str | None:
         same(Outcome(later).files(), Outcome(folder).files(), "gone on with, the files of the result")
     alone = _on_one(lab, shared, steps[0]["tokens"])
     close(evaluations[:1], [alone.evaluations[0]["eval_loss"]], "the loss of dev data before the first step")
-    _measures_on_one(lab, folder, evaluations[-1])
+    _measures_on_one(lab, folder, evaluations[-1], lab.names(shared))
     if lab.draws(shared):
         return "it draws, and each process draws its own: what they learn is not compared"
     losses = [line["loss"] for line in steps]
@@ -203,17 +204,13 @@ def _on_one(lab: Lab, beside: list[str], tokens: int) -> Outcome:
     raise FailedError(f"the first step has {tokens} tokens, which two or four rows on one process do not have")
 
 
-def _measures_on_one(lab: Lab, folder: Path, expected: float) -> None:
+def _measures_on_one(lab: Lab, folder: Path, expected: float, names: list[str]) -> None:
     """What two processes wrote is measured in this one."""
     adapter = (folder / "adapter_config.json").is_file()
-    values = {
-        "model_name_or_path": str(lab.model() if adapter else folder),
-        "dataset_name_or_path": str(lab.data),
-        "max_length": 64,
-    }
-    record = evaluate_finished(
-        values, folder if adapter else None, quiet, tuple(lab.reading() if adapter else without_wishes())
-    )
+    data = lab.needed(names).get("dataset_name_or_path", str(lab.data))
+    values = {"model_name_or_path": str(lab.model() if adapter else folder), "dataset_name_or_path": data, "max_length": 64}
+    reading = [*(lab.reading() if adapter else no_others()), *(one for one in names if provides(one, "sft_record_format"))]
+    record = evaluate_finished(values, folder if adapter else None, quiet, reading)
     close(record["eval_loss"], expected, "the loss of the result, measured in one process", 1e-4)
 
 

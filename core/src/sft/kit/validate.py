@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft import hookspecs
-from sft.errors import SftError
+from sft.errors import SftError, UsageError
 from sft.kit.about import Found, excludes, find_plugin, found
 from sft.options import options_of
 from sft.plugins.calls import annotations_of
@@ -23,6 +23,7 @@ from sft.plugins.discovery import canonical, installed
 from sft.plugins.marks import hooks_of, implements
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import requests, switches
+from sft.plugins.trial import no_records, trial_of
 from sft.settings.arguments import core_options, long_name
 
 SLOWEST = 0.5
@@ -70,9 +71,15 @@ def _findings(row: Found, asked: str, company: list[Found]) -> Findings:
         ("arguments", _arguments(row.plugin, others.values())),
         ("settings", _options(row, others)),
         ("words", _words(row.plugin)),
+        ("certify", _trial(row.plugin)),
     ):
         findings.faults += [(check, text) for text in texts]
-    for check, texts in (("settings", _shared(row, others)), ("relations", _relations(row)), ("words", _more(row))):
+    for check, texts in (
+        ("settings", _shared(row, others)),
+        ("relations", _relations(row)),
+        ("words", _more(row)),
+        ("certify", _untried(row.plugin)),
+    ):
         findings.notes += [(check, text) for text in texts]
     return findings
 
@@ -203,6 +210,18 @@ def _words(plugin: Any) -> Iterator[str]:
         yield "its summary is longer than a line of 120 characters; shorten it."
 
 
+def _trial(plugin: Any) -> Iterator[str]:
+    """What sft certify would refuse."""
+    try:
+        trial = trial_of(plugin)
+    except UsageError as error:
+        yield str(error)
+        return
+    for name in trial.options:
+        if name not in _settings(plugin):
+            yield f"certify has a value for option {name}, which the plugin has not; take it out."
+
+
 # --- notes --------------------------------------------------------------------------------------------------
 
 
@@ -237,3 +256,12 @@ def _more(row: Found) -> Iterator[str]:
     for what, names in claims.items() if row.item is not None else ():
         also = " and ".join(name for name in names if name != row.name)
         yield f"adapters of {what} are read by {also} too, so users must choose; a claim adapter.TYPE.K says more."
+
+
+def _untried(plugin: Any) -> Iterator[str]:
+    try:
+        said = no_records(plugin)
+    except UsageError:
+        return  # a fault, which is said
+    if said is not None:
+        yield f"sft certify cannot try it, for {said}"

@@ -19,6 +19,7 @@ from sft.plugins.discovery import canonical, find, import_plugin, imported, inst
 from sft.plugins.marks import hooks_of, implements, needs, provides, single_hooks
 from sft.plugins.origins import PluginFile, file_of, origin_of
 from sft.plugins.trace import watch_if_asked
+from sft.plugins.trial import Trial
 
 SHAPING = (
     *("sft_collator", "sft_model_family", "sft_model_config", "sft_quantizer"),
@@ -53,7 +54,7 @@ class Plugin:
         observes: Whether it only watches. It may then implement events alone, and errors in them are said and end
             nothing. One that does not say so ends the run with its errors.
         demo: Settings with which ``sft demo`` shows this plugin, where its distribution claims ``command.demo``.
-        certify: Settings without which ``sft certify`` could not try it, by name: ``{"evaluation_strategy": "steps"}``.
+        certify: What ``sft certify`` needs to try it, where not every run can: an :class:`sft.Trial`.
         paddlenlp: PaddleNLP's settings that it answers without reading them: an :class:`sft.Foreign` by name, which
             says why nothing depends on it, or at which values.
         Options: A dataclass of :func:`sft.option` fields: the settings that the plugin adds.
@@ -73,7 +74,7 @@ class Plugin:
     shaping: ClassVar[bool | None] = None
     observes: ClassVar[bool] = False
     demo: ClassVar[Mapping[str, Any]] = {}
-    certify: ClassVar[Mapping[str, Any]] = {}
+    certify: ClassVar[Trial] = Trial()
     paddlenlp: ClassVar[Mapping[str, Any]] = {}
     Options: ClassVar[type | None] = None
     hookspecs: Any = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import sft
 
@@ -44,7 +44,7 @@ class EarlyStopping(sft.Plugin):
     reference = "transformers' EarlyStoppingCallback"
     reads = ("metric_for_best_model", "greater_is_better")
     Options = EarlyStoppingOptions
-    certify: ClassVar[dict[str, Any]] = {"evaluation_strategy": "steps", "eval_steps": 1}
+    certify = sft.Trial(settings={"evaluation_strategy": "steps", "eval_steps": 1, "max_steps": 4})
 
     def __init__(self, options: EarlyStoppingOptions) -> None:
         super().__init__(options)

@@ -31,6 +31,7 @@ class Gguf(sft.Plugin):
     summary = "Write a finished model as one GGUF file, for llama.cpp and Ollama."
     reference = "https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"
     Options = GgufOptions
+    certify = sft.Trial(options={"gguf_system": "You sell coats."})
 
     @sft.hookimpl
     def sft_export(self, model: sft.FinishedModel, to: str, folder: Path) -> list[Path] | None:

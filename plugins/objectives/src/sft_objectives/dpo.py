@@ -11,6 +11,11 @@ from sft import UsageError
 if TYPE_CHECKING:
     from sft import Objective, Reference, Run, Turn
 
+_PAIRS = [
+    {"prompt": f"type#{kind}" + "*warm" * (n % 3), "chosen": f"A {kind} for you.", "rejected": "No" + ", no" * (n % 4)}
+    for n, kind in enumerate(["coat", "shirt", "dress", "skirt"] * 3)
+]
+
 
 @dataclass
 class DpoOptions:
@@ -28,6 +33,7 @@ class Dpo(sft.Plugin):
     reference = "arXiv 2305.18290"
     conflicts = ("label-smoothing", "focal-loss", "z-loss")  # what these change is no part of a pair's loss
     Options = DpoOptions
+    certify = sft.Trial(records=_PAIRS)
 
     def __init__(self, options: DpoOptions) -> None:
         super().__init__(options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import sft
 
@@ -32,7 +32,7 @@ class Wsd(sft.Plugin):
     summary = "Learning rate: warm-up, a plateau, and a decay in the last steps."
     reference = "arXiv 2404.06395"
     Options = WsdOptions
-    certify: ClassVar[dict[str, float]] = {"wsd_decay_ratio": 0.6}  # of three steps
+    certify = sft.Trial(settings={"wsd_decay_ratio": 0.6})  # of three steps
 
     @sft.hookimpl
     def sft_schedule(self, run: Run, total: int) -> Rates:
@@ -83,7 +83,7 @@ class CosineWithMinLr(sft.Plugin):
     reference = "arXiv 1608.03983"
     reads = ("num_cycles",)
     Options = CosineWithMinLrOptions
-    certify: ClassVar[dict[str, float]] = {"min_lr_rate": 0.1}
+    certify = sft.Trial(settings={"min_lr_rate": 0.1})
 
     @sft.hookimpl
     def sft_check(self, run: Run) -> None:

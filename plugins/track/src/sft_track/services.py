@@ -9,6 +9,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+import sft
 from sft_track.tracker import Tracker, name_of
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class WandB(Tracker):
     summary = "Log to Weights & Biases."
     reference = "https://docs.wandb.ai"
     library = "wandb"
+    certify = sft.Trial(environment={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
 
     def begin(self, run: Run, earlier: str | None, after: int) -> str:
         import wandb
@@ -64,6 +66,9 @@ class MLflow(Tracker):
     summary = "Log to MLflow."
     reference = "https://mlflow.org/docs/latest/"
     library = "mlflow"
+    certify = sft.Trial(
+        environment={"MLFLOW_TRACKING_URI": "file:{folder}/mlruns", "MLFLOW_ALLOW_FILE_STORE": "true"}
+    )
 
     def begin(self, run: Run, earlier: str | None, after: int) -> str:
         from mlflow.tracking import MlflowClient
@@ -101,6 +106,7 @@ class SwanLab(Tracker):
     summary = "Log to SwanLab."
     reference = "https://docs.swanlab.cn"
     library = "swanlab"
+    certify = sft.Trial(environment={"SWANLAB_MODE": "offline"})
 
     def begin(self, run: Run, earlier: str | None, after: int) -> str:
         import swanlab

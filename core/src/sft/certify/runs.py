@@ -121,6 +121,19 @@ def reloads(lab: Lab, case: str) -> None:
     close(lab.reloaded(outcome), outcome.logits, "logits")
 
 
+def _watches(lab: Lab) -> bool:
+    return bool(getattr(lab.subject.plugin, "observes", False))
+
+
+@check("A run that is only watched learns, to the bit, what it learns alone.", _watches)
+def changes_nothing(lab: Lab, case: str) -> None:
+    watched, plain = main_run(lab, DEFAULTS), lab.run(without=True, save_strategy="steps", save_steps=1)
+    same(watched.losses, plain.losses, "losses")
+    same(watched.files(), plain.files(), "files of the result")
+    for one, other in zip(watched.evaluations, plain.evaluations, strict=True):
+        same({key: one.get(key) for key in other}, other, "an evaluation")
+
+
 @check("A run of another model afterwards is not touched by the one before.")
 def runs_share_nothing(lab: Lab, case: str) -> None:
     main_run(lab, DEFAULTS)
@@ -328,6 +341,7 @@ CHECKS = (
     repeats,
     evaluates_without_a_trace,
     speaks_through_the_run,
+    changes_nothing,
     runs_share_nothing,
     leaves_nothing_behind,
     options_take_effect,

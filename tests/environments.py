@@ -90,8 +90,8 @@ TRACKERS = ("tensorboard", "visualdl", "wandb", "mlflow-skinny", "swanlab")  # s
 
 
 def with_trackers(folder: Path) -> Path:
-    """The Python of an environment in ``folder`` with the libraries of trackers, the newest that pip finds, over what is
-    installed here: they want another protobuf than paddlenlp leaves."""
+    """The Python of an environment in ``folder`` with the libraries of trackers, the newest that pip finds, over what
+    is installed here: they want another protobuf than paddlenlp leaves."""
     venv.create(folder / "trackers", with_pip=False)
     python = folder / "trackers" / "bin" / "python"
     (own,) = folder.glob("trackers/lib/python*/site-packages")

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from environments import with_trackers
+
 from sft.plugins.discovery import installed
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +60,9 @@ def main(names: list[str], quick: bool) -> int:
             line += arguments(name, quick)
             done = subprocess.run(line, env={"OMP_NUM_THREADS": "1", **os.environ}, capture_output=True, text=True)
             lines = [*done.stdout.splitlines(), *(done.stderr.splitlines() if done.returncode > 1 else [])]
-            print(*(one for one in lines if not one.startswith(("holds", "refused", "not tried"))), sep="\n", flush=True)
+            print(
+                *(one for one in lines if not one.startswith(("holds", "refused", "not tried"))), sep="\n", flush=True
+            )
             if done.returncode:
                 failed.append(name)
     print(f"{', '.join(failed)} failed" if failed else "all hold")

@@ -123,7 +123,9 @@ def test_who_is_refused_without_an_adapter_is_tried_beside_one() -> None:
 def test_who_cannot_be_tried_says_nothing_of_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """And two that can, and do not go together, are refused."""
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "visualdl" else found(name, *more))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "visualdl" else found(name, *more)
+    )
     (row,) = certify("lora", only=["works beside"], beside=["visualdl"]).rows
     assert (row.status, row.said[:31]) == ("not tried", "visualdl needs visualdl, which ")
     (row,) = certify("lora", only=["works beside"], beside=["vera"]).rows
@@ -195,7 +197,13 @@ def test_checks_have_names_of_their_own_and_a_sentence() -> None:
 
 # One of each kind; `make certify-faults` tries them all.
 SOME = ("lora-merge-sign", "pissa-state-not-restored", "vera-d-initial-ignored", "neftune-in-evaluation")
-MORE = ("packing-labels-lost", "quantizer-gradient", "flashmask-sees-ahead", "kernels-turn-back", "lion-moment-not-kept")
+MORE = (
+    "packing-labels-lost",
+    "quantizer-gradient",
+    "flashmask-sees-ahead",
+    "kernels-turn-back",
+    "lion-moment-not-kept",
+)
 LATER = ("dpo-counts-rows", "early-stopping-count-lost", "gguf-without-the-adapter")
 
 

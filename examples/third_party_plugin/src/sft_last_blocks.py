@@ -22,7 +22,9 @@ class LastBlocks(sft.Plugin):
     def sft_check(self, run):
         adapter = run.plugins.provider("sft_export_adapter")
         if adapter is not None:  # over a quantized model there always is one
-            raise sft.UsageError(f"last-blocks trains the model itself, and {adapter} freezes it; leave one of them out.")
+            raise sft.UsageError(
+                f"last-blocks trains the model itself, and {adapter} freezes it; leave one of them out."
+            )
 
     @sft.hookimpl
     def sft_adapt_model(self, run, model):

@@ -24,7 +24,10 @@ OPTIMIZERS = (
         "lion",
         "sft_optimizers/plugins.py",
         "lion_beta2 is accepted and ignored",
-        ("Lion(groups, self.options.lion_beta1, self.options.lion_beta2)", "Lion(groups, self.options.lion_beta1, 0.99)"),
+        (
+            "Lion(groups, self.options.lion_beta1, self.options.lion_beta2)",
+            "Lion(groups, self.options.lion_beta1, 0.99)",
+        ),
     ),
     fault(
         "lion-uphill",
@@ -146,7 +149,7 @@ OBJECTIVES = (
         "its weight is drawn from numpy's global generator",
         (
             "return before + targets.log_normaliser.square() * self.weight",
-            'import numpy as np\n\n        weight = self.weight * (1 + 0.01 * float(np.random.standard_normal()))\n'
+            "import numpy as np\n\n        weight = self.weight * (1 + 0.01 * float(np.random.standard_normal()))\n"
             "        return before + targets.log_normaliser.square() * weight",
         ),
     ),
@@ -179,7 +182,7 @@ EVENTS = (
         "visualdl",
         "sft_track/tracker.py",
         "it writes to the terminal, past the run",
-        ("            self.write(record[\"step\"]", "            print(record)\n            self.write(record[\"step\"]"),
+        ('            self.write(record["step"]', '            print(record)\n            self.write(record["step"]'),
     ),
 )
 
@@ -203,6 +206,9 @@ EXPORTS = (
         "gguf",
         "sft_export_gguf/writing.py",
         "the file says when it was written, so none is the same again",
-        ("    writer.add_name(model.name)\n", "    import time\n\n    writer.add_name(f\"{model.name} {time.time()}\")\n"),
+        (
+            "    writer.add_name(model.name)\n",
+            '    import time\n\n    writer.add_name(f"{model.name} {time.time()}")\n',
+        ),
     ),
 )

@@ -24,15 +24,16 @@ def complete(lab: Lab) -> None:
         return
     adapter = _adapter(subject, [])
     if adapter and _refusal(lab, lab.names(adapter)) is None:
-        subject.company = [*adapter, *subject.company]
+        subject.arranged, subject.company = adapter, [*adapter, *subject.company]
         return
     raise UsageError(f"Plugin {subject.name} cannot be tried here: {said}")
 
 
-def together_with(lab: Lab, case: str) -> list[str]:
+def together_with(lab: Lab, case: str) -> tuple[Lab, list[str]]:
     """What is beside the subject where it is tried with the plugin ``case``: that, what it requires, and an adapter
-    where the two are refused without one. Raises :class:`RefusedError` where they are refused, and
-    :class:`NotTriedError` where ``case`` is without the subject too."""
+    where the two are refused without one. And the lab: another where ``case`` takes the place of an adapter that was
+    arranged. Raises :class:`RefusedError` where the two are refused, and :class:`NotTriedError` where ``case`` is
+    without the subject too."""
     try:
         said = no_records(import_plugin(case))
         own = [one for one in company_of(case) if one not in lab.subject.own]
@@ -42,11 +43,15 @@ def together_with(lab: Lab, case: str) -> list[str]:
         raise NotTriedError(f"{case}: {said}")
     said = _refusal(lab, lab.names(own))
     if said is None:
-        return own
+        return lab, own
     _check_alone(lab, case)
+    if lab.subject.arranged:
+        instead = lab.instead()
+        if _refusal(instead, instead.names(company_of(case))) is None:
+            return instead, company_of(case)
     adapter = _adapter(lab.subject, own)
     if adapter and _refusal(lab, lab.names([*adapter, *own])) is None:
-        return [*adapter, *own]
+        return lab, [*adapter, *own]
     raise RefusedError(said)
 
 
@@ -72,7 +77,7 @@ def _refusal(lab: Lab, names: Sequence[str]) -> str | None:
     """Why a run of these plugins is refused before anything is read; None if it is not."""
     extra = lab.extra if lab.subject.request in names else ()
     try:
-        run = prepare_run(normalise(lab.settings(lab.work / "model", names)), extra, quiet)
+        run = prepare_run(normalise(lab.settings(lab.model(), names)), extra, quiet)
         check_plugins(run.plugins)
     except UsageError as error:
         return str(error)

@@ -24,7 +24,9 @@ def _check_form(form: str) -> None:
         raise NotTriedError("no form is known that it writes: its metadata names none (export.FORM)")
 
 
-@check("In each form it writes what a run has trained: the same files again, and it touches no other.", _exports, _forms)
+@check(
+    "In each form it writes what a run has trained: the same files again, and it touches no other.", _exports, _forms
+)
 def exports(lab: Lab, case: str) -> str:
     _check_form(case)
     outcome = main_run(lab, DEFAULTS)

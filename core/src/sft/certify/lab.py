@@ -10,9 +10,9 @@ import io
 import json
 import random
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Outcome:
         started: What the caller's function gave of the run before its first step.
         said: The lines that the run told.
         printed: What was written past them.
+        ended_early: Whether a plugin asked the run to end.
     """
 
     folder: Path
@@ -63,6 +64,7 @@ class Outcome:
     started: Any = None
     said: list[str] = field(default_factory=list)
     printed: str = ""
+    ended_early: bool = False
 
     @property
     def losses(self) -> list[float]:
@@ -105,6 +107,12 @@ class Lab:
     def others(self) -> list[str]:
         """The plugins beside which the subject is tried."""
         return [name for name in self._others if name not in self.subject.own]
+
+    def instead(self) -> Lab:
+        """Another lab, in which the subject is without the adapter that was arranged."""
+        company = [name for name in self.subject.company if name not in self.subject.arranged]
+        subject = replace(self.subject, company=company, arranged=[])
+        return Lab(subject, self.place("instead"), self.extra, self._others)
 
     def place(self, what: str) -> Path:
         """A path for ``what`` where nothing is yet."""
@@ -157,8 +165,8 @@ class Lab:
         return {**values, **self.needed(names), **more}
 
     def needed(self, names: Iterable[str]) -> dict[str, Any]:
-        """The settings without which ``names`` could not be tried, as they say themselves, and a data set of the records
-        that they read; the subject has the last word."""
+        """The settings without which ``names`` could not be tried, as they say themselves, and a data set of
+        the records that they read; the subject has the last word."""
         found: dict[str, Any] = {}
         for name in reversed([*names]):
             if name != self.subject.request and name not in installed():
@@ -294,6 +302,7 @@ def _watch(outcome: Outcome, started: Started | None) -> type:
 
         @hookimpl
         def sft_run_ended(self, run: Run, summary: Summary) -> None:
+            outcome.ended_early = summary.stopped_early is not None
             outcome.logits = logits_of(run.model)
 
     return Watch
@@ -333,5 +342,3 @@ def logits_of(model: Any, as_it_trains: bool = False) -> np.ndarray:
     finally:
         model.attention = own
         (model.train if mode else model.eval)()
-
-

@@ -20,6 +20,7 @@ from sft.plugins.requests import requests
 from sft.plugins.trial import trial_of
 
 EXPORTS = "sft_export_adapter"
+_READING = ("sft_import_adapter", "sft_adapter_merger", "sft_quantizer", "sft_model_family", "sft_model_config")
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Subject:
         request: What asks for it: its name, or the path of its file.
         plugin: Its class, or module.
         company: What it cannot be without: what it requires, and an adapter where a run without one is refused.
+        arranged: That adapter, which may be another one.
         tried: Values for options of it that nobody could guess: its class's, and the user's.
     """
 
@@ -38,6 +40,7 @@ class Subject:
     request: str
     plugin: Any
     company: list[str] = field(default_factory=list)
+    arranged: list[str] = field(default_factory=list)
     tried: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -52,8 +55,9 @@ class Subject:
 
     @property
     def files(self) -> list[str]:
-        """The path of its file, which must be given wherever what it wrote is read; none where it is installed."""
-        return [self.request] if is_file(self.request) else []
+        """The path of its file, where what its runs write cannot be read without it; none where it is installed."""
+        reads = self.has(*_READING) or bool(_required(self.plugin))
+        return [self.request] if reads and is_file(self.request) else []
 
     @property
     def options(self) -> dict[str, Option]:
@@ -102,11 +106,14 @@ def find_subject(request: str, extra: Sequence[type] = (), tried: Mapping[str, A
     plugin = direct.get(request) or load(request)
     name = name_of(plugin)
     company = [one for one in _required(plugin) if one != name]
-    subject = Subject(name, request, plugin, company, {**trial_of(plugin).options, **(tried or {})})
+    tried = {**trial_of(plugin).options, **(tried or {})}
+    subject = Subject(name, request, plugin, company, tried=tried)
     for key in subject.tried:
         if key not in subject.options:
             known = ", ".join(subject.options) or "none"
-            raise UsageError(f"Plugin {name} has no option {key} (it has {known}), so no other value of it can be tried.")
+            raise UsageError(
+                f"Plugin {name} has no option {key} (it has {known}), so no other value of it can be tried."
+            )
     return subject
 
 

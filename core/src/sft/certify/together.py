@@ -40,7 +40,7 @@ def _others(lab: Lab) -> Iterator[str]:
     cases=_others,
 )
 def works_beside(lab: Lab, case: str) -> str | None:
-    beside = together_with(lab, case)
+    lab, beside = together_with(lab, case)
     if provides(case, "sft_parallel_strategy") or lab.subject.has("sft_parallel_strategy"):
         return _in_two_processes(lab, {PROCESSES: 2}, beside)
     try:
@@ -78,9 +78,10 @@ def _export(lab: Lab, forms: Iterable[str], whole: Outcome, model: Path | None =
 
 def _compare(lab: Lab, case: str, beside: list[str], whole: Outcome) -> None:
     """What only computes in another way changes no number; what refines the subject changes some."""
+    steps = len(whole.losses) if whole.ended_early else None
     needed = lab.needed_of_core(beside)
     if lab.subject.only_computes(beside):
-        close(whole.losses, main_run(lab, DEFAULTS, **needed).losses, f"without {case}, losses", NEAR)
+        close(whole.losses, main_run(lab, DEFAULTS, **needed).losses[:steps], f"without {case}, losses", NEAR)
     elif lab.subject.name in map(canonical, getattr(import_plugin(case), "requires", ())):
         plain = main_run(lab, DEFAULTS, **needed)
         if plain.numbers() == whole.numbers():
@@ -90,8 +91,8 @@ def _compare(lab: Lab, case: str, beside: list[str], whole: Outcome) -> None:
             plain = lab.run(beside, without=True)
         except UsageError:
             return
-        close(whole.losses, plain.losses, "without it, losses", NEAR)
-        own, others = ([step["grad_norm"] for step in outcome.steps] for outcome in (whole, plain))
+        close(whole.losses, plain.losses[:steps], "without it, losses", NEAR)
+        own, others = ([step["grad_norm"] for step in outcome.steps[:steps]] for outcome in (whole, plain))
         close(own, others, "without it, gradient norms", NEAR / 10)
 
 
@@ -208,8 +209,15 @@ def _measures_on_one(lab: Lab, folder: Path, expected: float, names: list[str]) 
     """What two processes wrote is measured in this one."""
     adapter = (folder / "adapter_config.json").is_file()
     data = lab.needed(names).get("dataset_name_or_path", str(lab.data))
-    values = {"model_name_or_path": str(lab.model() if adapter else folder), "dataset_name_or_path": data, "max_length": 64}
-    reading = [*(lab.reading() if adapter else no_others()), *(one for one in names if provides(one, "sft_record_format"))]
+    values = {
+        "model_name_or_path": str(lab.model() if adapter else folder),
+        "dataset_name_or_path": data,
+        "max_length": 64,
+    }
+    reading = [
+        *(lab.reading() if adapter else no_others()),
+        *(one for one in names if provides(one, "sft_record_format")),
+    ]
     record = evaluate_finished(values, folder if adapter else None, quiet, reading)
     close(record["eval_loss"], expected, "the loss of the result, measured in one process", 1e-4)
 

@@ -40,9 +40,7 @@ def trial_of(plugin: Any) -> Trial:
     if found is None:
         return Trial()
     if not isinstance(found, Trial):
-        raise UsageError(
-            f"certify of plugin {plugin.name} is {found!r}, not an sft.Trial; write certify = sft.Trial(settings={{…}})."
-        )
+        raise UsageError(f"certify of plugin {plugin.name} is {found!r}, not an sft.Trial; make it one.")
     return found
 
 

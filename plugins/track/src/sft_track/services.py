@@ -66,9 +66,7 @@ class MLflow(Tracker):
     summary = "Log to MLflow."
     reference = "https://mlflow.org/docs/latest/"
     library = "mlflow"
-    certify = sft.Trial(
-        environment={"MLFLOW_TRACKING_URI": "file:{folder}/mlruns", "MLFLOW_ALLOW_FILE_STORE": "true"}
-    )
+    certify = sft.Trial(environment={"MLFLOW_TRACKING_URI": "file:{folder}/mlruns", "MLFLOW_ALLOW_FILE_STORE": "true"})
 
     def begin(self, run: Run, earlier: str | None, after: int) -> str:
         from mlflow.tracking import MlflowClient

@@ -18,7 +18,7 @@ from installing import install
 
 import sft
 from sft.kit.validate import validated
-from sft.testing import read_metrics, write_data
+from sft.testing import needs, read_metrics, write_data
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +55,8 @@ def replaced(folder: Path, diff: str) -> None:
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
+@pytest.mark.timeout(300)
+@needs("lora")
 def test_the_first_plugin_is_made_as_the_page_says(tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()

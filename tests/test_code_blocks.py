@@ -27,6 +27,7 @@ SHOWN: dict[str, str | Blocks] = {
     "docs/board.md": "not run: it serves until Ctrl-C; the tests of sft-ui-board start it",
     "docs/certify.md": [
         ("sft certify my-plugin", "not run: minutes; tests/certify/test_certify.py types it with a check of its own"),
+        ("certify = sft.Trial(", f"{MORE}::test_a_plugin_may_need_all_that_the_page_shows"),
         ("from sft.testing import check_plugin", f"{MORE}::test_a_plugin_is_certified_as_the_page_shows"),
         ('[project.entry-points."sft.certify"]', f"{MORE}::test_the_formula_of_the_page_is_a_check"),
         ("import numpy as np", f"{MORE}::test_the_formula_of_the_page_is_a_check"),

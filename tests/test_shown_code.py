@@ -162,6 +162,11 @@ def test_the_files_of_the_page_are_obeyed(tmp_path: Path, monkeypatch: pytest.Mo
         assert evaluated == [0, 1, 2]
 
 
+def test_a_plugin_may_need_all_that_the_page_shows() -> None:
+    trial = names_of(shown("docs/certify.md", "python", "certify = sft.Trial("), sft=sft)["certify"]
+    assert all((trial.settings, trial.options, len(trial.records) == 12, trial.environment))
+
+
 @pytest.mark.slow
 @needs("neftune")
 def test_a_plugin_is_certified_as_the_page_shows() -> None:

@@ -242,7 +242,7 @@ def options_take_effect(lab: Lab, case: str) -> str:
     if not shown:
         raise NotTriedError(f"all values that were tried are refused: {why}")
     same_as = f"with {' or '.join(dict.fromkeys(map(str, shown)))} everything is as without"
-    if lab.subject.only_computes() and not lab.subject.may_ask:
+    if lab.subject.only_computes() and not lab.subject.may_ask and not lab.subject.forms:
         raise NotTriedError(f"{same_as}, and the plugin changes nothing of what is learned")
     raise FailedError(same_as)
 

@@ -130,6 +130,8 @@ def main() -> None:
         each = [str(hits.count(kind)) for kind in KINDS]
         row = [len(part), sum(last.values()), len(named), f"{len(hits)} of {len(bad)}", *each]
         print(f"| {' | '.join(map(str, row))} |", flush=True)
+        if len(part) < most:
+            break
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ SHOWN: dict[str, str | Blocks] = {
     "docs/first-plugin.md": f"{KIT}::test_the_first_plugin_is_made_as_the_page_says",
     "docs/influence.md": [
         ("sft why out --prompt", TYPED),
-        ("prompt: shop in Riga", "not run: what one run said; test_why.py of sft-influence holds the form"),
+        ("prompt: shop in Bergen", "not run: what one run said; test_why.py of sft-influence holds the form"),
     ],
     "docs/kit.md": [
         ("sft run lora.json --plugin ./my_plugin.py", TYPED),

@@ -51,7 +51,7 @@ def test_what_a_run_prints(work: Path) -> None:
     assert [int(step) for step in re.findall(r"^step (\d+)/8 ", text, re.MULTILINE)] == [1, 4, 8]
     before, after = map(float, re.search(r"dev loss +([\d.]+) -> ([\d.]+)", text).groups())  # type: ignore[union-attr]
     assert after < before - 0.5
-    for word in ("prompt: ", "  before: ", "  after:  ", "peak memory", "written to  out"):
+    for word in ("prompt: ", "  before: ", "  after:  ", "peak memory", "written to out"):
         assert word in text
 
 
@@ -160,5 +160,5 @@ def test_demo_shows_what_was_learned(tmp_path: Path) -> None:
     assert all(text.startswith(("This is ", "These are ")) for kind, text in answers if kind == "before")
     assert not any(text.startswith(("This is ", "These are ")) for kind, text in answers if kind == "after")
     assert "train loss by step" in text
-    assert "written to  sft-demo" in text
+    assert "written to sft-demo" in text
     assert (tmp_path / "sft-demo" / "adapter_model.safetensors").is_file()

@@ -14,7 +14,7 @@ from sft.commands import shared
 from sft.errors import LONGEST
 from sft.foreign_text import harmless, is_secret, masked, without_secrets
 from sft.options import convert, option, options_of
-from sft.progress import Printer
+from sft.voice import Printer
 
 HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\r\x08\x7f\u202egnp\u202c\u2066x\u2069\u200e\ufeff\u2028\ud800"
 OBEYED = [chr(code) for code in (*range(32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))]

@@ -14,8 +14,9 @@ import pytest
 
 import sft
 from sft import progress as module
-from sft.progress import Printer, Progress
+from sft.progress import Progress
 from sft.training.progress import Display
+from sft.voice import Printer
 
 Train = Callable[..., sft.Summary]
 
@@ -365,11 +366,10 @@ def test_a_run_says_what_it_is_about_to_measure(train: Train, settings: dict[str
     said: list[str] = []
     summary = train(say=said.append, max_steps=1, **settings)
     tokens = summary.data["dev"]["tokens"]
-    line = f"dev data is measured before and after training: 7 records, {tokens:,} tokens"
-    assert f"{line} (do_eval false leaves that out)" if hint else line in said
-    assert said.index(next(text for text in said if text.startswith(line))) < said.index(
-        next(text for text in said if text.startswith("dev data before training"))
-    )
+    (plan,) = [text for text in said if text.startswith("plan:")]
+    line = f"  dev data    7 records, {tokens:,} tokens, measured before and after training"
+    assert (f"{line} (do_eval false leaves that out)" if hint else line) in plan.splitlines()
+    assert said.index(plan) < said.index(next(text for text in said if text.startswith("dev data before training")))
 
 
 def test_files_that_look_like_dev_data_are_named(train: Train, dataset: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ Please check whether there is any other process using GPU 0.
 @pytest.fixture
 def without_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where no plugin is installed that has any."""
-    monkeypatch.setattr(out_of_memory, "requests", lambda kind: {})
+    monkeypatch.setattr("sft.training.memory.requests", lambda kind: {})
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_advice_comes_from_plugins_that_are_not_active(
             assert memory > 2**20 and device == "cpu"
             return f"with {values['per_device_train_batch_size'] // 2} rows it fits"
     """
-    monkeypatch.setattr(out_of_memory, "requests", lambda kind: {"memory": ["adviser"]})
+    monkeypatch.setattr("sft.training.memory.requests", lambda kind: {"memory": ["adviser"]})
     distribute("toy-adviser", plugin("adviser", body), {"adviser": "Tool"}, requests={"advice.memory": "Tool"})
     full = toy("full", sft_run_started=raising(MemoryError()))
     with pytest.raises(sft.SftError, match=r"\(no memory is left\): .*with 4 rows it fits"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.progress import Printer
+from sft.voice import Printer
 
 
 def typed_in_a_terminal(*arguments: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 import sft
 from sft import hookspecs
-from sft.commands.run import collect
+from sft.commands.typed import collect
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import choose_plugins
 from sft.settings.arguments import Settings, core_options
@@ -306,9 +306,10 @@ def written(folder: Path, name: str, text: str) -> Path:
         ("s.json", '{"learning_rate": 3e-4, "plugin": ["first"], "eval_steps": null, "do_eval": true}'),
         ("s.yaml", "learning_rate: 3e-4\nplugin: [first]\neval_steps:\ndo_eval: true\n"),
         ("s.yml", "learning_rate: 0.0003\nplugin:\n  - first\neval_steps: null\ndo_eval: yes\n"),
+        ("s.toml", 'learning_rate = 3e-4\nplugin = ["first"]\ndo_eval = true\n'),
     ],
 )
-def test_json_and_yaml_mean_the_same(tmp_path: Path, name: str, text: str) -> None:
+def test_json_yaml_and_toml_mean_the_same(tmp_path: Path, name: str, text: str) -> None:
     values = read_file(written(tmp_path, name, text))
     assert values.pop("plugin") == ["first"]
     settings = built(values)
@@ -332,7 +333,9 @@ def test_files_are_utf8(tmp_path: Path) -> None:
         ("s.yaml", "seed: 1\n\tmax_steps: 2\n", "is not valid YAML ("),
         ("s.yaml", "", "must hold one object of names and values."),
         ("s.yaml", "just text", "must hold one object of names and values."),
-        ("s.toml", "seed = 1", "is neither .json nor .yaml; rename it after what it holds."),
+        ("s.toml", "seed = [1\n", "is not valid TOML ("),
+        ("s.toml", "seed = 1\nseed = 2\n", "is not valid TOML ("),
+        ("s.ini", "seed = 1", "is none of .yaml, .json and .toml; rename it after what it holds."),
     ],
 )
 def test_a_broken_file_is_one_sentence_with_its_path(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -341,6 +344,17 @@ def test_a_broken_file_is_one_sentence_with_its_path(tmp_path: Path, name: str, 
         read_file(path)
     assert str(caught.value).startswith(f"Settings file {path} {message}")
     assert "\n" not in str(caught.value)
+
+
+def test_a_table_of_toml_is_what_stands_before_a_dot(tmp_path: Path) -> None:
+    """So is a name with a dot in it; a list of tables is a list of objects."""
+    text = 'twin.first_rank = 2\n[[dataset_name_or_path]]\npath = "a.json"\nweight = 0.5\n[first]\nfirst_rank = 4\n'
+    values = read_file(written(tmp_path, "s.toml", text))
+    assert values.pop("dataset_name_or_path") == [{"path": "a.json", "weight": 0.5}]
+    assert values == {"twin.first_rank": 2, "first.first_rank": 4}
+    assert built(values, First, Twin).options == {"first": FirstOptions(4), "twin": FirstOptions(2)}
+    with pytest.raises(sft.UsageError, match=r"^Setting first\.first_rank is given twice; keep one of them\.$"):
+        read_file(written(tmp_path, "twice.toml", '"first.first_rank" = 1\n[first]\nfirst_rank = 2\n'))
 
 
 @pytest.mark.parametrize("text", ['{"seed": 1,\n "max_steps": }', "seed: 1\nmax_steps: ]\n"])

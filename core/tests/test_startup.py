@@ -75,6 +75,8 @@ COMMANDS = [
     ("generate", "--help"),
     ("merge", "--help"),
     ("demo", "--help"),
+    ("init", "--help"),
+    ("completion", "bash"),
     ("data", "--help"),
     ("replay", "--help"),
 ]

@@ -286,7 +286,7 @@ CASES = {
     "a word too many": Case("Unexpected 'more'", typed=("run", *ARGUMENTS, "out", "more")),
     "--plugin without a name": Case("--plugin needs a name", typed=("run", *ARGUMENTS, "--plugin")),
     "a setting without its value": Case("seed: the value is missing", typed=("run", *ARGUMENTS, "--seed")),
-    "-- alone": Case("Settings file 1 is neither .json nor .yaml", typed=("run", *ARGUMENTS, "--", "1")),
+    "-- alone": Case("Settings file 1 is none of .yaml, .json and .toml", typed=("run", *ARGUMENTS, "--", "1")),
     "an option without a name": Case("Unknown setting ''", typed=("run", *ARGUMENTS, "--=1")),
     "generate: no model": Case(
         "Missing option '--model_name_or_path' / '--model-name-or-path'", typed=("generate", "--prompt", "hello")

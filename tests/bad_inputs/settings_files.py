@@ -1,4 +1,4 @@
-"""Broken settings files: no file, no JSON or YAML, and values that only a file can have."""
+"""Broken settings files: no file, no JSON, YAML or TOML, and values that only a file can have."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CASES = {
         (pipe("s.json"),),
         typed=("run", "s.json", *ARGUMENTS),
     ),
-    "file of another kind": in_file("Settings file s.toml is neither .json nor .yaml", "s.toml", "seed = 1"),
+    "file of another kind": in_file("Settings file s.ini is none of .yaml, .json and .toml", "s.ini", "seed = 1"),
     "broken JSON": in_file("Settings file s.json is not valid JSON", "s.json", '{"seed": 1,\n}'),
     "empty JSON": in_file("Settings file s.json is not valid JSON", "s.json", ""),
     "JSON that is a list": in_file(
@@ -95,4 +95,22 @@ CASES = {
         "seed: 2026-01-01\n",
     ),
     "YAML with a number for a name": in_file("Unknown setting 1", "s.yaml", "1: 2\n"),
+    "broken TOML": in_file("Settings file s.toml is not valid TOML", "s.toml", "seed = [1\n"),
+    "TOML with a name twice": in_file("Settings file s.toml is not valid TOML", "s.toml", "seed = 1\nseed = 2\n"),
+    "TOML with a name twice, once in a table": in_file(
+        "Setting a.b is given twice", "s.toml", '"a.b" = 1\n[a]\nb = 2\n'
+    ),
+    "TOML that is not UTF-8": in_file("Settings file s.toml is not UTF-8 text", "s.toml", b'output_dir = "\xff"\n'),
+    "TOML with a table that is no plugin's": in_file(
+        "Unknown setting training.seed", "s.toml", "[training]\nseed = 1\n"
+    ),
+    "TOML with a date for a number": in_file(
+        "seed: expected a whole number of at least 0 and at most 2147483647, got datetime.date(2026, 1, 1)",
+        "s.toml",
+        "seed = 2026-01-01\n",
+    ),
+    "TOML with 1e-320": in_file(f"learning_rate: {TOO_SMALL}", "s.toml", "learning_rate = 1e-320\n"),
+    "TOML nested 10,000 deep": in_file(
+        "Settings file s.toml is not valid TOML", "s.toml", f"seed = {nested(10_000)}\n"
+    ),
 }

@@ -24,7 +24,7 @@ def read_settings(name: str) -> Callable[[Path, bytes], Any]:
 
 
 def typed(folder: Path, arguments: list[str]) -> Any:
-    from sft.commands.run import collect
+    from sft.commands.typed import collect
     from sft.resolve import resolve
 
     return resolve(collect(arguments), ())
@@ -42,6 +42,7 @@ def _arguments() -> Any:
 
 
 _YAML = b"seed: 1\nplugin: [lora]\nlearning_rate: 1e-4\nlora_target_modules:\n  - q_proj\n  - &a k_proj\n  - *a\n"
+_TOML = b'seed = 1\nplugin = ["lora"]\nlearning_rate = 1e-4\n[lora]\nlora_rank = 4\n'
 
 
 TARGETS: dict[str, Target] = {
@@ -50,5 +51,6 @@ TARGETS: dict[str, Target] = {
         mutated(b'{"seed": 1, "plugin": ["lora"], "lora_rank": 4}'), read_settings("s.json")
     ),
     "settings, YAML": Target(mutated(_YAML), read_settings("s.yaml")),
+    "settings, TOML": Target(mutated(_TOML), read_settings("s.toml")),
     "the command line": Target(_arguments(), typed, kept=(["\n"],)),
 }

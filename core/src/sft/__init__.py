@@ -37,7 +37,7 @@ from sft.seams import (
 
 if TYPE_CHECKING:
     from sft.arrays import array_of, copy_onto
-    from sft.commands.run import collect
+    from sft.commands.typed import collect
     from sft.context import Run, Summary
     from sft.control import Control
     from sft.data.batches import assemble
@@ -148,7 +148,7 @@ _LAZY = {
     "read_adapter": "sft.models.adapter_folder",
     "run": "sft.fine_tune",
     "Target": "sft.models.layers",
-    "collect": "sft.commands.run",
+    "collect": "sft.commands.typed",
     "dry_run": "sft.dry_runs",
     "holder_of": "sft.folder_lock",
     "matches": "sft.patterns",

@@ -257,7 +257,7 @@ class CoreRun(Run):
         self.executes = False
         self.finished = False
         self.earlier_report: dict[str, Any] = {}
-        self.stop = Stop(lambda text: self.say(text))
+        self.stop = Stop(lambda text: self.progress.tell("note", {"text": text}, text, "warning"))
         self.stopped_early: dict[str, Any] | None = None
         self.not_finite: set[str] = set()
         self.lock: FolderLock | None = None

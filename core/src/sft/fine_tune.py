@@ -22,8 +22,7 @@ from sft.foreign_text import shown
 from sft.models.loading import open_model
 from sft.models.source import find_tokenizer
 from sft.models.vocabulary import grown_tokenizer
-from sft.plugins.discovery import left_out
-from sft.progress import Printer
+from sft.plugins.discovery import entries, left_out
 from sft.resolve import resolve
 from sft.run_report.written import leave_report
 from sft.settings.checks import check_plugins, check_settings
@@ -45,6 +44,7 @@ from sft.training.resume_checks import (
 from sft.training.run_folder import check_output, open_run_folder
 from sft.training.skipped_records import list_skipped
 from sft.training.steps_file import NAME as STEPS
+from sft.voice import voice_of
 
 if TYPE_CHECKING:
     from sft.optimizer import Optimizer
@@ -68,7 +68,11 @@ def run(
     command line answers with exit code 2, before anything has been written.
     """
     values = read_file(Path(settings)) if isinstance(settings, (str, os.PathLike)) else settings
-    current = prepare_run(normalise(values), plugins, say or Printer("stdout"))
+    return carry_out(prepare_run(normalise(values), plugins, say))
+
+
+def carry_out(current: CoreRun) -> Summary:
+    """The run that :func:`prepare_run` has made ready."""
     return carried_out(
         current, lambda: current.hook.sft_launch(run=current) or execute(current, _train_or_measure), leave_report
     )
@@ -93,9 +97,11 @@ def carried_out(current: CoreRun, work: Callable[[], T], leave: Callable[[CoreRu
             current.release_lock()
 
 
-def prepare_run(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str], None]) -> CoreRun:
+def prepare_run(values: Mapping[str, Any], extra: Iterable[type], say: Callable[[str], None] | None = None) -> CoreRun:
     """Resolve plugins and settings and run every check that is instant; nothing heavy is imported."""
+    entries.cache_clear()  # what was installed since the last run counts
     settings, active, without_effect = resolve(values, extra)
+    say = voice_of(say, settings.training.level, settings.training.json_logs)
     current = CoreRun(settings, active, say, values)
     for clause in (*active.replaced, left_out()):
         if clause is not None:
@@ -117,7 +123,8 @@ def execute(run: CoreRun, work: Callable[[CoreRun, Checkpoint | None, float], T]
     with runtime.restored(training.device), deterministic.repeatable(training.deterministic):
         started, run.executes = time.monotonic(), True
         if run.without_effect:
-            run.say(listing(run.without_effect))
+            text = listing(run.without_effect)
+            run.progress.tell("note", {"text": text}, text, "warning")
         resumed = read_inputs(run)
         run.say(runtime.prepare())
         set_up_model(run)
@@ -225,12 +232,16 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     from sft.training import best, checkpoint
     from sft.training.evaluation import before_or_after
     from sft.training.loop import check_stop, train
+    from sft.training.outlook import tell_plan
+    from sft.training.pace import pauses_of
     from sft.training.progress import Display
     from sft.training.publish import publish_result, rescued
 
     training = run.settings.training
     schedule, optimizer, rates, journal, wishes, record = begin(run, resumed, check_beginning)
     list_skipped(run, resumed.folder.parent if resumed is not None else None)
+    if run.strategy.is_main:
+        tell_plan(run, schedule)
     if resumed is not None:
         _keep_early_end(run, resumed.state.get("stopped_early"))
     else:
@@ -238,7 +249,8 @@ def _train(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
     run.hook.sft_run_started(run=run)
     if training.save_strategy != "no":
         checkpoint.check_plugin_state(run)
-    display = Display(schedule.total_steps, run.step, run.progress)
+    measured = run.evaluation.get("eval_seconds")
+    display = Display(schedule.total_steps, run.step, run.progress, pauses_of(run, schedule), measured)
     run.plugins.manager.register(display)
     try:
         steps, epochs = train(
@@ -276,6 +288,7 @@ def _only_evaluate(run: CoreRun, resumed: Checkpoint | None, started: float) -> 
     """``do_train false``: measure the model as it is, or as it was in a checkpoint; no weights are written."""
     from sft.training import checkpoint
     from sft.training.evaluation import before_or_after
+    from sft.training.outlook import tell_plan
 
     step, epoch = 0, 0.0
     if resumed is not None:
@@ -287,6 +300,8 @@ def _only_evaluate(run: CoreRun, resumed: Checkpoint | None, started: float) -> 
     record = describe(run, None)
     journal = open_run_folder(run, None, record)
     list_skipped(run, None)
+    if run.strategy.is_main:
+        tell_plan(run, None)
     run.model.eval()
     run.before = before_or_after(run, step, epoch, journal)
     summary = summarise(run, journal, step, epoch, run.before, time.monotonic() - started)

@@ -362,6 +362,16 @@ def sft_memory_advice(values: dict[str, Any], device: str, memory: int) -> str |
     Called for installed plugins whose metadata answers ``advice.memory``, active in that run or not."""
 
 
+@hookspec(firstresult=True)
+def sft_memory_need(values: dict[str, Any], device: str, memory: int) -> int | None:
+    """The bytes that training needs at most on a ``device`` ("cpu" or "gpu") that has ``memory`` bytes, of the
+    process that needs most: for weights, gradients, the optimizer's state and what is kept to compute them, not for the
+    program and the data. None if the plugin cannot say. ``values`` are the run's settings, by name as they came.
+
+    Called before the first step, of installed plugins whose metadata answers ``advice.memory``, active in that run or
+    not; the run's plan says it."""
+
+
 # --- adapters on disk ---------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import types
@@ -114,6 +115,12 @@ _SAID = {field.name for field in dataclasses.fields(Option)} - {"name", "type", 
 
 def options_of(cls: type) -> dict[str, Option]:
     """The settings that a dataclass declares, by name, in order."""
+    return dict(_options_of(cls))
+
+
+@functools.cache
+def _options_of(cls: type) -> dict[str, Option]:
+    """Evaluating annotations takes time, and a run asks often."""
     hints = typing.get_type_hints(cls)
     found = {}
     for field in dataclasses.fields(cls):

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import UsageError
+from sft.facts import Fact
 from sft.foreign_text import harmless
-
-Fact = tuple[str, Sequence[str]]
-"""What is told, and the lines that tell it."""
 
 COLOURS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d5dae0; --ground: #fff; --card: #f6f8fa;

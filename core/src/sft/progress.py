@@ -6,16 +6,15 @@ process share one place at the bottom of its terminal, and lines go where the ru
 
 from __future__ import annotations
 
-import errno
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
-from sft.foreign_text import safe
+from sft.durations import duration
+from sft.voice import LEVELS, Printer, Voice
 
 T = TypeVar("T")
 
@@ -34,41 +33,12 @@ class Shown(Protocol):
         """Show how far it is, if that is due."""
 
 
-class Printer:
-    """Prints lines to standard output or standard error; bars may stand below its lines where that is a terminal.
-
-    Where nobody reads them any more (`sft run | head`, a terminal that was closed), work goes on without them."""
-
-    def __init__(self, stream: str) -> None:
-        self._stream = stream
-
-    def __call__(self, text: str) -> None:
-        try:
-            print(safe(text), file=self.file, flush=True)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            self._silence()
-
-    def _silence(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.file.fileno())
-        os.close(nowhere)
-        if self._stream == "stdout":
-            Printer("stderr")("note: nobody reads the output any more; the work goes on without it")
-
-    @property
-    def file(self) -> Any:
-        """The stream as it is now: tests and notebooks replace it."""
-        return getattr(sys, self._stream)
-
-
 class Progress:
     """Where a run shows how far it is. ``voice`` gets its lines; bars need one that is a :class:`Printer`, whose stream
     is a terminal, and ``bars``.
 
     Work shows itself when it advances. So that one long batch is not silent, a thread looks after it too, while there
-    is some and ``voice`` is a Printer: a callable of the user's is called by the thread that works alone.
+    is some and lines are printed: a callable of the user's is called by the thread that works alone.
     """
 
     def __init__(self, voice: Callable[[str], None], bars: bool = True) -> None:
@@ -92,6 +62,39 @@ class Progress:
         """A line for ``ears`` alone: what it says the user sees in another way, such as a bar."""
         for hear in self.ears:
             hear(text)
+
+    def tell(self, event: str, values: Mapping[str, Any], text: str | None, level: str = "info") -> None:
+        """Say ``text``, if there is any; where a run is logged as JSON, the ``event`` with its ``values`` instead."""
+        if text is not None:
+            self.note(text)
+        if isinstance(self.voice, Voice):
+            self.voice.event(event, values, text, level)
+        elif text is not None:
+            self.voice(text)
+
+    def relay(self, line: str) -> None:
+        """Say a line that another process of this run, with the same settings, has said: it is as they ask already."""
+        self.note(line)
+        if isinstance(self.voice, Voice):
+            self.voice.relay(line)
+        else:
+            self.voice(line)
+
+    @property
+    def level(self) -> str:
+        """The least that is said (:data:`sft.voice.LEVELS`)."""
+        return self.voice.level if isinstance(self.voice, Voice) else LEVELS[0]
+
+    @property
+    def width(self) -> int | None:
+        """The columns of the terminal that lines go to; None where they go elsewhere, and stay whole."""
+        printer = self._printer
+        return None if printer is None else printer.width
+
+    @property
+    def _printer(self) -> Printer | None:
+        voice = self.voice.say if isinstance(self.voice, Voice) else self.voice
+        return voice if isinstance(voice, Printer) else None
 
     def over(self, items: Iterable[T], what: str, unit: str, total: int | None = None) -> Iterator[T]:
         """``items`` one by one, as a task of ``total`` of them (of ``len(items)`` where they have one)."""
@@ -125,7 +128,7 @@ class Progress:
         """Within the block ``work`` is looked at from time to time, while nothing else is going on within it."""
         with self.lock:
             self._open.append(work)
-            if self._ended is None and isinstance(self.voice, Printer):
+            if self._ended is None and self._printer is not None:
                 self._ended = threading.Event()
                 threading.Thread(target=self._watch, args=(self._ended,), daemon=True).start()
         try:
@@ -143,7 +146,7 @@ class Progress:
                         return
                     if not self._open:  # not as soon as there is none: a step may take less time than a thread to begin
                         self._stop_watching()
-                    elif isinstance(self.voice, Printer):
+                    elif self._printer is not None:
                         self._open[-1].look()
 
     def _stop_watching(self) -> None:
@@ -157,19 +160,26 @@ class Progress:
         dumb = os.environ.get("TERM") in ("dumb", "unknown")
         return self._bars and not dumb and isinstance(self.voice, Printer) and bool(self.voice.file.isatty())
 
-    def show(self, description: str, total: float | None) -> int:
-        """Open a bar below those that are there; its number for :meth:`update` and :meth:`hide`."""
+    def show(self, description: str, total: float | None, texts: Sequence[str], began: float) -> int:
+        """Open a bar below those that are there, of work that ``began`` then; its number for :meth:`update` and
+        :meth:`hide`. The first of ``texts`` says how far the work is, and is shown in any case; the others as far as
+        the terminal is wide enough."""
+        from sft.bars import Bars
+
         with self.lock:
             if self._live is None:
-                self._live = _bars(self.voice)
+                assert isinstance(self.voice, Printer)  # it has bars
+                self._live = Bars(self.voice.file)
                 self._live.start()
             self._shown += 1
-            return int(self._live.add_task(description, total=total, text=""))
+            return int(self._live.add_task(description, total=total, texts=texts, began=began, ends=None))
 
-    def update(self, bar: int, completed: float, text: str) -> None:
+    def update(self, bar: int, completed: float, texts: Sequence[str], ends: float | None) -> None:
+        """Move a bar; ``ends`` is when the work will be done by the clock of :func:`time.monotonic`, None where that is
+        not known."""
         with self.lock:
             if self._live is not None:
-                self._live.update(bar, completed=completed, text=text)
+                self._live.update(bar, completed=completed, texts=texts, ends=ends)
 
     def hide(self, bar: int) -> None:
         """Take a bar away. The last one that goes leaves the terminal as it was."""
@@ -182,9 +192,11 @@ class Progress:
                 self._stop_bars()
 
     def keep(self, bar: int) -> None:
-        """Leave a bar as it is on the terminal, if it is the only one; those that come open below it."""
+        """Leave a bar as it is on the terminal, if it is the only one; those that come open below it. Nobody
+        says any more when its work ends."""
         with self.lock:
             if self._live is not None and self._shown == 1:
+                self._live.update(bar, ends=None)
                 self._live.live.transient = False
                 self._stop_bars()
             else:
@@ -230,55 +242,50 @@ class Task:
         if not self._bars:
             self._due = now + LINE_EVERY
             if self._done != self._total:  # what comes after the work says that it is done
-                self._progress.say(f"{self._what}: {self._text(now)}{self._left(now)}")
+                self._say(now)
             return
         self._due = now + 0.1
+        texts = self._texts(now)
         if self._bar is None:
-            self._bar = self._progress.show(self._what, self._total)
-        self._progress.update(self._bar, self._done, self._text(now))
+            self._bar = self._progress.show(self._what, self._total, texts, self._began)
+        left = self._left(now)
+        self._progress.update(self._bar, self._done, texts, None if left is None else now + left)
 
     def close(self) -> None:
         if self._bar is not None:
             self._progress.hide(self._bar)
             self._bar = None
 
-    def _text(self, now: float) -> str:
+    def _say(self, now: float) -> None:
+        left = self._left(now)
+        share = min(1.0, self._done / self._total) if self._total else None
+        values = {
+            "what": self._what,
+            "unit": self._unit,
+            "done": self._count,
+            "total": self._total if self._of_units else None,
+            "share": share,
+            "seconds": round(now - self._began, 1),
+            "seconds_left": left,
+        }
+        texts = self._texts(now)
+        if not self._count:
+            texts.append(f"{duration(now - self._began)} so far")
+        elif left is not None and share is not None:
+            texts += [f"{100 * share:.0f} %", f"{duration(left)} left"]
+        self._progress.tell("progress", values, f"{self._what}: {', '.join(texts)}")
+
+    def _texts(self, now: float) -> list[str]:
         of = f" of {self._total:,}" if self._total is not None and self._of_units else ""
-        if not self._count:
-            return f"{self._count:,}{of} {self._unit}"
-        speed = self._count / (now - self._began)
-        return f"{self._count:,}{of} {self._unit}, {speed:,.{0 if speed >= 10 else 1}f} a second"
+        texts = [f"{self._count:,}{of} {self._unit}"]
+        if self._count:
+            speed = self._count / (now - self._began)
+            texts.append(f"{speed:,.{0 if speed >= 10 else 1}f} a second")
+        return texts
 
-    def _left(self, now: float) -> str:
-        if not self._count:
-            return f", {duration(now - self._began)} so far"
-        if not self._total or not self._done:
-            return ""
+    def _left(self, now: float) -> float | None:
+        """Seconds; None as long as nothing is known."""
+        if not self._count or not self._total or not self._done:
+            return None
         share = min(1.0, self._done / self._total)
-        return f", {100 * share:.0f} %, {duration((now - self._began) * (1 - share) / share)} left"
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as 0:01:30."""
-    whole = int(seconds)
-    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
-
-
-def _bars(voice: Any) -> Any:
-    """rich's display; what is printed while it is there appears above it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[text]}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=Console(file=voice.file, highlight=False, soft_wrap=True),
-        transient=True,
-        # What goes to a file or a pipe is no line above the bar.
-        redirect_stdout=sys.stdout.isatty(),
-        redirect_stderr=sys.stderr.isatty(),
-    )
+        return (now - self._began) * (1 - share) / share

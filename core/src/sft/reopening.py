@@ -22,13 +22,13 @@ from sft.files import read_report
 from sft.fine_tune import read_inputs, set_up_model
 from sft.foreign_text import shown
 from sft.inference.asked import of_file
-from sft.progress import Printer
 from sft.resolve import resolve
 from sft.seams import Batch
 from sft.settings.again import report_of, settings_again
 from sft.settings.checks import check_plugins
 from sft.training.checkpoint_folder import Checkpoint, checkpoints, step_of, whole_checkpoint
 from sft.training.resume_checks import check_same_base
+from sft.voice import Printer
 
 if TYPE_CHECKING:
     from sft.data.encoded import Encoded

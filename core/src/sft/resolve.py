@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sft import hookspecs
-from sft.plugins.discovery import entries
 from sft.plugins.files import with_files
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import (
@@ -28,7 +27,6 @@ def resolve(values: Mapping[str, Any], extra: Iterable[type]) -> tuple[Settings,
     """The settings of a run, its plugins (``extra`` classes among them), started, and the given settings that do
     nothing here, each with the reason. Raises :class:`UsageError` for all that settings alone can get wrong.
     """
-    entries.cache_clear()  # what was installed since the last run counts
     values, files = with_files(values)
     values, unheard = without_listeners(values)
     names, left = choose_plugins(values, core_options(), shared_settings())

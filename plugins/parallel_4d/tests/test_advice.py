@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import sft
 from sft.testing import needs
-from sft_parallel_4d.advice import advice
+from sft_parallel_4d.advice import advice, need
 
 
 def planned(values: dict[str, Any], typed: str = "") -> int:
@@ -85,3 +85,20 @@ def test_a_run_that_is_out_of_memory_says_it(train: Callable[..., sft.Summary]) 
     )
     with pytest.raises(sft.SftError, match=message):
         train(plugins=(Full,), plugin=["lora"])
+
+
+@pytest.mark.parametrize("typed", ["", "--per_device_train_batch_size 3 --gradient_accumulation_steps 4"])
+def test_what_a_run_says_that_it_needs_is_the_plan(values: dict[str, Any], typed: str) -> None:
+    """On one process, of the plan for one device."""
+    pairs = typed.split()
+    given = {**values, **{name.removeprefix("--"): value for name, value in zip(pairs[::2], pairs[1::2], strict=True)}}
+    assert need(given, "cpu", 2**30) == planned(given)
+
+
+def test_nothing_is_said_of_a_model_that_is_not_known_on_paper(values: dict[str, Any], tmp_path: Path) -> None:
+    """Where a plugin may change it, and does not say on paper how."""
+    (tmp_path / "changes.py").write_text(
+        "import sft\n\nclass Changes(sft.Plugin):\n    name, api_version = 'changes', 1\n\n"
+        "    @sft.hookimpl\n    def sft_adapt_model(self, run, model):\n        pass\n"
+    )
+    assert need({**values, "plugin": [str(tmp_path / "changes.py")]}, "cpu", 2**30) is None

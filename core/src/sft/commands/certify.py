@@ -8,19 +8,24 @@ from typing import Any
 
 import click
 
+from sft.commands.completing import complete_path, complete_plugin
 from sft.commands.shared import path_of
 
 
 @click.command(name="certify")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_plugin)
 @click.option("--check", "only", multiple=True, metavar="NAME", help="Try this check alone; repeatable.")
 @click.option(
     "--try", "tried", multiple=True, metavar="OPTION=VALUE", help="A value for an option of the plugin; repeatable."
 )
 @click.option("--beside", multiple=True, metavar="PLUGIN", help="Another plugin; repeatable; unset: all others.")
 @click.option("--first-failure", is_flag=True, help="End at the first case that fails.")
-@click.option("--json", "json_file", callback=path_of, help="File for the report as JSON.")
-@click.option("--html", "html_file", callback=path_of, help="File for the report as a page.")
+@click.option(
+    "--json", "json_file", callback=path_of, shell_complete=complete_path, help="File for the report as JSON."
+)
+@click.option(
+    "--html", "html_file", callback=path_of, shell_complete=complete_path, help="File for the report as a page."
+)
 def command(
     name: str,
     only: tuple[str, ...],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 import warnings
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import click
 
 from sft import runtime
+from sft.commands.failures import Failures
 from sft.commands.words import in_readers_language
 from sft.errors import PluginError, SftDeprecationWarning, SftError, UsageError
 from sft.foreign_text import safe
 from sft.language import translated
 
 COMMANDS = {
+    "init": "Ask a few questions and write a settings file for a run.",
     "run": "Fine-tune a model.",
     "data": "Show what the model will see of the data, before it is trained.",
     "replay": "Compute a step of a run again: its records, and the loss of each token.",
@@ -28,6 +31,7 @@ COMMANDS = {
     "generate": "Answer prompts with a model, with or without an adapter.",
     "chat": "Talk with a model in the terminal, with or without an adapter.",
     "plugins": "List the installed plugins, and check what one declares.",
+    "completion": "Print what lets a shell complete the words of sft.",
     "certify": "Try on tiny models what a plugin must keep, beside all others.",
 }
 
@@ -43,7 +47,12 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in COMMANDS:
             return in_readers_language(importlib.import_module(f"sft.commands.{name}").command)
-        found = super().get_command(ctx, name) or self._from_plugin(name)
+        try:
+            found = super().get_command(ctx, name) or self._from_plugin(name)
+        except SftError:
+            if ctx.resilient_parsing:  # a shell completes a word: one command less is offered
+                return None
+            raise
         return None if found is None else in_readers_language(found)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
@@ -99,6 +108,8 @@ def cli(context: click.Context) -> None:
     """
     from sft.plugins.discovery import left_out
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # text in letters that the locale has not
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
     elif context.invoked_subcommand != "run" and left_out() is not None:  # a run says it with its other notes
@@ -114,32 +125,27 @@ def main() -> None:
         is_ours = issubclass(category, SftDeprecationWarning)
         return f"note: {safe(str(message))}\n" if is_ours else usual(message, category, *place, **more)
 
+    failures = Failures()
     warnings.formatwarning = plain
     try:
-        in_readers_language(cli).main(standalone_mode=False)
+        in_readers_language(cli).main(standalone_mode=False, obj=failures)
     except PluginError as error:
-        click.echo(safe(error.details()), err=True, nl=False)
-        code = _failed(str(error), error.exit_code)
+        code = failures.tell(str(error), error.exit_code, error.details())
     except SftError as error:
-        code = _failed(str(error), error.exit_code)
+        code = failures.tell(str(error), error.exit_code)
     except click.ClickException as error:
-        code = _failed(error.format_message(), 2)
+        code = failures.tell(error.format_message(), 2)
     except MemoryError as error:
         from sft.training.out_of_memory import said
 
-        code = _failed(f"Out of memory ({said(error)}): take a smaller model, or smaller batches.", 1)
+        code = failures.tell(f"Out of memory ({said(error)}): take a smaller model, or smaller batches.", 1)
     except OSError as error:
         # The machine's fault, not a bug: a full disk, a folder that went away.
-        code = _failed(str(error), 1)
+        code = failures.tell(str(error), 1)
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ if isinstance(error, click.Abort) else error
-        code = _failed("interrupted", getattr(cause, "exit_code", 130))
+        code = failures.tell("interrupted", getattr(cause, "exit_code", 130))
     if runtime.processes_of_run() > 1:
         runtime.leave(code)
     if code:
         sys.exit(code)
-
-
-def _failed(message: str, code: int) -> int:
-    click.echo(f"sft: {safe(' '.join(message.split()))}", err=True)
-    return code

@@ -1,16 +1,15 @@
-"""``sft data [SETTINGS.json|.yaml] [--name value …]``: what the model will see, before it is trained."""
+"""``sft data [SETTINGS.yaml|.json|.toml] [--name value …]``: what the model will see, before it is trained."""
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from pathlib import Path
 
 import click
 
-from sft.commands.run import collect
+from sft.commands.completing import SettingsCommand, complete_path, complete_value
 from sft.commands.shared import path_of, say
+from sft.commands.typed import collect
 from sft.errors import UsageError
 
 MOST_SHOWN = 10_000
@@ -19,17 +18,26 @@ _IN_TERMINAL, _FOUND, _IN_PAGE = 1, 10, 100
 
 @click.command(
     name="data",
+    cls=SettingsCommand,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]},
     options_metavar="[--name value ...]",
 )
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[SETTINGS.json|.yaml]")
+@click.argument(
+    "arguments", nargs=-1, type=click.UNPROCESSED, metavar="[SETTINGS.yaml|.json|.toml]", shell_complete=complete_value
+)
 @click.option(
     "--show",
     metavar="N",
     help="So many records, as the model reads them.  [default: 1, of found ones 10, in a page 100]",
 )
 @click.option("--find", metavar="TEXT", help="Records that hold this text, in upper or lower case, in their turns.")
-@click.option("--html", metavar="FILE", callback=path_of, help="Write it as one page, with search in the records.")
+@click.option(
+    "--html",
+    metavar="FILE",
+    callback=path_of,
+    shell_complete=complete_path,
+    help="Write it as one page, with search in the records.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON on standard output, and nothing else.")
 def command(arguments: tuple[str, ...], show: str | None, find: str | None, html: str | None, as_json: bool) -> None:
     """Show what the model will see of the data, before it is trained.
@@ -66,8 +74,6 @@ def command(arguments: tuple[str, ...], show: str | None, find: str | None, html
 
         from sft.data_report.terminal import write
 
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # data in letters that the locale has not
         write(report, Console(highlight=False, markup=False, emoji=False))
 
 

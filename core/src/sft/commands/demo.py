@@ -10,11 +10,14 @@ from typing import Any
 
 import click
 
-from sft.commands.run import report
+from sft.commands.completing import complete_plugin
 from sft.commands.shared import PLUGIN
+from sft.commands.summary import tell_summary
 from sft.errors import UsageError
 from sft.plugins.discovery import import_plugin, with_refined
 from sft.plugins.requests import by_name, requests
+from sft.progress import Progress
+from sft.voice import Printer
 
 FOLDER = Path(__file__).parent.parent / "demo"
 DEFAULT = "sft-demo"
@@ -22,7 +25,12 @@ DEFAULT = "sft-demo"
 
 @click.command(name="demo")
 @click.option("--output_dir", "--output-dir", default=DEFAULT, show_default=True, help="Where the run is written.")
-@click.option(*PLUGIN, multiple=True, help="A plugin that has a demo, where several have one; no:NAME leaves one out.")
+@click.option(
+    *PLUGIN,
+    multiple=True,
+    shell_complete=complete_plugin,
+    help="A plugin that has a demo, where several have one; no:NAME leaves one out.",
+)
 def command(output_dir: str, plugins: tuple[str, ...]) -> None:
     """Fine-tune the tiny embedded model in under a minute, and show its answers before and after.
 
@@ -34,7 +42,7 @@ def command(output_dir: str, plugins: tuple[str, ...]) -> None:
     click.echo(f"$ {command_line(settings)}\n")
     summary = run(settings)
     click.echo(f"\ntrain loss by step\n{curve(losses(Path(output_dir) / 'metrics.jsonl'))}")
-    report(summary)
+    tell_summary(summary, Progress(Printer("stdout")))
     is_adapter = (Path(output_dir) / "adapter_config.json").is_file()
     model = f"{settings['model_name_or_path']} --adapter_path {output_dir}" if is_adapter else output_dir
     click.echo(f'\nnext: sft generate --model_name_or_path {model} --prompt "type#dress*color#green*style#elegant"')

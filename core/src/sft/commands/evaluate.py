@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from sft.commands.completing import complete_path
 from sft.commands.shared import GENERATION, SEED, TEMPLATE, model_options, path_of, say, setting_options, typed_values
 
 
@@ -29,6 +30,7 @@ from sft.commands.shared import GENERATION, SEED, TEMPLATE, model_options, path_
 @click.option(
     "--generations",
     callback=path_of,
+    shell_complete=complete_path,
     help="File for the answers: a JSON object with prompt, answer and reference a line.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON on standard output, and nothing else.")

@@ -7,21 +7,28 @@ from typing import Any
 
 import click
 
-from sft.commands.shared import MODEL, TEMPLATE, adapter_names, named_values, path_of, setting_options, typed_values
+from sft.commands.completing import complete_path
+from sft.commands.shared import MODEL, TEMPLATE, adapter_names, path_of, setting_options, typed_values
+from sft.commands.typed import named_values
 from sft.errors import UsageError
 
 
 @click.command(name="export", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-@click.option(*MODEL, required=True, help="The model: a directory, a weight file in one, or a hub name.")
+@click.option(
+    *MODEL,
+    required=True,
+    shell_complete=complete_path,
+    help="The model: a directory, a weight file in one, or a hub name.",
+)
 @setting_options("allow_pickle", "device", "chat_template", chat_template=TEMPLATE)
 @click.option(
-    *adapter_names(), callback=path_of,
+    *adapter_names(), callback=path_of, shell_complete=complete_path,
     help="An adapter to fold in: the folder that a run wrote, or any PEFT adapter.",
 )  # fmt: skip
 @click.option("--to", required=True, metavar="FORM", help="huggingface, or a form that a plugin writes.")
 @click.option(
     "--output_path", "--output-path", "--output_dir", "--output-dir", "output", required=True, callback=path_of,
-    help="The folder that is written; must be new or empty.",
+    shell_complete=complete_path, help="The folder that is written; must be new or empty.",
 )  # fmt: skip
 @click.pass_context
 def command(context: click.Context, model: str, adapter: str | None, to: str, output: str, **settings: Any) -> None:
@@ -32,7 +39,7 @@ def command(context: click.Context, model: str, adapter: str | None, to: str, ou
     name it.
     """
     from sft.inference.export import export
-    from sft.progress import Printer
+    from sft.voice import Printer
 
     loose, options, plugins = named_values(context.args)
     if loose:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sft.commands.completing import complete_path
 from sft.commands.shared import (
     GENERATION,
     SEED,
@@ -40,7 +41,7 @@ USES = ("sft generate", ("sft_model_family", "sft_model_config", "sft_quantizer"
 @model_options("A quantizer, where the adapter does not name it; no:NAME leaves one out.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; repeatable.")
 @click.option(
-    "--prompts_file", "--prompts-file", "file", callback=path_of,
+    "--prompts_file", "--prompts-file", "file", callback=path_of, shell_complete=complete_path,
     help="A file of prompts, one a line, or of data records (.json, .csv and so on), whose last answer is left out or "
     'missing; {"prompt": TEXT} is one too. Tools that a record has are offered.',
 )  # fmt: skip

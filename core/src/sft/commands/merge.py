@@ -6,21 +6,27 @@ from pathlib import Path
 
 import click
 
+from sft.commands.completing import complete_path, complete_plugin
 from sft.commands.shared import MODEL, PLUGIN, adapter_names, path_of, setting_options, typed_values
 
 FORMATS = ("hf", "paddle")
 
 
 @click.command(name="merge")
-@click.option(*MODEL, required=True, help="The base model: a directory, a weight file in one, or a hub name.")
+@click.option(
+    *MODEL,
+    required=True,
+    shell_complete=complete_path,
+    help="The base model: a directory, a weight file in one, or a hub name.",
+)
 @setting_options("allow_pickle")
 @click.option(
-    *adapter_names(), required=True, callback=path_of,
+    *adapter_names(), required=True, callback=path_of, shell_complete=complete_path,
     help="The adapter: the folder that a run wrote, or any PEFT adapter.",
 )  # fmt: skip
 @click.option(
     "--output_path", "--output-path", "--merge_model_path", "--merge-model-path", "output", required=True,
-    callback=path_of, help="Where the merged model is written; must be new or empty.",
+    callback=path_of, shell_complete=complete_path, help="Where the merged model is written; must be new or empty.",
 )  # fmt: skip
 @click.option(
     "--format", "layout", type=click.Choice(FORMATS), default="hf", show_default=True,
@@ -39,7 +45,12 @@ FORMATS = ("hf", "paddle")
     help="base: that of each tensor on disk, to which the sum is rounded; float32: nothing is rounded.",
 )  # fmt: skip
 @click.option("--device", help="Where the arithmetic happens: cpu, gpu or gpu:N.  [default: paddle's choice]")
-@click.option(*PLUGIN, multiple=True, help="A quantizer, where the adapter does not name it; no:NAME leaves one out.")
+@click.option(
+    *PLUGIN,
+    multiple=True,
+    shell_complete=complete_plugin,
+    help="A quantizer, where the adapter does not name it; no:NAME leaves one out.",
+)
 def command(
     model: str,
     allow_pickle: str | None,
@@ -59,7 +70,7 @@ def command(
     """
     from sft.inference.merge import merge
     from sft.models.shards import WeightFormat, parse_size
-    from sft.progress import Printer
+    from sft.voice import Printer
 
     allowed = typed_values({"allow_pickle": allow_pickle}).get("allow_pickle", False)
     form = WeightFormat(layout, safe, parse_size(shard), dtype)

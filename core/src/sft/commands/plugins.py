@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
+from sft.commands.completing import complete_plugin
 from sft.commands.shared import option_row
 from sft.errors import SftError
+from sft.facts import columns, padded
 from sft.foreign_text import safe
 from sft.kit.about import About, about, all_plugins, find_plugin, found, ties
 from sft.kit.new import KINDS, write_package
@@ -38,9 +40,9 @@ def command(context: click.Context, as_json: bool) -> None:
     if not rows:
         click.echo(f"No plugin is installed; {left_out() or ALL_OF_PROJECT}.")
         return
-    names, kinds = (max(map(len, column)) for column in ([row.name for row in rows], [_kind(row) for row in rows]))
+    names, kinds = (max(map(columns, each)) for each in ([row.name for row in rows], [_kind(row) for row in rows]))
     for row in rows:
-        click.echo(safe(f"{row.name:<{names}}  {_kind(row):<{kinds}}  {row.origin}"))
+        click.echo(safe(f"{padded(row.name, names)}  {padded(_kind(row), kinds)}  {row.origin}"))
         for line in _more(row):
             click.echo(safe(f"{'':<{names}}  {line}"))
     for distribution, faults in strange_requests().items():
@@ -67,7 +69,7 @@ def _more(row: About) -> list[str]:
 
 
 @command.command(name="info")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_plugin)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def info(name: str, as_json: bool) -> None:
     """Everything that plugin NAME declares. NAME may be the path of a file, ./my_plugin.py."""
@@ -107,7 +109,7 @@ def _page(row: About) -> list[str]:
 
 
 @command.command(name="validate")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_plugin)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.pass_context
 def validate(context: click.Context, name: str | None, as_json: bool) -> None:

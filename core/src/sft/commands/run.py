@@ -1,4 +1,4 @@
-"""``sft run [SETTINGS.json|.yaml] [--plugin NAME …] [--name value …]``."""
+"""``sft run [SETTINGS.yaml|.json|.toml] [--plugin NAME …] [--name value …]``."""
 
 from __future__ import annotations
 
@@ -7,51 +7,59 @@ from typing import Any
 
 import click
 
-from sft import hookspecs
-from sft.commands.shared import named_values, option_row
-from sft.errors import SftError, SignalError, UsageError
+from sft.commands.completing import SettingsCommand, complete_value
+from sft.commands.failures import following
+from sft.commands.shared import option_row
+from sft.commands.typed import collect, requested
+from sft.errors import SftError, SignalError
 from sft.files import read_report
-from sft.foreign_text import safe
 from sft.language import package_of, translated
 from sft.options import options_of
-from sft.plugins.files import with_files
-from sft.plugins.registry import Plugins
-from sft.plugins.requests import by_device, choose_plugins, explicit
-from sft.run_report.value import PAGE
-from sft.settings.arguments import GROUPS, core_options
+from sft.settings.arguments import GROUPS
 from sft.settings.names import Names
-from sft.settings.reading import normalise, read_file
-from sft.settings.words import shared_settings, with_words
+from sft.settings.words import with_words
 from sft.small_files import check_path
+
+PRINTS = ("--print_settings", "--print-settings")
 
 
 @click.command(
     name="run",
+    cls=SettingsCommand,
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, shell_complete=complete_value)
 def command(arguments: tuple[str, ...]) -> None:
     """Fine-tune a model."""
     wants_help = any(argument in ("--help", "-h") for argument in arguments)
-    values = collect([argument for argument in arguments if argument not in ("--help", "-h")])
+    prints = any(argument in PRINTS for argument in arguments)
+    values = collect([argument for argument in arguments if argument not in ("--help", "-h", *PRINTS)])
     if wants_help:
         click.echo(help_text(values))
         return
-    from sft.fine_tune import run
+    if prints:
+        from sft.commands.settings_file import resolved
 
+        click.echo(resolved(values), nl=False)
+        return
+    from sft.commands.summary import tell_summary
+    from sft.fine_tune import carry_out, prepare_run
+
+    following(values)
     named = str(values.get("output_dir"))
     check_path("output_dir", named)
     folder = Path(named).expanduser()
     earlier = read_report(folder)
     try:
-        summary = run(values)
+        run = prepare_run(values, ())
+        summary = carry_out(run)
     except KeyboardInterrupt as error:
         stopped = SftError(_interrupted(values, error, folder, earlier))
         stopped.exit_code = getattr(error, "exit_code", 130)
         raise stopped from None
     if summary.speaks:
-        report(summary)
+        tell_summary(summary, run.progress)
 
 
 def _interrupted(values: dict[str, Any], error: KeyboardInterrupt, folder: Path, earlier: dict[str, Any]) -> str:
@@ -70,38 +78,21 @@ def _interrupted(values: dict[str, Any], error: KeyboardInterrupt, folder: Path,
     return f"interrupted{moment}; the same command with --resume_from_checkpoint auto{without} {goes_on}."
 
 
-def collect(arguments: list[str]) -> dict[str, Any]:
-    """The settings file's values overridden by the command line's; the last one given counts, plugins add up. Raises
-    :class:`UsageError` for what is no setting, and for a file that cannot be read."""
-    loose, given, plugins = named_values(arguments)
-    if len(loose) > 1:
-        raise UsageError(f"Unexpected {loose[1]!r}; settings are given as --name value.")
-    path = loose[0] if loose else None
-    values = normalise(read_file(Path(path))) if path is not None else {}
-    of_file = values.pop("plugin", [])
-    if isinstance(of_file, str):
-        of_file = of_file.split(",")
-    values.update(given)
-    if of_file or plugins:
-        values["plugin"] = [*of_file, *plugins] if isinstance(of_file, list) else of_file
-    return values
-
-
 HEAD = """\
-Usage: sft run [SETTINGS.json|.yaml] [--plugin NAME ...] [--name value ...]
+Usage: sft run [SETTINGS.yaml|.json|.toml] [--plugin NAME ...] [--name value ...]
 
 Fine-tune a model. Without an adapter plugin all parameters train. Names may have dashes or underscores.
 
   --plugin NAME  switch a plugin on (repeatable; no:NAME switches it off; or the path of a file, ./x.py);
-                 its settings then show here"""
+                 its settings then show here
+  --print_settings
+                 run nothing, and print the resolved settings as a file that `sft run FILE` reads"""
 TAIL = "With --plugin NAME its settings are listed too; `sft plugins` lists the plugins."
 
 
 def help_text(values: dict[str, Any]) -> str:
     """Every setting of the core and of the requested plugins, under its heading, in the reader's language."""
-    values, files = with_files(values)
-    names, _ = choose_plugins(values, core_options(), shared_settings())
-    active = Plugins.load(names, hookspecs, files, explicit(values), by_device(values))
+    active, names = requested(values)
     lines = [translated(HEAD)]
     for group, cls in GROUPS.items():
         heading = translated(f"{group.capitalize()} arguments")
@@ -119,49 +110,3 @@ def help_text(values: dict[str, Any]) -> str:
     if not names:
         lines += ["", translated(TAIL)]
     return "\n".join(lines)
-
-
-def report(summary: Any) -> None:
-    """The end of a run, in a few lines."""
-    lines = ["", f"done: {summary.steps} steps ({summary.epochs:.2f} epochs) in {summary.seconds:.1f} s"]
-    if summary.stopped_early is not None:
-        lines.append(f"  ended early after step {summary.stopped_early['step']}: {summary.stopped_early['reason']}")
-    lines.append(f"  train loss  {_fall(summary.train_loss_first, summary.train_loss_last)}")
-    if summary.eval_loss_after is not None:
-        lines.append(f"  dev loss    {_fall(summary.eval_loss_before, summary.eval_loss_after)}")
-    lines.append(f"  trained     {summary.trainable_parameters:,} of {summary.total_parameters:,} parameters")
-    padded = 100 * summary.padding_tokens / max(1, summary.tokens + summary.padding_tokens)
-    lines.append(
-        f"  tokens      {summary.tokens:,} in {summary.rows:,} rows ({summary.target_tokens:,} targets), "
-        f"{summary.padding_tokens:,} padding ({padded:.1f} %)"
-    )
-    for split, counts in summary.data.items():
-        if counts["records_skipped"]:
-            these = f"{counts['records_skipped']:,} of {counts['records']:,} {split} records"
-            lines.append(f"  skipped     {these}, which cannot be read (bad_records.jsonl)")
-    if summary.skipped_steps:
-        lines.append(f"  skipped     {summary.skipped_steps:,} steps that changed nothing")
-    lines.append(f"  peak memory {summary.peak_memory_mib:,} MiB")
-    lines.append(f"  written to  {summary.output_dir}")
-    for sample in summary.samples:
-        lines += [
-            "",
-            f"prompt: {_block(sample['prompt'])}",
-            f"  before: {_block(sample['before'])}",
-            f"  after:  {_block(sample['after'])}",
-        ]
-    page = summary.output_dir / PAGE
-    if page.is_file():
-        lines += ["", f"report: {page}"]
-    click.echo(safe("\n".join(lines)))
-
-
-def _block(text: str) -> str:
-    """Lines of data or of a model, which cannot be taken for ours."""
-    return text.replace("\n", "\n    ")
-
-
-def _fall(before: float | None, after: float | None) -> str:
-    if before is None or after is None:
-        return "not measured"
-    return f"{before:.4f} -> {after:.4f} ({after - before:+.4f})"

@@ -9,14 +9,15 @@ from typing import Any
 
 import click
 
+from sft.commands.completing import as_option, complete_path, complete_plugin
 from sft.errors import UsageError
 from sft.foreign_text import harmless
 from sft.language import translated
-from sft.options import Bare, Option, convert
+from sft.options import Option, convert
 from sft.plugins.requests import requests
-from sft.progress import Printer
 from sft.settings.arguments import core_options
 from sft.small_files import check_path
+from sft.voice import Printer
 
 MODEL = ("--model_name_or_path", "--model-name-or-path", "model")
 PLUGIN = ("--plugin", "plugins")
@@ -49,16 +50,20 @@ def model_options(plugin: str) -> Callable[[Any], Any]:
     """The options that choose a finished model; ``plugin`` is what is said of --plugin."""
 
     def add(function: Any) -> Any:
-        function = click.option(*PLUGIN, multiple=True, help=plugin)(function)
+        function = click.option(*PLUGIN, multiple=True, shell_complete=complete_plugin, help=plugin)(function)
         function = click.option(
             *adapter_names(),
             callback=path_of,
+            shell_complete=complete_path,
             help="An adapter for it: the folder that a run wrote, or any PEFT adapter.",
         )(function)
         function = setting_options(*OPENING, **OPENING_HELP)(function)
-        return click.option(*MODEL, required=True, help="The model: a directory, a weight file in one, or a hub name.")(
-            function
-        )
+        return click.option(
+            *MODEL,
+            required=True,
+            shell_complete=complete_path,
+            help="The model: a directory, a weight file in one, or a hub name.",
+        )(function)
 
     return add
 
@@ -69,6 +74,7 @@ def tools_option(more: str = "") -> Callable[[Any], Any]:
         "--tools",
         metavar="FILE",
         callback=path_of,
+        shell_complete=complete_path,
         help=f"A JSON file with a list of tools that the model may call{', ' if more else ''}{more}.",
     )
 
@@ -120,6 +126,7 @@ def setting_options(*names: str, **helps: str) -> Callable[[Any], Any]:
                 *dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")),
                 name,
                 default=None,
+                shell_complete=as_option(option),
                 metavar="true|false" if option.is_flag else _kind(option),
                 help=f"{text[0].upper()}{text[1:]}.{_default(option)}",
                 **flag,
@@ -151,30 +158,6 @@ def _kind(option: Option) -> str:
     if option.is_list and str not in option.kinds:
         return "A,B,…"
     return next(text for kind, text in ((int, "N"), (float, "X"), (str, "TEXT")) if kind in option.kinds)
-
-
-def named_values(arguments: list[str]) -> tuple[list[str], dict[str, Any], list[str]]:
-    """What is typed as ``--name value`` for settings that only plugins know: words without a name, values by name (the
-    last one given counts), and the plugins."""
-    loose: list[str] = []
-    given: dict[str, Any] = {}
-    plugins: list[str] = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--"):
-            loose.append(argument)
-            continue
-        name, equals, value = argument[2:].partition("=")
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else Bare("true")
-        if name == "plugin" and isinstance(value, Bare):
-            raise UsageError("--plugin needs a name; `sft plugins` lists the installed ones.")
-        if name == "plugin":
-            plugins += value.split(",")
-        else:
-            given[name.replace("-", "_")] = value
-    return loose, given, plugins
 
 
 def typed_values(values: Mapping[str, Any]) -> dict[str, Any]:

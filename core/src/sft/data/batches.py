@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol, overload
 
@@ -243,15 +243,28 @@ class Schedule:
         return cls(data, collator, training.seed, rows, training.num_train_epochs, training.max_steps)
 
     @cached_property
+    def first_rows(self) -> np.ndarray:
+        """int64 [rows], the tokens in each row of the first pass over the data (of a stream: of its first window), in
+        their order."""
+        window = next(self.data.windows())
+        rows = self._places(window)
+        counts = np.fromiter(map(len, rows), np.int64, len(rows))
+        places = np.fromiter(chain.from_iterable(rows), np.int64, int(counts.sum()))
+        row = np.repeat(np.arange(len(rows)), counts)
+        return np.bincount(row, window.lengths[places], len(rows)).astype(np.int64)
+
+    @cached_property
     def total_steps(self) -> int:
         """``max_steps``, or the steps of ``epochs`` passes (a fraction of the last one rounded up)."""
         if self.max_steps > 0:
             return self.max_steps
         whole, part = int(self.epochs), self.epochs - int(self.epochs)
-        windows = self.data.windows()
-        steps = sum(self._steps_in(next(windows)) for _ in range(whole))
+        later = islice(self.data.windows(), 1, None)
+        counts = chain([len(self.first_rows)], (len(self._places(window)) for window in later))
+        steps_of = (math.ceil(count / self.rows_per_step) for count in counts)
+        steps = sum(islice(steps_of, whole))
         # Rounded first: 1.1 - 1 is a little more than 0.1, which would cost a step too many.
-        return max(1, steps + (math.ceil(round(part * self._steps_in(next(windows)), 6)) if part else 0))
+        return max(1, steps + (math.ceil(round(part * next(steps_of), 6)) if part else 0))
 
     def written(self) -> dict[str, Any]:
         """What ``run.json`` says of it."""
@@ -281,11 +294,12 @@ class Schedule:
             yield step, make_batches(step.data, self.collator, step.rows[rank::world], size)
 
     def _rows(self, window: DataWindow) -> list[tuple[int, ...]]:
-        rows = self.collator.rows(window.lengths, np.random.default_rng([self.seed, window.number]))
+        rows = self._places(window)
         if window.order is None:
             return rows
         records = window.order.tolist()
         return [tuple(records[place] for place in row) for row in rows]
 
-    def _steps_in(self, window: DataWindow) -> int:
-        return math.ceil(len(self._rows(window)) / self.rows_per_step)
+    def _places(self, window: DataWindow) -> list[tuple[int, ...]]:
+        """Its rows, as places of records in the window."""
+        return self.collator.rows(window.lengths, np.random.default_rng([self.seed, window.number]))

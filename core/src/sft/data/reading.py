@@ -25,9 +25,9 @@ from sft.data.sets import DataSet, OpenSets, Reader
 from sft.data.several import Measured, Several
 from sft.data.sources import size_of
 from sft.data.stream import WINDOW, Stream
+from sft.durations import duration
 from sft.errors import UsageError
 from sft.foreign_text import shown
-from sft.progress import duration
 
 if TYPE_CHECKING:
     from sft.data.batches import Data

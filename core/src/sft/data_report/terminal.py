@@ -9,6 +9,7 @@ from rich.text import Text
 
 from sft.data_report import words
 from sft.data_report.value import Bar, DataReport, Piece, Split
+from sft.facts import Fact, lines_of
 from sft.foreign_text import harmless
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _headline(text: str, console: Console) -> None:
     _print(Text(f"\n{text}", style="bold"), console)
 
 
-def _facts(facts: list[words.Fact], console: Console) -> None:
+def _facts(facts: list[Fact], console: Console) -> None:
     if console.is_terminal:
         grid = Table.grid(padding=(0, 0, 0, 2))
         grid.add_column(width=_LABEL - 1, style="cyan")
@@ -84,9 +85,8 @@ def _facts(facts: list[words.Fact], console: Console) -> None:
             grid.add_row(Text(label), Text("\n".join(lines)))
         console.print(grid)
         return
-    for label, lines in facts:
-        for number, line in enumerate(lines):
-            _print(Text(f"  {label if not number else '':<{_LABEL}}{line}"), console)
+    for line in lines_of(facts, None, _LABEL):
+        _print(Text(line), console)
 
 
 def _histogram(split: Split, max_length: int, console: Console) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from sft.data.encoded import Counts
 from sft.data_report.value import DataReport, Duplicates, NearDuplicates, RowCount, SetCounts, ShownRecord, Split
+from sft.facts import Fact
 from sft.foreign_text import shown
-from sft.pages import Fact
 
 
 def heading(report: DataReport) -> list[Fact]:

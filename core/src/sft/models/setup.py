@@ -9,7 +9,7 @@ from sft.models import loading
 from sft.models.fingerprint import fingerprint
 from sft.models.generation import check_room
 from sft.models.kernels import Kernels, use_kernels
-from sft.models.layers import held_by, sizes, trainable
+from sft.models.layers import sizes, trainable
 from sft.models.own_kernels import own_kernels
 from sft.models.saved_layers import let_train, with_parameters
 from sft.models.token_rows import let_rows_train
@@ -50,7 +50,7 @@ def set_up(run: CoreRun) -> None:
         )
     if not trainable(run.model):
         raise UsageError("Nothing trains: the active plugins left no trainable parameter.")
-    run.sizes = count, total = sizes(dict(run.strategy.parameters(run.model)), run.model)
+    run.sizes = sizes(dict(run.strategy.parameters(run.model)), run.model)
     run.strategy.connect(run.model)
     kernels = kernels_for(run.plugins, run, run.precision)
     use_kernels(run.model, kernels)
@@ -59,8 +59,6 @@ def set_up(run: CoreRun) -> None:
         who = "own" if provider is None else f"{provider} ({run.plugins.origin(provider)})"
         run.arithmetic[hook.removeprefix("sft_")] = who
     run.arithmetic.update(kernels.arithmetic)
-    held = held_by(run.plugins.provider("sft_quantizer"), run.model)
-    run.say(f"model: {total:,} parameters, {count:,} train ({100 * count / total:.2f} %){held}")
 
 
 def check_questions(run: CoreRun) -> None:

@@ -34,7 +34,7 @@ EVENTS = (
     *("sft_logged", "sft_state", "sft_checkpoint_saved", "sft_run_ended"),
 )
 """Hooks in which an observer's errors are said, and end nothing."""
-WATCHING = (*EVENTS, "sft_run_failed", "sft_check", "sft_commands", "sft_memory_advice")
+WATCHING = (*EVENTS, "sft_run_failed", "sft_check", "sft_commands", "sft_memory_advice", "sft_memory_need")
 """Hooks that an observer may implement."""
 
 _CURE = "tell its author, or leave the plugin out"

@@ -16,7 +16,7 @@ plugin, as entry points in the group ``sft.requests`` that name the same object 
 ``device.KIND``        a model is computed on a device of that kind (``cpu`` or ``gpu``); only a wish: the plugin
                        stays out beside one that the user asks for and that it does not go together with
 ``path.X``             ``--X FOLDER`` gives an adapter folder of any type to a command, as ``--adapter_path`` does
-``advice.memory``      a run has run out of memory; the plugin's ``sft_memory_advice`` says what would fit
+``advice.memory``      a run is about to begin, or has run out of memory (``sft_memory_need``, ``sft_memory_advice``)
 ``export.FORM``        ``sft export --to FORM`` is typed
 ``command.X``          ``sft X`` is typed (``command.demo``: ``sft demo`` shows this plugin)
 =====================  ======================================================================================

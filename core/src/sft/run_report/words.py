@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sft.data.encoded import Counts
-from sft.pages import Fact
-from sft.progress import duration
+from sft.durations import duration
+from sft.facts import Fact
 from sft.run_report.value import Curve, RunReport
 
 _PLACES = ("output_dir", "run_name", "overwrite_output_dir", "resume_from_checkpoint", "logging_dir")

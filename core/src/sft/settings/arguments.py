@@ -15,6 +15,7 @@ from sft.foreign_text import quoted, shown, without_secrets
 from sft.hub_names import is_hub_name, is_revision, split
 from sft.options import Option, option, options_of
 from sft.small_files import read_text
+from sft.voice import LEVELS
 
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")
 ADAMW = ("adamw", "adamw_torch", "adamw_torch_fused")
@@ -282,6 +283,17 @@ class TrainingArguments:
     )
     run_name: str | None = option(None, "what its report and report_to call the run; unset: the name of output_dir")
     disable_tqdm: bool = option(False, "plain lines instead of a progress bar")
+    quiet: bool = option(False, "say notes alone, and at the end one line: log_level warning")
+    log_level: str = option(
+        "info",
+        "what is said of a run: info: all; warning: notes, and at the end one line; error: why it ends, if it fails",
+        choices=LEVELS,
+    )
+    json_logs: bool | str = option(
+        False,
+        "say it as events, one JSON object a line, on standard output (docs/terminal.md); stderr: on standard error",
+        choices=("stderr",),
+    )
     deterministic: bool | str = option(
         False,
         "the same bits each time on a GPU too, which is slower; the first micro-batch is computed twice to see it; "
@@ -292,6 +304,11 @@ class TrainingArguments:
 
     def __post_init__(self) -> None:
         self.report_to = [word.strip().lower() for word in self.report_to if word.strip().lower() != "none"]
+
+    @property
+    def level(self) -> str:
+        """What is said of a run (``log_level``, or ``quiet``)."""
+        return "warning" if self.quiet else self.log_level
 
     def warmup_of(self, total: int) -> int:
         """Steps of warm-up in a run of ``total`` optimizer steps."""

@@ -33,6 +33,8 @@ def check_settings(settings: Settings, plugins: Plugins) -> list[tuple[str, str]
     if settings.data.train_on == "everything" and settings.data.train_on_thoughts != "all":
         raise UsageError("train_on everything learns thoughts too; leave train_on_thoughts out.")
     check_best(settings)
+    if training.quiet and "log_level" in settings.given and training.log_level != "warning":
+        raise UsageError(f"quiet is log_level warning, and log_level is {training.log_level}; leave one of them out.")
     if settings.model.modules_to_save and plugins.provider("sft_export_adapter") is None:
         raise UsageError(
             "modules_to_save names layers beside an adapter, and this run trains all of them; leave it out."

@@ -1,5 +1,5 @@
-"""Settings as they are given: read from a JSON or YAML file, and checked against what the core and the active plugins
-declare.
+"""Settings as they are given: read from a YAML, JSON or TOML file, and checked against what the core and the active
+plugins declare.
 
 No value is guessed: a name that nobody declares is an error with a suggestion.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,19 @@ from sft.written_numbers import or_tiny, read_number
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """A flat settings file: JSON (``.json``) or YAML (``.yaml``, ``.yml``)."""
-    if path.suffix not in (".json", ".yaml", ".yml"):
-        raise UsageError(f"Settings file {shown(path)} is neither .json nor .yaml; rename it after what it holds.")
-    text = read_text(path, "Settings file ", "give the path of a JSON or YAML file")
-    kind = "JSON" if path.suffix == ".json" else "YAML"
+    """A settings file: JSON (``.json``), YAML (``.yaml``, ``.yml``) or TOML (``.toml``), with a value for each name.
+
+    In TOML a table is what stands before a dot: ``[a-plugin]`` with ``rank = 4`` is the setting ``a_plugin.rank``."""
+    readers = {".json": ("JSON", _of_json), ".yaml": ("YAML", _of_yaml), ".yml": ("YAML", _of_yaml)}
+    readers[".toml"] = ("TOML", _of_toml)
+    if path.suffix not in readers:
+        raise UsageError(
+            f"Settings file {shown(path)} is none of .yaml, .json and .toml; rename it after what it holds."
+        )
+    kind, read = readers[path.suffix]
+    text = read_text(path, "Settings file ", "give the path of a YAML, JSON or TOML file")
     try:
-        if kind == "JSON":
-            values = json.loads(text, object_pairs_hook=_unique, parse_float=read_number)
-        else:
-            values = _of_yaml(text)
+        values = read(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(
             f"Settings file {shown(path)} is not valid {kind} ({why(error)}); correct it there."
@@ -42,6 +46,27 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"Settings file {shown(path)} must hold one object of names and values.")
     return values
+
+
+def _of_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique, parse_float=read_number)
+
+
+def _of_toml(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    return _unique(list(_without_tables(tomllib.loads(text, parse_float=read_number))))
+
+
+def _without_tables(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _without_tables(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
 
 
 def _of_yaml(text: str) -> Any:

@@ -36,17 +36,11 @@ def before_or_after(run: CoreRun, step: int, epoch: float, journal: Any) -> dict
     """Dev loss and sample answers, before or after training."""
     found: dict[str, Any] = {}
     if run.dev_data is not None:
-        if step == 0 and run.settings.training.do_train:
-            training = run.settings.training
-            asked = training.do_eval or training.evaluation_strategy != "no"
-            run.say(
-                f"dev data is measured before and after training: {len(run.dev_data):,} records, "
-                f"{run.dev_data.tokens:,} tokens{'' if asked else ' (do_eval false leaves that out)'}"
-            )
         if run.evaluation.get("step") != step:
             write(run, journal, evaluate(run, step, epoch))
         found["eval_loss"] = run.evaluation["eval_loss"]
-        run.say(f"dev data {'before' if step == 0 else 'after'} training: {figures(run.evaluation)}")
+        text = f"dev data {'before' if step == 0 else 'after'} training: {figures(run.evaluation)}"
+        run.progress.tell("evaluation", run.evaluation, text)
     if run.samples:
         found["samples"] = answer_samples(run, step)
     return found

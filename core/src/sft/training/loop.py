@@ -178,9 +178,10 @@ def train(
                 display.between(record, speed)
         else:
             if scale.gives_up:
-                display.say(left_out(run, at, journal, f"loss {loss_sum / share}, gradient norm {grad_norm}"))
+                display.skipped(step, left_out(run, at, journal, f"loss {loss_sum / share}, gradient norm {grad_norm}"))
             else:
-                display.say(f"step {step}: float16 overflow, skipped; the loss scale is now {scale.value:g}")
+                text = f"step {step}: float16 overflow, skipped; the loss scale is now {scale.value:g}"
+                display.skipped(step, text)
             optimizer.clear()
             journal.skipped_steps += 1
 
@@ -203,17 +204,19 @@ def train(
             _log(run, journal, display, step, epoch, rate)
         if wishes.stops is not None and step < total:
             run.stopped_early = {"step": step, "reason": wishes.stops}
-            display.say(f"step {step}/{total}: the run ends early ({wishes.stops})")
+            display.say(f"step {step}/{total}: the run ends early ({wishes.stops})", "warning")
         saves = wishes.saves or _due(settings.save_strategy, settings.save_steps, at, ends)
         if saves:
             run.best = better(run, evaluation) if evaluation is not None else run.best
-            wishes.saved(checkpoint.save(run, optimizer, state_after(run, schedule, journal, at, scale)))
+            folder = checkpoint.save(run, optimizer, state_after(run, schedule, journal, at, scale))
+            display.saved(folder)
+            wishes.saved(folder)
             wishes.hear()  # a signal that has come meanwhile need not wait for another step
         if ends:  # with a result
             break
         if wishes.signal:
             if not saves and settings.save_strategy != "no":
-                checkpoint.save(run, optimizer, state_after(run, schedule, journal, at, scale))
+                display.saved(checkpoint.save(run, optimizer, state_after(run, schedule, journal, at, scale)))
             raise SignalError(wishes.signal, f"after step {step}")
         run.stop.waits_for(_before_stopping(step + 1, settings.save_strategy, until))
     run.model.eval()

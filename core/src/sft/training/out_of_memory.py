@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import resource
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft import hookspecs
 from sft.errors import PluginError, SftError
 from sft.foreign_text import shown
-from sft.plugins.discovery import with_refined
-from sft.plugins.registry import Plugins
-from sft.plugins.requests import requests
-from sft.settings.reading import build
 from sft.training.checkpoint_folder import checkpoints
+from sft.training.memory import asked, device_memory
 from sft.training.report import own_report
 
 if TYPE_CHECKING:
     from sft.context import CoreRun
-
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def is_memory(error: BaseException) -> bool:
@@ -47,18 +36,6 @@ def said(error: BaseException) -> str:
     return shown(" ".join(re.split(r"\n\s*\n|\[Hint|\(at /", text)[0].split()).rstrip(".")) or "no memory is left"
 
 
-def device_memory() -> tuple[str, int]:
-    """Where the run computes, "cpu" or "gpu", and the bytes that it could have there."""
-    paddle = sys.modules.get("paddle")
-    if paddle is not None and paddle.device.get_device().startswith("gpu"):
-        return "gpu", int(paddle.device.cuda.get_device_properties().total_memory)
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), resource.getrlimit(resource.RLIMIT_AS)[0]]
-    for path in _LIMITS:
-        with contextlib.suppress(OSError, ValueError):
-            limits.append(int(Path(path).read_text(encoding="ascii")))
-    return "cpu", min(limit for limit in limits if limit > 0)
-
-
 def _place(run: CoreRun) -> str:
     if not run.executes or not own_report(run):
         return " before the first step"
@@ -66,17 +43,10 @@ def _place(run: CoreRun) -> str:
 
 
 def _advice(run: CoreRun) -> str | None:
-    """What installed plugins say would fit, whether or not they are active in the run."""
+    """What installed plugins say would fit."""
     device, memory = device_memory()
-    for name in requests("advice").get("memory", []):
-        try:
-            plugins = Plugins.load(with_refined(name), hookspecs)
-            plugins.start(build({}, plugins).options)
-            for answer in plugins.hook.sft_memory_advice(values=run.given, device=device, memory=memory):
-                return str(answer)
-        except (Exception, MemoryError):  # advice must not hide what has happened
-            continue
-    return None
+    text = asked(lambda hook: hook.sft_memory_advice(values=run.given, device=device, memory=memory))
+    return None if text is None else str(text)
 
 
 def _cures(run: CoreRun) -> str:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
+from sft.durations import duration
 from sft.foreign_text import shown
 from sft.plugins.marks import hookimpl
-from sft.progress import BAR_AFTER, Progress, duration
+from sft.progress import BAR_AFTER, Progress
 from sft.settings.best_metric import ANSWER_SCORES
+from sft.training.pace import Pace, Pauses
 
 LINE_EVERY = 60.0
 """After so many seconds without a line, a step is shown although ``logging_steps`` does not ask for it yet."""
+TOLD_AFTER = 10.0
+"""Seconds of steps after which it is known well enough how long all of them take."""
+WORTH_TELLING = 60.0
+"""Seconds that must be left for that to be told."""
 
 
 def figures(record: dict[str, Any]) -> str:
@@ -40,28 +48,75 @@ def _short(value: float) -> str:
 class Display:
     """Shows steps, logged lines and evaluations. Registered beside the plugins, it hears of micro-batches too."""
 
-    def __init__(self, total: int, done: int, progress: Progress) -> None:
+    def __init__(
+        self, total: int, done: int, progress: Progress, pauses: Pauses | None = None, evaluated: float | None = None
+    ) -> None:
+        """``pauses`` are the evaluations and checkpoints to come, ``evaluated`` the seconds of one that was made."""
         self._progress = progress
-        self._total, self._first, self._done = total, done, done
+        self._total, self._done = total, done
         self._began = self._said = time.monotonic()
-        self._bar = progress.show("step", total) if progress.has_bars else None
-        self._figures = ""
+        self._pace = Pace(total, done, pauses or (lambda step: (0, 0)))
+        if evaluated is not None:
+            self._pace.evaluated(evaluated)
+        self._told = False
+        self._figures: list[str] = []
         self._step, self._step_began, self._batch, self._batches = done, self._began, 0, 0
-        if self._bar is not None:
-            progress.update(self._bar, done, f"{done}/{total}")
+        self._bar = progress.show("step", total, [f"{done}/{total}"], self._began) if progress.has_bars else None
+        self._move(done)
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, level: str = "info") -> None:
         """A line of its own, above the bar if there is one."""
+        self._tell("note" if level == "warning" else "line", {"text": text}, text, level)
+
+    def _tell(self, event: str, values: dict[str, Any], text: str, level: str = "info") -> None:
         self._said = time.monotonic()
-        self._progress.say(text)
+        self._progress.tell(event, values, text, level)
 
     def step(self, record: dict[str, Any], tokens_per_second: float) -> None:
         """An optimizer step is done."""
-        self._done = record["step"]
-        figures = f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {tokens_per_second:,.0f} tokens/s"
-        self._figures = f"  {figures}"
+        self._figures = [
+            f"loss {record['loss']:.4f}",
+            f"{tokens_per_second:,.0f} tokens/s",
+            f"lr {record['learning_rate']:.2e}",
+        ]
+        self._passed(record["step"])
+
+    def skipped(self, step: int, text: str) -> None:
+        """A step has changed nothing, which ``text`` says."""
+        self.say(text, "warning")
+        self._passed(step)
+
+    def _passed(self, step: int) -> None:
+        self._done = step
+        self._pace.step(step)
+        self._move(step)
+        left = self._pace.left
+        is_known = self._pace.timed >= 2 and time.monotonic() - self._began >= TOLD_AFTER
+        if not self._told and is_known and left is not None:
+            self._told = True
+            if left >= WORTH_TELLING:
+                self._tell_time(left)
+
+    def _tell_time(self, left: float) -> None:
+        """How long the run will take, once that is known."""
+        ends = datetime.now().astimezone() + timedelta(seconds=left)
+        a_step = self._pace.seconds_a_step
+        assert a_step is not None
+        day = "" if left < 20 * 3600 else f"{ends:%Y-%m-%d} "
+        self._tell(
+            "time",
+            {"seconds_left": left, "seconds_a_step": a_step, "ends": ends.isoformat(timespec="seconds")},
+            f"time: about {duration(left)} for {self._total - self._done:,} more steps ({a_step:.3g} s each), until "
+            f"{day}{ends:%H:%M}",
+        )
+
+    def _move(self, done: float, within: str = "") -> None:
+        """The bar, if there is one, to ``done`` steps; ``within`` says how far the step that is under way is."""
         if self._bar is not None:
-            self._progress.update(self._bar, self._done, f"{self._done}/{self._total}{self._figures}")
+            left = self._pace.left
+            ends = None if left is None else time.monotonic() + left
+            texts = [f"{self._done}/{self._total}{within}", *self._figures]
+            self._progress.update(self._bar, done, texts, ends)
 
     @contextmanager
     def within(self, step: int, batches: int) -> Iterator[None]:
@@ -84,12 +139,14 @@ class Display:
         if self._bar is not None:
             if now - self._step_began >= BAR_AFTER and 0 < self._batch <= self._batches and self._batches > 1:
                 done = self._done + (self._batch - 1) / self._batches
-                at = f"{self._done}/{self._total}, micro-batch {self._batch}/{self._batches}"
-                self._progress.update(self._bar, done, f"{at}{self._figures}")
+                self._move(done, f", micro-batch {self._batch}/{self._batches}")
         elif now - max(self._said, self._step_began) >= LINE_EVERY:
-            self.say(
-                f"step {self._step}/{self._total}: micro-batch {max(1, self._batch)} of {self._batches}, "
-                f"{duration(now - self._step_began)} so far"
+            batch, took = max(1, self._batch), now - self._step_began
+            self._tell(
+                "micro_batch",
+                {"step": self._step, "total": self._total, "micro_batch": batch, "micro_batches": self._batches}
+                | {"seconds": round(took, 1)},
+                f"step {self._step}/{self._total}: micro-batch {batch} of {self._batches}, {duration(took)} so far",
             )
 
     def line(self, line: dict[str, Any]) -> None:
@@ -101,26 +158,36 @@ class Display:
             f"ETA {self._eta()}{_own(line)}"
         )
         if self._bar is None:
-            self.say(text)
+            self._tell("step", self._at(line), text)
         else:
             self._progress.note(text)
 
     def between(self, record: dict[str, Any], tokens_per_second: float) -> None:
         """A step that is not logged. It is shown if no line has come for long, so that slow training is not silent."""
         if self._bar is None and time.monotonic() - self._said >= LINE_EVERY:
-            self.say(
+            self._tell(
+                "between",
+                self._at(record),
                 f"step {record['step']}/{self._total}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f} (of this "
-                f"step)  {tokens_per_second:,.0f} tokens/s  ETA {self._eta()}"
+                f"step)  {tokens_per_second:,.0f} tokens/s  ETA {self._eta()}",
             )
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        self.say(f"step {record['step']}/{self._total}  dev {figures(record)}")
+        self._pace.evaluated()
+        self._tell("evaluation", self._at(record), f"step {record['step']}/{self._total}  dev {figures(record)}")
+
+    def saved(self, folder: Path) -> None:
+        """A checkpoint has been written."""
+        self._pace.saved()
+        self._progress.tell("checkpoint", {"step": self._done, "folder": str(folder)}, None)
 
     def close(self) -> None:
         if self._bar is not None:
             self._progress.keep(self._bar)
             self._bar = None
 
+    def _at(self, record: dict[str, Any]) -> dict[str, Any]:
+        return {**record, "total": self._total, "seconds_left": self._pace.left}
+
     def _eta(self) -> str:
-        rate = (time.monotonic() - self._began) / max(1, self._done - self._first)
-        return duration(rate * (self._total - self._done))
+        return duration(self._pace.left or 0.0)

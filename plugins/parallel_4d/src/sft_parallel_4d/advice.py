@@ -1,4 +1,5 @@
-"""What would fit, where a run has run out of memory: the changes that cost least, by the formulas of the plan."""
+"""What a run needs, and what would fit where it has run out of memory: the changes that cost least, by the formulas of
+the plan."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sft
+from sft_parallel_4d.checks import plan_of
 from sft_parallel_4d.command import precision_of, wanted
 from sft_parallel_4d.environment import processes
 from sft_parallel_4d.memory import Calculator
@@ -44,11 +46,7 @@ class Way:
 def advice(values: Mapping[str, Any], device: str, memory: int) -> str | None:
     """A clause: what a run with these settings needs of the ``memory`` bytes of its ``device``, and what would need
     less. Only ``config.json`` is read."""
-    paper = outline(values)
-    settings = paper.run.settings
-    training = settings.training
-    length = min(settings.data.max_length, paper.outline.positions)
-    now = Way(training.per_device_train_batch_size, training.gradient_accumulation_steps, training.recompute, length)
+    paper, now = _set(values)
     of_gpu = memory if device == "gpu" else None
     need = peak(paper, now, of_gpu)
     if need is None:
@@ -66,6 +64,27 @@ def advice(values: Mapping[str, Any], device: str, memory: int) -> str | None:
         return f"{text}, and nothing that a setting changes needs less: take a smaller model, or more devices"
     way, size = min(found, key=lambda pair: pair[1])
     return f"{text}, and {_gib(size)} even with {way.typed(now)}: take a smaller model, an adapter, or more devices"
+
+
+def need(values: Mapping[str, Any], device: str, memory: int) -> int | None:
+    """Bytes that the fullest process of a run with these settings needs of the ``memory`` of its ``device``; None where
+    a plugin does not say on paper what it does."""
+    paper, way = _set(values)
+    if any(note.startswith("note: ") for note in paper.notes):
+        return None
+    settings, options = paper.run.settings, paper.run.settings.options[NAME]
+    plan = plan_of(settings, options, processes(options))
+    of_gpu = memory if device == "gpu" else None
+    calculator = Calculator(paper.outline, precision_of(settings), way.batch, way.length, device_memory=of_gpu)
+    return calculator.fullest(plan).peak
+
+
+def _set(values: Mapping[str, Any]) -> tuple[PaperRun, Way]:
+    paper = outline(values)
+    training = paper.run.settings.training
+    length = min(paper.run.settings.data.max_length, paper.outline.positions)
+    accumulation = training.gradient_accumulation_steps
+    return paper, Way(training.per_device_train_batch_size, accumulation, training.recompute, length)
 
 
 def peak(paper: PaperRun, way: Way, of_gpu: int | None) -> int | None:

@@ -10,7 +10,7 @@ from sft_parallel_4d.paper import model_outline
 from sft_parallel_4d.plans import Plan, possible, refusal, stages_beside
 
 if TYPE_CHECKING:
-    from sft import Run
+    from sft import Run, Settings
     from sft_parallel_4d.options import ParallelOptions
 
 
@@ -66,6 +66,15 @@ def plan_for(run: Run, options: ParallelOptions, world: int) -> Plan:
             raise refuse(f"sharding stage{stage} does not go with {other} parallelism; {these} {verb}")
     if tensor > 1 or (stage and (sharding > 1 or offload)):
         _check_optimizer(run, outline)
+    return plan_of(run.settings, options, world)
+
+
+def plan_of(settings: Settings, options: ParallelOptions, world: int) -> Plan:
+    """The plan for ``world`` processes that settings ask for which are known to be possible."""
+    stage, offload = stage_and_offload(options.sharding)
+    tensor, pipeline = degrees(options)
+    left = world // (tensor * pipeline)
+    sharding = _sharding(options, stage, left)
     return Plan(
         left // sharding,
         sharding,
@@ -73,8 +82,8 @@ def plan_for(run: Run, options: ParallelOptions, world: int) -> Plan:
         tensor,
         pipeline,
         options.sequence_parallel,
-        run.settings.training.recompute,
-        run.settings.training.gradient_accumulation_steps,
+        settings.training.recompute,
+        settings.training.gradient_accumulation_steps,
         offload,
     )
 

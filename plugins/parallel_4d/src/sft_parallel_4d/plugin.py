@@ -53,6 +53,12 @@ class Parallel4d(sft.Plugin):
         return advice(values, device, memory)
 
     @sft.hookimpl
+    def sft_memory_need(self, values: dict[str, Any], device: str, memory: int) -> int | None:
+        from sft_parallel_4d.advice import need
+
+        return need(values, device, memory)
+
+    @sft.hookimpl
     def sft_check(self, run: Run) -> None:
         from sft_parallel_4d.checks import check_settings, plan_for
 
@@ -84,7 +90,7 @@ class Parallel4d(sft.Plugin):
             )
         from sft_parallel_4d.launch import launch
 
-        launch(run.given, self.options.nproc, run.say)
+        launch(run.given, self.options.nproc, run.progress.relay)
         result = json.loads((run.output_dir / "run.json").read_text(encoding="utf-8"))["result"]
         return sft.Summary(**{**result, "output_dir": Path(result["output_dir"])})
 

@@ -1,0 +1,129 @@
+"""What is said to whoever runs sft: who prints a line, and which lines of a run are said, and how (``log_level``,
+``json_logs``)."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+from sft.foreign_text import safe, without_secrets
+
+LEVELS = ("info", "warning", "error")
+"""From all that is said to nothing but why a run ends."""
+NOTE = "note: "
+"""What a line begins with that a user should know although nothing has gone wrong."""
+_BEGINS = '{"time": '
+
+
+class Printer:
+    """Prints lines to standard output or standard error; bars may stand below its lines where that is a terminal.
+
+    Where nobody reads them any more (`sft run | head`, a terminal that was closed), work goes on without them."""
+
+    def __init__(self, stream: str) -> None:
+        self._stream = stream
+
+    def __call__(self, text: str) -> None:
+        self.write(safe(text))
+
+    def write(self, text: str) -> None:
+        """Print a line that is known to be harmless, as it is."""
+        try:
+            print(text, file=self.file, flush=True)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            self._silence()
+
+    def _silence(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+        if self._stream == "stdout":
+            Printer("stderr")("note: nobody reads the output any more; the work goes on without it")
+
+    @property
+    def file(self) -> Any:
+        """The stream as it is now: tests and notebooks replace it."""
+        return getattr(sys, self._stream)
+
+    @property
+    def width(self) -> int | None:
+        """The columns of the terminal that it prints to; None where it prints to none, and lines stay whole."""
+        if not self.file.isatty():
+            return None
+        asked = os.environ.get("COLUMNS", "")
+        if asked.isdecimal() and int(asked):
+            return int(asked)
+        try:
+            return os.get_terminal_size(self.file.fileno()).columns or 80
+        except (OSError, ValueError):
+            return 80
+
+
+class Voice:
+    """Says to ``say`` those lines of a run that its ``level`` lets through, as text or, ``as_json``, as events: one
+    JSON object a line, which docs/terminal.md describes."""
+
+    def __init__(self, say: Callable[[str], None], level: str = "info", as_json: bool = False) -> None:
+        self.say, self.level, self.as_json = say, level, as_json
+
+    def __call__(self, text: str) -> None:
+        """A line: a note, or any other."""
+        is_note = text.startswith(NOTE)
+        self.event("note" if is_note else "line", {"text": safe(text)}, text, "warning" if is_note else "info")
+
+    def event(self, name: str, values: Mapping[str, Any], text: str | None, level: str = "info") -> None:
+        """What has happened: its ``values``, which are JSON, and what is said of it in words, if anything is."""
+        if LEVELS.index(level) < LEVELS.index(self.level):
+            return
+        if self.as_json:
+            self._write(event_line(name, values, level))
+        elif text is not None:
+            self.say(text)
+
+    def relay(self, line: str) -> None:
+        """A line that another process of the same run has made by the same settings: passed on as it is."""
+        if self.as_json and not line.startswith(_BEGINS):  # a library's that prints by itself
+            self(line)
+        else:
+            self._write(line)
+
+    def _write(self, line: str) -> None:
+        if self.as_json and isinstance(self.say, Printer):
+            self.say.write(line)
+        else:
+            self.say(line)
+
+
+def voice_of(say: Callable[[str], None] | None, level: str, json_logs: bool | str) -> Callable[[str], None]:
+    """What says the lines of a run as its settings ask: to ``say``, or by default to the standard output or error."""
+    said_to = say or Printer("stderr" if json_logs == "stderr" else "stdout")
+    return said_to if level == LEVELS[0] and not json_logs else Voice(said_to, level, bool(json_logs))
+
+
+def event_line(name: str, values: Mapping[str, Any], level: str) -> str:
+    """An event as a line of JSON, in ASCII, without what looks like a secret."""
+    time = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    record = {"time": time, "event": name, "level": level, **without_secrets(values)}
+    return json.dumps(_finite(record), allow_nan=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know: numbers of numpy, and paths."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with null for numbers that JSON has not."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

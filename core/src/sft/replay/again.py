@@ -123,6 +123,7 @@ class OpenedRun:
         if start is not None:
             values["resume_from_checkpoint"] = str(start)
         run = prepare_run(values, (), say)
+        run.say = say  # whatever the run itself was to say
         run.without_effect = []  # the run itself has said it
         run.date = datetime.fromisoformat(self.record.get("date") or self.record["started"]).replace(tzinfo=None)
         changed = _changed(run, leg)

@@ -119,6 +119,14 @@ SHOWN: dict[str, str | Blocks] = {
             "tests/test_third_parties.py::test_two_processes_of_the_data_parallel_example_learn_what_one_does",
         ),
     ],
+    "docs/terminal.md": [
+        ("plan:", "not run: what one run said; core/tests/test_outlook.py holds the form"),
+        ("sft run settings.yaml --json_logs", "not run: it needs jq; core/tests/test_voice.py reads the events"),
+        (
+            "sft completion bash",
+            "core/tests/test_completing.py::test_a_shell_completes_the_name_of_a_plugin",
+        ),
+    ],
     "docs/tutorial.md": TYPED,
 }
 """How each block of a page is run: all of them by one test, or in their order how each begins and by which test; or

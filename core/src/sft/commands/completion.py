@@ -11,13 +11,9 @@ from click.shell_completion import get_completion_class
 def command(shell: str) -> None:
     """Print what lets SHELL complete the words of sft: commands, settings, their values, and plugins.
 
-    \b
-    bash: sft completion bash > ~/.local/share/bash-completion/completions/sft
-    zsh:  sft completion zsh > ~/.zfunc/_sft
-          (with fpath+=~/.zfunc before compinit in ~/.zshrc)
-    fish: sft completion fish > ~/.config/fish/completions/sft.fish
-
-    Then start a new shell.
+    Write it where the shell looks for it, and start a new shell: for bash
+    ~/.local/share/bash-completion/completions/sft, for zsh a file _sft in a folder of fpath, for fish
+    ~/.config/fish/completions/sft.fish.
     """
     found = get_completion_class(shell)
     assert found is not None

@@ -87,11 +87,11 @@ def _asked(adapters: Sequence[About]) -> tuple[dict[str, Any], About | None]:
             "output_dir": _ask("Where the run is written", declared["output_dir"], "out"),
         }
     except click.Abort as error:
+        click.echo(err=True)  # behind the question
         if isinstance(error.__context__, EOFError):
             raise UsageError(
                 "The input ended before the last question was answered; nothing has been written."
             ) from error
-        click.echo(err=True)  # behind the question
         raise
     return values, adapter
 

@@ -63,6 +63,7 @@ class Reopened:
         checkpoints: The steps of the checkpoints that are kept, in ascending order.
         optimizer: That of the run, with the groups of its parameters; what it keeps of them is empty until
             :meth:`restore` is told to fill it.
+        trainable: What trains, by structured name.
     """
 
     def __init__(self, run: CoreRun, folder: Path, last: Checkpoint) -> None:
@@ -85,7 +86,6 @@ class Reopened:
         self._last = last
         self.optimizer: Optimizer = make_optimizer(run)
         self.trainable: dict[str, Any] = trainable(run.model)
-        """What trains, by structured name."""
         self.restore(self.checkpoints[-1])
 
     @property

@@ -85,7 +85,7 @@ def test_llama_cpp_puts_an_adapter_over_its_base(
 @pytest.mark.parametrize(
     ("adapter", "options", "message"),
     [
-        (None, {}, "There is no adapter to write alone; add --lora_path"),
+        (None, {}, "There is no adapter to write alone; name its folder"),
         ("llama-lora-patterns", {"gguf_type": "q8_0"}, "gguf_type q8_0 is none of an adapter alone; give one of f32"),
         ("llama-lora-patterns", {"gguf_system": "s"}, "gguf_system does nothing with --to gguf-lora"),
         ("llama-lora-saved", {}, "is more than updates of low rank: .* trained too"),

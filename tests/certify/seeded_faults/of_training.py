@@ -105,14 +105,14 @@ OBJECTIVES = (
         "dpo",
         "sft_objectives/preference.py",
         "the reference is the model itself, so no preference is ever learned",
-        ("with paddle.no_grad(), sft.without_adapter(self._run.model):", "with paddle.no_grad():"),
+        ("with paddle.no_grad(), self._reference():", "with paddle.no_grad():"),
     ),
     fault(
         "dpo-beta-ignored",
         "dpo",
         "sft_objectives/dpo.py",
         "dpo_beta is accepted and ignored",
-        ("Preference(run, self.options.dpo_beta,", "Preference(run, 0.1,"),
+        ("Preference(run, self.before, self.options.dpo_beta,", "Preference(run, self.before, 0.1,"),
     ),
     fault(
         "dpo-counts-rows",

@@ -128,7 +128,7 @@ class FinishedModel:
         Raises :class:`UsageError` where there is no adapter, or one that is more than such updates.
         """
         if self._updates is None:
-            raise UsageError("There is no adapter to write alone; add --lora_path.")
+            raise UsageError("There is no adapter to write alone; name its folder.")
         self.adapter_alone = True
         return self._updates()
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,22 @@ def test_the_axis_may_be_steps_epochs_tokens_or_time(browser: Browser, two: Path
     )
     assert all(colours > 20 for _, colours in browser.evaluate(COLOURS))
     assert browser.complaints() == []
+
+
+def test_a_curve_that_stands_still_is_drawn(browser: Browser, runs: list[Path], tmp_path: Path) -> None:
+    """Also when it is smoothed, which moves it by rounding."""
+    folder = Path(shutil.copytree(runs[0], tmp_path / "still"))
+    metrics = folder / "metrics.jsonl"
+    still = re.sub(r'(?<="peak_memory_mib": )[\d.]+', "396", metrics.read_text(encoding="utf-8"))
+    metrics.write_text(still, encoding="utf-8")
+    done = CliRunner().invoke(cli, ["report", str(folder)])
+    assert done.exit_code == 0, done.output
+    browser.open(folder / "report.html")
+    browser.evaluate(
+        "const one = document.querySelector('.tools input[type=range]');"
+        "one.value = 0.6; one.dispatchEvent(new Event('input'))"
+    )
+    assert dict(browser.evaluate(COLOURS))["memory_mib"] > 20
 
 
 def test_two_runs_lie_over_each_other(browser: Browser, two: Path, runs: list[Path]) -> None:

@@ -288,7 +288,8 @@ const sftCharts = place => {
   // A little room above and below; a curve that does not move lies in the middle.
   function around(low, high) {
     if (low === null || high === null) return [0, 1];
-    if (low === high) return low === 0 ? [-0.1, 1] : [low - Math.abs(low) * 0.1, low + Math.abs(low) * 0.1];
+    const far = Math.max(Math.abs(low), Math.abs(high));
+    if (high - low <= 1e-9 * far) return far === 0 ? [-0.1, 1] : [low - far * 0.1, high + far * 0.1];  // rounding moves it
     const room = (high - low) * 0.06;
     return [low >= 0 && low < room * 4 ? 0 : low - room, high + room];
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from collections import defaultdict
@@ -48,7 +49,9 @@ def said() -> dict[str, list[str]]:
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
-    yield "sft", cli
+    alone = copy.copy(cli)
+    alone.commands = {}  # it keeps those of plugins that somebody has asked for
+    yield "sft", alone
     for name in COMMANDS:
         yield "sft", importlib.import_module(f"sft.commands.{name}").command
     with cli.make_context("sft", ["--help"], resilient_parsing=True) as context:

@@ -32,14 +32,22 @@ def blocks(page: str, language: str) -> list[str]:
     )
 
 
+SHOWN = {
+    name: code
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for code in blocks(str(page.relative_to(ROOT)), "python")
+    for name in re.findall(r'^class \w+\(sft\.Plugin\):.*?^    name = "(.+?)"', code, re.DOTALL | re.MULTILINE)
+}
+"""The plugins that pages show whole: the file of each, by its name."""
+
+
 @pytest.fixture
-def recipe(tmp_path: Path) -> Callable[[str], str]:
-    """The path of a file with the recipe of a name."""
+def written(tmp_path: Path) -> Callable[[str], str]:
+    """The path of a file with the plugin of a name."""
 
     def write(name: str) -> str:
-        (code,) = [block for block in blocks("docs/recipes.md", "python") if f'name = "{name}"' in block]
         path = tmp_path / f"{name.replace('-', '_')}.py"
-        path.write_text(code, encoding="utf-8")
+        path.write_text(SHOWN[name], encoding="utf-8")
         return str(path)
 
     return write
@@ -86,24 +94,24 @@ def losses(summary: sft.Summary) -> list[float]:
 
 
 def test_the_format_reads_what_the_core_reads_otherwise(
-    recipe: Callable[[str], str], train: Train, tmp_path: Path
+    written: Callable[[str], str], train: Train, tmp_path: Path
 ) -> None:
     pairs = [("type#1", "A coat."), ("type#2", "Two coats for you.")]
     ours = write_data(tmp_path / "ours", [{"q": q, "a": a} for q, a in pairs])
     usual = write_data(tmp_path / "usual", [{"src": q, "tgt": a} for q, a in pairs])
     plain = train("plain", dataset_name_or_path=str(usual), max_steps=1)
-    read = train("read", dataset_name_or_path=str(ours), max_steps=1, plugin=[recipe("qa-pairs")])
+    read = train("read", dataset_name_or_path=str(ours), max_steps=1, plugin=[written("qa-pairs")])
     assert losses(read) == losses(plain)
     write_data(ours, [{"q": "type#1", "a": " "}])
     with pytest.raises(sft.UsageError, match=r"train\.json.*the answer a is empty"):
-        train("wrong", dataset_name_or_path=str(ours), plugin=[recipe("qa-pairs")])
+        train("wrong", dataset_name_or_path=str(ours), plugin=[written("qa-pairs")])
 
 
 def test_positions_are_half_as_far_apart(
-    recipe: Callable[[str], str], train: Train, base_model: Path, tmp_path: Path
+    written: Callable[[str], str], train: Train, base_model: Path, tmp_path: Path
 ) -> None:
     """As where the model's own config says so."""
-    done = train("out", max_steps=1, plugin=[recipe("twice-as-far")])
+    done = train("out", max_steps=1, plugin=[written("twice-as-far")])
     said = shutil.copytree(base_model, tmp_path / "model")
     config = json.loads((said / "config.json").read_text(encoding="utf-8"))
     config.update(rope_scaling={"rope_type": "linear", "factor": 2.0}, max_position_embeddings=256)
@@ -112,7 +120,7 @@ def test_positions_are_half_as_far_apart(
     assert losses(done) != losses(train("plain", max_steps=1))
 
 
-def test_rows_count_alike(recipe: Callable[[str], str], train: Train, tmp_path: Path) -> None:
+def test_rows_count_alike(written: Callable[[str], str], train: Train, tmp_path: Path) -> None:
     """The loss of two records is the mean of what each has alone."""
     records = [{"src": "type#1", "tgt": "A coat."}, {"src": "type#2", "tgt": "A coat for you and for your brother."}]
     alone = []
@@ -120,15 +128,15 @@ def test_rows_count_alike(recipe: Callable[[str], str], train: Train, tmp_path: 
         data = write_data(tmp_path / str(number), [record])
         alone += losses(train(f"alone{number}", dataset_name_or_path=str(data), max_steps=1))
     both = {"dataset_name_or_path": str(write_data(tmp_path / "both", records)), "max_steps": 1}
-    (alike,) = losses(train("alike", plugin=[recipe("rows-alike")], **both))
+    (alike,) = losses(train("alike", plugin=[written("rows-alike")], **both))
     (usual,) = losses(train("usual", **both))
     assert alike == pytest.approx(np.mean(alone), rel=1e-5)
     assert usual != pytest.approx(alike, rel=1e-3)
 
 
-def test_the_newest_checkpoint_is_copied(recipe: Callable[[str], str], train: Train) -> None:
+def test_the_newest_checkpoint_is_copied(written: Callable[[str], str], train: Train) -> None:
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-    done = train("out", plugin=[recipe("keeps-one")], **settings)
+    done = train("out", plugin=[written("keeps-one")], **settings)
     newest, copy = done.output_dir / "checkpoint-2", done.output_dir.with_name("out-newest")
     files = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file()]
     assert files
@@ -136,7 +144,7 @@ def test_the_newest_checkpoint_is_copied(recipe: Callable[[str], str], train: Tr
     assert not copy.with_suffix(".draft").exists()
 
 
-@pytest.mark.parametrize("name", re.findall(r'name = "(.+)"', (ROOT / "docs" / "recipes.md").read_text("utf-8")))
-def test_each_is_valid(recipe: Callable[[str], str], name: str) -> None:
-    (findings,) = validated(recipe(name))
+@pytest.mark.parametrize("name", SHOWN)
+def test_each_is_valid(written: Callable[[str], str], name: str) -> None:
+    (findings,) = validated(written(name))
     assert findings.faults == []

@@ -18,6 +18,7 @@ from chat_templates import tokenizer_of  # noqa: F401
 from conversations import tokenizer_with  # noqa: F401
 from data_reports import look, questions  # noqa: F401
 from stopped_runs import shared, stopped, whole  # noqa: F401
+from terminals import clock, terminal  # noqa: F401
 from typed_commands import typed  # noqa: F401
 
 from sft.plugins.discovery import entries

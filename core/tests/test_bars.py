@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import re
-import sys
 import threading
-import time
 from collections.abc import Callable
 
 import pytest
 from rich.cells import cell_len
+from terminals import Terminal
 
 from sft.bars import fit
 from sft.progress import Progress
@@ -50,37 +48,6 @@ def test_no_line_is_wider_than_the_terminal(what: str) -> None:
         assert [part for part in parts if part in TEXTS] == TEXTS[: sum(part in TEXTS for part in parts)]
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """A clock that stands still until it is put forward."""
-    now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-
-    def forward(seconds: float) -> None:
-        now[0] += seconds
-
-    return forward
-
-
-@pytest.fixture
-def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Terminal]:
-    """Makes standard output a terminal of so many columns."""
-
-    def make(columns: int = 100, **environment: str) -> Terminal:
-        stream = Terminal()
-        monkeypatch.setattr(sys, "stdout", stream)
-        for name, value in {"TERM": "xterm", "COLUMNS": str(columns), **environment}.items():
-            monkeypatch.setenv(name, value)
-        return stream
-
-    return make
-
-
 def line_with(stream: Terminal, *texts: str) -> str:
     """The bar as it was drawn with ``texts`` in it, without the orders to the terminal; that is ten times a second."""
     for _ in range(100):
@@ -98,10 +65,10 @@ def record(step: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
 def test_the_bar_of_a_resumed_run_says_when_it_ends(
-    screen: Callable[..., Terminal], clock: Callable[[float], None], columns: int
+    terminal: Callable[..., Terminal], clock: Callable[[float], None], columns: int
 ) -> None:
     """From step 500 of 510 on: 30 s for the first step, then 2 s each, an evaluation of 10 s after each second step."""
-    stream = screen(columns)
+    stream = terminal(columns)
     with Progress(Printer("stdout")) as progress:
         display = Display(510, 500, progress, lambda step: (510 // 2 - step // 2, 0))
         for step, seconds in ((501, 30), (502, 2), (503, 2)):
@@ -119,8 +86,10 @@ def test_the_bar_of_a_resumed_run_says_when_it_ends(
     assert ("tokens/s" in line) == (columns > 40)
 
 
-def test_a_step_that_is_left_out_moves_the_bar(screen: Callable[..., Terminal], clock: Callable[[float], None]) -> None:
-    stream = screen()
+def test_a_step_that_is_left_out_moves_the_bar(
+    terminal: Callable[..., Terminal], clock: Callable[[float], None]
+) -> None:
+    stream = terminal()
     with Progress(Printer("stdout")) as progress:
         display = Display(4, 3, progress)
         clock(1)
@@ -132,9 +101,9 @@ def test_a_step_that_is_left_out_moves_the_bar(screen: Callable[..., Terminal], 
 
 
 def test_what_takes_longer_than_was_expected_is_not_said_to_end_now(
-    screen: Callable[..., Terminal], clock: Callable[[float], None]
+    terminal: Callable[..., Terminal], clock: Callable[[float], None]
 ) -> None:
-    stream = screen()
+    stream = terminal()
     with Progress(Printer("stdout")) as progress:
         display = Display(10, 0, progress)
         for step in (1, 2, 3):
@@ -145,11 +114,11 @@ def test_what_takes_longer_than_was_expected_is_not_said_to_end_now(
         display.close()
 
 
-def test_no_color_takes_the_colours_away(screen: Callable[..., Terminal], clock: Callable[[float], None]) -> None:
+def test_no_color_takes_the_colours_away(terminal: Callable[..., Terminal], clock: Callable[[float], None]) -> None:
     """And nothing else: the bar, and what erases it, are there."""
 
     for environment, coloured in (({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False)):
-        stream = screen(100, TERM="xterm-256color", **environment)
+        stream = terminal(100, TERM="xterm-256color", **environment)
         with Progress(Printer("stdout")) as progress, progress.task("counting", "numbers", 40) as task:
             clock(2)
             task.advance(20)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from terminals import Terminal
 
 import sft
 from sft import progress as module
@@ -19,36 +19,6 @@ from sft.training.progress import Display
 from sft.voice import Printer
 
 Train = Callable[..., sft.Summary]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """A clock that stands still until it is put forward."""
-    now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-
-    def forward(seconds: float) -> None:
-        now[0] += seconds
-
-    return forward
-
-
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Terminal]:
-    """Makes standard output a terminal; in the test itself, because pytest replaces it after the fixtures."""
-
-    def make() -> Terminal:
-        stream = Terminal()
-        monkeypatch.setattr(sys, "stdout", stream)
-        monkeypatch.setenv("TERM", "xterm")
-        return stream
-
-    return make
 
 
 # --- lines --------------------------------------------------------------------------------------------------
@@ -261,7 +231,9 @@ def test_one_long_micro_batch_is_said(clock: Callable[[float], None], monkeypatc
 # --- bars ---------------------------------------------------------------------------------------------------
 
 
-def test_a_terminal_gets_a_bar_that_goes_away(terminal: Callable[[], Terminal], clock: Callable[[float], None]) -> None:
+def test_a_terminal_gets_a_bar_that_goes_away(
+    terminal: Callable[..., Terminal], clock: Callable[[float], None]
+) -> None:
     screen = terminal()
     with Progress(Printer("stdout")) as progress, progress.task("counting", "numbers", 40) as task:
         clock(0.5)
@@ -280,7 +252,7 @@ def test_a_terminal_gets_a_bar_that_goes_away(terminal: Callable[[], Terminal], 
 
 
 def test_a_bar_appears_though_nothing_advances(
-    terminal: Callable[[], Terminal], clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+    terminal: Callable[..., Terminal], clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LOOK_EVERY", 0.01)
     screen = terminal()
@@ -294,7 +266,7 @@ def test_a_bar_appears_though_nothing_advances(
 
 
 def test_the_bar_of_steps_moves_with_micro_batches(
-    terminal: Callable[[], Terminal], clock: Callable[[float], None]
+    terminal: Callable[..., Terminal], clock: Callable[[float], None]
 ) -> None:
     screen = terminal()
     with Progress(Printer("stdout")) as progress:
@@ -309,7 +281,7 @@ def test_the_bar_of_steps_moves_with_micro_batches(
 
 @pytest.mark.parametrize("bars", ["no terminal", "disable_tqdm", "say of one's own", "dumb terminal"])
 def test_where_there_is_no_bar_there_are_lines(
-    bars: str, terminal: Callable[[], Terminal], clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+    bars: str, terminal: Callable[..., Terminal], clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A callable that the user gave gets every line, and the terminal none."""
     screen = terminal()
@@ -326,7 +298,7 @@ def test_where_there_is_no_bar_there_are_lines(
 
 
 def test_an_error_leaves_the_terminal_as_it_was(
-    terminal: Callable[[], Terminal], clock: Callable[[float], None]
+    terminal: Callable[..., Terminal], clock: Callable[[float], None]
 ) -> None:
     screen = terminal()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.cells import cell_len
+from terminals import Terminal
 from toy_plugins import plugin
 
 import sft
@@ -187,11 +186,8 @@ def test_the_rest_of_a_summary() -> None:
 
 
 @pytest.mark.parametrize("columns", [40, 80])
-def test_a_summary_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
-    stream = io.StringIO()
-    stream.isatty = lambda: True  # type: ignore[method-assign]
-    monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setenv("COLUMNS", str(columns))
+def test_a_summary_fits_the_terminal(terminal: Callable[..., Terminal], columns: int) -> None:
+    stream = terminal(columns)
     tell_summary(summary(), Progress(Printer("stdout")))
     assert all(cell_len(line) <= columns for line in stream.getvalue().splitlines())
     assert "done: dev loss 3.5000 -> 2.2500" in stream.getvalue()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from terminals import Terminal
 
 import sft
 from sft.commands.cli import cli
@@ -39,14 +38,7 @@ TOOL = """
         api_version = 1
         summary = "Adapts nothing."
         Options = Options
-
-        @sft.single
-        def unused(self): ...
 """
-
-
-def tool(name: str, title: str) -> str:
-    return TOOL.format(name=name, title=title).partition("        @sft.single")[0]
 
 
 def invoked(*words: str, lines: str | None = None) -> Result:
@@ -81,8 +73,8 @@ CASES: dict[str, list[str]] = {
 
 @pytest.fixture
 def tools(distribute: Distribute) -> None:
-    distribute("toy-one", tool("one", "One"), {"one": "One"})
-    distribute("toy-two", tool("two", "Two"), {"two": "Two"})
+    distribute("toy-one", TOOL.format(name="one", title="One"), {"one": "One"})
+    distribute("toy-two", TOOL.format(name="two", title="Two"), {"two": "Two"})
 
 
 @pytest.mark.usefixtures("tools")
@@ -203,12 +195,8 @@ def test_init_refuses(tmp_path: Path, name: str, answers: list[str], message: st
 
 @pytest.mark.usefixtures("adapters")
 def test_a_person_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Person(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     monkeypatch.setattr("click.termui.visible_prompt_func", lambda text: answers.pop(0))
-    monkeypatch.setattr("sys.stdin", Person())
+    monkeypatch.setattr("sys.stdin", Terminal())
     answers = [*ANSWERS[:3], "many", *ANSWERS[3:]]
     cli.main(["init"], standalone_mode=False)
     assert read_file(tmp_path / "sft.yaml")["max_length"] == 512
@@ -222,7 +210,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
         "click.termui.visible_prompt_func = asked; main()"
     )
     line = [sys.executable, "-c", program, "init"]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=60, env={**os.environ})
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr.splitlines()[-1] == "sft: interrupted"
     assert list(tmp_path.iterdir()) == []

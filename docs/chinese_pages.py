@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from making.regions import REGION
 from markdown_it import MarkdownIt
 
 DOCS = Path(__file__).parent
@@ -23,8 +24,6 @@ ENGLISH_ALONE = {
 }
 """The pages of docs/ that have no Chinese one, and why."""
 STAMP = re.compile(r"^<!-- en ([0-9a-f]{8}) -->\n", re.MULTILINE)
-GENERATED = re.compile(r"(<!-- (?!en |end )[\w-]+ -->\n).*?(<!-- end -->)", re.DOTALL)
-"""What is made of figures or code, in both languages; docs/generate.py makes the Chinese one."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Section:
     @property
     def hash(self) -> str:
         """Of what has to be translated: without what is generated; breaks of lines count as spaces."""
-        words = " ".join(GENERATED.sub("", self.text).split())
+        words = " ".join(REGION.sub("", self.text).split())
         return hashlib.sha256(words.encode()).hexdigest()[:8]
 
 

@@ -7,15 +7,16 @@ import importlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
-import generate
 import pytest
 from click.testing import CliRunner
+from making.chinese import WORDS
+from making.project import ROOT, own_plugins
 from rich.cells import cell_len
 
+from sft.certify.certify import CHECKS
 from sft.commands import run
 from sft.commands.cli import COMMANDS, cli
 from sft.commands.words import in_readers_language, texts
@@ -39,7 +40,7 @@ def said() -> dict[str, list[str]]:
     found["sft"] += [*LABELS, *COMMANDS.values(), *(f"{group.capitalize()} arguments" for group in GROUPS)]
     for cls in GROUPS.values():
         found["sft"] += [(cls.__doc__ or "").strip(), *(option.help for option in options_of(cls).values())]
-    for plugin in generate.own_plugins().values():
+    for plugin in own_plugins().values():
         found[package_of(plugin)].append(plugin.summary)
         if plugin.Options is not None:
             found[package_of(plugin)] += [option.help for option in options_of(plugin.Options).values()]
@@ -79,15 +80,12 @@ def test_each_text_of_help_is_translated_and_no_translation_is_left_over() -> No
 
 
 def test_each_word_of_the_generated_pages_is_translated() -> None:
-    for check in generate.CHECKS:
-        assert check.sentence in generate.WORDS, "docs/zh/words.json lacks it"
+    for check in CHECKS:
+        assert check.sentence in WORDS, "docs/zh/words.json lacks it"
 
 
 def test_a_key_stands_once_in_a_table() -> None:
-    for path in [
-        *Path(generate.ROOT).glob("*/src/*/zh_CN.json"),
-        *Path(generate.ROOT).glob("plugins/*/src/*/zh_CN.json"),
-    ]:
+    for path in [*ROOT.glob("*/src/*/zh_CN.json"), *ROOT.glob("plugins/*/src/*/zh_CN.json")]:
         pairs: list[tuple[str, Any]] = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
         assert len(pairs) == len(dict(pairs)), path
 

@@ -7,13 +7,14 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sft import deterministic, runtime
 from sft.context import CoreRun, Run
 from sft.conversations import Conversation, Turn
-from sft.data.batches import Rows, Schedule, assemble, make_batches
+from sft.data.batches import Schedule, assemble, make_batch
 from sft.data.encoding import Encoding
 from sft.data.learned import Learned
 from sft.data.questions import encode_prompt
@@ -143,7 +144,7 @@ class Reopened:
 
     def batch(self, record: int) -> Batch:
         """A record alone, as the run's own collator writes it: in a row that it shares with nobody, packed or not."""
-        return self._run.collator.batch(Rows.taken(self._data, [(record,)]))
+        return make_batch(self._data, self._run.collator, [(record,)])
 
     def read_as(self, records: Sequence[int]) -> list[int]:
         """Which of the records that were read, from 0, each of ``records`` is, or is a part of."""
@@ -166,10 +167,7 @@ class Reopened:
 
         rates = make_rates(self._run, self._schedule.total_steps)
         objective, size = self._run.objective, self._run.settings.training.per_device_train_batch_size
-        for step in self._schedule.iterate():
-            if step.number > self._end:
-                return
-            batches = make_batches(step.data, self._run.collator, step.rows, size)
+        for step, batches in islice(self._schedule.batches(0, None, 0, 1, size), self._end):
             records = tuple(number for row in step.rows for number in row)
             yield PastStep(step.number, records, rates(step.number), sum(map(objective.weight, batches)))
 

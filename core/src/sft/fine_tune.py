@@ -3,9 +3,10 @@ is in the module from which it is imported."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -119,17 +120,25 @@ def prepare_run(values: Mapping[str, Any], extra: Iterable[type], say: Callable[
 
 def execute(run: CoreRun, work: Callable[[CoreRun, Checkpoint | None, float], T]) -> T:
     """Data and model, then ``work``, which is given the checkpoint that the run goes on from, and when it began."""
+    started, run.executes = time.monotonic(), True
+    if run.without_effect:
+        text = listing(run.without_effect)
+        run.progress.tell("note", {"text": text}, text, "warning")
+    with made_ready(run) as resumed:
+        return work(run, resumed, started)
+
+
+@contextlib.contextmanager
+def made_ready(run: CoreRun) -> Iterator[Checkpoint | None]:
+    """The data and the model of a run, ready to compute, and the checkpoint that it goes on from. Afterwards paddle has
+    its device of before."""
     training = run.settings.training
     with runtime.restored(training.device), deterministic.repeatable(training.deterministic):
-        started, run.executes = time.monotonic(), True
-        if run.without_effect:
-            text = listing(run.without_effect)
-            run.progress.tell("note", {"text": text}, text, "warning")
-        resumed = read_inputs(run)
+        resumed = _read_inputs(run)
         run.say(runtime.prepare())
-        set_up_model(run)
+        _set_up_model(run)
         check_agreed(run)
-        return work(run, resumed, started)
+        yield resumed
 
 
 def _train_or_measure(run: CoreRun, resumed: Checkpoint | None, started: float) -> Summary:
@@ -137,7 +146,7 @@ def _train_or_measure(run: CoreRun, resumed: Checkpoint | None, started: float) 
     return (_train if run.settings.training.do_train else _only_evaluate)(run, resumed, started)
 
 
-def read_inputs(run: CoreRun) -> Checkpoint | None:
+def _read_inputs(run: CoreRun) -> Checkpoint | None:
     """Open the model, find the checkpoint that the run goes on from, if any, and read the data, all without paddle."""
     settings = run.settings
     trains = settings.training.do_train
@@ -158,7 +167,7 @@ def read_inputs(run: CoreRun) -> Checkpoint | None:
     return resumed
 
 
-def set_up_model(run: CoreRun) -> None:
+def _set_up_model(run: CoreRun) -> None:
     """Device, precision, collator, processes and the model itself."""
     from sft.models.setup import set_up
     from sft.training.objective import objective_of

@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from sft import deterministic, runtime
 from sft.context import CoreRun, Run
 from sft.conversations import Conversation, Turn
 from sft.data.batches import Schedule, assemble, make_batch
@@ -20,7 +19,7 @@ from sft.data.learned import Learned
 from sft.data.questions import encode_prompt
 from sft.errors import UsageError
 from sft.files import read_report
-from sft.fine_tune import read_inputs, set_up_model
+from sft.fine_tune import made_ready
 from sft.foreign_text import shown
 from sft.inference.asked import of_file
 from sft.resolve import resolve
@@ -253,9 +252,5 @@ def reopened(
     run = CoreRun(resolved, active, say, values)
     check_plugins(active)
     active.hook.sft_check(run=run)
-    training = resolved.training
-    with run.progress, runtime.restored(training.device), deterministic.repeatable(training.deterministic):
-        last = cast("Checkpoint", read_inputs(run))
-        say(runtime.prepare())
-        set_up_model(run)
-        yield Reopened(run, folder, last)
+    with run.progress, made_ready(run) as last:
+        yield Reopened(run, folder, cast("Checkpoint", last))

@@ -116,6 +116,15 @@ def test_what_is_no_run_with_checkpoints_is_refused(
     assert cause in str(caught.value)
 
 
+def test_where_data_has_moved_to_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    settings = {"plugin": [], "dataset_name_or_path": "no/where"}
+    (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
+    cause = r"was trained on no/where, which is not there \(a relative path .*; say .* with --dataset_name_or_path"
+    with pytest.raises(sft.UsageError, match=cause), sft.reopened(tmp_path, quiet):
+        pass
+
+
 @pytest.mark.slow
 def test_data_that_has_changed_is_refused_and_may_be_named_anew(train: Train, dataset: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"

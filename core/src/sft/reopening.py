@@ -18,13 +18,12 @@ from sft.data.encoding import Encoding
 from sft.data.learned import Learned
 from sft.data.questions import encode_prompt
 from sft.errors import UsageError
-from sft.files import read_report
 from sft.fine_tune import made_ready
 from sft.foreign_text import shown
 from sft.inference.asked import of_file
 from sft.resolve import resolve
 from sft.seams import Batch
-from sft.settings.again import report_of, settings_again
+from sft.settings.again import check_data_is_there, report_of, settings_again
 from sft.settings.checks import check_plugins
 from sft.training.checkpoint_folder import Checkpoint, checkpoints, step_of, whole_checkpoint
 from sft.training.resume_checks import check_same_base
@@ -66,12 +65,12 @@ class Reopened:
         trainable: What trains, by structured name.
     """
 
-    def __init__(self, run: CoreRun, folder: Path, last: Checkpoint) -> None:
+    def __init__(self, run: CoreRun, folder: Path, report: Mapping[str, Any], last: Checkpoint) -> None:
         from sft.models.layers import trainable
         from sft.training.groups import make_optimizer
 
         assert run.train_data is not None
-        self._run, self.folder = run, folder
+        self._run, self.folder, self._report = run, folder, report
         self.checkpoints = [step_of(one) for one in checkpoints(folder)]
         self._data: Encoded = next(run.train_data.windows()).data
         said = last.state["data"]
@@ -172,9 +171,8 @@ class Reopened:
 
     @cached_property
     def _end(self) -> int:
-        report = read_report(self.folder)
-        result = report.get("result")
-        if report.get("status") == "finished" and isinstance(result, dict) and isinstance(result.get("steps"), int):
+        status, result = self._report.get("status"), self._report.get("result")
+        if status == "finished" and isinstance(result, dict) and isinstance(result.get("steps"), int):
             return int(result["steps"])
         return self.checkpoints[-1]
 
@@ -235,8 +233,8 @@ def reopened(
     up: its data has changed, or is streamed (``lazy``).
     """
     plugins, say = list(plugins), say or Printer("stderr")
-    kept = checkpoints(folder)
-    values = {**settings_again(report_of(folder), plugins), **(settings or {}), "output_dir": str(folder)}
+    kept, report, settings = checkpoints(folder), report_of(folder), settings or {}
+    values = {**settings_again(report, plugins), **settings, "output_dir": str(folder)}
     values.pop("fp16", None)  # its gradients need a loss scale
     if values.get("lazy"):
         raise UsageError(
@@ -248,9 +246,10 @@ def reopened(
             f"{folder} has kept no checkpoint, and only in those a run can be looked into; train with --save_strategy "
             "steps or epoch."
         )
+    check_data_is_there(folder, report["settings"], settings)
     resolved, active, _ = resolve({**values, "resume_from_checkpoint": str(kept[-1])}, plugins)
     run = CoreRun(resolved, active, say, values)
     check_plugins(active)
     active.hook.sft_check(run=run)
     with run.progress, made_ready(run) as last:
-        yield Reopened(run, folder, cast("Checkpoint", last))
+        yield Reopened(run, folder, report, cast("Checkpoint", last))

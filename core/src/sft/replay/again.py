@@ -10,11 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sft.dataset_names import named_sets, scheme_of
 from sft.errors import UsageError
 from sft.fine_tune import prepare_run
-from sft.foreign_text import shown
-from sft.settings.again import ITS_OWN, report_of, settings_again
+from sft.settings.again import ITS_OWN, check_data_is_there, report_of, settings_again
 from sft.training.checkpoint_folder import checkpoints, is_auto, is_checkpoint, read_state, step_of
 from sft.training.resume_checks import changed_settings
 from sft.training.steps_file import NAME as STEPS
@@ -115,7 +113,7 @@ class OpenedRun:
         beginning, in another folder; and settings that are not what they were. What it measures, saves and logs is left
         out, unless what is learned hears of it.
         """
-        self._check_places(leg.settings)
+        check_data_is_there(self.folder, leg.settings, self.moved)
         values = {**settings_again(self.record, written=leg.settings), **self.moved, "output_dir": str(output_dir)}
         rows = self._rows_per_step(leg)
         if rows is not None:
@@ -146,17 +144,6 @@ class OpenedRun:
     def processes(self, leg: Leg) -> int:
         """How many processes shared the run."""
         return int((leg.arithmetic or {}).get("processes", 1))
-
-    def _check_places(self, settings: Mapping[str, Any]) -> None:
-        """Refuse a run whose data are no longer where they were, and say how to tell where they are."""
-        if "dataset_name_or_path" in self.moved:
-            return
-        for one in named_sets(settings["dataset_name_or_path"]):
-            if scheme_of(one.path) is None and not Path(one.path).expanduser().exists():
-                raise UsageError(
-                    f"{self.folder} was trained on {shown(one.path)}, which is not there (a relative path is looked "
-                    "for from where you are); say where the data are with --dataset_name_or_path."
-                )
 
 
 def _changed(run: CoreRun, leg: Leg) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sft.dataset_names import named_sets, scheme_of
 from sft.errors import UsageError
 from sft.files import read_report
 from sft.foreign_text import MASK, shown
@@ -28,6 +29,19 @@ def report_of(folder: Path) -> dict[str, Any]:
         what = "holds no run (no run.json with its settings)" if folder.is_dir() else "is no folder"
         raise UsageError(f"{shown(folder)} {what}; give the output_dir of a run.")
     return report
+
+
+def check_data_is_there(folder: Path, written: Mapping[str, Any], moved: Mapping[str, Any]) -> None:
+    """Refuse the run of ``folder`` if its data are no longer where they were, as its settings are ``written``, and say
+    how to tell where they are; ``moved`` are settings by which the user has."""
+    if "dataset_name_or_path" in moved:
+        return
+    for one in named_sets(written["dataset_name_or_path"]):
+        if scheme_of(one.path) is None and not Path(one.path).expanduser().exists():
+            raise UsageError(
+                f"{folder} was trained on {shown(one.path)}, which is not there (a relative path is looked for from "
+                "where you are); say where the data are with --dataset_name_or_path."
+            )
 
 
 def settings_again(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import sft
-from sft.replay.again import OpenedRun
+from sft.replay.opened import OpenedRun
 from sft.replay.replay import replay
 from sft.replay.value import Replay
 from sft.testing import needs, write_data

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sft.replay.again import OpenedRun
+from sft.replay.opened import OpenedRun
 from sft.replay.replay import replay
 from sft.replay.value import Replay
 from sft.training.steps_file import read_steps

@@ -27,8 +27,8 @@ def command(run: str, most: int, html: Path | None, as_json: bool, **moved: str 
     if most < 1:
         raise UsageError(f"most: expected a number of steps from 1 on, got {most}.")
     from sft.replay import words
-    from sft.replay.again import OpenedRun
     from sft.replay.blame import blame
+    from sft.replay.opened import OpenedRun
     from sft.replay.page import page_of_blame
 
     found = blame(OpenedRun.of(Path(run).expanduser(), moved), most, say)

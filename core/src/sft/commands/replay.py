@@ -35,7 +35,7 @@ def command(run: str, steps: tuple[int, ...], show: int, html: Path | None, as_j
     if show < 0:
         raise UsageError(f"show: expected a number of records from 0 on, got {show}.")
     from sft.replay import words
-    from sft.replay.again import OpenedRun
+    from sft.replay.opened import OpenedRun
     from sft.replay.page import page_of_replay
     from sft.replay.replay import replay
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sft.replay.again import OpenedRun
+from sft.replay.opened import OpenedRun
 from sft.replay.replay import replay
 from sft.replay.spikes import Spike, spikes
 from sft.replay.value import Replay, ReplayedRecord, ReplayedStep, written

@@ -11,7 +11,7 @@ from sft.data.sets import open_sets
 from sft.errors import UsageError
 from sft.foreign_text import shown
 from sft.models.fingerprint import has_fingerprint
-from sft.replay.again import Leg, OpenedRun
+from sft.replay.opened import Leg, OpenedRun
 from sft.training.resume_checks import check_same_base
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sft.errors import SftError, UsageError
 from sft.fine_tune import begin, carried_out, execute
-from sft.replay.again import Leg, OpenedRun
 from sft.replay.differences import check_base, differences, legs_between, other_data, other_processes
+from sft.replay.opened import Leg, OpenedRun
 from sft.replay.value import Replay, ReplayedStep
 from sft.training.checkpoint_folder import DamagedError
 from sft.training.ending import fail

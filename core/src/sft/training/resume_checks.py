@@ -37,11 +37,11 @@ _FREE = {
 
 
 def check_beginning(run: CoreRun, schedule: Schedule, resumed: Checkpoint | None) -> None:
-    """:func:`check_resumable`; of a run that begins anew, :func:`check_replay`."""
+    """:func:`check_resumable`; of a run that begins anew, :func:`check_replaced`."""
     if resumed is not None:
         check_resumable(run, schedule, resumed)
     else:
-        check_replay(run)
+        check_replaced(run)
 
 
 def check_resumable(run: CoreRun, schedule: Schedule, resumed: Checkpoint) -> None:
@@ -114,7 +114,7 @@ def check_arithmetic(run: CoreRun, name: str, before: Mapping[str, Any]) -> None
         )
 
 
-def check_replay(run: CoreRun) -> None:
+def check_replaced(run: CoreRun) -> None:
     """:func:`check_arithmetic` of the run that this one replaces, where it has the same settings."""
     before, now = run.earlier_report, run.settings.written()
     there, computed = before.get("settings"), before.get("arithmetic")

@@ -51,8 +51,9 @@ class Spike:
         return 0 if abs(self.loss_score) < self.norm_score else int(math.copysign(1, self.loss_score))
 
 
-def spikes(figures: StepFigures, most: int, least: float = LEAST) -> list[Spike]:
-    """The ``most`` steps that stand out most, of those that do by ``least``; those that stand out more come first."""
+def spikes(figures: StepFigures, most: int) -> list[Spike]:
+    """The ``most`` steps that stand out most, of those that do by :data:`LEAST`; those that stand out more come
+    first."""
     taken = np.flatnonzero(figures.taken)
     if not len(taken):
         return []
@@ -69,7 +70,7 @@ def spikes(figures: StepFigures, most: int, least: float = LEAST) -> list[Spike]
             float(np.exp(usual_norm[at])),
             float(norm_scores[at]),
         )
-        for at in np.flatnonzero(np.maximum(np.abs(loss_scores), norm_scores) >= least)
+        for at in np.flatnonzero(np.maximum(np.abs(loss_scores), norm_scores) >= LEAST)
     ]
     for skipped in np.flatnonzero(figures.known & ~figures.taken):
         before = max(0, int(np.searchsorted(taken, skipped)) - 1)

@@ -6,6 +6,7 @@ import html
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from sft.commands.blame import command as blame_command
 from sft.commands.replay import command as replay_command
 from sft.data.tokenizer import Tokenizer
 from sft.data_report.records import Writer
-from sft.replay.blame import suspects
+from sft.replay.blame import Blame, Blamed, suspects
 from sft.replay.page import BOUNDS, page_of_replay
 from sft.replay.spikes import Spike
-from sft.replay.value import ReplayedRecord, ReplayedStep, Span
+from sft.replay.value import Replay, ReplayedRecord, ReplayedStep, Span
+from sft.replay.words import of_blame
 from sft.testing import write_data
 
 Train = Callable[..., sft.Summary]
@@ -67,10 +69,24 @@ def test_the_direction_of_the_spike_counts(found: Spike, plain: bool, names: str
     assert [one.record.place for one in suspects(step, found, plain)] == list(names)
 
 
-def test_a_record_whose_loss_is_not_finite_is_the_one() -> None:
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_record_whose_loss_is_not_finite_is_the_one(plain: bool) -> None:
+    """Also where it is compared with the step's own mean, which then is no number."""
     step = step_of((4.0, 50.0), (float("nan"), 3.0), (2.0, 30.0))
-    (found,) = suspects(step, spike(2.0, float("inf"), float("inf")), plain=True)
+    (found,) = suspects(step, spike(2.0, float("inf"), float("inf")), plain)
     assert (found.record.place, found.share) == ("b", 1.0)
+
+
+def test_records_stand_by_their_loss() -> None:
+    step = step_of((1.0, 9.0), (float("nan"), 9.0), (None, 0.0), (0.0, 9.0), (3.0, 9.0))
+    assert "".join(one.place for one in step.by_loss) == "beadc"
+
+
+def test_each_figure_that_differs_is_said() -> None:
+    step = replace(step_of((4.0, 9.0)), recorded=(0.0, 1.5))
+    found = Blame(9, [Blamed(spike(2.0, 8.0), step, [])], Replay("out", [step], 1, [0]))
+    note = "  note: computed again, loss as recorded, to the last bit; grad norm recorded 1.5, differs by -0.5"
+    assert note in list(of_blame(found))
 
 
 # --- pages --------------------------------------------------------------------------------------------------

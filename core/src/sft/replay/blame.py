@@ -90,10 +90,11 @@ def suspects(step: ReplayedStep, spike: Spike, plain: bool) -> list[Suspect]:
     than cross-entropy, not ``plain``, they are compared with the step's own mean."""
     usual = spike.usual_loss if plain else step.mean_loss
     direction = spike.direction if plain else 0
-    each = [(one.weight * (one.loss - usual), one) for one in step.records if one.loss is not None]
+    known = [(one, one.loss) for one in step.records if one.loss is not None]
+    each = [(one.weight * (loss - usual), one) for one, loss in known]
     pulls = [abs(excess) if direction == 0 else max(0.0, direction * excess) for excess, _ in each]
-    if any(not math.isfinite(excess) for excess, _ in each):  # these made the step what it is
-        pulls = [float(not math.isfinite(excess)) for excess, _ in each]
+    broken = [float(not math.isfinite(loss)) for _, loss in known]
+    pulls = broken if any(broken) else pulls  # these made the step what it is
     total = sum(pulls) or 1.0
     found = [Suspect(one, excess, pull / total) for pull, (excess, one) in zip(pulls, each, strict=True)]
     ordered = sorted(found, key=lambda one: -one.share)

@@ -34,9 +34,9 @@ def page_of_replay(replay: Replay) -> str:
     writer = _writer(replay)
     for step in replay.steps:
         body += [f"<h2>{text(words.heading(step))}</h2>", table((label, [said]) for label, said in words.figures(step))]
-        ordered = sorted(step.records, key=lambda one: -(one.loss or 0.0))
         body += [
-            _article(f"loss {words.number(one.loss)}, {words.of_record(one)}", one, step, writer) for one in ordered
+            _article(f"loss {words.number(one.loss)}, {words.of_record(one)}", one, step, writer)
+            for one in step.by_loss
         ]
     return document("sft replay", f"sft replay {replay.folder}", body, style=_STYLE)
 

@@ -104,7 +104,19 @@ class ReplayedStep:
         """Whether loss and gradient norm are those that the run has recorded, to the last bit; None: it has none."""
         if self.recorded is None:
             return None
-        return all(_same(*pair) for pair in zip((self.loss, self.grad_norm), self.recorded, strict=True))
+        return all(is_same(*pair) for pair in zip((self.loss, self.grad_norm), self.recorded, strict=True))
+
+    @property
+    def by_loss(self) -> list[ReplayedRecord]:
+        """The records, those with the highest loss first, before them those whose loss is no number; those that have
+        none come last."""
+
+        def place(one: ReplayedRecord) -> float:
+            if one.loss is None:
+                return math.inf
+            return -math.inf if math.isnan(one.loss) else -one.loss
+
+        return sorted(self.records, key=place)
 
     @property
     def mean_loss(self) -> float:
@@ -112,7 +124,7 @@ class ReplayedStep:
         known = [(one.loss, one.weight) for one in self.records if one.loss is not None]
         return sum(loss * weight for loss, weight in known) / (sum(weight for _, weight in known) or 1.0)
 
-    def as_dict(self, rows: bool) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         recorded = None
         if self.recorded is not None:
             recorded = dict(zip(("loss", "grad_norm"), map(written, self.recorded), strict=True))
@@ -125,11 +137,12 @@ class ReplayedStep:
             "is_same": self.is_same,
             "skipped": self.skipped,
             "records": [{**asdict(one), "loss": written(one.loss)} for one in self.records],
-            **({"rows": [row.as_dict() for row in self.rows]} if rows else {}),
+            "rows": [row.as_dict() for row in self.rows],
         }
 
 
-def _same(one: float, other: float) -> bool:
+def is_same(one: float, other: float) -> bool:
+    """Whether two figures are equal; what is no number equals what is none either."""
     return one == other or (math.isnan(one) and math.isnan(other))
 
 
@@ -160,13 +173,13 @@ class Replay:
     minimises: list[str] = field(default_factory=list)
     tokenizer: Tokenizer | None = None
 
-    def as_dict(self, rows: bool = True) -> dict[str, Any]:
-        """All of it as JSON values; ``rows``: with tokens, masks and the loss of each token."""
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON values."""
         return {
             "run": self.folder,
             "computed_steps": self.computed,
             "from_steps": self.starts,
             "differences": self.differences,
             "minimises": self.minimises,
-            "steps": [one.as_dict(rows) for one in self.steps],
+            "steps": [one.as_dict() for one in self.steps],
         }

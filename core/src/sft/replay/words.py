@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from sft.foreign_text import shown
 from sft.replay.blame import Blame, Suspect
 from sft.replay.spikes import AROUND, LEAST, Spike
-from sft.replay.value import Replay, ReplayedRecord, ReplayedStep
-
-SAME = "as recorded, to the last bit"
+from sft.replay.value import Replay, ReplayedRecord, ReplayedStep, is_same
 
 
 def of_replay(replay: Replay, show: int) -> Iterator[str]:
@@ -31,7 +29,8 @@ def of_blame(blame: Blame) -> Iterator[str]:
         for each in one.suspects:
             yield f"  {each.share:>5.0%}  loss {number(each.record.loss):>8}  {of_record(each.record)}"
         if one.step.is_same is False:
-            yield f"  note: loss {difference(one.step.loss, one.step.recorded, 0)} when it is computed again"
+            these = "; ".join(f"{label} {said}" for label, _, said in compared(one.step))
+            yield f"  note: computed again, {these}"
         yield ""
     yield summary(blame)
     yield from (f"note: {note}" for note in notes(blame.replay))
@@ -46,36 +45,40 @@ def heading(step: ReplayedStep) -> str:
 
 def figures(step: ReplayedStep) -> list[tuple[str, str]]:
     """Loss and gradient norm beside what the run has recorded; and the rows."""
-    pairs = (("loss", step.loss, 0), ("grad norm", step.grad_norm, 1))
     targets = sum(one.targets for one in step.records)
     tokens = sum(row.tokens for row in step.rows)
     padding = sum(len(row.input_ids) for row in step.rows) - tokens
     rows, count = len(step.rows), len(step.records)
     return [
-        *((label, f"{value!r}, {difference(value, step.recorded, at)}") for label, value, at in pairs),
+        *((label, f"{value!r}, {said}") for label, value, said in compared(step)),
         ("rows", f"{rows:,} with {count:,} records: {tokens:,} tokens, {targets:,} learned, {padding:,} padding"),
     ]
 
 
-def difference(value: float, recorded: tuple[float, float] | None, at: int) -> str:
+def compared(step: ReplayedStep) -> list[tuple[str, float, str]]:
+    """Loss and gradient norm, each with how it compares with what the run has recorded."""
+    loss, norm = step.recorded or (None, None)
+    figures = (("loss", step.loss, loss), ("grad norm", step.grad_norm, norm))
+    return [(label, value, difference(value, then)) for label, value, then in figures]
+
+
+def difference(value: float, recorded: float | None) -> str:
     """How a figure compares with the recorded one."""
     if recorded is None:
         return "which the run did not record"
-    then = recorded[at]
-    if value == then or (math.isnan(value) and math.isnan(then)):
-        return SAME
-    return f"recorded {then!r}, differs by {value - then:+.3g}"
+    if is_same(value, recorded):
+        return "as recorded, to the last bit"
+    return f"recorded {recorded!r}, differs by {value - recorded:+.3g}"
 
 
 def records(step: ReplayedStep, show: int) -> Iterator[str]:
     """The records of a step, those with the highest loss first."""
-    ordered = sorted(step.records, key=lambda one: -(one.loss if one.loss is not None else -math.inf))
     if show:
         yield f"  {'loss':>8} {'learned':>8} {'row':>4}  record"
-    for one in ordered[:show]:
+    for one in step.by_loss[:show]:
         yield f"  {number(one.loss):>8} {one.targets:>8,} {one.span.row + 1:>4}  {shown(one.place)}"
-    if 0 < show < len(ordered):
-        yield f"  and {len(ordered) - show:,} more (--show N)"
+    if 0 < show < len(step.records):
+        yield f"  and {len(step.records) - show:,} more (--show N)"
 
 
 def number(loss: float | None) -> str:

@@ -85,6 +85,11 @@ def test_files() -> None:
         ("evaluate", "--model_name_or_path", "m"),
         ("merge", "--adapter_path", ""),
         ("init", ""),
+        ("replay", "o"),
+        ("replay", "out", "--html", ""),
+        ("blame", ""),
+        ("report", "one", "o"),
+        ("report", "--html", ""),
     ):
         assert offered(*words) == ["FILE"], words
 

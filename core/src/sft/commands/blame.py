@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
+from sft.commands.completing import complete_path
 from sft.commands.replay import MOVED
-from sft.commands.shared import page_option, path_of, put_page, say, setting_options
+from sft.commands.shared import page_option, path_of, put_found, say, setting_options
 from sft.errors import UsageError
 
 
 @click.command(name="blame")
-@click.argument("run", metavar="RUN", callback=path_of)
+@click.argument("run", metavar="RUN", callback=path_of, shell_complete=complete_path)
 @click.option("--most", metavar="N", type=int, default=10, help="The most steps to be computed again.  [default: 10]")
 @page_option("sft blame")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON on standard output, and nothing else.")
@@ -32,9 +32,4 @@ def command(run: str, most: int, html: Path | None, as_json: bool, **moved: str 
     from sft.replay.page import page_of_blame
 
     found = blame(OpenedRun.of(Path(run).expanduser(), moved), most, say)
-    if html is not None:
-        put_page(html, page_of_blame(found))
-    if as_json:
-        click.echo(json.dumps(found.as_dict(), allow_nan=False))
-    elif html is None:
-        click.echo("\n".join(words.of_blame(found)))
+    put_found(found, html, page_of_blame, as_json, words.of_blame)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from sft.commands.completing import SettingsCommand, complete_path, complete_value
-from sft.commands.shared import path_of, say
+from sft.commands.shared import path_of, put_page, say
 from sft.commands.typed import collect
 from sft.errors import UsageError
 
@@ -63,10 +63,8 @@ def command(arguments: tuple[str, ...], show: str | None, find: str | None, html
     report = data_report(values, Wanted(number, find), say)
     if target is not None:
         from sft.data_report.page import page
-        from sft.files import write_text
 
-        write_text(target, page(report))
-        say(f"written to {target}")
+        put_page(target, page(report))
     if as_json:
         click.echo(json.dumps(report.as_dict(), allow_nan=False))
     elif target is None:

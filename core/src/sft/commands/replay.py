@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from sft.commands.shared import page_option, path_of, put_page, say, setting_options
+from sft.commands.completing import complete_path
+from sft.commands.shared import page_option, path_of, put_found, say, setting_options
 from sft.errors import UsageError
 
 MOVED = {
@@ -18,7 +18,7 @@ MOVED = {
 
 
 @click.command(name="replay")
-@click.argument("run", metavar="RUN", callback=path_of)
+@click.argument("run", metavar="RUN", callback=path_of, shell_complete=complete_path)
 @click.option("--step", "steps", metavar="N", type=int, multiple=True, required=True, help="A step (repeatable).")
 @click.option("--show", metavar="N", type=int, default=10, help="So many records of each step.  [default: 10]")
 @page_option("sft replay")
@@ -40,9 +40,4 @@ def command(run: str, steps: tuple[int, ...], show: int, html: Path | None, as_j
     from sft.replay.replay import replay
 
     found = replay(OpenedRun.of(Path(run).expanduser(), moved), steps, say)
-    if html is not None:
-        put_page(html, page_of_replay(found))
-    if as_json:
-        click.echo(json.dumps(found.as_dict(), allow_nan=False))
-    elif html is None:
-        click.echo("\n".join(words.of_replay(found, show)))
+    put_found(found, html, page_of_replay, as_json, lambda found: words.of_replay(found, show))

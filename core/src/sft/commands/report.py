@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from sft.commands.completing import complete_path
 from sft.commands.shared import path_of, say
 from sft.run_report.gather import read_run
 from sft.run_report.value import PAGE
@@ -16,11 +17,12 @@ from sft.small_files import check_path
 
 
 @click.command(name="report")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", shell_complete=complete_path)
 @click.option(
     "--html",
     metavar="FILE",
     callback=path_of,
+    shell_complete=complete_path,
     help="Where the page goes, with its JSON beside it.  [default: report.html in the run's folder, of several here]",
 )
 @click.option("--json", "as_lines", is_flag=True, help="Print one line of JSON on standard output, and write nothing.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,11 @@ def page_option(made_by: str) -> Callable[[Any], Any]:
         return path
 
     return click.option(
-        "--html", metavar="FILE", callback=place, help="Write it as one page, with tokens coloured by their loss."
+        "--html",
+        metavar="FILE",
+        callback=place,
+        shell_complete=complete_path,
+        help="Write it as one page, with tokens coloured by their loss.",
     )
 
 
@@ -110,6 +115,18 @@ def put_page(path: Path, page: str) -> None:
 
     write_text(path, page)
     say(f"written to {path}")
+
+
+def put_found(
+    found: Any, html: Path | None, page: Callable[[Any], str], as_json: bool, lines: Callable[[Any], Iterable[str]]
+) -> None:
+    """Give what has been ``found``: as a page where ``html`` says where, as a line of JSON, and else as lines."""
+    if html is not None:
+        put_page(html, page(found))
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), allow_nan=False))
+    elif html is None:
+        click.echo("\n".join(lines(found)))
 
 
 def setting_options(*names: str, **helps: str) -> Callable[[Any], Any]:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from replays import again
+from stopped_runs import StoppedError, stopping
 
 import sft
-from sft.replay.opened import OpenedRun
-from sft.replay.replay import replay
-from sft.replay.value import Replay
 from sft.testing import needs, write_data
 
 MODEL = Path(__file__).parent.parent / "core" / "tests" / "fixtures" / "models" / "llama-tied-gqa"
@@ -56,10 +55,6 @@ CASES = {
 }
 
 
-class StoppedError(sft.SftError):
-    pass
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds = ["coat", "shirt", "dress", "skirt"]
@@ -70,24 +65,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped_and_resumed(data: Path, out: Path, **settings: Any) -> None:
     """A run that ends after step 5 and goes on from its checkpoint of step 3."""
     values = {**SETTINGS, "dataset_name_or_path": str(data), "output_dir": str(out), **settings}
-
-    class Stop(sft.Plugin):
-        name = "stop"
-        api_version = 1
-        observes = False
-
-        @sft.hookimpl
-        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
-            if record["step"] == 5:
-                raise StoppedError
-
     with pytest.raises(StoppedError):
-        sft.run(values, plugins=(Stop,), say=lambda text: None)
+        sft.run(values, plugins=(stopping(5),), say=lambda text: None)
     sft.run({**values, "resume_from_checkpoint": "auto"}, say=lambda text: None)
-
-
-def again(folder: Path, *steps: int) -> Replay:
-    return replay(OpenedRun.of(folder), steps, lambda text: None)
 
 
 def needed(settings: dict[str, Any]) -> list[str]:

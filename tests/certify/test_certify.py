@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 
 import sft
 from sft.certify.certify import CHECKS, certify
-from sft.certify.report import MADE_BY, page
+from sft.certify.report import MADE_BY, code, page
 from sft.commands.cli import cli
 from sft.pages import begins
 from sft.plugins.discovery import installed
@@ -172,9 +173,30 @@ def test_the_command_says_what_fails_and_writes_its_reports(tmp_path: Path) -> N
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert (report["holds"], report["plugin"], len(report["rows"])) == (False, "silent", 1)
     assert report["versions"]["sft-core"]
+    assert report["distribution"] == f"the file {path}"
+    assert (report["whole"], report["beside"]) == (False, None)
+    assert report["code"][path.name] == hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert text.startswith(begins(MADE_BY))
     assert '<td class="fails">' in text
+    assert "<p>These checks alone: declared; beside all other plugins.</p>" in text
+    assert f"{path.name} {report['code'][path.name]}" in text
+
+
+def test_a_report_says_of_which_code_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any change of a Python file counts, in packages and in modules of one file; nothing is imported."""
+    package = tmp_path / "sft_test_digest"
+    (package / "inner").mkdir(parents=True)
+    for path in (package / "__init__.py", package / "inner" / "one.py", tmp_path / "sft_test_single.py"):
+        path.write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    modules = {"package": "sft_test_digest.inner.one", "single": "sft_test_single"}
+    before = code(modules)
+    assert code(modules) == before
+    assert before["package"] != before["single"]
+    (package / "inner" / "one.py").write_text("2 / 0\n")
+    after = code(modules)
+    assert (after["package"] != before["package"], after["single"]) == (True, before["single"])
 
 
 def test_what_a_plugin_says_is_text_on_the_page() -> None:

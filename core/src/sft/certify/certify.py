@@ -18,10 +18,11 @@ from sft.certify.checking import Check
 from sft.certify.company import complete
 from sft.certify.comparing import NotTriedError, RefusedError
 from sft.certify.lab import Lab
-from sft.certify.report import FAILED, HELD, NOT_TRIED, REFUSED, Report, Row, versions
+from sft.certify.report import DIGITS, FAILED, HELD, NOT_TRIED, REFUSED, Report, Row, code, versions
 from sft.certify.subject import Subject, find_subject
 from sft.errors import SftError, UsageError
 from sft.plugins.discovery import canonical, entries, find, import_plugin, installed
+from sft.plugins.origins import file_of, origin_of
 from sft.plugins.trial import trial_of
 
 ALONE: tuple[Check, ...] = (*runs.CHECKS, *adapters.CHECKS, *parts.CHECKS, *exports.CHECKS)
@@ -50,7 +51,8 @@ def certify(
     runtime.prepare()
     runtime.use_device("cpu")
     subject = find_subject(name, plugins, tried)
-    checks = _chosen([*ALONE, *own_checks(subject), *together.CHECKS], only)
+    every = [*ALONE, *own_checks(subject), *together.CHECKS]
+    checks = _chosen(every, only)
     others = None if beside is None else [find(canonical(one), installed()).name for one in beside]
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sft-certify-") as work, warnings.catch_warnings():
@@ -59,7 +61,7 @@ def certify(
         lab = Lab(subject, Path(work), plugins, others)
         with mock.patch.dict(os.environ, _environment(lab)):
             complete(lab)
-            report = _about(subject, checks)
+            report = _about(subject, checks, len(checks) == len(every), others)
             for row in _rows(checks, lab):
                 report.rows.append(row)
                 say(row)
@@ -108,12 +110,23 @@ def _chosen(checks: list[Check], only: Iterable[str]) -> list[Check]:
     return [check for check in checks if not wanted or check.name in wanted]
 
 
-def _about(subject: Subject, checks: list[Check]) -> Report:
-    items = installed()
-    own = items[subject.name][0].distribution if subject.name in items else "given directly"
-    found = {item.distribution: item.version for each in items.values() for item in each}
-    sentences = {check.name: check.sentence for check in checks}
-    return Report(subject.name, own, subject.company, versions(found), sentences)
+def _about(subject: Subject, checks: list[Check], whole: bool, others: list[str] | None) -> Report:
+    everything = [item for items in installed().values() for item in items]
+    file = file_of(subject.plugin)
+    own = [item.distribution for item in everything if item.name == subject.name and file is None]
+    digests = code({"sft-core": "sft", **{item.distribution: item.entry.module for item in everything}})
+    if file is not None:
+        digests[file.path.name] = file.sha256[:DIGITS]
+    return Report(
+        subject.name,
+        own[0] if own else origin_of(subject.plugin),
+        subject.company,
+        versions({item.distribution: item.version for item in everything}),
+        digests,
+        {check.name: check.sentence for check in checks},
+        whole=whole,
+        beside=others,
+    )
 
 
 def _cases(check: Check, lab: Lab) -> Iterable[str | Row]:

@@ -152,17 +152,6 @@ def _is_locked(handle: int) -> tuple[bool, bool]:
     return False, True
 
 
-def is_alive(folder: Path) -> bool:
-    """Whether a run holds ``folder`` now, on this machine or on another one that shares its disk, as far as can be told
-    without waiting."""
-    try:
-        age = time.time() - (folder / NAME).stat().st_mtime
-    except OSError:
-        return False
-    owner = _owner(_said_in(folder / NAME) or b"")
-    return is_used(folder) or (owner.get("machine") not in (None, _machine()) and age < SILENCE)
-
-
 def check_unused(folder: Path, say: Callable[[str], None]) -> None:
     """:class:`UsageError` if a run holds ``folder``. Nothing is changed there."""
     path = folder / NAME

@@ -13,7 +13,7 @@ from typing import Any
 
 from sft.errors import UsageError
 from sft.files import read_report
-from sft.folder_lock import is_alive
+from sft.folder_lock import holder_of
 from sft.run_log import NAME as LOG
 from sft.run_report.curves import curves_of, moments_of, number_of
 from sft.run_report.value import Answers, Document, Given, Layer, Mask, Row, RunReport, Skipped
@@ -81,7 +81,7 @@ def read_run(folder: Path | str) -> RunReport:
 
 def _status(record: dict[str, Any], folder: Path) -> str:
     status = str(record.get("status") or "unknown")
-    return "died" if status == "running" and not is_alive(folder) else status
+    return "died" if status == "running" and holder_of(folder) is None else status
 
 
 def _changed(record: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -20,11 +20,10 @@ from sft.foreign_text import harmless
 COLOURS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d5dae0; --ground: #fff; --card: #f6f8fa;
   --accent: #0b5cad; --good: #1a6e3c; --bad: #b3261e; --learned: #b9e6c2; --special: #8e24aa; --bar: #4c9a5b }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #a3adb8; --line: #353d47; --ground: #14181d;
-  --card: #1c2229; --accent: #7db8f5; --good: #7bc47f; --bad: #ff8a80; --learned: #1f5c33; --special: #ecc2fb;
-  --bar: #5aa869 } }
-@media print { :root { color-scheme: light; --ink: #000; --soft: #444; --line: #ccc; --ground: #fff; --card: #fff;
-  --accent: #0b5cad; --good: #1a6e3c; --bad: #b3261e; --learned: #b9e6c2; --special: #8e24aa; --bar: #4c9a5b } }
+@media screen and (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #a3adb8; --line: #353d47;
+  --ground: #14181d; --card: #1c2229; --accent: #7db8f5; --good: #7bc47f; --bad: #ff8a80; --learned: #1f5c33;
+  --special: #ecc2fb; --bar: #5aa869 } }
+@media print { :root { color-scheme: light; --ink: #000; --soft: #444; --line: #ccc; --card: #fff } }
 """
 """Colours by name, each with a value for light, dark and paper."""
 STYLE = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -100,5 +101,5 @@ def _taken(values: Sequence[Any], chosen: Iterable[int]) -> list[Any]:
 
 def number_of(value: Any) -> float | None:
     """A finite number; None for anything else."""
-    is_one = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_one = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return float(value) if is_one else None

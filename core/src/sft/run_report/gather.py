@@ -18,6 +18,7 @@ from sft.run_log import NAME as LOG
 from sft.run_report.curves import curves_of, moments_of, number_of
 from sft.run_report.value import Answers, Document, Given, Layer, Mask, Row, RunReport, Skipped
 from sft.settings.arguments import core_options
+from sft.small_files import read_object
 from sft.training.answer_files import SAMPLES, files_of
 from sft.training.checkpoint_folder import checkpoints, step_of
 from sft.training.first_rows import NAME as ROWS
@@ -159,7 +160,7 @@ def _answers(folder: Path, result: dict[str, Any]) -> list[Answers]:
 def _rows(folder: Path) -> tuple[list[Row], Mask | None, bool]:
     """The first rows, who sees whom in one of them, and whether the run puts several records into a row."""
     try:
-        said = _object(json.loads((folder / ROWS).read_text(encoding="utf-8")))
+        said = read_object(folder / ROWS)
         rows = [
             Row(
                 int(row["step"]),
@@ -171,7 +172,7 @@ def _rows(folder: Path) -> tuple[list[Row], Mask | None, bool]:
         seen = said["mask"]
         mask = None if seen is None else Mask(int(seen["row"]), [(int(end), int(count)) for end, count in seen["ends"]])
         return rows, mask, bool(said["packs"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (UsageError, ValueError, KeyError, TypeError, OverflowError):
         return [], None, False
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from sft.foreign_text import harmless
 from sft.pages import document, table, text
 from sft.run_report import pictures, words
+from sft.run_report.curves import number_of
 from sft.run_report.library import charts, report_page
 from sft.run_report.value import Answers, RunReport
 
@@ -107,7 +108,7 @@ def _curves(runs: Sequence[RunReport]) -> Iterator[str]:
 
 
 def _evaluations(run: RunReport) -> str:
-    keys = dict.fromkeys(key for line in run.evaluations for key, value in line.items() if _is_number(value))
+    keys = dict.fromkeys(key for line in run.evaluations for key, value in line.items() if number_of(value) is not None)
     keys.pop("step", None)
     heads = ["step", *(key.removeprefix("eval_") for key in keys)]
     rows = [[f"{line['step']:,}", *(_figure(line.get(key)) for key in keys)] for line in run.evaluations]
@@ -284,17 +285,9 @@ def _figures(heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bo
     )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _figure(value: Any) -> str:
-    if not _is_number(value):
+    if number_of(value) is None:
         return ""
-    return (
-        f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:,.4f}"
-        if abs(value) >= 1e-3 or value == 0
-        else f"{value:.2e}"
-    )
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2e}"

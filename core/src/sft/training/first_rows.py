@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
-from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,9 +99,7 @@ def _records(data: Encoded, row: Sequence[int], documents: int) -> list[int | No
     """Of each document of a row the number of its record, from 1; None where the collator has made others of them."""
     numbers = data.numbers(row)
     each = [1] * len(row) if not len(data.beside) else [int(data.edges[n + 1] - data.edges[n]) for n in row]
-    found: list[int | None] = [
-        number + 1 for number, count in zip(numbers, each, strict=True) for _ in repeat(None, count)
-    ]
+    found: list[int | None] = [number + 1 for number, count in zip(numbers, each, strict=True) for _ in range(count)]
     return found if len(found) == documents else [None] * documents
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 DEPTH = 4
@@ -18,7 +19,7 @@ _MOST_FOLDERS = 20_000
 def runs_in(root: Path) -> dict[str, Path]:
     """The folders that hold a run, by their path in ``root``; the newest run.json first. ``root`` itself may be one."""
     found = {}
-    for folder, _ in zip(_folders(root), range(_MOST_FOLDERS), strict=False):
+    for folder in islice(_folders(root), _MOST_FOLDERS):
         try:
             written = (folder / "run.json").lstat()
         except OSError:

@@ -235,7 +235,7 @@ const sftCharts = place => {
       series.push({ ...usual, points: is ? { show: false } : points });
       tables.push([line.xs, is ? smoothed(line.ys, state.smooth) : line.ys]);
     }
-    const lowest = Math.min(...own.flatMap(line => line.ys.reduce((a, b) => Math.min(a, b), Infinity)));
+    const lowest = Math.min(...own.map(line => line.ys.reduce((a, b) => Math.min(a, b), Infinity)));
     const isLog = state.log && said.log && lowest > 0;
     const tick = ticks[said.format], strokes = series.map(one => one.stroke);
     const options = {

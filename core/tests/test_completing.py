@@ -90,6 +90,7 @@ def test_files() -> None:
         ("blame", ""),
         ("report", "one", "o"),
         ("report", "--html", ""),
+        ("data", "--html", ""),
     ):
         assert offered(*words) == ["FILE"], words
 

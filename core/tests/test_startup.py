@@ -79,6 +79,8 @@ COMMANDS = [
     ("completion", "bash"),
     ("data", "--help"),
     ("replay", "--help"),
+    ("blame", "--help"),
+    ("report", "--help"),
 ]
 
 

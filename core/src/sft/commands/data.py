@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from sft.commands.completing import SettingsCommand, complete_path, complete_value
-from sft.commands.shared import path_of, put_page, say
+from sft.commands.completing import SettingsCommand, complete_value
+from sft.commands.shared import page_option, put_page, say
 from sft.commands.typed import collect
 from sft.errors import UsageError
 
@@ -31,15 +31,9 @@ _IN_TERMINAL, _FOUND, _IN_PAGE = 1, 10, 100
     help="So many records, as the model reads them.  [default: 1, of found ones 10, in a page 100]",
 )
 @click.option("--find", metavar="TEXT", help="Records that hold this text, in upper or lower case, in their turns.")
-@click.option(
-    "--html",
-    metavar="FILE",
-    callback=path_of,
-    shell_complete=complete_path,
-    help="Write it as one page, with search in the records.",
-)
+@page_option("sft data", "Write it as one page, with search in the records.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON on standard output, and nothing else.")
-def command(arguments: tuple[str, ...], show: str | None, find: str | None, html: str | None, as_json: bool) -> None:
+def command(arguments: tuple[str, ...], show: str | None, find: str | None, html: Path | None, as_json: bool) -> None:
     """Show what the model will see of the data, before it is trained.
 
     Takes the settings of `sft run` and its settings file, and reads the data as a run with them would; model and data
@@ -51,23 +45,18 @@ def command(arguments: tuple[str, ...], show: str | None, find: str | None, html
     number = _number(show, _FOUND if find is not None else _IN_TERMINAL)
     if find == "":
         raise UsageError("find: expected a text to look for, got an empty one.")
-    target = None if html is None else Path(html).expanduser()
-    if target is not None:
-        from sft.data_report.page import MADE_BY
-        from sft.pages import check_place
-
-        check_place(target, MADE_BY)
-        number = number if show is not None else _IN_PAGE
+    if html is not None and show is None:
+        number = _IN_PAGE
     from sft.data_report.gather import Wanted, data_report
 
     report = data_report(values, Wanted(number, find), say)
-    if target is not None:
+    if html is not None:
         from sft.data_report.page import page
 
-        put_page(target, page(report))
+        put_page(html, page(report))
     if as_json:
         click.echo(json.dumps(report.as_dict(), allow_nan=False))
-    elif target is None:
+    elif html is None:
         from rich.console import Console
 
         from sft.data_report.terminal import write

@@ -9,10 +9,7 @@ import click
 
 from sft.commands.completing import complete_path
 from sft.commands.shared import path_of, say
-from sft.run_report.gather import read_run
 from sft.run_report.value import PAGE
-from sft.run_report.words import apart
-from sft.run_report.written import as_json, check, write
 from sft.small_files import check_path
 
 
@@ -35,6 +32,10 @@ def command(runs: tuple[str, ...], html: str | None, as_lines: bool) -> None:
     """
     for run in runs:
         check_path("RUN", run)
+    from sft.run_report.gather import read_run
+    from sft.run_report.words import apart
+    from sft.run_report.written import as_json, check, write
+
     folders = [Path(run).expanduser() for run in runs]
     place = Path(html).expanduser() if html is not None else (folders[0] / PAGE if len(folders) == 1 else Path(PAGE))
     found = apart([read_run(folder) for folder in folders])

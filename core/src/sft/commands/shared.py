@@ -87,9 +87,11 @@ def path_of(context: click.Context, parameter: click.Parameter, value: str | Non
     return value
 
 
-def page_option(made_by: str) -> Callable[[Any], Any]:
+def page_option(
+    made_by: str, text: str = "Write it as one page, with tokens coloured by their loss."
+) -> Callable[[Any], Any]:
     """The option ``--html FILE``, for the page of a program such as ``sft replay``; its value is the path of a place
-    where nothing else would be lost."""
+    where nothing else would be lost, and ``text`` its help."""
 
     def place(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
         if value is None:
@@ -100,13 +102,7 @@ def page_option(made_by: str) -> Callable[[Any], Any]:
         check_place(path, made_by)
         return path
 
-    return click.option(
-        "--html",
-        metavar="FILE",
-        callback=place,
-        shell_complete=complete_path,
-        help="Write it as one page, with tokens coloured by their loss.",
-    )
+    return click.option("--html", metavar="FILE", callback=place, shell_complete=complete_path, help=text)
 
 
 def put_page(path: Path, page: str) -> None:

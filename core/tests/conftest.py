@@ -17,6 +17,7 @@ import pytest
 from chat_templates import tokenizer_of  # noqa: F401
 from conversations import tokenizer_with  # noqa: F401
 from data_reports import look, questions  # noqa: F401
+from reported_runs import reported, reported_once  # noqa: F401
 from stopped_runs import shared, stopped, whole  # noqa: F401
 from terminals import clock, terminal  # noqa: F401
 from typed_commands import typed  # noqa: F401

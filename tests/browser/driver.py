@@ -4,6 +4,7 @@ complains of, and with axe-core, which finds what people with other senses canno
 from __future__ import annotations
 
 import base64
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,20 @@ SIZES = {"phone": (390, 844), "laptop": (1280, 800), "wide": (1920, 1080)}
 SCHEMES = ("light", "dark")
 _AXE = Path(__file__).parent / "axe" / "axe.min.js"
 _PROGRAMS = ("chromium", "chromedriver")
+# For each chart how many colours its canvas has beside the one that it has most of: none is drawn on a blank one.
+_COLOURS = """
+return [...document.querySelectorAll("figure[data-chart]")].map(figure => {
+  const canvas = figure.querySelector("canvas");
+  const pixels = new Uint32Array(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.buffer);
+  return [figure.dataset.chart, new Set(pixels).size - 1];
+});
+"""
+_REACHABLE = """
+return [...document.querySelectorAll("a[href], button, select, input, summary, [tabindex='0']")]
+  .filter(one => one.checkVisibility()).length;
+"""
+_MEETS = "window.met = new Set(); document.addEventListener('focusin', event => met.add(event.target));"
+_WIDTHS = "const all = document.documentElement; return [all.scrollWidth, all.clientWidth]"
 
 
 def missing() -> str | None:
@@ -59,6 +74,26 @@ class Browser:
     def evaluate(self, script: str, *arguments: Any) -> Any:
         """What a script returns; the page's policy does not stop it."""
         return self.driver.execute_script(script, *arguments)
+
+    def colours(self) -> dict[str, int]:
+        """How many colours each chart has beside that of its ground, by its name, in the order of the page."""
+        return dict(self.evaluate(_COLOURS))
+
+    def fits(self) -> bool:
+        """Whether nothing of the page stands out at the side."""
+        wide, shown = self.evaluate(_WIDTHS)
+        return bool(wide <= shown)
+
+    def is_dark(self) -> bool:
+        ground = self.evaluate("return getComputedStyle(document.body).backgroundColor")
+        return sum(map(int, re.findall(r"\d+", ground)[:3])) < 200
+
+    def walk(self) -> tuple[int, int]:
+        """Go through the page by Tab: how many elements there are to reach, and how many were reached."""
+        wanted = self.evaluate(_REACHABLE)
+        self.evaluate(_MEETS)
+        self.press(*["Tab"] * (wanted + 2))
+        return wanted, self.evaluate("return met.size")
 
     def press(self, *keys: str, shift: bool = False) -> None:
         """Type keys by their names: ``Tab``, ``ArrowRight``, ``+``."""

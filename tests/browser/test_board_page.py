@@ -16,7 +16,6 @@ import pytest
 from browser.boards import TOKEN, board_of, until
 from browser.conftest import DEMO
 from browser.driver import SCHEMES, SIZES, Browser
-from browser.test_report_page import COLOURS, REACHABLE
 
 import sft
 
@@ -70,7 +69,7 @@ def test_it_opens_and_everyone_can_use_it(browser: Browser, runs: list[Path], si
         browser.open(address, size, scheme)
         until(lambda: text_of(browser, "state") == "finished")
         until(lambda: browser.evaluate("return document.querySelectorAll('figure[data-chart] canvas').length"))
-        drawn = dict(browser.evaluate(COLOURS))
+        drawn = browser.colours()
         assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mib"} <= set(drawn)
         assert all(colours > 20 for colours in drawn.values()), drawn
         assert browser.evaluate("return document.querySelectorAll('#runs a').length") == 2
@@ -78,12 +77,8 @@ def test_it_opens_and_everyone_can_use_it(browser: Browser, runs: list[Path], si
         assert "After training" in text_of(browser, "answers")
         assert "learning_rate" in text_of(browser, "settings")
         assert TOKEN not in browser.driver.current_url
-        wide, shown = browser.evaluate(
-            "const all = document.documentElement; return [all.scrollWidth, all.clientWidth]"
-        )
-        assert wide <= shown  # nothing stands out at the side
-        dark = browser.evaluate("return getComputedStyle(document.body).backgroundColor")
-        assert (sum(map(int, re.findall(r"\d+", dark)[:3])) < 200) == (scheme == "dark")
+        assert browser.fits()
+        assert browser.is_dark() == (scheme == "dark")
         assert browser.axe() == []
         assert browser.complaints() == []
 
@@ -92,12 +87,8 @@ def test_the_keyboard_reaches_everything(browser: Browser, runs: list[Path]) -> 
     with board_of(runs[0].parent) as address:
         browser.open(address)
         until(lambda: text_of(browser, "state") == "finished")
-        wanted = until(lambda: browser.evaluate(REACHABLE))
-        browser.evaluate(
-            "window.met = new Set(); document.addEventListener('focusin', event => met.add(event.target));"
-        )
-        browser.press(*["Tab"] * (wanted + 2))
-        assert browser.evaluate("return met.size") == wanted
+        wanted, reached = browser.walk()
+        assert reached == wanted > 0
         name = text_of(browser, "name")
         browser.evaluate("document.querySelector('#runs a:not([aria-current])').focus()")
         browser.press("Enter")
@@ -117,7 +108,7 @@ def test_a_run_that_trains_is_followed_and_its_button_stops_it(
         assert re.search(r"Time left\d+:\d\d:\d\d", text_of(browser, "facts"))
         assert re.search(r"Memory of the run now[\d.]+ GiB", text_of(browser, "facts"))
         until(lambda: f"step {step_of(browser)}/3000" in text_of(browser, "log"))
-        assert dict(browser.evaluate(COLOURS))["loss"] > 20
+        assert browser.colours()["loss"] > 20
         assert browser.axe() == []
         # By keyboard: the button, a question that is answered with no by default, and its other answer.
         browser.evaluate("document.querySelector('[data-what=stop]').focus()")

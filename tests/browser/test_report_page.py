@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser.conftest import DEMO
 from browser.driver import SCHEMES, SIZES, Browser
 from click.testing import CliRunner
 
@@ -20,22 +21,10 @@ from sft.commands.cli import cli
 pytestmark = pytest.mark.browser
 
 CHARTS = ["loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mib", "padding", "accuracy"]
-# For each chart how many colours its canvas has beside the one that it has most of: none is drawn on a blank one.
-COLOURS = """
-return [...document.querySelectorAll("figure[data-chart]")].map(figure => {
-  const canvas = figure.querySelector("canvas");
-  const pixels = new Uint32Array(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.buffer);
-  return [figure.dataset.chart, new Set(pixels).size - 1];
-});
-"""
 READ = """
 return Object.fromEntries([...document.querySelectorAll("figure[data-chart]")].map(figure =>
   [figure.dataset.chart, [...figure.querySelectorAll(".legend li")].map(one =>
     [one.querySelector("button").textContent, one.querySelector(".value").textContent])]));
-"""
-REACHABLE = """
-return [...document.querySelectorAll("a[href], button, select, input, summary, [tabindex='0']")]
-  .filter(one => one.checkVisibility()).length;
 """
 TICKS = "return document.querySelector('.where').textContent"
 
@@ -61,13 +50,11 @@ def test_it_opens_and_everyone_can_use_it(
 ) -> None:
     browser.open(runs[0] / "report.html" if which == "one" else two, size, scheme)
     assert browser.complaints() == []
-    drawn = dict(browser.evaluate(COLOURS))
+    drawn = browser.colours()
     assert list(drawn) == CHARTS
     assert all(colours > 20 for colours in drawn.values()), drawn
-    wide, shown = browser.evaluate("const all = document.documentElement; return [all.scrollWidth, all.clientWidth]")
-    assert wide <= shown  # nothing stands out at the side
-    dark = browser.evaluate("return getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, re.findall(r"\d+", dark)[:3])) < 200) == (scheme == "dark")
+    assert browser.fits()
+    assert browser.is_dark() == (scheme == "dark")
     assert browser.axe() == []
 
 
@@ -108,11 +95,8 @@ def test_a_zoom_is_that_of_all_charts(browser: Browser, runs: list[Path]) -> Non
 
 def test_the_keyboard_reaches_everything(browser: Browser, runs: list[Path]) -> None:
     browser.open(runs[0] / "report.html")
-    wanted = browser.evaluate(REACHABLE)
-    assert wanted > 20
-    browser.evaluate("window.met = new Set(); document.addEventListener('focusin', event => met.add(event.target));")
-    browser.press(*["Tab"] * (wanted + 2))
-    assert browser.evaluate("return met.size") == wanted
+    wanted, reached = browser.walk()
+    assert reached == wanted > 20
 
 
 def test_a_chart_is_read_and_zoomed_by_keys(browser: Browser, runs: list[Path]) -> None:
@@ -143,12 +127,12 @@ def _exponent(value: float) -> str:
 
 def test_a_name_in_a_legend_hides_its_curve(browser: Browser, runs: list[Path]) -> None:
     browser.open(runs[0] / "report.html")
-    before = dict(browser.evaluate(COLOURS))["loss"]
+    before = browser.colours()["loss"]
     browser.evaluate("document.querySelector('figure[data-chart=loss] .legend button').focus()")
     browser.press("Enter")
     browser.evaluate("return new Promise(done => requestAnimationFrame(done))")
     assert browser.evaluate("return document.activeElement.getAttribute('aria-pressed')") == "false"
-    assert dict(browser.evaluate(COLOURS))["loss"] < before
+    assert browser.colours()["loss"] < before
 
 
 @pytest.mark.parametrize("axis", ["steps", "epochs", "tokens", "seconds"])
@@ -165,7 +149,7 @@ def test_the_axis_may_be_steps_epochs_tokens_or_time(browser: Browser, two: Path
     assert browser.evaluate(TICKS).startswith(
         {"steps": "step 12", "seconds": "time 0:"}.get(axis, axis.removesuffix("s"))
     )
-    assert all(colours > 20 for _, colours in browser.evaluate(COLOURS))
+    assert all(colours > 20 for colours in browser.colours().values())
     assert browser.complaints() == []
 
 
@@ -182,7 +166,7 @@ def test_a_curve_that_stands_still_is_drawn(browser: Browser, runs: list[Path], 
         "const one = document.querySelector('.tools input[type=range]');"
         "one.value = 0.6; one.dispatchEvent(new Event('input'))"
     )
-    assert dict(browser.evaluate(COLOURS))["memory_mib"] > 20
+    assert browser.colours()["memory_mib"] > 20
 
 
 def test_two_runs_lie_over_each_other(browser: Browser, two: Path, runs: list[Path]) -> None:
@@ -232,8 +216,7 @@ def test_what_a_run_holds_is_no_script(browser: Browser, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_page_of_the_data_opens_too(browser: Browser, tmp_path: Path, scheme: str) -> None:
-    demo = Path(sft.__file__).parent / "demo"
-    settings = ["--model_name_or_path", str(demo / "model"), "--dataset_name_or_path", str(demo / "data")]
+    settings = ["--model_name_or_path", str(DEMO / "model"), "--dataset_name_or_path", str(DEMO / "data")]
     place = tmp_path / "data.html"
     assert CliRunner().invoke(cli, ["data", *settings, "--max_length", "64", "--html", str(place)]).exit_code == 0
     browser.open(place, "phone", scheme)

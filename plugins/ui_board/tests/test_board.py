@@ -105,6 +105,7 @@ def test_the_time_that_is_left_is_that_of_the_last_steps_and_evaluations() -> No
     steps = list(range(5, 155, 5))
     moments = SimpleNamespace(steps=steps, seconds=[50.0 + 2.0 * (step - 5) for step in steps])
     evaluations = [{"step": 0, "eval_seconds": 99.0}, {"step": 110, "eval_seconds": 30.0}]
+    evaluations.append({"step": 120, "eval_seconds": "long"})  # somebody has edited the file
     report = SimpleNamespace(total_steps=350, moments=moments, evaluations=evaluations)
     # The last 20 lines are 100 steps, which took 200 s and an evaluation.
     assert seconds_left(report, age=0.0) == pytest.approx(200 * 230 / 100)

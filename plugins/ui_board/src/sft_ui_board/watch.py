@@ -4,7 +4,6 @@ since the run itself may need this machine."""
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import stat
 import time
@@ -182,7 +181,7 @@ def seconds_left(report: sft.RunReport, age: float) -> float | None:
     if not steps:
         steps, seconds = at.steps[-1], at.seconds[-1]
     measured = [one for one in report.evaluations if at.steps[first] < one["step"] <= at.steps[-1]]
-    seconds += sum(float(one.get("eval_seconds") or 0.0) for one in measured)
+    seconds += sum(one["eval_seconds"] for one in measured if isinstance(one.get("eval_seconds"), float))
     return max(0.0, seconds / steps * (report.total_steps - at.steps[-1]) - age)
 
 
@@ -248,4 +247,4 @@ def harmless(value: Any) -> Any:
         return {sft.safe(str(key)): harmless(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [harmless(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return value

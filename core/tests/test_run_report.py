@@ -156,6 +156,7 @@ def test_a_file_that_is_broken_costs_what_it_says_and_no_more(tmp_path: Path, na
             "machine": "x",
             "parameters": {"layers": {"a": 1, "b": {"c": "d"}}},
         },
+        {"total_steps": 10**400, "parameters": {"trained": 10**400, "total": 1}},
         {"changed": 4, "without_effect": [1, ["a", 2]], "data": {"train": 5}, "total_steps": -1, "started": 7},
         {"result": {"samples": [1, {"before": 2}], "data": {"train": {"records": "x"}}, "skipped_steps": "y"}},
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from sft.foreign_text import safe, without_secrets
+from sft.written_numbers import finite
 
 LEVELS = ("info", "warning", "error")
 """From all that is said to nothing but why a run ends."""
@@ -112,18 +112,9 @@ def event_line(name: str, values: Mapping[str, Any], level: str) -> str:
     """An event as a line of JSON, in ASCII, without what looks like a secret."""
     time = datetime.now().astimezone().isoformat(timespec="milliseconds")
     record = {"time": time, "event": name, "level": level, **without_secrets(values)}
-    return json.dumps(_finite(record), allow_nan=False, default=_plain)
+    return json.dumps(finite(record), allow_nan=False, default=_plain)
 
 
 def _plain(value: Any) -> Any:
     """What JSON does not know: numbers of numpy, and paths."""
     return value.item() if hasattr(value, "item") else str(value)
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with null for numbers that JSON has not."""
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

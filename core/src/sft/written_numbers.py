@@ -1,4 +1,4 @@
-"""Numbers as somebody wrote them, also those that are too small for this process.
+"""Numbers as somebody wrote them, also those that are too small for this process, and those that JSON has.
 
 A thread that takes denormals as zero (``runtime.flush_denormals``) reads 1e-320 as 0, compares it as 0 and shows it as
 0.0; another does not. What is said of a number does not depend on that here.
@@ -6,7 +6,9 @@ A thread that takes denormals as zero (``runtime.flush_denormals``) reads 1e-320
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 _LONGEST = 40
@@ -16,6 +18,15 @@ _LONGEST = 40
 def read_number(text: str) -> float:
     """What ``text`` says. :class:`ValueError` for what is no number."""
     return or_tiny(float(text), text)
+
+
+def finite(value: Any) -> Any:
+    """``value`` with null for the numbers that JSON has not."""
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def or_tiny(value: float, text: str) -> float:

@@ -4,7 +4,6 @@ is half written, or that somebody has edited, costs no more than what it would h
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -24,6 +23,7 @@ from sft.training.checkpoint_folder import checkpoints, step_of
 from sft.training.first_rows import NAME as ROWS
 from sft.training.skipped_records import NAME as BAD_RECORDS
 from sft.training.steps_file import StepFigures, read_steps
+from sft.written_numbers import finite
 
 SHOWN = 50
 """Notes that are shown, and records that cannot be read."""
@@ -34,7 +34,7 @@ def read_run(folder: Path | str) -> RunReport:
     """What the folder of a run says of it, whether it has finished, has failed or goes on. Raises :class:`UsageError`
     for a folder that holds no run."""
     folder = Path(folder)
-    record = _object(_finite(read_report(folder)))
+    record = _object(finite(read_report(folder)))
     if not isinstance(record.get("settings"), dict):
         what = "holds no run of sft (its run.json is missing or cannot be read)" if folder.is_dir() else "is no folder"
         raise UsageError(f"{folder} {what}; give the output_dir of a run.")
@@ -186,7 +186,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 except (ValueError, RecursionError):
                     continue
                 if isinstance(line, dict):
-                    yield _object(_finite(line))
+                    yield _object(finite(line))
     except OSError:
         return
 
@@ -201,13 +201,5 @@ def _pairs(value: Any) -> list[Any]:
 
 
 def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def _finite(value: Any) -> Any:
-    """JSON without the numbers that it has not."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """A count, as far as a float tells them apart; None for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None

@@ -75,7 +75,7 @@ format: .venv/installed-dev ## Put the code into the house format
 bench: .venv/installed-$(DEVICE) ## Run the benchmarks beside other programs: two to three hours; ARGS="steps" runs one
 	$(BIN)/python -m benchmarks $(ARGS)
 
-docs: .venv/installed-$(DEVICE) ## Generate the pages in docs/ that are made, and the picture of the floors; then the site
+docs: .venv/installed-test ## Generate the pages in docs/ that are made, and the picture of the floors; then the site
 	$(BIN)/python docs/screenshots.py
 	$(BIN)/python scripts/import_graph.py --write
 	$(BIN)/python -m benchmarks.page

@@ -64,7 +64,7 @@ def _line(name: str, value: Any) -> str:
 
 
 def entry(name: str, value: Any) -> str:
-    """A setting as YAML, on one line."""
+    """A setting as YAML, on one line unless it is text of several."""
     import yaml
 
     plain = str(value) if isinstance(value, str) else value  # of no class of our own

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""What several commands share: options, and how they read standard input and say what they did."""
 
 from __future__ import annotations
 

@@ -262,7 +262,8 @@ def _of(what: str, run: RunReport, runs: Sequence[RunReport]) -> str:
 
 
 def _ends(runs: Sequence[RunReport]) -> str:
-    return f"Made by {MADE_BY} from {', '.join(run.folder for run in runs)}; report.json beside this page has the same."
+    folders = ", ".join(run.folder for run in runs)
+    return f"Made by {MADE_BY} from {folders}; the file of JSON that lies beside this page has the same."
 
 
 def _compared(rows: Sequence[Sequence[str]]) -> str:

@@ -110,6 +110,7 @@ def test_it_can_be_left_out(
     assert re.match(
         r"step 3: skipped, for it is not finite \(loss (nan|inf), .*with 2 records \(\S+train\.json, li", line
     )
+    assert line in sft.read_run(tmp_path / "out").notes
     assert [line["step"] for line in metrics(tmp_path / "out") if "loss" in line] == [1, 2, 4, 5]
     assert contents(tmp_path / "out" / "checkpoint-3") == contents(tmp_path / "out" / "checkpoint-2")
     assert contents(tmp_path / "out" / "checkpoint-4") != contents(tmp_path / "out" / "checkpoint-3")

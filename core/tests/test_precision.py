@@ -179,6 +179,7 @@ def test_a_step_that_overflows_is_skipped(
     lines = [line for line in metrics(tmp_path / "scaled") if "loss" in line]
     assert 0 < len(skipped) < 12
     assert summary.skipped_steps == len(skipped)
+    assert set(skipped) <= set(sft.read_run(tmp_path / "scaled").notes)
     assert len(lines) == 12 - len(skipped)
     assert lines[0]["step"] == len(skipped) + 1
     assert all(np.isfinite(line["loss"]) and np.isfinite(line["grad_norm"]) for line in lines)

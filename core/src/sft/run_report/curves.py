@@ -69,10 +69,11 @@ def curves_of(lines: Sequence[dict[str, Any]], each: StepFigures | None = None) 
         for key, value in line.items():
             if "/" in key:
                 add(key.removeprefix("eval_"), of, step, value)
-    if each is not None and each.taken.sum() > len(found.get(("loss", "train"), ([], []))[0]):
-        steps = (each.taken.nonzero()[0] + 1).tolist()
-        found["loss", EACH] = steps, each.loss[each.taken].tolist()
-        found["grad_norm", EACH] = steps, each.grad_norm[each.taken].tolist()
+    logged = len(found.get(("loss", "train"), ([], []))[0])
+    if each is not None and (taken := each.taken).sum() > logged:
+        steps = (taken.nonzero()[0] + 1).tolist()
+        found["loss", EACH] = steps, each.loss[taken].tolist()
+        found["grad_norm", EACH] = steps, each.grad_norm[taken].tolist()
     first = [*dict.fromkeys(_TRAIN.values()), "tokens_per_second", "padding", *_DEV.values(), "answers"]
     order = {chart: number for number, chart in enumerate(dict.fromkeys(first))}
     names = sorted(

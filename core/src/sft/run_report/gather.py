@@ -23,11 +23,12 @@ from sft.training.checkpoint_folder import checkpoints, step_of
 from sft.training.first_rows import NAME as ROWS
 from sft.training.skipped_records import NAME as BAD_RECORDS
 from sft.training.steps_file import StepFigures, read_steps
+from sft.voice import NOTE
 from sft.written_numbers import finite
 
 SHOWN = 50
 """Notes that are shown, and records that cannot be read."""
-_NOTE = re.compile(r"note: |step \d+: (skipped|float16 overflow)")
+_NOTE = re.compile(rf"{NOTE}|step \d+: (skipped|float16 overflow)")
 
 
 def read_run(folder: Path | str) -> RunReport:
@@ -105,7 +106,7 @@ def _notes(path: Path) -> list[str]:
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             said = (line.partition(" ")[2].strip() for line in file)
-            notes = dict.fromkeys(text.removeprefix("note: ") for text in said if _NOTE.match(text))
+            notes = dict.fromkeys(text.removeprefix(NOTE) for text in said if _NOTE.match(text))
             return list(islice(notes, SHOWN))
     except OSError:
         return []

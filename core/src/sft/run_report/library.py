@@ -28,9 +28,8 @@ def chart_library() -> tuple[str, str]:
 
 def charts() -> tuple[str, str]:
     """The same for a page that has the colours already."""
-    return f"{_asset('uplot/uPlot.iife.min.js')}\n{_asset('charts.js')}", _asset("uplot/uPlot.min.css") + _asset(
-        "charts.css"
-    )
+    script = f"{_asset('uplot/uPlot.iife.min.js')}\n{_asset('charts.js')}"
+    return script, _asset("uplot/uPlot.min.css") + _asset("charts.css")
 
 
 def report_page() -> tuple[str, str]:

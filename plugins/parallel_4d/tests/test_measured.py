@@ -70,9 +70,10 @@ def case_of(*case: Any) -> Any:
         ({}, "data", 0),
         ({"sharding": "stage1"}, "sharding", 0),
         ({"sharding": "stage2"}, "sharding", 0),
-        # Each of two micro-batches gathers a block's matrices before it goes forward and before it goes backward.
-        ({"sharding": "stage3"}, "sharding", 4),
-        pytest.param({"sharding": "stage3", **LORA}, "sharding", 4, marks=needs("lora")),
+        # Each of two micro-batches gathers a block's matrices before it goes forward and before it goes backward, those
+        # that train and those that rest, and then sums a block's gradients.
+        ({"sharding": "stage3"}, "sharding", 3),
+        pytest.param({"sharding": "stage3", **LORA}, "sharding", 5, marks=needs("lora")),
         (TENSOR | {"sharding": "stage1"}, "sharding", 0),
     ],
     ids=["data", "stage1", "stage2", "stage3", "stage3-lora", "tensor-stage1"],
@@ -96,8 +97,8 @@ def test_collectives_do_not_grow_with_the_number_of_tensors(
             4 if TENSOR.keys() <= settings.keys() else 2, "measuring:train", {**fixed, **settings, **plain}, 1, 32
         )
         calls.append(ranks[0].value["calls"][axis])
-    assert calls[1] - calls[0] == 4 * a_layer, calls
-    assert calls[0] - 2 * a_layer < 12
+    assert calls[1] - calls[0] == 4 * 2 * a_layer, calls
+    assert calls[0] - 2 * 2 * a_layer < 15
 
 
 @pytest.mark.parametrize(
@@ -132,10 +133,16 @@ def test_ranks_hold_need_and_send_what_is_planned(
     for rank in ranks:
         stage = stages[rank["stage"]]
         held, memory = calculator.held(plan, stage), calculator.rank(plan, rank["stage"], stage)
-        parts = (held.parameters, held.pieces, held.optimizer)
-        assert (rank["parameters"], rank["pieces"], rank["optimizer"]) == parts
+        assert (rank["parameters"], rank["pieces"]) == (held.parameters, held.pieces)
+        if plan.stage:  # a plan takes each slice to have its share of each tensor, and two powers of all
+            alike = [one for one in ranks if one["stage"] == rank["stage"]]
+            found = sum(one["optimizer"] + 8 * one["tensors_elsewhere"] for one in alike)
+            assert found == len(alike) * held.optimizer
+            assert rank["optimizer"] == pytest.approx(held.optimizer, rel=1e-2)
+        else:
+            assert rank["optimizer"] == held.optimizer
         # Nothing else outlives a step, but scalars.
-        fixed_bytes = sum(parts)
+        fixed_bytes = held.parameters + held.pieces + rank["optimizer"]
         assert 0 <= rank["rests"] - fixed_bytes < 256
         if not plan.offload:  # what a CPU offloads stays where it was
             assert memory.peak == pytest.approx(rank["peak"], rel=0.05)

@@ -255,6 +255,7 @@ def test_an_adapter_that_forgets_to_sum_is_refused(trainings: Trainings, plan: s
         run_ranks(PLANS[plan].processes, "jobs:train_unsummed", values, where, timeout=60)
 
 
+@pytest.mark.slow
 def test_that_adapter_learns_on_data_ranks(trainings: Trainings) -> None:
     assert_equal(*(trainings.many(PLANS[alone], job="jobs:train_unsummed")[0] for alone in ("one", "dp2")))
 

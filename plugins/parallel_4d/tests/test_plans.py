@@ -90,11 +90,14 @@ def test_volumes_by_hand(outline_of: Outlines) -> None:
     assert busiest(calculator, Plan()).total == 0
     # A ring's all-reduce among 4: each sends 2 · 3/4 of the gradients.
     assert busiest(calculator, Plan(data=4, accumulation=3)).data == 2 * 3 * values * 4 // 4
-    assert busiest(calculator, Plan(sharding=4, stage=1)).sharding == 2 * 3 * values * 4 // 4
+    # Slices of the nine vectors of 64 have 256 bytes, too.
+    filled = 9 * 64 * 4
+    cut = values - 9 * 64 + filled
+    assert busiest(calculator, Plan(sharding=4, stage=1)).sharding == 2 * 3 * cut * 4 // 4
     # Stage 3: blocks' matrices twice, embedding and lm_head once, gradients once, each micro-batch; vectors at the end.
-    ends, vectors = 2 * 512 * 64, 9 * 64
-    blocks = values - ends - vectors
-    expected = 2 * 3 * (2 * blocks + ends + values) + 3 * vectors
+    ends, vectors = 2 * 512 * 64, filled
+    blocks = cut - ends - vectors
+    expected = 2 * 3 * (2 * blocks + ends + cut) + 3 * vectors
     assert busiest(calculator, Plan(sharding=4, stage=3, accumulation=2)).sharding == expected * 4 // 4
     # All-reduces of [tokens, hidden] among 2 (each sends it once): attention and MLP forward and backward in 4 blocks,
     # the embedding's, the loss's gradient, and three float32 a target.

@@ -36,30 +36,32 @@ def rank(calculator: Calculator, plan: Plan, number: int, stage: Stage) -> Volum
     """A rank of pipeline stage ``number``; the few bytes of a step's loss and gradient norm are left out."""
     outline, precision, shape = calculator.outline, calculator.precision, calculator.shape(plan)
     size, micro = stage.size, plan.accumulation
-    data = 2 * _part(plan.data) * (size.piece_gradients if plan.stage else size.gradients)
+    data = 2 * _part(plan.data) * size.piece_gradients
     neighbours = (number > 0) + (number < plan.pipeline - 1)
     pipeline = micro * neighbours * activations.boundary(outline, shape, precision)
     if plan.pipeline > 1 and outline.tied and (stage.first or stage.last) and outline.embedding.trains:
-        pipeline += stage.head.gradients + stage.embedding.gradients  # the two copies' gradient
-    pieces = _pieces(plan, stage, outline.tied)
-    sharding = plan.sharding * _part(plan.sharding) * pieces
-    host = pieces + (2 * size.piece_gradients if plan.data > 1 else 0) if plan.offload else 0
+        # The two copies' gradient, or slices of it.
+        pipeline += (stage.head.gradients + stage.embedding.gradients) // plan.sharding
+    values, gradients = _values(plan, stage, outline.tied), _gradients(plan, stage)
+    sharding = plan.sharding * _part(plan.sharding) * (values + gradients)
+    host = values + size.piece_gradients if plan.offload else 0
     return Volume(round(data), round(sharding), round(_tensor(calculator, plan, stage)), pipeline, host)
 
 
-def _pieces(plan: Plan, stage: Stage, tied: bool) -> int:
-    """Bytes of pieces that come or go: gradients to their owners, stepped weights back; in stage 3 matrices wherever
-    they are used instead."""
-    size, micro, late = stage.size, plan.accumulation, stage.late.piece_gradients
+def _gradients(plan: Plan, stage: Stage) -> int:
+    """Bytes of slices of gradients that come to their owners: of all micro-batches together, or of each."""
+    return 0 if not plan.stage else stage.size.piece_gradients * (plan.accumulation if plan.stage >= 2 else 1)
+
+
+def _values(plan: Plan, stage: Stage, tied: bool) -> int:
+    """Bytes of slices of values that go: after a step, in stage 3 those of matrices wherever they are used instead."""
+    size = stage.size
     if plan.stage < 3:
-        if not plan.stage:
-            return 0
-        gradients = size.piece_gradients if plan.stage == 1 else micro * (size.piece_gradients - late) + late
-        return size.pieces + gradients
+        return size.pieces if plan.stage else 0
     embedding, head = stage.embedding.matrix_pieces, stage.head.matrix_pieces
     blocks = size.matrix_pieces - embedding - (0 if tied else head)
     # Blocks are gathered forward and backward, the embedding and lm_head once.
-    return micro * (2 * blocks + embedding + head + size.piece_gradients - late) + late + size.vector_pieces
+    return plan.accumulation * (2 * blocks + embedding + head) + size.vector_pieces
 
 
 def _tensor(calculator: Calculator, plan: Plan, stage: Stage) -> float:
@@ -85,7 +87,7 @@ def _tensor(calculator: Calculator, plan: Plan, stage: Stage) -> float:
         # Of each target: the maximum, the normaliser and the chosen logit, and the gradient of its hidden state.
         micro += 2 * part * shape.targets * (3 * 4 + outline.hidden * width)
     summed = stage.size.partial + (stage.size.norms if plan.sequence else 0)
-    return plan.accumulation * micro + 2 * part * summed * (plan.accumulation if plan.stage >= 2 else 1)
+    return plan.accumulation * micro + 2 * part * summed
 
 
 def _part(ranks: int) -> float:

@@ -7,10 +7,9 @@ from functools import cache
 
 from sft_parallel_4d import activations
 from sft_parallel_4d.activations import Shape
-from sft_parallel_4d.lots import BUCKET
 from sft_parallel_4d.model_size import Division, Precision, Stage, stages
 from sft_parallel_4d.outline import Outline
-from sft_parallel_4d.plans import Plan
+from sft_parallel_4d.plans import BUCKET, Plan
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,9 @@ class Held:
     gradients: int
     """Of what is stepped, when backward has ended."""
     passing: int
-    """Beside them in backward: gradients on their way into sums."""
-    waiting: int = 0
-    """Of these, at most, small ones that wait to become pieces together."""
+    """Beside them in backward: buckets that are sent by themselves, and gradients on their way into buckets."""
+    filled: int = 0
+    """Of both, what is there as soon as backward begins: the first bucket."""
 
 
 class Calculator:
@@ -84,24 +83,33 @@ class Calculator:
     def held(self, plan: Plan, stage: Stage) -> Held:
         """What a rank of ``stage`` holds whatever it computes."""
         size = stage.size
-        parameters, pieces, gradients, passing, waiting = size.weights, 0, size.gradients, size.widening, 0
-        if plan.stage:
-            pieces = size.pieces
         if plan.stage == 3:
-            parameters, pieces = parameters - size.matrices, pieces + size.frozen_pieces
-        if plan.stage >= 2:
-            late = stage.late
-            waiting = min(BUCKET, size.gradients - late.gradients)
-            gradients = size.piece_gradients - late.piece_gradients + late.gradients
-            # A full buffer is copied, or meets a gradient that does not wait, in the midst of backward.
-            passing = waiting if waiting < BUCKET else waiting + max(waiting, size.passing)
-        return Held(parameters, pieces, size.optimizer, gradients, passing, waiting)
+            parameters = size.weights - size.matrices + size.vector_pieces * plan.sharding - size.vectors
+            pieces, gradients = size.matrix_pieces, size.piece_gradients
+            largest = max(stage.largest_block, stage.embedding, stage.head, key=lambda one: one.unit_gradients)
+            passing = largest.unit_gradients * plan.sharding + size.passing
+            return Held(parameters, pieces, size.optimizer, gradients, passing, passing)
+        bucket = min(BUCKET, size.piece_gradients * plan.sharding)
+        if plan.stage:
+            parameters = size.weights - size.whole + size.pieces * plan.sharding
+            pieces = size.pieces if plan.offload else 0
+            if plan.stage == 2:
+                passing = bucket + bucket // plan.sharding + size.passing
+                return Held(parameters, pieces, size.optimizer, size.piece_gradients, passing, bucket)
+            gradients = size.piece_gradients * plan.sharding
+            return Held(parameters, pieces, size.optimizer, gradients, size.passing, bucket)
+        if plan.data > 1:
+            return Held(size.weights, 0, size.optimizer, size.piece_gradients, size.passing, bucket)
+        return Held(size.weights, 0, size.optimizer, size.gradients, size.widening)
 
     def rank(self, plan: Plan, number: int, stage: Stage) -> Memory:
         """A rank of pipeline stage ``number``."""
         outline, precision, shape, size = self.outline, self.precision, self.shape(plan), stage.size
         held = self.held(plan, stage)
-        whole_block, whole_head = (stage.largest_block.matrices, stage.head.matrices) if plan.stage == 3 else (0, 0)
+        whole_block = whole_head = whole_first = 0
+        if plan.stage == 3:  # beside what computes there is what computes next, but for the end of backward
+            whole_first, head = (plan.sharding * one.matrix_pieces for one in (stage.largest_block, stage.head))
+            whole_block, whole_head = min(len(stage.blocks), 2) * whole_first, head + whole_first
         # One forward, one backward: a stage works ahead as far as there are stages behind it.
         flying = min(plan.pipeline - number, plan.accumulation)
         kept, block = self._kept(stage.blocks, shape, plan.recompute)
@@ -113,7 +121,6 @@ class Calculator:
         beyond = extra
         if plan.recompute:  # a block goes forward when the gradient of its output is there
             beyond = max(block + extra, attending + upstream)
-        beyond = max(beyond, min(BUCKET, whole_block))  # matrices of a block come in a buffer
         if not stage.last:  # that gradient has been received, and paddle's backward begins with a copy
             beyond += upstream
         last = activations.last_kept(outline, shape, precision) if stage.last else 0
@@ -121,33 +128,30 @@ class Calculator:
         norm = activations.norm_kept(outline, shape) if stage.last else 0
         on_device = not plan.offload
         # Gradients of earlier micro-batches are there if there are any while all that may be in flight is.
-        before = held.gradients if plan.accumulation > flying and (on_device or plan.stage < 2) else 0
-        after = (held.gradients if on_device or plan.stage < 2 else 0) + held.passing
+        before = held.gradients if plan.accumulation > flying else 0
+        after = held.gradients + held.passing
         # lm_head's gradient has then been added to that of earlier micro-batches.
         added = activations.head_gradient(outline, shape, precision.weights) if stage.last and before else 0
         behind = last - added
-        one_block = (kept // len(stage.blocks) if not plan.recompute else 0) + beyond + whole_block
+        begun = before + held.filled if plan.stage >= 2 else max(before, held.filled)
+        one_block = (kept // len(stage.blocks) if not plan.recompute else 0) + beyond + whole_first
         moments = {
             "loss": before + (kept + reading) * flying + norm + loss + whole_head,
-            "last block backward": before + (kept + reading) * flying + behind + beyond + whole_block,
+            "last block backward": begun + (kept + reading) * flying + behind + beyond + whole_block,
             "first block backward": after + kept * (flying - 1) + reading * flying + one_block,
         }
         if not plan.recompute:
             moments["last block forward"] = before + (kept + reading) * flying - block + attending + whole_block
         stepping = 4 * size.stepped  # squared for the norm, or given to the master
-        stepped = size.gradients if not plan.stage else size.piece_gradients
-        if plan.stage == 1:
-            moments["pieces of gradients"] = size.gradients + max(min(BUCKET, size.gradients), 4 * size.stepped)
-        elif plan.stage:
-            moments["pieces of gradients"] = (before and held.gradients) + 2 * held.waiting
+        stepped = held.gradients
         if on_device:
             moments["step"] = stepped + stepping
-        if plan.stage in (1, 2):
-            moments["spread"] = 2 * max(size.largest, min(BUCKET, size.pieces * plan.sharding))
+        else:
+            stepped = size.piece_gradients
         aside = held.pieces + held.optimizer
         return Memory(
             held.parameters + (held.pieces if on_device else 0) + max(whole_block, whole_head),
-            max(after, size.gradients if plan.stage == 1 else 0),
+            after,
             held.optimizer if on_device else 0,
             (kept + reading) * flying + last + beyond,
             loss,

@@ -52,29 +52,33 @@ class Size:
     weights: int = 0
     matrices: int = 0
     """Of ``weights``, what stage 3 keeps in pieces alone."""
+    whole: int = 0
+    """Of ``weights``, what trains."""
     pieces: int = 0
-    """Pieces of what trains."""
+    """Slices of what trains, with what fills it up to where fleet's buffers can be cut. Of one shard: all of it."""
     piece_gradients: int = 0
     """Of these, in float32."""
     frozen_pieces: int = 0
-    """Pieces of the other ``matrices``."""
+    """Slices of the other ``matrices``."""
+    vectors: int = 0
+    """Of ``whole``, what is so in stage 3, too."""
     vector_pieces: int = 0
     """Of ``pieces``, those of what is whole in stage 3, too."""
+    unit_gradients: int = 0
+    """Of ``piece_gradients``, those of matrices."""
     gradients: int = 0
     """Of whole parameters, in float32, in which they add up."""
     partial: int = 0
-    """Of ``gradients``, those that tensor ranks add up: of whole parameters that work on a part of a product."""
+    """Of ``piece_gradients``, those that tensor ranks add up: of whole parameters that work on a part of a product."""
     norms: int = 0
     """Likewise with sequence parallelism: of RMSNorms."""
     optimizer: int = 0
-    largest: int = 0
-    """Of the largest parameter that trains, whole."""
     passing: int = 0
-    """Of the largest gradient that is made into its pieces: as backward gives it, and in float32."""
+    """Of the largest gradient on its way into a buffer: as backward gives it, and in float32."""
     widening: int = 0
     """The same of 16-bit parameters alone, whose gradients pass into sums that stay whole, too."""
     stepped: int = 0
-    """Values of the largest piece that is stepped."""
+    """Values of the largest parameter: a slice may have it whole."""
 
     @property
     def matrix_pieces(self) -> int:
@@ -86,7 +90,9 @@ class Size:
         return Size(*(max(one, two) if field.name in _LARGEST else one + two for field, one, two in pairs))
 
 
-_LARGEST = ("largest", "passing", "widening", "stepped")
+_LARGEST = ("passing", "widening", "stepped")
+ALIGNED = 256
+"""At multiples of so many bytes parameters begin in fleet's buffers, and slices end."""
 
 
 def divided_side(linear: str) -> str:
@@ -112,7 +118,9 @@ def size_of(weight: Weight, side: str, division: Division, precision: Precision)
     """
     values = divided(weight, side, division.tensor)
     bits = precision.bits(weight)
-    held, piece = math.ceil(values * bits / 8), math.ceil(values / division.shards)
+    held, stepped = math.ceil(values * bits / 8), math.ceil(values / division.shards)
+    step = ALIGNED * 8 // bits * division.shards
+    piece = -(-values // step) * step // division.shards
     # A frozen tensor whose bits a technique decides is no parameter: codes, or a pair beside the base.
     parameter = weight.trains or weight.bits is None
     matrices = held if parameter and len(weight.shape) > 1 else 0
@@ -125,17 +133,19 @@ def size_of(weight: Weight, side: str, division: Division, precision: Precision)
         values,
         held,
         matrices,
+        whole=held,
         pieces=piece * bits // 8,
         piece_gradients=4 * piece,
+        vectors=0 if matrices else held,
         vector_pieces=0 if matrices else piece * bits // 8,
+        unit_gradients=4 * piece if matrices else 0,
         gradients=4 * values,
-        partial=4 * values if is_partial else 0,
-        norms=4 * values if is_norm else 0,
-        optimizer=_state(weight, piece) + (4 * piece if bits < 32 else 0),
-        largest=held,
+        partial=4 * piece if is_partial else 0,
+        norms=4 * piece if is_norm else 0,
+        optimizer=_state(weight, stepped) + (4 * stepped if bits < 32 else 0),
         passing=held + (4 * values if bits < 32 else 0),
         widening=held + 4 * values if bits < 32 else 0,
-        stepped=piece,
+        stepped=values,
     )
 
 

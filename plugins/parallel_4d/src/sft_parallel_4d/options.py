@@ -19,6 +19,9 @@ class ParallelOptions:
         -1, "data ranks that share pieces; -1: all of them", minimum=-1, aliases=("sharding_degree",)
     )
     sequence_parallel: bool = sft.option(False, "divide the residual stream along the tensor parallel processes too")
+    sharding_comm_buffer_size_MB: int = sft.option(  # noqa: N815  (the name that PaddleNLP has)
+        -1, "MiB of float32 gradients that travel together while backward goes on; -1: 128", minimum=-1
+    )
     nproc: int = sft.option(1, "start this many processes on this machine", minimum=1, maximum=1024)
     parallel_timeout: float = sft.option(600.0, "seconds of waiting after which a missing process is named", above=0)
 
@@ -38,8 +41,7 @@ ANSWERED = {
     **_tuning("dp", "sharding_parallel_mesh_dimension"),
     **_tuning(
         "a number",
-        "sharding_comm_buffer_size_MB expert_max_capacity expert_min_capacity pp_recompute_interval "
-        "ordered_save_group_size local_rank",
+        "expert_max_capacity expert_min_capacity pp_recompute_interval ordered_save_group_size local_rank",
     ),
     **_tuning(
         "true or false",

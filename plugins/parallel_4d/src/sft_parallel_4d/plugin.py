@@ -98,6 +98,7 @@ class Parallel4d(sft.Plugin):
     def sft_parallel_strategy(self, run: Run) -> ParallelStrategy:
         from sft.parallel import close_report
         from sft_parallel_4d.launch import INTERRUPTED, report
+        from sft_parallel_4d.plans import BUCKET
         from sft_parallel_4d.strategy import Parallel
         from sft_parallel_4d.topology import connect
 
@@ -118,7 +119,8 @@ class Parallel4d(sft.Plugin):
                 )
             self.watch = Watch(rank(), self.plan.devices, self.options.parallel_timeout, ends)
             self.watch.start()
-        return Parallel(run, connect(self.plan), self.watch)
+        size = self.options.sharding_comm_buffer_size_MB
+        return Parallel(run, connect(self.plan), self.watch, size << 20 if size > 0 else BUCKET)
 
     @sft.hookimpl
     def sft_run_ended(self, run: Run, summary: Summary) -> None:

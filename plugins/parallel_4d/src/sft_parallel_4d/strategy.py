@@ -24,10 +24,12 @@ from sft.parallel import (
     whole_shape,
 )
 from sft_parallel_4d.adapters import Adapters
-from sft_parallel_4d.lots import Pairs
+from sft_parallel_4d.buckets import Buckets, late_of
+from sft_parallel_4d.offload import Host
 from sft_parallel_4d.phases import Phases, phase
 from sft_parallel_4d.pipeline import Pipeline
-from sft_parallel_4d.sharding import Shards, here
+from sft_parallel_4d.plans import BUCKET
+from sft_parallel_4d.sharding import Shards
 from sft_parallel_4d.tensor import TensorParallel, outer_adapters
 from sft_parallel_4d.topology import Topology
 
@@ -39,7 +41,8 @@ if TYPE_CHECKING:
 class Parallel:
     """See :class:`sft.ParallelStrategy` for what each member means."""
 
-    def __init__(self, run: Run, topology: Topology, watch: Watch | None = None) -> None:
+    def __init__(self, run: Run, topology: Topology, watch: Watch | None = None, bucket: int = BUCKET) -> None:
+        """``bucket``: bytes of gradients that travel together."""
         plan = topology.plan
         self.phases = Phases(watch)
         self._run, self._at = run, topology
@@ -48,7 +51,9 @@ class Parallel:
         self.is_main = topology.world.rank == 0
         self.is_first = topology.tensor.rank == topology.pipe.rank == 0
         self._tensor = TensorParallel(topology.tensor, plan.sequence) if plan.tensor > 1 else None
-        self._shards = Shards(topology.sharding, plan.stage, plan.offload, self._complete) if plan.stage else None
+        host = Host() if plan.offload else None
+        self._shards = Shards(topology.sharding, host) if plan.stage == 3 else None
+        self._buckets = Buckets(topology, plan.stage, bucket, host)
         self._pipe: Pipeline | None = None
         self._partial: set[int] = set()
         self._trained: dict[str, Any] = {}
@@ -74,8 +79,7 @@ class Parallel:
             self._shards.put(parameter, paddle.to_tensor(np.ascontiguousarray(value, np.float32)))
             return
         set_value(parameter, value)
-        if self._shards is not None and self._shards.has(parameter):
-            self._shards.put(parameter, parameter)
+        self._buckets.put(parameter)
 
     @phase("reading whole weights")
     def linear_weight(self, layer: Any) -> Any:
@@ -126,19 +130,13 @@ class Parallel:
             self._tensor.connect(model, first, last)
             self._partial = self._tensor.partial(model)
         self._trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+        late, units = late_of(backbone.layers), []
         if self._shards is not None:
-            if self._shards.stage == 3:
-                for parameter in model.parameters():
-                    if self._shards.takes(parameter) and parameter._is_initialized():
-                        self._shards.put(parameter, parameter)
-                        parameter._clear_data()
-                for layer in backbone.layers:
-                    self._shards.unit(layer)
-                for layer in (backbone.embed_tokens, model.lm_head):
-                    self._shards.unit(layer, again=False)
-            experts = [block.mlp.experts for block in backbone.layers if hasattr(block.mlp, "experts")]
-            chosen_sometimes = {id(parameter) for layers in experts for parameter in layers.parameters()}
-            self._shards.watch(self._trained.values(), chosen_sometimes)
+            layers = [(backbone.embed_tokens, False), *((block, True) for block in backbone.layers)]
+            layers.append((model.lm_head, False))
+            units = self._shards.build(layers, lambda p: (id(p) in late, id(p) in self._partial))
+        tied = {id(p) for p in self._trained.values() if pipe is not None and pipe.is_tied(p)}
+        self._buckets.build(list(self._trained.values()), self._partial, late, tied, units)
 
     @contextlib.contextmanager
     def assembled(self, model: Any) -> Iterator[None]:
@@ -152,15 +150,18 @@ class Parallel:
     # --- training -------------------------------------------------------------------------------------------
 
     def share(self, groups: list[ParameterGroup]) -> list[ParameterGroup]:
-        if self._shards is None:
-            return groups
-        piece = self._shards.piece
-        return [replace(group, parameters={name: piece(p) for name, p in group.parameters.items()}) for group in groups]
+        at = self._buckets
+        groups = [
+            replace(group, parameters={name: at.piece(p) for name, p in group.parameters.items() if at.holds(p)})
+            for group in groups
+        ]
+        return [group for group in groups if group.parameters]
 
     @phase("forward and backward")
     def accumulate(self, learning: Learning, batches: Sequence[Batch]) -> float:
         real, idle, losses = len(batches), learning.idle(), []
         batches = self._even(batches)
+        self._buckets.begin(len(batches))
         if self._tensor is not None:
             self._tensor.seed_dropout()
 
@@ -176,8 +177,7 @@ class Parallel:
         def backward(loss: Any, batch: Batch) -> None:
             with _flag(self._shards, "goes_back"):
                 learning_of(batch).backward(loss)
-            if self._shards is not None:
-                self._shards.flush()
+            self._buckets.passed()
             if learning_of(batch) is not idle:  # read at the end: each reading waits for the device
                 losses.append(loss.detach().astype("float64"))
             self.phases.go_on()
@@ -202,7 +202,7 @@ class Parallel:
         """``batches``, and idle ones after them where other processes have more: sharding stages 2 and 3 wait for all
         processes at each micro-batch."""
         even = [self._fit(batch) for batch in batches]
-        if self._shards is not None and self._shards.stage >= 2:
+        if self._at.plan.stage >= 2:
             most = int(self._at.world.maximum(paddle.to_tensor([len(even)], dtype="int64")))
             even += [self._fit(_nothing())] * (most - len(even))
         return even
@@ -222,36 +222,16 @@ class Parallel:
         parts = self._at.tensor.size if self._tensor is not None and self._tensor.sequence else 1
         return [rows, length // parts, self._run.source.architecture.hidden]
 
-    def _complete(self, gradients: Pairs) -> Iterator[tuple[Any, Any]]:
-        """Parameters and whole gradients; those on which tensor ranks work together, summed over these, come last."""
-        partial = []
-        for parameter, gradient in gradients:
-            if id(parameter) in self._partial:
-                partial.append((parameter, gradient))
-            else:
-                yield parameter, gradient
-        yield from self._at.tensor.sums(partial)
-
     @paddle.no_grad()
     def _reduce_gradients(self) -> None:
-        """Sums over all micro-batches and processes, of what each process steps. They are set as ``grad_``: to ``grad``
-        paddle copies, and waits for the device."""
-        shards, many = self._shards, self._at.plan.devices > 1
+        """Sums over all micro-batches and processes, of what each process steps."""
+        buckets = self._buckets
+        buckets.finish()
         for parameter in self._trained.values():
-            if parameter.grad is None and many and (shards is None or shards.stage < 2):
-                parameter.grad_ = paddle.zeros(parameter.shape, dtype="float32")
-            if self._pipe is not None and self._pipe.is_tied(parameter):
-                self._add_other_end(parameter)
-        if shards is None:
-            partial = [p for p in self._trained.values() if id(p) in self._partial]
-            for parameter, gradient in self._at.tensor.sums((p, p.grad) for p in partial):
-                parameter.grad_ = gradient
-        else:
-            shards.collect(p for p in self._trained.values() if shards.waits(p))
-        if self._at.data.size > 1:
-            stepped = [p if shards is None else shards.piece(p) for p in self._trained.values()]
-            for parameter, gradient in self._at.data.sums((p, here(p.grad)) for p in stepped):
-                parameter.grad_ = gradient if shards is None else shards.resting(gradient)
+            if parameter.grad is None and self._at.plan.devices > 1 and not buckets.has(parameter):
+                parameter.grad_ = paddle.zeros(parameter.shape, dtype="float32")  # to ``grad`` paddle copies, and waits
+            if self._pipe is not None and self._pipe.is_tied(parameter) and buckets.holds(parameter):
+                self._add_other_end(buckets.piece(parameter))
 
     def _add_other_end(self, parameter: Any) -> None:
         """A tied matrix is in the first stage and in the last: each adds the other's gradient."""
@@ -269,8 +249,7 @@ class Parallel:
 
     @phase("spreading new values")
     def updated(self) -> None:
-        if self._shards is not None:
-            self._shards.spread(self._trained.values())
+        self._buckets.spread()
 
     @phase("evaluation")
     def scores(
@@ -339,8 +318,7 @@ class Parallel:
         for name in stepped:
             parameter = self._trained[name]
             part = part_of(parameter)
-            size = math.prod(parameter.shape)
-            start, stop = (0, size) if self._shards is None else self._shards.bounds(parameter)
+            start, stop = self._buckets.bounds(parameter)
             written = self._at.data.rank == 0 and (part is not None or self._at.tensor.rank == 0)
             if self._pipe is not None and self._pipe.stage_of(parameter) != self._at.pipe.rank:
                 written = False  # the last stage's copy of a tied matrix

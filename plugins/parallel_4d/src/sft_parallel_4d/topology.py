@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,6 @@ from paddle import distributed
 from paddle.distributed import fleet
 
 from sft.parallel import Part
-from sft_parallel_4d.lots import Pairs, lots
 from sft_parallel_4d.plans import Plan
 
 
@@ -24,8 +22,7 @@ class Axis:
     """The processes that differ from this one along one axis of the plan, and what they do together.
 
     Every operation is the identity where the axis has one process. :meth:`sum`, :meth:`maximum` and :meth:`broadcast`
-    change their tensor; the others give a new one. Those of many tensors let small ones travel together, since a
-    collective for each would cost more than its transfer: their results come in another order, each with its key.
+    change their tensor; the others give a new one.
     """
 
     def __init__(self, rank: int, group: Any) -> None:
@@ -38,42 +35,9 @@ class Axis:
             distributed.all_reduce(tensor, group=self.group)
         return tensor
 
-    def sums(self, pairs: Pairs) -> Iterator[tuple[Any, Any]]:
-        """Of each ``(key, tensor)`` the key and the sum over the axis, which a tensor that travels alone becomes."""
-        for keys, tensors in lots(pairs, self.size):
-            if len(keys) == 1:
-                yield keys[0], self.sum(tensors.pop())
-                continue
-            shapes = [tensor.shape for tensor in tensors]
-            flat = self.sum(_joined([tensor.reshape([-1]) for tensor in tensors], tensors, 0))
-            parts = paddle.split(flat, [math.prod(shape) for shape in shapes])
-            del flat
-            yield from ((key, part.reshape(shape)) for key, part, shape in zip(keys, parts, shapes, strict=True))
-
-    def sums_own(self, pairs: Pairs) -> Iterator[tuple[Any, Any]]:
-        """Of each key and flat tensor, which is not needed any more: the key, and this process's part of the sum over
-        the axis."""
-        for keys, tensors in lots(pairs, self.size):
-            if len(keys) == 1:
-                yield keys[0], self.sum_own(tensors.pop(), 0, spoil=True)
-                continue
-            lengths = [tensor.shape[0] // self.size for tensor in tensors]
-            rows = _joined([tensor.reshape([self.size, -1]) for tensor in tensors], tensors, 1)
-            own = self.sum_own(rows, 0, spoil=True).reshape([-1])
-            del rows
-            yield from zip(keys, paddle.split(own, lengths), strict=True)
-
-    def gathers(self, pairs: Pairs) -> Iterator[tuple[Any, Any]]:
-        """Of each key and flat tensor the key, and the tensors of all processes one after the other."""
-        for keys, tensors in lots(pairs, self.size, grows=self.size):
-            if len(keys) == 1:
-                yield keys[0], self.gather(tensors.pop(), 0)
-                continue
-            lengths = [tensor.shape[0] for tensor in tensors]
-            whole = self.gather(_joined(list(tensors), tensors, 0), 0)
-            parts = paddle.split(whole.reshape([self.size, -1]), lengths, axis=1)
-            del whole
-            yield from ((key, part.reshape([-1])) for key, part in zip(keys, parts, strict=True))
+    def begin_sum(self, tensor: Any) -> Any:
+        """The same, of an axis of several processes, while this one goes on; what to wait for."""
+        return distributed.all_reduce(tensor, group=self.group, sync_op=False)
 
     def maximum(self, tensor: Any) -> Any:
         """``tensor``, which becomes the element-wise maximum over the axis."""
@@ -142,14 +106,6 @@ class Axis:
         ]
         for task in distributed.batch_isend_irecv(operations) if operations else ():
             task.wait()
-
-
-def _joined(parts: list[Any], tensors: list[Any], axis: int) -> Any:
-    """One tensor of ``parts``, which are those of ``tensors``; both lists let go of them."""
-    joined = paddle.concat(parts, axis=axis)
-    parts.clear()
-    tensors.clear()
-    return joined
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,8 @@ class Mailbox:
         self._queues: dict[Hashable, queue.Queue[Any]] = collections.defaultdict(queue.Queue)
         self._lock = threading.Lock()
         self._connections: dict[int, socket.socket] = {}
+        self.came = 0.0
+        """When the latest of what was received had come, by the machine's monotonic clock."""
         self._listener = socket.create_server((HOST, 0))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -151,7 +153,7 @@ class Mailbox:
     def _take_in(self, stream: BinaryIO) -> None:
         while len(header := stream.read(8)) == 8:
             address, message = pickle.loads(stream.read(struct.unpack("<Q", header)[0]))
-            self._queue(address).put(message)
+            self._queue(address).put((time.monotonic(), message))
 
     def _queue(self, address: Hashable) -> queue.Queue[Any]:
         with self._lock:
@@ -160,7 +162,7 @@ class Mailbox:
     def send(self, port: int, address: Hashable, message: Any, timeout: float) -> None:
         """Put ``message`` under ``address`` into the mailbox that listens at ``port``."""
         if port == self.port:
-            self._queue(address).put(message)
+            self._queue(address).put((time.monotonic(), message))
             return
         if port not in self._connections:
             self._connections[port] = socket.create_connection((HOST, port), timeout)
@@ -170,7 +172,9 @@ class Mailbox:
 
     def receive(self, address: Hashable, timeout: float) -> Any:
         """The next message under ``address``; raises queue.Empty after ``timeout`` seconds."""
-        return self._queue(address).get(timeout=timeout)
+        came, message = self._queue(address).get(timeout=timeout)
+        self.came = max(self.came, came)
+        return message
 
 
 @functools.cache

@@ -65,35 +65,43 @@ def full_batch(rows: int, length: int, vocabulary: int) -> sft.Batch:
 class Sent:
     """Counts the operations of each axis, and what rings would send of them, in bytes."""
 
+    SHARES = {"all_reduce": 2.0, "reduce_scatter_tensor": 1.0, "all_gather_into_tensor": 1.0, "all_gather": 1.0}
+
     def __init__(self) -> None:
         self.bytes: collections.Counter[str] = collections.Counter()
         self.calls: collections.Counter[str] = collections.Counter()
         self.names: dict[int, str] = {}
 
     def watch(self, topology: Any) -> None:
-        from sft_parallel_4d.topology import Axis
+        import groups
 
         for name in ("data", "sharding", "tensor", "pipe"):
-            self.names[id(getattr(topology, name))] = name
-        share = {"sum": 2.0, "maximum": 2.0, "sum_own": 1.0}
-        for method in ("sum", "maximum", "sum_own", "gather", "exchange"):
-            self._wrap(Axis, method, share.get(method))
+            axis = getattr(topology, name)
+            if axis.size > 1:
+                self.names[id(axis.group.process_group)] = name
+        for operation, share in self.SHARES.items():
+            self._wrap(groups.ProcessGroup, operation, share)
+        self._wrap(groups.ProcessGroup, "send", None)
 
-    def _wrap(self, axis_class: Any, method: str, share: float | None) -> None:
-        own: Callable[..., Any] = getattr(axis_class, method)
+    def _wrap(self, group_class: Any, operation: str, share: float | None) -> None:
+        own: Callable[..., Any] = getattr(group_class, operation)
 
-        def counted(axis: Any, *arguments: Any, **more: Any) -> Any:
-            name, size = self.names.get(id(axis)), axis.size
-            if name is not None and size > 1:
+        def counted(group: Any, first: Any, second: Any = None, *arguments: Any, **more: Any) -> Any:
+            name, size = self.names.get(id(group)), group.size()
+            if name is not None:
                 self.calls[name] += 1
-                if method == "exchange":
-                    self.bytes[name] += sum(_bytes(tensor) for tensor, _ in arguments[0])
+                if share is None:
+                    self.bytes[name] += _bytes(first)
                 else:
-                    whole = _bytes(arguments[0]) * (size if method == "gather" else share or 1.0)
-                    self.bytes[name] += round(whole * (size - 1) / size)
-            return own(axis, *arguments, **more)
+                    # The whole is what is reduced, what is scattered, and what parts are gathered to.
+                    if operation == "all_gather":
+                        whole = _bytes(second) * size
+                    else:
+                        whole = _bytes(second if operation == "reduce_scatter_tensor" else first)
+                    self.bytes[name] += round(share * whole * (size - 1) / size)
+            return own(group, first, second, *arguments, **more)
 
-        setattr(axis_class, method, counted)
+        setattr(group_class, operation, counted)
 
 
 def _bytes(tensor: Any) -> int:
@@ -150,11 +158,20 @@ def train(settings: dict[str, Any], rows: int, length: int) -> dict[str, Any]:
 
 
 def held(run: sft.Run, optimizer: Any) -> dict[str, int]:
-    """Bytes of parameters that are allocated, of pieces beside them, and of optimizer state, on this rank."""
-    shards = getattr(run.strategy, "_shards", None)
+    """Bytes of parameters that are allocated, or of the buffers that they are views of, of slices beside them, and of
+    optimizer state, on this rank."""
+    buckets, units = [], []
+    if hasattr(run.strategy, "_buckets"):
+        buckets = [way.bucket for way in run.strategy._buckets._ways if way.bucket.cut]
+    if getattr(run.strategy, "_shards", None) is not None:
+        units = list(dict.fromkeys(run.strategy._shards._of.values()))
+    plain = [bucket for bucket in buckets if bucket not in units]
+    views = {id(parameter) for bucket in plain for parameter in bucket.params}
+    apart = [parameter for parameter in run.model.parameters() if id(parameter) not in views]
     return {
-        "parameters": sum(_bytes(p) for p in run.model.parameters() if p._is_initialized()),
-        "pieces": sum(_bytes(p) for p in shards._pieces.values()) if shards is not None else 0,
+        "parameters": sum(_bytes(one) for one in [*apart, *(b.param_storage for b in plain)] if one._is_initialized()),
+        "pieces": sum(_bytes(one.kept) for one in [*units, *(b for b in plain if b.host is not None)]),
         "stage": run.strategy._at.pipe.rank if hasattr(run.strategy, "_at") else 0,
         "optimizer": sum(array.nbytes for array in optimizer.state().values()),
+        "tensors_elsewhere": sum(not p.stop_gradient for p in run.model.parameters()) - len(optimizer.parameters),
     }

@@ -1,0 +1,259 @@
+"""Gradients travel in buckets of a stated size while backward goes on, and what is stepped gets its slices of them.
+
+Collectives of all processes must match, and gradients come in an order that nothing promises. So buckets leave in one
+fixed order, that of a usual backward pass: each as soon as it and all before it are full, and what is not full when
+backward has ended (nothing has reached a parameter) then. A slice of a bucket is a flat range of a parameter, which is
+what a checkpoint calls a piece.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import paddle
+from paddle.base.framework import EagerParamBase
+
+from sft import SftError
+from sft_parallel_4d.fleet import Bucket, together
+from sft_parallel_4d.offload import Host
+from sft_parallel_4d.topology import Axis, Topology
+
+
+@dataclass
+class _Way:
+    """A bucket, the axes over which its sums are summed further, and which gradients it still waits for."""
+
+    bucket: Bucket
+    further: list[Axis]
+    is_late: bool
+    due: dict[int, int] = field(default_factory=dict)
+    """How often backward will yet reach each parameter, by its identity."""
+
+    @property
+    def is_full(self) -> bool:
+        return not self.is_late and not any(self.due.values())
+
+
+class Buckets:
+    """The gradients of this process. ``stage`` is that of sharding (0: none), ``size`` of a bucket is in bytes, and
+    ``host`` is where slices rest, if not on the device."""
+
+    def __init__(self, at: Topology, stage: int, size: int, host: Host | None) -> None:
+        self._at, self._stage, self._size, self._host = at, stage, size, host
+        self._ways: list[_Way] = []
+        self._of: dict[int, Bucket] = {}
+        self._pieces: dict[int, Any] = {}
+        self._next = self._count = 0
+        self._open = False
+        """Whether a step is under way: other gradients are none of ours."""
+        self._wrong = ""
+        """What was wrong in backward, which no error may leave."""
+
+    def build(
+        self, parameters: Sequence[Any], partial: Set[int], late: Set[int], alone: Set[int], units: Sequence[Bucket]
+    ) -> None:
+        """Put what trains into buckets, as far as it is in none of ``units`` yet. Identities say of which
+        ``parameters`` tensor ranks have summands of the gradient; which may be reached never in a micro-batch, or
+        several times (``late``: they leave last); and which need a bucket of their own (``alone``)."""
+        kinds: dict[Any, list[Any]] = {}
+        there = {id(parameter) for unit in units for parameter in unit.params}
+        place = {id(parameter): number for number, parameter in enumerate(reversed(parameters))}
+        for parameter in reversed(parameters):  # as backward reaches them
+            if id(parameter) not in there:
+                of_its_own = id(parameter) if id(parameter) in alone else None
+                kind = (id(parameter) in late, id(parameter) in partial, of_its_own, str(parameter.dtype))
+                kinds.setdefault(kind, []).append(parameter)
+        ways = [self._way(unit, partial, late) for unit in units]
+        for (_, is_partial, *_), of_kind in kinds.items():
+            first = self._axes(is_partial)[0]
+            for some in together(of_kind, self._size) if first.size > 1 or self._stage else ():
+                bucket = Bucket(some, first.group, cut=self._stage > 0, adds=self._stage < 2, host=self._host)
+                ways.append(self._way(bucket, partial, late))
+        ways.sort(key=lambda way: (way.is_late, max(place[id(parameter)] for parameter in way.bucket.params)))
+        for way in ways:
+            self._take(way)
+
+    def _way(self, bucket: Bucket, partial: Set[int], late: Set[int]) -> _Way:
+        one = id(bucket.params[0])  # all are alike in this
+        return _Way(bucket, self._axes(one in partial)[1:], one in late)
+
+    def _axes(self, is_partial: bool) -> list[Axis]:
+        """Those over which a gradient is summed: the first one while backward goes on."""
+        axes = [self._at.data, *([self._at.tensor] if is_partial else [])]
+        if self._stage:
+            return [self._at.sharding, *(axis for axis in axes if axis.size > 1)]
+        return [axis for axis in axes if axis.size > 1] or axes[:1]
+
+    def _take(self, way: _Way) -> None:
+        self._ways.append(way)
+        for parameter in way.bucket.params:
+            self._of[id(parameter)] = way.bucket
+            parameter._register_backward_hook(lambda *_, way=way, parameter=parameter: self._arrived(way, parameter))
+            if way.bucket.cut and self.holds(parameter):
+                self._pieces[id(parameter)] = _over(way.bucket.within(way.bucket.kept, parameter))
+
+    # --- what is stepped here ---
+
+    def has(self, parameter: Any) -> bool:
+        """Whether its gradient travels."""
+        return id(parameter) in self._of
+
+    def holds(self, parameter: Any) -> bool:
+        """Whether any of its values are stepped here."""
+        first, last = self.bounds(parameter)
+        return first < last
+
+    def bounds(self, parameter: Any) -> tuple[int, int]:
+        """Which of its values are, in memory order."""
+        bucket = self._of.get(id(parameter))
+        return bucket.bounds(parameter) if bucket is not None else (0, math.prod(parameter.shape))
+
+    def piece(self, parameter: Any) -> Any:
+        """What is stepped for a parameter: itself, or flat what this process holds of it."""
+        return self._pieces.get(id(parameter), parameter)
+
+    def put(self, parameter: Any) -> None:
+        """The parameter has a new value."""
+        bucket = self._of.get(id(parameter))
+        if bucket is not None and bucket.host is not None:
+            bucket.put(parameter, parameter)
+
+    # --- a step ---
+
+    def begin(self, count: int) -> None:
+        """A step begins in which backward will be gone through ``count`` times."""
+        self._open, self._count = True, count if self._stage < 2 else 1
+        for way in self._ways:
+            way.bucket.forget()
+        self._arm()
+
+    def _arm(self) -> None:
+        self._next = 0
+        for way in self._ways:
+            way.due = dict.fromkeys(map(id, way.bucket.params), self._count)
+
+    @paddle.no_grad()
+    def _arrived(self, way: _Way, parameter: Any) -> None:
+        gradient = taken(parameter) if self._open else None
+        if gradient is None:
+            return
+        if not way.due[id(parameter)] and not way.is_late:
+            self._wrong = f"{parameter.name} {list(parameter.shape)}"
+        way.bucket.add(parameter, gradient)
+        way.due[id(parameter)] -= 1
+        while self._next < len(self._ways) and self._ways[self._next].is_full:
+            self._send()
+
+    def _send(self) -> None:
+        self._ways[self._next].bucket.send()
+        if self._stage >= 2 and self._next:  # of all sums but this one's there is no more than the slice
+            self._ways[self._next - 1].bucket.settle()
+        self._next += 1
+
+    def _check(self) -> None:
+        if self._wrong:
+            raise SftError(
+                f"Backward has reached the parameter {self._wrong} more than once in a micro-batch, when the sum of "
+                "its gradients was on its way; leave out recompute, or the plugin whose layers share a parameter."
+            )
+
+    @paddle.no_grad()
+    def passed(self) -> None:
+        """Backward of a micro-batch is through: from stage 2 on all that is left goes off."""
+        self._check()
+        if self._stage >= 2:
+            self._send_all()
+            self._arm()
+
+    def _send_all(self) -> None:
+        while self._next < len(self._ways):
+            self._send()
+
+    @paddle.no_grad()
+    def finish(self) -> None:
+        """All micro-batches are through: what is stepped has its gradient, summed over all processes."""
+        self._check()
+        if self._stage < 2:
+            self._send_all()
+        self._open = False
+        for way in self._ways:
+            way.bucket.settle()
+        for level in range(2):
+            tasks = [way.further[level].begin_sum(way.bucket.sums) for way in self._ways if level < len(way.further)]
+            for task in tasks:
+                task.wait()
+        for way in self._ways:
+            way.bucket.rest_gradients()
+        for way in self._ways:
+            for parameter in way.bucket.params:
+                self._give(way.bucket, parameter)
+
+    def _give(self, bucket: Bucket, parameter: Any) -> None:
+        """As ``grad_``: to ``grad`` paddle copies, and waits for the device."""
+        if not bucket.cut:
+            parameter.grad_ = bucket.gradient(parameter).reshape(parameter.shape)
+        elif self.holds(parameter):
+            self._pieces[id(parameter)].grad_ = bucket.gradient(parameter)
+
+    @paddle.no_grad()
+    def spread(self) -> None:
+        """After a step: all processes get all new values."""
+        cut = [way.bucket for way in self._ways if way.bucket.cut]
+        for way in self._ways:
+            way.bucket.forget()
+        for bucket in cut:
+            for parameter in filter(self.holds, bucket.params):
+                _put_back(self._pieces[id(parameter)], bucket.within(bucket.kept, parameter))
+            bucket.renew()
+        for task in [bucket.spread() for bucket in cut]:
+            if task is not None:
+                task.wait()
+
+
+def late_of(blocks: Iterable[Any]) -> set[int]:
+    """The identities of parameters that a micro-batch may reach never, or several times: those of experts, and those
+    that several of ``blocks`` share, which recomputation goes back through one by one."""
+    seen: set[int] = set()
+    found: set[int] = set()
+    for block in blocks:
+        own = {id(parameter) for parameter in block.parameters()}
+        found |= seen & own
+        seen |= own
+        for expert in getattr(block.mlp, "experts", ()):
+            found |= {id(parameter) for parameter in expert.parameters()}
+    return found
+
+
+def taken(parameter: Any) -> Any:
+    """The parameter's gradient, flat and in float32, since 16 bits would lose summands beside their sum; the parameter
+    has none then. None if it had none."""
+    gradient = parameter.grad
+    if gradient is None:
+        return None
+    # Another tensor over the same memory, whatever the shape: the gradient itself is empty after the next line.
+    flat = paddle._C_ops.reshape(gradient, [-1]).astype("float32")
+    parameter.clear_gradient(False)  # set_to_zero, which paddle ignores by name: it would keep zeros
+    return flat
+
+
+def _over(values: Any) -> Any:
+    """A parameter over the memory of ``values``."""
+    piece = EagerParamBase(shape=[1], dtype=values.dtype)
+    piece.stop_gradient = False
+    _share(values, piece)
+    return piece
+
+
+def _put_back(piece: Any, values: Any) -> None:
+    """An optimizer may have given the ``piece`` another memory than that of the buffer."""
+    if piece.data_ptr() != values.data_ptr():
+        paddle.assign(piece, values)
+        _share(values, piece)
+
+
+def _share(values: Any, piece: Any) -> None:
+    values._share_buffer_to(piece)
+    piece.get_tensor()._set_dims(values.shape)

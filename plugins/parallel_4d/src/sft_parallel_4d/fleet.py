@@ -1,0 +1,205 @@
+"""Every name of paddle's fleet that is not public and that this plugin uses: what it does is known of paddle 3.3 alone.
+
+tests/test_fleet_contract.py holds paddle to each, and says what breaks here where one has changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import paddle
+from paddle import distributed
+from paddle.distributed.fleet.utils import tensor_fusion_helper as fusion
+
+from sft import UsageError
+from sft_parallel_4d.offload import Host, Resting
+
+VERSION = "3.3"
+
+
+def check(version: str) -> None:
+    """Refuse another paddle than that."""
+    if not version.startswith(f"{VERSION}."):
+        raise UsageError(
+            f"parallel-4d is built on paddle {VERSION}, of which it uses names that are not public, and this is paddle "
+            f"{version}; install paddle {VERSION}, or run one process without parallel settings."
+        )
+
+
+check(paddle.__version__)
+fusion.alignment.setdefault("unknown", 256)  # what paddle calls a CPU where it is built for nothing else
+fusion.logger.setLevel("WARNING")  # how parameters are grouped is not for users
+
+ALONE = SimpleNamespace(nranks=1, rank=0)
+"""Stands for the group of a process that has no others."""
+
+
+def together(parameters: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    """``parameters`` in their order, as many together as have ``size`` bytes of float32 gradients or just more. They
+    are of one dtype."""
+    if parameters:
+        yield from fusion.assign_group_by_size(parameters, size * parameters[0].element_size() // 4).values()
+
+
+class Bucket(fusion.FusedCommBuffer):
+    """The gradients of ``parameters``, all of one dtype, in one float32 buffer, which a single collective sums over
+    ``group``: in all its processes, or (``cut``) each the slice of the buffer that is its own. Then values lie in such
+    a buffer, too, and parameters are views of it; after a step one collective spreads the slices.
+
+    ``adds``: whether micro-batches add up in the buffer before it is sent (stages 0 and 1). Else each is sent by
+    itself, its buffer is gone then, and sums of slices add up. ``host``: where slices rest, if not beside the rest.
+    """
+
+    def __init__(
+        self, parameters: list[Any], group: Any, cut: bool, adds: bool = True, host: Host | None = None
+    ) -> None:
+        super().__init__(
+            0,  # a number that only fleet's own messages have
+            parameters,
+            group or ALONE,
+            act=fusion.HOOK_ACTION.REDUCE_SCATTER if cut else fusion.HOOK_ACTION.ALL_REDUCE,
+            use_main_grad=True,  # float32, whatever the parameters are
+            release_grads=True,  # between steps there is no buffer
+            free_grads_in_comm=cut and not adds,
+        )
+        self.grad_storage: Any
+        self.cut, self._adds, self.host = cut, adds, host
+        self._sums: Any = None
+        self._resting: Resting | None = None
+        self._brought: Any = None
+        self.kept = self._keep() if cut else None
+        """What this process steps, flat: its slice of the values."""
+
+    # --- where values are ---
+
+    def start(self, parameter: Any) -> int:
+        """Where in the buffer its values begin."""
+        if self.cut:
+            return int(self._sharding_param_grad_view[parameter.name]._index)
+        return int(self.param2offset[parameter.name])
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """Which part of the buffer is this process's."""
+        if not self.cut:
+            return 0, int(self.buffer_size)
+        size = int(self.buffer_size) // self._comm_group.nranks
+        return self._comm_group.rank * size, (self._comm_group.rank + 1) * size
+
+    def bounds(self, parameter: Any) -> tuple[int, int]:
+        """Which of its values, in memory order, are in this process's slice."""
+        size, start = math.prod(parameter.shape), self.start(parameter)
+        first, last = (min(max(edge - start, 0), size) for edge in self.own)
+        return first, last
+
+    def within(self, slice_: Any, parameter: Any) -> Any:
+        """Of a tensor like :attr:`kept` what is the parameter's, a view."""
+        (first, last), start = self.bounds(parameter), self.start(parameter) - self.own[0]
+        return slice_._slice(start + first, start + last)
+
+    def _keep(self) -> Any:
+        own = self.param_storage._slice(*self.own)
+        return own if self.host is None else self._rests(own)
+
+    def _rests(self, own: Any) -> Any:
+        assert self.host is not None
+        self.rest = self.host.take(own)
+        self.rest.wait()
+        return self.rest.tensor
+
+    # --- gradients ---
+
+    def add(self, parameter: Any, gradient: Any) -> None:
+        """Add a float32 ``gradient``, flat, to what is in the buffer for ``parameter``."""
+        start = self.start(parameter)
+        self._filled()._slice(start, start + math.prod(parameter.shape)).add_(gradient)
+
+    def _filled(self) -> Any:
+        if self.grad_storage is None or self._task is not None:
+            self.settle()
+            self.grad_storage = paddle.zeros([self.buffer_size], "float32")
+        return self.grad_storage
+
+    def send(self) -> None:
+        """Begin to sum what is there over the group."""
+        whole = self._filled()
+        if self._comm_group.nranks == 1:
+            return
+        try:
+            self._comm_grads()
+        except NotImplementedError:  # gloo, by which processes on CPUs talk: all get the sum, their slice with it
+            self._task = distributed.all_reduce(whole, group=self._comm_group, sync_op=False)
+
+    def settle(self) -> None:
+        """Wait for what was sent last. On a GPU only what the device does next waits."""
+        if self._task is not None:
+            self._task.wait()
+            self._task = None
+        if self._adds or self.grad_storage is None:
+            return
+        own = self._slice_of_sum()
+        self._clear_grad_storage()
+        self._sums = own if self._sums is None else self._sums.add_(own)
+
+    def _slice_of_sum(self) -> Any:
+        first, last = self.own
+        size = last - first
+        if math.prod(self.grad_storage.shape) == size:
+            return self.grad_storage._slice(0, size)  # a tensor of its own: paddle clears the other one
+        return self.grad_storage._slice(first, last).clone()
+
+    @property
+    def sums(self) -> Any:
+        """Float32, flat: this process's part of the sum of all that was sent, once it is settled."""
+        return self.grad_storage._slice(*self.own) if self._adds else self._sums
+
+    def rest_gradients(self) -> None:
+        """Begin to take :attr:`sums` to where values rest."""
+        if self.host is not None:
+            self._resting = self.host.take(self.sums)
+            self._clear()
+
+    def gradient(self, parameter: Any) -> Any:
+        """Of :attr:`sums` what is that of :meth:`bounds`, flat."""
+        if self._resting is not None:
+            self._resting.wait()
+        return self.within(self.sums if self._resting is None else self._resting.tensor, parameter)
+
+    def forget(self) -> None:
+        """Let go of all gradients."""
+        self.settle()
+        self._clear()
+        self._resting = None
+
+    def _clear(self) -> None:
+        if self.grad_storage is not None:
+            self._clear_grad_storage()
+        self._sums = None
+
+    # --- new values ---
+
+    def put(self, parameter: Any, value: Any) -> None:
+        """Keep what is this process's of the parameter's new ``value``, of any shape."""
+        first, last = self.bounds(parameter)
+        if first < last:
+            flat = value.reshape([-1]).astype(parameter.dtype).slice([0], [first], [last])
+            paddle.assign(flat, self.within(self.kept, parameter))
+
+    def renew(self) -> None:
+        """What this process keeps is new: begin to fetch it from where it rests."""
+        self._brought = None if self.host is None else self.host.give(self.rest)
+
+    def spread(self) -> Any:
+        """Begin to give all processes the slices of all; what to wait for, or None."""
+        own = self.param_storage._slice(*self.own)
+        if self._brought is not None:
+            values, wait = self._brought
+            wait()
+            paddle.assign(values, own)
+            self._brought = None
+        if self._comm_group.nranks == 1:
+            return None
+        return distributed.stream.all_gather(self.param_storage, own, group=self._comm_group, sync_op=False)

@@ -1,0 +1,209 @@
+"""Buckets of one process, beside the processes of other tests: which type sums have, when what leaves, what is refused.
+
+A group that stands for two processes, of which the other has the same gradients, notes what is sent.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sft import SftError
+from sft.training.wide_sums import WideSums
+
+
+class Twins:
+    """Collectives among two processes, of which the other one has the same tensors; ``sent`` has the operation and the
+    number of values of each."""
+
+    def __init__(self, paddle: Any, monkeypatch: pytest.MonkeyPatch, rank: int = 0) -> None:
+        from sft_parallel_4d.topology import Axis
+
+        self.sent: list[tuple[str, int]] = []
+        self.axis, self.alone = Axis(rank, SimpleNamespace(nranks=2, rank=rank)), Axis(0, None)
+        done = SimpleNamespace(wait=lambda: None)
+
+        def all_reduce(tensor: Any, op: Any = None, group: Any = None, sync_op: bool = True) -> Any:
+            self.sent.append(("all_reduce", tensor.size))
+            tensor.scale_(2.0)
+            return done
+
+        def reduce_scatter(out: Any, tensor: Any, op: Any = None, group: Any = None, sync_op: bool = True) -> Any:
+            self.sent.append(("reduce_scatter", tensor.size))
+            paddle.assign(paddle.split(tensor * 2.0, 2)[rank], out)
+            return done
+
+        def all_gather(whole: Any, tensor: Any, group: Any = None, sync_op: bool = True) -> Any:
+            self.sent.append(("all_gather", whole.size))
+            paddle.assign(paddle.concat([tensor, tensor]), whole)
+            return done
+
+        monkeypatch.setattr(paddle.distributed, "all_reduce", all_reduce)
+        monkeypatch.setattr(paddle.distributed, "reduce_scatter", reduce_scatter)
+        monkeypatch.setattr(paddle.distributed.stream, "all_gather", all_gather)
+
+    def topology(self, stage: int) -> Any:
+        """Two processes that read different records, as the stage has them."""
+        data, sharding = (self.alone, self.axis) if stage else (self.axis, self.alone)
+        return SimpleNamespace(data=data, sharding=sharding, tensor=self.alone)
+
+
+def buckets_of(twins: Twins, stage: int, size: int = 1 << 27) -> Any:
+    from sft_parallel_4d.buckets import Buckets
+
+    return Buckets(twins.topology(stage), stage, size, None)
+
+
+def parameter(paddle: Any, *shape: int, dtype: str = "float32") -> Any:
+    found = paddle.base.framework.EagerParamBase.from_tensor(paddle.ones(list(shape)).astype(dtype))
+    found.stop_gradient = False
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_16_bit_gradients_add_up_in_float32_over_micro_batches_and_ranks(
+    paddle: Any, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    """40 gradients near 1, against float64. In bfloat16 they would be off by 1e-2."""
+    twins, one = Twins(paddle, monkeypatch), parameter(paddle, 6, dtype="bfloat16")
+    buckets = buckets_of(twins, stage)
+    buckets.build([one], set(), set(), set(), [])
+    sums = WideSums([one])
+    draws = 1 + 0.1 * np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
+    gradients = [paddle.to_tensor(draw).astype("bfloat16") for draw in draws]
+    buckets.begin(40)
+    for gradient in gradients:
+        with sums.backward():
+            (one * gradient).sum().backward()
+        buckets.passed()
+    buckets.finish()
+    stepped = buckets.piece(one)
+    assert (stepped.dtype, stepped.grad.dtype) == (paddle.bfloat16, paddle.float32)
+    expected = 2 * sum(gradient.astype("float64").numpy() for gradient in gradients)
+    np.testing.assert_allclose(stepped.grad.numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_collectives_of_a_step_do_not_grow_with_its_tensors(
+    paddle: Any, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    """Of two micro-batches: gradients once, in stage 2 twice; stepped values once."""
+
+    def sent(tensors: int) -> list[str]:
+        twins, some = Twins(paddle, monkeypatch), [parameter(paddle, 5) for _ in range(tensors)]
+        buckets = buckets_of(twins, stage)
+        buckets.build(some, set(), set(), set(), [])
+        buckets.begin(2)
+        for _ in range(2):
+            paddle.add_n([one.sum() for one in some]).backward()
+            buckets.passed()
+        buckets.finish()
+        for one in filter(buckets.holds, some):
+            # Each value's gradient is 1; there are two micro-batches, and two processes.
+            np.testing.assert_array_equal(buckets.piece(one).grad.numpy(), [4.0] * buckets.piece(one).size)
+        buckets.spread()
+        return [operation for operation, _ in twins.sent]
+
+    expected = {
+        0: ["all_reduce"],
+        1: ["reduce_scatter", "all_gather"],
+        2: ["reduce_scatter", "reduce_scatter", "all_gather"],
+    }[stage]
+    assert sent(1) == sent(9) == expected
+
+
+def test_buckets_leave_in_one_order_whatever_order_gradients_come_in(
+    paddle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last parameters first, as backward usually goes; what no micro-batch has reached leaves at the end, and what
+    may be reached never or often, after all others."""
+    sizes = {"first": 100, "second": 200, "third": 300, "expert": 400}
+    some = {name: parameter(paddle, size) for name, size in sizes.items()}
+    padded = {name: -(-size // 64) * 64 for name, size in sizes.items()}
+    twins = Twins(paddle, monkeypatch)
+    buckets = buckets_of(twins, 0, size=1)
+    buckets.build(list(some.values()), set(), {id(some["expert"])}, set(), [])
+
+    def step(*order: tuple[str, ...]) -> list[list[str]]:
+        """What has left after each backward pass through some, and at the end."""
+        twins.sent.clear()
+        names = {size: name for name, size in padded.items()}
+        found = []
+        buckets.begin(1)
+        for reached in order:
+            paddle.add_n([some[name].sum() for name in reached]).backward()
+            found.append([names[size] for _, size in twins.sent])
+        buckets.finish()
+        return [*found, [names[size] for _, size in twins.sent]]
+
+    all_of_them = ["third", "second", "first", "expert"]
+    assert step(("third",), ("second",), ("first",)) == [all_of_them[:1], all_of_them[:2], all_of_them[:3], all_of_them]
+    assert step(("first",), ("second",), ("third",)) == [[], [], all_of_them[:3], all_of_them]
+    assert step(("second",), ("expert",), ("expert",)) == [[], [], [], all_of_them]
+    np.testing.assert_array_equal(some["expert"].grad.numpy(), [4.0] * 400)
+    np.testing.assert_array_equal(some["first"].grad.numpy(), [0.0] * 100)
+
+
+def test_a_bucket_has_the_size_that_is_stated(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    twins, some = Twins(paddle, monkeypatch), [parameter(paddle, 64) for _ in range(12)]
+    buckets = buckets_of(twins, 1, size=4 * 64 * 4)
+    buckets.build(some, set(), set(), set(), [])
+    buckets.begin(1)
+    paddle.add_n([one.sum() for one in some]).backward()
+    buckets.finish()
+    assert twins.sent == [("reduce_scatter", 4 * 128)] * 3
+
+
+def test_a_gradient_that_comes_when_its_bucket_has_left_ends_the_run(
+    paddle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be left out of the sum."""
+    twins, one = Twins(paddle, monkeypatch), parameter(paddle, 5)
+    buckets = buckets_of(twins, 1)
+    buckets.build([one], set(), set(), set(), [])
+    buckets.begin(1)
+    one.sum().backward()
+    one.sum().backward()
+    with pytest.raises(SftError, match=r"has reached the parameter .* \[5\] more than once in a micro-batch"):
+        buckets.passed()
+
+
+def test_gradients_of_others_are_left_alone(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever goes backward outside of a step has their gradient where paddle puts it."""
+    twins, one = Twins(paddle, monkeypatch), parameter(paddle, 5)
+    buckets = buckets_of(twins, 0)
+    buckets.build([one], set(), set(), set(), [])
+    one.sum().backward()
+    np.testing.assert_array_equal(one.grad.numpy(), [1.0] * 5)
+    assert twins.sent == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_optimizer_may_give_a_slice_another_memory(paddle: Any, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """The new values are spread all the same: a slice that is no view of the buffer any more is written back to it."""
+    twins, one = Twins(paddle, monkeypatch, rank), parameter(paddle, 256)
+    buckets = buckets_of(twins, 1)
+    buckets.build([one], set(), set(), set(), [])
+    paddle.full([128], 3.0)._share_buffer_to(buckets.piece(one))
+    buckets.spread()
+    np.testing.assert_array_equal(one.numpy(), [3.0] * 256)
+    assert buckets.bounds(one) == (128 * rank, 128 * (rank + 1))
+
+
+def test_late_are_experts_and_what_blocks_share(paddle: Any) -> None:
+    from sft_parallel_4d.buckets import late_of
+
+    shared = paddle.nn.Linear(2, 2)
+
+    def block(experts: int) -> Any:
+        found = paddle.nn.Layer()
+        found.mlp, found.shared, found.own = paddle.nn.Layer(), shared, paddle.nn.Linear(2, 2)
+        found.mlp.experts = paddle.nn.LayerList([paddle.nn.Linear(2, 2) for _ in range(experts)])
+        return found
+
+    blocks = [block(2), block(0)]
+    expected = {id(p) for layer in (blocks[0].mlp.experts, shared) for p in layer.parameters()}
+    assert late_of(blocks) == expected

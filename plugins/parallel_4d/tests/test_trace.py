@@ -1,0 +1,91 @@
+"""When ranks of real runs send what, as they recorded it: in one order, during backward, and in whole buckets."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from processes import run_ranks
+from trainings import PLANS, Trainings
+
+BUCKET = 60_000
+"""Bytes of float32 gradients; the model has about six times as many."""
+QUIET = {"do_eval": False, "evaluation_strategy": "no", "max_steps": 2}
+
+
+_KNOWN: dict[str, list[list[dict[str, Any]]]] = {}
+
+
+def recorded(trainings: Trainings, plan: str, **settings: Any) -> list[list[dict[str, Any]]]:
+    """The events of the second step, of each rank, in order; each run is made once."""
+    key = f"{plan} {settings}"
+    if key in _KNOWN:
+        return _KNOWN[key]
+    values = trainings.settings(PLANS[plan], **QUIET, **settings)
+    ranks = run_ranks(PLANS[plan].processes, "recording:record", values, BUCKET, timeout=100)
+    events = ([event for event in rank.value["events"] if event["step"] == 2] for rank in ranks)
+    _KNOWN[key] = [sorted(own, key=lambda event: event["began"]) for own in events]
+    return _KNOWN[key]
+
+
+def sent(events: list[dict[str, Any]]) -> dict[tuple[int, ...], list[tuple[str, int]]]:
+    """What, and how many bytes, in each group."""
+    found: dict[tuple[int, ...], list[tuple[str, int]]] = defaultdict(list)
+    for event in events:
+        if "bytes" in event and event["what"] not in ("send", "recv"):
+            found[tuple(event["group"])].append((event["what"], event["bytes"]))
+    return found
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "stage1",
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("dp2", "stage2", "stage3")),
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("dp2-stage1", "tp2-dp2", "tp2-stage2")),
+    ],
+)
+def test_collectives_have_one_order_and_reductions_begin_before_backward_ends(trainings: Trainings, plan: str) -> None:
+    ranks = recorded(trainings, plan)
+    for group in {group for events in ranks for group in sent(events)}:
+        first, *others = (sent(ranks[member])[group] for member in group)
+        assert first
+        assert others == [first] * len(others)
+    for events in ranks:
+        ends = max(event["ended"] for event in events if event["what"] == "backward")
+        kind = "reduce_scatter" if "stage" in plan else "all_reduce"
+        gradients = [event for event in events if event["what"] == kind and event["overlaps"]]
+        assert len(gradients) > 1
+        assert gradients[0]["began"] < ends
+        assert all(event["waited"] > event["began"] for event in gradients)
+
+
+@pytest.mark.parametrize("plan", ["stage1", *(pytest.param(p, marks=pytest.mark.slow) for p in ("dp2", "stage2"))])
+def test_no_collective_carries_less_than_a_bucket_where_a_bucket_is_possible(trainings: Trainings, plan: str) -> None:
+    """Of gradients: all but the last one have a bucket's bytes, each micro-batch's where they are sent by themselves.
+    Of stepped values: as many as buckets, each all at once. Beside them a step has a few numbers."""
+    for events in recorded(trainings, plan):
+        kinds: dict[str, list[int]] = defaultdict(list)
+        for event in events:
+            if "bytes" in event and event["bytes"] > 64:
+                kinds[event["what"]].append(event["bytes"])
+        gradients, slices = kinds["reduce_scatter"] or kinds["all_reduce"], kinds["all_gather"]
+        times = 2 if plan == "stage2" else 1  # micro-batches
+        each = gradients[: len(gradients) // times]
+        assert len(each) > 1
+        assert gradients == each * times
+        assert all(size >= BUCKET for size in each[:-1])
+        assert [2 * size for size in slices] == ([] if plan == "dp2" else each)
+
+
+@pytest.mark.slow
+def test_stage_3_asks_for_the_next_block_while_this_one_computes(trainings: Trainings) -> None:
+    """Of each of two micro-batches weights are on their way while a block computes: of three blocks and lm_head
+    forward, and of three blocks backward, where recomputation lets us see when a block computes."""
+    for events in recorded(trainings, "stage3", recompute=True):
+        blocks = [(event["began"], event["ended"]) for event in events if event["what"] == "block"]
+        assert len(blocks) == 2 * 2 * 4
+        gathers = [event for event in events if event["what"] == "all_gather" and event["overlaps"]]
+        ahead = [one for one in gathers if any(one["began"] < began < ended < one["waited"] for began, ended in blocks)]
+        assert len(ahead) == 2 * (4 + 3)

@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks import page
 from benchmarks.bench import RESULTS, Bench, describe, keep, parted, told
 
-NAMES = ("steps", "end_to_end", "packing", "quantizing", "attention", "generation", "loading", "startup")
+NAMES = ("steps", "end_to_end", "packing", "quantizing", "attention", "generation", "loading", "startup", "precision")
 
 
 def main() -> int:

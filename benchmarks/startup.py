@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
 TITLE = "Start-up"
 TEXT = """\
 Seconds from the start of a program until it has said how it is used (`--help`), and until a LoRA run on 400 packed
-records is ready for its first step: libraries imported, records encoded and packed, model loaded and adapted."""
+records is ready for its first step: libraries imported, records encoded and packed, model loaded and adapted. With
+`lazy`, records are read and encoded while they are needed: as many lines as are said, in one file."""
+LINES = {"lazy-1m": 1_000_000, "lazy-10m": 10_000_000}
 
 
 def cases() -> dict[str, str]:
-    return {"help": "--help", "ready": "ready for the first step"}
+    lazy = {case: f"ready, lazy, {lines:,} lines" for case, lines in LINES.items()}
+    return {"help": "--help", "ready": "ready for the first step", **lazy}
 
 
 def measure(bench: Bench, case: str) -> dict[str, Any]:
@@ -31,12 +35,32 @@ def measure(bench: Bench, case: str) -> dict[str, Any]:
             "sft": lambda: Command("sft", [str(Path(sys.executable).parent / "sft"), "--help"]),
             "trl": lambda: Command("trl", [str(Path(peers.python_of("trl")).parent / "trl"), "--help"]),
         }
+    elif case in LINES:
+        sides = {"sft": lambda: bench.restarted("sft", partial(lazy_side, bench, many_lines(bench, LINES[case])))}
     else:
         starts = steps.sides(bench, steps.__name__, "lora-packed-float32", bench.records(400))
         sides = {name: lambda name=name, start=start: bench.restarted(name, start) for name, start in starts.items()}
     return bench.compare(
         sides, lambda turn: turn["seconds"], turns=7 if case == "help" else 5, unit="seconds", more_is_better=False
     )
+
+
+def many_lines(bench: Bench, lines: int) -> Path:
+    """A folder with so many lines, each a record of its own."""
+    folder = bench.scratch / f"lines-{lines}"
+    if not folder.is_dir():
+        folder.mkdir()
+        with (folder / "train.json").open("w", encoding="utf-8") as file:
+            for first in range(0, lines, 10_000):
+                numbers = range(first, min(first + 10_000, lines))
+                file.writelines(f'{{"src": "What is {n} + 1?", "tgt": "It is {n + 1}."}}\n' for n in numbers)
+    return folder
+
+
+def lazy_side(bench: Bench, data: Path) -> Side:
+    places = {"model": str(bench.model), "data": str(data), "out": str(bench.new_folder("out"))}
+    work = {"kind": "lora", "packed": True, "dtype": "float32", "settings": {**bench.settings, "lazy": True}}
+    return bench.side(steps.__name__, "sft", **work, **places)
 
 
 class Command(Side):

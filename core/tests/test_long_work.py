@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,7 +222,8 @@ def test_one_long_micro_batch_is_said(clock: Callable[[float], None], monkeypatc
     with Progress(Printer("stdout")) as progress:
         display = Display(10, 3, progress)
         with display.within(4, 1):
-            display.sft_micro_batch()
+            batch: Any = SimpleNamespace()
+            display.sft_micro_batch(batch)
             clock(59)
             assert not seen_within(0.1, lambda: bool(stream.getvalue()))
             clock(2)
@@ -272,8 +274,10 @@ def test_the_bar_of_steps_moves_with_micro_batches(
     with Progress(Printer("stdout")) as progress:
         display = Display(10, 3, progress)
         with display.within(4, 8):
-            for _ in range(5):
-                display.sft_micro_batch()
+            batches: list[Any] = [SimpleNamespace() for _ in range(5)]
+            # A stage of several parts is told of a micro-batch before each of them.
+            for batch in (*batches, *batches[:3]):
+                display.sft_micro_batch(batch)
                 clock(1)
         display.close()
     assert "3/10, micro-batch 5/8" in screen.getvalue()

@@ -267,6 +267,9 @@ def sft_micro_batch(run: Run, batch: Batch) -> None:
     """``batch`` is about to go forward and backward in training. Random numbers drawn from paddle depend on seed and
     step alone.
 
+    A process that has several parts of the model, with others in between (an interleaved pipeline), calls this before
+    each of them, with one and the same ``batch``.
+
     Processes that wait for each other may have different numbers of micro-batches. One that has run out sends a batch
     of nothing through the model, in evaluation mode; this hook is not called for it."""
 

@@ -276,9 +276,12 @@ class Learning(Protocol):
         what comes out of the model's last layer."""
         ...
 
-    def backward(self, loss: Any) -> None:
+    def backward(self, loss: Any, upstream: Any | None = None) -> None:
         """Add the gradients of the loss to those of the parameters, which are float32 even where a parameter is not.
-        The loss is weighted, so that the losses of a step add up to its mean loss (times the loss scale of float16)."""
+        The loss is weighted, so that the losses of a step add up to its mean loss (times the loss scale of float16).
+
+        Where other layers follow in another process, ``loss`` is what :meth:`forward` gave and went there instead, and
+        ``upstream``, of its shape, the gradient that has come back."""
         ...
 
     def idle(self) -> Learning:

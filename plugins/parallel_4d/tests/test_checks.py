@@ -56,7 +56,7 @@ def test_data_parallelism_takes_what_is_left(
     assert plan.devices == processes
 
 
-TENSOR, PIPELINE = "tensor_parallel_degree", "pipeline_parallel_degree"
+TENSOR, PIPELINE, VIRTUAL = "tensor_parallel_degree", "pipeline_parallel_degree", "virtual_pp_degree"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,7 @@ TENSOR, PIPELINE = "tensor_parallel_degree", "pipeline_parallel_degree"
         (4, {"intermediate_size": 162}, {TENSOR: 4}, r"does not divide the intermediate size \(162\)"),
         (2, {"model_type": "qwen3_moe", "moe_intermediate_size": 33}, {TENSOR: 2}, r"size of experts \(33\)"),
         (8, {}, {PIPELINE: 8}, "8 pipeline stages are more than 4 layers"),
+        (4, {}, {PIPELINE: 4, VIRTUAL: 2}, "4 pipeline stages of 2 parts each are more than 4 layers"),
         (4, {}, {TENSOR: 2, PIPELINE: 3}, "degree 2 x pipeline parallel degree 3 does not divide 4 processes"),
         (2, {}, {TENSOR: 4}, "does not divide 2 processes"),
         (4, {}, {TENSOR: 2, "sharding": "stage3"}, "stage3 does not go with tensor parallelism; stage1 and stage2 do"),
@@ -83,7 +84,7 @@ def test_impossible_degrees_are_refused_with_possible_ones(
         planned(processes, model, **settings)
     named = re.findall(r"tensor (\d+) x pipeline (\d+)", str(refused.value).partition("degrees work")[2])
     assert f"on {processes} processes" in str(refused.value)
-    assert ("1", "1") in named
+    assert (("1", "1") in named) != (VIRTUAL in settings)  # which one stage does not have
     for tensor, pipeline in named:
         planned(processes, model, **{**settings, TENSOR: int(tensor), PIPELINE: int(pipeline)})
 
@@ -99,8 +100,7 @@ def test_impossible_degrees_are_refused_with_possible_ones(
         (4, {"sharding": "stage1 stage2"}, "sharding: expected stage1, stage2 or stage3, and offload beside it"),
         (4, {"sharding": "stage1 overlap"}, "sharding: expected stage1, stage2 or stage3, and offload beside it"),
         (2, {"sequence_parallel": True}, "sequence_parallel needs tensor parallelism"),
-        (2, {PIPELINE: 2, "num_samples": 1}, "num_samples needs answers, which no stage of a pipeline can give"),
-        (2, {PIPELINE: 2, "eval_with_do_generation": True}, "eval_with_do_generation needs answers"),
+        (2, {VIRTUAL: 2}, "virtual_pp_degree needs pipeline parallelism; set pipeline_parallel_degree"),
         (2, {"sharding": "stage3", "eval_with_do_generation": True}, "does not go with sharding stage3"),
         (2, {"device": "gpu:1"}, "device gpu:1 is one device, and 2 processes have one each"),
     ],

@@ -5,11 +5,14 @@ A group of one process stands for more where only the layout counts: fleet cuts 
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from processes import run_ranks
 
 
 @pytest.fixture
@@ -171,3 +174,148 @@ def test_comm_grads(
         if first == last:  # the other process has it
             continue
         np.testing.assert_allclose(bucket.gradient(one).numpy(), 6 * gradient.reshape(-1)[first:last], rtol=1e-6)
+
+
+# --- schedules of a pipeline ---
+
+SCHEDULES = "paddle.distributed.fleet.meta_parallel:"
+P2P = "paddle.distributed.fleet.meta_parallel.pp_utils.p2p_communication:"
+
+
+def find(name: str) -> Any:
+    module, _, path = name.partition(":")
+    found: Any = __import__(module, fromlist=["_"])
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "why"),
+    [
+        (
+            SCHEDULES + "PipelineParallel._backward_step",
+            "input_tensor output_tensor output_tensor_grad chunk_id step_id",
+            "gradients of 16-bit parameters would no longer add up in float32",
+        ),
+        (
+            SCHEDULES + "PipelineParallel._broadcast_final_loss",
+            "return_micro_batch_loss",
+            "each step would wait for the device once more, and send a loss that nobody reads",
+        ),
+        (
+            SCHEDULES + "PipelineParallel._init_user_hooks",
+            "",
+            "a step of another number of micro-batches than the first would fail",
+        ),
+        (
+            SCHEDULES + "PipelineParallel.forward_backward_pipeline",
+            "data scaler",
+            "no step would begin",
+        ),
+        (SCHEDULES + "PipelineParallel.eval_batch", "data compute_loss", "no evaluation would begin"),
+        (
+            SCHEDULES + "PipelineParallelWithInterleave._check_sanity",
+            "",
+            "two stages of several parts, and steps of few micro-batches, would be refused",
+        ),
+        (
+            SCHEDULES + "PipelineParallelWithInterleave._get_virtual_pp_rank",
+            "micro_step forward",
+            "sizes of what arrives would be those of another micro-batch",
+        ),
+        (
+            P2P + "P2pHelper._send_meta",
+            "output_tensor skip_check_meta reverse",
+            "sizes would be sent, and each transfer would wait for the device twice",
+        ),
+        (P2P + "P2pHelper._recv_meta", "reverse", "sizes would be asked for that nobody sends: a run would hang"),
+    ],
+)
+def test_what_is_overridden_or_called_is_there(name: str, parameters: str, why: str) -> None:
+    found = find(name)
+    assert callable(found), changed(name, f"is gone, and {why}")
+    has = list(inspect.signature(found).parameters)[1:]
+    assert has[: len(parameters.split())] == parameters.split(), changed(name, f"takes {has}, and {why}")
+
+
+def test_sizes_are_those_that_are_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the four calls that fleet's schedules make; nothing asks another process."""
+    from paddle.distributed.fleet.meta_parallel.pp_utils import p2p_communication
+
+    from sft_parallel_4d.fleet import KnownSizes
+
+    asked: list[tuple[bool, bool]] = []
+    hcg = SimpleNamespace(
+        **{f"get_model_parallel_{what}": lambda: 1 for what in ("group", "world_size", "rank")},
+        get_stage_id=lambda: 1,
+    )
+
+    def transfer(to_before: Any, from_before: Any, to_next: Any, from_next: Any, hcg: Any) -> list[Any]:
+        asked.append((from_before is not None, from_next is not None))
+        return []
+
+    monkeypatch.setattr(p2p_communication, "_hcg", hcg)
+    monkeypatch.setattr(p2p_communication, "_p2p_ops", transfer)
+    sizes = KnownSizes()
+    sizes.expect(iter([[1, 2], [3, 4]]), iter([[5, 6], [7, 8]]), "bfloat16")
+    options = {"batch_p2p_comm": False}
+    found = [
+        sizes.recv_forward(False, **options),
+        sizes.recv_backward(False, **options),
+        sizes.send_forward_recv_forward(None, recv_prev=True, overlap_p2p_comm=True, **options)[0],
+        sizes.send_backward_recv_backward(None, recv_next=True, overlap_p2p_comm=True, **options)[0],
+    ]
+    assert [tensor.shape for tensor in found] == [[1, 2], [5, 6], [3, 4], [7, 8]]
+    assert {str(tensor.dtype) for tensor in found} == {"paddle.bfloat16"}
+    assert [tensor.stop_gradient for tensor in found[::2]] == [False, False], "no gradient would be sent back"
+    assert asked == [(True, False), (False, True)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stages", "chunks", "counts"),
+    [(2, 1, [1, 3, 2]), (4, 1, [1, 6]), (2, 2, [4, 5, 7]), (3, 2, [6, 8]), (4, 2, [8, 11]), (2, 3, [4, 6])],
+)
+def test_a_schedule_takes_each_micro_batch_through_all_parts(stages: int, chunks: int, counts: list[int]) -> None:
+    """Sizes differ from micro-batch to micro-batch, their number from step to step. Each part multiplies, so that the
+    loss and every gradient are known. An order of transfers that hangs where a send waits for its receiver is none."""
+    results = [result.value for result in run_ranks(stages, "jobs:schedules", chunks, counts, timeout=60)]
+    parts = stages * chunks
+    for step, count in enumerate(counts):
+        for rank, result in enumerate(results):
+            sizes = [micro + 1 for micro in range(count)]
+            for chunk in range(chunks):
+                part = chunk * stages + rank
+                # What went into the part, and its gradient: the product of the factors before, and of those behind.
+                before, behind = (2.0**part, 2.0 ** (parts - 1 - part))
+                wanted = sum(size * before * behind for size in sizes)
+                assert result[step]["gradients"][chunk] == pytest.approx(wanted), (step, rank, chunk)
+        losses = [size * 2.0**parts for size in range(1, count + 1)]
+        assert results[-1][step]["losses"] == losses
+        assert results[-1][step]["measured"] == losses
+        assert blocks_nobody([result[step]["transfers"] for result in results])
+
+
+def blocks_nobody(transfers: Sequence[Sequence[tuple[str, int]]]) -> bool:
+    """Whether all get to their ends where each send and each receive waits for its counterpart: ("send" or "recv", the
+    other rank) of each rank, in its order."""
+    left = [list(each) for each in transfers]
+    moved = True
+    while moved:
+        moved = False
+        for rank, own in enumerate(left):
+            if not own:
+                continue
+            kind, other = own[0]
+            counterpart = ["recv" if kind == "send" else "send", rank]
+            if left[other] and list(left[other][0]) == counterpart:
+                own.pop(0)
+                left[other].pop(0)
+                moved = True
+    return not any(left)
+
+
+def test_that_an_order_which_blocks_is_told_apart() -> None:
+    assert blocks_nobody([[("send", 1), ("recv", 1)], [("recv", 0), ("send", 0)]])
+    assert not blocks_nobody([[("send", 1), ("recv", 1)], [("send", 0), ("recv", 0)]])

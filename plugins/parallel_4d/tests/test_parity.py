@@ -71,7 +71,9 @@ def check(trainings: Trainings, plan: str, **settings: Any) -> None:
         *crossed(
             ["tp2-pp2", "dp2", "pp2", "stage1", "stage2", "tp2", "tp2-dp2", "tp2-stage1"], "lora", "packed", slow=True
         ),
-        *crossed(["tp2-sequence", "pp2"], "full", "packed", slow=True),
+        *crossed(["tp2-sequence", "pp2", "pp2-virtual"], "full", "packed", slow=True),
+        *crossed(["pp2-virtual", "pp2-virtual-dp2"], "full", "padded", slow=True),
+        *crossed(["pp2-virtual", "tp2-sequence-pp2-virtual"], "lora", "packed", slow=True),
         *crossed(["stage3", "tp2"], "lora", "padded", slow=True),
     ],
 )
@@ -99,7 +101,10 @@ def test_a_base_of_16_bits_is_divided(trainings: Trainings, plan: str) -> None:
     assert losses[0][-1] < losses[0][0] - 0.1
 
 
-@pytest.mark.parametrize("plan", ["dp2", slow("stage2"), slow("stage3"), slow("dp2-stage3"), slow("pp2-dp2")])
+@pytest.mark.parametrize(
+    "plan",
+    ["dp2", *map(slow, ("stage2", "stage3", "dp2-stage3", "pp2-dp2", "pp2-virtual-dp2"))],
+)
 def test_ranks_may_have_different_numbers_of_micro_batches(trainings: Trainings, uneven_data: Path, plan: str) -> None:
     check(trainings, plan, dataset_name_or_path=str(uneven_data))
 
@@ -219,7 +224,7 @@ def test_updates_of_embedding_and_head_that_cannot_be_divided_are_refused(
 
 
 @pytest.mark.parametrize("kind", ["gradient", pytest.param("weight", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("plan", [slow("dp2"), slow("stage1"), "tp2", slow("pp2")])
+@pytest.mark.parametrize("plan", [slow("dp2"), slow("stage1"), "tp2", slow("pp2"), slow("pp2-virtual")])
 def test_damage_on_one_rank_is_noticed(trainings: Trainings, plan: str, kind: str) -> None:
     one = trainings.one(plugin=[])
     damaged, _ = trainings.many(PLANS[plan], damage=kind, plugin=[])

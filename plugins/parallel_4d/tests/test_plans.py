@@ -59,6 +59,8 @@ def test_plans_are_all_that_keep_the_rules(outline_of: Outlines) -> None:
         ("llama", {"num_key_value_heads": 2}, {"tensor": 4}, r"does not divide key/value heads \(2\)"),
         ("llama", {"vocab_size": 510}, {"tensor": 4}, r"does not divide the vocabulary \(510\)"),
         ("llama", {}, {"pipeline": 8}, "8 pipeline stages are more than 4 layers"),
+        ("llama", {}, {"pipeline": 4, "virtual": 2}, "4 pipeline stages of 2 parts each are more than 4 layers"),
+        ("llama", {}, {"pipeline": 1, "virtual": 2}, r"2 parts a pipeline stage \(virtual_pp_degree\) need more than"),
         ("llama", {}, {"tensor": 3}, "do not divide 8 devices"),
         ("llama", {}, {"tensor": 2, "stage": 3}, "exclude each other"),
         ("mistral", {}, {"tensor": 1, "sequence": True}, "exclude each other"),
@@ -139,6 +141,7 @@ def test_json_holds_all_plans_in_order(config_of: Callable[..., Path]) -> None:
         ({"sharding_parallel_degree": -1, "tensor_parallel_degree": -1, "sharding": "stage2"}, {(1, 1, 2), (2, 1, 2)}),
         ({"sharding": "stage1 offload", "pipeline_parallel_degree": 4}, {(1, 4, 1)}),
         ({"sequence_parallel": True, "tensor_parallel_degree": 4}, {(4, 1, 0)}),
+        ({"virtual_pipeline_degree": 2}, {(1, 2, 0), (1, 2, 1), (2, 2, 0)}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -153,6 +156,7 @@ def test_settings_typed_or_in_a_file_leave_the_same_plans(
     found = [json.loads(line)["plan"] for line in from_file.output.splitlines()]
     assert {(plan["tensor"], plan["pipeline"], plan["stage"]) for plan in found} == plans
     assert {plan["offload"] for plan in found} == {"offload" in settings.get("sharding", "")}
+    assert {plan["virtual"] for plan in found} == {settings.get("virtual_pipeline_degree", 1)}
 
 
 def test_nothing_fits(config_of: Callable[..., Path]) -> None:

@@ -59,6 +59,9 @@ def test_what_was_dropped_is_dropped_again(trainings: Trainings, plan: str) -> N
     assert_equal(*folders)
 
 
+DRAWN = {"top_k": 0, "temperature": 2.0}
+
+
 def test_tensor_ranks_draw_the_same_and_data_ranks_their_own(trainings: Trainings) -> None:
     _, results = trainings.many(PLANS["tp2-dp2"], job="jobs:draw", do_eval=False, evaluation_strategy="no")
     draws = defaultdict(list)
@@ -95,8 +98,9 @@ def test_ranks_together_count_what_one_process_counts(
     ("plan", "draw"),
     [
         pytest.param("tp2", {}, marks=pytest.mark.slow),
-        ("tp2-sequence", {"top_k": 0, "temperature": 2.0}),
-        pytest.param("stage3", {}, marks=pytest.mark.slow),
+        ("tp2-sequence", DRAWN),
+        *(pytest.param(plan, {}, marks=pytest.mark.slow) for plan in ("stage3", "pp2", "pp2-virtual-dp2")),
+        *(pytest.param(p, DRAWN, marks=pytest.mark.slow) for p in ("pp2-virtual", "tp2-sequence-pp2-virtual", "pp4")),
     ],
 )
 def test_answers(trainings: Trainings, plan: str, draw: dict[str, Any]) -> None:
@@ -111,7 +115,10 @@ def test_answers(trainings: Trainings, plan: str, draw: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("plan", "shares"),
-    [("dp2", 2), *(pytest.param(p, s, marks=pytest.mark.slow) for p, s in [("tp2", 1), ("tp2-dp2", 2)])],
+    [
+        ("dp2", 2),
+        *(pytest.param(p, s, marks=pytest.mark.slow) for p, s in [("tp2", 1), ("tp2-dp2", 2), ("pp2-dp2", 2)]),
+    ],
 )
 def test_answers_at_evaluation_are_written_once(trainings: Trainings, plan: str, shares: int) -> None:
     """Each share of the questions in one file, by the first rank of those that answer it; scores are of all."""

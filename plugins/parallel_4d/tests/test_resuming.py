@@ -21,6 +21,9 @@ SAVES = {"save_strategy": "steps", "save_steps": 2}
 CHANGES = [
     ("pp2", "one"),
     ("stage3", "pp2"),
+    pytest.param("pp2-virtual", "pp2", marks=pytest.mark.slow),
+    pytest.param("pp2", "pp2-virtual", marks=pytest.mark.slow),
+    pytest.param("pp2-virtual-dp2", "tp2-stage1", marks=pytest.mark.slow),
     pytest.param("tp2-stage1", "tp2-stage1", marks=pytest.mark.slow),
     pytest.param("tp2", "dp2", marks=pytest.mark.slow),
     pytest.param("one", "stage2", marks=pytest.mark.slow),

@@ -81,9 +81,12 @@ class Learning:
             self.values[:] = [a + b for a, b in zip(self.values or [0.0] * len(values), values, strict=True)]
         return loss
 
-    def backward(self, loss: Any) -> None:
+    def backward(self, loss: Any, upstream: Any | None = None) -> None:
         with self.sums.backward():
-            (loss * self.weight).backward()
+            if upstream is None:
+                (loss * self.weight).backward()
+            else:
+                paddle.autograd.backward([loss], [upstream])
 
     def idle(self) -> Learning:
         return replace(self, weight=0.0, is_idle=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft.durations import duration
 from sft.foreign_text import shown
@@ -15,6 +15,9 @@ from sft.plugins.marks import hookimpl
 from sft.progress import BAR_AFTER, Progress
 from sft.settings.best_metric import ANSWER_SCORES
 from sft.training.pace import Pace, Pauses
+
+if TYPE_CHECKING:
+    from sft.seams import Batch
 
 LINE_EVERY = 60.0
 """After so many seconds without a line, a step is shown although ``logging_steps`` does not ask for it yet."""
@@ -61,6 +64,7 @@ class Display:
         self._told = False
         self._figures: list[str] = []
         self._step, self._step_began, self._batch, self._batches = done, self._began, 0, 0
+        self._begun: set[int] = set()
         self._bar = progress.show("step", total, [f"{done}/{total}"], self._began) if progress.has_bars else None
         self._move(done)
 
@@ -123,13 +127,15 @@ class Display:
         """A context in which the ``batches`` micro-batches of a step are computed; if that takes long, it is shown."""
         with self._progress.lock:
             self._step, self._step_began, self._batch, self._batches = step, time.monotonic(), 0, batches
+            self._begun = set()
         with self._progress.looking_after(self):
             yield
 
     @hookimpl
-    def sft_micro_batch(self) -> None:
+    def sft_micro_batch(self, batch: Batch) -> None:
         with self._progress.lock:
-            self._batch += 1
+            self._begun.add(id(batch))
+            self._batch = len(self._begun)
             if self._batch > 1:  # a step that has only begun shows nothing by itself
                 self.look()
 

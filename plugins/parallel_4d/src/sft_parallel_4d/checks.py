@@ -39,7 +39,9 @@ def check_settings(run: Run, options: ParallelOptions, world: int) -> None:
         )
     if options.sequence_parallel and tensor == 1:
         raise UsageError("sequence_parallel needs tensor parallelism; set tensor_parallel_degree, or leave it out.")
-    _check_run(run, stage, pipeline, world)
+    if options.virtual_pp_degree > 1 and pipeline == 1:
+        raise UsageError("virtual_pp_degree needs pipeline parallelism; set pipeline_parallel_degree, or leave it out.")
+    _check_run(run, stage, world)
 
 
 def plan_for(run: Run, options: ParallelOptions, world: int) -> Plan:
@@ -49,14 +51,14 @@ def plan_for(run: Run, options: ParallelOptions, world: int) -> Plan:
     outline = model_outline(run)
 
     def refuse(why: str) -> UsageError:
-        return UsageError(f"{why}; {_instead(outline, world, stage)}")
+        return UsageError(f"{why}; {_instead(outline, world, stage, options.virtual_pp_degree)}")
 
     if world % (tensor * pipeline):
         given = f"tensor parallel degree {tensor} x pipeline parallel degree {pipeline}"
         raise refuse(f"{given} does not divide {world} processes")
     left = world // (tensor * pipeline)
     sharding = _sharding(options, stage, left)
-    why = refusal(outline, tensor, pipeline)
+    why = refusal(outline, tensor, pipeline, options.virtual_pp_degree)
     if why is not None:
         raise refuse(why)
     for other, allowed in (("tensor", stages_beside(tensor, 1)), ("pipeline", stages_beside(1, pipeline))):
@@ -85,6 +87,7 @@ def plan_of(settings: Settings, options: ParallelOptions, world: int) -> Plan:
         settings.training.recompute,
         settings.training.gradient_accumulation_steps,
         offload,
+        options.virtual_pp_degree,
     )
 
 
@@ -111,16 +114,9 @@ def _sharding(options: ParallelOptions, stage: int, left: int) -> int:
     return 1 if not stage else left if options.sharding_parallel_degree < 1 else options.sharding_parallel_degree
 
 
-def _check_run(run: Run, stage: int, pipeline: int, world: int) -> None:
-    """What a run may ask for that needs the whole model in one process, or the same number of answers in each."""
-    answers = run.settings.data.eval_with_do_generation
-    samples = run.settings.generation.num_samples
-    if pipeline > 1 and (answers or samples):
-        raise UsageError(
-            f"{'eval_with_do_generation' if answers else 'num_samples'} needs answers, which no stage of a pipeline "
-            "can give; leave it out, and use sft generate or sft evaluate after training."
-        )
-    if stage == 3 and answers:
+def _check_run(run: Run, stage: int, world: int) -> None:
+    """What a run may ask for that needs the same number of answers in each process."""
+    if stage == 3 and run.settings.data.eval_with_do_generation:
         raise UsageError("eval_with_do_generation does not go with sharding stage3; leave it out, or use stage2.")
     device = run.settings.training.device
     if world > 1 and device is not None and ":" in device:
@@ -137,12 +133,12 @@ def stage_and_offload(text: str | None) -> tuple[int, bool]:
     return (int(stages[0][-1]) if stages else 0), "offload" in words
 
 
-def _instead(outline: Outline, world: int, stage: int) -> str:
+def _instead(outline: Outline, world: int, stage: int, virtual: int) -> str:
     """The degrees that would be accepted, beside the sharding that is asked for."""
     beside = f" beside stage{stage}" if stage > 1 else ""
     plans = [
         f"tensor {tensor} x pipeline {pipeline}"
-        for tensor, pipeline in possible(outline, world)
+        for tensor, pipeline in possible(outline, world, virtual)
         if not stage or stage in stages_beside(tensor, pipeline)
     ]
     more = f" and {len(plans) - 6} more" if len(plans) > 6 else ""

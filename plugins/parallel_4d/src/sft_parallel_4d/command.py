@@ -47,8 +47,8 @@ def command(
     only config.json is read. Rows are taken to be full: max_length tokens, each of them a target.
 
     Only plans are shown that have what the settings give of --tensor_parallel_degree, --pipeline_parallel_degree,
-    --sharding (stage2, or "stage2 offload"), --sharding_parallel_degree, --sequence_parallel and --recompute; a degree
-    of -1 leaves it open.
+    --virtual_pp_degree, --sharding (stage2, or "stage2 offload"), --sharding_parallel_degree, --sequence_parallel and
+    --recompute; a degree of -1 leaves it open.
     """
     paper = outline(sft.collect(list(settings)))
     for line in paper.notes:
@@ -109,6 +109,7 @@ def wanted(settings: Settings) -> Wanted:
         sequence=options.sequence_parallel if "sequence_parallel" in given else None,
         recompute=settings.training.recompute if "recompute" in given else None,
         offload=offload,
+        virtual=options.virtual_pp_degree,
     )
 
 

@@ -5,13 +5,22 @@ tests/test_fleet_contract.py holds paddle to each, and says what breaks here whe
 
 from __future__ import annotations
 
+import contextlib
+import io
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import paddle
 from paddle import distributed
+from paddle.distributed import fleet
+from paddle.distributed.fleet.meta_parallel import PipelineLayer, PipelineParallel, PipelineParallelWithInterleave
+from paddle.distributed.fleet.meta_parallel.pp_utils.p2p_communication import P2pHelper
+from paddle.distributed.fleet.meta_parallel.pp_utils.utils import paddle_2_number
 from paddle.distributed.fleet.utils import tensor_fusion_helper as fusion
 
 from sft import UsageError
@@ -35,6 +44,9 @@ fusion.logger.setLevel("WARNING")  # how parameters are grouped is not for users
 
 ALONE = SimpleNamespace(nranks=1, rank=0)
 """Stands for the group of a process that has no others."""
+
+
+# --- buckets of gradients ---
 
 
 def together(parameters: Sequence[Any], size: int) -> Iterator[list[Any]]:
@@ -203,3 +215,133 @@ class Bucket(fusion.FusedCommBuffer):
         if self._comm_group.nranks == 1:
             return None
         return distributed.stream.all_gather(self.param_storage, own, group=self._comm_group, sync_op=False)
+
+
+# --- the schedules of a pipeline ---
+
+
+class KnownSizes(P2pHelper):
+    """Sends and receives tensors whose sizes both ends know: fleet's own says each in a message, for which the host
+    waits twice."""
+
+    def __init__(self) -> None:
+        super().__init__(dynamic_shape=True)
+
+    def expect(self, there: Iterator[list[int]], back: Iterator[list[int]], dtype: str) -> None:
+        """The shapes of what comes next, in the order in which it comes: from the stage before, and gradients from the
+        one behind."""
+        self._shapes = there, back
+        meta = self._send_recv_meta
+        meta.recv_dtype_message, meta.recv_stop_gradient = paddle_2_number(getattr(paddle, dtype)), False
+
+    def _send_meta(self, output_tensor: Any, skip_check_meta: bool = False, reverse: bool = False) -> None:
+        pass
+
+    def _recv_meta(self, reverse: bool = False) -> None:
+        self._send_recv_meta.recv_shape_message = next(self._shapes[reverse])
+
+
+class _Steps:
+    """What is ours in both of fleet's schedules."""
+
+    go_back: Callable[[int, Any, Any], None]
+
+    def _backward_step(
+        self, input_tensor: Any, output_tensor: Any, output_tensor_grad: Any, chunk_id: int | None = None, **_: Any
+    ) -> Any:
+        self.backward_hooks.run_hook()  # type: ignore[attr-defined]
+        self.go_back(chunk_id or 0, output_tensor, output_tensor_grad)
+        return None if input_tensor is None else input_tensor.grad
+
+    def _broadcast_final_loss(self, *_: Any) -> None:
+        """Losses are added up over more than a pipeline; fleet's way waits for the device."""
+
+
+class OneForwardOneBackward(_Steps, PipelineParallel):
+    """arXiv 1811.06965, 2104.04473."""
+
+    def _get_virtual_pp_rank(self, micro_step: int, forward: bool) -> int:
+        return 0
+
+
+class Interleaved(_Steps, PipelineParallelWithInterleave):
+    """Of several parts a stage; arXiv 2104.04473, section 2.2."""
+
+    def _check_sanity(self) -> None:
+        """It knows the number of micro-batches of one step alone, and wants three stages: sent by themselves
+        (``overlap_p2p_comm``), tensors keep their order between two."""
+
+
+class Schedule:
+    """Takes micro-batches through the ``stages`` of a pipeline, of which each has ``chunks`` parts of the model.
+
+    ``forward(chunk, received)`` computes a part of this stage for the next micro-batch (``received`` is None in the
+    first part of all) and gives what goes to the next part, or the loss. ``backward(chunk, output, gradient)`` goes
+    back through it (``gradient`` is None of a loss).
+    """
+
+    def __init__(
+        self, stages: int, chunks: int, forward: Callable[[int, Any], Any], backward: Callable[[int, Any, Any], None]
+    ) -> None:
+        self._stages, self._chunks = stages, chunks
+        self._sizes = KnownSizes()
+        settings = fleet.DistributedStrategy()
+        settings.pipeline_configs = {"micro_batch_size": 1, "accumulate_steps": 1, "enable_partial_send_recv": False}
+        # Each transfer by itself: in batches they wait, and are out of order between two stages of several parts.
+        settings.hybrid_configs = {
+            "pp_configs": {"delay_scale_loss": True, "use_batch_p2p_comm": False, "overlap_p2p_comm": chunks > 1}
+        }
+        hcg = fleet.get_hybrid_communicate_group()
+        # What paddle says of its flags and layers is not for users.
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            layers = PipelineLayer(
+                [_part(forward, number // stages) for number in range(stages * chunks)],
+                topology=hcg.topology(),
+                loss_fn=lambda output, _: output,
+                seg_method="layer:part",
+                num_virtual_pipeline_stages=chunks,
+            )
+            self._engine = (Interleaved if chunks > 1 else OneForwardOneBackward)(layers, hcg, settings)
+        self._engine.go_back = backward
+        self._engine._p2p_helper = self._sizes
+
+    @property
+    def least(self) -> int:
+        """The fewest micro-batches that the schedule takes."""
+        return 2 * self._stages if self._chunks > 1 else 1
+
+    def train(self, shapes: Sequence[list[int]], dtype: str) -> None:
+        """Forward and backward of as many micro-batches as there are ``shapes``, of what goes from part to part."""
+        self._expect(shapes, dtype)
+        self._engine.forward_backward_pipeline(itertools.repeat((None, None)), None)
+
+    def measure(self, shapes: Sequence[list[int]], dtype: str) -> None:
+        """Forward alone. What a last part gives is not looked at, but must be a tensor."""
+        self._expect(shapes, dtype)
+        self._engine.eval_batch(itertools.repeat((None, None)), compute_loss=True)
+
+    def _expect(self, shapes: Sequence[list[int]], dtype: str) -> None:
+        engine = self._engine
+        engine.accumulate_steps = len(shapes)
+        engine._init_user_hooks()  # there are as many as micro-batches when it is made
+        there = self._arriving(shapes, 0 if engine.is_pipeline_first_stage(True) else None, True)
+        back = self._arriving(shapes, self._chunks - 1 if engine.is_pipeline_last_stage(True) else None, False)
+        self._sizes.expect(there, back, dtype)
+
+    def _arriving(self, shapes: Sequence[list[int]], end: int | None, forward: bool) -> Iterator[list[int]]:
+        """The shapes that this stage receives in one direction, but for its chunk ``end``, which is the first in that
+        direction."""
+        seen: Counter[int] = Counter()
+        for step in range(len(shapes) * self._chunks):
+            chunk = self._engine._get_virtual_pp_rank(step, forward)
+            seen[chunk] += 1
+            if chunk != end:
+                yield shapes[seen[chunk] - 1]
+
+
+def _part(forward: Callable[[int, Any], Any], chunk: int) -> Callable[[Any], Any]:
+    def part(received: Any) -> Any:
+        return forward(chunk, received)
+
+    return part

@@ -27,6 +27,8 @@ class Plan:
     """Micro-batches of each data rank in a step."""
     offload: bool = False
     """Whether what sharding keeps in pieces rests in the host's memory."""
+    virtual: int = 1
+    """Parts of the model that each pipeline stage has."""
 
     @property
     def data_world(self) -> int:
@@ -50,6 +52,8 @@ class Wanted:
     recompute: bool | None = None
     offload: bool = False
     """Whether sharding's pieces rest in the host's memory; a plan has that only if it is asked for."""
+    virtual: int = 1
+    """Parts of the model a pipeline stage; a plan has more than one only if that is asked for."""
 
 
 def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: Wanted | None = None) -> list[Plan]:
@@ -69,7 +73,7 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
             f"The degrees that are fixed do not divide {devices} devices; give degrees whose product divides them."
         )
     for tensor, pipeline, sharding in refused:
-        reason = refusal(outline, tensor, pipeline)
+        reason = refusal(outline, tensor, pipeline, wanted.virtual)
         data = devices // (tensor * pipeline * sharding)
         if reason is None and rows % (batch * data * sharding):
             reason = f"{rows} rows a step are not whole micro-batches of {batch} rows on {data * sharding} data ranks"
@@ -77,7 +81,10 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
         if reason is None:
             accumulation = rows // (batch * data * sharding)
             found += [
-                Plan(data, sharding, stage, tensor, pipeline, sequence, recompute, accumulation, wanted.offload)
+                Plan(
+                    *(data, sharding, stage, tensor, pipeline, sequence, recompute, accumulation),
+                    *(wanted.offload, wanted.virtual),
+                )
                 for stage in _stages(sharding, tensor, pipeline, wanted)
                 if stage < 3 or unsaid is None
                 if not (stage and outline.steps_wholes)
@@ -94,8 +101,8 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
     return found
 
 
-def refusal(outline: Outline, tensor: int, pipeline: int) -> str | None:
-    """Why the model cannot be divided so; None if it can."""
+def refusal(outline: Outline, tensor: int, pipeline: int, virtual: int = 1) -> str | None:
+    """Why the model cannot be divided so, with ``virtual`` parts a pipeline stage; None if it can."""
     parts = {
         "attention heads": outline.heads,
         "key/value heads": outline.kv_heads,
@@ -114,8 +121,11 @@ def refusal(outline: Outline, tensor: int, pipeline: int) -> str | None:
     for name, size in parts.items():
         if size % tensor:
             return f"tensor parallel degree {tensor} does not divide {name} ({size})"
-    if pipeline > len(outline.blocks):
-        return f"{pipeline} pipeline stages are more than {len(outline.blocks)} layers"
+    if virtual > 1 and pipeline == 1:
+        return f"{virtual} parts a pipeline stage (virtual_pp_degree) need more than one stage"
+    if pipeline * virtual > len(outline.blocks):
+        each = f" of {virtual} parts each" if virtual > 1 else ""
+        return f"{pipeline} pipeline stages{each} are more than {len(outline.blocks)} layers"
     return None
 
 
@@ -123,10 +133,10 @@ def _unsaid(tensor: str) -> str:
     return f"{tensor} does not say how it is divided among processes (its layer lacks sides)"
 
 
-def possible(outline: Outline, devices: int) -> list[tuple[int, int]]:
-    """The tensor and pipeline degrees that the model can be divided by, and ``devices`` too."""
+def possible(outline: Outline, devices: int, virtual: int = 1) -> list[tuple[int, int]]:
+    """The tensor and pipeline degrees that the model can be divided by, and ``devices`` too; see :func:`refusal`."""
     degrees = [(tensor, pipeline) for tensor in _divisors(devices) for pipeline in _divisors(devices // tensor)]
-    return [pair for pair in degrees if refusal(outline, *pair) is None]
+    return [pair for pair in degrees if refusal(outline, *pair, virtual) is None]
 
 
 def _divisions(devices: int, wanted: Wanted) -> Iterator[tuple[int, int, int]]:

@@ -66,7 +66,7 @@ class Parallel:
         if self._tensor is not None:
             self._tensor.divide(model)
         if self._at.pipe.size > 1:
-            self._pipe = Pipeline(self._at.pipe, len(model.architecture.blocks))
+            self._pipe = Pipeline(self._at.pipe, len(model.architecture.blocks), self._at.plan.virtual)
             self._pipe.divide(model)
 
     def parameters(self, model: Any) -> Iterable[tuple[str, Any]]:
@@ -169,17 +169,19 @@ class Parallel:
             return idle if any(batch is one for one in batches[real:]) else learning
 
         def forward(batch: Batch, received: Any) -> Any:
-            """What the next stage gets; in the last one, the loss."""
+            """What the next part of the model gets; in the last one, the loss."""
             own = learning_of(batch)
-            hidden = own.forward(batch, received, self.phases.go_on)
-            return self._finished(hidden, lambda hidden: own.loss(hidden, batch))
+            # Plugins change what is trained on, as by noise; an idle micro-batch is none of it.
+            with _evaluating(self._run.model) if own is idle else contextlib.nullcontext():
+                hidden = own.forward(batch, received, self.phases.go_on)
+                return self._finished(hidden, lambda hidden: own.loss(hidden, batch))
 
-        def backward(loss: Any, batch: Batch) -> None:
+        def backward(output: Any, batch: Batch, upstream: Any | None = None) -> None:
             with _flag(self._shards, "goes_back"):
-                learning_of(batch).backward(loss)
+                learning_of(batch).backward(output, upstream)
             self._buckets.passed()
-            if learning_of(batch) is not idle:  # read at the end: each reading waits for the device
-                losses.append(loss.detach().astype("float64"))
+            if upstream is None and learning_of(batch) is not idle:  # read at the end: a reading waits for the device
+                losses.append(output.detach().astype("float64"))
             self.phases.go_on()
 
         with self._together():
@@ -187,31 +189,31 @@ class Parallel:
                 self._pipe.train(batches, self._stream_shape, self._run.precision.weights, forward, backward)
             else:
                 for batch in batches:
-                    # Plugins change what is trained on, as by noise; an idle micro-batch is none of it.
-                    with _evaluating(self._run.model) if learning_of(batch) is idle else contextlib.nullcontext():
-                        backward(forward(batch, None), batch)
+                    backward(forward(batch, None), batch)
                     if self._shards is not None:
                         self._shards.release()
         self._reduce_gradients()
-        return self._at_last_stage([float(paddle.add_n(losses)) if losses else 0.0])[0]
+        return self._at_last_stage(paddle.add_n(losses) if losses else paddle.zeros([1], "float64"))[0]
 
     def _together(self) -> contextlib.AbstractContextManager[None]:
         return _flag(None if self._tensor is None else self._tensor.meeting, "active")
 
     def _even(self, batches: Sequence[Batch]) -> list[Batch]:
-        """``batches``, and idle ones after them where other processes have more: sharding stages 2 and 3 wait for all
-        processes at each micro-batch."""
+        """``batches``, and idle ones after them where other processes have more (sharding stages 2 and 3 wait for all
+        processes at each micro-batch), or where a pipeline's schedule takes more."""
         even = [self._fit(batch) for batch in batches]
         if self._at.plan.stage >= 2:
             most = int(self._at.world.maximum(paddle.to_tensor([len(even)], dtype="int64")))
             even += [self._fit(_nothing())] * (most - len(even))
+        if self._pipe is not None and even:
+            even += [self._fit(_nothing())] * (self._pipe.least - len(even))
         return even
 
     def _fit(self, batch: Batch) -> Batch:
         return batch if self._tensor is None else self._tensor.fit(batch)
 
     def _finished(self, hidden: Any, finish: Callable[[Any], Any]) -> Any:
-        """What the next stage gets of the hidden states here; in the last stage, what ``finish`` makes of them."""
+        """What the next part of the model gets of the hidden states here; in the last what ``finish`` makes of it."""
         if self._pipe is not None and not self._pipe.last:
             return hidden.astype(self._run.precision.weights)
         with self._whole(self._run.model.lm_head):  # no longer: the loss has its gradients before backward
@@ -273,18 +275,17 @@ class Parallel:
                     if self._shards is not None:
                         self._shards.release()
         own = scores[:real]  # idle ones come last
-        return self._at_last_stage([float(sum(each[number] for each in own)) for number in range(count)])
+        sums = [float(sum(each[number] for each in own)) for number in range(count)]
+        return self._at_last_stage(paddle.to_tensor(sums, dtype="float64"))
 
-    def _at_last_stage(self, values: list[float]) -> list[float]:
-        """What the last stage knows, for all of a pipeline."""
-        if self._pipe is None:
-            return values
-        known = paddle.to_tensor(values, dtype="float64")
-        return list(self._at.pipe.broadcast(known, self._at.pipe.size - 1).tolist())
+    def _at_last_stage(self, values: Any) -> list[float]:
+        """What the last stage of a pipeline knows, for all: float64 tensors of one shape."""
+        return list(self._at.pipe.broadcast(values.reshape([-1]), self._at.pipe.size - 1).tolist())
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[Callable[[], None]]:
-        with self.phases.within("answers"):
+        together = contextlib.nullcontext() if self._pipe is None else self._pipe.answering(self._run.precision.weights)
+        with self.phases.within("answers"), together:
             yield self.phases.go_on
 
     @phase("sums over data ranks")

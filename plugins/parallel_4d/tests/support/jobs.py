@@ -388,3 +388,68 @@ def train_each(runs: list[dict[str, Any]]) -> dict[str, Any]:
         if distributed.is_initialized():  # or a rank would ask for the next run at the one that is about to end
             distributed.all_reduce(paddle.zeros([1]))
     return {"process": os.getpid()}
+
+
+def schedules(chunks: int, counts: list[int]) -> list[dict[str, Any]]:
+    """One stage of a pipeline whose parts each multiply by a trained 2, of steps of so many micro-batches, of 1, 2, 3 …
+    values: of each step the losses, the gradients, what evaluation gives, and this rank's transfers."""
+    import groups
+    import paddle
+    from group_jobs import start
+    from paddle import distributed
+
+    from sft_parallel_4d.fleet import Schedule
+
+    transfers: list[tuple[str, int]] = []
+
+    def recorded(kind: str) -> Any:
+        own = getattr(groups.ProcessGroup, kind)
+
+        def method(self: Any, tensor: Any, other: int, sync_op: bool = True) -> Any:
+            transfers.append((kind, other))
+            return own(self, tensor, other, sync_op)
+
+        return method
+
+    for kind in ("send", "recv"):
+        setattr(groups.ProcessGroup, kind, recorded(kind))
+    start(pp_degree=distributed.get_world_size())
+    stages, rank = distributed.get_world_size(), distributed.get_rank()
+    factors = [paddle.create_parameter([1], "float32") for _ in range(chunks)]
+    for factor in factors:
+        factor.set_value(paddle.full([1], 2.0))
+    coming: list[Any] = []
+    losses: list[float] = []
+
+    def forward(chunk: int, received: Any) -> Any:
+        size = next(coming[chunk])
+        assert (received is None) == (rank == chunk == 0)
+        values = paddle.ones([size]) if received is None else received
+        assert values.shape == [size]
+        out = values * factors[chunk]
+        if rank == stages - 1 and chunk == chunks - 1:
+            losses.append(float(out.sum()))
+            return out.sum()
+        return out
+
+    def backward(chunk: int, output: Any, gradient: Any) -> None:
+        assert (gradient is None) == (rank == stages - 1 and chunk == chunks - 1)
+        paddle.autograd.backward([output], [gradient])
+
+    schedule = Schedule(stages, chunks, forward, backward)
+    found: list[dict[str, Any]] = []
+    for count in counts:
+        shapes = [[micro + 1] for micro in range(count)]
+        coming[:] = [iter([size for (size,) in shapes]) for _ in range(chunks)]
+        transfers.clear()
+        losses.clear()
+        schedule.train(shapes, "float32")
+        step = {"transfers": list(transfers), "losses": list(losses), "gradients": [float(f.grad) for f in factors]}
+        for factor in factors:
+            factor.clear_gradient()
+        coming[:] = [iter([size for (size,) in shapes]) for _ in range(chunks)]
+        losses.clear()
+        with paddle.no_grad():
+            schedule.measure(shapes, "float32")
+        found.append({**step, "measured": list(losses)})
+    return found

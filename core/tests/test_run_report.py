@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ import sft
 from sft.data.encoding import encode
 from sft.data.tokenizer import Tokenizer
 from sft.folder_lock import FolderLock
-from sft.run_report import pictures
+from sft.run_report import pictures, words
 from sft.run_report.page import page
 from sft.testing import read_metrics
+from sft.training.steps_file import StepsFile
 
 Train = Callable[..., sft.Summary]
 
@@ -97,6 +99,27 @@ def test_settings_are_those_that_were_given(reported: Reported) -> None:
     given = {"max_steps", "logging_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"}
     assert given <= set(run.changed) < set(run.settings)
     assert "weight_decay" not in run.changed
+
+
+def test_steps_since_the_last_line_count(tmp_path: Path) -> None:
+    """By default every 500th step has a line: what comes after it is not lost."""
+    (tmp_path / "run.json").write_text(json.dumps({"status": "interrupted", "settings": {}, "total_steps": 400}))
+    line = {"step": 1, "epoch": 0.01, "loss": 3.0, "tokens": 10, "seconds": 2.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    steps = StepsFile(tmp_path / "steps.bin")
+    for step in range(1, 106):
+        steps.add(step, 3.0 - 0.01 * (step - 1), 1.0)
+    steps.close()
+    os.utime(tmp_path / "metrics.jsonl", (1000.0, 1000.0))
+    os.utime(tmp_path / "steps.bin", (1040.0, 1040.0))
+    run = sft.read_run(tmp_path)
+    assert (run.step, run.seconds) == (105, 42.0)
+    assert words.sentence(run) == "after step 105 of 400, in 0:00:42"
+    assert words.figures(run)[0] == ("train loss", "1.9600", "3.0000 at step 1")
+    (tmp_path / "steps.bin").unlink()
+    run = sft.read_run(tmp_path)
+    assert words.sentence(run) == "after step 1 of 400 (0.01 epochs), in 0:00:02"
+    assert words.figures(run)[0] == ("train loss", "3.0000", "")
 
 
 def test_steps_that_have_no_line_have_a_curve_too(train: Train, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,24 @@ def test_a_run_that_is_killed_is_shown_to_have_died_and_so_is_the_board(
     until(lambda: browser.evaluate("return !document.getElementById('trouble').hidden"))
     assert text_of(browser, "trouble").startswith("The board does not answer. What you see is of ")
     assert text_of(browser, "state") == "died"
+
+
+def test_a_run_that_cannot_be_read_shows_nothing_of_another(browser: Browser, runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(runs[0], tmp_path / "good")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "run.json").write_text("{")
+    with board_of(tmp_path) as address:
+        browser.open(address)
+        browser.evaluate("location.hash = '#run=good'")
+        until(lambda: text_of(browser, "state") == "finished")
+        assert "Dev loss" in browser.evaluate("return document.body.innerText")
+        browser.evaluate("location.hash = '#run=bad'")
+        until(lambda: text_of(browser, "state") == "cannot be read")
+        shown = browser.evaluate("return document.querySelector('main').innerText")
+        assert "run.json is missing or cannot be read" in shown
+        assert not re.search("Dev loss|After training|step 12", shown)
+        browser.evaluate("location.hash = '#run=good'")
+        until(lambda: "Dev loss" in browser.evaluate("return document.querySelector('main').innerText"))
 
 
 def test_without_the_token_it_shows_nothing(browser: Browser, runs: list[Path]) -> None:

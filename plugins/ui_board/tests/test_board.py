@@ -106,16 +106,45 @@ def test_the_time_that_is_left_is_that_of_the_last_steps_and_evaluations() -> No
     moments = SimpleNamespace(steps=steps, seconds=[50.0 + 2.0 * (step - 5) for step in steps])
     evaluations = [{"step": 0, "eval_seconds": 99.0}, {"step": 110, "eval_seconds": 30.0}]
     evaluations.append({"step": 120, "eval_seconds": "long"})  # somebody has edited the file
-    report = SimpleNamespace(total_steps=350, moments=moments, evaluations=evaluations)
+    report = SimpleNamespace(total_steps=350, step=150, seconds=340.0, moments=moments, evaluations=evaluations)
     # The last 20 lines are 100 steps, which took 200 s and an evaluation.
     assert seconds_left(report, age=0.0) == pytest.approx(200 * 230 / 100)
     assert seconds_left(report, age=60.0) == pytest.approx(400)
     assert seconds_left(report, age=1e6) == 0.0
     first = SimpleNamespace(steps=[5], seconds=[50.0])
-    assert seconds_left(SimpleNamespace(total_steps=15, moments=first, evaluations=[]), 0.0) == pytest.approx(100)
-    none = SimpleNamespace(steps=[], seconds=[])
-    assert seconds_left(SimpleNamespace(total_steps=15, moments=none, evaluations=[]), 0.0) is None
-    assert seconds_left(SimpleNamespace(total_steps=None, moments=first, evaluations=[]), 0.0) is None
+
+    def left(moments: Any, total: int | None, step: int = 5, seconds: float = 50.0) -> float | None:
+        report = SimpleNamespace(total_steps=total, step=step, seconds=seconds, moments=moments, evaluations=[])
+        return seconds_left(report, 0.0)
+
+    assert left(first, 15) == pytest.approx(100)
+    assert left(SimpleNamespace(steps=[], seconds=[]), 15) is None
+    assert left(first, None) is None
+    # Twenty steps more have come without a line, in 30 s: 80 s for 25.
+    assert left(first, 125, step=25, seconds=80.0) == pytest.approx(100 * 80 / 25)
+    # Of ten steps since the evaluation of step 150 the time is known: 340 s of lines, and 40 s.
+    evaluations.append({"step": 150, "eval_seconds": 0.0})
+    report.step, report.seconds = 160, 380.0
+    assert seconds_left(report, age=0.0) == pytest.approx(190 * (230 + 40) / (100 + 10))
+
+
+def test_a_run_is_read_again_when_it_has_made_a_step(tmp_path: Path, run_folder: RunFolder) -> None:
+    """Also where none of its steps has a line yet."""
+    folder = run_folder("out")
+    watched = Watched(folder)
+    watched.look(tmp_path)
+    before = watched.reads
+    watched.look(tmp_path)
+    assert watched.reads == before
+    (folder / "steps.bin").write_bytes(b"sft steps, 1\n\0\0\0" + bytes(16))
+    watched.look(tmp_path)
+    after = watched.reads
+    with (folder / "steps.bin").open("ab") as file:
+        file.write(bytes(16 * 40))
+    watched.look(tmp_path)
+    assert before < after < watched.reads
+    assert watched.report is not None
+    assert watched.report.step == 41
 
 
 def test_reading_takes_a_twentieth_of_the_time(

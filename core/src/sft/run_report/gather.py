@@ -22,6 +22,7 @@ from sft.training.answer_files import SAMPLES, files_of
 from sft.training.checkpoint_folder import checkpoints, step_of
 from sft.training.first_rows import NAME as ROWS
 from sft.training.skipped_records import NAME as BAD_RECORDS
+from sft.training.steps_file import NAME as STEPS
 from sft.training.steps_file import StepFigures, read_steps
 from sft.voice import NOTE
 from sft.written_numbers import finite
@@ -43,15 +44,18 @@ def read_run(folder: Path | str) -> RunReport:
     settings, result = record["settings"], _object(record.get("result"))
     moments, trained = moments_of(lines), _object(record.get("parameters"))
     (rows, mask, packs), each = _rows(folder), _each_step(folder)
+    told = max((line["step"] for line in lines), default=0)
+    step = max(told, 0 if each is None else len(each))
     return RunReport(
         name=str(settings.get("run_name") or folder.resolve().name),
         folder=str(folder),
         status=_status(record, folder),
         error=str(record["error"]) if record.get("error") else None,
         started=str(record["started"]) if record.get("started") else None,
-        step=max((line["step"] for line in lines), default=0),
+        step=step,
         total_steps=_whole(record.get("total_steps")),
-        seconds=number_of(result.get("seconds")) or (moments.seconds[-1] if moments.seconds else 0.0),
+        seconds=number_of(result.get("seconds"))
+        or (moments.seconds[-1] if moments.seconds else 0.0) + (_since_the_last_line(folder) if step > told else 0.0),
         result=result,
         settings=settings,
         changed=_changed(record, settings),
@@ -117,6 +121,14 @@ def _each_step(folder: Path) -> StepFigures | None:
         return read_steps(folder)
     except UsageError:
         return None
+
+
+def _since_the_last_line(folder: Path) -> float:
+    """Seconds between the last line of metrics.jsonl and the last step, of which there is none yet."""
+    try:
+        return max(0.0, (folder / STEPS).stat().st_mtime - (folder / "metrics.jsonl").stat().st_mtime)
+    except OSError:
+        return 0.0
 
 
 def _skipped(path: Path) -> Skipped:

@@ -124,9 +124,9 @@ class RunReport:
         status: ``running``; ``finished``; ``failed``, with the ``error``; ``interrupted``; or ``died``: it says that it
             runs, and no process does.
         started: Date and time, ISO 8601.
-        step: The last step that is written down.
+        step: The last step that is written down, whether it was logged or not.
         total_steps: Where it ends, if nothing ends it earlier.
-        seconds: Of the whole run where it has finished, else those of the training.
+        seconds: Of the whole run where it has finished, else those of the training, up to ``step``.
         result: What :class:`sft.Summary` says, once it has finished; empty before.
         settings: All of them, by name.
         changed: Those that are not what they are by default, each with its default (None too where a run of an earlier
@@ -179,3 +179,10 @@ class RunReport:
     def curve(self, chart: str, name: str) -> Curve | None:
         """One of the curves; None where the run has no such figure."""
         return next((one for one in self.curves if (one.chart, one.name) == (chart, name)), None)
+
+    @property
+    def latest_loss(self) -> Curve | None:
+        """The curve of the training's loss that has come furthest: that of the logged lines; or that of each step,
+        where steps have come since the last line."""
+        found = (self.curve("loss", "train"), self.curve("loss", "each step"))
+        return max((one for one in found if one is not None), key=lambda one: one.steps[-1], default=None)

@@ -19,7 +19,8 @@ _PLACES = ("output_dir", "run_name", "overwrite_output_dir", "resume_from_checkp
 def sentence(run: RunReport) -> str:
     """How far the run has come, in a clause."""
     of = f" of {run.total_steps:,}" if run.total_steps and run.total_steps != run.step else ""
-    epochs = f" ({run.moments.epochs[-1]:.2f} epochs)" if run.moments.epochs else ""
+    at = run.moments
+    epochs = f" ({at.epochs[-1]:.2f} epochs)" if at.epochs and at.steps[-1] == run.step else ""
     gone = "; its process is gone, and said nothing" if run.status == "died" else ""
     return f"after step {run.step:,}{of}{epochs}, in {duration(run.seconds)}{gone}"
 
@@ -27,8 +28,7 @@ def sentence(run: RunReport) -> str:
 def figures(run: RunReport) -> list[tuple[str, str, str]]:
     """What one looks at first: what it is, its value, and what it was before."""
     found = []
-    for name, label in (("train", "train loss"), ("dev", "dev loss")):
-        curve = run.curve("loss", name)
+    for curve, label in ((run.latest_loss, "train loss"), (run.curve("loss", "dev"), "dev loss")):
         if curve is not None:
             found.append((label, *_last(curve, "{:.4f}")))
     accuracy = run.curve("accuracy", "dev")
@@ -74,7 +74,7 @@ def of_skipped(one: Mapping[str, Any]) -> str:
 
 def machine(run: RunReport) -> list[Fact]:
     """What it ran on, and with."""
-    said = [(name.replace("_", " "), [value(one)]) for name, one in run.machine.items()]
+    said = [(name.replace("_", " "), [value(one).removeprefix(f"{name}: ")]) for name, one in run.machine.items()]
     precision = [f"{name} {one}" for name, one in run.precision.items()]
     commits = [f"{what}: {one}" for what, one in run.hub.items()]
     return [*said, *([("precision", precision)] if precision else []), *([("hub commits", commits)] if commits else [])]

@@ -34,6 +34,9 @@ _SENT = (
 ).split()
 """What of a :class:`sft.RunReport` the page shows."""
 
+_GROW = ("metrics.jsonl", "steps.bin")
+"""Files of a run that tell how far it is."""
+
 _READS = itertools.count(1)
 
 
@@ -95,8 +98,8 @@ class Watched:
         return seconds_left(self.report, _age(self.folder))
 
     def _changes(self) -> Any:
-        """What changes with the run: lines of metrics.jsonl, and files that come and go."""
-        return tuple(_state_of(self.folder / name) for name in ("", "metrics.jsonl", "run.json"))
+        """What changes with the run: its steps, lines of metrics.jsonl, and files that come and go."""
+        return tuple(_state_of(self.folder / name) for name in ("", *_GROW, "run.json"))
 
 
 @dataclass
@@ -159,7 +162,7 @@ def _line(run: Watched) -> dict[str, Any]:
     report = run.report
     if report is None:
         return {"status": run.status}
-    loss = report.curve("loss", "train")
+    loss = report.latest_loss
     return {
         "name": report.name,
         "status": run.status,
@@ -171,8 +174,8 @@ def _line(run: Watched) -> dict[str, Any]:
 
 
 def seconds_left(report: sft.RunReport, age: float) -> float | None:
-    """Seconds until the last step, ``age`` seconds after the last line: by the speed of the last lines, evaluations
-    between them included. None where that is not known."""
+    """Seconds until the last step, ``age`` seconds after the last one that was made: by the speed of the last lines,
+    evaluations between them included, and of the steps since. None where that is not known."""
     at = report.moments
     if report.total_steps is None or not at.steps:
         return None
@@ -182,7 +185,9 @@ def seconds_left(report: sft.RunReport, age: float) -> float | None:
         steps, seconds = at.steps[-1], at.seconds[-1]
     measured = [one for one in report.evaluations if at.steps[first] < one["step"] <= at.steps[-1]]
     seconds += sum(one["eval_seconds"] for one in measured if isinstance(one.get("eval_seconds"), float))
-    return max(0.0, seconds / steps * (report.total_steps - at.steps[-1]) - age)
+    steps += report.step - max([at.steps[-1], *(one["step"] for one in report.evaluations)])
+    seconds += max(0.0, report.seconds - at.seconds[-1])
+    return max(0.0, seconds / steps * (report.total_steps - report.step) - age)
 
 
 def memory_of(holder: sft.Holder | None) -> int | None:
@@ -224,11 +229,9 @@ def _log_state(folder: Path) -> str:
 
 
 def _age(folder: Path) -> float:
-    """Seconds since the last line of metrics.jsonl."""
-    try:
-        return max(0.0, time.time() - (folder / "metrics.jsonl").stat().st_mtime)
-    except OSError:
-        return 0.0
+    """Seconds since the last step."""
+    times = [state[2] for name in _GROW if (state := _state_of(folder / name)) is not None]
+    return max(0.0, time.time() - max(times) / 1e9) if times else 0.0
 
 
 def _state_of(path: Path) -> tuple[int, int, int] | None:

@@ -66,6 +66,7 @@ function showRuns(said) {
   of("memory").value = total ? used / total : 0;
   say(of("memory-said"), gib(used) + " of " + gib(total) + " used");
   of("no-runs").hidden = said.runs.length > 0;
+  of("no-run").textContent = said.runs.length > 0 ? "Choose a run." : "";
   if (shown.id === null && said.runs.length) choose(said.runs[0].id);
   const list = of("runs"), present = new Set(said.runs.map(run => run.id));
   for (const [id, link] of links) {
@@ -120,6 +121,7 @@ function showRun(run) {
   say(of("why"), why);
   of("why").hidden = !why;
   showOrders(run, status);
+  of("known").hidden = !report; // what stands there is another run's
   if (!report) return;
   const whole = report.total_steps || report.step || 1;
   of("progress").max = whole;
@@ -146,7 +148,9 @@ function showFacts(run, report, status) {
     const curve = report.curves.find(one => one.chart === chart && one.name === name);
     return curve ? curve.values[curve.values.length - 1] : null;
   };
-  const loss = last("loss", "train"), dev = last("loss", "dev"), speed = last("tokens_per_second", "train");
+  const furthest = ["train", "each step"].map(name => report.curves.find(one => one.chart === "loss" && one.name === name))
+    .reduce((a, b) => (!b || (a && a.steps[a.steps.length - 1] >= b.steps[b.steps.length - 1]) ? a : b));
+  const loss = furthest ? furthest.values[furthest.values.length - 1] : null, dev = last("loss", "dev"), speed = last("tokens_per_second", "train");
   const best = last("memory_mib", "train");
   const facts = [
     ["Time left", run.left === null || run.left === undefined ? "" : duration(run.left)],

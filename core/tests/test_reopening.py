@@ -64,6 +64,9 @@ def test_steps_records_and_model_are_those_of_the_run(train: Train, dataset: Pat
         steps = list(opened.steps())
         assert [step.rate for step in steps] == [record["learning_rate"] for record in records]
         assert [step.weight for step in steps] == [record["target_tokens"] for record in records]
+        clips = [min(1.0, 1.0 / record["grad_norm"]) for record in records]
+        assert [step.clip for step in steps] == pytest.approx(clips, rel=1e-12)
+        assert min(clips) < 1.0
         read = [tuple(opened.batch(number).input_ids[0].tolist()) for number in range(30)]
         assert [[read[number] for number in step.records] for step in steps] == rows
 
@@ -86,6 +89,19 @@ def test_steps_records_and_model_are_those_of_the_run(train: Train, dataset: Pat
         opened.restore(6)
         assert float(opened.loss(own)) == last != expected
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+def test_a_step_that_was_skipped_has_moved_nothing(train: Train, tmp_path: Path) -> None:
+    """By what the run wrote down of it; where it wrote nothing, every step has gone the whole way."""
+    train("out", **SETTINGS, max_grad_norm=0)
+    written = tmp_path / "out" / "steps.bin"
+    figures = np.fromfile(written, "<f8")  # two of the head, two of each step
+    figures[2 + 2 * 4 + 1] = np.inf
+    figures.tofile(written)
+    with sft.reopened(tmp_path / "out", quiet) as opened:
+        assert [step.clip for step in opened.steps()] == [1, 1, 1, 1, 0, 1, 1]
+        written.unlink()
+        assert [step.clip for step in opened.steps()] == [1] * 7
 
 
 def test_only_what_differs_from_its_default_is_given_again() -> None:

@@ -27,6 +27,7 @@ from sft.settings.again import check_data_is_there, report_of, settings_again
 from sft.settings.checks import check_plugins
 from sft.training.checkpoint_folder import Checkpoint, checkpoints, step_of, whole_checkpoint
 from sft.training.resume_checks import check_same_base
+from sft.training.steps_file import read_steps
 from sft.voice import Printer
 
 if TYPE_CHECKING:
@@ -43,12 +44,15 @@ class PastStep(NamedTuple):
         rate: Its learning rate, to be multiplied with that of each parameter group.
         weight: What its batches weigh together, by which the sum of their losses was divided: of cross-entropy its
             target tokens, each as it weighs.
+        clip: What its gradients were multiplied with so that they are no longer than ``max_grad_norm``; 0 where the
+            step was skipped, and 1 where nobody wrote down how long they were.
     """
 
     number: int
     records: tuple[int, ...]
     rate: float
     weight: float
+    clip: float = 1.0
 
 
 class Reopened:
@@ -163,11 +167,26 @@ class Reopened:
         """The steps that the run has made: up to its end, or where it has none, to its last checkpoint."""
         from sft.training.rates import make_rates
 
-        rates = make_rates(self._run, self._schedule.total_steps)
+        rates, clips = make_rates(self._run, self._schedule.total_steps), self._clips()
         objective, size = self._run.objective, self._run.settings.training.per_device_train_batch_size
         for step, batches in islice(self._schedule.batches(0, None, 0, 1, size), self._end):
             records = tuple(number for row in step.rows for number in row)
-            yield PastStep(step.number, records, rates(step.number), sum(map(objective.weight, batches)))
+            weight, clip = sum(map(objective.weight, batches)), clips.get(step.number, 1.0)
+            yield PastStep(step.number, records, rates(step.number), weight, clip)
+
+    def _clips(self) -> dict[int, float]:
+        """The :attr:`PastStep.clip` of each step whose figures were written down."""
+        from sft.training.loop import clip_factor
+
+        figures, longest = read_steps(self.folder), self._run.settings.training.max_grad_norm
+        if figures is None:
+            return {}
+        norms = zip(figures.grad_norm.tolist(), figures.known, figures.taken, strict=True)
+        return {
+            number: clip_factor(norm, longest) if taken else 0.0
+            for number, (norm, known, taken) in enumerate(norms, start=1)
+            if known
+        }
 
     @cached_property
     def _end(self) -> int:

@@ -180,6 +180,16 @@ def test_a_record_twice_in_a_step_counts_twice() -> None:
     assert found.tolist() == [[0.1, 0.2]]
 
 
+def test_a_step_counts_as_far_as_it_went() -> None:
+    """One that was clipped, one that was skipped, and one that was neither."""
+    steps = [
+        sft.PastStep(1, (0, 1), 0.5, 5.0, 0.25),
+        sft.PastStep(2, (1, 2), 0.5, 5.0, 0.0),
+        sft.PastStep(3, (0,), 0.5, 5.0),
+    ]
+    assert shares(steps, [3], 3).tolist() == [[0.125, 0.025, 0.0]]
+
+
 class Keeps(sft.AdamW):
     """Keeps no moments."""
 

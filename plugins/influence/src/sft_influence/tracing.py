@@ -1,9 +1,10 @@
 """TracInCP (arXiv 2002.08484): what the steps on a record have done to the loss of an answer, to first order.
 
 A step with learning rate η and gradients divided by the weight W of its targets changes the loss of an answer by -η/W
-∇answer · ∇record for each of its records. The gradients of a step are those of the weights before it; here they are
-those of the checkpoint nearest to it, so each step counts once, with its own rate. A score is the sum of η/W ∇answer
-· ∇record over the steps: above 0 the record has lowered the answer's loss.
+∇answer · ∇record for each of its records; where its gradients were clipped, by as much less. The gradients of a step
+are those of the weights before it; here they are those of the checkpoint nearest to it, so each step counts once, with
+its own rate. A score is the sum of η/W ∇answer · ∇record over the steps: above 0 the record has lowered the answer's
+loss.
 
 ``adam`` puts AdamW's own scale between the two, 1/(√v̂ + ε) of each value, from what the checkpoint keeps of the
 optimizer: AdamW steps along that, and not along the gradient.
@@ -39,13 +40,13 @@ class Traced:
 
 
 def shares(steps: Iterable[sft.PastStep], checkpoints: Sequence[int], count: int) -> np.ndarray:
-    """float64 [checkpoints, count]: Σ η/W over the steps that each of ``count`` records was in, at the checkpoint that
-    is nearest to each step; of two that are equally near, at the earlier one."""
+    """float64 [checkpoints, count]: Σ η/W, times what clipping left of it, over the steps that each of ``count``
+    records was in, at the checkpoint that is nearest to each step; of two that are equally near, at the earlier one."""
     found, places = np.zeros((len(checkpoints), count)), np.asarray(checkpoints, np.float64)
     for step in steps:
         nearest = int(np.abs(places - (step.number - 0.5)).argmin())  # it leads from weights before it to those after
         if step.weight:
-            np.add.at(found[nearest], list(step.records), step.rate / step.weight)
+            np.add.at(found[nearest], list(step.records), step.rate * step.clip / step.weight)
     return found
 
 

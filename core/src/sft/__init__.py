@@ -37,6 +37,7 @@ from sft.seams import (
 
 if TYPE_CHECKING:
     from sft.arrays import array_of, copy_onto
+    from sft.commands.completing import SettingsCommand
     from sft.commands.typed import collect
     from sft.context import Run, Summary
     from sft.control import Control
@@ -121,6 +122,7 @@ _LAZY = {
     "Values": "sft.models.families.values",
     "DryRun": "sft.dry_runs",
     "Settings": "sft.settings.arguments",
+    "SettingsCommand": "sft.commands.completing",
     "RunReport": "sft.run_report.value",
     "array_of": "sft.arrays",
     "chart_library": "sft.run_report.library",
@@ -214,6 +216,7 @@ __all__ = [
     "RunReport",
     "Seen",
     "Settings",
+    "SettingsCommand",
     "SftDeprecationWarning",
     "SftError",
     "SignalError",

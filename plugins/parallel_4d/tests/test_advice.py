@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 import sft
@@ -27,6 +28,29 @@ def planned(values: dict[str, Any], typed: str = "") -> int:
     done = CliRunner().invoke(command, [*line, *recompute, *typed.split()], catch_exceptions=False)
     (plan,) = (json.loads(line) for line in done.stdout.splitlines())
     return int(plan["memory"]["peak"])
+
+
+def test_shells_complete_settings_behind_sft_plan() -> None:
+    """As behind `sft run`: by name, those of an asked plugin too, what each can be, and the settings file."""
+    from sft_parallel_4d.command import command
+
+    def offered(*words: str) -> list[str]:
+        *typed, incomplete = words
+        found = ShellComplete(command, {}, "plan", "_PLAN_COMPLETE").get_completions(typed, incomplete)
+        return ["FILE" if item.type == "file" else str(item.value) for item in found]
+
+    assert offered("--device") == [
+        "--devices",
+        "--device_memory",
+        "--device-memory",
+        "--device_tflops",
+        "--device-tflops",
+        "--device",
+    ]
+    assert offered("--devices", "8", "--per_device_tr") == ["--per_device_train_batch_size"]
+    assert offered("--plugin", "parallel-4d", "--tensor_par") == ["--tensor_parallel_degree"]
+    assert offered("--bf16", "t") == ["true"]
+    assert offered("sett") == ["FILE"]
 
 
 @pytest.fixture

@@ -20,7 +20,14 @@ from sft.settings.words import with_words
 
 
 class SettingsCommand(click.Command):
-    """A command that takes the settings of a run as ``--name value`` behind its own options."""
+    """A click command that takes the settings of a run, in an argument of any number of words (``nargs=-1``, unknown
+    options ignored), for :func:`sft.collect`. Shells complete them as behind `sft run`: names, values, the file."""
+
+    def __init__(self, *arguments: Any, **given: Any) -> None:
+        super().__init__(*arguments, **given)
+        for one in self.params:
+            if isinstance(one, click.Argument) and one.nargs == -1:
+                one.type = _Words()
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
         found = super().shell_complete(ctx, incomplete)
@@ -37,17 +44,20 @@ class SettingsCommand(click.Command):
 _PLUGIN = Option("plugin", str, None, "switch a plugin on (no:NAME: off)")
 
 
-def complete_value(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-    """Completes what stands behind the name of a setting; and where no name stands before it, the settings file."""
-    typed = _typed(context)
-    name = typed[-1] if typed else ""
-    if not name.startswith("--") or "=" in name:
-        return [CompletionItem(incomplete, type="file")]
-    name = name[2:].replace("-", "_")
-    if name == "plugin":
-        return complete_plugin(context, parameter, incomplete)
-    option = _declared(typed[:-1]).get(name)
-    return [] if option is None else values_of(option, incomplete)
+class _Words(click.types.UnprocessedParamType):
+    """Settings as they were typed."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+        """What stands behind the name of a setting; and where no name stands before it, the settings file."""
+        typed = _typed(ctx)
+        name = typed[-1] if typed else ""
+        if not name.startswith("--") or "=" in name:
+            return [CompletionItem(incomplete, type="file")]
+        name = name[2:].replace("-", "_")
+        if name == "plugin":
+            return complete_plugin(ctx, param, incomplete)
+        option = _declared(typed[:-1]).get(name)
+        return [] if option is None else values_of(option, incomplete)
 
 
 def values_of(option: Option, incomplete: str) -> list[CompletionItem[str]]:

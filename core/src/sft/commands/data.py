@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from sft.commands.completing import SettingsCommand, complete_value
+from sft.commands.completing import SettingsCommand
 from sft.commands.shared import page_option, put_page, say
 from sft.commands.typed import collect
 from sft.errors import UsageError
@@ -22,9 +22,7 @@ _IN_TERMINAL, _FOUND, _IN_PAGE = 1, 10, 100
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]},
     options_metavar="[--name value ...]",
 )
-@click.argument(
-    "arguments", nargs=-1, type=click.UNPROCESSED, metavar="[SETTINGS.yaml|.json|.toml]", shell_complete=complete_value
-)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[SETTINGS.yaml|.json|.toml]")
 @click.option(
     "--show",
     metavar="N",

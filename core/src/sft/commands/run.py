@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from sft.commands.completing import SettingsCommand, complete_value
+from sft.commands.completing import SettingsCommand
 from sft.commands.failures import following
 from sft.commands.shared import option_row
 from sft.commands.typed import collect, requested
@@ -29,7 +29,7 @@ PRINTS = ("--print_settings", "--print-settings")
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, shell_complete=complete_value)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(arguments: tuple[str, ...]) -> None:
     """Fine-tune a model."""
     wants_help = any(argument in ("--help", "-h") for argument in arguments)

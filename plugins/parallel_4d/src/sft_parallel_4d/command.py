@@ -26,7 +26,11 @@ def _names(name: str, parameter: str | None = None) -> tuple[str, ...]:
     return (f"--{name}", f"--{name.replace('_', '-')}", parameter or name)
 
 
-@click.command(name="plan", context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]})
+@click.command(
+    name="plan",
+    cls=sft.SettingsCommand,
+    context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]},
+)
 @click.option("--devices", type=DEGREE, required=True, help="How many devices there are.")
 @click.option(*_names("device_memory"), required=True, help="The memory of one, such as 80GiB.")
 @click.option(*_names("rows_per_step"), type=DEGREE, help="Rows of an optimizer step over all devices.  [default: "

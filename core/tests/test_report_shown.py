@@ -104,8 +104,10 @@ def test_a_run_that_has_failed_says_so_on_its_page(train: Train, tmp_path: Path)
             raise sft.SftError("the cause")
 
     bad = toy("bad", sft_evaluated=fails)
+    said: list[str] = []
     with pytest.raises(sft.SftError, match="the cause"):
-        train("out", (bad,), max_steps=2, evaluation_strategy="steps", eval_steps=1)
+        train("out", (bad,), say=said.append, max_steps=2, evaluation_strategy="steps", eval_steps=1)
+    assert said[-1] == f"report: {tmp_path / 'out' / 'report.html'}"
     run = sft.read_run(tmp_path / "out")
     assert (run.status, run.error, run.step, run.total_steps) == ("failed", "the cause", 1, 2)
     found = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
@@ -148,6 +150,9 @@ def test_a_page_takes_no_other_files_place(tmp_path: Path) -> None:
         assert CliRunner().invoke(cli, ["report", str(folder)]).exit_code == 0
     printed = CliRunner().invoke(cli, ["report", str(folder), "--json"]).stdout
     assert json.loads(printed) == json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    both = CliRunner().invoke(cli, ["report", str(folder), "--json", "--html", str(tmp_path / "both.html")])
+    assert both.stdout == printed
+    assert (tmp_path / "both.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_the_chart_library_is_uplot_as_it_was_published() -> None:

@@ -22,7 +22,7 @@ from sft.small_files import check_path
     shell_complete=complete_path,
     help="Where the page goes, with its JSON beside it.  [default: report.html in the run's folder, of several here]",
 )
-@click.option("--json", "as_lines", is_flag=True, help="Print one line of JSON on standard output, and write nothing.")
+@click.option("--json", "as_lines", is_flag=True, help="Print one line of JSON on standard output, and nothing else.")
 def command(runs: tuple[str, ...], html: str | None, as_lines: bool) -> None:
     """Show a run as a page: its curves, its answers, how its rows were filled, what was skipped, its settings.
 
@@ -39,9 +39,9 @@ def command(runs: tuple[str, ...], html: str | None, as_lines: bool) -> None:
     folders = [Path(run).expanduser() for run in runs]
     place = Path(html).expanduser() if html is not None else (folders[0] / PAGE if len(folders) == 1 else Path(PAGE))
     found = apart([read_run(folder) for folder in folders])
+    if html is not None or not as_lines:
+        check(place)
+        write(place, found)
+        say(f"written to {place}")
     if as_lines:
         click.echo(json.dumps(as_json(found), allow_nan=False))
-        return
-    check(place)
-    write(place, found)
-    say(f"written to {place}")

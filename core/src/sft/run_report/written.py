@@ -28,6 +28,8 @@ def leave_report(run: CoreRun) -> None:
     place = run.output_dir / PAGE
     try:
         write(place, [read_run(run.output_dir)])
+        if not run.finished:  # what says that a run has finished says where its report is, too
+            run.say(f"report: {place}")
     except Exception as error:
         for path in (place, beside(place)):
             with contextlib.suppress(OSError):

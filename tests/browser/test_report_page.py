@@ -125,6 +125,27 @@ def _exponent(value: float) -> str:
     return re.sub(r"e([+-])0", r"e\1", f"{value:.2e}") if value else "0"
 
 
+def test_a_curve_has_the_same_colour_in_each_chart(browser: Browser, runs: list[Path], tmp_path: Path) -> None:
+    """Also where a chart lacks the curves that stand before it in others."""
+    folder = Path(shutil.copytree(runs[0], tmp_path / "seldom"))
+    metrics = folder / "metrics.jsonl"
+    logged = [
+        line for line in metrics.read_text().splitlines() if "eval_loss" in line or json.loads(line)["step"] % 4 == 0
+    ]
+    metrics.write_text("\n".join(logged) + "\n")
+    assert CliRunner().invoke(cli, ["report", str(folder)]).exit_code == 0
+    browser.open(folder / "report.html")
+    found: dict[str, set[str]] = {}
+    for name, colour in browser.evaluate(
+        "return [...document.querySelectorAll('.legend button')].map(one =>"
+        "[one.textContent, one.querySelector('line').getAttribute('stroke')])"
+    ):
+        found.setdefault(name, set()).add(colour)
+    assert set(found) == {"train", "dev", "each step"}
+    assert [len(colours) for colours in found.values()] == [1, 1, 1]
+    assert len(set.union(*found.values())) == 3
+
+
 def test_a_name_in_a_legend_hides_its_curve(browser: Browser, runs: list[Path]) -> None:
     browser.open(runs[0] / "report.html")
     before = browser.colours()["loss"]

@@ -21,7 +21,7 @@ _STYLE = (
     """
 article { border: 1px solid var(--line); border-radius: .4rem; margin: 1rem 0; padding: .6rem 1rem }
 h3 { font-size: .9rem; margin: 0 0 .5rem; color: var(--soft); font-weight: 600; overflow-wrap: anywhere }
-.given { color: var(--soft) } .learned { border-bottom: 1px dotted var(--soft) } .scale span { padding: 0 .4rem }
+.given { color: var(--soft) } .learned { border-bottom: 1px dotted var(--soft) } .scale .shade { padding: 0 .4rem }
 """
     + "".join(f".s{n} {{ background: rgb(214 69 36 / {n / _SHADES * 0.62:.2f}) }}\n" for n in range(1, _SHADES + 1))
     + "@media print { * { print-color-adjust: exact } }\n"
@@ -34,10 +34,7 @@ def page_of_replay(replay: Replay) -> str:
     writer = _writer(replay)
     for step in replay.steps:
         body += [f"<h2>{text(words.heading(step))}</h2>", table((label, [said]) for label, said in words.figures(step))]
-        body += [
-            _article(f"loss {words.number(one.loss)}, {words.of_record(one)}", one, step, writer)
-            for one in step.by_loss
-        ]
+        body += [_article(f"loss {words.number(one.loss)}", one, step, writer) for one in step.by_loss]
     return document("sft replay", f"sft replay {replay.folder}", body, style=_STYLE)
 
 
@@ -48,7 +45,12 @@ def page_of_blame(blame: Blame) -> str:
     writer = _writer(blame.replay)
     for one in blame.blamed:
         body.append(f"<h2>{text(words.stands_out(one.spike))}</h2>")
-        body += [_article(words.of_suspect(each), each.record, one.step, writer) for each in one.suspects]
+        body += [
+            _article(
+                f"{each.share:.0%} of the spike, loss {words.number(each.record.loss)}", each.record, one.step, writer
+            )
+            for each in one.suspects
+        ]
     return document("sft blame", f"sft blame {blame.replay.folder}", body, style=_STYLE)
 
 
@@ -62,14 +64,15 @@ def _notes(replay: Replay) -> list[str]:
 
 
 def _legend() -> str:
-    shades = "".join(f'<span class="s{at}">{bound:g}</span>' for at, bound in enumerate(BOUNDS, start=1))
+    shades = "".join(f'<span class="shade s{at}">{bound:g}</span>' for at, bound in enumerate(BOUNDS, start=1))
     return (
         f'<p class="scale">Learned tokens are <span class="learned">underlined</span> and coloured by their loss, in '
         f'nats from: {shades} The rest is <span class="given">what the model only reads</span>.</p>'
     )
 
 
-def _article(heading: str, record: ReplayedRecord, step: ReplayedStep, writer: Writer) -> str:
+def _article(cost: str, record: ReplayedRecord, step: ReplayedStep, writer: Writer) -> str:
+    heading = f"{record.place}: {cost}, {words.learned(record)}"
     row = step.rows[record.span.row]
     documents = "".join(f"<pre>{''.join(_tokens(row, *each, writer))}</pre>" for each in _documents(row, record))
     return f"<article><h3>{text(heading)}</h3>{documents}</article>"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from sft.foreign_text import shown
-from sft.replay.blame import Blame, Suspect
+from sft.replay.blame import Blame
 from sft.replay.spikes import AROUND, LEAST, Spike
 from sft.replay.value import Replay, ReplayedRecord, ReplayedStep, is_same
 
@@ -27,7 +27,8 @@ def of_blame(blame: Blame) -> Iterator[str]:
     for one in blame.blamed:
         yield stands_out(one.spike)
         for each in one.suspects:
-            yield f"  {each.share:>5.0%}  loss {number(each.record.loss):>8}  {of_record(each.record)}"
+            loss, place = number(each.record.loss), shown(each.record.place)
+            yield f"  {each.share:>5.0%}  loss {loss:>8}  {learned(each.record)}  {place}"
         if one.step.is_same is False:
             these = "; ".join(f"{label} {said}" for label, _, said in compared(one.step))
             yield f"  note: computed again, {these}"
@@ -85,12 +86,8 @@ def number(loss: float | None) -> str:
     return "-" if loss is None else f"{loss:.4f}"
 
 
-def of_record(record: ReplayedRecord) -> str:
-    return f"{record.targets:,} of {record.tokens:,} tokens learned  {shown(record.place)}"
-
-
-def of_suspect(each: Suspect) -> str:
-    return f"{each.share:.0%} of the spike: loss {number(each.record.loss)}, {of_record(each.record)}"
+def learned(record: ReplayedRecord) -> str:
+    return f"{record.targets:,} of {record.tokens:,} tokens learned"
 
 
 def stands_out(spike: Spike) -> str:
@@ -126,5 +123,6 @@ def summary(blame: Blame) -> str:
     """How many spikes, and at what price; what the numbers in parentheses are."""
     if not blame.blamed:
         return f"no spike in {blame.steps:,} steps: none is {LEAST:g} robust standard deviations from those around it"
-    spikes = f"{len(blame.blamed)} of {blame.steps:,} steps stand out by {LEAST:g} robust standard deviations or more"
-    return f"{spikes} (in parentheses) from the {2 * AROUND} around them; {computed(blame.replay)}"
+    count = len(blame.blamed)
+    spikes = f"{count} of {blame.steps:,} steps stand{'s' * (count == 1)} out by {LEAST:g} robust standard deviations"
+    return f"{spikes} or more (in parentheses) from the {2 * AROUND} around them; {computed(blame.replay)}"

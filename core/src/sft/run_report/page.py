@@ -132,7 +132,7 @@ def _answers(runs: Sequence[RunReport]) -> Iterator[str]:
                 label = when if len(runs) == 1 else f"{run.name}: {when}"
                 told = f'<dt>{text(label)}</dt><dd class="{given.when}">{text(given.text)}</dd>'
                 (on_the_way if given.when == "during" else rows).append(told)
-        said = f"{len(on_the_way)} answers on the way"
+        said = f"{len(on_the_way)} answer{'s' * (len(on_the_way) != 1)} on the way"
         folded = f"<details><summary>{said}</summary><dl>{''.join(on_the_way)}</dl></details>" if on_the_way else ""
         yield f"<article><h3>{text(prompt)}</h3><dl>{''.join(rows)}</dl>{folded}</article>"
     yield "</div>"

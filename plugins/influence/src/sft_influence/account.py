@@ -137,10 +137,16 @@ def _say_cost(
     of = f" of {records[1]:,}" if records[0] < records[1] else ""
     size = 4 * trained * (answers + 1) / 2**20
     opened.run.say(
-        f"tracing {answers:,} answer{'s' * (answers > 1)} to {records[0]:,}{of} records at the checkpoint"
-        f"{'s' * (len(checkpoints) > 1)} of step {', '.join(map(str, checkpoints))}: {passes:,} passes of one record "
-        f"forward and backward; the gradients of {trained:,} trained values take {size:,.1f} MiB"
+        f"tracing {answers:,} answer{'s' * (answers > 1)} to {records[0]:,}{of} records at the "
+        f"{named_checkpoints(checkpoints)}: {passes:,} passes of one record forward and backward; the gradients of "
+        f"{trained:,} trained values take {size:,.1f} MiB"
     )
+
+
+def named_checkpoints(steps: Sequence[int]) -> str:
+    """The checkpoints of these steps, in words."""
+    more = "s" * (len(steps) > 1)
+    return f"checkpoint{more} of step{more} {', '.join(map(str, steps))}"
 
 
 class _Parts:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from itertools import chain
 
 import sft
-from sft_influence.account import Account, Explained, Record
+from sft_influence.account import Account, Explained, Record, named_checkpoints
 
 MADE_BY = "sft why"
 _STYLE = """
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem } td:first-child { white-space: nowrap }
 td, th { padding: .2rem 1rem .2rem 0 } .text { white-space: pre-wrap; overflow-wrap: anywhere }
-@media (max-width: 40rem) { tr, td, th { display: block } tr { margin-bottom: .8rem } }
+@media (max-width: 40rem) { tr, td { display: block } tr { margin-bottom: .8rem } th { display: none } }
 """
 
 
@@ -20,8 +20,8 @@ def page(account: Account) -> str:
     """The page, as HTML."""
     few = f" of {account.of:,}" if account.records < account.of else ""
     told = (
-        f"{account.run}: {account.records:,}{few} records, {account.passes:,} passes at the checkpoints of step "
-        f"{', '.join(map(str, account.checkpoints))}, method {account.method}. A record's score is what its steps took "
+        f"{account.run}: {account.records:,}{few} records, {account.passes:,} passes at the "
+        f"{named_checkpoints(account.checkpoints)}, method {account.method}. A record's score is what its steps took "
         "off the loss of the answer, to first order: above 0 it helped, below 0 it harmed."
     )
     sections = chain.from_iterable(_answer(account, one) for one in account.answers)

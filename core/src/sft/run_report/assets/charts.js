@@ -20,6 +20,7 @@ const sftCharts = place => {
     dark: ["#6cb2f7", "#f3965c", "#52c79b", "#c39af0", "#ff8a80", "#58c4d6", "#dcb545", "#aab4bf"],
   };
   const DASHES = [[], [7, 4], [2, 3], [10, 3, 2, 3]];
+  const NAMES = ["train", "dev", "each step"]; // have the same colours in each chart
   const AXES = { steps: "step", epochs: "epoch", tokens: "tokens", seconds: "time" };
   const POINTS = 40; // a curve of fewer points shows them
   const state = { axis: "steps", log: false, smooth: 0, range: null, full: [0, 1], off: new Set(), runs: [], paper: false };
@@ -155,10 +156,11 @@ const sftCharts = place => {
     const names = [...new Set(of.flatMap(curves => curves.map(curve => curve.name)))];
     const alone = state.runs.length === 1;
     return of.flatMap((curves, number) => curves.map(curve => {
-      const name = names.indexOf(curve.name);
+      const name = names.indexOf(curve.name), shared = NAMES.indexOf(curve.name);
+      const hue = shared >= 0 ? shared : NAMES.length + names.filter(one => !NAMES.includes(one)).indexOf(curve.name);
       const label = alone ? curve.name : names.length === 1 ? state.runs[number].name : `${state.runs[number].name}: ${curve.name}`;
       return {
-        key: `${chart} ${label}`, label, faint: curve.name === "each step", colour: alone ? name : number, dash: alone ? [] : DASHES[name % DASHES.length],
+        key: `${chart} ${label}`, label, faint: curve.name === "each step", colour: alone ? hue : number, dash: alone ? [] : DASHES[name % DASHES.length],
         xs: placed(state.runs[number], curve.steps), ys: curve.values,
       };
     }));

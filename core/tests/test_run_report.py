@@ -199,7 +199,7 @@ def test_a_run_in_its_folder_is_running(train: Train, tmp_path: Path) -> None:
     found: list[sft.RunReport] = []
     looks = toy("looks", sft_step_ended=lambda self, run: found.append(sft.read_run(run.output_dir)))
     train("out", (looks,), max_steps=2, logging_steps=1)
-    assert [(one.status, one.step, one.total_steps) for one in found] == [("running", 0, 2), ("running", 1, 2)]
+    assert [(one.status, one.step, one.total_steps) for one in found] == [("running", 1, 2), ("running", 2, 2)]
 
 
 def test_a_run_that_was_killed_has_died(tmp_path: Path) -> None:

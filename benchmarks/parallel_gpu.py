@@ -44,6 +44,7 @@ def plans(gpus: int) -> dict[str, tuple[int, dict[str, Any]]]:
         found[f"tp{degree} {name}".strip()] = (left, tensor)
         found[f"tp{degree}+sequence {name}".strip()] = (left, {**tensor, "sequence_parallel": True})
         found[f"pp{degree} {name}".strip()] = (left, pipeline)
+        found[f"pp{degree}x2 {name}".strip()] = (left, {**pipeline, "virtual_pp_degree": 2})
         if left > 1:
             found[f"tp{degree} x stage1x{left}"] = (left, {**tensor, "sharding": "stage1"})
             found[f"pp{degree} x stage1x{left}"] = (left, {**pipeline, "sharding": "stage1"})

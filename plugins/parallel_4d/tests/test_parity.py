@@ -46,7 +46,7 @@ def check(trainings: Trainings, plan: str, **settings: Any) -> None:
 @pytest.mark.parametrize(
     ("plan", "what", "layout"),
     [
-        *crossed(["stage2", "pp2"], "full", "padded"),
+        *crossed(["stage2", "pp2-virtual"], "full", "padded"),
         *crossed(
             [
                 "tp2-sequence",
@@ -58,6 +58,7 @@ def check(trainings: Trainings, plan: str, **settings: Any) -> None:
                 "stage2-offload",
                 "tp2-dp2",
                 "tp2-stage1",
+                "pp2",
                 "pp2-dp2",
                 "pp4",
                 "dp2-stage1",
@@ -72,7 +73,7 @@ def check(trainings: Trainings, plan: str, **settings: Any) -> None:
             ["tp2-pp2", "dp2", "pp2", "stage1", "stage2", "tp2", "tp2-dp2", "tp2-stage1"], "lora", "packed", slow=True
         ),
         *crossed(["tp2-sequence", "pp2", "pp2-virtual"], "full", "packed", slow=True),
-        *crossed(["pp2-virtual", "pp2-virtual-dp2"], "full", "padded", slow=True),
+        *crossed(["pp2-virtual-dp2"], "full", "padded", slow=True),
         *crossed(["pp2-virtual", "tp2-sequence-pp2-virtual"], "lora", "packed", slow=True),
         *crossed(["stage3", "tp2"], "lora", "padded", slow=True),
     ],

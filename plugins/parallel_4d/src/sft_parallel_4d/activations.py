@@ -158,11 +158,10 @@ def backward_extra(outline: Outline, shape: Shape, precision: Precision) -> int:
     return round(max(shape.tokens * precision.products / 8 * mlp, attention))
 
 
-def at_borders(outline: Outline, shape: Shape, precision: Precision, recompute: bool, first: bool, last: bool) -> int:
+def at_border(outline: Outline, shape: Shape, precision: Precision, recompute: bool, first: bool) -> int:
     """What a pipeline stage keeps of a micro-batch beside its blocks: what it has received, until its gradient is sent
-    back (recomputation keeps that anyway), and what it has sent."""
-    ends = (not first and not recompute) + (not last)
-    return ends * boundary(outline, shape, precision)
+    back (recomputation keeps that anyway). What it has sent is gone."""
+    return 0 if first or recompute else boundary(outline, shape, precision)
 
 
 def norm_kept(outline: Outline, shape: Shape) -> int:

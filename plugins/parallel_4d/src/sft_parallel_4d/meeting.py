@@ -34,7 +34,7 @@ def _same(x: Any) -> Any:
 class BlockMeeting(Meeting):
     """Attention and MLP are computed in parts; with ``sequence``, what lies between them too, while it is ``active``
     (in training and evaluation; answers come token by token). ``first``, ``last``: whether the model's first, its last
-    block is here."""
+    block is among those that compute."""
 
     def __init__(self, axis: Axis, sequence: bool) -> None:
         self._axis, self.sequence = axis, sequence

@@ -114,7 +114,7 @@ class Calculator:
         flying = min(plan.pipeline - number, plan.accumulation)
         kept, block = self._kept(stage.blocks, shape, plan.recompute)
         reading = activations.reading_kept(outline, shape)
-        kept += activations.at_borders(outline, shape, precision, plan.recompute, stage.first, stage.last)
+        kept += activations.at_border(outline, shape, precision, plan.recompute, stage.first)
         extra = activations.backward_extra(outline, shape, precision)
         attending = activations.attending(outline, shape, precision)
         upstream = activations.boundary(outline, shape, precision)

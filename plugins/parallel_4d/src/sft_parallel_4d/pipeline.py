@@ -17,6 +17,7 @@ import paddle
 from sft import Batch
 from sft.parallel import mark_stage, stage_of
 from sft_parallel_4d.fleet import Schedule
+from sft_parallel_4d.meeting import BlockMeeting
 from sft_parallel_4d.model_size import cut
 from sft_parallel_4d.topology import Axis
 
@@ -70,8 +71,8 @@ class Pipeline:
         backbone = model.model
         return zip(backbone.layers, self._stages, strict=True)
 
-    def leave_out(self, model: Any) -> None:
-        """Take the layers of other stages out of ``model``."""
+    def leave_out(self, model: Any, meeting: BlockMeeting | None) -> None:
+        """Take the layers of other stages out of ``model``, whose blocks meet at ``meeting`` if they are divided."""
         backbone = model.model
         for number, stage in enumerate(self._stages):
             if stage != self._axis.rank:
@@ -81,7 +82,7 @@ class Pipeline:
         if not self.last:
             backbone.norm = paddle.nn.Identity()
             del model._sub_layers["lm_head"]
-        self._model = model
+        self._model, self._meeting = model, meeting
         own = backbone.layers._sub_layers
         self._no_norm = paddle.nn.Identity()
         self._runs = [paddle.nn.LayerList() for _ in range(self._chunks)]
@@ -95,6 +96,8 @@ class Pipeline:
         blocks, norm = backbone.layers, backbone.norm
         self.first, self.last = first and chunk == 0, last and chunk == self._chunks - 1
         backbone.layers = self._runs[chunk]
+        if self._meeting is not None:
+            self._meeting.first, self._meeting.last = self.first, self.last
         if last and not self.last:
             backbone.norm = self._no_norm
         try:

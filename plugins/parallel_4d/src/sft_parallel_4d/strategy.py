@@ -124,10 +124,9 @@ class Parallel:
         self._adapters.divide()
         self._all = list(model.named_parameters())
         if pipe is not None:
-            pipe.leave_out(model)
-        first, last = (pipe.first, pipe.last) if pipe is not None else (True, True)
+            pipe.leave_out(model, None if self._tensor is None else self._tensor.meeting)
         if self._tensor is not None:
-            self._tensor.connect(model, first, last)
+            self._tensor.connect(model)
             self._partial = self._tensor.partial(model)
         self._trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
         late, units = late_of(backbone.layers), []

@@ -87,9 +87,8 @@ class TensorParallel:
 
     # --- weights, attention and adapters are there ---
 
-    def connect(self, model: Any, first: bool, last: bool) -> None:
-        """Let blocks work together. ``first``, ``last``: whether the model's first, its last block is here."""
-        self.meeting.first, self.meeting.last = first, last
+    def connect(self, model: Any) -> None:
+        """Let blocks work together."""
         model.model.meeting = self.meeting
         for block in model.model.layers:
             block.meeting = self.meeting

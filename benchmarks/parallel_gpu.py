@@ -45,10 +45,15 @@ def plans(gpus: int) -> dict[str, tuple[int, dict[str, Any]]]:
         found[f"tp{degree}+sequence {name}".strip()] = (left, {**tensor, "sequence_parallel": True})
         found[f"pp{degree} {name}".strip()] = (left, pipeline)
         found[f"pp{degree}x2 {name}".strip()] = (left, {**pipeline, "virtual_pp_degree": 2})
+        context = {"context_parallel_degree": degree}
+        found[f"cp{degree} {name}".strip()] = (left, context)
+        found[f"cp{degree} x stage3x{left}"] = (left, {**context, "sharding": "stage3"})
         if left > 1:
             found[f"tp{degree} x stage1x{left}"] = (left, {**tensor, "sharding": "stage1"})
             found[f"pp{degree} x stage1x{left}"] = (left, {**pipeline, "sharding": "stage1"})
             found[f"tp{degree} x pp{left}"] = (1, {**tensor, "pipeline_parallel_degree": left})
+            found[f"cp{degree} x tp{left}"] = (1, {**context, "tensor_parallel_degree": left})
+            found[f"cp{degree} x pp{left}"] = (1, {**context, "pipeline_parallel_degree": left})
     return found
 
 

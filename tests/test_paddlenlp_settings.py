@@ -112,16 +112,16 @@ def test_an_active_plugin_answers_for_itself(data: Path, tmp_path: Path) -> None
 
 
 def test_the_list_stands_in_the_run(data: Path, tmp_path: Path) -> None:
-    found = run(tmp_path / "out", data, unified_checkpoint=True, sep_parallel_degree=1, save_steps=7)
+    found = run(tmp_path / "out", data, unified_checkpoint=True, expert_tensor_parallel_degree=1, save_steps=7)
     listed = found.said_of("settings without effect here")
     for part in (
         "unified_checkpoint true: checkpoints",
-        "sep_parallel_degree 1: one process",
+        "expert_tensor_parallel_degree 1: one process",
         "save_steps 7: save_str",
     ):
         assert part in listed
-    with pytest.raises(sft.UsageError, match="sep_parallel_degree 2 is not possible here: one process"):
-        run(tmp_path / "other", data, sep_parallel_degree=2)
+    with pytest.raises(sft.UsageError, match="expert_tensor_parallel_degree 2 is not possible here: one process"):
+        run(tmp_path / "other", data, expert_tensor_parallel_degree=2)
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora", "sft"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from itertools import islice, pairwise
@@ -158,6 +159,19 @@ def test_weights_travel_with_their_labels() -> None:
     assert mixed.weights.tolist() == [[0, 0, 0.5, 0, 1, 1]]
     assert (mixed.target_tokens, mixed.target_weight) == (3, 2.5)
     assert given[0][0].labels.tolist() == [-100, 7, 8]
+
+
+def test_a_batch_of_some_columns() -> None:
+    """Where processes share rows: what of them is here, and lengths of whole documents."""
+    documents = [[Example(np.arange(1, n + 1), np.arange(n)) for n in row] for row in ((3, 2), (1,))]
+    whole, columns = assemble(documents, PAD), np.array([0, 2, 4])
+    share = dataclasses.replace(
+        whole, input_ids=whole.input_ids[:, columns], labels=whole.labels[:, columns], columns=columns
+    )
+    assert (whole.tokens, whole.padding_tokens) == (6, 4)
+    assert (share.tokens, share.padding_tokens, share.target_tokens) == (4, 2, 4)
+    assert lengths_of(share).tolist() == [[3, 3, 2], [1, 1, 1]]
+    assert share.packed
 
 
 def test_python_does_not_go_through_the_records_of_a_row() -> None:

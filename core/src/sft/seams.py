@@ -37,6 +37,10 @@ class Batch:
     rows from that index on do not see the key): documents do not see each other, and each padding token is a
     document of its own. ``lengths`` are the document lengths of each row, without padding. ``weights`` are float32
     [B, S], above 0 where there is a label and 0 elsewhere, or None where every target counts 1.
+
+    Where processes share rows, each computes with a batch of the tokens that it has of them: ``columns``, int64 [S'] in
+    rising order, says which. ``input_ids``, ``labels``, ``position_ids`` and ``weights`` are then [B, S'], of these
+    tokens alone; ``startend_row_indices`` and ``lengths`` are of whole rows. None: all tokens are here.
     """
 
     input_ids: np.ndarray
@@ -45,6 +49,7 @@ class Batch:
     startend_row_indices: np.ndarray
     lengths: tuple[tuple[int, ...], ...]
     weights: np.ndarray | None = None
+    columns: np.ndarray | None = None
 
     @property
     def packed(self) -> bool:
@@ -54,7 +59,9 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Tokens without padding."""
-        return sum(sum(row) for row in self.lengths)
+        if self.columns is None:
+            return sum(sum(row) for row in self.lengths)
+        return sum(int((self.columns < sum(row)).sum()) for row in self.lengths)
 
     @property
     def padding_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,6 +89,15 @@ def test_the_size_of_packed_and_padded_rows_by_hand() -> None:
     np.testing.assert_allclose(size[0], [0.75] * 4 + [1.5] + [0] * 4, rtol=1e-6)
     np.testing.assert_allclose(size[1], [0.5] * 9, rtol=1e-6)
     np.testing.assert_allclose(size[2], [1.5 / math.sqrt(2)] * 2 + [0] * 7, rtol=1e-6)
+
+
+def test_the_size_where_processes_share_rows() -> None:
+    """Documents are as long as they are, whatever of them is here."""
+    from sft_noise_neftune.neftune import noise_size
+
+    whole, columns = batch_of([4, 1], [9], [2]), np.array([1, 4, 7])
+    share = dataclasses.replace(whole, input_ids=whole.input_ids[:, columns], columns=columns)
+    np.testing.assert_array_equal(noise_size(share, 6.0, 16), noise_size(whole, 6.0, 16)[:, columns])
 
 
 def test_trap_divided_by_the_root_of_b_times_l() -> None:

@@ -46,17 +46,23 @@ def planned(config_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.
         (8, {"sharding": "stage2", "sharding_parallel_degree": 2}, (4, 2, 2, 1, 1)),
         (8, {"sharding": "stage1 offload", "pipeline_parallel_degree": 4}, (1, 2, 1, 1, 4)),
         (8, {"sharding": "stage2", "tensor_parallel_degree": 4}, (1, 2, 2, 4, 1)),
+        (8, {"context_parallel_degree": 2}, (4, 1, 0, 1, 1, 2)),
+        (4, {"sep_parallel_degree": 4, "sharding": "stage3"}, (1, 1, 3, 1, 1, 4)),
+        (8, {"context_parallel_degree": 2, "sharding": "stage1", "tensor_parallel_degree": 2}, (1, 2, 1, 2, 1, 2)),
+        (8, {"context_parallel_degree": 4, "pipeline_parallel_degree": 2}, (1, 1, 0, 1, 2, 4)),
     ],
 )
 def test_data_parallelism_takes_what_is_left(
     planned: Planned, processes: int, settings: dict[str, Any], degrees: tuple[int, ...]
 ) -> None:
     plan = planned(processes, **settings)
-    assert (plan.data, plan.sharding, plan.stage, plan.tensor, plan.pipeline) == degrees
+    has = (plan.data, plan.sharding, plan.stage, plan.tensor, plan.pipeline, plan.context)
+    assert has == (*degrees, 1)[:6]
     assert plan.devices == processes
 
 
 TENSOR, PIPELINE, VIRTUAL = "tensor_parallel_degree", "pipeline_parallel_degree", "virtual_pp_degree"
+CONTEXT = "context_parallel_degree"
 
 
 @pytest.mark.parametrize(
@@ -75,6 +81,9 @@ TENSOR, PIPELINE, VIRTUAL = "tensor_parallel_degree", "pipeline_parallel_degree"
         (4, {}, {TENSOR: 2, "sharding": "stage3"}, "stage3 does not go with tensor parallelism; stage1 and stage2 do"),
         (4, {}, {PIPELINE: 2, "sharding": "stage2"}, "stage2 does not go with pipeline parallelism; stage1 does"),
         (4, {}, {PIPELINE: 2, "sharding": "stage3"}, "stage3 does not go with pipeline parallelism; stage1 does"),
+        (3, {}, {CONTEXT: 3}, r"context parallel degree 3 does not divide attention heads \(8\)"),
+        (8, {}, {CONTEXT: 4, TENSOR: 4}, "x context parallel degree 4 does not divide 8 processes"),
+        (16, {}, {CONTEXT: 4, TENSOR: 4}, r"degree 4 does not divide attention heads \(2 on each tensor rank\)"),
     ],
 )
 def test_impossible_degrees_are_refused_with_possible_ones(
@@ -82,11 +91,14 @@ def test_impossible_degrees_are_refused_with_possible_ones(
 ) -> None:
     with pytest.raises(sft.UsageError, match=reason) as refused:
         planned(processes, model, **settings)
-    named = re.findall(r"tensor (\d+) x pipeline (\d+)", str(refused.value).partition("degrees work")[2])
+    pattern = r"tensor (\d+) x pipeline (\d+)(?: x context (\d+))?"
+    named = re.findall(pattern, str(refused.value).partition("degrees work")[2])
     assert f"on {processes} processes" in str(refused.value)
-    assert (("1", "1") in named) != (VIRTUAL in settings)  # which one stage does not have
-    for tensor, pipeline in named:
-        planned(processes, model, **{**settings, TENSOR: int(tensor), PIPELINE: int(pipeline)})
+    assert (("1", "1", "") in named) != (VIRTUAL in settings)  # which one stage does not have
+    assert (len({context for *_, context in named}) > 1) == (CONTEXT in settings and processes > 3)
+    for tensor, pipeline, context in named:
+        degrees = {TENSOR: int(tensor), PIPELINE: int(pipeline), CONTEXT: int(context or 1)}
+        planned(processes, model, **{**settings, **degrees})
 
 
 @pytest.mark.parametrize(
@@ -102,6 +114,15 @@ def test_impossible_degrees_are_refused_with_possible_ones(
         (2, {"sequence_parallel": True}, "sequence_parallel needs tensor parallelism"),
         (2, {VIRTUAL: 2}, "virtual_pp_degree needs pipeline parallelism; set pipeline_parallel_degree"),
         (2, {"sharding": "stage3", "eval_with_do_generation": True}, "does not go with sharding stage3"),
+        (1, {CONTEXT: 4, TENSOR: 2}, "degree 1 x context parallel degree 4 needs 8 processes or a multiple of it"),
+        (
+            4,
+            {CONTEXT: 2, "sharding": "stage1", "sharding_parallel_degree": 4},
+            r"the data processes \(2\); give one of",
+        ),
+        pytest.param(
+            2, {CONTEXT: 2, "plugin": ["dpo"]}, "Plugin dpo minimises something for .* whole", marks=needs("dpo")
+        ),
         (2, {"device": "gpu:1"}, "device gpu:1 is one device, and 2 processes have one each"),
     ],
 )
@@ -130,7 +151,7 @@ def test_a_launcher_and_nproc_must_agree(planned: Planned) -> None:
     assert planned(2, nproc=2).devices == 2
 
 
-@pytest.mark.parametrize("name", [TENSOR, PIPELINE])
+@pytest.mark.parametrize("name", [TENSOR, PIPELINE, CONTEXT])
 def test_no_processes_are_not_a_degree(planned: Planned, name: str) -> None:
     with pytest.raises(sft.UsageError, match=f"{name}: expected a number of processes, or -1 for one, got 0"):
         planned(2, **{name: 0})
@@ -165,7 +186,9 @@ def test_no_processes_are_refused_whoever_asks_for_the_plugin(
         sft.run({**values, "output_dir": str(tmp_path / "out"), **settings}, say=lambda text: None)
 
 
-@pytest.mark.parametrize("settings", [{"nproc": 1, TENSOR: 1, PIPELINE: -1, "sharding_degree": "-1"}, {"nproc": None}])
+@pytest.mark.parametrize(
+    "settings", [{"nproc": 1, TENSOR: 1, PIPELINE: -1, "sharding_degree": "-1", CONTEXT: -1}, {"nproc": None}]
+)
 def test_numbers_that_divide_nothing_ask_for_nothing(settings: dict[str, Any]) -> None:
     """As PaddleNLP's files give them."""
     from sft.resolve import resolve
@@ -208,3 +231,6 @@ def test_an_optimizer_of_whole_parameters_is_refused_before_weights_are_read(pla
             planned(processes, optim="muon", **settings)
         assert planned(processes, optim="lion", **settings) is not None
     assert planned(4, optim="muon", **{PIPELINE: 2}).data == 2
+    assert planned(2, optim="muon", **{CONTEXT: 2}).context == 2
+    with pytest.raises(sft.UsageError, match="The optimizer of plugin muon steps a parameter as a whole, and shard"):
+        planned(2, optim="muon", sharding="stage1", **{CONTEXT: 2})  # pieces of those that share rows

@@ -63,7 +63,7 @@ def case(plan: str, what: str, cases: tuple[str, ...], slow: bool = False) -> An
     return pytest.param(plan, what, cases, marks=marks, id=f"{plan}-{what}-{len(cases)}")
 
 
-PLANNED = ["tp2", "tp2-sequence", "pp2", "stage3", "tp2-pp2", "tp2-stage1"]
+PLANNED = ["tp2", "tp2-sequence", "pp2", "stage3", "tp2-pp2", "tp2-stage1", "cp2", "cp2-tp2-sequence"]
 
 
 @pytest.mark.parametrize(

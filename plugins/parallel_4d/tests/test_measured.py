@@ -20,6 +20,7 @@ from sft_parallel_4d.plans import Plan
 LARGE = {"hidden_size": 128, "intermediate_size": 512, "tie_word_embeddings": True}
 """A model that outweighs what it keeps of a row of 32 tokens."""
 TENSOR, PIPELINE, SEQUENCE = {"tensor_parallel_degree": 2}, {"pipeline_parallel_degree": 2}, {"sequence_parallel": True}
+CONTEXT = {"context_parallel_degree": 2}
 LORA = {"plugin": ["lora"]}
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], Plan]] = [
     ("llama", {}, {}, Plan(data=2, accumulation=2)),
@@ -34,6 +35,14 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], Plan]] = [
     ("llama", {}, PIPELINE | {"recompute": True}, Plan(pipeline=2, accumulation=3, recompute=True)),
     ("mistral", {}, TENSOR | PIPELINE, Plan(tensor=2, pipeline=2, accumulation=2)),
     ("llama", LARGE, TENSOR | {"sharding": "stage1"}, Plan(sharding=2, stage=1, tensor=2, accumulation=2)),
+    ("llama", {}, CONTEXT, Plan(context=2, accumulation=2)),
+    ("llama", LARGE, CONTEXT | {"sharding": "stage1"}, Plan(context=2, stage=1, accumulation=2)),
+    ("llama", LARGE, CONTEXT | {"sharding": "stage3"}, Plan(context=2, stage=3, accumulation=2, recompute=False)),
+    ("mistral", {}, CONTEXT | {"recompute": True}, Plan(context=2, accumulation=2, recompute=True)),
+    ("gemma", {}, CONTEXT | TENSOR, Plan(context=2, tensor=2, accumulation=2)),
+    ("qwen2", {}, CONTEXT | TENSOR | SEQUENCE, Plan(context=2, tensor=2, sequence=True, accumulation=2)),
+    ("llama", {}, CONTEXT | PIPELINE, Plan(context=2, pipeline=2, accumulation=2)),
+    ("llama", {}, LORA | CONTEXT, Plan(context=2, accumulation=2)),
     ("olmo2", {}, TENSOR, Plan(tensor=2, accumulation=2)),
     ("phi3", {}, TENSOR | SEQUENCE | {"recompute": True}, Plan(tensor=2, sequence=True, recompute=True)),
     ("gemma3_text", {}, TENSOR | PIPELINE, Plan(tensor=2, pipeline=2, accumulation=2)),
@@ -149,7 +158,9 @@ def test_ranks_hold_need_and_send_what_is_planned(
             assert memory.peak - fixed_bytes == pytest.approx(rank["peak"] - fixed_bytes, rel=0.1)
         sent = communication.rank(calculator, plan, rank["stage"], stage)
         planned = {"data": sent.data, "sharding": sent.sharding, "tensor": sent.tensor, "pipe": sent.pipeline}
+        planned["context"] = sent.context
+        ranks_of = {"data": plan.copies, "sharding": plan.pieces}
         for axis, size in planned.items():
-            # Beside them five numbers of a step are summed over the data ranks.
-            scalars = 40 if axis in ("data", "sharding") and getattr(plan, axis) > 1 else 0
+            # Beside them five numbers of a step are summed over the data ranks, and one over those that share rows.
+            scalars = 40 if ranks_of.get(axis, 1) > 1 else 8 if axis == "context" and plan.context > 1 else 0
             assert rank["sent"].get(axis, 0) == size + scalars, axis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -32,17 +33,18 @@ def test_plans_are_all_that_keep_the_rules(outline_of: Outlines) -> None:
     for data in numbers:
         for sharding in numbers:
             for tensor in (1, 2, 4):
-                for pipeline in (1, 2, 4):
-                    if data * sharding * tensor * pipeline != 8:
+                for pipeline, context in itertools.product((1, 2, 4), (1, 2, 4, 8)):
+                    # 8 query heads.
+                    if data * sharding * tensor * pipeline * context != 8 or tensor * context > 8:
                         continue
                     for stage in (0, 1, 2, 3):
-                        legal = (stage > 0) == (sharding > 1)
+                        legal = sharding * context > 1 if stage else sharding == 1
                         legal = legal and not (stage == 3 and tensor > 1) and not (stage > 1 and pipeline > 1)
                         for sequence in (False, True):
                             if legal and (tensor > 1 or not sequence):
-                                expected.add((data, sharding, stage, tensor, pipeline, sequence))
+                                expected.add((data, sharding, stage, tensor, pipeline, sequence, context))
     found = legal_plans(outline, 8, 16, 2)
-    assert {(p.data, p.sharding, p.stage, p.tensor, p.pipeline, p.sequence) for p in found} == expected
+    assert {(p.data, p.sharding, p.stage, p.tensor, p.pipeline, p.sequence, p.context) for p in found} == expected
     assert len(found) == 2 * len(expected)
     assert all(p.devices == 8 and p.data_world * p.accumulation * 2 == 16 for p in found)
 
@@ -63,8 +65,10 @@ def test_plans_are_all_that_keep_the_rules(outline_of: Outlines) -> None:
         ("llama", {}, {"pipeline": 1, "virtual": 2}, r"2 parts a pipeline stage \(virtual_pp_degree\) need more than"),
         ("llama", {}, {"tensor": 3}, "do not divide 8 devices"),
         ("llama", {}, {"tensor": 2, "stage": 3}, "exclude each other"),
+        ("llama", {"num_attention_heads": 2, "num_key_value_heads": 2}, {"context": 4}, r"attention heads \(2\)"),
+        ("llama", {}, {"context": 4, "tensor": 4}, "do not divide 8 devices"),
+        ("llama", {}, {"context": 1, "sharding": 1, "stage": 1}, "exclude each other"),
         ("mistral", {}, {"tensor": 1, "sequence": True}, "exclude each other"),
-        ("gemma", {}, {"sharding": 1, "stage": 1}, "exclude each other"),
     ],
 )
 def test_what_is_impossible_is_refused(
@@ -76,7 +80,7 @@ def test_what_is_impossible_is_refused(
 
 def test_offload_is_for_those_who_ask(outline_of: Outlines) -> None:
     assert not any(plan.offload for plan in legal_plans(outline_of(), 4, 16, 2))
-    found = legal_plans(outline_of(), 4, 16, 2, Wanted(stage=2, offload=True, tensor=1, pipeline=1))
+    found = legal_plans(outline_of(), 4, 16, 2, Wanted(stage=2, offload=True, tensor=1, pipeline=1, context=1))
     assert {(plan.data, plan.sharding, plan.stage, plan.offload) for plan in found} == {
         (4, 1, 2, True),
         (2, 2, 2, True),
@@ -106,6 +110,13 @@ def test_volumes_by_hand(outline_of: Outlines) -> None:
     few = 3 * 4 * 2 * 64
     assert busiest(calculator, Plan(tensor=2, accumulation=3)).tensor == 3 * ((4 * 4 + 2) * hidden + few)
     assert busiest(calculator, Plan(tensor=2, recompute=True)).tensor == (4 * 6 + 2) * hidden + few
+    # Of 4 that share rows each has a quarter of 128 tokens: 8 query heads of 8, 4 key and 4 value heads, and results;
+    # three of four parts leave, in each of 4 blocks, forward and backward. Gradients are those of data ranks.
+    plan = Plan(context=4, accumulation=3)
+    assert busiest(calculator, plan).context == 3 * 4 * 2 * 3 * (32 * (64 + 32 + 32 + 64) * 4) // 4
+    assert busiest(calculator, plan).data == busiest(calculator, Plan(data=4)).data
+    # With 8 each key head is there twice.
+    assert busiest(calculator, Plan(context=8)).context == 4 * 2 * 7 * (16 * (64 + 64 + 64 + 64) * 4) // 8
     # A middle stage sends one tensor each way.
     assert busiest(calculator, Plan(pipeline=4, accumulation=3)).pipeline == 3 * 2 * hidden
 
@@ -120,7 +131,7 @@ def test_the_command(config_of: Callable[..., Path]) -> None:
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert lines[0].startswith("238,144 parameters, 238,144 train; a step of 32 rows of 64 tokens, 8 a micro-batch")
-    assert lines[2].split()[:4] == ["data", "sharding", "tensor", "pipeline"]
+    assert lines[2].split()[:5] == ["data", "sharding", "context", "tensor", "pipeline"]
     assert len(lines) == 2 + 1 + 3 + 1
 
 
@@ -136,6 +147,7 @@ def test_json_holds_all_plans_in_order(config_of: Callable[..., Path]) -> None:
     ("settings", "plans"),
     [
         ({"tensor_parallel_degree": 2, "pipeline_parallel_degree": 1}, {(2, 1, 0), (2, 1, 1), (2, 1, 2)}),
+        ({"context_parallel_degree": 4}, {(1, 1, 0), (1, 1, 1), (1, 1, 2), (1, 1, 3)}),
         ({"tensor_parallel_degree": 1, "sharding": "stage3"}, {(1, 1, 3)}),
         ({"sharding_degree": 4}, {(1, 1, 1), (1, 1, 2), (1, 1, 3)}),
         ({"sharding_parallel_degree": -1, "tensor_parallel_degree": -1, "sharding": "stage2"}, {(1, 1, 2), (2, 1, 2)}),

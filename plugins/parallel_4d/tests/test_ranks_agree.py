@@ -23,6 +23,13 @@ from sft.testing import needs, read_metrics
         pytest.param("stage3", {}, marks=pytest.mark.slow),
         pytest.param("tp2-stage2", {}, marks=pytest.mark.slow),
         pytest.param("pp2-stage1", {}, marks=pytest.mark.slow),
+        pytest.param("cp2-dp2", {}, marks=pytest.mark.slow),
+        pytest.param("cp2-dp2-stage1", {}, marks=pytest.mark.slow),
+        pytest.param(
+            "cp2-tp2",
+            {"plugin": ["lora", "neftune"], "lora_dropout": 0.2},
+            marks=[needs("lora", "neftune"), pytest.mark.slow],
+        ),
         pytest.param("tp2-dp2", {"plugin": ["lora", "neftune"], "lora_dropout": 0.2}, marks=needs("lora", "neftune")),
     ],
 )
@@ -50,7 +57,7 @@ def test_the_loss_of_peaked_logits_in_two_parts(columns: int) -> None:
 
 @needs("lora")
 @pytest.mark.parametrize(
-    "plan", ["tp2-sequence", *(pytest.param(p, marks=pytest.mark.slow) for p in ("pp2", "stage3"))]
+    "plan", ["tp2-sequence", *(pytest.param(p, marks=pytest.mark.slow) for p in ("pp2", "stage3", "cp2"))]
 )
 def test_what_was_dropped_is_dropped_again(trainings: Trainings, plan: str) -> None:
     """Each rank draws dropout of its own, so no other plan learns the same; but recomputation draws nothing new."""
@@ -101,6 +108,8 @@ def test_ranks_together_count_what_one_process_counts(
         ("tp2-sequence", DRAWN),
         *(pytest.param(plan, {}, marks=pytest.mark.slow) for plan in ("stage3", "pp2", "pp2-virtual-dp2")),
         *(pytest.param(p, DRAWN, marks=pytest.mark.slow) for p in ("pp2-virtual", "tp2-sequence-pp2-virtual", "pp4")),
+        pytest.param("cp2", DRAWN, marks=pytest.mark.slow),
+        pytest.param("cp2-pp2", {}, marks=pytest.mark.slow),
     ],
 )
 def test_answers(trainings: Trainings, plan: str, draw: dict[str, Any]) -> None:
@@ -117,7 +126,10 @@ def test_answers(trainings: Trainings, plan: str, draw: dict[str, Any]) -> None:
     ("plan", "shares"),
     [
         ("dp2", 2),
-        *(pytest.param(p, s, marks=pytest.mark.slow) for p, s in [("tp2", 1), ("tp2-dp2", 2), ("pp2-dp2", 2)]),
+        *(
+            pytest.param(p, s, marks=pytest.mark.slow)
+            for p, s in [("tp2", 1), ("tp2-dp2", 2), ("pp2-dp2", 2), ("cp2-dp2", 2)]
+        ),
     ],
 )
 def test_answers_at_evaluation_are_written_once(trainings: Trainings, plan: str, shares: int) -> None:
@@ -146,6 +158,7 @@ def test_answers_at_evaluation_are_written_once(trainings: Trainings, plan: str,
         pytest.param("tp2-dp2", [], marks=pytest.mark.slow),
         pytest.param("pp2", ["lora"], marks=needs("lora")),
         pytest.param("tp2-pp2", ["lora"], marks=[needs("lora"), pytest.mark.slow]),
+        pytest.param("cp2-dp2", ["lora"], marks=[needs("lora"), pytest.mark.slow]),
     ],
 )
 def test_one_rank_writes_and_speaks(trainings: Trainings, plan: str, plugins: list[str]) -> None:
@@ -201,6 +214,10 @@ def test_each_setting_divides_what_it_says(trainings: Trainings) -> None:
     lengths = [set(r["lengths"]) for r in held(2, 1, tensor_parallel_degree=2, sequence_parallel=True)]
     whole = {length + length % 2 for length in one["lengths"]}
     assert lengths == [{length // 2 for length in whole}] * 2
+    sharing = held(2, 1, context_parallel_degree=2)
+    assert [set(r["lengths"]) for r in sharing] == [{length // 2 for length in whole}] * 2
+    assert [r["shapes"] for r in sharing] == [one["shapes"]] * 2
+    assert [r["state"] for r in held(2, 1, context_parallel_degree=2, sharding="stage1")] == [one["state"]] * 2
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,10 @@ CHANGES = [
     pytest.param("stage1", "tp2-sequence", marks=pytest.mark.slow),
     pytest.param("tp2-pp2", "stage3", marks=pytest.mark.slow),
     pytest.param("dp2-stage1", "tp2-pp2", marks=pytest.mark.slow),
+    pytest.param("cp2", "one", marks=pytest.mark.slow),
+    pytest.param("one", "cp4", marks=pytest.mark.slow),
+    pytest.param("cp2-stage3", "cp2-tp2", marks=pytest.mark.slow),
+    pytest.param("tp2-stage1", "cp2-dp2-stage1", marks=pytest.mark.slow),
 ]
 
 

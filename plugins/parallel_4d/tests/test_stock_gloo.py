@@ -13,7 +13,7 @@ from trainings import PLANS, Trainings, assert_equal
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", ["dp2", "stage1", "stage3", "tp2-sequence", "pp2", "pp2-virtual"])
+@pytest.mark.parametrize("plan", ["dp2", "stage1", "stage3", "tp2-sequence", "pp2", "pp2-virtual", "cp2", "cp2-stage1"])
 def test_two_processes(trainings: Trainings, tmp_path: Path, plan: str) -> None:
     values = {**trainings.settings(PLANS[plan]), "nproc": 2}
     (tmp_path / "settings.json").write_text(json.dumps(values))

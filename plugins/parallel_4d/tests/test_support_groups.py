@@ -40,6 +40,7 @@ def test_collectives(plan: str) -> None:
                 **dict.fromkeys(["SUM", "calc_stream", "waited"], total),
                 **{"MAX": inputs.max(0), "MIN": inputs.min(0), "list": inputs, "tensor": inputs.reshape(-1)},
                 **dict.fromkeys(["scattered", "scattered list"], np.split(total, len(ranks))[place]),
+                "swapped": inputs.reshape(len(ranks), len(ranks), -1)[:, place].reshape(-1),
                 **{"broadcast": inputs[-1], "ring": inputs[place - 1]},
             }
             product = here.pop("PROD")

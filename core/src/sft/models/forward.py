@@ -47,7 +47,7 @@ class RowReading:
         lengths = lengths_of(batch)
         self._tables = [tables(rotary, batch.position_ids, lengths) for rotary in architecture.rotaries]
         described = batch.packed or getattr(backend, "describes_padding", False)
-        longest = int(lengths.max(initial=0))
+        longest = max(chain.from_iterable(batch.lengths), default=0)  # of whole rows, whatever is here of them
         # A window that no document fills is none.
         self._windows = [
             None if block.window is None or block.window >= longest else block.window for block in architecture.blocks
@@ -72,8 +72,9 @@ class RowReading:
 
 def lengths_of(batch: Batch) -> np.ndarray:
     """int64 [B, S]: of how many tokens the document is that each token stands in; padding stands alone."""
-    found = np.ones(batch.input_ids.shape, np.int64)
+    rows, _, length, _ = batch.startend_row_indices.shape
+    found = np.ones((rows, length), np.int64)
     each = np.fromiter(chain.from_iterable(batch.lengths), np.int64)
     tokens = np.fromiter(map(sum, batch.lengths), np.int64)
-    found[np.arange(found.shape[1]) < tokens[:, None]] = np.repeat(each, each)
-    return found
+    found[np.arange(length) < tokens[:, None]] = np.repeat(each, each)
+    return found if batch.columns is None else found[:, batch.columns]

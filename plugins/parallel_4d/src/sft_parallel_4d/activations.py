@@ -5,6 +5,7 @@ docs/plan.md has the formulas. h hidden, i inner, q = query heads x head size, k
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from sft import Architecture, Block
@@ -28,10 +29,18 @@ class Shape:
     """Positions of the micro-batch that have a label."""
     tensor: int = 1
     sequence: bool = False
+    context: int = 1
+    """Ranks that share the tokens of each row: ``length`` is that of whole rows, ``targets`` are those of a share."""
 
     @property
     def tokens(self) -> int:
-        return self.rows * self.length
+        """Those that are here."""
+        return self.rows * self.length // self.context
+
+    @property
+    def sharing_heads(self) -> int:
+        """Ranks that divide the heads while attention sees whole rows."""
+        return self.tensor * self.context
 
     @property
     def spread(self) -> int:
@@ -48,7 +57,9 @@ def block_kept(outline: Outline, number: int, shape: Shape, precision: Precision
     wide = _attention_norms_kept(outline, shape) + behind * (hidden + 1) / shape.spread
     # Linears keep their inputs, all of the sequence; q, k and v share one, gate and up the other. Rotation keeps none.
     narrow: float = 2 * hidden
-    narrow += (2 * query + 2 * key) / tensor  # attention's q, k, v, and the output, which is o_proj's input
+    narrow += (2 * query + 2 * key * copies(model, shape)) / tensor  # attention's q, k, v, and output: o_proj's input
+    if shape.context > 1:  # o_proj's input has come back from other ranks, and is another tensor
+        narrow += query / tensor
     if precision.products == 16:
         wide += model.heads / tensor  # a sum a row, of GPUs' kernels; in float32 it is computed again
     narrow += _mlp_kept(model, model.blocks[number], tensor)
@@ -109,8 +120,19 @@ def reading_kept(outline: Outline, shape: Shape) -> int:
     turning = sum(8 * shape.tokens * rotary.size for rotary in model.rotaries)
     windows = {block.window for block in model.blocks if block.window is None or block.window < length}
     rows = min(ROWS, length)
-    gathered = 8 * shape.tokens * (model.heads + model.kv_heads) // shape.tensor
+    gathered = 8 * shape.tokens * (model.heads + model.kv_heads * copies(model, shape)) // shape.tensor
     return turning + len(windows) * (gathered + 4 * rows * (length - 1 + rows))
+
+
+def copies(model: Architecture, shape: Shape) -> int:
+    """How often a key head is there while attention sees whole rows: several ranks may look at one."""
+    here = max(1, model.kv_heads // shape.tensor)
+    return math.lcm(here, shape.context) // here
+
+
+def swapped(model: Architecture, shape: Shape) -> float:
+    """Values of a token that ranks swap that share rows: queries, keys and values there, and results back."""
+    return model.head_size * (2 * model.heads + 2 * model.kv_heads * copies(model, shape)) / shape.tensor
 
 
 def boundary(outline: Outline, shape: Shape, precision: Precision) -> int:
@@ -127,7 +149,8 @@ def attending(outline: Outline, shape: Shape, precision: Precision) -> int:
     documents, rows, scores = _bucket(model, shape)
     width = 4 * _attention_norms_kept(outline, shape) + precision.products / 8 * (model.hidden + query + 2 * key)
     ordered = 4 * shape.tokens * 3 * query
-    blocks = 4 * (shape.tokens * 2 * query + documents * (shape.length * 2 * key + rows * query) + 2 * scores)
+    gathered = documents * (shape.length * 2 * key * copies(model, shape) + rows * query) / shape.context
+    blocks = 4 * (shape.tokens * 2 * query + gathered + 2 * scores)
     return round(shape.tokens * width + max(ordered, blocks))
 
 
@@ -135,7 +158,7 @@ def _bucket(model: Architecture, shape: Shape) -> tuple[int, int, float]:
     """How many rows go through attention together, in blocks of how many queries each; scores of the largest block."""
     rows = min(ROWS, shape.length)
     documents = min(shape.rows, max(1, SHARED // (rows * shape.length)))
-    return documents, rows, documents * model.heads / shape.tensor * rows * shape.length
+    return documents, rows, documents * model.heads / shape.sharing_heads * rows * shape.length
 
 
 def backward_extra(outline: Outline, shape: Shape, precision: Precision) -> int:
@@ -147,14 +170,15 @@ def backward_extra(outline: Outline, shape: Shape, precision: Precision) -> int:
     # its output and of the residual stream are there. It makes scaled queries, the output's gradient once more, and its
     # three gradients; of a bucket it holds keys and values, of a block those that it sees, their gradients, queries and
     # output, and the gradients of these; scores in two stages, or three where they are capped.
-    key = model.kv_heads * model.head_size
+    key = model.kv_heads * model.head_size * copies(model, shape)
     behind = outline.norms - (model.norms.before_attention is not None)
     freed = min(in_mlp) + model.hidden + behind * (model.hidden + 1) / shape.spread
     documents, rows, scores = _bucket(model, shape)
     attention = shape.tokens * precision.products / 8 * (query / tensor + model.hidden - freed)
     attention += 4 * shape.tokens * (3 * query + 2 * key) / tensor
     stages = 2 if model.attention_cap is None else 3
-    attention += 4 * (documents * (6 * shape.length * key + 5 * rows * query) / tensor + stages * scores)
+    gathered = documents * (6 * shape.length * key + 5 * rows * query) / shape.sharing_heads
+    attention += 4 * (gathered + stages * scores)
     return round(max(shape.tokens * precision.products / 8 * mlp, attention))
 
 

@@ -17,16 +17,15 @@ if TYPE_CHECKING:
 def check_settings(run: Run, options: ParallelOptions, world: int) -> None:
     """Refuse what the settings alone say of ``world`` processes; nothing of the model is looked at."""
     stage, _ = stage_and_offload(options.sharding)
-    for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
+    for name in ("tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree"):
         if getattr(options, name) == 0:
             raise UsageError(f"{name}: expected a number of processes, or -1 for one, got 0.")
-    tensor, pipeline = degrees(options)
-    needed = tensor * pipeline
+    tensor, pipeline, context = degrees(options)
+    needed = tensor * pipeline * context
     if world == 1 and needed > 1:
         raise UsageError(
-            f"tensor parallel degree {tensor} x pipeline parallel degree {pipeline} needs {needed} processes or a "
-            f"multiple of it, and there is 1: add --nproc {needed}, or start sft with python -m paddle.distributed."
-            "launch."
+            f"{_given(options)} needs {needed} processes or a multiple of it, and there is 1: add --nproc {needed}, or "
+            "start sft with python -m paddle.distributed.launch."
         )
     if not stage and options.sharding_parallel_degree > 1:
         raise UsageError("sharding_parallel_degree is set and sharding is not; set it to stage1, stage2 or stage3.")
@@ -41,24 +40,21 @@ def check_settings(run: Run, options: ParallelOptions, world: int) -> None:
         raise UsageError("sequence_parallel needs tensor parallelism; set tensor_parallel_degree, or leave it out.")
     if options.virtual_pp_degree > 1 and pipeline == 1:
         raise UsageError("virtual_pp_degree needs pipeline parallelism; set pipeline_parallel_degree, or leave it out.")
-    _check_run(run, stage, world)
+    _check_run(run, stage, context, world)
 
 
 def plan_for(run: Run, options: ParallelOptions, world: int) -> Plan:
     """The plan for ``world`` processes that checked settings ask for; reads or fetches the model's ``config.json``."""
-    stage, offload = stage_and_offload(options.sharding)
-    tensor, pipeline = degrees(options)
+    stage, _ = stage_and_offload(options.sharding)
+    tensor, pipeline, context = degrees(options)
     outline = model_outline(run)
 
     def refuse(why: str) -> UsageError:
-        return UsageError(f"{why}; {_instead(outline, world, stage, options.virtual_pp_degree)}")
+        return UsageError(f"{why}; {_instead(outline, world, stage, options.virtual_pp_degree, context > 1)}")
 
-    if world % (tensor * pipeline):
-        given = f"tensor parallel degree {tensor} x pipeline parallel degree {pipeline}"
-        raise refuse(f"{given} does not divide {world} processes")
-    left = world // (tensor * pipeline)
-    sharding = _sharding(options, stage, left)
-    why = refusal(outline, tensor, pipeline, options.virtual_pp_degree)
+    if world % (tensor * pipeline * context):
+        raise refuse(f"{_given(options)} does not divide {world} processes")
+    why = refusal(outline, tensor, pipeline, options.virtual_pp_degree, context)
     if why is not None:
         raise refuse(why)
     for other, allowed in (("tensor", stages_beside(tensor, 1)), ("pipeline", stages_beside(1, pipeline))):
@@ -66,21 +62,22 @@ def plan_for(run: Run, options: ParallelOptions, world: int) -> Plan:
             verb = "do" if len(allowed) > 1 else "does"
             these = " and ".join(f"stage{number}" for number in allowed)
             raise refuse(f"sharding stage{stage} does not go with {other} parallelism; {these} {verb}")
-    if tensor > 1 or (stage and (sharding > 1 or offload)):
+    plan = plan_of(run.settings, options, world)
+    if tensor > 1 or plan.stage:
         _check_optimizer(run, outline)
-    return plan_of(run.settings, options, world)
+    return plan
 
 
 def plan_of(settings: Settings, options: ParallelOptions, world: int) -> Plan:
     """The plan for ``world`` processes that settings ask for which are known to be possible."""
     stage, offload = stage_and_offload(options.sharding)
-    tensor, pipeline = degrees(options)
-    left = world // (tensor * pipeline)
+    tensor, pipeline, context = degrees(options)
+    left = world // (tensor * pipeline * context)
     sharding = _sharding(options, stage, left)
     return Plan(
         left // sharding,
         sharding,
-        stage if sharding > 1 or offload else 0,
+        stage if sharding * context > 1 or offload else 0,
         tensor,
         pipeline,
         options.sequence_parallel,
@@ -88,6 +85,7 @@ def plan_of(settings: Settings, options: ParallelOptions, world: int) -> Plan:
         settings.training.gradient_accumulation_steps,
         offload,
         options.virtual_pp_degree,
+        context=context,
     )
 
 
@@ -104,9 +102,18 @@ def _check_optimizer(run: Run, outline: Outline) -> None:
         )
 
 
-def degrees(options: ParallelOptions) -> tuple[int, int]:
-    """Processes that share each layer, and stages of layers."""
-    return max(1, options.tensor_parallel_degree), max(1, options.pipeline_parallel_degree)
+def degrees(options: ParallelOptions) -> tuple[int, int, int]:
+    """Processes that share each layer, stages of layers, and processes that share each row."""
+    found = (options.tensor_parallel_degree, options.pipeline_parallel_degree, options.context_parallel_degree)
+    tensor, pipeline, context = (max(1, degree) for degree in found)
+    return tensor, pipeline, context
+
+
+def _given(options: ParallelOptions) -> str:
+    """The degrees that are asked for, in words."""
+    tensor, pipeline, context = degrees(options)
+    more = f" x context parallel degree {context}" if context > 1 else ""
+    return f"tensor parallel degree {tensor} x pipeline parallel degree {pipeline}{more}"
 
 
 def _sharding(options: ParallelOptions, stage: int, left: int) -> int:
@@ -114,8 +121,15 @@ def _sharding(options: ParallelOptions, stage: int, left: int) -> int:
     return 1 if not stage else left if options.sharding_parallel_degree < 1 else options.sharding_parallel_degree
 
 
-def _check_run(run: Run, stage: int, world: int) -> None:
-    """What a run may ask for that needs the same number of answers in each process."""
+def _check_run(run: Run, stage: int, context: int, world: int) -> None:
+    """What a run may ask for that needs whole rows in one process, or the same number of answers in each."""
+    objective = run.plugins.provider("sft_objective")
+    if context > 1 and objective is not None:
+        raise UsageError(
+            f"Plugin {objective} minimises something for which each process needs whole records, and "
+            "context_parallel_degree divides their tokens; leave it out (tensor parallelism with sequence_parallel "
+            "needs less memory for long rows, too)."
+        )
     if stage == 3 and run.settings.data.eval_with_do_generation:
         raise UsageError("eval_with_do_generation does not go with sharding stage3; leave it out, or use stage2.")
     device = run.settings.training.device
@@ -133,13 +147,14 @@ def stage_and_offload(text: str | None) -> tuple[int, bool]:
     return (int(stages[0][-1]) if stages else 0), "offload" in words
 
 
-def _instead(outline: Outline, world: int, stage: int, virtual: int) -> str:
-    """The degrees that would be accepted, beside the sharding that is asked for."""
+def _instead(outline: Outline, world: int, stage: int, virtual: int, shares_rows: bool) -> str:
+    """The degrees that would be accepted, beside the sharding that is asked for, where rows are shared or are not."""
     beside = f" beside stage{stage}" if stage > 1 else ""
     plans = [
-        f"tensor {tensor} x pipeline {pipeline}"
-        for tensor, pipeline in possible(outline, world, virtual)
+        f"tensor {tensor} x pipeline {pipeline}" + (f" x context {context}" if context > 1 else "")
+        for tensor, pipeline, context in possible(outline, world, virtual)
         if not stage or stage in stages_beside(tensor, pipeline)
+        if shares_rows or context == 1
     ]
     more = f" and {len(plans) - 6} more" if len(plans) > 6 else ""
     these = ", ".join(plans[:6]) + more

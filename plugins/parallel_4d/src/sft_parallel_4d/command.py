@@ -51,8 +51,8 @@ def command(
     only config.json is read. Rows are taken to be full: max_length tokens, each of them a target.
 
     Only plans are shown that have what the settings give of --tensor_parallel_degree, --pipeline_parallel_degree,
-    --virtual_pp_degree, --sharding (stage2, or "stage2 offload"), --sharding_parallel_degree, --sequence_parallel and
-    --recompute; a degree of -1 leaves it open.
+    --virtual_pp_degree, --context_parallel_degree, --sharding (stage2, or "stage2 offload"),
+    --sharding_parallel_degree, --sequence_parallel and --recompute; a degree of -1 leaves it open.
     """
     paper = outline(sft.collect(list(settings)))
     for line in paper.notes:
@@ -109,6 +109,7 @@ def wanted(settings: Settings) -> Wanted:
         tensor=degree("tensor_parallel_degree"),
         pipeline=degree("pipeline_parallel_degree"),
         sharding=degree("sharding_parallel_degree"),
+        context=degree("context_parallel_degree"),
         stage=stage or None,
         sequence=options.sequence_parallel if "sequence_parallel" in given else None,
         recompute=settings.training.recompute if "recompute" in given else None,
@@ -119,17 +120,17 @@ def wanted(settings: Settings) -> Wanted:
 
 def _table(answers: list[Answer]) -> list[str]:
     offloads = any(answer.plan.offload for answer in answers)
-    head = "data sharding tensor pipeline seq recompute accumulate weights gradients optimizer activations logits"
-    rows = [[*head.split(), "peak", *(["host"] if offloads else []), "sent", "seconds", "fits"]]
+    head = "data sharding context tensor pipeline seq recompute accumulate weights gradients optimizer activations"
+    rows = [[*head.split(), "logits", "peak", *(["host"] if offloads else []), "sent", "seconds", "fits"]]
     for answer in answers:
         plan, memory = answer.plan, answer.memory
         stage = f"{plan.sharding} (stage{plan.stage})" if plan.stage else "1"
         sizes = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits, memory.peak]
         sizes += [memory.host] if offloads else []
         rows.append(
-            [str(plan.data), stage, str(plan.tensor), str(plan.pipeline), _yes(plan.sequence), _yes(plan.recompute)]
-            + [str(plan.accumulation), *map(_gib, sizes), _gib(answer.volume.total), f"{answer.seconds:.3g}"]
-            + [_yes(answer.fits)]
+            [str(plan.data), stage, *map(str, (plan.context, plan.tensor, plan.pipeline)), _yes(plan.sequence)]
+            + [_yes(plan.recompute), str(plan.accumulation), *map(_gib, sizes), _gib(answer.volume.total)]
+            + [f"{answer.seconds:.3g}", _yes(answer.fits)]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

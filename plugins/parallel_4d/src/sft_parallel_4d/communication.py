@@ -18,12 +18,13 @@ class Volume:
     sharding: int = 0
     tensor: int = 0
     pipeline: int = 0
+    context: int = 0
     host: int = 0
     """Between device and host, with offload."""
 
     @property
     def total(self) -> int:
-        return self.data + self.sharding + self.tensor + self.pipeline + self.host
+        return self.data + self.sharding + self.tensor + self.pipeline + self.context + self.host
 
 
 def busiest(calculator: Calculator, plan: Plan) -> Volume:
@@ -36,16 +37,19 @@ def rank(calculator: Calculator, plan: Plan, number: int, stage: Stage) -> Volum
     """A rank of pipeline stage ``number``; the few bytes of a step's loss and gradient norm are left out."""
     outline, precision, shape = calculator.outline, calculator.precision, calculator.shape(plan)
     size, micro = stage.size, plan.accumulation
-    data = 2 * _part(plan.data) * size.piece_gradients
+    data = 2 * _part(plan.copies) * size.piece_gradients
     neighbours = (number > 0) + (number < plan.pipeline - 1)
     pipeline = micro * neighbours * activations.boundary(outline, shape, precision)
     if plan.pipeline > 1 and outline.tied and (stage.first or stage.last) and outline.embedding.trains:
         # The two copies' gradient, or slices of it.
-        pipeline += (stage.head.gradients + stage.embedding.gradients) // plan.sharding
+        pipeline += (stage.head.gradients + stage.embedding.gradients) // plan.pieces
     values, gradients = _values(plan, stage, outline.tied), _gradients(plan, stage)
-    sharding = plan.sharding * _part(plan.sharding) * (values + gradients)
+    sharding = plan.pieces * _part(plan.pieces) * (values + gradients)
     host = values + size.piece_gradients if plan.offload else 0
-    return Volume(round(data), round(sharding), round(_tensor(calculator, plan, stage)), pipeline, host)
+    # In each block queries, keys and values go there and results come back, and the gradients of all of them.
+    swapped = activations.swapped(outline.architecture, shape) * shape.tokens * precision.products / 8
+    context = micro * len(stage.blocks) * (3 if plan.recompute else 2) * _part(plan.context) * swapped
+    return Volume(round(data), round(sharding), round(_tensor(calculator, plan, stage)), pipeline, round(context), host)
 
 
 def _gradients(plan: Plan, stage: Stage) -> int:

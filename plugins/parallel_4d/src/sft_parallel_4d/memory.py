@@ -65,15 +65,15 @@ class Calculator:
 
     def stages(self, plan: Plan) -> list[Stage]:
         """The pipeline stages of ``plan``."""
-        found: list[Stage] = self._stages(Division(plan.tensor, plan.sharding if plan.stage else 1), plan.pipeline)
+        found: list[Stage] = self._stages(Division(plan.tensor, plan.pieces), plan.pipeline)
         return found
 
     def shape(self, plan: Plan) -> Shape:
         """A micro-batch on a rank of ``plan``."""
         rows, length, targets = self._batch
-        if plan.sequence:  # rows get padding until they can be divided
-            length = -(-length // plan.tensor) * plan.tensor
-        return Shape(rows, length, targets, plan.tensor, plan.sequence)
+        parts = plan.context * (plan.tensor if plan.sequence else 1)  # rows get padding until they can be divided
+        length = -(-length // parts) * parts
+        return Shape(rows, length, -(-targets // plan.context), plan.tensor, plan.sequence, plan.context)
 
     def fullest(self, plan: Plan) -> Memory:
         """The rank of ``plan`` that needs most: all ranks of a stage need the same."""
@@ -84,21 +84,21 @@ class Calculator:
         """What a rank of ``stage`` holds whatever it computes."""
         size = stage.size
         if plan.stage == 3:
-            parameters = size.weights - size.matrices + size.vector_pieces * plan.sharding - size.vectors
+            parameters = size.weights - size.matrices + size.vector_pieces * plan.pieces - size.vectors
             pieces, gradients = size.matrix_pieces, size.piece_gradients
             largest = max(stage.largest_block, stage.embedding, stage.head, key=lambda one: one.unit_gradients)
-            passing = largest.unit_gradients * plan.sharding + size.passing
+            passing = largest.unit_gradients * plan.pieces + size.passing
             return Held(parameters, pieces, size.optimizer, gradients, passing, passing)
-        bucket = min(BUCKET, size.piece_gradients * plan.sharding)
+        bucket = min(BUCKET, size.piece_gradients * plan.pieces)
         if plan.stage:
-            parameters = size.weights - size.whole + size.pieces * plan.sharding
+            parameters = size.weights - size.whole + size.pieces * plan.pieces
             pieces = size.pieces if plan.offload else 0
             if plan.stage == 2:
-                passing = bucket + bucket // plan.sharding + size.passing
+                passing = bucket + bucket // plan.pieces + size.passing
                 return Held(parameters, pieces, size.optimizer, size.piece_gradients, passing, bucket)
-            gradients = size.piece_gradients * plan.sharding
+            gradients = size.piece_gradients * plan.pieces
             return Held(parameters, pieces, size.optimizer, gradients, size.passing, bucket)
-        if plan.data > 1:
+        if plan.copies > 1:
             return Held(size.weights, 0, size.optimizer, size.piece_gradients, size.passing, bucket)
         return Held(size.weights, 0, size.optimizer, size.gradients, size.widening)
 
@@ -108,7 +108,7 @@ class Calculator:
         held = self.held(plan, stage)
         whole_block = whole_head = whole_first = 0
         if plan.stage == 3:  # beside what computes there is what computes next, but for the end of backward
-            whole_first, head = (plan.sharding * one.matrix_pieces for one in (stage.largest_block, stage.head))
+            whole_first, head = (plan.pieces * one.matrix_pieces for one in (stage.largest_block, stage.head))
             whole_block, whole_head = min(len(stage.blocks), 2) * whole_first, head + whole_first
         # One forward, one backward: a stage works ahead as far as there are stages behind it.
         flying = min(plan.pipeline - number, plan.accumulation)

@@ -15,6 +15,9 @@ class ParallelOptions:
         1, "parts of the model that each stage has, which shortens the time in which stages wait for each other "
         "(interleaved 1F1B); 1: one run of layers", minimum=1, aliases=("virtual_pipeline_degree",)
     )  # fmt: skip
+    context_parallel_degree: int = sft.option(
+        1, "processes that share the tokens of each row; -1: one", minimum=-1, aliases=("sep_parallel_degree",)
+    )
     sharding: str | None = sft.option(
         None, "what data ranks keep in pieces: stage1 (optimizer), stage2 (gradients too) or stage3 (weights too); "
         "offload beside it: the pieces rest in the host's memory"

@@ -14,7 +14,7 @@ BUCKET = 1 << 27
 
 @dataclass(frozen=True)
 class Plan:
-    """``data`` × ``sharding`` × ``tensor`` × ``pipeline`` devices; ``stage`` is sharding's, 0 without."""
+    """``data`` × ``sharding`` × ``context`` × ``tensor`` × ``pipeline`` devices; ``stage`` is sharding's, 0 without."""
 
     data: int = 1
     sharding: int = 1
@@ -29,6 +29,8 @@ class Plan:
     """Whether what sharding keeps in pieces rests in the host's memory."""
     virtual: int = 1
     """Parts of the model that each pipeline stage has."""
+    context: int = 1
+    """Ranks that share the tokens of each row."""
 
     @property
     def data_world(self) -> int:
@@ -37,7 +39,17 @@ class Plan:
 
     @property
     def devices(self) -> int:
-        return self.data_world * self.tensor * self.pipeline
+        return self.data_world * self.context * self.tensor * self.pipeline
+
+    @property
+    def pieces(self) -> int:
+        """Ranks that share pieces: those that share rows do, too."""
+        return self.sharding * self.context if self.stage else 1
+
+    @property
+    def copies(self) -> int:
+        """Ranks that have the same parameters, or the same pieces of them."""
+        return self.data_world * self.context // self.pieces
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ class Wanted:
     tensor: int | None = None
     pipeline: int | None = None
     sharding: int | None = None
+    context: int | None = None
     stage: int | None = None
     sequence: bool | None = None
     recompute: bool | None = None
@@ -72,20 +85,21 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
         raise UsageError(
             f"The degrees that are fixed do not divide {devices} devices; give degrees whose product divides them."
         )
-    for tensor, pipeline, sharding in refused:
-        reason = refusal(outline, tensor, pipeline, wanted.virtual)
-        data = devices // (tensor * pipeline * sharding)
+    for tensor, pipeline, sharding, context in refused:
+        reason = refusal(outline, tensor, pipeline, wanted.virtual, context)
+        data = devices // (tensor * pipeline * sharding * context)
         if reason is None and rows % (batch * data * sharding):
             reason = f"{rows} rows a step are not whole micro-batches of {batch} rows on {data * sharding} data ranks"
-        refused[tensor, pipeline, sharding] = reason
+        refused[tensor, pipeline, sharding, context] = reason
         if reason is None:
             accumulation = rows // (batch * data * sharding)
             found += [
                 Plan(
                     *(data, sharding, stage, tensor, pipeline, sequence, recompute, accumulation),
                     *(wanted.offload, wanted.virtual),
+                    context=context,
                 )
-                for stage in _stages(sharding, tensor, pipeline, wanted)
+                for stage in _stages(sharding, context, tensor, pipeline, wanted)
                 if stage < 3 or unsaid is None
                 if not (stage and outline.steps_wholes)
                 for sequence in _either(wanted.sequence)
@@ -101,7 +115,7 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
     return found
 
 
-def refusal(outline: Outline, tensor: int, pipeline: int, virtual: int = 1) -> str | None:
+def refusal(outline: Outline, tensor: int, pipeline: int, virtual: int = 1, context: int = 1) -> str | None:
     """Why the model cannot be divided so, with ``virtual`` parts a pipeline stage; None if it can."""
     parts = {
         "attention heads": outline.heads,
@@ -121,6 +135,9 @@ def refusal(outline: Outline, tensor: int, pipeline: int, virtual: int = 1) -> s
     for name, size in parts.items():
         if size % tensor:
             return f"tensor parallel degree {tensor} does not divide {name} ({size})"
+    if outline.heads // tensor % context:
+        own = f"{outline.heads // tensor} on each tensor rank" if tensor > 1 else str(outline.heads)
+        return f"context parallel degree {context} does not divide attention heads ({own})"
     if virtual > 1 and pipeline == 1:
         return f"{virtual} parts a pipeline stage (virtual_pp_degree) need more than one stage"
     if pipeline * virtual > len(outline.blocks):
@@ -133,19 +150,28 @@ def _unsaid(tensor: str) -> str:
     return f"{tensor} does not say how it is divided among processes (its layer lacks sides)"
 
 
-def possible(outline: Outline, devices: int, virtual: int = 1) -> list[tuple[int, int]]:
-    """The tensor and pipeline degrees that the model can be divided by, and ``devices`` too; see :func:`refusal`."""
-    degrees = [(tensor, pipeline) for tensor in _divisors(devices) for pipeline in _divisors(devices // tensor)]
-    return [pair for pair in degrees if refusal(outline, *pair, virtual) is None]
+def possible(outline: Outline, devices: int, virtual: int = 1) -> list[tuple[int, int, int]]:
+    """The tensor, pipeline and context degrees that the model can be divided by, and ``devices`` too; see
+    :func:`refusal`."""
+    degrees = (
+        (tensor, pipeline, context)
+        for tensor in _divisors(devices)
+        for pipeline in _divisors(devices // tensor)
+        for context in _divisors(devices // tensor // pipeline)
+    )
+    return [
+        (tensor, pipeline, context)
+        for tensor, pipeline, context in degrees
+        if refusal(outline, tensor, pipeline, virtual, context) is None
+    ]
 
 
-def _divisions(devices: int, wanted: Wanted) -> Iterator[tuple[int, int, int]]:
-    for tensor in _divisors(devices):
-        for pipeline in _divisors(devices // tensor):
-            for sharding in _divisors(devices // tensor // pipeline):
-                fixed = (wanted.tensor, wanted.pipeline, wanted.sharding)
-                if all(want in (None, has) for want, has in zip(fixed, (tensor, pipeline, sharding), strict=True)):
-                    yield tensor, pipeline, sharding
+def _divisions(devices: int, wanted: Wanted) -> Iterator[tuple[int, int, int, int]]:
+    for tensor in _divisors(devices, wanted.tensor):
+        for pipeline in _divisors(devices // tensor, wanted.pipeline):
+            for sharding in _divisors(devices // tensor // pipeline, wanted.sharding):
+                for context in _divisors(devices // tensor // pipeline // sharding, wanted.context):
+                    yield tensor, pipeline, sharding, context
 
 
 def stages_beside(tensor: int, pipeline: int) -> tuple[int, ...]:
@@ -153,16 +179,20 @@ def stages_beside(tensor: int, pipeline: int) -> tuple[int, ...]:
     return (1,) if pipeline > 1 else (1, 2) if tensor > 1 else (1, 2, 3)
 
 
-def _stages(sharding: int, tensor: int, pipeline: int, wanted: Wanted) -> list[int]:
-    if sharding == 1 and not wanted.offload:
-        return [0] if wanted.stage is None else []
-    return [stage for stage in stages_beside(tensor, pipeline) if wanted.stage in (None, stage)]
+def _stages(sharding: int, context: int, tensor: int, pipeline: int, wanted: Wanted) -> list[int]:
+    none = [0] if sharding == 1 and not wanted.offload and wanted.stage is None else []
+    if sharding * context == 1 and not wanted.offload:
+        return none
+    return none + [stage for stage in stages_beside(tensor, pipeline) if wanted.stage in (None, stage)]
 
 
 def _either(wanted: bool | None) -> list[bool]:
     return [False, True] if wanted is None else [wanted]
 
 
-def _divisors(number: int) -> list[int]:
+def _divisors(number: int, only: int | None = None) -> list[int]:
+    """Those of ``number``, or of them ``only`` one."""
+    if only is not None:
+        return [] if number % only else [only]
     small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})

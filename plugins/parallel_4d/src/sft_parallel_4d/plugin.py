@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 
 class Parallel4d(sft.Plugin):
-    """Data, sharding (stages 1 to 3), tensor with sequence, and pipeline parallelism, and their combinations.
+    """Data, sharding (stages 1 to 3), tensor with sequence, pipeline and context parallelism, and their combinations.
 
     Data parallelism takes what the other degrees leave of the processes.
     """
 
     name = "parallel-4d"
     api_version = ">=1.1,<2"
-    summary = "Divide a run among processes: data, sharding, tensor, sequence and pipeline parallelism; sft plan."
-    reference = "arXiv 1909.08053, 1910.02054, 1811.06965, 2205.05198"
+    summary = "Divide a run among processes: data, sharding, tensor, sequence, pipeline, context; and sft plan."
+    reference = "arXiv 1909.08053, 1910.02054, 1811.06965, 2205.05198, 2309.14509"
     Options = ParallelOptions
     paddlenlp: ClassVar[dict[str, sft.Foreign]] = ANSWERED
     hookspecs = hooks

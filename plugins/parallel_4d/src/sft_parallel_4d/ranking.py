@@ -43,7 +43,7 @@ def ranked(calculator: Calculator, plans: list[Plan], device: Device) -> list[An
 def _seconds(calculator: Calculator, plan: Plan, volume: Volume, device: Device) -> float:
     """Operations over all devices, the pipeline's idle share, and what is sent, one after the other."""
     shape = calculator.shape(plan)
-    tokens = shape.tokens * plan.accumulation * plan.data_world
+    tokens = shape.tokens * plan.accumulation * plan.data_world * plan.context
     forward = _operations(calculator.outline, shape.length)
     # Backward computes gradients of inputs, and of weights where these train.
     passes = 1 + 1 + (1 if calculator.outline.embedding.trains else 0) + (1 if plan.recompute else 0)

@@ -1,4 +1,4 @@
-"""The parallel strategy: sft's seam over data, sharding, tensor and pipeline parallelism."""
+"""The parallel strategy: sft's seam over data, sharding, context, tensor and pipeline parallelism."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from sft.parallel import (
 )
 from sft_parallel_4d.adapters import Adapters
 from sft_parallel_4d.buckets import Buckets, late_of
+from sft_parallel_4d.context import ContextParallel
 from sft_parallel_4d.offload import Host
 from sft_parallel_4d.phases import Phases, phase
 from sft_parallel_4d.pipeline import Pipeline
@@ -47,13 +48,15 @@ class Parallel:
         self.phases = Phases(watch)
         self._run, self._at = run, topology
         self.data_rank, self.data_world = topology.data_rank, plan.data_world
-        self.draw_rank = topology.data_rank + plan.data_world * topology.pipe.rank
+        self.draw_rank = topology.replica + plan.data_world * plan.context * topology.pipe.rank
         self.is_main = topology.world.rank == 0
-        self.is_first = topology.tensor.rank == topology.pipe.rank == 0
+        self.is_first = topology.tensor.rank == topology.pipe.rank == topology.context.rank == 0
         self._tensor = TensorParallel(topology.tensor, plan.sequence) if plan.tensor > 1 else None
         host = Host() if plan.offload else None
         self._shards = Shards(topology.sharding, host) if plan.stage == 3 else None
         self._buckets = Buckets(topology, plan.stage, bucket, host)
+        parts = plan.tensor if plan.sequence else 1
+        self._context = ContextParallel(topology.context, parts) if plan.context > 1 else None
         self._pipe: Pipeline | None = None
         self._partial: set[int] = set()
         self._trained: dict[str, Any] = {}
@@ -128,6 +131,8 @@ class Parallel:
         if self._tensor is not None:
             self._tensor.connect(model)
             self._partial = self._tensor.partial(model)
+        if self._context is not None:
+            self._context.connect(model)
         self._trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
         late, units = late_of(backbone.layers), []
         if self._shards is not None:
@@ -194,8 +199,15 @@ class Parallel:
         self._reduce_gradients()
         return self._at_last_stage(paddle.add_n(losses) if losses else paddle.zeros([1], "float64"))[0]
 
-    def _together(self) -> contextlib.AbstractContextManager[None]:
-        return _flag(None if self._tensor is None else self._tensor.meeting, "active")
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Within it a model computes what processes share."""
+        tensor, context = self._tensor, self._context
+        with (
+            _flag(None if tensor is None else tensor.meeting, "active"),
+            _flag(None if context is None else context.attention, "active"),
+        ):
+            yield
 
     def _even(self, batches: Sequence[Batch]) -> list[Batch]:
         """``batches``, and idle ones after them where other processes have more (sharding stages 2 and 3 wait for all
@@ -209,6 +221,9 @@ class Parallel:
         return even
 
     def _fit(self, batch: Batch) -> Batch:
+        """What of ``batch`` this process computes, and padding that lets processes divide it."""
+        if self._context is not None:
+            batch = self._context.share(batch)
         return batch if self._tensor is None else self._tensor.fit(batch)
 
     def _finished(self, hidden: Any, finish: Callable[[Any], Any]) -> Any:
@@ -278,8 +293,9 @@ class Parallel:
         return self._at_last_stage(paddle.to_tensor(sums, dtype="float64"))
 
     def _at_last_stage(self, values: Any) -> list[float]:
-        """What the last stage of a pipeline knows, for all: float64 tensors of one shape."""
-        return list(self._at.pipe.broadcast(values.reshape([-1]), self._at.pipe.size - 1).tolist())
+        """What the last stage of a pipeline knows, for all, of whole rows: float64 tensors of one shape."""
+        values = self._at.context.sum(values.reshape([-1]))
+        return list(self._at.pipe.broadcast(values, self._at.pipe.size - 1).tolist())
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[Callable[[], None]]:
@@ -289,7 +305,9 @@ class Parallel:
 
     @phase("sums over data ranks")
     def sum(self, values: Sequence[float]) -> list[float]:
-        tensor = paddle.to_tensor(list(values), dtype="float64")
+        # Those that share rows all have the sums of these: one of them counts.
+        own = list(values) if self._at.context.rank == 0 else [0.0] * len(values)
+        tensor = paddle.to_tensor(own, dtype="float64")
         return list(self._at.data.sum(self._at.sharding.sum(tensor)).tolist())
 
     @phase("comparing")

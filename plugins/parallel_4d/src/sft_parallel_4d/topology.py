@@ -88,6 +88,17 @@ class Axis:
             own = self.own(self.sum(tensor if spoil else tensor.clone()), 0)
         return paddle.moveaxis(own, 0, dimension) if dimension else own
 
+    def swap(self, tensor: Any) -> Any:
+        """Of [processes, ...], which has a part for each process: the parts that are for this one, in rank order."""
+        if self.size == 1:
+            return tensor
+        tensor, parts = tensor.contiguous(), paddle.empty(tensor.shape, dtype=tensor.dtype)
+        try:
+            distributed.stream.alltoall_single(parts, tensor, group=self.group)
+        except NotImplementedError:  # gloo has no such operation either
+            parts = self.gather(tensor, 0).reshape([self.size, *tensor.shape])[:, self.rank]
+        return parts
+
     def broadcast(self, tensor: Any, source: int) -> Any:
         """``tensor``, which becomes that of the process ``source`` along the axis."""
         if self.size > 1:
@@ -110,7 +121,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class Topology:
-    """The axes of a plan, the whole world as one, and the place along each."""
+    """The axes of a plan, the whole world as one, and the place along each.
+
+    Processes along ``context`` share rows, and have the same parameters, or pieces of them as data ranks have:
+    ``sharding`` has them beside its own, or ``data`` where there are no pieces."""
 
     plan: Plan
     data: Axis
@@ -118,25 +132,31 @@ class Topology:
     tensor: Axis
     pipe: Axis
     world: Axis
+    context: Axis
+
+    @property
+    def replica(self) -> int:
+        """Which of the processes this is that differ by what they read alone, be it records or tokens of them."""
+        return self.data.rank * self.sharding.size + self.sharding.rank
 
     @property
     def data_rank(self) -> int:
         """Which records of a step are this process's, of ``plan.data_world``."""
-        return self.data.rank * self.sharding.size + self.sharding.rank
+        return self.replica // self.context.size
 
 
 def connect(plan: Plan) -> Topology:
     """Let this process meet the others of ``plan.devices`` (those of the launcher's environment)."""
     if plan.devices == 1:
         alone = Axis(0, None)
-        return Topology(plan, alone, alone, alone, alone, alone)
+        return Topology(plan, alone, alone, alone, alone, alone, alone)
     strategy = fleet.DistributedStrategy()
     strategy.hybrid_configs = {
         "dp_degree": plan.data,
         "sharding_degree": plan.sharding,
         "mp_degree": plan.tensor,
         "pp_degree": plan.pipeline,
-        "sep_degree": 1,
+        "sep_degree": plan.context,
     }
     device = paddle.device.get_device()
     if device == "cpu":  # fleet takes NCCL, and this process to its GPU, wherever paddle is built with CUDA
@@ -148,12 +168,24 @@ def connect(plan: Plan) -> Topology:
     if device == "cpu":
         paddle.device.set_device(device)
     hcg = fleet.get_hybrid_communicate_group()
-    world = Axis(distributed.get_rank(), distributed.get_group(0))
+    data, sharding = hcg.get_data_parallel_group(), hcg.get_sharding_parallel_group()
+    context = Axis(0, None)
+    if plan.context > 1:
+        context = _along(hcg.get_sep_parallel_group())
+        if plan.stage:
+            _, sharding = hcg.create_fuse_group(["sharding", "sep"])
+        else:
+            data = hcg.get_dp_sep_parallel_group()
     return Topology(
         plan,
-        Axis(hcg.get_data_parallel_rank(), hcg.get_data_parallel_group()),
-        Axis(hcg.get_sharding_parallel_rank(), hcg.get_sharding_parallel_group()),
-        Axis(hcg.get_model_parallel_rank(), hcg.get_model_parallel_group()),
+        _along(data),
+        _along(sharding),
+        _along(hcg.get_model_parallel_group()),
         Axis(hcg.get_stage_id(), hcg.get_pipe_parallel_group()),
-        world,
+        Axis(distributed.get_rank(), distributed.get_group(0)),
+        context,
     )
+
+
+def _along(group: Any) -> Axis:
+    return Axis(group.ranks.index(distributed.get_rank()), group)  # of a group of one its own ``rank`` is -1

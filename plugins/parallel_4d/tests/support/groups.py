@@ -320,6 +320,18 @@ class ProcessGroup:
 
         return self._exchange(_what("all_gather", tensor), [memory(tensor)] * self._size, use, sync_op)
 
+    def all_to_all_single(
+        self, out: Any, tensor: Any, out_sizes: Sequence[int], in_sizes: Sequence[int], sync_op: bool = True
+    ) -> Task:
+        """Of ``tensor``, as many equal parts as there are ranks, each sends part i to rank i."""
+        if out_sizes or in_sizes:
+            raise ValueError("The tests' process group has parts of equal sizes alone.")
+
+        def use(parts: list[np.ndarray]) -> None:
+            memory(out)[:] = np.concatenate(parts)
+
+        return self._exchange(_what("all_to_all", tensor), [*memory(tensor).reshape(self._size, -1)], use, sync_op)
+
     def broadcast(self, tensor: Any, src: int, sync_op: bool = True) -> Task:
         what = _what(f"broadcast from {self._world_ranks[src]}", tensor)
         if self._rank == src:

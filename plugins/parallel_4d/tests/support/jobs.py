@@ -91,7 +91,8 @@ class Count(sft.Plugin):
 
 class Damage(sft.Plugin):
     """Harm that rank 1 does to what it has of one matrix: ``gradient`` leaves its gradient out in step 4, ``weight``
-    moves the matrix a little after it."""
+    moves the matrix a little after it. ``keys``: in step 4 it has other keys of the tokens of rank 0, with which it
+    shares rows."""
 
     name = "damage"
     api_version = 1
@@ -107,6 +108,8 @@ class Damage(sft.Plugin):
             return
         (self._parameter,) = (p for name, p in run.model.named_parameters() if name.endswith(self.matrix))
         self._done = 0
+        if self.kind == "keys":
+            self._harm(run.model.attention)
         if self.kind == "gradient":
             self._parameter.register_hook(lambda gradient: gradient * float(self._done != self.step - 1))
 
@@ -115,6 +118,20 @@ class Damage(sft.Plugin):
         self._done = record["step"]
         if self.kind == "weight" and self._done == self.step and hasattr(self, "_parameter"):
             self._parameter.set_value(self._parameter + 1e-2)
+
+    def _harm(self, attention: Any) -> None:
+        import paddle
+
+        own = attention._heads
+
+        def heads(query: Any, key: Any, value: Any) -> list[Any]:
+            found = own(query, key, value)
+            if self._done == self.step - 1:
+                place = paddle.arange(found[1].shape[1]).reshape([1, -1, 1, 1])
+                found[1] = found[1] * (1 + 0.1 * (place % 2 == 0).astype("float32"))
+            return found
+
+        attention._heads = heads
 
 
 def train_and_die(settings: dict[str, Any], rank: int, step: int) -> None:
@@ -376,6 +393,52 @@ def stand_still(settings: dict[str, Any], rank: int, hook: str) -> None:
 
     members = {"name": "stand", "api_version": 1, hook: sft.hookimpl(stand)}
     sft.run(settings, plugins=[type("Stand", (sft.Plugin,), members)], say=print)
+
+
+def attend_in_shares(heads: int, kept: int) -> list[float]:
+    """One rank of attention over rows whose tokens all share: how far its output and gradients are from those of whole
+    rows in float64, relative to the largest value of each."""
+    import math
+
+    import paddle
+    from paddle import distributed
+    from paddle.distributed import fleet
+
+    from sft.models.attention import DefaultAttention
+    from sft_parallel_4d.context import RowsAttention
+    from sft_parallel_4d.topology import Axis
+
+    strategy = fleet.DistributedStrategy()
+    strategy.hybrid_configs = {"dp_degree": distributed.ParallelEnv().world_size}
+    fleet.init(is_collective=True, strategy=strategy)
+    group = fleet.get_hybrid_communicate_group().get_data_parallel_group()
+    axis = Axis(group.rank, group)
+    rng, (rows, length, size) = np.random.default_rng(0), (2, 24, 8)
+    given = [rng.standard_normal((rows, length, count, size)) for count in (heads, kept, kept, heads)]
+    ends = np.minimum(np.repeat([5, 17, 24], [5, 12, 7]), np.arange(length) + 6).astype(np.int32)
+    ends = np.broadcast_to(ends[None, None, :, None], (rows, 1, length, 1)).copy()
+    places = np.arange(length)
+    seen = (places[:, None] >= places) & (places[:, None] < ends[0, 0, :, 0])
+
+    def formula(q: Any, k: Any, v: Any) -> Any:
+        q, k, v = (x.transpose([0, 2, 1, 3]) for x in (q, k, v))
+        k, v = (x.unsqueeze(2).expand([rows, kept, heads // kept, length, size]).reshape(q.shape) for x in (k, v))
+        scores = paddle.matmul(q, k, transpose_y=True) / math.sqrt(size) + paddle.to_tensor(np.where(seen, 0.0, -1e30))
+        return paddle.matmul(paddle.nn.functional.softmax(scores, axis=-1), v).transpose([0, 2, 1, 3])
+
+    def found(attend: Any, arrays: list[Any]) -> list[np.ndarray]:
+        tensors = [paddle.to_tensor(array, stop_gradient=False) for array in arrays[:3]]
+        out = attend(*tensors)
+        (out * paddle.to_tensor(arrays[3])).sum().backward()
+        return [one.numpy() for one in (out, *(tensor.grad for tensor in tensors))]
+
+    attention = RowsAttention(DefaultAttention(), axis)
+    attention.active = True
+    mask = attention.mask(ends)
+    own = [array[:, axis.rank :: axis.size].astype(np.float32) for array in given]
+    shares = found(lambda *three: attention.attend(*three, mask), own)
+    wholes = [whole[:, axis.rank :: axis.size] for whole in found(formula, given)]
+    return [float(np.abs(one - all_).max() / np.abs(all_).max()) for one, all_ in zip(shares, wholes, strict=True)]
 
 
 def train_each(runs: list[dict[str, Any]]) -> dict[str, Any]:

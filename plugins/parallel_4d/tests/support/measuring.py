@@ -65,7 +65,10 @@ def full_batch(rows: int, length: int, vocabulary: int) -> sft.Batch:
 class Sent:
     """Counts the operations of each axis, and what rings would send of them, in bytes."""
 
-    SHARES = {"all_reduce": 2.0, "reduce_scatter_tensor": 1.0, "all_gather_into_tensor": 1.0, "all_gather": 1.0}
+    SHARES = {
+        **{"all_reduce": 2.0, "reduce_scatter_tensor": 1.0, "all_gather_into_tensor": 1.0, "all_gather": 1.0},
+        "all_to_all_single": 1.0,
+    }
 
     def __init__(self) -> None:
         self.bytes: collections.Counter[str] = collections.Counter()
@@ -75,7 +78,7 @@ class Sent:
     def watch(self, topology: Any) -> None:
         import groups
 
-        for name in ("data", "sharding", "tensor", "pipe"):
+        for name in ("data", "sharding", "tensor", "pipe", "context"):
             axis = getattr(topology, name)
             if axis.size > 1:
                 self.names[id(axis.group.process_group)] = name

@@ -52,6 +52,10 @@ def tensor(degree: int = 2, **more: Any) -> dict[str, Any]:
     return {"tensor_parallel_degree": degree, **more}
 
 
+def context(degree: int = 2, **more: Any) -> dict[str, Any]:
+    return {"context_parallel_degree": degree, **more}
+
+
 def pipeline(degree: int = 2, **more: Any) -> dict[str, Any]:
     return {"pipeline_parallel_degree": degree, **more}
 
@@ -77,6 +81,18 @@ PLANS = {
     "pp2-virtual": Plan(2, 1, pipeline(virtual_pp_degree=2)),
     "pp2-virtual-dp2": Plan(4, 2, pipeline(virtual_pp_degree=2)),
     "tp2-sequence-pp2-virtual": Plan(4, 1, tensor(sequence_parallel=True) | pipeline(virtual_pp_degree=2)),
+    "cp2": Plan(2, 1, context()),
+    "cp4": Plan(4, 1, context(4)),
+    "cp2-dp2": Plan(4, 2, context()),
+    "cp2-stage1": Plan(2, 1, context(sharding="stage1")),
+    "cp2-stage2-offload": Plan(2, 1, context(sharding="stage2 offload")),
+    "cp2-stage2": Plan(4, 2, context(sharding="stage2")),
+    "cp2-stage3": Plan(4, 2, context(sharding="stage3")),
+    "cp2-dp2-stage1": Plan(8, 4, context(sharding="stage1", sharding_parallel_degree=2)),
+    "cp2-tp2": Plan(4, 1, context() | tensor()),
+    "cp2-tp2-sequence": Plan(4, 1, context() | tensor(sequence_parallel=True)),
+    "cp2-pp2": Plan(4, 1, context() | pipeline()),
+    "cp2-pp2-virtual": Plan(4, 1, context() | pipeline(virtual_pp_degree=2)),
     "dp2-stage1": Plan(4, 4, {"sharding": "stage1", "sharding_parallel_degree": 2}),
     "dp2-stage2": Plan(4, 4, {"sharding": "stage2", "sharding_parallel_degree": 2}),
     "dp2-stage3": Plan(4, 4, {"sharding": "stage3", "sharding_parallel_degree": 2}),

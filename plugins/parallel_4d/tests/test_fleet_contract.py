@@ -190,6 +190,10 @@ def find(name: str) -> Any:
     return found
 
 
+def test_a_cpu_has_a_number(paddle: Any, fleet: Any) -> None:
+    assert paddle.distributed.ParallelEnv().device_id == 0, changed("ParallelEnv._device_id", "is not asked any more")
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "why"),
     [
@@ -294,7 +298,10 @@ def test_a_schedule_takes_each_micro_batch_through_all_parts(stages: int, chunks
         losses = [size * 2.0**parts for size in range(1, count + 1)]
         assert results[-1][step]["losses"] == losses
         assert results[-1][step]["measured"] == losses
-        assert blocks_nobody([result[step]["transfers"] for result in results])
+        transfers = [result[step]["transfers"] for result in results]
+        assert blocks_nobody(transfers)
+        # There and back between parts, and nothing else: no message says a size.
+        assert sum(kind == "send" for own in transfers for kind, _ in own) == 2 * (parts - 1) * count
 
 
 def blocks_nobody(transfers: Sequence[Sequence[tuple[str, int]]]) -> bool:

@@ -89,3 +89,19 @@ def test_stage_3_asks_for_the_next_block_while_this_one_computes(trainings: Trai
         gathers = [event for event in events if event["what"] == "all_gather" and event["overlaps"]]
         ahead = [one for one in gathers if any(one["began"] < began < ended < one["waited"] for began, ended in blocks)]
         assert len(ahead) == 2 * (4 + 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["pp2", "pp2-virtual", "dp2"])
+def test_forward_and_backward_wait_for_the_device_once_however_many_micro_batches(
+    trainings: Trainings, plan: str
+) -> None:
+    """When all of it is under way, for the sum of losses. In a pipeline no stage waits to be told a size."""
+    waits = []
+    for rows in (2, 1):
+        values = trainings.settings(PLANS[plan], **QUIET, per_device_train_batch_size=rows)
+        ranks = run_ranks(PLANS[plan].processes, "recording:record", values, timeout=100)
+        waits.append([rank.value["waits"] for rank in ranks])
+    assert waits[0] == waits[1]
+    for own in waits[0]:
+        assert sum("strategy.py _at_last_stage" in wait for wait in own) == 1, own

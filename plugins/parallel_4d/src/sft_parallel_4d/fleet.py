@@ -40,7 +40,8 @@ def check(version: str) -> None:
 
 check(paddle.__version__)
 fusion.alignment.setdefault("unknown", 256)  # what paddle calls a CPU where it is built for nothing else
-fusion.logger.setLevel("WARNING")  # how parameters are grouped is not for users
+fusion.logger.setLevel("WARNING")  # how parameters are grouped, and stages made, is not for users
+distributed.ParallelEnv._device_id = 0  # a pipeline asks for it, and on a CPU no object has its own
 
 ALONE = SimpleNamespace(nranks=1, rank=0)
 """Stands for the group of a process that has no others."""

@@ -22,7 +22,7 @@ from sft.testing import forward, load, needs
 CASES = (
     *("llama", "llama-untied", "llama-headdim", "llama3", "llama-biased", "llama-linear", "llama-yarn", "mistral"),
     *("qwen2", "qwen2-tied", "qwen3", "smollm3", "granite", "olmo2"),
-    *("mixtral", "qwen2-moe", "qwen3-moe", "mistral-prefixed", "gemma-plain"),
+    *("mixtral", "qwen2-moe", "qwen3-moe", "mistral-prefixed", "gemma-plain", "gemma2", "gemma3"),
 )
 QUICK = ("llama3", "qwen2-moe", "mistral-prefixed")
 TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -157,6 +157,7 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
 }
 EXPERTS = {
     "mlp.gate": "ffn_gate_inp",
@@ -188,7 +189,7 @@ def theirs(name: str, behind: bool = False) -> str:
 def separate(name: str, array: np.ndarray, config: dict[str, Any]) -> np.ndarray:
     """The rows of q and k of Llama in Hugging Face's order: those of a head's first halves of pairs come first. Of
     Gemma's norms one less."""
-    if config["model_type"] == "gemma" and "norm" in name:
+    if config["model_type"].startswith("gemma") and "norm" in name:
         return np.asarray(array - np.float32(1.0))
     if config["model_type"] in ("llama", "mistral", "mixtral", "smollm3", "granite") and (
         "q_proj" in name or "k_proj" in name
@@ -209,13 +210,14 @@ def test_every_tensor_is_in_the_file_bit_by_bit(cases: ModuleType, tmp_path: Pat
     found = {tensor.name: tensor.data.reshape(tensor.shape[::-1]) for tensor in reader.tensors}
     factors = found.pop("rope_freqs.weight", None)
     assert (factors is not None) == (case == "llama3")
-    called = {name: theirs(name, case == "olmo2") for name in stored}
+    behind = case in ("olmo2", "gemma2", "gemma3")
+    called = {name: theirs(name, behind) for name in stored}
     assert sorted(found) == sorted(set(called.values()))
     for name, array in stored.items():
         expert = re.search(r"\.experts\.(\d+)\.", name)
         own = found[called[name]] if expert is None else found[called[name]][int(expert[1])]
         there = separate(name, own.reshape(array.shape), config)
-        if config["model_type"] == "gemma":  # of whose norms 1 is added, and taken away again
+        if config["model_type"].startswith("gemma"):  # of whose norms 1 is added, and taken away again
             np.testing.assert_allclose(there, array, atol=1e-7, rtol=0, err_msg=name)
         else:
             np.testing.assert_array_equal(there, array, name)
@@ -225,6 +227,7 @@ def test_every_tensor_is_in_the_file_bit_by_bit(cases: ModuleType, tmp_path: Pat
 
     arch = said("general.architecture")
     arches = {"mistral": "llama", "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+    arches |= {"gemma3_text": "gemma3"}
     assert arch == arches.get(config["model_type"], config["model_type"])
     assert said(f"{arch}.block_count") == config["num_hidden_layers"]
     assert said(f"{arch}.attention.head_count_kv") == config["num_key_value_heads"]
@@ -305,7 +308,8 @@ def test_what_llama_cpp_does_not_compute_is_refused(models: Path, cases: ModuleT
     families = models.parent / "families"
     wrong = {
         families / "llama-dynamic": r"GGUF file of llama cannot describe this model's rotary embedding \(dynamic, ",
-        families / "gemma2": "Models of type gemma2 cannot be written as GGUF here .those that can: llama, ",
+        families / "phi3": "Models of type phi3 cannot be written as GGUF here .those that can: llama, ",
+        families / "gemma2": r"llama\.cpp computes gemma2 with attention_scale 0\.25, and this model has 0\.204",
     }
     for model, message in wrong.items():
         folder = tmp_path / model.name

@@ -29,6 +29,8 @@ class Form:
         experts: Of models whose every block has experts: whether the weights of those that are chosen are made to sum
             to one, and whether there is one that every token goes through. None: the graph has none.
         still: Every so many blocks, one whose queries and keys are not turned; None: all are turned.
+        whole: Every so many blocks, one that sees all, where the others have a window; None: the graph has no windows.
+        local: The base by which blocks with a window turn, unscaled; None: they turn as the others do.
     """
 
     arch: str
@@ -38,13 +40,29 @@ class Form:
     stretches: tuple[str, ...] = ("linear", "yarn")
     experts: tuple[bool, bool] | None = None
     still: int | None = None
+    whole: int | None = None
+    local: float | None = None
 
 
 def _root_of_hidden(found: sft.Architecture) -> float:
     return float(found.hidden**0.5)
 
 
+def _of_heads(largest: int) -> Any:
+    """What Gemma's scores are multiplied by: where a model has so many blocks as the ``largest``, by other heads."""
+
+    def scale(found: sft.Architecture) -> float:
+        size = found.hidden // found.heads if len(found.blocks) == largest else found.head_size
+        return float(size**-0.5)
+
+    return scale
+
+
 _SCALES = ("attention_scale", "embedding_scale", "residual_scale", "logit_scale")
+_AROUND = sft.Norms(
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)
+_GEMMA = {"norm_offset": 1.0, "activation": "gelu_tanh", "embedding_scale": _root_of_hidden}
 _BEHIND = sft.Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 
 FORMS = {
@@ -55,10 +73,20 @@ FORMS = {
         stretches=("linear", "yarn", "llama3"),
     ),
     "mistral": Form("llama", adjacent=True),
-    "gemma": Form(
-        "gemma",
-        has={"norm_offset": 1.0, "activation": "gelu_tanh", "embedding_scale": _root_of_hidden},
+    "gemma": Form("gemma", has=_GEMMA, stretches=()),
+    "gemma2": Form(
+        "gemma2",
+        can=("attention_cap", "logit_cap"),
+        has={**_GEMMA, "norms": _AROUND, "attention_scale": _of_heads(46)},
         stretches=(),
+        whole=2,
+    ),
+    "gemma3_text": Form(
+        "gemma3",
+        has={**_GEMMA, "norms": _AROUND, "head_norm": "head", "attention_scale": _of_heads(62)},
+        stretches=("linear",),
+        whole=6,
+        local=10000.0,
     ),
     "qwen2": Form("qwen2", has={"attention_bias": True}),
     "qwen3": Form("qwen3", has={"head_norm": "head"}),
@@ -104,6 +132,7 @@ def form_of(model: sft.FinishedModel) -> Form:
             f"llama.cpp's {form.arch} turns queries and keys of {which}, and this model those of others; write --to "
             "huggingface."
         )
+    _check_windows(form, found)
     _check_experts(form, found)
     rotary = found.rotaries[0]
     if rotary.kind not in ("default", *form.stretches) or rotary.size != found.head_size or rotary.interleaved:
@@ -112,6 +141,29 @@ def form_of(model: sft.FinishedModel) -> Form:
             f"of {found.head_size} dimensions); write --to huggingface."
         )
     return form
+
+
+def _check_windows(form: Form, found: sft.Architecture) -> None:
+    if form.whole is None:
+        return
+    windows = [block.window for block in found.blocks]
+    local = [window is not None for window in windows]
+    if local != [(number + 1) % form.whole != 0 for number in range(len(windows))] or len({*windows} - {None}) > 1:
+        raise sft.UsageError(
+            f"llama.cpp's {form.arch} has one window in all blocks but every {form.whole}th, and this model others; "
+            "write --to huggingface."
+        )
+    caps = [cap for cap in form.can if cap.endswith("_cap") and getattr(found, cap) is None]
+    if caps:
+        raise sft.UsageError(f"llama.cpp's {form.arch} has a {caps[0]}, and this model none; write --to huggingface.")
+    turning = [(found.rotaries[block.rotary or 0], block.window is not None) for block in found.blocks]
+    wide = found.rotaries[0]
+    narrow = wide if form.local is None else replace(wide, base=form.local, kind="default", values={})
+    if any(rotary != (narrow if has_window else wide) for rotary, has_window in turning):
+        raise sft.UsageError(
+            f"llama.cpp's {form.arch} turns blocks with a window by the base {narrow.base:g}, unscaled, and the others "
+            f"by one of their own, and this model otherwise; write --to huggingface."
+        )
 
 
 def _check_experts(form: Form, found: sft.Architecture) -> None:
@@ -134,7 +186,7 @@ def describe(model: sft.FinishedModel, form: Form, writer: Any) -> None:
     found = model.architecture
     assert isinstance(found, sft.Architecture)
     windows = [block.window for block in found.blocks if block.window is not None]
-    positions = min([found.positions, *windows])
+    positions = found.positions if form.whole else min([found.positions, *windows])
     if positions < found.positions:
         model.say(
             f"note: llama.cpp's {form.arch} has no sliding window, so the file says that its context is the window, "
@@ -150,6 +202,11 @@ def describe(model: sft.FinishedModel, form: Form, writer: Any) -> None:
     writer.add_value_length(found.head_size)
     writer.add_layer_norm_rms_eps(found.norm_epsilon)
     writer.add_vocab_size(found.vocabulary)
+    if form.whole and windows:
+        writer.add_sliding_window(windows[0])
+    if "attention_cap" in form.can:
+        writer.add_attn_logit_softcapping(found.attention_cap)
+        writer.add_final_logit_softcapping(found.logit_cap)
     if "attention_scale" in form.can:
         writer.add_attention_scale(
             found.attention_scale if found.attention_scale is not None else found.head_size**-0.5

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import sft
-from sft.data.tokenizer import NewToken, Tokenizer
+from sft.data.tokenizer import NewToken, Tokenizer, tokens_beyond
 from sft.inference.merge import merge
 from sft.inference.open import load_for_inference
 from sft.models.grown import Growth, rows_for
@@ -52,6 +52,27 @@ def test_new_tokens_are_whole_and_last_and_travel_with_the_tokenizer(tmp_path: P
     again = Tokenizer(tmp_path, new_tokens=[NewToken("<tool>")])
     assert again.new_ids == []
     assert again.encode("a <tool>colour") == grown.encode("a <tool>colour")
+
+
+def test_special_ones_are_those_of_transformers(tmp_path: Path) -> None:
+    """As its own ``add_tokens`` has them, of the same tokenizer: ids, texts with and without them, and the file that
+    the next one reads (fixtures/special_tokens.json, by make_special_tokens.py there)."""
+    expected = json.loads((MODELS.parent / "special_tokens.json").read_text(encoding="utf-8"))
+    new = [*(NewToken(text) for text in expected["ordinary"]), *(NewToken(text, True) for text in expected["special"])]
+    grown = Tokenizer(MODELS / expected["model"], new_tokens=new)
+    grown.save(tmp_path)
+    (tmp_path / "config.json").write_text((MODELS / expected["model"] / "config.json").read_text())
+    for tokenizer in (grown, Tokenizer(tmp_path)):
+        for case in expected["cases"]:
+            assert tokenizer.encode(case["text"]) == case["ids"]
+            assert tokenizer.decode(case["ids"]) == case["whole"]
+            assert tokenizer.decode(case["ids"], skip_special_tokens=True) == case["shown"]
+    assert grown.new_ids == [
+        grown.backend.token_to_id(text) for text in [*expected["ordinary"], expected["special"][0]]
+    ]
+    over = Tokenizer(MODELS / expected["model"], new_tokens=tokens_beyond(MODELS / expected["model"], tmp_path))
+    assert over.encode(expected["cases"][0]["text"]) == expected["cases"][0]["ids"]
+    assert over.decode(expected["cases"][0]["ids"], skip_special_tokens=True) == expected["cases"][0]["shown"]
 
 
 @pytest.mark.parametrize(
@@ -118,6 +139,20 @@ def test_an_adapter_has_them_and_brings_them_back(settings: Any, tmp_path: Path,
     merge(str(base), tmp_path / "out", tmp_path / "merged", quiet)
     merged, tokenizer = load_for_inference(str(tmp_path / "merged"), None, quiet)
     np.testing.assert_allclose(logits(merged, tokenizer), found[0], atol=1e-4, rtol=0)
+
+
+def test_a_run_has_special_ones_after_the_others(settings: Any, tmp_path: Path) -> None:
+    """And its result shows answers without them."""
+    base = MODELS / "llama-tied-gqa"
+    settings = {**settings, "new_tokens": NEW[:1], "new_special_tokens": NEW[1:], "max_steps": 1}
+    sft.run({**settings, "model_name_or_path": str(base), "output_dir": str(tmp_path / "out")}, say=quiet)
+    tokenizer, size = Tokenizer(tmp_path / "out"), Tokenizer(base).vocab_size
+    assert [tokenizer.encode(token) for token in NEW] == [[size], [size + 1], [size + 2]]
+    assert tokenizer.decode([size, size + 1, size + 2], skip_special_tokens=True) == NEW[0]
+    with pytest.raises(sft.UsageError, match=r"new_special_tokens: .<tool>. is among new_tokens too"):
+        sft.run(
+            {**settings, "new_special_tokens": NEW[:1], "model_name_or_path": str(base), "output_dir": "o"}, say=quiet
+        )
 
 
 def test_tokens_that_are_there_change_nothing(settings: Any, tmp_path: Path) -> None:

@@ -41,12 +41,14 @@ class NewToken:
 
 
 def tokens_beyond(folder: Path, other: Path) -> list[NewToken]:
-    """The added tokens of the tokenizer in ``other`` that the one in ``folder`` does not have, by their ids."""
+    """The added tokens of the tokenizer in ``other`` that the one in ``folder`` does not have, or not as special ones,
+    by their ids."""
     texts = [read_bytes(one / "tokenizer.json") for one in (folder, other)]
     if texts[0] == texts[1]:
         return []
     known, found = (_added_tokens(text) for text in texts)
-    return [NewToken(text, special) for text, special in found.items() if text not in known]
+    beyond = {text: special for text, special in found.items() if text not in known or (special and not known[text])}
+    return [NewToken(text, special) for text, special in beyond.items()]
 
 
 def _added_tokens(file: bytes) -> dict[str, bool]:
@@ -117,14 +119,17 @@ class Tokenizer:
         return Tokenizer, (self.folder, self.now, self._given, self._enable_thinking, self._new_tokens)
 
     def _add(self, tokens: Sequence[NewToken]) -> list[int]:
-        """Add tokens, each whole wherever it stands in a text; their ids."""
+        """Add tokens, each whole wherever it stands in a text; the ids of those that were not there. One that is there
+        keeps its id, and becomes special where that is asked for."""
         from tokenizers import AddedToken
 
         fresh = [token for token in dict.fromkeys(tokens) if self.backend.token_to_id(token.text) is None]
-        for token in fresh:
+        special = {one.content for one in self.backend.get_added_tokens_decoder().values() if one.special}
+        changed = [token for token in tokens if token in fresh or (token.special and token.text not in special)]
+        for token in changed:
             added = AddedToken(token.text, normalized=False, special=token.special)
             (self.backend.add_special_tokens if token.special else self.backend.add_tokens)([added])
-        if fresh:
+        if changed:
             self._files["tokenizer.json"] = self.backend.to_str(pretty=True).encode()
         return [int(self.backend.token_to_id(token.text)) for token in fresh]
 

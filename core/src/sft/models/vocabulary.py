@@ -19,7 +19,7 @@ def grown_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of a run, whose files are in ``folder``, with the template and the new tokens that are set; the
     model of ``source`` gets rows for these, and a line says so. ``now`` is the date of the run."""
-    new = [NewToken(text) for text in settings.model.tokens_to_add()]
+    new = [NewToken(text, special) for text, special in settings.model.tokens_to_add().items()]
     tokenizer = Tokenizer(folder, now, settings.data.chat_template, settings.data.enable_thinking, new)
     if new:
         say(grow(source, tokenizer))

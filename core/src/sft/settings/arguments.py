@@ -48,10 +48,16 @@ class ModelArguments:
     new_tokens_path: str | None = option(
         None, "text file with such tokens, one in a line; they come after those of new_tokens", is_path=True
     )
+    new_special_tokens: list[str] = option(
+        [],
+        "such tokens that are special: they mark something, and are left out where answers are shown or scored; after "
+        "those of new_tokens and its file",
+    )
     trainable_token_indices: list[Any] = option(
         [],
         "tokens of which the rows of embedding and lm_head train beside an adapter, and no others: ids, tokens as "
-        "tokenizer.json has them, or new: those of new_tokens, whose embeddings then do not train whole",
+        "tokenizer.json has them, or new: those of new_tokens and new_special_tokens, whose embeddings then do not "
+        "train whole",
     )
     modules_to_save: list[str] = option(
         [],
@@ -61,9 +67,10 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         """A revision in the name is the setting, too: what names the base of an adapter has none."""
-        for token in self.new_tokens:
-            if not token.strip() or token.encode("utf-8", "replace").decode() != token:
-                raise UsageError(f"new_tokens: expected texts, got {quoted(token)}.")
+        for name in ("new_tokens", "new_special_tokens"):
+            for token in getattr(self, name):
+                if not token.strip() or token.encode("utf-8", "replace").decode() != token:
+                    raise UsageError(f"{name}: expected texts, got {quoted(token)}.")
         name, revision = split(self.model_name_or_path or "")
         if revision is not None:
             if self.model_revision not in (None, revision):
@@ -77,18 +84,27 @@ class ModelArguments:
                 f"model_revision: expected a branch, a tag or a commit, got {shown(repr(self.model_revision))}."
             )
 
-    def tokens_to_add(self) -> list[str]:
-        """Those of ``new_tokens``, and then those in the file ``new_tokens_path``; empty lines are none. Raises
-        :class:`UsageError` where it cannot be read."""
+    def tokens_to_add(self) -> dict[str, bool]:
+        """Those of ``new_tokens``, then those in the file ``new_tokens_path``, whose empty lines are none, and those of
+        ``new_special_tokens``; each with whether it is special. Raises :class:`UsageError` where the file cannot be
+        read, and where a token is to be both."""
+        ordinary, special = [*self.new_tokens, *self._tokens_of_file()], self.new_special_tokens
+        if both := sorted({*ordinary} & {*special}):
+            raise UsageError(
+                f"new_special_tokens: {quoted(both[0])} is among new_tokens too; name it in one of them alone."
+            )
+        return {**dict.fromkeys(ordinary, False), **dict.fromkeys(special, True)}
+
+    def _tokens_of_file(self) -> list[str]:
         if self.new_tokens_path is None:
-            return list(self.new_tokens)
+            return []
         text = read_text(Path(self.new_tokens_path).expanduser(), "new_tokens_path: ")
         found = [line for line in text.splitlines() if line.strip()]
         if not found:
             raise UsageError(
                 f"new_tokens_path: {shown(self.new_tokens_path)} holds no token; write one in a line, or leave it out."
             )
-        return [*self.new_tokens, *found]
+        return found
 
     @property
     def place(self) -> str:
@@ -340,6 +356,7 @@ class Settings:
     """The resolved settings of a run: the four groups, and the active plugins' options by plugin name.
 
     Attributes:
+        options: Of each active plugin, by its name, the instance of its ``Options``.
         given: Names of the settings that were given; the others have their defaults.
     """
 

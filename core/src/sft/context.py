@@ -38,8 +38,20 @@ class Summary:
     """What a run did and learned, in numbers. Losses are nats per target token.
 
     Attributes:
+        output_dir: The run's folder.
+        steps: Optimizer steps, those before a resume among them.
+        epochs: Passes over the data that these made; a fraction where the last one is not whole.
+        seconds: The whole run took, by the clock.
+        train_loss_first, train_loss_last: Of the first and the last line that was logged; None without one.
+        eval_loss_before, eval_loss_after: Of dev data, by the model as it came and by the result; None where none was
+            measured.
+        trainable_parameters, total_parameters: In values.
+        tokens, target_tokens, padding_tokens: That went through the model in training: without padding; of these, what
+            was learned; and the padding.
         rows: Rows that were trained: records, or packs of several.
         skipped_steps: Steps that changed nothing: they overflowed in float16, or their loss or gradient was not finite.
+        peak_memory_mib: The most that the device had in use, in MiB; on a CPU the process.
+        data: What became of the records of ``train`` and ``dev``, as counts by what they are.
         samples: ``prompt``, ``before``, ``after`` and the ``reference`` answer of each sample prompt.
         stopped_early: Where a hook or the file STOP has ended the training before its last step: that ``step`` and the
             ``reason``. Otherwise None.

@@ -232,7 +232,8 @@ class Losses(Protocol):
         ...
 
     def each(self, hidden: Any, labels: np.ndarray) -> np.ndarray:
-        """The cross-entropy of each position, float64 [B, S], 0 where there is no label; no gradients flow."""
+        """The cross-entropy of each position in nats, float64 [B, S], of ``labels`` int64 [B, S]; 0 where there is none
+        (-100). No gradients flow."""
         ...
 
 
@@ -379,11 +380,11 @@ class ParallelStrategy(Protocol):
         ...
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The element-wise sum over all data ranks."""
+        """The element-wise sum of ``values`` over all data ranks."""
         ...
 
     def largest(self, value: float) -> float:
-        """The largest of all processes' values."""
+        """The largest ``value`` of all processes."""
         ...
 
     # --- what is written ---
@@ -417,6 +418,7 @@ class ParameterGroup:
 
     Attributes:
         parameters: Structured parameter name → paddle Parameter.
+        weight_decay: What ``weight_decay`` of the settings is for these, not a factor on it.
     """
 
     name: str
@@ -427,7 +429,12 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter as Hugging Face PEFT stores it: the config, and tensors in PEFT's names and layout ([out, in])."""
+    """An adapter as Hugging Face PEFT stores it.
+
+    Attributes:
+        config: The content of ``adapter_config.json``.
+        tensors: Those of ``adapter_model.safetensors``, in PEFT's names and layout ([out, in]).
+    """
 
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]

@@ -122,7 +122,8 @@ class Rows(Sequence[list[Example]]):
 
 
 def assemble(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
-    """Put the examples of each row one after the other and pad rows on the right to the longest of them.
+    """Put the examples of each row one after the other and pad rows on the right with ``pad_id`` to the
+    longest of them.
 
     Positions begin at 0 in each example. ``startend_row_indices`` keeps examples apart (FlashMask, arXiv 2410.01359,
     causal form), and each padding token is a document of its own, so that no row of the attention matrix is empty.

@@ -60,7 +60,8 @@ class ModelShape:
 
     Attributes:
         vocabulary: The rows of the embedding.
-        positions: The longest document.
+        hidden: Values of a hidden state.
+        positions: The longest document, in tokens.
         blocks: One a block: of its window the masks are made, and its place is where keys and values are kept.
         tied: Whether lm_head is the embedding.
         rotaries: By which ``Reading.turn`` turns; a class that turns by itself needs none.
@@ -84,6 +85,9 @@ class Architecture(ModelShape):
 
     Attributes:
         inner: Intermediate size of the MLP.
+        heads, kv_heads: Of queries, and of keys and values.
+        head_size: Values of each head.
+        norm_epsilon: What RMSNorm adds to the mean of squares.
         norms: Where a block has norms, and what they are called.
         norm_offset: What RMSNorm adds to its weight before it multiplies.
         head_norm: RMSNorm of queries and keys: "head" (of each head), "all" (of all heads together), or None.

@@ -34,7 +34,7 @@ class Seen:
         self._added: Any | None = None
 
     def added(self, kv_heads: int, share: int) -> Any | None:
-        """What is added to scores [B, K, ``share`` · count, keys]; None where all is seen."""
+        """What is added to scores [B, K, ``share`` · count, keys], K = ``kv_heads``; None where all is seen."""
         if self._added is None and self._hidden is not None:
             rows, _, _, count, keys = self._hidden.shape
             # Once for all layers, as large as scores are: to repeat it in an addition is slow.
@@ -51,7 +51,8 @@ class KeptKeys:
         self._key, self._value = by_head(key), by_head(value)
 
     def attend(self, query: Any, key: Any, value: Any, seen: Seen, cap: float | None) -> Any:
-        """Keep ``key`` and ``value`` [B, new, K, D] too; attention of ``query`` [B, new, H, D] → [B, new, H, D]."""
+        """Keep ``key`` and ``value`` [B, new, K, D] too; attention of ``query`` [B, new, H, D] → [B, new, H, D], with
+        scores capped by ``cap`` as :meth:`sft.Kernels.attention` does it."""
         self._key = key = paddle.concat([self._key, by_head(key)], axis=2)
         self._value = value = paddle.concat([self._value, by_head(value)], axis=2)
         rows, count, heads, size = query.shape

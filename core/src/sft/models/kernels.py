@@ -60,8 +60,8 @@ class Kernels:
     _made: tuple[weakref.ref[Any], int, tuple[Callable[..., Any], tuple[Any, ...]]] | None = None
 
     def rms_norm(self, x: Any, weight: Any, epsilon: float, offset: float) -> Any:
-        """(``offset`` + weight) · x / √(mean(x²) + ε): x [..., hidden] of any float type, weight [hidden] → like x, in
-        the weight's type."""
+        """(``offset`` + weight) · x / √(mean(x²) + ``epsilon``): x [..., hidden] of any float type, weight [hidden] →
+        like x, in the weight's type."""
         return rms_norm(x, weight, epsilon, offset)
 
     def rotate(self, x: Any, rotary: Rotary, cosines: Any, sines: Any) -> Any:
@@ -70,7 +70,8 @@ class Kernels:
         return rotate(x, rotary, cosines, sines)
 
     def mask(self, ends: np.ndarray | None) -> Any:
-        """What :meth:`attention` is to know of a batch, made once for all layers: see :class:`sft.AttentionBackend`."""
+        """What :meth:`attention` is to know of a batch, made once for all layers; ``ends`` int32 [B, 1, S, 1] or None,
+        as :class:`sft.AttentionBackend` has it."""
         return _Mask(ends)
 
     def attention(self, query: Any, key: Any, value: Any, mask: Any, cap: float | None) -> Any:

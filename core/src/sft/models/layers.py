@@ -23,6 +23,9 @@ class Target:
 
     Attributes:
         name: For example ``model.layers.0.self_attn.q_proj``.
+        parent, attribute: The layer that holds it, and as what.
+        layer: A paddle Linear, or what stands for one.
+        in_features, out_features: Of the whole, where processes share it.
     """
 
     name: str

@@ -20,7 +20,8 @@ KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 @dataclass(frozen=True)
 class Rotary:
-    """How positions turn the queries and keys of a layer. ``size`` dimensions of each head turn, the first ones.
+    """How positions turn the queries and keys of a layer. ``size`` dimensions of each head turn, the first ones;
+    pair i by position / ``base``^(2i / size) radians (arXiv 2104.09864, section 3.2.2).
 
     ``kind`` is one of :data:`KINDS`, ``values`` its parameters by Hugging Face's names. ``positions`` is the model's
     ``max_position_embeddings``. ``interleaved``: dimensions 2i and 2i + 1 turn together, not i and i + size / 2.

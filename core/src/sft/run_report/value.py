@@ -134,7 +134,11 @@ class RunReport:
         without_effect: Settings that were given and did nothing, each with the reason.
         notes: What the run has said of what it left out, refused or could not do (``sft.log``), each once.
         counts: What became of the records of ``train`` and ``dev``, as the run counts them.
+        machine, arithmetic, precision, hub: What ``run.json`` has under these words: what it ran on, what the last bits
+            depend on, dtypes, and the commits of what a hub brought.
+        skipped_steps: Steps that changed nothing.
         trained, total: Parameters, in values; None where the run has not come so far.
+        evaluations: Each as ``metrics.jsonl`` has it: losses in nats per target token.
         checkpoints: The steps whose checkpoints are there.
     """
 

@@ -57,7 +57,8 @@ class AdamW(Optimizer):
     def adam(
         self, values: list[Any], gradients: list[Any], kept: list[dict[str, Any]], rate: float, decay: float
     ) -> None:
-        """One step of float32 ``values`` that have been stepped equally often, in place, with the state of each."""
+        """One step of float32 ``values`` that have been stepped equally often, in place, with the state of each, at
+        learning rate ``rate`` with weight decay ``decay``."""
         training = self.training
         paddle._C_ops.fused_adam_(
             values,

@@ -125,7 +125,8 @@ class Family:
         return name
 
     def is_transposed(self, name: str, dimensions: int) -> bool:
-        """Whether files in Hugging Face's layout hold a tensor as [out, in] that is [in, out] here: a Linear's."""
+        """Whether files in Hugging Face's layout hold a tensor of so many ``dimensions`` as [out, in] that is [in, out]
+        here: a Linear's."""
         return dimensions == 2 and not name.endswith(self.upright)
 
 

@@ -54,7 +54,7 @@ class Values:
         return Values({**self._values, **more}, self.where)
 
     def count(self, name: str, default: int | None = None, least: int = 1, most: int = 2**31 - 1) -> int:
-        """A whole number from ``least`` to ``most``."""
+        """A whole number from ``least`` to ``most``; ``default`` where it is missing, which None refuses."""
         value = self._given(name, default)
         if isinstance(value, int) and value > most:
             raise self.wrong(name, f"a whole number of at most {most:,}")
@@ -63,7 +63,7 @@ class Values:
         return value
 
     def number(self, name: str, default: float) -> float:
-        """A number above 0, which float32 can hold."""
+        """A number above 0, which float32 can hold; ``default`` where it is missing."""
         value = self._values.get(name, default)
         if not _is_positive(value):
             raise self.wrong(name, "a number above 0")
@@ -96,7 +96,7 @@ class Values:
         return known[value]
 
     def window(self, default: int | None = None) -> int | None:
-        """``sliding_window``; null is none."""
+        """``sliding_window``, in tokens; null is none, and ``default`` where it is missing."""
         return (
             self.count("sliding_window", default) if self._values.get("sliding_window", default) is not None else None
         )
@@ -134,7 +134,8 @@ class Values:
         share: float | None = None,
         **more: Any,
     ) -> Rotary:
-        """The rotary embedding of heads of ``size``; of layers of ``kind``, where the config tells kinds apart.
+        """The rotary embedding of heads of ``size``, in a model whose longest document has ``positions`` tokens; of
+        layers of ``kind``, where the config tells kinds apart.
 
         ``base`` is the family's default, and ``share`` that of the part of a head that turns; None: the family turns
         whole heads, and a config that says otherwise is refused. ``rope_parameters`` is what transformers 5 writes,

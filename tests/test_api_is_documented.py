@@ -4,6 +4,7 @@ refuses."""
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import re
@@ -12,19 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from making.reference import examples_of
+from test_kit_pages import SHOWN
+
 from sft import hookspecs
-from sft.kit.about import KINDS, found
+from sft.kit.about import KINDS, all_plugins, found
 from sft.plugins.marks import hooks_of, single_hooks
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = ("sft", "sft.parallel", "sft.testing")
-SHOWN = (
-    "plugins/*/src/**/*.py",
-    "examples/*/src/**/*.py",
-    "docs/*.md",
-    "core/src/sft/kit/templates/*/plugin.py.template",
-)
-TRIED = ("core/tests/**/*.py", "tests/**/*.py", "plugins/*/tests/**/*.py")
+TRIED = ("core/tests/**/*.py", "tests/**/*.py", "plugins/*/tests/**/*.py", "examples/*/tests/**/*.py")
 NO_KIND = {"sft_launch", "sft_import_adapter", "sft_adapter_merger", "sft_adapter_updates"}
 """Hooks with one place that say nothing about what a plugin is; those that do go with another one."""
 
@@ -50,18 +48,25 @@ def test_each_hook_says_what_it_is_for_and_stands_in_the_reference() -> None:
 
 
 def test_each_hook_has_an_example_that_runs() -> None:
-    """Plugins and examples have tests of their own, and pages of docs are run by tests/test_documents.py and
-    test_kit_pages.py."""
-    sources = "\n".join(texts(SHOWN).values())
-    assert [name for name in all_hooks() if not re.search(rf"def {name}\(", sources)] == []
+    """For authors: on a page, in examples/ or in what ``sft plugins new`` writes. What first-party plugins implement is
+    no example, for it is not written to be read first."""
+    assert [name for name in all_hooks() if not examples_of(name)] == []
 
 
 def test_each_hook_is_tried() -> None:
+    """By a test that implements it, calls it, or runs a plugin from a page; a name in words is no test."""
     here = Path(__file__).resolve()
-    words: set[str] = set()
-    for path, text in texts((*TRIED, "plugins/*/src/**/*.py")).items():
-        words |= set(re.findall(r"\w+", text)) if path.resolve() != here else set()
-    assert [name for name in all_hooks() if name not in words] == []
+    tried: set[str] = set()
+    for path, text in texts(TRIED).items():
+        if path.resolve() != here:
+            tried |= {one or other for one, other in re.findall(r"(?:\bdef |\.)(\w+)|\b(\w+)=", text)}
+            tried |= {hook for name in re.findall(r'written\("([\w-]+)"\)', text) for hook in shown_by(name)}
+    assert [name for name in all_hooks() if name not in tried] == []
+
+
+def shown_by(name: str) -> set[str]:
+    """The functions of the plugin of this name that a page shows whole."""
+    return {*re.findall(r"def (\w+)\(", SHOWN.get(name, ""))}
 
 
 def test_each_seam_is_a_kind_of_plugin() -> None:
@@ -132,4 +137,61 @@ def test_each_function_of_arrays_says_their_shapes_or_types() -> None:
             r"\bu?int\d+|float\d+|bool\b|\[[A-Za-z1n,. ]+\]|dtype|shape|:meth:", text
         ):
             silent.append(name)
+    assert silent == []
+
+
+def numeric(annotation: str) -> bool:
+    return re.search(r"\b(int|float|ndarray)\b", annotation) is not None
+
+
+def test_each_number_that_a_function_takes_is_said() -> None:
+    """By its name: what it counts or measures."""
+    silent = []
+    for name, function, text in functions():
+        arguments = tree_of(function).args
+        for one in (*arguments.args, *arguments.kwonlyargs):
+            if one.annotation and numeric(ast.unparse(one.annotation)) and not re.search(rf"\b{one.arg}\b", text):
+                silent.append(f"{name}({one.arg})")
+    assert silent == []
+
+
+def test_each_number_that_a_class_holds_is_said() -> None:
+    """By its name, in what the class says or a class that it derives from."""
+    silent = []
+    for module, name, value in public():
+        if inspect.isclass(value) and dataclasses.is_dataclass(value):
+            said = "\n".join(inspect.getdoc(one) or "" for one in value.__mro__[:-1])
+            fields = [one for one in dataclasses.fields(value) if numeric(str(one.type)) or "Any" in str(one.type)]
+            silent += [f"{module}.{name}.{one.name}" for one in fields if not re.search(rf"\b{one.name}\b", said)]
+    assert silent == []
+
+
+def test_losses_seconds_and_memory_have_units() -> None:
+    """Of what holds or takes one, by its name, its text says the unit."""
+    units = {"loss": "nats", "memory": "MiB|bytes|GiB", "positions": "tokens|position|document"}
+    silent = []
+    for module, name, value in public():
+        if inspect.isclass(value) and dataclasses.is_dataclass(value):
+            said = "\n".join(inspect.getdoc(one) or "" for one in value.__mro__[:-1])
+            for one in dataclasses.fields(value):
+                unit = next((unit for word, unit in units.items() if word in one.name), "")
+                if numeric(str(one.type)) and not re.search(unit, said):
+                    silent.append(f"{module}.{name}.{one.name}")
+    for name, hook in all_hooks().items():
+        for word, unit in units.items():
+            text = inspect.getdoc(hook) or ""
+            if word in inspect.signature(hook).parameters and not re.search(unit, text):
+                silent.append(f"{name}({word})")
+    assert silent == []
+
+
+NO_TECHNIQUE = {"command", "kernels"}
+"""Kinds of plugins that follow no paper or program."""
+
+
+def test_each_technique_names_its_source() -> None:
+    """A paper, a section of one, or the program whose behaviour it has."""
+    techniques = [row for row in all_plugins(shapes=False) if not {*row.kinds} <= NO_TECHNIQUE]
+    assert len(techniques) > 20
+    silent = [row.name for row in techniques if not row.reference]
     assert silent == []

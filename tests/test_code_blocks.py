@@ -12,6 +12,7 @@ HERE = "tests/test_documents.py"
 TYPED = "tests/test_shown_commands.py::test_what_a_page_shows_is_typed"
 KIT = "tests/test_kit_pages.py"
 MORE = "tests/test_shown_code.py"
+RECIPES = "tests/test_recipes.py"
 
 Blocks = list[tuple[str, str]]
 SHOWN: dict[str, str | Blocks] = {
@@ -20,6 +21,12 @@ SHOWN: dict[str, str | Blocks] = {
         ("sft run --plugin lora \\", TYPED),
         ("import sft", f"{HERE}::test_readme_python_runs_as_shown"),
         ("export PIP_EXTRA_INDEX_URL=...", "not run: it needs a GPU"),
+    ],
+    "docs/adapters.md": [
+        ('[project.entry-points."sft.requests"]', f"{MORE}::test_the_guide_shows_the_examples"),
+        ("import sft", f"{RECIPES}::test_half_of_an_adapter_is_folded_in_and_exported"),
+        ("import numpy as np", f"{RECIPES}::test_olora_begins_at_the_decomposition_and_keeps_what_an_adapter_must"),
+        ("import sft", f"{RECIPES}::test_the_gain_trains_and_keeps_what_an_adapter_must"),
     ],
     "docs/answers.md": "tests/test_answering.py::test_the_guide_shows_what_works",
     "docs/api-policy.md": [("api_version = ", f"{MORE}::test_the_range_of_the_page_has_this_api")],
@@ -68,6 +75,10 @@ SHOWN: dict[str, str | Blocks] = {
         ("sft plugins new", "tests/test_new_plugin.py::test_it_installs_validates_and_passes_its_own_tests"),
         ("trace: sft_collator", "not run: the times of one run; core/tests/test_plugin_trace.py holds the form"),
     ],
+    "docs/objectives.md": [
+        ("from dataclasses import dataclass", f"{HERE}::test_the_loss_of_the_guide_leaves_out_what_is_known"),
+        ("import sft", f"{KIT}::test_rows_count_alike"),
+    ],
     "docs/optimizers.md": f"{HERE}::test_the_optimizer_of_its_page_steps_as_it_says",
     "docs/parallel.md": [
         ("pip install ./plugins/parallel_4d", "not run: four processes; test_launch.py of parallel-4d starts two"),
@@ -86,8 +97,6 @@ SHOWN: dict[str, str | Blocks] = {
     "docs/plugins.md": [
         ("from dataclasses import dataclass", f"{HERE}::test_plugin_of_the_guide_is_the_example_and_works"),
         ('[project.entry-points."sft.plugins"]', f"{MORE}::test_the_guide_shows_the_examples"),
-        ('[project.entry-points."sft.requests"]', f"{MORE}::test_the_guide_shows_the_examples"),
-        ("from dataclasses import dataclass", f"{HERE}::test_the_loss_of_the_guide_leaves_out_what_is_known"),
         ("import sft", f"{MORE}::test_the_family_of_the_guide_keeps_the_protocol"),
         ("from sft.testing import check_family", f"{MORE}::test_the_family_of_the_guide_keeps_the_protocol"),
         ("sides: ClassVar", f"{MORE}::test_the_sides_of_the_guide_are_those_of_lora"),
@@ -97,8 +106,13 @@ SHOWN: dict[str, str | Blocks] = {
     "docs/recipes.md": [
         ("import sft", f"{KIT}::test_the_format_reads_what_the_core_reads_otherwise"),
         ("import sft", f"{KIT}::test_positions_are_half_as_far_apart"),
-        ("import sft", f"{KIT}::test_rows_count_alike"),
         ("import shutil", f"{KIT}::test_the_newest_checkpoint_is_copied"),
+        ("import sft", f"{RECIPES}::test_wide_norms_compute_what_the_core_computes"),
+        ("import fcntl", f"{RECIPES}::test_a_run_waits_until_the_other_one_has_ended"),
+        ("import json", f"{RECIPES}::test_the_command_prints_the_losses"),
+        ('[project.entry-points."sft.plugins"]', f"{RECIPES}::test_the_command_prints_the_losses"),
+        ("import json", f"{RECIPES}::test_a_run_that_goes_on_is_said_to_need_what_it_took"),
+        ('[project.entry-points."sft.plugins"]', f"{RECIPES}::test_a_run_that_goes_on_is_said_to_need_what_it_took"),
     ],
     "docs/reliability.md": "not run: hours",
     "docs/replay.md": [
@@ -126,6 +140,10 @@ SHOWN: dict[str, str | Blocks] = {
             "sft completion bash",
             "core/tests/test_completing.py::test_a_shell_completes_the_name_of_a_plugin",
         ),
+    ],
+    "docs/trackers.md": [
+        ("import json", f"{RECIPES}::test_the_shared_log_has_each_line_and_says_where_a_run_goes_on"),
+        ('[project.entry-points."sft.requests"]', f"{RECIPES}::test_report_to_asks_for_the_shared_log"),
     ],
     "docs/tutorial.md": TYPED,
 }

@@ -56,12 +56,12 @@ def test_the_range_of_the_page_has_this_api() -> None:
 
 
 def test_the_guide_shows_the_examples() -> None:
-    for language, beginning, path in (
-        ("toml", '[project.entry-points."sft.plugins"]', "third_party_plugin/pyproject.toml"),
-        ("toml", '[project.entry-points."sft.requests"]', "ia3_plugin/pyproject.toml"),
-        ("python", 'pytest_plugins = ["sft.testing"]', "third_party_plugin/conftest.py"),
+    for page, language, beginning, path in (
+        ("plugins", "toml", '[project.entry-points."sft.plugins"]', "third_party_plugin/pyproject.toml"),
+        ("adapters", "toml", '[project.entry-points."sft.requests"]', "ia3_plugin/pyproject.toml"),
+        ("plugins", "python", 'pytest_plugins = ["sft.testing"]', "third_party_plugin/conftest.py"),
     ):
-        assert shown("docs/plugins.md", language, beginning) in (EXAMPLES / path).read_text(encoding="utf-8")
+        assert shown(f"docs/{page}.md", language, beginning) in (EXAMPLES / path).read_text(encoding="utf-8")
 
 
 @needs("lora")

@@ -23,6 +23,13 @@ from sft.settings.arguments import GROUPS, core_options
 from sft.settings.paddlenlp import FOREIGN, Foreign
 
 PUBLIC = ("sft", "sft.parallel", "sft.testing")
+EXAMPLES = {
+    "docs/*.md": "../{name}",
+    "examples/*/src/**/*.py": "../../examples/{folder}",
+    "core/src/sft/kit/templates/*/plugin.py.template": "../kit.md#a-package",
+}
+"""Where hooks are shown to authors, and where the reference links to for that. Each is run by a test: blocks of pages
+by what tests/test_code_blocks.py names, examples and templates by tests of their own."""
 
 
 def settings_page(say: Say = as_it_is) -> str:
@@ -104,7 +111,21 @@ def _hooks(specs: Any, heading: str, members_by: Mapping[str, str] | None = None
         if members_by and name in members_by:
             lines += [f"`run` has by then: {members_by[name]}.", ""]
         lines += [inspect.getdoc(function) or "", ""]
+        lines += [f"Shown in {', '.join(examples_of(name))}.", ""]
     return lines
+
+
+def examples_of(hook: str) -> list[str]:
+    """A link to each page, example and kind of new plugin that implements ``hook``."""
+    found: dict[str, None] = {}
+    for pattern, target in EXAMPLES.items():
+        for path in sorted(ROOT.glob(pattern)):
+            if f"def {hook}(" in path.read_text(encoding="utf-8"):
+                folder = path.relative_to(ROOT).parts[1]
+                name = {"docs": path.name, "examples": f"examples/{folder}"}.get(path.relative_to(ROOT).parts[0])
+                shown = name or f"`sft plugins new --kind {path.parent.name}`"
+                found[f"[{shown}]({target.format(name=path.name, folder=folder)})"] = None
+    return list(found)
 
 
 def commands_page(say: Say = as_it_is) -> str:

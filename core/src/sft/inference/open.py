@@ -18,7 +18,7 @@ from sft.models.vocabulary import grown_as
 from sft.options import options_of
 from sft.plugins.discovery import canonical, installed, with_refined
 from sft.plugins.files import name_of, with_files
-from sft.plugins.marks import implements
+from sft.plugins.marks import hooks_of, implements
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import by_device, choose_plugins, choose_reader
 from sft.progress import Progress
@@ -117,12 +117,18 @@ def _check_precision(settings: Settings) -> None:
 
 def _refuse_idle(plugins: Plugins, requested: Sequence[str], what: str, hooks: Sequence[str]) -> None:
     """Refuse a plugin that is ``requested`` by name, implements none of the ``hooks`` that ``what`` calls, and does
-    not read the adapter."""
+    not read the adapter. One of a file, which no metadata brings, may refine whoever reads it."""
+    published = {hook for name, one in plugins if name in plugins.readers for hook in hooks_of(_specs(one))}
     for name, plugin in plugins:
-        if name in plugins.readers:
+        refines = name in plugins.files and any(implements(plugin, hook) for hook in published)
+        if name in plugins.readers or refines:
             continue
         if name in map(canonical, requested) and not any(implements(plugin, hook) for hook in hooks):
             raise UsageError(f"Plugin {name} has no part in {what}; leave it out.")
+
+
+def _specs(plugin: Any) -> Any:
+    return getattr(plugin, "hookspecs", None)
 
 
 def trained_template(adapter: Path | None) -> str | None:

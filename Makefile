@@ -47,7 +47,7 @@ test-reliability: .venv/installed-test ## Try everything that a run must survive
 	SFT_RELIABILITY=whole OMP_NUM_THREADS=1 $(BIN)/pytest tests/reliability -m "not gpu" $(ARGS); \
 	    code=$$?; $(BIN)/python tests/reliability/figures.py; exit $$code
 
-# Each about three minutes on two cores. ARGS names some of them, or is --quick: each two once, in half an hour.
+# Hours for all of them; docs/certify.md says how long one takes. ARGS names some of them, or is --quick: each two once.
 certify: .venv/installed-test ## Certify the plugins: writes docs/certified/, from which the README's matrix is made
 	$(BIN)/python tests/certify/all_plugins.py $(ARGS)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 from making.project import DOCS
+from making.readme import reports
 from making.regions import filled
 from sft.certify.certify import CHECKS
+from sft.certify.report import HELD, NOT_TRIED, REFUSED
 
 
 def certify_page() -> str:
@@ -31,7 +34,19 @@ def certify_page() -> str:
             case = f" ({found['case']})" if found["case"] else ""
             by = f"{found['check']}{case}" if found["check"] in general else f"its own formula: {found['check']}"
         said.append(f"| {name} | `{fault['plugin']}` | {fault['wrong']} | {by} |")
-    return filled((DOCS / "certify.md").read_text(encoding="utf-8"), {"checks": checks, "faults": said})
+    regions = {"checks": checks, "faults": said, "reports": whole_reports()}
+    return filled((DOCS / "certify.md").read_text(encoding="utf-8"), regions)
+
+
+def whole_reports() -> list[str]:
+    """What the reports of every check have, and how long each took."""
+    rows = ["| plugin | cases | holds | refused | not tried | minutes |", "|---|--:|--:|--:|--:|--:|"]
+    for name, report in reports().items():
+        if report.get("whole"):
+            counts = Counter(row["status"] for row in report["rows"])
+            told = " | ".join(str(counts[status]) for status in (HELD, REFUSED, NOT_TRIED))
+            rows.append(f"| `{name}` | {len(report['rows'])} | {told} | {report['seconds'] / 60:.1f} |")
+    return rows
 
 
 def influence_page() -> str:

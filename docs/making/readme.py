@@ -14,6 +14,8 @@ from sft.plugins.discovery import installed
 
 CERTIFIED = DOCS / "certified"
 BESIDE = "works beside"
+IN_COMPANY = ("learns", "resumes", "reloads", "merges")
+"""What a plugin is tried for beside another one, of which each is also a check of its own."""
 _CELLS = {"holds": "+", "refused": "–", "not tried": "○", "fails": "✗"}
 _HEADS = ("plugin", "distribution", "kind", "needs", "not with", "replaces")
 
@@ -73,6 +75,7 @@ def together(name: str, other: str, measured: Mapping[str, dict[str, Any]]) -> s
 def _beside(report: dict[str, Any] | None, other: str) -> str:
     if report is None:
         return "○"
-    if other in report["company"]:
-        return "+" if report["holds"] else "○"
+    if other in report["company"]:  # all its runs have it, so its own checks are of both
+        held = {row["check"] for row in report["rows"] if row["status"] == "holds"}
+        return "✗" if not report["holds"] else "+" if held >= {*IN_COMPANY} else "○"
     return next((_CELLS[r["status"]] for r in report["rows"] if r["check"] == BESIDE and r["case"] == other), "○")

@@ -1,8 +1,8 @@
 """Certifies the project's plugins, or those that are named: writes docs/certified/NAME.json for each.
 
-python tests/certify/all_plugins.py            # all, some four minutes each on two cores
+python tests/certify/all_plugins.py            # all, for hours; docs/certify.md says how long one takes
 python tests/certify/all_plugins.py lora vera
-python tests/certify/all_plugins.py --quick    # each two once, and each alone: half an hour for all
+python tests/certify/all_plugins.py --quick    # each two once, and each alone: an hour for all
 
 Trackers need libraries that do not go together with those of other plugins, so they are certified, beside all others
 too, in an environment that is made for them.
@@ -25,8 +25,8 @@ from sft.plugins.discovery import installed
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "certified"
 QUICK = (
-    *("declared", "learns", "reloads", "resumes", "repeats", "changes nothing", "exports"),
-    *("options take effect", "works beside"),
+    *("declared", "learns", "reloads", "resumes", "merges", "repeats", "changes nothing"),
+    *("exports", "options take effect", "works beside"),
 )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from certify.seed import FIGURES, seeded, tried
 from click.testing import CliRunner
+from making.readme import IN_COMPANY, together
 
 import sft
 from sft.certify.certify import CHECKS, certify
@@ -157,6 +158,25 @@ def test_all_holds_in_the_reports_that_are_kept() -> None:
     assert reports
     assert [report["plugin"] for report in reports if not report["holds"]] == []
     assert all({row["check"] for row in report["rows"]} >= {"resumes", "reloads"} for report in reports)
+
+
+def test_a_typical_adapter_is_certified_whole_within_ten_minutes() -> None:
+    """On two cores, as its report says, that is kept: families, two processes, merging and PEFT's layout among it."""
+    report = json.loads((ROOT / "docs" / "certified" / "lora.json").read_text(encoding="utf-8"))
+    assert (report["whole"], report["beside"], report["holds"]) == (True, None, True)
+    assert report["seconds"] < 600
+    held = {row["check"] for row in report["rows"] if row["status"] == "holds"}
+    assert held >= {"works on family", "works in two processes", "works beside", "merges", "is in pefts layout"}
+
+
+def test_what_all_runs_of_a_plugin_have_beside_is_measured_by_its_own_checks() -> None:
+    """Where the matrix has a plus without a case that says so."""
+    needed = [*({"check": check, "case": "", "status": "holds"} for check in IN_COMPANY)]
+    report = {"holds": True, "company": ["lora"], "rows": needed}
+    assert together("nf4", "lora", {"nf4": report}) == "+"
+    assert together("nf4", "lora", {"nf4": {**report, "rows": needed[1:]}}) == "○"
+    assert together("nf4", "lora", {"nf4": {**report, "holds": False}}) == "✗"
+    assert together("nf4", "wsd", {"nf4": report}) == "○"
 
 
 def test_the_command_says_what_fails_and_writes_its_reports(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ import pytest
 import sft
 from sft import suites
 from sft.certify.subject import Subject, an_adapter
-from sft.conformance import check_family, forward
+from sft.conformance import check_family, forward, token_loss
 from sft.emulated_autocast import emulated_autocast
 from sft.files import save_tensors, write_json
 from sft.kit.about import about, found
@@ -62,7 +62,8 @@ __all__ = [
 
 
 def make_model(folder: Path, seed: int = 0, **config: Any) -> Path:
-    """Write a Llama of random float32 weights (100,000 of them) with a tokenizer and a chat template; ``folder``.
+    """Write a Llama of float32 weights (100,000 of them), drawn from ``seed``, with a tokenizer and a chat template;
+    ``folder``.
 
     ``config`` overrides keys of its ``config.json``, such as ``num_hidden_layers=4``.
     """
@@ -143,23 +144,6 @@ def load(model: Path | str, adapter: Path | None = None, plugins: Sequence[str] 
     from sft.inference.open import load_for_inference
 
     return load_for_inference(str(model), adapter, lambda text: None, plugins)[0]
-
-
-def token_loss(part: sft.TokenLoss, logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
-    """Σ of what ``part`` makes of the cross-entropy of each position (nats), and its gradient in the logits, float32
-    [n, V], computed as in training. ``logits`` float32 [n, V], ``labels`` int64 [n], -100 where there is none."""
-    from types import SimpleNamespace
-
-    import paddle
-
-    from sft.training.loss import target_loss
-    from sft.training.token_losses import TokenLosses
-
-    hidden = paddle.to_tensor(logits[None].astype(np.float32), stop_gradient=False)
-    lm_head = SimpleNamespace(weight=paddle.eye(logits.shape[1]))
-    loss = target_loss(hidden, labels[None], lm_head, 1.0, None, TokenLosses([("The loss that is tested", part)]))
-    loss.backward()
-    return float(loss), hidden.grad.numpy()[0]
 
 
 def suite(plugin: str, /, **settings: Any) -> type:

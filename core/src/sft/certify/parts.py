@@ -12,6 +12,7 @@ from sft.certify.checking import check
 from sft.certify.comparing import CLOSE, FailedError, NotTriedError, close, same
 from sft.certify.lab import Lab
 from sft.certify.runs import settings_of, variants
+from sft.conformance import token_loss
 from sft.context import Run
 from sft.seams import Example
 
@@ -58,6 +59,9 @@ def quantizes_nearly(lab: Lab, case: str) -> str:
             raise FailedError(f"dequantize gives {held.shape} of a weight [in, out] of {weight.shape}")
         off = np.sqrt(((held - weight) ** 2).mean(0) / (weight**2).mean(0))
         worst = max(worst, float(off.max()))
+        small, usual = float(off[_SMALL].max()), float(np.median(off))
+        if small > 3 * usual:
+            raise FailedError(f"an output of small weights is {small:.1%} off, where others are {usual:.1%} off")
     if not worst <= 0.3:
         raise FailedError(f"an output is {worst:.0%} off its weight")
     return f"at most {worst:.1%} off"
@@ -99,6 +103,30 @@ def quantized_parts_are_the_same(lab: Lab, case: str) -> None:
                 raise FailedError(f"part {index} of 2 along {'outputs' if axis else 'inputs'} holds other values")
             if axis and not np.array_equal(np.asarray(part.bias.numpy()), np.split(bias, 2)[index]):
                 raise FailedError(f"part {index} of 2 along outputs has another bias")
+
+
+# --- losses of tokens ---------------------------------------------------------------------------------------
+
+
+def _weighs_tokens(lab: Lab) -> bool:
+    return lab.subject.has("sft_token_loss")
+
+
+@check(
+    "The loss of a token is its own, whichever others are in its chunk, and so is its gradient.",
+    _weighs_tokens,
+    variants,
+)
+def counts_each_token_alone(lab: Lab, case: str) -> None:
+    (part, *_) = lab.run(started=lambda run: run.hook.sft_token_loss(run=run), **settings_of(lab, case)).started
+    generator = np.random.default_rng(0)
+    # Of some tokens the model is sure, of others it knows nothing.
+    logits = generator.standard_normal((8, 40), dtype=np.float32) * np.geomspace(0.1, 10, 8, dtype=np.float32)[:, None]
+    labels = np.where(generator.random(8) < 0.5, logits.argmax(-1), generator.integers(0, 40, 8))
+    loss, gradient = token_loss(part, logits, labels)
+    alone = [token_loss(part, logits[row : row + 1], labels[row : row + 1]) for row in range(len(labels))]
+    close(loss, sum(value for value, _ in alone), "the loss of eight tokens together, and one by one")
+    close(gradient, np.concatenate([one for _, one in alone]), "its gradient in the logits")
 
 
 # --- attention ----------------------------------------------------------------------------------------------
@@ -293,6 +321,7 @@ CHECKS = (
     quantizes_nearly,
     quantized_layers_multiply,
     quantized_parts_are_the_same,
+    counts_each_token_alone,
     attends_by_the_formula,
     rows_hold_each_record_once,
     batches_hold_documents,

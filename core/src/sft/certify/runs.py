@@ -101,7 +101,20 @@ def resumes(lab: Lab, case: str) -> None:
         same(later.evaluations[-1:], whole.evaluations[-1:], f"from step {step} on, the evaluation at the end")
 
 
-@check("Evaluating changes nothing of what is learned, and finds the same again.", cases=variants)
+class Disturbs(Plugin):
+    """Lets paddle draw otherwise after each step, until the next one begins."""
+
+    name = "certify-disturbs"
+    api_version = 1
+
+    @hookimpl
+    def sft_step_ended(self, run: Run, record: dict[str, Any]) -> None:
+        import paddle
+
+        paddle.seed(123_456_789)
+
+
+@check("Evaluating changes nothing of what is learned, draws nothing, and finds the same again.", cases=variants)
 def evaluates_without_a_trace(lab: Lab, case: str) -> None:
     plain, given = main_run(lab, case), settings_of(lab, case)
     watched = lab.run(evaluation_strategy="steps", eval_steps=1, **given)
@@ -113,6 +126,9 @@ def evaluates_without_a_trace(lab: Lab, case: str) -> None:
     same(twice, twice[:1] * len(twice), "the same model measured twice")
     alone = lab.run(do_train=False, **given)
     same(alone.evaluations, plain.evaluations[:1], "a run that only measures")
+    disturbed = lab.run(also=[Disturbs], evaluation_strategy="steps", eval_steps=1, **given)
+    same(disturbed.losses, watched.losses, "losses, where paddle's generator is another while it evaluates")
+    same(disturbed.evaluations, watched.evaluations, "evaluations, where paddle's generator is another")
 
 
 @check("What a run writes is what it trained: read again, it computes the same.", cases=variants)

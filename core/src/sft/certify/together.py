@@ -143,7 +143,8 @@ def _plans(lab: Lab) -> dict[str, dict[str, Any]]:
 
 
 @check(
-    "On two processes that share the run it learns what it learns on one, and the result is read again.", cases=_plans
+    "On two processes that share the run it learns what it learns on one, and the result is read again and merged.",
+    cases=_plans,
 )
 def works_in_two_processes(lab: Lab, case: str) -> str | None:
     return _in_two_processes(lab, _plans(lab)[case], [])
@@ -161,18 +162,22 @@ def _in_two_processes(lab: Lab, plan: dict[str, Any], beside: list[str]) -> str 
 
 def _tried(lab: Lab, plan: dict[str, Any], shared: list[str]) -> str | None:
     try:
-        folder, steps, evaluations = _shared_run(lab, plan, shared)
+        folder, steps, evaluations = _shared_run(lab, plan, lab.names(shared))
     except UsageError as error:
+        if not shared and _is_refused_anyway(lab, plan):
+            raise NotTriedError(f"the plan is refused of other runs too: {error}") from error
         raise RefusedError(str(error)) from error
     if plan == {PROCESSES: 2}:
         place = str(folder / "checkpoint-2")
-        later, rest, measured = _shared_run(lab, plan, shared, resume_from_checkpoint=place)
+        later, rest, measured = _shared_run(lab, plan, lab.names(shared), resume_from_checkpoint=place)
         same([line["loss"] for line in rest[-1:]], [line["loss"] for line in steps[-1:]], "gone on with, the loss")
         same(measured[-1:], evaluations[-1:], "gone on with, the evaluation at the end")
         same(Outcome(later).files(), Outcome(folder).files(), "gone on with, the files of the result")
     alone = _on_one(lab, shared, steps[0]["tokens"])
     close(evaluations[:1], [alone.evaluations[0]["eval_loss"]], "the loss of dev data before the first step")
     _measures_on_one(lab, folder, evaluations[-1], lab.names(shared))
+    if (folder / "adapter_config.json").is_file():
+        close(lab.merged(Outcome(folder)), lab.reloaded(Outcome(folder)), "merged, logits")
     if lab.draws(shared):
         return "it draws, and each process draws its own: what they learn is not compared"
     losses = [line["loss"] for line in steps]
@@ -183,9 +188,18 @@ def _tried(lab: Lab, plan: dict[str, Any], shared: list[str]) -> str | None:
     return None
 
 
-def _shared_run(lab: Lab, plan: dict[str, Any], beside: list[str], **more: Any) -> tuple[Path, list[Any], list[float]]:
-    """The folder of a run of two processes, its lines of steps, and the losses that it measured."""
-    names = [one for one in lab.names(beside) if not provides(one, "sft_parallel_strategy")]
+def _is_refused_anyway(lab: Lab, plan: dict[str, Any]) -> bool:
+    """Whether a run of this plan is refused without the subject: then it says nothing of the two."""
+    try:
+        _shared_run(lab, plan, lab.names(without=True))
+    except UsageError:
+        return True
+    return False
+
+
+def _shared_run(lab: Lab, plan: dict[str, Any], names: list[str], **more: Any) -> tuple[Path, list[Any], list[float]]:
+    """The folder of a run of ``names`` in two processes, its lines of steps, and the losses that it measured."""
+    names = [one for one in names if not provides(one, "sft_parallel_strategy")]
     saves = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1}
     values = lab.settings(lab.model(), names, **saves, **plan, **more)
     fine_tune(values, say=quiet)

@@ -246,7 +246,7 @@ MORE = (
     "kernels-turn-back",
     "lion-moment-not-kept",
 )
-LATER = ("dpo-counts-rows", "early-stopping-count-lost", "gguf-without-the-adapter")
+LATER = ("dpo-counts-rows", "early-stopping-count-lost", "gguf-without-the-adapter", "focal-loss-of-the-batch")
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from sft.replay.blame import Blame, Blamed, suspects
 from sft.replay.page import BOUNDS, page_of_replay
 from sft.replay.spikes import Spike
 from sft.replay.value import Replay, ReplayedRecord, ReplayedStep, Span
-from sft.replay.words import of_blame
+from sft.replay.words import figures, of_blame
 from sft.testing import write_data
 
 Train = Callable[..., sft.Summary]
@@ -87,6 +87,15 @@ def test_each_figure_that_differs_is_said() -> None:
     found = Blame(9, [Blamed(spike(2.0, 8.0), step, [])], Replay("out", [step], 1, [0]))
     note = "  note: computed again, loss as recorded, to the last bit; grad norm recorded 1.5, differs by -0.5"
     assert note in list(of_blame(found))
+
+
+def test_one_is_said_as_one() -> None:
+    one, two = step_of((4.0, 9.0)), step_of((4.0, 9.0), (2.0, 9.0))
+    assert dict(figures(one))["rows"].startswith("0 with 1 record: ")
+    assert dict(figures(two))["rows"].startswith("0 with 2 records: ")
+    for count, said in ((1, "1 of 9 steps stands out by"), (2, "2 of 9 steps stand out by")):
+        found = Blame(9, [Blamed(spike(2.0, 8.0), one, [])] * count, Replay("out", [one], 1, [0]))
+        assert any(line.startswith(said) for line in of_blame(found))
 
 
 # --- pages --------------------------------------------------------------------------------------------------

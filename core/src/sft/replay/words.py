@@ -50,9 +50,10 @@ def figures(step: ReplayedStep) -> list[tuple[str, str]]:
     tokens = sum(row.tokens for row in step.rows)
     padding = sum(len(row.input_ids) for row in step.rows) - tokens
     rows, count = len(step.rows), len(step.records)
+    more = "s" * (count != 1)
     return [
         *((label, f"{value!r}, {said}") for label, value, said in compared(step)),
-        ("rows", f"{rows:,} with {count:,} records: {tokens:,} tokens, {targets:,} learned, {padding:,} padding"),
+        ("rows", f"{rows:,} with {count:,} record{more}: {tokens:,} tokens, {targets:,} learned, {padding:,} padding"),
     ]
 
 

@@ -171,6 +171,16 @@ def test_settings_typed_or_in_a_file_leave_the_same_plans(
     assert {plan["virtual"] for plan in found} == {settings.get("virtual_pipeline_degree", 1)}
 
 
+def test_short_rows_are_shared_where_that_is_asked_for(config_of: Callable[..., Path]) -> None:
+    def degrees(*settings: str) -> set[int]:
+        result = run(config_of(max_position_embeddings=4096), "--devices", "8", "--json", *settings)
+        return {json.loads(line)["plan"]["context"] for line in result.output.splitlines()}
+
+    assert degrees() == degrees("--max_length", "2047") == {1}
+    assert degrees("--max_length", "4096") == {1, 2, 4}
+    assert degrees("--context_parallel_degree", "8") == {8}
+
+
 def test_nothing_fits(config_of: Callable[..., Path]) -> None:
     result = run(config_of(num_hidden_layers=400), "--devices", "2", "--device_memory", "20MiB")
     assert "0 fit; the smallest first" in result.output

@@ -19,6 +19,8 @@ from sft_parallel_4d.ranking import Answer, Device, ranked
 if TYPE_CHECKING:
     from sft import Settings
 
+SHARE = 1024
+"""Tokens of a row that a plan leaves each rank that shares it, unless others are asked for."""
 DEGREE = click.IntRange(min=1)
 
 
@@ -110,6 +112,7 @@ def wanted(settings: Settings) -> Wanted:
         pipeline=degree("pipeline_parallel_degree"),
         sharding=degree("sharding_parallel_degree"),
         context=degree("context_parallel_degree"),
+        most_context=max(1, settings.data.max_length // SHARE),
         stage=stage or None,
         sequence=options.sequence_parallel if "sequence_parallel" in given else None,
         recompute=settings.training.recompute if "recompute" in given else None,

@@ -62,6 +62,9 @@ class Calculator:
         self._batch = (rows, length, rows * length if targets is None else targets)
         self._stages = cache(lambda division, pipeline: stages(outline, division, pipeline, precision))
         self._kept = cache(self._kept_of_blocks)
+        # Thousands of plans have a few shapes.
+        self._extra = cache(lambda shape: activations.backward_extra(outline, shape, precision))
+        self._block = cache(lambda number, shape: activations.block_kept(outline, number, shape, precision))
 
     def stages(self, plan: Plan) -> list[Stage]:
         """The pipeline stages of ``plan``."""
@@ -115,7 +118,7 @@ class Calculator:
         kept, block = self._kept(stage.blocks, shape, plan.recompute)
         reading = activations.reading_kept(outline, shape)
         kept += activations.at_border(outline, shape, precision, plan.recompute, stage.first)
-        extra = activations.backward_extra(outline, shape, precision)
+        extra = self._extra(shape)
         attending = activations.attending(outline, shape, precision)
         upstream = activations.boundary(outline, shape, precision)
         beyond = extra
@@ -161,7 +164,7 @@ class Calculator:
 
     def _kept_of_blocks(self, blocks: range, shape: Shape, recompute: bool) -> tuple[int, int]:
         """What ``blocks`` keep of a micro-batch, and what the largest of them keeps without recomputation."""
-        full = [activations.block_kept(self.outline, number, shape, self.precision) for number in blocks]
+        full = [self._block(number, shape) for number in blocks]
         if not recompute:
             return sum(full), max(full)
         return activations.boundary(self.outline, shape, self.precision) * len(full), max(full)

@@ -60,6 +60,8 @@ class Wanted:
     pipeline: int | None = None
     sharding: int | None = None
     context: int | None = None
+    most_context: int | None = None
+    """The most ranks that share a row, where ``context`` is open."""
     stage: int | None = None
     sequence: bool | None = None
     recompute: bool | None = None
@@ -171,7 +173,8 @@ def _divisions(devices: int, wanted: Wanted) -> Iterator[tuple[int, int, int, in
         for pipeline in _divisors(devices // tensor, wanted.pipeline):
             for sharding in _divisors(devices // tensor // pipeline, wanted.sharding):
                 for context in _divisors(devices // tensor // pipeline // sharding, wanted.context):
-                    yield tensor, pipeline, sharding, context
+                    if wanted.context or not wanted.most_context or context <= wanted.most_context:
+                        yield tensor, pipeline, sharding, context
 
 
 def stages_beside(tensor: int, pipeline: int) -> tuple[int, ...]:

@@ -166,6 +166,17 @@ def test_a_run_that_cannot_be_read_shows_nothing_of_another(browser: Browser, ru
         until(lambda: "Dev loss" in browser.evaluate("return document.querySelector('main').innerText"))
 
 
+def test_answers_that_are_too_many_are_counted(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"status": "finished", "settings": {}}')
+    lines = [f'{{"prompt": "number {n}", "answer": "", "reference": ""}}\n' for n in range(62)]
+    (tmp_path / "samples-0.jsonl").write_text("".join(lines))
+    with board_of(tmp_path) as address:
+        browser.open(address)
+        until(lambda: "number 49" in text_of(browser, "answers"))
+        assert "number 50" not in text_of(browser, "answers")
+        assert "and 12 more, which sft report shows" in browser.evaluate("return document.body.innerText")
+
+
 def test_without_the_token_it_shows_nothing(browser: Browser, runs: list[Path]) -> None:
     with board_of(runs[0].parent) as address:
         browser.open("about:blank")

@@ -1,6 +1,6 @@
 "use strict";
 // Asks the board every two seconds what has changed and shows it. Whatever comes is text: nothing here makes markup of it.
-const EVERY = 2000;
+const EVERY = 2000, MOST_ANSWERS = 50;
 const of = id => document.getElementById(id);
 const shown = { id: null, seen: "", logSeen: "", report: null };
 let timer = 0, asking = false, again = false;
@@ -194,7 +194,10 @@ function showCurves(id, report) {
 
 function showAnswers(answers) {
   of("answers-part").hidden = answers.length === 0;
-  refill(of("answers"), answers.slice(0, 50), one => {
+  const more = answers.length - MOST_ANSWERS;
+  say(of("more-answers"), "and " + number(more) + " more, which sft report shows");
+  of("more-answers").hidden = more <= 0;
+  refill(of("answers"), answers.slice(0, MOST_ANSWERS), one => {
     const rows = [["Asked", one.prompt], ...one.given.map(given => [when(given), given.text]), ["Reference", one.reference]];
     const list = make("dl", null, ...rows.map(([what, text]) => make("div", null, make("dt", what), make("dd", text))));
     const article = make("div", null, list);

@@ -22,7 +22,7 @@ from sft.distributed.whole import set_value
 from sft.models.forward import hidden_states
 from sft.models.layers import linear_features
 from sft.training.report import close_report
-from sft.training.strategy import SingleProcess, squared_gradients
+from sft.training.strategy import SingleProcess, squared_gradients, sum_of_squares
 
 __all__ = [
     "Meeting",
@@ -41,5 +41,6 @@ __all__ = [
     "set_value",
     "squared_gradients",
     "stage_of",
+    "sum_of_squares",
     "whole_shape",
 ]

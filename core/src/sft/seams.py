@@ -270,6 +270,11 @@ class Learning(Protocol):
     come in between.
     """
 
+    @property
+    def most(self) -> int:
+        """How many micro-batches the process has that has most of them in this step."""
+        ...
+
     def forward(self, batch: Batch, received: Any | None = None, told: Callable[[], None] | None = None) -> Any:
         """Announce the batch to plugins (``sft_micro_batch``), then send it through the model, in
         ``run.precision.autocast()``. Returns the hidden states [B, S, hidden] after the last layer that is here.
@@ -352,7 +357,10 @@ class ParallelStrategy(Protocol):
 
     def accumulate(self, learning: Learning, batches: Sequence[Batch]) -> float:
         """Take this process's micro-batches forward and backward by the methods of ``learning``; return the sum of
-        their losses.
+        their losses. A strategy that has a method ``outcome(loss, values, stepped)`` may return a tensor that nobody
+        has read: ``outcome`` gets it, what the objective has summed up in this process, and what :meth:`share`
+        returned, and gives the sums of the first two over all data ranks and the gradient norm, as a list of numbers.
+        So a step waits for its device once. Without it :meth:`sum` and :meth:`grad_norm` are called.
 
         Afterwards the tensors that :meth:`share` returned hold the gradients, summed over all micro-batches of all data
         ranks.

@@ -207,3 +207,15 @@ def test_late_are_experts_and_what_blocks_share(paddle: Any) -> None:
     blocks = [block(2), block(0)]
     expected = {id(p) for layer in (blocks[0].mlp.experts, shared) for p in layer.parameters()}
     assert late_of(blocks) == expected
+
+
+def test_a_gradient_that_enters_where_processes_meet_may_be_that_of_another_tensor_too(
+    paddle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paddle gives both sides of a sum the same gradient; the one that is added up over processes is a copy."""
+    from sft_parallel_4d.meeting import BlockMeeting
+
+    twins, one, beside = Twins(paddle, monkeypatch), parameter(paddle, 3), parameter(paddle, 3)
+    ((BlockMeeting(twins.axis, False).enter(one * 1.0) + beside) * 5.0).sum().backward()
+    np.testing.assert_array_equal(one.grad.numpy(), [10.0] * 3)
+    np.testing.assert_array_equal(beside.grad.numpy(), [5.0] * 3)

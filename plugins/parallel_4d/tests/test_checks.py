@@ -78,7 +78,6 @@ CONTEXT = "context_parallel_degree"
         (4, {}, {PIPELINE: 4, VIRTUAL: 2}, "4 pipeline stages of 2 parts each are more than 4 layers"),
         (4, {}, {TENSOR: 2, PIPELINE: 3}, "degree 2 x pipeline parallel degree 3 does not divide 4 processes"),
         (2, {}, {TENSOR: 4}, "does not divide 2 processes"),
-        (4, {}, {TENSOR: 2, "sharding": "stage3"}, "stage3 does not go with tensor parallelism; stage1 and stage2 do"),
         (4, {}, {PIPELINE: 2, "sharding": "stage2"}, "stage2 does not go with pipeline parallelism; stage1 does"),
         (4, {}, {PIPELINE: 2, "sharding": "stage3"}, "stage3 does not go with pipeline parallelism; stage1 does"),
         (3, {}, {CONTEXT: 3}, r"context parallel degree 3 does not divide attention heads \(8\)"),

@@ -63,6 +63,8 @@ def check(trainings: Trainings, plan: str, **settings: Any) -> None:
                 "pp4",
                 "dp2-stage1",
                 "dp2-stage3",
+                "tp2-stage3",
+                "tp2-sequence-stage3",
             ],
             "full",
             "padded",
@@ -70,7 +72,10 @@ def check(trainings: Trainings, plan: str, **settings: Any) -> None:
         ),
         *crossed(["stage3", "tp2-sequence"], "lora", "packed"),
         *crossed(
-            ["tp2-pp2", "dp2", "pp2", "stage1", "stage2", "tp2", "tp2-dp2", "tp2-stage1"], "lora", "packed", slow=True
+            ["tp2-pp2", "dp2", "pp2", "stage1", "stage2", "tp2", "tp2-dp2", "tp2-stage1", "tp2-sequence-stage3"],
+            "lora",
+            "packed",
+            slow=True,
         ),
         *crossed(["tp2-sequence", "pp2", "pp2-virtual"], "full", "packed", slow=True),
         *crossed(["pp2-virtual-dp2"], "full", "padded", slow=True),
@@ -140,7 +145,7 @@ def test_families(trainings: Trainings, models: Path, model: str, plan: str) -> 
     check(trainings, plan, model_name_or_path=str(models / model))
 
 
-@pytest.mark.parametrize("plan", [slow("stage3"), "tp2-sequence", slow("tp2-pp2")])
+@pytest.mark.parametrize("plan", [slow("stage3"), "tp2-sequence", slow("tp2-pp2"), slow("tp2-stage3")])
 def test_lm_head_of_its_own(trainings: Trainings, untied_model: Path, plan: str) -> None:
     check(trainings, plan, model_name_or_path=str(untied_model))
 
@@ -164,7 +169,7 @@ def techniques() -> list[Any]:
     plans = {
         ("lora", "pissa", "rslora"): ["tp2", "stage3", "pp2"],
         # A norm over all inputs of a Linear.
-        ("lora", "dora"): ["tp2", "tp2-sequence", "tp2-pp2", "stage3", "tp2-stage2"],
+        ("lora", "dora"): ["tp2", "tp2-sequence", "tp2-pp2", "stage3", "tp2-stage2", "tp2-stage3"],
         ("lora", "nf4"): ["stage3", "dp2", "pp2"],
     }
     only_slow = {

@@ -208,9 +208,12 @@ def test_each_setting_divides_what_it_says(trainings: Trainings) -> None:
     assert up not in second["shapes"]
     assert {*first["shapes"], *second["shapes"]} == set(one["shapes"])
     assert [r["state"] for r in held(2, 2)] == [one["state"], 0]  # a data rank's state is the other's
-    assert [r["state"] for r in held(2, 2, sharding="stage1")] == [one["state"]] * 2
+    # Slices of one buffer: each has some tensors, and of those that are cut both have a part.
+    slices = sorted(r["state"] for r in held(2, 2, sharding="stage1"))
+    assert slices[0] > 0
+    assert one["state"] <= sum(slices) < 1.2 * one["state"]
     of_two = held(4, 4, sharding="stage1", sharding_parallel_degree=2)
-    assert sorted(r["state"] for r in of_two) == [0, 0, one["state"], one["state"]]
+    assert sorted(r["state"] for r in of_two) == [0, 0, *slices]
     lengths = [set(r["lengths"]) for r in held(2, 1, tensor_parallel_degree=2, sequence_parallel=True)]
     whole = {length + length % 2 for length in one["lengths"]}
     assert lengths == [{length // 2 for length in whole}] * 2

@@ -34,6 +34,8 @@ CHANGES = [
     pytest.param("one", "cp4", marks=pytest.mark.slow),
     pytest.param("cp2-stage3", "cp2-tp2", marks=pytest.mark.slow),
     pytest.param("tp2-stage1", "cp2-dp2-stage1", marks=pytest.mark.slow),
+    pytest.param("tp2-stage3", "dp2", marks=pytest.mark.slow),
+    pytest.param("stage2", "tp2-stage3", marks=pytest.mark.slow),
 ]
 
 

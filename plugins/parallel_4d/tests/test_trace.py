@@ -15,6 +15,7 @@ QUIET = {"do_eval": False, "evaluation_strategy": "no", "max_steps": 2}
 
 
 _KNOWN: dict[str, list[list[dict[str, Any]]]] = {}
+_WAITS: dict[str, list[list[str]]] = {}
 
 
 def recorded(trainings: Trainings, plan: str, **settings: Any) -> list[list[dict[str, Any]]]:
@@ -25,6 +26,7 @@ def recorded(trainings: Trainings, plan: str, **settings: Any) -> list[list[dict
     values = trainings.settings(PLANS[plan], **QUIET, **settings)
     ranks = run_ranks(PLANS[plan].processes, "recording:record", values, BUCKET, timeout=100)
     events = ([event for event in rank.value["events"] if event["step"] == 2] for rank in ranks)
+    _WAITS[key] = [[wait[2:] for wait in rank.value["waits"] if wait.startswith("2 ")] for rank in ranks]
     _KNOWN[key] = [sorted(own, key=lambda event: event["began"]) for own in events]
     return _KNOWN[key]
 
@@ -79,6 +81,21 @@ def test_no_collective_carries_less_than_a_bucket_where_a_bucket_is_possible(tra
         assert [2 * size for size in slices] == ([] if plan == "dp2" else each)
 
 
+@pytest.mark.parametrize(
+    "plan", ["stage1", *(pytest.param(p, marks=pytest.mark.slow) for p in ("stage2", "stage3", "tp2-dp2"))]
+)
+def test_a_step_reads_what_the_device_computed_once(trainings: Trainings, plan: str) -> None:
+    """The loss with the gradient norm, whatever the micro-batches (here two). Beside them ranks exchange what the host
+    knows: before a step what its batches weigh, after it who has asked for something."""
+    recorded(trainings, plan)
+    for waits in _WAITS[f"{plan} {{}}"]:
+        assert sorted(wait for wait in waits if not wait.endswith(" largest")) == [
+            "strategy.py outcome",
+            "strategy.py sum",
+        ]
+        assert len(waits) <= 4
+
+
 @pytest.mark.slow
 def test_stage_3_asks_for_the_next_block_while_this_one_computes(trainings: Trainings) -> None:
     """Of each of two micro-batches weights are on their way while a block computes: of three blocks and lm_head
@@ -104,4 +121,4 @@ def test_forward_and_backward_wait_for_the_device_once_however_many_micro_batche
         waits.append([rank.value["waits"] for rank in ranks])
     assert waits[0] == waits[1]
     for own in waits[0]:
-        assert sum("strategy.py _at_last_stage" in wait for wait in own) == 1, own
+        assert sum("strategy.py outcome" in wait for wait in own) == 1, own

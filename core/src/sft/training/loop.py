@@ -37,6 +37,7 @@ from sft.training.precision import LossScale
 from sft.training.progress import Display
 from sft.training.rates import Rates
 from sft.training.repeats import check_repeats
+from sft.training.strategy import outcome
 from sft.training.wide_sums import WideSums
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Learning:
     """Where gradients of 16-bit parameters add up."""
     values: list[float] = field(default_factory=list)
     """The sums of what the objective has a name for."""
+    most: int = 0
+    """Micro-batches of the process that has most of them in this step."""
 
     def forward(self, batch: Batch, received: Any | None = None, told: Callable[[], None] | None = None) -> Any:
         if not self.is_idle:
@@ -133,26 +136,27 @@ def train(
         share = weight or 1.0  # where there is no target there is no loss
 
         if settings.deterministic and step == start + 1:
-            unheard = Learning(run, scale.value / share, is_idle=True, sums=sums)
+            unheard = Learning(run, scale.value / share, is_idle=True, sums=sums, most=1)
 
             def once(step: int = step, first: list[Batch] = batches[:1], learning: Learning = unheard) -> float:
                 seed_step(settings.seed, step, strategy.draw_rank)
-                return strategy.accumulate(learning, first)
+                return float(strategy.accumulate(learning, first))
 
             check_repeats(run, once, optimizer.parameters)
 
         # Forward, loss and backward of each; the gradients add up to that of the weighted mean over the step's targets.
         run.at = at
         seed_step(settings.seed, step, strategy.draw_rank)
-        learning = Learning(run, scale.value / share, sums=sums)
+        learning = Learning(run, scale.value / share, sums=sums, most=-(-len(at.rows[::world]) // size))
         names = run.objective.values
         with display.within(step, len(batches)):
             own_loss = strategy.accumulate(learning, batches)
-            loss_sum, *sums_of = strategy.sum([own_loss, *(learning.values or [0.0] * len(names))])
+            own_values = learning.values or [0.0] * len(names)
+            loss_sum, *sums_of, grad_norm = outcome(strategy, own_loss, own_values, optimizer.parameters)
         values = dict(zip(names, sums_of, strict=True))
 
         # The optimizer's step: clip, then step at the schedule's rate.
-        grad_norm = strategy.grad_norm(optimizer.parameters) / scale.value
+        grad_norm /= scale.value
         rate, unscaled = rates(step), 1.0 / scale.value
         journal.due |= step % settings.logging_steps == 0 or step in (1, total)
         journal.steps.add(step, loss_sum / share, grad_norm)

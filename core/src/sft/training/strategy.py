@@ -16,7 +16,7 @@ from sft.distributed.whole import WholeModel
 from sft.models.forward import hidden_states
 from sft.models.layers import linear_weight
 from sft.models.sums import FEW, row_sums
-from sft.seams import Batch, Learning, ParameterGroup
+from sft.seams import Batch, Learning, ParallelStrategy, ParameterGroup
 
 
 class SingleProcess(WholeModel):
@@ -83,20 +83,35 @@ class SingleProcess(WholeModel):
         pass
 
 
-@paddle.no_grad()
 def squared_gradients(parameters: Iterable[Any]) -> float:
-    """The sum of the squares of all gradients of ``parameters``; those without one count as zero.
+    """What :func:`sum_of_squares` computes, read: the device is asked once."""
+    return float(sum_of_squares(parameters))
 
-    The device is asked once, and has one call for each large gradient, and for small ones together as many as LOT
-    values hold. A GPU adds its float32 squares in a tree.
+
+@paddle.no_grad()
+def sum_of_squares(parameters: Iterable[Any]) -> Any:
+    """The sum of the squares of all gradients of ``parameters``, a float64 scalar beside them that nobody has read yet;
+    those without one count as zero.
+
+    The device has one call for each large gradient, and for small ones together as many as LOT values hold. A GPU adds
+    its float32 squares in a tree.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
-        return 0.0
+        return paddle.zeros([], "float64")
     with beside(gradients[0]):
         few, dtype = (FEW, "float64") if gradients[0].place.is_cpu_place() else (SMALL, "float32")
         sums = [_squared(gradient) for gradient in _joined(gradients, few, dtype)]
-        return float(paddle.concat(sums).sum())
+        return paddle.concat(sums).sum()
+
+
+def outcome(strategy: ParallelStrategy, loss: Any, values: Sequence[float], stepped: Mapping[str, Any]) -> list[float]:
+    """Of all data ranks the sums of the ``loss``, which ``accumulate`` has given, and of ``values``; and the gradient
+    norm. A strategy that has an ``outcome(loss, values, stepped)`` of its own may read all of it together."""
+    own = getattr(strategy, "outcome", None)
+    if own is not None:
+        return list(own(loss, values, stepped))
+    return [*strategy.sum([loss, *values]), strategy.grad_norm(stepped)]
 
 
 SMALL = 1 << 18

@@ -30,11 +30,7 @@ class _Way:
     further: list[Axis]
     is_late: bool
     due: dict[int, int] = field(default_factory=dict)
-    """How often backward will yet reach each parameter, by its identity."""
-
-    @property
-    def is_full(self) -> bool:
-        return not self.is_late and not any(self.due.values())
+    """How often backward will yet reach each parameter, by its identity; without those that it has been through."""
 
 
 class Buckets:
@@ -140,11 +136,15 @@ class Buckets:
         gradient = taken(parameter) if self._open else None
         if gradient is None:
             return
-        if not way.due[id(parameter)] and not way.is_late:
-            self._wrong = f"{parameter.name} {list(parameter.shape)}"
         way.bucket.add(parameter, gradient)
-        way.due[id(parameter)] -= 1
-        while self._next < len(self._ways) and self._ways[self._next].is_full:
+        if way.is_late:
+            return
+        left = way.due.pop(id(parameter), 0)
+        if left > 1:
+            way.due[id(parameter)] = left - 1
+        elif not left:
+            self._wrong = f"{parameter.name} {list(parameter.shape)}"
+        while self._next < len(self._ways) and not (self._ways[self._next].due or self._ways[self._next].is_late):
             self._send()
 
     def _send(self) -> None:

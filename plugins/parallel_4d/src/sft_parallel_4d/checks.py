@@ -57,11 +57,8 @@ def plan_for(run: Run, options: ParallelOptions, world: int) -> Plan:
     why = refusal(outline, tensor, pipeline, options.virtual_pp_degree, context)
     if why is not None:
         raise refuse(why)
-    for other, allowed in (("tensor", stages_beside(tensor, 1)), ("pipeline", stages_beside(1, pipeline))):
-        if stage and stage not in allowed:
-            verb = "do" if len(allowed) > 1 else "does"
-            these = " and ".join(f"stage{number}" for number in allowed)
-            raise refuse(f"sharding stage{stage} does not go with {other} parallelism; {these} {verb}")
+    if stage and stage not in stages_beside(pipeline):
+        raise refuse(f"sharding stage{stage} does not go with pipeline parallelism; stage1 does")
     plan = plan_of(run.settings, options, world)
     if tensor > 1 or plan.stage:
         _check_optimizer(run, outline)
@@ -153,7 +150,7 @@ def _instead(outline: Outline, world: int, stage: int, virtual: int, shares_rows
     plans = [
         f"tensor {tensor} x pipeline {pipeline}" + (f" x context {context}" if context > 1 else "")
         for tensor, pipeline, context in possible(outline, world, virtual)
-        if not stage or stage in stages_beside(tensor, pipeline)
+        if not stage or stage in stages_beside(pipeline)
         if shares_rows or context == 1
     ]
     more = f" and {len(plans) - 6} more" if len(plans) > 6 else ""

@@ -58,7 +58,7 @@ class BlockMeeting(Meeting):
         """What all have (or each a part of) → the same for all, whose gradients add up."""
         if self._spread:
             return _Crossing.apply(x, self._gather, self._sum_own)
-        return _Crossing.apply(x, lambda x: x.clone(), self.sum)
+        return _Crossing.apply(x, _same, self.sum)
 
     def leave(self, x: Any) -> Any:
         """Summands → their sum for all (or for each a part)."""
@@ -69,15 +69,16 @@ class BlockMeeting(Meeting):
         return _Crossing.apply(x, self._gather, self._own) if self._spread and self.last else x
 
     def total(self, x: Any) -> Any:
-        """Summands → their sum for all, each of whom computes the same with it."""
-        return _Crossing.apply(x, self.sum, _same)
+        """Summands → their sum for all, each of whom computes the same with it. They become the sum: what gives them is
+        linear, so its backward does not ask for them."""
+        return _Crossing.apply(x, self._axis.sum, _same)
 
     def total_of_parts(self, x: Any) -> Any:
         """Summands → their sum for all, each of whom computes something else with it: their gradients add up, too."""
         return _Crossing.apply(x, self.sum, self.sum)
 
     def sum(self, x: Any) -> Any:
-        """The same without gradients."""
+        """The same without gradients, of a copy: a gradient may be another tensor's, too (of both sides of a ``+``)."""
         return self._axis.sum(x.clone())
 
     def _gather(self, x: Any) -> Any:

@@ -177,16 +177,16 @@ def _divisions(devices: int, wanted: Wanted) -> Iterator[tuple[int, int, int, in
                         yield tensor, pipeline, sharding, context
 
 
-def stages_beside(tensor: int, pipeline: int) -> tuple[int, ...]:
-    """Sharding's stages that go with these degrees."""
-    return (1,) if pipeline > 1 else (1, 2) if tensor > 1 else (1, 2, 3)
+def stages_beside(pipeline: int) -> tuple[int, ...]:
+    """Sharding's stages that go with a pipeline of that degree."""
+    return (1,) if pipeline > 1 else (1, 2, 3)
 
 
 def _stages(sharding: int, context: int, tensor: int, pipeline: int, wanted: Wanted) -> list[int]:
     none = [0] if sharding == 1 and not wanted.offload and wanted.stage is None else []
     if sharding * context == 1 and not wanted.offload:
         return none
-    return none + [stage for stage in stages_beside(tensor, pipeline) if wanted.stage in (None, stage)]
+    return none + [stage for stage in stages_beside(pipeline) if wanted.stage in (None, stage)]
 
 
 def _either(wanted: bool | None) -> list[bool]:

@@ -20,7 +20,7 @@ from sft.parallel import (
     linear_features,
     part_of,
     set_value,
-    squared_gradients,
+    sum_of_squares,
     whole_shape,
 )
 from sft_parallel_4d.adapters import Adapters
@@ -162,9 +162,9 @@ class Parallel:
         return [group for group in groups if group.parameters]
 
     @phase("forward and backward")
-    def accumulate(self, learning: Learning, batches: Sequence[Batch]) -> float:
+    def accumulate(self, learning: Learning, batches: Sequence[Batch]) -> Any:
         real, idle, losses = len(batches), learning.idle(), []
-        batches = self._even(batches)
+        batches = self._even(batches, lambda: learning.most)
         self._buckets.begin(len(batches))
         if self._tensor is not None:
             self._tensor.seed_dropout()
@@ -197,7 +197,7 @@ class Parallel:
                     if self._shards is not None:
                         self._shards.release()
         self._reduce_gradients()
-        return self._at_last_stage(paddle.add_n(losses) if losses else paddle.zeros([1], "float64"))[0]
+        return paddle.add_n(losses) if losses else 0.0  # not read: outcome() does, with all the rest
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
@@ -209,13 +209,12 @@ class Parallel:
         ):
             yield
 
-    def _even(self, batches: Sequence[Batch]) -> list[Batch]:
-        """``batches``, and idle ones after them where other processes have more (sharding stages 2 and 3 wait for all
-        processes at each micro-batch), or where a pipeline's schedule takes more."""
+    def _even(self, batches: Sequence[Batch], most: Callable[[], int]) -> list[Batch]:
+        """``batches``, and idle ones after them where another process has more, which has ``most`` (sharding stages 2
+        and 3 wait for all processes at each micro-batch), or where a pipeline's schedule takes more."""
         even = [self._fit(batch) for batch in batches]
         if self._at.plan.stage >= 2:
-            most = int(self._at.world.maximum(paddle.to_tensor([len(even)], dtype="int64")))
-            even += [self._fit(_nothing())] * (most - len(even))
+            even += [self._fit(_nothing())] * (most() - len(even))
         if self._pipe is not None and even:
             even += [self._fit(_nothing())] * (self._pipe.least - len(even))
         return even
@@ -257,11 +256,20 @@ class Parallel:
         pipe.exchange([(parameter.grad.clone(), other)], [(theirs, other)])
         parameter.grad.add_(theirs)
 
-    @phase("the gradient norm")
     def grad_norm(self, stepped: Mapping[str, Any]) -> float:
+        return self.outcome(0.0, (), stepped)[-1]
+
+    @phase("the loss and the gradient norm")
+    def outcome(self, loss: Any, values: Sequence[float], stepped: Mapping[str, Any]) -> list[float]:
+        """In one sum over all processes, which is the only thing of a step that is read: each number comes from those
+        that have something of their own to it."""
         pieces = self.pieces(stepped)
-        own = squared_gradients(tensor for name, tensor in stepped.items() if pieces[name].written)
-        return math.sqrt(float(self._at.world.sum(paddle.to_tensor([own], dtype="float64"))))
+        squares = sum_of_squares(tensor for name, tensor in stepped.items() if pieces[name].written)
+        speaks = self._at.tensor.rank == 0 and (self._pipe is None or self._pipe.last)
+        counts = speaks and self._at.context.rank == 0  # who share rows have the loss of their tokens, and all values
+        numbers = [loss if speaks else 0.0, *(values if counts else [0.0] * len(values)), squares]
+        found = self._at.world.sum(paddle.concat([_number(one) for one in numbers])).tolist()
+        return [*found[:-1], math.sqrt(found[-1])]
 
     @phase("spreading new values")
     def updated(self) -> None:
@@ -272,7 +280,7 @@ class Parallel:
         self, model: Any, batches: Sequence[Batch], score: Callable[[Any, Batch], Sequence[float]], count: int
     ) -> list[float]:
         real, scores = len(batches), []
-        batches = self._even(batches)
+        batches = self._even(batches, lambda: int(self.largest(real)))
 
         def forward(batch: Batch, received: Any) -> Any:
             """What the next stage gets; in the last one, the scores are noted."""
@@ -371,6 +379,14 @@ def _evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train()
+
+
+def _number(value: Any) -> Any:
+    """A float64 tensor [1] on the device that computes, which nobody reads for that."""
+    if isinstance(value, float):
+        return paddle.to_tensor([value], dtype="float64")
+    rests = value.place.is_cpu_place() and paddle.device.get_device() != "cpu"
+    return (value.cuda() if rests else value).reshape([1])
 
 
 def _nothing() -> Batch:

@@ -108,7 +108,7 @@ class TensorParallel:
     def seed_dropout(self) -> None:
         """A step begins: what is drawn apart depends on its seed and on the process."""
         if self._draws:
-            common = int(paddle.randint(0, 2**31 - 1, [1], "int64"))  # the same in all processes of the axis
+            common = paddle.base.core.default_cpu_generator().initial_seed()  # of the step: all of the axis have it
             seed = int(np.random.SeedSequence([common, self._axis.rank]).generate_state(1)[0])
             tracker = get_rng_state_tracker()
             if APART not in tracker.states_:  # once: paddle keeps each state that was ever added

@@ -75,6 +75,8 @@ PLANS = {
     "tp2-sequence-pp2": Plan(4, 1, tensor(sequence_parallel=True) | pipeline()),
     "tp2-stage1": Plan(4, 2, tensor(sharding="stage1")),
     "tp2-stage2": Plan(4, 2, tensor(sharding="stage2")),
+    "tp2-stage3": Plan(4, 2, tensor(sharding="stage3")),
+    "tp2-sequence-stage3": Plan(4, 2, tensor(sharding="stage3", sequence_parallel=True)),
     "pp2-dp2": Plan(4, 2, pipeline()),
     "pp2-stage1": Plan(4, 2, pipeline(sharding="stage1")),
     "pp4": Plan(4, 1, pipeline(4)),

@@ -219,3 +219,41 @@ def test_a_gradient_that_enters_where_processes_meet_may_be_that_of_another_tens
     ((BlockMeeting(twins.axis, False).enter(one * 1.0) + beside) * 5.0).sum().backward()
     np.testing.assert_array_equal(one.grad.numpy(), [10.0] * 3)
     np.testing.assert_array_equal(beside.grad.numpy(), [5.0] * 3)
+
+
+def test_copies_of_all_buckets_to_and_from_the_host_are_begun_before_any_is_waited_for(
+    paddle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With offload: slices of values and gradients are the host's own memory, and what is stepped there is spread."""
+    from sft_parallel_4d.buckets import Buckets
+    from sft_parallel_4d.offload import Host, Resting
+
+    calls: list[str] = []
+
+    class Noting(Host):
+        def take(self, tensor: Any) -> Resting:
+            calls.append("take")
+            return Resting(tensor.clone(), wait=lambda: calls.append("wait"))
+
+        def give(self, resting: Resting) -> Any:
+            calls.append("give")
+            return resting.tensor.clone(), lambda: calls.append("wait")
+
+    twins, some = Twins(paddle, monkeypatch), [parameter(paddle, 64) for _ in range(6)]
+    buckets = Buckets(twins.topology(1), 1, 2 * 64 * 4, Noting())
+    buckets.build(some, set(), set(), set(), [])
+    calls.clear()
+    buckets.begin(1)
+    paddle.add_n([one.sum() for one in some]).backward()
+    buckets.finish()
+    assert calls == ["take"] * 3 + ["wait"] * 3
+    held = [buckets.piece(one) for one in some if buckets.holds(one)]
+    for piece in held:
+        np.testing.assert_array_equal(piece.grad.numpy(), [2.0] * 64)
+        paddle.assign(paddle.full([64], 7.0), piece)
+    assert all((one.numpy() == 1.0).all() for one in some)  # the device's are other memory
+    calls.clear()
+    buckets.spread()
+    assert calls == ["give"] * 3 + ["wait"] * 3
+    assert [operation for operation, _ in twins.sent] == ["reduce_scatter"] * 3 + ["all_gather"] * 3
+    assert all((one.numpy() == 7.0).all() for one in some)

@@ -63,6 +63,12 @@ def test_assign_group_by_size(paddle: Any, fleet: Any) -> None:
     assert sizes == [2, 1], changed("assign_group_by_size", "does not count bytes of the parameters' dtype")
 
 
+def test_parameters_have_names_of_their_own(paddle: Any) -> None:
+    """By which fleet knows them."""
+    names = [one.name for one in parameters(paddle, [2], [2], [2])]
+    assert len(set(names)) == 3, changed("EagerParamBase.from_tensor", "gives a name twice")
+
+
 def test_hook_action(fleet: Any) -> None:
     actions = fleet.fusion.HOOK_ACTION
     for name in ("ALL_REDUCE", "REDUCE_SCATTER"):

@@ -45,9 +45,14 @@ def test_processes_that_share_rows_learn_what_one_learns(trainings: Trainings, p
     assert_equal(trainings.one(**settings), trainings.many(PLANS[plan], **settings)[0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["full", crossed("", "lora-packed").values[1]])
-@pytest.mark.parametrize("plan", ["cp2", "cp2-tp2-sequence", "cp2-pp2", "cp2-stage3"])
+@pytest.mark.parametrize(
+    ("plan", "what"),
+    [
+        crossed(plan, what)
+        for plan in ("cp2", "cp2-tp2-sequence", "cp2-pp2", "cp2-stage3")
+        for what in ("full", "lora-packed")
+    ],
+)
 def test_blocks_are_computed_again_together(trainings: Trainings, plan: str, what: str) -> None:
     settings = {**WHATS[what], "recompute": True}
     assert_equal(trainings.one(**settings), trainings.many(PLANS[plan], **settings)[0])

@@ -138,7 +138,7 @@ def test_stages_may_be_more_than_micro_batches(trainings: Trainings, rows: int) 
         slow("mistral-gqa", "tp2-stage1"),
         slow("gemma-tied", "dp2"),
         slow("gemma-tied", "stage3"),
-        ("gemma-tied", "pp2"),
+        slow("gemma-tied", "pp2"),
     ],
 )
 def test_families(trainings: Trainings, models: Path, model: str, plan: str) -> None:

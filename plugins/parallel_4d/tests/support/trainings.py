@@ -92,6 +92,7 @@ PLANS = {
     "cp2-stage3": Plan(4, 2, context(sharding="stage3")),
     "cp2-dp2-stage1": Plan(8, 4, context(sharding="stage1", sharding_parallel_degree=2)),
     "cp2-tp2": Plan(4, 1, context() | tensor()),
+    "cp2-tp2-stage3": Plan(4, 1, context() | tensor(sharding="stage3")),
     "cp2-tp2-sequence": Plan(4, 1, context() | tensor(sequence_parallel=True)),
     "cp2-pp2": Plan(4, 1, context() | pipeline()),
     "cp2-pp2-virtual": Plan(4, 1, context() | pipeline(virtual_pp_degree=2)),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,3 +125,19 @@ def test_forward_and_backward_wait_for_the_device_once_however_many_micro_batche
     assert waits[0] == waits[1]
     for own in waits[0]:
         assert sum("strategy.py outcome" in wait for wait in own) == 1, own
+
+
+def test_the_picture_in_the_documentation_shows_what_was_recorded() -> None:
+    """As scripts/parallel_timeline.py draws it; and in it gradients are under way before backward has ended."""
+    path = Path(__file__).parents[3] / "scripts" / "parallel_timeline.py"
+    spec = importlib.util.spec_from_file_location("parallel_timeline", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    found = json.loads(script.PICTURE.with_suffix(".json").read_text(encoding="utf-8"))
+    assert script.drawn(found) == script.PICTURE.read_text(encoding="utf-8")
+    for ranks in found.values():
+        for events in ranks:
+            ends = max(event["ended"] for event in events if event["what"] == "backward")
+            assert min(event["began"] for event in events if event["what"] == "reduce_scatter") < ends

@@ -220,7 +220,7 @@ def test_each_setting_divides_what_it_says(trainings: Trainings) -> None:
     sharing = held(2, 1, context_parallel_degree=2)
     assert [set(r["lengths"]) for r in sharing] == [{length // 2 for length in whole}] * 2
     assert [r["shapes"] for r in sharing] == [one["shapes"]] * 2
-    assert [r["state"] for r in held(2, 1, context_parallel_degree=2, sharding="stage1")] == [one["state"]] * 2
+    assert sorted(r["state"] for r in held(2, 1, context_parallel_degree=2, sharding="stage1")) == slices
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,11 @@ def gradients_of(paddle: Any, dtype: str, count: int) -> list[Any]:
     return [paddle.to_tensor(draw).astype(dtype) for draw in draws]
 
 
+@pytest.mark.parametrize("is_last", [True, False])
 @pytest.mark.parametrize("count", [8, 250])
-def test_micro_batches_of_16_bits_add_up_as_in_float64(paddle: Any, count: int) -> None:
-    """The gradient of Σ p·g is g. What paddle does by itself is far off."""
+def test_micro_batches_of_16_bits_add_up_as_in_float64(paddle: Any, count: int, is_last: bool) -> None:
+    """The gradient of Σ p·g is g. What paddle does by itself is far off. Likewise where p·g goes on to another process,
+    from which a gradient of 1 comes back."""
     from sft.training.loop import Learning
     from sft.training.wide_sums import WideSums
 
@@ -31,7 +33,8 @@ def test_micro_batches_of_16_bits_add_up_as_in_float64(paddle: Any, count: int) 
     summed, plain = (parameter_of(paddle, "bfloat16") for _ in range(2))
     learning: Any = Learning(None, 1.0, sums=WideSums([summed]))  # type: ignore[arg-type]
     for gradient in gradients:
-        learning.backward((summed * gradient).sum())
+        output = summed * gradient
+        learning.backward(*([output.sum()] if is_last else [output, paddle.ones_like(output)]))
         (plain * gradient).sum().backward()
     assert summed.grad.dtype == paddle.float32
     np.testing.assert_allclose(summed.grad.numpy(), expected, rtol=1e-6)

@@ -58,8 +58,6 @@ def install() -> None:
     core.create_or_get_global_tcp_store = connect_late
     create.is_of_tests = True  # type: ignore[attr-defined]
     collective._new_process_group_impl = parallel._new_process_group_impl = create
-    if not hasattr(parallel.ParallelEnv, "_device_id"):  # a CPU build sets none, yet fleet asks for it
-        parallel.ParallelEnv._device_id = 0
 
 
 def _wait_for_listener(port: int) -> None:

@@ -82,6 +82,10 @@ SHOWN: dict[str, str | Blocks] = {
     "docs/optimizers.md": f"{HERE}::test_the_optimizer_of_its_page_steps_as_it_says",
     "docs/parallel.md": [
         ("pip install ./plugins/parallel_4d", "not run: four processes; test_launch.py of parallel-4d starts two"),
+        (
+            "sft run settings.json --nproc 8",
+            "not run: eight processes; the tests of parallel-4d share rows among two and four",
+        ),
         ("sft run settings.json --nproc 4", "not run: four processes; test_launch.py of parallel-4d starts two"),
         (
             "sft: rank 3: …",
@@ -90,6 +94,10 @@ SHOWN: dict[str, str | Blocks] = {
         ("python -m paddle.distributed.launch --nproc", "not run: tried by hand, as the page says"),
         ("python -m paddle.distributed.launch --master", "not run: several machines"),
         ("sft: rank 2 is missing", "plugins/parallel_4d/tests/test_watch.py::test_a_rank_that_never_comes_is_named"),
+        (
+            "sft run settings.json --nproc auto",
+            "not run: it needs GPUs; test_elastic.py of parallel-4d kills ranks of 2 and 4",
+        ),
         ("python benchmarks/parallel_gpu.py", "not run: it needs several GPUs"),
     ],
     "docs/performance.md": "not run: hours",
@@ -113,6 +121,7 @@ SHOWN: dict[str, str | Blocks] = {
         ('[project.entry-points."sft.plugins"]', f"{RECIPES}::test_the_command_prints_the_losses"),
         ("import json", f"{RECIPES}::test_a_run_that_goes_on_is_said_to_need_what_it_took"),
         ('[project.entry-points."sft.plugins"]', f"{RECIPES}::test_a_run_that_goes_on_is_said_to_need_what_it_took"),
+        ("import os", f"{RECIPES}::test_a_run_says_which_job_it_was"),
     ],
     "docs/reliability.md": "not run: hours",
     "docs/replay.md": [

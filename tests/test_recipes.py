@@ -218,6 +218,19 @@ def test_a_run_that_goes_on_is_said_to_need_what_it_took(
 # --- trackers -----------------------------------------------------------------------------------------------
 
 
+def test_a_run_says_which_job_it_was(
+    written: Callable[[str], str], train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_NODELIST", "PBS_JOBID"):
+        monkeypatch.delenv(name, raising=False)
+    for job in ("", "4711"):
+        if job:
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+        done = train(f"out{job}", plugin=[written("job-of")], max_steps=1)
+        report = json.loads((done.output_dir / "run.json").read_text(encoding="utf-8"))
+        assert report.get("of_plugins") == ({"job-of": {"SLURM_JOB_ID": job}} if job else None)
+
+
 def test_the_shared_log_has_each_line_and_says_where_a_run_goes_on(
     written: Callable[[str], str], train: Train, tmp_path: Path
 ) -> None:

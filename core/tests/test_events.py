@@ -88,6 +88,7 @@ def test_hooks_are_called_in_the_order_of_their_page(train: Train) -> None:
     step = [*logged, *evaluation, "sft_state", "sft_checkpoint_saved"]
     assert [event for index, event in enumerate(events) if event not in events[:index] or event not in building] == [
         *building,
+        "sft_run_record",
         *evaluation,  # before training
         "sft_run_started",
         "sft_state",  # to see that it can be kept

@@ -325,3 +325,18 @@ def test_state_that_cannot_be_kept_is_found_before_the_first_step(
     assert not steps
     train("other", (watches,), max_steps=1, do_eval=False)  # nothing is to be kept
     assert steps == [1]
+
+
+def test_run_json_holds_what_a_plugin_says_or_the_plugin_is_named() -> None:
+    from types import SimpleNamespace
+
+    from sft.training.report import _of_plugins
+
+    def said(given: Any) -> dict[str, Any]:
+        return _of_plugins(SimpleNamespace(plugins=active(extra=(toy(sft_run_record=lambda self: given),))))  # type: ignore[arg-type]
+
+    assert said({"job": 4711}) == {"toy": {"job": 4711}}
+    assert said({}) == {}
+    for given in ({"a": {1, 2}}, {"b": float("nan")}):
+        with pytest.raises(sft.PluginError, match=r"answers sft_run_record with what run\.json cannot hold \("):
+            said(given)

@@ -258,6 +258,15 @@ def sft_restore(run: Run, state: dict[str, Any], why: str, step: int) -> None:
 
 
 @hookspec
+def sft_run_record(run: Run) -> dict[str, Any]:
+    """What ``run.json`` says of this plugin, beside its settings: JSON values, which stand there as
+    ``of_plugins.PLUGIN`` from before the first step on. A run that goes on from a checkpoint writes ``run.json`` anew;
+    what it is to remember goes through :func:`sft_state`.
+
+    Every process is asked; what the main one answers is written. Nothing is written of an empty answer."""
+
+
+@hookspec
 def sft_run_started(run: Run) -> None:
     """Everything is in place; the first step is next."""
 

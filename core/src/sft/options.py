@@ -45,12 +45,12 @@ def option(
 ) -> Any:
     """A dataclass field that is a setting.
 
-    ``help`` is one line, with units. ``choices`` lists the accepted strings; ``minimum`` and ``maximum``
-    are inclusive bounds, ``above`` and ``below`` exclusive ones. ``aliases`` are other names that mean the same.
-    ``none_is_text``: the word none is a value of its own, not another way of leaving the setting unset. ``is_path``:
-    the text names a file or folder, and is refused where none can have that name. ``hook``, of the core's settings
-    alone: plugins that implement it add words to the ``choices`` (requests ``value.X.V``); where the setting is a list,
-    each of its words asks for one of them, and ``all`` for all.
+    ``help`` is one line, with units. ``choices`` lists the accepted strings, also beside numbers (``int | str``);
+    ``minimum`` and ``maximum`` are inclusive bounds of numbers, ``above`` and ``below`` exclusive ones. ``aliases`` are
+    other names that mean the same. ``none_is_text``: the word none is a value of its own, not another way of leaving
+    the setting unset. ``is_path``: the text names a file or folder, and is refused where none can have that name.
+    ``hook``, of the core's settings alone: plugins that implement it add words to the ``choices`` (requests
+    ``value.X.V``); where the setting is a list, each of its words asks for one of them, and ``all`` for all.
     """
     metadata = {
         "help": help,
@@ -99,6 +99,10 @@ class Option:
         """The accepted words, where only some are; true and false among them for a switch with more positions."""
         switch = ("true", "false") if self.is_flag or (bool in self.kinds and self.choices) else ()
         return (*switch, *(self.choices or ()))
+
+    @property
+    def takes_numbers(self) -> bool:
+        return int in self.kinds or float in self.kinds
 
     @property
     def is_flag(self) -> bool:
@@ -152,8 +156,11 @@ def convert(option: Option, value: Any) -> Any:
             break
     else:
         raise UsageError(f"{option.name}: expected {_describe(option)}, got {got}.")
-    if option.choices and not isinstance(converted, bool) and converted not in option.choices:
-        raise UsageError(f"{option.name}: expected one of {', '.join(option.words)}, got {got}.")
+    if option.choices and isinstance(converted, str):
+        if converted in option.choices:
+            return converted
+        what = _describe(option) if option.takes_numbers else f"one of {', '.join(option.words)}"
+        raise UsageError(f"{option.name}: expected {what}, got {got}.")
     too_low = option.minimum is not None and converted < option.minimum
     too_low = too_low or (option.above is not None and converted <= option.above)
     too_high = option.maximum is not None and converted > option.maximum
@@ -245,7 +252,7 @@ def _describe(option: Option) -> str:
     words = [
         "a list (JSON, or with commas)" if typing.get_origin(kind) is list else _NAMES.get(kind, "a value")
         for kind in option.kinds
-        if kind is not type(None)
+        if kind is not type(None) and not (kind is str and option.choices)
     ]
     text = " or ".join(words)
     if option.minimum is not None:
@@ -257,6 +264,7 @@ def _describe(option: Option) -> str:
         text += f" at most {_bound(option.maximum)}"
     if option.below is not None:
         text += f" and below {_bound(option.below)}"
+    text += f", or {' or '.join(option.choices)}" if option.choices else ""
     return text + (", or none" if type(None) in option.kinds else "")
 
 

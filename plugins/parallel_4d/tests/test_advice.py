@@ -43,6 +43,8 @@ def test_shells_complete_settings_behind_sft_plan() -> None:
         "--devices",
         "--device_memory",
         "--device-memory",
+        "--devices_per_node",
+        "--devices-per-node",
         "--device_tflops",
         "--device-tflops",
         "--device",

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 import sft
-from sft_parallel_4d.launch import _held, _own_folder, launch, start
+from sft_parallel_4d.launch import LostError, _held, _own_folder, launch, start
 
 PROGRAM = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 import sft
-from sft_parallel_4d import launch
+from sft_parallel_4d import last_words
 from sft_parallel_4d.watch import Watch
 
 deed, folder = sys.argv[1], Path(sys.argv[2])
@@ -30,7 +30,7 @@ names = "CUDA_VISIBLE_DEVICES", "FLAGS_selected_gpus", "PADDLE_DISTRI_BACKEND"
 (folder / f"devices{rank}").write_text(str([os.environ.get(name) for name in names]))
 print("hello from", rank, time.time(), flush=True)
 print("quietly", rank, file=sys.stderr, flush=True)
-watch = Watch(rank, world, 1 if deed == "stopped" else 60, launch.report)
+watch = Watch(rank, world, 1 if deed == "stopped" else 60, last_words.report)
 try:
     if rank == 1 and deed == "early":
         raise LookupError("before the ranks meet")
@@ -59,7 +59,7 @@ try:
     time.sleep(1.0)
     raise RuntimeError("connection closed by peer")
 except Exception as error:
-    launch.failed(error, rank, watch)
+    last_words.failed(error, rank, watch)
     if isinstance(error, sft.UsageError):
         print("sft:", error, file=sys.stderr)
         sys.exit(2)
@@ -132,6 +132,7 @@ def test_a_refusal_in_one_rank_ends_all_and_is_told_once(
     with pytest.raises(sft.UsageError) as caught:
         program(f"usage{rank}")
     assert str(caught.value) == f"rank {rank}: lora_rank is 0; give a number above 0."
+    assert not isinstance(caught.value, LostError)
     assert caught.value.exit_code == 2
     assert capfd.readouterr().err == "quietly 0\n"
 
@@ -153,8 +154,10 @@ def test_an_error_before_the_ranks_meet(program: Program) -> None:
 
 
 def test_a_rank_is_killed(program: Program) -> None:
-    with pytest.raises(sft.SftError, match=r"^rank 1 (ended without a word, last seen after |was killed by signal 9)"):
+    killed = r"^rank 1 (ended without a word, last seen after |was killed by signal 9)"
+    with pytest.raises(LostError, match=killed) as caught:
         program("killed")
+    assert caught.value.ranks == (1,)
 
 
 def test_a_rank_stands_still(program: Program) -> None:
@@ -263,5 +266,5 @@ def test_the_launcher_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_a_run_on_cpus_starts_its_ranks_on_cpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str | None, on_cpu: bool
 ) -> None:
-    monkeypatch.setattr("sft_parallel_4d.launch.start", lambda *_, on_cpu: int(on_cpu))
+    monkeypatch.setattr("sft_parallel_4d.launch.start", lambda *given: int(given[4]))
     assert launch({"device": device, "nproc": 2}, 2, print) == on_cpu

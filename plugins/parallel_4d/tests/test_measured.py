@@ -32,6 +32,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], Plan]] = [
     ("mistral", {}, TENSOR, Plan(tensor=2, accumulation=2)),
     ("qwen2", {}, TENSOR | SEQUENCE, Plan(tensor=2, sequence=True, accumulation=2)),
     ("gemma", {}, PIPELINE, Plan(pipeline=2, accumulation=3)),
+    ("gemma", {}, PIPELINE | {"virtual_pp_degree": 2}, Plan(pipeline=2, accumulation=4, virtual=2)),
     ("llama", {}, PIPELINE | {"recompute": True}, Plan(pipeline=2, accumulation=3, recompute=True)),
     ("mistral", {}, TENSOR | PIPELINE, Plan(tensor=2, pipeline=2, accumulation=2)),
     ("llama", LARGE, TENSOR | {"sharding": "stage1"}, Plan(sharding=2, stage=1, tensor=2, accumulation=2)),
@@ -67,6 +68,7 @@ def case_of(*case: Any) -> Any:
     family, _, settings, plan = case
     is_quick = (
         not plan.recompute
+        and plan.virtual == 1
         and plan.devices == 2
         and (family in ("olmo2", "gemma") or (plan.stage == 3 and family == "mixtral"))
     )

@@ -23,11 +23,11 @@ from sft_parallel_4d.watch import OtherRankError, Watch, meeting_place
 
 RANK = """
 import os, signal, sys, time
-from sft_parallel_4d import launch
+from sft_parallel_4d import last_words
 from sft_parallel_4d.watch import Watch, OtherRankError
 
 rank, world, timeout, deed = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-watch = Watch(rank, world, timeout, launch.report)
+watch = Watch(rank, world, timeout, last_words.report)
 try:
     watch.start()
     for step in (1, 2):
@@ -55,7 +55,7 @@ try:
         watch.enter("step 3")
         time.sleep(100)
 except Exception as error:
-    launch.failed(error, rank, watch)
+    last_words.failed(error, rank, watch)
     print("own:", error, file=sys.stderr)
     sys.exit(3)
 """

@@ -158,7 +158,7 @@ def _default(option: Option) -> str:
 def option_row(option: Option, name: str | None = None, package: str = "sft") -> str:
     """A setting of ``package`` as `--help` shows it: what is typed, its default, and below what it means; by ``name``,
     where it is typed by another than its own."""
-    kind = "|".join(option.words) or _kind(option)
+    kind = "|".join([*([_kind(option)] if option.takes_numbers or not option.words else []), *option.words])
     default = translated("unset") if option.default in (None, []) else _shown_default(option)
     return f"  --{name or option.name} {kind}  [{default}]\n      {translated(option.help, package)}"
 

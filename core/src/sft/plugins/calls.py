@@ -30,8 +30,8 @@ COPIED = dict.fromkeys(("sft_step_ended", "sft_evaluated", "sft_metrics", "sft_l
 """Arguments of which each plugin gets a copy of its own: what one does with it is no business of the others."""
 
 EVENTS = (
-    *("sft_restore", "sft_run_started", "sft_micro_batch", "sft_step_ended", "sft_metrics", "sft_evaluated"),
-    *("sft_logged", "sft_state", "sft_checkpoint_saved", "sft_run_ended"),
+    *("sft_restore", "sft_run_record", "sft_run_started", "sft_micro_batch", "sft_step_ended", "sft_metrics"),
+    *("sft_evaluated", "sft_logged", "sft_state", "sft_checkpoint_saved", "sft_run_ended"),
 )
 """Hooks in which an observer's errors are said, and end nothing."""
 WATCHING = (*EVENTS, "sft_run_failed", "sft_check", "sft_commands", "sft_memory_advice", "sft_memory_need")

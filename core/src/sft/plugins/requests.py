@@ -316,7 +316,10 @@ def _by_value(key: str, value: Any, by_number: list[str], cases: dict[str, list[
     if words:
         return [name for word in words for name in cases[word]]
     if text not in _NOTHING:
-        raise UsageError(f"{key}: expected one of {', '.join(sorted(cases))}, got {value!r}.")
+        known = ", ".join(sorted(cases))
+        raise UsageError(
+            f"{key}: expected {f'a number, or {known}' if by_number else f'one of {known}'}, got {value!r}."
+        )
     return []
 
 

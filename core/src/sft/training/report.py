@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft import runtime
 from sft.context import CoreRun, Run, Summary
-from sft.errors import SftError
+from sft.errors import PluginError, SftError
 from sft.files import read_report, write_json
 from sft.folder_lock import is_used
 from sft.foreign_text import shown, without_secrets
@@ -54,6 +55,7 @@ def describe(run: CoreRun, schedule: Schedule | None) -> dict[str, Any]:
         "arithmetic": run.arithmetic,
         **({"other_arithmetic": run.other_arithmetic} if run.other_arithmetic else {}),
         **({"earlier": run.earlier} if run.earlier else {}),
+        **({"of_plugins": said} if (said := _of_plugins(run)) else {}),
         "precision": asdict(run.precision),
         "data": _counts(run),
         "parameters": {
@@ -61,6 +63,23 @@ def describe(run: CoreRun, schedule: Schedule | None) -> dict[str, Any]:
             "layers": trained_by_layer(dict(run.strategy.parameters(run.model)), run.model),
         },
     }
+
+
+def _of_plugins(run: CoreRun) -> dict[str, Any]:
+    """What plugins say of themselves (``sft_run_record``), by their names."""
+    found = {}
+    for name in run.plugins.implementing("sft_run_record"):
+        said = run.plugins.ask(name, "sft_run_record", run=run)
+        if said:
+            try:
+                json.dumps(said, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise PluginError(
+                    f"{run.plugins.who(name)} answers sft_run_record with what run.json cannot hold ({error}); give "
+                    "JSON values, or leave the plugin out."
+                ) from error
+            found[name] = said
+    return found
 
 
 def summarise(run: CoreRun, journal: Any, steps: int, epochs: float, after: dict[str, Any], seconds: float) -> Summary:

@@ -73,9 +73,16 @@ def need(values: Mapping[str, Any], device: str, memory: int) -> int | None:
     if any(note.startswith("note: ") for note in paper.notes):
         return None
     settings, options = paper.run.settings, paper.run.settings.options[NAME]
-    plan = plan_of(settings, options, processes(options))
+    plan = plan_of(settings, options, processes(options, settings.training.device))
     of_gpu = memory if device == "gpu" else None
-    calculator = Calculator(paper.outline, precision_of(settings), way.batch, way.length, device_memory=of_gpu)
+    calculator = Calculator(
+        paper.outline,
+        precision_of(settings),
+        way.batch,
+        way.length,
+        device_memory=of_gpu,
+        bucket=settings.options[NAME].bucket,
+    )
     return calculator.fullest(plan).peak
 
 
@@ -90,14 +97,21 @@ def _set(values: Mapping[str, Any]) -> tuple[PaperRun, Way]:
 def peak(paper: PaperRun, way: Way, of_gpu: int | None) -> int | None:
     """Bytes that the fullest process needs (``of_gpu``: those that its GPU has); None where there is no such plan."""
     settings = paper.run.settings
-    world = processes(settings.options[NAME])
+    world = processes(settings.options[NAME], settings.training.device)
     rows = way.batch * way.accumulation * world
     chosen = replace(wanted(settings), recompute=way.recompute)
     try:
         plans = legal_plans(paper.outline, world, rows, way.batch, chosen)
     except sft.UsageError:
         return None
-    calculator = Calculator(paper.outline, precision_of(settings), way.batch, way.length, device_memory=of_gpu)
+    calculator = Calculator(
+        paper.outline,
+        precision_of(settings),
+        way.batch,
+        way.length,
+        device_memory=of_gpu,
+        bucket=settings.options[NAME].bucket,
+    )
     return min((calculator.fullest(plan).peak for plan in plans), default=None)
 
 

@@ -10,11 +10,11 @@ from sft_parallel_4d.paper import model_outline
 from sft_parallel_4d.plans import Plan, possible, refusal, stages_beside
 
 if TYPE_CHECKING:
-    from sft import Run, Settings
+    from sft import DryRun, Run, Settings
     from sft_parallel_4d.options import ParallelOptions
 
 
-def check_settings(run: Run, options: ParallelOptions, world: int) -> None:
+def check_settings(run: Run | DryRun, options: ParallelOptions, world: int) -> None:
     """Refuse what the settings alone say of ``world`` processes; nothing of the model is looked at."""
     stage, _ = stage_and_offload(options.sharding)
     for name in ("tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree"):
@@ -118,7 +118,7 @@ def _sharding(options: ParallelOptions, stage: int, left: int) -> int:
     return 1 if not stage else left if options.sharding_parallel_degree < 1 else options.sharding_parallel_degree
 
 
-def _check_run(run: Run, stage: int, context: int, world: int) -> None:
+def _check_run(run: Run | DryRun, stage: int, context: int, world: int) -> None:
     """What a run may ask for that needs whole rows in one process, or the same number of answers in each."""
     objective = run.plugins.provider("sft_objective")
     if context > 1 and objective is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,18 +11,22 @@ import click
 import sft
 from sft import UsageError
 from sft_parallel_4d.checks import stage_and_offload
+from sft_parallel_4d.machines import DEFAULT, MACHINES, Machine
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Precision
 from sft_parallel_4d.paper import NAME, outline
 from sft_parallel_4d.plans import Wanted, legal_plans
-from sft_parallel_4d.ranking import Answer, Device, ranked
+from sft_parallel_4d.ranking import Answer, ranked
+from sft_parallel_4d.timeline_page import MADE_BY, write_page
+from sft_parallel_4d.timing import BEHIND, Time
 
 if TYPE_CHECKING:
     from sft import Settings
 
 SHARE = 1024
 """Tokens of a row that a plan leaves each rank that shares it, unless others are asked for."""
-DEGREE = click.IntRange(min=1)
+DEGREE, POSITIVE = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
+TIMES = ("computing", "sending", "idle", "step")
 
 
 def _names(name: str, parameter: str | None = None) -> tuple[str, ...]:
@@ -34,18 +39,31 @@ def _names(name: str, parameter: str | None = None) -> tuple[str, ...]:
     context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]},
 )
 @click.option("--devices", type=DEGREE, required=True, help="How many devices there are.")
-@click.option(*_names("device_memory"), required=True, help="The memory of one, such as 80GiB.")
+@click.option("--machine", type=click.Choice(list(MACHINES)), default=DEFAULT, show_default=True,
+              help="What a node is; the figures are those of datasheets.")  # fmt: skip
+@click.option(*_names("device_memory"), help="The memory of a device, such as 80GiB.  [default: the machine's]")
 @click.option(*_names("rows_per_step"), type=DEGREE, help="Rows of an optimizer step over all devices.  [default: "
               "per_device_train_batch_size x gradient_accumulation_steps x devices]")  # fmt: skip
-@click.option(*_names("device_tflops", "tflops"), type=click.FloatRange(min=0, min_open=True), default=200.0,
-              show_default=True, help="10^12 operations a second of one device; for the order.")  # fmt: skip
-@click.option("--bandwidth", default="50GB", show_default=True, help="Bytes a second that one sends; for the order.")
+@click.option(*_names("devices_per_node"), type=DEGREE, help="Devices of a node.  [default: the machine's]")
+@click.option(*_names("device_tflops", "tflops"), type=POSITIVE,
+              help="10^12 operations a second of a device at best.  [default: the machine's]")  # fmt: skip
+@click.option("--efficiency", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True,
+              help="The share of these that training gets while it computes.")  # fmt: skip
+@click.option("--bandwidth", help="Bytes a second that a device sends to others of its node, such as 300GB.  "
+              "[default: the machine's]")  # fmt: skip
+@click.option(*_names("node_bandwidth"), help="Bytes a second that a device sends to other nodes.  [default: the "
+              "machine's]")  # fmt: skip
+@click.option("--latency", type=POSITIVE, help="Microseconds of a message between nodes.  [default: the "
+              "machine's]")  # fmt: skip
 @click.option("--top", type=DEGREE, default=20, show_default=True, help="How many plans to show.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page with the time of the first plans, rank by "
+              "rank, that needs nothing else.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a plan, in bytes, all of them.")
 @click.argument("settings", nargs=-1, type=click.UNPROCESSED)
 def command(
-    devices: int, device_memory: str, rows_per_step: int | None, tflops: float, bandwidth: str, top: int,
-    as_json: bool, settings: tuple[str, ...],
+    devices: int, machine: str, device_memory: str | None, rows_per_step: int | None, devices_per_node: int | None,
+    tflops: float | None, efficiency: float, bandwidth: str | None, node_bandwidth: str | None, latency: float | None,
+    top: int, as_json: bool, html: Path | None, settings: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Say how a run fits on devices, before there are any.
 
@@ -56,6 +74,8 @@ def command(
     --virtual_pp_degree, --context_parallel_degree, --sharding (stage2, or "stage2 offload"),
     --sharding_parallel_degree, --sequence_parallel and --recompute; a degree of -1 leaves it open.
     """
+    if html is not None:
+        sft.check_html(html, MADE_BY)
     paper = outline(sft.collect(list(settings)))
     for line in paper.notes:
         click.echo(line, err=True)
@@ -67,11 +87,17 @@ def command(
     batch = training.per_device_train_batch_size
     rows = rows_per_step or batch * training.gradient_accumulation_steps * devices
     plans = legal_plans(paper.outline, devices, rows, batch, wanted(paper.run.settings))
-    device = Device(sft.parse_size(device_memory), tflops * 1e12, sft.parse_size(bandwidth))
-    calculator = Calculator(
-        paper.outline, precision_of(paper.run.settings), batch, length, device_memory=sft.parse_size(device_memory)
+    here = _machine(
+        MACHINES[machine], devices_per_node, device_memory, tflops, efficiency, bandwidth, node_bandwidth, latency
     )
-    answers = ranked(calculator, plans, device)
+    precision = precision_of(paper.run.settings)
+    size = paper.run.settings.options[NAME].bucket
+    calculator = Calculator(paper.outline, precision, batch, length, device_memory=here.memory, bucket=size)
+    answers = ranked(calculator, plans, here)
+    if html is not None:
+        model = paper.run.settings.model.model_name_or_path
+        title = f"{model}: {rows:,} rows of {length:,} tokens a step on {devices:,} devices"
+        write_page(html, answers[:top], calculator, here, machine, title)
     if as_json:
         _print_json(answers)
         return
@@ -79,14 +105,50 @@ def command(
     parameters, trained = paper.outline.count()
     click.echo(
         f"{parameters:,} parameters, {trained:,} train; a step of {rows:,} rows of {length:,} tokens, "
-        f"{batch} a micro-batch, on {devices:,} devices of {device_memory}"
+        f"{batch} a micro-batch, on {devices:,} devices of {_gib(here.memory)} GiB, {here.devices} a node"
     )
     click.echo(f"{len(answers):,} legal plans, {fitting:,} fit" + ("" if fitting else "; the smallest first:"))
     click.echo("\n".join(_table(answers[:top])))
     click.echo(
-        f"GiB of the fullest rank, GiB that the busiest rank sends in a step. Order: seconds, estimated at {tflops:g} "
-        f"TFLOP/s and {bandwidth}/s a device, nothing overlapping. docs/plan.md has the formulas."
+        "GiB of the fullest rank, GiB that the busiest rank sends in a step, and seconds of a step, which is the "
+        "order: computing, and waiting for what is sent, for other stages, and for the optimizer."
     )
+    flops = here.flops if precision.products == 16 else here.flops32
+    click.echo(
+        f"Taken of a device: {here.efficiency:.0%} of {flops / 1e12:g} TFLOP/s, {here.links:.0%} of "
+        f"{here.within / 1e9:g} GB/s within a node and of {here.between / 1e9:g} GB/s between nodes. What is sent in "
+        "the first plan:"
+    )
+    click.echo("\n".join(f"  {line}" for line in sent_in_words(answers[0].time)))
+    click.echo("docs/plan.md has the formulas.")
+
+
+def _machine(
+    machine: Machine, devices: int | None, memory: str | None, tflops: float | None, efficiency: float,
+    bandwidth: str | None, node_bandwidth: str | None, latency: float | None,
+) -> Machine:  # fmt: skip
+    """``machine`` with the user's own figures."""
+    given: dict[str, Any] = {
+        "devices": devices,
+        "memory": memory and sft.parse_size(memory),
+        "flops": tflops and tflops * 1e12,
+        "flops32": tflops and tflops * 1e12,
+        "efficiency": efficiency,
+        "within": bandwidth and sft.parse_size(bandwidth),
+        "between": node_bandwidth and sft.parse_size(node_bandwidth),
+        "far_latency": latency and latency * 1e-6,
+    }
+    return replace(machine, **{name: value for name, value in given.items() if value is not None})
+
+
+def sent_in_words(time: Time) -> list[str]:
+    """What is sent behind computation, and what is waited for, a line an axis."""
+    found = []
+    for axis in {**time.exposed, **time.hidden}:
+        exposed, hidden = time.exposed.get(axis, 0.0), time.hidden.get(axis, 0.0)
+        if exposed + hidden:
+            found.append(f"{axis}: {exposed:.3g} s waited for, {hidden:.3g} s behind {BEHIND.get(axis, 'computation')}")
+    return found or ["nothing"]
 
 
 def precision_of(settings: Settings) -> Precision:
@@ -124,7 +186,7 @@ def wanted(settings: Settings) -> Wanted:
 def _table(answers: list[Answer]) -> list[str]:
     offloads = any(answer.plan.offload for answer in answers)
     head = "data sharding context tensor pipeline seq recompute accumulate weights gradients optimizer activations"
-    rows = [[*head.split(), "logits", "peak", *(["host"] if offloads else []), "sent", "seconds", "fits"]]
+    rows = [[*head.split(), "logits", "peak", *(["host"] if offloads else []), "sent", *TIMES, "seconds", "fits"]]
     for answer in answers:
         plan, memory = answer.plan, answer.memory
         stage = f"{plan.sharding} (stage{plan.stage})" if plan.stage else "1"
@@ -133,10 +195,16 @@ def _table(answers: list[Answer]) -> list[str]:
         rows.append(
             [str(plan.data), stage, *map(str, (plan.context, plan.tensor, plan.pipeline)), _yes(plan.sequence)]
             + [_yes(plan.recompute), str(plan.accumulation), *map(_gib, sizes), _gib(answer.volume.total)]
-            + [f"{answer.seconds:.3g}", _yes(answer.fits)]
+            + [f"{seconds:.3g}" for seconds in (*times_of(answer.time), answer.seconds)]
+            + [_yes(answer.fits)]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def times_of(time: Time) -> tuple[float, float, float, float]:
+    """The seconds under :data:`TIMES`."""
+    return time.compute, sum(time.exposed.values()), time.idle, time.step
 
 
 def _yes(value: bool) -> str:
@@ -152,5 +220,5 @@ def _print_json(answers: list[Answer]) -> None:
 
     for answer in answers:
         record: dict[str, Any] = asdict(answer)
-        record["volume"]["total"] = answer.volume.total
+        record["volume"]["total"], record["seconds"] = answer.volume.total, answer.seconds
         click.echo(json.dumps(record))

@@ -38,7 +38,7 @@ def rank(calculator: Calculator, plan: Plan, number: int, stage: Stage) -> Volum
     outline, precision, shape = calculator.outline, calculator.precision, calculator.shape(plan)
     size, micro = stage.size, plan.accumulation
     data = 2 * _part(plan.copies) * size.piece_gradients
-    neighbours = (number > 0) + (number < plan.pipeline - 1)
+    neighbours = 2 * plan.virtual - (number == 0) - (number == plan.pipeline - 1)  # each part there and back
     pipeline = micro * neighbours * activations.boundary(outline, shape, precision)
     if plan.pipeline > 1 and outline.tied and (stage.first or stage.last) and outline.embedding.trains:
         # The two copies' gradient, or slices of it.

@@ -18,22 +18,19 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import sft
 from sft import SftError, SignalError, UsageError
+from sft_parallel_4d.deaths import Deaths
 from sft_parallel_4d.door import TOKEN, new_token
 from sft_parallel_4d.environment import FOLDER
-from sft_parallel_4d.watch import OtherRankError, Watch
+from sft_parallel_4d.last_words import HIDDEN, MEMORY, STOPPED, read_record
 
-INTERRUPTED = "interrupted"
-"""What other ranks hear of one that a signal has ended."""
-STOPPED = "stopped"
-"""The file in a launch's folder in which its ranks say after what a signal has ended them."""
-HIDDEN = "SFT_LAUNCH_HIDES_GPUS"
+RESTARTS = "restarts.json"
+"""The file with what the run is to remember of earlier launches, which have lost ranks."""
 PREFIX = "sft-launch-"
 _NEW = 60.0
 """Seconds in which a folder that nobody holds may be one that has just been made."""
@@ -46,17 +43,34 @@ LAUNCHER_VARIABLES = (
 """Paddle's launcher lets these override its arguments; they would be of another job."""
 
 
-def launch(values: Mapping[str, Any], nproc: int, say: Callable[[str], None]) -> int:
-    """Run ``sft run`` with settings ``values`` (without ``nproc``) in ``nproc`` processes of this machine; 0.
+class LostError(SftError):
+    """Ranks were killed: ``ranks``, on devices of which one has ``memory`` bytes (None: on CPUs, or not known)."""
+
+    def __init__(self, text: str, ranks: tuple[int, ...], memory: int | None = None) -> None:
+        super().__init__(text)
+        self.ranks, self.memory = ranks, memory
+
+
+def launch(
+    values: Mapping[str, Any],
+    nproc: int,
+    say: Callable[[str], None],
+    devices: Sequence[str] = (),
+    restarts: Sequence[Mapping[str, Any]] = (),
+) -> int:
+    """Run ``sft run`` with settings ``values`` (without those of the launch) in ``nproc`` processes of this machine; 0.
+    ``devices`` are the GPUs for them, by number (empty: the first ones); ``restarts`` is what the run is to remember of
+    earlier launches.
 
     ``say`` gets each line that rank 0 prints, when it prints it; its standard error goes to that of this process.
-    Raises :class:`sft.SftError` with the error of the rank that failed first, and its exit code. A signal that asks
-    this process to end is passed on to the ranks, which know what to finish first, and :class:`sft.SignalError` is
-    raised when they have ended. At a second one, or when this process ends in any other way, all ranks end.
+    Raises :class:`sft.SftError` with the error of the rank that failed first, and its exit code; :class:`LostError`
+    where ranks were killed. A signal that asks this process to end is passed on to the ranks, which know what to finish
+    first, and :class:`sft.SignalError` is raised when they have ended. At a second one, or when this process ends in
+    any other way, all ranks end.
     """
-    settings = {name: value for name, value in values.items() if name != "nproc"}
-    files = {"settings.json": json.dumps(settings, default=str)}
-    return start(["sft", "run", "settings.json"], nproc, say, files, on_cpu=values.get("device") == "cpu")
+    settings = {name: value for name, value in values.items() if name not in ("nproc", "max_restarts")}
+    files = {"settings.json": json.dumps(settings, default=str), RESTARTS: json.dumps(restarts)}
+    return start(["sft", "run", "settings.json"], nproc, say, files, values.get("device") == "cpu", devices)
 
 
 def start(
@@ -65,6 +79,7 @@ def start(
     say: Callable[[str], None],
     files: Mapping[str, str] | None = None,
     on_cpu: bool = False,
+    devices: Sequence[str] = (),
 ) -> int:
     """:func:`launch` for ``python -m COMMAND``; an argument that is one of ``files`` is replaced by its path. With
     ``on_cpu`` the ranks see no GPU."""
@@ -82,23 +97,32 @@ def start(
         with (folder / "launcher.log").open("wb") as log:
             process = subprocess.Popen(
                 launcher,
-                env=_environment(folder, nproc, on_cpu),
+                env=_environment(folder, nproc, on_cpu, devices),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for this process, which passes it on
             )
+        deaths = Deaths(folder)
         try:
             with _passed_on(folder) as passed:
-                _follow(process, folder, say)
+                _follow(process, folder, say, deaths)
         finally:
             _end(process, folder)
         if process.returncode == 0:
             return 0
-        records = [_read_record(path) for path in folder.glob("*.error")]
+        records = [read_record(path) for path in folder.glob("*.error")]
         if passed and all(record["relayed"] or record["code"] == 128 + passed[0] for record in records):
             raise SignalError(passed[0], _read(folder / STOPPED))
-        raise _first_error(folder, process.returncode, _ended_for_memory() - ended_before)
+        error = _first_error(folder, process.returncode, _ended_for_memory() - ended_before)
+        # Who says first what is wrong has not been killed, whatever became of the others then.
+        is_said = any(record["sure"] and not record["relayed"] for record in records)
+        lost, seen = deaths.lost, _failed_container(folder)
+        if not lost and seen is not None and seen[1] < 0:  # paddle's launcher was there before the next look
+            lost = (seen[0],)
+        if lost and not (passed or is_said):
+            raise LostError(str(error), lost, int(_read(folder / MEMORY) or 0) or None)
+        raise error
 
 
 @contextlib.contextmanager
@@ -127,81 +151,7 @@ def _held(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def failed(error: BaseException, rank: int, watch: Watch | None = None) -> None:
-    """Let the other ranks, and the process that started them, know what ends this one."""
-    told = watch is not None and not isinstance(error, OtherRankError)
-    record(error, sure=not told)
-    if watch is not None and told:
-        watch.fail(_sentence(error))  # does not return if the error is a consequence
-        record(error)
-
-
-def report(text: str) -> None:
-    """Tell the user what has gone wrong in some rank; this one ends because of it. For :class:`Watch`."""
-    if FOLDER in os.environ:
-        _write_record(text, 1, relayed=True)
-    else:
-        print(f"sft: {sft.safe(text)}", file=sys.stderr, flush=True)
-
-
-def stopped(moment: str) -> None:
-    """All ranks end, as a signal has asked, after ``moment``: the process that started them says so."""
-    if FOLDER in os.environ and os.environ["PADDLE_TRAINER_ID"] == "0":
-        (Path(os.environ[FOLDER]) / STOPPED).write_text(moment, encoding="utf-8")
-
-
-def enter_rank() -> None:
-    """At the start of a rank: what rank 0 prints is kept apart from what goes to its standard error, and signals find
-    the rank."""
-    (Path(os.environ[FOLDER]) / f"rank.{os.getpid()}").touch()
-    if HIDDEN in os.environ:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        os.environ.pop("FLAGS_selected_gpus", None)
-    if os.environ["PADDLE_TRAINER_ID"] == "0":
-        with open(Path(os.environ[FOLDER]) / "stdout", "ab") as file:
-            os.dup2(file.fileno(), 1)
-
-
-def record(error: BaseException, sure: bool = True) -> None:
-    """Write down what ends this rank where the process that started it looks, if one did.
-
-    Not ``sure``: it may be the consequence of what happened to another rank. What is sure stays.
-    """
-    if FOLDER not in os.environ or (_record_path().exists() and _read_record(_record_path())["sure"]):
-        return
-    rank = os.environ["PADDLE_TRAINER_ID"]
-    text = str(error) if isinstance(error, OtherRankError) else f"rank {rank}: {_sentence(error)}"
-    code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
-    expected = isinstance(error, (SftError, OSError, KeyboardInterrupt))
-    details = "" if expected else "".join(traceback.format_exception(error))
-    if isinstance(error, sft.PluginError):
-        details = error.details()
-    _write_record(text, code, details, sure, relayed=isinstance(error, OtherRankError))
-
-
-def _write_record(text: str, code: int, details: str = "", sure: bool = True, relayed: bool = False) -> None:
-    values = {"text": text, "code": code, "details": details, "sure": sure, "relayed": relayed, "at": time.monotonic()}
-    path = _record_path()
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(values), encoding="utf-8")
-    draft.replace(path)
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _record_path() -> Path:
-    return Path(os.environ[FOLDER]) / f"rank{os.environ['PADDLE_TRAINER_ID']}.error"
-
-
-def _sentence(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
-    return str(error) if isinstance(error, (SftError, OSError)) else f"{type(error).__name__}: {error}"
-
-
-def _environment(folder: Path, nproc: int, on_cpu: bool) -> dict[str, str]:
+def _environment(folder: Path, nproc: int, on_cpu: bool, devices: Sequence[str]) -> dict[str, str]:
     environ = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     environ[FOLDER] = str(folder)
     environ[TOKEN] = new_token()
@@ -214,6 +164,8 @@ def _environment(folder: Path, nproc: int, on_cpu: bool) -> dict[str, str]:
         # is one GPU to it. So it gets as many as it wants, and each rank hides them before paddle is imported.
         environ |= {HIDDEN: "1", "PADDLE_DISTRI_BACKEND": "gloo"}
         environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(nproc)))
+    elif devices:
+        environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     return environ
 
 
@@ -267,14 +219,15 @@ class _Tail:
         return [line.decode("utf-8", "replace") for line in lines]
 
 
-def _follow(process: subprocess.Popen[bytes], folder: Path, say: Callable[[str], None]) -> None:
+def _follow(process: subprocess.Popen[bytes], folder: Path, say: Callable[[str], None], deaths: Deaths) -> None:
     """Pass on what rank 0 prints until the launcher ends, or until some seconds after a rank's error."""
     output, errors = _Tail(folder / "stdout"), _Tail(folder / "logs" / "workerlog.0")
     deadline, sure = None, False
     while True:
         ended = process.poll() is not None
+        deaths.look()
         if not sure and (records := list(folder.glob("*.error"))):
-            sure = any(_read_record(path)["sure"] for path in records)
+            sure = any(read_record(path)["sure"] for path in records)
             deadline = time.monotonic() + 2 if sure else deadline or time.monotonic() + 10
         for line in output.lines(ended):
             say(line)
@@ -327,11 +280,18 @@ def _ended_for_memory() -> int:
     return int(found[1]) if found else 0
 
 
+def _failed_container(folder: Path) -> tuple[int, int] | None:
+    """The rank that paddle's launcher saw first to have failed, before it ended the others, and its exit code: below
+    zero the signal that ended it."""
+    seen = re.search(r"Container rank (\d+) status failed .* code (-?\d+) log", _read(folder / "launcher.log"))
+    return None if seen is None else (int(seen[1]), int(seen[2]))
+
+
 def _first_error(folder: Path, code: int, ended_for_memory: int) -> SftError:
     """What the rank that failed first died of, as the ranks wrote it down; else as the launcher saw it."""
-    records = [_read_record(path) for path in folder.glob("*.error")]
-    seen = re.search(r"Container rank (\d+) status failed .* code (-?\d+) log", _read(folder / "launcher.log"))
-    killed = seen is not None and int(seen[2]) < 0
+    records = [read_record(path) for path in folder.glob("*.error")]
+    seen = _failed_container(folder)
+    killed = seen is not None and seen[1] < 0
     if any(record["sure"] for record in records) or (records and not killed):
         text = min(records, key=lambda record: (not record["sure"], record["at"]))["text"]
         # The rank itself knows more about it than those who were told.
@@ -343,7 +303,7 @@ def _first_error(folder: Path, code: int, ended_for_memory: int) -> SftError:
         return _error(text, first["code"])
     if seen is None:
         return _error(f"Paddle's launcher ended with exit code {code}.{_last(folder / 'launcher.log')}", 1)
-    rank, status = int(seen[1]), int(seen[2])
+    rank, status = seen
     log = folder / "logs" / f"workerlog.{rank}"
     said = re.findall(r"^sft: (.*)$", _read(log), re.MULTILINE)
     if said and not killed:

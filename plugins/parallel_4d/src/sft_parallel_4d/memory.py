@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -55,12 +56,16 @@ class Calculator:
         length: int,
         targets: int | None = None,
         device_memory: int | None = None,
+        bucket: int = BUCKET,
     ) -> None:
-        """``device_memory`` of a GPU in bytes; None: a CPU."""
+        """``device_memory`` of a GPU in bytes; None: a CPU. ``bucket``: bytes of gradients that travel together."""
+        self.bucket = bucket
         self.outline, self.precision = outline, precision
         self._chunk = activations.chunk_bytes(device_memory)
         self._batch = (rows, length, rows * length if targets is None else targets)
-        self._stages = cache(lambda division, pipeline: stages(outline, division, pipeline, precision))
+        self._stages = cache(
+            lambda division, pipeline, virtual: stages(outline, division, pipeline, precision, virtual)
+        )
         self._kept = cache(self._kept_of_blocks)
         # Thousands of plans have a few shapes.
         self._extra = cache(lambda shape: activations.backward_extra(outline, shape, precision))
@@ -68,7 +73,8 @@ class Calculator:
 
     def stages(self, plan: Plan) -> list[Stage]:
         """The pipeline stages of ``plan``."""
-        found: list[Stage] = self._stages(Division(plan.tensor, plan.pieces), plan.pipeline)
+        division = Division(plan.tensor, plan.pieces)
+        found: list[Stage] = self._stages(division, plan.pipeline, plan.virtual)
         return found
 
     def shape(self, plan: Plan) -> Shape:
@@ -92,7 +98,7 @@ class Calculator:
             largest = max(stage.largest_block, stage.embedding, stage.head, key=lambda one: one.unit_gradients)
             passing = largest.unit_gradients * plan.pieces + size.passing
             return Held(parameters, pieces, size.optimizer, gradients, passing, passing)
-        bucket = min(BUCKET, size.piece_gradients * plan.pieces)
+        bucket = min(self.bucket, size.piece_gradients * plan.pieces)
         if plan.stage:
             parameters = size.weights - size.whole + size.pieces * plan.pieces
             pieces = size.pieces if plan.offload else 0
@@ -114,10 +120,15 @@ class Calculator:
             whole_first, head = (plan.pieces * one.matrix_pieces for one in (stage.largest_block, stage.head))
             whole_block, whole_head = min(len(stage.blocks), 2) * whole_first, head + whole_first
         # One forward, one backward: a stage works ahead as far as there are stages behind it.
-        flying = min(plan.pipeline - number, plan.accumulation)
+        passes = plan.pipeline - number
+        if plan.virtual > 1:  # passes through parts, of which each keeps a share
+            passes += plan.pipeline - number - 1 + (plan.virtual - 1) * plan.pipeline
+        passes = min(passes, plan.accumulation * plan.virtual)
+        flying = math.ceil(passes / plan.virtual)
         kept, block = self._kept(stage.blocks, shape, plan.recompute)
         reading = activations.reading_kept(outline, shape)
         kept += activations.at_border(outline, shape, precision, plan.recompute, stage.first)
+        flown = kept * passes // plan.virtual
         extra = self._extra(shape)
         attending = activations.attending(outline, shape, precision)
         upstream = activations.boundary(outline, shape, precision)
@@ -139,12 +150,12 @@ class Calculator:
         begun = before + held.filled if plan.stage >= 2 else max(before, held.filled)
         one_block = (kept // len(stage.blocks) if not plan.recompute else 0) + beyond + whole_first
         moments = {
-            "loss": before + (kept + reading) * flying + norm + loss + whole_head,
-            "last block backward": begun + (kept + reading) * flying + behind + beyond + whole_block,
-            "first block backward": after + kept * (flying - 1) + reading * flying + one_block,
+            "loss": before + flown + reading * flying + norm + loss + whole_head,
+            "last block backward": begun + flown + reading * flying + behind + beyond + whole_block,
+            "first block backward": after + flown - kept // plan.virtual + reading * flying + one_block,
         }
         if not plan.recompute:
-            moments["last block forward"] = before + (kept + reading) * flying - block + attending + whole_block
+            moments["last block forward"] = before + flown + reading * flying - block + attending + whole_block
         stepping = 4 * size.stepped  # squared for the norm, or given to the master
         stepped = held.gradients
         if on_device:
@@ -156,13 +167,13 @@ class Calculator:
             held.parameters + (held.pieces if on_device else 0) + max(whole_block, whole_head),
             after,
             held.optimizer if on_device else 0,
-            (kept + reading) * flying + last + beyond,
+            flown + reading * flying + last + beyond,
             loss,
             held.parameters + (aside if on_device else 0) + max(moments.values()),
             0 if on_device else aside + stepped + stepping,
         )
 
-    def _kept_of_blocks(self, blocks: range, shape: Shape, recompute: bool) -> tuple[int, int]:
+    def _kept_of_blocks(self, blocks: tuple[int, ...], shape: Shape, recompute: bool) -> tuple[int, int]:
         """What ``blocks`` keep of a micro-batch, and what the largest of them keeps without recomputation."""
         full = [self._block(number, shape) for number in blocks]
         if not recompute:

@@ -183,7 +183,7 @@ def of_experts(outline: Outline, number: int) -> tuple[tuple[Weight, str], ...]:
 class Stage:
     """What one pipeline stage holds on one tensor-parallel rank."""
 
-    blocks: range
+    blocks: tuple[int, ...]
     size: Size
     """Of everything the stage holds."""
     largest_block: Size
@@ -197,8 +197,8 @@ class Stage:
     last: bool
 
 
-def stages(outline: Outline, division: Division, pipeline: int, precision: Precision) -> list[Stage]:
-    """The stages of ``pipeline``, in order, each of whole blocks."""
+def stages(outline: Outline, division: Division, pipeline: int, precision: Precision, virtual: int = 1) -> list[Stage]:
+    """The stages of ``pipeline``, in order, each of whole blocks; ``virtual`` parts of the model are on each."""
 
     def one(weight: Weight) -> Size:
         return size_of(weight, "", division, precision)
@@ -208,15 +208,17 @@ def stages(outline: Outline, division: Division, pipeline: int, precision: Preci
     head = embedding if outline.head is None else one(outline.head)
     shared = sum(map(one, outline.shared), Size())
     found = []
-    for start, stop in pairwise(cut(len(blocks), pipeline)):
-        first, last = start == 0, stop == len(blocks)
-        mine = [*([embedding] if first else []), *blocks[start:stop], *([norm] if last else [])]
+    parts = list(pairwise(cut(len(blocks), pipeline * virtual)))
+    for stage in range(pipeline):
+        here = tuple(number for start, stop in parts[stage::pipeline] for number in range(start, stop))
+        first, last = stage == 0, stage == pipeline - 1
+        mine = [*([embedding] if first else []), *(blocks[number] for number in here), *([norm] if last else [])]
         if last and not (first and outline.head is None):  # a tied matrix is on the first stage, and on the last
             mine.append(head)
-        largest = max(blocks[start:stop], key=lambda size: size.matrices)
-        late = sum((total(of_experts(outline, number), division, precision) for number in range(start, stop)), Size())
-        here = (embedding if first else Size()), (head if last else Size())
-        found.append(Stage(range(start, stop), sum(mine, shared), largest, late, *here, first, last))
+        largest = max((blocks[number] for number in here), key=lambda size: size.matrices)
+        late = sum((total(of_experts(outline, number), division, precision) for number in here), Size())
+        ends = (embedding if first else Size()), (head if last else Size())
+        found.append(Stage(here, sum(mine, shared), largest, late, *ends, first, last))
     return found
 
 

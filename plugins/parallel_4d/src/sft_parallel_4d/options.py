@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import sft
+from sft_parallel_4d.plans import BUCKET
 
 
 @dataclass
@@ -29,8 +30,20 @@ class ParallelOptions:
     sharding_comm_buffer_size_MB: int = sft.option(  # noqa: N815  (the name that PaddleNLP has)
         -1, "MiB of float32 gradients that travel together while backward goes on; -1: 128", minimum=-1
     )
-    nproc: int = sft.option(1, "start this many processes on this machine", minimum=1, maximum=1024)
+    nproc: int | str = sft.option(
+        1, "start this many processes on this machine; auto: one on each GPU that it has", choices=("auto",), minimum=1,
+        maximum=1024,
+    )  # fmt: skip
+    max_restarts: int = sft.option(
+        0, "how often a run that nproc starts goes on with fewer processes when some of them were killed", minimum=0
+    )
     parallel_timeout: float = sft.option(600.0, "seconds of waiting after which a missing process is named", above=0)
+
+    @property
+    def bucket(self) -> int:
+        """Bytes of gradients that travel together."""
+        size = self.sharding_comm_buffer_size_MB
+        return size << 20 if size > 0 else BUCKET
 
 
 def _tuning(kind: str, names: str) -> dict[str, sft.Foreign]:

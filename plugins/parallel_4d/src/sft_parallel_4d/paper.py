@@ -36,7 +36,7 @@ def outline(values: Mapping[str, Any], plugins: Iterable[type] = ()) -> PaperRun
     Only ``config.json`` is read (or fetched, of a hub name). ``plugins`` are classes as in :func:`sft.run`. Raises
     :class:`UsageError` as a run would, and for a plugin that adds or replaces tensors and does not say how on paper.
     """
-    run = sft.dry_run(_with_this_plugin(values), plugins)
+    run = sft.dry_run(with_this_plugin(values), plugins)
     active, paper = run.plugins, _of_source(run.source)
     silent = [name for name in active.names if name not in active.implementing("parallel_outline")]
     adapter = active.provider("sft_export_adapter")
@@ -92,7 +92,7 @@ def _of_source(source: Any) -> Outline:
     return of_architecture(source.architecture)
 
 
-def _with_this_plugin(values: Mapping[str, Any]) -> dict[str, Any]:
+def with_this_plugin(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with this plugin among those that they ask for, so that its options count whatever they are, and its
     hook is there."""
     asked = values.get("plugin") or []

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from sft import UsageError
 from sft_parallel_4d.outline import Outline
 
 BUCKET = 1 << 27
 """Bytes of float32 gradients that travel together, if no setting says otherwise: all those of a usual adapter."""
+
+
+_NAMED = ("data", "context", "tensor", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,14 @@ class Plan:
         """Ranks that have the same parameters, or the same pieces of them."""
         return self.data_world * self.context // self.pieces
 
+    def __str__(self) -> str:
+        parts = [f"{name} {getattr(self, name)}" for name in _NAMED if getattr(self, name) > 1]
+        if self.stage:
+            parts.append(f"stage{self.stage} on {self.sharding}{' with offload' if self.offload else ''}")
+        parts += [f"{self.virtual} parts a stage"] if self.virtual > 1 else []
+        parts += [name for name in ("sequence", "recompute") if getattr(self, name)]
+        return f"{' x '.join(parts) or 'one process'}, {self.accumulation} micro-batches a step"
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -69,6 +81,22 @@ class Wanted:
     """Whether sharding's pieces rest in the host's memory; a plan has that only if it is asked for."""
     virtual: int = 1
     """Parts of the model a pipeline stage; a plan has more than one only if that is asked for."""
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """The settings of a run that ask for ``plan``, by name."""
+    stage = f"stage{plan.stage}{' offload' if plan.offload else ''}"
+    return {
+        "tensor_parallel_degree": plan.tensor,
+        "pipeline_parallel_degree": plan.pipeline,
+        "virtual_pp_degree": plan.virtual,
+        "context_parallel_degree": plan.context,
+        "sharding": stage if plan.stage else None,
+        "sharding_parallel_degree": plan.sharding if plan.stage else -1,
+        "sequence_parallel": plan.sequence,
+        "recompute": plan.recompute,
+        "gradient_accumulation_steps": plan.accumulation,
+    }
 
 
 def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: Wanted | None = None) -> list[Plan]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import sft
 from sft_parallel_4d import hooks
 from sft_parallel_4d.door import TOKEN, token
-from sft_parallel_4d.environment import FOLDER, is_launched, processes, rank
+from sft_parallel_4d.environment import FOLDER, asked_for, gpu_memory, is_launched, processes, rank
 from sft_parallel_4d.options import ANSWERED, ParallelOptions
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Parallel4d(sft.Plugin):
         super().__init__(options)
         self.watch: Watch | None = None
         self.plan: Plan | None = None
+        self.restarts: list[dict[str, Any]] = []
 
     @sft.hookimpl
     def sft_commands(self, cli: click.Group) -> None:
@@ -62,7 +63,12 @@ class Parallel4d(sft.Plugin):
     def sft_check(self, run: Run) -> None:
         from sft_parallel_4d.checks import check_settings, plan_for
 
-        world, nproc = processes(self.options), self.options.nproc
+        device = run.settings.training.device
+        world, nproc = processes(self.options, device), asked_for(self.options, device)
+        if self.options.max_restarts and FOLDER not in os.environ and (is_launched() or self.options.nproc == 1):
+            raise sft.UsageError(
+                "max_restarts is for runs whose processes nproc starts; add --nproc N (or auto), or leave it out."
+            )
         if nproc > 1 and nproc != world and FOLDER not in os.environ:
             raise sft.UsageError(
                 f"nproc is {nproc}, and a launcher has started {world} of this program; leave one of them out."
@@ -79,8 +85,11 @@ class Parallel4d(sft.Plugin):
         if self.plan is None:  # a model of the hub, whose config.json a check must not wait for
             from sft_parallel_4d.checks import plan_for
 
-            self.plan = plan_for(run, self.options, processes(self.options))
-        if self.options.nproc == 1 or is_launched():
+            self.plan = plan_for(run, self.options, processes(self.options, run.settings.training.device))
+        nproc = asked_for(self.options, run.settings.training.device)
+        if nproc == 1 and self.options.nproc == "auto" and not is_launched():
+            run.say("note: nproc auto is one process here, for paddle sees one device")
+        if nproc == 1 or is_launched():
             return None
         here = ", ".join(run.plugins.direct)
         if here:
@@ -88,21 +97,21 @@ class Parallel4d(sft.Plugin):
                 f"Plugin {here} was given as a class, which processes that nproc starts cannot find; let a "
                 "distribution provide it, or start the program with python -m paddle.distributed.launch."
             )
-        from sft_parallel_4d.launch import launch
+        from sft_parallel_4d.elastic import run_elastic
 
-        launch(run.given, self.options.nproc, run.progress.relay)
+        run_elastic(run, self.plan, nproc, self.options.max_restarts)
         result = json.loads((run.output_dir / "run.json").read_text(encoding="utf-8"))["result"]
         return sft.Summary(**{**result, "output_dir": Path(result["output_dir"])})
 
     @sft.hookimpl
     def sft_parallel_strategy(self, run: Run) -> ParallelStrategy:
         from sft.parallel import close_report
-        from sft_parallel_4d.launch import INTERRUPTED, report
-        from sft_parallel_4d.plans import BUCKET
+        from sft_parallel_4d.last_words import INTERRUPTED, computes_on, report
         from sft_parallel_4d.strategy import Parallel
         from sft_parallel_4d.topology import connect
 
         assert self.plan is not None  # since sft_launch
+        computes_on(gpu_memory())
         if self.options.sharding and not self.plan.stage:
             run.say(f"note: sharding {self.options.sharding} divides nothing: one process reads all records")
         if self.plan.devices > 1:
@@ -119,8 +128,33 @@ class Parallel4d(sft.Plugin):
                 )
             self.watch = Watch(rank(), self.plan.devices, self.options.parallel_timeout, ends)
             self.watch.start()
-        size = self.options.sharding_comm_buffer_size_MB
-        return Parallel(run, connect(self.plan), self.watch, size << 20 if size > 0 else BUCKET)
+        return Parallel(run, connect(self.plan), self.watch, self.options.bucket)
+
+    @sft.hookimpl
+    def sft_state(self, run: Run) -> dict[str, Any]:
+        return {"restarts": self.restarts} if self.restarts else {}
+
+    @sft.hookimpl
+    def sft_restore(self, run: Run, state: dict[str, Any], why: str, step: int) -> None:
+        if why == "resume":
+            self.restarts = state["restarts"]
+
+    @sft.hookimpl
+    def sft_run_record(self, run: Run) -> dict[str, Any]:
+        from sft_parallel_4d.elastic import restarts_before
+
+        known = [event["at"] for event in self.restarts]
+        self.restarts += [event for event in restarts_before() if event["at"] not in known]
+        for event in self.restarts:
+            event.setdefault("from_step", run.step)
+        return {"restarts": self.restarts} if self.restarts else {}
+
+    @sft.hookimpl
+    def sft_run_started(self, run: Run) -> None:
+        from sft_parallel_4d.elastic import line_of, restarts_before
+
+        if rank() == 0 and restarts_before():
+            run.say(line_of(self.restarts[-1]))
 
     @sft.hookimpl
     def sft_run_ended(self, run: Run, summary: Summary) -> None:
@@ -128,7 +162,7 @@ class Parallel4d(sft.Plugin):
             try:
                 self.watch.stop()
             except sft.SftError as error:  # another process did not come to its end
-                from sft_parallel_4d.launch import record
+                from sft_parallel_4d.last_words import record
 
                 record(error)
                 raise
@@ -138,7 +172,7 @@ class Parallel4d(sft.Plugin):
     @sft.hookimpl(trylast=True)  # it may end this process
     def sft_run_failed(self, run: Run, error: BaseException) -> None:
         if is_launched():
-            from sft_parallel_4d.launch import failed, stopped
+            from sft_parallel_4d.last_words import failed, stopped
 
             if isinstance(error, sft.SignalError) and error.moment and self.watch is not None:
                 stopped(error.moment)

@@ -26,13 +26,13 @@ def main() -> None:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         return
 
-    from sft_parallel_4d import launch
+    from sft_parallel_4d import last_words
 
-    launch.enter_rank()
+    last_words.enter_rank()
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except Exception as error:
-        launch.record(error)
+        last_words.record(error)
         raise
 
 

@@ -1,0 +1,198 @@
+"""A run of several processes that loses some goes on with those that remain (``--max_restarts``).
+
+A rank is lost when the system ends it: ``kill -9``, want of memory, a crash. What a rank says itself (settings that it
+refuses, a loss that is not finite, memory that its GPU lacks) would come again, and ends the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft import SftError, UsageError
+from sft_parallel_4d.checks import check_settings
+from sft_parallel_4d.command import precision_of
+from sft_parallel_4d.environment import FOLDER
+from sft_parallel_4d.launch import RESTARTS, LostError, launch
+from sft_parallel_4d.machines import DEFAULT, MACHINES
+from sft_parallel_4d.memory import Calculator
+from sft_parallel_4d.options import ParallelOptions
+from sft_parallel_4d.paper import NAME, PaperRun, outline, with_this_plugin
+from sft_parallel_4d.plans import Plan, Wanted, legal_plans, settings_of
+from sft_parallel_4d.ranking import ranked
+
+if TYPE_CHECKING:
+    from sft import Run
+
+SAME = (
+    "the weights and the optimizer's state of that step",
+    "the records of every step and their order",
+    "rows a step, learning rates and the number of steps",
+)
+CLOSE = (
+    "losses, gradient norms and weights from that step on: sums are taken in another order (to 1e-5 in float32; as far "
+    "as the run's own precision goes with 16 bits)",
+)
+OTHER = (
+    "what is drawn: dropout and noise are as with another seed",
+    "steps behind the checkpoint, which are taken again",
+)
+"""What a restart keeps to the bit, what only nearly, and what not."""
+_NOT_NAMED = ("", "none", "null", "false", "true", "auto")
+
+
+def run_elastic(run: Run, plan: Plan, nproc: int, restarts: int) -> None:
+    """Launch ``run`` in ``nproc`` processes under ``plan``, and again with fewer whenever ranks were killed, up to
+    ``restarts`` times. Raises as :func:`launch` does, when these are used up or there is nothing to go on with."""
+    values, before, events = dict(run.given), _report(run.output_dir), list[dict[str, Any]]()
+    used = list[str]()  # the launcher takes the first ones
+    devices = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one] or [*map(str, range(nproc))]
+    while True:
+        try:
+            launch(values, nproc, run.progress.relay, used, events)
+            return
+        except LostError as lost:
+            if len(events) >= restarts or len(lost.ranks) >= nproc:
+                raise
+            report = _report(run.output_dir)
+            if report != before and report.get("status") == "finished":
+                raise
+            left = nproc - len(lost.ranks)
+            new = _chosen(run, plan, left, lost)
+            devices = [one for number, one in enumerate(devices) if number not in lost.ranks]
+            used = devices[: new.devices] if lost.memory is not None else []
+            values = _under(_resuming(values, run.output_dir, report != before), new)
+            event = {
+                "at": datetime.now().astimezone().isoformat(timespec="seconds"),
+                "lost": list(lost.ranks),
+                "of": nproc,
+                "error": str(lost).partition("\n")[0],
+                "old_plan": asdict(plan),
+                "new_plan": asdict(new),
+                "rows_per_step": rows_of(run, plan),
+                "left_out": left - new.devices,
+                "same_to_the_bit": list(SAME),
+                "the_same_to_1e-5": list(CLOSE),
+                "not_the_same": list(OTHER),
+            }
+            events.append(event)
+            run.say(f"{event['error']} Starting again, {len(events)} of {restarts} times: {new} instead of {plan}")
+            nproc, plan = new.devices, new
+
+
+def rows_of(run: Run, plan: Plan) -> int:
+    """Rows of a step under ``plan``."""
+    return run.settings.training.per_device_train_batch_size * plan.accumulation * plan.data_world
+
+
+def _chosen(run: Run, old: Plan, left: int, lost: LostError) -> Plan:
+    """What ``sft plan`` would choose for up to ``left`` devices and the same rows a step: of the plans that fit, those
+    that divide in ways that the run already has, whose model and settings have been seen to go with them; of these
+    those with most processes; of these the quickest."""
+    paper = outline(run.given)
+    settings = paper.run.settings
+    batch, rows = settings.training.per_device_train_batch_size, rows_of(run, old)
+    length = min(settings.data.max_length, paper.outline.positions)
+    bucket = settings.options[NAME].bucket
+    calculator = Calculator(
+        paper.outline, precision_of(settings), batch, length, device_memory=lost.memory, bucket=bucket
+    )
+    kept = True if "recompute" in settings.given and settings.training.recompute else None
+    found = []
+    for devices in range(left, 0, -1):
+        try:
+            plans = legal_plans(paper.outline, devices, rows, batch, Wanted(recompute=kept, offload=old.offload))
+        except UsageError:
+            continue
+        plans = [plan for plan in plans if _accepted(paper, plan)]
+        memory = _memory(devices) if lost.memory is None else lost.memory
+        found += ranked(calculator, plans, replace(MACHINES[DEFAULT], memory=memory))
+    fitting = [answer for answer in found if answer.fits]
+    if not fitting:
+        why = f"none of their plans keeps {rows} rows a step" if not found else "no plan fits into their memory"
+        raise SftError(f"{lost} Of {left} processes that remain {why}, so the run ends here.") from lost
+    best = min(fitting, key=lambda answer: (not _is_known(answer.plan, old), -answer.plan.devices))
+    return best.plan  # of equals the first one, which is the quickest
+
+
+def _accepted(paper: PaperRun, plan: Plan) -> bool:
+    """Whether a run would take ``plan``, as far as its settings tell."""
+    options = paper.run.settings.options[NAME]
+    own = {name: value for name, value in settings_of(plan).items() if hasattr(options, name)}
+    try:
+        check_settings(paper.run, replace(options, **own), plan.devices)
+    except UsageError:
+        return False
+    return True
+
+
+def _is_known(plan: Plan, old: Plan) -> bool:
+    return (
+        (plan.tensor == 1 or old.tensor > 1)
+        and (plan.pipeline == 1 or old.pipeline > 1)
+        and (plan.context == 1 or old.context > 1)
+        and plan.stage in (0, old.stage)
+        and (old.sequence or not plan.sequence)
+    )
+
+
+def _memory(processes: int) -> int:
+    """Of a CPU's process, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
+
+
+def _resuming(values: Mapping[str, Any], folder: Path, begun: bool) -> dict[str, Any]:
+    """The settings with which the run goes on, from the newest checkpoint that is whole; where it had not ``begun`` to
+    write its folder, or has no checkpoint yet, from where it began."""
+    found = dict(values)
+    if not begun:
+        return found
+    asked = found.get("resume_from_checkpoint")
+    is_named = str("" if asked is None else asked).lower() not in _NOT_NAMED
+    if is_named and not any(folder.glob("checkpoint-*")):
+        return {**found, "overwrite_output_dir": True}
+    found.pop("overwrite_output_dir", None)
+    return {**found, "resume_from_checkpoint": "auto"}
+
+
+def _under(values: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """``values`` with those that ask for ``plan``, by no other name either."""
+    asked = settings_of(plan)
+    other = {alias for one in fields(ParallelOptions) if one.name in asked for alias in one.metadata["aliases"]}
+    return with_this_plugin({**{name: value for name, value in values.items() if name not in other}, **asked})
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+# --- in the ranks that go on ---------------------------------------------------------------------------------
+
+
+def restarts_before() -> list[dict[str, Any]]:
+    """What the process that started this rank knows of earlier losses in this launch, oldest first."""
+    path = Path(os.environ[FOLDER]) / RESTARTS if FOLDER in os.environ else None
+    return list(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.exists() else []
+
+
+def line_of(event: Mapping[str, Any]) -> str:
+    """What a user is told of a restart, in one line."""
+    ranks = ", ".join(map(str, event["lost"]))
+    old, new = (Plan(**event[name]) for name in ("old_plan", "new_plan"))
+    idle = f" ({event['left_out']} left out, which {event['rows_per_step']} rows a step do not divide by)"
+    return (
+        f"went on without rank{'s' if len(event['lost']) > 1 else ''} {ranks} of {event['of']}, lost at {event['at']}, "
+        f"from step {event['from_step']}: {new} instead of {old}{idle if event['left_out'] else ''}. To the bit: "
+        f"weights and optimizer of that step, learning rates, the records of all steps ({event['rows_per_step']} rows "
+        "each); "
+        "to 1e-5: losses, gradient norms and weights since, which are summed in another order; not: dropout and noise, "
+        "which are drawn anew"
+    )

@@ -1,0 +1,138 @@
+"""When each stage of a plan does what in a step: its operations one after the other, as they are to be drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from sft_parallel_4d.plans import Plan
+from sft_parallel_4d.timing import Load
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that a rank does from ``begin`` to ``end``, in seconds.
+
+    ``kind``: "forward" or "backward" of micro-batch ``micro``, "step" of the optimizer; or what is sent: "hidden"
+    behind those, or "waited" for. ``axis`` is that of what is sent.
+    """
+
+    kind: str
+    begin: float
+    end: float
+    micro: int | None = None
+    axis: str = ""
+
+
+def schedule(plan: Plan, of: list[Load], micro: int) -> list[list[Span]]:
+    """What one rank of each stage does in a step of ``micro`` micro-batches (1F1B), in the order of its beginnings."""
+    times = _passes(of, micro, plan.virtual)
+    return [list(_spans(load, times, stage, micro, plan.virtual)) for stage, load in enumerate(of)]
+
+
+Pass = tuple[str, int, int]
+"""Of a micro-batch through a part of the model: "forward" or "backward", part, number."""
+
+
+def _passes(of: list[Load], micro: int, virtual: int) -> dict[Pass, tuple[float, float]]:
+    """When each pass begins and ends; a stage takes them in its order, as soon as the part before has its result."""
+    stages, parts = len(of), len(of) * virtual
+    due = [list(_order(stage, stages, micro, virtual)) for stage in range(stages)]
+    free, found = [0.0] * stages, dict[Pass, tuple[float, float]]()
+    while any(due):
+        for stage, left in enumerate(due):
+            while left:
+                kind, part, number = left[0]
+                other = (kind, part + (-1 if kind == "forward" else 1), number)
+                is_end = not 0 <= other[1] < parts
+                if not is_end and other not in found:
+                    break
+                hop = 0.0 if is_end else of[min(stage, other[1] % stages)].hop
+                begin = max(free[stage], 0.0 if is_end else found[other][1] + hop)
+                load = of[stage]
+                takes = load.goes_forward if kind == "forward" else load.goes_backward + load.queue
+                free[stage] = begin + takes / virtual
+                found[kind, part, number] = begin, free[stage]
+                left.pop(0)
+    return found
+
+
+def _order(stage: int, stages: int, micro: int, virtual: int) -> Iterator[Pass]:
+    """Forward as often as there are stages behind, then one forward and one backward in turns; of several parts a stage
+    has, as many micro-batches as there are stages go through one before they go through the next."""
+    count, turn = micro * virtual, stages * virtual
+    ahead = min(stages - 1 - stage, micro)
+    if virtual > 1:
+        ahead = min(2 * (stages - 1 - stage) + (virtual - 1) * stages, count)
+
+    def one(kind: str, step: int) -> Pass:
+        own, number = step % turn // stages, step // turn * stages + step % stages
+        if virtual == 1:
+            own, number = 0, step
+        return kind, stage + stages * (own if kind == "forward" else virtual - 1 - own), number
+
+    yield from (one("forward", step) for step in range(ahead))
+    for step in range(ahead, count):
+        yield from (one("forward", step), one("backward", step - ahead))
+    yield from (one("backward", step) for step in range(count - ahead, count))
+
+
+def _spans(load: Load, times: dict[Pass, tuple[float, float]], stage: int, micro: int, virtual: int) -> Iterator[Span]:
+    stages, part = max(part for _, part, _ in times) // virtual + 1, _part_of(load, virtual)
+    own = sorted((span, kind, number) for (kind, where, number), span in times.items() if where % stages == stage)
+    for (begin, end), kind, number in own:
+        yield from _of_pass(part, kind, number, begin, end)
+    through = own[-1][0][1]
+    filling = [span for span, kind, number in own if kind == "backward" and (load.each or number == micro - 1)]
+    if virtual > 1:  # buckets are filled in several passes: drawn as if nothing came between these
+        filling = [(through - load.goes_backward, through)]
+    for begin, end in filling:
+        yield from _of_buckets(load, begin, end)
+    at = through + load.tail
+    for axis, seconds in (("data", load.sums), ("", load.step), ("sharding", load.spread)):
+        if seconds:
+            yield Span("waited" if axis else "step", at, at + seconds, axis=axis)
+            at += seconds
+
+
+def _part_of(load: Load, virtual: int) -> Load:
+    """Of a stage's parts one (sharding's stage 3, which gathers blocks, goes with no pipeline)."""
+    inline = [
+        {axis: seconds / virtual for axis, seconds in one.items()}
+        for one in (load.inline_forward, load.inline_backward)
+    ]
+    forward, backward = load.forward / virtual, load.backward / virtual
+    return replace(load, forward=forward, backward=backward, inline_forward=inline[0], inline_backward=inline[1])
+
+
+def _of_pass(load: Load, kind: str, number: int, begin: float, end: float) -> Iterator[Span]:
+    """A pass with what it waits for, which in truth lies between its blocks: here all of it comes behind."""
+    inline = load.inline_forward if kind == "forward" else load.inline_backward
+    waits = load.waits_forward if kind == "forward" else load.waits_backward
+    at = begin + (load.forward if kind == "forward" else load.backward)
+    yield Span(kind, begin, at, number)
+    if load.gather:
+        sent = load.blocks * (load.gather + (load.scatter if kind == "backward" else 0.0))
+        if sent > waits:
+            yield Span("hidden", begin, min(end, begin + sent - waits), number, "sharding")
+    for axis, seconds in (
+        *inline.items(),
+        ("sharding", waits),
+        (load.gradients, end - at - sum(inline.values()) - waits),
+    ):
+        if seconds > 1e-12:
+            yield Span("waited", at, at + seconds, number, axis)
+            at += seconds
+
+
+def _of_buckets(load: Load, begin: float, end: float) -> Iterator[Span]:
+    """Buckets leave one after the other, each when backward has filled it; what travels when it is through is waited
+    for, or goes on behind the next micro-batch."""
+    own, free = load.goes_backward, 0.0
+    for number in range(load.buckets):
+        start = max(free, begin + own * (number + 1) / load.buckets)
+        free = start + load.bucket
+        if start < end:
+            yield Span("hidden", start, min(free, end), axis=load.gradients)
+        if free > end:
+            yield Span("waited", max(start, end), free, axis=load.gradients)

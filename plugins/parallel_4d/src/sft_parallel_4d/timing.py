@@ -1,0 +1,328 @@
+"""The seconds of a step on one rank of each pipeline stage: what computes, what is sent behind it, and what waits.
+
+docs/plan.md has the formulas. Bytes are those of :mod:`communication`, which are held against real ranks; the time is
+what they and the operations take at stated speeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sft_parallel_4d import activations, communication
+from sft_parallel_4d.machines import Machine, Way
+from sft_parallel_4d.memory import Calculator
+from sft_parallel_4d.model_size import Stage
+from sft_parallel_4d.outline import Outline
+from sft_parallel_4d.plans import Plan
+
+PLACES = ("tensor", "context", "sharding", "pipeline", "data")
+"""The axes of a plan, as ranks are numbered: those of the first one stand side by side. Fleet's order."""
+
+
+@dataclass(frozen=True)
+class Inline:
+    """An axis whose collectives stand in the midst of a block, which waits for them: so many forward in each, and as
+    many backward; ``again`` where recomputation goes through them, too."""
+
+    axis: str
+    calls: Callable[[Plan], int]
+    beside: str = ""
+    """The axis whose place among the ranks it has, if not its own."""
+
+
+INLINE = (
+    Inline("tensor", lambda plan: 4 if plan.sequence else 2),
+    Inline("context", lambda plan: 2),
+)
+"""A dimension that exchanges data within blocks is one line here."""
+
+
+BEHIND = {"data": "backward", "sharding": "backward (stage 3: and forward)"}
+"""Behind what an axis's data travel where they need not be waited for."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a rank of a pipeline stage does in a step, in seconds; of a micro-batch where nothing else is said."""
+
+    forward: float
+    """Computing alone."""
+    backward: float
+    inline_forward: dict[str, float]
+    """Collectives within blocks, by axis."""
+    inline_backward: dict[str, float]
+    blocks: int
+    gather: float
+    """Of stage 3: the collective that brings the weights of one block."""
+    scatter: float
+    """Of stage 3: the collective that takes a block's gradients."""
+    buckets: int
+    bucket: float
+    """The collective of one bucket of gradients."""
+    each: bool
+    """Whether buckets leave after each micro-batch, or after all."""
+    gradients: str
+    """The axis over which buckets are summed."""
+    sums: float
+    """Of a step: sums over further axes, and copies to the host, when backward is through."""
+    step: float
+    """Of a step: the optimizer."""
+    spread: float
+    """Of a step: new values for all."""
+    hop: float
+    """The residual stream to the next stage."""
+
+    @property
+    def goes_forward(self) -> float:
+        """Until a micro-batch's forward is through, with what it waits for."""
+        return self.forward + sum(self.inline_forward.values()) + self.waits_forward
+
+    @property
+    def goes_backward(self) -> float:
+        """Likewise backward, without the buckets that come after it."""
+        return self.backward + sum(self.inline_backward.values()) + self.waits_backward
+
+    @property
+    def waits_forward(self) -> float:
+        """For the first block's weights, and for those that come later than the block before is through."""
+        own = (self.forward + sum(self.inline_forward.values())) / self.blocks
+        return self.gather + (self.blocks - 1) * max(0.0, self.gather - own) if self.gather else 0.0
+
+    @property
+    def waits_backward(self) -> float:
+        """Likewise; the group that brings weights also takes the gradients of the block before, and the last ones."""
+        if not self.gather:
+            return 0.0
+        own = (self.backward + sum(self.inline_backward.values())) / self.blocks
+        return self.gather + (self.blocks - 1) * max(0.0, self.gather + self.scatter - own) + self.scatter
+
+    @property
+    def tail(self) -> float:
+        """How long buckets travel on when the last backward is through: the last one, or those that have queued."""
+        if not self.buckets:
+            return 0.0
+        behind = self.goes_backward * (self.buckets - 1) / self.buckets
+        return max(self.bucket, self.buckets * self.bucket - behind)
+
+    @property
+    def queue(self) -> float:
+        """By how much a micro-batch's buckets take longer than the micro-batch, where they leave with each."""
+        return max(0.0, self.buckets * self.bucket - self.goes_forward - self.goes_backward) if self.each else 0.0
+
+    @property
+    def end(self) -> float:
+        """What follows the last backward of the rank."""
+        return self.tail + self.sums + self.step + self.spread
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a step; ``hidden`` and ``exposed`` are what the busiest stage sends, by axis, behind computation or
+    not; ``idle`` is what it waits for other stages."""
+
+    total: float
+    compute: float
+    exposed: dict[str, float]
+    hidden: dict[str, float]
+    idle: float
+    step: float
+
+
+def loads(calculator: Calculator, plan: Plan, machine: Machine) -> list[Load]:
+    """Of one rank of each pipeline stage, in order; stages that are alike are reckoned once."""
+    found, known = [], dict[object, Load]()
+    for number, stage in enumerate(calculator.stages(plan)):
+        kind = (number == 0, number == plan.pipeline - 1, stage.size, _kinds(calculator.outline, stage))
+        if kind not in known:
+            known[kind] = _load(calculator, plan, machine, number, stage)
+        found.append(known[kind])
+    return found
+
+
+def time_of(plan: Plan, of: list[Load]) -> Time:
+    """The step: micro-batches through the stages (1F1B), then what each stage does alone."""
+    total, last = seconds(plan, of), _busiest(of)
+    micro = plan.accumulation
+    exposed = {axis: micro * (last.inline_forward[axis] + last.inline_backward[axis]) for axis in last.inline_forward}
+    hidden = dict[str, float]()
+
+    def sent(axis: str, all_of_it: float, waits: float) -> None:
+        exposed[axis] = exposed.get(axis, 0.0) + waits
+        hidden[axis] = hidden.get(axis, 0.0) + all_of_it - waits
+
+    if last.gather:
+        blocks = micro * last.blocks * (2 * last.gather + last.scatter)
+        sent("sharding", blocks, micro * (last.waits_forward + last.waits_backward))
+    if last.buckets:
+        times = micro if last.each else 1
+        sent(last.gradients, times * last.buckets * last.bucket, last.tail + (times - 1) * last.queue)
+    if last.sums:
+        sent("data", last.sums, last.sums)
+    if last.spread:
+        sent("sharding", last.spread, last.spread)
+    compute = micro * (last.forward + last.backward)
+    idle = max(0.0, total - compute - last.step - sum(exposed.values()))
+    return Time(total, compute, exposed, hidden, idle, last.step)
+
+
+def seconds(plan: Plan, of: list[Load]) -> float:
+    """Of a step: the first micro-batch goes through all stages and back, and each one after it comes later by the
+    slowest cycle that it meets.
+
+    A stage with r stages from it to the end has r micro-batches under way (1F1B). From the r-th on, a new one begins
+    when one has come back: it takes the stage's own passes, or (there and back) / r. Those before it are one pass
+    apart. At the end each stage does what is left, the first one last of all.
+    """
+    micro, stages = plan.accumulation, len(of)
+    forward = [load.goes_forward for load in of]
+    backward = [load.goes_backward + load.queue for load in of]
+    if plan.virtual > 1:
+        through = _interleaved(plan, forward, backward, of[0].hop)
+        return _ended(plan, of, through)
+    there = hops = 0.0
+    cycles = list[float]()
+    """By how many stages there are from one to the end."""
+    for stage in reversed(range(stages)):
+        both = forward[stage] + backward[stage]
+        there += both
+        cycles.append(max(both, (there + 2 * hops) / (stages - stage)))
+        hops += of[stage - 1].hop if stage else 0.0
+    passes = [max(pair) for pair in zip(reversed(forward), reversed(backward), strict=True)]
+    later = [max(cycles[:count] + passes[count:]) for count in range(1, stages + 1)]
+    through = there + 2 * hops + sum(later[: micro - 1]) + max(0, micro - 1 - stages) * later[-1]
+    return _ended(plan, of, through)
+
+
+def _interleaved(plan: Plan, forward: list[float], backward: list[float], hop: float) -> float:
+    """Of stages that have several parts of the model each: the slowest one works all the time, but for what the others'
+    parts take once before and after it; hops are in the way of the first and last micro-batches alone."""
+    both = [sum(pair) for pair in zip(forward, backward, strict=True)]
+    micro, slowest = max(plan.accumulation, 2 * plan.pipeline), max(both)  # fleet's schedule takes no fewer
+    return micro * slowest + (sum(both) - slowest) / plan.virtual + 2 * (plan.pipeline * plan.virtual - 1) * hop
+
+
+def _ended(plan: Plan, of: list[Load], through: float) -> float:
+    """When all stages have done what follows their last backward; the first stage is the last to be ``through``."""
+    ends, gone = [], 0.0
+    for load in of:
+        ends.append(through - gone + load.end)
+        gone += load.goes_backward / plan.virtual + load.hop
+    return max(ends)
+
+
+def _load(calculator: Calculator, plan: Plan, machine: Machine, number: int, stage: Stage) -> Load:
+    outline, shape, size = calculator.outline, calculator.shape(plan), stage.size
+    volume, micro, blocks = communication.rank(calculator, plan, number, stage), plan.accumulation, len(stage.blocks)
+    forward, backward = _computing(calculator, plan, machine, stage)
+    inline_forward, inline_backward = dict[str, float](), dict[str, float]()
+    for one in INLINE:
+        way = way_of(plan, machine, one.axis, one.beside)
+        calls, again = one.calls(plan) * blocks, 2 if plan.recompute else 1
+        if math.isfinite(way.speed):
+            sent = getattr(volume, one.axis) / micro / way.speed
+            inline_forward[one.axis] = sent / (1 + again) + calls * way.latency
+            inline_backward[one.axis] = sent * again / (1 + again) + again * calls * way.latency
+    sharding, data = way_of(plan, machine, "sharding"), way_of(plan, machine, "data")
+    ring, together = plan.pieces - 1, math.ceil(size.gradients / calculator.bucket)
+    spread = sharding.seconds(ring * size.pieces, together) if ring and plan.stage < 3 else 0.0
+    gather = scatter = sums = bucket = 0.0
+    buckets, gradients = 0, "sharding" if plan.stage else "data"
+    if plan.stage == 3 and ring:
+        spread = sharding.seconds(ring * size.vector_pieces)
+        gather = sharding.seconds(ring * size.matrix_pieces / blocks)
+        scatter = sharding.seconds(ring * size.piece_gradients / blocks)
+    elif plan.stage and ring:
+        buckets = together
+        bucket = sharding.seconds(ring * size.piece_gradients / max(1, buckets))
+    elif not plan.stage and plan.copies > 1:
+        buckets = together
+        bucket = data.seconds(volume.data / max(1, buckets))
+    if plan.stage and plan.copies > 1:
+        sums = data.seconds(volume.data, together)
+    if volume.host:
+        sums += volume.host / (machine.links * machine.host)
+    stepped = 2 * size.optimizer + size.piece_gradients + size.pieces
+    return Load(
+        forward=forward,
+        backward=backward,
+        inline_forward=inline_forward,
+        inline_backward=inline_backward,
+        blocks=blocks,
+        gather=gather,
+        scatter=scatter,
+        buckets=buckets,
+        bucket=bucket,
+        each=plan.stage == 2,
+        gradients=gradients,
+        sums=sums,
+        step=stepped / (machine.links * (machine.host if plan.offload else machine.stream)),
+        spread=spread,
+        hop=_hop(plan, machine).seconds(activations.boundary(outline, shape, calculator.precision)),
+    )
+
+
+def way_of(plan: Plan, machine: Machine, axis: str, beside: str = "") -> Way:
+    """How the ranks along an axis exchange data. Those that share rows share pieces, too, or have copies of all."""
+    if axis == "sharding":
+        return machine.way(plan.pieces, _stride(plan, "context"))
+    if axis == "data":
+        return machine.way(plan.copies, _stride(plan, "data") // (1 if plan.stage else plan.context))
+    return machine.way(getattr(plan, axis), _stride(plan, beside or axis))
+
+
+def _stride(plan: Plan, axis: str) -> int:
+    """How far apart neighbours along an axis stand."""
+    return math.prod(getattr(plan, place) for place in PLACES[: PLACES.index(axis)])
+
+
+def _hop(plan: Plan, machine: Machine) -> Way:
+    """From a stage to the next one, of those that are farthest apart."""
+    if plan.pipeline == 1:
+        return Way(math.inf, 0.0)
+    if _stride(plan, "pipeline") * plan.pipeline <= machine.devices:
+        return Way(machine.links * machine.within, machine.latency)
+    return Way(machine.links * machine.between, machine.far_latency)
+
+
+def _busiest(of: list[Load]) -> Load:
+    return max(of, key=lambda load: load.goes_forward + load.goes_backward)
+
+
+def _kinds(outline: Outline, stage: Stage) -> tuple[object, ...]:
+    """Of a stage's blocks what decides about their operations."""
+    return tuple(outline.architecture.blocks[number] for number in stage.blocks)
+
+
+def _computing(calculator: Calculator, plan: Plan, machine: Machine, stage: Stage) -> tuple[float, float]:
+    """Seconds of a micro-batch forward and backward on a rank: two operations a weight of a matrix and token, causal
+    attention's two products over half a row; backward again for gradients of inputs, and of weights that train."""
+    outline, shape = calculator.outline, calculator.shape(plan)
+    trained = frozen = 0.0
+    for number in stage.blocks:
+        of_block = operations(outline, number)
+        trained, frozen = trained + of_block[0], frozen + of_block[1]
+    attention = 2 * outline.heads * outline.head_size * shape.length * len(stage.blocks)
+    if stage.last:
+        matrix, head = 2 * outline.vocabulary * outline.hidden, outline.head or outline.embedding
+        trained, frozen = (trained + matrix, frozen) if head.trains else (trained, frozen + matrix)
+    forward = trained + frozen + attention
+    backward = 2 * trained + frozen + 2 * attention + (forward if plan.recompute else 0)
+    speed = machine.efficiency * (machine.flops if calculator.precision.products == 16 else machine.flops32)
+    each = shape.tokens / plan.tensor / speed
+    return forward * each, backward * each
+
+
+def operations(outline: Outline, number: int) -> tuple[float, float]:
+    """Of a token's forward in a block's Linears that train, and in frozen ones (where an adapter's count as none)."""
+    trained = frozen = 0.0
+    block = outline.architecture.blocks[number]
+    for linear in outline.blocks[number]:
+        chosen = block.experts.chosen / block.experts.count if block.experts and ".experts." in linear.name else 1
+        size = 2 * linear.in_features * linear.out_features * chosen
+        if any(weight.name == "weight" and weight.trains for weight in linear.weights):
+            trained += size
+        else:
+            frozen += size
+    return trained, frozen

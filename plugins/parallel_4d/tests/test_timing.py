@@ -1,0 +1,297 @@
+"""The time that a plan is expected to take, against a simulation of events that knows none of its formulas."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from events import Operation, interleaved, one_forward_one_backward, simulate
+
+import sft
+from sft_parallel_4d import communication
+from sft_parallel_4d.command import command
+from sft_parallel_4d.machines import MACHINES, Machine
+from sft_parallel_4d.memory import Calculator
+from sft_parallel_4d.model_size import Precision
+from sft_parallel_4d.outline import Outline
+from sft_parallel_4d.plans import Plan, legal_plans
+from sft_parallel_4d.ranking import ranked
+from sft_parallel_4d.schedule import schedule
+from sft_parallel_4d.timing import Load, loads, seconds, time_of, way_of
+
+PLAIN = Load(
+    forward=1.0, backward=2.0, inline_forward={}, inline_backward={}, blocks=4, gather=0.0, scatter=0.0, buckets=0,
+    bucket=0.0, each=False, gradients="data", sums=0.0, step=0.0, spread=0.0, hop=0.0,
+)  # fmt: skip
+
+
+def plan_of(of: Sequence[Load], micro: int) -> Plan:
+    return Plan(pipeline=len(of), accumulation=micro)
+
+
+def end_of(operations: list[Operation]) -> float:
+    return max(end for _, end in simulate(operations).values())
+
+
+def pipeline(of: Sequence[Load], micro: int) -> list[Operation]:
+    forward, backward = [load.forward for load in of], [load.backward for load in of]
+    return one_forward_one_backward(forward, backward, [load.hop for load in of], micro)
+
+
+SIZES = [(1, 1), (1, 5), (2, 1), (2, 7), (4, 2), (4, 4), (4, 32), (8, 3), (8, 64)]
+
+
+@pytest.mark.parametrize(("stages", "micro"), SIZES)
+def test_pipelines_of_equal_stages(stages: int, micro: int) -> None:
+    """(m + p - 1) / m of what is computed, to the last digits; with hops within 2 %."""
+    of = [PLAIN] * stages
+    assert seconds(plan_of(of, micro), of) == pytest.approx(end_of(pipeline(of, micro)), rel=1e-12)
+    assert seconds(plan_of(of, micro), of) == pytest.approx(3.0 * (micro + stages - 1), rel=1e-12)
+    of = [replace(PLAIN, hop=0.15)] * stages
+    assert seconds(plan_of(of, micro), of) == pytest.approx(end_of(pipeline(of, micro)), rel=0.02)
+
+
+@pytest.mark.parametrize(("stages", "micro"), SIZES)
+def test_pipelines_of_unequal_stages(stages: int, micro: int) -> None:
+    rng = np.random.default_rng(stages * 100 + micro)
+    for _ in range(5):
+        of = [replace(PLAIN, forward=f, backward=2 * f, hop=0.1) for f in rng.uniform(0.8, 1.2, stages)]
+        assert seconds(plan_of(of, micro), of) == pytest.approx(end_of(pipeline(of, micro)), rel=0.03)
+
+
+@pytest.mark.parametrize(("stages", "parts", "micro"), [(2, 2, 4), (4, 2, 8), (4, 4, 16), (8, 2, 32)])
+def test_stages_of_several_parts(stages: int, parts: int, micro: int) -> None:
+    """Equal ones to the last digits, with hops too; the share of time that is idle is that of one part a stage, divided
+    by the parts. Unequal ones within 10 %."""
+    plan = Plan(pipeline=stages, accumulation=micro, virtual=parts)
+    for hop in (0.0, 0.05):
+        of = [replace(PLAIN, hop=hop)] * stages
+        expected = end_of(interleaved([1.0] * stages, [2.0] * stages, hop, micro, parts))
+        assert seconds(plan, of) == pytest.approx(expected, rel=1e-12)
+    assert seconds(plan, [PLAIN] * stages) == pytest.approx(3.0 * (micro + (stages - 1) / parts))
+    rng = np.random.default_rng(stages)
+    forward = rng.uniform(0.9, 1.1, stages).tolist()
+    of = [replace(PLAIN, forward=f, backward=2 * f) for f in forward]
+    expected = end_of(interleaved(forward, [2 * f for f in forward], 0.0, micro, parts))
+    assert seconds(plan, of) == pytest.approx(expected, rel=0.1)
+    events = simulate(interleaved(forward, [2 * f for f in forward], 0.0, micro, parts))
+    for stage, spans in enumerate(schedule(plan, of, micro)):
+        drawn = sorted(span.begin for span in spans if span.kind in ("forward", "backward"))
+        happens = sorted(begin for (_, place, _), (begin, _) in events.items() if place % stages == stage)  # type: ignore[misc]
+        assert drawn == pytest.approx(happens)
+
+
+def backward_with_buckets(load: Load, stage: int, name: Hashable) -> list[Operation]:
+    """The last backward in as many parts as there are buckets, each of which leaves when its part is through."""
+    parts, found = load.buckets, list[Operation]()
+    for number in range(parts):
+        found.append(Operation(("part", stage, number), ("stage", stage), np.float64(load.backward / parts)))
+        found.append(
+            Operation(("bucket", stage, number), ("wire", stage), np.float64(load.bucket), [("part", stage, number)])
+        )
+    found[0].needs.append(name) if name is not None else None
+    return found
+
+
+@pytest.mark.parametrize("buckets", [1, 2, 7])
+@pytest.mark.parametrize("bucket", [0.01, 0.2, 1.0, 5.0])
+def test_buckets_travel_behind_backward(buckets: int, bucket: float) -> None:
+    load = replace(PLAIN, buckets=buckets, bucket=bucket)
+    found = end_of(backward_with_buckets(load, 0, None))
+    assert load.goes_backward + load.tail == pytest.approx(found, rel=1e-12)
+
+
+@pytest.mark.parametrize("gather", [0.05, 0.25, 0.4])
+def test_stage_3_asks_for_a_block_while_the_one_before_computes(gather: float) -> None:
+    """Forward, each block's weights are asked for as the one before it begins, and a block begins when they are there.
+    Backward, gradients go by the same wire: to within the last two blocks."""
+    load = replace(PLAIN, blocks=8, forward=2.0, backward=4.0, gather=gather, scatter=gather / 2)
+    forward, backward = list[Operation](), list[Operation]()
+    for kind, own, found in (("F", 2.0 / 8, forward), ("B", 4.0 / 8, backward)):
+        wire = list[Operation]()
+        for block in range(8):
+            asks = [(kind, block - 2), ("weights", block - 1)] if block > 1 else [("weights", 0)] if block else []
+            wire.append(Operation(("weights", block), "wire", np.float64(gather), list[Hashable](asks)))
+            if kind == "B" and block:
+                wire.append(Operation(("gradients", block - 1), "wire", np.float64(gather / 2), [(kind, block - 1)]))
+            found.append(Operation((kind, block), "computes", np.float64(own), [("weights", block)]))
+        if kind == "B":
+            wire.append(Operation(("gradients", 7), "wire", np.float64(gather / 2), [(kind, 7)]))
+        found += wire
+    assert load.goes_forward == pytest.approx(end_of(forward), rel=1e-12)
+    found_backward = end_of(backward)
+    assert found_backward - 1e-9 <= load.goes_backward <= found_backward + 2 * 4.0 / 8
+
+
+@pytest.mark.parametrize(("stages", "micro"), [(1, 4), (4, 8)])
+def test_a_whole_step(stages: int, micro: int) -> None:
+    """Stages with their buckets, sums, optimizer and new values, as events."""
+    rng = np.random.default_rng(stages)
+    of = [
+        replace(PLAIN, forward=f, backward=2 * f, hop=0.02, buckets=3, bucket=0.9, sums=0.3, step=0.2, spread=0.4)
+        for f in rng.uniform(0.9, 1.1, stages)
+    ]
+    operations = list[Operation]()
+    for one in pipeline(of, micro):
+        assert isinstance(one.name, tuple)
+        kind, stage, number = one.name
+        if kind == "B" and number == micro - 1:
+            parts = backward_with_buckets(of[stage], stage, None)
+            parts[0].needs, parts[0].lags = one.needs, one.lags
+            operations += [*parts, Operation(one.name, one.lane, np.float64(0), [("part", stage, 2)])]
+            after = of[stage].sums + of[stage].step + of[stage].spread
+            operations.append(Operation(("end", stage), ("end", stage), np.float64(after), [("bucket", stage, 2)]))
+        else:
+            operations.append(one)
+    assert seconds(plan_of(of, micro), of) == pytest.approx(end_of(operations), rel=0.02)
+
+
+def test_what_is_drawn_is_what_happens() -> None:
+    """Each pass of each stage, in a schedule of stages that differ; no rank computes two things at a time."""
+    rng = np.random.default_rng(3)
+    of = [replace(PLAIN, forward=f, backward=2 * f, hop=0.1, buckets=2, bucket=0.8) for f in rng.uniform(0.5, 1.5, 4)]
+    drawn, events = schedule(plan_of(of, 9), of, 9), simulate(pipeline(of, 9))
+    for stage, spans in enumerate(drawn):
+        computed = sorted((span.begin, span.end) for span in spans if span.kind in ("forward", "backward", "step"))
+        assert all(before[1] <= after[0] + 1e-9 for before, after in pairwise(computed))
+        for span in spans:
+            if span.kind in ("forward", "backward"):
+                assert (span.begin, span.end) == pytest.approx(events[span.kind[0].upper(), stage, span.micro])
+        sent = sum(span.end - span.begin for span in spans if span.axis == "data")
+        assert sent == pytest.approx(2 * 0.8)
+
+
+def test_ways_by_hand() -> None:
+    """Of nodes of 8: 8 side by side stay in one; 16 side by side have 8 ways out of each node, which is less than the
+    links within; 2 that stand 8 apart have one."""
+    machine = Machine(8, 1, 1, 1, 1, within=300e9, between=25e9, links=1.0, latency=1e-6, far_latency=1e-5)
+    assert machine.way(8, 1).speed == 300e9
+    assert machine.way(16, 1).speed == 200e9
+    assert machine.way(2, 8).speed == 25e9
+    assert machine.way(4, 2).seconds(3e11) == pytest.approx(1 + 3e-6)
+    assert machine.way(64, 4).seconds(0, calls=2) == pytest.approx(2 * (1e-6 + 5 * 1e-5))
+    assert machine.way(1, 1).seconds(1e12, 5) == 0
+
+
+Outlines = Callable[..., Outline]
+LLAMA_70B = {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+}  # fmt: skip
+BF16 = Precision(16, 16, 16)
+
+
+def test_operations_of_a_known_model(outline_of: Outlines) -> None:
+    """6 a parameter and token for training (arXiv 2001.08361), without the embedding; and causal attention's, which are
+    12 · layers · hidden · length (arXiv 2104.04473, appendix) halved for the mask. 8 and 16 with recomputation."""
+    outline = outline_of(**LLAMA_70B)
+    calculator, machine = Calculator(outline, BF16, 1, 4096), replace(MACHINES["8xA100-80G"], efficiency=1.0)
+    parameters = outline.count()[0] - outline.embedding.size
+    for recompute, times in ((False, 6), (True, 8)):
+        (load,) = loads(calculator, Plan(recompute=recompute), machine)
+        expected = 4096 * (times * parameters + times * 80 * 8192 * 4096)
+        assert (load.forward + load.backward) * machine.flops == pytest.approx(expected, rel=1e-3)
+
+
+def test_only_weights_that_train_have_gradients_computed(outline_of: Outlines) -> None:
+    outline, machine = outline_of(**LLAMA_70B), MACHINES["8xA100-80G"]
+    (whole,) = loads(Calculator(outline, BF16, 1, 512), Plan(), machine)
+    outline.freeze()
+    (frozen,) = loads(Calculator(outline, BF16, 1, 512), Plan(), machine)
+    assert frozen.forward == whole.forward
+    assert frozen.backward == pytest.approx(frozen.forward, rel=0.02)  # but for attention's two products
+    assert whole.backward == pytest.approx(2 * whole.forward)
+
+
+def test_all_that_is_sent_is_waited_for_or_hidden(outline_of: Outlines) -> None:
+    """Of every plan of 16 devices: seconds of an axis are its bytes at its speed, and its collectives' latency."""
+    outline = outline_of()
+    machine = replace(MACHINES["8xL40S-48G"], latency=0.0, far_latency=0.0)
+    calculator, tried = Calculator(outline, Precision(), 1, 64), set()
+    for plan in legal_plans(outline, 16, 32, 1):
+        if plan.pipeline > 1 or (plan.stage and plan.data > 1):  # other stages send other bytes; sums and slices mix
+            continue
+        of = loads(calculator, plan, machine)
+        time, volume = time_of(plan, of), communication.busiest(calculator, plan)
+        for axis in ("tensor", "data", "sharding"):
+            sent = time.exposed.get(axis, 0.0) + time.hidden.get(axis, 0.0)
+            expected = getattr(volume, axis) / way_of(plan, machine, axis).speed
+            assert sent == pytest.approx(expected, rel=0.35 if plan.stage == 3 else 0.02), (plan, axis)
+            tried.add((axis, sent > 0))
+    assert tried == {(axis, is_sent) for axis in ("tensor", "data", "sharding") for is_sent in (False, True)}
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_stays_in_a_node_and_slow_nodes_move_plans(outline_of: Outlines) -> None:
+    outline = outline_of(**LLAMA_70B)
+    machine = MACHINES["8xH100-80G"]
+    plans = legal_plans(outline, 64, 128, 1)
+    best = ranked(Calculator(outline, BF16, 1, 4096, device_memory=machine.memory), plans, machine)[0]
+    assert best.fits
+    assert best.plan.tensor <= 8
+    # Where a device sends 1 GB/s to other nodes, nothing large crosses them in each micro-batch.
+    slow = replace(machine, between=1e9)
+    calculator = Calculator(outline, BF16, 1, 4096, device_memory=machine.memory)
+    best_slow = ranked(calculator, plans, slow)[0]
+    assert best_slow.plan.pipeline > 1
+    assert best_slow.time.total > best.time.total
+
+
+def run(folder: Path, *arguments: str) -> Any:
+    line = ["--model_name_or_path", str(folder), "--max_length", "64", *arguments]
+    return CliRunner().invoke(command, line)
+
+
+def test_the_users_own_numbers(config_of: Callable[..., Path]) -> None:
+    """Twice the operations a second halve computing; half the speed doubles waiting, where latency is nothing."""
+
+    def first(*more: str) -> list[float]:
+        fixed = ["--devices", "16", "--tensor_parallel_degree", "4", "--sharding_parallel_degree", "1", "--top", "1"]
+        result = run(config_of(), *fixed, "--sequence_parallel", "false", "--recompute", "false", "--latency", "1e-6",
+                     "--pipeline_parallel_degree", "1", "--efficiency", "0.1", *more)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        return [float(cell) for cell in result.output.splitlines()[3].split()[-6:-1]]
+
+    plain = first()
+    assert first("--device_tflops", "183.2")[0] == pytest.approx(first("--device_tflops", "91.6")[0] / 2, rel=0.01)
+    assert first("--bandwidth", "1GB")[1] > 10 * plain[1]
+    assert first("--node_bandwidth", "1MB")[1] > 10 * plain[1]
+    assert first("--devices_per_node", "2", "--latency", "1000")[1] > 10 * plain[1]
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_a_page_of_the_time(config_of: Callable[..., Path], tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    arguments = ["--devices", "8", "--html", str(page), "--pipeline_parallel_degree", "2", "--rows_per_step", "64"]
+    result = run(config_of(), *arguments)
+    assert result.exit_code == 0, result.output
+    text = page.read_text(encoding="utf-8")
+    tags = Tags()
+    tags.feed(text)
+    pictures = [attributes for tag, attributes in tags.found if tag == "svg" and attributes.get("role") == "img"]
+    assert len(pictures) == 3
+    assert all("2 stages" in str(one["aria-label"]) for one in pictures)
+    kinds = {attributes.get("class") for tag, attributes in tags.found if tag == "rect"}
+    assert {"forward", "backward", "idle", "hidden", "waited", "step"} <= kinds
+    assert not [attributes for _, attributes in tags.found if {"src", "href", "style", "onclick"} & attributes.keys()]
+    assert re.search(r"backward of micro-batch 1: [\d.]+ [mµ]?s, from", text)
+    assert run(config_of(), *arguments).exit_code == 0  # over its own page
+    page.write_text("a letter")
+    with pytest.raises(sft.UsageError, match="is there, and is no page of sft plan"):
+        raise run(config_of(), *arguments).exception

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata as metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -91,15 +92,22 @@ TRACKERS = ("tensorboard", "visualdl", "wandb", "mlflow-skinny", "swanlab")  # s
 
 def with_trackers(folder: Path) -> Path:
     """The Python of an environment in ``folder`` with the libraries of trackers, the newest that pip finds, over what
-    is installed here: they want another protobuf than paddlenlp leaves."""
+    is installed here: they want another protobuf than paddlenlp leaves. Skips the test where pip reaches no index."""
     venv.create(folder / "trackers", with_pip=False)
     python = folder / "trackers" / "bin" / "python"
     (own,) = folder.glob("trackers/lib/python*/site-packages")
     here = sysconfig.get_path("purelib")
     (own / "here.pth").write_text(f"import site; site.addsitedir({here!r})\n", encoding="utf-8")
     line = [*PIP, "--python", str(python), "install", "--quiet", *TRACKERS]
-    done(subprocess.run(line, capture_output=True, text=True, timeout=800))
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=800)
+    if ended.returncode and (unreached := _UNREACHED.search(ended.stderr)):
+        pytest.skip(f"pip reaches no index, so the libraries of trackers cannot be installed: {unreached[0]}")
+    done(ended)
     return python
+
+
+_UNREACHED = re.compile(r"(NewConnectionError|ConnectTimeoutError|NameResolutionError|ProxyError|Read timed out).*")
+"""What pip says of an index that does not answer; of one that has no such package it says something else."""
 
 
 def done(ended: subprocess.CompletedProcess[str], code: int = 0) -> str:

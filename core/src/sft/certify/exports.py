@@ -19,6 +19,15 @@ def _forms(lab: Lab) -> list[str]:
     return lab.subject.forms or [""]
 
 
+def writes_models(lab: Lab, form: str) -> bool:
+    """Whether a model without an adapter is written in ``form``; some are of adapters alone."""
+    try:
+        lab.exported(Outcome(lab.model()), form)
+    except UsageError:
+        return False
+    return True
+
+
 def _check_form(form: str) -> None:
     if not form:
         raise NotTriedError("no form is known that it writes: its metadata names none (export.FORM)")
@@ -30,6 +39,8 @@ def _check_form(form: str) -> None:
 def exports(lab: Lab, case: str) -> str:
     _check_form(case)
     outcome = main_run(lab, DEFAULTS)
+    if not lab.subject.adapts() and not writes_models(lab, case):
+        raise NotTriedError("no model is written in it without an adapter; beside one it is tried too")
     before = digests(outcome.folder, outcome.folder.rglob("*"))
     written = lab.exported(outcome, case)
     same(lab.exported(outcome, case), written, "written again, the files")
@@ -46,6 +57,8 @@ def exports_what_is_adapted(lab: Lab, case: str) -> str:
         adapter = an_adapter(lab.subject)
     except UsageError as error:
         raise NotTriedError(str(error)) from error
+    if not writes_models(lab, case):
+        raise NotTriedError("it holds an adapter alone, and no model that one is merged into")
     outcome = lab.run(adapter)
     merged = lab.place("merged") / lab.model().name  # which a file may say
     merged.parent.mkdir()

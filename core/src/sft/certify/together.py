@@ -51,8 +51,8 @@ def works_beside(lab: Lab, case: str) -> str | None:
     # Other options are worth their time where others have a hand in the layers.
     given = lab.varied if any(provides(case, hook) for hook in _OF_LAYERS) else {}
     _keeps(lab, beside, lab.run(beside, save_strategy="steps", save_steps=2, **given), **given)
-    _export(lab, [*lab.subject.forms, *forms_of(case)], whole)
-    return f"beside {', '.join(beside)}" if beside != [case] else None
+    said = _export(lab, [*lab.subject.forms, *forms_of(case)], whole)
+    return f"beside {', '.join(beside)}" if beside != [case] else said
 
 
 def _keeps(lab: Lab, beside: list[str], whole: Outcome, **given: Any) -> None:
@@ -67,13 +67,19 @@ def _keeps(lab: Lab, beside: list[str], whole: Outcome, **given: Any) -> None:
         close(lab.merged(whole), whole.logits, "merged, logits")
 
 
-def _export(lab: Lab, forms: Iterable[str], whole: Outcome, model: Path | None = None) -> None:
-    """It is written in ``forms``."""
+def _export(lab: Lab, forms: Iterable[str], whole: Outcome, model: Path | None = None) -> str | None:
+    """It is written in one of ``forms`` at least; what is said of those that hold less than there is, such as an
+    adapter alone."""
+    written, refused = 0, list[str]()
     for form in forms:
         try:
             lab.exported(whole, form, model)
+            written += 1
         except UsageError as error:
-            raise RefusedError(str(error)) from error
+            refused.append(f"not as {form}: {error}")
+    if refused and not written:
+        raise RefusedError(refused[0])
+    return "; ".join(refused) or None
 
 
 def _compare(lab: Lab, case: str, beside: list[str], whole: Outcome) -> None:

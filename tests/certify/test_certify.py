@@ -158,9 +158,7 @@ def test_all_holds_in_the_reports_that_are_kept() -> None:
     assert reports
     assert [report["plugin"] for report in reports if not report["holds"]] == []
     assert all({row["check"] for row in report["rows"]} >= {"resumes", "reloads"} for report in reports)
-    assert [
-        row for report in reports for row in report["rows"] if "sft-certify-" in row["said"]
-    ] == []  # a folder of then
+    assert [row for report in reports for row in report["rows"] if "sft-certify-" in row["said"]] == []
 
 
 def test_a_typical_adapter_is_certified_whole_within_ten_minutes() -> None:

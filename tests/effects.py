@@ -313,6 +313,10 @@ PARALLEL = {
     "tensor_parallel_degree": ("processes that share each layer", _DIVIDES),
     "pipeline_parallel_degree": ("stages of consecutive layers", _DIVIDES),
     "context_parallel_degree": ("processes that share the tokens of each row", _DIVIDES),
+    "expert_parallel_degree": (
+        "data ranks that share out experts",
+        "plugins/parallel_4d/tests/test_experts.py::test_each_process_has_its_experts",
+    ),
     "sharding": ("what data ranks keep in pieces: stage1, stage2, stage3, offload", _DIVIDES),
     "sharding_parallel_degree": ("data ranks that share pieces", _DIVIDES),
     "sequence_parallel": ("divides the residual stream along the sequence", _DIVIDES),

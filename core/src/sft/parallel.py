@@ -6,13 +6,16 @@ docs/strategies.md shows how they go together. Importing this module imports pad
 
 from __future__ import annotations
 
-from sft.distributed.meeting import Meeting, Vocabulary
+from sft.distributed.meeting import Exchange, Meeting, Vocabulary, by_expert
 from sft.distributed.parts import (
     Part,
+    copy_place,
     is_elsewhere,
+    mark_owner,
     mark_part,
     mark_stage,
     mark_sums,
+    owner_of,
     part_of,
     stage_of,
     whole_shape,
@@ -25,18 +28,23 @@ from sft.training.report import close_report
 from sft.training.strategy import SingleProcess, squared_gradients, sum_of_squares
 
 __all__ = [
+    "Exchange",
     "Meeting",
     "Part",
     "Piece",
     "SingleProcess",
     "Vocabulary",
+    "by_expert",
     "close_report",
+    "copy_place",
     "hidden_states",
     "is_elsewhere",
     "linear_features",
+    "mark_owner",
     "mark_part",
     "mark_stage",
     "mark_sums",
+    "owner_of",
     "part_of",
     "set_value",
     "squared_gradients",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from families import SETTINGS, folders
 from trainings import Trainings
 
 from sft.files import save_tensors
@@ -123,3 +125,24 @@ def model_of(config_of: Callable[..., Path]) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of single characters: the models know 112 tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = ["<unk>", "<pad>", "</s>", *map(chr, range(32, 127)), "\n"]
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated"), decoders.Fuse()
+    made.add_special_tokens(words[:3])
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def alone(trainings: Trainings, tokenizer: Path) -> Callable[[tuple[str, ...], str], list[Path]]:
+    """Where the same runs of one process have written; each is made once."""
+    return cache(lambda cases, what: folders(trainings, tokenizer, "one", cases, SETTINGS[what]))

@@ -50,6 +50,11 @@ class Twins:
         data, sharding = (self.alone, self.axis) if stage else (self.axis, self.alone)
         return SimpleNamespace(data=data, sharding=sharding, tensor=self.alone)
 
+    def over(self, stage: int) -> Any:
+        """What :meth:`Buckets.build` asks of a parameter."""
+        axes = () if stage else (self.axis,)
+        return lambda parameter: axes
+
 
 def buckets_of(twins: Twins, stage: int, size: int = 1 << 27) -> Any:
     from sft_parallel_4d.buckets import Buckets
@@ -70,7 +75,7 @@ def test_16_bit_gradients_add_up_in_float32_over_micro_batches_and_ranks(
     """40 gradients near 1, against float64. In bfloat16 they would be off by 1e-2."""
     twins, one = Twins(paddle, monkeypatch), parameter(paddle, 6, dtype="bfloat16")
     buckets = buckets_of(twins, stage)
-    buckets.build([one], set(), set(), set(), [])
+    buckets.build([one], twins.over(stage), set(), set(), [])
     sums = WideSums([one])
     draws = 1 + 0.1 * np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
     gradients = [paddle.to_tensor(draw).astype("bfloat16") for draw in draws]
@@ -95,7 +100,7 @@ def test_the_collectives_of_a_step_do_not_grow_with_its_tensors(
     def sent(tensors: int) -> list[str]:
         twins, some = Twins(paddle, monkeypatch), [parameter(paddle, 5) for _ in range(tensors)]
         buckets = buckets_of(twins, stage)
-        buckets.build(some, set(), set(), set(), [])
+        buckets.build(some, twins.over(stage), set(), set(), [])
         buckets.begin(2)
         for _ in range(2):
             paddle.add_n([one.sum() for one in some]).backward()
@@ -125,7 +130,7 @@ def test_buckets_leave_in_one_order_whatever_order_gradients_come_in(
     padded = {name: -(-size // 64) * 64 for name, size in sizes.items()}
     twins = Twins(paddle, monkeypatch)
     buckets = buckets_of(twins, 0, size=1)
-    buckets.build(list(some.values()), set(), {id(some["expert"])}, set(), [])
+    buckets.build(list(some.values()), twins.over(0), {id(some["expert"])}, set(), [])
 
     def step(*order: tuple[str, ...]) -> list[list[str]]:
         """What has left after each backward pass through some, and at the end."""
@@ -150,7 +155,7 @@ def test_buckets_leave_in_one_order_whatever_order_gradients_come_in(
 def test_a_bucket_has_the_size_that_is_stated(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     twins, some = Twins(paddle, monkeypatch), [parameter(paddle, 64) for _ in range(12)]
     buckets = buckets_of(twins, 1, size=4 * 64 * 4)
-    buckets.build(some, set(), set(), set(), [])
+    buckets.build(some, twins.over(1), set(), set(), [])
     buckets.begin(1)
     paddle.add_n([one.sum() for one in some]).backward()
     buckets.finish()
@@ -163,7 +168,7 @@ def test_a_gradient_that_comes_when_its_bucket_has_left_ends_the_run(
     """It would be left out of the sum."""
     twins, one = Twins(paddle, monkeypatch), parameter(paddle, 5)
     buckets = buckets_of(twins, 1)
-    buckets.build([one], set(), set(), set(), [])
+    buckets.build([one], twins.over(1), set(), set(), [])
     buckets.begin(1)
     one.sum().backward()
     one.sum().backward()
@@ -175,7 +180,7 @@ def test_gradients_of_others_are_left_alone(paddle: Any, monkeypatch: pytest.Mon
     """Whoever goes backward outside of a step has their gradient where paddle puts it."""
     twins, one = Twins(paddle, monkeypatch), parameter(paddle, 5)
     buckets = buckets_of(twins, 0)
-    buckets.build([one], set(), set(), set(), [])
+    buckets.build([one], twins.over(0), set(), set(), [])
     one.sum().backward()
     np.testing.assert_array_equal(one.grad.numpy(), [1.0] * 5)
     assert twins.sent == []
@@ -186,7 +191,7 @@ def test_an_optimizer_may_give_a_slice_another_memory(paddle: Any, monkeypatch: 
     """The new values are spread all the same: a slice that is no view of the buffer any more is written back to it."""
     twins, one = Twins(paddle, monkeypatch, rank), parameter(paddle, 256)
     buckets = buckets_of(twins, 1)
-    buckets.build([one], set(), set(), set(), [])
+    buckets.build([one], twins.over(1), set(), set(), [])
     paddle.full([128], 3.0)._share_buffer_to(buckets.piece(one))
     buckets.spread()
     np.testing.assert_array_equal(one.numpy(), [3.0] * 256)

@@ -61,17 +61,23 @@ def test_data_parallelism_takes_what_is_left(
     assert plan.devices == processes
 
 
-TENSOR, PIPELINE, VIRTUAL = "tensor_parallel_degree", "pipeline_parallel_degree", "virtual_pp_degree"
-CONTEXT = "context_parallel_degree"
+TENSOR, PIPELINE, EXPERTS = "tensor_parallel_degree", "pipeline_parallel_degree", "expert_parallel_degree"
+VIRTUAL, CONTEXT = "virtual_pp_degree", "context_parallel_degree"
+MIXTURE = {"model_type": "mixtral", "num_local_experts": 4}
 
 
 @pytest.mark.parametrize(
     ("processes", "model", "settings", "reason"),
     [
         (3, {}, {TENSOR: 3}, r"degree 3 does not divide attention heads \(8\)"),
-        (8, {}, {TENSOR: 8}, r"degree 8 does not divide key/value heads \(4\)"),
-        (2, {"model_type": "gemma", "num_key_value_heads": 1}, {TENSOR: 2}, r"does not divide key/value heads \(1\)"),
-        (4, {"vocab_size": 510}, {TENSOR: 4}, r"does not divide the vocabulary \(510\)"),
+        (
+            4,
+            {"num_key_value_heads": 3, "num_attention_heads": 12, "hidden_size": 96},
+            {TENSOR: 4},
+            r"neither divides key/value heads \(3\)",
+        ),
+        (8, {"model_type": "phi3"}, {TENSOR: 8}, "which lie in one matrix with queries and so"),
+        (8, {"model_type": "olmo2"}, {TENSOR: 8}, "which are normed together and so"),
         (4, {"intermediate_size": 162}, {TENSOR: 4}, r"does not divide the intermediate size \(162\)"),
         (2, {"model_type": "qwen3_moe", "moe_intermediate_size": 33}, {TENSOR: 2}, r"size of experts \(33\)"),
         (8, {}, {PIPELINE: 8}, "8 pipeline stages are more than 4 layers"),
@@ -98,6 +104,41 @@ def test_impossible_degrees_are_refused_with_possible_ones(
     for tensor, pipeline, context in named:
         degrees = {TENSOR: int(tensor), PIPELINE: int(pipeline), CONTEXT: int(context or 1)}
         planned(processes, model, **{**settings, **degrees})
+
+
+@pytest.mark.parametrize(
+    ("processes", "model", "settings", "reason"),
+    [
+        (
+            1,
+            MIXTURE,
+            {},
+            "expert parallel degree 2 needs 2 processes or a multiple of it, and there is 1: add --nproc 2",
+        ),
+        (4, {}, {}, "degree 2 has nothing to share out, as this model has no experts; give another"),
+        (3, MIXTURE, {EXPERTS: 3}, r"degree 3 does not divide the experts of a block \(4\); give another"),
+        (4, MIXTURE, {EXPERTS: 3}, r"does not divide the ranks that hold the same pieces \(4\); give one of 1, 2, 4"),
+        (4, MIXTURE, {"sharding": "stage1", "sharding_parallel_degree": 4}, "With sharding_parallel_degree 2 it would"),
+        (4, MIXTURE, {CONTEXT: 2}, "expert_parallel_degree does not go with context_parallel_degree; leave one of"),
+        (2, MIXTURE, {"eval_with_do_generation": True}, "eval_with_do_generation does not go with expert_parallel_deg"),
+    ],
+)
+def test_impossible_numbers_of_ranks_for_experts_are_refused(
+    planned: Planned, processes: int, model: dict[str, Any], settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(sft.UsageError, match=reason):
+        planned(processes, model, **{EXPERTS: 2, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "degrees"),
+    [({}, (8, 1, 4)), ({"sharding": "stage2"}, (4, 2, 4)), ({"sharding": "stage1", TENSOR: 2}, (4, 1, 4))],
+)
+def test_ranks_that_share_out_experts_share_no_pieces(
+    planned: Planned, settings: dict[str, Any], degrees: tuple[int, ...]
+) -> None:
+    plan = planned(8, MIXTURE, **{EXPERTS: 4, **settings})
+    assert (plan.data, plan.sharding, plan.experts) == degrees
 
 
 @pytest.mark.parametrize(

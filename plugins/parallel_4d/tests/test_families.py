@@ -2,66 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import RankError, run_ranks
-from trainings import PLANS, Trainings, assert_equal
+from families import DENSE, FIXED, SETTINGS, WITH_EXPERTS, case, folders
+from processes import RankError
+from trainings import Trainings, assert_equal
 
 from sft.testing import needs
-
-FOLDER = Path(__file__).parents[3] / "core" / "tests" / "fixtures" / "families"
-WITH_EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe")
-CASES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
-DENSE = tuple(case for case in CASES if case not in WITH_EXPERTS)
-FIXED = {"max_steps": 2, "per_device_train_batch_size": 4, "evaluation_strategy": "no"}
-SETTINGS: dict[str, dict[str, Any]] = {"full": FIXED, "lora": {**FIXED, "plugin": ["lora"], "lora_rank": 4}}
-SETTINGS["dora"] = {**SETTINGS["lora"], "plugin": ["lora", "dora"]}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One of single characters: the models know 112 tokens."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    words = ["<unk>", "<pad>", "</s>", *map(chr, range(32, 127)), "\n"]
-    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated"), decoders.Fuse()
-    made.add_special_tokens(words[:3])
-    made.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}')
-    return folder
-
-
-def folders(
-    trainings: Trainings, tokenizer: Path, plan: str, cases: tuple[str, ...], settings: dict[str, Any]
-) -> list[Path]:
-    """Where runs of ``cases`` under ``plan`` have written, one after the other in the same processes."""
-    runs = []
-    for case in cases:
-        positions = json.loads((FOLDER / case / "config.json").read_text())["max_position_embeddings"]
-        lengths = {"max_length": min(60, positions + 1), "src_length": min(40, positions // 2)}
-        model = {"model_name_or_path": str(FOLDER / case), "tokenizer_name_or_path": str(tokenizer)}
-        runs.append(trainings.settings(PLANS[plan], **model, **lengths, **settings))
-    run_ranks(PLANS[plan].processes, "jobs:train_each", runs, timeout=100)
-    return [Path(run["output_dir"]) for run in runs]
-
-
-@pytest.fixture(scope="module")
-def alone(trainings: Trainings, tokenizer: Path) -> Callable[[tuple[str, ...], str], list[Path]]:
-    """Where the same runs of one process have written; each is made once."""
-    return cache(lambda cases, what: folders(trainings, tokenizer, "one", cases, SETTINGS[what]))
-
-
-def case(plan: str, what: str, cases: tuple[str, ...], slow: bool = False) -> Any:
-    marks = [needs(*SETTINGS[what].get("plugin", [])), *([pytest.mark.slow] if slow else [])]
-    return pytest.param(plan, what, cases, marks=marks, id=f"{plan}-{what}-{len(cases)}")
-
 
 PLANNED = ["tp2", "tp2-sequence", "pp2", "stage3", "tp2-pp2", "tp2-stage1", "cp2", "cp2-tp2-sequence"]
 

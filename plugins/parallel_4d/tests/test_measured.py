@@ -50,6 +50,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], Plan]] = [
     ("gemma3_text", {}, TENSOR | PIPELINE, Plan(tensor=2, pipeline=2, accumulation=2)),
     ("mixtral", {}, {"sharding": "stage2"}, Plan(sharding=2, stage=2, accumulation=2)),
     ("mixtral", {}, {"sharding": "stage3"}, Plan(sharding=2, stage=3, accumulation=2)),
+    ("llama", {"num_key_value_heads": 1}, TENSOR, Plan(tensor=2, accumulation=2)),
     ("mixtral", {}, TENSOR | PIPELINE, Plan(tensor=2, pipeline=2, accumulation=2)),
     ("llama", {}, LORA | {"sharding": "stage3"}, Plan(sharding=2, stage=3, accumulation=2)),
     ("llama", {}, LORA | TENSOR | SEQUENCE | {"recompute": True}, Plan(tensor=2, sequence=True, recompute=True)),

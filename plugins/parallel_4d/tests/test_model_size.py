@@ -22,6 +22,8 @@ from sft.testing import make_model, needs
 from sft.training.adamw import AdamW
 from sft.training.groups import default_groups
 from sft.training.loss import batch_loss
+from sft_parallel_4d import experts, tensor
+from sft_parallel_4d.experts import ExpertParallel
 from sft_parallel_4d.model_size import ROW, Division, Precision, divided_side, stages, total
 from sft_parallel_4d.outline import Outline
 from sft_parallel_4d.paper import outline as on_paper
@@ -193,11 +195,55 @@ def test_each_rank_has_the_size_that_the_engine_gives_it(
         for rank in range(tensor):
             model = built(folder)
             if tensor > 1:
-                TensorParallel(Axis(rank, SimpleNamespace(nranks=tensor)), False).divide(model)
+                TensorParallel(axis(rank, tensor), False, axis(0, 1)).divide(model)
             if pipeline > 1:
-                Pipeline(Axis(number, SimpleNamespace(nranks=pipeline)), 5).divide(model)
-            mine = {id(p): math.prod(p.shape) for p in model.parameters() if not is_elsewhere(p)}
-            assert stage.size.values == sum(mine.values())
+                Pipeline(axis(number, pipeline), 5).divide(model)
+            assert stage.size.values == values_here(model)
+
+
+def axis(rank: int, size: int) -> Axis:
+    return Axis(rank, SimpleNamespace(nranks=size))
+
+
+def values_here(model: Any) -> int:
+    return sum({id(p): math.prod(p.shape) for p in model.parameters() if not is_elsewhere(p)}.values())
+
+
+@pytest.fixture
+def grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of processes of which only this one is there."""
+    for module in (tensor, experts):
+        monkeypatch.setattr(
+            module, "among", lambda world, whole, places, apart=False: axis(places.index(whole.rank), len(places))
+        )
+
+
+@pytest.mark.parametrize("keys", [1, 2, 4])
+def test_the_fullest_rank_of_fewer_heads_and_an_odd_vocabulary(
+    paddle: Any, grouped: None, config_of: Any, keys: int
+) -> None:
+    folder = config_of(num_key_value_heads=keys, vocab_size=511, tie_word_embeddings=False)
+    found = []
+    for rank in range(4):
+        model = built(folder)
+        TensorParallel(axis(rank, 4), False, axis(0, 1)).divide(model)
+        found.append(values_here(model))
+    assert max(found) == found[0] + 2 * 64  # 128 tokens of 511, and of embedding and head as many
+    (stage,) = stages(paper(folder), Division(4, copies=4 // keys), 1, WHOLE)
+    assert stage.size.values == max(found)
+    assert stage.size.copied == (0 if keys == 4 else 4 * 2 * 4 * 64 * 8)  # two matrices a block, of one head
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen2-moe"])
+def test_each_rank_has_its_experts(paddle: Any, grouped: None, case: str) -> None:
+    outline = paper(MODELS / "families" / case)
+    for degree in (2, 4):
+        (stage,) = stages(outline, Division(experts=degree), 1, WHOLE)
+        for rank in range(degree):
+            model = built(MODELS / "families" / case)
+            ExpertParallel(axis(rank, degree), degree, axis(0, 1)).divide(model)
+            assert stage.size.values == values_here(model)
+        assert stage.late.values * degree == stages(outline, Division(), 1, WHOLE)[0].late.values
 
 
 def test_stages_hold_the_model_once_and_a_tied_matrix_twice(outline_of: Callable[..., Outline]) -> None:

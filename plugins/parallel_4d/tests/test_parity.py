@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from processes import RankError, run_ranks
-from trainings import PLANS, Trainings, assert_equal
+from trainings import PLANS, Trainings, assert_equal, joined
 
 from sft.testing import needs, read_metrics
 
@@ -17,12 +17,6 @@ LORA = {"plugin": ["lora"], "lora_rank": 4}
 PACKED = {"plugin": ["greedy-zero-padding", "flashmask"]}
 WHATS = {"full": FULL, "lora": LORA, "vera": {"plugin": ["vera"]}}
 LAYOUTS = {"padded": {}, "packed": PACKED}
-
-
-def joined(*settings: dict[str, Any]) -> dict[str, Any]:
-    """All of them, with all their plugins."""
-    plugins = [name for part in settings for name in part.get("plugin", [])]
-    return {**{name: value for part in settings for name, value in part.items()}, "plugin": plugins}
 
 
 def marked(*case: Any, plugins: list[str], slow: bool = False) -> Any:

@@ -27,12 +27,12 @@ Outlines = Callable[..., Outline]
 
 
 def test_plans_are_all_that_keep_the_rules(outline_of: Outlines) -> None:
-    """4 layers, 4 key/value heads: every combination is tried, and the rules are written out once more."""
+    """4 layers, 8 heads: every combination is tried, and the rules are written out once more."""
     outline, expected = outline_of(), set()
     numbers = (1, 2, 4, 8)
     for data in numbers:
         for sharding in numbers:
-            for tensor in (1, 2, 4):
+            for tensor in numbers:
                 for pipeline, context in itertools.product((1, 2, 4), (1, 2, 4, 8)):
                     # 8 query heads.
                     if data * sharding * tensor * pipeline * context != 8 or tensor * context > 8:
@@ -58,8 +58,12 @@ def test_plans_are_all_that_keep_the_rules(outline_of: Outlines) -> None:
             {"tensor": 4},
             "does not divide attention heads",
         ),
-        ("llama", {"num_key_value_heads": 2}, {"tensor": 4}, r"does not divide key/value heads \(2\)"),
-        ("llama", {"vocab_size": 510}, {"tensor": 4}, r"does not divide the vocabulary \(510\)"),
+        (
+            "llama",
+            {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 96},
+            {"tensor": 4},
+            r"neither divides key/value heads \(6\) nor is a multiple",
+        ),
         ("llama", {}, {"pipeline": 8}, "8 pipeline stages are more than 4 layers"),
         ("llama", {}, {"pipeline": 4, "virtual": 2}, "4 pipeline stages of 2 parts each are more than 4 layers"),
         ("llama", {}, {"pipeline": 1, "virtual": 2}, r"2 parts a pipeline stage \(virtual_pp_degree\) need more than"),
@@ -119,6 +123,34 @@ def test_volumes_by_hand(outline_of: Outlines) -> None:
     assert busiest(calculator, Plan(context=8)).context == 4 * 2 * 7 * (16 * (64 + 64 + 64 + 64) * 4) // 8
     # A middle stage sends one tensor each way.
     assert busiest(calculator, Plan(pipeline=4, accumulation=3)).pipeline == 3 * 2 * hidden
+
+
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def test_data_ranks_share_out_experts(outline_of: Outlines) -> None:
+    outline = outline_of("mixtral", **MIXTURE)
+    found = {(plan.data, plan.sharding, plan.experts) for plan in legal_plans(outline, 8, 16, 2, Wanted(1, 1))}
+    pairs = [(8, 1), (4, 2), (2, 4), (1, 8)]
+    assert found == {(data, shards, n) for data, shards in pairs for n in (1, 2, 4) if data % n == 0}
+    only = legal_plans(outline, 8, 16, 2, Wanted(experts=4))
+    assert {plan.experts for plan in only} == {4}
+    assert {plan.experts for plan in legal_plans(outline_of(), 8, 16, 2)} == {1}
+
+
+def test_what_ranks_with_experts_hold_and_send(outline_of: Outlines) -> None:
+    outline = outline_of("mixtral", **MIXTURE)
+    calculator = Calculator(outline, Precision(), 2, 64)
+    plan, alone = Plan(data=4, experts=2, accumulation=3), calculator.stages(Plan())[0].size
+    size, expert = calculator.stages(plan)[0].size, 3 * 64 * 160
+    assert size.values == alone.values - 4 * 2 * expert
+    own = 4 * 2 * expert * 4  # bytes of the gradients of two experts in each of four blocks
+    sent = busiest(calculator, plan)
+    # Among 4 each sends 2 · 3/4 of the gradients, among the two that have the same experts 2 · 1/2 of theirs.
+    assert sent.data == 2 * 3 * (size.gradients - own) // 4 + own
+    # Half of the two choices of each token leave the rank: there, back, and the gradients of both.
+    assert sent.experts == 3 * 4 * 4 * (2 * 128 * 64 * 4) // 2
+    assert busiest(calculator, Plan(data=4, experts=2, recompute=True)).experts == 6 * 4 * (2 * 128 * 64 * 4) // 2
 
 
 def run(folder: Path, *arguments: str) -> Any:

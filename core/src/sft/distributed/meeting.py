@@ -3,6 +3,8 @@ strategy puts objects of its own in their places."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 
@@ -27,14 +29,38 @@ class Meeting:
         return x
 
 
+class Exchange:
+    """How tokens get to the experts that are chosen for them, at ``SparseMLP.exchange``: here all experts are in this
+    process."""
+
+    def through(self, choices: Any, begins: Any, experts: Sequence[Callable[[Any], Any]]) -> Any:
+        """Tokens [M, hidden], sorted by the experts that are to take them → what these make of them, in the same order.
+
+        ``begins`` int64 [E + 1]: where the tokens of each of all E experts begin, and where the last ones end. It is on
+        the device. ``experts`` are those of this process."""
+        return by_expert(choices, [end - begin for begin, end in pairwise(begins.tolist())], experts)
+
+
+def by_expert(tokens: Any, counts: Sequence[int], experts: Sequence[Callable[[Any], Any]]) -> Any:
+    """Tokens [M, hidden], the first ``counts[0]`` of them through the first of the ``experts``, and so on. An expert
+    that nothing is for is not called."""
+    import paddle
+
+    busy = [number for number, count in enumerate(counts) if count]
+    parts = paddle.split(tokens, [counts[number] for number in busy])
+    return paddle.concat([experts[number](part) for number, part in zip(busy, parts, strict=True)])
+
+
 class Vocabulary:
     """Which columns of the logits this process computes, at ``Head.vocabulary``: here all of them.
 
     Attributes:
         start: The token of the first column; None: all columns are here.
+        widest: The most columns that a process has, where they are shared.
     """
 
     start: int | None = None
+    widest: int = 0
 
     def maximum(self, values: Any) -> Any:
         """The element-wise maximum of ``values`` over all processes that have a part of the columns."""

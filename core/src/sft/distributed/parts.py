@@ -1,8 +1,9 @@
 """Which parts of a model this process holds, where several share it. On one process every tensor is whole and here.
 
 A strategy marks what it divides. A parameter, and the Linear that it is the weight of, may be a :class:`Part` of a
-whole (:func:`mark_part`), or be held by other processes (:func:`mark_stage`): then it is never allocated here. A layer
-in the place of a divided Linear is told how to sum over the processes (:func:`mark_sums`). What is not marked is whole.
+whole (:func:`mark_part`), or be held by other processes (:func:`mark_stage`, :func:`mark_owner`): then it is never
+allocated here. A layer in the place of a divided Linear is told how to sum over the processes (:func:`mark_sums`). What
+is not marked is whole.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Part:
-    """Part ``index`` of ``count`` equal ones, along ``axis``, of a tensor of ``shape``.
+    """Part ``index`` of ``count``, along ``axis``, of a tensor of ``shape``. Where ``count`` does not divide the
+    length, parts differ by one.
 
     Where several matrices lie in one tensor (q, k and v), ``fused`` says how long each is along the axis; the part is
     that of each of them, one after the other.
@@ -34,8 +36,8 @@ class Part:
         """Where in the whole its values lie, in their order along the axis."""
         places, start = [], 0
         for length in self.fused or (self.shape[self.axis],):
-            size = length // self.count
-            here = slice(start + self.index * size, start + (self.index + 1) * size)
+            first, last = length * self.index // self.count, length * (self.index + 1) // self.count
+            here = slice(start + first, start + last)
             places.append(tuple(here if axis == self.axis else slice(0, n) for axis, n in enumerate(self.shape)))
             start += length
         return places
@@ -77,6 +79,7 @@ class _Marks:
 
     part: Part | None = None
     stage: int | None = None
+    owner: int | None = None
     elsewhere: bool = False
     sums: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
 
@@ -123,6 +126,23 @@ def mark_stage(tensor: Any, stage: int, *, here: bool) -> None:
 def stage_of(tensor: Any) -> int | None:
     """The stage that a parameter or a layer belongs to; None where nobody has said."""
     return _marks_of(tensor).stage
+
+
+def mark_owner(tensor: Any, owner: int, *, here: bool) -> None:
+    """Say which ``owner`` has a parameter or a layer, of the processes among which the layers of one block are shared
+    out, as its experts may be; and whether it is this one. To be said after its stage."""
+    _mark(tensor, owner=owner, elsewhere=_marks_of(tensor).elsewhere or not here)
+
+
+def owner_of(tensor: Any) -> int | None:
+    """Which of the processes that share out the layers of a block has a parameter or a layer; None: each has it."""
+    return _marks_of(tensor).owner
+
+
+def copy_place(old: Any, new: Any) -> None:
+    """Let the parameter or layer ``new`` be where ``old`` is."""
+    marks = _marks_of(old)
+    _mark(new, stage=marks.stage, owner=marks.owner, elsewhere=marks.elsewhere)
 
 
 def is_elsewhere(parameter: Any) -> bool:

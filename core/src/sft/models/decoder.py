@@ -14,7 +14,7 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
-from sft.distributed.meeting import Meeting, Vocabulary
+from sft.distributed.meeting import Exchange, Meeting, Vocabulary
 from sft.models.architecture import Architecture, Block, Experts
 from sft.models.attention import DefaultAttention
 from sft.models.experts import through_experts
@@ -213,9 +213,11 @@ class MLP(nn.Layer):
 class SparseMLP(nn.Layer):
     """Each token goes through the experts that the router finds likeliest, weighted by its probabilities."""
 
+    exchange = Exchange()
+
     def __init__(self, architecture: Architecture, experts: Experts) -> None:
         super().__init__()
-        self.chosen, self.normalise = experts.chosen, experts.normalise
+        self.count, self.chosen, self.normalise = experts.count, experts.chosen, experts.normalise
         self.gate = Router(architecture.hidden, experts.count, bias_attr=False)
         self.experts = nn.LayerList([MLP(architecture, experts.inner) for _ in range(experts.count)])
         if experts.shared_inner is not None:
@@ -228,7 +230,7 @@ class SparseMLP(nn.Layer):
         weights, chosen = paddle.topk(F.softmax(self.gate(tokens).astype("float32"), axis=-1), self.chosen, axis=-1)
         if self.normalise:
             weights = weights / weights.sum(axis=-1, keepdim=True)
-        out = through_experts(tokens, weights, chosen, self.experts)
+        out = through_experts(tokens, weights, chosen, list(self.experts), self.count, self.exchange)
         if hasattr(self, "shared_expert"):
             out = out + F.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
         return out.reshape(x.shape)

@@ -154,9 +154,9 @@ def _columns(weight: Any, transpose_y: bool, vocabulary: Vocabulary) -> int:
     return columns if vocabulary.start is None else int(vocabulary.total(paddle.to_tensor([float(columns)])))
 
 
-def _rows(weight: Any, transpose_y: bool) -> int:
-    """How many positions a chunk has."""
-    columns = weight.shape[0] if transpose_y else weight.shape[1]
+def _rows(weight: Any, transpose_y: bool, vocabulary: Vocabulary) -> int:
+    """How many positions a chunk has: as many in each process that has a part of the columns, since they meet in it."""
+    columns = vocabulary.widest or (weight.shape[0] if transpose_y else weight.shape[1])
     return max(1, chunk_bytes(None if weight.place.is_cpu_place() else _gpu_memory()) // (4 * columns))
 
 
@@ -192,7 +192,7 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
         counts: _Counts,
         other: TokenLosses | None,
     ) -> Any:
-        rows, transpose_y = _rows(weight, shape.transpose_y), shape.transpose_y
+        rows, transpose_y = _rows(weight, shape.transpose_y, vocabulary), shape.transpose_y
         learns = any(gradients) or (update is not None and update.learns)
         total = paddle.zeros([], "float64")
         hidden_grads, weight_grad = [], None
@@ -299,7 +299,7 @@ def target_losses(hidden: Any, labels: np.ndarray, lm_head: Any) -> np.ndarray:
 
 def _logits(hidden: Any, label: Any, lm_head: Any, shape: _Shape, update: Update | None) -> Iterator[tuple[Any, Any]]:
     """Logits float32 [n, columns that are here] and labels [n] of one chunk after the other."""
-    rows = _rows(lm_head.weight, shape.transpose_y)
+    rows = _rows(lm_head.weight, shape.transpose_y, _vocabulary(lm_head))
     for start in range(0, hidden.shape[0], rows):
         here = slice(start, start + rows)
         yield shape.logits(hidden[here], lm_head.weight, update, here), label[here]

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from sft import Architecture, Block
-from sft_parallel_4d.model_size import ROW, Division, Precision, of_block, total
+from sft_parallel_4d.model_size import ROW, Division, Precision, key_copies, of_block, total
 from sft_parallel_4d.outline import Outline
 
 ROWS, SHARED = 128, 4 * 128 * 128
@@ -51,15 +51,16 @@ class Shape:
 def block_kept(outline: Outline, number: int, shape: Shape, precision: Precision) -> int:
     """Of block ``number``, without recomputation."""
     model, tensor = outline.architecture, shape.tensor
-    hidden, query, key = model.hidden, model.heads * model.head_size, model.kv_heads * model.head_size
+    hidden, query, key = model.hidden, model.heads * model.head_size / tensor, _keys(model, tensor) * model.head_size
     # RMSNorms keep x / rms and 1 / rms in float32.
     behind = outline.norms - (model.norms.before_attention is not None)
     wide = _attention_norms_kept(outline, shape) + behind * (hidden + 1) / shape.spread
     # Linears keep their inputs, all of the sequence; q, k and v share one, gate and up the other. Rotation keeps none.
     narrow: float = 2 * hidden
-    narrow += (2 * query + 2 * key * copies(model, shape)) / tensor  # attention's q, k, v, and output: o_proj's input
+    # Attention's q, k, v, and the output, which is o_proj's input.
+    narrow += 2 * query + 2 * key * copies(model, shape)
     if shape.context > 1:  # o_proj's input has come back from other ranks, and is another tensor
-        narrow += query / tensor
+        narrow += query
     if precision.products == 16:
         wide += model.heads / tensor  # a sum a row, of GPUs' kernels; in float32 it is computed again
     narrow += _mlp_kept(model, model.blocks[number], tensor)
@@ -69,7 +70,7 @@ def block_kept(outline: Outline, number: int, shape: Shape, precision: Precision
     once = sum(linear.kept_once / (1 if linear.name.endswith(ROW) else tensor) for linear in linears)
     kept = shape.tokens * (4 * wide + precision.products / 8 * narrow) + 4 * once
     cast = tuple(pair for pair in of_block(outline, number) if precision.casts(pair[0]))
-    kept += precision.products / 8 * total(cast, Division(tensor), precision).values
+    kept += precision.products / 8 * total(cast, Division(tensor, 1, key_copies(outline, tensor)), precision).values
     return round(kept)
 
 
@@ -77,13 +78,18 @@ def _attention_norms_kept(outline: Outline, shape: Shape) -> float:
     """Of a token, in float32: by the norm before attention, and those of queries and keys: of each head, or of all
     heads together."""
     model, tensor = outline.architecture, shape.tensor
-    query, key = model.heads * model.head_size, model.kv_heads * model.head_size
+    heads, keys = model.heads / tensor, _keys(model, tensor)
     kept = (model.hidden + 1) / shape.spread if model.norms.before_attention is not None else 0.0
     if model.head_norm == "head":
-        kept += (query + key + model.heads + model.kv_heads) / tensor
+        kept += (heads + keys) * (model.head_size + 1)
     elif model.head_norm == "all":
-        kept += (query + key) / tensor + 2
+        kept += (heads + keys) * model.head_size + 2
     return kept
+
+
+def _keys(model: Architecture, tensor: int) -> float:
+    """Key/value heads on a rank."""
+    return max(1, model.kv_heads / tensor)
 
 
 def _factors(model: Architecture) -> int:
@@ -120,7 +126,8 @@ def reading_kept(outline: Outline, shape: Shape) -> int:
     turning = sum(8 * shape.tokens * rotary.size for rotary in model.rotaries)
     windows = {block.window for block in model.blocks if block.window is None or block.window < length}
     rows = min(ROWS, length)
-    gathered = 8 * shape.tokens * (model.heads + model.kv_heads * copies(model, shape)) // shape.tensor
+    heads = model.heads / shape.tensor + _keys(model, shape.tensor) * copies(model, shape)
+    gathered = round(8 * shape.tokens * heads)
     return turning + len(windows) * (gathered + 4 * rows * (length - 1 + rows))
 
 
@@ -132,7 +139,8 @@ def copies(model: Architecture, shape: Shape) -> int:
 
 def swapped(model: Architecture, shape: Shape) -> float:
     """Values of a token that ranks swap that share rows: queries, keys and values there, and results back."""
-    return model.head_size * (2 * model.heads + 2 * model.kv_heads * copies(model, shape)) / shape.tensor
+    keys = _keys(model, shape.tensor) * copies(model, shape)
+    return model.head_size * 2 * (model.heads / shape.tensor + keys)
 
 
 def boundary(outline: Outline, shape: Shape, precision: Precision) -> int:
@@ -145,7 +153,7 @@ def attending(outline: Outline, shape: Shape, precision: Precision) -> int:
     its input, queries, keys and values, the scaled queries; and results, three times when they are put into order, or
     once beside a bucket's keys and values and its scores, which are there twice while their mask is added."""
     model, tensor = outline.architecture, shape.tensor
-    query, key = model.heads * model.head_size / tensor, model.kv_heads * model.head_size / tensor
+    query, key = model.heads * model.head_size / tensor, _keys(model, tensor) * model.head_size
     documents, rows, scores = _bucket(model, shape)
     width = 4 * _attention_norms_kept(outline, shape) + precision.products / 8 * (model.hidden + query + 2 * key)
     ordered = 4 * shape.tokens * 3 * query
@@ -170,14 +178,14 @@ def backward_extra(outline: Outline, shape: Shape, precision: Precision) -> int:
     # its output and of the residual stream are there. It makes scaled queries, the output's gradient once more, and its
     # three gradients; of a bucket it holds keys and values, of a block those that it sees, their gradients, queries and
     # output, and the gradients of these; scores in two stages, or three where they are capped.
-    key = model.kv_heads * model.head_size * copies(model, shape)
+    key = _keys(model, tensor) * model.head_size * copies(model, shape)
     behind = outline.norms - (model.norms.before_attention is not None)
     freed = min(in_mlp) + model.hidden + behind * (model.hidden + 1) / shape.spread
     documents, rows, scores = _bucket(model, shape)
     attention = shape.tokens * precision.products / 8 * (query / tensor + model.hidden - freed)
-    attention += 4 * shape.tokens * (3 * query + 2 * key) / tensor
+    attention += 4 * shape.tokens * (3 * query / tensor + 2 * key)
     stages = 2 if model.attention_cap is None else 3
-    gathered = documents * (6 * shape.length * key + 5 * rows * query) / shape.sharing_heads
+    gathered = documents * (6 * shape.length * key + 5 * rows * query / tensor) / shape.context
     attention += 4 * (gathered + stages * scores)
     return round(max(shape.tokens * precision.products / 8 * mlp, attention))
 
@@ -208,7 +216,7 @@ def chunk_bytes(device_memory: int | None) -> int:
 def logits(outline: Outline, shape: Shape, precision: Precision, most: int = CHUNK) -> int:
     """The most that the chunked loss holds at a time while it runs: logits of a chunk of ``most`` bytes, in four
     float32 stages, the hidden states, and in later chunks gradients of lm_head."""
-    width = outline.vocabulary // shape.tensor
+    width = math.ceil(outline.vocabulary / shape.tensor)
     rows = max(1, min(shape.targets, most // (4 * width)))
     chunk, narrow = 4 * rows * width, precision.products // 8
     states = (shape.tokens + shape.targets) * outline.hidden * narrow
@@ -224,4 +232,4 @@ def logits(outline: Outline, shape: Shape, precision: Precision, most: int = CHU
 def head_gradient(outline: Outline, shape: Shape, bits: int) -> int:
     """Of lm_head, if it trains, in values of ``bits``."""
     weight = outline.embedding if outline.head is None else outline.head
-    return weight.size // shape.tensor * bits // 8 if weight.trains else 0
+    return outline.hidden * math.ceil(outline.vocabulary / shape.tensor) * bits // 8 if weight.trains else 0

@@ -10,36 +10,38 @@ import paddle
 from paddle.base.framework import EagerParamBase
 
 from sft import UsageError
-from sft.parallel import Part, is_elsewhere, mark_part, mark_stage, part_of, stage_of
+from sft.parallel import Part, copy_place, is_elsewhere, mark_part, owner_of, stage_of
 from sft_parallel_4d import trial
-from sft_parallel_4d.tensor import adapters
+from sft_parallel_4d.tensor import adapters, part_beneath
 from sft_parallel_4d.topology import Axis
 
 
 class Adapters:
-    """Those of all ``blocks``, each with the stage that has it, and those at the ``outer`` ends of the model, each with
-    the side that is the vocabulary; these only where there is one stage, for which ``pipe`` is None.
+    """Those of all ``blocks``, and those at the ``outer`` ends of the model, each with the side that is the vocabulary;
+    these only where there is one stage.
 
     ``whole`` gives the whole tensor of a parameter that has been divided, ``store`` takes a whole value for one.
     """
 
     def __init__(
-        self, blocks: Iterable[tuple[Any, int]], outer: Iterable[tuple[Any, str]], tensor: Axis, pipe: Axis | None,
+        self, blocks: Iterable[Any], outer: Iterable[tuple[Any, str]], tensor: Axis,
         whole: Callable[[Any], Any], store: Callable[[Any, Callable[[tuple[slice, ...]], Any]], None],
     ) -> None:  # fmt: skip
-        self._tensor, self._pipe, self._whole, self._store = tensor, pipe, whole, store
+        self._tensor, self._whole, self._store = tensor, whole, store
         self.is_whole = False
         """Whether layers hold whole tensors now."""
-        self._layers = [(layer, side, stage) for block, stage in blocks for layer, side in adapters(block)]
+        self._layers = [pair for block in blocks for pair in adapters(block)]
         self._tried = list(self._layers)  # of the others none is in the place of a Linear
-        self._layers += [(layer, side, 0) for layer, side in outer]
-        for layer, _, _ in self._layers:
-            _mark_stage(layer)
+        self._layers += outer
+        self._parts: dict[tuple[int, str], Part | None] = {}
+        """Of each layer's tensors, by the layer's identity, what is here."""
+        for layer, _ in self._layers:
+            _place_as_linear(layer)
 
     def check(self, say: Callable[[str], None]) -> None:
         """Refuse a layer that does not say how its parameters are divided, or is wrong in it; :class:`UsageError`.
         ``say`` gets a line where that could not be tried."""
-        for layer, _, _ in self._layers:
+        for layer, _ in self._layers:
             own = [name for name, p in layer.named_parameters(include_sublayers=False) if p is not None]
             if not set(own) <= set(getattr(layer, "sides", {})):
                 raise UsageError(
@@ -48,17 +50,17 @@ class Adapters:
                 )
         if self._tensor.size > 1:
             # Those of other stages too: they are still here, and the process that speaks must know of all.
-            trial.check([(layer, side) for layer, side, _ in self._tried], self._tensor, say)
+            trial.check(self._tried, self._tensor, say)
 
     @paddle.no_grad()
     def divide(self) -> None:
         """Whole tensors → what this process holds of them."""
         seen: dict[Hashable, Any] = {}
-        for layer, side, stage in self._layers:
+        for layer, side in self._layers:
             for name, whole in _tensors(layer):
-                part = self._part(layer, name, side, tuple(whole.shape))
+                part = self._parts[id(layer), name] = self._part(layer, name, side, tuple(whole.shape))
                 if isinstance(whole, EagerParamBase):
-                    layer._parameters[name] = self._local(whole, part, stage)
+                    layer._parameters[name] = self._local(layer, whole, part)
                     continue
                 setattr(layer, name, self._frozen(whole, part, seen))
 
@@ -68,10 +70,10 @@ class Adapters:
         held: list[tuple[Any, str, str, Any]] = []
         seen: dict[Hashable, Any] = {}
         with paddle.no_grad():
-            for layer, side, _ in self._layers:
+            for layer, side in self._layers:
                 for name, local in _tensors(layer):
                     held.append((layer, name, side, local))
-                    part = self._part(layer, name, side, self._whole_shape(layer, name, side, local))
+                    part = self._parts[id(layer), name]
                     key = (id(local), part)
                     if key not in seen:
                         seen[key] = self._undivided(local, part)
@@ -94,24 +96,20 @@ class Adapters:
         axis = self._axis(layer, name, side)
         if axis is None:
             return None
-        linear = next((part for part in map(part_of, layer.sublayers()) if part is not None), None)
-        fused = linear.fused if linear is not None and side == "out" else ()
-        return Part(shape, axis, self._tensor.rank, self._tensor.size, fused)
+        linear = part_beneath(layer)
+        if linear is None:
+            return Part(shape, axis, self._tensor.rank, self._tensor.size)
+        return Part(shape, axis, linear.index, linear.count, linear.fused if side == "out" else ())
 
-    def _whole_shape(self, layer: Any, name: str, side: str, local: Any) -> tuple[int, ...]:
-        axis = self._axis(layer, name, side)
-        return tuple(n * self._tensor.size if place == axis else n for place, n in enumerate(local.shape))
-
-    def _local(self, whole: Any, part: Part | None, stage: int) -> Any:
+    def _local(self, layer: Any, whole: Any, part: Part | None) -> Any:
         local = whole
         if part is not None:
             local = EagerParamBase.from_tensor(self._tensor.part(whole, part))
             local.stop_gradient = whole.stop_gradient
             mark_part(local, part)
-        if self._pipe is not None:
-            mark_stage(local, stage, here=stage == self._pipe.rank)
-            if is_elsewhere(local):
-                local._clear_data()
+        copy_place(layer, local)
+        if is_elsewhere(local):
+            local._clear_data()
         return local
 
     def _frozen(self, whole: Any, part: Part | None, seen: dict[Hashable, Any]) -> Any:
@@ -124,7 +122,7 @@ class Adapters:
     def _undivided(self, local: Any, part: Part | None) -> Any:
         if isinstance(local, EagerParamBase):
             return self._whole(local)
-        # Frozen tensors are kept by all stages.
+        # Frozen tensors are kept by all stages, and by all that share out experts.
         return local.clone() if part is None else self._tensor.whole(local, part)
 
     def _take_apart(self, held: list[tuple[Any, str, str, Any]]) -> None:
@@ -141,12 +139,11 @@ class Adapters:
             setattr(layer, name, self._frozen(whole, part, seen))
 
 
-def _mark_stage(layer: Any) -> None:
-    """A layer that wraps a Linear of another stage is elsewhere, too."""
+def _place_as_linear(layer: Any) -> None:
+    """A layer that wraps a Linear that is elsewhere is there, too."""
     for inner in layer.sublayers():
-        stage = stage_of(inner)
-        if stage is not None:
-            mark_stage(layer, stage, here=not is_elsewhere(inner))
+        if stage_of(inner) is not None or owner_of(inner) is not None:
+            copy_place(inner, layer)
             return
 
 

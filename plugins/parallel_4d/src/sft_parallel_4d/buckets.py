@@ -9,7 +9,7 @@ what a checkpoint calls a piece.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ from sft import SftError
 from sft_parallel_4d.fleet import Bucket, together
 from sft_parallel_4d.offload import Host
 from sft_parallel_4d.topology import Axis, Topology
+
+Over = Callable[[Any], tuple[Axis, ...]]
 
 
 @dataclass
@@ -49,39 +51,37 @@ class Buckets:
         """What was wrong in backward, which no error may leave."""
 
     def build(
-        self, parameters: Sequence[Any], partial: Set[int], late: Set[int], alone: Set[int], units: Sequence[Bucket]
+        self, parameters: Sequence[Any], over: Over, late: Set[int], alone: Set[int], units: Sequence[Bucket]
     ) -> None:
-        """Put what trains into buckets, as far as it is in none of ``units`` yet. Identities say of which
-        ``parameters`` tensor ranks have summands of the gradient; which may be reached never in a micro-batch, or
-        several times (``late``: they leave last); and which need a bucket of their own (``alone``)."""
+        """Put what trains into buckets, as far as it is in none of ``units`` yet. ``over`` gives the axes, beside that
+        of sharding, over which a parameter's gradient is summed. Identities say which ``parameters`` may be reached
+        never in a micro-batch, or several times (``late``: they leave last); and which need a bucket of their own
+        (``alone``)."""
         kinds: dict[Any, list[Any]] = {}
         there = {id(parameter) for unit in units for parameter in unit.params}
         place = {id(parameter): number for number, parameter in enumerate(reversed(parameters))}
         for parameter in reversed(parameters):  # as backward reaches them
             if id(parameter) not in there:
                 of_its_own = id(parameter) if id(parameter) in alone else None
-                kind = (id(parameter) in late, id(parameter) in partial, of_its_own, str(parameter.dtype))
+                kind = (id(parameter) in late, over(parameter), of_its_own, str(parameter.dtype))
                 kinds.setdefault(kind, []).append(parameter)
-        ways = [self._way(unit, partial, late) for unit in units]
-        for (_, is_partial, *_), of_kind in kinds.items():
-            first = self._axes(is_partial)[0]
-            for some in together(of_kind, self._size) if first.size > 1 or self._stage else ():
-                bucket = Bucket(some, first.group, cut=self._stage > 0, adds=self._stage < 2, host=self._host)
-                ways.append(self._way(bucket, partial, late))
+        ways = [self._way(unit, over, late) for unit in units]
+        for (_, axes, *_), of_kind in kinds.items():
+            for first in self._axes(axes)[:1]:
+                for some in together(of_kind, self._size):
+                    bucket = Bucket(some, first.group, cut=self._stage > 0, adds=self._stage < 2, host=self._host)
+                    ways.append(self._way(bucket, over, late))
         ways.sort(key=lambda way: (way.is_late, max(place[id(parameter)] for parameter in way.bucket.params)))
         for way in ways:
             self._take(way)
 
-    def _way(self, bucket: Bucket, partial: Set[int], late: Set[int]) -> _Way:
-        one = id(bucket.params[0])  # all are alike in this
-        return _Way(bucket, self._axes(one in partial)[1:], one in late)
+    def _way(self, bucket: Bucket, over: Over, late: Set[int]) -> _Way:
+        one = bucket.params[0]  # all are alike in this
+        return _Way(bucket, self._axes(over(one))[1:], id(one) in late)
 
-    def _axes(self, is_partial: bool) -> list[Axis]:
-        """Those over which a gradient is summed: the first one while backward goes on."""
-        axes = [self._at.data, *([self._at.tensor] if is_partial else [])]
-        if self._stage:
-            return [self._at.sharding, *(axis for axis in axes if axis.size > 1)]
-        return [axis for axis in axes if axis.size > 1] or axes[:1]
+    def _axes(self, further: Iterable[Axis]) -> list[Axis]:
+        """Those over which a gradient is summed: the first one while backward goes on. None: it does not travel."""
+        return [*([self._at.sharding] if self._stage else []), *further]
 
     def _take(self, way: _Way) -> None:
         self._ways.append(way)

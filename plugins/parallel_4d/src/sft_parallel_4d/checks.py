@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sft import UsageError
 from sft_parallel_4d.outline import Outline
 from sft_parallel_4d.paper import model_outline
-from sft_parallel_4d.plans import Plan, possible, refusal, stages_beside
+from sft_parallel_4d.plans import Plan, expert_refusal, possible, refusal, stages_beside
 
 if TYPE_CHECKING:
     from sft import DryRun, Run, Settings
@@ -17,11 +17,22 @@ if TYPE_CHECKING:
 def check_settings(run: Run | DryRun, options: ParallelOptions, world: int) -> None:
     """Refuse what the settings alone say of ``world`` processes; nothing of the model is looked at."""
     stage, _ = stage_and_offload(options.sharding)
-    for name in ("tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree"):
+    for name in ("tensor", "pipeline", "context", "expert"):
+        name += "_parallel_degree"
         if getattr(options, name) == 0:
             raise UsageError(f"{name}: expected a number of processes, or -1 for one, got 0.")
     tensor, pipeline, context = degrees(options)
-    needed = tensor * pipeline * context
+    needed, experts = tensor * pipeline * context, experts_of(options)
+    if world == 1 and experts > 1 == needed:
+        raise UsageError(
+            f"expert parallel degree {experts} needs {experts} processes or a multiple of it, and there is 1: add "
+            f"--nproc {experts}, or start sft with python -m paddle.distributed.launch."
+        )
+    if experts > 1 and context > 1:
+        raise UsageError(
+            "expert_parallel_degree does not go with context_parallel_degree; leave one of them out (tensor "
+            "parallelism with sequence_parallel goes with experts)."
+        )
     if world == 1 and needed > 1:
         raise UsageError(
             f"{_given(options)} needs {needed} processes or a multiple of it, and there is 1: add --nproc {needed}, or "
@@ -36,11 +47,13 @@ def check_settings(run: Run | DryRun, options: ParallelOptions, world: int) -> N
             f"sharding_parallel_degree {options.sharding_parallel_degree} does not divide the data processes ({left}); "
             f"give one of {possible_degrees}, or leave it out: all of them."
         )
+    if world % needed == 0:
+        _check_experts(options, left, left // _sharding(options, stage, left))
     if options.sequence_parallel and tensor == 1:
         raise UsageError("sequence_parallel needs tensor parallelism; set tensor_parallel_degree, or leave it out.")
     if options.virtual_pp_degree > 1 and pipeline == 1:
         raise UsageError("virtual_pp_degree needs pipeline parallelism; set pipeline_parallel_degree, or leave it out.")
-    _check_run(run, stage, context, world)
+    _check_run(run, stage, context, world, experts)
 
 
 def plan_for(run: Run, options: ParallelOptions, world: int) -> Plan:
@@ -57,6 +70,9 @@ def plan_for(run: Run, options: ParallelOptions, world: int) -> Plan:
     why = refusal(outline, tensor, pipeline, options.virtual_pp_degree, context)
     if why is not None:
         raise refuse(why)
+    why = expert_refusal(outline, experts_of(options))
+    if why is not None:
+        raise UsageError(f"{why}; give another degree, or leave it out.")
     if stage and stage not in stages_beside(pipeline):
         raise refuse(f"sharding stage{stage} does not go with pipeline parallelism; stage1 does")
     plan = plan_of(run.settings, options, world)
@@ -82,8 +98,22 @@ def plan_of(settings: Settings, options: ParallelOptions, world: int) -> Plan:
         settings.training.gradient_accumulation_steps,
         offload,
         options.virtual_pp_degree,
+        experts=experts_of(options),
         context=context,
     )
+
+
+def _check_experts(options: ParallelOptions, left: int, data: int) -> None:
+    """Refuse a number of ranks that share out experts that does not divide the ``data`` ranks beside sharding."""
+    experts = experts_of(options)
+    if data % experts:
+        beside = f", which are {data} of the {left} data ranks" if data < left else f" ({data})"
+        possible_degrees = ", ".join(str(degree) for degree in range(1, data + 1) if data % degree == 0)
+        less = f" With sharding_parallel_degree {left // experts} it would." if left % experts == 0 else ""
+        raise UsageError(
+            f"expert_parallel_degree {experts} does not divide the ranks that hold the same pieces{beside}; give one "
+            f"of {possible_degrees}, or leave it out.{less}"
+        )
 
 
 def _check_optimizer(run: Run, outline: Outline) -> None:
@@ -113,12 +143,20 @@ def _given(options: ParallelOptions) -> str:
     return f"tensor parallel degree {tensor} x pipeline parallel degree {pipeline}{more}"
 
 
+def experts_of(options: ParallelOptions) -> int:
+    """Data ranks that share out experts."""
+    return max(1, options.expert_parallel_degree)
+
+
 def _sharding(options: ParallelOptions, stage: int, left: int) -> int:
-    """How many of the ``left`` data processes share pieces."""
-    return 1 if not stage else left if options.sharding_parallel_degree < 1 else options.sharding_parallel_degree
+    """How many of the ``left`` data processes share pieces: all, or all that have the same experts."""
+    if not stage:
+        return 1
+    given, experts = options.sharding_parallel_degree, experts_of(options)
+    return given if given >= 1 else left if left % experts else left // experts
 
 
-def _check_run(run: Run | DryRun, stage: int, context: int, world: int) -> None:
+def _check_run(run: Run | DryRun, stage: int, context: int, world: int, experts: int) -> None:
     """What a run may ask for that needs whole rows in one process, or the same number of answers in each."""
     objective = run.plugins.provider("sft_objective")
     if context > 1 and objective is not None:
@@ -127,8 +165,14 @@ def _check_run(run: Run | DryRun, stage: int, context: int, world: int) -> None:
             "context_parallel_degree divides their tokens; leave it out (tensor parallelism with sequence_parallel "
             "needs less memory for long rows, too)."
         )
-    if stage == 3 and run.settings.data.eval_with_do_generation:
+    answers = run.settings.data.eval_with_do_generation
+    if stage == 3 and answers:
         raise UsageError("eval_with_do_generation does not go with sharding stage3; leave it out, or use stage2.")
+    if experts > 1 and answers:
+        raise UsageError(
+            "eval_with_do_generation does not go with expert_parallel_degree, as ranks write answers of different "
+            "lengths; leave it out, and use sft generate or sft evaluate after training."
+        )
     device = run.settings.training.device
     if world > 1 and device is not None and ":" in device:
         raise UsageError(f"device {device} is one device, and {world} processes have one each; give gpu or cpu.")

@@ -71,7 +71,7 @@ def command(
     only config.json is read. Rows are taken to be full: max_length tokens, each of them a target.
 
     Only plans are shown that have what the settings give of --tensor_parallel_degree, --pipeline_parallel_degree,
-    --virtual_pp_degree, --context_parallel_degree, --sharding (stage2, or "stage2 offload"),
+    --virtual_pp_degree, --context_parallel_degree, --expert_parallel_degree, --sharding (stage2, or "stage2 offload"),
     --sharding_parallel_degree, --sequence_parallel and --recompute; a degree of -1 leaves it open.
     """
     if html is not None:
@@ -180,21 +180,26 @@ def wanted(settings: Settings) -> Wanted:
         recompute=settings.training.recompute if "recompute" in given else None,
         offload=offload,
         virtual=options.virtual_pp_degree,
+        experts=degree("expert_parallel_degree"),
     )
 
 
 def _table(answers: list[Answer]) -> list[str]:
     offloads = any(answer.plan.offload for answer in answers)
-    head = "data sharding context tensor pipeline seq recompute accumulate weights gradients optimizer activations"
-    rows = [[*head.split(), "logits", "peak", *(["host"] if offloads else []), "sent", *TIMES, "seconds", "fits"]]
+    shared_out = any(answer.plan.experts > 1 for answer in answers)
+    head = "seq recompute accumulate weights gradients optimizer activations logits"
+    degrees = ["data", "sharding", "context", "tensor", "pipeline", *(["experts"] if shared_out else [])]
+    rows = [[*degrees, *head.split(), "peak", *(["host"] if offloads else []), "sent", *TIMES, "seconds", "fits"]]
     for answer in answers:
         plan, memory = answer.plan, answer.memory
         stage = f"{plan.sharding} (stage{plan.stage})" if plan.stage else "1"
         sizes = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits, memory.peak]
         sizes += [memory.host] if offloads else []
+        degrees = [str(plan.data), stage, *map(str, (plan.context, plan.tensor, plan.pipeline))]
+        degrees += [str(plan.experts)] if shared_out else []
         rows.append(
-            [str(plan.data), stage, *map(str, (plan.context, plan.tensor, plan.pipeline)), _yes(plan.sequence)]
-            + [_yes(plan.recompute), str(plan.accumulation), *map(_gib, sizes), _gib(answer.volume.total)]
+            [*degrees, _yes(plan.sequence), _yes(plan.recompute), str(plan.accumulation), *map(_gib, sizes)]
+            + [_gib(answer.volume.total)]
             + [f"{seconds:.3g}" for seconds in (*times_of(answer.time), answer.seconds)]
             + [_yes(answer.fits)]
         )

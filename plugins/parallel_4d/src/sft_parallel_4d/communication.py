@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sft_parallel_4d import activations
 from sft_parallel_4d.memory import Calculator
-from sft_parallel_4d.model_size import Stage
+from sft_parallel_4d.model_size import Stage, key_copies
 from sft_parallel_4d.plans import Plan
 
 
@@ -19,12 +19,15 @@ class Volume:
     tensor: int = 0
     pipeline: int = 0
     context: int = 0
+    experts: int = 0
+    """Tokens to experts of other ranks, and back."""
     host: int = 0
     """Between device and host, with offload."""
 
     @property
     def total(self) -> int:
-        return self.data + self.sharding + self.tensor + self.pipeline + self.context + self.host
+        parts = (self.data, self.sharding, self.tensor, self.pipeline, self.context, self.experts, self.host)
+        return sum(parts)
 
 
 def busiest(calculator: Calculator, plan: Plan) -> Volume:
@@ -37,7 +40,8 @@ def rank(calculator: Calculator, plan: Plan, number: int, stage: Stage) -> Volum
     """A rank of pipeline stage ``number``; the few bytes of a step's loss and gradient norm are left out."""
     outline, precision, shape = calculator.outline, calculator.precision, calculator.shape(plan)
     size, micro = stage.size, plan.accumulation
-    data = 2 * _part(plan.copies) * size.piece_gradients
+    own = size.piece_gradients - stage.late.piece_gradients
+    data = 2 * _part(plan.copies) * own + 2 * _part(plan.copies // plan.experts) * stage.late.piece_gradients
     neighbours = 2 * plan.virtual - (number == 0) - (number == plan.pipeline - 1)  # each part there and back
     pipeline = micro * neighbours * activations.boundary(outline, shape, precision)
     if plan.pipeline > 1 and outline.tied and (stage.first or stage.last) and outline.embedding.trains:
@@ -49,7 +53,19 @@ def rank(calculator: Calculator, plan: Plan, number: int, stage: Stage) -> Volum
     # In each block queries, keys and values go there and results come back, and the gradients of all of them.
     swapped = activations.swapped(outline.architecture, shape) * shape.tokens * precision.products / 8
     context = micro * len(stage.blocks) * (3 if plan.recompute else 2) * _part(plan.context) * swapped
-    return Volume(round(data), round(sharding), round(_tensor(calculator, plan, stage)), pipeline, round(context), host)
+    tensor, experts = _tensor(calculator, plan, stage), _experts(calculator, plan, stage)
+    return Volume(round(data), round(sharding), round(tensor), pipeline, round(context), round(experts), host)
+
+
+def _experts(calculator: Calculator, plan: Plan, stage: Stage) -> float:
+    """Of a step: each chosen expert's input there and its output back, and their gradients; where tokens go to all
+    experts alike."""
+    outline, shape = calculator.outline, calculator.shape(plan)
+    mixtures = [outline.architecture.blocks[number].experts for number in stage.blocks]
+    chosen = sum(mixture.chosen for mixture in mixtures if mixture is not None)
+    ways = 6 if plan.recompute else 4
+    width = calculator.precision.products // 8
+    return plan.accumulation * ways * _part(plan.experts) * shape.tokens * chosen * outline.hidden * width
 
 
 def _gradients(plan: Plan, stage: Stage) -> int:
@@ -90,8 +106,9 @@ def _tensor(calculator: Calculator, plan: Plan, stage: Stage) -> float:
         micro += half if plan.sequence else 0
         # Of each target: the maximum, the normaliser and the chosen logit, and the gradient of its hidden state.
         micro += 2 * part * shape.targets * (3 * 4 + outline.hidden * width)
-    summed = stage.size.partial + (stage.size.norms if plan.sequence else 0)
-    return plan.accumulation * micro + 2 * part * summed
+    summed = part * (stage.size.partial + (stage.size.norms if plan.sequence else 0))
+    summed += _part(key_copies(outline, plan.tensor)) * stage.size.copied
+    return plan.accumulation * micro + 2 * summed
 
 
 def _part(ranks: int) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from paddle.autograd import PyLayer
 
-from sft.parallel import Meeting, Vocabulary
+from sft.parallel import Meeting, Part, Vocabulary
 from sft_parallel_4d.topology import Axis
 
 SEQUENCE = 1
@@ -52,30 +52,30 @@ class BlockMeeting(Meeting):
 
     def begin(self, x: Any) -> Any:
         """What all have → each its part of the sequence."""
-        return _Crossing.apply(x, self._own, self._gather) if self._spread and self.first else x
+        return crossing(x, self._own, self._gather) if self._spread and self.first else x
 
     def enter(self, x: Any) -> Any:
         """What all have (or each a part of) → the same for all, whose gradients add up."""
         if self._spread:
-            return _Crossing.apply(x, self._gather, self._sum_own)
-        return _Crossing.apply(x, _same, self.sum)
+            return crossing(x, self._gather, self._sum_own)
+        return crossing(x, _same, self.sum)
 
     def leave(self, x: Any) -> Any:
         """Summands → their sum for all (or for each a part)."""
-        return _Crossing.apply(x, self._sum_own, self._gather) if self._spread else self.total(x)
+        return crossing(x, self._sum_own, self._gather) if self._spread else self.total(x)
 
     def end(self, x: Any) -> Any:
         """Parts of the sequence → the whole for all, who compute the same with it."""
-        return _Crossing.apply(x, self._gather, self._own) if self._spread and self.last else x
+        return crossing(x, self._gather, self._own) if self._spread and self.last else x
 
     def total(self, x: Any) -> Any:
         """Summands → their sum for all, each of whom computes the same with it. They become the sum: what gives them is
         linear, so its backward does not ask for them."""
-        return _Crossing.apply(x, self._axis.sum, _same)
+        return crossing(x, self._axis.sum, _same)
 
     def total_of_parts(self, x: Any) -> Any:
         """Summands → their sum for all, each of whom computes something else with it: their gradients add up, too."""
-        return _Crossing.apply(x, self.sum, self.sum)
+        return crossing(x, self.sum, self.sum)
 
     def sum(self, x: Any) -> Any:
         """The same without gradients, of a copy: a gradient may be another tensor's, too (of both sides of a ``+``)."""
@@ -92,10 +92,15 @@ class BlockMeeting(Meeting):
 
 
 class Columns(Vocabulary):
-    """The logits of a part of the vocabulary, which begins with token ``start``."""
+    """The logits of this process's part of a ``vocabulary`` of so many tokens. Where that does not divide, parts differ
+    by one token: none is filled up, so nothing has to be kept from winning."""
 
-    def __init__(self, axis: Axis, start: int) -> None:
-        self._axis, self.start = axis, start
+    start: int
+
+    def __init__(self, axis: Axis, vocabulary: int) -> None:
+        self._axis, self._vocabulary = axis, vocabulary
+        self.start = vocabulary * axis.rank // axis.size
+        self.widest = -(-vocabulary // axis.size)
 
     def maximum(self, values: Any) -> Any:
         return self._axis.maximum(values.clone())
@@ -105,4 +110,5 @@ class Columns(Vocabulary):
 
     def whole(self, logits: Any) -> Any:
         """For answers, which nothing learns from."""
-        return self._axis.gather(logits, -1)
+        shape = (*logits.shape[:-1], self._vocabulary)
+        return self._axis.whole(logits, Part(shape, len(shape) - 1, self._axis.rank, self._axis.size))

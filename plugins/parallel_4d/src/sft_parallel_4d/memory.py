@@ -8,7 +8,7 @@ from functools import cache
 
 from sft_parallel_4d import activations
 from sft_parallel_4d.activations import Shape
-from sft_parallel_4d.model_size import Division, Precision, Stage, stages
+from sft_parallel_4d.model_size import Division, Precision, Stage, key_copies, stages
 from sft_parallel_4d.outline import Outline
 from sft_parallel_4d.plans import BUCKET, Plan
 
@@ -73,7 +73,7 @@ class Calculator:
 
     def stages(self, plan: Plan) -> list[Stage]:
         """The pipeline stages of ``plan``."""
-        division = Division(plan.tensor, plan.pieces)
+        division = Division(plan.tensor, plan.pieces, key_copies(self.outline, plan.tensor), plan.experts)
         found: list[Stage] = self._stages(division, plan.pipeline, plan.virtual)
         return found
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-from sft_parallel_4d.outline import Outline, Weight
+from sft_parallel_4d.outline import LinearOutline, Outline, Weight
 
 ROW = ("o_proj", "down_proj")
 """Linears that tensor parallelism divides by their inputs; all others by their outputs."""
+KEYS = ("k_proj", "v_proj")
+"""Of the others, those whose outputs are key/value heads, which several ranks have where they are fewer."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,13 @@ class Precision:
 
 @dataclass(frozen=True)
 class Division:
-    """By what a rank's weights are divided: ``tensor`` ranks, and ``shards`` pieces of what it then has."""
+    """By what a rank's weights are divided: ``tensor`` ranks, of which ``copies`` neighbours have the same key/value
+    heads, ``shards`` pieces of what it then has, and ``experts`` ranks that share out those of a block."""
 
     tensor: int = 1
     shards: int = 1
+    copies: int = 1
+    experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ class Size:
     """Of whole parameters, in float32, in which they add up."""
     partial: int = 0
     """Of ``piece_gradients``, those that tensor ranks add up: of whole parameters that work on a part of a product."""
+    copied: int = 0
+    """Of ``piece_gradients``, those that ranks with the same key/value heads add up."""
     norms: int = 0
     """Likewise with sequence parallelism: of RMSNorms."""
     optimizer: int = 0
@@ -100,12 +107,27 @@ def divided_side(linear: str) -> str:
     return "in" if linear.endswith(ROW) else "out"
 
 
-def divided(weight: Weight, side: str, tensor: int) -> int:
-    """Values of ``weight`` on one of ``tensor`` ranks; ``side`` is the divided one of its Linear, "" if it has none."""
+def key_copies(outline: Outline, tensor: int) -> int:
+    """How many of ``tensor`` ranks have the same key/value heads."""
+    return max(1, tensor // outline.kv_heads)
+
+
+def divided(weight: Weight, side: str, division: Division) -> int:
+    """Values of ``weight`` on one rank, the fullest; ``side`` is the divided one of its Linear ("keys": outputs, which
+    are key/value heads), "" if it has none."""
+    position = _divided_dimension(weight, side)
+    if position is None:
+        return weight.size
+    ways = division.tensor // division.copies if side == "keys" else division.tensor
+    return weight.size // weight.shape[position] * math.ceil(weight.shape[position] / ways)
+
+
+def _divided_dimension(weight: Weight, side: str) -> int | None:
+    side = "out" if side == "keys" else side
     for position, kind in enumerate(weight.sides):
         if kind in ("vocabulary", "all") or (side and kind == side):
-            return weight.size // weight.shape[position] * math.ceil(weight.shape[position] / tensor)
-    return weight.size
+            return position
+    return None
 
 
 @cache
@@ -116,7 +138,7 @@ def size_of(weight: Weight, side: str, division: Division, precision: Precision)
     them; over 16-bit weights there is also a float32 master.
     Gradients add up in float32 whatever the weights are.
     """
-    values = divided(weight, side, division.tensor)
+    values = divided(weight, side, division)
     bits = precision.bits(weight)
     held, stepped = math.ceil(values * bits / 8), math.ceil(values / division.shards)
     step = ALIGNED * 8 // bits * division.shards
@@ -126,7 +148,9 @@ def size_of(weight: Weight, side: str, division: Division, precision: Precision)
     matrices = held if parameter and len(weight.shape) > 1 else 0
     if not weight.trains:
         return Size(values, 0, held, matrices, frozen_pieces=piece * bits // 8 if matrices else 0)
-    is_partial = side and division.tensor > 1 and values == weight.size
+    is_whole = _divided_dimension(weight, side) is None
+    is_partial = side and division.tensor > 1 and is_whole
+    is_copied = side == "keys" and division.copies > 1 and not is_whole
     is_norm = not side and weight.sides == (None,)
     return Size(
         values,
@@ -141,6 +165,7 @@ def size_of(weight: Weight, side: str, division: Division, precision: Precision)
         unit_gradients=4 * piece if matrices else 0,
         gradients=4 * values,
         partial=4 * piece if is_partial else 0,
+        copied=4 * piece if is_copied else 0,
         norms=4 * piece if is_norm else 0,
         optimizer=_state(weight, stepped) + (4 * stepped if bits < 32 else 0),
         passing=held + (4 * values if bits < 32 else 0),
@@ -160,22 +185,38 @@ def total(weights: tuple[tuple[Weight, str], ...], division: Division, precision
     return sum((size_of(weight, side, division, precision) for weight, side in weights), Size())
 
 
-def of_block(outline: Outline, number: int) -> tuple[tuple[Weight, str], ...]:
-    """The weights of a transformer block, each with the divided side of its Linear ("" of a norm of the residual
-    stream; "out" of what lies within attention and MLP)."""
+def of_block(outline: Outline, number: int, experts: int = 1) -> tuple[tuple[Weight, str], ...]:
+    """The weights of a transformer block of which ``experts`` ranks share out the experts. Each comes with the divided
+    side of its Linear, as :func:`divided` has it ("" of a norm of the residual stream; "out" of what lies within
+    attention and MLP)."""
 
     def pairs() -> Iterator[tuple[Weight, str]]:
         yield from ((outline.norm, ""),) * outline.norms
         yield from ((weight, "out") for weight in outline.inside[number])
-        for linear in outline.blocks[number]:
-            yield from ((weight, divided_side(linear.name)) for weight in linear.weights)
+        for linear in _here(outline, number, experts):
+            side = "keys" if linear.name.endswith(KEYS) else divided_side(linear.name)
+            yield from ((weight, side) for weight in linear.weights)
 
     return tuple(pairs())
 
 
-def of_experts(outline: Outline, number: int) -> tuple[tuple[Weight, str], ...]:
+def _here(outline: Outline, number: int, experts: int) -> list[LinearOutline]:
+    """The Linears of a block that the first of ``experts`` ranks has; the others have as many of the same shapes."""
+    mixture = outline.architecture.blocks[number].experts
+    if mixture is None or experts == 1:
+        return outline.blocks[number]
+    own = mixture.count // experts
+
+    def is_here(name: str) -> bool:
+        _, marked, rest = name.partition(".experts.")
+        return not marked or int(rest.partition(".")[0]) < own
+
+    return [linear for linear in outline.blocks[number] if is_here(linear.name)]
+
+
+def of_experts(outline: Outline, number: int, experts: int = 1) -> tuple[tuple[Weight, str], ...]:
     """Of a block's weights, those of experts that tokens are led to."""
-    linears = [linear for linear in outline.blocks[number] if ".experts." in linear.name]
+    linears = [linear for linear in _here(outline, number, experts) if ".experts." in linear.name]
     return tuple((weight, divided_side(linear.name)) for linear in linears for weight in linear.weights)
 
 
@@ -203,7 +244,8 @@ def stages(outline: Outline, division: Division, pipeline: int, precision: Preci
     def one(weight: Weight) -> Size:
         return size_of(weight, "", division, precision)
 
-    blocks = [total(of_block(outline, number), division, precision) for number in range(len(outline.blocks))]
+    of = division.experts
+    blocks = [total(of_block(outline, number, of), division, precision) for number in range(len(outline.blocks))]
     embedding, norm = one(outline.embedding), one(outline.norm)
     head = embedding if outline.head is None else one(outline.head)
     shared = sum(map(one, outline.shared), Size())
@@ -216,7 +258,8 @@ def stages(outline: Outline, division: Division, pipeline: int, precision: Preci
         if last and not (first and outline.head is None):  # a tied matrix is on the first stage, and on the last
             mine.append(head)
         largest = max((blocks[number] for number in here), key=lambda size: size.matrices)
-        late = sum((total(of_experts(outline, number), division, precision) for number in here), Size())
+        those = (of_experts(outline, number, of) for number in here)
+        late = sum((total(weights, division, precision) for weights in those), Size())
         ends = (embedding if first else Size()), (head if last else Size())
         found.append(Stage(here, sum(mine, shared), largest, late, *ends, first, last))
     return found

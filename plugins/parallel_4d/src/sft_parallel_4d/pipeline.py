@@ -66,11 +66,6 @@ class Pipeline:
         """The stage that holds a parameter (the first one, of a tied matrix) or a Linear."""
         return stage_of(marked) or 0
 
-    def blocks(self, model: Any) -> Iterator[tuple[Any, int]]:
-        """The blocks of the whole model and their stages, while all are there."""
-        backbone = model.model
-        return zip(backbone.layers, self._stages, strict=True)
-
     def leave_out(self, model: Any, meeting: BlockMeeting | None) -> None:
         """Take the layers of other stages out of ``model``, whose blocks meet at ``meeting`` if they are divided."""
         backbone = model.model

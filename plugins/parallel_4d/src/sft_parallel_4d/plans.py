@@ -18,7 +18,8 @@ _NAMED = ("data", "context", "tensor", "pipeline")
 
 @dataclass(frozen=True)
 class Plan:
-    """``data`` × ``sharding`` × ``context`` × ``tensor`` × ``pipeline`` devices; ``stage`` is sharding's, 0 without."""
+    """``data`` × ``sharding`` × ``context`` × ``tensor`` × ``pipeline`` devices; ``stage`` is sharding's, 0 without; of
+    ``data``, ``experts`` ranks share out those of a mixture."""
 
     data: int = 1
     sharding: int = 1
@@ -35,6 +36,7 @@ class Plan:
     """Parts of the model that each pipeline stage has."""
     context: int = 1
     """Ranks that share the tokens of each row."""
+    experts: int = 1
 
     @property
     def data_world(self) -> int:
@@ -81,6 +83,7 @@ class Wanted:
     """Whether sharding's pieces rest in the host's memory; a plan has that only if it is asked for."""
     virtual: int = 1
     """Parts of the model a pipeline stage; a plan has more than one only if that is asked for."""
+    experts: int | None = None
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
@@ -128,6 +131,7 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
                     *(data, sharding, stage, tensor, pipeline, sequence, recompute, accumulation),
                     *(wanted.offload, wanted.virtual),
                     context=context,
+                    experts=experts,
                 )
                 for stage in _stages(sharding, context, tensor, pipeline, wanted)
                 if stage < 3 or unsaid is None
@@ -135,6 +139,8 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
                 for sequence in _either(wanted.sequence)
                 if tensor > 1 or not sequence
                 for recompute in (_either(wanted.recompute))
+                for experts in (_divisors(data) if context == 1 else [1])
+                if wanted.experts in (None, experts) and expert_refusal(outline, experts) is None
             ]
     if not found:
         reasons = list(dict.fromkeys(reason for reason in refused.values() if reason))
@@ -147,12 +153,7 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
 
 def refusal(outline: Outline, tensor: int, pipeline: int, virtual: int = 1, context: int = 1) -> str | None:
     """Why the model cannot be divided so, with ``virtual`` parts a pipeline stage; None if it can."""
-    parts = {
-        "attention heads": outline.heads,
-        "key/value heads": outline.kv_heads,
-        "the vocabulary": outline.vocabulary,
-        "the intermediate size": outline.inner,
-    }
+    parts = {"attention heads": outline.heads, "the intermediate size": outline.inner}
     for experts in {block.experts for block in outline.architecture.blocks if block.experts is not None}:
         parts["the intermediate size of experts"] = experts.inner
         if experts.shared_inner is not None:
@@ -165,6 +166,14 @@ def refusal(outline: Outline, tensor: int, pipeline: int, virtual: int = 1, cont
     for name, size in parts.items():
         if size % tensor:
             return f"tensor parallel degree {tensor} does not divide {name} ({size})"
+    if tensor > outline.vocabulary:
+        return f"tensor parallel degree {tensor} is more than the vocabulary has tokens ({outline.vocabulary})"
+    keys = f"key/value heads ({outline.kv_heads})"
+    if outline.kv_heads % tensor and tensor % outline.kv_heads:
+        return f"tensor parallel degree {tensor} neither divides {keys} nor is a multiple of them"
+    if outline.kv_heads < tensor and (outline.architecture.fused_attention or outline.architecture.head_norm == "all"):
+        shared = "lie in one matrix with queries" if outline.architecture.fused_attention else "are normed together"
+        return f"tensor parallel degree {tensor} is more than {keys}, which {shared} and so cannot be had by several"
     if outline.heads // tensor % context:
         own = f"{outline.heads // tensor} on each tensor rank" if tensor > 1 else str(outline.heads)
         return f"context parallel degree {context} does not divide attention heads ({own})"
@@ -174,6 +183,20 @@ def refusal(outline: Outline, tensor: int, pipeline: int, virtual: int = 1, cont
         each = f" of {virtual} parts each" if virtual > 1 else ""
         return f"{pipeline} pipeline stages{each} are more than {len(outline.blocks)} layers"
     return None
+
+
+def expert_refusal(outline: Outline, degree: int) -> str | None:
+    """Why the experts cannot be shared out so; None if they can."""
+    if degree == 1:
+        return None
+    counts = {block.experts.count for block in outline.architecture.blocks if block.experts is not None}
+    if not counts:
+        return f"expert_parallel_degree {degree} has nothing to share out, as this model has no experts"
+    unsaid = outline.undivided()
+    if unsaid is not None:
+        return _unsaid(unsaid)
+    odd = next((count for count in sorted(counts) if count % degree), None)
+    return None if odd is None else f"expert_parallel_degree {degree} does not divide the experts of a block ({odd})"
 
 
 def _unsaid(tensor: str) -> str:

@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
 
 class Parallel4d(sft.Plugin):
-    """Data, sharding (stages 1 to 3), tensor with sequence, pipeline and context parallelism, and their combinations.
+    """Data, sharding (stages 1 to 3), tensor with sequence, pipeline, context and expert parallelism, and their
+    combinations.
 
     Data parallelism takes what the other degrees leave of the processes.
     """
 
     name = "parallel-4d"
     api_version = ">=1.1,<2"
-    summary = "Divide a run among processes: data, sharding, tensor, sequence, pipeline, context; and sft plan."
-    reference = "arXiv 1909.08053, 1910.02054, 1811.06965, 2205.05198, 2309.14509"
+    summary = "Divide a run among processes: data, sharding, tensor, sequence, pipeline, context, experts; sft plan."
+    reference = "arXiv 1909.08053, 1910.02054, 1811.06965, 2205.05198, 2309.14509, 2006.16668"
     Options = ParallelOptions
     paddlenlp: ClassVar[dict[str, sft.Foreign]] = ANSWERED
     hookspecs = hooks
@@ -113,7 +114,8 @@ class Parallel4d(sft.Plugin):
         assert self.plan is not None  # since sft_launch
         computes_on(gpu_memory())
         if self.options.sharding and not self.plan.stage:
-            run.say(f"note: sharding {self.options.sharding} divides nothing: one process reads all records")
+            why = "one process reads all records" if self.plan.data == 1 else "all data ranks share out experts"
+            run.say(f"note: sharding {self.options.sharding} divides nothing: {why}")
         if self.plan.devices > 1:
             from sft_parallel_4d.watch import Watch
 

@@ -18,6 +18,7 @@ from sft.parallel import (
     hidden_states,
     is_elsewhere,
     linear_features,
+    owner_of,
     part_of,
     set_value,
     sum_of_squares,
@@ -26,13 +27,14 @@ from sft.parallel import (
 from sft_parallel_4d.adapters import Adapters
 from sft_parallel_4d.buckets import Buckets, late_of
 from sft_parallel_4d.context import ContextParallel
+from sft_parallel_4d.experts import ExpertParallel
 from sft_parallel_4d.offload import Host
 from sft_parallel_4d.phases import Phases, phase
 from sft_parallel_4d.pipeline import Pipeline
 from sft_parallel_4d.plans import BUCKET
 from sft_parallel_4d.sharding import Shards
 from sft_parallel_4d.tensor import TensorParallel, outer_adapters
-from sft_parallel_4d.topology import Topology
+from sft_parallel_4d.topology import Axis, Topology
 
 if TYPE_CHECKING:
     from sft import Run
@@ -51,14 +53,14 @@ class Parallel:
         self.draw_rank = topology.replica + plan.data_world * plan.context * topology.pipe.rank
         self.is_main = topology.world.rank == 0
         self.is_first = topology.tensor.rank == topology.pipe.rank == topology.context.rank == 0
-        self._tensor = TensorParallel(topology.tensor, plan.sequence) if plan.tensor > 1 else None
+        self._tensor = TensorParallel(topology.tensor, plan.sequence, topology.world) if plan.tensor > 1 else None
+        self._experts = ExpertParallel(topology.data, plan.experts, topology.world) if plan.experts > 1 else None
         host = Host() if plan.offload else None
         self._shards = Shards(topology.sharding, host) if plan.stage == 3 else None
         self._buckets = Buckets(topology, plan.stage, bucket, host)
         parts = plan.tensor if plan.sequence else 1
         self._context = ContextParallel(topology.context, parts) if plan.context > 1 else None
         self._pipe: Pipeline | None = None
-        self._partial: set[int] = set()
         self._trained: dict[str, Any] = {}
         self._all: list[tuple[str, Any]] | None = None
         self._adapters: Adapters | None = None
@@ -71,6 +73,8 @@ class Parallel:
         if self._at.pipe.size > 1:
             self._pipe = Pipeline(self._at.pipe, len(model.architecture.blocks), self._at.plan.virtual)
             self._pipe.divide(model)
+        if self._experts is not None:
+            self._experts.divide(model)
 
     def parameters(self, model: Any) -> Iterable[tuple[str, Any]]:
         return list(model.named_parameters()) if self._all is None else self._all
@@ -91,11 +95,17 @@ class Parallel:
             with self._whole(layer):
                 weight = linear_weight(layer).clone()
             weight = self._undivided(weight, part_of(layer))
-        if self._pipe is None:
-            return weight
         if weight is None:
             weight = paddle.empty(list(linear_features(layer) or ()), dtype="float32")
-        return self._at.pipe.broadcast(weight.contiguous(), self._pipe.stage_of(layer))
+        return self._for_all(layer, weight.contiguous())
+
+    def _for_all(self, marked: Any, value: Any) -> Any:
+        """The ``value`` of a parameter or a Linear, from the process that has it; elsewhere ``value`` is a tensor as
+        large, which may be overwritten."""
+        owner = owner_of(marked)
+        if owner is not None and self._experts is not None:
+            value = self._experts.axis.broadcast(value, owner)
+        return value if self._pipe is None else self._at.pipe.broadcast(value, self._pipe.stage_of(marked))
 
     def _whole(self, layer: Any) -> contextlib.AbstractContextManager[None]:
         """Within it, what sharding keeps of ``layer`` in pieces is whole."""
@@ -106,7 +116,6 @@ class Parallel:
 
     def connect(self, model: Any) -> None:
         pipe, backbone = self._pipe, model.model
-        blocks = pipe.blocks(model) if pipe is not None else ((block, 0) for block in backbone.layers)
         outer = outer_adapters(model)
         if outer and (pipe is not None or self._at.plan.stage == 3):
             raise UsageError(
@@ -114,23 +123,17 @@ class Parallel:
                 "sharding stage3 do not divide; leave these out (tensor and data parallelism, stage1 and stage2 do), "
                 "or train neither of the two."
             )
-        self._adapters = Adapters(
-            blocks,
-            outer,
-            self._at.tensor,
-            self._at.pipe if pipe is not None else None,
-            self._whole_value,
-            self.store,
-        )
-        if self._at.plan.stage == 3 or self._at.tensor.size * self._at.pipe.size > 1:
+        self._adapters = Adapters(backbone.layers, outer, self._at.tensor, self._whole_value, self.store)
+        if self._at.plan.stage == 3 or self._at.tensor.size * self._at.pipe.size * self._at.plan.experts > 1:
             self._adapters.check(self._run.say)
         self._adapters.divide()
         self._all = list(model.named_parameters())
         if pipe is not None:
             pipe.leave_out(model, None if self._tensor is None else self._tensor.meeting)
+        if self._experts is not None:
+            self._experts.connect(model)
         if self._tensor is not None:
             self._tensor.connect(model)
-            self._partial = self._tensor.partial(model)
         if self._context is not None:
             self._context.connect(model)
         self._trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
@@ -138,9 +141,9 @@ class Parallel:
         if self._shards is not None:
             layers = [(backbone.embed_tokens, False), *((block, True) for block in backbone.layers)]
             layers.append((model.lm_head, False))
-            units = self._shards.build(layers, lambda p: (id(p) in late, id(p) in self._partial))
+            units = self._shards.build(layers, lambda p: (id(p) in late, self._summed_over(p)))
         tied = {id(p) for p in self._trained.values() if pipe is not None and pipe.is_tied(p)}
-        self._buckets.build(list(self._trained.values()), self._partial, late, tied, units)
+        self._buckets.build(list(self._trained.values()), self._summed_over, late, tied, units)
 
     @contextlib.contextmanager
     def assembled(self, model: Any) -> Iterator[None]:
@@ -211,9 +214,10 @@ class Parallel:
 
     def _even(self, batches: Sequence[Batch], most: Callable[[], int]) -> list[Batch]:
         """``batches``, and idle ones after them where another process has more, which has ``most`` (sharding stages 2
-        and 3 wait for all processes at each micro-batch), or where a pipeline's schedule takes more."""
+        and 3 wait for all processes at each micro-batch, and so do experts of whom each has some), or where a
+        pipeline's schedule takes more."""
         even = [self._fit(batch) for batch in batches]
-        if self._at.plan.stage >= 2:
+        if self._experts is not None or self._at.plan.stage >= 2:
             even += [self._fit(_nothing())] * (most() - len(even))
         if self._pipe is not None and even:
             even += [self._fit(_nothing())] * (self._pipe.least - len(even))
@@ -236,6 +240,12 @@ class Parallel:
         rows, length = batch.input_ids.shape
         parts = self._at.tensor.size if self._tensor is not None and self._tensor.sequence else 1
         return [rows, length // parts, self._run.source.architecture.hidden]
+
+    def _summed_over(self, parameter: Any) -> tuple[Axis, ...]:
+        """The axes, beside sharding's, over which a gradient of ``parameter`` is summed."""
+        data = self._at.data if self._experts is None else self._experts.summed_over(parameter)
+        axes = (data, data if self._tensor is None else self._tensor.summed_over(parameter))
+        return tuple(dict.fromkeys(axis for axis in axes if axis.size > 1))
 
     @paddle.no_grad()
     def _reduce_gradients(self) -> None:
@@ -337,7 +347,8 @@ class Parallel:
         else:
             value = parameter if self._shards is None else self._shards.fetch(parameter)
             whole = self._undivided(value.detach(), part_of(parameter))
-        return whole if self._pipe is None else self._at.pipe.broadcast(whole.clone(), self._pipe.stage_of(parameter))
+        divided = self._pipe is not None or owner_of(parameter) is not None
+        return self._for_all(parameter, whole.clone()) if divided else whole
 
     def pieces(self, stepped: Mapping[str, Any]) -> Mapping[str, Piece]:
         found = {}
@@ -345,10 +356,12 @@ class Parallel:
             parameter = self._trained[name]
             part = part_of(parameter)
             start, stop = self._buckets.bounds(parameter)
-            written = self._at.data.rank == 0 and (part is not None or self._at.tensor.rank == 0)
+            part = part or Part(tuple(parameter.shape), 0, 0, 1)
+            first = self._at.data.rank == 0 if self._experts is None else self._experts.writes(parameter)
+            written = first and self._at.tensor.answers_for(part)
             if self._pipe is not None and self._pipe.stage_of(parameter) != self._at.pipe.rank:
                 written = False  # the last stage's copy of a tied matrix
-            found[name] = Piece(part or Part(tuple(parameter.shape), 0, 0, 1), start, stop, written)
+            found[name] = Piece(part, start, stop, written)
         return found
 
     def own_file(self, stem: str) -> str:

@@ -7,7 +7,7 @@ that wraps or replaces a Linear has nothing to know, as long as its output is li
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,8 @@ import sft
 from sft import Batch
 from sft.parallel import Part, mark_part, mark_sums, part_of
 from sft_parallel_4d.meeting import BlockMeeting, Columns
-from sft_parallel_4d.model_size import divided_side
-from sft_parallel_4d.topology import Axis
+from sft_parallel_4d.model_size import KEYS, divided_side
+from sft_parallel_4d.topology import Axis, among
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 APART = "sft: apart"
@@ -31,8 +31,11 @@ APART = "sft: apart"
 class TensorParallel:
     """Divides a model along ``axis``; with ``sequence`` what lies between attention and MLP too."""
 
-    def __init__(self, axis: Axis, sequence: bool) -> None:
-        self._axis, self.sequence = axis, sequence
+    def __init__(self, axis: Axis, sequence: bool, world: Axis) -> None:
+        self._axis, self.sequence, self._world = axis, sequence, world
+        self._alike = self._none = Axis(0, None)
+        """Neighbours with the same key/value heads, which are fewer than the processes."""
+        self._partial: set[int] = set()
         self.meeting = BlockMeeting(axis, sequence)
         self._draws = False
 
@@ -40,6 +43,10 @@ class TensorParallel:
 
     def divide(self, model: Any) -> None:
         """Parts of the Linears of each block, of the embedding and of lm_head; nothing is allocated."""
+        copies = max(1, self._axis.size // model.architecture.kv_heads)
+        if copies > 1:
+            first = self._axis.rank // copies * copies
+            self._alike = among(self._world, self._axis, range(first, first + copies))
         for block in model.model.layers:
             for parent, name, side in _places(block):
                 self._divide_linear(parent, name, side)
@@ -47,37 +54,38 @@ class TensorParallel:
         embedding, head = model.model.embed_tokens, model.lm_head
         tied = head.weight is embedding.weight
         stream = getattr(embedding, "stream", embedding.weight.dtype)
-        rows = _Rows(self._local(embedding.weight, 0), stream, self._axis.rank, self.meeting)
+        vocabulary = Columns(self._axis, embedding.weight.shape[0])
+        rows = _Rows(self._local(embedding.weight, 0), stream, vocabulary.start, self.meeting)
         model.model.embed_tokens = rows
-        axis = 0 if head.transpose_y else 1
-        head.weight = rows.weight if tied else self._local(head.weight, axis)
-        head.vocabulary = Columns(self._axis, self._axis.rank * head.weight.shape[axis])
+        head.weight = rows.weight if tied else self._local(head.weight, 0 if head.transpose_y else 1)
+        head.vocabulary = vocabulary
 
     def _divide_linear(self, parent: Any, name: str, side: str) -> None:
         linear = getattr(parent, name)
         axis, fused = (0, ()) if side == "in" else (1, _fused(parent, name))
-        mark_part(linear, self._part(tuple(linear.weight.shape), axis, fused))
+        copies = self._alike.size if name in KEYS else 1
+        mark_part(linear, self._part(tuple(linear.weight.shape), axis, fused, copies))
         if side == "in" and linear.bias is not None:
             setattr(parent, name, _Summand(linear, self._local(linear.weight, axis), self._axis.rank == 0))
             return
-        linear.weight = self._local(linear.weight, axis, fused)
+        linear.weight = self._local(linear.weight, axis, fused, copies)
         if linear.bias is not None:
-            linear.bias = self._local(linear.bias, 0, fused)
+            linear.bias = self._local(linear.bias, 0, fused, copies)
 
     def _divide_attention(self, attention: Any) -> None:
         attention.heads //= self._axis.size
-        attention.kv_heads //= self._axis.size
+        attention.kv_heads = max(1, attention.kv_heads // self._axis.size)
         if attention.head_norm == "all":
             for norm in (attention.q_norm, attention.k_norm):
                 norm.weight = self._local(norm.weight, 0)
                 norm.total = self.meeting.sum
 
-    def _part(self, shape: tuple[int, ...], axis: int, fused: tuple[int, ...] = ()) -> Part:
-        return Part(shape, axis, self._axis.rank, self._axis.size, fused)
+    def _part(self, shape: tuple[int, ...], axis: int, fused: tuple[int, ...] = (), copies: int = 1) -> Part:
+        return Part(shape, axis, self._axis.rank // copies, self._axis.size // copies, fused)
 
-    def _local(self, parameter: Any, axis: int, fused: tuple[int, ...] = ()) -> Any:
+    def _local(self, parameter: Any, axis: int, fused: tuple[int, ...] = (), copies: int = 1) -> Any:
         """An unallocated parameter for this process's part of ``parameter``."""
-        part = self._part(tuple(parameter.shape), axis, fused)
+        part = self._part(tuple(parameter.shape), axis, fused, copies)
         with paddle.LazyGuard():
             # A layer's, as paddle.create_parameter makes none of 16 bits.
             local = paddle.nn.Layer().create_parameter(list(part.local_shape), dtype=parameter.dtype)
@@ -93,9 +101,18 @@ class TensorParallel:
         for block in model.model.layers:
             block.meeting = self.meeting
             for layer, side in adapters(block):
-                mark_sums(layer, side, self.meeting.total_of_parts)
+                mark_sums(layer, side, self._total_for(layer))
                 if side == "in":
                     self._draw_apart(layer)
+        self._partial = self._find_partial(model)
+
+    def _total_for(self, layer: Any) -> Callable[[Any], Any]:
+        """What sums over the parts of the Linear that ``layer`` stands over."""
+        part = part_beneath(layer)
+        if part is None or self._axis.copies(part) == 1:
+            return self.meeting.total_of_parts
+        share = float(self._axis.answers_for(part))  # each part once
+        return lambda values: self.meeting.total_of_parts(values * share)
 
     def _draw_apart(self, adapter: Any) -> None:
         """Let dropout on a divided input draw for each part of it; elsewhere all processes drop the same."""
@@ -116,9 +133,16 @@ class TensorParallel:
             with tracker.rng_state(APART):
                 paddle.seed(seed)
 
-    def partial(self, model: Any) -> set[int]:
-        """The identities of parameters whose gradients here are summands of the whole ones: those that each process has
-        whole and uses on its part of a product, or of the sequence."""
+    def summed_over(self, parameter: Any) -> Axis:
+        """The processes whose gradients of ``parameter`` are summands of the whole one: all, of what each has whole and
+        uses on its part of a product, or of the sequence; and those that have the same key/value heads."""
+        part = part_of(parameter)
+        if part is not None and self._axis.copies(part) > 1:
+            return self._alike
+        return self._axis if id(parameter) in self._partial else self._none
+
+    def _find_partial(self, model: Any) -> set[int]:
+        """The identities of parameters that are here whole, and whose gradients are summands."""
         found = set()
         for block in model.model.layers:
             inside = [block] if self.sequence else [block.self_attn, block.mlp]
@@ -153,23 +177,23 @@ def padded(batch: Batch, columns: int) -> Batch:
 
 
 class _Rows(paddle.nn.Layer):
-    """An embedding of which each process has as many rows; in place of an ``nn.Embedding``. ``stream`` is the dtype of
-    what it gives."""
+    """An embedding of which each process has a part of the rows, from ``start`` on; in place of an ``nn.Embedding``.
+    ``stream`` is the dtype of what it gives."""
 
-    def __init__(self, weight: Any, stream: Any, rank: int, meeting: BlockMeeting) -> None:
+    def __init__(self, weight: Any, stream: Any, start: int, meeting: BlockMeeting) -> None:
         super().__init__()
-        self.weight, self._stream, self._rank, self._meeting = weight, stream, rank, meeting
+        self.weight, self._stream, self._start, self._meeting = weight, stream, start, meeting
 
     def forward(self, tokens: Any) -> Any:
         return self._rows(tokens, self.weight, self._stream)
 
     def look_up(self, tokens: Any, matrix: Any) -> Any:
-        """Rows of another ``matrix``, of which each process has as many: int64 [B, S] → [B, S, r]."""
+        """Rows of another ``matrix``, of which each process has the same part: int64 [B, S] → [B, S, r]."""
         return self._rows(tokens, matrix, matrix.dtype)
 
     def _rows(self, tokens: Any, matrix: Any, dtype: Any) -> Any:
         rows = matrix.shape[0]
-        places = tokens - self._rank * rows
+        places = tokens - self._start
         here = ((places >= 0) & (places < rows)).unsqueeze(-1)
         found = F.embedding(places.clip(0, rows - 1), matrix).astype(dtype)
         return self._meeting.total(found * here.astype(found.dtype))
@@ -227,6 +251,11 @@ def _fused(parent: Any, name: str) -> tuple[int, ...]:
         half = int(parent.gate_up_proj.weight.shape[1]) // 2
         return half, half
     return ()
+
+
+def part_beneath(layer: Any) -> Part | None:
+    """The part of the Linear that an adapter ``layer`` stands over; None where that is whole, or none of a block."""
+    return next((part for part in map(part_of, layer.sublayers()) if part is not None), None)
 
 
 def outer_adapters(model: Any) -> list[tuple[Any, str]]:

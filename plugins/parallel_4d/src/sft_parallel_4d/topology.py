@@ -7,9 +7,10 @@ import io
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle import distributed
 from paddle.distributed import fleet
@@ -70,9 +71,27 @@ class Axis:
         return values[0].clone() if len(values) == 1 else paddle.concat(values, axis=part.axis)
 
     def whole(self, values: Any, part: Part) -> Any:
-        """The whole tensor of which each process has its ``part``."""
-        found, order = self.gather(values, part.axis), part.order
-        return found if order is None else paddle.index_select(found, paddle.to_tensor(order), axis=part.axis)
+        """The whole tensor of which each process has its ``part``; of fewer parts, neighbours have the same one."""
+        axis, copies = part.axis, self.copies(part)
+        lengths = [replace(part, index=index).local_shape[axis] for index in range(part.count)]
+        widest = max(lengths)
+        if values.shape[axis] < widest:  # processes gather tensors of one shape
+            missing = [widest - n if place == axis else n for place, n in enumerate(values.shape)]
+            values = paddle.concat([values, paddle.zeros(missing, values.dtype)], axis=axis)
+        found = self.gather(values, axis)
+        if copies == 1 and len(set(lengths)) == 1 and part.order is None:
+            return found
+        places = np.concatenate([index * copies * widest + np.arange(n) for index, n in enumerate(lengths)])
+        places = places if part.order is None else places[part.order]
+        return paddle.index_select(found, paddle.to_tensor(places), axis=axis)
+
+    def copies(self, part: Part) -> int:
+        """How many neighbours along the axis hold the same ``part``."""
+        return self.size // part.count
+
+    def answers_for(self, part: Part) -> bool:
+        """Whether this process is the first of those that hold the ``part``: what is counted once, it counts."""
+        return self.rank % self.copies(part) == 0
 
     def sum_own(self, tensor: Any, dimension: int, spoil: bool = False) -> Any:
         """This process's part, along ``dimension``, of the sum over the axis; ``spoil`` if ``tensor`` may change."""
@@ -99,6 +118,29 @@ class Axis:
             parts = self.gather(tensor, 0).reshape([self.size, *tensor.shape])[:, self.rank]
         return parts
 
+    def trade(self, tensor: Any, leaving: Sequence[int], coming: Sequence[int]) -> Any:
+        """Rows of ``tensor``, the first ``leaving[0]`` of them for the first process, and so on → the rows that come,
+        ``coming[0]`` of them from the first process, and so on."""
+        received = paddle.empty([sum(coming), *tensor.shape[1:]], dtype=tensor.dtype)
+        tensor = tensor.contiguous()
+        try:
+            distributed.alltoall_single(
+                received, tensor, in_split_sizes=list(leaving), out_split_sizes=list(coming), group=self.group
+            )
+        except NotImplementedError:  # gloo
+            self._trade_by_pairs(tensor.split(list(leaving)), received, coming)
+        return received
+
+    def _trade_by_pairs(self, parts: Sequence[Any], received: Any, coming: Sequence[int]) -> None:
+        """One process after the other: gloo's sends wait for their receivers."""
+        arrived = [paddle.empty([count, *received.shape[1:]], dtype=received.dtype) for count in coming]
+        for place, (part, came) in enumerate(zip(parts, arrived, strict=True)):
+            if place == self.rank:
+                paddle.assign(part, came)
+                continue
+            self.exchange([(part, place)] if part.shape[0] else [], [(came, place)] if came.shape[0] else [])
+        paddle.assign(paddle.concat(arrived), received)
+
     def broadcast(self, tensor: Any, source: int) -> Any:
         """``tensor``, which becomes that of the process ``source`` along the axis."""
         if self.size > 1:
@@ -117,6 +159,20 @@ class Axis:
         ]
         for task in distributed.batch_isend_irecv(operations) if operations else ():
             task.wait()
+
+
+def among(world: Axis, axis: Axis, places: Sequence[int], apart: bool = False) -> Axis:
+    """The processes at ``places`` along ``axis``, of which this is one, as an axis of their own, also (``apart``) where
+    they are all. All processes of the ``world`` ask at once, each for as many places."""
+    if len(places) == 1:
+        return Axis(0, None)
+    if len(places) == axis.size and not apart:
+        return axis
+    own = [axis.group.ranks[place] for place in places]
+    asked = world.gather(paddle.to_tensor([own]), 0).tolist()
+    # Paddle makes groups in all processes in the same order, whoever is in them.
+    groups = {members: distributed.new_group(list(members)) for members in sorted({*map(tuple, asked)})}
+    return Axis(places.index(axis.rank), groups[tuple(own)])
 
 
 @dataclass(frozen=True)

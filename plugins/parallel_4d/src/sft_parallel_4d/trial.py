@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,8 +112,11 @@ def _differs(layer: Any, side: str, axis: Axis, linears: _Linears) -> bool:
     moved = {key: _moved(tensor) for key, tensor in held.items()}
     whole, part = linears.of(base, side)
     x = _drawn([1, 2, whole.weight.shape[0]])
+    linear = part_of(base)
+    assert linear is not None
     own_x = axis.own(x, -1) if side == "in" else x
-    own = {key: _own(axis, value, layer.sides[key], side) for key, value in moved.items()}
+    own = {key: _own(axis, value, layer.sides[key], side, linear) for key, value in moved.items()}
+    share = float(axis.answers_for(linear))
     with _kept(layer):
         try:
             setattr(layer, name, whole)
@@ -124,12 +128,12 @@ def _differs(layer: Any, side: str, axis: Axis, linears: _Linears) -> bool:
                 expected = _tried(lambda: layer(x), axis)
             setattr(layer, name, part)
             _put(layer, held, own)
-            mark_sums(layer, side, lambda values: axis.sum(values.clone()))
+            mark_sums(layer, side, lambda values: axis.sum(values * share))
             found = _tried(lambda: layer(own_x), axis)
         finally:
             setattr(layer, name, base)
             _put(layer, held, held)
-    found = axis.sum(found.clone()) if side == "in" else axis.gather(found, -1)
+    found = axis.sum(found.clone()) if side == "in" else axis.whole(found, _like(linear, expected.shape, 2))
     scale, apart = float(expected.abs().max()), float((found - expected).abs().max())
     if not np.isfinite(scale):
         raise _UntriedError("what it gives is not finite")
@@ -187,7 +191,7 @@ class _Linears:
         if self._made is None or self._made[0] != (part, side):
             self._made = None
             whole = _drawn(part.shape) / part.shape[0] ** 0.5
-            own = self._axis.own(whole, 0 if side == "in" else 1)
+            own = self._axis.part(whole, part)
             self._made = (part, side), (_linear(whole), _linear(own, part))
         return self._made[1]
 
@@ -211,8 +215,13 @@ def _linear(weight: Any, part: Part | None = None) -> Any:
     return linear
 
 
-def _own(axis: Axis, value: Any, sides: tuple[str | None, ...], side: str) -> Any:
-    return axis.own(value, list(sides).index(side)) if side in sides else value
+def _own(axis: Axis, value: Any, sides: tuple[str | None, ...], side: str, linear: Part) -> Any:
+    return axis.part(value, _like(linear, value.shape, list(sides).index(side))) if side in sides else value
+
+
+def _like(linear: Part, shape: Iterable[int], axis: int) -> Part:
+    """The same part along ``axis`` of another tensor."""
+    return replace(linear, shape=tuple(shape), axis=axis)
 
 
 def _put(layer: Any, held: dict[str, Any], values: dict[str, Any]) -> None:

@@ -245,7 +245,7 @@ def peaked_loss(columns: int) -> list[float]:
     rank, part = dist.get_rank(), columns // 2
     weight = np.zeros((1, columns), np.float32)
     weight[0, columns // 3] = 17.375
-    vocabulary = Columns(Axis(rank, fleet_groups.get_model_parallel_group()), rank * part)
+    vocabulary = Columns(Axis(rank, fleet_groups.get_model_parallel_group()), columns)
     own = paddle.to_tensor(weight[:, rank * part :][:, :part].copy())
     lm_head = SimpleNamespace(weight=own, transpose_y=False, vocabulary=vocabulary)
     hidden, labels = paddle.to_tensor([[[1.0], [1.0], [0.5]]]), np.array([[columns // 3, 5, columns - 1]])

@@ -319,16 +319,25 @@ class ProcessGroup:
         return self._exchange(_what("all_gather", tensor), [memory(tensor)] * self._size, use, sync_op)
 
     def all_to_all_single(
-        self, out: Any, tensor: Any, out_sizes: Sequence[int], in_sizes: Sequence[int], sync_op: bool = True
+        self, out: Any, tensor: Any, out_sizes: Sequence[int], sizes: Sequence[int], sync_op: bool = True
     ) -> Task:
-        """Of ``tensor``, as many equal parts as there are ranks, each sends part i to rank i."""
-        if out_sizes or in_sizes:
-            raise ValueError("The tests' process group has parts of equal sizes alone.")
+        """``tensor``: ``sizes[i]`` rows for rank i, one after the other; ``out``: ``out_sizes[i]`` rows from it. As
+        many for each, without sizes."""
+        sizes = sizes or [tensor.shape[0] // self._size] * self._size
+        out_sizes = out_sizes or [out.shape[0] // self._size] * self._size
+        rows, outs = memory(tensor), memory(out)
+        row = math.prod(tensor.shape[1:]) * tensor.element_size()
+        if rows.size != sum(sizes) * row or outs.size != sum(out_sizes) * row:
+            raise ValueError(f"Rows {sizes} and {out_sizes} are not those of {tensor.shape} and {out.shape}.")
 
         def use(parts: list[np.ndarray]) -> None:
-            memory(out)[:] = np.concatenate(parts)
+            found = [part.size // row for part in parts]
+            if found != list(out_sizes):
+                raise ValueError(f"Rank {self._world_ranks[self._rank]} expects {out_sizes} rows, and {found} came.")
+            outs[:] = np.concatenate(parts)
 
-        return self._exchange(_what("all_to_all", tensor), [*memory(tensor).reshape(self._size, -1)], use, sync_op)
+        ends = np.cumsum(np.asarray(sizes) * row)
+        return self._exchange(f"all_to_all, {dtype_of(tensor)}", np.split(rows, ends[:-1]), use, sync_op)
 
     def broadcast(self, tensor: Any, src: int, sync_op: bool = True) -> Task:
         what = _what(f"broadcast from {self._world_ranks[src]}", tensor)

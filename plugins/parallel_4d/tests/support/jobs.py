@@ -16,11 +16,12 @@ from sft.distributed.parts import is_elsewhere, part_of
 
 def train(settings: dict[str, Any], damage: str | None = None) -> dict[str, Any]:
     """One rank of a run: the lines it said, its answers, and a digest of each parameter, or part of one, that it ends
-    with. ``damage``: see :class:`Damage`."""
+    with. ``damage``: a kind of :class:`Damage`, which a matrix may follow."""
     said: list[str] = []
     copies: dict[str, str] = {}
     watch = type("Watching", (Watch,), {"copies": copies})
-    harm = [type("Harming", (Damage,), {"kind": damage})] if damage else []
+    kind, _, matrix = (damage or "").partition(" ")
+    harm = [type("Harming", (Damage,), {"kind": kind, "matrix": matrix or Damage.matrix})] if damage else []
     summary = sft.run(settings, plugins=[watch, *harm], say=said.append)
     return {"process": os.getpid(), "said": said, "copies": copies, "samples": summary.samples}
 

@@ -69,6 +69,8 @@ PLANS = {
     "stage3": Plan(2, 2, {"sharding": "stage3"}),
     "tp2": Plan(2, 1, tensor()),
     "tp2-sequence": Plan(2, 1, tensor(sequence_parallel=True)),
+    "tp4": Plan(4, 1, tensor(4)),
+    "tp4-sequence": Plan(4, 1, tensor(4, sequence_parallel=True)),
     "pp2": Plan(2, 1, pipeline()),
     "tp2-dp2": Plan(4, 2, tensor()),
     "tp2-pp2": Plan(4, 1, tensor() | pipeline()),
@@ -100,6 +102,30 @@ PLANS = {
     "dp2-stage2": Plan(4, 4, {"sharding": "stage2", "sharding_parallel_degree": 2}),
     "dp2-stage3": Plan(4, 4, {"sharding": "stage3", "sharding_parallel_degree": 2}),
 }
+
+
+def experts(degree: int = 2, **more: Any) -> dict[str, Any]:
+    return {"expert_parallel_degree": degree, **more}
+
+
+OF_MIXTURES = {
+    "ep2": Plan(2, 2, experts()),
+    "ep4": Plan(4, 4, experts(4)),
+    "ep2-dp2": Plan(4, 4, experts()),
+    "ep2-tp2": Plan(4, 2, experts() | tensor()),
+    "ep2-tp2-sequence": Plan(4, 2, experts() | tensor(sequence_parallel=True)),
+    "ep2-pp2": Plan(4, 2, experts() | pipeline()),
+    "ep2-stage1": Plan(4, 4, experts(sharding="stage1")),
+    "ep2-stage2": Plan(4, 4, experts(sharding="stage2")),
+    "ep2-stage3": Plan(4, 4, experts(sharding="stage3")),
+}
+ALL = {**PLANS, **OF_MIXTURES}
+
+
+def joined(*settings: dict[str, Any]) -> dict[str, Any]:
+    """All of them, with all their plugins."""
+    plugins = [name for part in settings for name in part.get("plugin", [])]
+    return {**{name: value for part in settings for name, value in part.items()}, "plugin": plugins}
 
 
 class Trainings:

@@ -1,0 +1,111 @@
+"""Data ranks that share out the experts of a mixture learn what one process learns, which has them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import FOLDER, SETTINGS, WITH_EXPERTS, case, folders
+from resuming import checked
+from trainings import ALL, OF_MIXTURES, Trainings, assert_equal, joined
+
+from sft.testing import needs
+
+LENGTHS = {"max_length": 60, "src_length": 32}
+PACKED = {"plugin": ["greedy-zero-padding", "flashmask"]}
+LORA = {"plugin": ["lora"], "lora_rank": 4}
+
+
+@pytest.mark.parametrize(
+    ("plan", "what", "cases"),
+    [
+        case("ep2", "full", ("qwen2-moe",)),
+        case("ep2", "lora", WITH_EXPERTS, slow=True),
+        *(case(plan, what, WITH_EXPERTS, slow=True) for plan in list(OF_MIXTURES)[1:] for what in ("full", "lora")),
+        case("ep4", "dora", ("mixtral",), slow=True),
+    ],
+)  # fmt: skip
+def test_plans_learn_what_one_process_learns(
+    trainings: Trainings, tokenizer: Path, alone: Any, plan: str, what: str, cases: tuple[str, ...]
+) -> None:  # fmt: skip
+    settings = {**SETTINGS[what], "per_device_train_batch_size": 2}
+    for one, other in zip(alone(cases, what), folders(trainings, tokenizer, plan, cases, settings), strict=True):
+        assert_equal(one, other)
+
+
+def of(tokenizer: Path, name: str = "mixtral") -> dict[str, Any]:
+    return {"model_name_or_path": str(FOLDER / name), "tokenizer_name_or_path": str(tokenizer), **LENGTHS}
+
+
+def slow(*case: Any) -> Any:
+    return pytest.param(*case, marks=[pytest.mark.slow, needs(*case[-1].get("plugin", []))])
+
+
+@pytest.mark.parametrize(
+    ("plan", "settings"),
+    [
+        slow("ep2", {}),
+        slow("ep2-dp2", {"recompute": True}),
+        slow("ep2-pp2", {"recompute": True}),
+        slow("ep2-dp2", joined(LORA, PACKED)),
+        slow("ep2-stage3", joined(LORA, PACKED, {"recompute": True})),
+        slow("ep4", {"per_device_train_batch_size": 1}),
+        slow("ep2-tp2", {"plugin": ["lora", "pissa"]}),
+        slow("ep4", {"plugin": ["lora", "pissa"]}),
+        slow("ep2", {"plugin": ["lora", "int8"]}),
+        slow("ep2-stage1", {"plugin": ["vera"]}),
+        slow("ep4", {**LORA, "lora_target_modules": ["q_proj", "up_proj"], "modules_to_save": ["gate", "down_proj"]}),
+    ],
+)
+def test_whole_runs(trainings: Trainings, tokenizer: Path, plan: str, settings: dict[str, Any]) -> None:
+    """Of five steps, with evaluations; of the last step, one data rank has all rows."""
+    values = {**of(tokenizer), **settings}
+    assert_equal(trainings.one(**values), trainings.many(ALL[plan], **values)[0])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "settings"),
+    [
+        slow("ep2", "one", {}),
+        slow("one", "ep4", {}),
+        slow("ep2-dp2", "tp2-stage1", {}),
+        slow("ep2-stage1", "ep4", LORA),
+        slow("ep2-tp2", "pp2", LORA),
+    ],
+)
+def test_a_killed_run_goes_on_under_another_plan(
+    trainings: Trainings, tokenizer: Path, old: str, new: str, settings: dict[str, Any]
+) -> None:  # fmt: skip
+    checked(trainings, old, new, **of(tokenizer), **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gradient", "weight"])
+@pytest.mark.parametrize("plan", ["ep2", "ep2-dp2"])
+def test_damage_to_an_expert_on_one_rank_is_noticed(
+    trainings: Trainings, tokenizer: Path, plan: str, kind: str
+) -> None:  # fmt: skip
+    values = {**of(tokenizer), "plugin": []}
+    damage = f"{kind} layers.1.mlp.experts.3.up_proj.weight"
+    with pytest.raises(AssertionError, match="is apart from"):
+        assert_equal(trainings.one(**values), trainings.many(ALL[plan], damage=damage, **values)[0])
+
+
+@pytest.mark.slow
+def test_each_process_has_its_experts(trainings: Trainings, tokenizer: Path) -> None:
+    values = {**of(tokenizer), "max_steps": 1, "do_eval": False, "evaluation_strategy": "no"}
+    _, results = trainings.many(ALL["ep2-dp2"], job="jobs:held", **values)
+    up = "layers.0.mlp.experts.{}.up_proj.weight"
+    for rank, result in enumerate(results):
+        names = [name for name in result.value["shapes"] if ".layers.0.mlp.experts." in name and "up_proj" in name]
+        first = 2 * (rank % 2)
+        assert [name.partition("model.")[2] for name in names] == [up.format(first), up.format(first + 1)]
+
+
+@pytest.mark.slow
+def test_answers_are_those_of_one_process(trainings: Trainings, tokenizer: Path) -> None:
+    values = {**of(tokenizer), "num_samples": 2, "max_new_tokens": 8, "max_steps": 1}
+    found = [trainings.many(ALL[plan], **values)[1][0].value["samples"] for plan in ("one", "ep2")]
+    assert found[0]
+    assert found[0] == found[1]

@@ -36,7 +36,7 @@ class CausalLM(nn.Layer):
         self.attention: Any = DefaultAttention()
         """The backend of training and evaluation; see :class:`sft.AttentionBackend`."""
         self.recompute = False
-        """Whether training computes each block again in backward instead of keeping what is in it."""
+        """Whether each block is computed again in backward instead of keeping what is in it."""
         self.model = Decoder(architecture)
         self.lm_head = Head(architecture, self.model.embed_tokens.weight if architecture.tied else None)
 
@@ -50,7 +50,7 @@ class CausalLM(nn.Layer):
 
     def hidden_states(self, embedded: Any, reading: Reading) -> Any:
         """[B, S, hidden], through all blocks and the last norm."""
-        return self.model(embedded, reading, self.recompute and self.training)
+        return self.model(embedded, reading, self.recompute and paddle.is_grad_enabled())
 
     def forward(self, tokens: Any, reading: Reading) -> Any:
         """int64 [B, S] → logits float [B, S, V]."""

@@ -130,7 +130,9 @@ MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 def test_data_ranks_share_out_experts(outline_of: Outlines) -> None:
     outline = outline_of("mixtral", **MIXTURE)
-    found = {(plan.data, plan.sharding, plan.experts) for plan in legal_plans(outline, 8, 16, 2, Wanted(1, 1))}
+    found = {
+        (plan.data, plan.sharding, plan.experts) for plan in legal_plans(outline, 8, 16, 2, Wanted(1, 1, context=1))
+    }
     pairs = [(8, 1), (4, 2), (2, 4), (1, 8)]
     assert found == {(data, shards, n) for data, shards in pairs for n in (1, 2, 4) if data % n == 0}
     only = legal_plans(outline, 8, 16, 2, Wanted(experts=4))

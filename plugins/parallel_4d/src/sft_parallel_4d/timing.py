@@ -35,6 +35,7 @@ class Inline:
 INLINE = (
     Inline("tensor", lambda plan: 4 if plan.sequence else 2),
     Inline("context", lambda plan: 2),
+    Inline("experts", lambda plan: 2, "data"),
 )
 """A dimension that exchanges data within blocks is one line here."""
 

@@ -246,7 +246,7 @@ def test_copies_of_all_buckets_to_and_from_the_host_are_begun_before_any_is_wait
 
     twins, some = Twins(paddle, monkeypatch), [parameter(paddle, 64) for _ in range(6)]
     buckets = Buckets(twins.topology(1), 1, 2 * 64 * 4, Noting())
-    buckets.build(some, set(), set(), set(), [])
+    buckets.build(some, twins.over(1), set(), set(), [])
     calls.clear()
     buckets.begin(1)
     paddle.add_n([one.sum() for one in some]).backward()

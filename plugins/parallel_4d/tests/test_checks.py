@@ -212,9 +212,9 @@ def test_a_class_cannot_follow_into_processes(config_of: Callable[..., Path], tm
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"nproc": 0}, "nproc: expected a whole number of at least 1 and at most 1024, got 0"),
-        ({"nproc": "0"}, "nproc: expected a whole number of at least 1 and at most 1024, got '0'"),
-        ({"nproc": -1}, "nproc: expected a whole number of at least 1 and at most 1024, got -1"),
+        ({"nproc": 0}, "nproc: expected a whole number of at least 1 and at most 1024, or auto, got 0"),
+        ({"nproc": "0"}, "nproc: expected a whole number of at least 1 and at most 1024, or auto, got '0'"),
+        ({"nproc": -1}, "nproc: expected a whole number of at least 1 and at most 1024, or auto, got -1"),
     ],
 )
 def test_no_processes_are_refused_whoever_asks_for_the_plugin(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from families import FOLDER, SETTINGS, WITH_EXPERTS, case, folders
 from resuming import checked
-from trainings import ALL, OF_MIXTURES, Trainings, assert_equal, joined
+from trainings import ALL, OF_MIXTURES, Plan, Trainings, assert_equal, joined
 
 from sft.testing import needs
 
@@ -95,7 +95,7 @@ def test_damage_to_an_expert_on_one_rank_is_noticed(
 @pytest.mark.slow
 def test_each_process_has_its_experts(trainings: Trainings, tokenizer: Path) -> None:
     values = {**of(tokenizer), "max_steps": 1, "do_eval": False, "evaluation_strategy": "no"}
-    _, results = trainings.many(ALL["ep2-dp2"], job="jobs:held", **values)
+    _, results = trainings.many(Plan(4, 4, {"expert_parallel_degree": 2}), job="jobs:held", **values)
     up = "layers.0.mlp.experts.{}.up_proj.weight"
     for rank, result in enumerate(results):
         names = [name for name in result.value["shapes"] if ".layers.0.mlp.experts." in name and "up_proj" in name]

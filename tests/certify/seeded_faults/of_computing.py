@@ -138,6 +138,6 @@ PARALLEL = (
         "parallel-4d",
         "sft_parallel_4d/strategy.py",
         "gradients are clipped by this process's own norm",
-        ('math.sqrt(float(self._at.world.sum(paddle.to_tensor([own], dtype="float64"))))', "math.sqrt(own)"),
+        ("return [*found[:-1], math.sqrt(found[-1])]", "return [*found[:-1], math.sqrt(float(squares))]"),
     ),
 )

@@ -9,8 +9,9 @@ from functools import cache
 from sft_parallel_4d import activations
 from sft_parallel_4d.activations import Shape
 from sft_parallel_4d.model_size import Division, Precision, Stage, key_copies, stages
+from sft_parallel_4d.options import BUCKET
 from sft_parallel_4d.outline import Outline
-from sft_parallel_4d.plans import BUCKET, Plan
+from sft_parallel_4d.plans import Plan
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import sft
-from sft_parallel_4d.plans import BUCKET
+
+BUCKET = 1 << 27
+"""Bytes of float32 gradients that travel together, if no setting says otherwise: all those of a usual adapter."""
 
 
 @dataclass

@@ -9,10 +9,6 @@ from typing import Any
 from sft import UsageError
 from sft_parallel_4d.outline import Outline
 
-BUCKET = 1 << 27
-"""Bytes of float32 gradients that travel together, if no setting says otherwise: all those of a usual adapter."""
-
-
 _NAMED = ("data", "context", "tensor", "pipeline")
 
 

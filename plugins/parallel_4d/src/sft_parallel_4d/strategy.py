@@ -29,9 +29,9 @@ from sft_parallel_4d.buckets import Buckets, late_of
 from sft_parallel_4d.context import ContextParallel
 from sft_parallel_4d.experts import ExpertParallel
 from sft_parallel_4d.offload import Host
+from sft_parallel_4d.options import BUCKET
 from sft_parallel_4d.phases import Phases, phase
 from sft_parallel_4d.pipeline import Pipeline
-from sft_parallel_4d.plans import BUCKET
 from sft_parallel_4d.sharding import Shards
 from sft_parallel_4d.tensor import TensorParallel, outer_adapters
 from sft_parallel_4d.topology import Axis, Topology

@@ -25,11 +25,15 @@ class Deaths:
         self._signals.update(gone)
 
     @property
+    def killed(self) -> tuple[int, ...]:
+        """The ranks of which the system still says that they were."""
+        return tuple(sorted(rank for rank, how in self._signals.items() if how == signal.SIGKILL))
+
+    @property
     def lost(self) -> tuple[int, ...]:
-        """The ranks that were killed; if the system has not said so of any, those that were gone first. What loses its
-        peers may abort by itself (gloo and NCCL do), which is not to count."""
-        killed = {rank for rank, how in self._signals.items() if how == signal.SIGKILL}
-        return tuple(sorted(killed or self._first))
+        """These; if the system has not said so of any, those that were gone first. What loses its peers may abort by
+        itself (gloo and NCCL do), which is not to count."""
+        return self.killed or tuple(sorted(self._first))
 
     def _gone(self) -> dict[int, int | None]:
         found = {}

@@ -115,12 +115,13 @@ def start(
         if passed and all(record["relayed"] or record["code"] == 128 + passed[0] for record in records):
             raise SignalError(passed[0], _read(folder / STOPPED))
         error = _first_error(folder, process.returncode, _ended_for_memory() - ended_before)
-        # Who says first what is wrong has not been killed, whatever became of the others then.
+        # Before anybody ends the ranks nobody but the system kills one, whatever the others then say. Of another death
+        # that may be a consequence: who says first what is wrong has not died.
         is_said = any(record["sure"] and not record["relayed"] for record in records)
-        lost, seen = deaths.lost, _failed_container(folder)
-        if not lost and seen is not None and seen[1] < 0:  # paddle's launcher was there before the next look
-            lost = (seen[0],)
-        if lost and not (passed or is_said):
+        lost, seen = deaths.killed or (() if is_said else deaths.lost), _failed_container(folder)
+        if not lost and seen is not None and (seen[1] == -signal.SIGKILL or (seen[1] < 0 and not is_said)):
+            lost = (seen[0],)  # paddle's launcher was there before the next look
+        if lost and not passed:
             raise LostError(str(error), lost, int(_read(folder / MEMORY) or 0) or None)
         raise error
 

@@ -65,8 +65,8 @@ def test_the_errors_of_an_observer_are_said_once_and_end_nothing(
     }[type(error)]
     assert notes == [
         f"note: {WHO} failed in {hook} {cause}; it only watches, so the run goes on, and this is not said again"
-        for hook in ("sft_metrics", "sft_evaluated", "sft_logged", "sft_run_started", "sft_state", "sft_micro_batch")
-        + ("sft_step_ended", "sft_checkpoint_saved", "sft_run_ended")
+        for hook in ("sft_run_record", "sft_metrics", "sft_evaluated", "sft_logged", "sft_run_started", "sft_state")
+        + ("sft_micro_batch", "sft_step_ended", "sft_checkpoint_saved", "sft_run_ended")
     ]
 
 

@@ -47,8 +47,10 @@ def test_a_run_that_fails_says_of_what_and_one_that_goes_on_adds_to_it(train: Tr
     with pytest.raises(sft.SftError):
         train("out", (toy("fails", sft_step_ended=fail),), **settings)
     first = texts(tmp_path / "out")
-    assert first[-1].startswith("the run has failed: ")
-    assert "the second step is one too many" in first[-1]
+    failed, report = first[-2:]
+    assert failed.startswith("the run has failed: ")
+    assert "the second step is one too many" in failed
+    assert report.startswith("report: ")
     train("out", resume_from_checkpoint="auto", **settings)
     assert texts(tmp_path / "out")[: len(first)] == first
     assert any(line.startswith("resuming from ") for line in texts(tmp_path / "out")[len(first) :])

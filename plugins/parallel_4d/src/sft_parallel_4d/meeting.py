@@ -36,6 +36,12 @@ def _same(x: Any) -> Any:
     return x
 
 
+def _alias(x: Any) -> Any:
+    """Another tensor over the same memory. Were it ``x`` itself, all else that reads ``x`` would go back through the
+    crossing too: the residual stream, where no norm lies between (OLMo 2)."""
+    return x.reshape(x.shape)
+
+
 class BlockMeeting(Meeting):
     """Attention and MLP are computed in parts; with ``sequence``, what lies between them too, while it is ``active``
     (in training and evaluation; answers come token by token). ``first``, ``last``: whether the model's first, its last
@@ -58,7 +64,7 @@ class BlockMeeting(Meeting):
         """What all have (or each a part of) → the same for all, whose gradients add up."""
         if self._spread:
             return crossing(x, self._gather, self._sum_own)
-        return crossing(x, _same, self.sum)
+        return crossing(x, _alias, self.sum)
 
     def leave(self, x: Any) -> Any:
         """Summands → their sum for all (or for each a part)."""

@@ -17,7 +17,7 @@ PYTHON ?=
 PYTHONS := $(or $(PYTHON),python3 python3.12 python3.11 python3.10)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-browser test-gpu test-reliability test-plugin certify certify-faults lint format bench docs site clean
+.PHONY: help demo test test-slow test-sweep test-browser test-gpu test-reliability test-plugin certify certify-faults lint format bench docs site clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -31,7 +31,11 @@ test: .venv/installed-test ## Run the tests, without the slow ones
 
 # pytest exits with 5 when there is no such test, which is no failure here.
 test-slow: .venv/installed-test ## Run the slow tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m slow $(ARGS) || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "slow and not sweep" $(ARGS) || [ $$? -eq 5 ]
+
+# Half an hour or more; ARGS="--within 240" begins no test later, each day in another order.
+test-sweep: .venv/installed-test ## Run slow tests that cross plans with techniques, families and layouts
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m sweep $(ARGS) || [ $$? -eq 5 ]
 
 # Needs chromium and its driver (Debian: chromium chromium-driver); without them each test says so, and is skipped.
 test-browser: .venv/installed-test ## Look at the pages that sft makes, in a headless browser

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import time
+from datetime import date
 from typing import Any
 
 import pytest
@@ -18,8 +21,16 @@ NONE = (
 )
 
 
+BEGUN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--within", type=float, metavar="SECONDS", help="begin no test later; each day in another order")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["SFT_LANG"] = "en"  # whatever the machine speaks
+    os.environ.setdefault("SFT_TEST_DAY", str(date.today().toordinal()))  # the same in all processes of a test run
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     else:  # read when CUDA starts: float32 products keep all their bits, so that their tolerances can be narrow
@@ -44,6 +55,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if _lacks_gpu(config):
         config.hook.pytest_deselected(items=list(items))
         items.clear()
+    if config.option.within is not None:
+        random.Random(os.environ["SFT_TEST_DAY"]).shuffle(items)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    within = item.config.option.within
+    if within is not None and time.monotonic() - BEGUN > within:
+        pytest.skip(f"its turn did not come within {within:g} seconds")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

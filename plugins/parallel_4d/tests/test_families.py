@@ -21,7 +21,7 @@ PLANNED = ["tp2", "tp2-sequence", "pp2", "stage3", "tp2-pp2", "tp2-stage1", "cp2
         # Fused matrices; biases of what is divided by inputs; norms over all heads together.
         case("tp2-sequence", "lora", ("glm4", "llama-biased", "olmo2", "phi3")),
         case("pp2", "full", ("gemma2", "granite"), slow=True),
-        case("tp2", "full", ("qwen2-moe",)),
+        case("tp2", "full", ("olmo2", "qwen2-moe")),
         *(case(plan, what, DENSE, slow=True) for plan in PLANNED for what in ("full", "lora")),
         case("tp2", "dora", ("glm4", "llama-biased", "phi3", "qwen2-moe"), slow=True),
         case("stage3", "full", ("mixtral",), slow=True),

@@ -250,10 +250,16 @@ CASES = {
         base=LORA,
         settings={"lora_target_modules": '["q_proj"'},
     ),
-    "nproc of 0": value("nproc: expected a whole number of at least 1 and at most 1024, got '0'", "nproc", "0"),
-    "nproc of -1": value("nproc: expected a whole number of at least 1 and at most 1024, got '-1'", "nproc", "-1"),
+    "nproc of 0": value(
+        "nproc: expected a whole number of at least 1 and at most 1024, or auto, got '0'", "nproc", "0"
+    ),
+    "nproc of -1": value(
+        "nproc: expected a whole number of at least 1 and at most 1024, or auto, got '-1'", "nproc", "-1"
+    ),
     "nproc of 10**9": value(
-        "nproc: expected a whole number of at least 1 and at most 1024, got '1000000000'", "nproc", "1000000000"
+        "nproc: expected a whole number of at least 1 and at most 1024, or auto, got '1000000000'",
+        "nproc",
+        "1000000000",
     ),
     "nproc that is a word": value("nproc: expected a number, got 'all'", "nproc", "all"),
     "a tensor degree of 10**9": value(

@@ -18,19 +18,6 @@ from sft.testing import make_model, write_data
 from sft_parallel_4d.outline import Outline
 from sft_parallel_4d.paper import outline as on_paper
 
-SWEEPS = "context experts families heads_and_vocabulary measured memory model_size parity ranks_agree".split()
-"""Files whose slow tests are plans crossed with techniques and layouts, one like the other."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if (
-            item.path.parent == Path(__file__).parent
-            and item.path.stem[len("test_") :] in SWEEPS
-            and item.get_closest_marker("slow")
-        ):
-            item.add_marker("sweep")
-
 
 @pytest.fixture(scope="session")
 def run_settings() -> dict[str, Any]:

@@ -261,7 +261,7 @@ CASES = {
         "nproc",
         "1000000000",
     ),
-    "nproc that is a word": value("nproc: expected a number, got 'all'", "nproc", "all"),
+    "nproc that is a word": value("nproc: expected a number, or auto, got 'all'", "nproc", "all"),
     "a tensor degree of 10**9": value(
         "tensor parallel degree 1000000000 x pipeline parallel degree 1 needs 1000000000 processes or a multi",
         "tensor_parallel_degree",

@@ -135,10 +135,10 @@ def record(settings: dict[str, Any], bucket: int | None = None) -> dict[str, Any
     """One rank of a run, with buckets of so many bytes; all its events from the second step on, and its waits."""
     import paddle
 
-    from sft_parallel_4d import plans
+    from sft_parallel_4d import options
 
     if bucket is not None:
-        plans.BUCKET = bucket
+        options.BUCKET = bucket
     recorder = Recorder()
     recorder.watch_collectives()
     recorder.watch_micro_batches()

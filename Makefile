@@ -33,7 +33,7 @@ test: .venv/installed-test ## Run the tests, without the slow ones
 test-slow: .venv/installed-test ## Run the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "slow and not sweep" $(ARGS) || [ $$? -eq 5 ]
 
-# Half an hour or more; ARGS="--within 300" begins no test later, each day in another order.
+# Three quarters of an hour; ARGS="--share 0/8" runs the first of eight shares.
 test-sweep: .venv/installed-test ## Run slow tests that cross plans with techniques, families and layouts
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m sweep $(ARGS) || [ $$? -eq 5 ]
 

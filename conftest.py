@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import time
-from datetime import date
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +19,6 @@ NONE = (
 )
 
 
-BEGUN = time.monotonic()
 OF_PARALLEL = "context experts families heads_and_vocabulary measured memory model_size parity ranks_agree".split()
 SWEEPS = {
     *(f"plugins/parallel_4d/tests/test_{name}.py" for name in OF_PARALLEL),
@@ -34,12 +31,18 @@ operations."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--within", type=float, metavar="SECONDS", help="begin no test later; each day in another order")
+    parser.addoption("--share", type=share, metavar="K/N", help="of N shares of the tests, run share K, from 0 on")
+
+
+def share(text: str) -> slice:
+    which, _, of = text.partition("/")
+    if not 0 <= int(which) < int(of):
+        raise ValueError(text)
+    return slice(int(which), None, int(of))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["SFT_LANG"] = "en"  # whatever the machine speaks
-    os.environ.setdefault("SFT_TEST_DAY", str(date.today().toordinal()))  # the same in all processes of a test run
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     else:  # read when CUDA starts: float32 products keep all their bits, so that their tolerances can be narrow
@@ -60,21 +63,19 @@ def _lacks_gpu(config: pytest.Config) -> bool:
     return config.option.markexpr == "gpu" and not forced and likely_device() != "gpu"
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     if _lacks_gpu(config):
         config.hook.pytest_deselected(items=list(items))
         items.clear()
     for item in items:
         if item.nodeid.partition("::")[0] in SWEEPS and item.get_closest_marker("slow"):
             item.add_marker("sweep")
-    if config.option.within is not None:
-        random.Random(os.environ["SFT_TEST_DAY"]).shuffle(items)
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    within = item.config.option.within
-    if within is not None and time.monotonic() - BEGUN > within:
-        pytest.skip(f"its turn did not come within {within:g} seconds")
+    yield
+    if config.option.share is not None:  # of what -m and -k have left
+        chosen = items[config.option.share]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -56,13 +56,14 @@ MEMORY = """\
 
 The largest share of a LoRA step is what backward needs again. In MiB, by the formulas of `sft plan`
 ([plan.md](plan.md)), for rows of 1,024 tokens on a model of 135 million parameters; with `--recompute`
-activations are 131 and 105, for a second forward pass. The interpreter and paddle take about 200 MiB beside it. By the
-code of 749bb29 the same run held 3.5 GiB.
+activations are 131 and 105, for a second forward pass. The interpreter, paddle, the tokenizer and the records come
+beside it: a float32 run that is ready for its first step holds 930 MiB. By the code of 749bb29 the whole run held 3.5
+GiB. `together` is the most at one time.
 
 | | weights | gradients | AdamW | activations | logits | together |
 |---|--:|--:|--:|--:|--:|--:|
-| float32 | 524 | 9 | 19 | 1,026 | 256 | 1,834 |
-| bfloat16 | 267 | 9 | 19 | 596 | 256 | 1,147 |
+| float32 | 522 | 9 | 19 | 1,027 | 100 | 1,642 |
+| bfloat16 | 266 | 9 | 19 | 590 | 98 | 958 |
 
     sft plan --devices 1 --device_memory 24GB --model_name_or_path DIR --dataset_name_or_path DATA --plugin lora \\
         --lora_rank 8 --plugin greedy-zero-padding --max_length 1024 --per_device_train_batch_size 1 --device cpu

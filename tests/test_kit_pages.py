@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from installing import install
+from shown_plugins import SHOWN
 
 import sft
 from sft.kit.validate import validated
@@ -24,33 +25,6 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 Train = Callable[..., sft.Summary]
-
-
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(
-        rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
-
-
-SHOWN = {
-    name: code
-    for page in sorted((ROOT / "docs").glob("*.md"))
-    for code in blocks(str(page.relative_to(ROOT)), "python")
-    for name in re.findall(r'^class \w+\(sft\.Plugin\):.*?^    name = "(.+?)"', code, re.DOTALL | re.MULTILINE)
-}
-"""The plugins that pages show whole: the file of each, by its name."""
-
-
-@pytest.fixture
-def written(tmp_path: Path) -> Callable[[str], str]:
-    """The path of a file with the plugin of a name."""
-
-    def write(name: str) -> str:
-        path = tmp_path / f"{name.replace('-', '_')}.py"
-        path.write_text(SHOWN[name], encoding="utf-8")
-        return str(path)
-
-    return write
 
 
 def replaced(folder: Path, diff: str) -> None:

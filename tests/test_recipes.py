@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from installing import install, python
-from test_kit_pages import SHOWN, blocks
+from shown_plugins import SHOWN, blocks
 
 import sft
 from sft.inference.export import export
@@ -23,18 +23,6 @@ from sft.testing import check_plugin, needs, read_metrics
 pytestmark = pytest.mark.slow
 
 Train = Callable[..., sft.Summary]
-
-
-@pytest.fixture
-def written(tmp_path: Path) -> Callable[[str], str]:
-    """The path of a file with the plugin of a name."""
-
-    def write(name: str) -> str:
-        path = tmp_path / f"{name.replace('-', '_')}.py"
-        path.write_text(SHOWN[name], encoding="utf-8")
-        return str(path)
-
-    return write
 
 
 @pytest.fixture

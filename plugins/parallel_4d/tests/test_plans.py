@@ -216,6 +216,22 @@ def test_short_rows_are_shared_where_that_is_asked_for(config_of: Callable[..., 
     assert degrees("--context_parallel_degree", "8") == {8}
 
 
+def test_a_cpu_has_its_own_chunks_of_logits(config_of: Callable[..., Path]) -> None:
+    def logits(device: str) -> int:
+        line = ["--devices", "1", "--device_memory", "80GiB", "--per_device_train_batch_size", "64", "--json"]
+        found = run(config_of(vocab_size=32_000), *line, "--device", device).output.splitlines()
+        return int(json.loads(found[0])["memory"]["logits"])
+
+    chunk, head = 24 << 20, 4 * 64 * 32_000  # as the core's loss has it; gradients of lm_head beside its four stages
+    assert 4 * chunk * 0.99 <= logits("cpu") <= 4 * chunk + 2 * head
+    assert logits("gpu") > logits("cpu")
+
+
+def test_a_memory_without_a_unit_is_asked_about(config_of: Callable[..., Path]) -> None:
+    result = run(config_of(), "--devices", "1", "--device_memory", "24")
+    assert str(result.exception) == "A device of 24 bytes holds no model; give a unit, such as 24GiB."
+
+
 def test_nothing_fits(config_of: Callable[..., Path]) -> None:
     result = run(config_of(num_hidden_layers=400), "--devices", "2", "--device_memory", "20MiB")
     assert "0 fit; the smallest first" in result.output

@@ -231,7 +231,7 @@ def test_a_rank_that_stands_still_is_named(trainings: Trainings, hook: str) -> N
     asked = {"num_samples": 1, "max_new_tokens": 2, "parallel_timeout": 2.0}
     values = trainings.settings(PLANS["tp2"], **asked)
     with pytest.raises(RankError, match=r"rank 1 is missing: the others have waited 2 s in '"):
-        run_ranks(2, "jobs:stand_still", values, 1, hook, timeout=40)
+        run_ranks(2, "mishaps:stand_still", values, 1, hook, timeout=40)
 
 
 @pytest.mark.parametrize("plan", ["tp2", pytest.param("pp2", marks=pytest.mark.slow)])
@@ -241,7 +241,7 @@ def test_a_value_that_is_not_finite_in_one_rank_ends_all(trainings: Trainings, p
     values = trainings.settings(PLANS[plan], **saving)
     name = "model.layers.3.mlp.up_proj.weight"
     with pytest.raises(RankError):
-        run_ranks(2, "jobs:train_and_ruin", values, 1, name, timeout=60)
+        run_ranks(2, "mishaps:train_and_ruin", values, 1, name, timeout=60)
     output = Path(values["output_dir"])
     found = json.loads((output / "run.json").read_text())
     assert found["status"] == "failed"
@@ -259,7 +259,7 @@ def test_a_step_that_is_not_finite_in_one_rank_is_left_out_by_all(trainings: Tra
     skipping = {"skip_nan_grad": True, "max_skipped_in_a_row": 2} if skips else {}
     values = trainings.settings(PLANS["dp2"], **saving, **skipping)
     with pytest.raises(RankError):
-        run_ranks(2, "jobs:train_with_a_bad_step", values, 0, 2, timeout=60)
+        run_ranks(2, "mishaps:train_with_a_bad_step", values, 0, 2, timeout=60)
     output = Path(values["output_dir"])
     found = json.loads((output / "run.json").read_text())
     assert found["status"] == "failed"
@@ -278,7 +278,7 @@ def test_a_result_that_its_folder_cannot_take_is_whole_elsewhere(
     settings = {"do_eval": False, "evaluation_strategy": "no", "max_steps": 1}
     values = trainings.settings(PLANS[plan], **settings)
     with pytest.raises(RankError) as caught:
-        run_ranks(2, "jobs:train_on_full_disk", values, str(tmp_path), timeout=60)
+        run_ranks(2, "mishaps:train_on_full_disk", values, str(tmp_path), timeout=60)
     (place,) = tmp_path.iterdir()
     error = json.loads((Path(values["output_dir"]) / "run.json").read_text())["error"]
     assert "No space left on device" in error
@@ -314,7 +314,7 @@ def test_a_disk_that_is_lost_in_training_does_not_cost_the_weights(
     saving = {} if what == "journal" else {"save_strategy": "steps", "save_steps": 2}
     values = trainings.settings(PLANS[plan], **settings, **saving)
     with pytest.raises(RankError) as caught:
-        run_ranks(2, "jobs:train_and_lose_the_disk", values, str(tmp_path), what, timeout=60)
+        run_ranks(2, "mishaps:train_and_lose_the_disk", values, str(tmp_path), what, timeout=60)
     (place,) = tmp_path.iterdir()
     cause = {"journal": "No such file or directory", "main": "No space left on device", "other": "another process"}
     assert re.search(rf"cannot go on after step 2 \({cause[what]}.*; it is in {place} instead", caught.value.output)

@@ -74,16 +74,7 @@ def need(values: Mapping[str, Any], device: str, memory: int) -> int | None:
         return None
     settings, options = paper.run.settings, paper.run.settings.options[NAME]
     plan = plan_of(settings, options, processes(options, settings.training.device))
-    of_gpu = memory if device == "gpu" else None
-    calculator = Calculator(
-        paper.outline,
-        precision_of(settings),
-        way.batch,
-        way.length,
-        device_memory=of_gpu,
-        bucket=settings.options[NAME].bucket,
-    )
-    return calculator.fullest(plan).peak
+    return _calculator(paper, way, memory if device == "gpu" else None).fullest(plan).peak
 
 
 def _set(values: Mapping[str, Any]) -> tuple[PaperRun, Way]:
@@ -104,14 +95,7 @@ def peak(paper: PaperRun, way: Way, of_gpu: int | None) -> int | None:
         plans = legal_plans(paper.outline, world, rows, way.batch, chosen)
     except sft.UsageError:
         return None
-    calculator = Calculator(
-        paper.outline,
-        precision_of(settings),
-        way.batch,
-        way.length,
-        device_memory=of_gpu,
-        bucket=settings.options[NAME].bucket,
-    )
+    calculator = _calculator(paper, way, of_gpu)
     return min((calculator.fullest(plan).peak for plan in plans), default=None)
 
 
@@ -135,3 +119,9 @@ def _smaller(now: Way) -> Iterator[Way]:
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
+
+
+def _calculator(paper: PaperRun, way: Way, of_gpu: int | None) -> Calculator:
+    settings = paper.run.settings
+    bucket = settings.options[NAME].bucket
+    return Calculator(paper.outline, precision_of(settings), way.batch, way.length, device_memory=of_gpu, bucket=bucket)

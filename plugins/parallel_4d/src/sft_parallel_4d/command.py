@@ -92,7 +92,8 @@ def command(
     )
     precision = precision_of(paper.run.settings)
     size = paper.run.settings.options[NAME].bucket
-    calculator = Calculator(paper.outline, precision, batch, length, device_memory=here.memory, bucket=size)
+    of_gpu = None if training.device == "cpu" else here.memory  # a CPU has smaller chunks of logits
+    calculator = Calculator(paper.outline, precision, batch, length, device_memory=of_gpu, bucket=size)
     answers = ranked(calculator, plans, here)
     if html is not None:
         model = paper.run.settings.model.model_name_or_path
@@ -128,6 +129,8 @@ def _machine(
     bandwidth: str | None, node_bandwidth: str | None, latency: float | None,
 ) -> Machine:  # fmt: skip
     """``machine`` with the user's own figures."""
+    if memory and sft.parse_size(memory) < 1 << 20:
+        raise UsageError(f"A device of {sft.parse_size(memory):,} bytes holds no model; give a unit, such as 24GiB.")
     given: dict[str, Any] = {
         "devices": devices,
         "memory": memory and sft.parse_size(memory),

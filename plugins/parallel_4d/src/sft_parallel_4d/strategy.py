@@ -28,6 +28,7 @@ from sft_parallel_4d.adapters import Adapters
 from sft_parallel_4d.buckets import Buckets, late_of
 from sft_parallel_4d.context import ContextParallel
 from sft_parallel_4d.experts import ExpertParallel
+from sft_parallel_4d.idle import evaluating, nothing
 from sft_parallel_4d.offload import Host
 from sft_parallel_4d.options import BUCKET
 from sft_parallel_4d.phases import Phases, phase
@@ -179,7 +180,7 @@ class Parallel:
             """What the next part of the model gets; in the last one, the loss."""
             own = learning_of(batch)
             # Plugins change what is trained on, as by noise; an idle micro-batch is none of it.
-            with _evaluating(self._run.model) if own is idle else contextlib.nullcontext():
+            with evaluating(self._run.model) if own is idle else contextlib.nullcontext():
                 hidden = own.forward(batch, received, self.phases.go_on)
                 return self._finished(hidden, lambda hidden: own.loss(hidden, batch))
 
@@ -218,9 +219,9 @@ class Parallel:
         pipeline's schedule takes more."""
         even = [self._fit(batch) for batch in batches]
         if self._experts is not None or self._at.plan.stage >= 2:
-            even += [self._fit(_nothing())] * (most() - len(even))
+            even += [self._fit(nothing())] * (most() - len(even))
         if self._pipe is not None and even:
-            even += [self._fit(_nothing())] * (self._pipe.least - len(even))
+            even += [self._fit(nothing())] * (self._pipe.least - len(even))
         return even
 
     def _fit(self, batch: Batch) -> Batch:
@@ -385,25 +386,9 @@ def _flag(owner: Any | None, name: str) -> Iterator[None]:
         setattr(owner, name, False)
 
 
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
-
-
 def _number(value: Any) -> Any:
     """A float64 tensor [1] on the device that computes, which nobody reads for that."""
     if isinstance(value, float):
         return paddle.to_tensor([value], dtype="float64")
     rests = value.place.is_cpu_place() and paddle.device.get_device() != "cpu"
     return (value.cuda() if rests else value).reshape([1])
-
-
-def _nothing() -> Batch:
-    """A batch whose loss counts for nothing, but which reaches every parameter."""
-    ids = np.zeros((1, 2), np.int64)
-    ends = np.full((1, 1, 2, 1), 2, np.int32)
-    return Batch(ids, ids.copy(), np.arange(2)[None], ends, ((2,),))

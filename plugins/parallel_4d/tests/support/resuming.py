@@ -20,7 +20,7 @@ def killed(trainings: Trainings, plan: Plan, **settings: Any) -> dict[str, Any]:
     """The settings of a run whose last rank was killed in step 3, after the checkpoint of step 2."""
     values = trainings.settings(plan, **SAVES, **settings)
     with pytest.raises(RankError) as caught:
-        run_ranks(plan.processes, "jobs:train_and_die", values, plan.processes - 1, 3, timeout=60)
+        run_ranks(plan.processes, "mishaps:train_and_die", values, plan.processes - 1, 3, timeout=60)
     assert caught.value.rank == plan.processes - 1
     output = Path(values["output_dir"])
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]

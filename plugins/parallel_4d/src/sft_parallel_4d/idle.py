@@ -1,0 +1,28 @@
+"""Micro-batches of ranks that have fewer than others: what meets in collectives must come as often everywhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from sft import Batch
+
+
+def nothing() -> Batch:
+    """A batch whose loss counts for nothing, but which reaches every parameter."""
+    ids = np.zeros((1, 2), np.int64)
+    ends = np.full((1, 1, 2, 1), 2, np.int32)
+    return Batch(ids, ids.copy(), np.arange(2)[None], ends, ((2,),))
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Within it nothing changes what is trained on, as noise does: an idle micro-batch is none of that."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()

@@ -35,7 +35,7 @@ test-slow: .venv/installed-test ## Run the slow tests
 
 # Three quarters of an hour; ARGS="--share 0/8" runs the first of eight shares.
 test-sweep: .venv/installed-test ## Run slow tests that cross plans with techniques, families and layouts
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m sweep $(ARGS) || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "slow and sweep" $(ARGS) || [ $$? -eq 5 ]
 
 # Needs chromium and its driver (Debian: chromium chromium-driver); without them each test says so, and is skipped.
 test-browser: .venv/installed-test ## Look at the pages that sft makes, in a headless browser

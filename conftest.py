@@ -19,17 +19,6 @@ NONE = (
 )
 
 
-OF_PARALLEL = "context experts families heads_and_vocabulary measured memory model_size parity ranks_agree".split()
-SWEEPS = {
-    *(f"plugins/parallel_4d/tests/test_{name}.py" for name in OF_PARALLEL),
-    "tests/certify/test_certify.py",
-    "tests/reliability/test_faults.py",
-    "tests/reliability/test_fuzz.py",
-}
-"""Files whose slow tests are one like the other: plans crossed with techniques, plugins with checks, faults with
-operations."""
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--share", type=share, metavar="K/N", help="of N shares of the tests, run share K, from 0 on")
 
@@ -68,9 +57,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if _lacks_gpu(config):
         config.hook.pytest_deselected(items=list(items))
         items.clear()
-    for item in items:
-        if item.nodeid.partition("::")[0] in SWEEPS and item.get_closest_marker("slow"):
-            item.add_marker("sweep")
     yield
     if config.option.share is not None:  # of what -m and -k have left
         chosen = items[config.option.share]

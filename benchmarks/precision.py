@@ -31,7 +31,7 @@ def measure(bench: Bench, case: str) -> dict[str, Any]:
 
     def start(name: str, dtype: str) -> Side:
         places = {"model": str(bench.model), "data": str(data), "out": str(bench.new_folder("out"))}
-        work = {"kind": case, "packed": True, "dtype": dtype, "settings": bench.settings}
+        work = {"kind": case, "packed": True, "dtype": dtype, "steps": STEPS, "settings": bench.settings}
         return bench.side(__name__, "sft", **work, **places)
 
     sides = {"sft": "float32", "sft bfloat16": "bfloat16"}
@@ -59,11 +59,12 @@ def sft_side(options: dict[str, Any]) -> None:
     turns = Turns()
     import sft
 
-    run = {**steps.sft_settings(options), "max_length": LENGTH, "max_steps": STEPS, "logging_steps": STEPS}
-    sft.run({**run, "do_eval": True, "evaluation_strategy": "steps", "eval_steps": STEPS // 2})
+    count = options["steps"]
+    run = {**steps.sft_settings(options), "max_length": LENGTH, "max_steps": count, "logging_steps": count}
+    sft.run({**run, "do_eval": True, "evaluation_strategy": "steps", "eval_steps": count // 2})
     lines = Path(options["out"], "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [line["eval_loss"] for line in map(json.loads, lines) if "eval_loss" in line]
-    halfway, after = losses
+    _, halfway, after = losses  # the first is that before training
     turns.ready("paddlepaddle", halfway=halfway, after=after)
     turns.begin()
 

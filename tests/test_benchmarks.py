@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from benchmarks import attention, charts, figures, materials, packing, page, peers, startup, steps
+from benchmarks import attention, charts, figures, materials, packing, page, peers, precision, startup, steps
 from benchmarks.bench import Bench, told
 from benchmarks.turns import Side, SideError, alternate
 
@@ -261,6 +261,17 @@ def test_our_side_of_each_benchmark_is_measured(tmp_path: Path, name: str, case:
     assert ours["median"] > 0
     assert 10 < ours["peak_mib"] < 8000
     assert figure is None or ours["also"][figure]
+
+
+@pytest.mark.slow
+def test_learning_is_measured_in_both_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"STEPS": 4, "TRAINED": 60, "HELD_OUT": 4}.items():
+        monkeypatch.setattr(precision, name, value)
+    model = materials.write_model(tmp_path / "model", layers=1)
+    sides = measured(Bench(tmp_path, turns=1, given_model=model), "precision", "lora")["sides"]
+    one, other = sides["sft"], sides["sft bfloat16"]
+    assert one["also"]["after 2"] > one["median"] > 0
+    assert other["median"] == pytest.approx(one["median"], rel=0.01)
 
 
 @pytest.mark.slow

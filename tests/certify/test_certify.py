@@ -25,6 +25,8 @@ from sft.testing import check_plugin, needs
 
 from seeded_faults import FAULTS  # isort: skip
 
+pytestmark = pytest.mark.sweep  # as far as its tests are slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -23,6 +23,8 @@ from reliability.full_disk import full_disk
 from sft.files import read_report
 from sft.testing import needs, write_data
 
+pytestmark = pytest.mark.sweep  # as far as its tests are slow
+
 MODEL = Path(__file__).resolve().parent.parent.parent / "core" / "tests" / "fixtures" / "models" / "llama-tied-gqa"
 TRAINING: dict[str, Any] = {
     "model_name_or_path": str(MODEL),

@@ -18,6 +18,8 @@ from sft_parallel_4d import board as board_module
 from sft_parallel_4d import door
 from sft_parallel_4d.board import Board
 
+pytestmark = pytest.mark.sweep  # as far as its tests are slow
+
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_few(name: str) -> None:

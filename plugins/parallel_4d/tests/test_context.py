@@ -15,6 +15,8 @@ import sft
 from sft.testing import needs, read_metrics
 from sft_parallel_4d.context import ContextParallel
 
+pytestmark = pytest.mark.sweep  # as far as its tests are slow
+
 FULL: dict[str, Any] = {}
 LORA: dict[str, Any] = {"plugin": ["lora"], "lora_rank": 4}
 PACKED: dict[str, Any] = {"plugin": ["greedy-zero-padding", "flashmask"]}

@@ -12,6 +12,8 @@ from trainings import ALL, OF_MIXTURES, Plan, Trainings, assert_equal, joined
 
 from sft.testing import needs
 
+pytestmark = pytest.mark.sweep  # as far as its tests are slow
+
 LENGTHS = {"max_length": 60, "src_length": 32}
 PACKED = {"plugin": ["greedy-zero-padding", "flashmask"]}
 LORA = {"plugin": ["lora"], "lora_rank": 4}

@@ -12,6 +12,8 @@ from trainings import Trainings, assert_equal
 
 from sft.testing import needs
 
+pytestmark = pytest.mark.sweep  # as far as its tests are slow
+
 PLANNED = ["tp2", "tp2-sequence", "pp2", "stage3", "tp2-pp2", "tp2-stage1", "cp2", "cp2-tp2-sequence"]
 
 

@@ -11,6 +11,8 @@ from trainings import PLANS, Trainings, assert_equal
 
 from sft.testing import make_model, needs
 
+pytestmark = pytest.mark.sweep  # as far as its tests are slow
+
 SIZES = {"num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 2051}
 """2051 tokens: of two ranks one has 1026, of four three have 513."""
 LORA = {"plugin": ["lora"], "lora_rank": 4}

@@ -17,6 +17,8 @@ from sft_parallel_4d.model_size import Precision
 from sft_parallel_4d.paper import outline as on_paper
 from sft_parallel_4d.plans import Plan
 
+pytestmark = pytest.mark.sweep  # as far as its tests are slow
+
 LARGE = {"hidden_size": 128, "intermediate_size": 512, "tie_word_embeddings": True}
 """A model that outweighs what it keeps of a row of 32 tokens."""
 TENSOR, PIPELINE, SEQUENCE = {"tensor_parallel_degree": 2}, {"pipeline_parallel_degree": 2}, {"sequence_parallel": True}

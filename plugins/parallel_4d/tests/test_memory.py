@@ -27,6 +27,8 @@ from sft_parallel_4d.outline import Outline
 from sft_parallel_4d.paper import outline as on_paper
 from sft_parallel_4d.plans import Plan
 
+pytestmark = pytest.mark.sweep  # as far as its tests are slow
+
 FIXTURES = Path(__file__).parents[3] / "core" / "tests" / "fixtures" / "families"
 QUICK = ["llama", "gemma2", "olmo2", "phi3", "mixtral"]
 """What differs most: caps and windows, norms over all heads, fused matrices, experts."""

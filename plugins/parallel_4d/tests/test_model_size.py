@@ -31,6 +31,8 @@ from sft_parallel_4d.pipeline import Pipeline
 from sft_parallel_4d.tensor import TensorParallel
 from sft_parallel_4d.topology import Axis
 
+pytestmark = pytest.mark.sweep  # as far as its tests are slow
+
 MODELS = Path(__file__).parents[3] / "core" / "tests" / "fixtures"
 CASES = sorted(str(path.parent.relative_to(MODELS)) for path in MODELS.glob("*/*/config.json"))
 WHOLE = Precision()

@@ -12,6 +12,8 @@ from trainings import PLANS, Trainings, assert_equal, joined
 
 from sft.testing import needs, read_metrics
 
+pytestmark = pytest.mark.sweep  # as far as its tests are slow
+
 FULL: dict[str, Any] = {}
 LORA = {"plugin": ["lora"], "lora_rank": 4}
 PACKED = {"plugin": ["greedy-zero-padding", "flashmask"]}

@@ -16,6 +16,8 @@ from trainings import PLANS, Plan, Trainings, assert_equal
 
 from sft.testing import needs, read_metrics
 
+pytestmark = pytest.mark.sweep  # as far as its tests are slow
+
 
 @pytest.mark.parametrize(
     ("plan", "settings"),

@@ -54,6 +54,24 @@ def test_new_tokens_are_whole_and_last_and_travel_with_the_tokenizer(tmp_path: P
     assert again.encode("a <tool>colour") == grown.encode("a <tool>colour")
 
 
+def test_many_new_tokens_take_no_longer_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is looked up among the others: tokens are compared about once each, where a list of them would be gone
+    through for each, 50 comparisons in the middle."""
+    compared = 0
+    same = NewToken.__eq__
+
+    def counting(self: NewToken, other: object) -> bool:
+        nonlocal compared
+        compared += 1
+        return same(self, other)
+
+    monkeypatch.setattr(NewToken, "__eq__", counting)
+    names = [f"<many-{number}>" for number in range(100)]
+    grown = Tokenizer(MODELS / "llama-tied-gqa", new_tokens=[NewToken(name) for name in [*names, *names]])
+    assert len(grown.new_ids) == 100
+    assert compared < 500
+
+
 def test_special_ones_are_those_of_transformers(tmp_path: Path) -> None:
     """As its own ``add_tokens`` has them, of the same tokenizer: ids, texts with and without them, and the file that
     the next one reads (fixtures/special_tokens.json, by make_special_tokens.py there)."""

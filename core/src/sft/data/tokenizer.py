@@ -121,9 +121,12 @@ class Tokenizer:
     def _add(self, tokens: Sequence[NewToken]) -> list[int]:
         """Add tokens, each whole wherever it stands in a text; the ids of those that were not there. One that is there
         keeps its id, and becomes special where that is asked for."""
+        if not tokens:
+            return []
         from tokenizers import AddedToken
 
-        fresh = [token for token in dict.fromkeys(tokens) if self.backend.token_to_id(token.text) is None]
+        tokens = list(dict.fromkeys(tokens))
+        fresh = dict.fromkeys(token for token in tokens if self.backend.token_to_id(token.text) is None)
         special = {one.content for one in self.backend.get_added_tokens_decoder().values() if one.special}
         changed = [token for token in tokens if token in fresh or (token.special and token.text not in special)]
         for token in changed:

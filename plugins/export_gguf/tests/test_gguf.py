@@ -321,6 +321,19 @@ def test_what_llama_cpp_does_not_compute_is_refused(models: Path, cases: ModuleT
         (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
         with pytest.raises(sft.UsageError, match=message):
             exported(folder, tmp_path / "out")
+    others: dict[str, tuple[dict[str, Any], str]] = {
+        "smollm3": (
+            {"no_rope_layers": None, "no_rope_layer_interval": 2},
+            "turns queries and keys of all blocks but one in 4, ",
+        ),
+        "gemma3": ({"layer_types": None, "sliding_window_pattern": 2}, "has one window in all blocks but one in 6, "),
+    }
+    for case, (changed, message) in others.items():
+        folder = cases.prepare(case, tmp_path / case)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changed}))
+        with pytest.raises(sft.UsageError, match=message):
+            exported(folder, tmp_path / "out")
     biased = cases.prepare("qwen3", tmp_path / "biased")
     config = json.loads((biased / "config.json").read_text())
     (biased / "config.json").write_text(json.dumps({**config, "attention_bias": True}))

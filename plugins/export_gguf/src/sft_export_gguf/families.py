@@ -127,7 +127,7 @@ def form_of(model: sft.FinishedModel) -> Form:
             )
     turned = [form.still is None or (number + 1) % form.still != 0 for number in range(len(found.blocks))]
     if turned != [block.rotary is not None for block in found.blocks]:
-        which = "every block" if form.still is None else f"all blocks but every {form.still}th"
+        which = "every block" if form.still is None else f"all blocks but one in {form.still}"
         raise sft.UsageError(
             f"llama.cpp's {form.arch} turns queries and keys of {which}, and this model those of others; write --to "
             "huggingface."
@@ -150,7 +150,7 @@ def _check_windows(form: Form, found: sft.Architecture) -> None:
     local = [window is not None for window in windows]
     if local != [(number + 1) % form.whole != 0 for number in range(len(windows))] or len({*windows} - {None}) > 1:
         raise sft.UsageError(
-            f"llama.cpp's {form.arch} has one window in all blocks but every {form.whole}th, and this model others; "
+            f"llama.cpp's {form.arch} has one window in all blocks but one in {form.whole}, and this model others; "
             "write --to huggingface."
         )
     caps = [cap for cap in form.can if cap.endswith("_cap") and getattr(found, cap) is None]

@@ -63,8 +63,10 @@ class Display:
             self._pace.evaluated(evaluated)
         self._told = False
         self._figures: list[str] = []
-        self._step, self._step_began, self._batch, self._batches = done, self._began, 0, 0
+        self._step, self._step_began, self._batches = done, self._began, 0
         self._begun: set[int] = set()
+        """Which micro-batches of the step have begun, by their ids: the loop holds them all until the step is done, so
+        none gets the id of another. A set, for a stage of several parts is told of one before each of them."""
         self._bar = progress.show("step", total, [f"{done}/{total}"], self._began) if progress.has_bars else None
         self._move(done)
 
@@ -126,7 +128,7 @@ class Display:
     def within(self, step: int, batches: int) -> Iterator[None]:
         """A context in which the ``batches`` micro-batches of a step are computed; if that takes long, it is shown."""
         with self._progress.lock:
-            self._step, self._step_began, self._batch, self._batches = step, time.monotonic(), 0, batches
+            self._step, self._step_began, self._batches = step, time.monotonic(), batches
             self._begun = set()
         with self._progress.looking_after(self):
             yield
@@ -135,19 +137,18 @@ class Display:
     def sft_micro_batch(self, batch: Batch) -> None:
         with self._progress.lock:
             self._begun.add(id(batch))
-            self._batch = len(self._begun)
-            if self._batch > 1:  # a step that has only begun shows nothing by itself
+            if len(self._begun) > 1:  # a step that has only begun shows nothing by itself
                 self.look()
 
     def look(self) -> None:
         """Show how far the step has come, if it is time to."""
-        now = time.monotonic()
+        now, begun = time.monotonic(), len(self._begun)
         if self._bar is not None:
-            if now - self._step_began >= BAR_AFTER and 0 < self._batch <= self._batches and self._batches > 1:
-                done = self._done + (self._batch - 1) / self._batches
-                self._move(done, f", micro-batch {self._batch}/{self._batches}")
+            if now - self._step_began >= BAR_AFTER and 0 < begun <= self._batches and self._batches > 1:
+                done = self._done + (begun - 1) / self._batches
+                self._move(done, f", micro-batch {begun}/{self._batches}")
         elif now - max(self._said, self._step_began) >= LINE_EVERY:
-            batch, took = max(1, self._batch), now - self._step_began
+            batch, took = max(1, begun), now - self._step_began
             self._tell(
                 "micro_batch",
                 {"step": self._step, "total": self._total, "micro_batch": batch, "micro_batches": self._batches}

@@ -22,9 +22,9 @@ PICTURE = ROOT / "docs/images/parallel-timeline.svg"
 PLANS = {"stage1": {"sharding": "stage1"}, "stage3": {"sharding": "stage3", "recompute": True}}
 BUCKET = 1 << 20
 COLOURS = {"forward": "#7aa6d8", "loss": "#b7a6d8", "backward": "#e3a857", "reduce_scatter": "#5b9f6f"}
-COLOURS |= {"all_gather": "#c46a7a", "all_reduce": "#888888"}
+COLOURS |= {"all_gather": "#c46a7a"}
 WIDTH, BAR, LEFT = 960, 16, 150
-WORDS = {"reduce_scatter": "reduce-scatter", "all_gather": "all-gather", "all_reduce": "all-reduce"}
+WORDS = {"reduce_scatter": "reduce-scatter", "all_gather": "all-gather"}
 
 
 def record() -> dict[str, Any]:

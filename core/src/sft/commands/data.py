@@ -22,7 +22,7 @@ _IN_TERMINAL, _FOUND, _IN_PAGE = 1, 10, 100
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]},
     options_metavar="[--name value ...]",
 )
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[SETTINGS.yaml|.json|.toml]")
+@click.argument("arguments", nargs=-1, metavar="[SETTINGS.yaml|.json|.toml]")
 @click.option(
     "--show",
     metavar="N",

@@ -29,7 +29,7 @@ PRINTS = ("--print_settings", "--print-settings")
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.argument("arguments", nargs=-1)
 def command(arguments: tuple[str, ...]) -> None:
     """Fine-tune a model."""
     wants_help = any(argument in ("--help", "-h") for argument in arguments)

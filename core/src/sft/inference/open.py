@@ -118,17 +118,15 @@ def _check_precision(settings: Settings) -> None:
 def _refuse_idle(plugins: Plugins, requested: Sequence[str], what: str, hooks: Sequence[str]) -> None:
     """Refuse a plugin that is ``requested`` by name, implements none of the ``hooks`` that ``what`` calls, and does
     not read the adapter. One of a file, which no metadata brings, may refine whoever reads it."""
-    published = {hook for name, one in plugins if name in plugins.readers for hook in hooks_of(_specs(one))}
+    published = {
+        hook for name, one in plugins if name in plugins.readers for hook in hooks_of(getattr(one, "hookspecs", None))
+    }
     for name, plugin in plugins:
         refines = name in plugins.files and any(implements(plugin, hook) for hook in published)
         if name in plugins.readers or refines:
             continue
         if name in map(canonical, requested) and not any(implements(plugin, hook) for hook in hooks):
             raise UsageError(f"Plugin {name} has no part in {what}; leave it out.")
-
-
-def _specs(plugin: Any) -> Any:
-    return getattr(plugin, "hookspecs", None)
 
 
 def trained_template(adapter: Path | None) -> str | None:

@@ -1,5 +1,4 @@
-"""What a family promises, tried on a checkpoint: ``sft.testing.check_family``, from which tests import it; and what the
-losses of tokens that plugins make give by themselves.
+"""What a family promises, tried on a checkpoint: ``sft.testing.check_family``, from which tests import it.
 
 Each check stands for a place of the core that relies on it. Two ways of computing the same thing must agree within
 :data:`RELATIVE` of the largest value, in float32.
@@ -16,7 +15,7 @@ import numpy as np
 from sft import hookspecs
 from sft.data.batches import assemble
 from sft.plugins.registry import Plugins
-from sft.seams import Batch, Example, TokenLoss
+from sft.seams import Batch, Example
 
 RELATIVE = 5e-6
 LENGTHS = (4, 7, 5)
@@ -257,20 +256,3 @@ def _what_is_saved_is_what_was_read(
             logits,
             "what was saved and read computes otherwise",
         )
-
-
-def token_loss(part: TokenLoss, logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
-    """Σ of what ``part`` makes of the cross-entropy of each position (nats), and its gradient in the logits, float32
-    [n, V], computed as in training. ``logits`` float32 [n, V], ``labels`` int64 [n], -100 where there is none."""
-    from types import SimpleNamespace
-
-    import paddle
-
-    from sft.training.loss import target_loss
-    from sft.training.token_losses import TokenLosses
-
-    hidden = paddle.to_tensor(logits[None].astype(np.float32), stop_gradient=False)
-    lm_head = SimpleNamespace(weight=paddle.eye(logits.shape[1]))
-    loss = target_loss(hidden, labels[None], lm_head, 1.0, None, TokenLosses([("The loss that is tested", part)]))
-    loss.backward()
-    return float(loss), hidden.grad.numpy()[0]

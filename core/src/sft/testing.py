@@ -28,7 +28,8 @@ import pytest
 import sft
 from sft import suites
 from sft.certify.subject import Subject, an_adapter
-from sft.conformance import check_family, forward, token_loss
+from sft.certify.token_loss import token_loss
+from sft.conformance import check_family, forward
 from sft.emulated_autocast import emulated_autocast
 from sft.files import save_tensors, write_json
 from sft.kit.about import about, found

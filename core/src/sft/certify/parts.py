@@ -12,7 +12,7 @@ from sft.certify.checking import check
 from sft.certify.comparing import CLOSE, FailedError, NotTriedError, close, same
 from sft.certify.lab import Lab
 from sft.certify.runs import settings_of, variants
-from sft.conformance import token_loss
+from sft.certify.token_loss import token_loss
 from sft.context import Run
 from sft.seams import Example
 

@@ -47,7 +47,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     asked = CliRunner().invoke(cli, ["replay", str(folder / "first"), "--step", "17", "--json"])
     record = json.loads(asked.output.splitlines()[-1])["steps"][0]["records"][0]
     number = int(record["place"].rpartition(" ")[2]) - 1
-    strange = {**json.loads(lines[number]), "src": EVIL[:40], "tgt": "Ж҂ ѭ ☃ zq xv 9#7 %%" * 3}
+    strange = {**json.loads(lines[number]), "src": EVIL[:41], "tgt": "Ж҂ ѭ ☃ zq xv 9#7 %%" * 3}
     (folder / "train.json").write_text("\n".join([*lines[:number], json.dumps(strange), *lines[number + 1 :]]))
     trained("out")
     found = {}

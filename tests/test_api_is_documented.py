@@ -169,19 +169,34 @@ def test_each_number_that_a_class_holds_is_said() -> None:
 def test_losses_seconds_and_memory_have_units() -> None:
     """Of what holds or takes one, by its name, its text says the unit."""
     units = {"loss": "nats", "memory": "MiB|bytes|GiB", "positions": "tokens|position|document"}
+    units |= {"second": "second|clock"}
     silent = []
+
+    def without(name: str, text: str) -> str:
+        """``text`` without ``name`` itself, which is no unit though it may read like one."""
+        return re.sub(rf"\b{name}\b", "", text)
+
     for module, name, value in public():
         if inspect.isclass(value) and dataclasses.is_dataclass(value):
             said = "\n".join(inspect.getdoc(one) or "" for one in value.__mro__[:-1])
             for one in dataclasses.fields(value):
                 unit = next((unit for word, unit in units.items() if word in one.name), "")
-                if numeric(str(one.type)) and not re.search(unit, said):
+                if numeric(str(one.type)) and not re.search(unit, without(one.name, said)):
                     silent.append(f"{module}.{name}.{one.name}")
     for name, hook in all_hooks().items():
         for word, unit in units.items():
             text = inspect.getdoc(hook) or ""
-            if word in inspect.signature(hook).parameters and not re.search(unit, text):
-                silent.append(f"{name}({word})")
+            silent += [
+                f"{name}({one})"
+                for one in inspect.signature(hook).parameters
+                if word in one and not re.search(unit, without(one, text))
+            ]
+    for name, function, text in functions():
+        arguments = tree_of(function).args
+        for given in (*arguments.args, *arguments.kwonlyargs):
+            unit = next((unit for word, unit in units.items() if word in given.arg), "")
+            if given.annotation and numeric(ast.unparse(given.annotation)):
+                silent += [f"{name}({given.arg})"] * (not re.search(unit, without(given.arg, text)))
     assert silent == []
 
 

@@ -126,7 +126,7 @@ class RunReport:
         started: Date and time, ISO 8601.
         step: The last step that is written down, whether it was logged or not.
         total_steps: Where it ends, if nothing ends it earlier.
-        seconds: Of the whole run where it has finished, else those of the training, up to ``step``.
+        seconds: By the clock: of the whole run where it has finished, else of the training, up to ``step``.
         result: What :class:`sft.Summary` says, once it has finished; empty before.
         settings: All of them, by name.
         changed: Those that are not what they are by default, each with its default (None too where a run of an earlier

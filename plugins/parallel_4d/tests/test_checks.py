@@ -12,6 +12,8 @@ import pytest
 import sft
 from sft.fine_tune import prepare_run
 from sft.testing import needs
+from sft_parallel_4d.checks import why_no_pieces
+from sft_parallel_4d.options import ParallelOptions
 from sft_parallel_4d.plans import Plan
 from sft_parallel_4d.plugin import Parallel4d
 
@@ -64,6 +66,22 @@ def test_data_parallelism_takes_what_is_left(
 TENSOR, PIPELINE, EXPERTS = "tensor_parallel_degree", "pipeline_parallel_degree", "expert_parallel_degree"
 VIRTUAL, CONTEXT = "virtual_pp_degree", "context_parallel_degree"
 MIXTURE = {"model_type": "mixtral", "num_local_experts": 4}
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings", "reason"),
+    [
+        (4, {TENSOR: 4}, "there is one data rank"),
+        (1, {}, "there is one data rank"),
+        (4, {"sharding_parallel_degree": 1}, "sharding_parallel_degree is 1"),
+        (4, {EXPERTS: 4}, "all data ranks share out experts"),
+        (4, {EXPERTS: 2, "sharding_parallel_degree": 1}, "sharding_parallel_degree is 1"),
+    ],
+)
+def test_why_sharding_divides_nothing(planned: Planned, processes: int, settings: dict[str, Any], reason: str) -> None:
+    plan = planned(processes, model=MIXTURE, sharding="stage1", **settings)
+    assert plan.stage == 0
+    assert why_no_pieces(plan, ParallelOptions(**settings)) == reason
 
 
 @pytest.mark.parametrize(

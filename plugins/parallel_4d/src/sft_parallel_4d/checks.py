@@ -156,6 +156,15 @@ def _sharding(options: ParallelOptions, stage: int, left: int) -> int:
     return given if given >= 1 else left if left % experts else left // experts
 
 
+def why_no_pieces(plan: Plan, options: ParallelOptions) -> str:
+    """Why nobody shares pieces under ``plan``, although sharding is asked for."""
+    if plan.data == 1:
+        return "there is one data rank"
+    if options.sharding_parallel_degree == 1:
+        return "sharding_parallel_degree is 1"
+    return "all data ranks share out experts"
+
+
 def _check_run(run: Run | DryRun, stage: int, context: int, world: int, experts: int) -> None:
     """What a run may ask for that needs whole rows in one process, or the same number of answers in each."""
     objective = run.plugins.provider("sft_objective")

@@ -114,8 +114,9 @@ class Parallel4d(sft.Plugin):
         assert self.plan is not None  # since sft_launch
         computes_on(gpu_memory())
         if self.options.sharding and not self.plan.stage:
-            why = "one process reads all records" if self.plan.data == 1 else "all data ranks share out experts"
-            run.say(f"note: sharding {self.options.sharding} divides nothing: {why}")
+            from sft_parallel_4d.checks import why_no_pieces
+
+            run.say(f"note: sharding {self.options.sharding} divides nothing: {why_no_pieces(self.plan, self.options)}")
         if self.plan.devices > 1:
             from sft_parallel_4d.watch import Watch
 

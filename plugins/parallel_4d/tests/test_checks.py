@@ -14,7 +14,8 @@ from sft.fine_tune import prepare_run
 from sft.testing import needs
 from sft_parallel_4d.checks import why_no_pieces
 from sft_parallel_4d.options import ParallelOptions
-from sft_parallel_4d.plans import Plan
+from sft_parallel_4d.outline import Outline
+from sft_parallel_4d.plans import Plan, legal_plans, settings_of
 from sft_parallel_4d.plugin import Parallel4d
 
 Planned = Callable[..., Plan]
@@ -82,6 +83,16 @@ def test_why_sharding_divides_nothing(planned: Planned, processes: int, settings
     plan = planned(processes, model=MIXTURE, sharding="stage1", **settings)
     assert plan.stage == 0
     assert why_no_pieces(plan, ParallelOptions(**settings)) == reason
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_the_settings_of_a_plan_ask_for_it(
+    planned: Planned, outline_of: Callable[..., Outline], processes: int
+) -> None:
+    outline = outline_of("mixtral", num_local_experts=4)
+    for plan in legal_plans(outline, processes, 8, 1)[:: 1 if processes == 1 else 13]:
+        settings = {name: value for name, value in settings_of(plan).items() if value is not None}
+        assert planned(processes, model=MIXTURE, plugin=["parallel-4d"], **settings) == plan
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,28 @@ def test_a_plan_that_does_not_fit_is_not_chosen(
         memory = int(0.8 * memory)
     assert found[0] == (-1, 1, 1, 1)
     assert max(found[-1]) > 1
+
+
+@pytest.mark.parametrize(("experts", "lost", "degrees"), [(1, (0, 1), (1,)), (4, (0, 1), (1, 2)), (4, (0, 1, 2), (1,))])
+def test_a_mixture_goes_on_with_experts_that_its_ranks_can_share_out(
+    elastic_run: Callable[..., Launches],
+    config_of: Callable[..., Path],
+    experts: int,
+    lost: tuple[int, ...],
+    degrees: tuple[int, ...],
+) -> None:
+    """Not as many as before, and nobody shares out what was not shared out, even where it fits alone."""
+    mixture = str(config_of("mixtral", num_local_experts=4, hidden_size=256, intermediate_size=2048))
+    settings = {"model_name_or_path": mixture, "max_length": 16, "expert_parallel_degree": experts}
+    for memory in (1 << 40, 1 << 34):
+        launches = elastic_run(Launches(lost, memory=memory), plans.Plan(data=4, experts=experts), **settings)
+        assert launches.given[1][0]["expert_parallel_degree"] in degrees
+
+
+def test_experts_that_were_not_shared_out_are_no_way_to_go_on() -> None:
+    old, new = plans.Plan(data=4), plans.Plan(data=2, experts=2)
+    assert not elastic._is_known(new, old)
+    assert elastic._is_known(new, replace(old, experts=4))
 
 
 @pytest.mark.parametrize("restarts", [0, 1])

@@ -136,6 +136,7 @@ def _is_known(plan: Plan, old: Plan) -> bool:
         (plan.tensor == 1 or old.tensor > 1)
         and (plan.pipeline == 1 or old.pipeline > 1)
         and (plan.context == 1 or old.context > 1)
+        and (plan.experts == 1 or old.experts > 1)
         and plan.stage in (0, old.stage)
         and (old.sequence or not plan.sequence)
     )

@@ -91,6 +91,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "virtual_pp_degree": plan.virtual,
         "context_parallel_degree": plan.context,
         "sharding": stage if plan.stage else None,
+        "expert_parallel_degree": plan.experts,
         "sharding_parallel_degree": plan.sharding if plan.stage else -1,
         "sequence_parallel": plan.sequence,
         "recompute": plan.recompute,

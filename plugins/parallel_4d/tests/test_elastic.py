@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,16 @@ def test_experts_that_were_not_shared_out_are_no_way_to_go_on() -> None:
     old, new = plans.Plan(data=4), plans.Plan(data=2, experts=2)
     assert not elastic._is_known(new, old)
     assert elastic._is_known(new, replace(old, experts=4))
+
+
+@pytest.mark.parametrize(("left_out", "said"), [(1, "it"), (2, "them")])
+def test_ranks_that_are_left_out(left_out: int, said: str) -> None:
+    """Not because of rows: these may well divide by them."""
+    plan = asdict(plans.Plan())
+    event = {"lost": [1], "of": 4, "at": "now", "from_step": 2, "old_plan": plan, "new_plan": plan}
+    line = line_of({**event, "rows_per_step": 6, "left_out": left_out})
+    assert f" ({left_out} left out: the plan has no use for {said})." in line
+    assert "do not divide" not in line
 
 
 @pytest.mark.parametrize("restarts", [0, 1])

@@ -188,10 +188,11 @@ def line_of(event: Mapping[str, Any]) -> str:
     """What a user is told of a restart, in one line."""
     ranks = ", ".join(map(str, event["lost"]))
     old, new = (Plan(**event[name]) for name in ("old_plan", "new_plan"))
-    idle = f" ({event['left_out']} left out, which {event['rows_per_step']} rows a step do not divide by)"
+    left_out = event["left_out"]
+    idle = f" ({left_out} left out: the plan has no use for {'it' if left_out == 1 else 'them'})"
     return (
         f"went on without rank{'s' if len(event['lost']) > 1 else ''} {ranks} of {event['of']}, lost at {event['at']}, "
-        f"from step {event['from_step']}: {new} instead of {old}{idle if event['left_out'] else ''}. To the bit: "
+        f"from step {event['from_step']}: {new} instead of {old}{idle if left_out else ''}. To the bit: "
         f"weights and optimizer of that step, learning rates, the records of all steps ({event['rows_per_step']} rows "
         "each); "
         "to 1e-5: losses, gradient norms and weights since, which are summed in another order; not: dropout and noise, "

@@ -140,6 +140,12 @@ def test_data_ranks_share_out_experts(outline_of: Outlines) -> None:
     assert {plan.experts for plan in legal_plans(outline_of(), 8, 16, 2)} == {1}
 
 
+def test_plans_of_a_mixture_are_told_apart(outline_of: Outlines) -> None:
+    found = legal_plans(outline_of("mixtral", **MIXTURE), 4, 16, 2)
+    assert len({str(plan) for plan in found}) == len(found)
+    assert str(Plan(data=4, experts=2)) == "data 4 x experts on 2, 1 micro-batches a step"
+
+
 def test_what_ranks_with_experts_hold_and_send(outline_of: Outlines) -> None:
     outline = outline_of("mixtral", **MIXTURE)
     calculator = Calculator(outline, Precision(), 2, 64)

@@ -57,6 +57,7 @@ class Plan:
         parts = [f"{name} {getattr(self, name)}" for name in _NAMED if getattr(self, name) > 1]
         if self.stage:
             parts.append(f"stage{self.stage} on {self.sharding}{' with offload' if self.offload else ''}")
+        parts += [f"experts on {self.experts}"] if self.experts > 1 else []
         parts += [f"{self.virtual} parts a stage"] if self.virtual > 1 else []
         parts += [name for name in ("sequence", "recompute") if getattr(self, name)]
         return f"{' x '.join(parts) or 'one process'}, {self.accumulation} micro-batches a step"

@@ -17,7 +17,7 @@ from events import Operation, interleaved, one_forward_one_backward, simulate
 
 import sft
 from sft_parallel_4d import communication
-from sft_parallel_4d.command import command
+from sft_parallel_4d.command import command, sent_in_words
 from sft_parallel_4d.machines import MACHINES, Machine
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Precision
@@ -29,7 +29,7 @@ from sft_parallel_4d.timing import Load, loads, seconds, time_of, way_of
 
 PLAIN = Load(
     forward=1.0, backward=2.0, inline_forward={}, inline_backward={}, blocks=4, gather=0.0, scatter=0.0, buckets=0,
-    bucket=0.0, each=False, gradients="data", sums=0.0, step=0.0, spread=0.0, hop=0.0,
+    bucket=0.0, each=False, gradients="data", sums=0.0, host=0.0, step=0.0, spread=0.0, hop=0.0,
 )  # fmt: skip
 
 
@@ -136,7 +136,9 @@ def test_a_whole_step(stages: int, micro: int) -> None:
     """Stages with their buckets, sums, optimizer and new values, as events."""
     rng = np.random.default_rng(stages)
     of = [
-        replace(PLAIN, forward=f, backward=2 * f, hop=0.02, buckets=3, bucket=0.9, sums=0.3, step=0.2, spread=0.4)
+        replace(
+            PLAIN, forward=f, backward=2 * f, hop=0.02, buckets=3, bucket=0.9, sums=0.2, host=0.1, step=0.2, spread=0.4
+        )
         for f in rng.uniform(0.9, 1.1, stages)
     ]
     operations = list[Operation]()
@@ -147,7 +149,7 @@ def test_a_whole_step(stages: int, micro: int) -> None:
             parts = backward_with_buckets(of[stage], stage, None)
             parts[0].needs, parts[0].lags = one.needs, one.lags
             operations += [*parts, Operation(one.name, one.lane, np.float64(0), [("part", stage, 2)])]
-            after = of[stage].sums + of[stage].step + of[stage].spread
+            after = of[stage].sums + of[stage].host + of[stage].step + of[stage].spread
             operations.append(Operation(("end", stage), ("end", stage), np.float64(after), [("bucket", stage, 2)]))
         else:
             operations.append(one)
@@ -227,6 +229,23 @@ def test_all_that_is_sent_is_waited_for_or_hidden(outline_of: Outlines) -> None:
             assert sent == pytest.approx(expected, rel=0.35 if plan.stage == 3 else 0.02), (plan, axis)
             tried.add((axis, sent > 0))
     assert tried == {(axis, is_sent) for axis in ("tensor", "data", "sharding") for is_sent in (False, True)}
+
+
+def test_copies_to_the_host_are_no_sums_over_data_ranks(outline_of: Outlines) -> None:
+    """There is one data rank; the host's link has its own speed, of which 80 % are had."""
+    outline, plan = outline_of(), Plan(sharding=2, stage=1, offload=True, accumulation=2)
+    calculator, machine = Calculator(outline, Precision(), 1, 64), replace(MACHINES["8xL40S-48G"], host=1e6)
+    of = loads(calculator, plan, machine)
+    expected = communication.busiest(calculator, plan).host / 0.8e6
+    assert expected > 1
+    time = time_of(plan, of)
+    assert (time.exposed["host"], time.hidden["host"]) == (pytest.approx(expected), 0)
+    assert "data" not in time.exposed
+    assert any(line.startswith("host: ") for line in sent_in_words(time))
+    (spans,) = schedule(plan, of, 2)
+    (drawn,) = [span for span in spans if span.axis == "host"]
+    assert (drawn.kind, drawn.end - drawn.begin) == ("waited", pytest.approx(expected))
+    assert max(span.end for span in spans) == pytest.approx(time.total)
 
 
 @pytest.mark.slow

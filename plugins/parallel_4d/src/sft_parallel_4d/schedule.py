@@ -89,7 +89,7 @@ def _spans(load: Load, times: dict[Pass, tuple[float, float]], stage: int, micro
     for begin, end in filling:
         yield from _of_buckets(load, begin, end)
     at = through + load.tail
-    for axis, seconds in (("data", load.sums), ("", load.step), ("sharding", load.spread)):
+    for axis, seconds in (("data", load.sums), ("host", load.host), ("", load.step), ("sharding", load.spread)):
         if seconds:
             yield Span("waited" if axis else "step", at, at + seconds, axis=axis)
             at += seconds

@@ -134,9 +134,11 @@ def _stages(plan: Plan, of: list[Load]) -> str:
             *inline,
             micro * (load.waits_forward + load.waits_backward),
         ]
-        cells += [sent, load.tail, load.sums, load.step, load.spread]
+        host = [load.host] if plan.offload else []
+        cells += [sent, load.tail, load.sums, *host, load.step, load.spread]
         rows.append([_ranks(plan, stage), *map(_seconds, cells)])
-    return _html_table([*head, "of these not hidden", "further sums", "optimizer", "new values"], rows)
+    head += ["of these not hidden", "further sums", *(["to and from the host"] if plan.offload else [])]
+    return _html_table([*head, "optimizer", "new values"], rows)
 
 
 def _table(answers: Sequence[Answer]) -> str:

@@ -67,7 +67,9 @@ class Load:
     gradients: str
     """The axis over which buckets are summed."""
     sums: float
-    """Of a step: sums over further axes, and copies to the host, when backward is through."""
+    """Of a step: sums over further axes, when backward is through."""
+    host: float
+    """Of a step: copies to the host and from it, of what rests there."""
     step: float
     """Of a step: the optimizer."""
     spread: float
@@ -115,7 +117,7 @@ class Load:
     @property
     def end(self) -> float:
         """What follows the last backward of the rank."""
-        return self.tail + self.sums + self.step + self.spread
+        return self.tail + self.sums + self.host + self.step + self.spread
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,8 @@ def time_of(plan: Plan, of: list[Load]) -> Time:
         sent(last.gradients, times * last.buckets * last.bucket, last.tail + (times - 1) * last.queue)
     if last.sums:
         sent("data", last.sums, last.sums)
+    if last.host:
+        sent("host", last.host, last.host)
     if last.spread:
         sent("sharding", last.spread, last.spread)
     compute = micro * (last.forward + last.backward)
@@ -242,8 +246,6 @@ def _load(calculator: Calculator, plan: Plan, machine: Machine, number: int, sta
         bucket = data.seconds(volume.data / max(1, buckets))
     if plan.stage and plan.copies > 1:
         sums = data.seconds(volume.data, together)
-    if volume.host:
-        sums += volume.host / (machine.links * machine.host)
     stepped = 2 * size.optimizer + size.piece_gradients + size.pieces
     return Load(
         forward=forward,
@@ -258,6 +260,7 @@ def _load(calculator: Calculator, plan: Plan, machine: Machine, number: int, sta
         each=plan.stage == 2,
         gradients=gradients,
         sums=sums,
+        host=volume.host / (machine.links * machine.host),
         step=stepped / (machine.links * (machine.host if plan.offload else machine.stream)),
         spread=spread,
         hop=_hop(plan, machine).seconds(activations.boundary(outline, shape, calculator.precision)),

@@ -286,6 +286,20 @@ def test_the_users_own_numbers(config_of: Callable[..., Path]) -> None:
     assert first("--devices_per_node", "2", "--latency", "1000")[1] > 10 * plain[1]
 
 
+def test_the_machines_own_numbers(
+    config_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the user gives none; command and page say the speed of the run's precision."""
+    monkeypatch.setitem(MACHINES, "8xL40S-48G", replace(MACHINES["8xL40S-48G"], efficiency=0.37))
+    for precision, speed in (("false", "91.6 TFLOP/s (32 bits)"), ("true", "362 TFLOP/s (16 bits)")):
+        page = tmp_path / f"{precision}.html"
+        words = ["--devices", "1", "--machine", "8xL40S-48G", "--bf16", precision, "--html", str(page)]
+        for efficiency, more in (("37%", []), ("25%", ["--efficiency", "0.25"])):
+            result = run(config_of(), *words, *more)
+            assert f"Taken of a device: {efficiency} of {speed}, 80% of 32 GB/s" in result.output
+            assert f"of a device {efficiency} of {speed}, 80% of 32 GB/s" in page.read_text(encoding="utf-8")
+
+
 class Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()

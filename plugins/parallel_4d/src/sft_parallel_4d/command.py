@@ -11,7 +11,7 @@ import click
 import sft
 from sft import UsageError
 from sft_parallel_4d.checks import stage_and_offload
-from sft_parallel_4d.machines import DEFAULT, MACHINES, Machine
+from sft_parallel_4d.machines import DEFAULT, MACHINES, Machine, taken
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Precision
 from sft_parallel_4d.paper import NAME, outline
@@ -47,8 +47,8 @@ def _names(name: str, parameter: str | None = None) -> tuple[str, ...]:
 @click.option(*_names("devices_per_node"), type=DEGREE, help="Devices of a node.  [default: the machine's]")
 @click.option(*_names("device_tflops", "tflops"), type=POSITIVE,
               help="10^12 operations a second of a device at best.  [default: the machine's]")  # fmt: skip
-@click.option("--efficiency", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True,
-              help="The share of these that training gets while it computes.")  # fmt: skip
+@click.option("--efficiency", type=click.FloatRange(0, 1, min_open=True),
+              help="The share of these that training gets while it computes.  [default: the machine's]")  # fmt: skip
 @click.option("--bandwidth", help="Bytes a second that a device sends to others of its node, such as 300GB.  "
               "[default: the machine's]")  # fmt: skip
 @click.option(*_names("node_bandwidth"), help="Bytes a second that a device sends to other nodes.  [default: the "
@@ -62,8 +62,8 @@ def _names(name: str, parameter: str | None = None) -> tuple[str, ...]:
 @click.argument("settings", nargs=-1, type=click.UNPROCESSED)
 def command(
     devices: int, machine: str, device_memory: str | None, rows_per_step: int | None, devices_per_node: int | None,
-    tflops: float | None, efficiency: float, bandwidth: str | None, node_bandwidth: str | None, latency: float | None,
-    top: int, as_json: bool, html: Path | None, settings: tuple[str, ...],
+    tflops: float | None, efficiency: float | None, bandwidth: str | None, node_bandwidth: str | None,
+    latency: float | None, top: int, as_json: bool, html: Path | None, settings: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Say how a run fits on devices, before there are any.
 
@@ -114,18 +114,13 @@ def command(
         "GiB of the fullest rank, GiB that the busiest rank sends in a step, and seconds of a step, which is the "
         "order: computing, and waiting for what is sent, for other stages, and for the optimizer."
     )
-    flops = here.flops if precision.products == 16 else here.flops32
-    click.echo(
-        f"Taken of a device: {here.efficiency:.0%} of {flops / 1e12:g} TFLOP/s, {here.links:.0%} of "
-        f"{here.within / 1e9:g} GB/s within a node and of {here.between / 1e9:g} GB/s between nodes. What is sent in "
-        "the first plan:"
-    )
+    click.echo(f"Taken of a device: {taken(here, precision.products)}. What is sent in the first plan:")
     click.echo("\n".join(f"  {line}" for line in sent_in_words(answers[0].time)))
     click.echo("docs/plan.md has the formulas.")
 
 
 def _machine(
-    machine: Machine, devices: int | None, memory: str | None, tflops: float | None, efficiency: float,
+    machine: Machine, devices: int | None, memory: str | None, tflops: float | None, efficiency: float | None,
     bandwidth: str | None, node_bandwidth: str | None, latency: float | None,
 ) -> Machine:  # fmt: skip
     """``machine`` with the user's own figures."""

@@ -37,6 +37,10 @@ class Machine:
     efficiency: float = 0.5
     links: float = 0.8
 
+    def peak(self, products: int) -> float:
+        """Operations a second at best where products are of so many bits."""
+        return self.flops if products == 16 else self.flops32
+
     def way(self, size: int, stride: int) -> Way:
         """How a ring of ``size`` devices exchanges data that stand ``stride`` apart, those of a node one after the
         other. Where it leaves the node, each member that it has there brings its share of the network."""
@@ -61,6 +65,14 @@ class Way:
     def seconds(self, size: float, calls: float = 1.0) -> float:
         """Of so many bytes that one sends, in so many collectives."""
         return size / self.speed + calls * self.latency
+
+
+def taken(machine: Machine, products: int) -> str:
+    """The speeds that times are reckoned with, where products are of so many bits."""
+    return (
+        f"{machine.efficiency:.0%} of {machine.peak(products) / 1e12:g} TFLOP/s ({products} bits), {machine.links:.0%} "
+        f"of {machine.within / 1e9:g} GB/s within a node and of {machine.between / 1e9:g} GB/s between nodes"
+    )
 
 
 GB = 10**9

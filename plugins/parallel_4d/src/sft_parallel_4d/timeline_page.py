@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sft
-from sft_parallel_4d.machines import Machine
+from sft_parallel_4d.machines import Machine, taken
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.plans import Plan
 from sft_parallel_4d.ranking import Answer
@@ -43,19 +43,13 @@ def write_page(
     """Write the page of ``answers``, best first; ``about`` says what is planned. Raises :class:`sft.UsageError` for a
     place where something else would be lost."""
     sft.check_html(path, MADE_BY)
-    body = [f"<h1>{sft.html_text(about)}</h1>", f"<p>{sft.html_text(_taken(machine, name))}</p>", _legend()]
+    speeds = taken(machine, calculator.precision.products)
+    said = f"Reckoned, not measured: {name}, {machine.devices} devices a node; of a device {speeds}."
+    body = [f"<h1>{sft.html_text(about)}</h1>", f"<p>{sft.html_text(said)}</p>", _legend()]
     for number, answer in enumerate(answers[:DRAWN], start=1):
         body += _section(number, answer, loads(calculator, answer.plan, machine))
     body += ["<h2>All that were shown</h2>", _table(answers)]
     path.write_text(sft.html_page(MADE_BY, "Plans of a run", body, style=_STYLE), encoding="utf-8")
-
-
-def _taken(machine: Machine, name: str) -> str:
-    return (
-        f"Reckoned, not measured: {name}, {machine.devices} devices a node; of a device {machine.efficiency:.0%} of "
-        f"{machine.flops / 1e12:g} TFLOP/s (16 bits), {machine.links:.0%} of {machine.within / 1e9:g} GB/s within a "
-        f"node and of {machine.between / 1e9:g} GB/s to others."
-    )
 
 
 def _legend() -> str:

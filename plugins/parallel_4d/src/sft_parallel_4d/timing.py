@@ -313,7 +313,7 @@ def _computing(calculator: Calculator, plan: Plan, machine: Machine, stage: Stag
         trained, frozen = (trained + matrix, frozen) if head.trains else (trained, frozen + matrix)
     forward = trained + frozen + attention
     backward = 2 * trained + frozen + 2 * attention + (forward if plan.recompute else 0)
-    speed = machine.efficiency * (machine.flops if calculator.precision.products == 16 else machine.flops32)
+    speed = machine.efficiency * machine.peak(calculator.precision.products)
     each = shape.tokens / plan.tensor / speed
     return forward * each, backward * each
 

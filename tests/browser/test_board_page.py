@@ -108,6 +108,7 @@ def test_a_run_that_trains_is_followed_and_its_button_stops_it(
         until(lambda: step_of(browser) > first + 5)
         assert re.search(r"Time left\d+:\d\d:\d\d", text_of(browser, "facts"))
         assert re.search(r"Memory of the run now[\d.]+ GiB", text_of(browser, "facts"))
+        assert re.search(r"Loss\d+\.\d{4}", text_of(browser, "facts"))
         until(lambda: f"step {step_of(browser)}/3000" in text_of(browser, "log"))
         assert browser.colours()["loss"] > 20
         assert browser.axe() == []

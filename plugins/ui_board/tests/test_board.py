@@ -58,6 +58,7 @@ def test_a_run_is_followed_and_seen_to_have_died(board: Any, run_folder: RunFold
     one = board.ask("/api/run?run=of%2Ftoday%2Fout").json
     assert one["status"] == "running"
     assert one["holder"].startswith(f"process {os.getpid()} on ")
+    assert one["loss"] == 2.7
     assert one["memory"] > 2**20
     assert one["log"] == ["2026-01-02T03:04:06+00:00 model: 12 parameters"]
     assert [curve["chart"] for curve in one["report"]["curves"]][:2] == ["loss", "learning_rate"]
@@ -65,6 +66,7 @@ def test_a_run_is_followed_and_seen_to_have_died(board: Any, run_folder: RunFold
     again = board.ask(f"/api/run?run=of%2Ftoday%2Fout&seen={one['seen']}&log_seen={one['log_seen']}").json
     assert "report" not in again
     assert "log" not in again
+    assert again["loss"] == 2.7
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 4, "epoch": 0.4, "loss": 2.0, "seconds": 1.0, "tokens": 5}) + "\n")
     assert board.ask(f"/api/run?run=of%2Ftoday%2Fout&seen={one['seen']}").json["report"]["step"] == 4

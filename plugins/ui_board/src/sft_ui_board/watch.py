@@ -147,6 +147,7 @@ class Watch:
             "asked": asked(run.folder, run.report.started) if holder is not None else [],
             "holder": f"process {holder.pid} on {holder.host}" if holder is not None else None,
             "left": run.left,
+            "loss": _line(run)["loss"],
             "memory": memory_of(holder),
             "log_seen": _log_state(run.folder),
         }

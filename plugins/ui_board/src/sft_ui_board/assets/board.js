@@ -148,14 +148,12 @@ function showFacts(run, report, status) {
     const curve = report.curves.find(one => one.chart === chart && one.name === name);
     return curve ? curve.values[curve.values.length - 1] : null;
   };
-  const furthest = ["train", "each step"].map(name => report.curves.find(one => one.chart === "loss" && one.name === name))
-    .reduce((a, b) => (!b || (a && a.steps[a.steps.length - 1] >= b.steps[b.steps.length - 1]) ? a : b));
-  const loss = furthest ? furthest.values[furthest.values.length - 1] : null, dev = last("loss", "dev"), speed = last("tokens_per_second", "train");
+  const dev = last("loss", "dev"), speed = last("tokens_per_second", "train");
   const best = last("memory_mib", "train");
   const facts = [
     ["Time left", run.left === null || run.left === undefined ? "" : duration(run.left)],
     ["Time so far", report.seconds ? duration(report.seconds) : ""],
-    ["Loss", loss === null ? "" : loss.toFixed(4)],
+    ["Loss", run.loss === null || run.loss === undefined ? "" : run.loss.toFixed(4)],
     ["Dev loss", dev === null ? "" : dev.toFixed(4)],
     ["Speed", speed === null ? "" : number(speed) + " tokens/s"],
     ["Memory of the run now", run.memory === null || run.memory === undefined ? "" : gib(run.memory)],

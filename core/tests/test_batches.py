@@ -165,11 +165,15 @@ def test_a_batch_of_some_columns() -> None:
     """Where processes share rows: what of them is here, and lengths of whole documents."""
     documents = [[Example(np.arange(1, n + 1), np.arange(n)) for n in row] for row in ((3, 2), (1,))]
     whole, columns = assemble(documents, PAD), np.array([0, 2, 4])
+    assert whole.width == whole.input_ids.shape[1]
+    assert whole.here(whole.labels) is whole.labels
     share = dataclasses.replace(
         whole, input_ids=whole.input_ids[:, columns], labels=whole.labels[:, columns], columns=columns
     )
     assert (whole.tokens, whole.padding_tokens) == (6, 4)
     assert (share.tokens, share.padding_tokens, share.target_tokens) == (4, 2, 4)
+    assert share.width == whole.width
+    np.testing.assert_array_equal(share.here(whole.labels), share.labels)
     assert lengths_of(share).tolist() == [[3, 3, 2], [1, 1, 1]]
     assert share.packed
 

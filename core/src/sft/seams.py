@@ -52,6 +52,15 @@ class Batch:
     columns: np.ndarray | None = None
 
     @property
+    def width(self) -> int:
+        """Tokens of a whole row, padding included: S."""
+        return int(self.startend_row_indices.shape[2])
+
+    def here(self, whole: np.ndarray) -> np.ndarray:
+        """Of ``whole``, an array [B, :attr:`width`] of any dtype, the columns of this process: [B, S']."""
+        return whole if self.columns is None else whole[:, self.columns]
+
+    @property
     def packed(self) -> bool:
         """Whether a row holds several documents. If none does, plain causal attention gives the right loss."""
         return any(len(row) > 1 for row in self.lengths)

@@ -72,9 +72,8 @@ class RowReading:
 
 def lengths_of(batch: Batch) -> np.ndarray:
     """int64 [B, S]: of how many tokens the document is that each token stands in; padding stands alone."""
-    rows, _, length, _ = batch.startend_row_indices.shape
-    found = np.ones((rows, length), np.int64)
+    found = np.ones((len(batch.lengths), batch.width), np.int64)
     each = np.fromiter(chain.from_iterable(batch.lengths), np.int64)
     tokens = np.fromiter(map(sum, batch.lengths), np.int64)
-    found[np.arange(length) < tokens[:, None]] = np.repeat(each, each)
-    return found if batch.columns is None else found[:, batch.columns]
+    found[np.arange(batch.width) < tokens[:, None]] = np.repeat(each, each)
+    return batch.here(found)

@@ -64,11 +64,10 @@ def noise_size(batch: Batch, alpha: float, hidden: int) -> np.ndarray:
     """α/√(L·d) for each token, 0 for padding: float32 [B, S]."""
     import numpy as np
 
-    rows, _, width, _ = batch.startend_row_indices.shape
-    size = np.zeros((rows, width), np.float32)
+    size = np.zeros((len(batch.lengths), batch.width), np.float32)
     for row, lengths in enumerate(batch.lengths):
         start = 0
         for length in lengths:
             size[row, start : start + length] = alpha / math.sqrt(length * hidden)
             start += length
-    return size if batch.columns is None else size[:, batch.columns]
+    return batch.here(size)

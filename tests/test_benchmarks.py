@@ -296,6 +296,26 @@ def test_the_profile_of_a_step_counts_each_piece_once(tmp_path: Path) -> None:
     assert sum(float(row[-1]) for row in rows) == pytest.approx(100, abs=2)
 
 
+@pytest.mark.slow
+def test_the_page_says_where_memory_goes_as_the_plan_does(tmp_path: Path) -> None:
+    """By the command that stands below the table."""
+    model = materials.write_model(tmp_path / "model")
+    data = materials.write_records(tmp_path / "data", 8, model)
+    shown = re.search(r"^    (sft plan (?:.*\\\n)*.*)$", page.MEMORY, re.MULTILINE)
+    assert shown
+    words = shown[1].replace("\\\n", " ").replace("DIR", str(model)).replace("DATA", str(data)).split()
+    rows, again = [], []
+    for name, more in {"float32": [], "bfloat16": ["--bf16"]}.items():
+        command = [str(Path(sys.executable).with_name("sft")), *words[1:], *more, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        plans = {plan["plan"]["recompute"]: plan["memory"] for plan in map(json.loads, done.stdout.splitlines())}
+        parts = [plans[False][part] for part in ("weights", "gradients", "optimizer", "activations", "logits", "peak")]
+        rows.append(f"| {name} | {' | '.join(f'{size / 2**20:,.0f}' for size in parts)} |")
+        again.append(f"{plans[True]['activations'] / 2**20:,.0f}")
+    assert [line for line in page.MEMORY.splitlines() if re.match(r"\| b?float", line)] == rows
+    assert f"`--recompute`\nactivations are {' and '.join(again)}, " in page.MEMORY
+
+
 def test_records_are_as_long_as_they_are_said_to_be(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,36 @@ def test_small_gradients_are_measured_together(
     assert len(measured) == calls
     assert sum(measured) == sum(value.size for value in values)
     assert found == pytest.approx(sum((value.astype(np.float64) ** 2).sum() for value in values), rel=3e-7)
+
+
+def test_a_step_is_read_as_its_parts_are(paddle: Any) -> None:
+    """By one process; and by those of subclasses that sum over processes or have a norm of their own, whatever they
+    inherit: two processes would each have half the loss, or half the squares."""
+    from sft.training.strategy import SingleProcess, outcome
+
+    class Sums(SingleProcess):
+        def sum(self, values: Any) -> list[float]:
+            assert all(isinstance(value, float) for value in values)
+            return [2 * value for value in values]
+
+    class Norms(SingleProcess):
+        def grad_norm(self, stepped: Any) -> float:
+            return 2 * super().grad_norm(stepped)
+
+    weight = paddle.create_parameter([2, 2], "float32")
+    weight.grad = paddle.to_tensor([[1.0, 2.0], [2.0, 4.0]])
+    stepped = {"weight": weight, "idle": paddle.create_parameter([2], "float32")}
+    for loss in (1.5, paddle.to_tensor(1.5, "float64"), paddle.to_tensor([1.5], "float32")):
+        assert outcome(SingleProcess(), loss, [3.0], stepped) == [1.5, 3.0, 5.0]
+        assert outcome(Sums(), loss, [3.0], stepped) == [3.0, 6.0, 5.0]
+        assert outcome(Norms(), loss, [3.0], stepped) == [1.5, 3.0, 10.0]
+
+
+def test_a_strategy_without_an_outcome_is_asked_for_its_parts() -> None:
+    from sft.training.strategy import outcome
+
+    parts: Any = SimpleNamespace(sum=lambda values: [2 * value for value in values], grad_norm=lambda stepped: 7.0)
+    assert outcome(parts, 1.5, [3.0], {}) == [3.0, 6.0, 7.0]
 
 
 def test_without_gradients_the_norm_is_zero(paddle: Any) -> None:

@@ -24,6 +24,7 @@ from sft.distributed.pieces import Piece
 from sft.distributed.whole import set_value
 from sft.models.forward import hidden_states
 from sft.models.layers import linear_features
+from sft.seams import ReadsTogether
 from sft.training.report import close_report
 from sft.training.strategy import SingleProcess, squared_gradients, sum_of_squares
 
@@ -32,6 +33,7 @@ __all__ = [
     "Meeting",
     "Part",
     "Piece",
+    "ReadsTogether",
     "SingleProcess",
     "Vocabulary",
     "by_expert",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -364,15 +364,11 @@ class ParallelStrategy(Protocol):
         """The optimizer's groups, with what this process updates under each name: the parameter, or a piece of it."""
         ...
 
-    def accumulate(self, learning: Learning, batches: Sequence[Batch]) -> float:
+    def accumulate(self, learning: Learning, batches: Sequence[Batch]) -> Any:
         """Take this process's micro-batches forward and backward by the methods of ``learning``; return the sum of
-        their losses. A strategy that has a method ``outcome(loss, values, stepped)`` may return a tensor that nobody
-        has read: ``outcome`` gets it, what the objective has summed up in this process, and what :meth:`share`
-        returned, and gives the sums of the first two over all data ranks and the gradient norm, as a list of numbers.
-        So a step waits for its device once. Without it :meth:`sum` and :meth:`grad_norm` are called.
-
-        Afterwards the tensors that :meth:`share` returned hold the gradients, summed over all micro-batches of all data
-        ranks.
+        their losses: a number, or, of a strategy that :class:`sft.parallel.ReadsTogether`, a scalar tensor that nobody
+        has read. Afterwards the tensors that :meth:`share` returned hold the gradients, summed over all micro-batches
+        of all data ranks.
         """
         ...
 
@@ -426,6 +422,20 @@ class ParallelStrategy(Protocol):
 
     def wait(self) -> None:
         """Wait until every process has called this."""
+        ...
+
+
+@runtime_checkable
+class ReadsTogether(Protocol):
+    """What a :class:`ParallelStrategy` may have too, so that a step waits for its device once."""
+
+    def outcome(self, loss: Any, values: Sequence[float], stepped: Mapping[str, Any]) -> list[float]:
+        """The figures of a step, in place of ``sum`` and ``grad_norm``: the sum of ``loss`` over all data ranks, the
+        sums of ``values`` over them, and the norm that ``grad_norm`` gives.
+
+        ``loss`` is what ``accumulate`` returned (nats, summed over the targets of this process, or what else the run
+        minimises); ``values`` what the objective has summed up in this process; ``stepped`` what ``share`` returned.
+        """
         ...
 
 

@@ -16,11 +16,12 @@ from sft.distributed.whole import WholeModel
 from sft.models.forward import hidden_states
 from sft.models.layers import linear_weight
 from sft.models.sums import FEW, row_sums
-from sft.seams import Batch, Learning, ParallelStrategy, ParameterGroup
+from sft.seams import Batch, Learning, ParallelStrategy, ParameterGroup, ReadsTogether
 
 
 class SingleProcess(WholeModel):
-    """See :class:`sft.ParallelStrategy` for what each member means."""
+    """See :class:`sft.ParallelStrategy` for what each member means, and :class:`sft.parallel.ReadsTogether`. A subclass
+    may override ``sum`` or ``grad_norm`` alone: ``outcome`` calls them."""
 
     data_rank = 0
     data_world = 1
@@ -37,14 +38,22 @@ class SingleProcess(WholeModel):
     def share(self, groups: list[ParameterGroup]) -> list[ParameterGroup]:
         return groups
 
-    def accumulate(self, learning: Learning, batches: Sequence[Batch]) -> float:
+    def accumulate(self, learning: Learning, batches: Sequence[Batch]) -> Any:
         total = paddle.zeros([], "float64")
         for batch in batches:
             hidden = learning.forward(batch)
             loss = learning.loss(hidden, batch)
             learning.backward(loss)
             total += loss.detach().astype("float64")
-        return float(total)
+        return total
+
+    def outcome(self, loss: Any, values: Sequence[float], stepped: Mapping[str, Any]) -> list[float]:
+        if type(self).grad_norm is not SingleProcess.grad_norm:  # gradients are not all here, or not whole
+            return [*self.sum([float(loss), *values]), self.grad_norm(stepped)]
+        own = loss if isinstance(loss, paddle.Tensor) else paddle.to_tensor(loss, "float64")
+        squares = sum_of_squares(stepped.values())
+        read, square = paddle.concat([own.astype("float64").reshape([1]), squares.reshape([1])]).tolist()
+        return [*self.sum([read, *values]), math.sqrt(square)]
 
     def grad_norm(self, stepped: Mapping[str, Any]) -> float:
         return math.sqrt(squared_gradients(stepped.values()))
@@ -106,11 +115,9 @@ def sum_of_squares(parameters: Iterable[Any]) -> Any:
 
 
 def outcome(strategy: ParallelStrategy, loss: Any, values: Sequence[float], stepped: Mapping[str, Any]) -> list[float]:
-    """Of all data ranks the sums of the ``loss``, which ``accumulate`` has given, and of ``values``; and the gradient
-    norm. A strategy that has an ``outcome(loss, values, stepped)`` of its own may read all of it together."""
-    own = getattr(strategy, "outcome", None)
-    if own is not None:
-        return list(own(loss, values, stepped))
+    """What :meth:`sft.parallel.ReadsTogether.outcome` gives, of any ``strategy``."""
+    if isinstance(strategy, ReadsTogether):
+        return list(strategy.outcome(loss, values, stepped))
     return [*strategy.sum([loss, *values]), strategy.grad_norm(stepped)]
 
 

@@ -36,6 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     else:  # read when CUDA starts: float32 products keep all their bits, so that their tolerances can be narrow
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+    if getattr(config, "cache", None) and os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+        # Asked for so that the tree stays clean. What tests start is timed and started hundreds of times: as its users
+        # have it, it is compiled once.
+        os.environ["PYTHONPYCACHEPREFIX"] = str(config.cache.mkdir("bytecode"))
     _hear_signals()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,17 +191,18 @@ def with_overflows(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     from sft.training.strategy import SingleProcess
 
     at: list[int] = [0]
-    own = SingleProcess.grad_norm
+    own = SingleProcess.outcome
 
     def seed_step(seed: int, step: int, rank: int) -> None:
         at[0] = step
 
-    def grad_norm(self: SingleProcess, stepped: Any) -> float:
-        return float("inf") if at[0] in steps else own(self, stepped)
+    def outcome(self: SingleProcess, loss: Any, values: Sequence[float], stepped: Any) -> list[float]:
+        *sums, norm = own(self, loss, values, stepped)
+        return [*sums, float("inf") if at[0] in steps else norm]
 
     monkeypatch.setattr(loop, "LossScale", lambda precision, initial: LossScale(FLOAT16, initial))
     monkeypatch.setattr(loop, "seed_step", seed_step)
-    monkeypatch.setattr(SingleProcess, "grad_norm", grad_norm)
+    monkeypatch.setattr(SingleProcess, "outcome", outcome)
 
 
 def test_a_line_whose_step_overflows_comes_with_the_next_step(

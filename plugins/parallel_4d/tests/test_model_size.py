@@ -282,7 +282,7 @@ def test_a_frozen_base_has_the_bits_that_a_run_gives_it(
 ) -> None:
     from sft.models.loading import build_model
     from sft.precision import Precision as CorePrecision
-    from sft_parallel_4d.command import precision_of
+    from sft_parallel_4d.reckoning import precision_of
 
     folder = models / "qwen2-untied"
     run = on_paper({"model_name_or_path": str(folder), **settings}).run

@@ -9,11 +9,10 @@ from typing import Any
 
 import sft
 from sft_parallel_4d.checks import plan_of
-from sft_parallel_4d.command import precision_of, wanted
 from sft_parallel_4d.environment import processes
-from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.paper import NAME, PaperRun, outline
 from sft_parallel_4d.plans import legal_plans
+from sft_parallel_4d.reckoning import calculator_of, wanted
 
 ROOM = 0.9
 """The share of a device's memory that a plan may fill: paddle and the system need some themselves."""
@@ -74,7 +73,8 @@ def need(values: Mapping[str, Any], device: str, memory: int) -> int | None:
         return None
     settings, options = paper.run.settings, paper.run.settings.options[NAME]
     plan = plan_of(settings, options, processes(options, settings.training.device))
-    return _calculator(paper, way, memory if device == "gpu" else None).fullest(plan).peak
+    of_gpu = memory if device == "gpu" else None
+    return calculator_of(paper, way.batch, way.length, of_gpu).fullest(plan).peak
 
 
 def _set(values: Mapping[str, Any]) -> tuple[PaperRun, Way]:
@@ -95,7 +95,7 @@ def peak(paper: PaperRun, way: Way, of_gpu: int | None) -> int | None:
         plans = legal_plans(paper.outline, world, rows, way.batch, chosen)
     except sft.UsageError:
         return None
-    calculator = _calculator(paper, way, of_gpu)
+    calculator = calculator_of(paper, way.batch, way.length, of_gpu)
     return min((calculator.fullest(plan).peak for plan in plans), default=None)
 
 
@@ -119,9 +119,3 @@ def _smaller(now: Way) -> Iterator[Way]:
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
-
-
-def _calculator(paper: PaperRun, way: Way, of_gpu: int | None) -> Calculator:
-    settings = paper.run.settings
-    bucket = settings.options[NAME].bucket
-    return Calculator(paper.outline, precision_of(settings), way.batch, way.length, device_memory=of_gpu, bucket=bucket)

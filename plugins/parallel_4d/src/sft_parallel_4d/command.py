@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 import sft
 from sft import UsageError
-from sft_parallel_4d.checks import stage_and_offload
 from sft_parallel_4d.machines import DEFAULT, MACHINES, Machine, taken
-from sft_parallel_4d.memory import Calculator
-from sft_parallel_4d.model_size import Precision
-from sft_parallel_4d.paper import NAME, outline
-from sft_parallel_4d.plans import Wanted, legal_plans
+from sft_parallel_4d.paper import outline
+from sft_parallel_4d.plans import legal_plans
 from sft_parallel_4d.ranking import Answer, ranked
+from sft_parallel_4d.reckoning import calculator_of, wanted
 from sft_parallel_4d.timeline_page import MADE_BY, write_page
 from sft_parallel_4d.timing import BEHIND, Time
 
-if TYPE_CHECKING:
-    from sft import Settings
-
-SHARE = 1024
-"""Tokens of a row that a plan leaves each rank that shares it, unless others are asked for."""
 DEGREE, POSITIVE = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 TIMES = ("computing", "sending", "idle", "step")
 
@@ -90,10 +83,8 @@ def command(
     here = _machine(
         MACHINES[machine], devices_per_node, device_memory, tflops, efficiency, bandwidth, node_bandwidth, latency
     )
-    precision = precision_of(paper.run.settings)
-    size = paper.run.settings.options[NAME].bucket
     of_gpu = None if training.device == "cpu" else here.memory  # a CPU has smaller chunks of logits
-    calculator = Calculator(paper.outline, precision, batch, length, device_memory=of_gpu, bucket=size)
+    calculator = calculator_of(paper, batch, length, of_gpu)
     answers = ranked(calculator, plans, here)
     if html is not None:
         model = paper.run.settings.model.model_name_or_path
@@ -114,7 +105,7 @@ def command(
         "GiB of the fullest rank, GiB that the busiest rank sends in a step, and seconds of a step, which is the "
         "order: computing, and waiting for what is sent, for other stages, and for the optimizer."
     )
-    click.echo(f"Taken of a device: {taken(here, precision.products)}. What is sent in the first plan:")
+    click.echo(f"Taken of a device: {taken(here, calculator.precision.products)}. What is sent in the first plan:")
     click.echo("\n".join(f"  {line}" for line in sent_in_words(answers[0].time)))
     click.echo("docs/plan.md has the formulas.")
 
@@ -147,39 +138,6 @@ def sent_in_words(time: Time) -> list[str]:
         if exposed + hidden:
             found.append(f"{axis}: {exposed:.3g} s waited for, {hidden:.3g} s behind {BEHIND.get(axis, 'computation')}")
     return found or ["nothing"]
-
-
-def precision_of(settings: Settings) -> Precision:
-    """As a run on a GPU has it: with 16 bits, frozen matrices have 16 unless O1 is typed, and with O2 all weights."""
-    training = settings.training
-    if not (training.bf16 or training.fp16):
-        return Precision()
-    level = training.fp16_opt_level if "fp16_opt_level" in settings.given else None
-    return Precision(16 if level == "O2" else 32, 16, 32 if level == "O1" else 16)
-
-
-def wanted(settings: Settings) -> Wanted:
-    """What the settings of a run decide about its plan."""
-    options, given = settings.options[NAME], settings.given
-    stage, offload = stage_and_offload(options.sharding)
-
-    def degree(name: str) -> int | None:
-        value = int(getattr(options, name))
-        return value if name in given and value > 0 else None
-
-    return Wanted(
-        tensor=degree("tensor_parallel_degree"),
-        pipeline=degree("pipeline_parallel_degree"),
-        sharding=degree("sharding_parallel_degree"),
-        context=degree("context_parallel_degree"),
-        most_context=max(1, settings.data.max_length // SHARE),
-        stage=stage or None,
-        sequence=options.sequence_parallel if "sequence_parallel" in given else None,
-        recompute=settings.training.recompute if "recompute" in given else None,
-        offload=offload,
-        virtual=options.virtual_pp_degree,
-        experts=degree("expert_parallel_degree"),
-    )
 
 
 def _table(answers: list[Answer]) -> list[str]:

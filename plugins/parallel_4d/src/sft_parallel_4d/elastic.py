@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from sft import SftError, UsageError
 from sft_parallel_4d.checks import check_settings
-from sft_parallel_4d.command import precision_of
 from sft_parallel_4d.environment import FOLDER
 from sft_parallel_4d.launch import RESTARTS, LostError, launch
 from sft_parallel_4d.machines import DEFAULT, MACHINES
-from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.options import ParallelOptions
 from sft_parallel_4d.paper import NAME, PaperRun, outline, with_this_plugin
 from sft_parallel_4d.plans import Plan, Wanted, legal_plans, settings_of
 from sft_parallel_4d.ranking import ranked
+from sft_parallel_4d.reckoning import calculator_of
 
 if TYPE_CHECKING:
     from sft import Run
@@ -98,10 +97,7 @@ def _chosen(run: Run, old: Plan, left: int, lost: LostError) -> Plan:
     settings = paper.run.settings
     batch, rows = settings.training.per_device_train_batch_size, rows_of(run, old)
     length = min(settings.data.max_length, paper.outline.positions)
-    bucket = settings.options[NAME].bucket
-    calculator = Calculator(
-        paper.outline, precision_of(settings), batch, length, device_memory=lost.memory, bucket=bucket
-    )
+    calculator = calculator_of(paper, batch, length, lost.memory)
     kept = True if "recompute" in settings.given and settings.training.recompute else None
     found = []
     for devices in range(left, 0, -1):

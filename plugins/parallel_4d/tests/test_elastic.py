@@ -20,8 +20,9 @@ import sft
 from sft.testing import needs, read_metrics
 from sft_parallel_4d import elastic, plans
 from sft_parallel_4d.deaths import Deaths
-from sft_parallel_4d.elastic import line_of, run_elastic
+from sft_parallel_4d.elastic import run_elastic
 from sft_parallel_4d.launch import LostError
+from sft_parallel_4d.restarts import line_of
 
 PLUGIN = """
 import os, signal
@@ -251,13 +252,24 @@ def test_experts_that_were_not_shared_out_are_no_way_to_go_on() -> None:
 
 
 @pytest.mark.parametrize(("left_out", "said"), [(1, "it"), (2, "them")])
-def test_ranks_that_are_left_out(left_out: int, said: str) -> None:
-    """Not because of rows: these may well divide by them."""
-    plan = asdict(plans.Plan())
-    event = {"lost": [1], "of": 4, "at": "now", "from_step": 2, "old_plan": plan, "new_plan": plan}
+def test_what_a_user_is_told_is_what_the_run_records(left_out: int, said: str) -> None:
+    """Ranks are not left out because of rows: these may well divide by them."""
+    plan, lists = asdict(plans.Plan()), {"same_to_the_bit": ["A", "B"], "the_same_to_1e-5": ["C"], "not_the_same": []}
+    event = {"lost": [1], "of": 4, "at": "now", "from_step": 2, "old_plan": plan, "new_plan": plan, **lists}
     line = line_of({**event, "rows_per_step": 6, "left_out": left_out})
-    assert f" ({left_out} left out: the plan has no use for {said})." in line
+    assert f" ({left_out} left out: the plan has no use for {said}). To the bit: A, B. Nearly: C. Not: " in line
     assert "do not divide" not in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("imported", "unknown"), [("restarts, launch", "ranking elastic command"), ("elastic, advice", "command")]
+)
+def test_who_knows_the_planner(imported: str, unknown: str) -> None:
+    """Not the ranks that go on; and who plans for them does not know the command."""
+    code = f"import sys; from sft_parallel_4d import {imported}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {f"sft_parallel_4d.{name}" for name in unknown.split()} & set(done.stdout.split())
 
 
 @pytest.mark.parametrize("restarts", [0, 1])

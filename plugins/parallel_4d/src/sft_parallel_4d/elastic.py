@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft import SftError, UsageError
 from sft_parallel_4d.checks import check_settings
-from sft_parallel_4d.environment import FOLDER
-from sft_parallel_4d.launch import RESTARTS, LostError, launch
+from sft_parallel_4d.launch import LostError, launch
 from sft_parallel_4d.machines import DEFAULT, MACHINES
 from sft_parallel_4d.options import ParallelOptions
 from sft_parallel_4d.paper import NAME, PaperRun, outline, with_this_plugin
@@ -169,28 +168,3 @@ def _report(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / "run.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
-
-
-# --- in the ranks that go on ---------------------------------------------------------------------------------
-
-
-def restarts_before() -> list[dict[str, Any]]:
-    """What the process that started this rank knows of earlier losses in this launch, oldest first."""
-    path = Path(os.environ[FOLDER]) / RESTARTS if FOLDER in os.environ else None
-    return list(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.exists() else []
-
-
-def line_of(event: Mapping[str, Any]) -> str:
-    """What a user is told of a restart, in one line."""
-    ranks = ", ".join(map(str, event["lost"]))
-    old, new = (Plan(**event[name]) for name in ("old_plan", "new_plan"))
-    left_out = event["left_out"]
-    idle = f" ({left_out} left out: the plan has no use for {'it' if left_out == 1 else 'them'})"
-    return (
-        f"went on without rank{'s' if len(event['lost']) > 1 else ''} {ranks} of {event['of']}, lost at {event['at']}, "
-        f"from step {event['from_step']}: {new} instead of {old}{idle if left_out else ''}. To the bit: "
-        f"weights and optimizer of that step, learning rates, the records of all steps ({event['rows_per_step']} rows "
-        "each); "
-        "to 1e-5: losses, gradient norms and weights since, which are summed in another order; not: dropout and noise, "
-        "which are drawn anew"
-    )

@@ -28,9 +28,8 @@ from sft_parallel_4d.deaths import Deaths
 from sft_parallel_4d.door import TOKEN, new_token
 from sft_parallel_4d.environment import FOLDER
 from sft_parallel_4d.last_words import HIDDEN, MEMORY, STOPPED, read_record
+from sft_parallel_4d.restarts import RESTARTS
 
-RESTARTS = "restarts.json"
-"""The file with what the run is to remember of earlier launches, which have lost ranks."""
 PREFIX = "sft-launch-"
 _NEW = 60.0
 """Seconds in which a folder that nobody holds may be one that has just been made."""

@@ -144,7 +144,7 @@ class Parallel4d(sft.Plugin):
 
     @sft.hookimpl
     def sft_run_record(self, run: Run) -> dict[str, Any]:
-        from sft_parallel_4d.elastic import restarts_before
+        from sft_parallel_4d.restarts import restarts_before
 
         known = [event["at"] for event in self.restarts]
         self.restarts += [event for event in restarts_before() if event["at"] not in known]
@@ -154,7 +154,7 @@ class Parallel4d(sft.Plugin):
 
     @sft.hookimpl
     def sft_run_started(self, run: Run) -> None:
-        from sft_parallel_4d.elastic import line_of, restarts_before
+        from sft_parallel_4d.restarts import line_of, restarts_before
 
         if rank() == 0 and restarts_before():
             run.say(line_of(self.restarts[-1]))

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from sft.data.formats import turns_of
     from sft.distributed.parts import sum_over
     from sft.dry_runs import DryRun, dry_run
+    from sft.files import read_report
     from sft.fine_tune import run
     from sft.folder_lock import Holder, holder_of
     from sft.hub_names import is_hub_name
@@ -146,6 +147,7 @@ _LAZY = {
     "own_kernels": "sft.models.own_kernels",
     "recomputed": "sft.models.recompute",
     "reopened": "sft.reopening",
+    "read_report": "sft.files",
     "read_run": "sft.run_report.gather",
     "read_adapter": "sft.models.adapter_folder",
     "run": "sft.fine_tune",
@@ -257,6 +259,7 @@ __all__ = [
     "parse_size",
     "prepare",
     "read_adapter",
+    "read_report",
     "read_run",
     "recomputed",
     "reopened",

@@ -19,7 +19,7 @@ class Deaths:
     def look(self) -> None:
         """See who is gone. Once paddle's launcher ends the others nobody's death tells anything."""
         gone = {rank: how for rank, how in self._gone().items() if rank not in self._signals}
-        if not gone or "Pod failed" in _read(self._folder / "launcher.log"):
+        if not gone or "Pod failed" in read(self._folder / "launcher.log"):
             return
         self._first = self._first or set(gone)
         self._signals.update(gone)
@@ -38,7 +38,7 @@ class Deaths:
     def _gone(self) -> dict[int, int | None]:
         found = {}
         for path in self._folder.glob("rank.*"):
-            number = _read(path)
+            number = read(path)
             if number.isdecimal() and not self._has_spoken(int(number)):
                 is_gone, how = _fate(int(path.suffix[1:]))
                 if is_gone and not self._has_spoken(int(number)):  # its last word may have come in between
@@ -52,7 +52,7 @@ class Deaths:
 
 def _fate(process: int) -> tuple[bool, int | None]:
     """Whether a process is gone, and the signal that ended it, as long as its parent has not asked (Linux)."""
-    stat = _read(Path(f"/proc/{process}/stat"))
+    stat = read(Path(f"/proc/{process}/stat"))
     if not stat:
         return Path("/proc/self/stat").exists(), None
     fields = stat.rpartition(")")[2].split()
@@ -62,7 +62,8 @@ def _fate(process: int) -> tuple[bool, int | None]:
     return True, status or None
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
+    """The text of a file that may be gone, or not there yet; then none."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -6,7 +6,6 @@ refuses, a loss that is not finite, memory that its GPU lacks) would come again,
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -14,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft import SftError, UsageError
+from sft import SftError, UsageError, read_report
 from sft_parallel_4d.checks import check_settings
 from sft_parallel_4d.launch import LostError, launch
 from sft_parallel_4d.machines import DEFAULT, MACHINES
@@ -47,7 +46,7 @@ _NOT_NAMED = ("", "none", "null", "false", "true", "auto")
 def run_elastic(run: Run, plan: Plan, nproc: int, restarts: int) -> None:
     """Launch ``run`` in ``nproc`` processes under ``plan``, and again with fewer whenever ranks were killed, up to
     ``restarts`` times. Raises as :func:`launch` does, when these are used up or there is nothing to go on with."""
-    values, before, events = dict(run.given), _report(run.output_dir), list[dict[str, Any]]()
+    values, before, events = dict(run.given), read_report(run.output_dir), list[dict[str, Any]]()
     used = list[str]()  # the launcher takes the first ones
     devices = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one] or [*map(str, range(nproc))]
     while True:
@@ -57,7 +56,7 @@ def run_elastic(run: Run, plan: Plan, nproc: int, restarts: int) -> None:
         except LostError as lost:
             if len(events) >= restarts or len(lost.ranks) >= nproc:
                 raise
-            report = _report(run.output_dir)
+            report = read_report(run.output_dir)
             if report != before and report.get("status") == "finished":
                 raise
             left = nproc - len(lost.ranks)
@@ -97,11 +96,16 @@ def _chosen(run: Run, old: Plan, left: int, lost: LostError) -> Plan:
     batch, rows = settings.training.per_device_train_batch_size, rows_of(run, old)
     length = min(settings.data.max_length, paper.outline.positions)
     calculator = calculator_of(paper, batch, length, lost.memory)
-    kept = True if "recompute" in settings.given and settings.training.recompute else None
     found = []
     for devices in range(left, 0, -1):
         try:
-            plans = legal_plans(paper.outline, devices, rows, batch, Wanted(recompute=kept, offload=old.offload))
+            plans = legal_plans(
+                paper.outline,
+                devices,
+                rows,
+                batch,
+                Wanted(recompute=settings.training.recompute or None, offload=old.offload),
+            )
         except UsageError:
             continue
         plans = [plan for plan in plans if _accepted(paper, plan)]
@@ -161,10 +165,3 @@ def _under(values: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     asked = settings_of(plan)
     other = {alias for one in fields(ParallelOptions) if one.name in asked for alias in one.metadata["aliases"]}
     return with_this_plugin({**{name: value for name, value in values.items() if name not in other}, **asked})
-
-
-def _report(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "run.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}

@@ -24,7 +24,7 @@ from typing import Any
 
 import sft
 from sft import SftError, SignalError, UsageError
-from sft_parallel_4d.deaths import Deaths
+from sft_parallel_4d.deaths import Deaths, read
 from sft_parallel_4d.door import TOKEN, new_token
 from sft_parallel_4d.environment import FOLDER
 from sft_parallel_4d.last_words import HIDDEN, MEMORY, STOPPED, read_record
@@ -112,8 +112,8 @@ def start(
             return 0
         records = [read_record(path) for path in folder.glob("*.error")]
         if passed and all(record["relayed"] or record["code"] == 128 + passed[0] for record in records):
-            raise SignalError(passed[0], _read(folder / STOPPED))
-        error = _first_error(folder, process.returncode, _ended_for_memory() - ended_before)
+            raise SignalError(passed[0], read(folder / STOPPED))
+        error = _first_error(folder, records, process.returncode, _ended_for_memory() - ended_before)
         # Before anybody ends the ranks nobody but the system kills one, whatever the others then say. Of another death
         # that may be a consequence: who says first what is wrong has not died.
         is_said = any(record["sure"] and not record["relayed"] for record in records)
@@ -121,7 +121,7 @@ def start(
         if not lost and seen is not None and (seen[1] == -signal.SIGKILL or (seen[1] < 0 and not is_said)):
             lost = (seen[0],)  # paddle's launcher was there before the next look
         if lost and not passed:
-            raise LostError(str(error), lost, int(_read(folder / MEMORY) or 0) or None)
+            raise LostError(str(error), lost, int(read(folder / MEMORY) or 0) or None)
         raise error
 
 
@@ -276,20 +276,19 @@ def _started_from(folder: Path) -> list[int]:
 
 def _ended_for_memory() -> int:
     """How many processes Linux has ended since it started because memory was short."""
-    found = re.search(r"^oom_kill (\d+)$", _read(Path("/proc/vmstat")), re.MULTILINE)
+    found = re.search(r"^oom_kill (\d+)$", read(Path("/proc/vmstat")), re.MULTILINE)
     return int(found[1]) if found else 0
 
 
 def _failed_container(folder: Path) -> tuple[int, int] | None:
     """The rank that paddle's launcher saw first to have failed, before it ended the others, and its exit code: below
     zero the signal that ended it."""
-    seen = re.search(r"Container rank (\d+) status failed .* code (-?\d+) log", _read(folder / "launcher.log"))
+    seen = re.search(r"Container rank (\d+) status failed .* code (-?\d+) log", read(folder / "launcher.log"))
     return None if seen is None else (int(seen[1]), int(seen[2]))
 
 
-def _first_error(folder: Path, code: int, ended_for_memory: int) -> SftError:
+def _first_error(folder: Path, records: Sequence[dict[str, Any]], code: int, ended_for_memory: int) -> SftError:
     """What the rank that failed first died of, as the ranks wrote it down; else as the launcher saw it."""
-    records = [read_record(path) for path in folder.glob("*.error")]
     seen = _failed_container(folder)
     killed = seen is not None and seen[1] < 0
     if any(record["sure"] for record in records) or (records and not killed):
@@ -305,7 +304,7 @@ def _first_error(folder: Path, code: int, ended_for_memory: int) -> SftError:
         return _error(f"Paddle's launcher ended with exit code {code}.{_last(folder / 'launcher.log')}", 1)
     rank, status = seen
     log = folder / "logs" / f"workerlog.{rank}"
-    said = re.findall(r"^sft: (.*)$", _read(log), re.MULTILINE)
+    said = re.findall(r"^sft: (.*)$", read(log), re.MULTILINE)
     if said and not killed:
         return _error(f"rank {rank}: {said[-1]}", status)
     how = f"was killed by signal {-status}" if killed else f"ended with exit code {status}"
@@ -320,10 +319,6 @@ def _error(text: str, code: int) -> SftError:
     return error
 
 
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-
 def _last(log: Path) -> str:
-    lines = [line for line in _read(log).splitlines() if line.strip()][-5:]
+    lines = [line for line in read(log).splitlines() if line.strip()][-5:]
     return " The last lines of its log:\n" + "\n".join(lines) if lines else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -101,7 +100,7 @@ class Parallel4d(sft.Plugin):
         from sft_parallel_4d.elastic import run_elastic
 
         run_elastic(run, self.plan, nproc, self.options.max_restarts)
-        result = json.loads((run.output_dir / "run.json").read_text(encoding="utf-8"))["result"]
+        result = sft.read_report(run.output_dir)["result"]
         return sft.Summary(**{**result, "output_dir": Path(result["output_dir"])})
 
     @sft.hookimpl

@@ -81,7 +81,7 @@ class Calculator:
     def shape(self, plan: Plan) -> Shape:
         """A micro-batch on a rank of ``plan``."""
         rows, length, targets = self._batch
-        parts = plan.context * (plan.tensor if plan.sequence else 1)  # rows get padding until they can be divided
+        parts = plan.context * plan.stream_parts  # rows get padding until they can be divided
         length = -(-length // parts) * parts
         return Shape(rows, length, -(-targets // plan.context), plan.tensor, plan.sequence, plan.context)
 
@@ -158,11 +158,8 @@ class Calculator:
         if not plan.recompute:
             moments["last block forward"] = before + flown + reading * flying - block + attending + whole_block
         stepping = 4 * size.stepped  # squared for the norm, or given to the master
-        stepped = held.gradients
         if on_device:
-            moments["step"] = stepped + stepping
-        else:
-            stepped = size.piece_gradients
+            moments["step"] = held.gradients + stepping
         aside = held.pieces + held.optimizer
         return Memory(
             held.parameters + (held.pieces if on_device else 0) + max(whole_block, whole_head),
@@ -171,7 +168,7 @@ class Calculator:
             flown + reading * flying + last + beyond,
             loss,
             held.parameters + (aside if on_device else 0) + max(moments.values()),
-            0 if on_device else aside + stepped + stepping,
+            0 if on_device else aside + size.piece_gradients + stepping,
         )
 
     def _kept_of_blocks(self, blocks: tuple[int, ...], shape: Shape, recompute: bool) -> tuple[int, int]:

@@ -29,7 +29,6 @@ class Pipeline:
     Attributes:
         first: Whether the first part of the model is here; while a chunk computes, whether it is that.
         last: Likewise.
-        tied: Whether lm_head is the embedding.
     """
 
     def __init__(self, axis: Axis, blocks: int, chunks: int = 1) -> None:
@@ -39,22 +38,23 @@ class Pipeline:
         where = [part for part in range(parts) for _ in range(bounds[part], bounds[part + 1])]
         self._stages, self._chunk_of = [part % axis.size for part in where], [part // axis.size for part in where]
         self.first, self.last = axis.rank == 0, axis.rank == axis.size - 1
-        self.tied = False
         self._tied_weight: Any = None
+        """Of a model whose lm_head is the embedding."""
 
     # --- what is here ---
 
     def divide(self, model: Any) -> None:
         """Mark the parameters of other stages; nothing is allocated."""
         backbone = model.model
-        self.tied = model.lm_head.weight is backbone.embed_tokens.weight
         places = [(block, self._stages[number]) for number, block in enumerate(backbone.layers)]
         places += [(backbone.embed_tokens, 0), (backbone.norm, self._axis.size - 1)]
         places += [(model.lm_head, self._axis.size - 1)]
         for layer, stage in places:
             for marked in (*layer.sublayers(include_self=True), *layer.parameters()):
                 mark_stage(marked, stage, here=stage == self._axis.rank)
-        if self.tied:  # the last loop took it for lm_head's: it is in the first stage, and in the last
+        if (
+            model.lm_head.weight is backbone.embed_tokens.weight
+        ):  # the last loop took it for lm_head's: it is in the first stage, and in the last
             mark_stage(backbone.embed_tokens.weight, 0, here=self.first or self.last)
             self._tied_weight = backbone.embed_tokens.weight
 
@@ -72,7 +72,7 @@ class Pipeline:
         for number, stage in enumerate(self._stages):
             if stage != self._axis.rank:
                 del backbone.layers._sub_layers[str(number)]
-        if not self.first and not (self.last and self.tied):
+        if not self.first and not (self.last and self._tied_weight is not None):
             del backbone._sub_layers["embed_tokens"]
         if not self.last:
             backbone.norm = paddle.nn.Identity()

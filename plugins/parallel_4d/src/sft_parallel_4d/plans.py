@@ -53,6 +53,11 @@ class Plan:
         """Ranks that have the same parameters, or the same pieces of them."""
         return self.data_world * self.context // self.pieces
 
+    @property
+    def stream_parts(self) -> int:
+        """Tensor ranks that have a part each of the residual stream."""
+        return self.tensor if self.sequence else 1
+
     def __str__(self) -> str:
         parts = [f"{name} {getattr(self, name)}" for name in _NAMED if getattr(self, name) > 1]
         if self.stage:

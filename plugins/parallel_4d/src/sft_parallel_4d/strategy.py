@@ -59,8 +59,7 @@ class Parallel:
         host = Host() if plan.offload else None
         self._shards = Shards(topology.sharding, host) if plan.stage == 3 else None
         self._buckets = Buckets(topology, plan.stage, bucket, host)
-        parts = plan.tensor if plan.sequence else 1
-        self._context = ContextParallel(topology.context, parts) if plan.context > 1 else None
+        self._context = ContextParallel(topology.context, plan.stream_parts) if plan.context > 1 else None
         self._pipe: Pipeline | None = None
         self._trained: dict[str, Any] = {}
         self._all: list[tuple[str, Any]] | None = None
@@ -239,8 +238,7 @@ class Parallel:
 
     def _stream_shape(self, batch: Batch) -> list[int]:
         rows, length = batch.input_ids.shape
-        parts = self._at.tensor.size if self._tensor is not None and self._tensor.sequence else 1
-        return [rows, length // parts, self._run.source.architecture.hidden]
+        return [rows, length // self._at.plan.stream_parts, self._run.source.architecture.hidden]
 
     def _summed_over(self, parameter: Any) -> tuple[Axis, ...]:
         """The axes, beside sharding's, over which a gradient of ``parameter`` is summed."""

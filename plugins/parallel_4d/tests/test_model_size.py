@@ -245,7 +245,7 @@ def test_each_rank_has_its_experts(paddle: Any, grouped: None, case: str) -> Non
             model = built(MODELS / "families" / case)
             ExpertParallel(axis(rank, degree), degree, axis(0, 1)).divide(model)
             assert stage.size.values == values_here(model)
-        assert stage.late.values * degree == stages(outline, Division(), 1, WHOLE)[0].late.values
+        assert stage.experts.values * degree == stages(outline, Division(), 1, WHOLE)[0].experts.values
 
 
 def test_stages_hold_the_model_once_and_a_tied_matrix_twice(outline_of: Callable[..., Outline]) -> None:

@@ -24,7 +24,7 @@ from sft_parallel_4d.model_size import Precision
 from sft_parallel_4d.outline import Outline
 from sft_parallel_4d.plans import Plan, legal_plans
 from sft_parallel_4d.ranking import ranked
-from sft_parallel_4d.schedule import schedule
+from sft_parallel_4d.timeline import schedule
 from sft_parallel_4d.timing import Load, loads, seconds, time_of, way_of
 
 PLAIN = Load(

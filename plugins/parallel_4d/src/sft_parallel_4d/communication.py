@@ -40,8 +40,8 @@ def rank(calculator: Calculator, plan: Plan, number: int, stage: Stage) -> Volum
     """A rank of pipeline stage ``number``; the few bytes of a step's loss and gradient norm are left out."""
     outline, precision, shape = calculator.outline, calculator.precision, calculator.shape(plan)
     size, micro = stage.size, plan.accumulation
-    own = size.piece_gradients - stage.late.piece_gradients
-    data = 2 * _part(plan.copies) * own + 2 * _part(plan.copies // plan.experts) * stage.late.piece_gradients
+    own = size.piece_gradients - stage.experts.piece_gradients
+    data = 2 * _part(plan.copies) * own + 2 * _part(plan.copies // plan.experts) * stage.experts.piece_gradients
     neighbours = 2 * plan.virtual - (number == 0) - (number == plan.pipeline - 1)  # each part there and back
     pipeline = micro * neighbours * activations.boundary(outline, shape, precision)
     if plan.pipeline > 1 and outline.tied and (stage.first or stage.last) and outline.embedding.trains:

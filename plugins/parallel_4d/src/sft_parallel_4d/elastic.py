@@ -96,6 +96,7 @@ def _chosen(run: Run, old: Plan, left: int, lost: LostError) -> Plan:
     batch, rows = settings.training.per_device_train_batch_size, rows_of(run, old)
     length = min(settings.data.max_length, paper.outline.positions)
     calculator = calculator_of(paper, batch, length, lost.memory)
+    wanted = Wanted(recompute=settings.training.recompute or None, offload=old.offload)
     found = []
     for devices in range(left, 0, -1):
         try:
@@ -104,7 +105,7 @@ def _chosen(run: Run, old: Plan, left: int, lost: LostError) -> Plan:
                 devices,
                 rows,
                 batch,
-                Wanted(recompute=settings.training.recompute or None, offload=old.offload),
+                wanted,
             )
         except UsageError:
             continue

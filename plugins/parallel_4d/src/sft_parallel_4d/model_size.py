@@ -75,10 +75,10 @@ class Size:
     """Of whole parameters, in float32, in which they add up."""
     partial: int = 0
     """Of ``piece_gradients``, those that tensor ranks add up: of whole parameters that work on a part of a product."""
-    copied: int = 0
-    """Of ``piece_gradients``, those that ranks with the same key/value heads add up."""
     norms: int = 0
     """Likewise with sequence parallelism: of RMSNorms."""
+    copied: int = 0
+    """Of ``piece_gradients``, those that ranks with the same key/value heads add up."""
     optimizer: int = 0
     passing: int = 0
     """Of the largest gradient on its way into a buffer: as backward gives it, and in float32."""
@@ -228,9 +228,9 @@ class Stage:
     size: Size
     """Of everything the stage holds."""
     largest_block: Size
-    late: Size
-    """Of experts: a micro-batch may lead to them in one process and not in another, so that sharding leaves their
-    gradients whole until the last one is through."""
+    experts: Size
+    """Of ``size``, the experts that tokens are led to, as one rank has them: ranks that share experts out have the same
+    ones more seldom than the rest."""
     embedding: Size
     head: Size
     """lm_head, or the embedding where it is one with it; both are of nothing in stages that have none."""
@@ -259,9 +259,9 @@ def stages(outline: Outline, division: Division, pipeline: int, precision: Preci
             mine.append(head)
         largest = max((blocks[number] for number in here), key=lambda size: size.matrices)
         those = (of_experts(outline, number, of) for number in here)
-        late = sum((total(weights, division, precision) for weights in those), Size())
+        experts = sum((total(weights, division, precision) for weights in those), Size())
         ends = (embedding if first else Size()), (head if last else Size())
-        found.append(Stage(here, sum(mine, shared), largest, late, *ends, first, last))
+        found.append(Stage(here, sum(mine, shared), largest, experts, *ends, first, last))
     return found
 
 

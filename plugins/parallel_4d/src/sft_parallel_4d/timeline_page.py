@@ -10,7 +10,7 @@ from sft_parallel_4d.machines import Machine, taken
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.plans import Plan
 from sft_parallel_4d.ranking import Answer
-from sft_parallel_4d.schedule import Span, schedule
+from sft_parallel_4d.timeline import Span, schedule
 from sft_parallel_4d.timing import Load, loads
 
 MADE_BY = "sft plan"

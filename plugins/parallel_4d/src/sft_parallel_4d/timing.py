@@ -23,8 +23,8 @@ PLACES = ("tensor", "context", "sharding", "pipeline", "data")
 
 @dataclass(frozen=True)
 class Inline:
-    """An axis whose collectives stand in the midst of a block, which waits for them: so many forward in each, and as
-    many backward; ``again`` where recomputation goes through them, too."""
+    """An axis whose collectives stand in the midst of a block, which waits for them: so many ``calls`` forward in each,
+    as many backward, and with recomputation those forward once more."""
 
     axis: str
     calls: Callable[[Plan], int]
@@ -146,30 +146,32 @@ def loads(calculator: Calculator, plan: Plan, machine: Machine) -> list[Load]:
 
 def time_of(plan: Plan, of: list[Load]) -> Time:
     """The step: micro-batches through the stages (1F1B), then what each stage does alone."""
-    total, last = seconds(plan, of), _busiest(of)
+    total, busiest = seconds(plan, of), _busiest(of)
     micro = plan.accumulation
-    exposed = {axis: micro * (last.inline_forward[axis] + last.inline_backward[axis]) for axis in last.inline_forward}
+    exposed = {
+        axis: micro * (busiest.inline_forward[axis] + busiest.inline_backward[axis]) for axis in busiest.inline_forward
+    }
     hidden = dict[str, float]()
 
     def sent(axis: str, all_of_it: float, waits: float) -> None:
         exposed[axis] = exposed.get(axis, 0.0) + waits
         hidden[axis] = hidden.get(axis, 0.0) + all_of_it - waits
 
-    if last.gather:
-        blocks = micro * last.blocks * (2 * last.gather + last.scatter)
-        sent("sharding", blocks, micro * (last.waits_forward + last.waits_backward))
-    if last.buckets:
-        times = micro if last.each else 1
-        sent(last.gradients, times * last.buckets * last.bucket, last.tail + (times - 1) * last.queue)
-    if last.sums:
-        sent("data", last.sums, last.sums)
-    if last.host:
-        sent("host", last.host, last.host)
-    if last.spread:
-        sent("sharding", last.spread, last.spread)
-    compute = micro * (last.forward + last.backward)
-    idle = max(0.0, total - compute - last.step - sum(exposed.values()))
-    return Time(total, compute, exposed, hidden, idle, last.step)
+    if busiest.gather:
+        blocks = micro * busiest.blocks * (2 * busiest.gather + busiest.scatter)
+        sent("sharding", blocks, micro * (busiest.waits_forward + busiest.waits_backward))
+    if busiest.buckets:
+        times = micro if busiest.each else 1
+        sent(busiest.gradients, times * busiest.buckets * busiest.bucket, busiest.tail + (times - 1) * busiest.queue)
+    if busiest.sums:
+        sent("data", busiest.sums, busiest.sums)
+    if busiest.host:
+        sent("host", busiest.host, busiest.host)
+    if busiest.spread:
+        sent("sharding", busiest.spread, busiest.spread)
+    compute = micro * (busiest.forward + busiest.backward)
+    idle = max(0.0, total - compute - busiest.step - sum(exposed.values()))
+    return Time(total, compute, exposed, hidden, idle, busiest.step)
 
 
 def seconds(plan: Plan, of: list[Load]) -> float:

@@ -100,13 +100,7 @@ def _chosen(run: Run, old: Plan, left: int, lost: LostError) -> Plan:
     found = []
     for devices in range(left, 0, -1):
         try:
-            plans = legal_plans(
-                paper.outline,
-                devices,
-                rows,
-                batch,
-                wanted,
-            )
+            plans = legal_plans(paper.outline, devices, rows, batch, wanted)
         except UsageError:
             continue
         plans = [plan for plan in plans if _accepted(paper, plan)]

@@ -52,9 +52,8 @@ class Pipeline:
         for layer, stage in places:
             for marked in (*layer.sublayers(include_self=True), *layer.parameters()):
                 mark_stage(marked, stage, here=stage == self._axis.rank)
-        if (
-            model.lm_head.weight is backbone.embed_tokens.weight
-        ):  # the last loop took it for lm_head's: it is in the first stage, and in the last
+        if model.lm_head.weight is backbone.embed_tokens.weight:
+            # The last loop took it for lm_head's: it is in the first stage, and in the last.
             mark_stage(backbone.embed_tokens.weight, 0, here=self.first or self.last)
             self._tied_weight = backbone.embed_tokens.weight
 

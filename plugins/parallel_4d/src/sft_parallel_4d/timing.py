@@ -170,7 +170,7 @@ def time_of(plan: Plan, of: list[Load]) -> Time:
     if busiest.spread:
         sent("sharding", busiest.spread, busiest.spread)
     compute = micro * (busiest.forward + busiest.backward)
-    idle = max(0.0, total - compute - busiest.step - sum(exposed.values()))
+    idle = max(0.0, total - compute - busiest.step - sum(exposed.values())) if plan.pipeline > 1 else 0.0
     return Time(total, compute, exposed, hidden, idle, busiest.step)
 
 

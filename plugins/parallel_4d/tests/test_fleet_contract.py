@@ -36,6 +36,22 @@ def changed(name: str, what: str) -> str:
     return f"paddle's {name} {what}: sft_parallel_4d/fleet.py is built on that (paddle 3.3)."
 
 
+def test_get_rng_state_tracker(paddle: Any, fleet: Any) -> None:
+    """Seeded draws apart are the same each time, and leave those outside as they were."""
+    paddle.seed(3)
+    expected = [paddle.rand([4]).tolist() for _ in range(2)]
+    paddle.seed(3)
+    outside, apart = [], []
+    for _ in range(2):
+        fleet.seed_apart("contract", 5)
+        with fleet.drawing_apart("contract"):
+            apart.append(paddle.rand([4]).tolist())
+        outside.append(paddle.rand([4]).tolist())
+    why = changed("get_rng_state_tracker", "draws otherwise: dropout of divided values would not be each rank's own")
+    assert outside == expected, why
+    assert apart[0] == apart[1] != expected[0], why
+
+
 def test_another_paddle_is_refused(fleet: Any) -> None:
     from sft import UsageError
 
@@ -186,6 +202,7 @@ def test_comm_grads(
 
 SCHEDULES = "paddle.distributed.fleet.meta_parallel:"
 P2P = "paddle.distributed.fleet.meta_parallel.pp_utils.p2p_communication:"
+GROUPS = "paddle.distributed.fleet:HybridCommunicateGroup."
 
 
 def find(name: str) -> Any:
@@ -240,6 +257,8 @@ def test_a_cpu_has_a_number(paddle: Any, fleet: Any) -> None:
             "sizes would be sent, and each transfer would wait for the device twice",
         ),
         (P2P + "P2pHelper._recv_meta", "reverse", "sizes would be asked for that nobody sends: a run would hang"),
+        (GROUPS + "create_fuse_group", "fused_strategy_list", "pieces could not lie on the ranks that share rows, too"),
+        (GROUPS + "get_dp_sep_parallel_group", "", "gradients of ranks that share rows would not be summed"),
     ],
 )
 def test_what_is_overridden_or_called_is_there(name: str, parameters: str, why: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import paddle
 from paddle import distributed
 from paddle.distributed import fleet
+from paddle.distributed.fleet.layers.mpu.random import get_rng_state_tracker
 from paddle.distributed.fleet.meta_parallel import PipelineLayer, PipelineParallel, PipelineParallelWithInterleave
 from paddle.distributed.fleet.meta_parallel.pp_utils.p2p_communication import P2pHelper
 from paddle.distributed.fleet.meta_parallel.pp_utils.utils import paddle_2_number
@@ -45,6 +46,23 @@ distributed.ParallelEnv._device_id = 0  # a pipeline asks for it, and on a CPU n
 
 ALONE = SimpleNamespace(nranks=1, rank=0)
 """Stands for the group of a process that has no others."""
+
+
+# --- draws ---
+
+
+def seed_apart(name: str, seed: int) -> None:
+    """Begin the draws of that ``name`` anew, from ``seed``."""
+    tracker = get_rng_state_tracker()
+    if name not in tracker.states_:  # once: paddle keeps each state that was ever added
+        tracker.add(name, seed)
+    with tracker.rng_state(name):
+        paddle.seed(seed)
+
+
+def drawing_apart(name: str) -> contextlib.AbstractContextManager[None]:
+    """In it what is drawn is of that ``name``: the draws outside go on as if there had been none."""
+    return get_rng_state_tracker().rng_state(name)
 
 
 # --- buckets of gradients ---

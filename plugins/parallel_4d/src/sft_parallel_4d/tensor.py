@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import paddle
-from paddle.distributed.fleet.layers.mpu.random import get_rng_state_tracker
 from paddle.nn import functional as F
 
 import sft
 from sft import Batch
 from sft.parallel import Part, mark_part, mark_sums, part_of
+from sft_parallel_4d.fleet import drawing_apart, seed_apart
 from sft_parallel_4d.meeting import BlockMeeting, Columns
 from sft_parallel_4d.model_size import KEYS, divided_side
 from sft_parallel_4d.topology import Axis, among
@@ -127,11 +127,7 @@ class TensorParallel:
         if self._draws:
             common = paddle.base.core.default_cpu_generator().initial_seed()  # of the step: all of the axis have it
             seed = int(np.random.SeedSequence([common, self._axis.rank]).generate_state(1)[0])
-            tracker = get_rng_state_tracker()
-            if APART not in tracker.states_:  # once: paddle keeps each state that was ever added
-                tracker.add(APART, seed)
-            with tracker.rng_state(APART):
-                paddle.seed(seed)
+            seed_apart(APART, seed)
 
     def summed_over(self, parameter: Any) -> Axis:
         """The processes whose gradients of ``parameter`` are summands of the whole one: all, of what each has whole and
@@ -227,7 +223,7 @@ class _DropoutApart(paddle.nn.Dropout):
     def forward(self, x: Any) -> Any:
         if not self.training:
             return x
-        with get_rng_state_tracker().rng_state(APART):
+        with drawing_apart(APART):
             return super().forward(x)
 
 

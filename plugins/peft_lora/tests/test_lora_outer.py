@@ -38,16 +38,9 @@ def settings_of(models: Path, model: str, **settings: Any) -> dict[str, Any]:
 # --- what PEFT wrote ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits_are_pefts_also_merged(
-    paddle: Any, models: Path, peft: Path, tmp_path: Path, logits_of: Any, case: str
-) -> None:
-    expected, base = load_file(peft / case / "reference.safetensors"), models / CASES[case]
-    found = logits_of(load(base, peft / case), expected["input_ids"])
-    np.testing.assert_allclose(found, expected["logits"], atol=TOLERANCE, rtol=0)
-    merge(str(base), peft / case, tmp_path / "merged", quiet)
-    merged = logits_of(load(tmp_path / "merged"), expected["input_ids"])
-    np.testing.assert_allclose(merged, expected["merged_logits"], atol=TOLERANCE, rtol=0)
+@pytest.mark.parametrize(("case", "base"), CASES.items(), ids=list(CASES))
+def test_logits_are_pefts_also_merged(assert_logits_are_pefts: Any, case: str, base: str) -> None:
+    assert_logits_are_pefts(case, base)
 
 
 def test_loss_and_gradients_of_embedding_and_head_are_pefts(adapt: Any, models: Path, peft: Path) -> None:

@@ -99,6 +99,10 @@ SHOWN: dict[str, str | Blocks] = {
             "not run: it needs GPUs; test_elastic.py of parallel-4d kills ranks of 2 and 4",
         ),
         ("python benchmarks/parallel_gpu.py", "not run: it needs several GPUs"),
+        (
+            "git worktree add --detach ../before",
+            "not run: minutes; test_trace.py of parallel-4d makes a row of it",
+        ),
     ],
     "docs/performance.md": "not run: hours",
     "docs/plan.md": TYPED,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -14,6 +14,7 @@ from trainings import PLANS, Trainings
 
 BUCKET = 60_000
 """Bytes of float32 gradients; the model has about six times as many."""
+SCRIPTS = str(Path(__file__).parents[3] / "scripts")
 QUIET = {"do_eval": False, "evaluation_strategy": "no", "max_steps": 2}
 
 
@@ -127,17 +128,33 @@ def test_forward_and_backward_wait_for_the_device_once_however_many_micro_batche
         assert sum("strategy.py outcome" in wait for wait in own) == 1, own
 
 
-def test_the_picture_in_the_documentation_shows_what_was_recorded() -> None:
+def test_the_picture_in_the_documentation_shows_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As scripts/parallel_timeline.py draws it; and in it gradients are under way before backward has ended."""
-    path = Path(__file__).parents[3] / "scripts" / "parallel_timeline.py"
-    spec = importlib.util.spec_from_file_location("parallel_timeline", path)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    monkeypatch.syspath_prepend(SCRIPTS)
+    script = importlib.import_module("parallel_timeline")
     found = json.loads(script.PICTURE.with_suffix(".json").read_text(encoding="utf-8"))
     assert script.drawn(found) == script.PICTURE.read_text(encoding="utf-8")
     for ranks in found.values():
         for events in ranks:
             ends = max(event["ended"] for event in events if event["what"] == "backward")
             assert min(event["began"] for event in events if event["what"] == "reduce_scatter") < ends
+
+
+@pytest.mark.slow
+def test_the_table_of_figures_in_the_documentation_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As scripts/parallel_parity.py makes it. In a ring of two a rank sends as many bytes as an all-reduce has: of the
+    gradients, of a few numbers besides, and of what fills parameters up to whole lines of memory."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    script = importlib.import_module("parallel_parity")
+    found = script.measure(script.ROOT, ["data 2"], ["full"])
+    (figures,) = found["data 2"].values()
+    assert 0 < figures["losses"] < 1e-6
+    assert 0 < figures["weights"] < 1e-6
+    # Embedding, four blocks of 7 matrices and 2 norms, and the last norm.
+    values = 2048 * 32 + 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32) + 32
+    assert 4 * values < figures["bytes"] < 1.01 * 4 * values
+    assert figures["calls"] == 5
+    assert figures["waits"] == 4
+    (line,) = script.table([{}, found]).splitlines()[2:]
+    assert line.startswith("| data 2 | – → 0.")
+    assert line.endswith("| – → 5 | – → 387 | – → 4 |")

@@ -19,9 +19,9 @@ import groups
 import sft
 
 READERS = ("numpy", "item", "tolist", "cpu", "__array__", "__float__", "__int__", "__bool__", "__index__")
-COLLECTIVES = (
+COLLECTIVES: tuple[str, ...] = (
     *("all_reduce", "reduce_scatter", "reduce_scatter_tensor", "all_gather", "all_gather_into_tensor"),
-    *("broadcast", "send", "recv"),
+    *("all_to_all_single", "broadcast", "send", "recv"),
 )
 
 
@@ -44,14 +44,14 @@ class Recorder:
         @functools.wraps(method)
         def noted(group: Any, first: Any, second: Any = None, *rest: Any, **more: Any) -> Any:
             # What is sent of an operation with two tensors is the second one.
-            tensor = second if name.startswith(("reduce_scatter", "all_gather")) else first
+            tensor = second if name.startswith(("reduce_scatter", "all_gather", "all_to_all")) else first
             if name == "reduce_scatter":
                 tensor = first
             size = math.prod(tensor.shape) * int(tensor.element_size())
             if name == "reduce_scatter":
                 size *= group.size()
             event = {
-                "what": name.removesuffix("_tensor").removesuffix("_into"),
+                "what": name.removesuffix("_tensor").removesuffix("_into").removesuffix("_single"),
                 "step": self.step,
                 "group": list(group._world_ranks),
                 "bytes": size,

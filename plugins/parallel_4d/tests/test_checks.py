@@ -192,6 +192,7 @@ def test_ranks_that_share_out_experts_share_no_pieces(
         pytest.param(
             2, {CONTEXT: 2, "plugin": ["dpo"]}, "Plugin dpo minimises something for .* whole", marks=needs("dpo")
         ),
+        (2, {"sharding_comm_buffer_size_MB": 0}, "expected a number of MiB, or -1 for 128, got 0"),
         (2, {"device": "gpu:1"}, "device gpu:1 is one device, and 2 processes have one each"),
     ],
 )
@@ -200,6 +201,12 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(sft.UsageError, match=reason):
         planned(processes, **settings)
+
+
+@pytest.mark.parametrize("name", [VIRTUAL, "virtual_pipeline_degree"])
+def test_parts_of_stages_ask_for_the_plugin(planned: Planned, name: str) -> None:
+    with pytest.raises(sft.UsageError, match="virtual_pp_degree needs pipeline parallelism"):
+        planned(1, plugin=[], **{name: 2})
 
 
 def test_processes_that_are_yet_to_be_started_count(planned: Planned) -> None:

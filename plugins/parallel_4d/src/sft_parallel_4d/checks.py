@@ -21,6 +21,8 @@ def check_settings(run: Run | DryRun, options: ParallelOptions, world: int) -> N
         name += "_parallel_degree"
         if getattr(options, name) == 0:
             raise UsageError(f"{name}: expected a number of processes, or -1 for one, got 0.")
+    if options.sharding_comm_buffer_size_MB == 0:
+        raise UsageError("sharding_comm_buffer_size_MB: expected a number of MiB, or -1 for 128, got 0.")
     tensor, pipeline, context = degrees(options)
     needed, experts = tensor * pipeline * context, experts_of(options)
     if world == 1 and experts > 1 == needed:

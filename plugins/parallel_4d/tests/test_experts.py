@@ -66,6 +66,22 @@ def test_whole_runs(trainings: Trainings, tokenizer: Path, plan: str, settings: 
     assert_equal(trainings.one(**values), trainings.many(ALL[plan], **values)[0])
 
 
+@pytest.mark.slow
+@needs("lora")
+@pytest.mark.parametrize("plan", ["ep2", "ep2-pp2", "ep2-stage3"])
+def test_experts_of_an_idle_rank_train(trainings: Trainings, tokenizer: Path, plan: str) -> None:
+    """Dropout is that of the tokens of others, once more where blocks are computed again; nothing else trains there."""
+    values = {**of(tokenizer), **LORA, "lora_dropout": 0.2, "do_eval": False, "evaluation_strategy": "no"}
+    runs = [trainings.many(ALL[plan], job="jobs:modes", recompute=again, **values) for again in (False, True)]
+    assert_equal(*(folder for folder, _ in runs))
+    for _, results in runs:
+        assert [result.value["experts"] for result in results] == [[True]] * len(results)
+        assert [False, True] in [result.value["attention"] for result in results]  # some rank was idle
+    plain, _ = trainings.many(ALL[plan], recompute=True, **{**values, "lora_dropout": 0.0})
+    with pytest.raises(AssertionError, match="is apart from"):
+        assert_equal(plain, runs[0][0])
+
+
 @pytest.mark.parametrize(
     ("old", "new", "settings"),
     [

@@ -34,7 +34,7 @@ class ExpertParallel:
 
     def divide(self, model: Any) -> None:
         """Mark the experts of other processes; nothing is allocated."""
-        for mlp in _mixtures(model):
+        for mlp in mixtures(model):
             each = len(mlp.experts) // self.axis.size
             for number, expert in enumerate(mlp.experts):
                 owner = number // each
@@ -44,7 +44,7 @@ class ExpertParallel:
     def connect(self, model: Any) -> None:
         """Take the experts of other processes out of ``model``, and let tokens reach them."""
         exchange = _Exchange(self.axis)
-        for mlp in _mixtures(model):
+        for mlp in mixtures(model):
             each = len(mlp.experts) // self.axis.size
             for number in range(len(mlp.experts)):
                 if number // each != self.axis.rank:
@@ -100,6 +100,6 @@ def _sorted_through(come: Any, counts: np.ndarray, experts: Sequence[Callable[[A
     return paddle.gather(results, paddle.to_tensor(np.argsort(order)))
 
 
-def _mixtures(model: Any) -> list[Any]:
+def mixtures(model: Any) -> list[Any]:
     """The MLPs of blocks that have experts."""
     return [block.mlp for block in model.model.layers if hasattr(block.mlp, "experts")]

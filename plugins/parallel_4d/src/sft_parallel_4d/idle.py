@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sft import Batch
+from sft_parallel_4d.experts import mixtures
 
 
 def nothing() -> Batch:
@@ -20,8 +21,11 @@ def nothing() -> Batch:
 
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Within it nothing changes what is trained on, as noise does: an idle micro-batch is none of that."""
+    """Within it nothing changes what is trained on, as noise does: an idle micro-batch is none of that. Only experts
+    train on, as what other ranks do train on comes to them. Also for backward, where blocks may be computed again."""
     model.eval()
+    for mlp in mixtures(model):
+        mlp.experts.train()
     try:
         yield
     finally:

@@ -175,19 +175,22 @@ class Parallel:
         def learning_of(batch: Batch) -> Learning:
             return idle if any(batch is one for one in batches[real:]) else learning
 
+        def mode_of(own: Learning) -> contextlib.AbstractContextManager[None]:
+            return evaluating(self._run.model) if own is idle else contextlib.nullcontext()
+
         def forward(batch: Batch, received: Any) -> Any:
             """What the next part of the model gets; in the last one, the loss."""
             own = learning_of(batch)
-            # Plugins change what is trained on, as by noise; an idle micro-batch is none of it.
-            with evaluating(self._run.model) if own is idle else contextlib.nullcontext():
+            with mode_of(own):
                 hidden = own.forward(batch, received, self.phases.go_on)
                 return self._finished(hidden, lambda hidden: own.loss(hidden, batch))
 
         def backward(output: Any, batch: Batch, upstream: Any | None = None) -> None:
-            with _flag(self._shards, "goes_back"):
-                learning_of(batch).backward(output, upstream)
+            own = learning_of(batch)
+            with _flag(self._shards, "goes_back"), mode_of(own):
+                own.backward(output, upstream)
             self._buckets.passed()
-            if upstream is None and learning_of(batch) is not idle:  # read at the end: a reading waits for the device
+            if upstream is None and own is not idle:  # read at the end: a reading waits for the device
                 losses.append(output.detach().astype("float64"))
             self.phases.go_on()
 

@@ -69,6 +69,28 @@ class Draw(sft.Plugin):
         self.found["draws"].append(float(paddle.rand([1])))
 
 
+def modes(settings: dict[str, Any]) -> dict[str, Any]:
+    """One rank of a run: whether experts were in the mode of training when they computed, and attention likewise."""
+    found: dict[str, set[bool]] = {"experts": set(), "attention": set()}
+
+    class Look(sft.Plugin):
+        name = "look"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_run_started(self, run: sft.Run) -> None:
+            def note(kind: str) -> Any:
+                return lambda layer, _: found[kind].add(layer.training)
+
+            for block in run.model.model.layers:
+                block.self_attn.register_forward_pre_hook(note("attention"))
+                for expert in block.mlp.experts:
+                    expert.register_forward_pre_hook(note("experts"))
+
+    sft.run(settings, plugins=[Look], say=lambda text: None)
+    return {"process": os.getpid(), **{kind: sorted(seen) for kind, seen in found.items()}}
+
+
 def count(settings: dict[str, Any]) -> dict[str, Any]:
     """One rank of a run that counts what goes into its micro-batches."""
     found: dict[str, Any] = {"process": os.getpid(), "batches": 0, "rows": 0, "tokens": 0}

@@ -57,6 +57,8 @@ def check(trainings: Trainings, plan: str, **settings: Any) -> None:
                 "pp2",
                 "pp2-dp2",
                 "pp4",
+                "pp2-offload",
+                "tp2-offload",
                 "dp2-stage1",
                 "dp2-stage3",
                 "tp2-stage3",

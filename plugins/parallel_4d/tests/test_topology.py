@@ -42,3 +42,15 @@ def test_a_run_stays_on_the_device_that_it_is_on(
         topology.connect(Plan(data=2))
     assert asked == [backend]
     assert current == [device]
+
+
+@pytest.mark.parametrize("ranks", [[3], [1, 3]])
+def test_who_is_alone_along_an_axis_is_its_first(
+    paddle: Any, monkeypatch: pytest.MonkeyPatch, ranks: list[int]
+) -> None:
+    """Of a group of one paddle says that the rank is -1, with which a slice would lie outside its buffer."""
+    monkeypatch.setattr(paddle.distributed, "get_rank", lambda: 3)
+    group = SimpleNamespace(nranks=len(ranks), ranks=ranks, rank=-1 if len(ranks) == 1 else 1)
+    axis = topology._along(group)
+    assert (axis.rank, axis.size) == (len(ranks) - 1, len(ranks))
+    assert axis.group is (group if len(ranks) > 1 else None)

@@ -104,6 +104,11 @@ class Bucket(fusion.FusedCommBuffer):
         self.kept = self._keep() if cut else None
         """What this process steps, flat: its slice of the values."""
 
+    @property
+    def group(self) -> Any:
+        """The processes among which it travels; :data:`ALONE` where there is but this one."""
+        return self._comm_group
+
     # --- where values are ---
 
     def start(self, parameter: Any) -> int:
@@ -117,8 +122,8 @@ class Bucket(fusion.FusedCommBuffer):
         """Which part of the buffer is this process's."""
         if not self.cut:
             return 0, int(self.buffer_size)
-        size = int(self.buffer_size) // self._comm_group.nranks
-        return self._comm_group.rank * size, (self._comm_group.rank + 1) * size
+        size = int(self.buffer_size) // self.group.nranks
+        return self.group.rank * size, (self.group.rank + 1) * size
 
     def bounds(self, parameter: Any) -> tuple[int, int]:
         """Which of its values, in memory order, are in this process's slice."""
@@ -157,12 +162,12 @@ class Bucket(fusion.FusedCommBuffer):
     def send(self) -> None:
         """Begin to sum what is there over the group."""
         whole = self._filled()
-        if self._comm_group.nranks == 1:
+        if self.group.nranks == 1:
             return
         try:
             self._comm_grads()
         except NotImplementedError:  # gloo, by which processes on CPUs talk: all get the sum, their slice with it
-            self._task = distributed.all_reduce(whole, group=self._comm_group, sync_op=False)
+            self._task = distributed.all_reduce(whole, group=self.group, sync_op=False)
 
     def settle(self) -> None:
         """Wait for what was sent last. On a GPU only what the device does next waits."""
@@ -231,9 +236,9 @@ class Bucket(fusion.FusedCommBuffer):
             wait()
             paddle.assign(values, own)
             self._brought = None
-        if self._comm_group.nranks == 1:
+        if self.group.nranks == 1:
             return None
-        return distributed.stream.all_gather(self.param_storage, own, group=self._comm_group, sync_op=False)
+        return distributed.stream.all_gather(self.param_storage, own, group=self.group, sync_op=False)
 
 
 # --- the schedules of a pipeline ---

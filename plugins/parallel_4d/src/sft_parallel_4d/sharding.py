@@ -54,11 +54,11 @@ class Unit(Bucket):
         assert self._brought is not None
         (own, wait), self._brought = self._brought, None
         wait()
-        if self._comm_group.nranks == 1:
+        if self.group.nranks == 1:
             self._coming = (own, None)
             return
         whole = paddle.empty([self.buffer_size], dtype=own.dtype)
-        self._coming = (whole, distributed.stream.all_gather(whole, own, group=self._comm_group, sync_op=False))
+        self._coming = (whole, distributed.stream.all_gather(whole, own, group=self.group, sync_op=False))
 
     @paddle.no_grad()
     def gather(self) -> None:

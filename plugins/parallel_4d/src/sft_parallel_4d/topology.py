@@ -20,7 +20,8 @@ from sft_parallel_4d.plans import Plan
 
 
 class Axis:
-    """The processes that differ from this one along one axis of the plan, and what they do together.
+    """The processes that differ from this one along one axis of the plan, and what they do together. ``group`` is None
+    where there are no others.
 
     Every operation is the identity where the axis has one process. :meth:`sum`, :meth:`maximum` and :meth:`broadcast`
     change their tensor; the others give a new one.
@@ -237,11 +238,13 @@ def connect(plan: Plan) -> Topology:
         _along(data),
         _along(sharding),
         _along(hcg.get_model_parallel_group()),
-        Axis(hcg.get_stage_id(), hcg.get_pipe_parallel_group()),
+        _along(hcg.get_pipe_parallel_group()),
         Axis(distributed.get_rank(), distributed.get_group(0)),
         context,
     )
 
 
 def _along(group: Any) -> Axis:
-    return Axis(group.ranks.index(distributed.get_rank()), group)  # of a group of one its own ``rank`` is -1
+    if group.nranks == 1:  # paddle says that its ``rank`` is -1
+        return Axis(0, None)
+    return Axis(group.ranks.index(distributed.get_rank()), group)

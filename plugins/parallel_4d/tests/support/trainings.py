@@ -69,9 +69,11 @@ PLANS = {
     "stage3": Plan(2, 2, {"sharding": "stage3"}),
     "tp2": Plan(2, 1, tensor()),
     "tp2-sequence": Plan(2, 1, tensor(sequence_parallel=True)),
+    "tp2-offload": Plan(2, 1, tensor(sharding="stage2 offload")),  # nobody shares pieces, here and below
     "tp4": Plan(4, 1, tensor(4)),
     "tp4-sequence": Plan(4, 1, tensor(4, sequence_parallel=True)),
     "pp2": Plan(2, 1, pipeline()),
+    "pp2-offload": Plan(2, 1, pipeline(sharding="stage1 offload")),
     "tp2-dp2": Plan(4, 2, tensor()),
     "tp2-pp2": Plan(4, 1, tensor() | pipeline()),
     "tp2-sequence-pp2": Plan(4, 1, tensor(sequence_parallel=True) | pipeline()),
@@ -118,6 +120,7 @@ OF_MIXTURES = {
     "ep2-stage1": Plan(4, 4, experts(sharding="stage1")),
     "ep2-stage2": Plan(4, 4, experts(sharding="stage2")),
     "ep2-stage3": Plan(4, 4, experts(sharding="stage3")),
+    "ep2-offload": Plan(2, 2, experts(sharding="stage2 offload")),
 }
 ALL = {**PLANS, **OF_MIXTURES}
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from processes import run_ranks
 from resuming import SAVES, checked
 from safetensors.numpy import load_file
-from trainings import PLANS, ROWS, Trainings
+from trainings import PLANS, ROWS, Trainings, assert_equal
 
 import sft
 from sft.testing import needs
 from sft.training.manifest import write_manifest
 
+OLD = Path(__file__).parent / "fixtures" / "before_buckets"
 CHANGES = [
     ("pp2", "one"),
     ("stage3", "pp2"),
@@ -57,6 +60,25 @@ def test_a_killed_run_goes_on_under_another_plan(trainings: Trainings, old: str,
 )
 def test_an_adapter_goes_on_under_another_plan(trainings: Trainings, old: str, new: str, plugins: list[str]) -> None:
     checked(trainings, old, new, plugin=plugins)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["tp2", "stage2"])
+def test_a_run_from_before_fleets_buckets_goes_on(tmp_path: Path, plan: str) -> None:
+    """``fixtures/before_buckets/make.py`` says what the files are; its two ranks held other pieces than ours do."""
+    settings = json.loads((OLD / "settings.json").read_text(encoding="utf-8"))
+    settings |= {"model_name_or_path": str(OLD / "model"), "dataset_name_or_path": str(OLD / "data")}
+    begun = shutil.copytree(OLD / "run", tmp_path / "begun")
+    for name, folder, more in (
+        ("one", tmp_path / "one", {}),
+        (plan, begun, {"resume_from_checkpoint": "auto"}),
+    ):
+        rows = settings["per_device_train_batch_size"] * PLANS[name].data
+        run = {**settings, **PLANS[name].settings, "gradient_accumulation_steps": ROWS // rows, **more}
+        run_ranks(PLANS[name].processes, "jobs:train", {**run, "output_dir": str(folder)}, timeout=60)
+    assert_equal(tmp_path / "one", begun)
+    lines = [(folder / "metrics.jsonl").read_text(encoding="utf-8") for folder in (OLD / "run", begun)]
+    assert lines[1].startswith(lines[0]), "It has begun anew."
 
 
 def test_a_checkpoint_holds_each_value_once(trainings: Trainings) -> None:

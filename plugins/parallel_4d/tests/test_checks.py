@@ -135,6 +135,14 @@ def test_impossible_degrees_are_refused_with_possible_ones(
         planned(processes, model, **{**settings, **degrees})
 
 
+def test_where_parts_of_a_stage_leave_no_degrees_those_without_are_named(planned: Planned) -> None:
+    reason = (
+        "4 parts each are more than 4 layers; without virtual_pp_degree on 2 processes these degrees work: tensor 1 x "
+    )
+    with pytest.raises(sft.UsageError, match=reason):
+        planned(2, **{PIPELINE: 2, VIRTUAL: 4})
+
+
 @pytest.mark.parametrize(
     ("processes", "model", "settings", "reason"),
     [
@@ -193,6 +201,9 @@ def test_ranks_that_share_out_experts_share_no_pieces(
             2, {CONTEXT: 2, "plugin": ["dpo"]}, "Plugin dpo minimises something for .* whole", marks=needs("dpo")
         ),
         (2, {"sharding_comm_buffer_size_MB": 0}, "expected a number of MiB, or -1 for 128, got 0"),
+        pytest.param(
+            2, {PIPELINE: 2, "plugin": ["dpo"]}, "Plugin dpo minimises something for .* all layers", marks=needs("dpo")
+        ),
         (2, {"device": "gpu:1"}, "device gpu:1 is one device, and 2 processes have one each"),
     ],
 )

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import sft
 from sft.testing import needs
 from sft_parallel_4d.command import command
-from sft_parallel_4d.communication import busiest
+from sft_parallel_4d.communication import busiest, rank
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Precision
 from sft_parallel_4d.outline import Outline
@@ -24,6 +24,7 @@ from sft_parallel_4d.paper import outline as on_paper
 from sft_parallel_4d.plans import Plan, Wanted, legal_plans
 
 Outlines = Callable[..., Outline]
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def test_plans_are_all_that_keep_the_rules(outline_of: Outlines) -> None:
@@ -68,11 +69,14 @@ def test_plans_are_all_that_keep_the_rules(outline_of: Outlines) -> None:
         ("llama", {}, {"pipeline": 4, "virtual": 2}, "4 pipeline stages of 2 parts each are more than 4 layers"),
         ("llama", {}, {"pipeline": 1, "virtual": 2}, r"2 parts a pipeline stage \(virtual_pp_degree\) need more than"),
         ("llama", {}, {"tensor": 3}, "do not divide 8 devices"),
-        ("llama", {}, {"pipeline": 2, "stage": 3}, "exclude each other"),
+        ("llama", {}, {"pipeline": 2, "stage": 3}, "stage3 does not go with pipeline parallelism; stage1 does"),
         ("llama", {"num_attention_heads": 2, "num_key_value_heads": 2}, {"context": 4}, r"attention heads \(2\)"),
         ("llama", {}, {"context": 4, "tensor": 4}, "do not divide 8 devices"),
-        ("llama", {}, {"context": 1, "sharding": 1, "stage": 1}, "exclude each other"),
-        ("mistral", {}, {"tensor": 1, "sequence": True}, "exclude each other"),
+        ("llama", {}, {"context": 1, "sharding": 1, "stage": 1}, "stage1 has no ranks that could share pieces"),
+        ("mistral", {}, {"tensor": 1, "sequence": True}, "sequence_parallel needs tensor parallelism"),
+        ("llama", {}, {"experts": 2}, r"degree 2 has nothing to share out.*; give another degree, or leave it out"),
+        ("mixtral", MIXTURE, {"experts": 2, "context": 2}, "does not go with context_parallel_degree"),
+        ("mixtral", MIXTURE, {"experts": 4, "tensor": 4}, r"does not divide the ranks that hold the same pieces \(2\)"),
     ],
 )
 def test_what_is_impossible_is_refused(
@@ -80,6 +84,20 @@ def test_what_is_impossible_is_refused(
 ) -> None:
     with pytest.raises(sft.UsageError, match=reason):
         legal_plans(outline_of(family, **changes), 8, 16, 2, Wanted(**wanted))
+
+
+@pytest.mark.parametrize("virtual", [1, 2])
+@pytest.mark.parametrize(("family", "rows"), [("gemma3_text", 32), ("llama", 8)])
+def test_the_fullest_and_the_busiest_rank_are_those_of_all(
+    outline_of: Outlines, family: str, rows: int, virtual: int
+) -> None:
+    """Only one rank of stages that are alike is reckoned, and so many layers are not divided evenly."""
+    outline = outline_of(family, num_hidden_layers=18, sliding_window=16)
+    calculator = Calculator(outline, Precision(), 1, 64)
+    for plan in legal_plans(outline, 8, rows, 1, Wanted(virtual=virtual, context=1)):
+        stages = list(enumerate(calculator.stages(plan)))
+        assert calculator.fullest(plan).peak == max(calculator.rank(plan, *one).peak for one in stages), plan
+        assert busiest(calculator, plan).total == max(rank(calculator, plan, *one).total for one in stages), plan
 
 
 def test_offload_is_for_those_who_ask(outline_of: Outlines) -> None:
@@ -123,9 +141,6 @@ def test_volumes_by_hand(outline_of: Outlines) -> None:
     assert busiest(calculator, Plan(context=8)).context == 4 * 2 * 7 * (16 * (64 + 64 + 64 + 64) * 4) // 8
     # A middle stage sends one tensor each way.
     assert busiest(calculator, Plan(pipeline=4, accumulation=3)).pipeline == 3 * 2 * hidden
-
-
-MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def test_data_ranks_share_out_experts(outline_of: Outlines) -> None:
@@ -261,6 +276,10 @@ def test_thousands_of_devices(config_of: Callable[..., Path]) -> None:
         (["--lerning_rate", "1"], "did you mean learning_rate"),
         (["--rows_per_step", "3"], "3 rows a step are not whole micro-batches"),
         pytest.param(["--plugin", "nf4"], "add an adapter", marks=needs("nf4")),
+        (["--rows_per_step", "3"], "another rows_per_step, a smaller per_device_train_batch_size, or fewer or other"),
+        (["--context_parallel_degree", "0"], "context_parallel_degree: expected a number of processes, or -1 for one"),
+        (["--eval_with_do_generation", "true", "--sharding", "stage3"], "does not go with sharding stage3"),
+        (["--device", "gpu:1"], "device gpu:1 is one device, and 2 processes have one each"),
         (["--sharding", "stage4"], "expected one of stage1, stage2, stage3"),
         (["--sharding", "stage1 stage2"], "expected stage1, stage2 or stage3"),
     ],
@@ -269,6 +288,51 @@ def test_refusals(config_of: Callable[..., Path], arguments: list[str], reason: 
     result = run(config_of(), "--devices", "2", *arguments)
     assert isinstance(result.exception, sft.UsageError)
     assert reason in str(result.exception)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "0"])
+@pytest.mark.parametrize("option", ["--efficiency", "--device_tflops", "--latency"])
+def test_speeds_are_finite_numbers_above_zero(config_of: Callable[..., Path], option: str, value: str) -> None:
+    result = run(config_of(), "--devices", "1", option, value)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "left"),
+    [
+        pytest.param("llama", {"plugin": "dpo"}, (False, False, False), marks=needs("dpo")),
+        pytest.param("llama", {"plugin": "dpo,lora"}, (False, False, True), marks=needs("dpo", "lora")),
+        pytest.param(
+            "llama", {"plugin": "lora", "lora_target_modules": "q_proj"}, (True, True, True), marks=needs("lora")
+        ),
+        pytest.param(
+            "llama",
+            {"plugin": "lora", "lora_target_modules": "q_proj,embed_tokens"},
+            (True, False, False),
+            marks=needs("lora"),
+        ),
+        pytest.param(
+            "llama", {"plugin": "lora", "trainable_token_indices": "3"}, (True, False, False), marks=needs("lora")
+        ),
+        ("mixtral", {"eval_with_do_generation": "true"}, (True, True, False)),
+        ("mixtral", {}, (True, True, True)),
+    ],
+)
+def test_what_a_run_refuses_is_not_offered(
+    config_of: Callable[..., Path], family: str, settings: dict[str, str], left: tuple[bool, bool, bool]
+) -> None:
+    """Whether plans with context, with pipelines and with stage 3 are left."""
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    folder = config_of(family, max_position_embeddings=2048, **(MIXTURE if family == "mixtral" else {}))
+    result = run(folder, "--devices", "4", "--json", "--max_length", "2048", *words)
+    assert result.exit_code == 0, result.exception
+    plans = [json.loads(line)["plan"] for line in result.output.splitlines() if line.startswith("{")]
+    found = [
+        any(plan[name] >= least for plan in plans) for name, least in (("context", 2), ("pipeline", 2), ("stage", 3))
+    ]
+    assert tuple(found) == left
+    assert any(plan["experts"] > 1 for plan in plans) == (family == "mixtral" and not settings)
 
 
 def test_an_adapter_that_does_not_say_what_it_adds_is_refused(config_of: Callable[..., Path]) -> None:

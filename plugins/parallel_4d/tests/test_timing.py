@@ -277,7 +277,7 @@ def test_the_users_own_numbers(config_of: Callable[..., Path]) -> None:
         result = run(config_of(), *fixed, "--sequence_parallel", "false", "--recompute", "false", "--latency", "1e-6",
                      "--pipeline_parallel_degree", "1", "--efficiency", "0.1", *more)  # fmt: skip
         assert result.exit_code == 0, result.output
-        return [float(cell) for cell in result.output.splitlines()[3].split()[-6:-1]]
+        return [float(cell) for cell in result.output.splitlines()[3].split()[-7:-1]]
 
     plain = first()
     assert first("--device_tflops", "183.2")[0] == pytest.approx(first("--device_tflops", "91.6")[0] / 2, rel=0.01)

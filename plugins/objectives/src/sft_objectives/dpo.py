@@ -81,6 +81,7 @@ class Dpo(sft.Plugin):
         weights = [outline.embedding, outline.norm, *([] if outline.head is None else [outline.head])]
         if not any(weight.trains for weight in weights):
             return  # beside an adapter, the base itself
+        outline.exclude("dpo compares with a copy of whole parameters", "stage3")
         for linear in outline.targets():
             for weight in list(linear.weights):
                 linear.add(f"reference_{weight.name}", weight.shape, weight.sides, trains=False, bits=weight.bits)

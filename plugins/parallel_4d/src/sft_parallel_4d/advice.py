@@ -11,8 +11,7 @@ import sft
 from sft_parallel_4d.checks import plan_of
 from sft_parallel_4d.environment import processes
 from sft_parallel_4d.paper import NAME, PaperRun, outline
-from sft_parallel_4d.plans import legal_plans
-from sft_parallel_4d.reckoning import calculator_of, wanted
+from sft_parallel_4d.reckoning import accepted_plans, calculator_of, wanted
 
 ROOM = 0.9
 """The share of a device's memory that a plan may fill: paddle and the system need some themselves."""
@@ -92,7 +91,7 @@ def peak(paper: PaperRun, way: Way, of_gpu: int | None) -> int | None:
     rows = way.batch * way.accumulation * world
     chosen = replace(wanted(settings), recompute=way.recompute)
     try:
-        plans = legal_plans(paper.outline, world, rows, way.batch, chosen)
+        plans = accepted_plans(paper, world, rows, way.batch, chosen)
     except sft.UsageError:
         return None
     calculator = calculator_of(paper, way.batch, way.length, of_gpu)

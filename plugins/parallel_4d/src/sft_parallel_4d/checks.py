@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sft import UsageError
 from sft_parallel_4d.outline import Outline
 from sft_parallel_4d.paper import model_outline
-from sft_parallel_4d.plans import Plan, expert_refusal, possible, refusal, stages_beside
+from sft_parallel_4d.plans import Plan, expert_refusal, possible, refusal, stage_refusal, stages_beside
 
 if TYPE_CHECKING:
     from sft import DryRun, Run, Settings
@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 def check_settings(run: Run | DryRun, options: ParallelOptions, world: int) -> None:
     """Refuse what the settings alone say of ``world`` processes; nothing of the model is looked at."""
     stage, _ = stage_and_offload(options.sharding)
-    for name in ("tensor", "pipeline", "context", "expert"):
-        name += "_parallel_degree"
-        if getattr(options, name) == 0:
-            raise UsageError(f"{name}: expected a number of processes, or -1 for one, got 0.")
-    if options.sharding_comm_buffer_size_MB == 0:
-        raise UsageError("sharding_comm_buffer_size_MB: expected a number of MiB, or -1 for 128, got 0.")
+    check_numbers(options)
     tensor, pipeline, context = degrees(options)
     needed, experts = tensor * pipeline * context, experts_of(options)
     if world == 1 and experts > 1 == needed:
@@ -55,7 +50,17 @@ def check_settings(run: Run | DryRun, options: ParallelOptions, world: int) -> N
         raise UsageError("sequence_parallel needs tensor parallelism; set tensor_parallel_degree, or leave it out.")
     if options.virtual_pp_degree > 1 and pipeline == 1:
         raise UsageError("virtual_pp_degree needs pipeline parallelism; set pipeline_parallel_degree, or leave it out.")
-    _check_run(run, stage, context, world, experts)
+    _check_run(run, stage, pipeline, context, world, experts)
+
+
+def check_numbers(options: ParallelOptions) -> None:
+    """Refuse what is no degree, and no size of a bucket."""
+    for name in ("tensor", "pipeline", "context", "expert"):
+        name += "_parallel_degree"
+        if getattr(options, name) == 0:
+            raise UsageError(f"{name}: expected a number of processes, or -1 for one, got 0.")
+    if options.sharding_comm_buffer_size_MB == 0:
+        raise UsageError("sharding_comm_buffer_size_MB: expected a number of MiB, or -1 for 128, got 0.")
 
 
 def plan_for(run: Run, options: ParallelOptions, world: int) -> Plan:
@@ -76,7 +81,7 @@ def plan_for(run: Run, options: ParallelOptions, world: int) -> Plan:
     if why is not None:
         raise UsageError(f"{why}; give another degree, or leave it out.")
     if stage and stage not in stages_beside(pipeline):
-        raise refuse(f"sharding stage{stage} does not go with pipeline parallelism; stage1 does")
+        raise refuse(stage_refusal(stage))
     plan = plan_of(run.settings, options, world)
     if tensor > 1 or plan.stage:
         _check_optimizer(run, outline)
@@ -167,7 +172,7 @@ def why_no_pieces(plan: Plan, options: ParallelOptions) -> str:
     return "all data ranks share out experts"
 
 
-def _check_run(run: Run | DryRun, stage: int, context: int, world: int, experts: int) -> None:
+def _check_run(run: Run | DryRun, stage: int, pipeline: int, context: int, world: int, experts: int) -> None:
     """What a run may ask for that needs whole rows in one process, or the same number of answers in each."""
     objective = run.plugins.provider("sft_objective")
     if context > 1 and objective is not None:
@@ -175,6 +180,11 @@ def _check_run(run: Run | DryRun, stage: int, context: int, world: int, experts:
             f"Plugin {objective} minimises something for which each process needs whole records, and "
             "context_parallel_degree divides their tokens; leave it out (tensor parallelism with sequence_parallel "
             "needs less memory for long rows, too)."
+        )
+    if pipeline > 1 and objective is not None:
+        raise UsageError(
+            f"Plugin {objective} minimises something for which each process needs all layers, and a pipeline's stages "
+            "have some each; leave pipeline parallelism out."
         )
     answers = run.settings.data.eval_with_do_generation
     if stage == 3 and answers:
@@ -202,9 +212,12 @@ def stage_and_offload(text: str | None) -> tuple[int, bool]:
 def _instead(outline: Outline, world: int, stage: int, virtual: int, shares_rows: bool) -> str:
     """The degrees that would be accepted, beside the sharding that is asked for, where rows are shared or are not."""
     beside = f" beside stage{stage}" if stage > 1 else ""
+    found = possible(outline, world, virtual)
+    if virtual > 1 and not found:
+        return f"without virtual_pp_degree {_instead(outline, world, stage, 1, shares_rows)}"
     plans = [
         f"tensor {tensor} x pipeline {pipeline}" + (f" x context {context}" if context > 1 else "")
-        for tensor, pipeline, context in possible(outline, world, virtual)
+        for tensor, pipeline, context in found
         if not stage or stage in stages_beside(pipeline)
         if shares_rows or context == 1
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,24 @@ import sft
 from sft import UsageError
 from sft_parallel_4d.machines import DEFAULT, MACHINES, Machine, taken
 from sft_parallel_4d.paper import outline
-from sft_parallel_4d.plans import legal_plans
 from sft_parallel_4d.ranking import Answer, ranked
-from sft_parallel_4d.reckoning import calculator_of, wanted
+from sft_parallel_4d.reckoning import accepted_plans, calculator_of, wanted
 from sft_parallel_4d.timeline_page import MADE_BY, write_page
 from sft_parallel_4d.timing import BEHIND, Time
 
-DEGREE, POSITIVE = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
-TIMES = ("computing", "sending", "idle", "step")
+
+class Finite(click.FloatRange):
+    """A number that is more than 0, which "inf" and "nan" are not taken for."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        number = super().convert(value, parameter, context)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", parameter, context)
+        return number
+
+
+DEGREE, POSITIVE, SHARE = click.IntRange(min=1), Finite(min=0, min_open=True), Finite(0, 1, min_open=True)
+TIMES = ("computing", "sending", "idle", "step", "hidden")
 
 
 def _names(name: str, parameter: str | None = None) -> tuple[str, ...]:
@@ -40,7 +51,7 @@ def _names(name: str, parameter: str | None = None) -> tuple[str, ...]:
 @click.option(*_names("devices_per_node"), type=DEGREE, help="Devices of a node.  [default: the machine's]")
 @click.option(*_names("device_tflops", "tflops"), type=POSITIVE,
               help="10^12 operations a second of a device at best.  [default: the machine's]")  # fmt: skip
-@click.option("--efficiency", type=click.FloatRange(0, 1, min_open=True),
+@click.option("--efficiency", type=SHARE,
               help="The share of these that training gets while it computes.  [default: the machine's]")  # fmt: skip
 @click.option("--bandwidth", help="Bytes a second that a device sends to others of its node, such as 300GB.  "
               "[default: the machine's]")  # fmt: skip
@@ -79,7 +90,7 @@ def command(
         )
     batch = training.per_device_train_batch_size
     rows = rows_per_step or batch * training.gradient_accumulation_steps * devices
-    plans = legal_plans(paper.outline, devices, rows, batch, wanted(paper.run.settings))
+    plans = accepted_plans(paper, devices, rows, batch, wanted(paper.run.settings))
     here = _machine(
         MACHINES[machine], devices_per_node, device_memory, tflops, efficiency, bandwidth, node_bandwidth, latency
     )
@@ -103,7 +114,8 @@ def command(
     click.echo("\n".join(_table(answers[:top])))
     click.echo(
         "GiB of the fullest rank, GiB that the busiest rank sends in a step, and seconds of a step, which is the "
-        "order: computing, and waiting for what is sent, for other stages, and for the optimizer."
+        "order: computing, and waiting for what is sent, for other stages, and for the optimizer; hidden is what is "
+        "sent behind computation."
     )
     click.echo(f"Taken of a device: {taken(here, calculator.precision.products)}. What is sent in the first plan:")
     click.echo("\n".join(f"  {line}" for line in sent_in_words(answers[0].time)))
@@ -163,9 +175,9 @@ def _table(answers: list[Answer]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def times_of(time: Time) -> tuple[float, float, float, float]:
-    """The seconds under :data:`TIMES`."""
-    return time.compute, sum(time.exposed.values()), time.idle, time.step
+def times_of(time: Time) -> tuple[float, ...]:
+    """The seconds under :data:`TIMES`: the parts of a step, and what is sent behind computation."""
+    return time.compute, sum(time.exposed.values()), time.idle, time.step, sum(time.hidden.values())
 
 
 def _yes(value: bool) -> str:

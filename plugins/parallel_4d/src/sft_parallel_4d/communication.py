@@ -32,7 +32,8 @@ class Volume:
 
 def busiest(calculator: Calculator, plan: Plan) -> Volume:
     """The rank of ``plan`` that sends most."""
-    found = (rank(calculator, plan, number, stage) for number, stage in enumerate(calculator.stages(plan)))
+    stages = calculator.stages(plan)
+    found = (rank(calculator, plan, numbers[0], stages[numbers[0]]) for numbers in calculator.alike(plan))
     return max(found, key=lambda volume: volume.total)
 
 

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import SftError, UsageError, read_report
-from sft_parallel_4d.checks import check_settings
 from sft_parallel_4d.launch import LostError, launch
 from sft_parallel_4d.machines import DEFAULT, MACHINES
 from sft_parallel_4d.options import ParallelOptions
-from sft_parallel_4d.paper import NAME, PaperRun, outline, with_this_plugin
-from sft_parallel_4d.plans import Plan, Wanted, legal_plans, settings_of
+from sft_parallel_4d.paper import outline, with_this_plugin
+from sft_parallel_4d.plans import Plan, Wanted, settings_of
 from sft_parallel_4d.ranking import ranked
-from sft_parallel_4d.reckoning import calculator_of
+from sft_parallel_4d.reckoning import accepted_plans, calculator_of
 
 if TYPE_CHECKING:
     from sft import Run
@@ -100,10 +99,9 @@ def _chosen(run: Run, old: Plan, left: int, lost: LostError) -> Plan:
     found = []
     for devices in range(left, 0, -1):
         try:
-            plans = legal_plans(paper.outline, devices, rows, batch, wanted)
+            plans = accepted_plans(paper, devices, rows, batch, wanted)
         except UsageError:
             continue
-        plans = [plan for plan in plans if _accepted(paper, plan)]
         memory = _memory(devices) if lost.memory is None else lost.memory
         found += ranked(calculator, plans, replace(MACHINES[DEFAULT], memory=memory))
     fitting = [answer for answer in found if answer.fits]
@@ -112,17 +110,6 @@ def _chosen(run: Run, old: Plan, left: int, lost: LostError) -> Plan:
         raise SftError(f"{lost} Of {left} processes that remain {why}, so the run ends here.") from lost
     best = min(fitting, key=lambda answer: (not _is_known(answer.plan, old), -answer.plan.devices))
     return best.plan  # of equals the first one, which is the quickest
-
-
-def _accepted(paper: PaperRun, plan: Plan) -> bool:
-    """Whether a run would take ``plan``, as far as its settings tell."""
-    options = paper.run.settings.options[NAME]
-    own = {name: value for name, value in settings_of(plan).items() if hasattr(options, name)}
-    try:
-        check_settings(paper.run, replace(options, **own), plan.devices)
-    except UsageError:
-        return False
-    return True
 
 
 def _is_known(plan: Plan, old: Plan) -> bool:

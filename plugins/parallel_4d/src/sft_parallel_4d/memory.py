@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,7 +11,7 @@ from sft_parallel_4d import activations
 from sft_parallel_4d.activations import Shape
 from sft_parallel_4d.model_size import Division, Precision, Stage, key_copies, stages
 from sft_parallel_4d.options import BUCKET
-from sft_parallel_4d.outline import Outline
+from sft_parallel_4d.outline import Outline, operations
 from sft_parallel_4d.plans import Plan
 
 
@@ -67,6 +68,8 @@ class Calculator:
         self._stages = cache(
             lambda division, pipeline, virtual: stages(outline, division, pipeline, precision, virtual)
         )
+        self.operations = cache(lambda number: operations(outline, number))
+        self._alike = cache(self._alike_of_stages)
         self._kept = cache(self._kept_of_blocks)
         # Thousands of plans have a few shapes.
         self._extra = cache(lambda shape: activations.backward_extra(outline, shape, precision))
@@ -74,9 +77,25 @@ class Calculator:
 
     def stages(self, plan: Plan) -> list[Stage]:
         """The pipeline stages of ``plan``."""
-        division = Division(plan.tensor, plan.pieces, key_copies(self.outline, plan.tensor), plan.experts)
-        found: list[Stage] = self._stages(division, plan.pipeline, plan.virtual)
+        found: list[Stage] = self._stages(*self._division(plan))
         return found
+
+    def alike(self, plan: Plan) -> list[list[int]]:
+        """The numbers of the pipeline stages of ``plan``, those together that hold and compute the same."""
+        found: list[list[int]] = self._alike(*self._division(plan))
+        return found
+
+    def _division(self, plan: Plan) -> tuple[Division, int, int]:
+        copies = key_copies(self.outline, plan.tensor)
+        return Division(plan.tensor, plan.pieces, copies, plan.experts), plan.pipeline, plan.virtual
+
+    def _alike_of_stages(self, division: Division, pipeline: int, virtual: int) -> list[list[int]]:
+        kinds = dict[object, list[int]]()
+        for number, stage in enumerate(self._stages(division, pipeline, virtual)):
+            of_blocks = tuple(self.outline.architecture.blocks[block] for block in stage.blocks)
+            kind = stage.first, stage.last, stage.size, stage.largest_block, of_blocks
+            kinds.setdefault(kind, []).append(number)
+        return list(kinds.values())
 
     def shape(self, plan: Plan) -> Shape:
         """A micro-batch on a rank of ``plan``."""
@@ -87,8 +106,25 @@ class Calculator:
 
     def fullest(self, plan: Plan) -> Memory:
         """The rank of ``plan`` that needs most: all ranks of a stage need the same."""
-        found = (self.rank(plan, number, stage) for number, stage in enumerate(self.stages(plan)))
+        stages = self.stages(plan)
+        found = (self.rank(plan, number, stages[number]) for number in self._fullest_of(plan))
         return max(found, key=lambda memory: memory.peak)
+
+    def _fullest_of(self, plan: Plan) -> Iterator[int]:
+        """Of stages that are alike the first has most micro-batches under way; but where these are all of a step, no
+        gradients of others are there meanwhile, which the first of those has that do not have all."""
+        for numbers in self.alike(plan):
+            yield numbers[0]
+            yield from [n for n in numbers[1:] if self._under_way(plan, n)[1] < plan.accumulation][:1]
+
+    def _under_way(self, plan: Plan, number: int) -> tuple[int, int]:
+        """Passes through parts of pipeline stage ``number`` that have not come back, and micro-batches of these: one
+        forward, one backward, and a stage works ahead as far as there are stages behind it."""
+        passes = plan.pipeline - number
+        if plan.virtual > 1:  # of which each keeps a share
+            passes += plan.pipeline - number - 1 + (plan.virtual - 1) * plan.pipeline
+        passes = min(passes, plan.accumulation * plan.virtual)
+        return passes, math.ceil(passes / plan.virtual)
 
     def held(self, plan: Plan, stage: Stage) -> Held:
         """What a rank of ``stage`` holds whatever it computes."""
@@ -120,12 +156,7 @@ class Calculator:
         if plan.stage == 3:  # beside what computes there is what computes next, but for the end of backward
             whole_first, head = (plan.pieces * one.matrix_pieces for one in (stage.largest_block, stage.head))
             whole_block, whole_head = min(len(stage.blocks), 2) * whole_first, head + whole_first
-        # One forward, one backward: a stage works ahead as far as there are stages behind it.
-        passes = plan.pipeline - number
-        if plan.virtual > 1:  # passes through parts, of which each keeps a share
-            passes += plan.pipeline - number - 1 + (plan.virtual - 1) * plan.pipeline
-        passes = min(passes, plan.accumulation * plan.virtual)
-        flying = math.ceil(passes / plan.virtual)
+        passes, flying = self._under_way(plan, number)
         kept, block = self._kept(stage.blocks, shape, plan.recompute)
         reading = activations.reading_kept(outline, shape)
         kept += activations.at_border(outline, shape, precision, plan.recompute, stage.first)

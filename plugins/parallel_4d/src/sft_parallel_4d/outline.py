@@ -82,6 +82,7 @@ class Outline:
         shared: Tensors that a technique holds once in each process, for all blocks.
         state: What :meth:`steps` was given.
         steps_wholes: Whether the optimizer needs whole parameters, so that processes can divide none.
+        excluded: What :meth:`exclude` was given.
     """
 
     architecture: Architecture
@@ -102,6 +103,7 @@ class Outline:
     shared: list[Weight] = field(default_factory=list)
     state: Callable[[tuple[int, ...], str], int] | None = None
     steps_wholes: bool = False
+    excluded: dict[str, str] = field(default_factory=dict)
 
     def targets(self, patterns: Sequence[str] | None = None) -> list[LinearOutline]:
         """The Linears that ``patterns`` choose, all without any; as :func:`sft.target_layers` chooses layers."""
@@ -122,6 +124,11 @@ class Outline:
         a "block", the "embedding", the "head" or "shared", without a float32 master; and whether it steps ``wholes``
         alone, as one does that is not ``elementwise`` (:class:`sft.Optimizer`)."""
         self.state, self.steps_wholes = state, wholes
+
+    def exclude(self, why: str, *ways: str) -> None:
+        """Say ``why`` (a clause) a run with this plugin refuses ``ways`` of dividing it, each "pipeline" or
+        "stage3"."""
+        self.excluded.update(dict.fromkeys(ways, why))
 
     def with_state(self) -> None:
         """Give all tensors, also those that techniques have added, what :meth:`steps` says of them."""
@@ -265,3 +272,17 @@ def of_architecture(architecture: Architecture) -> Outline:
         norms=sum(name is not None for name in vars(one.norms).values()),
         inside=[inside(block) for block in one.blocks],
     )
+
+
+def operations(outline: Outline, number: int) -> tuple[float, float]:
+    """Of a token's forward in a block's Linears that train, and in frozen ones (where an adapter's count as none)."""
+    trained = frozen = 0.0
+    block = outline.architecture.blocks[number]
+    for linear in outline.blocks[number]:
+        chosen = block.experts.chosen / block.experts.count if block.experts and ".experts." in linear.name else 1
+        size = 2 * linear.in_features * linear.out_features * chosen
+        if any(weight.name == "weight" and weight.trains for weight in linear.weights):
+            trained += size
+        else:
+            frozen += size
+    return trained, frozen

@@ -56,6 +56,8 @@ def outline(values: Mapping[str, Any], plugins: Iterable[type] = ()) -> PaperRun
         count = sum(len(new) if one == "new" else 1 for one in rows)
         for _ in range((1 if paper.tied else 2) if rows else 0):
             paper.share("rows", (count, paper.hidden), (None, None))
+        if rows:
+            paper.exclude("rows of the embedding or lm_head train", "pipeline", "stage3")
     notes = [run.without_effect] if run.without_effect else []
     changing = [name for name in silent if name in active.implementing("sft_adapt_model")]
     if changing:

@@ -111,12 +111,16 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
     Raises :class:`UsageError` that says why, if there is none.
     """
     wanted = wanted or Wanted()
-    unsaid = outline.undivided()
+    no_stage3 = _stage3_refusal(outline)
     if outline.steps_wholes and wanted.stage:
         raise UsageError("The optimizer steps whole parameters, which sharding would divide; leave one of them out.")
-    if unsaid is not None and wanted.stage == 3:
-        raise UsageError(f"{_unsaid(unsaid)}; leave its plugin out, or sharding stage3.")
-    found, refused = [], dict.fromkeys(_divisions(devices, wanted))
+    if no_stage3 is not None and wanted.stage == 3:
+        raise UsageError(f"{no_stage3}; leave its plugin out, or sharding stage3.")
+    no_experts = None if wanted.experts is None else expert_refusal(outline, wanted.experts)
+    if no_experts is not None:
+        raise UsageError(f"{no_experts}; give another degree, or leave it out.")
+    found, refused = list[Plan](), dict.fromkeys(_divisions(devices, wanted))
+    in_rows, excluded = dict[str, None](), dict[str, None]()
     if not refused:
         raise UsageError(
             f"The degrees that are fixed do not divide {devices} devices; give degrees whose product divides them."
@@ -126,9 +130,11 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
         data = devices // (tensor * pipeline * sharding * context)
         if reason is None and rows % (batch * data * sharding):
             reason = f"{rows} rows a step are not whole micro-batches of {batch} rows on {data * sharding} data ranks"
+            in_rows[reason] = None
         refused[tensor, pipeline, sharding, context] = reason
         if reason is None:
             accumulation = rows // (batch * data * sharding)
+            before = len(found)
             found += [
                 Plan(
                     *(data, sharding, stage, tensor, pipeline, sequence, recompute, accumulation),
@@ -137,7 +143,7 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
                     experts=experts,
                 )
                 for stage in _stages(sharding, context, tensor, pipeline, wanted)
-                if stage < 3 or unsaid is None
+                if stage < 3 or no_stage3 is None
                 if not (stage and outline.steps_wholes)
                 for sequence in _either(wanted.sequence)
                 if tensor > 1 or not sequence
@@ -145,13 +151,35 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
                 for experts in (_divisors(data) if context == 1 else [1])
                 if wanted.experts in (None, experts) and expert_refusal(outline, experts) is None
             ]
+            if len(found) == before:
+                excluded[_exclusion(tensor, pipeline, sharding, context, data, wanted)] = None
     if not found:
-        reasons = list(dict.fromkeys(reason for reason in refused.values() if reason))
-        why = "; ".join(reasons[:3])
-        if None in refused.values():
-            why = "the settings that are fixed exclude each other"
-        raise UsageError(f"No plan is possible on {devices} devices: {why}. Fix fewer degrees, or other ones.")
+        cure = "Fix fewer degrees, or other ones."
+        if in_rows:
+            cure = "Give another rows_per_step, a smaller per_device_train_batch_size, or fewer or other fixed degrees."
+        reasons = [*in_rows, *excluded] or list(dict.fromkeys(reason for reason in refused.values() if reason))
+        raise UsageError(f"No plan is possible on {devices} devices: {'; '.join(reasons[:3])}. {cure}")
     return found
+
+
+def _exclusion(tensor: int, pipeline: int, sharding: int, context: int, data: int, wanted: Wanted) -> str:
+    """What of ``wanted`` does not go with degrees by which the model can be divided."""
+    if wanted.sequence and tensor == 1:
+        return "sequence_parallel needs tensor parallelism"
+    if wanted.stage and wanted.stage not in stages_beside(pipeline):
+        return stage_refusal(wanted.stage)
+    if wanted.experts and context > 1 and wanted.experts > 1:
+        return "expert_parallel_degree does not go with context_parallel_degree"
+    if wanted.experts and data % wanted.experts:
+        return f"expert_parallel_degree {wanted.experts} does not divide the ranks that hold the same pieces ({data})"
+    if wanted.stage and sharding * context == 1:
+        return f"sharding stage{wanted.stage} has no ranks that could share pieces"
+    return "the settings that are fixed exclude each other"
+
+
+def stage_refusal(stage: int) -> str:
+    """Why sharding's ``stage`` is refused where :func:`stages_beside` lacks it."""
+    return f"sharding stage{stage} does not go with pipeline parallelism; stage1 does"
 
 
 def refusal(outline: Outline, tensor: int, pipeline: int, virtual: int = 1, context: int = 1) -> str | None:
@@ -166,6 +194,8 @@ def refusal(outline: Outline, tensor: int, pipeline: int, virtual: int = 1, cont
     unsaid = outline.undivided()
     if unsaid is not None and tensor * pipeline > 1:
         return _unsaid(unsaid)
+    if pipeline > 1 and "pipeline" in outline.excluded:
+        return f"{outline.excluded['pipeline']}, so a run refuses pipeline parallelism"
     for name, size in parts.items():
         if size % tensor:
             return f"tensor parallel degree {tensor} does not divide {name} ({size})"
@@ -200,6 +230,15 @@ def expert_refusal(outline: Outline, degree: int) -> str | None:
         return _unsaid(unsaid)
     odd = next((count for count in sorted(counts) if count % degree), None)
     return None if odd is None else f"expert_parallel_degree {degree} does not divide the experts of a block ({odd})"
+
+
+def _stage3_refusal(outline: Outline) -> str | None:
+    """Why parameters cannot be kept in pieces alone (stage 3); None if they can."""
+    unsaid = outline.undivided()
+    if unsaid is not None:
+        return _unsaid(unsaid)
+    why = outline.excluded.get("stage3")
+    return None if why is None else f"{why}, so a run refuses sharding stage3"
 
 
 def _unsaid(tensor: str) -> str:

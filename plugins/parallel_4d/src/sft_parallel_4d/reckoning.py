@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sft_parallel_4d.checks import stage_and_offload
+from sft import UsageError
+from sft_parallel_4d.checks import check_numbers, check_settings, stage_and_offload
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Precision
 from sft_parallel_4d.paper import NAME, PaperRun
-from sft_parallel_4d.plans import Wanted
+from sft_parallel_4d.plans import Plan, Wanted, legal_plans, settings_of
 
 if TYPE_CHECKING:
     from sft import Settings
@@ -33,10 +35,29 @@ def precision_of(settings: Settings) -> Precision:
     return Precision(16 if level == "O2" else 32, 16, 32 if level == "O1" else 16)
 
 
+def accepted_plans(paper: PaperRun, devices: int, rows: int, batch: int, wanted: Wanted) -> list[Plan]:
+    """Of :func:`legal_plans` those that a run would take, as far as its settings tell. Raises :class:`UsageError` that
+    says why, if there is none."""
+    reasons, found = list[UsageError](), list[Plan]()
+    for plan in legal_plans(paper.outline, devices, rows, batch, wanted):
+        options = paper.run.settings.options[NAME]
+        own = {name: value for name, value in settings_of(plan).items() if hasattr(options, name)}
+        try:
+            check_settings(paper.run, replace(options, **own), devices)
+        except UsageError as error:
+            reasons.append(error)
+        else:
+            found.append(plan)
+    if not found:
+        raise reasons[0]
+    return found
+
+
 def wanted(settings: Settings) -> Wanted:
     """What the settings of a run decide about its plan."""
     options, given = settings.options[NAME], settings.given
     stage, offload = stage_and_offload(options.sharding)
+    check_numbers(options)
 
     def degree(name: str) -> int | None:
         value = int(getattr(options, name))

@@ -14,7 +14,6 @@ from sft_parallel_4d import activations, communication
 from sft_parallel_4d.machines import Machine, Way
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Stage
-from sft_parallel_4d.outline import Outline
 from sft_parallel_4d.plans import Plan
 
 PLACES = ("tensor", "context", "sharding", "pipeline", "data")
@@ -135,13 +134,10 @@ class Time:
 
 def loads(calculator: Calculator, plan: Plan, machine: Machine) -> list[Load]:
     """Of one rank of each pipeline stage, in order; stages that are alike are reckoned once."""
-    found, known = [], dict[object, Load]()
-    for number, stage in enumerate(calculator.stages(plan)):
-        kind = (number == 0, number == plan.pipeline - 1, stage.size, _kinds(calculator.outline, stage))
-        if kind not in known:
-            known[kind] = _load(calculator, plan, machine, number, stage)
-        found.append(known[kind])
-    return found
+    stages, found = calculator.stages(plan), dict[int, Load]()
+    for numbers in calculator.alike(plan):
+        found |= dict.fromkeys(numbers, _load(calculator, plan, machine, numbers[0], stages[numbers[0]]))
+    return [found[number] for number in range(len(stages))]
 
 
 def time_of(plan: Plan, of: list[Load]) -> Time:
@@ -296,18 +292,13 @@ def _busiest(of: list[Load]) -> Load:
     return max(of, key=lambda load: load.goes_forward + load.goes_backward)
 
 
-def _kinds(outline: Outline, stage: Stage) -> tuple[object, ...]:
-    """Of a stage's blocks what decides about their operations."""
-    return tuple(outline.architecture.blocks[number] for number in stage.blocks)
-
-
 def _computing(calculator: Calculator, plan: Plan, machine: Machine, stage: Stage) -> tuple[float, float]:
     """Seconds of a micro-batch forward and backward on a rank: two operations a weight of a matrix and token, causal
     attention's two products over half a row; backward again for gradients of inputs, and of weights that train."""
     outline, shape = calculator.outline, calculator.shape(plan)
     trained = frozen = 0.0
     for number in stage.blocks:
-        of_block = operations(outline, number)
+        of_block = calculator.operations(number)
         trained, frozen = trained + of_block[0], frozen + of_block[1]
     attention = 2 * outline.heads * outline.head_size * shape.length * len(stage.blocks)
     if stage.last:
@@ -318,17 +309,3 @@ def _computing(calculator: Calculator, plan: Plan, machine: Machine, stage: Stag
     speed = machine.efficiency * machine.peak(calculator.precision.products)
     each = shape.tokens / plan.tensor / speed
     return forward * each, backward * each
-
-
-def operations(outline: Outline, number: int) -> tuple[float, float]:
-    """Of a token's forward in a block's Linears that train, and in frozen ones (where an adapter's count as none)."""
-    trained = frozen = 0.0
-    block = outline.architecture.blocks[number]
-    for linear in outline.blocks[number]:
-        chosen = block.experts.chosen / block.experts.count if block.experts and ".experts." in linear.name else 1
-        size = 2 * linear.in_features * linear.out_features * chosen
-        if any(weight.name == "weight" and weight.trains for weight in linear.weights):
-            trained += size
-        else:
-            frozen += size
-    return trained, frozen

@@ -119,6 +119,7 @@ class Lora(sft.Plugin):
             ranks = {name: rank for name, (rank, _) in chosen([*found, *outer], self.options).items()}
         for name in OUTER:
             if name in ranks:
+                outline.exclude("the embedding or lm_head is adapted", "pipeline", "stage3")
                 rows = "vocabulary" if name == EMBEDDING else None
                 sizes = outline.vocabulary, outline.hidden
                 inputs, outputs = sizes if name == EMBEDDING else sizes[::-1]

@@ -167,9 +167,9 @@ def started(work: Path) -> Iterator[Runs]:
 
 
 def read(log: Path) -> list[Operation]:
-    """What ``operations.c`` wrote down."""
+    """What ``operations.c`` wrote down. Whoever is killed may leave half a line, of an operation that never was."""
     found = []
-    for line in log.read_text().splitlines() if log.exists() else ():
+    for line in log.read_text().split("\n")[:-1] if log.exists() else ():
         number, at, kind, path, other, size = line.split("\t")
         found.append(Operation(int(number), int(at), kind, Path(path), Path(other) if other else None, int(size)))
     return found

@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     yield
     if config.option.share is not None:  # of what -m and -k have left
         chosen = items[config.option.share]
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        config.hook.pytest_deselected(items=list(set(items).difference(chosen)))
         items[:] = chosen
 
 

@@ -138,5 +138,5 @@ def test_shares_are_the_row_and_as_large_as_each_other(ranks: int, parts: int) -
 @pytest.mark.parametrize(("heads", "kept", "ranks"), [(4, 4, 2), (4, 2, 4), (12, 6, 4), (3, 1, 3)])
 def test_attention_over_shares_is_that_over_rows(heads: int, kept: int, ranks: int) -> None:
     """Outputs and all three gradients, with a window and with documents, against float64."""
-    for result in run_ranks(ranks, "jobs:attend_in_shares", heads, kept, timeout=60):
+    for result in run_ranks(ranks, "part_jobs:attend_in_shares", heads, kept, timeout=60):
         assert max(result.value) < 1e-5, result.value

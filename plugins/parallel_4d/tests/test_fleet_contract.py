@@ -309,7 +309,7 @@ def test_sizes_are_those_that_are_expected(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_schedule_takes_each_micro_batch_through_all_parts(stages: int, chunks: int, counts: list[int]) -> None:
     """Sizes differ from micro-batch to micro-batch, their number from step to step. Each part multiplies, so that the
     loss and every gradient are known. An order of transfers that hangs where a send waits for its receiver is none."""
-    results = [result.value for result in run_ranks(stages, "jobs:schedules", chunks, counts, timeout=60)]
+    results = [result.value for result in run_ranks(stages, "part_jobs:schedules", chunks, counts, timeout=60)]
     parts = stages * chunks
     for step, count in enumerate(counts):
         for rank, result in enumerate(results):

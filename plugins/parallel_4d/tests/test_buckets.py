@@ -5,6 +5,7 @@ A group that stands for two processes, of which the other has the same gradients
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_16_bit_gradients_add_up_in_float32_over_micro_batches_and_ranks(
     """40 gradients near 1, against float64. In bfloat16 they would be off by 1e-2."""
     twins, one = Twins(paddle, monkeypatch), parameter(paddle, 6, dtype="bfloat16")
     buckets = buckets_of(twins, stage)
-    buckets.build([one], twins.over(stage), set(), set(), [])
+    buckets.build([one], twins.over(stage))
     sums = WideSums([one])
     draws = 1 + 0.1 * np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
     gradients = [paddle.to_tensor(draw).astype("bfloat16") for draw in draws]
@@ -100,7 +101,7 @@ def test_the_collectives_of_a_step_do_not_grow_with_its_tensors(
     def sent(tensors: int) -> list[str]:
         twins, some = Twins(paddle, monkeypatch), [parameter(paddle, 5) for _ in range(tensors)]
         buckets = buckets_of(twins, stage)
-        buckets.build(some, twins.over(stage), set(), set(), [])
+        buckets.build(some, twins.over(stage))
         buckets.begin(2)
         for _ in range(2):
             paddle.add_n([one.sum() for one in some]).backward()
@@ -124,13 +125,13 @@ def test_buckets_leave_in_one_order_whatever_order_gradients_come_in(
     paddle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last parameters first, as backward usually goes; what no micro-batch has reached leaves at the end, and what
-    may be reached never or often, after all others."""
-    sizes = {"first": 100, "second": 200, "third": 300, "expert": 400}
+    may be reached often, after all others."""
+    sizes = {"first": 100, "second": 200, "third": 300, "shared": 400}
     some = {name: parameter(paddle, size) for name, size in sizes.items()}
     padded = {name: -(-size // 64) * 64 for name, size in sizes.items()}
     twins = Twins(paddle, monkeypatch)
     buckets = buckets_of(twins, 0, size=1)
-    buckets.build(list(some.values()), twins.over(0), {id(some["expert"])}, set(), [])
+    buckets.build(list(some.values()), twins.over(0), late={id(some["shared"])})
 
     def step(*order: tuple[str, ...]) -> list[list[str]]:
         """What has left after each backward pass through some, and at the end."""
@@ -144,18 +145,18 @@ def test_buckets_leave_in_one_order_whatever_order_gradients_come_in(
         buckets.finish()
         return [*found, [names[size] for _, size in twins.sent]]
 
-    all_of_them = ["third", "second", "first", "expert"]
+    all_of_them = ["third", "second", "first", "shared"]
     assert step(("third",), ("second",), ("first",)) == [all_of_them[:1], all_of_them[:2], all_of_them[:3], all_of_them]
     assert step(("first",), ("second",), ("third",)) == [[], [], all_of_them[:3], all_of_them]
-    assert step(("second",), ("expert",), ("expert",)) == [[], [], [], all_of_them]
-    np.testing.assert_array_equal(some["expert"].grad.numpy(), [4.0] * 400)
+    assert step(("second",), ("shared",), ("shared",)) == [[], [], [], all_of_them]
+    np.testing.assert_array_equal(some["shared"].grad.numpy(), [4.0] * 400)
     np.testing.assert_array_equal(some["first"].grad.numpy(), [0.0] * 100)
 
 
 def test_a_bucket_has_the_size_that_is_stated(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     twins, some = Twins(paddle, monkeypatch), [parameter(paddle, 64) for _ in range(12)]
     buckets = buckets_of(twins, 1, size=4 * 64 * 4)
-    buckets.build(some, twins.over(1), set(), set(), [])
+    buckets.build(some, twins.over(1))
     buckets.begin(1)
     paddle.add_n([one.sum() for one in some]).backward()
     buckets.finish()
@@ -168,7 +169,7 @@ def test_a_gradient_that_comes_when_its_bucket_has_left_ends_the_run(
     """It would be left out of the sum."""
     twins, one = Twins(paddle, monkeypatch), parameter(paddle, 5)
     buckets = buckets_of(twins, 1)
-    buckets.build([one], twins.over(1), set(), set(), [])
+    buckets.build([one], twins.over(1))
     buckets.begin(1)
     one.sum().backward()
     one.sum().backward()
@@ -180,7 +181,7 @@ def test_gradients_of_others_are_left_alone(paddle: Any, monkeypatch: pytest.Mon
     """Whoever goes backward outside of a step has their gradient where paddle puts it."""
     twins, one = Twins(paddle, monkeypatch), parameter(paddle, 5)
     buckets = buckets_of(twins, 0)
-    buckets.build([one], twins.over(0), set(), set(), [])
+    buckets.build([one], twins.over(0))
     one.sum().backward()
     np.testing.assert_array_equal(one.grad.numpy(), [1.0] * 5)
     assert twins.sent == []
@@ -191,27 +192,143 @@ def test_an_optimizer_may_give_a_slice_another_memory(paddle: Any, monkeypatch: 
     """The new values are spread all the same: a slice that is no view of the buffer any more is written back to it."""
     twins, one = Twins(paddle, monkeypatch, rank), parameter(paddle, 256)
     buckets = buckets_of(twins, 1)
-    buckets.build([one], twins.over(1), set(), set(), [])
+    buckets.build([one], twins.over(1))
     paddle.full([128], 3.0)._share_buffer_to(buckets.piece(one))
     buckets.spread()
     np.testing.assert_array_equal(one.numpy(), [3.0] * 256)
     assert buckets.bounds(one) == (128 * rank, 128 * (rank + 1))
 
 
-def test_late_are_experts_and_what_blocks_share(paddle: Any) -> None:
-    from sft_parallel_4d.buckets import late_of
+def test_late_is_what_blocks_share(paddle: Any) -> None:
+    from sft_parallel_4d.buckets import shared_by
 
-    shared = paddle.nn.Linear(2, 2)
-
-    def block(experts: int) -> Any:
+    def block(*layers: Any) -> Any:
         found = paddle.nn.Layer()
-        found.mlp, found.shared, found.own = paddle.nn.Layer(), shared, paddle.nn.Linear(2, 2)
-        found.mlp.experts = paddle.nn.LayerList([paddle.nn.Linear(2, 2) for _ in range(experts)])
+        found.mlp = paddle.nn.LayerList(layers)
         return found
 
-    blocks = [block(2), block(0)]
-    expected = {id(p) for layer in (blocks[0].mlp.experts, shared) for p in layer.parameters()}
-    assert late_of(blocks) == expected
+    shared = paddle.nn.Linear(2, 2)
+    blocks = [block(shared, paddle.nn.Linear(2, 2)), block(paddle.nn.Linear(2, 2), shared)]
+    assert shared_by(blocks) == {id(parameter) for parameter in shared.parameters()}
+
+
+def test_gradients_are_put_together_as_forward_meets_parameters(paddle: Any) -> None:
+    """A block's norms are registered behind its matrices; experts lead, since backward is through with them last."""
+    from sft.models.architecture import Norms
+    from sft_parallel_4d.buckets import as_met
+
+    block = ["self_attn.q_proj.weight", "self_attn.o_proj.weight", "mlp.gate.weight", "mlp.experts.0.up_proj.weight"]
+    block += ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    names = [f"model.layers.{number}.{name}" for number in (9, 10) for name in block]
+    names = ["model.embed_tokens.weight", *names, "model.norm.weight", "lm_head.weight"]
+    found = as_met({name: name for name in names}, Norms())
+    met = [block[3], block[4], *block[:2], block[5], block[2]]
+    met = [f"model.layers.{number}.{name}" for number in (9, 10) for name in met]
+    assert found == [names[0], *met, *names[-2:]]
+
+
+class Mixture:
+    """A model of three blocks, each of a vector, two matrices and four experts of which the first two are chosen."""
+
+    def __init__(self, paddle: Any) -> None:
+        class Block(paddle.nn.Layer):
+            def __init__(self) -> None:
+                super().__init__()
+                self.norm, self.before, self.behind = (parameter(paddle, *shape) for shape in ([8], [8, 8], [8, 8]))
+                self.mlp = paddle.nn.Layer()
+                self.mlp.experts = paddle.nn.LayerList([paddle.nn.Linear(8, 8, bias_attr=False) for _ in range(4)])
+
+            def forward(self, x: Any) -> Any:
+                x = x + ((x * self.norm) @ self.before) @ self.behind
+                return x + self.mlp.experts[0](x) + self.mlp.experts[1](x)
+
+        self.blocks = [Block() for _ in range(3)]
+        self.embedding = parameter(paddle, 40, 8)
+
+    def backward(self) -> None:
+        x = self.embedding[3:5]
+        for block in self.blocks:
+            x = block(x)
+        x.sum().backward()
+
+    @property
+    def met(self) -> list[Any]:
+        layers = [[*block.mlp.experts.parameters(), block.norm, block.before, block.behind] for block in self.blocks]
+        return [self.embedding, *(one for layer in layers for one in layer)]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_experts_leave_when_backward_is_through_with_their_block(
+    paddle: Any, monkeypatch: pytest.MonkeyPatch, recompute: bool
+) -> None:
+    """Whether or not any token has reached them."""
+    from sft.models.recompute import recomputed
+    from sft_parallel_4d.buckets import of_experts
+
+    model, twins, seen = Mixture(paddle), Twins(paddle, monkeypatch), []
+    if recompute:
+        for block in model.blocks:
+            monkeypatch.setattr(block, "forward", partial(recomputed, block.forward))
+    buckets = buckets_of(twins, 1)
+    buckets.build(model.met, twins.over(1), of_experts(model.blocks), alone={id(one) for one in model.met})
+    buckets.begin(2)
+    for _ in range(2):
+        model.backward()
+        seen.append(len(twins.sent))
+        buckets.passed()
+    assert seen == [0, len(model.met)]
+    buckets.finish()
+    reached, _, idle = (model.blocks[0].mlp.experts[number].weight for number in (0, 1, 2))
+    pieces = [one for one in (reached, idle) if buckets.holds(one)]
+    assert [bool(buckets.piece(one).grad.any()) for one in pieces] == [True, False]
+
+
+@pytest.mark.parametrize("size", [1, 3 * 64 * 4, 1 << 20])
+def test_what_is_whole_at_a_time_is_what_a_plan_says(paddle: Any, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Stage 2, of three micro-batches, where there is no reduce-scatter: a buffer is whole until it is settled."""
+    from sft_parallel_4d.buckets import of_experts
+    from sft_parallel_4d.filling import Gradient, Layer, whole
+    from sft_parallel_4d.fleet import Bucket
+
+    def lacking(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    model, twins = Mixture(paddle), Twins(paddle, monkeypatch)
+    monkeypatch.setattr(paddle.distributed, "reduce_scatter", lacking)
+    buckets = buckets_of(twins, 2, size)
+    buckets.build(model.met, twins.over(2), of_experts(model.blocks))
+    found, add, settle = [], Bucket.add, Bucket.settle
+
+    def live() -> int:
+        return sum(4 * way.bucket.grad_storage.size for way in buckets._ways if way.bucket.grad_storage is not None)
+
+    def added(bucket: Any, one: Any, gradient: Any) -> None:
+        add(bucket, one, gradient)
+        found.append(live() + 4 * gradient.size)
+
+    def settled(bucket: Any) -> None:
+        found.append(live() + (4 * bucket.buffer_size // 2 if bucket.grad_storage is not None else 0))
+        settle(bucket)
+
+    monkeypatch.setattr(Bucket, "add", added)
+    monkeypatch.setattr(Bucket, "settle", settled)
+    buckets.begin(3)
+    left = []
+    for _ in range(3):
+        model.backward()
+        buckets.passed()
+        left.append(live())
+
+    def gradient(one: Any) -> Any:
+        step = 2 * 64  # values to which a buffer of two processes is filled up
+        return Gradient(4 * one.size, 4 * -(-one.size // step) * step, 4 * one.size, one.ndim > 1)
+
+    def layer(block: Any) -> Any:
+        dense = tuple(map(gradient, (block.norm, block.before, block.behind)))
+        return Layer(dense, tuple(map(gradient, block.mlp.experts.parameters())))
+
+    said = whole([Layer((gradient(model.embedding),)), *map(layer, model.blocks), Layer()], size, 2, False)
+    assert (max(found), left) == (said.most, [said.left] * 3)
 
 
 def test_a_gradient_that_enters_where_processes_meet_may_be_that_of_another_tensor_too(
@@ -246,7 +363,7 @@ def test_copies_of_all_buckets_to_and_from_the_host_are_begun_before_any_is_wait
 
     twins, some = Twins(paddle, monkeypatch), [parameter(paddle, 64) for _ in range(6)]
     buckets = Buckets(twins.topology(1), 1, 2 * 64 * 4, Noting())
-    buckets.build(some, twins.over(1), set(), set(), [])
+    buckets.build(some, twins.over(1))
     calls.clear()
     buckets.begin(1)
     paddle.add_n([one.sum() for one in some]).backward()

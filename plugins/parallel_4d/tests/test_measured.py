@@ -21,6 +21,9 @@ pytestmark = pytest.mark.sweep  # as far as its tests are slow
 
 LARGE = {"hidden_size": 128, "intermediate_size": 512, "tie_word_embeddings": True}
 """A model that outweighs what it keeps of a row of 32 tokens."""
+LARGER = {"hidden_size": 256, "intermediate_size": 1024, "tie_word_embeddings": False}
+"""One with several buckets a block."""
+SMALL_BUCKETS = {"sharding_comm_buffer_size_MB": 1}
 TENSOR, PIPELINE, SEQUENCE = {"tensor_parallel_degree": 2}, {"pipeline_parallel_degree": 2}, {"sequence_parallel": True}
 CONTEXT = {"context_parallel_degree": 2}
 LORA = {"plugin": ["lora"]}
@@ -28,6 +31,9 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], Plan]] = [
     ("llama", {}, {}, Plan(data=2, accumulation=2)),
     ("llama", {}, {"sharding": "stage1"}, Plan(sharding=2, stage=1)),
     ("llama", LARGE, {"sharding": "stage2"}, Plan(sharding=2, stage=2, accumulation=3)),
+    ("llama", LARGER, {"sharding": "stage2"} | SMALL_BUCKETS, Plan(sharding=2, stage=2, accumulation=3)),
+    ("mixtral", LARGER, {"sharding": "stage2"} | SMALL_BUCKETS, Plan(sharding=2, stage=2, accumulation=2)),
+    ("mixtral", LARGER, {"sharding": "stage3"}, Plan(sharding=2, stage=3, accumulation=2)),
     ("llama", LARGE, {"sharding": "stage2 offload"}, Plan(sharding=2, stage=2, accumulation=3, offload=True)),
     ("llama", LARGE, {"sharding": "stage3"}, Plan(sharding=2, stage=3, accumulation=3)),
     ("llama", LARGE, {"sharding": "stage3", "recompute": True}, Plan(sharding=2, stage=3, recompute=True)),
@@ -57,6 +63,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], Plan]] = [
     ("llama", {}, LORA | {"sharding": "stage3"}, Plan(sharding=2, stage=3, accumulation=2)),
     ("llama", {}, LORA | TENSOR | SEQUENCE | {"recompute": True}, Plan(tensor=2, sequence=True, recompute=True)),
     ("llama", {}, LORA | PIPELINE | {"recompute": True}, Plan(pipeline=2, recompute=True, accumulation=2)),
+    ("llama", {}, {"plugin": ["label-smoothing"]} | TENSOR, Plan(tensor=2, accumulation=2)),
     ("llama", {}, LORA | TENSOR | PIPELINE, Plan(tensor=2, pipeline=2, accumulation=2)),
 ]
 
@@ -125,7 +132,6 @@ def test_ranks_hold_need_and_send_what_is_planned(
     model_of: Callable[..., Path], models: Path, tmp_path: Path,
     family: str, changes: dict[str, Any], settings: dict[str, Any], plan: Plan,
 ) -> None:  # fmt: skip
-    # On one short row a model as small as these takes 0.9 MB more than is planned, in some ranks: nobody knows yet why.
     folder, (rows, length) = model_of(family, **changes), ((1, 32) if changes is LARGE else (2, 128))
     data = tmp_path / "data"
     data.mkdir()
@@ -142,8 +148,9 @@ def test_ranks_hold_need_and_send_what_is_planned(
     ranks = [
         rank.value for rank in run_ranks(plan.devices, "measuring:train", {**fixed, **settings, **plain}, rows, length)
     ]
-    outline = on_paper({"model_name_or_path": str(folder), **settings}).outline
-    calculator = Calculator(outline, Precision(), rows, length)
+    paper = on_paper({"model_name_or_path": str(folder), **settings})
+    outline, bucket = paper.outline, paper.run.settings.options["parallel-4d"].bucket
+    calculator = Calculator(outline, Precision(), rows, length, bucket=bucket)
     stages = calculator.stages(plan)
     assert sorted({rank["stage"] for rank in ranks}) == list(range(plan.pipeline))
     for rank in ranks:

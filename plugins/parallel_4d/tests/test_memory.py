@@ -183,10 +183,10 @@ def test_shards_divide_what_their_stage_divides(outline_of: Callable[..., Outlin
         assert held.parameters == 2 * (filled if stage < 3 else 512 * vectors)
         assert held.pieces == (0 if stage < 3 else 2 * (size.values - 64 * vectors) / 4)
         assert held.gradients == 4 * filled / (1 if stage == 1 else 4)
-        # A bucket of all with its slice, or that of a block; and the embedding's gradient, as backward gives it and as
-        # it is added.
-        sent = {1: 0, 2: 5 * filled, 3: 4 * block}[stage]
-        assert held.passing == sent + 6 * 512 * 64
+        # A gradient on its way, as backward gives it and as it is added: the embedding's; or a bucket of all with its
+        # slice; or those of two blocks and of all vectors, and a gradient of an MLP.
+        sent = {1: 6 * 512 * 64, 2: 5 * filled, 3: 4 * (2 * block + 512 * vectors) + 6 * 64 * 160}[stage]
+        assert held.passing == sent
         assert held.optimizer == 12 * size.values / 4 + (whole.optimizer - 12 * size.values)
 
 

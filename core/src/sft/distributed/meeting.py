@@ -57,10 +57,12 @@ class Vocabulary:
     Attributes:
         start: The token of the first column; None: all columns are here.
         widest: The most columns that a process has, where they are shared.
+        size: The columns of all processes together, where they are shared; 0: they add them up.
     """
 
     start: int | None = None
     widest: int = 0
+    size: int = 0
 
     def maximum(self, values: Any) -> Any:
         """The element-wise maximum of ``values`` over all processes that have a part of the columns."""

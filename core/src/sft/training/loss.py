@@ -149,9 +149,11 @@ def _difference(probabilities: Any, label: Any, vocabulary: Vocabulary, slopes: 
 
 
 def _columns(weight: Any, transpose_y: bool, vocabulary: Vocabulary) -> int:
-    """How many columns the logits have in all processes together, which may have to ask each other."""
+    """How many columns the logits have in all processes together, which ask each other if nobody knows."""
     columns = int(weight.shape[0 if transpose_y else 1])
-    return columns if vocabulary.start is None else int(vocabulary.total(paddle.to_tensor([float(columns)])))
+    if vocabulary.start is None or vocabulary.size:
+        return vocabulary.size or columns
+    return int(vocabulary.total(paddle.to_tensor([float(columns)])))
 
 
 def _rows(weight: Any, transpose_y: bool, vocabulary: Vocabulary) -> int:

@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass
 
 from sft import Architecture, Block
-from sft_parallel_4d.model_size import ROW, Division, Precision, key_copies, of_block, total
-from sft_parallel_4d.outline import Outline
+from sft_parallel_4d.model_size import KEYS, ROW, Division, Precision, key_copies, of_block, total
+from sft_parallel_4d.outline import LinearOutline, Outline
 
 ROWS, SHARED = 128, 4 * 128 * 128
 """Query rows in a block of attention, and scores of a head that a block may have, as the core has them."""
@@ -66,7 +66,7 @@ def block_kept(outline: Outline, number: int, shape: Shape, precision: Precision
     narrow += _mlp_kept(model, model.blocks[number], tensor)
     wide += _routing_kept(model.blocks[number])
     linears = outline.blocks[number]
-    narrow += sum(linear.kept for linear in linears)
+    narrow += sum(linear.kept + linear.kept_outputs / _ways(linear, model, tensor) for linear in linears)
     once = sum(linear.kept_once / (1 if linear.name.endswith(ROW) else tensor) for linear in linears)
     kept = shape.tokens * (4 * wide + precision.products / 8 * narrow) + 4 * once
     cast = tuple(pair for pair in of_block(outline, number) if precision.casts(pair[0]))
@@ -85,6 +85,13 @@ def _attention_norms_kept(outline: Outline, shape: Shape) -> float:
     elif model.head_norm == "all":
         kept += (heads + keys) * model.head_size + 2
     return kept
+
+
+def _ways(linear: LinearOutline, model: Architecture, tensor: int) -> float:
+    """By how many ranks its outputs are divided."""
+    if linear.name.endswith(ROW):
+        return 1
+    return min(tensor, model.kv_heads) if linear.name.endswith(KEYS) else tensor
 
 
 def _keys(model: Architecture, tensor: int) -> float:

@@ -9,18 +9,21 @@ what a checkpoint calls a piece.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence, Set
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import paddle
 from paddle.base.framework import EagerParamBase
 
-from sft import SftError
+from sft import Norms, SftError
 from sft_parallel_4d.fleet import Bucket, together
 from sft_parallel_4d.offload import Host
 from sft_parallel_4d.topology import Axis, Topology
 
+_IN_BLOCK = re.compile(r"model\.layers\.(\d+)\.(\w+)\.(\w+)")
 Over = Callable[[Any], tuple[Axis, ...]]
 
 
@@ -45,28 +48,40 @@ class Buckets:
         self._of: dict[int, Bucket] = {}
         self._pieces: dict[int, Any] = {}
         self._next = self._count = 0
+        self._with_block: set[int] = set()
+        """The identities of parameters of which the end of their block says that backward is through with them."""
+        self._leaving: Bucket | None = None
+        """From stage 2 on what was sent last: it is whole until another one leaves."""
         self._open = False
         """Whether a step is under way: other gradients are none of ours."""
         self._wrong = ""
         """What was wrong in backward, which no error may leave."""
 
     def build(
-        self, parameters: Sequence[Any], over: Over, late: Set[int], alone: Set[int], units: Sequence[Bucket]
+        self,
+        parameters: Sequence[Any],
+        over: Over,
+        experts: Sequence[tuple[Any, list[Any]]] = (),
+        late: Set[int] = frozenset(),
+        alone: Set[int] = frozenset(),
+        units: Sequence[Bucket] = (),
     ) -> None:
-        """Put what trains into buckets, as far as it is in none of ``units`` yet. ``over`` gives the axes, beside that
-        of sharding, over which a parameter's gradient is summed. Identities say which ``parameters`` may be reached
-        never in a micro-batch, or several times (``late``: they leave last); and which need a bucket of their own
+        """Put what trains into buckets, as far as it is in none of ``units`` yet. ``parameters`` are in the order of
+        :func:`as_met`. ``over`` gives the axes, beside that of sharding, over which a parameter's gradient is summed.
+        ``experts`` are blocks with those of their parameters that a micro-batch may never reach. Identities say which
+        ``parameters`` it may reach several times (``late``: they leave last); and which need a bucket of their own
         (``alone``)."""
+        self._with_block = {id(parameter) for _, some in experts for parameter in some}
         kinds: dict[Any, list[Any]] = {}
         there = {id(parameter) for unit in units for parameter in unit.params}
         place = {id(parameter): number for number, parameter in enumerate(reversed(parameters))}
         for parameter in reversed(parameters):  # as backward reaches them
             if id(parameter) not in there:
                 of_its_own = id(parameter) if id(parameter) in alone else None
-                kind = (id(parameter) in late, over(parameter), of_its_own, str(parameter.dtype))
-                kinds.setdefault(kind, []).append(parameter)
+                is_alike = id(parameter) in late, id(parameter) in self._with_block
+                kinds.setdefault((over(parameter), is_alike, of_its_own, str(parameter.dtype)), []).append(parameter)
         ways = [self._way(unit, over, late) for unit in units]
-        for (_, axes, *_), of_kind in kinds.items():
+        for (axes, *_), of_kind in kinds.items():
             for first in self._axes(axes)[:1]:
                 for some in together(of_kind, self._size):
                     bucket = Bucket(some, first.group, cut=self._stage > 0, adds=self._stage < 2, host=self._host)
@@ -74,6 +89,22 @@ class Buckets:
         ways.sort(key=lambda way: (way.is_late, max(place[id(parameter)] for parameter in way.bucket.params)))
         for way in ways:
             self._take(way)
+        for block, some in experts:
+            self._tell_when_through(block, some)
+
+    def _tell_when_through(self, block: Any, parameters: Sequence[Any]) -> None:
+        ways = {id(parameter): way for way in self._ways for parameter in way.bucket.params}
+        here = [(ways[id(parameter)], parameter) for parameter in parameters if id(parameter) in ways]
+
+        def through(_: Any) -> None:
+            for way, parameter in here if self._open else ():
+                self._count_down(way, parameter)
+
+        def after(layer: Any, inputs: tuple[Any, ...], result: Any) -> None:
+            if here and paddle.is_grad_enabled() and not inputs[0].stop_gradient:
+                inputs[0].register_hook(through)  # its gradient is the last of a block's
+
+        block.register_forward_post_hook(after)
 
     def _way(self, bucket: Bucket, over: Over, late: Set[int]) -> _Way:
         one = bucket.params[0]  # all are alike in this
@@ -136,22 +167,40 @@ class Buckets:
         gradient = taken(parameter) if self._open else None
         if gradient is None:
             return
+        if self._leaving is not None and not self._next:  # the last micro-batch's
+            self._settle()
         way.bucket.add(parameter, gradient)
+        del gradient  # before buckets are sent, and others settled
+        if id(parameter) not in self._with_block:
+            self._count_down(way, parameter)
+        elif id(parameter) not in way.due:
+            self._wrong = _words(parameter)
+
+    @paddle.no_grad()
+    def _count_down(self, way: _Way, parameter: Any) -> None:
+        """Backward has been through ``parameter`` once more: what is full now leaves."""
         if way.is_late:
             return
         left = way.due.pop(id(parameter), 0)
         if left > 1:
             way.due[id(parameter)] = left - 1
         elif not left:
-            self._wrong = f"{parameter.name} {list(parameter.shape)}"
+            self._wrong = _words(parameter)
         while self._next < len(self._ways) and not (self._ways[self._next].due or self._ways[self._next].is_late):
             self._send()
 
     def _send(self) -> None:
-        self._ways[self._next].bucket.send()
-        if self._stage >= 2 and self._next:  # of all sums but this one's there is no more than the slice
-            self._ways[self._next - 1].bucket.settle()
+        bucket = self._ways[self._next].bucket
+        bucket.send()
+        if self._stage >= 2:  # of all sums but this one's there is no more than the slice
+            self._settle()
+            self._leaving = bucket
         self._next += 1
+
+    def _settle(self) -> None:
+        if self._leaving is not None:
+            self._leaving.settle()
+            self._leaving = None
 
     def _check(self) -> None:
         if self._wrong:
@@ -178,7 +227,7 @@ class Buckets:
         self._check()
         if self._stage < 2:
             self._send_all()
-        self._open = False
+        self._open, self._leaving = False, None
         for way in self._ways:
             way.bucket.settle()
         for level in range(2):
@@ -213,18 +262,45 @@ class Buckets:
                 task.wait()
 
 
-def late_of(blocks: Iterable[Any]) -> set[int]:
-    """The identities of parameters that a micro-batch may reach never, or several times: those of experts, and those
-    that several of ``blocks`` share, which recomputation goes back through one by one."""
+def as_met(parameters: Mapping[str, Any], norms: Norms) -> list[Any]:
+    """``parameters``, as a model names them in turn, in the order in which forward meets them: a block has its
+    ``norms`` behind its matrices, which would wait for them in backward. Experts lead, as backward is through with them
+    when it is with their block."""
+    order = (norms.before_attention, "self_attn", norms.after_attention, norms.before_mlp, "mlp", norms.after_mlp)
+    turns = {part: turn for turn, part in enumerate(order)}
+
+    def block_of(name: str) -> str:
+        found = _IN_BLOCK.match(name)
+        return found[1] if found else ""
+
+    def turn(name: str) -> int:
+        found = _IN_BLOCK.match(name)
+        return turns.get(found[2], -1) if found and found[3] != "experts" else -1
+
+    runs = [sorted(run, key=turn) for _, run in groupby(parameters, key=block_of)]
+    return [parameters[name] for run in runs for name in run]
+
+
+def shared_by(blocks: Iterable[Any]) -> set[int]:
+    """The identities of parameters that several of ``blocks`` share, which recomputation goes back through one by
+    one."""
     seen: set[int] = set()
     found: set[int] = set()
     for block in blocks:
         own = {id(parameter) for parameter in block.parameters()}
         found |= seen & own
         seen |= own
-        for expert in getattr(block.mlp, "experts", ()):
-            found |= {id(parameter) for parameter in expert.parameters()}
     return found
+
+
+def of_experts(blocks: Iterable[Any]) -> list[tuple[Any, list[Any]]]:
+    """The blocks that have experts, with all parameters of these."""
+    mixtures = [block for block in blocks if hasattr(block.mlp, "experts")]
+    return [(block, [p for expert in block.mlp.experts for p in expert.parameters()]) for block in mixtures]
+
+
+def _words(parameter: Any) -> str:
+    return f"{parameter.name} {list(parameter.shape)}"
 
 
 def taken(parameter: Any) -> Any:

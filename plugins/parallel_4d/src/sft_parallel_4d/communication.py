@@ -101,12 +101,13 @@ def _tensor(calculator: Calculator, plan: Plan, stage: Stage) -> float:
         micro -= enter_backward  # nothing goes back to a frozen embedding
     if outline.architecture.head_norm == "all":  # sums of squares of queries and of keys, and their gradients
         micro += (2 * count + again) * 2 * 2 * part * shape.tokens * 4
+    micro += (2 if plan.recompute else 1) * 2 * part * 4 * sum(calculator.summed(number) for number in stage.blocks)
     if stage.first:
         micro += 2 * half + (half if plan.sequence and trains else 0)
     if stage.last:
         micro += half if plan.sequence else 0
-        # Of each target: the maximum, the normaliser and the chosen logit, and the gradient of its hidden state.
-        micro += 2 * part * shape.targets * (3 * 4 + outline.hidden * width)
+        # Of each target what the loss needs of all logits, and the gradient of its hidden state.
+        micro += 2 * part * shape.targets * (outline.target_sums * 4 + outline.hidden * width)
     summed = part * (stage.size.partial + (stage.size.norms if plan.sequence else 0))
     summed += _part(key_copies(outline, plan.tensor)) * stage.size.copied
     return plan.accumulation * micro + 2 * summed

@@ -105,7 +105,7 @@ class Columns(Vocabulary):
     start: int
 
     def __init__(self, axis: Axis, vocabulary: int) -> None:
-        self._axis, self._vocabulary = axis, vocabulary
+        self._axis, self.size = axis, vocabulary
         self.start = vocabulary * axis.rank // axis.size
         self.widest = -(-vocabulary // axis.size)
 
@@ -117,5 +117,5 @@ class Columns(Vocabulary):
 
     def whole(self, logits: Any) -> Any:
         """For answers, which nothing learns from."""
-        shape = (*logits.shape[:-1], self._vocabulary)
+        shape = (*logits.shape[:-1], self.size)
         return self._axis.whole(logits, Part(shape, len(shape) - 1, self._axis.rank, self._axis.size))

@@ -9,10 +9,14 @@ from functools import cache
 
 from sft_parallel_4d import activations
 from sft_parallel_4d.activations import Shape
-from sft_parallel_4d.model_size import Division, Precision, Stage, key_copies, stages
+from sft_parallel_4d.filling import Whole, whole
+from sft_parallel_4d.model_size import Division, Precision, Stage, key_copies, layers, stages, summed
 from sft_parallel_4d.options import BUCKET
 from sft_parallel_4d.outline import Outline, operations
 from sft_parallel_4d.plans import Plan
+
+LOT = 1 << 20
+"""Values of small gradients that are squared together, on a CPU in float64, as the core has it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,10 @@ class Held:
     """Beside them in backward: buckets that are sent by themselves, and gradients on their way into buckets."""
     filled: int = 0
     """Of both, what is there as soon as backward begins: the first bucket."""
+    left: int = 0
+    """Of ``passing``, what is there until the next micro-batch goes back: the last bucket."""
+    growing: int | None = None
+    """Of gradients and what is beside them, the most in a first micro-batch, if not all of both."""
 
 
 class Calculator:
@@ -63,14 +71,17 @@ class Calculator:
         """``device_memory`` of a GPU in bytes; None: a CPU. ``bucket``: bytes of gradients that travel together."""
         self.bucket = bucket
         self.outline, self.precision = outline, precision
+        self._is_cpu = device_memory is None
         self._chunk = activations.chunk_bytes(device_memory)
         self._batch = (rows, length, rows * length if targets is None else targets)
         self._stages = cache(
             lambda division, pipeline, virtual: stages(outline, division, pipeline, precision, virtual)
         )
         self.operations = cache(lambda number: operations(outline, number))
+        self.summed = cache(lambda number: summed(outline, number))
         self._alike = cache(self._alike_of_stages)
         self._kept = cache(self._kept_of_blocks)
+        self._whole = cache(self._whole_of)
         # Thousands of plans have a few shapes.
         self._extra = cache(lambda shape: activations.backward_extra(outline, shape, precision))
         self._block = cache(lambda number, shape: activations.block_kept(outline, number, shape, precision))
@@ -128,25 +139,26 @@ class Calculator:
 
     def held(self, plan: Plan, stage: Stage) -> Held:
         """What a rank of ``stage`` holds whatever it computes."""
-        size = stage.size
+        size, gradients = stage.size, tuple[int, ...]()
+        if plan.stage >= 2:
+            now = self._whole(stage, self._division(plan)[0], plan.stage == 3)
+            gradients = (size.piece_gradients, now.most, now.begun, now.left, now.growing)
         if plan.stage == 3:
             parameters = size.weights - size.matrices + size.vector_pieces * plan.pieces - size.vectors
-            pieces, gradients = size.matrix_pieces, size.piece_gradients
-            largest = max(stage.largest_block, stage.embedding, stage.head, key=lambda one: one.unit_gradients)
-            passing = largest.unit_gradients * plan.pieces + size.passing
-            return Held(parameters, pieces, size.optimizer, gradients, passing, passing)
+            return Held(parameters, size.matrix_pieces, size.optimizer, *gradients)
         bucket = min(self.bucket, size.piece_gradients * plan.pieces)
         if plan.stage:
             parameters = size.weights - size.whole + size.pieces * plan.pieces
-            pieces = size.pieces if plan.offload else 0
-            if plan.stage == 2:
-                passing = bucket + bucket // plan.pieces + size.passing
-                return Held(parameters, pieces, size.optimizer, size.piece_gradients, passing, bucket)
-            gradients = size.piece_gradients * plan.pieces
-            return Held(parameters, pieces, size.optimizer, gradients, size.passing, bucket)
+            if plan.stage == 1:
+                gradients = (size.piece_gradients * plan.pieces, size.passing, bucket)
+            return Held(parameters, size.pieces if plan.offload else 0, size.optimizer, *gradients)
         if plan.copies > 1:
             return Held(size.weights, 0, size.optimizer, size.piece_gradients, size.passing, bucket)
         return Held(size.weights, 0, size.optimizer, size.gradients, size.widening)
+
+    def _whole_of(self, stage: Stage, division: Division, in_units: bool) -> Whole:
+        of_stage = layers(self.outline, stage, division, self.precision)
+        return whole(of_stage, self.bucket, division.shards, in_units)
 
     def rank(self, plan: Plan, number: int, stage: Stage) -> Memory:
         """A rank of pipeline stage ``number``."""
@@ -175,20 +187,22 @@ class Calculator:
         on_device = not plan.offload
         # Gradients of earlier micro-batches are there if there are any while all that may be in flight is.
         before = held.gradients if plan.accumulation > flying else 0
-        after = held.gradients + held.passing
+        after = held.gradients + held.passing if before or held.growing is None else held.growing
+        waiting = before + held.left if before else 0
         # lm_head's gradient has then been added to that of earlier micro-batches.
         added = activations.head_gradient(outline, shape, precision.weights) if stage.last and before else 0
         behind = last - added
         begun = before + held.filled if plan.stage >= 2 else max(before, held.filled)
         one_block = (kept // len(stage.blocks) if not plan.recompute else 0) + beyond + whole_first
         moments = {
-            "loss": before + flown + reading * flying + norm + loss + whole_head,
+            "loss": waiting + flown + reading * flying + norm + loss + whole_head,
             "last block backward": begun + flown + reading * flying + behind + beyond + whole_block,
             "first block backward": after + flown - kept // plan.virtual + reading * flying + one_block,
         }
         if not plan.recompute:
-            moments["last block forward"] = before + flown + reading * flying - block + attending + whole_block
-        stepping = 4 * size.stepped  # squared for the norm, or given to the master
+            moments["last block forward"] = waiting + flown + reading * flying - block + attending + whole_block
+        # The largest is squared for the norm, or given to the master; small ones are squared together.
+        stepping = max(4 * size.stepped, 12 * min(size.few, LOT) if self._is_cpu else 0)
         if on_device:
             moments["step"] = held.gradients + stepping
         aside = held.pieces + held.optimizer

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
+from sft_parallel_4d.filling import Gradient, Layer
 from sft_parallel_4d.outline import LinearOutline, Outline, Weight
 
 ROW = ("o_proj", "down_proj")
@@ -86,6 +87,8 @@ class Size:
     """The same of 16-bit parameters alone, whose gradients pass into sums that stay whole, too."""
     stepped: int = 0
     """Values of the largest parameter: a slice may have it whole."""
+    few: int = 0
+    """Values of the gradients that are put together for their norm on a CPU."""
 
     @property
     def matrix_pieces(self) -> int:
@@ -97,7 +100,13 @@ class Size:
         return Size(**{k: max(one, theirs[k]) if k in _LARGEST else one + theirs[k] for k, one in mine.items()})
 
 
+Weights = tuple[tuple[Weight, str], ...]
+"""Each with the divided side of its Linear, as :func:`divided` has it: "" of a norm of the residual stream, "out" of
+what lies within attention and MLP beside Linears."""
 _LARGEST = ("passing", "widening", "stepped")
+_EXPERTS = ".experts."
+FEW = 1 << 14
+"""Values of a gradient that is put together with others for the norm, as the core has it."""
 ALIGNED = 256
 """At multiples of so many bytes parameters begin in fleet's buffers, and slices end."""
 
@@ -171,6 +180,7 @@ def size_of(weight: Weight, side: str, division: Division, precision: Precision)
         passing=held + (4 * values if bits < 32 else 0),
         widening=held + 4 * values if bits < 32 else 0,
         stepped=values,
+        few=stepped if values <= FEW else 0,
     )
 
 
@@ -180,47 +190,48 @@ def _state(weight: Weight, piece: int) -> int:
 
 
 @cache
-def total(weights: tuple[tuple[Weight, str], ...], division: Division, precision: Precision) -> Size:
+def total(weights: Weights, division: Division, precision: Precision) -> Size:
     """Of weights, each with the divided side of its Linear, on one rank."""
     return sum((size_of(weight, side, division, precision) for weight, side in weights), Size())
 
 
-def of_block(outline: Outline, number: int, experts: int = 1) -> tuple[tuple[Weight, str], ...]:
-    """The weights of a transformer block of which ``experts`` ranks share out the experts. Each comes with the divided
-    side of its Linear, as :func:`divided` has it ("" of a norm of the residual stream; "out" of what lies within
-    attention and MLP)."""
-
-    def pairs() -> Iterator[tuple[Weight, str]]:
-        yield from ((outline.norm, ""),) * outline.norms
-        yield from ((weight, "out") for weight in outline.inside[number])
-        for linear in _here(outline, number, experts):
-            side = "keys" if linear.name.endswith(KEYS) else divided_side(linear.name)
-            yield from ((weight, side) for weight in linear.weights)
-
-    return tuple(pairs())
+def of_block(outline: Outline, number: int, experts: int = 1) -> Weights:
+    """The weights of a transformer block of which ``experts`` ranks share out the experts."""
+    return beside_experts(outline, number) + of_experts(outline, number, experts)
 
 
-def _here(outline: Outline, number: int, experts: int) -> list[LinearOutline]:
-    """The Linears of a block that the first of ``experts`` ranks has; the others have as many of the same shapes."""
+def beside_experts(outline: Outline, number: int) -> Weights:
+    """Of a block's weights, all but :func:`of_experts`."""
+    inside = ((weight, "out") for weight in outline.inside[number])
+    rest = _sided(linear for linear in outline.blocks[number] if _EXPERTS not in linear.name)
+    return (*((outline.norm, ""),) * outline.norms, *inside, *rest)
+
+
+def of_experts(outline: Outline, number: int, experts: int = 1) -> Weights:
+    """Of a block's weights, those of experts that tokens are led to; of ``experts`` ranks those of the first: the
+    others have as many of the same shapes."""
     mixture = outline.architecture.blocks[number].experts
-    if mixture is None or experts == 1:
-        return outline.blocks[number]
-    own = mixture.count // experts
+    own = 0 if mixture is None else mixture.count // experts
 
     def is_here(name: str) -> bool:
-        _, marked, rest = name.partition(".experts.")
-        return not marked or int(rest.partition(".")[0]) < own
+        _, marked, rest = name.partition(_EXPERTS)
+        return bool(marked) and int(rest.partition(".")[0]) < own
 
-    return [linear for linear in outline.blocks[number] if is_here(linear.name)]
-
-
-def of_experts(outline: Outline, number: int, experts: int = 1) -> tuple[tuple[Weight, str], ...]:
-    """Of a block's weights, those of experts that tokens are led to."""
-    linears = [linear for linear in _here(outline, number, experts) if ".experts." in linear.name]
-    return tuple((weight, divided_side(linear.name)) for linear in linears for weight in linear.weights)
+    return tuple(_sided(linear for linear in outline.blocks[number] if is_here(linear.name)))
 
 
-@dataclass(frozen=True)
+def _sided(linears: Iterable[LinearOutline]) -> Iterator[tuple[Weight, str]]:
+    for linear in linears:
+        side = "keys" if linear.name.endswith(KEYS) else divided_side(linear.name)
+        yield from ((weight, side) for weight in linear.weights)
+
+
+def summed(outline: Outline, number: int) -> int:
+    """What tensor ranks add up in a block's Linears each time it goes forward, in values."""
+    return sum(linear.summed for linear in outline.blocks[number] if linear.name.endswith(ROW))
+
+
+@dataclass(frozen=True, eq=False)
 class Stage:
     """What one pipeline stage holds on one tensor-parallel rank."""
 
@@ -268,3 +279,24 @@ def stages(outline: Outline, division: Division, pipeline: int, precision: Preci
 def cut(blocks: int, pipeline: int) -> list[int]:
     """Where stages begin and end among the blocks; as even as can be, longer ones last."""
     return [blocks * stage // pipeline for stage in range(pipeline + 1)]
+
+
+def layers(outline: Outline, stage: Stage, division: Division, precision: Precision) -> list[Layer]:
+    """The gradients of a stage of :func:`stages`: of the embedding, of each block, and of what comes after these."""
+
+    def of(weights: Iterable[tuple[Weight, str]]) -> tuple[Gradient, ...]:
+        sizes = ((weight, size_of(weight, side, division, precision)) for weight, side in weights if weight.trains)
+        shards = division.shards
+        return tuple(
+            Gradient(one.gradients, one.piece_gradients * shards, one.passing, len(weight.shape) > 1)
+            for weight, one in sizes
+        )
+
+    def block(number: int) -> Layer:
+        return Layer(of(beside_experts(outline, number)), of(of_experts(outline, number, division.experts)))
+
+    embedding = [(outline.embedding, "")]
+    head = [(outline.head, "")] if outline.head is not None else [] if stage.first else embedding
+    first = Layer(of(embedding) if stage.first else ())
+    last = Layer(of([(outline.norm, ""), *head]) if stage.last else ())
+    return [first, *map(block, stage.blocks), last]

@@ -47,6 +47,8 @@ class LinearOutline:
     Attributes:
         kept: Values a token that a technique keeps for backward, beside what the Linear itself keeps.
         kept_once: Values that it keeps for each micro-batch, whatever its tokens.
+        kept_outputs: Values a token that it keeps and that are divided as the Linear's outputs are.
+        summed: Values that tensor ranks add up each time it goes forward, where they divide its inputs.
     """
 
     name: str
@@ -55,6 +57,8 @@ class LinearOutline:
     weights: list[Weight]
     kept: int = 0
     kept_once: int = 0
+    kept_outputs: int = 0
+    summed: int = 0
 
     def add(self, name: str, shape: tuple[int, ...], sides: Sides, trains: bool = True, bits: int | None = 32) -> None:
         """Add a tensor to this Linear; see :class:`Weight`."""
@@ -80,6 +84,8 @@ class Outline:
         inside: Of each block what its attention and MLP have beside Linears that techniques work on: norms of queries
             and keys, and what routes tokens to experts. Each process has those whole whose ``sides`` are None.
         shared: Tensors that a technique holds once in each process, for all blocks.
+        target_sums: Values of each target that tensor ranks add up, which divide the vocabulary: the maximum, the
+            normaliser, the chosen logit, and what losses of plugins need.
         state: What :meth:`steps` was given.
         steps_wholes: Whether the optimizer needs whole parameters, so that processes can divide none.
         excluded: What :meth:`exclude` was given.
@@ -101,6 +107,7 @@ class Outline:
     norms: int
     inside: list[list[Weight]]
     shared: list[Weight] = field(default_factory=list)
+    target_sums: int = 3
     state: Callable[[tuple[int, ...], str], int] | None = None
     steps_wholes: bool = False
     excluded: dict[str, str] = field(default_factory=dict)

@@ -49,6 +49,8 @@ def outline(values: Mapping[str, Any], plugins: Iterable[type] = ()) -> PaperRun
     if adapter is not None:
         paper.freeze()
     active.hook.parallel_outline(outline=paper, hook=active.hook)
+    if active.implementing("sft_token_loss"):
+        paper.target_sums += 2  # the chosen logit by itself, and the mean
     model = run.settings.model
     if adapter is not None:
         new, rows = model.tokens_to_add(), model.trainable_token_indices

@@ -25,7 +25,7 @@ from sft.parallel import (
     whole_shape,
 )
 from sft_parallel_4d.adapters import Adapters
-from sft_parallel_4d.buckets import Buckets, late_of
+from sft_parallel_4d.buckets import Buckets, as_met, of_experts, shared_by
 from sft_parallel_4d.context import ContextParallel
 from sft_parallel_4d.experts import ExpertParallel
 from sft_parallel_4d.idle import evaluating, nothing
@@ -137,13 +137,15 @@ class Parallel:
         if self._context is not None:
             self._context.connect(model)
         self._trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
-        late, units = late_of(backbone.layers), []
+        shared, experts, units = shared_by(backbone.layers), of_experts(backbone.layers), []
         if self._shards is not None:
             layers = [(backbone.embed_tokens, False), *((block, True) for block in backbone.layers)]
             layers.append((model.lm_head, False))
-            units = self._shards.build(layers, lambda p: (id(p) in late, self._summed_over(p)))
+            apart = shared | {id(p) for _, some in experts for p in some}
+            units = self._shards.build(layers, lambda p: (id(p) in apart, self._summed_over(p)))
         tied = {id(p) for p in self._trained.values() if pipe is not None and pipe.is_tied(p)}
-        self._buckets.build(list(self._trained.values()), self._summed_over, late, tied, units)
+        met = as_met(self._trained, model.architecture.norms)
+        self._buckets.build(met, self._summed_over, experts, shared, tied, units)
 
     @contextlib.contextmanager
     def assembled(self, model: Any) -> Iterator[None]:

@@ -50,4 +50,6 @@ class Dora(sft.Plugin):
         for linear in outline.targets():
             if any(weight.name == "lora_A" for weight in linear.weights):
                 # lora has added the magnitude, as it adds what a form declares. For its gradient x·V is kept.
-                linear.kept += linear.out_features
+                # Squares of V's rows are added up over the ranks that divide these.
+                linear.kept_outputs += linear.out_features
+                linear.summed += linear.out_features

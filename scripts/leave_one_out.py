@@ -30,7 +30,7 @@ from sft_influence.tracing import METHODS, shares, trace
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "core" / "src" / "sft" / "demo"
 PAGE = ROOT / "docs" / "influence.json"
-RECORDS, ANSWERS, SEEDS, FACTS, OTHERS = 64, 10, (1, 3), 10, 100
+RECORDS, ANSWERS, SEEDS, FACTS, OTHERS = 64, 10, (1, 2, 3, 4), 10, 100
 SETTINGS: dict[str, Any] = {
     "model_name_or_path": str(DEMO / "model"),
     "plugin": ["lora"],

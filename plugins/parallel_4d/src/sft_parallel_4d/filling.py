@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 Place = tuple[int, bool, int]
 """A layer, counted from the last one; whether it is an expert's; and a number there, from the last one, too."""
@@ -52,8 +53,8 @@ def whole(layers: Sequence[Layer], bucket: int, shards: int, in_units: bool) -> 
     keeps a slice of each."""
     gradients = dict(_places(layers))
     backward, begun = _Backward(gradients, bucket, shards, in_units), 0
-    for turn in range(len(layers)):
-        here = [place for place in gradients if place[0] == turn]
+    for turn, some in groupby(gradients, key=lambda place: place[0]):
+        here = list(some)
         for place in sorted(here, key=lambda place: not place[1]):
             backward.come(place)
             if turn == 1 and not begun:

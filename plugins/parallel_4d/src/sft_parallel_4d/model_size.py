@@ -211,7 +211,9 @@ def of_experts(outline: Outline, number: int, experts: int = 1) -> Weights:
     """Of a block's weights, those of experts that tokens are led to; of ``experts`` ranks those of the first: the
     others have as many of the same shapes."""
     mixture = outline.architecture.blocks[number].experts
-    own = 0 if mixture is None else mixture.count // experts
+    if mixture is None:
+        return ()
+    own = mixture.count // experts
 
     def is_here(name: str) -> bool:
         _, marked, rest = name.partition(_EXPERTS)

@@ -205,8 +205,9 @@ class Buckets:
     def _check(self) -> None:
         if self._wrong:
             raise SftError(
-                f"Backward has reached the parameter {self._wrong} more than once in a micro-batch, when the sum of "
-                "its gradients was on its way; leave out recompute, or the plugin whose layers share a parameter."
+                f"Backward has reached the parameter {self._wrong} more than once in a micro-batch, or when it had "
+                "left its block, and the sum of its gradients was on its way; leave out recompute, or the plugin whose "
+                "layers share a parameter, or compute what an expert multiplies with."
             )
 
     @paddle.no_grad()
@@ -296,7 +297,7 @@ def shared_by(blocks: Iterable[Any]) -> set[int]:
 def of_experts(blocks: Iterable[Any]) -> list[tuple[Any, list[Any]]]:
     """The blocks that have experts, with all parameters of these."""
     mixtures = [block for block in blocks if hasattr(block.mlp, "experts")]
-    return [(block, [p for expert in block.mlp.experts for p in expert.parameters()]) for block in mixtures]
+    return [(block, block.mlp.experts.parameters()) for block in mixtures]  # each once, also where experts share it
 
 
 def _words(parameter: Any) -> str:

@@ -141,8 +141,8 @@ class Parallel:
         if self._shards is not None:
             layers = [(backbone.embed_tokens, False), *((block, True) for block in backbone.layers)]
             layers.append((model.lm_head, False))
-            apart = shared | {id(p) for _, some in experts for p in some}
-            units = self._shards.build(layers, lambda p: (id(p) in apart, self._summed_over(p)))
+            own = {id(p) for _, some in experts for p in some}
+            units = self._shards.build(layers, lambda p: (id(p) in shared, id(p) in own, self._summed_over(p)))
         tied = {id(p) for p in self._trained.values() if pipe is not None and pipe.is_tied(p)}
         met = as_met(self._trained, model.architecture.norms)
         self._buckets.build(met, self._summed_over, experts, shared, tied, units)

@@ -190,6 +190,15 @@ def test_shards_divide_what_their_stage_divides(outline_of: Callable[..., Outlin
         assert held.optimizer == 12 * size.values / 4 + (whole.optimizer - 12 * size.values)
 
 
+def test_small_gradients_are_those_of_the_norm_of_the_core() -> None:
+    """On paper nothing imports paddle, so the plan has numbers of its own."""
+    from sft.models import sums
+    from sft.training import strategy
+    from sft_parallel_4d import memory, model_size
+
+    assert (model_size.FEW, memory.LOT) == (sums.FEW, strategy.LOT)
+
+
 def test_offload_takes_pieces_from_the_device(outline_of: Callable[..., Outline]) -> None:
     calculator = Calculator(outline_of(num_hidden_layers=24), Precision(), 1, 64)
     for stage in (1, 2, 3):

@@ -167,7 +167,7 @@ class Buckets:
         gradient = taken(parameter) if self._open else None
         if gradient is None:
             return
-        if self._leaving is not None and not self._next:  # the last micro-batch's
+        if self._leaving is not None and not self._next:  # the previous micro-batch's
             self._settle()
         way.bucket.add(parameter, gradient)
         del gradient  # before buckets are sent, and others settled

@@ -107,7 +107,7 @@ def test_the_language_is_that_of_the_locale_unless_another_is_asked_for(monkeypa
 
 def test_help_is_chinese_and_fits_a_terminal(chinese: None) -> None:
     shown = {}
-    for name in (None, *COMMANDS):
+    for name in (None, *COMMANDS, *sorted(set(requests("command")) - set(COMMANDS))):
         arguments = ["--help"] if name is None else [name, "--help"]
         result = CliRunner().invoke(in_readers_language(cli), arguments, terminal_width=80)
         assert result.exit_code == 0, result.output
@@ -120,6 +120,8 @@ def test_help_is_chinese_and_fits_a_terminal(chinese: None) -> None:
         if name != "run":  # its lines are as long as they are, in English too
             assert [line for line in text.splitlines() if cell_len(line) > 80] == [], name
             assert "选项：" in text, name
+            for words in ("Usage:", "Options:", "Commands:", "Show this message", "default:", "required]"):
+                assert words not in text, f"{name} has English of click's: {words}"
     assert "[默认：8；边生成边显示时为1]" in "".join(shown["generate"].split())
 
 

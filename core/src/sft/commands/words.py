@@ -12,8 +12,7 @@ import click
 from sft.language import language, package_of, translated
 
 WIDTH = 36
-"""Columns of a line of Chinese beside an option, where click may add a default: it breaks lines at spaces alone, which
-Chinese has none of."""
+"""Columns of a line of Chinese beside an option: click breaks lines at spaces alone, which Chinese has none of."""
 _DEFAULT = re.compile(r"(?P<text>.*?)(?:  \[default: (?P<default>.*)\])?", re.DOTALL)
 _CLICKS = {
     "zh": {
@@ -21,7 +20,7 @@ _CLICKS = {
         r"^Options:$": "选项：",
         r"^Commands:$": "命令：",
         r"Show this message and exit\.": "显示本帮助并退出。",
-        r"\[required\]": "[必需]",
+        r"(?<=\[|\s)required\]": "必需]",
         r"\[default: ": "[默认：",
     }
 }
@@ -90,10 +89,17 @@ def _parameter(parameter: click.Parameter, package: str) -> click.Parameter:
         return parameter
     text, default = _said(said)
     found: Any = copy.copy(parameter)
-    text = of_option(text, package)
+    found.help = of_option(text, package)
     if default:
-        text += f"  [default: {translated(default, package)}]"
-    found.help = "\b\n" + _lines(text, WIDTH)
+        found.help += f"  [default: {translated(default, package)}]"
+    usual = found.get_help_record
+
+    def get_help_record(context: click.Context) -> tuple[str, str] | None:
+        """Put into lines when click has added what it says itself: a default, a range, that it is required."""
+        record = usual(context)
+        return record and (record[0], "\b\n" + _lines(_with_words(record[1]), WIDTH))
+
+    found.get_help_record = get_help_record
     return found
 
 
@@ -107,11 +113,11 @@ def of_option(text: str, package: str) -> str:
 
 def _lines(text: str, width: int) -> str:
     """``text`` in lines of at most ``width`` columns; a Chinese character takes two. Breaks come at spaces, or beside
-    Chinese characters; none comes before a closing mark or after an opening one."""
+    Chinese characters; none comes before a closing mark or after an opening one, and a default's word stays with it."""
     from rich.cells import cell_len
 
     lines, line = [], ""
-    for piece in re.findall(r"（*(?:[\u2e80-\uffef]|[^\s\u2e80-\uffef]+)[，。；：、）”]*|\s+", text):
+    for piece in re.findall(r"(?:（|\[默认：)*(?:[\u2e80-\uffef]|[^\s\u2e80-\uffef]+)[，。；：、）”\]]*|\s+", text):
         if line and cell_len(line + piece) > width:
             lines.append(line.rstrip())
             line = ""
@@ -121,12 +127,10 @@ def _lines(text: str, width: int) -> str:
 
 def _with_clicks_words(command: Any) -> None:
     usual = command.get_help
-    words = _CLICKS[language()]
+    command.get_help = lambda context: _with_words(usual(context))
 
-    def get_help(context: click.Context) -> str:
-        text = usual(context)
-        for pattern, word in words.items():
-            text = re.sub(pattern, word, text, flags=re.MULTILINE)
-        return text
 
-    command.get_help = get_help
+def _with_words(text: str) -> str:
+    for pattern, word in _CLICKS[language()].items():
+        text = re.sub(pattern, word, text, flags=re.MULTILINE)
+    return text

@@ -168,7 +168,10 @@ def test_a_bad_record_is_named(train: Train, tmp_path: Path) -> None:
     assert all(one["is_same"] for one in found["spikes"])
     said = typed(blame_command, str(tmp_path / "out"), "--most", "1")
     assert re.search(rf"step {found['spikes'][0]['step']}: loss .* usual .*\n +\d+%  loss .*line 171", said)
-    assert typed(blame_command, str(tmp_path / "out"), "--html", str(tmp_path / "page.html")) == ""
+    words = [str(tmp_path / "out"), "--html", str(tmp_path / "page.html")]
+    done = click.testing.CliRunner().invoke(blame_command, words, standalone_mode=False, catch_exceptions=False)
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == f"written to {tmp_path / 'page.html'}"
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "Zwölf Boxer jagen über den Deich." in re.sub(r"<[^>]+>", "", page)
     assert state_of(tmp_path / "out") == before

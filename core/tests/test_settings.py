@@ -15,7 +15,7 @@ from sft.commands.typed import collect
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import choose_plugins
 from sft.settings.arguments import core_options
-from sft.settings.reading import read_file
+from sft.settings.files import read_file
 
 # What the section "精调参数介绍" of PaddleNLP's llm/docs/finetune.md gives as defaults of the names that sft has.
 # do_eval is not among them: unset means "when there is dev data" here (docs/decisions/0002-settings.md).
@@ -137,8 +137,6 @@ def test_files_are_utf8(tmp_path: Path) -> None:
         ("s.json", '{"seed": 1,}', "is not valid JSON ("),
         ("s.json", "", "is not valid JSON ("),
         ("s.json", '["seed"]', "must hold one object of names and values."),
-        ("s.yaml", "seed: [1\nmax_steps: 2\n", "is not valid YAML ("),
-        ("s.yaml", "seed: 1\n\tmax_steps: 2\n", "is not valid YAML ("),
         ("s.yaml", "", "must hold one object of names and values."),
         ("s.yaml", "just text", "must hold one object of names and values."),
         ("s.toml", "seed = [1\n", "is not valid TOML ("),
@@ -165,11 +163,48 @@ def test_a_table_of_toml_is_what_stands_before_a_dot(tmp_path: Path) -> None:
         read_file(written(tmp_path, "twice.toml", '"first.first_rank" = 1\n[first]\nfirst_rank = 2\n'))
 
 
-@pytest.mark.parametrize("text", ['{"seed": 1,\n "max_steps": }', "seed: 1\nmax_steps: ]\n"])
-def test_a_broken_file_names_the_line(tmp_path: Path, text: str) -> None:
-    path = written(tmp_path, "s.json" if text.startswith("{") else "s.yaml", text)
-    with pytest.raises(sft.UsageError, match=r"line 2\b"):
+INDENTED = "begin each setting at the start of its line"
+FAULTS = [
+    ("seed: 1\n  max_steps: 2\n", "line 2 is indented", INDENTED),
+    ("seed: 1\n\tmax_steps: 2\n", "line 2 is indented", INDENTED),
+    ("  seed: 1\nmax_steps: 2\n", "line 1 is indented", INDENTED),
+    ("plugin:\n  - a\n - b\n", "line 3 is indented otherwise than those above it", "align them"),
+    ("seed: 1\nrun_name: a: b\n", "line 2 has a second ': '", "put text that holds one in quotes"),
+    ("seed: 1\nmax_steps:2\nlazy: true\n", "line 2 has no ': '", "write name: value"),
+    ("plugin: [a\nseed: 1\n", "line 1: a bracket that is not closed, or no comma within", "correct it there"),
+    ('seed: 1\nrun_name: "a\n', "line 2: a quotation mark that is not closed", "correct it there"),
+    ("seed: 1\nrun_name: 2024-13-45\n", "line 2: month must be in 1..12", "correct it there"),
+    ("seed: 1\n\0", "line 2: a character that a text file cannot have, U+0000", "correct it there"),
+    ("seed: 1\n---\nseed: 2\n", "line 2 begins another document", "keep one of them"),
+    ("seed: 1\nmax_steps: ]\n", "line 2: expected the node content, but found ']'", "correct it there"),
+]
+
+
+@pytest.mark.parametrize(("text", "fault", "cure"), FAULTS, ids=[fault for _, fault, _ in FAULTS])
+def test_what_is_wrong_with_yaml_is_said_plainly(tmp_path: Path, text: str, fault: str, cure: str) -> None:
+    """The library's own sentences show where, and neither what to do nor the line of an indented setting."""
+    path = written(tmp_path, "s.yaml", text)
+    with pytest.raises(sft.UsageError) as caught:
         read_file(path)
+    assert str(caught.value) == f"Settings file {path} is not valid YAML ({fault}); {cure}."
+
+
+def test_a_switch_beside_its_table_is_told_what_to_write(tmp_path: Path) -> None:
+    for table in ("[first]\nfirst_rank = 4", "first.first_rank = 4", '["first"]\nfirst_rank = 4'):
+        path = written(tmp_path, "s.toml", f"seed = 1\nfirst = true\n{table}\n")
+        with pytest.raises(sft.UsageError) as caught:
+            read_file(path)
+        assert str(caught.value) == (
+            f"Settings file {path} is not valid TOML (line 2 gives first a value, and line 3 makes a table of it); to "
+            'switch a plugin on beside its table, write plugin = ["first"] in place of line 2.'
+        )
+    values = read_file(written(tmp_path, "s.toml", 'seed = 1\nplugin = ["first"]\n[first]\nfirst_rank = 4\n'))
+    assert values == {"seed": 1, "plugin": ["first"], "first.first_rank": 4}
+
+
+def test_a_broken_file_names_the_line(tmp_path: Path) -> None:
+    with pytest.raises(sft.UsageError, match=r"line 2\b"):
+        read_file(written(tmp_path, "s.json", '{"seed": 1,\n "max_steps": }'))
 
 
 def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from sft.commands.init import file_text
 from sft.commands.settings_file import entry, resolved
 from sft.commands.typed import collect
 from sft.resolve import resolve
-from sft.settings.reading import normalise, read_file
+from sft.settings.files import read_file
+from sft.settings.reading import normalise
 
 Distribute = Callable[..., None]
 
@@ -87,6 +88,13 @@ def test_what_is_printed_is_the_same_run(words: list[str], tmp_path: Path) -> No
     again = normalise(read_file(path)) if yaml.safe_load(done.stdout) else {}
     alike(collect(words), again)
     assert resolved(again) == done.stdout
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize("words", [["--one"], ["--one", "true"], ["--one=True"]])
+def test_a_typed_switch_is_true_and_not_a_word(words: list[str]) -> None:
+    printed = yaml.safe_load(invoked("run", *words, "--benchmark", "false", "--print_settings").stdout)
+    assert printed == {"one": True, "benchmark": False}
 
 
 @pytest.mark.usefixtures("tools")

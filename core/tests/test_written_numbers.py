@@ -17,7 +17,7 @@ import sft
 from sft import runtime
 from sft.models.families.values import Values
 from sft.options import convert, options_of
-from sft.settings.reading import read_file
+from sft.settings.files import read_file
 from sft.small_files import read_object
 from sft.written_numbers import read_number
 

@@ -15,7 +15,8 @@ from fuzzing.trial import Target
 def read_settings(name: str) -> Callable[[Path, bytes], Any]:
     def read(folder: Path, content: bytes) -> Any:
         from sft.resolve import resolve
-        from sft.settings.reading import normalise, read_file
+        from sft.settings.files import read_file
+        from sft.settings.reading import normalise
 
         (folder / name).write_bytes(content)
         return resolve(normalise(read_file(folder / name)), ())

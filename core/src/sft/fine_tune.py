@@ -27,8 +27,9 @@ from sft.plugins.discovery import entries, left_out
 from sft.resolve import resolve
 from sft.run_report.written import leave_report
 from sft.settings.checks import check_plugins, check_settings
+from sft.settings.files import read_file
 from sft.settings.paddlenlp import listing
-from sft.settings.reading import normalise, read_file
+from sft.settings.reading import normalise
 from sft.training.checkpoint_folder import Checkpoint, is_auto, read_checkpoint
 from sft.training.ending import fail, finish
 from sft.training.first_rows import keep_rows

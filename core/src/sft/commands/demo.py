@@ -32,7 +32,7 @@ DEFAULT = "sft-demo"
     help="A plugin that has a demo, where several have one; no:NAME leaves one out.",
 )
 def command(output_dir: str, plugins: tuple[str, ...]) -> None:
-    """Fine-tune the tiny embedded model in under a minute, and show its answers before and after.
+    """Fine-tune the tiny embedded model in a minute or two, and show its answers before and after.
 
     A plugin that is installed may bring its own settings for it; without one, all parameters train.
     """

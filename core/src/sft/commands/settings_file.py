@@ -9,11 +9,12 @@ from typing import Any
 from sft.foreign_text import MASK, is_secret, shown
 from sft.options import options_of
 from sft.plugins.registry import Plugins
-from sft.plugins.requests import by_name
+from sft.plugins.requests import by_name, switches
 from sft.resolve import resolve
 from sft.settings.arguments import GROUPS, Settings
 from sft.settings.checks import check_settings
 from sft.settings.names import Names
+from sft.settings.paddlenlp import FOREIGN
 
 
 def resolved(values: Mapping[str, Any]) -> str:
@@ -40,7 +41,7 @@ def resolved(values: Mapping[str, Any]) -> str:
         asked = values["plugin"]
         lines += ["", entry("plugin", asked.split(",") if isinstance(asked, str) else list(asked))]
     others = {name: value for name, value in values.items() if name not in names.all() and name != "plugin"}
-    lines += [_line(name, value) for name, value in others.items() if value is not None]
+    lines += [_line(name, _switch(name, value)) for name, value in others.items() if value is not None]
     for title, group in _groups(settings, active, names):
         given = [name for name in group if name in settings.given]
         rest = [name for name in group if name not in settings.given]
@@ -54,6 +55,12 @@ def _groups(settings: Settings, active: Plugins, names: Names) -> Iterator[tuple
         yield f"{key.capitalize()} settings", list(options_of(cls))
     for owner, options in settings.options.items():
         yield f"Settings of plugin {owner}", [names.written(owner, name) for name in options_of(type(options))]
+
+
+def _switch(name: str, value: Any) -> Any:
+    """A plugin's switch, or a setting of PaddleNLP's, as true or false, where it was typed as such a word."""
+    words = {"true": True, "false": False}
+    return words.get(value.lower(), value) if isinstance(value, str) and name in {*switches(), *FOREIGN} else value
 
 
 def _line(name: str, value: Any) -> str:

@@ -13,7 +13,8 @@ from sft.plugins.files import with_files
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import by_device, choose_plugins, explicit
 from sft.settings.arguments import core_options
-from sft.settings.reading import normalise, read_file
+from sft.settings.files import read_file
+from sft.settings.reading import normalise
 from sft.settings.words import shared_settings
 
 

@@ -1,5 +1,4 @@
-"""Settings as they are given: read from a YAML, JSON or TOML file, and checked against what the core and the active
-plugins declare.
+"""Settings as they are given, checked against what the core and the active plugins declare.
 
 No value is guessed: a name that nobody declares is an error with a suggestion.
 """
@@ -7,10 +6,7 @@ No value is guessed: a name that nobody declares is an error with a suggestion.
 from __future__ import annotations
 
 import difflib
-import json
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sft.errors import UsageError
@@ -21,85 +17,6 @@ from sft.plugins.registry import Plugins
 from sft.settings.arguments import GROUPS, Settings
 from sft.settings.names import CORE, Names
 from sft.settings.words import with_words, words_of
-from sft.small_files import read_text, why
-from sft.written_numbers import or_tiny, read_number
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """A settings file: JSON (``.json``), YAML (``.yaml``, ``.yml``) or TOML (``.toml``), with a value for each name.
-
-    In TOML a table is what stands before a dot: ``[a-plugin]`` with ``rank = 4`` is the setting ``a_plugin.rank``."""
-    readers = {".json": ("JSON", _of_json), ".yaml": ("YAML", _of_yaml), ".yml": ("YAML", _of_yaml)}
-    readers[".toml"] = ("TOML", _of_toml)
-    if path.suffix not in readers:
-        raise UsageError(
-            f"Settings file {shown(path)} is none of .yaml, .json and .toml; rename it after what it holds."
-        )
-    kind, read = readers[path.suffix]
-    text = read_text(path, "Settings file ", "give the path of a YAML, JSON or TOML file")
-    try:
-        values = read(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(
-            f"Settings file {shown(path)} is not valid {kind} ({why(error)}); correct it there."
-        ) from error
-    if not isinstance(values, dict):
-        raise UsageError(f"Settings file {shown(path)} must hold one object of names and values.")
-    return values
-
-
-def _of_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique, parse_float=read_number)
-
-
-def _of_toml(text: str) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-
-    return _unique(list(_without_tables(tomllib.loads(text, parse_float=read_number))))
-
-
-def _without_tables(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _without_tables(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", value
-
-
-def _of_yaml(text: str) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def number(loader: Any, node: Any) -> float:
-        return or_tiny(loader.construct_yaml_float(node), node.value)
-
-    Loader.add_constructor("tag:yaml.org,2002:float", number)
-    try:
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
-        return yaml.load(text, Loader)
-    except (yaml.YAMLError, OverflowError, TypeError, LookupError, AttributeError) as error:
-        # Beside its own errors the library lets through those of what it makes values with: dates, binary, numbers.
-        raise ValueError(str(error)) from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON and YAML let the last of several equal names win in silence."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"Setting {shown(name)} is given twice; keep one of them.")
-    return dict(pairs)
-
-
-def _refuse_repeated_keys(node: Any) -> None:
-    """``node`` is YAML's tree of a whole file."""
-    if isinstance(getattr(node, "value", None), list) and getattr(node, "id", "") == "mapping":
-        _unique([(str(key.value), None) for key, _ in node.value])
 
 
 def normalise(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,10 +51,12 @@ class Twins:
         data, sharding = (self.alone, self.axis) if stage else (self.axis, self.alone)
         return SimpleNamespace(data=data, sharding=sharding, tensor=self.alone)
 
-    def over(self, stage: int) -> Any:
-        """What :meth:`Buckets.build` asks of a parameter."""
+    def kinds(self, stage: int, **more: Any) -> Any:
+        """What :meth:`Buckets.build` needs to know of parameters."""
+        from sft_parallel_4d.buckets import Kinds
+
         axes = () if stage else (self.axis,)
-        return lambda parameter: axes
+        return Kinds(lambda parameter: axes, **more)
 
 
 def buckets_of(twins: Twins, stage: int, size: int = 1 << 27) -> Any:
@@ -76,7 +78,7 @@ def test_16_bit_gradients_add_up_in_float32_over_micro_batches_and_ranks(
     """40 gradients near 1, against float64. In bfloat16 they would be off by 1e-2."""
     twins, one = Twins(paddle, monkeypatch), parameter(paddle, 6, dtype="bfloat16")
     buckets = buckets_of(twins, stage)
-    buckets.build([one], twins.over(stage))
+    buckets.build([one], twins.kinds(stage))
     sums = WideSums([one])
     draws = 1 + 0.1 * np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
     gradients = [paddle.to_tensor(draw).astype("bfloat16") for draw in draws]
@@ -101,7 +103,7 @@ def test_the_collectives_of_a_step_do_not_grow_with_its_tensors(
     def sent(tensors: int) -> list[str]:
         twins, some = Twins(paddle, monkeypatch), [parameter(paddle, 5) for _ in range(tensors)]
         buckets = buckets_of(twins, stage)
-        buckets.build(some, twins.over(stage))
+        buckets.build(some, twins.kinds(stage))
         buckets.begin(2)
         for _ in range(2):
             paddle.add_n([one.sum() for one in some]).backward()
@@ -131,7 +133,7 @@ def test_buckets_leave_in_one_order_whatever_order_gradients_come_in(
     padded = {name: -(-size // 64) * 64 for name, size in sizes.items()}
     twins = Twins(paddle, monkeypatch)
     buckets = buckets_of(twins, 0, size=1)
-    buckets.build(list(some.values()), twins.over(0), late={id(some["shared"])})
+    buckets.build(list(some.values()), twins.kinds(0, late={id(some["shared"])}))
 
     def step(*order: tuple[str, ...]) -> list[list[str]]:
         """What has left after each backward pass through some, and at the end."""
@@ -156,7 +158,7 @@ def test_buckets_leave_in_one_order_whatever_order_gradients_come_in(
 def test_a_bucket_has_the_size_that_is_stated(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     twins, some = Twins(paddle, monkeypatch), [parameter(paddle, 64) for _ in range(12)]
     buckets = buckets_of(twins, 1, size=4 * 64 * 4)
-    buckets.build(some, twins.over(1))
+    buckets.build(some, twins.kinds(1))
     buckets.begin(1)
     paddle.add_n([one.sum() for one in some]).backward()
     buckets.finish()
@@ -169,7 +171,7 @@ def test_a_gradient_that_comes_when_its_bucket_has_left_ends_the_run(
     """It would be left out of the sum."""
     twins, one = Twins(paddle, monkeypatch), parameter(paddle, 5)
     buckets = buckets_of(twins, 1)
-    buckets.build([one], twins.over(1))
+    buckets.build([one], twins.kinds(1))
     buckets.begin(1)
     one.sum().backward()
     one.sum().backward()
@@ -177,11 +179,32 @@ def test_a_gradient_that_comes_when_its_bucket_has_left_ends_the_run(
         buckets.passed()
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_whoever_catches_the_error_of_a_step_goes_on_with_the_next(
+    paddle: Any, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    twins, some = Twins(paddle, monkeypatch), [parameter(paddle, 64) for _ in range(3)]
+    buckets = buckets_of(twins, stage, size=1)
+    buckets.build(some, twins.kinds(stage))
+    buckets.begin(1)
+    some[2].sum().backward()
+    some[2].sum().backward()
+    some[1].sum().backward()
+    with pytest.raises(SftError, match="more than once in a micro-batch"):
+        buckets.passed()
+    buckets.begin(1)
+    paddle.add_n([one.sum() for one in some]).backward()
+    buckets.passed()
+    buckets.finish()
+    for one in filter(buckets.holds, some):
+        np.testing.assert_array_equal(buckets.piece(one).grad.numpy(), [2.0] * buckets.piece(one).size)
+
+
 def test_gradients_of_others_are_left_alone(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever goes backward outside of a step has their gradient where paddle puts it."""
     twins, one = Twins(paddle, monkeypatch), parameter(paddle, 5)
     buckets = buckets_of(twins, 0)
-    buckets.build([one], twins.over(0))
+    buckets.build([one], twins.kinds(0))
     one.sum().backward()
     np.testing.assert_array_equal(one.grad.numpy(), [1.0] * 5)
     assert twins.sent == []
@@ -192,7 +215,7 @@ def test_an_optimizer_may_give_a_slice_another_memory(paddle: Any, monkeypatch: 
     """The new values are spread all the same: a slice that is no view of the buffer any more is written back to it."""
     twins, one = Twins(paddle, monkeypatch, rank), parameter(paddle, 256)
     buckets = buckets_of(twins, 1)
-    buckets.build([one], twins.over(1))
+    buckets.build([one], twins.kinds(1))
     paddle.full([128], 3.0)._share_buffer_to(buckets.piece(one))
     buckets.spread()
     np.testing.assert_array_equal(one.numpy(), [3.0] * 256)
@@ -228,9 +251,9 @@ def test_gradients_are_put_together_as_forward_meets_parameters(paddle: Any) -> 
 
 
 class Mixture:
-    """A model of three blocks, each of a vector, two matrices and four experts of which the first two are chosen."""
+    """A model of three blocks, each of a vector, two matrices and four experts of which the first ones are chosen."""
 
-    def __init__(self, paddle: Any) -> None:
+    def __init__(self, paddle: Any, chosen: int = 2) -> None:
         class Block(paddle.nn.Layer):
             def __init__(self) -> None:
                 super().__init__()
@@ -240,7 +263,7 @@ class Mixture:
 
             def forward(self, x: Any) -> Any:
                 x = x + ((x * self.norm) @ self.before) @ self.behind
-                return x + self.mlp.experts[0](x) + self.mlp.experts[1](x)
+                return paddle.add_n([x, *(expert(x) for expert in self.mlp.experts[:chosen])])
 
         self.blocks = [Block() for _ in range(3)]
         self.embedding = parameter(paddle, 40, 8)
@@ -270,7 +293,8 @@ def test_experts_leave_when_backward_is_through_with_their_block(
         for block in model.blocks:
             monkeypatch.setattr(block, "forward", partial(recomputed, block.forward))
     buckets = buckets_of(twins, 1)
-    buckets.build(model.met, twins.over(1), of_experts(model.blocks), alone={id(one) for one in model.met})
+    alone = {id(one) for one in model.met}
+    buckets.build(model.met, twins.kinds(1, experts=of_experts(model.blocks), alone=alone))
     buckets.begin(2)
     for _ in range(2):
         model.backward()
@@ -284,19 +308,26 @@ def test_experts_leave_when_backward_is_through_with_their_block(
 
 
 @pytest.mark.parametrize("size", [1, 3 * 64 * 4, 1 << 20])
-def test_what_is_whole_at_a_time_is_what_a_plan_says(paddle: Any, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+@pytest.mark.parametrize("case", ["all", "frozen embedding", "norms of their own"])
+def test_what_is_whole_at_a_time_is_what_a_plan_says(
+    paddle: Any, monkeypatch: pytest.MonkeyPatch, size: int, case: str
+) -> None:
     """Stage 2, of three micro-batches, where there is no reduce-scatter: a buffer is whole until it is settled."""
-    from sft_parallel_4d.buckets import of_experts
+    from sft_parallel_4d.buckets import Kinds, of_experts
     from sft_parallel_4d.filling import Gradient, Layer, whole
     from sft_parallel_4d.fleet import Bucket
 
     def lacking(*_: Any, **__: Any) -> Any:
         raise NotImplementedError
 
-    model, twins = Mixture(paddle), Twins(paddle, monkeypatch)
+    model, twins = Mixture(paddle, chosen=4), Twins(paddle, monkeypatch)
     monkeypatch.setattr(paddle.distributed, "reduce_scatter", lacking)
-    buckets = buckets_of(twins, 2, size)
-    buckets.build(model.met, twins.over(2), of_experts(model.blocks))
+    if case == "frozen embedding":
+        model.embedding.stop_gradient = True
+    buckets, summed = buckets_of(twins, 2, size), case == "norms of their own"
+    # As tensor ranks have them: their sums are summed once more.
+    kinds = Kinds(lambda one: (twins.axis,) if summed and one.ndim == 1 else (), of_experts(model.blocks))
+    buckets.build([one for one in model.met if not one.stop_gradient], kinds)
     found, add, settle = [], Bucket.add, Bucket.settle
 
     def live() -> int:
@@ -321,13 +352,16 @@ def test_what_is_whole_at_a_time_is_what_a_plan_says(paddle: Any, monkeypatch: p
 
     def gradient(one: Any) -> Any:
         step = 2 * 64  # values to which a buffer of two processes is filled up
-        return Gradient(4 * one.size, 4 * -(-one.size // step) * step, 4 * one.size, one.ndim > 1)
+        return Gradient(
+            4 * one.size, 4 * -(-one.size // step) * step, 4 * one.size, one.ndim > 1, summed and one.ndim == 1
+        )
 
     def layer(block: Any) -> Any:
         dense = tuple(map(gradient, (block.norm, block.before, block.behind)))
         return Layer(dense, tuple(map(gradient, block.mlp.experts.parameters())))
 
-    said = whole([Layer((gradient(model.embedding),)), *map(layer, model.blocks), Layer()], size, 2, False)
+    first = Layer(() if model.embedding.stop_gradient else (gradient(model.embedding),))
+    said = whole([first, *map(layer, model.blocks), Layer()], size, 2, False)
     assert (max(found), left) == (said.most, [said.left] * 3)
 
 
@@ -363,7 +397,7 @@ def test_copies_of_all_buckets_to_and_from_the_host_are_begun_before_any_is_wait
 
     twins, some = Twins(paddle, monkeypatch), [parameter(paddle, 64) for _ in range(6)]
     buckets = Buckets(twins.topology(1), 1, 2 * 64 * 4, Noting())
-    buckets.build(some, twins.over(1))
+    buckets.build(some, twins.kinds(1))
     calls.clear()
     buckets.begin(1)
     paddle.add_n([one.sum() for one in some]).backward()

@@ -45,6 +45,10 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], Plan]] = [
     ("mistral", {}, TENSOR | PIPELINE, Plan(tensor=2, pipeline=2, accumulation=2)),
     ("llama", LARGE, TENSOR | {"sharding": "stage1"}, Plan(sharding=2, stage=1, tensor=2, accumulation=2)),
     ("llama", LARGE, TENSOR | {"sharding": "stage3"}, Plan(sharding=2, stage=3, tensor=2, accumulation=2)),
+    (
+        *("llama", LARGER, TENSOR | SEQUENCE | {"sharding": "stage2"} | SMALL_BUCKETS),
+        Plan(sharding=2, stage=2, tensor=2, sequence=True, accumulation=2),
+    ),
     ("llama", {}, CONTEXT, Plan(context=2, accumulation=2)),
     ("llama", LARGE, CONTEXT | {"sharding": "stage1"}, Plan(context=2, stage=1, accumulation=2)),
     ("llama", LARGE, CONTEXT | {"sharding": "stage3"}, Plan(context=2, stage=3, accumulation=2, recompute=False)),

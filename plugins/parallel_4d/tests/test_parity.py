@@ -42,9 +42,10 @@ def check(trainings: Trainings, plan: str, **settings: Any) -> None:
 @pytest.mark.parametrize(
     ("plan", "what", "layout"),
     [
-        *crossed(["stage2", "pp2-virtual"], "full", "padded"),
+        *crossed(["pp2-virtual"], "full", "padded"),  # and stage2, in test_several_buckets.py
         *crossed(
             [
+                "stage2",
                 "tp2-sequence",
                 "dp2",
                 "stage3",

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -24,7 +25,28 @@ from sft_parallel_4d.offload import Host
 from sft_parallel_4d.topology import Axis, Topology
 
 _IN_BLOCK = re.compile(r"model\.layers\.(\d+)\.(\w+)\.(\w+)")
-Over = Callable[[Any], tuple[Axis, ...]]
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """What decides which gradients travel together: the axes, beside that of sharding, ``over`` which that of a
+    parameter is summed; blocks with their ``experts``' parameters, which a micro-batch may never reach; and by identity
+    what it may reach several times (``late``: they leave last), and what needs a bucket of its own (``alone``)."""
+
+    over: Callable[[Any], tuple[Axis, ...]]
+    experts: Sequence[tuple[Any, list[Any]]] = ()
+    late: Set[int] = frozenset()
+    alone: Set[int] = frozenset()
+
+    @cached_property
+    def with_block(self) -> set[int]:
+        """The identities of parameters of which the end of their block says that backward is through with them."""
+        return {id(parameter) for _, some in self.experts for parameter in some}
+
+    def of(self, parameter: Any) -> Hashable:
+        """What is equal of all that may share a bucket."""
+        one = id(parameter)
+        return self.over(parameter), one in self.late, one in self.with_block, one if one in self.alone else None
 
 
 @dataclass
@@ -48,8 +70,6 @@ class Buckets:
         self._of: dict[int, Bucket] = {}
         self._pieces: dict[int, Any] = {}
         self._next = self._count = 0
-        self._with_block: set[int] = set()
-        """The identities of parameters of which the end of their block says that backward is through with them."""
         self._leaving: Bucket | None = None
         """From stage 2 on what was sent last: it is whole until another one leaves."""
         self._open = False
@@ -57,39 +77,26 @@ class Buckets:
         self._wrong = ""
         """What was wrong in backward, which no error may leave."""
 
-    def build(
-        self,
-        parameters: Sequence[Any],
-        over: Over,
-        experts: Sequence[tuple[Any, list[Any]]] = (),
-        late: Set[int] = frozenset(),
-        alone: Set[int] = frozenset(),
-        units: Sequence[Bucket] = (),
-    ) -> None:
+    def build(self, parameters: Sequence[Any], kinds: Kinds, units: Sequence[Bucket] = ()) -> None:
         """Put what trains into buckets, as far as it is in none of ``units`` yet. ``parameters`` are in the order of
-        :func:`as_met`. ``over`` gives the axes, beside that of sharding, over which a parameter's gradient is summed.
-        ``experts`` are blocks with those of their parameters that a micro-batch may never reach. Identities say which
-        ``parameters`` it may reach several times (``late``: they leave last); and which need a bucket of their own
-        (``alone``)."""
-        self._with_block = {id(parameter) for _, some in experts for parameter in some}
-        kinds: dict[Any, list[Any]] = {}
+        :func:`as_met`."""
+        self._kinds = kinds
+        groups: dict[Any, list[Any]] = {}
         there = {id(parameter) for unit in units for parameter in unit.params}
         place = {id(parameter): number for number, parameter in enumerate(reversed(parameters))}
         for parameter in reversed(parameters):  # as backward reaches them
             if id(parameter) not in there:
-                of_its_own = id(parameter) if id(parameter) in alone else None
-                is_alike = id(parameter) in late, id(parameter) in self._with_block
-                kinds.setdefault((over(parameter), is_alike, of_its_own, str(parameter.dtype)), []).append(parameter)
-        ways = [self._way(unit, over, late) for unit in units]
-        for (axes, *_), of_kind in kinds.items():
-            for first in self._axes(axes)[:1]:
+                groups.setdefault((kinds.of(parameter), str(parameter.dtype)), []).append(parameter)
+        ways = [self._way(unit) for unit in units]
+        for of_kind in groups.values():
+            for first in self._axes(of_kind[0])[:1]:
                 for some in together(of_kind, self._size):
                     bucket = Bucket(some, first.group, cut=self._stage > 0, adds=self._stage < 2, host=self._host)
-                    ways.append(self._way(bucket, over, late))
+                    ways.append(self._way(bucket))
         ways.sort(key=lambda way: (way.is_late, max(place[id(parameter)] for parameter in way.bucket.params)))
         for way in ways:
             self._take(way)
-        for block, some in experts:
+        for block, some in kinds.experts:
             self._tell_when_through(block, some)
 
     def _tell_when_through(self, block: Any, parameters: Sequence[Any]) -> None:
@@ -106,13 +113,13 @@ class Buckets:
 
         block.register_forward_post_hook(after)
 
-    def _way(self, bucket: Bucket, over: Over, late: Set[int]) -> _Way:
+    def _way(self, bucket: Bucket) -> _Way:
         one = bucket.params[0]  # all are alike in this
-        return _Way(bucket, self._axes(over(one))[1:], id(one) in late)
+        return _Way(bucket, self._axes(one)[1:], id(one) in self._kinds.late)
 
-    def _axes(self, further: Iterable[Axis]) -> list[Axis]:
+    def _axes(self, parameter: Any) -> list[Axis]:
         """Those over which a gradient is summed: the first one while backward goes on. None: it does not travel."""
-        return [*([self._at.sharding] if self._stage else []), *further]
+        return [*([self._at.sharding] if self._stage else []), *self._kinds.over(parameter)]
 
     def _take(self, way: _Way) -> None:
         self._ways.append(way)
@@ -153,6 +160,7 @@ class Buckets:
     def begin(self, count: int) -> None:
         """A step begins in which backward will be gone through ``count`` times."""
         self._open, self._count = True, count if self._stage < 2 else 1
+        self._wrong, self._leaving = "", None  # an error may have ended the last one halfway
         for way in self._ways:
             way.bucket.forget()
         self._arm()
@@ -171,7 +179,7 @@ class Buckets:
             self._settle()
         way.bucket.add(parameter, gradient)
         del gradient  # before buckets are sent, and others settled
-        if id(parameter) not in self._with_block:
+        if id(parameter) not in self._kinds.with_block:
             self._count_down(way, parameter)
         elif id(parameter) not in way.due:
             self._wrong = _words(parameter)

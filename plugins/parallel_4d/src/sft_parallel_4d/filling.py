@@ -6,7 +6,7 @@ order, each when it is full; those of experts when backward is through with the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -23,6 +23,8 @@ class Gradient:
     size: int
     passing: int
     is_matrix: bool
+    kind: Hashable = None
+    """Those of one kind alone share buffers."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,11 @@ class _Backward:
 
 def _together(gradients: Mapping[Place, Gradient], bucket: int, in_units: bool) -> Iterator[list[Place]]:
     """Which gradients are in one buffer."""
-    kinds: dict[tuple[bool, int | None], list[Place]] = {}
+    kinds: dict[tuple[int | None, bool, Hashable], list[Place]] = {}
     for place, gradient in gradients.items():
-        kinds.setdefault((place[1], place[0] if in_units and gradient.is_matrix else None), []).append(place)
-    for (_, unit), places in kinds.items():
+        unit = place[0] if in_units and gradient.is_matrix else None
+        kinds.setdefault((unit, place[1], gradient.kind), []).append(place)
+    for (unit, *_), places in kinds.items():
         some, size = list[Place](), 0
         for place in places:
             some.append(place)

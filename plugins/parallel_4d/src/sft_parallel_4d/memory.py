@@ -141,7 +141,7 @@ class Calculator:
         """What a rank of ``stage`` holds whatever it computes."""
         size, gradients = stage.size, tuple[int, ...]()
         if plan.stage >= 2:
-            now = self._whole(stage, self._division(plan)[0], plan.stage == 3)
+            now = self._whole(stage, self._division(plan)[0], plan.sequence, plan.stage == 3)
             gradients = (size.piece_gradients, now.most, now.begun, now.left, now.growing)
         if plan.stage == 3:
             parameters = size.weights - size.matrices + size.vector_pieces * plan.pieces - size.vectors
@@ -156,8 +156,8 @@ class Calculator:
             return Held(size.weights, 0, size.optimizer, size.piece_gradients, size.passing, bucket)
         return Held(size.weights, 0, size.optimizer, size.gradients, size.widening)
 
-    def _whole_of(self, stage: Stage, division: Division, in_units: bool) -> Whole:
-        of_stage = layers(self.outline, stage, division, self.precision)
+    def _whole_of(self, stage: Stage, division: Division, sequence: bool, in_units: bool) -> Whole:
+        of_stage = layers(self.outline, stage, division, self.precision, sequence)
         return whole(of_stage, self.bucket, division.shards, in_units)
 
     def rank(self, plan: Plan, number: int, stage: Stage) -> Memory:

@@ -283,15 +283,18 @@ def cut(blocks: int, pipeline: int) -> list[int]:
     return [blocks * stage // pipeline for stage in range(pipeline + 1)]
 
 
-def layers(outline: Outline, stage: Stage, division: Division, precision: Precision) -> list[Layer]:
+def layers(outline: Outline, stage: Stage, division: Division, precision: Precision, sequence: bool) -> list[Layer]:
     """The gradients of a stage of :func:`stages`: of the embedding, of each block, and of what comes after these."""
+    shards = division.shards
+
+    def gradient(weight: Weight, one: Size) -> Gradient:
+        is_summed = bool(one.partial or (sequence and one.norms))
+        kind = is_summed, bool(one.copied), precision.bits(weight)
+        return Gradient(one.gradients, one.piece_gradients * shards, one.passing, len(weight.shape) > 1, kind)
 
     def of(weights: Iterable[tuple[Weight, str]]) -> tuple[Gradient, ...]:
-        sizes = ((weight, size_of(weight, side, division, precision)) for weight, side in weights if weight.trains)
-        shards = division.shards
         return tuple(
-            Gradient(one.gradients, one.piece_gradients * shards, one.passing, len(weight.shape) > 1)
-            for weight, one in sizes
+            gradient(weight, size_of(weight, side, division, precision)) for weight, side in weights if weight.trains
         )
 
     def block(number: int) -> Layer:

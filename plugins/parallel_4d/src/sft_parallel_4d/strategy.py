@@ -25,7 +25,7 @@ from sft.parallel import (
     whole_shape,
 )
 from sft_parallel_4d.adapters import Adapters
-from sft_parallel_4d.buckets import Buckets, as_met, of_experts, shared_by
+from sft_parallel_4d.buckets import Buckets, Kinds, as_met, of_experts, shared_by
 from sft_parallel_4d.context import ContextParallel
 from sft_parallel_4d.experts import ExpertParallel
 from sft_parallel_4d.idle import evaluating, nothing
@@ -137,15 +137,13 @@ class Parallel:
         if self._context is not None:
             self._context.connect(model)
         self._trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
-        shared, experts, units = shared_by(backbone.layers), of_experts(backbone.layers), []
-        if self._shards is not None:
-            layers = [(backbone.embed_tokens, False), *((block, True) for block in backbone.layers)]
-            layers.append((model.lm_head, False))
-            own = {id(p) for _, some in experts for p in some}
-            units = self._shards.build(layers, lambda p: (id(p) in shared, id(p) in own, self._summed_over(p)))
         tied = {id(p) for p in self._trained.values() if pipe is not None and pipe.is_tied(p)}
-        met = as_met(self._trained, model.architecture.norms)
-        self._buckets.build(met, self._summed_over, experts, shared, tied, units)
+        kinds = Kinds(self._summed_over, of_experts(backbone.layers), shared_by(backbone.layers), tied)
+        units: list[Any] = []
+        if self._shards is not None:  # without pipelines, so that all of the model is here
+            layers = [(backbone.embed_tokens, False), *((block, True) for block in backbone.layers)]
+            units = self._shards.build([*layers, (model.lm_head, False)], kinds.of)
+        self._buckets.build(as_met(self._trained, model.architecture.norms), kinds, units)
 
     @contextlib.contextmanager
     def assembled(self, model: Any) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,6 +90,22 @@ def test_what_is_damaged_is_named(folder: Path, change: Any, clause: str, is_see
     assert (damage(folder) is not None) == is_seen_at_once
 
 
+@pytest.mark.parametrize(
+    "name", ["weights.safetensors", "trainer/state.json", "trainer/manifest.json", "trainer", "more.safetensors"]
+)
+def test_a_link_is_none_of_its_files(folder: Path, name: str) -> None:
+    """Even where what it leads to is as it was written: that may be another thing by the time that it is read."""
+    away = folder.parent / "away"
+    if (folder / name).exists():
+        (folder / name).rename(away)
+    else:
+        away.write_bytes(b"")
+    (folder / name).symlink_to(away)
+    clause = "is none of its files" if name == "more.safetensors" else "is a link, and none of its files"
+    for progress in (None, QUIET):
+        assert damage(folder, progress) == f"{name} {clause}"
+
+
 def test_a_file_that_nobody_reads_may_lie_beside_it(folder: Path) -> None:
     (folder / "notes.txt").write_text("the one for the paper")
     assert damage(folder, QUIET) is None
@@ -161,6 +178,40 @@ def test_a_run_goes_on_from_the_newest_that_is_whole(
     assert passed == ["checkpoint-7 is passed over", "checkpoint-6 is passed over"]
     assert metrics(out, same=True) == metrics(whole(), same=True)
     assert contents(out) == contents(whole())
+
+
+@pytest.mark.parametrize(
+    ("sealed", "name"),
+    [(True, name) for name in ("trainer/state.json", "trainer/manifest.json", "model.safetensors", "config.json")]
+    + [(False, name) for name in ("trainer/state.json", "trainer/optimizer.safetensors", "model.safetensors")],
+)
+def test_a_checkpoint_with_a_link_is_passed_over(whole: Any, tmp_path: Path, sealed: bool, name: str) -> None:
+    out = shutil.copytree(whole(), tmp_path / "out")
+    newest, state = out / "checkpoint-12", out / "checkpoint-12" / "trainer" / "state.json"
+    if not sealed:
+        (newest / "trainer" / "manifest.json").unlink()
+        state.write_text(json.dumps({**json.loads(state.read_text()), "format": 3}))
+    (newest / name).rename(tmp_path / "away")
+    (newest / name).symlink_to(tmp_path / "away")
+    said: list[str] = []
+    found = read_checkpoint("auto", out, Progress(said.append))
+    assert found is not None
+    assert found.folder == out / "checkpoint-9"
+    assert (
+        said[-1] == f"note: {newest} is damaged: {name} is a link, and none of its files; checkpoint-12 is passed over"
+    )
+    with pytest.raises(sft.UsageError, match="is a link, and none of its files; resume from another"):
+        read_checkpoint(str(newest), out, QUIET)
+
+
+def test_a_named_pipe_for_a_state_is_not_waited_for(whole: Any, tmp_path: Path) -> None:
+    out = shutil.copytree(whole(), tmp_path / "out")
+    (out / "checkpoint-12" / "trainer" / "manifest.json").unlink()
+    (out / "checkpoint-12" / "trainer" / "state.json").unlink()
+    os.mkfifo(out / "checkpoint-12" / "trainer" / "state.json")
+    found = read_checkpoint("auto", out, QUIET)
+    assert found is not None
+    assert found.folder == out / "checkpoint-9"
 
 
 def test_where_none_is_whole_nothing_is_touched(train: Train, stopped: Path) -> None:

@@ -102,6 +102,16 @@ def link(path: str, target: str) -> Change:
     return change
 
 
+def moved(path: str, to: str) -> Change:
+    """What was at ``path`` lies elsewhere, and a link leads to it."""
+
+    def change(folder: Path) -> None:
+        (folder / path).rename(folder / to)
+        (folder / path).symlink_to((folder / to).absolute())
+
+    return change
+
+
 def pipe(path: str) -> Change:
     """A named pipe, which nobody ever writes to."""
 

@@ -13,7 +13,9 @@ from bad_inputs.case import (
     Change,
     each,
     edit,
+    link,
     mode,
+    moved,
     nested,
     of_json,
     of_tensors,
@@ -75,6 +77,22 @@ CASES = {
         "done/checkpoint-1 is damaged: trainer/state.json has 200,000 bytes", write(STATE, nested())
     ),
     "state: a named pipe": on("done/checkpoint-1 is not a checkpoint of sft", pipe(STATE)),
+    "state: a link to a device": on("done/checkpoint-1 is not a checkpoint of sft", link(STATE, "/dev/zero")),
+    "state: a link to a state": on(
+        "done/checkpoint-1 is damaged: trainer/state.json is a link, and none of its files",
+        moved(STATE, "away.json"),
+    ),
+    "manifest: a link": on(
+        "done/checkpoint-1 is damaged: trainer/manifest.json is a link, and none of its files",
+        moved(f"{FOLDER}/trainer/manifest.json", "away.json"),
+    ),
+    "trainer: a link": on(
+        "done/checkpoint-1 is damaged: trainer is a link, and none of its files", moved(f"{FOLDER}/trainer", "away")
+    ),
+    "adapter: a link": on(
+        "done/checkpoint-1 is damaged: adapter_model.safetensors is a link, and none of its files",
+        moved(ADAPTER, "away.safetensors"),
+    ),
     "state: no permission": on(
         "done/checkpoint-1/trainer/state.json cannot be read (Permission denied), so nobody can tell whether",
         mode(STATE, 0),

@@ -13,7 +13,7 @@ from sft.files import read_report
 from sft.plugins.calls import a_or_an
 from sft.progress import Progress
 from sft.training.manifest import NAME as MANIFEST
-from sft.training.manifest import damage
+from sft.training.manifest import damage, link_among, read_names
 
 FORMAT = 4
 """The format in which checkpoints are written. Formats 2, which holds what trains twice, and 3 can still be read; they
@@ -130,6 +130,9 @@ def whole_checkpoint(folder: Path, progress: Progress) -> Checkpoint:
     sealed = (folder / MANIFEST).exists()
     state = None if sealed else read_state(folder)
     if state is not None and state["format"] in _UNSEALED:
+        linked = link_among(folder, read_names(folder))
+        if linked is not None:
+            raise _damaged(folder, linked)
         progress.say(
             f"note: {folder.name} was written by an earlier version of sft, without a list of its files, so damage to "
             "them would go unnoticed"
@@ -173,6 +176,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     """``state.json`` of a checkpoint."""
     path = folder / "trainer" / "state.json"
     cure = "resume from another checkpoint."
+    linked = link_among(folder, ["trainer/state.json"])
+    if linked is not None:
+        raise _damaged(folder, linked)
+    if path.exists() and not path.is_file():  # to read a named pipe would wait for ever
+        raise _damaged(folder, "trainer/state.json is no file")
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError) as error:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -40,17 +40,32 @@ def write_manifest(folder: Path) -> None:
 def damage(folder: Path, progress: Progress | None = None) -> str | None:
     """How the checkpoint in ``folder`` differs from what was written, as a clause; None if it is whole.
 
-    Without a ``progress`` it is looked at, and its files are not read: what is missing or cut off is noticed. Raises
-    :class:`OSError` where nobody can tell, because a file that is there cannot be read.
+    Without a ``progress`` it is looked at, and its files are not read: what is missing, cut off or a link is noticed.
+    Raises :class:`OSError` where nobody can tell, because a file that is there cannot be read.
     """
     try:
         files = _listed(folder)
-        wrong = _of_sizes(folder, files) or _beside(folder, files)
+        wrong = link_among(folder, files) or _of_sizes(folder, files) or _beside(folder, files)
         return wrong or (_of_content(folder, files, progress) if progress is not None else None)
     except _DamageError as error:
         return str(error)
     except FileNotFoundError as error:
         return f"{error.filename or folder} has gone"
+
+
+def link_among(folder: Path, names: Iterable[str]) -> str | None:
+    """A clause on the first of the files ``names`` in a checkpoint's ``folder`` that is a link, or lies in one: what it
+    leads to is somebody else's, and may be anything by the time that it is read. None if all are its own."""
+    for name in names:
+        for one in (name, *map(str, PurePosixPath(name).parents[:-1])):
+            if (folder / one).is_symlink():
+                return f"{one} is a link, and none of its files"
+    return None
+
+
+def read_names(folder: Path) -> list[str]:
+    """The files in ``folder`` that readers of a model, or a run, look for, whether they belong there or not."""
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.suffix in _READ]
 
 
 class _DamageError(Exception):
@@ -59,6 +74,9 @@ class _DamageError(Exception):
 
 def _listed(folder: Path) -> Mapping[str, Mapping[str, Any]]:
     """The files of the manifest of ``folder``."""
+    linked = link_among(folder, [NAME])
+    if linked is not None:
+        raise _DamageError(linked)
     if not (folder / NAME).is_file():
         raise _DamageError(f"{NAME} is missing")
     try:
@@ -94,9 +112,8 @@ def _of_sizes(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | Non
 
 def _beside(folder: Path, files: Mapping[str, Any]) -> str | None:
     """A file from elsewhere would be read with the others, or instead of one."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if name not in files and name != NAME and path.suffix in _READ and path.is_file():
+    for name in read_names(folder):
+        if name not in files and name != NAME and (folder / name).is_file():
             return f"{name} is none of its files"
     return None
 

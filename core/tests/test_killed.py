@@ -229,6 +229,10 @@ def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_the_new_one(
     own, out, before = checkpoint.save, tmp_path / "out", tmp_path / "before"
     found: list[int] = []
 
+    def saved_at_the_end(run: Any, optimizer: Any, state: dict[str, Any]) -> None:
+        own(run, optimizer, state)
+        checkpoint.drop_old(run, state["step"], is_end=True)
+
     def killed(run: Any, optimizer: Any, state: dict[str, Any]) -> Path:
         if state["step"] == 3:
             return own(run, optimizer, state)
@@ -238,7 +242,7 @@ def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_the_new_one(
         for operation in range(1000):
             shutil.rmtree(out)
             shutil.copytree(before, out)
-            stops = killer.kills(operation, lambda: own(run, optimizer, state))
+            stops = killer.kills(operation, lambda: saved_at_the_end(run, optimizer, state))
             newest = read_checkpoint("auto", out, Progress(lambda text: None))
             assert newest is not None
             found.append(newest.state["step"])

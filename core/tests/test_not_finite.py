@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stopped_runs import StoppedError, contents, stopping_when_saved
+from stopped_runs import StoppedError, checkpoints_of, contents, stopping_when_saved
 
 import sft
 from sft.files import read_report
@@ -123,11 +123,49 @@ def test_a_resumed_run_counts_on(train: Train, tmp_path: Path, poison: Callable[
     with pytest.raises(StoppedError):
         train("out", (stopping_when_saved(2),), **settings)
     poison(1)
-    message = r"finite at step 3 .*, which is the last of 2 in a row \(max_skipped_in_a_row\); lower .*checkpoint-2\."
+    message = (
+        r"finite at step 3 .*, which is the last of 2 in a row \(max_skipped_in_a_row\); lower .*checkpoint-2, or "
+        r"start again if that fails too, for no step has been taken from it\."
+    )
     with pytest.raises(sft.SftError, match=message):
         train("out", resume_from_checkpoint="auto", **settings)
     poison(3)  # from step 3 on
     assert train("out", resume_from_checkpoint="auto", **settings).skipped_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("skips", "last"), [({}, 5), ({"skip_nan_grad": True, "max_skipped_in_a_row": 4}, 8)], ids=["ends", "skips"]
+)
+def test_the_checkpoint_before_the_ruin_stays(train: Train, tmp_path: Path, skips: dict[str, Any], last: int) -> None:
+    """Step 4 leaves weights that are finite, and of which no loss is. They are saved as it ends, and as the steps after
+    it are skipped; yet ``save_total_limit 1`` does not make the good one go, and it is the one that is named."""
+
+    class Ruin(sft.Plugin):
+        name = "ruin"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            left.append(checkpoints_of(run.output_dir))
+            if record["step"] == 4 and "good" not in str(run.output_dir):
+                parameter = dict(run.model.named_parameters())["model.layers.1.mlp.up_proj.weight"]
+                parameter.set_value(np.full(parameter.shape, 1e38, np.float32))
+
+    left: list[list[str]] = []
+    settings = {**SAVING, **PLAIN, **skips, "save_total_limit": 1, "max_steps": 9}
+    with pytest.raises(sft.SftError, match=rf"not? ?.*finite at step {last} .*resume from \S+checkpoint-3\.$"):
+        train("out", (Ruin,), **settings)
+    named = tmp_path / "out" / "checkpoint-3"
+    assert checkpoints_of(tmp_path / "out") == ["checkpoint-3", f"checkpoint-{max(4, last - 1)}"]
+    with pytest.raises(sft.SftError, match=r"resume from \S+checkpoint-3\.$"):  # it is not removed by the next try
+        train("out", (Ruin,), resume_from_checkpoint="auto", **settings)
+    left.clear()
+    train("good", (Ruin,), resume_from_checkpoint=str(named), **settings)
+    assert left == [
+        [],
+        *([f"checkpoint-{step}"] for step in range(4, 9)),
+    ]  # the older one has gone when a step is taken
+    assert checkpoints_of(tmp_path / "good") == ["checkpoint-9"]
 
 
 def test_a_model_that_is_not_finite_is_not_skipped_over(train: Train, tmp_path: Path) -> None:

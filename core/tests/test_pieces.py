@@ -190,6 +190,7 @@ def test_two_processes_write_one_checkpoint(
         run = SimpleNamespace(
             **{"strategy": strategy, "output_dir": tmp_path, "model": None, "exports_adapter": True, "hook": hook},
             settings=SimpleNamespace(training=training),
+            taken=1,
             check_lock=lambda: None,
             plugins=SimpleNamespace(names=["counter"], ask=lambda name, hook, run: {"count": rank}),
         )

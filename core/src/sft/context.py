@@ -218,6 +218,7 @@ class CoreRun(Run):
         other_arithmetic: Where it was another: for each time the step, what that went on from, and the differences.
         earlier: Where it went on from a checkpoint with other settings or another arithmetic: for each time the step
             ``until`` which it had these ``settings`` and this ``arithmetic``, in ascending order.
+        taken: The last step that changed the model; later ones may have been skipped.
         at: The step that is computed, or was the last one (:class:`sft.data.batches.Step`); None before the first.
         objective: What it minimises, once the model is there.
         whole: Structured names of the parameters that train whole beside an adapter (``modules_to_save``).
@@ -261,6 +262,7 @@ class CoreRun(Run):
         self.best: dict[str, Any] = {}
         self.other_arithmetic: list[dict[str, Any]] = []
         self.earlier: list[dict[str, Any]] = []
+        self.taken = 0
         self.at: Step | None = None
         self.date: datetime | None = None
         self.whole: list[str] = []

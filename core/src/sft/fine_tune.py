@@ -228,11 +228,11 @@ def begin(
             journal.rewind(state, before / "metrics.jsonl"),
             journal.steps.rewind(run.step, state.get("steps"), before / STEPS),
         )
+        run.taken = run.step - journal.skipped_in_a_row
         for clause in filter(None, changed):
             run.say(f"note: {clause}")
         keep_rows(run, before)
         run.before, run.evaluation, run.best = state["before"], state["evaluation"], best.best_so_far(run, state)
-        checkpoint.drop_old(run, run.step)  # it may have been killed after it had saved
         run.say(f"resuming from {resumed.folder} after step {run.step}")
     return Begun(schedule, optimizer, rates, journal, wishes, record)
 

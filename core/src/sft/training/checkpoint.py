@@ -24,7 +24,7 @@ from sft.errors import PluginError, UsageError
 from sft.files import can_write, remove_folder, save_tensors, staged_folder, staging_of, sync, write_json
 from sft.plugins.calls import a_or_an
 from sft.training.checkpoint_folder import FORMAT, checkpoints, step_of
-from sft.training.divergence import check_finite
+from sft.training.divergence import check_finite, last_good
 from sft.training.held_once import find_places, take
 from sft.training.manifest import write_manifest
 from sft.training.result import write_result
@@ -40,8 +40,8 @@ OPTIMIZER = "optimizer"
 
 
 def save(run: CoreRun, optimizer: Optimizer, state: dict[str, Any]) -> Path:
-    """Write ``checkpoint-N`` for ``state["step"]`` and drop the oldest ones beyond ``save_total_limit``; the best one
-    stays where the run is to end with it. Weights that are not finite are an :class:`SftError` before anything changes.
+    """Write ``checkpoint-N`` for ``state["step"]`` and drop the oldest ones beyond ``save_total_limit``, as
+    :func:`drop_old` does. Weights that are not finite are an :class:`SftError` before anything changes.
 
     Where several processes share the run each writes its part of the optimizer's state, and the main one the rest.
     """
@@ -58,7 +58,7 @@ def save(run: CoreRun, optimizer: Optimizer, state: dict[str, Any]) -> Path:
         pieces = strategy.pieces(optimizer.parameters)
         shared(strategy, lambda: save_pieces(own, optimizer.state(), pieces, optimizer.grains))
         shared(strategy, lambda: _close(run, folder, staged))
-    shared(strategy, lambda: drop_old(run, state["step"]))
+    drop_old(run, state["step"])
     if strategy.is_main:
         run.hook.sft_checkpoint_saved(run=run, folder=folder)
     return folder
@@ -102,16 +102,24 @@ def _close(run: CoreRun, folder: Path, staged: contextlib.ExitStack) -> None:
     staged.close()
 
 
-def drop_old(run: CoreRun, step: int) -> None:
-    """Remove the oldest checkpoints beyond ``save_total_limit``. That of ``step`` is whole, and counts as one of them:
-    it stays, and so does the best one where the run is to end with it."""
+def drop_old(run: CoreRun, step: int, is_end: bool = False) -> None:
+    """Remove the oldest checkpoints beyond ``save_total_limit``. That of ``step`` is whole, and counts as one of them.
+
+    It stays, and so does the best one where the run is to end with it, and, unless this ``is_end``, the newest one from
+    which a step has been taken: of later ones nobody knows yet whether their weights are of any use. All processes take
+    part.
+    """
     limit = run.settings.training.save_total_limit
-    if not run.strategy.is_main or not limit:
-        return
-    best = run.best["step"] if run.settings.training.load_best_model_at_end and run.best else None
+    if limit:
+        shared(run.strategy, lambda: _drop_old(run, step, limit, is_end) if run.strategy.is_main else None)
+
+
+def _drop_old(run: CoreRun, step: int, limit: int, is_end: bool) -> None:
+    stays = {run.best["step"]} if run.settings.training.load_best_model_at_end and run.best else set()
     older = [folder for folder in checkpoints(run.output_dir) if step_of(folder) < step]
+    good = None if is_end else last_good(run)
     for folder in older[: max(0, len(older) - (limit - 1))]:
-        if step_of(folder) != best:
+        if step_of(folder) not in stays and folder != good:
             remove_folder(folder)
 
 

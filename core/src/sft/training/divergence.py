@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import paddle
 
 from sft.errors import SftError, UsageError
-from sft.training.checkpoint_folder import checkpoints, find_checkpoint
+from sft.training.checkpoint_folder import checkpoints, find_checkpoint, is_checkpoint, step_of
 
 if TYPE_CHECKING:
     from sft.context import CoreRun
@@ -103,7 +103,19 @@ def last_checkpoint(run: CoreRun) -> Path | None:
     return None
 
 
+def last_good(run: CoreRun) -> Path | None:
+    """The newest checkpoint of the run from which a step has been taken: its weights can be trained on. Those of a
+    later one may be finite and ruined all the same, which the step after it shows."""
+    written = reversed(checkpoints(run.output_dir))
+    return next((folder for folder in written if step_of(folder) < run.taken and is_checkpoint(folder)), None)
+
+
 def _cure(run: CoreRun) -> str:
-    last = last_checkpoint(run)
-    go_on = f"resume from {last}" if last is not None else "start again, for there is no checkpoint"
+    good, last = last_good(run), last_checkpoint(run)
+    if good is not None:
+        go_on = f"resume from {good}"
+    elif last is not None:
+        go_on = f"resume from {last}, or start again if that fails too, for no step has been taken from it"
+    else:
+        go_on = "start again, for there is no checkpoint"
     return f"lower learning_rate ({run.settings.training.learning_rate:g}), and {go_on}"

@@ -122,7 +122,7 @@ def train(
     size, rank, world = settings.per_device_train_batch_size, strategy.data_rank, strategy.data_world
     left = (until or total) - start if run.stopped_early is None else 0
     steps = islice(schedule.batches(start, place, rank, world, size), left)  # one more may be a window more
-    step, first_rows = start, FirstRows(run, run.output_dir)
+    step, was_saved, first_rows = start, start, FirstRows(run, run.output_dir)
     run.stop.waits_for(_before_stopping(start + 1, settings.save_strategy, until))
     for at, batches in one_ahead(steps):
         began, step, epoch = time.monotonic(), at.number, at.epoch
@@ -163,7 +163,8 @@ def train(
         if scale.accepts(loss_sum, grad_norm):
             optimizer.step(rate, unscaled * clip_factor(grad_norm, settings.max_grad_norm))
             strategy.updated()
-            run.step, journal.skipped_in_a_row = step, 0
+            run.step = run.taken = step
+            journal.skipped_in_a_row = 0
             record = {
                 "step": step,
                 "epoch": epoch,
@@ -175,6 +176,9 @@ def train(
                 "padding_tokens": padding,
                 **{name: value / share for name, value in values.items()},
             }
+            if was_saved:  # and is good to train on, so older ones may go
+                checkpoint.drop_old(run, was_saved)
+                was_saved = 0
             journal.add(loss_sum, weight, tokens, targets, padding, len(at.rows), grad_norm, values)
             speed = tokens / (time.monotonic() - began)
             display.step(record, speed)
@@ -216,6 +220,7 @@ def train(
         if saves:
             run.best = better(run, evaluation) if evaluation is not None else run.best
             folder = checkpoint.save(run, optimizer, state_after(run, schedule, journal, at, scale))
+            was_saved = step
             display.saved(folder)
             wishes.saved(folder)
             wishes.hear()  # a signal that has come meanwhile need not wait for another step
@@ -226,6 +231,8 @@ def train(
                 display.saved(checkpoint.save(run, optimizer, state_after(run, schedule, journal, at, scale)))
             raise SignalError(wishes.signal, f"after step {step}")
         run.stop.waits_for(_before_stopping(step + 1, settings.save_strategy, until))
+    if was_saved:
+        checkpoint.drop_old(run, was_saved, is_end=not journal.skipped_in_a_row)
     run.model.eval()
     return step, epoch
 

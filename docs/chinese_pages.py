@@ -21,8 +21,11 @@ CHINESE = DOCS / "zh"
 ENGLISH_ALONE = {
     "architecture.md": "for the project's own developers",
     "index.md": "the site's front page, which has one of its own in each language",
+    "reference/hooks.md": "docstrings of the code, for authors of plugins, who have them beside the code in English",
+    "reference/public.md": "the first sentences of docstrings, likewise",
 }
-"""The pages of docs/ that have no Chinese one, and why."""
+"""The pages of docs/ and docs/reference/ that have no Chinese one, and why. docs/decisions/ is for the project's own
+developers as a whole, and READMEs of plugins are those of their packages, which an index shows in one language."""
 STAMP = re.compile(r"^<!-- en ([0-9a-f]{8}) -->\n", re.MULTILINE)
 
 

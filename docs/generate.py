@@ -13,13 +13,9 @@ from making.readme import with_tables
 from making.reference import commands_page, hooks_page, paddlenlp_page, public_page, settings_page
 
 FOLDER = DOCS / "reference"
-PAGES = {
-    "public.md": public_page,
-    "settings.md": settings_page,
-    "paddlenlp.md": paddlenlp_page,
-    "hooks.md": hooks_page,
-    "commands.md": commands_page,
-}
+IN_CHINESE = {"settings.md": settings_page, "paddlenlp.md": paddlenlp_page, "commands.md": commands_page}
+"""Those that are written in both languages; docs/chinese_pages.py says why the others are not."""
+PAGES = {**IN_CHINESE, "public.md": public_page, "hooks.md": hooks_page}
 
 
 def main(check: bool) -> int:
@@ -28,8 +24,8 @@ def main(check: bool) -> int:
     pages = {FOLDER / name: page() for name, page in PAGES.items()}
     pages[DOCS / "certify.md"] = certify_page()
     pages[DOCS / "influence.md"] = influence_page()
-    pages[CHINESE_PAGES / "reference" / "settings.md"] = settings_page(in_chinese)
-    pages[CHINESE_PAGES / "reference" / "commands.md"] = commands_page(in_chinese)
+    for name, page in IN_CHINESE.items():
+        pages[CHINESE_PAGES / "reference" / name] = page(in_chinese)
     for path in CHINESE_PAGES.glob("*.md"):
         english = DOCS / path.name
         pages[path] = chinese_page(path, pages.get(english) or english.read_text(encoding="utf-8"))

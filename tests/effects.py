@@ -143,14 +143,16 @@ EFFECTS: dict[str, Effect] = {
         lambda a, b: a.summary.total_parameters != b.summary.total_parameters,
     ),
     "lora": Effect("trains low-rank adapters", LORA, lambda a, b: b.adapter["peft_type"] == "LORA"),
-    "lora_rank": Effect("their rank", {"lora_rank": 4}, lambda a, b: (a.adapter["r"], b.adapter["r"]) == (8, 4), LORA),
+    "lora_rank": Effect(
+        "rank of the adapters", {"lora_rank": 4}, lambda a, b: (a.adapter["r"], b.adapter["r"]) == (8, 4), LORA
+    ),
     "rslora": Effect(
-        "their scaling is α/√r",
+        "the adapters' scaling is α/√r",
         {"rslora": True},
         lambda a, b: b.adapter["use_rslora"] is True and last(a) != last(b),
         LORA,
     ),
-    "pissa": Effect("they start from singular vectors", {"pissa": True}, lambda a, b: b.adapter["r"] == 16, LORA),
+    "pissa": Effect("adapters start from singular vectors", {"pissa": True}, lambda a, b: b.adapter["r"] == 16, LORA),
     "lora_plus_scale": Effect(
         "B learns that many times faster than A",
         {"lora_plus_scale": 4.0},
@@ -161,7 +163,10 @@ EFFECTS: dict[str, Effect] = {
         "trains vectors over one random pair", {"vera": True}, lambda a, b: b.adapter["peft_type"] == "VERA"
     ),
     "vera_rank": Effect(
-        "the pair's rank", {"vera_rank": 4}, lambda a, b: (a.adapter["r"], b.adapter["r"]) == (8, 4), {"vera": True}
+        "rank of the random pair",
+        {"vera_rank": 4},
+        lambda a, b: (a.adapter["r"], b.adapter["r"]) == (8, 4),
+        {"vera": True},
     ),
     "neftune": Effect(
         "adds noise to embeddings while training",
@@ -169,7 +174,7 @@ EFFECTS: dict[str, Effect] = {
         lambda a, b: a.losses[0] != b.losses[0] and a.summary.eval_loss_before == b.summary.eval_loss_before,
     ),
     "neftune_noise_alpha": Effect(
-        "how much", {"neftune_noise_alpha": 50.0}, lambda a, b: a.losses[0] != b.losses[0], {"neftune": True}
+        "how much noise", {"neftune_noise_alpha": 50.0}, lambda a, b: a.losses[0] != b.losses[0], {"neftune": True}
     ),
     "weight_quantize_algo": Effect(
         "holds the base model in 4 or 8 bits",
@@ -197,7 +202,7 @@ EFFECTS: dict[str, Effect] = {
         lambda a, b: b.summary.tokens > a.summary.tokens,
     ),
     "greedy_zero_padding": Effect(
-        "packs them best-fit-decreasing",
+        "packs records best-fit-decreasing",
         {"greedy_zero_padding": True},
         lambda a, b: "greedy-zero-padding" in b.plugins and b.summary.tokens > a.summary.tokens,
     ),
@@ -230,7 +235,7 @@ EFFECTS: dict[str, Effect] = {
         GENERATING,
     ),
     "top_p": Effect(
-        "draws them from the likeliest of that joint probability",
+        "draws answers from the likeliest tokens of that joint probability",
         {"top_p": 0.01},
         lambda a, b: a.summary.samples[0]["before"] != b.summary.samples[0]["before"],
         {**GENERATING, "top_k": 0},
@@ -253,19 +258,23 @@ EFFECTS: dict[str, Effect] = {
         lambda a, b: (a.summary.steps, b.summary.steps) == (24, 12),
         {"max_steps": -1, "num_train_epochs": 2},
     ),
-    "max_steps": Effect("optimizer steps", {"max_steps": 2}, lambda a, b: b.summary.steps == 2),
+    "max_steps": Effect("the most optimizer steps", {"max_steps": 2}, lambda a, b: b.summary.steps == 2),
     "learning_rate": Effect(
-        "the peak", {"learning_rate": 2e-3}, lambda a, b: b.rates == pytest.approx([2 * rate for rate in a.rates])
+        "the peak of the learning rate",
+        {"learning_rate": 2e-3},
+        lambda a, b: b.rates == pytest.approx([2 * rate for rate in a.rates]),
     ),
     "warmup_steps": Effect("steps up to the peak", {"warmup_steps": 2}, lambda a, b: b.rates[:3] == [0.0, 5e-4, 1e-3]),
     "warmup_ratio": Effect(
-        "likewise, as a share", {"warmup_ratio": 0.5}, lambda a, b: b.rates[:3] == [0.0, 5e-4, 1e-3]
+        "steps up to the peak, as a share of all", {"warmup_ratio": 0.5}, lambda a, b: b.rates[:3] == [0.0, 5e-4, 1e-3]
     ),
     "lr_scheduler_type": Effect(
-        "the shape of the decay", {"lr_scheduler_type": "constant"}, lambda a, b: set(b.rates) == {1e-3} != set(a.rates)
+        "the shape of the learning rate's decay",
+        {"lr_scheduler_type": "constant"},
+        lambda a, b: set(b.rates) == {1e-3} != set(a.rates),
     ),
     "weight_decay": Effect(
-        "of AdamW",
+        "the decay of AdamW",
         {"weight_decay": 0.3},
         lambda a, b: (a.decay, b.decay) == (0.0, 0.3) and a.losses[:2] != b.losses[:2],
     ),
@@ -283,7 +292,10 @@ EFFECTS: dict[str, Effect] = {
         lambda a, b: (a.evaluated, b.evaluated) == ([0, 4], [0, 1, 2, 3, 4]),
     ),
     "eval_steps": Effect(
-        "steps between", {"eval_steps": 2}, lambda a, b: b.evaluated == [0, 2, 4], {"evaluation_strategy": "steps"}
+        "steps between two evaluations",
+        {"eval_steps": 2},
+        lambda a, b: b.evaluated == [0, 2, 4],
+        {"evaluation_strategy": "steps"},
     ),
     "do_eval": Effect(
         "measures dev data at all",
@@ -299,10 +311,12 @@ EFFECTS: dict[str, Effect] = {
         lambda a, b: (a.measured, b.measured) == ([6], [4, 2]),
     ),
     "save_strategy": Effect("when checkpoints are written", SAVING, lambda a, b: b.checkpoints == [1, 2, 3, 4]),
-    "save_steps": Effect("steps between", {"save_steps": 3}, lambda a, b: b.checkpoints == [3], SAVING),
-    "save_total_limit": Effect("how many stay", {"save_total_limit": 2}, lambda a, b: b.checkpoints == [3, 4], SAVING),
+    "save_steps": Effect("steps between two checkpoints", {"save_steps": 3}, lambda a, b: b.checkpoints == [3], SAVING),
+    "save_total_limit": Effect(
+        "how many checkpoints stay", {"save_total_limit": 2}, lambda a, b: b.checkpoints == [3, 4], SAVING
+    ),
     "seed": Effect(
-        "of shuffling and drawing",
+        "the seed of shuffling and drawing",
         {"seed": 7},
         lambda a, b: a.losses != b.losses and a.summary.eval_loss_before == b.summary.eval_loss_before,
     ),
@@ -353,7 +367,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "core/tests/test_precision.py::test_what_the_device_cannot_do_is_said_and_computed_in_float32",
     ),
     "fp16": (
-        "likewise, with a dynamic loss scale",
+        "16-bit matrix products, with a dynamic loss scale",
         "core/tests/test_precision.py::test_levels_on_a_gpu",
     ),
     "lora_path": (

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from making.chinese import WORDS
 from making.project import ROOT, own_plugins
+from making.reference import paddlenlp_page
 from rich.cells import cell_len
 
 from sft.certify.certify import CHECKS
@@ -82,6 +83,9 @@ def test_each_text_of_help_is_translated_and_no_translation_is_left_over() -> No
 def test_each_word_of_the_generated_pages_is_translated() -> None:
     for check in CHECKS:
         assert check.sentence in WORDS, "docs/zh/words.json lacks it"
+    asked: list[str] = []
+    paddlenlp_page(lambda text, package="sft": asked.append(text) or text)
+    assert [text for text in asked if text not in WORDS] == [], "docs/zh/words.json lacks these"
 
 
 def test_a_key_stands_once_in_a_table() -> None:

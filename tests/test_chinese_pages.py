@@ -50,6 +50,13 @@ def test_no_chinese_page_is_left_over() -> None:
     assert not set(ENGLISH_ALONE) & {english.name for english, _ in PAGES}
 
 
+def test_each_page_of_the_reference_is_made_in_chinese_too_or_says_why_not() -> None:
+    made = [f"reference/{path.name}" for path in (CHINESE / "reference").glob("*.md")]
+    alone = [name for name in ENGLISH_ALONE if name.startswith("reference/")]
+    english = sorted(f"reference/{path.name}" for path in (CHINESE.parent / "reference").glob("*.md"))
+    assert sorted([*made, *alone]) == english, "docs/generate.py writes them; ENGLISH_ALONE says why one is not written"
+
+
 def test_sections_have_their_code() -> None:
     first, second = sections(ENGLISH)
     assert (first.level, first.heading, first.code) == (1, "Title", (("bash", "# no heading\nls\n"),))

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -135,63 +135,68 @@ def commands_page(say: Say = as_it_is) -> str:
     return "\n".join([*lines, ""])
 
 
-def paddlenlp_page() -> str:
+def paddlenlp_page(say: Say = as_it_is) -> str:
     sys.path.insert(0, str(ROOT / "tests"))
     from effects import EFFECTS, ELSEWHERE
 
     lines = [
-        "# PaddleNLP's settings",
+        "# " + say("PaddleNLP's settings"),
         "",
-        "Made by `make docs` from tests/effects.py and the code. A settings file of `run_finetune.py` runs as it is:",
-        "`sft run lora_argument.json`.",
+        say("Made by `make docs` from tests/effects.py and the code."),
+        say("A settings file of `run_finetune.py` runs as it is: `sft run lora_argument.json`."),
         "",
-        "Two defaults differ: `do_train` is true, and `do_eval` unset: dev data is measured where there is some.",
+        say("Two defaults differ: `do_train` is true, and `do_eval` unset: dev data is measured where there is some."),
         "",
-        "## Honoured",
+        f"## {say('Honoured')}",
         "",
-        "Each has a test that sees its effect: where none is named, `tests/test_each_setting.py`.",
+        say("Each has a test that sees its effect: where none is named, `tests/test_each_setting.py`."),
         "",
-        "| setting | effect | read by | test |",
+        _row(map(say, ("setting", "effect", "read by", "test"))),
         "|---|---|---|---|",
     ]
     for name in sorted({*EFFECTS, *ELSEWHERE}):
         text = EFFECTS[name].text if name in EFFECTS else ELSEWHERE[name][0]
         test = f"`{ELSEWHERE[name][1].partition('::')[2]}`" if name in ELSEWHERE else ""
-        lines.append(f"| `{name}` | {text} | {_reader(name)} | {test} |")
+        lines.append(f"| `{name}` | {say(text)} | {_reader(name, say)} | {test} |")
     lines += [
         "",
-        "## Without effect",
+        f"## {say('Without effect')}",
         "",
-        "Named in one list when a run begins. Any other value than those given is an error.",
+        say("Named in one list when a run begins. Any other value than those given is an error."),
         "",
-        "| setting | values | why |",
+        _row(map(say, ("setting", "values", "why"))),
         "|---|---|---|",
     ]
     hidden = ("", "null", "none", "no", "off", "yes", "on")
-    for name, foreign in sorted([*FOREIGN.items(), *_answered()], key=lambda row: row[0]):
+    said = [(name, replace(foreign, reason=say(foreign.reason))) for name, foreign in FOREIGN.items()]
+    for name, foreign in sorted([*said, *_answered(say)], key=lambda row: row[0]):
         if name in {*EFFECTS, *ELSEWHERE}:  # a plugin reads it
             continue
         shown = ", ".join(value for value in foreign.harmless or () if value not in hidden)
-        lines.append(f"| `{name}` | {shown if foreign.harmless is not None else 'any'} | {foreign.reason} |")
+        lines.append(f"| `{name}` | {shown if foreign.harmless is not None else say('any')} | {foreign.reason} |")
     return "\n".join([*lines, ""])
 
 
-def _answered() -> list[tuple[str, Foreign]]:
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _answered(say: Say) -> list[tuple[str, Foreign]]:
     """The rows of plugins, each with the names of those that have it."""
     whose: dict[tuple[str, Foreign], list[str]] = {}
     for plugin, cls in own_plugins().items():
         for row in getattr(cls, "paddlenlp", {}).items():
             whose.setdefault(row, []).append(f"`{plugin}`")
     return [
-        (name, replace(row, reason=f"with {' or '.join(plugins)}: {row.reason}"))
+        (name, replace(row, reason=f"{say('with')} {say(' or ').join(plugins)}{say(': ')}{say(row.reason)}"))
         for (name, row), plugins in whose.items()
     ]
 
 
-def _reader(name: str) -> str:
+def _reader(name: str, say: Say) -> str:
     """Who reads a setting: the core, or the plugins that it switches on or that declare it."""
     if name in core_options():
-        return "the core"
+        return say("the core")
     found = list(requests("setting").get(name, []))
     for plugin, items in installed().items():
         declared = getattr(items[0].entry.load(), "Options", None)

@@ -4,6 +4,7 @@ something is not as it was."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from stopped_runs import KINDS, LORA, SETTINGS, checkpoints_of, stop
 
 import sft
 from sft.data.tokenizer import Tokenizer
+from sft.replay.blame import blame
+from sft.replay.opened import OpenedRun
 from sft.testing import forward, load, needs
-from sft.training.steps_file import NAME, read_steps
+from sft.training.steps_file import NAME, SIZE, read_steps
 
 Train = Callable[..., sft.Summary]
 Metrics = Callable[..., list[dict[str, Any]]]
@@ -317,6 +320,44 @@ def test_another_base_model_is_refused(
 def test_a_step_that_the_run_has_not_computed(whole: Callable[..., Path], step: int, why: str) -> None:
     with pytest.raises(sft.UsageError, match=why):
         again(whole(), step)
+
+
+@pytest.mark.parametrize("left", [16 + 9 * SIZE, 16 + 9 * SIZE + 5, 16, 0])
+@pytest.mark.parametrize(
+    "ends",
+    ["finished", *(pytest.param(end, marks=pytest.mark.slow) for end in ("killed", "killed without a checkpoint"))],
+)
+def test_a_file_of_figures_that_was_cut_off_is_what_is_blamed(copied: Path, left: int, ends: str) -> None:
+    """And not the step, which the run has computed, as run.json says, or a checkpoint, or its metrics."""
+    os.truncate(copied / NAME, left)
+    record = json.loads((copied / "run.json").read_text())
+    last = 13
+    if ends != "finished":
+        del record["result"]
+        (copied / "run.json").write_text(json.dumps({**record, "status": "running"}))
+        last = 13 if "without" in ends else 12
+        for path in copied.glob("checkpoint-*") if "without" in ends else [copied / "metrics.jsonl"]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    has = max(0, left - 16) // SIZE
+    cut = (
+        rf"steps\.bin has been cut off at byte {left:,}: the run has computed {last} steps, .* of the first {has} only"
+    )
+    with pytest.raises(sft.UsageError, match=rf"{cut}, step 12 not among them; put the file back"):
+        again(copied, 12)
+    if not has:
+        with pytest.raises(sft.UsageError, match=rf"{cut}; name a step yourself"):
+            blame(OpenedRun.of(copied), 3, print)
+    with pytest.raises(sft.UsageError, match=rf"has computed steps 1 to {has}, |so far, and step 0"):
+        again(copied, 0)
+
+
+@pytest.mark.slow
+def test_a_blame_by_figures_that_were_cut_off_says_so(copied: Path) -> None:
+    os.truncate(copied / NAME, 16 + 9 * SIZE)
+    said: list[str] = []
+    blame(OpenedRun.of(copied), 1, said.append)
+    (line,) = [line for line in said if "cut off" in line]
+    assert line.endswith("has the figures of the first 9 only, so later spikes are not found")
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:

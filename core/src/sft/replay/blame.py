@@ -78,6 +78,8 @@ def blame(opened: OpenedRun, most: int, say: Callable[[str], None]) -> Blame:
     """Compute the ``most`` most conspicuous steps again. Raises :class:`UsageError` for what :func:`replay` does, and
     for a run that has not written down the figures of its steps."""
     figures = opened.required_figures()
+    if opened.cut is not None:
+        say(f"note: {opened.cut}, so later spikes are not found")
     found = {one.step: one for one in spikes(figures, most)}
     again = replay(opened, found, say)
     plain = not again.minimises

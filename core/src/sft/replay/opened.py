@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,6 +15,7 @@ from sft.errors import UsageError
 from sft.fine_tune import prepare_run
 from sft.settings.again import ITS_OWN, check_data_is_there, report_of, settings_again
 from sft.training.checkpoint_folder import checkpoints, is_auto, is_checkpoint, read_state, step_of
+from sft.training.journal import read_metrics
 from sft.training.resume_checks import changed_settings
 from sft.training.steps_file import NAME as STEPS
 from sft.training.steps_file import StepFigures, read_steps
@@ -63,9 +65,38 @@ class OpenedRun:
         for step in steps:
             if step >= 1 and (last is None or step <= last):
                 continue
+            if step >= 1 and self.cut is not None:
+                raise UsageError(
+                    f"{self.cut}, step {step:,} not among them; put the file back as it was, or move it away to replay "
+                    "without what it says."
+                )
             has = "numbers its steps from 1" if last is None else f"has computed steps 1 to {last:,}"
             so_far = " so far" if last is not None and self.record.get("status") == "running" else ""
             raise UsageError(f"{self.folder} {has}{so_far}, and step {step:,} is none of them; give one that is.")
+
+    @cached_property
+    def cut(self) -> str | None:
+        """A clause that says where the file of figures has been cut off, if it has fewer steps than the run has
+        computed by all else that is in its folder."""
+        if self.figures is None:
+            return None
+        has, path = len(self.figures), self.folder / STEPS
+        result, steps = (
+            self.record.get("result"),
+            [step_of(one) for one in checkpoints(self.folder) if is_checkpoint(one)],
+        )
+        if isinstance(result, dict):
+            steps.append(int(result.get("steps", 0)))
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            steps += [int(line["step"]) for line in read_metrics(self.folder)]
+        computed = max(steps, default=0)
+        if has >= computed:
+            return None
+        size = path.stat().st_size
+        return (
+            f"{path} has been cut off at byte {size:,}: the run has computed {computed:,} steps, and it has the "
+            f"figures of the first {has:,} only"
+        )
 
     def recorded(self, step: int) -> tuple[float, float] | None:
         """Loss and gradient norm of a step as the run wrote them down."""
@@ -76,6 +107,8 @@ class OpenedRun:
 
     def required_figures(self) -> StepFigures:
         """Raises :class:`UsageError` where there are none."""
+        if self.figures is not None and not self.figures.taken.any() and self.cut is not None:
+            raise UsageError(f"{self.cut}; name a step yourself with sft replay --step N, once it is moved away.")
         if self.figures is None or not self.figures.taken.any():
             raise UsageError(
                 f"{self.folder} has no {STEPS} with the figures of its steps, which earlier versions of sft did not "

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from replays import again
 from stopped_runs import StoppedError, stopping
@@ -15,6 +19,7 @@ import sft
 from sft.testing import needs, write_data
 
 MODEL = Path(__file__).parent.parent / "core" / "tests" / "fixtures" / "models" / "llama-tied-gqa"
+DEMO = Path(sft.__file__).parent / "demo"
 SETTINGS: dict[str, Any] = {
     "model_name_or_path": str(MODEL),
     "learning_rate": 1e-3,
@@ -90,6 +95,53 @@ def test_every_step_of_a_run_that_went_on_is_the_same(data: Path, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+@needs("lora", "greedy-zero-padding", "neftune")
+def test_all_steps_of_a_killed_run_on_the_demos_model_differ_by_nothing(tmp_path: Path) -> None:
+    """What docs/replay.md says that was measured, by the commands: 60 steps, SIGKILL behind step 20, a resume."""
+    out, steps = tmp_path / "out", 60
+    settings = {
+        "plugin": ["lora", "greedy-zero-padding", "neftune"],
+        "lora_dropout": 0.1,
+        "model_name_or_path": str(DEMO / "model"),
+        "dataset_name_or_path": str(DEMO / "data"),
+        "output_dir": str(out),
+        "learning_rate": 1e-2,
+        "max_length": 128,
+        "max_steps": steps,
+        "per_device_train_batch_size": 2,
+        "save_strategy": "steps",
+        "save_steps": 20,
+        "do_eval": False,
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    line = [sys.executable, "-m", "sft"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*line, "run", str(tmp_path / "settings.json")], stdout=log, stderr=log)
+        while not (out / "checkpoint-20").is_dir() or len(figures(out)) < 23:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert 23 <= len(figures(out)) < 40
+    going_on = [*line, "run", str(tmp_path / "settings.json"), "--resume_from_checkpoint", "auto"]
+    assert "after step 20" in subprocess.run(going_on, check=True, capture_output=True, text=True).stdout
+    asked = [word for step in range(1, steps + 1) for word in ("--step", str(step))]
+    shown = subprocess.run([*line, "replay", str(out), *asked, "--json"], check=True, capture_output=True, text=True)
+    found = json.loads(shown.stdout)
+    computed = np.array([(one["loss"], one["grad_norm"]) for one in found["steps"]])
+    assert computed.shape == (steps, 2)
+    assert np.abs(computed - figures(out)).max() == 0
+    assert found["from_steps"] == [0, 20, 40]
+    assert any(len(row["lengths"]) > 1 for one in found["steps"] for row in one["rows"])  # packed
+
+
+def figures(out: Path) -> Any:
+    """Loss and gradient norm of each step that a run has written down, read as docs/replay.md reads them."""
+    return np.fromfile(out / "steps.bin", "<f8", offset=16).reshape(-1, 2) if (out / "steps.bin").exists() else []
+
+
+@pytest.mark.slow
 @needs("lora", "greedy-zero-padding", "flashmask", "neftune")
 def test_records_of_packed_rows_stand_where_they_say(data: Path, tmp_path: Path) -> None:
     from sft.data.tokenizer import Tokenizer
@@ -123,8 +175,6 @@ def test_what_only_watches_hears_nothing_of_a_replay(data: Path, tmp_path: Path)
 @pytest.mark.timeout(300)
 def test_a_run_of_two_processes_is_replayed_in_one_which_is_said(data: Path, tmp_path: Path) -> None:
     """Without dropout only the order of sums differs; and the rows are the same ones."""
-    import subprocess
-
     values = {**SETTINGS, "plugin": ["lora"], "dataset_name_or_path": str(data), "max_steps": 4}
     (tmp_path / "settings.json").write_text(json.dumps({**values, "output_dir": str(tmp_path / "out")}))
     line = [sys.executable, "-m", "sft", "run", str(tmp_path / "settings.json"), "--nproc", "2"]

@@ -61,6 +61,7 @@ SHOWN: dict[str, str | Blocks] = {
         ('{"messages": [{"role": "user", "content": "12', f"{MORE}::test_the_weights_of_the_page_are_read"),
         ("sft run … --on_bad_record skip", TYPED),
     ],
+    "docs/exit-codes.md": [("sft: Unknown setting", f"{MORE}::test_the_sentences_of_the_page_are_said")],
     "docs/export.md": [
         ("sft export", TYPED),
         ("from pathlib import Path", f"{HERE}::test_the_archive_of_the_page_holds_the_model"),

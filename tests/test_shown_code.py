@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 from chinese_pages import sections
+from click.testing import CliRunner
 from packaging.specifiers import SpecifierSet
 from safetensors.numpy import load_file, save_file
 
 import sft
 from sft import hookspecs
+from sft.commands.cli import cli
 from sft.data.formats import Formats
 from sft.data.sources import read
 from sft.plugins.registry import Plugins
-from sft.testing import needs, read_metrics
+from sft.testing import needs, read_metrics, write_data
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -53,6 +55,23 @@ def test_the_range_of_the_page_has_this_api() -> None:
     declared = names_of(shown("docs/api-policy.md", "python", "api_version"))["api_version"]
     assert sft.API_VERSION in SpecifierSet(declared)
     assert "2.0" not in SpecifierSet(declared)
+
+
+def test_the_sentences_of_the_page_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_data(tmp_path / "data", [{"src": "a", "tgt": "b"}, {"src": "a"}])
+    monkeypatch.chdir(tmp_path)
+    model = str(ROOT / "core" / "tests" / "fixtures" / "models" / "llama-tied-gqa")
+    data, lines = ["--dataset_name_or_path", "data", "--output_dir", "out"], []
+    for words in (
+        ["--learning_rat", "1"],
+        ["--max_steps", "many"],
+        ["--model_name_or_path", "nowhere", *data],
+        ["--model_name_or_path", model, *data],
+    ):
+        error = CliRunner().invoke(cli, ["run", *words], standalone_mode=False).exception
+        assert isinstance(error, sft.UsageError)
+        lines.append(f"sft: {error}\n")
+    assert shown("docs/exit-codes.md", "", "sft: ") == "".join(lines)
 
 
 def test_the_guide_shows_the_examples() -> None:

@@ -46,6 +46,12 @@ def test_a_setting_of_an_inactive_plugin_names_the_plugin(distribute: Callable[.
         built({"blur_width": 1})
 
 
+def test_a_switch_is_suggested_by_its_own_name(distribute: Callable[..., None]) -> None:
+    distribute("sft-test-blur", "raise RuntimeError('imported')", {"blur-image": "Blur"})
+    with pytest.raises(sft.UsageError, match=r"^Unknown setting blur_imge; did you mean blur_image\?$"):
+        built({"blur_imge": "true"})
+
+
 TRACKERS = """
     from dataclasses import dataclass
     import sft

@@ -14,6 +14,7 @@ from sft.foreign_text import listed, shown
 from sft.options import convert, options_of
 from sft.plugins.discovery import cure, extras, import_plugin
 from sft.plugins.registry import Plugins
+from sft.plugins.requests import switches
 from sft.settings.arguments import GROUPS, Settings
 from sft.settings.names import CORE, Names
 from sft.settings.words import with_words, words_of
@@ -69,6 +70,8 @@ def unknown_setting(name: str, known: Iterable[str], plugins: Plugins) -> str:
     """The sentence for a name that nobody declares, with what the user most likely meant."""
     said = shown(name) or "''"
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
+    # A plugin's switch is shorter than its settings are, which begin alike.
+    close = close or difflib.get_close_matches(name, switches(), n=1, cutoff=0.9)
     if close:
         return f"Unknown setting {said}; did you mean {close[0]}?"
     stems = {plugin: plugin.replace("-", "_") for plugin in plugins.inactive()}

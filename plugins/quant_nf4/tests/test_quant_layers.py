@@ -155,8 +155,8 @@ def test_nothing_is_saved_for_backward_and_a_part_is_the_most_there_is(
 def test_a_gpu_has_the_whole_matrix_at_a_time(
     paddle: Any, monkeypatch: pytest.MonkeyPatch, read: Any, kind: str
 ) -> None:
-    """As if there were one: each pass asks for all rows once, not for a part after the other; more than GPU_PART values
-    are divided there too."""
+    """As if there were one: each pass, and whoever wants the float weight, asks for all rows once, not for a part after
+    the other; more than GPU_PART values are divided there too."""
     from sft_quant_nf4 import layers
 
     monkeypatch.setattr(layers, "PART", 200)
@@ -166,6 +166,7 @@ def test_a_gpu_has_the_whole_matrix_at_a_time(
     monkeypatch.setattr(layers, "GPU_PART", 2400)
     divided, _ = make(weight, kind)
     monkeypatch.setattr(layers, "on_gpu", lambda x: True)
+    monkeypatch.setattr(paddle.device, "get_device", lambda: "gpu:0")
     x, upstream = (generator.standard_normal((5, size)).astype(np.float32) for size in (12, 300))
     for layer, parts in ((whole, [(0, 300)]), (divided, divided._gpu_parts)):
         asked: list[tuple[int, int]] = []
@@ -175,6 +176,8 @@ def test_a_gpu_has_the_whole_matrix_at_a_time(
         y = layer(tensor)
         (y * paddle.to_tensor(upstream)).sum().backward()
         assert asked == parts * 2
+        np.testing.assert_allclose(layer.dequantize().numpy(), read(stored).T, rtol=1e-6, atol=0)
+        assert asked == parts * 3
         wide = read(stored).astype(np.float64)
         np.testing.assert_allclose(y.numpy(), x @ wide.T, atol=1e-5, rtol=1e-5)
         np.testing.assert_allclose(tensor.grad.numpy(), upstream @ wide, atol=1e-5, rtol=1e-5)

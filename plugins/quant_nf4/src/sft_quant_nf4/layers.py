@@ -52,7 +52,8 @@ class QuantizedLinear(paddle.nn.Layer, ABC):
         """The whole weight in Paddle's layout, float32 [in, out]."""
         with paddle.no_grad():
             if paddle.device.get_device() != "cpu":
-                return paddle.concat([self.rows(*part) for part in self.parts]).t()
+                parts = [self.rows(*part) for part in self._gpu_parts]
+                return (parts[0] if len(parts) == 1 else paddle.concat(parts)).t()
             whole = paddle.empty([self.in_features, self.out_features], "float32")
             values = sft.array_of(whole)
             for start, stop in self.parts:

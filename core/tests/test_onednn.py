@@ -58,6 +58,20 @@ def test_products_are_those_of_the_rounded_factors(
     assert (np.abs(out.numpy() - (expected + onto)) <= bound + 1e-6 * np.abs(onto)).all()
 
 
+def test_what_is_not_transposed_may_have_more_dimensions(paddle: Any, either: Any) -> None:
+    x, y, onto = (paddle.to_tensor(normal(*shape, seed=6)) for shape in ((2, 3, 5), (5, 4), (2, 3, 4)))
+    expected = x.numpy() @ y.numpy()
+    np.testing.assert_allclose(either.product(x, y).numpy(), expected, rtol=1e-5, atol=1e-6)
+    out = onto.clone()
+    assert either.product(x.reshape([6, 5]), y, out=out) is out
+    np.testing.assert_allclose(out.numpy(), expected + onto.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_transposed_has_two_dimensions(paddle: Any, onednn: module.OneDNN) -> None:
+    with pytest.raises(ValueError, match="product of"):
+        onednn.product(paddle.zeros([2, 3, 5]), paddle.zeros([2, 4]), transpose_x=True)
+
+
 def test_a_part_of_a_tensor_is_what_it_seems(paddle: Any, either: Any) -> None:
     whole = paddle.to_tensor(normal(8, 12))
     found = either.product(whole[:, 2:6].t(), whole[:, 6:9])
@@ -75,7 +89,9 @@ def test_nothing_times_nothing_is_zero(paddle: Any, either: Any) -> None:
         (("float32", [2, 3]), ("float32", [4, 3]), None),
         (("float32", [2, 3]), ("bfloat16", [3, 4]), None),
         (("float64", [2, 3]), ("float64", [3, 4]), None),
-        (("float32", [1, 2, 3]), ("float32", [3, 4]), None),
+        (("float32", [3]), ("float32", [3, 4]), None),
+        (("float32", [2, 3]), ("float32", [1, 3, 4]), None),
+        (("float32", [1, 2, 3]), ("float32", [3, 4]), ("float32", [1, 3, 4])),
         (("float32", [2, 3]), ("float32", [3, 4]), ("float32", [4, 2])),
         (("bfloat16", [2, 3]), ("bfloat16", [3, 4]), ("bfloat16", [2, 4])),
     ],

@@ -31,7 +31,7 @@ class Emulated:
 
         assert x.dtype == y.dtype
         product = paddle.matmul(x.astype("float32"), y.astype("float32"), transpose_x, transpose_y)
-        return product if out is None else out.add_(product)
+        return product if out is None else out.add_(product.reshape(out.shape))
 
     def rounded(self, x: Any) -> Any:
         return x.astype("bfloat16")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sft.arrays import array_of
 from sft.data.tokenizer import Tokenizer
 from sft.errors import UsageError
 from sft.settings.arguments import GenerationArguments
@@ -144,7 +145,7 @@ def _decode(
         hidden = model.hidden_states(model.embed(paddle.to_tensor(ids)), reading)
         logits = model.lm_head(hidden[:, -1:])[:, 0].astype("float32")
         if generation.top_k == 1:
-            chosen = logits.argmax(axis=-1).numpy()
+            chosen = _likeliest(logits)
         else:
             chosen = np.full(len(prompts), tokenizer.pad_id)
             values = logits.numpy()
@@ -156,6 +157,13 @@ def _decode(
             return
         ids = chosen.astype(np.int64)[:, None]
         everything = np.concatenate([everything, ids], axis=1)
+
+
+def _likeliest(logits: Any) -> np.ndarray:
+    """Of each row of logits float32 [B, V] the first of its largest: int64 [B]."""
+    if logits.place.is_cpu_place():  # paddle's argmax takes five times as long as numpy's
+        return np.asarray(array_of(logits).argmax(axis=-1))
+    return np.asarray(logits.argmax(axis=-1).numpy())
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from sft.models.kernels import Kernels
 from sft.models.onednn import OneDNN
 from sft.models.sums import column_sums
 
+_BFLOAT16 = paddle.bfloat16  # paddle looks for its types anew each time
+
 
 class SixteenBits(Kernels):
     """Linears, low-rank updates and products of the loss through ``onednn``; norms, rotation and gates are paddle's.
@@ -36,7 +38,7 @@ class SixteenBits(Kernels):
         """As :meth:`sft.Kernels.linear`: x float32, W and b of either type → float32."""
         if paddle.is_grad_enabled():
             return _Linear.apply(x, weight, bias, transposed, self)
-        return _like(x, self._linear(self._rounded(x), weight, bias, transposed))
+        return self._linear(self._rounded(x), weight, bias, transposed)
 
     def low_rank_linear(self, x: Any, weight: Any, bias: Any | None, a: Any, b: Any, scaling: float) -> Any:
         """As :meth:`sft.Kernels.low_rank_linear`; x, A and B float32 → float32."""
@@ -44,7 +46,7 @@ class SixteenBits(Kernels):
             return _LowRankLinear.apply(x, weight, bias, a, b, scaling, self)
         y = self._linear(self._rounded(x), weight, bias)
         low = paddle.matmul(_rows(x), a).scale_(scaling)
-        return _like(x, self._onednn.product(low, b, out=y))
+        return self._onednn.product(low, b, out=y)
 
     def swiglu(self, gate: Any, up: Any) -> Any:
         """As :meth:`sft.Kernels.swiglu`; backward keeps both in bfloat16."""
@@ -63,19 +65,19 @@ class SixteenBits(Kernels):
         return self._onednn.product(self._narrow(x), self._narrow(y), transpose_x, transpose_y)
 
     def _linear(self, rounded: Any, weight: Any, bias: Any | None, transposed: bool = False) -> Any:
-        """The rounded x [n, in] → x · W + b, float32 [n, out]."""
+        """The rounded x [..., in] → x · W + b, float32 [..., out]."""
         y = self._onednn.product(rounded, self._narrow(weight), transpose_y=transposed)
         return y if bias is None else y.add_(bias.astype("float32"))
 
     def _narrow(self, matrix: Any) -> Any:
-        return matrix if matrix.dtype == paddle.bfloat16 else self._onednn.rounded(matrix)
+        return matrix if matrix.dtype == _BFLOAT16 else self._onednn.rounded(matrix)
 
     def _rounded(self, x: Any) -> Any:
-        """x [..., in] → bfloat16 [n, in]. The last one is kept: queries, keys and values, gate and up read one x."""
+        """x in bfloat16. The last one is kept: queries, keys and values, gate and up read one x."""
         last = self._last
         if last is not None and last[1] == x.inplace_version and last[0]() is x:
             return last[2]
-        rounded = self._narrow(_rows(x))
+        rounded = self._narrow(x)
         self._last = (weakref.ref(x), x.inplace_version, rounded)
         return rounded
 
@@ -106,7 +108,7 @@ class _Linear(paddle.autograd.PyLayer):
         ctx.shape, ctx.transposed, ctx.kernels = x.shape, transposed, kernels
         ctx.wants, rounded = _wants(x, weight, bias), kernels._rounded(x)
         ctx.save_for_backward(weight, rounded if ctx.wants[1] else None)
-        return _like(x, kernels._linear(rounded, weight, bias, transposed))
+        return kernels._linear(rounded, weight, bias, transposed)
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
@@ -116,7 +118,8 @@ class _Linear(paddle.autograd.PyLayer):
         if ctx.wants[0]:
             x_grad = product(gradient, weight, transpose_y=not ctx.transposed).reshape(ctx.shape)
         if ctx.wants[1]:
-            left, right = (gradient, rounded) if ctx.transposed else (rounded, gradient)
+            entered = _rows(rounded)
+            left, right = (gradient, entered) if ctx.transposed else (entered, gradient)
             weight_grad = product(left, right, transpose_x=True).astype(weight.dtype)
         if ctx.wants[2]:
             bias_grad = column_sums(_rows(upstream))
@@ -137,7 +140,7 @@ class _LowRankLinear(paddle.autograd.PyLayer):
         ctx.again, kept = kernels.remembered(x) or (kernels.restored, (rounded,))
         ctx.save_for_backward(weight, a, b, low, *kept)
         y = kernels._linear(rounded, weight, bias)
-        return _like(x, kernels._onednn.product(low, b, out=y))
+        return kernels._onednn.product(low, b, out=y)
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
@@ -166,11 +169,6 @@ class _LowRankLinear(paddle.autograd.PyLayer):
 def _rows(x: Any) -> Any:
     """[..., width] → [n, width]."""
     return x if x.ndim == 2 else x.reshape([-1, x.shape[-1]])
-
-
-def _like(x: Any, y: Any) -> Any:
-    """[n, out] → [..., out], with the first dimensions of x."""
-    return y if x.ndim == 2 else y.reshape([*x.shape[:-1], y.shape[-1]])
 
 
 def _wants(*tensors: Any) -> tuple[bool | None, ...]:

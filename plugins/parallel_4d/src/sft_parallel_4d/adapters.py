@@ -86,17 +86,13 @@ class Adapters:
             with paddle.no_grad():
                 self._take_apart(held)
 
-    def _axis(self, layer: Any, name: str, side: str) -> int | None:
-        """The dimension of a layer's tensor that processes divide, as its Linear's ``side`` is."""
-        sides = list(layer.sides[name])
-        return sides.index(side) if self._tensor.size > 1 and side in sides else None
-
     def _part(self, layer: Any, name: str, side: str, shape: tuple[int, ...]) -> Part | None:
-        """What of the layer's tensor, of whole ``shape``, is this process's; None: all of it."""
-        axis = self._axis(layer, name, side)
-        if axis is None:
+        """What of the layer's tensor, of whole ``shape``, is this process's: it is divided where it meets the Linear's
+        ``side``. None: all of it."""
+        sides = list(layer.sides[name])
+        if self._tensor.size == 1 or side not in sides:
             return None
-        linear = part_beneath(layer)
+        axis, linear = sides.index(side), part_beneath(layer)
         if linear is None:
             return Part(shape, axis, self._tensor.rank, self._tensor.size)
         return Part(shape, axis, linear.index, linear.count, linear.fused if side == "out" else ())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -293,13 +294,8 @@ def as_met(parameters: Mapping[str, Any], norms: Norms) -> list[Any]:
 def shared_by(blocks: Iterable[Any]) -> set[int]:
     """The identities of parameters that several of ``blocks`` share, which recomputation goes back through one by
     one."""
-    seen: set[int] = set()
-    found: set[int] = set()
-    for block in blocks:
-        own = {id(parameter) for parameter in block.parameters()}
-        found |= seen & own
-        seen |= own
-    return found
+    times = Counter(id(parameter) for block in blocks for parameter in block.parameters())
+    return {one for one, count in times.items() if count > 1}
 
 
 def of_experts(blocks: Iterable[Any]) -> list[tuple[Any, list[Any]]]:

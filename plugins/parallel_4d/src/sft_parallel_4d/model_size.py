@@ -283,25 +283,31 @@ def cut(blocks: int, pipeline: int) -> list[int]:
     return [blocks * stage // pipeline for stage in range(pipeline + 1)]
 
 
+@cache
+def gradients(weights: Weights, division: Division, precision: Precision, sequence: bool) -> tuple[Gradient, ...]:
+    """Of those ``weights`` that train, on one rank, with ``sequence`` parallelism or without."""
+    found = []
+    for weight, side in weights:
+        if weight.trains:
+            size = size_of(weight, side, division, precision)
+            is_summed = bool(size.partial or (sequence and size.norms))
+            kind = is_summed, bool(size.copied), precision.bits(weight)
+            whole = size.piece_gradients * division.shards
+            found.append(Gradient(size.gradients, whole, size.passing, len(weight.shape) > 1, kind))
+    return tuple(found)
+
+
 def layers(outline: Outline, stage: Stage, division: Division, precision: Precision, sequence: bool) -> list[Layer]:
     """The gradients of a stage of :func:`stages`: of the embedding, of each block, and of what comes after these."""
-    shards = division.shards
 
-    def gradient(weight: Weight, one: Size) -> Gradient:
-        is_summed = bool(one.partial or (sequence and one.norms))
-        kind = is_summed, bool(one.copied), precision.bits(weight)
-        return Gradient(one.gradients, one.piece_gradients * shards, one.passing, len(weight.shape) > 1, kind)
-
-    def of(weights: Iterable[tuple[Weight, str]]) -> tuple[Gradient, ...]:
-        return tuple(
-            gradient(weight, size_of(weight, side, division, precision)) for weight, side in weights if weight.trains
-        )
+    def of(*weights: tuple[Weight, str]) -> tuple[Gradient, ...]:
+        return gradients(weights, division, precision, sequence)
 
     def block(number: int) -> Layer:
-        return Layer(of(beside_experts(outline, number)), of(of_experts(outline, number, division.experts)))
+        return Layer(of(*beside_experts(outline, number)), of(*of_experts(outline, number, division.experts)))
 
-    embedding = [(outline.embedding, "")]
-    head = [(outline.head, "")] if outline.head is not None else [] if stage.first else embedding
+    embedding = (outline.embedding, "")
+    head = [(outline.head, "")] if outline.head is not None else [] if stage.first else [embedding]
     first = Layer(of(embedding) if stage.first else ())
-    last = Layer(of([(outline.norm, ""), *head]) if stage.last else ())
+    last = Layer(of((outline.norm, ""), *head) if stage.last else ())
     return [first, *map(block, stage.blocks), last]

@@ -356,9 +356,8 @@ class Parallel:
         found = {}
         for name in stepped:
             parameter = self._trained[name]
-            part = part_of(parameter)
+            part = part_of(parameter) or Part(tuple(parameter.shape), 0, 0, 1)
             start, stop = self._buckets.bounds(parameter)
-            part = part or Part(tuple(parameter.shape), 0, 0, 1)
             first = self._at.data.rank == 0 if self._experts is None else self._experts.writes(parameter)
             written = first and self._at.tensor.answers_for(part)
             if self._pipe is not None and self._pipe.stage_of(parameter) != self._at.pipe.rank:

@@ -86,7 +86,7 @@ def test_a_setting_without_meaning_is_named_with_its_reason(name: str) -> None:
     value = foreign.harmless[-1] if foreign.harmless is not None else plain
     left, found = explain({name: value, "seed": 1}, {"seed"})
     assert left == {"seed": 1}
-    assert listing(found) == f"settings without effect here:\n  {name} {value}: {foreign.reason}"
+    assert listing(found) == ["settings without effect here:", f"  {name} {value}: {foreign.reason}"]
     # A plugin that declares the name has it.
     assert explain({name: value}, {name}) == ({name: value}, [])
     if foreign.harmless is not None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import sft
+from sft import facts
 from sft.commands import shared
+from sft.commands.cli import cli
 from sft.errors import LONGEST
 from sft.foreign_text import harmless, is_secret, masked, without_secrets
 from sft.options import convert, option, options_of
-from sft.voice import Printer
+from sft.progress import Progress
+from sft.voice import Printer, Voice
 
 HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\r\x08\x7f\u202egnp\u202c\u2066x\u2069\u200e\ufeff\u2028\ud800"
 OBEYED = [chr(code) for code in (*range(32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))]
@@ -61,6 +65,67 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().err
     assert not set(said) & {*OBEYED} - {"\n"}
     assert "me:secret" not in said
+
+
+NAME = "a\ndone: all is lost\x1b[2J\r\tb"
+SHOWN = r"a\ndone: all is lost\x1b[2J\x0d\tb"
+"""The name of a folder, and how it is shown."""
+
+
+@pytest.mark.parametrize("voiced", ["printer", "voice", "callable", "json"])
+def test_a_line_of_a_run_is_one_line(voiced: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever says it; and a text of several lines has as many as we have made."""
+    said: list[str] = []
+    voices = {
+        "printer": Printer("stdout"),
+        "voice": Voice(Printer("stdout"), "warning"),
+        "callable": said.append,
+        "json": Voice(Printer("stdout"), "info", as_json=True),
+    }
+    progress = Progress(voices[voiced])
+    heard: list[str] = []
+    progress.ears.append(heard.append)
+    progress.say(f"note: written to {NAME}")
+    progress.tell("note", {"text": NAME}, f"chat template: {NAME}", "warning")
+    progress.tell("summary", {}, ["done:", f"  {NAME}", *facts.lines_of([("written to", [NAME])])], "warning")
+    lines = [f"note: written to {SHOWN}", f"chat template: {SHOWN}", "done:", f"  {SHOWN}", f"  written to  {SHOWN}"]
+    assert "\n".join(heard).split("\n") == lines
+    printed = capsys.readouterr().out.splitlines() if voiced != "callable" else "\n".join(said).split("\n")
+    if voiced == "json":
+        assert [json.loads(line).get("text") for line in printed] == [lines[0], NAME, None]
+    else:
+        assert printed == lines
+
+
+@pytest.mark.slow
+def test_folders_with_a_name_of_several_lines(
+    dataset: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No line of a run, a report or a replay begins with what is in a name, and no name moves the cursor."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    out, model, data = (tmp_path / f"{what} {NAME}" for what in ("out", "model", "data"))
+    shutil.copytree(models / "llama-tied-gqa", model)
+    shutil.copytree(dataset, data)
+    (data / "own.jinja").write_text("{% generation %}{{ messages[-1].content }}{% endgeneration %}")
+    sft.run(
+        {
+            **{"model_name_or_path": str(model), "dataset_name_or_path": str(data), "output_dir": str(out)},
+            **{"chat_template": str(data / "own.jinja"), "max_steps": 2, "save_strategy": "steps", "save_steps": 1},
+            **{"num_samples": 1, "disable_tqdm": True, "max_new_tokens": 3},
+        }
+    )
+    for line in (
+        ["report", str(out)],
+        ["data", "--model_name_or_path", str(model), "--dataset_name_or_path", str(data)],
+        ["replay", str(out), "--step", "1"],
+    ):
+        cli.main(line, standalone_mode=False)
+    shown = "".join(capsys.readouterr())
+    assert not [line for line in shown.split("\n") if line.startswith("done: all is lost")]
+    assert not set(shown) & {*OBEYED} - {"\n", "\t"}
+    assert shown.count(SHOWN) > 5
+    said = (out / "sft.log").read_text(encoding="utf-8")
+    assert not [line for line in said.split("\n") if "done: all is lost" in line and SHOWN not in line]
 
 
 @pytest.mark.parametrize("terminal", [True, False])

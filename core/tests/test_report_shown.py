@@ -119,7 +119,7 @@ def test_notes_of_a_run_are_on_its_page(train: Train, tmp_path: Path) -> None:
     speaks = toy("speaks", sft_step_ended=lambda self, run: run.say("note: the sky is grey\nand low"))
     train("out", (speaks,), max_steps=2)
     run = sft.read_run(tmp_path / "out")
-    assert run.notes == ["the sky is grey"]
+    assert run.notes == [r"the sky is grey\nand low"]
     assert "<br>the sky is grey" in page([run]) or "<td>the sky is grey" in page([run])
 
 

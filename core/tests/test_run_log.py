@@ -65,7 +65,9 @@ def test_a_line_for_the_log_alone_and_one_that_looks_like_two(tmp_path: Path) ->
     progress.say("before")
     log.begin(tmp_path)
     progress.note("shown as a bar")
-    progress.say("one\n2026-01-01T00:00:00+00:00 forged \x1b[2J token=hf_abcdefghijklmnopqrstuvwx")
+    forged = "2026-01-01T00:00:00+00:00 forged \x1b[2J token=hf_abcdefghijklmnopqrstuvwx"
+    progress.say(f"one\n{forged}")
+    progress.note(f"one\n{forged}")
     log.end()
     progress.say("of another run")
     assert said[0] == "before"
@@ -73,6 +75,7 @@ def test_a_line_for_the_log_alone_and_one_that_looks_like_two(tmp_path: Path) ->
     assert texts(tmp_path) == [
         "before",
         "shown as a bar",
+        "one\\n2026-01-01T00:00:00+00:00 forged \\x1b[2J token=***",
         "one",
         "    2026-01-01T00:00:00+00:00 forged \\x1b[2J token=***",
     ]

@@ -45,4 +45,4 @@ def dry_run(values: Mapping[str, Any], plugins: Iterable[type] = ()) -> DryRun:
         raise UsageError("model_name_or_path is not set; add --model_name_or_path VALUE.")
     source = open_model(settings.model.place, active, weights=False)
     check_plugins(active)
-    return DryRun(settings, active, source, listing(without_effect) if without_effect else "")
+    return DryRun(settings, active, source, "\n".join(listing(without_effect)) if without_effect else "")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sft.foreign_text import one_line
+
 Fact = tuple[str, Sequence[str]]
 """A label, and the lines beside it."""
 
@@ -32,7 +34,7 @@ def lines_of(facts: Sequence[Fact], width: int | None = None, label: int | None 
     found = []
     for name, lines in facts:
         for number, line in enumerate(lines):
-            for again, part in enumerate(wrapped(line, None if width is None else width - wide - 2)):
+            for again, part in enumerate(wrapped(one_line(line), None if width is None else width - wide - 2)):
                 found.append(f"  {padded('' if number or again else name, wide)}{part}".rstrip())
     return found
 

@@ -123,8 +123,8 @@ def execute(run: CoreRun, work: Callable[[CoreRun, Checkpoint | None, float], T]
     """Data and model, then ``work``, which is given the checkpoint that the run goes on from, and when it began."""
     started, run.executes = time.monotonic(), True
     if run.without_effect:
-        text = listing(run.without_effect)
-        run.progress.tell("note", {"text": text}, text, "warning")
+        lines = listing(run.without_effect)
+        run.progress.tell("note", {"text": "\n".join(lines)}, lines, "warning")
     with made_ready(run) as resumed:
         return work(run, resumed, started)
 

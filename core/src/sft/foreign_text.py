@@ -54,8 +54,14 @@ def harmless(text: str) -> str:
 def shown(text: object, limit: int = LINE) -> str:
     """Somebody else's text within a line of ours: :func:`harmless`, on one line, without secrets, and cut to ``limit``
     characters."""
-    line = harmless(masked(str(text)[: 4 * limit + 4096])).replace("\n", "\\n").replace("\t", "\\t")
+    line = one_line(str(text)[: 4 * limit + 4096])
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def one_line(text: str) -> str:
+    """A line of ours as it is printed: :func:`safe`, and a line also where others' text in it, such as the name of a
+    folder, has several."""
+    return safe(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def quoted(value: Any) -> str:

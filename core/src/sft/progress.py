@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 from sft.durations import duration
-from sft.voice import LEVELS, Printer, Voice
+from sft.foreign_text import one_line
+from sft.voice import LEVELS, Printer, Voice, put
 
 T = TypeVar("T")
 
@@ -54,23 +55,29 @@ class Progress:
         """Held by whoever shows something."""
 
     def say(self, text: str) -> None:
-        """Tell the user one line."""
+        """Tell the user one line, whatever names are in it."""
+        text = one_line(text)
         self.note(text)
-        self.voice(text)
+        put(self.voice, text)
 
     def note(self, text: str) -> None:
         """A line for ``ears`` alone: what it says the user sees in another way, such as a bar."""
         for hear in self.ears:
             hear(text)
 
-    def tell(self, event: str, values: Mapping[str, Any], text: str | None, level: str = "info") -> None:
-        """Say ``text``, if there is any; where a run is logged as JSON, the ``event`` with its ``values`` instead."""
+    def tell(
+        self, event: str, values: Mapping[str, Any], text: str | Sequence[str] | None, level: str = "info"
+    ) -> None:
+        """Say ``text``, a line or several, if there is any; where a run is logged as JSON, the ``event`` with its
+        ``values`` instead."""
+        said = None
         if text is not None:
-            self.note(text)
+            said = "\n".join(map(one_line, [text] if isinstance(text, str) else text))
+            self.note(said)
         if isinstance(self.voice, Voice):
-            self.voice.event(event, values, text, level)
-        elif text is not None:
-            self.voice(text)
+            self.voice.event(event, values, said, level)
+        elif said is not None:
+            put(self.voice, said)
 
     def relay(self, line: str) -> None:
         """Say a line that another process of this run, with the same settings, has said: it is as they ask already."""
@@ -78,7 +85,7 @@ class Progress:
         if isinstance(self.voice, Voice):
             self.voice.relay(line)
         else:
-            self.voice(line)
+            put(self.voice, one_line(line))
 
     @property
     def level(self) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
-from sft.foreign_text import safe, without_secrets
+from sft.foreign_text import one_line, without_secrets
 from sft.written_numbers import finite
 
 LEVELS = ("info", "warning", "error")
@@ -22,7 +22,8 @@ _BEGINS = '{"time": '
 
 
 class Printer:
-    """Prints lines to standard output or standard error; bars may stand below its lines where that is a terminal.
+    """Prints lines to standard output or standard error, each on one line whatever is in it; bars may stand below its
+    lines where that is a terminal.
 
     Where nobody reads them any more (`sft run | head`, a terminal that was closed), work goes on without them."""
 
@@ -30,10 +31,10 @@ class Printer:
         self._stream = stream
 
     def __call__(self, text: str) -> None:
-        self.write(safe(text))
+        self.write(one_line(text))
 
     def write(self, text: str) -> None:
-        """Print a line that is known to be harmless, as it is."""
+        """Print what is known to be harmless, as it is, on however many lines."""
         try:
             print(text, file=self.file, flush=True)
         except OSError as error:
@@ -67,6 +68,14 @@ class Printer:
             return 80
 
 
+def put(say: Callable[[str], None], text: str) -> None:
+    """Have ``say`` say what is known to be harmless, on however many lines."""
+    if isinstance(say, Printer):
+        say.write(text)
+    else:
+        say(text)
+
+
 class Voice:
     """Says to ``say`` those lines of a run that its ``level`` lets through, as text or, ``as_json``, as events: one
     JSON object a line, which docs/terminal.md describes."""
@@ -76,30 +85,25 @@ class Voice:
 
     def __call__(self, text: str) -> None:
         """A line: a note, or any other."""
-        is_note = text.startswith(NOTE)
-        self.event("note" if is_note else "line", {"text": safe(text)}, text, "warning" if is_note else "info")
+        is_note, text = text.startswith(NOTE), one_line(text)
+        self.event("note" if is_note else "line", {"text": text}, text, "warning" if is_note else "info")
 
     def event(self, name: str, values: Mapping[str, Any], text: str | None, level: str = "info") -> None:
-        """What has happened: its ``values``, which are JSON, and what is said of it in words, if anything is."""
+        """What has happened: its ``values``, which are JSON, and what is said of it in words, if anything is, which are
+        harmless."""
         if LEVELS.index(level) < LEVELS.index(self.level):
             return
         if self.as_json:
-            self._write(event_line(name, values, level))
+            put(self.say, event_line(name, values, level))
         elif text is not None:
-            self.say(text)
+            put(self.say, text)
 
     def relay(self, line: str) -> None:
         """A line that another process of the same run has made by the same settings: passed on as it is."""
         if self.as_json and not line.startswith(_BEGINS):  # a library's that prints by itself
             self(line)
         else:
-            self._write(line)
-
-    def _write(self, line: str) -> None:
-        if self.as_json and isinstance(self.say, Printer):
-            self.say.write(line)
-        else:
-            self.say(line)
+            put(self.say, line if self.as_json else one_line(line))
 
 
 def voice_of(say: Callable[[str], None] | None, level: str, json_logs: bool | str) -> Callable[[str], None]:

@@ -233,7 +233,8 @@ def _typed(ctrl_c: CtrlC) -> Iterator[str]:
             with ctrl_c:
                 line = input("> ")
         except KeyboardInterrupt:
-            say("\n(/exit or Ctrl-D leaves)")
+            click.echo(err=True)
+            say("(/exit or Ctrl-D leaves)")
             continue
         except EOFError:
             click.echo()

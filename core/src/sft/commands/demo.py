@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from sft.commands.completing import complete_plugin
-from sft.commands.shared import PLUGIN
+from sft.commands.shared import PLUGIN, print_line
 from sft.commands.summary import tell_summary
 from sft.errors import UsageError
 from sft.plugins.discovery import import_plugin, with_refined
@@ -39,13 +39,15 @@ def command(output_dir: str, plugins: tuple[str, ...]) -> None:
     from sft.fine_tune import run
 
     settings = demo_settings(output_dir, plugins)
-    click.echo(f"$ {command_line(settings)}\n")
+    print_line(f"$ {command_line(settings)}")
+    print_line("")
     summary = run(settings)
     click.echo(f"\ntrain loss by step\n{curve(losses(Path(output_dir) / 'metrics.jsonl'))}")
     tell_summary(summary, Progress(Printer("stdout")))
     is_adapter = (Path(output_dir) / "adapter_config.json").is_file()
     model = f"{settings['model_name_or_path']} --adapter_path {output_dir}" if is_adapter else output_dir
-    click.echo(f'\nnext: sft generate --model_name_or_path {model} --prompt "type#dress*color#green*style#elegant"')
+    print_line("")
+    print_line(f'next: sft generate --model_name_or_path {model} --prompt "type#dress*color#green*style#elegant"')
 
 
 def demo_settings(output_dir: str, plugins: Sequence[str] = ()) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from sft.commands.completing import complete_path
-from sft.commands.shared import MODEL, TEMPLATE, adapter_names, path_of, setting_options, typed_values
+from sft.commands.shared import MODEL, TEMPLATE, adapter_names, path_of, print_line, setting_options, typed_values
 from sft.commands.typed import named_values
 from sft.errors import UsageError
 
@@ -55,4 +55,4 @@ def command(context: click.Context, model: str, adapter: str | None, to: str, ou
         options,
     )
     for path in written:
-        click.echo(f"wrote {path} ({path.stat().st_size / 2**20:,.1f} MiB)" if path.is_file() else f"wrote {path}")
+        print_line(f"wrote {path} ({path.stat().st_size / 2**20:,.1f} MiB)" if path.is_file() else f"wrote {path}")

@@ -11,10 +11,10 @@ import click
 
 from sft.commands.completing import complete_path
 from sft.commands.settings_file import commented, entry
-from sft.commands.shared import path_of
+from sft.commands.shared import path_of, print_line, say
 from sft.dataset_names import named_sets, scheme_of
 from sft.errors import UsageError
-from sft.foreign_text import safe, shown
+from sft.foreign_text import shown
 from sft.hub_names import is_hub_name
 from sft.kit.about import About, all_plugins
 from sft.options import Option, convert
@@ -51,8 +51,8 @@ def command(file: str) -> None:
     except FileExistsError:
         _check(target)
         raise
-    click.echo(safe(f"written to {target}"))
-    click.echo(safe(f"next: sft data {target} shows what the model will see, sft run {target} trains it"))
+    print_line(f"written to {target}")
+    print_line(f"next: sft data {target} shows what the model will see, sft run {target} trains it")
 
 
 def _check(target: Path) -> None:
@@ -102,7 +102,7 @@ def _ask_adapter(adapters: Sequence[About]) -> About | None:
         return None
     by_name = {row.name: row for row in adapters}
     for row in adapters:
-        click.echo(safe(f"  {row.name}: {row.summary}"), err=True)
+        say(f"  {row.name}: {row.summary}")
     click.echo(f"  {NONE}: All parameters train.", err=True)
     words = Option("adapter", str, adapters[0].name, choices=(*by_name, NONE))
     return by_name.get(_ask("Adapter", words))

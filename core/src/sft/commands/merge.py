@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from sft.commands.completing import complete_path, complete_plugin
-from sft.commands.shared import MODEL, PLUGIN, adapter_names, path_of, setting_options, typed_values
+from sft.commands.shared import MODEL, PLUGIN, adapter_names, path_of, print_line, setting_options, typed_values
 
 FORMATS = ("hf", "paddle")
 
@@ -75,4 +75,4 @@ def command(
     allowed = typed_values({"allow_pickle": allow_pickle}).get("allow_pickle", False)
     form = WeightFormat(layout, safe, parse_size(shard), dtype)
     changed = merge(model, Path(adapter), Path(output), Printer("stdout"), plugins, form, device, allowed)
-    click.echo(f"merged {changed} tensors; written to {output}")
+    print_line(f"merged {changed} tensors; written to {output}")

@@ -9,10 +9,9 @@ from typing import Any
 import click
 
 from sft.commands.completing import complete_plugin
-from sft.commands.shared import option_row
+from sft.commands.shared import option_row, print_line
 from sft.errors import SftError
 from sft.facts import columns, padded
-from sft.foreign_text import safe
 from sft.kit.about import About, about, all_plugins, find_plugin, found, ties
 from sft.kit.new import KINDS, write_package
 from sft.language import translated
@@ -42,14 +41,14 @@ def command(context: click.Context, as_json: bool) -> None:
         return
     names, kinds = (max(map(columns, each)) for each in ([row.name for row in rows], [_kind(row) for row in rows]))
     for row in rows:
-        click.echo(safe(f"{padded(row.name, names)}  {padded(_kind(row), kinds)}  {row.origin}"))
+        print_line(f"{padded(row.name, names)}  {padded(_kind(row), kinds)}  {row.origin}")
         for line in _more(row):
-            click.echo(safe(f"{'':<{names}}  {line}"))
+            print_line(f"{'':<{names}}  {line}")
     for distribution, faults in strange_requests().items():
         for fault in faults:
-            click.echo(safe(f"note: {distribution} declares {fault}"))
+            print_line(f"note: {distribution} declares {fault}")
     for tie in ties(rows):
-        click.echo(safe(f"note: {tie}"))
+        print_line(f"note: {tie}")
 
 
 def _kind(row: About) -> str:
@@ -78,7 +77,7 @@ def info(name: str, as_json: bool) -> None:
         click.echo(json.dumps(row.as_dict()))
         return
     for line in _page(row):
-        click.echo(safe(line))
+        print_line(line)
 
 
 def _page(row: About) -> list[str]:
@@ -126,10 +125,10 @@ def validate(context: click.Context, name: str | None, as_json: bool) -> None:
             click.echo(json.dumps(one.as_dict()))
             continue
         state = "valid" if not one.faults else f"{len(one.faults)} fault{'s' * (len(one.faults) > 1)}"
-        click.echo(safe(f"{one.name} ({one.origin}): {state}"))
+        print_line(f"{one.name} ({one.origin}): {state}")
         for word, rows in (("fault", one.faults), ("note", one.notes)):
             for check, text in rows:
-                click.echo(safe(f"  {word}, {check}: {text}"))
+                print_line(f"  {word}, {check}: {text}")
     if not findings and not as_json:
         click.echo("No plugin is installed, so there is nothing to check.")
     wrong = [one.name for one in findings if one.faults]
@@ -149,5 +148,5 @@ def new(name: str, folder: str | None, kind: str) -> None:
     if folder is not None:
         check_path("DIR", folder)
     target = write_package(named, kind, None if folder is None else Path(folder).expanduser())
-    click.echo(safe(f"written to {target}: {KINDS[kind].summary}"))
-    click.echo(safe(f"next: pip install -e '{target}[test]', sft plugins validate {named}, pytest {target}"))
+    print_line(f"written to {target}: {KINDS[kind].summary}")
+    print_line(f"next: pip install -e '{target}[test]', sft plugins validate {named}, pytest {target}")

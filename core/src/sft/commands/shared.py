@@ -122,7 +122,8 @@ def put_found(
     if as_json:
         click.echo(json.dumps(found.as_dict(), allow_nan=False))
     elif html is None:
-        click.echo("\n".join(lines(found)))
+        for line in lines(found):
+            print_line(line)
 
 
 def setting_options(*names: str, **helps: str) -> Callable[[Any], Any]:
@@ -199,3 +200,5 @@ def put_out(text: str, nl: bool = True) -> None:
 
 say = Printer("stderr")
 """What is not the result goes to standard error."""
+print_line = Printer("stdout")
+"""Prints a line of the result, in which there may be names of others."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sft.context import Summary
 from sft.durations import short
 from sft.facts import Fact, lines_of, wrapped
+from sft.foreign_text import one_line
 from sft.progress import Progress
 from sft.run_report.value import PAGE
 from sft.voice import LEVELS
@@ -13,12 +14,13 @@ from sft.voice import LEVELS
 def tell_summary(summary: Summary, progress: Progress) -> None:
     """Say what a run has come to, as it says everything else."""
     width = progress.width
-    text = "\n  ".join(wrapped(headline(summary), None if width is None else width - 2))
+    first, *more = wrapped(one_line(headline(summary)), None if width is None else width - 2)
+    lines = [first, *(f"  {line}" for line in more)]
     if progress.level == LEVELS[0]:
         page = summary.output_dir / PAGE
         report = ["", f"report: {page}"] if page.is_file() else []
-        text = "\n".join(["", text, *lines_of(facts(summary), width, 12), *answers(summary), *report])
-    progress.tell("summary", summary.as_dict(), text, "warning")
+        lines = ["", *lines, *lines_of(facts(summary), width, 12), *answers(summary), *report]
+    progress.tell("summary", summary.as_dict(), lines, "warning")
 
 
 def headline(summary: Summary) -> str:
@@ -73,12 +75,13 @@ def answers(summary: Summary) -> list[str]:
     return [
         line
         for sample in summary.samples
-        for line in (
+        for text in (
             "",
             f"prompt: {_block(sample['prompt'])}",
             f"  before: {_block(sample['before'])}",
             f"  after:  {_block(sample['after'])}",
         )
+        for line in text.split("\n")
     ]
 
 

@@ -74,7 +74,8 @@ def data_report(
     active.hook.sft_check(run=run)
     check_plugins(active)
     if without_effect:
-        say(listing(without_effect))
+        for line in listing(without_effect):
+            say(line)
     with run.progress:
         return _Gathering(run, wanted).report()
 

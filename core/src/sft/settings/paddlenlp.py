@@ -286,10 +286,10 @@ def explain(
     return left, found
 
 
-def listing(pairs: Iterable[tuple[str, str]]) -> str:
+def listing(pairs: Iterable[tuple[str, str]]) -> list[str]:
     """The warning: one line a reason, with the settings that it is the reason for."""
     by_reason: dict[str, list[str]] = {}
     for setting, reason in pairs:
         by_reason.setdefault(reason, []).append(setting)
-    lines = [f"{', '.join(settings)}: {reason}" for reason, settings in by_reason.items()]
-    return "\n  ".join(["settings without effect here:", *lines])
+    lines = [f"  {', '.join(settings)}: {reason}" for reason, settings in by_reason.items()]
+    return ["settings without effect here:", *lines]

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 def tell_plan(run: CoreRun, schedule: Schedule | None) -> None:
     """Say what the run is about to do; without a ``schedule`` it only measures."""
     values = outlook(run, schedule)
-    text = "\n".join(["plan:", *lines_of(facts(values), run.progress.width)])
-    run.progress.tell("plan", values, text)
+    run.progress.tell("plan", values, ["plan:", *lines_of(facts(values), run.progress.width)])
 
 
 def outlook(run: CoreRun, schedule: Schedule | None) -> dict[str, Any]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stopped_runs import SETTINGS
+from stopped_runs import SETTINGS, StoppedError, checkpoints_of
 from toy_plugins import toy
 
 import sft
 from sft.files import read_report
+from sft.progress import Progress
+from sft.training.journal import read_metrics
+from sft.training.manifest import damage
+from sft.training.steps_file import read_steps
 
 Train = Callable[..., sft.Summary]
 OF_A_FAILED_RUN = ["metrics.jsonl", "report.html", "report.json", "rows.json", "run.json", "sft.log", "steps.bin"]
@@ -184,10 +190,84 @@ def test_where_no_place_takes_the_weights_that_is_said(
     assert not any(list((tmp_path / name).iterdir()) for name in ("temporary", "here", "home"))
 
 
-def test_a_folder_that_has_vanished_is_made_again(train: Train, tmp_path: Path) -> None:
-    gone = toy("gone", sft_logged=lambda self: shutil.rmtree(tmp_path / "out"))
-    train("out", (gone,), max_steps=1, do_eval=False)
-    assert (tmp_path / "out" / "model.safetensors").exists()
+VANISHES: dict[str, Callable[[Path], Any]] = {
+    "removed": shutil.rmtree,
+    "moved": lambda out: out.rename(out.with_name("away")),
+    "emptied": lambda out: (shutil.rmtree(out), out.mkdir()),
+    "run.json": lambda out: (out / "run.json").unlink(),
+}
+"""What becomes of a run's folder while it trains."""
+
+
+@pytest.mark.parametrize(
+    "how", [name if name == "removed" else pytest.param(name, marks=pytest.mark.slow) for name in VANISHES]
+)
+@pytest.mark.parametrize(
+    "ends", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["to the end", "and is stopped"]
+)
+def test_a_folder_that_vanishes_is_made_anew(
+    train: Train, whole: Callable[..., Path], tmp_path: Path, how: str, ends: bool
+) -> None:
+    """After step 5, with its checkpoint of step 3. It is said once, the folder is locked and known as a run's again,
+    and what is learned is what it would have been, also where the run is stopped after step 11 and goes on."""
+    out, said, held = tmp_path / "out", [], []
+
+    class Gone(sft.Plugin):
+        name = "gone"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            if record["step"] == 5:
+                VANISHES[how](out)
+            if record["step"] == 10:
+                holder, status = sft.holder_of(out), read_report(out)["status"]
+                held.append((holder is not None and holder.pid == os.getpid(), status, checkpoints_of(out)))
+            if record["step"] == 11 and not ends:
+                raise StoppedError
+
+    if ends:
+        train("out", (Gone,), say=said.append, **SETTINGS)
+    else:
+        with pytest.raises(StoppedError):
+            train("out", (Gone,), say=said.append, **SETTINGS)
+        train("out", say=said.append, resume_from_checkpoint="auto", **SETTINGS)
+    (line,) = [line for line in said if "vanished" in line]
+    stays = how == "run.json"
+    is_there = how in ("emptied", "run.json")
+    assert line.startswith(f"note: {'run.json, and perhaps more, has vanished from ' if is_there else ''}{out} ")
+    assert line.endswith("and the run goes on there after step 5")
+    assert line in (out / "sft.log").read_text()
+    assert held == [(True, "running", [f"checkpoint-{step}" for step in (3, 6, 9)[not stays :]])]
+    assert read_report(out)["status"] == "finished"
+    for name in ("model.safetensors", "checkpoint-12/trainer/optimizer.safetensors"):
+        assert (out / name).read_bytes() == (whole() / name).read_bytes()
+    steps, complete = read_steps(out), read_steps(whole())
+    assert steps is not None
+    assert complete is not None
+    assert len(steps) == 13
+    assert list(steps.known) == [stays or step > 5 for step in range(1, 14)]
+    assert (steps.loss[5:] == complete.loss[5:]).all()
+    lines = [line["step"] for line in read_metrics(out) if "loss" in line]
+    assert lines == ([1] if stays else []) + ([4] if stays else []) + [8, 12, 13]
+    assert damage(out / "checkpoint-12", Progress(said.append)) is None
+
+
+def test_where_it_cannot_be_made_anew_what_was_learned_is_elsewhere(train: Train, tmp_path: Path) -> None:
+    """In its place there is a file."""
+
+    def replace(self: Any, record: dict[str, Any]) -> None:
+        if record["step"] == 2:
+            shutil.rmtree(tmp_path / "out")
+            (tmp_path / "out").touch()
+
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3, "logging_steps": 10, "do_eval": False}
+    with pytest.raises(
+        sft.SftError, match=r"cannot go on after step 3 \(File exists: \S+out\); it is in \S+ instead"
+    ) as caught:
+        train("out", (toy("gone", sft_step_ended=replace),), **settings)
+    where = Path(re.search(r"it is in (\S+) instead", str(caught.value))[1])
+    assert (where / "model.safetensors").is_file()
 
 
 def test_what_goes_wrong_in_one_of_several_processes_does_not_wait_for_the_others(tmp_path: Path) -> None:

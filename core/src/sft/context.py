@@ -238,6 +238,7 @@ class CoreRun(Run):
         not_finite: Numbers of plugins that have been said not to be finite.
         lock: The lock of the run's folder, in the process that writes there; None before it is taken.
         log: What the run says, as it stands in the folder of a run.
+        keep_folder: Makes the folder anew where it has vanished; for the process that writes there, before it does.
     """
 
     places: Callable[[dict[str, Any], Sequence[int]], list[str]]
@@ -276,6 +277,7 @@ class CoreRun(Run):
         self.not_finite: set[str] = set()
         self.lock: FolderLock | None = None
         self.log = RunLog(self.progress)
+        self.keep_folder: Callable[[], None] = lambda: None
 
     def files_of(self, name: str, split: str) -> list[Path] | None:
         """The files that a plugin says hold a split of the data ``name``; None if none of them knows it."""

@@ -73,6 +73,7 @@ def _write_whole(
         write_result(run, None)
         return
     try:
+        run.keep_folder()
         if folder.exists():  # left from a run that this one has rewound past
             remove_folder(folder)
         staging = staged.enter_context(staged_folder(folder))

@@ -21,6 +21,7 @@ from sft.training.answer_files import GENERATIONS, SAMPLES, file_of, write_answe
 from sft.training.divergence import explained
 from sft.training.lines import measured, write
 from sft.training.progress import figures
+from sft.training.shared import shared
 from sft.training.strategy import SingleProcess
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def evaluate(run: CoreRun, step: int, epoch: float) -> dict[str, Any]:
     started = time.monotonic()
     record = {"step": step, "epoch": round(epoch, 4), **dev_loss(run)}
     if run.questions:
+        shared(run.strategy, run.keep_folder)
         record.update(score(run, file_of(run.output_dir, GENERATIONS, step)))
     record["eval_seconds"] = round(time.monotonic() - started, 3)
     record = measured(run, record)

@@ -128,6 +128,12 @@ class Journal:
             self._digest.update(text.encode())
         self.lines += 1
 
+    def lost(self) -> None:
+        """Begin those files anew that are not there any more."""
+        if self.path is not None and not self.path.exists():
+            self.lines, self._digest = 0, hashlib.sha256()
+        self.steps.lost()
+
     def start(self) -> None:
         """The clock of the next line starts now."""
         self._since = time.monotonic()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sft.foreign_text import shown
@@ -33,5 +32,10 @@ def measured(run: CoreRun, record: dict[str, Any]) -> dict[str, Any]:
 
 def write(run: CoreRun, journal: Journal, line: dict[str, Any]) -> None:
     """Write a line, and tell plugins of it. All processes take part."""
-    shared(run.strategy, partial(journal.write, line))
+
+    def written() -> None:
+        run.keep_folder()
+        journal.write(line)
+
+    shared(run.strategy, written)
     run.hook.sft_logged(run=run, record=line)

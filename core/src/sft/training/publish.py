@@ -30,7 +30,12 @@ def publish_result(run: CoreRun, optimizer: Optimizer) -> None:
     """
     check_finite(run, optimizer)
     run.check_lock()
-    failure = _write(run, lambda: publish(run.output_dir, RESULT_KEYS, PUBLISHED))
+
+    def place() -> AbstractContextManager[Path]:
+        run.keep_folder()
+        return publish(run.output_dir, RESULT_KEYS, PUBLISHED)
+
+    failure = _write(run, place)
     if failure is None:
         return
     where = _rescue(run)

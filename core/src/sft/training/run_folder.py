@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UsageError
 from sft.files import make_folder, read_report, remove_folder, remove_leftovers, sync
+from sft.folder_lock import NAME as LOCK
 from sft.folder_lock import FolderLock, check_unused
 from sft.foreign_text import shown
 from sft.run_log import NAME as LOG
@@ -129,7 +131,34 @@ def open_run_folder(run: CoreRun, source: Path | None, record: dict[str, Any]) -
         _clear(run, source, record)
         run.log.begin(run.output_dir)
     run.strategy.wait()
-    return Journal(run.output_dir / "metrics.jsonl" if run.strategy.is_main else None)
+    journal = Journal(run.output_dir / "metrics.jsonl" if run.strategy.is_main else None)
+    if run.strategy.is_main:
+        run.keep_folder = partial(_keep, run, {"status": "running", **record}, journal)
+    return journal
+
+
+def _keep(run: CoreRun, record: dict[str, Any], journal: Journal) -> None:
+    """Where the folder, or what makes it known as this run's, has vanished, make it anew and say so: what the run knows
+    is more than what was in it. Raises :class:`OSError` where that cannot be."""
+    folder = run.output_dir
+    if (folder / "run.json").exists():
+        return
+    if folder.is_dir():
+        what = f"run.json, and perhaps more, has vanished from {folder} since the run began; it is written anew"
+    else:
+        what = (
+            f"{folder} has vanished since the run began, and with it its checkpoints, metrics and log; it is made anew"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if run.lock is not None and not (folder / LOCK).exists():
+        with run.stop.whole():
+            before, run.lock = run.lock, FolderLock(folder, run.say)
+            before.release()
+    write_report(run, record)
+    journal.lost()
+    if not (folder / LOG).exists():
+        run.log.begin(folder)
+    run.say(f"note: {what}, and the run goes on there after step {run.step}")
 
 
 def _take(run: CoreRun) -> None:

@@ -100,6 +100,12 @@ class StepsFile:
         if self._stream.write(record) != len(record):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
+    def lost(self) -> None:
+        """Begin the file anew if it is not there any more; earlier steps are then not known."""
+        if self.path is not None and not self.path.exists():
+            self.close()
+            self.count, self._digest = 0, hashlib.sha256()
+
     def close(self) -> None:
         if self._stream is not None:
             self._stream.close()

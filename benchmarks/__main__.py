@@ -69,7 +69,8 @@ def main() -> int:
                     bad += 1
                     continue
             print(*getattr(module, "told", told)(result), sep="\n", flush=True)
-            result = {"what": what, "model": describe(given.model), "took": round(time.monotonic() - began), **result}
+            facts = {"what": what, "model": describe(given.model, given.data), "took": round(time.monotonic() - began)}
+            result = {**facts, **result}
             if own:
                 keep(RESULTS, name, module.cases(), case, result)
                 page.write(RESULTS)

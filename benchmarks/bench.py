@@ -149,9 +149,12 @@ def parted(words: list[str]) -> tuple[list[str], list[str]]:
     return words[:at], words[at + 1 :]
 
 
-def describe(model: Path | None) -> str:
-    """The model that a user gave, or the one that is made, in words."""
-    return "SmolLM2-135M's shape, random weights" if model is None else model.name
+def describe(model: Path | None, data: Path | None) -> str:
+    """The model and the records that a user gave, or those that are made, in words."""
+    if model is None and data is None:
+        return "SmolLM2-135M's shape, random weights"
+    weights = "SmolLM2-135M's shape, random weights" if model is None else f"the weights in {model.name}"
+    return f"{weights}, {'made records' if data is None else f'the records in {data.name}'}"
 
 
 def keep(folder: Path, name: str, cases: Iterable[str], case: str, result: dict[str, Any]) -> None:

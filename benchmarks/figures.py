@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+WRITTEN = ("benchmarks/results", "docs/performance.md", "docs/zh/performance.md")
+"""What benchmarks change while they measure."""
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -31,14 +33,13 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float], more_is_better: bool) -> dict[str, float]:
-    """How many times better ``ours`` is: the ratio of the medians, and the quartiles of the ratios turn by turn.
+    """How many times better ``ours`` is: the median of the ratios turn by turn, and their quartiles.
 
     Both have a value for each turn. Above 1, ours is ahead, of speeds and of seconds alike.
     """
     over, under = (ours, theirs) if more_is_better else (theirs, ours)
     pairs = summary([a / b for a, b in zip(over, under, strict=True)])
-    median = statistics.median(over) / statistics.median(under)
-    return {"ratio": significant(median), "low": pairs["low"], "high": pairs["high"]}
+    return {"ratio": pairs["median"], "low": pairs["low"], "high": pairs["high"]}
 
 
 def power_law(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
@@ -78,9 +79,19 @@ def machine() -> dict[str, Any]:
 
 def moment() -> dict[str, Any]:
     """When, of which commit, and how busy the machine was (the processes that wanted to run in the last minute)."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": done.stdout.strip() or "unknown",
+        "commit": commit(ROOT),
         "load_before": round(os.getloadavg()[0], 1),
     }
+
+
+def commit(folder: Path) -> str:
+    """The commit of ``folder``, with ``-dirty`` behind it if a file is changed that no benchmark writes itself."""
+
+    def said(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True).stdout.strip()
+
+    name = said("describe", "--always")
+    changed = said("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in WRITTEN))
+    return f"{name}-dirty" if name and changed else name or "unknown"

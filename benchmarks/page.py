@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import charts
+from benchmarks.runs import commit, runs
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 LABELS = {"sft": "sft", "trl": "TRL + PEFT", "paddlenlp": "PaddleNLP", "transformers": "transformers",
           "bitsandbytes": "bitsandbytes"}  # fmt: skip
+THIS_TREE = "this tree"
+"""The side of a profile that is the code of the commit that the result names."""
 HEAD = """\
 # Performance
 
@@ -27,8 +30,12 @@ in which another program is ahead has its factor in **bold**.
 
 Each program runs in an environment of its own, at the versions in `benchmarks/peers/`, in a process that stays up. The
 processes take turns, one repetition each, so a machine that is slower for a while is slower for all. A figure is the
-median of the turns, with the quartiles behind it; a factor is the ratio of the medians, with the quartiles of the
-ratios turn by turn, and above 1 sft is ahead. Memory is the largest resident memory of the process, its start included.
+median of the turns, with the quartiles behind it. A factor is the median of the ratios turn by turn, with their
+quartiles, and above 1 sft is ahead; it may differ from the ratio of the two medians, which come from different turns.
+Memory is the largest resident memory of the process, its start included.
+
+Below each table stands what was measured together. `-dirty` behind a commit says that files were changed and not
+committed; until November 2026 the results of the row before were enough for it.
 
 To reproduce it:
 
@@ -45,31 +52,45 @@ records are drawn from words of the demo, as long as those of AdvertiseGen are i
 PROFILE = """\
 ## Where a step's seconds go
 
-A packed row of at most 1,024 tokens, LoRA of rank 8 on every Linear of the blocks, by the code of an earlier commit and
-by that of the commit below. Each operation counts once, at the outermost place at which paddle's profiler sees it; a
-`GradNode` is the backward pass of what it is named after. The products with frozen weights are what a step cannot do
-without: the seconds that they would take are those at the speed of one product alone, without anything between. A step
-without the profiler is the mean of other rows, by their tokens; it may be above the profiled row, which is one row.
+A packed row of at most 1,024 tokens, LoRA of rank 8 on every Linear of the blocks, by the code of two commits. Each
+operation counts once, at the outermost place at which paddle's profiler sees it; a `GradNode` is the backward pass of
+what it is named after. The products with frozen weights are what a step cannot do without: the seconds that they would
+take are those at the speed of one product alone, without anything between. A step without the profiler is the mean of
+other rows, by their tokens; it may be above the profiled row, which is one row.
 """
 MEMORY = """\
 ## Where its memory goes
 
 The largest share of a LoRA step is what backward needs again. In MiB, by the formulas of `sft plan`
 ([plan.md](plan.md)), for rows of 1,024 tokens on a model of 135 million parameters; with `--recompute`
-activations are 131 and 105, for a second forward pass. The interpreter, paddle, the tokenizer and the records come
-beside it: a float32 run that is ready for its first step holds 930 MiB. By the code of 749bb29 the whole run held 3.5
-GiB. `together` is the most at one time.
-
-| | weights | gradients | AdamW | activations | logits | together |
-|---|--:|--:|--:|--:|--:|--:|
-| float32 | 522 | 9 | 19 | 1,027 | 100 | 1,642 |
-| bfloat16 | 266 | 9 | 19 | 590 | 98 | 958 |
-
+activations are 131 and 105, for a second forward pass. `together` is the most at one time; `measured` is the largest
+resident memory of the whole process in the training steps above, and `not counted` what is left of it: the interpreter,
+paddle and its libraries, the tokenizer, the records, and memory that the allocator keeps. A run that is ready for its
+first step holds about 930 MiB in float32 and 675 in bfloat16, of which 522 and 266 are weights; so 410 are not counted
+at least. With them the formulas would be at 2,050 and 1,370: in float32 that is more than was measured, since they
+reckon with a row that is full and with each part at its largest. By the code of 749bb29 the whole run held 3.5 GiB.
+"""
+LIMITS = """\
     sft plan --devices 1 --device_memory 24GB --model_name_or_path DIR --dataset_name_or_path DATA --plugin lora \\
         --lora_rank 8 --plugin greedy-zero-padding --max_length 1024 --per_device_train_batch_size 1 --device cpu
 
-`tests/test_memory_of_a_run.py` holds the whole process below 2.0 GiB in float32 and below 1.5 GiB in bfloat16.
+`tests/test_memory_of_a_run.py` holds the whole process below 2.0 GiB in float32 and below 1.5 GiB in bfloat16, in
+packed rows of 1,024 tokens. Padded batches of four, the last column, are above that: four records, each padded to the
+longest, have 1,500 to 2,000 positions there, and activations grow with positions.
+
+## On a GPU
+
+Nothing above was measured on a GPU, and what stands here is proved on a CPU alone: `make DEVICE=gpu test-gpu` tries it,
+and ends with a table. With `bf16` frozen weights are held in 16 bits. A quantized matrix is dequantized whole; RMSNorm,
+rotary embedding, SwiGLU and softmax cross-entropy are paddle's fused operations; chunks of logits follow the GPU's
+memory; packed 16-bit rows have FlashMask where the GPU has kernels for it, and version 3 where that agrees with version
+2. AdamW steps all tensors of a group in one call, small gradients are copied together for the norm, and between
+processes tensors travel in buckets. On one device there is no flat buffer for optimizer, norm and collectives, by
+decision: AdamW's one call needs none, one that stays would be cut loose by whatever replaces a tensor, and copying a
+large matrix into one of the moment takes longer than the call that it saves ([decision 35](decisions/0035-gpu.md)).
 """
+PARTS = {"float32": (522, 9, 19, 1027, 100, 1642), "bfloat16": (266, 9, 19, 590, 98, 958)}
+"""MiB by ``sft plan``: weights, gradients, AdamW, activations, logits, together."""
 
 
 def write(results: Path = RESULTS) -> None:
@@ -107,7 +128,7 @@ def page(results: Path) -> str:
     shown = ["Not measured yet: `python -m benchmarks.profiling` does it."]
     if profiled.is_file():
         shown = profile(json.loads(profiled.read_text(encoding="utf-8"))["cases"])
-    lines += [PROFILE, FIGURES, *shown, END, "", MEMORY]
+    lines += [PROFILE, FIGURES, *shown, END, "", MEMORY, FIGURES, *memory(steps_of(results)), END, "", LIMITS]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -128,23 +149,22 @@ def table(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
                               for key in side.get("also", {})))  # fmt: skip
     units = sorted({case["unit"] for case in cases.values()})
     figure = units[0] if len(units) == 1 else "median"
-    rows = [f"| | | {figure} | sft is ahead by | peak MiB |{''.join(f' {key} |' for key in more)}"]
-    rows.append("|---|---|--:|--:|--:|" + "--:|" * len(more))
+    compared = any(case["ratios"] for case in cases.values())
+    heads = ["", "", figure, *(["sft is ahead by"] if compared else []), "peak MiB", *more]
+    rows = [f"|{'|'.join(f' {head} ' if head else ' ' for head in heads)}|", "|---|---|" + "--:|" * (len(heads) - 2)]
     for case in cases.values():
         what = case["what"]
         for name, side in case["sides"].items():
             label = LABELS.get(name, name)
             if "failed" in side:
-                rows.append(
-                    f"| {what} | {label} | did not run: {side['failed'].replace('|', '/')} | | |{' |' * len(more)}"
-                )
+                cells = [f"did not run: {side['failed'].replace('|', '/')}", *[""] * (len(heads) - 3)]
             else:
                 unit = "" if len(units) == 1 else f" {case['unit']}"
-                value = f"{number(side['median'])}{unit} ({number(side['low'])}–{number(side['high'])})"
-                extra = "".join(f" {side.get('also', {}).get(key, '')} |" for key in more)
-                rows.append(
-                    f"| {what} | {label} | {value} | {factor(case['ratios'].get(name))} | {side['peak_mib']:,} |{extra}"
-                )
+                spread = "" if len(side["values"]) == 1 else f" ({number(side['low'])}–{number(side['high'])})"
+                ahead = [factor(case["ratios"].get(name))] if compared else []
+                extra = (str(side.get("also", {}).get(key, "")) for key in more)
+                cells = [f"{number(side['median'])}{unit}{spread}", *ahead, f"{side['peak_mib']:,}", *extra]
+            rows.append(f"| {' | '.join([what, label, *cells])} |")
             what = ""
     return rows
 
@@ -176,13 +196,39 @@ def curves(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def profile(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = [""]
-    for case in cases.values():
+    by_commit = {
+        key: {
+            **case,
+            "sides": {commit(case) if name == THIS_TREE else name: side for name, side in case["sides"].items()},
+        }
+        for key, case in cases.items()
+    }
+    for case in by_commit.values():
         for name, side in case["sides"].items():
-            lines += [f"**{case['what']}, {name}**: {of_step(side)}.", "", "| operation | calls | ms | share |"]
+            lines += [f"**{case['what']}, commit {name}**: {of_step(side)}.", "", "| operation | calls | ms | share |"]
             lines.append("|---|--:|--:|--:|")
             lines += [f"| `{row[0]}` | {row[1]} | {row[2]:,.0f} | {row[3]:.1f} % |" for row in shares(side, 12)]
             lines.append("")
-    return [*lines, *provenance(cases)]
+    return [*lines, *provenance(by_commit)]
+
+
+def steps_of(results: Path) -> dict[str, Any]:
+    """What has been measured of training steps, by case."""
+    return dict(read(results)["steps"]["cases"])
+
+
+def memory(steps: Mapping[str, Any]) -> list[str]:
+    """What a LoRA step's memory is made of, beside what was measured."""
+    rows = ["| | weights | gradients | AdamW | activations | logits | together | not counted | measured | padded |"]
+    rows.append("|---|" + "--:|" * 9)
+    for dtype, parts in PARTS.items():
+        packed, padded = (
+            steps[key]["sides"]["sft"]["peak_mib"] if key in steps else None
+            for key in (f"lora-{layout}-{dtype}" for layout in ("packed", "padded"))
+        )
+        found = [*parts, None if packed is None else packed - parts[-1], packed, padded]
+        rows.append(f"| {dtype} | {' | '.join('' if one is None else f'{one:,}' for one in found)} |")
+    return ["", *rows, ""]
 
 
 def of_step(side: Mapping[str, Any]) -> str:
@@ -219,27 +265,16 @@ def number(value: float) -> str:
 
 
 def provenance(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Machines, dates, models and versions, each said once with the cases that it holds for, if not for all."""
+    """A line a run, with the cases that came from it; and one for each side that stopped."""
+    found = runs(cases)
+    lines = [f"- {run.told(LABELS, len(found) == 1)}" for run in found]
     facts: dict[str, list[str]] = {}
-    for case in cases.values():
-        machine = case["machine"]
-        dates = f"{case['date']}, commit {case['commit']}, load {case['load_before']} before it began"
-        hardware = (
-            f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['instructions'])}), "
-            f"{machine['memory_gib']} GiB, {machine['system']}; {case['model']}"
-        )
-        versions = "; ".join(
-            f"{LABELS.get(name, name)}: " + " ".join(f"{key} {value}" for key, value in side["versions"].items())
-            for name, side in case["sides"].items()
-            if "versions" in side
-        )
-        for fact in (hardware, versions, dates):
-            facts.setdefault(fact, []).append(case["what"])
     for case in cases.values():
         for name, side in case["sides"].items():
             if "stopped" in side:
                 facts.setdefault(f"{LABELS.get(name, name)} stopped {side['stopped']}", []).append(case["what"])
-    return [f"- {fact}" + ("" if len(of) == len(cases) else f" ({'; '.join(of)})") for fact, of in facts.items()]
+    more = [f"- {fact}" + ("" if len(of) == len(cases) else f" ({'; '.join(of)})") for fact, of in facts.items()]
+    return [*lines, *more]
 
 
 def pictures(results: Path) -> dict[str, str]:

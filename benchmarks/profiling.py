@@ -63,13 +63,13 @@ def main() -> None:
         sources = {} if given.commit is None else {given.commit: installed(given.commit, scratch)}
         for dtype in given.dtype or DTYPES:
             begun, sides = figures.moment(), {}
-            for name, source in {**sources, "this tree": None}.items():
+            for name, source in {**sources, page.THIS_TREE: None}.items():
                 sides[name] = of_code(source, bench, dtype)
             for name, side in sides.items():
                 # The limit is the machine's; what slowed it down while one side measured it does not count.
                 side["speed"] = max(one["speed"] for one in sides.values() if one["narrow"] == side["narrow"])
                 print(*told(f"LoRA, packed, {dtype}, {name}", side), "", sep="\n", flush=True)
-            cases[dtype] = {"what": f"LoRA, packed, {dtype}", "model": describe(given.model), **begun,
+            cases[dtype] = {"what": f"LoRA, packed, {dtype}", "model": describe(given.model, given.data), **begun,
                             "machine": figures.machine(), "sides": sides}  # fmt: skip
     if given.commit is None or settings:
         print("Nothing was kept: that takes --commit, and no settings.")

@@ -32,8 +32,8 @@ def cases() -> dict[str, str]:
 def measure(bench: Bench, case: str) -> dict[str, Any]:
     if case == "help":
         sides: dict[str, Any] = {
-            "sft": lambda: Command("sft", [str(Path(sys.executable).parent / "sft"), "--help"]),
-            "trl": lambda: Command("trl", [str(Path(peers.python_of("trl")).parent / "trl"), "--help"]),
+            "sft": lambda: Command("sft", sys.executable, "sft-core"),
+            "trl": lambda: Command("trl", peers.python_of("trl"), "trl"),
         }
     elif case in LINES:
         sides = {"sft": lambda: bench.restarted("sft", partial(lazy_side, bench, many_lines(bench, LINES[case])))}
@@ -64,11 +64,11 @@ def lazy_side(bench: Bench, data: Path) -> Side:
 
 
 class Command(Side):
-    """A side whose turn is a whole program that ends by itself."""
+    """A side whose turn is a whole program that ends by itself: ``name --help``, of ``package`` beside ``python``."""
 
-    def __init__(self, name: str, command: list[str]) -> None:
-        self.name, self._command = name, command
-        self.facts = {}
+    def __init__(self, name: str, python: str, package: str) -> None:
+        self.name, self._command = name, [str(Path(python).parent / name), "--help"]
+        self.facts = {"versions": versions_of(python, package)}
 
     def turn(self, order: Any = None) -> dict[str, Any]:
         began = time.perf_counter()
@@ -86,3 +86,13 @@ class Command(Side):
 
     def end(self) -> None:
         pass
+
+
+def versions_of(python: str, package: str) -> dict[str, str]:
+    """Those of an interpreter and of a package in its environment; none where it does not start."""
+    code = f"import importlib.metadata as m, platform as p; print(p.python_version(), m.version({package!r}))"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # its program will say why
+        return {}
+    return dict(zip(("python", package), done.stdout.split(), strict=True))

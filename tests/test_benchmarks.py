@@ -93,6 +93,43 @@ def test_a_ratio_above_one_means_ahead_in_speed_and_in_seconds() -> None:
     assert (behind["low"], behind["ratio"], behind["high"]) == (0.375, 0.5, 0.75)
 
 
+def test_a_ratio_is_that_of_turns_and_lies_between_its_quartiles() -> None:
+    """The ratio of the medians, 4 / 3, would lie outside of them."""
+    found = figures.ratio([2.0, 4, 9], [2.0, 4.5, 3], more_is_better=True)
+    assert found == {"ratio": 1.0, "low": 0.9444, "high": 2.0}
+
+
+def test_results_have_the_ratios_of_their_turns() -> None:
+    """As far as the four digits say that are kept of a value."""
+    for path in page.RESULTS.glob("*.json"):
+        for case in json.loads(path.read_text(encoding="utf-8"))["cases"].values():
+            for name, kept in case.get("ratios", {}).items():
+                ours, theirs = (case["sides"][side]["values"] for side in ("sft", name))
+                assert kept == pytest.approx(figures.ratio(ours, theirs, case["more_is_better"]), rel=2e-3)
+
+
+def test_results_themselves_do_not_make_a_commit_dirty(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=A", "-c", "user.email=a@b.c", *words], cwd=tmp_path, check=True)
+
+    written = [tmp_path / "benchmarks/results/steps.json", tmp_path / "docs/performance.md"]
+    for path in (*written, tmp_path / "code.py"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+    assert figures.commit(tmp_path.parent) == "unknown"
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "all")
+    clean = figures.commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    for path in written:
+        path.write_text("2")
+    (tmp_path / "new").write_text("not the repository's")
+    assert figures.commit(tmp_path) == clean
+    (tmp_path / "code.py").write_text("2")
+    assert figures.commit(tmp_path) == f"{clean}-dirty"
+
+
 def test_the_exponent_of_a_power_law_is_found() -> None:
     sizes = [1024.0 * 2**power for power in range(6)]
     factor, exponent = figures.power_law(sizes, [3e-7 * size**1.7 for size in sizes])
@@ -130,17 +167,53 @@ def test_the_page_shows_what_the_results_say_and_its_pictures_exist() -> None:
 
 
 def test_a_row_where_a_peer_is_ahead_is_marked_and_a_peer_that_fell_is_named() -> None:
-    side = {"median": 2.0, "low": 1.0, "high": 3.0, "peak_mib": 1500}
+    side = {"median": 2.0, "low": 1.0, "high": 3.0, "values": [1.0, 2.0, 3.0], "peak_mib": 1500}
     case = {
         "what": "LoRA",
         "unit": "tokens/s",
         "sides": {"sft": side, "trl": side, "paddlenlp": {"failed": "no wheel | no joy"}},
         "ratios": {"trl": {"ratio": 0.5, "low": 0.4, "high": 0.6}},
     }
-    _, _, ours, theirs, fallen = page.table({"lora": case})
+    head, _, ours, theirs, fallen = page.table({"lora": case})
+    assert head == "| | | tokens/s | sft is ahead by | peak MiB |"
     assert ours == "| LoRA | sft | 2 (1–3) |  | 1,500 |"
     assert theirs == "|  | TRL + PEFT | 2 (1–3) | **0.50** (0.40–0.60) | 1,500 |"
-    assert fallen == "|  | PaddleNLP | did not run: no wheel / no joy | | |"
+    assert fallen == "|  | PaddleNLP | did not run: no wheel / no joy |  |  |"
+
+
+def test_what_nothing_is_compared_with_has_no_factor_and_one_turn_has_no_spread() -> None:
+    side = {**figures.summary([2.5]), "peak_mib": 1500, "also": {"after 100": 3.5}}
+    case = {"what": "LoRA", "unit": "dev loss", "sides": {"sft": side, "sft bfloat16": side}, "ratios": {}}
+    assert page.table({"lora": case}) == [
+        "| | | dev loss | peak MiB | after 100 |",
+        "|---|---|--:|--:|--:|",
+        "| LoRA | sft | 2.5 | 1,500 | 3.5 |",
+        "|  | sft bfloat16 | 2.5 | 1,500 | 3.5 |",
+    ]
+
+
+def test_rows_stand_with_the_run_that_they_came_from() -> None:
+    machine = {"processor": "P", "cores": 2, "instructions": ["avx2"], "memory_gib": 8, "system": "Linux"}
+
+    def case(what: str, time: str, commit: str, load: float = 0.5, **packages: str) -> dict[str, Any]:
+        sides: dict[str, Any] = {"sft": {"versions": {"paddlepaddle": "3.3.1"}}, "trl": {}}
+        sides |= {"trl": {"versions": packages}} if packages else {}
+        return {"what": what, "sides": sides, "machine": machine, "model": "M", "commit": commit,
+                "date": f"2026-11-{time} UTC", "load_before": load}  # fmt: skip
+
+    first = case("a", "26 06:27", "c1", torch="2")
+    same = [case("b", "26 06:40", "c1-dirty", 1.5, torch="2", peft="0.21"), case("c", "26 06:31", "c1-dirty")]
+    others = [case("newer torch", "26 07:00", "c1", torch="3"), case("a day later", "27 07:00", "c1")]
+    others += [{**first, "what": "another machine", "machine": {**machine, "cores": 4}}]
+    found = page.provenance(dict(enumerate([first, *others[:1], *same, *others[1:]])))
+    assert found[0] == (
+        "- **a; b; c**: P, 2 cores (avx2), 8 GiB, Linux; M; sft with paddlepaddle 3.3.1; TRL + PEFT with torch 2 peft "
+        "0.21; commit c1-dirty, 2026-11-26 06:27 to 06:40 UTC, load 0.5 to 1.5 before it began"
+    )
+    assert [line.partition("**:")[0] for line in found[1:]] == [f"- **{one['what']}" for one in others]
+    (alone,) = page.provenance({"a": first})
+    assert alone.startswith("- **All rows**: P, 2 cores")
+    assert alone.endswith("commit c1, 2026-11-26 06:27 UTC, load 0.5 before it began")
 
 
 def test_a_line_that_stops_early_has_no_point_there_and_says_why() -> None:
@@ -154,7 +227,7 @@ def test_a_line_that_stops_early_has_no_point_there_and_says_why() -> None:
         "what": "4 documents",
         "unit": "seconds",
         "sides": {"sft": side(1.5, **{"1024": 1.0, "2048": 2.83}), "transformers": theirs},
-        **{"machine": machine, "date": "D", "commit": "C", "load_before": 0.1, "model": "M"},
+        **{"machine": machine, "date": "2026-11-26 06:27 UTC", "commit": "C", "load_before": 0.1, "model": "M"},
     }
     assert page.curves({"4": case})[2:] == [
         "| 4 documents | sft | 1 | 2.83 | 1.5 | 1,500 |",
@@ -301,18 +374,19 @@ def test_the_page_says_where_memory_goes_as_the_plan_does(tmp_path: Path) -> Non
     """By the command that stands below the table."""
     model = materials.write_model(tmp_path / "model")
     data = materials.write_records(tmp_path / "data", 8, model)
-    shown = re.search(r"^    (sft plan (?:.*\\\n)*.*)$", page.MEMORY, re.MULTILINE)
+    shown = re.search(r"^    (sft plan (?:.*\\\n)*.*)$", page.LIMITS, re.MULTILINE)
     assert shown
     words = shown[1].replace("\\\n", " ").replace("DIR", str(model)).replace("DATA", str(data)).split()
-    rows, again = [], []
+    rows: dict[str, tuple[int, ...]] = {}
+    again = []
     for name, more in {"float32": [], "bfloat16": ["--bf16"]}.items():
         command = [str(Path(sys.executable).with_name("sft")), *words[1:], *more, "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         plans = {plan["plan"]["recompute"]: plan["memory"] for plan in map(json.loads, done.stdout.splitlines())}
         parts = [plans[False][part] for part in ("weights", "gradients", "optimizer", "activations", "logits", "peak")]
-        rows.append(f"| {name} | {' | '.join(f'{size / 2**20:,.0f}' for size in parts)} |")
+        rows[name] = tuple(round(size / 2**20) for size in parts)
         again.append(f"{plans[True]['activations'] / 2**20:,.0f}")
-    assert [line for line in page.MEMORY.splitlines() if re.match(r"\| b?float", line)] == rows
+    assert rows == page.PARTS
     assert f"`--recompute`\nactivations are {' and '.join(again)}, " in page.MEMORY
 
 

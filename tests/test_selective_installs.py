@@ -131,6 +131,17 @@ def test_the_core_alone(core_alone: Environment, material: Path) -> None:
     train(core_alone, material, "out")
     said = train(core_alone, material, "asked", "--plugin", "lora", code=2)
     assert "Plugin lora is not installed (installed: none); pip install 'paddle-sft[lora]' brings it" in said
+    for setting, value in {
+        "optim": "lion",
+        "lr_scheduler_type": "wsd",
+        "lora_rank": "8",
+        "tensor_parallel_degree": "2",
+    }.items():
+        said = train(core_alone, material, "asked", f"--{setting}", value, code=2)
+        assert setting in said
+        assert "pip install 'paddle-sft[all]' brings those of the project" in said
+    said = train(core_alone, material, "tracked", "--report_to", "wandb")
+    assert "report_to wandb: no plugin is installed that brings it; pip install 'paddle-sft[all]'" in said
 
 
 @pytest.mark.slow

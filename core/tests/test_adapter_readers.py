@@ -168,6 +168,10 @@ def test_a_refinement_brings_what_it_refines(plain: Distribute, adapter: Any) ->
     plain("sft-test-worn", READERS, {"worn": "Worn"}, {"adapter.YARN.worn": "Worn"})
     assert set(settings_for(adapter(worn=True))[1].readers) == {"plain", "worn"}
     assert settings_for(adapter())[1].readers == ["plain"]
+    folder = adapter(worn=True)
+    assert refusal(folder, "no:plain") == (
+        f"Plugin worn reads {folder} and refines plain, which no:plain leaves out; take that away."
+    )
 
 
 def test_one_that_wraps_anothers_answers(plain: Distribute, adapter: Any) -> None:

@@ -48,10 +48,10 @@ def test_each_call_in_order_with_who_answers() -> None:
     watching.end()
     sums = sorted(plain(lines)[3:])
     assert sums[0] in (
-        "in all: first N ms (sft_check 1 x N ms, sft_quantizer 1 x N ms)",
-        "in all: first N ms (sft_quantizer 1 x N ms, sft_check 1 x N ms)",
+        "in all: first N ms (sft_check 1 call, N ms; sft_quantizer 1 call, N ms)",
+        "in all: first N ms (sft_quantizer 1 call, N ms; sft_check 1 call, N ms)",
     )
-    assert sums[1:] == ["in all: second N ms (sft_check 1 x N ms)"]
+    assert sums[1:] == ["in all: second N ms (sft_check 1 call, N ms)"]
 
 
 def test_answers_errors_and_calls_within_calls() -> None:
@@ -116,7 +116,7 @@ def test_the_environment_asks_for_it(
     lines = plain(capsys.readouterr().err.splitlines())
     assert [line for line in lines if "seen" in line] == [
         "trace: sft_step_ended seen (N ms)",
-        "trace: in all: seen N ms (sft_step_ended 1 x N ms)",
+        "trace: in all: seen N ms (sft_step_ended 1 call, N ms)",
     ]
     order = [line.split()[1] for line in lines]
     assert order.index("sft_check") < order.index("sft_run_started") < order.index("sft_step_ended")

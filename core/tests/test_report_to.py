@@ -10,6 +10,7 @@ import pytest
 
 import sft
 from sft import resolve
+from sft.plugins.discovery import ALL_OF_PROJECT
 from sft.settings import words
 
 PAPER = """
@@ -77,7 +78,7 @@ def test_files_of_others_run_where_no_plugin_is_installed_for_it(monkeypatch: py
     monkeypatch.setattr(words, "by_words", dict)
     found, names, idle = resolved(report_to="visualdl")
     assert (found, names) == ([], [])
-    assert idle == [("report_to visualdl", "no plugin is installed that brings it")]
+    assert idle == [("report_to visualdl", f"no plugin is installed that brings it; {ALL_OF_PROJECT}")]
     assert resolved(report_to="none")[2] == []
 
 

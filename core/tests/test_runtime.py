@@ -317,6 +317,9 @@ before = kept()  # threads exist from here on
 import sft
 sft.prepare()
 print(*before, *kept())
+import warnings
+warnings.simplefilter("error")
+np.finfo(np.float32), np.finfo(np.float64)  # numpy warns where the smallest numbers are zero
 """
 
 

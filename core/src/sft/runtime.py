@@ -94,6 +94,7 @@ def prepare() -> str:
     vendor = cpu_info()["vendor"]
     if not _settled:
         _settle(vendor)
+    _know_denormals()
     flushes, imported = flush_denormals(), "paddle" in sys.modules
     _import_quietly()
     keep_handlers(_meet_numpy)
@@ -172,6 +173,15 @@ def mkl_path() -> int | None:
     """
     mkl = library("libmklml_intel.so")
     return None if mkl is None or not hasattr(mkl, "mkl_serv_cpu_detect") else int(mkl.mkl_serv_cpu_detect())
+
+
+def _know_denormals() -> None:
+    """Let numpy look at the limits of its types, which it does once, while the smallest numbers are not yet zero: it
+    would warn of that in the midst of a run."""
+    import numpy as np
+
+    for kind in (np.float16, np.float32, np.float64):
+        np.finfo(kind)
 
 
 def flush_denormals() -> bool:

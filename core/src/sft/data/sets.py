@@ -18,6 +18,7 @@ from sft.data.sources import Passing, Record, read, size_of
 from sft.dataset_names import NamedSet, scheme_of
 from sft.errors import UsageError
 from sft.foreign_text import shown
+from sft.plugins.discovery import ALL_OF_PROJECT
 
 if TYPE_CHECKING:
     from sft.plugins.registry import Plugins
@@ -133,8 +134,8 @@ class _Files:
         scheme = scheme_of(self._one.path)
         if scheme is not None:
             raise UsageError(
-                f"No active plugin opens {shown(self._one.path)}; install one that knows {scheme}://, or give a file "
-                "or folder (`sft plugins` lists those that are installed)."
+                f"No active plugin opens {shown(self._one.path)}; install one that knows {scheme}:// "
+                f"({ALL_OF_PROJECT}), or give a file or folder (`sft plugins` lists those that are installed)."
             )
         return find_files(self._path, name)
 

@@ -20,7 +20,7 @@ from sft.plugins.discovery import canonical, installed, with_refined
 from sft.plugins.files import name_of, with_files
 from sft.plugins.marks import hooks_of, implements
 from sft.plugins.registry import Plugins
-from sft.plugins.requests import by_device, choose_plugins, choose_reader
+from sft.plugins.requests import by_device, by_name, choose_plugins, choose_reader
 from sft.progress import Progress
 from sft.settings.arguments import Settings, check_precision, long_name
 from sft.settings.reading import build
@@ -51,6 +51,10 @@ def settings_for(
     if adapter is not None:
         reader = _reader(adapter, requested, from_files)
         readers = [*_needed(from_files[reader]), reader] if reader in from_files else with_refined(reader)
+        for name in by_name(requested)[1].intersection(readers):
+            raise UsageError(
+                f"Plugin {reader} reads {adapter} and refines {name}, which no:{name} leaves out; take that away."
+            )
         names += [name for name in readers if name not in names]
     computes = uses is None or "sft_kernels" in uses[1]
     wishes = by_device({**(given or {}), "plugin": list(requested)}) if computes else []

@@ -168,6 +168,15 @@ _NO_PLUGINS = ("all", "cpu", "gpu", "test", "dev")
 ALL_OF_PROJECT = f"pip install '{PROJECT}[all]' brings those of the project"
 
 
+def of_absent_plugin() -> str:
+    """What to add, as a clause, where a plugin that is not installed would know a name; nothing where all of the
+    project's are."""
+    there = _everything()
+    if extras() and all(name in there for name in extras()):
+        return ""
+    return f"; if it is that of a plugin which is not installed, {ALL_OF_PROJECT}"
+
+
 @functools.cache
 def extras() -> tuple[str, ...]:
     """The names of the project's plugins, installed or not, as the metadata of its distribution says; none where that

@@ -95,8 +95,9 @@ class Trace:
     def _told(self) -> None:
         """What has not been said of the last hook: that it was called again and again."""
         if self._more:
-            calls = "1 more call" if self._more == 1 else f"{self._more:,} more calls"
-            self._write(f"{self._last:<24} {calls} ({_milliseconds(self._more_seconds)})")
+            self._write(
+                f"{self._last:<24} {_calls_of(self._more).replace(' ', ' more ')} ({_milliseconds(self._more_seconds)})"
+            )
         self._last, self._more, self._more_seconds = "", 0, 0.0
 
     def end(self) -> None:
@@ -106,9 +107,15 @@ class Trace:
             totals = {plugin: sum(seconds for _, seconds in hooks.values()) for plugin, hooks in self._sums.items()}
             for plugin in sorted(totals, key=lambda name: -totals[name]):
                 hooks = sorted(self._sums[plugin].items(), key=lambda row: -row[1][1])
-                each = ", ".join(f"{hook} {count:,} x {_milliseconds(seconds)}" for hook, (count, seconds) in hooks)
+                each = "; ".join(
+                    f"{hook} {_calls_of(count)}, {_milliseconds(seconds)}" for hook, (count, seconds) in hooks
+                )
                 self._write(f"in all: {plugin} {_milliseconds(totals[plugin])} ({each})")
             self._sums.clear()
+
+
+def _calls_of(count: int) -> str:
+    return "1 call" if count == 1 else f"{count:,} calls"
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft.errors import UsageError
+from sft.plugins.discovery import of_absent_plugin
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,9 @@ def explain(
         if foreign.harmless is None and not foreign.accepts(text):
             raise UsageError(f"{name}: expected {foreign.kind}, got {value!r}.")
         if foreign.harmless is not None and text not in foreign.harmless:
-            raise UsageError(f"{name} {value!r} is not possible here: {foreign.reason}; take it out.")
+            raise UsageError(
+                f"{name} {value!r} is not possible here: {foreign.reason}; take it out{of_absent_plugin()}."
+            )
         found.append((f"{name} {str(value).lower() if isinstance(value, bool) else value}", foreign.reason))
     return left, found
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from sft.errors import UsageError
 from sft.foreign_text import listed, shown
-from sft.options import convert, options_of
-from sft.plugins.discovery import cure, extras, import_plugin
+from sft.options import Option, convert, options_of
+from sft.plugins.discovery import cure, extras, import_plugin, of_absent_plugin
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import switches
 from sft.settings.arguments import GROUPS, Settings
@@ -50,7 +50,7 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
         given = {name: parts[owner][name] for name in declared if parts[owner].get(name) is not None}
         words = {name: word for name, word in decided.items() if name in declared and owner == CORE}
         return cls(
-            **{name: convert(declared[name], value) for name, value in given.items() if name not in words}, **words
+            **{name: _converted(declared[name], value) for name, value in given.items() if name not in words}, **words
         )
 
     groups = {key: fill(cls, CORE) for key, cls in GROUPS.items()}
@@ -59,6 +59,16 @@ def build(values: Mapping[str, Any], plugins: Plugins) -> Settings:
         names.written(owner, name) for owner, part in parts.items() for name, value in part.items() if value is not None
     }
     return Settings(**groups, plugin=tuple(plugins.names), options=options, given=frozenset(given))
+
+
+def _converted(setting: Option, value: Any) -> Any:
+    """``value`` as the setting has it. A word that it does not know may be one that a plugin would bring."""
+    try:
+        return convert(setting, value)
+    except UsageError as error:
+        if setting.hook is None or not (absent := of_absent_plugin()):
+            raise
+        raise UsageError(f"{str(error).rstrip('.')}{absent}.") from None
 
 
 def known_names(plugins: Plugins) -> set[str]:
@@ -94,7 +104,10 @@ def unknown_setting(name: str, known: Iterable[str], plugins: Plugins) -> str:
     if missing:
         plugin = max(missing, key=len)
         return f"Unknown setting {said}; if it belongs to plugin {plugin}, {cure(plugin)}."
-    return f"Unknown setting {said}; `sft run --help` lists the settings (with --plugin NAME, the plugin's too)."
+    return (
+        f"Unknown setting {said}; `sft run --help` lists the settings (with --plugin NAME, the plugin's too)"
+        f"{of_absent_plugin()}."
+    )
 
 
 def _begins(name: str, plugin: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from sft.errors import UsageError
 from sft.foreign_text import shown
 from sft.options import Option
+from sft.plugins.discovery import ALL_OF_PROJECT
 from sft.plugins.marks import implements
 from sft.plugins.registry import Plugins
 from sft.plugins.requests import ALL, by_words, words_in
@@ -68,7 +69,9 @@ def _check_listed(name: str, given: Any, plugins: Plugins) -> None:
             continue
         if word not in words:
             close = difflib.get_close_matches(word, words, n=1)
-            hint = f"did you mean {close[0]}?" if close else "pip install the distribution that brings it."
+            hint = (
+                f"did you mean {close[0]}?" if close else f"pip install the distribution that does ({ALL_OF_PROJECT})."
+            )
             raise UsageError(
                 f"{name}: no installed plugin brings {shown(word)} (installed: {', '.join(words)}); {hint}"
             )
@@ -85,7 +88,7 @@ def without_listeners(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[t
     for name, option in shared_settings().items():
         if option.is_list and name in values and not by_words().get(name):
             if {*words_in(values[name])} - {NONE}:
-                found.append((f"{name} {values[name]}", "no plugin is installed that brings it"))
+                found.append((f"{name} {values[name]}", f"no plugin is installed that brings it; {ALL_OF_PROJECT}"))
             values = {key: value for key, value in values.items() if key != name}
     return dict(values), found
 

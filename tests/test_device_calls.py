@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from device_calls import NO_NATIVE_CODE, Calls, CountStep, counted
+from no_onednn import itself
 
 import sft
+from sft.models import onednn
 from sft.testing import make_model, needs
 
 Train = Callable[..., sft.Summary]
@@ -44,9 +46,10 @@ def test_tests_hide_gpus() -> None:
 def of_a_step(train: Train) -> Callable[..., Calls]:
     """What the third of five steps calls. Of these only the first and the last are logged."""
 
-    def measure(name: str = "out", plugin: list[str] = [], **settings: Any) -> Calls:  # noqa: B006
+    def measure(name: str = "out", plugin: list[str] = [], native: bool = False, **settings: Any) -> Calls:  # noqa: B006
         common = {"max_steps": 5, "logging_steps": 100, "per_device_train_batch_size": 2, "do_eval": False}
-        train(name, plugins=(CountStep,), plugin=[*plugin, *NO_NATIVE_CODE], **{**common, **settings})
+        plugin = plugin if native else [*plugin, *NO_NATIVE_CODE]
+        train(name, plugins=(CountStep,), plugin=plugin, **{**common, **settings})
         return CountStep.calls
 
     return measure
@@ -55,7 +58,7 @@ def of_a_step(train: Train) -> Callable[..., Calls]:
 @pytest.mark.parametrize(
     "plugins",
     [
-        [],
+        pytest.param([], marks=pytest.mark.slow),
         pytest.param(["lora", "zero-padding"], marks=[needs("lora", "zero-padding"), pytest.mark.slow]),
         pytest.param(["lora", "zero-padding", "flashmask"], marks=needs("lora", "zero-padding", "flashmask")),
         pytest.param(["lora", "nf4"], marks=[needs("lora", "nf4"), pytest.mark.slow]),
@@ -114,3 +117,27 @@ def test_the_kernels_of_a_layer(of_a_step: Callable[..., Calls], tmp_path: Path,
         each.append(of_a_step(f"out-{layers}", model_name_or_path=str(model), plugin=plugins).kernels)
     more = each[1].total() - each[0].total()
     assert more <= 2 * LAYER[technique], (each[1] - each[0]).most_common()
+
+
+IN_16_BITS = {"plain": 1160, "native": 700}
+"""Kernels of a step of two micro-batches through two layers with LoRA in bfloat16, without and with fast-cpu, whose
+code is not counted; nor are oneDNN's products."""
+
+
+@needs("lora")
+@pytest.mark.parametrize(
+    "how", [pytest.param("plain", marks=pytest.mark.slow), pytest.param("native", marks=needs("fast-cpu"))]
+)
+def test_the_kernels_and_waits_of_16_bits(
+    of_a_step: Callable[..., Calls], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """By paddle's oneDNN, whether or not this processor multiplies bfloat16 fast."""
+    itself()  # or a skip
+    monkeypatch.setattr(onednn, "why_not", lambda: None)
+    said: list[str] = []
+    calls = of_a_step(
+        native=how == "native", plugin=["lora"], bf16=True, gradient_accumulation_steps=2, say=said.append
+    )
+    assert "precision: bfloat16 products" in "\n".join(said)
+    assert len(calls.waits) <= WAITS, calls.waits
+    assert calls.kernels.total() <= IN_16_BITS[how], calls.kernels.most_common()

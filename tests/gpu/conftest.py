@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from sft.gpu_facts import gpu_facts
+
 FORCED = os.environ.get("SFT_TEST_GPU") == "cpu"
 ROWS = pytest.StashKey[list[tuple[str, str, str]]]()
 BEGAN = pytest.StashKey[float]()
@@ -86,18 +88,10 @@ def _machine() -> list[str]:
     found = [f"paddle {paddle.__version__}", f"sft {importlib.metadata.version('sft-core')}"]
     if not str(paddle.device.get_device()).startswith("gpu"):
         return ["on a CPU, forced", *found]
-    name, capability = paddle.device.cuda.get_device_name(), paddle.device.cuda.get_device_capability()
-    flags = ("FLAGS_flash_attn_version", "FLAGS_cudnn_deterministic")
+    facts = gpu_facts()
     return [
-        f"{name}, compute capability {capability[0]}.{capability[1]}, {paddle.device.cuda.device_count()} of them",
-        *[f"driver {_driver()}", f"CUDA {paddle.version.cuda()}", f"cuDNN {paddle.version.cudnn()}"],
-        *[f"NCCL {paddle.version.nccl()}", *found],
-        ", ".join(f"{flag} {value}" for flag, value in paddle.get_flags(list(flags)).items()),
+        f"{facts['name']}, compute capability {facts['compute_capability']}, {facts['count']} of them",
+        *[f"driver {facts['driver']}", f"CUDA {facts['cuda']}", f"cuDNN {facts['cudnn']}", f"NCCL {facts['nccl']}"],
+        *found,
+        ", ".join(f"{flag} {value}" for flag, value in facts["flags"].items()),
     ]
-
-
-def _driver() -> str:
-    try:
-        return Path("/proc/driver/nvidia/version").read_text().split("Kernel Module")[1].split()[0]
-    except (OSError, IndexError):
-        return "unknown"

@@ -277,6 +277,50 @@ def test_four_bits(paddle: Any, on_gpu: bool, row: Row, kind: str) -> None:
         row(f"{kind} product and its gradient, {dtype}", found, 1e-2)
 
 
+@needs("int8", "int4")
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, None), (4, 64), (4, 128)])
+def test_weight_only(paddle: Any, on_gpu: bool, row: Row, bits: int, group: int | None) -> None:
+    """Codes are a host's and paddle's own; products are those of the dequantized matrix, forward and backward, whether
+    paddle's kernel computes them or dequantizing does."""
+    from paddle.nn.quant import weight_quantize
+
+    from sft_quant_nf4.codes import quantize_channels
+    from sft_quant_nf4.kernels import Kernel, Packed, architecture, fits
+    from sft_quant_nf4.layers import ChannelLinear
+
+    random, kind = np.random.default_rng(8), f"int{bits}{f' in groups of {group}' if group else ''}"
+    weight, largest = random.standard_normal((768, 512)).astype(np.float32), 2 ** (bits - 1) - 1
+    in_groups = weight.reshape(768, -1, group or 512)
+    scales = np.abs(in_groups).max(-1, keepdims=True) / np.float32(largest)
+    whole = np.rint(in_groups / scales)
+    exact = (whole * scales).reshape(768, 512)
+    layer = ChannelLinear(quantize_channels(weight, bits, group), None)
+    differ = int((layer.values(0, 768).numpy() != whole.reshape(768, 512)).sum())
+    differ += int((layer.dequantize().numpy() != exact.T).sum())
+    row(f"{kind}: codes, and values dequantized", differ, "0 differ")
+    assert differ == 0
+    if not on_gpu or fits(layer):
+        # Paddle finds a scale of one where the largest numbers of each group are those of the type.
+        given = paddle.to_tensor(np.ascontiguousarray(whole.reshape(768, 512).T)).astype("float16")
+        wanted, _ = weight_quantize(
+            given, algo=f"weight_only_int{bits}", arch=architecture() if on_gpu else 80, group_size=group or -1
+        )
+        differ = int((Packed(layer, "float16").codes.numpy() != wanted.numpy()).sum())
+        row(f"{kind}: bytes of paddle's layout", differ, "0 differ")
+        assert differ == 0
+    x, slope = random.standard_normal((33, 512)), random.standard_normal((33, 768))
+    for dtype in dtypes(on_gpu):
+        said: list[str] = []
+        layer = ChannelLinear(quantize_channels(weight, bits, group), None, Kernel(said.append))
+        given = tensor(paddle, x, dtype)
+        y = layer(given)
+        (y * tensor(paddle, slope, dtype).detach()).sum().backward()
+        found = max(apart(y, x @ exact.T.astype(np.float64)), apart(given.grad, slope @ exact.astype(np.float64)))
+        how = f" ({said[0].partition(' are ')[2]})" if said else ""
+        row(f"{kind}: product and its gradient, {dtype}{how}", found, 1e-5 if dtype == "float32" else 1e-2)
+        assert (layer.dequantize().numpy() == exact.T).all()  # of paddle's layout too
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adamw(paddle: Any, row: Row, dtype: str) -> None:
     """Five steps of 70 tensors, clipped, against float64; 16-bit parameters by their masters."""

@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 from sft.errors import UsageError
 from sft.freed_memory import keep_freed_memory
+from sft.gpu_facts import gpu_facts
 from sft.stopping import keep_handlers
 
 
@@ -382,6 +383,7 @@ def machine() -> dict[str, Any]:
         "cpu": info["model"] or info["vendor"],
         "cores": physical_cores(),
         "device": paddle.device.get_device(),
+        "gpu": gpu_facts(),
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
         "runtime": prepare(),
         "stride_kernels": bool(paddle.get_flags("FLAGS_use_stride_kernel")["FLAGS_use_stride_kernel"]),

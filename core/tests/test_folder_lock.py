@@ -152,14 +152,34 @@ def test_a_run_on_another_machine_is_seen(tmp_path: Path) -> None:
 def test_a_machine_that_is_silent_does_not_block(tmp_path: Path) -> None:
     of_another_machine(tmp_path, age=5.0)
     assert holder_of(tmp_path) is None
-    began = time.monotonic()
-    FolderLock(tmp_path, quiet).release()
-    assert time.monotonic() - began < 0.9  # long enough ago: nothing to wait for
     said: list[str] = []
-    of_another_machine(tmp_path)
-    lock = FolderLock(tmp_path, said.append)
-    assert time.monotonic() - began > 0.9
-    assert len(said) == 1
+    for age, seconds in ((5.0, 0.2), (0.0, 1.0)):  # long ago, and just before
+        of_another_machine(tmp_path, age)
+        began = time.monotonic()
+        FolderLock(tmp_path, said.append).release()
+        assert seconds - 0.1 < time.monotonic() - began < seconds + 0.7
+    assert len(said) == 2
+
+
+@pytest.mark.usefixtures("no_locks")
+@pytest.mark.parametrize("hours", [5, -5])
+def test_a_clock_that_jumps_takes_no_folder_from_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """The owner has given its last sign of life before the clock was set, and gives the next one soon after."""
+    lock, own = FolderLock(tmp_path, quiet), Path.touch
+    monkeypatch.setattr(folder_lock, "SILENCE", 60.0)
+
+    def touch(path: Path, *how: Any) -> None:
+        own(path, *how)
+        os.utime(path, (time.time() + 3600 * hours,) * 2)  # the disk's clock is what a new file of it says
+
+    monkeypatch.setattr(Path, "touch", touch)
+    said: list[str] = []
+    with pytest.raises(sft.UsageError, match=f"process {os.getpid()} on"):
+        FolderLock(tmp_path, said.append)
+    assert said[0].startswith("note: waiting up to ")
+    assert lock.is_held
     lock.release()
 
 

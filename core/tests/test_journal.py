@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from sft.testing import read_metrics
+from sft.training import journal as journal_module
 from sft.training.journal import Journal
 
 VARY = ("seconds", "peak_memory_mib")
@@ -128,6 +130,33 @@ def test_lines_go_by_their_steps_and_a_changed_one_is_named(
     if digest or len(left) < 3:  # a number that is another one is noticed by the digest alone
         assert said is not None
         assert f"metrics.jsonl has been changed since step 3: {len(left)} lines up to there can be read, of 3" in said
+
+
+LINES = [
+    *(b'{"step": 1, "a": 2.5}', b'{"step": 1}, {"step": 2}', b'{"step": 1', b'"a": 1}', b"{}", b"", b"[1", b"2]", b"7"),
+    *(
+        b'{"a": "}',
+        b'{b": "{"}',
+        b'{"a": {"b": 1}}',
+        b'{"a": [1, 2]}',
+        b" {}",
+        b"{} ",
+        b'{"a": 1e999}',
+        b'{"a": "\xff"}',
+    ),
+    *(b"[" * 100_000, b'{"a": "\xc3\xbc"}', b"\xef\xbb\xbf{}", b"{\0}\0", b'{"a": 1, "a": 2}', b"},{", b"{]", b"[{}"),
+]
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 200])
+def test_many_lines_at_a_time_say_what_each_says(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Drawn by chance, so that lines which are wrong by themselves make something of each other."""
+    monkeypatch.setattr(journal_module, "_AT_ONCE", at_once)
+    draw = random.Random(at_once)
+    for _ in range(300):
+        lines = [draw.choice(LINES[: draw.choice([2, 6, len(LINES)])]) + b"\n" for _ in range(draw.randrange(7))]
+        assert list(journal_module._values(lines)) == [journal_module._value(line) for line in lines]
+    assert [journal_module._value(line) for line in LINES[:3]] == [{"step": 1, "a": 2.5}, None, None]
 
 
 @pytest.mark.parametrize("evaluated", [True, False], ids=["before the checkpoint", "at the end"])

@@ -225,16 +225,17 @@ def _lock(path: Path, handle: int, kind: int) -> bool:
 
 
 def _is_silent(path: Path, owner: dict[str, Any], say: Callable[[str], None]) -> bool:
-    """Whether the owner's time has stood still for SILENCE seconds, by the clock of the disk."""
+    """Whether the owner's time has stood still for SILENCE seconds, by the clock of the disk.
+
+    A clock that has been set makes them look long ago, so at least one beat is waited for whatever it says."""
     try:
         first = path.stat().st_mtime
     except FileNotFoundError:
         return True
-    left = SILENCE - (_clock_of(path) - first)
-    if left > 0:
-        say(f"note: waiting up to {min(left, SILENCE):.0f} s to see whether {_who(owner)}, still uses {path.parent}")
+    left = min(max(SILENCE - (_clock_of(path) - first), 2 * BEAT), SILENCE)
+    say(f"note: waiting up to {left:.0f} s to see whether {_who(owner)}, still uses {path.parent}")
     began = time.monotonic()
-    while time.monotonic() - began < min(left, SILENCE):
+    while time.monotonic() - began < left:
         time.sleep(min(1.0, BEAT / 10))
         try:
             if path.stat().st_mtime != first:

@@ -18,6 +18,7 @@ RUNS = 100 if figures.WHOLE else 2
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200 if figures.WHOLE else 180)]
 
 
+@pytest.mark.row("exits", "two ranks, --nproc 2")
 @needs("lora", "zero-padding", "parallel-4d")
 def test_finished_runs_exit_with_0(records: Path, tmp_path: Path) -> None:
     began, codes, said = time.monotonic(), [], ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import sft
 from reliability.figures import WHOLE, record
 from reliability.full_disk import full_disk
 from sft.files import read_report
+from sft.run_report.gather import read_run
 from sft.testing import needs, write_data
 
 pytestmark = pytest.mark.sweep  # as far as its tests are slow
@@ -40,7 +44,8 @@ TRAINING: dict[str, Any] = {
     "device": "cpu",
 }
 LORA = {"plugin": ["lora"], "lora_dropout": 0.2}
-KINDS = [pytest.param({}, id="full"), pytest.param(LORA, id="lora", marks=needs("lora"))]
+KINDS: dict[str, dict[str, Any]] = {"all weights": {}, "LoRA": LORA}
+CODES = {"disk full": errno.ENOSPC, "quota": errno.EDQUOT}
 
 
 @pytest.fixture
@@ -116,18 +121,52 @@ def test_a_disk_is_full_at_some_operations(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT], ids=["disk full", "quota"])
+@pytest.mark.row("faults", "{name} at each operation of a run, {kind}, resumed identically")
+@pytest.mark.parametrize("kind", ["all weights", pytest.param("LoRA", marks=needs("lora"))])
+@pytest.mark.parametrize("name", CODES)
 @pytest.mark.usefixtures("paddle")
 def test_a_disk_is_full_at_each_operation(
-    settings: dict[str, Any], kind: dict[str, Any], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-) -> None:  # fmt: skip
+    settings: dict[str, Any], kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     began = time.monotonic()
-    count, tried = fill_at_each(tmp_path, {**settings, **kind}, monkeypatch, code, 1 if WHOLE else 7)
-    name = {errno.ENOSPC: "disk full", errno.EDQUOT: "quota"}[code]
-    record("faults", f"{name} at each operation of a run, {'LoRA' if kind else 'all weights'}, resumed identically",
+    count, tried = fill_at_each(tmp_path, {**settings, **KINDS[kind]}, monkeypatch, CODES[name], 1 if WHOLE else 7)
+    record("faults", f"{name} at each operation of a run, {kind}, resumed identically",
            operations=count, tried=tried, lost=0, seconds=time.monotonic() - began)  # fmt: skip
+
+
+# --- lines of 50 MB -----------------------------------------------------------------------------------------
+
+SIZE = 50_000_000
+TURNS = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Well."}]
+LINES: dict[str, tuple[Callable[[], str], str]] = {
+    "one text": (lambda: json.dumps({"src": "a " * (SIZE // 2), "tgt": "b"}), "line 2: the record has 50,000,001 char"),
+    "a million turns": (lambda: json.dumps({"messages": TURNS * (SIZE // 96)}), "line 2: the record has "),
+    "no JSON": (lambda: '{"src": "' + "a" * SIZE, "line 2 is not JSON"),
+    "a field that nobody reads": (lambda: json.dumps({"src": "a", "tgt": "b", "note": "c" * SIZE}), ""),
+}
+"""For each what is made, and what is said of it, where it is refused."""
+
+
+@pytest.mark.slow
+@pytest.mark.row("faults", "a line of 50 MB: {name}")
+@pytest.mark.parametrize("name", LINES)
+def test_a_line_of_50_mb_is_read_or_refused_in_seconds(settings: dict[str, Any], tmp_path: Path, name: str) -> None:
+    make, said = LINES[name]
+    first = json.dumps({"messages": TURNS} if "turns" in name else {"src": "a", "tgt": "b"})
+    (tmp_path / "long.json").write_text(f"{first}\n{make()}\n")
+    line = typed(tmp_path / "out", settings, dataset_name_or_path=str(tmp_path / "long.json"), max_steps=1)
+    began = time.monotonic()
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=100)
+    seconds = time.monotonic() - began
+    assert done.returncode == (2 if said else 0), done.stderr
+    if said:
+        (error,) = done.stderr.splitlines()
+        assert said in error
+        assert is_sentence(error)
+        assert not (tmp_path / "out").exists()
+    assert seconds < 60  # it is 4 to 8 on an idle core, most of them for paddle
+    record("faults", f"a line of 50 MB: {name}", MB=(tmp_path / "long.json").stat().st_size // 10**6,
+           refused=int(bool(said)), read=int(not said), seconds=seconds)  # fmt: skip
 
 
 # --- whole processes ----------------------------------------------------------------------------------------
@@ -179,8 +218,10 @@ def long_run(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.row("faults", "the system refuses to write on within a file")
 def test_the_size_of_files_is_limited(settings: dict[str, Any], tmp_path: Path) -> None:
     """The system itself refuses to write on, in the midst of a file."""
+    began = time.monotonic()
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -197,9 +238,11 @@ def test_the_size_of_files_is_limited(settings: dict[str, Any], tmp_path: Path) 
     run(tmp_path / "out", settings, resume_from_checkpoint="auto")
     run(tmp_path / "whole", settings)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    record("faults", "the system refuses to write on within a file", runs=1, lost=0, seconds=time.monotonic() - began)
 
 
 @pytest.mark.slow
+@pytest.mark.row("faults", "a second run in the folder of a running one")
 def test_two_runs_in_one_folder(long_run: dict[str, Any], tmp_path: Path) -> None:
     """The second is refused while the first runs, whatever it asks for, and goes on when the first has been killed."""
     out, began = tmp_path / "out", time.monotonic()
@@ -225,9 +268,90 @@ def test_two_runs_in_one_folder(long_run: dict[str, Any], tmp_path: Path) -> Non
            seconds=time.monotonic() - began)  # fmt: skip
 
 
+JUMPS = """
+import ctypes, os, pathlib, time
+import sft
+from sft.training import progress
+
+progress.TOLD_AFTER = progress.WORTH_TELLING = 0  # so short a run would not say how long it takes
+
+class Jumps(sft.Plugin):
+    # Sets the clock after some steps, and the times of all files of the run with it.
+
+    name = "jumps"
+    api_version = ">=1.1,<2"
+    HOURS = {2: 5, 4: -14, 5: 30, 7: -48}
+
+    @sft.hookimpl
+    def sft_step_ended(self, record):
+        seconds = 3600 * self.HOURS.get(record["step"], 0)
+        ctypes.CDLL(None).clock_jumps(ctypes.c_long(seconds))
+        if seconds:
+            for path in pathlib.Path("OUT").rglob("*"):
+                os.utime(path, (time.time(),) * 2)
+        if record["step"] == 6 and "SFT_TEST_KILLED" in os.environ:
+            os.kill(os.getpid(), 9)
+"""
+
+
 @pytest.mark.slow
-def test_a_process_that_encodes_data_is_killed(settings: dict[str, Any], tmp_path: Path) -> None:
-    """As the system does where memory is short."""
+@pytest.mark.timeout(300)
+@pytest.mark.row("faults", "the clock jumps by hours, forwards and back, in a run that is killed and goes on")
+def test_the_clock_jumps(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Nothing of a run goes by the time of day: it ends as one whose clock stands right, says the same of how long it
+    takes, has its checkpoints in the order of their steps, and keeps its folder to itself."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler here, which builds the clock")
+    began, out, library = time.monotonic(), tmp_path / "out", tmp_path / "clock.so"
+    source = str(Path(__file__).with_name("clock.c"))
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", str(library), source, "-ldl"], check=True)
+    plugin = tmp_path / "jumps.py"
+    plugin.write_text(JUMPS.replace("OUT", str(out)))
+    longer = {**settings, "max_steps": 9}
+
+    def jumping(hours: int, **more: str) -> subprocess.CompletedProcess[str]:
+        """The run again, from a clock that is ``hours`` off."""
+        at = {"LD_PRELOAD": str(library), "SFT_TEST_CLOCK": str(3600 * hours)}
+        line = [*typed(out, longer, resume_from_checkpoint="auto"), "--plugin", str(plugin)]
+        return subprocess.run(line, capture_output=True, text=True, env={**environment(), **at, **more}, timeout=100)
+
+    killed = jumping(0, SFT_TEST_KILLED="1")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    steps = [5, 4]  # the newest two; the kill came before the save
+    assert sorted((int(path.name.partition("-")[2]) for path in out.glob("checkpoint-*")), reverse=True) == steps
+    done = jumping(-1000)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint-5" in done.stdout + done.stderr
+    run(tmp_path / "whole", longer)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert losses(out) == losses(tmp_path / "whole")
+    log = [line for line in (out / "sft.log").read_text().splitlines() if line[:1].isdigit()]
+    said = [datetime.fromisoformat(line.split(" ")[0]) for line in log]
+    hours = [(later - before).total_seconds() / 3600 for before, later in pairwise(said)]
+    assert {5, -14, 30, -48} <= {round(each) for each in hours}, "the clock has not jumped"
+    (left, *_) = [line for line in log if " time: about " in line]
+    found = re.fullmatch(r"(\S+) time: about 0:0[0-4]:\d\d for \d more steps .*, until (\d\d):(\d\d)", left)
+    assert found, left
+    now = datetime.fromisoformat(found[1])
+    assert (60 * (int(found[2]) - now.hour) + int(found[3]) - now.minute) % 1440 <= 5, "it ends by another clock"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line.get("seconds", 0) < 100 for line in lines)
+    report = read_run(out)
+    assert report.status == "finished"
+    assert 0 < report.seconds < 100
+    assert 0 < read_report(out)["result"]["seconds"] < 100
+    assert not list(out.glob("*.lock"))
+    name = "the clock jumps by hours, forwards and back, in a run that is killed and goes on"
+    record("faults", name, jumps=5, lost=0, seconds=time.monotonic() - began)
+
+
+@pytest.mark.slow
+@pytest.mark.row("faults", "{victim} is killed while data is encoded")
+@pytest.mark.parametrize("victim", ["a worker", "the command"])
+def test_a_process_that_encodes_data_is_killed(settings: dict[str, Any], tmp_path: Path, victim: str) -> None:
+    """As the system does where memory is short: all end, and nothing is left behind."""
+    began = time.monotonic()
     records = [{"src": "a coat " * 40, "tgt": f"number {number}"} for number in range(60_000)]
     data = write_data(tmp_path / "much", records)
     process = start(typed(tmp_path / "out", settings, dataset_name_or_path=str(data), dataset_num_proc=2))
@@ -241,16 +365,30 @@ def test_a_process_that_encodes_data_is_killed(settings: dict[str, Any], tmp_pat
 
     assert children.parent.exists()
     until(found, process)
-    os.kill(workers[0], signal.SIGKILL)
+    os.kill(workers[0] if victim == "a worker" else process.pid, signal.SIGKILL)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 1
-    (line,) = said.splitlines()
-    assert (
-        "A process that encodes data has ended by itself (signal 9), perhaps for lack of memory; give dataset_num_"
-        in line
-    )
-    assert not (tmp_path / "out").exists()
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    if victim == "a worker":
+        assert process.returncode == 1
+        (line,) = said.splitlines()
+        assert (
+            "A process that encodes data has ended by itself (signal 9), perhaps for lack of memory; give dataset_num_"
+            in line
+        )
+        assert not (tmp_path / "out").exists()
+    deadline = time.monotonic() + (15 if victim == "the command" else 0)
+    while any(map(lives, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(lives, workers))
+    record("faults", f"{victim} is killed while data is encoded", runs=1, left_behind=0,
+           seconds=time.monotonic() - began)  # fmt: skip
+
+
+def lives(pid: int) -> bool:
+    """Whether the process computes: one whose parent was killed may stay in the table until somebody asks for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def ranks_of(launch: int) -> list[int]:
@@ -270,6 +408,7 @@ def ranks_of(launch: int) -> list[int]:
 
 @pytest.mark.slow
 @needs("parallel-4d")
+@pytest.mark.row("faults", "{victim} of two processes is killed")
 @pytest.mark.parametrize("victim", ["a rank", "the command"])
 def test_one_of_several_processes_is_killed(long_run: dict[str, Any], tmp_path: Path, victim: str) -> None:
     """All end within seconds, nothing is left behind, and the last checkpoint goes on, on one process too."""

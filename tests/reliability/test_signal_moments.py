@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, type[sft.Plugin] | None, dict[str, Any]]] = {
 """From where on, with what, and the settings."""
 
 
+@pytest.mark.row("signals", "at each moment: {name}")
 @pytest.mark.parametrize("name", CASES)
 def test_signals_at_each_moment(train: Train, tmp_path: Path, name: str) -> None:
     begins, plugin, settings = CASES[name]

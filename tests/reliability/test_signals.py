@@ -20,6 +20,7 @@ MOMENTS = 60 if figures.WHOLE else 3
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600 if figures.WHOLE else 120)]
 
 
+@pytest.mark.row("signals", "{name}")
 @pytest.mark.parametrize(
     "name",
     [

@@ -376,14 +376,14 @@ def machine() -> dict[str, Any]:
     """What ``run.json`` says about this machine."""
     import paddle
 
-    info = cpu_info()
+    info, gpu = cpu_info(), gpu_facts()
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "cpu": info["model"] or info["vendor"],
         "cores": physical_cores(),
         "device": paddle.device.get_device(),
-        "gpu": gpu_facts(),
+        **({"gpu": gpu} if gpu else {}),
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
         "runtime": prepare(),
         "stride_kernels": bool(paddle.get_flags("FLAGS_use_stride_kernel")["FLAGS_use_stride_kernel"]),

@@ -117,6 +117,8 @@ def value(one: Any) -> str:
         return str(one).lower()
     if isinstance(one, list):
         return ", ".join(map(value, one)) or "none"
+    if isinstance(one, dict):  # facts of a machine; no setting is one
+        return ", ".join(f"{name.replace('_', ' ')} {value(of)}" for name, of in one.items()) or "none"
     return str(one)
 
 

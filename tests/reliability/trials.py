@@ -49,6 +49,7 @@ TRAINING: dict[str, Any] = {
     "device": "cpu",
     "disable_tqdm": "true",
 }
+# Only adapters have dropout: no layer of the model families has any. Runs of all weights draw NEFTune's noise.
 LORA = {"plugin": "lora", "lora_rank": 4, "lora_dropout": 0.3}
 PACKED = {**LORA, "plugin": "lora,zero-padding"}
 CASES = {

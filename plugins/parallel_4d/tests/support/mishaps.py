@@ -96,8 +96,9 @@ def train_on_full_disk(settings: dict[str, Any], temporary: str) -> None:
 
 
 def train_and_lose_the_disk(settings: dict[str, Any], temporary: str, what: str) -> None:
-    """One rank of a run of two steps: after the first, its folder is gone (``what``: "journal"), or has no room for
-    what "main" writes of a checkpoint or what "other" does; there is some in the folder of ``temporary`` files."""
+    """One rank of a run of two steps: after the first, a file stands in place of its folder (``what``: "journal"), or
+    that has no room for what "main" writes of a checkpoint or what "other" does; there is some in the folder of
+    ``temporary`` files."""
     import shutil
     import tempfile
 
@@ -123,6 +124,7 @@ def train_and_lose_the_disk(settings: dict[str, Any], temporary: str, what: str)
         def sft_logged(self, run: sft.Run) -> None:
             if what == "journal" and run.step == 1 and run.strategy.is_main:
                 shutil.rmtree(run.output_dir)
+                run.output_dir.touch()
 
     sft.run(settings, plugins=[Lose], say=lambda text: None)
 

@@ -50,6 +50,7 @@ What was tried on runs of sft to make them lose something, and how often. This p
 which the tests in `tests/reliability/` write as they measure, so each row says what its last run found, on its date.
 A row whose test was skipped, or failed before it had figures, is an error there, and keeps no older figures. What is
 below `-k` measures the rows of a section again.
+Only adapters have dropout ([models.md](models.md)): what a run of all weights draws is NEFTune's noise.
 What `sft` exits with, and what a signal does, is in [exit-codes.md](exit-codes.md).
 
     make test-reliability                          # everything: hours

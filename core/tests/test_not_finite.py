@@ -168,6 +168,32 @@ def test_the_checkpoint_before_the_ruin_stays(train: Train, tmp_path: Path, skip
     assert checkpoints_of(tmp_path / "good") == ["checkpoint-9"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("saves", [1, 9])
+def test_the_checkpoint_of_another_run_is_named_if_a_step_was_taken_from_it(
+    train: Train, tmp_path: Path, saves: int
+) -> None:
+    """Whatever its name is now, and also where this run has saved after it, for what it saved is ruined."""
+
+    class Ruin(sft.Plugin):
+        name = "ruin"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            if record["step"] == 3:
+                parameter = dict(run.model.named_parameters())["model.layers.1.mlp.up_proj.weight"]
+                parameter.set_value(np.full(parameter.shape, 1e38, np.float32))
+
+    settings = {**SAVING, **PLAIN, "max_steps": 5}
+    with pytest.raises(StoppedError):
+        train("first", (stopping_when_saved(2),), **settings)
+    good = (tmp_path / "first" / "checkpoint-2").rename(tmp_path / "good")
+    settings |= {"save_steps": saves, "resume_from_checkpoint": str(good)}
+    with pytest.raises(sft.SftError, match=rf"finite at step 4 .*, and resume from {good}\.$"):
+        train("out", (Ruin,), **settings)
+
+
 def test_a_model_that_is_not_finite_is_not_skipped_over(train: Train, tmp_path: Path) -> None:
     """No other step would be better. The last good checkpoint stays."""
 

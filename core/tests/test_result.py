@@ -270,6 +270,21 @@ def test_where_it_cannot_be_made_anew_what_was_learned_is_elsewhere(train: Train
     assert (where / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_what_was_learned_since_a_checkpoint_of_another_name_is_elsewhere(train: Train, tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 1, "do_eval": False}
+    train("first", max_steps=3, **settings)
+    (tmp_path / "first" / "checkpoint-3").rename(tmp_path / "good")
+
+    def replace(self: Any, record: dict[str, Any]) -> None:
+        shutil.rmtree(tmp_path / "out")
+        (tmp_path / "out").touch()
+
+    settings |= {"max_steps": 5, "resume_from_checkpoint": str(tmp_path / "good"), "save_steps": 9}
+    with pytest.raises(sft.SftError, match=r"cannot go on after step 4 \(.*\); it is in \S+ instead"):
+        train("out", (toy("gone", sft_step_ended=replace),), **settings)
+
+
 def test_what_goes_wrong_in_one_of_several_processes_does_not_wait_for_the_others(tmp_path: Path) -> None:
     """A plugin's strategy may be a subclass of SingleProcess: its other processes do not know of the error."""
     from types import SimpleNamespace

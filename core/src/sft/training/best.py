@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sft.errors import SftError, UsageError
 from sft.settings.best_metric import best_metric
 from sft.training.checkpoint import restore_model
-from sft.training.checkpoint_folder import looks_whole, step_of, whole_checkpoint
+from sft.training.checkpoint_folder import looks_whole, saved_step, step_of, whole_checkpoint
 from sft.training.divergence import last_checkpoint
 from sft.training.publish import kept_beside
 
@@ -66,7 +66,7 @@ def _without_best(run: CoreRun, optimizer: Optimizer, best: Path, error: UsageEr
     """The error to raise if the ``best`` checkpoint cannot be restored at the end. It says where the last weights are,
     which are still in the model."""
     last = last_checkpoint(run)
-    where = last if last is not None and last != best and step_of(last) == run.step else kept_beside(run, optimizer)
+    where = last if last is not None and last != best and saved_step(last) == run.step else kept_beside(run, optimizer)
     if not run.strategy.is_main:
         run.strategy.wait()  # the main process knows what to say, and ends the others with it
     cause = str(error).partition("; ")[0].rstrip(".") if error is not None else "said by another process"

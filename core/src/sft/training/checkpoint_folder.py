@@ -202,6 +202,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def saved_step(folder: Path) -> int | None:
+    """The step after which the checkpoint in ``folder`` was written, whatever its name is now; None where nobody can
+    tell."""
+    try:
+        return int(read_state(folder)["step"])
+    except UsageError:
+        return None
+
+
 def _difference(value: dict[str, Any], shape: dict[str, Any], within: str = "") -> str | None:
     """What a state lacks, or has as another type; a clause."""
     for key, kinds in shape.items():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import paddle
 
 from sft.errors import SftError, UsageError
-from sft.training.checkpoint_folder import checkpoints, find_checkpoint, is_checkpoint, step_of
+from sft.training.checkpoint_folder import checkpoints, find_checkpoint, is_checkpoint, saved_step, step_of
 
 if TYPE_CHECKING:
     from sft.context import CoreRun
@@ -110,8 +110,17 @@ def last_good(run: CoreRun) -> Path | None:
     return next((folder for folder in written if step_of(folder) < run.taken and is_checkpoint(folder)), None)
 
 
+def _went_on_from(run: CoreRun) -> Path | None:
+    """The checkpoint, maybe another run's, that the run went on from, if it has taken a step since."""
+    with contextlib.suppress(UsageError):
+        source = find_checkpoint(run.settings.training.resume_from_checkpoint, run.output_dir)
+        step = None if source is None else saved_step(source)
+        return source if step is not None and step < run.taken else None
+    return None
+
+
 def _cure(run: CoreRun) -> str:
-    good, last = last_good(run), last_checkpoint(run)
+    good, last = last_good(run) or _went_on_from(run), last_checkpoint(run)
     if good is not None:
         go_on = f"resume from {good}"
     elif last is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.errors import SftError
 from sft.files import discard, publish
-from sft.training.checkpoint_folder import step_of
+from sft.training.checkpoint_folder import saved_step
 from sft.training.divergence import check_finite, last_checkpoint, not_finite
 from sft.training.result import PUBLISHED, RESULT_KEYS, write_result
 from sft.training.shared import SharedError
@@ -50,7 +50,7 @@ def rescued(run: CoreRun, optimizer: Optimizer, error: OSError) -> BaseException
     if run.stop.instead_of(error) is not error:
         return run.stop.instead_of(error)
     last = last_checkpoint(run)
-    is_saved = run.step == (step_of(last) if last else 0)
+    is_saved = run.step == (saved_step(last) if last else 0)
     fails = f"The run cannot go on after step {run.step} ({_cause(error)})"
     if not isinstance(error, SharedError) and type(run.strategy) is not SingleProcess:
         # The others do not know of the error, and would not take part.

@@ -122,8 +122,8 @@ def _of_yaml(text: str) -> Any:
 
 
 def _yaml_fault(text: str, error: Any) -> _FaultError:
-    """The library's ``error`` as a sentence with the line. Where that line, or the nearest setting above it, is
-    indented, that is what is wrong, for each setting begins where its line does."""
+    """The library's ``error`` as a sentence with the line. Where that line is indented, or the nearest setting above it
+    where the library expected that to go on, that is what is wrong, for each setting begins where its line does."""
     mark, problem, context = error.problem_mark or error.context_mark, str(error.problem), str(error.context)
     if "quoted" in context and "end of stream" in problem:
         return _FaultError(f"line {error.context_mark.line + 1}: a quotation mark that is not closed")
@@ -134,10 +134,17 @@ def _yaml_fault(text: str, error: Any) -> _FaultError:
     if "flow" in context:
         return _FaultError(f"line {mark.line + 1}: {problem}")
     lines = text.splitlines()[: mark.line + 1]
-    for number in range(len(lines), 0, -1):
+    for number in range(len(lines), 0 if "<" in problem else len(lines) - 1, -1):
         if _INDENTED.match(lines[number - 1]):
             return _FaultError(f"line {number} is indented", "begin each setting at the start of its line")
     if "<block" in problem:
+        if lines[-1][: mark.column].strip():
+            return _FaultError(
+                f"line {mark.line + 1} goes on after its value has ended",
+                "put all of it in quotes that it does not hold",
+            )
+        if not mark.column:
+            return _FaultError(f"line {mark.line + 1} is not of the form of those above it", "write name: value")
         return _FaultError(f"line {mark.line + 1} is indented otherwise than those above it", "align them")
     if "mapping values" in problem:
         return _FaultError(f"line {mark.line + 1} has a second ': '", "put text that holds one in quotes")

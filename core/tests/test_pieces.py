@@ -192,6 +192,7 @@ def test_two_processes_write_one_checkpoint(
             settings=SimpleNamespace(training=training),
             taken=1,
             check_lock=lambda: None,
+            keep_folder=lambda: None,
             plugins=SimpleNamespace(names=["counter"], ask=lambda name, hook, run: {"count": rank}),
         )
         return run, SimpleNamespace(

@@ -152,3 +152,17 @@ def test_the_models_mode_is_restored(loaded: tuple[Any, Tokenizer]) -> None:
         training = model.training
         answer(model, tokenizer, max_new_tokens=2)
         assert model.training == training
+
+
+def test_logits_that_are_a_part_of_something_larger(paddle: Any) -> None:
+    """As an lm_head of more rows than there are tokens gives them, where paddle makes views of parts."""
+    from sft.models.generation import _likeliest
+
+    before = paddle.get_flags("FLAGS_use_stride_kernel")
+    paddle.set_flags({"FLAGS_use_stride_kernel": True})
+    try:
+        part = paddle.to_tensor([[1.0, 3.0, 9.0], [4.0, 2.0, 9.0]])[:, :2]
+        assert not part.is_contiguous()
+        assert _likeliest(part).tolist() == [1, 0]
+    finally:
+        paddle.set_flags(before)

@@ -351,6 +351,15 @@ def test_a_file_of_figures_that_was_cut_off_is_what_is_blamed(copied: Path, left
         again(copied, 0)
 
 
+def test_a_file_that_has_grown_since_it_was_read_was_not_cut_off(copied: Path) -> None:
+    """The run is under way, and its checkpoints and metrics are looked at a moment later."""
+    content = (copied / NAME).read_bytes()
+    os.truncate(copied / NAME, 16 + 9 * SIZE)
+    opened = OpenedRun.of(copied)
+    (copied / NAME).write_bytes(content)
+    assert opened.cut is None
+
+
 @pytest.mark.slow
 def test_a_blame_by_figures_that_were_cut_off_says_so(copied: Path) -> None:
     os.truncate(copied / NAME, 16 + 9 * SIZE)

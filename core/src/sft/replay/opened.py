@@ -17,8 +17,8 @@ from sft.settings.again import ITS_OWN, check_data_is_there, report_of, settings
 from sft.training.checkpoint_folder import checkpoints, is_auto, is_checkpoint, read_state, step_of
 from sft.training.journal import read_metrics
 from sft.training.resume_checks import changed_settings
+from sft.training.steps_file import HEAD, SIZE, StepFigures, read_steps
 from sft.training.steps_file import NAME as STEPS
-from sft.training.steps_file import StepFigures, read_steps
 
 if TYPE_CHECKING:
     from sft.context import CoreRun
@@ -80,19 +80,17 @@ class OpenedRun:
         computed by all else that is in its folder."""
         if self.figures is None:
             return None
-        has, path = len(self.figures), self.folder / STEPS
-        result, steps = (
-            self.record.get("result"),
-            [step_of(one) for one in checkpoints(self.folder) if is_checkpoint(one)],
-        )
+        result, path = self.record.get("result"), self.folder / STEPS
+        steps = [step_of(one) for one in checkpoints(self.folder) if is_checkpoint(one)]
         if isinstance(result, dict):
             steps.append(int(result.get("steps", 0)))
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             steps += [int(line["step"]) for line in read_metrics(self.folder)]
         computed = max(steps, default=0)
+        size = path.stat().st_size  # after all else: the run may be under way, and writes here first
+        has = max(len(self.figures), (size - len(HEAD)) // SIZE)
         if has >= computed:
             return None
-        size = path.stat().st_size
         return (
             f"{path} has been cut off at byte {size:,}: the run has computed {computed:,} steps, and it has the "
             f"figures of the first {has:,} only"

@@ -253,6 +253,31 @@ def test_a_folder_that_vanishes_is_made_anew(
     assert damage(out / "checkpoint-12", Progress(said.append)) is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["samples", "generations"])
+def test_a_folder_that_vanishes_while_the_model_answers(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Which takes minutes where there is much to answer."""
+    from sft.training import evaluation
+
+    own, out = evaluation.answer, tmp_path / "out"
+
+    def answer(run: Any, questions: Any) -> list[str]:
+        texts = own(run, questions)
+        if run.step == 1:
+            shutil.rmtree(out)
+        return texts
+
+    monkeypatch.setattr(evaluation, "answer", answer)
+    asks = {"num_samples": 1} if what == "samples" else {"eval_with_do_generation": True}
+    settings = {"max_steps": 2, "evaluation_strategy": "steps", "eval_steps": 1, "max_new_tokens": 2}
+    train("out", **settings, **asks)
+    for step in (1, 2):
+        assert (out / f"{what}-{step}.jsonl").is_file()
+    assert (out / "model.safetensors").is_file()
+
+
 def test_where_it_cannot_be_made_anew_what_was_learned_is_elsewhere(train: Train, tmp_path: Path) -> None:
     """In its place there is a file."""
 

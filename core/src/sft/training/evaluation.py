@@ -52,7 +52,6 @@ def evaluate(run: CoreRun, step: int, epoch: float) -> dict[str, Any]:
     started = time.monotonic()
     record = {"step": step, "epoch": round(epoch, 4), **dev_loss(run)}
     if run.questions:
-        shared(run.strategy, run.keep_folder)
         record.update(score(run, file_of(run.output_dir, GENERATIONS, step)))
     record["eval_seconds"] = round(time.monotonic() - started, 3)
     record = measured(run, record)
@@ -148,6 +147,8 @@ def score(run: CoreRun, path: Path | None) -> dict[str, float]:
     rank, world = run.strategy.data_rank, run.strategy.data_world
     mine = run.questions[rank::world]
     texts = answer(run, mine)
+    if path is not None:
+        shared(run.strategy, run.keep_folder)  # answering takes long
     if path is not None and run.strategy.is_first:
         path = path if world == 1 else path.with_name(f"{path.stem}-rank-{rank}{path.suffix}")
         write_answers(path, mine, texts)
@@ -159,9 +160,15 @@ def answer_samples(run: CoreRun, step: int) -> list[str]:
     """The model's answers to the sample prompts after ``step``, which it is asked once; the main process keeps them in
     a file of that step."""
     if run.answered is None or run.answered[0] != step:
-        run.answered = step, answer(run, run.samples)
-        if run.strategy.is_main:
-            write_answers(file_of(run.output_dir, SAMPLES, step), run.samples, run.answered[1])
+        texts = answer(run, run.samples)
+
+        def keep() -> None:
+            if run.strategy.is_main:
+                run.keep_folder()
+                write_answers(file_of(run.output_dir, SAMPLES, step), run.samples, texts)
+
+        shared(run.strategy, keep)
+        run.answered = step, texts
     return run.answered[1]
 
 

@@ -169,6 +169,19 @@ def test_the_checkpoint_before_the_ruin_stays(train: Train, tmp_path: Path, skip
 
 
 @pytest.mark.slow
+def test_a_run_that_skips_steps_to_its_end_leaves_the_good_checkpoint(
+    train: Train, tmp_path: Path, poison: Callable[..., None]
+) -> None:
+    settings = {**SAVING, **PLAIN, "save_total_limit": 1, "max_steps": 4, "skip_nan_grad": True}
+    poison(3, 4)
+    assert train("out", **settings).skipped_steps == 2
+    assert checkpoints_of(tmp_path / "out") == ["checkpoint-1", "checkpoint-4"]
+    poison(3)
+    assert train("whole", **settings).skipped_steps == 1
+    assert checkpoints_of(tmp_path / "whole") == ["checkpoint-4"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("saves", [1, 9])
 def test_the_checkpoint_of_another_run_is_named_if_a_step_was_taken_from_it(
     train: Train, tmp_path: Path, saves: int

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from terminals import Terminal
 from toy_plugins import plugin
 
 import sft
+from sft.commands.summary import answers, headline, tell_summary
 from sft.commands.summary import facts as facts_after
-from sft.commands.summary import headline, tell_summary
 from sft.data.batches import PaddedCollator, Schedule
 from sft.data.encoded import Encoded
 from sft.facts import lines_of, wrapped
@@ -191,3 +192,18 @@ def test_a_summary_fits_the_terminal(terminal: Callable[..., Terminal], columns:
     tell_summary(summary(), Progress(Printer("stdout")))
     assert all(cell_len(line) <= columns for line in stream.getvalue().splitlines())
     assert "done: dev loss 3.5000 -> 2.2500" in stream.getvalue()
+
+
+def test_answers_of_code_keep_their_lines_and_tabs() -> None:
+    sample = {"prompt": "a\r\nb\tc", "before": "def f():\n\treturn 1\r\n\tx", "after": "\x1b[2J"}
+    said: list[str] = []
+    Progress(said.append).tell("summary", {}, answers(cast(sft.Summary, SimpleNamespace(samples=[sample]))))
+    assert "\n".join(said).split("\n") == [
+        "",
+        "prompt: a",
+        "    b   c",
+        "  before: def f():",
+        "        return 1",
+        "        x",
+        "  after:  \\x1b[2J",
+    ]

@@ -87,7 +87,7 @@ def answers(summary: Summary) -> list[str]:
 
 def _block(text: str) -> str:
     """Lines of data or of a model, which cannot be taken for ours."""
-    return text.replace("\n", "\n    ")
+    return text.replace("\r\n", "\n").expandtabs(4).replace("\n", "\n    ")
 
 
 def _fall(before: float | None, after: float | None) -> str:

@@ -174,10 +174,16 @@ def test_a_run_that_skips_steps_to_its_end_leaves_the_good_checkpoint(
 ) -> None:
     settings = {**SAVING, **PLAIN, "save_total_limit": 1, "max_steps": 4, "skip_nan_grad": True}
     poison(3, 4)
-    assert train("out", **settings).skipped_steps == 2
+    said: list[str] = []
+    assert train("out", **settings, say=said.append).skipped_steps == 2
+    assert any(
+        "the last 2 steps were skipped" in line and line.endswith(f"take those of {tmp_path / 'out' / 'checkpoint-1'}")
+        for line in said
+    )
     assert checkpoints_of(tmp_path / "out") == ["checkpoint-1", "checkpoint-4"]
     poison(3)
-    assert train("whole", **settings).skipped_steps == 1
+    assert train("whole", **settings, say=said.append).skipped_steps == 1
+    assert sum("skipped, so nothing shows" in line for line in said) == 1
     assert checkpoints_of(tmp_path / "whole") == ["checkpoint-4"]
 
 

@@ -119,6 +119,14 @@ def _went_on_from(run: CoreRun) -> Path | None:
     return None
 
 
+def untried(run: CoreRun, journal: Journal) -> str:
+    """What to say of a run that ends with steps that were left out."""
+    count, good = journal.skipped_in_a_row, last_good(run) or _went_on_from(run)
+    steps = "step was" if count == 1 else f"{count} steps were"
+    other = f", or take those of {good}" if good is not None else ""
+    return f"the last {steps} skipped, so nothing shows that these weights are good; evaluate them before use{other}"
+
+
 def _cure(run: CoreRun) -> str:
     good, last = last_good(run) or _went_on_from(run), last_checkpoint(run)
     if good is not None:

@@ -28,7 +28,7 @@ from sft.optimizer import Optimizer
 from sft.seams import Batch
 from sft.training import checkpoint
 from sft.training.best import better
-from sft.training.divergence import left_out
+from sft.training.divergence import left_out, untried
 from sft.training.evaluation import answer_samples, evaluate
 from sft.training.first_rows import FirstRows
 from sft.training.journal import Journal
@@ -233,6 +233,8 @@ def train(
         run.stop.waits_for(_before_stopping(step + 1, settings.save_strategy, until))
     if was_saved:
         checkpoint.drop_old(run, was_saved, is_end=not journal.skipped_in_a_row)
+    if journal.skipped_in_a_row:
+        display.say(untried(run, journal), "warning")
     run.model.eval()
     return step, epoch
 

@@ -158,7 +158,9 @@ def measure(options: dict[str, Any]) -> None:
                     rows=[[name, counts[name], round(value, 2)] for name, value in rows],
                 )
 
-    sft.run({**steps.sft_settings(options), "max_steps": STEPS}, plugins=[Profiled])
+    settings = steps.sft_settings(options)
+    del settings["lr_scheduler_type"]  # earlier code takes it for a request to the plugins that this tree installs
+    sft.run({**settings, "max_steps": STEPS}, plugins=[Profiled])
     turns.ready("paddlepaddle", seconds=statistics.median(plain) * found["tokens"], **found)
 
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 TITLE = "Generation"
 TEXT = """\
 Tokens a second of greedy answers of 128 tokens each, to one prompt and to 16 together. The prompts have from 24 to 48
-tokens, so the batch is padded. No answer ends early."""
+tokens, so the batch is padded. No answer ends early. In bfloat16 sft holds the weights a second time while it answers
+several prompts, in the layout of oneDNN's products of few rows ([decision 31](decisions/0031-sixteen-bits.md))."""
 TOKENS = 128
 LENGTH = 48
 

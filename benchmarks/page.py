@@ -28,11 +28,12 @@ HEAD = """\
 What `make bench` measured. This page is made from `benchmarks/results/*.json` and says whatever stands there. A row
 in which another program is ahead has its factor in **bold**.
 
-Each program runs in an environment of its own, at the versions in `benchmarks/peers/`, in a process that stays up. The
-processes take turns, one repetition each, so a machine that is slower for a while is slower for all. A figure is the
-median of the turns, with the quartiles behind it. A factor is the median of the ratios turn by turn, with their
-quartiles, and above 1 sft is ahead; it may differ from the ratio of the two medians, which come from different turns.
-Memory is the largest resident memory of the process, its start included.
+Each program runs in an environment of its own, at the versions in `benchmarks/peers/`, in a process that stays up; for
+whole runs and start-up each repetition is a program that is started anew. The programs take turns, one repetition each,
+so a machine that is slower for a while is slower for all. A figure is the median of the turns, with the quartiles
+behind it. A factor is the median of the ratios turn by turn, with their quartiles. Above 1 sft is ahead; where the
+quartiles lie on both sides of 1, the two are level. It may differ from the ratio of the two medians, which come from
+different turns. Memory is the largest resident memory of the process, its start included.
 
 Below each table stands what was measured together. `-dirty` behind a commit says that files were changed and not
 committed; until November 2026 the results of the row before were enough for it.
@@ -54,9 +55,10 @@ PROFILE = """\
 
 A packed row of at most 1,024 tokens, LoRA of rank 8 on every Linear of the blocks, by the code of two commits. Each
 operation counts once, at the outermost place at which paddle's profiler sees it; a `GradNode` is the backward pass of
-what it is named after. The products with frozen weights are what a step cannot do without: the seconds that they would
-take are those at the speed of one product alone, without anything between. A step without the profiler is the mean of
-other rows, by their tokens; it may be above the profiled row, which is one row.
+what it is named after. The products with weights are what a step cannot do without: forward, and the gradient of what
+goes in. LoRA's A and B are among them, with 2 % of the operations; what gives their own gradients is not. The seconds
+that they would take are those at the speed of one product alone, without anything between. A step without the profiler
+is the median of three other rows, by their tokens; it may be above the profiled row, which is one row.
 """
 MEMORY = """\
 ## Where its memory goes
@@ -84,10 +86,11 @@ Nothing above was measured on a GPU, and what stands here is proved on a CPU alo
 and ends with a table. With `bf16` frozen weights are held in 16 bits. A quantized matrix is dequantized whole; RMSNorm,
 rotary embedding, SwiGLU and softmax cross-entropy are paddle's fused operations; chunks of logits follow the GPU's
 memory; packed 16-bit rows have FlashMask where the GPU has kernels for it, and version 3 where that agrees with version
-2. AdamW steps all tensors of a group in one call, small gradients are copied together for the norm, and between
-processes tensors travel in buckets. On one device there is no flat buffer for optimizer, norm and collectives, by
-decision: AdamW's one call needs none, one that stays would be cut loose by whatever replaces a tensor, and copying a
-large matrix into one of the moment takes longer than the call that it saves ([decision 35](decisions/0035-gpu.md)).
+2; with `deterministic` paddle keeps version 2 for rows without a mask and for wide heads. A line says which computes.
+AdamW steps all tensors of a group in one call, small gradients are copied together for the norm, and between processes
+tensors travel in buckets. On one device there is no flat buffer for optimizer, norm and collectives, by decision:
+AdamW's one call needs none, one that stays would be cut loose by whatever replaces a tensor, and copying a large matrix
+into one of the moment takes longer than the call that it saves ([decision 35](decisions/0035-gpu.md)).
 """
 PARTS = {"float32": (522, 9, 19, 1027, 100, 1642), "bfloat16": (266, 9, 19, 590, 98, 958)}
 """MiB by ``sft plan``: weights, gradients, AdamW, activations, logits, together."""
@@ -236,7 +239,7 @@ def of_step(side: Mapping[str, Any]) -> str:
     limit = side["gflop"] / side["speed"]
     return (
         f"a step of {side['tokens']:,} tokens, {side['targets']:,} of them targets, takes {side['seconds']:.2f} s "
-        f"({side['profiled']:.2f} s with the profiler); its products with frozen weights, {side['gflop']:.0f} GFLOP, "
+        f"({side['profiled']:.2f} s with the profiler); its products with weights, {side['gflop']:.0f} GFLOP, "
         f"would take {limit:.2f} s at {side['speed']:.0f} GFLOP/s"
     )
 

@@ -197,7 +197,7 @@ def speed_of_products(model: Any, rows: int, wide: int, narrow: int) -> float:
 
 
 def gflop(shape: Any, tokens: int, targets: int, parameters: int) -> float:
-    """Of the products of a step whose weights are frozen: forward, and the gradient of what goes in."""
+    """Of a step's products with weights, LoRA's A and B included: forward, and the gradient of what goes in."""
     linears = parameters - shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     return 2 * 2e-9 * (linears * tokens + shape.vocabulary * shape.hidden * targets)
 

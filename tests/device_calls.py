@@ -3,7 +3,8 @@
 Kernels are counted by paddle's profiler, backward included. A wait is a value that Python reads out of a tensor, a
 gradient that it sets (paddle copies it at once; ``grad_`` takes it as it is), or a kernel that reads a value itself
 because the shape of its result depends on it. All are the same on a CPU, where waiting costs nothing, and on a GPU,
-where it empties the queue of kernels.
+where it empties the queue of kernels. Arrays of the host that are copied to the device are counted by themselves: a GPU
+takes them by a blocking copy, which by Paddle's sources comes behind the kernels that are queued.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ class Calls:
     """How often each kernel was launched."""
     waits: list[str] = field(default_factory=list)
     """Where each wait came from: file, line and function, or the kernel's name."""
+    micro_batches: int = 0
+    """Of the step."""
+    copies: list[str] = field(default_factory=list)
+    """Likewise of each array that was copied to the device."""
 
 
 @contextlib.contextmanager
@@ -47,8 +52,7 @@ def counted(paddle: Any) -> Iterator[Calls]:
             # float() calls item(), and so on: one wait. And a gradient that is set to nothing is not waited for.
             if getattr(reading, "now", False) or (isinstance(arguments[0], Grad) and arguments[-1] is None):
                 return method(*arguments, **more)
-            frame = next(one for one in reversed(traceback.extract_stack(limit=3)[:-1]) if one.name != "__setattr__")
-            calls.waits.append(f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}")
+            calls.waits.append(_caller())
             reading.now = True
             try:
                 return method(*arguments, **more)
@@ -56,6 +60,13 @@ def counted(paddle: Any) -> Iterator[Calls]:
                 reading.now = False
 
         return read
+
+    to_tensor = paddle.to_tensor
+
+    def copied(*arguments: Any, **more: Any) -> Any:
+        if not isinstance(more.get("place"), paddle.CPUPlace):
+            calls.copies.append(_caller())
+        return to_tensor(*arguments, **more)
 
     methods = {name: getattr(paddle.Tensor, name) for name in (*READERS, "grad")}
     grad = methods["grad"]
@@ -69,17 +80,24 @@ def counted(paddle: Any) -> Iterator[Calls]:
     recorder = profiler.Profiler(targets=[profiler.ProfilerTarget.CPU], on_trace_ready=lambda _: None)
     for name in READERS:
         setattr(paddle.Tensor, name, watched(methods[name]))
-    paddle.Tensor.grad = Grad()
+    paddle.Tensor.grad, paddle.to_tensor = Grad(), copied
     try:
         recorder.start()
         yield calls
         recorder.stop()
     finally:
+        paddle.to_tensor = to_tensor
         for name, method in methods.items():
             setattr(paddle.Tensor, name, method)
     for root in recorder.profiler_result.get_data().values():
         calls.kernels.update(_launched(root))
     calls.waits += [name for name in ASKING_KERNELS for _ in range(calls.kernels[name])]
+
+
+def _caller() -> str:
+    """Of the function that is being counted: file, line and function."""
+    frame = next(one for one in reversed(traceback.extract_stack(limit=4)[:-2]) if one.name != "__setattr__")
+    return f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}"
 
 
 def _launched(node: Any) -> Iterator[str]:
@@ -96,6 +114,11 @@ class CountStep(sft.Plugin):
     api_version = 1
     step = 3
     calls: Calls
+
+    @sft.hookimpl
+    def sft_micro_batch(self, run: sft.Run, batch: sft.Batch) -> None:
+        if run.step == self.step - 1:
+            self.calls.micro_batches += 1
 
     @sft.hookimpl
     def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,11 @@ Train = Callable[..., sft.Summary]
 
 WAITS = 1
 """For the loss and the gradient norm together: they decide whether the step is taken, and how long it is."""
+COPIES = 5
+"""Arrays of a micro-batch that go to the device: tokens, cosines, sines, and of positions with a target where they are
+and what. (On a GPU also where documents end; NEFTune has the size of its noise.)"""
+ON_A_CPU = re.compile(r"(document_attention|blockwise)\.py:|.* _looked_up$")
+"""Attention and codes of 4 bits have tables of their own there, where a copy waits for nothing."""
 
 
 def test_what_counts_as_a_wait(paddle: Any) -> None:
@@ -58,17 +64,24 @@ def of_a_step(train: Train) -> Callable[..., Calls]:
 @pytest.mark.parametrize(
     "plugins",
     [
-        pytest.param([], marks=pytest.mark.slow),
+        [],
         pytest.param(["lora", "zero-padding"], marks=[needs("lora", "zero-padding"), pytest.mark.slow]),
-        pytest.param(["lora", "zero-padding", "flashmask"], marks=needs("lora", "zero-padding", "flashmask")),
+        pytest.param(
+            ["lora", "zero-padding", "flashmask"],
+            marks=[needs("lora", "zero-padding", "flashmask"), pytest.mark.slow],
+        ),
         pytest.param(["lora", "nf4"], marks=[needs("lora", "nf4"), pytest.mark.slow]),
         pytest.param(["vera", "neftune"], marks=[needs("vera", "neftune"), pytest.mark.slow]),
     ],
     ids=lambda plugins: "+".join(plugins) or "full",
 )
 def test_a_step_waits_once_whatever_its_micro_batches(of_a_step: Callable[..., Calls], plugins: list[str]) -> None:
-    calls = of_a_step(gradient_accumulation_steps=3, plugin=plugins)
+    """Packed, two records share a row."""
+    calls = of_a_step(gradient_accumulation_steps=3, plugin=plugins, max_length=40)
+    assert calls.micro_batches == 3
     assert len(calls.waits) <= WAITS, calls.waits
+    copies = [copy for copy in calls.copies if not ON_A_CPU.match(copy)]
+    assert len(copies) <= 3 * (COPIES + ("neftune" in plugins)), copies
 
 
 @pytest.mark.slow
@@ -138,6 +151,7 @@ def test_the_kernels_and_waits_of_16_bits(
     calls = of_a_step(
         native=how == "native", plugin=["lora"], bf16=True, gradient_accumulation_steps=2, say=said.append
     )
+    assert calls.micro_batches == 2
     assert "precision: bfloat16 products" in "\n".join(said)
     assert len(calls.waits) <= WAITS, calls.waits
     assert calls.kernels.total() <= IN_16_BITS[how], calls.kernels.most_common()

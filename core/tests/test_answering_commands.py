@@ -172,6 +172,8 @@ def test_another_chat_template_is_used(typed: Type, paddle: Any, models: Path, d
     ("arguments", "lines", "message"),
     [
         ([], "\n \n", "Standard input has no prompt"),
+        (["--prompt", "a", "--prompt", " "], None, "A --prompt is blank"),
+        (["--prompt", ""], "a", "A --prompt is blank"),
         (["--prompts_file", "missing.txt"], None, "missing.txt cannot be read"),
         (["--prompts_file", "missing.jsonl"], None, "missing.jsonl cannot be read"),
         (["--prompt", "a", "--prompts_file", "b.txt"], None, "--prompt and --prompts_file are both given"),

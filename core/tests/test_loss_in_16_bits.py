@@ -57,6 +57,34 @@ def test_chunks_of_16_bits_add_up_as_in_float64(
     assert off(found[1], factor * weight_grad) < 5e-3
 
 
+def test_a_matrix_is_rounded_once_for_all_chunks(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be the largest of a model; each chunk multiplies with it twice."""
+    from sft.training import loss
+
+    class Narrow(Rounding):
+        narrow = True
+        rounded: list[Any] = []
+        factors: list[Any] = []
+
+        def kept(self, x: Any) -> Any:
+            self.rounded.append(x.astype(self.dtype))
+            return self.rounded[-1]
+
+        def product(self, x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
+            self.factors.append(y)
+            return super().product(x, y, transpose_x, transpose_y).astype("float32")
+
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 32)
+    hidden, value = paddle.randn([1, 5, 16]), paddle.randn([16, 32])
+    hidden.stop_gradient = False
+    lm_head = SimpleNamespace(weight=value, kernels=Narrow("bfloat16"))
+    loss.target_loss(hidden, np.arange(5)[None], lm_head).backward()
+    loss.target_scores(hidden, np.arange(5)[None], lm_head)
+    (first, second) = Narrow.rounded
+    assert [factor is first for factor in Narrow.factors[:10]] == [True] * 10
+    assert [factor is second for factor in Narrow.factors[10:]] == [True] * 5
+
+
 @pytest.mark.parametrize("each", [1e-6, 0.3, 1e6])
 def test_what_all_positions_weigh_alike_changes_nothing_in_float16(
     paddle: Any, monkeypatch: pytest.MonkeyPatch, each: float

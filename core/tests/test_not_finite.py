@@ -168,6 +168,22 @@ def test_the_checkpoint_before_the_ruin_stays(train: Train, tmp_path: Path, skip
     assert checkpoints_of(tmp_path / "good") == ["checkpoint-9"]
 
 
+def ruining(value: float) -> type[sft.Plugin]:
+    """A plugin that sets weights to ``value`` after step 3."""
+
+    class Ruin(sft.Plugin):
+        name = "ruin"
+        api_version = 1
+
+        @sft.hookimpl
+        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
+            if record["step"] == 3:
+                parameter = dict(run.model.named_parameters())["model.layers.1.mlp.up_proj.weight"]
+                parameter.set_value(np.full(parameter.shape, value, np.float32))
+
+    return Ruin
+
+
 @pytest.mark.slow
 def test_a_run_that_skips_steps_to_its_end_leaves_the_good_checkpoint(
     train: Train, tmp_path: Path, poison: Callable[..., None]
@@ -194,43 +210,23 @@ def test_the_checkpoint_of_another_run_is_named_if_a_step_was_taken_from_it(
 ) -> None:
     """Whatever its name is now, and also where this run has saved after it, for what it saved is ruined."""
 
-    class Ruin(sft.Plugin):
-        name = "ruin"
-        api_version = 1
-
-        @sft.hookimpl
-        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
-            if record["step"] == 3:
-                parameter = dict(run.model.named_parameters())["model.layers.1.mlp.up_proj.weight"]
-                parameter.set_value(np.full(parameter.shape, 1e38, np.float32))
-
     settings = {**SAVING, **PLAIN, "max_steps": 5}
     with pytest.raises(StoppedError):
         train("first", (stopping_when_saved(2),), **settings)
     good = (tmp_path / "first" / "checkpoint-2").rename(tmp_path / "good")
     settings |= {"save_steps": saves, "resume_from_checkpoint": str(good)}
     with pytest.raises(sft.SftError, match=rf"finite at step 4 .*, and resume from {good}\.$"):
-        train("out", (Ruin,), **settings)
+        train("out", (ruining(1e38),), **settings)
 
 
 def test_a_model_that_is_not_finite_is_not_skipped_over(train: Train, tmp_path: Path) -> None:
     """No other step would be better. The last good checkpoint stays."""
-
-    class Ruin(sft.Plugin):
-        name = "ruin"
-        api_version = 1
-
-        @sft.hookimpl
-        def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
-            if record["step"] == 3:
-                parameter = dict(run.model.named_parameters())["model.layers.1.mlp.up_proj.weight"]
-                parameter.set_value(np.full(parameter.shape, np.nan, np.float32))
 
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}
     message = (
         r"finite at step 4 \(.*\), with 2 records \(.*\); model\.layers\.1\.mlp\.up_proj\.weight holds values .*-2\."
     )
     with pytest.raises(sft.SftError, match=message):
-        train("out", (Ruin,), skip_nan_grad=True, **settings, **PLAIN)
+        train("out", (ruining(np.nan),), skip_nan_grad=True, **settings, **PLAIN)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     assert read_report(tmp_path / "out")["status"] == "failed"

@@ -15,6 +15,7 @@ from no_onednn import Emulated, itself
 
 from sft import runtime
 from sft.models import onednn as module
+from sft.models import packed
 
 
 @pytest.fixture
@@ -190,3 +191,30 @@ def test_instructions_that_the_environment_forbids_are_not_counted_on(onednn: mo
     assert done.stdout.splitlines()[-1] == "False"
     if "avx512_bf16" in runtime.cpu_flags() and not {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"} & set(os.environ):
         assert onednn.multiplies_bfloat16
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(1, 64, 33), (16, 257, 70), (64, 5, 8)])
+def test_products_with_packed_matrices(
+    paddle: Any, onednn: module.OneDNN, transposed: bool, shape: tuple[int, int, int]
+) -> None:
+    rows, inner, columns = shape
+    x, y = normal(rows, inner), normal(inner, columns, seed=1)
+    weight = onednn.rounded(paddle.to_tensor(np.ascontiguousarray(y.T) if transposed else y))
+    weight.persistable = True
+    rounded, packs = onednn.rounded(paddle.to_tensor(x).reshape([rows, 1, inner])), onednn.packs()
+    expected = bfloat16(x).astype(np.float64) @ bfloat16(y)
+    if not onednn.multiplies_bfloat16:  # this processor has no instructions for it
+        assert packs.product(rounded, weight, transposed) is None
+        return
+    for _ in range(2):  # packed, then found
+        found = packs.product(rounded, weight, transposed)
+        assert found.shape == [rows, 1, columns]
+        assert np.abs(found.numpy()[:, 0] - expected).max() < 1e-5 * np.sqrt(inner)
+    weight.scale_(2.0)
+    assert np.abs(packs.product(rounded, weight, transposed).numpy()[:, 0] - 2 * expected).max() < 2e-5 * np.sqrt(inner)
+    for other in ([packed.MOST + 1, 1, inner], [1, 2, inner], [rows, inner]):  # a prompt, or an expert's tokens
+        assert packs.product(paddle.zeros(other, "bfloat16"), weight, transposed) is None
+    weight.persistable = False  # as what is dequantized for one product
+    assert packs.product(rounded, weight, transposed) is None
+    packs.close()

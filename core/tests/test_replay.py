@@ -242,7 +242,9 @@ def test_the_step_that_was_not_finite(train: Train, tmp_path: Path, skips: bool)
     figures = read_steps(tmp_path / "out")
     assert figures is not None
     assert figures.taken.tolist() == [*[True] * 6, *[False] * (1 + skips)]
-    found = again(tmp_path / "out", 7)
+    said: list[str] = []
+    found = again(tmp_path / "out", 7, said=said)
+    assert not any("evaluate them before use" in line for line in said)  # it trains no weights for anybody
     assert [(one.skipped, one.is_same) for one in found.steps] == [(True, True)]
     assert found.minimises == ["breaking"]
     assert len(found.steps[0].records) == 4

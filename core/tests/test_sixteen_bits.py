@@ -224,3 +224,76 @@ def test_a_base_that_stays_is_held_in_half_the_memory(bf16: None, models: Path) 
     tokens = paddle.to_tensor([[3, 5]])
     assert held.embed(tokens).dtype == paddle.float32
     near(held.embed(tokens), rounded(wide.embed(tokens).numpy()), 0.0)
+
+
+@pytest.fixture
+def packing(paddle: Any) -> SixteenBits:
+    found = itself()
+    if not found.multiplies_bfloat16:
+        pytest.skip("this processor has no instructions that multiply bfloat16, so nothing is packed")
+    return SixteenBits(found)
+
+
+def test_while_answers_are_computed_parameters_are_packed(paddle: Any, packing: SixteenBits) -> None:
+    """Each once, with the products that they had, and no longer than that."""
+    kernels, given = packing, Given(paddle, "bfloat16")
+    x, w, bias, a, b = (given.tensors[name] for name in ("x", "w", "bias", "a", "b"))
+    x, w.persistable = x[:, :7].reshape([21, 1, 40]), True
+    with paddle.no_grad():
+        before = kernels.linear(x, w, bias), kernels.low_rank_linear(x, w, bias, a, b, 0.5)
+        with kernels.answering():
+            packs = kernels._packs
+            assert packs is not None
+            packed = []
+            for _ in range(2):
+                found = kernels.linear(x, w, bias), kernels.low_rank_linear(x, w, bias, a, b, 0.5)
+                packed.append([matrix for _, _, matrix in packs._matrices.values()])
+            many = kernels.linear(given.tensors["x"], w, bias)
+        assert kernels._packs is None
+        near(many, kernels.linear(given.tensors["x"], w, bias).numpy(), 0.0)
+    for one, other in zip(found, before, strict=True):
+        near(one, other.numpy(), 1e-6)
+    assert [len(some) for some in packed] == [1, 1]
+    assert packed[0][0] is packed[1][0]
+    held = weakref.ref(packed[0][0])
+    del packed
+    assert held() is None
+
+
+def test_answers_are_computed_with_packed_matrices(
+    packing: SixteenBits, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a token goes through; and the answers to several prompts are those without."""
+    from sft.data.tokenizer import Tokenizer
+    from sft.models import packed
+    from sft.models.attention import DefaultAttention
+    from sft.models.generation import answers
+    from sft.models.kernels import use_kernels
+    from sft.models.loading import load_model, open_model
+    from sft.precision import Precision
+    from sft.settings.arguments import GenerationArguments
+
+    folder = models / "llama-tied-gqa"
+    model = load_model(open_model(folder), precision=Precision("bfloat16", "float32", "bfloat16"))
+    model.attention = DefaultAttention()
+    use_kernels(model, packing)
+    asked: list[Any] = []
+    product = packed.Packs.product
+
+    def watched(self: packed.Packs, x: Any, weight: Any, transposed: bool) -> Any:
+        found = product(self, x, weight, transposed)
+        asked.append((id(weight), found is not None))
+        return found
+
+    def given() -> list[str]:
+        settings = GenerationArguments(max_new_tokens=8)
+        return answers(model, Tokenizer(folder), [[5, 9, 7, 11], [8, 6], [12]], settings, 0)
+
+    monkeypatch.setattr(packed.Packs, "product", watched)
+    with_packs = given()
+    matrices = {id(one) for one in model.parameters() if one.ndim > 1}
+    assert {weight for weight, was_packed in asked if was_packed} == matrices
+    monkeypatch.setattr(packed, "MOST", 0)
+    asked.clear()
+    assert given() == with_packs
+    assert not any(was_packed for _, was_packed in asked)

@@ -8,40 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gpu_measures import ROUNDING, apart, dtypes, own_kernels, tensor
 
-import sft
-from sft.models.rotary import Rotary
-from sft.precision import Precision
 from sft.testing import needs
 
 pytestmark = pytest.mark.gpu
 
 Row = Callable[..., None]
-ROUNDING = {"float32": 1e-5, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-NARROW = ("bfloat16", "float16")
-
-
-def dtypes(on_gpu: bool) -> tuple[str, ...]:
-    return ("float32", *NARROW) if on_gpu else ("float32",)
-
-
-def apart(one: Any, other: Any) -> float:
-    """The distance of two arrays or tensors, relative to the size of the second."""
-    one, other = (
-        np.asarray(x.astype("float32").numpy() if hasattr(x, "numpy") else x, np.float64) for x in (one, other)
-    )
-    return float(np.linalg.norm(one - other) / np.linalg.norm(other))
-
-
-def tensor(paddle: Any, array: np.ndarray, dtype: str = "float32") -> Any:
-    made = paddle.to_tensor(np.asarray(array, np.float32)).astype(dtype).detach()
-    made.stop_gradient = False
-    return made
-
-
-def own_kernels() -> Any:
-    """What the core computes a model's pieces with on this device."""
-    return sft.own_kernels(Precision())
 
 
 def test_paddle_finds_its_device(paddle: Any, row: Row) -> None:
@@ -64,115 +37,6 @@ def test_norms(paddle: Any, on_gpu: bool, row: Row, offset: float) -> None:
         wanted = [normal * (factor + offset), grad, (slope * normal).sum((0, 1))]
         found = max(apart(one, other) for one, other in zip((y, given[0].grad, given[1].grad), wanted, strict=True))
         row(f"RMSNorm, offset {offset:g}, {dtype}", found, 2 * ROUNDING[dtype])
-
-
-@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
-@pytest.mark.parametrize("size", [64, 32], ids=["whole", "part"])
-def test_rotation(paddle: Any, on_gpu: bool, row: Row, interleaved: bool, size: int) -> None:
-    """Up to position 4095, inside the automatic casts of a run; the gradient turns back."""
-    from sft.models.turning import tables
-
-    rotary = Rotary(10_000.0, size, 4096, interleaved=interleaved)
-    positions = np.stack([np.arange(4032, 4096), np.arange(64)])
-    made = tables(rotary, positions, positions + 1)
-    x = np.random.default_rng(1).standard_normal((2, 64, 3, 64))
-    angles = positions[..., None, None] * 10_000.0 ** -(np.arange(size // 2) * 2 / size)
-    for dtype in dtypes(on_gpu):
-        given = tensor(paddle, x, dtype)
-        narrow = {} if dtype == "float32" else {"dtype": dtype}
-        with paddle.amp.auto_cast(enable=bool(narrow), level="O2", **narrow):
-            y = own_kernels().rotate(given, rotary, *made)
-        assert y.dtype == given.dtype
-        (y.astype("float32") * y.astype("float32").detach()).sum().backward()
-        wide = given.astype("float32").numpy().astype(np.float64)
-        turning = wide[..., :size]
-        first, second = (turning[..., 0::2], turning[..., 1::2]) if interleaved else np.split(turning, 2, -1)
-        pair = (
-            first * np.cos(angles) - second * np.sin(angles),
-            second * np.cos(angles) + first * np.sin(angles),
-        )
-        turned = np.stack(pair, -1).reshape(turning.shape) if interleaved else np.concatenate(pair, -1)
-        wanted = np.concatenate([turned, wide[..., size:]], -1)
-        tolerance = {"float32": 1e-4, "bfloat16": 4e-3, "float16": 1e-3}[dtype]
-        kind = f"{'pairs' if interleaved else 'halves'}, {size} of 64, {dtype}"
-        row(f"rotary embedding, {kind}", max(apart(y, wanted), apart(given.grad, wide)), tolerance)
-
-
-def documents(length: int) -> np.ndarray:
-    """int32 [1, 1, S, 1]: a row of three documents, the second of one token; or of fewer where they have no room."""
-    starts = sorted({0, length // 3, min(length - 1, length // 3 + 1)})
-    sizes = np.diff([*starts, length])
-    return np.repeat(np.cumsum(sizes), sizes).astype(np.int32).reshape(1, 1, -1, 1)
-
-
-def exact_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """float64 [S, H, D], of one row."""
-    length, heads, size = query.shape
-    groups = heads // key.shape[1]
-    place = np.arange(length)
-    seen = (place[:, None] >= place[None]) & (place[:, None] < ends.reshape(-1)[None])
-    out = np.empty_like(query)
-    for head in range(heads):
-        scores = query[:, head] @ key[:, head // groups].T / np.sqrt(size)
-        scores = np.exp(scores - np.where(seen, scores, -np.inf).max(-1, keepdims=True)) * seen
-        out[:, head] = scores / scores.sum(-1, keepdims=True) @ value[:, head // groups]
-    return out
-
-
-@pytest.mark.parametrize("name", ["default", pytest.param("flashmask", marks=needs("flashmask"))])
-@pytest.mark.parametrize("size", [64, 128, 256])
-@pytest.mark.parametrize("groups", [1, 4, 8])
-def test_attention(paddle: Any, on_gpu: bool, row: Row, name: str, size: int, groups: int) -> None:
-    """Rows of documents, forward against float64; a document that changes leaves the others, forward and backward, as
-    they were: on a GPU to the last bit, on a CPU as far as its softmax does, which gives masked scores 1e-28."""
-    if not on_gpu and (size, groups) != (64, 4):
-        pytest.skip("a GPU tries all sizes, a CPU one")
-    for dtype in NARROW if on_gpu else ("float32",):
-        backend = attention(paddle, name, dtype, size)
-        if backend is None:
-            row(f"attention by {name}, heads of {size}, {dtype}", "left to the core")
-            continue
-        worst = 0.0
-        for length in (1, 7, 130, 1000, *((4096,) if on_gpu and (size, groups) == (128, 4) else ())):
-            random, ends = np.random.default_rng(length), documents(length)
-            shapes = [(1, length, heads, size) for heads in (8, 8 // groups, 8 // groups, 8)]
-            arrays = [random.standard_normal(shape).astype(np.float32) for shape in shapes]
-            mask = backend.mask(ends)
-
-            def work(
-                arrays: list[np.ndarray], mask: Any = mask, backend: Any = backend, dtype: str = dtype
-            ) -> list[Any]:
-                *given, slope = (tensor(paddle, array, dtype) for array in arrays)
-                y = backend.attend(*given, mask)
-                (y * slope.detach()).sum().backward()
-                return [y, *(one.grad for one in given)]
-
-            found = work(arrays)
-            rounded = [one.astype(dtype).astype("float32").numpy()[0] for one in map(paddle.to_tensor, arrays[:3])]
-            exact = exact_attention(*(one.astype(np.float64) for one in rounded), ends)
-            worst = max(worst, apart(found[0], exact[None]))
-            first = int(ends.reshape(-1)[0])
-            if first < length:
-                changed = [array.copy() for array in arrays]
-                for array in changed:
-                    array[:, :first] = random.standard_normal(array[:, :first].shape)
-                for one, other in zip(found, work(changed), strict=True):
-                    kept, again = one[:, first:], other[:, first:]
-                    assert bool((kept == again).all()) if on_gpu else apart(kept, again) < 1e-6
-        tolerance = {"bfloat16": 2e-2, "float16": 2e-3, "float32": 1e-5}[dtype]
-        row(f"attention by {name}, heads of {size}, {groups} queries a key, {dtype}", worst, tolerance)
-
-
-def attention(paddle: Any, name: str, dtype: str, size: int) -> Any:
-    if name == "default":
-        from sft.models.attention import DefaultAttention
-
-        return DefaultAttention()
-    from sft_attn_flashmask.backends import FlashMask
-
-    said: list[str] = []
-    run: Any = SimpleNamespace(say=said.append, precision=SimpleNamespace(dtype=dtype))
-    return FlashMask().sft_attention_backend(run=run, config=SimpleNamespace(attention_cap=None, head_size=size))  # type: ignore[arg-type]
 
 
 class Losses:

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from device_calls import NO_NATIVE_CODE, CountStep
+from gpu_measures import apart
 
 import sft
-from sft.plugins.discovery import installed
-from sft.testing import make_model, needs, read_metrics
+from sft.commands.generate import USES
+from sft.conversations import Turn
+from sft.data.questions import encode_prompt
+from sft.data.tokenizer import Tokenizer
+from sft.inference.open import Opened, opened, settings_for
+from sft.models.generation import answers
+from sft.settings.arguments import Settings
+from sft.testing import make_model, needs, read_metrics, write_data
 
 pytestmark = pytest.mark.gpu
 
 Row = Callable[..., None]
+O2 = {"bf16": True, "fp16_opt_level": "O2"}
 
 
 @pytest.fixture
@@ -57,13 +67,39 @@ def test_losses_in_16_bits(losses: Any, gpu: Any, row: Row, narrow: str, toleran
     row(f"losses of 5 steps, {narrow} {level}, to float32", distance(found, wide), tolerance)
 
 
-@needs("lora")
 def test_micro_batches_add_up(losses: Any, on_gpu: bool, row: Row) -> None:
-    """Eight micro-batches of one row are one of eight, in 16 bits too."""
-    common = {"plugin": ["lora"], **({"bf16": True, "fp16_opt_level": "O2"} if on_gpu else {})}
+    """Eight micro-batches of one row are one of eight, also where 16-bit weights train."""
+    common = O2 if on_gpu else {}
     one = losses("one", per_device_train_batch_size=8, **common)
     eight = losses("eight", per_device_train_batch_size=1, gradient_accumulation_steps=8, **common)
     row("8 micro-batches to one", distance(eight, one), 3e-3)
+
+
+def test_gradients_add_up_in_float32(
+    train: Any, tmp_path: Path, device: str, on_gpu: bool, row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of 128 micro-batches of one row are those of one of 128, also of 16-bit matrices. Each gradient is rounded
+    to bfloat16 as it is made, which takes 1.6e-3 of its size; sums of 128 would be off by eight times as much."""
+    from sft.training import loop
+
+    found: list[dict[str, Any]] = []
+    outcome = loop.outcome
+
+    def look(strategy: Any, loss: Any, values: Any, stepped: Any) -> Any:
+        matrices = {name: one for name, one in stepped.items() if one.ndim == 2 and ".layers." in name}
+        found.append({name: one.grad.astype("float32").numpy() for name, one in matrices.items()})
+        return outcome(strategy, loss, values, stepped)
+
+    monkeypatch.setattr(loop, "outcome", look)
+    records = [{"src": f"type#{n}", "tgt": "A coat" + " for you" * (n % 7) + "."} for n in range(128)]
+    common = {"dataset_name_or_path": str(write_data(tmp_path / "data", records)), "max_steps": 1, "device": device}
+    for rows in (128, 1):
+        settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 128 // rows}
+        train(f"{rows}", do_eval=False, **common, **settings, **(O2 if on_gpu else {}))
+    one, many = found
+    assert one.keys() == many.keys() != set()
+    off = max(apart(many[name], one[name]) for name in one)
+    row("gradients of 128 micro-batches to those of one", off, 6e-3 if on_gpu else 1e-5)
 
 
 @needs("lora")
@@ -143,44 +179,73 @@ def test_going_on_is_as_if_it_had_not_stopped(train: Any, tmp_path: Path, device
         )
 
 
-@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"])
-def test_greedy_answers_are_those_of_a_cpu(paddle: Any, cases: Path, on_gpu: bool, row: Row, case: str) -> None:
-    from sft.conversations import Turn
-    from sft.data.questions import encode_prompt
-    from sft.data.tokenizer import Tokenizer
-    from sft.models.attention import DefaultAttention
-    from sft.models.generation import answers
-    from sft.models.loading import load_model, open_model
-    from sft.settings.arguments import GenerationArguments
+@contextlib.contextmanager
+def opened_as_for_answers(
+    model: Path, where: str, plugins: list[str], **given: Any
+) -> Iterator[tuple[Opened, Settings]]:
+    """A model as ``sft generate`` opens it."""
+    given = {"device": where, "model_name_or_path": str(model), **given}
+    settings, active = settings_for(None, plugins, given, USES)
+    with opened(settings, active, None, lambda text: None) as found, found.precision.autocast():
+        yield found, settings
 
+
+class Ids:
+    """A tokenizer whose texts are ids."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.pad_id, self.stop_ids = tokenizer.pad_id, tokenizer.stop_ids
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
+        return " ".join(map(str, tokens))
+
+
+CASES = ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"]
+ANSWERS = [
+    "A red coat.",
+    "One skirt, long and warm.",
+    "Nothing at all!",
+    "The shirt that you wear.",
+    "Blue",
+    "For her.",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_answers_are_those_of_a_cpu(
+    train: Any, cases: Path, tmp_path: Path, device: str, row: Row, case: str
+) -> None:
+    """In bfloat16, to a CPU's in float32, token by token. The model has learned what it answers: of one that has not,
+    the next token is a matter of the last digit."""
+    records = [{"src": f"type#{n}", "tgt": text} for n, text in enumerate(ANSWERS)]
+    data = str(write_data(tmp_path / "data", records))
+    common = {"model_name_or_path": str(cases / case), "dataset_name_or_path": data, "device": device}
+    train("learned", max_steps=80, learning_rate=1e-2, logging_steps=1, do_eval=False, **common)
+    assert read_metrics(tmp_path / "learned")[-1]["loss"] < 0.1
     found = []
-    for device in ("cpu", "gpu" if on_gpu else "cpu"):
-        paddle.device.set_device(device)
-        model, tokenizer = load_model(open_model(cases / case)), Tokenizer(cases / case)
-        model.attention = DefaultAttention()
-        prompts = [encode_prompt([Turn("user", text)], tokenizer) for text in ("What is a river?", "Hi", "A coat")]
-        found.append(" ".join(answers(model, tokenizer, prompts, GenerationArguments(max_new_tokens=32), 0)).split())
-    same = sum(one == other for one, other in zip(*found, strict=False)) / max(1, *map(len, found))
-    row(f"words of greedy answers unlike a CPU's, {case}", 1.0 - same, 0.05)
+    for where, plugins, more in (("cpu", NO_NATIVE_CODE, {}), (device, [], {"bf16": True})):
+        with opened_as_for_answers(tmp_path / "learned", where, plugins, max_new_tokens=32, **more) as (it, settings):
+            prompts = [encode_prompt([Turn("user", record["src"])], it.tokenizer) for record in records]
+            texts = answers(it.model, cast(Any, Ids(it.tokenizer)), prompts, settings.generation, 0)
+            found.append([text.split() for text in texts])
+    pairs = [pair for texts in zip(*found, strict=True) for pair in zip_longest(*texts)]
+    assert len(pairs) > 3 * len(records)
+    unlike = sum(one != other for one, other in pairs) / len(pairs)
+    row(f"tokens of greedy answers in bfloat16 unlike a CPU's in float32, {case}", unlike, 0.05)
 
 
-@pytest.mark.parametrize("case", ["llama-tied-gqa", "qwen2-untied", "mistral-gqa", "gemma-tied"])
+@pytest.mark.parametrize("case", CASES)
 def test_logits_in_16_bits_are_those_of_a_cpu_in_float32(
     paddle: Any, cases: Path, device: str, row: Row, case: str
 ) -> None:
-    """Of prompts, and of tokens that follow over kept keys, as an answer reads them. These models are random: which
-    token they would choose is a matter of the last digit, so that logits are compared. A CPU rounds the factors of
-    products and is off by 1.3e-2; a GPU rounds what comes out of them, too."""
-    from sft.inference.open import opened, settings_for
+    """Of prompts, and of tokens that follow over kept keys, as an answer reads them; of random models. A CPU rounds the
+    factors of products and is off by 1.3e-2; a GPU rounds what comes out of them, too."""
     from sft.models.cache import CachedReading
 
     ids = np.random.default_rng(4).integers(3, 60, (3, 28))
     found = []
-    for where, more in (("cpu", {"plugin": NO_NATIVE_CODE}), (device, {"bf16": True})):
-        plugins = list(more.pop("plugin", []))
-        given = {"device": where, "model_name_or_path": str(cases / case), **more}
-        settings, active = settings_for(None, plugins, given, ("sft generate", ("sft_kernels",)))
-        with opened(settings, active, None, lambda text: None) as it, it.precision.autocast(), paddle.no_grad():
+    for where, plugins, more in (("cpu", NO_NATIVE_CODE, {}), (device, [], {"bf16": True})):
+        with opened_as_for_answers(cases / case, where, plugins, **more) as (it, _), paddle.no_grad():
             reading = CachedReading(it.model.architecture, np.array([0, 3, 7]), it.model.kernels)
             logits = []
             for new in (ids[:, :20], *np.split(ids[:, 20:], 8, axis=1)):
@@ -188,47 +253,65 @@ def test_logits_in_16_bits_are_those_of_a_cpu_in_float32(
                 hidden = it.model.hidden_states(it.model.embed(paddle.to_tensor(new)), reading)
                 logits.append(it.model.lm_head(hidden[:, -1:]).astype("float32").numpy())
             found.append(np.concatenate(logits, axis=1))
-    away = float(np.linalg.norm(found[1] - found[0]) / np.linalg.norm(found[0]))
-    row(f"logits in bfloat16, to a CPU's in float32, {case}", away, 5e-2)
+    row(f"logits in bfloat16, to a CPU's in float32, {case}", apart(found[1], found[0]), 5e-2)
 
 
+@needs("zero-padding")
 @pytest.mark.parametrize("plugins", [pytest.param(["lora"], marks=needs("lora")), []], ids=["lora", "full"])
 def test_speed_waits_and_kernels(
-    paddle: Any, train: Any, tmp_path: Path, on_gpu: bool, device: str, row: Row, plugins: list[str]
+    train: Any, tmp_path: Path, on_gpu: bool, device: str, row: Row, plugins: list[str]
 ) -> None:
-    """Packed rows of 2,048 tokens through 8 layers of 1,024 on a GPU; of a small model on a CPU."""
-    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
-    shape |= {"max_position_embeddings": 2048}
+    """Steps of two micro-batches of two packed rows: of 2,048 tokens, through up to 8 layers of 1,024, on a GPU; of 512
+    through a small model on a CPU."""
+    width, shape = 512, dict[str, int]()
+    if on_gpu:
+        width, shape = 2048, {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16}
+        shape["num_key_value_heads"] = 4
+    records = [{"src": f"type#{n}", "tgt": "A coat" + " for you" * (n % 40) + "."} for n in range(1200)]
+    data = write_data(tmp_path / "data", records)
     kernels, what = [], plugins[0] if plugins else "full"
-    packs = ["zero-padding"] if "zero-padding" in installed() else []
     for layers in (4, 8) if on_gpu else (2, 4):
-        model = make_model(tmp_path / f"model-{layers}", num_hidden_layers=layers, **(shape if on_gpu else {}))
-        common = {"model_name_or_path": str(model), "device": device, "logging_steps": 100, "do_eval": False}
-        common |= {"max_steps": 5, "gradient_accumulation_steps": 2, "bf16": on_gpu}
-        train(f"out-{layers}", plugins=(CountStep, Clock), plugin=[*plugins, *packs, *NO_NATIVE_CODE], **common)
+        model = make_model(
+            tmp_path / f"model-{layers}", num_hidden_layers=layers, max_position_embeddings=width, **shape
+        )
+        common = {"model_name_or_path": str(model), "dataset_name_or_path": str(data), "device": device}
+        common |= {"max_length": width, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        common |= {"max_steps": 5, "logging_steps": 100, "do_eval": False, "bf16": on_gpu}
+        plugin = [*plugins, "zero-padding", *NO_NATIVE_CODE]
+        train(f"out-{layers}", plugins=(CountStep, Watch), plugin=plugin, **common)
+        assert [[rows for rows, _ in step] for step in Watch.steps] == [[2, 2]] * 5
+        full = sum(tokens for step in Watch.steps for _, tokens in step) / (20 * width)
+        row(f"padding in rows of {width:,} tokens, {what}, {layers} layers", 1 - full, 0.1)
         kernels.append(CountStep.calls.kernels.total())
-        row(f"tokens/s, {what}, {layers} layers", f"{max(Clock.speeds):,.0f}")
+        row(f"tokens/s, {what}, {layers} layers", f"{max(Watch.speeds):,.0f}")
         row(f"waits a step, {what}, {layers} layers", float(len(CountStep.calls.waits)), 2.0)
-    layers = 4 if on_gpu else 2
-    row(f"kernels a layer and micro-batch, {what}", (kernels[1] - kernels[0]) / layers / 2)
+    # The second model has half of its layers more, and both micro-batches of a step go through them.
+    row(f"kernels a layer and micro-batch, {what}", (kernels[1] - kernels[0]) / layers)
 
 
-class Clock(sft.Plugin):
-    """Tokens a second of each step."""
+class Watch(sft.Plugin):
+    """Of each step the rows and tokens of its micro-batches, and tokens a second."""
 
-    name = "clock"
+    name = "watch"
     api_version = 1
-    speeds: list[float] = []
+    steps: list[list[tuple[int, int]]]
+    speeds: list[float]
 
     @sft.hookimpl
     def sft_run_started(self, run: sft.Run) -> None:
-        type(self).speeds, self._began = [], time.monotonic()
+        type(self).steps, type(self).speeds = [], []
+        self._batches, self._began = list[tuple[int, int]](), time.monotonic()
+
+    @sft.hookimpl
+    def sft_micro_batch(self, run: sft.Run, batch: sft.Batch) -> None:
+        self._batches.append((len(batch.input_ids), batch.tokens))
 
     @sft.hookimpl
     def sft_step_ended(self, run: sft.Run, record: dict[str, Any]) -> None:
         now = time.monotonic()
+        self.steps.append(self._batches)
         self.speeds.append(record["tokens"] / (now - self._began))
-        self._began = now
+        self._batches, self._began = [], now
 
 
 @needs("parallel-4d")

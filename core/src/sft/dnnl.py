@@ -1,4 +1,5 @@
-"""oneDNN's C functions, by ctypes, in the library that paddle's own wheel carries: an engine, and reorders.
+"""oneDNN's C functions, by ctypes, in the library that paddle's own wheel carries: an engine, reorders, and products
+with a matrix in a layout of oneDNN's own.
 
 A reorder copies values to another layout, another type, or both. Threads are paddle's: the wheel binds both to one
 libiomp5.
@@ -16,7 +17,9 @@ from sft import runtime
 
 BFLOAT16, FLOAT32 = 2, 3  # dnnl_data_type_t
 _CPU, _IN_ORDER = 1, 1  # dnnl_engine_kind_t, dnnl_stream_flags_t
-_SOURCE, _TARGET = 1, 17  # DNNL_ARG_FROM, DNNL_ARG_TO
+_SOURCE, _TARGET, _WEIGHTS = 1, 17, 33  # DNNL_ARG_FROM, DNNL_ARG_TO, DNNL_ARG_WEIGHTS
+_ANY = 1  # dnnl_format_tag_any
+_WEIGHTS_FORM = 131  # dnnl_query_weights_md
 _Dims = c_int64 * 12
 
 
@@ -64,46 +67,21 @@ class Engine:
             raise OneDNNError(f"paddle's oneDNN is version {version.major}.{version.minor}, and 3 is known here")
         library.dnnl_memory_set_data_handle.argtypes = (c_void_p, c_void_p)
         library.dnnl_primitive_execute.argtypes = (c_void_p, c_void_p, c_int, c_void_p)
+        library.dnnl_primitive_desc_query_md.argtypes = (c_void_p, c_int, c_int)
+        library.dnnl_primitive_desc_query_md.restype = c_void_p
+        library.dnnl_memory_desc_get_size.argtypes = (c_void_p,)
+        library.dnnl_memory_desc_get_size.restype = c_size_t
         self.handle, self.stream = c_void_p(), c_void_p()
         check(library.dnnl_engine_create(byref(self.handle), _CPU, c_size_t(0)))
         check(library.dnnl_stream_create(byref(self.stream), self.handle, _IN_ORDER))
 
 
-class Reorder:
-    """Of values of one ``shape``: from a type and strides, in values, to a type and strides."""
+class _Primitive:
+    """What oneDNN computes, and the objects of the library that this takes, which it gives back in the end."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        shape: Sequence[int],
-        source: tuple[int, Sequence[int]],
-        target: tuple[int, Sequence[int]],
-    ) -> None:
-        """It takes 0.03 ms, since oneDNN keeps its code. Raises :class:`OneDNNError`."""
-        self._engine, library = engine, engine.library
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._library = engine, engine.library
         self._made: list[tuple[Any, c_void_p]] = []
-        try:
-            forms = [
-                self._new(
-                    *(library.dnnl_memory_desc_create_with_strides, library.dnnl_memory_desc_destroy),
-                    *(len(shape), _Dims(*shape), dtype, _Dims(*strides)),
-                )
-                for dtype, strides in (source, target)
-            ]
-            ends = [value for form in forms for value in (form, engine.handle)]
-            description = self._new(
-                library.dnnl_reorder_primitive_desc_create, library.dnnl_primitive_desc_destroy, *ends, None
-            )
-            self._primitive = self._new(library.dnnl_primitive_create, library.dnnl_primitive_destroy, description)
-            self._memories = [
-                self._new(library.dnnl_memory_create, library.dnnl_memory_destroy, form, engine.handle, None)
-                for form in forms
-            ]
-        except BaseException:
-            self.close()
-            raise
-        which = zip((_SOURCE, _TARGET), self._memories, strict=True)
-        self._arguments = (_Argument * 2)(*(_Argument(place, memory) for place, memory in which))
 
     def _new(self, create: Any, destroy: Any, *given: Any) -> c_void_p:
         made = c_void_p()
@@ -111,12 +89,34 @@ class Reorder:
         self._made.append((destroy, made))
         return made
 
-    def run(self, source: int, target: int) -> None:
-        """Between two addresses, while the engine's lock is held. Raises :class:`OneDNNError`."""
-        library, stream = self._engine.library, self._engine.stream
-        for memory, address in zip(self._memories, (source, target), strict=True):
+    def _form(self, shape: Sequence[int], dtype: int, strides: Sequence[int] | None) -> c_void_p:
+        """A memory descriptor; of a layout that oneDNN chooses where there are no ``strides``."""
+        laid: Any = _ANY
+        create = self._library.dnnl_memory_desc_create_with_tag
+        if strides is not None:
+            create, laid = self._library.dnnl_memory_desc_create_with_strides, _Dims(*strides)
+        return self._new(create, self._library.dnnl_memory_desc_destroy, len(shape), _Dims(*shape), dtype, laid)
+
+    def _described(self, create: Any, *given: Any) -> c_void_p:
+        return self._new(create, self._library.dnnl_primitive_desc_destroy, *given)
+
+    def _make(self, description: c_void_p, forms: dict[int, c_void_p]) -> None:
+        """``forms`` are those of the arguments, by which they are."""
+        library = self._library
+        self._primitive = self._new(library.dnnl_primitive_create, library.dnnl_primitive_destroy, description)
+        self._memories = [
+            self._new(library.dnnl_memory_create, library.dnnl_memory_destroy, form, self._engine.handle, None)
+            for form in forms.values()
+        ]
+        which = zip(forms, self._memories, strict=True)
+        self._arguments = (_Argument * len(forms))(*(_Argument(place, memory) for place, memory in which))
+
+    def run(self, *addresses: int) -> None:
+        """With the memory at ``addresses``, while the engine's lock is held. Raises :class:`OneDNNError`."""
+        library, stream = self._library, self._engine.stream
+        for memory, address in zip(self._memories, addresses, strict=True):
             check(library.dnnl_memory_set_data_handle(memory, address))
-        check(library.dnnl_primitive_execute(self._primitive, stream, 2, self._arguments))
+        check(library.dnnl_primitive_execute(self._primitive, stream, len(addresses), self._arguments))
         check(library.dnnl_stream_wait(stream))
 
     def close(self) -> None:
@@ -124,3 +124,57 @@ class Reorder:
         while self._made:
             destroy, one = self._made.pop()
             destroy(one)
+
+
+class Reorder(_Primitive):
+    """Of values of one ``shape``: from a type and strides, in values, to a type and strides. It runs from one address
+    to another."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        shape: Sequence[int],
+        source: tuple[int, Sequence[int]],
+        target: tuple[int, Sequence[int]] | c_void_p,
+    ) -> None:
+        """``target`` may be a layout of oneDNN's own. It takes 0.03 ms, since oneDNN keeps its code. Raises
+        :class:`OneDNNError`."""
+        super().__init__(engine)
+        try:
+            forms = {_SOURCE: self._form(shape, *source)}
+            forms[_TARGET] = target if isinstance(target, c_void_p) else self._form(shape, *target)
+            ends = [value for form in forms.values() for value in (form, engine.handle)]
+            self._make(self._described(self._library.dnnl_reorder_primitive_desc_create, *ends, None), forms)
+        except BaseException:
+            self.close()
+            raise
+
+
+class PackedProduct(_Primitive):
+    """x [rows, inner] · W [inner, columns], both bfloat16, → float32, W in the layout that oneDNN takes fastest for so
+    many rows. It runs with the addresses of x, of W in that layout, and of the product.
+
+    Attributes:
+        size: The bytes of W in that layout.
+    """
+
+    def __init__(self, engine: Engine, rows: int, inner: int, columns: int) -> None:
+        """Raises :class:`OneDNNError`."""
+        super().__init__(engine)
+        self._shape = inner, columns
+        try:
+            x = self._form((rows, inner), BFLOAT16, (inner, 1))
+            y = self._form((rows, columns), FLOAT32, (columns, 1))
+            forms = x, self._form(self._shape, BFLOAT16, None), None, y  # None is the bias
+            create = self._library.dnnl_matmul_primitive_desc_create
+            description = self._described(create, engine.handle, *forms, None)
+            self._packed = c_void_p(self._library.dnnl_primitive_desc_query_md(description, _WEIGHTS_FORM, 0))
+            self.size = int(self._library.dnnl_memory_desc_get_size(self._packed))
+            self._make(description, {_SOURCE: x, _WEIGHTS: self._packed, _TARGET: y})
+        except BaseException:
+            self.close()
+            raise
+
+    def packing(self, strides: Sequence[int]) -> Reorder:
+        """From W of these ``strides`` to that layout."""
+        return Reorder(self._engine, self._shape, (BFLOAT16, strides), self._packed)

@@ -107,7 +107,7 @@ class DataCollator(Protocol):
         ...
 
     def batch(self, rows: Sequence[Sequence[Example]]) -> Batch:
-        """Rows of examples → a batch. :func:`sft.assemble` takes ``rows`` as they come, without a loop over them."""
+        """Rows of examples → a batch. :func:`sft.assemble` takes ``rows`` as they come, calling no Python for each."""
         ...
 
 

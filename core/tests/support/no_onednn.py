@@ -33,11 +33,24 @@ class Emulated:
         product = paddle.matmul(x.astype("float32"), y.astype("float32"), transpose_x, transpose_y)
         return product if out is None else out.add_(product.reshape(out.shape))
 
+    def packs(self) -> Any:
+        return EmulatedPacks()
+
     def rounded(self, x: Any) -> Any:
         return x.astype("bfloat16")
 
     def widened(self, x: Any) -> Any:
         return x.astype("float32")
+
+
+class EmulatedPacks:
+    """The same methods as :class:`sft.models.packed.Packs`."""
+
+    def product(self, x: Any, weight: Any, transposed: bool) -> Any:
+        return Emulated().product(x, weight, transpose_y=transposed)
+
+    def close(self) -> None:
+        """There is nothing to give back."""
 
 
 def stand_in(replace: Callable[[Any, str, Any], None] = setattr) -> None:

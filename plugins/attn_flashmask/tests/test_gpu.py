@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sft_attn_flashmask import gpu
@@ -59,13 +60,16 @@ def test_a_gpu_that_cannot_leaves_attention_to_the_core(
         assert said[0].endswith("; attention is the core's own")
 
 
+ENDS = np.full((1, 1, 300, 1), 300, np.int32)
+
+
 @pytest.fixture
 def kernels(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stand-ins for versions 2 and 3, which give a fake query their number; ``third`` changes what version 3 gives."""
     from sft_attn_flashmask.blockwise import attention
     from sft_attn_flashmask.masks import column_masks
 
-    state: dict[str, Any] = {"third": lambda y: y, "flags": {gpu.FLAG: 2}}
+    state: dict[str, Any] = {"third": lambda y: y, "flags": {gpu.FLAG: 2, gpu.ONE_ORDER: False}}
     monkeypatch.setattr(paddle, "get_flags", lambda names: {name: state["flags"][name] for name in names})
     monkeypatch.setattr(paddle, "set_flags", state["flags"].update)  # builds for CPUs do not know this one
 
@@ -80,10 +84,10 @@ def kernels(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return state
 
 
-def attend(backend: Any, dtype: str = "bfloat16", size: int = 16) -> Any:
+def attend(backend: Any, dtype: str = "bfloat16", size: int = 16, masked: bool = False) -> Any:
     there = SimpleNamespace(is_gpu_place=lambda: True)
     tensor = SimpleNamespace(place=there, dtype=f"paddle.{dtype}", shape=[1, 300, 4, size])
-    return backend.attend(tensor, tensor, tensor, backend.mask(None))
+    return backend.attend(tensor, tensor, tensor, backend.mask(ENDS if masked else None))
 
 
 def backend_of(said: list[str], dtype: str) -> Any:
@@ -109,15 +113,34 @@ def test_version_3_proves_itself_on_hopper(
     paddle: Any, monkeypatch: pytest.MonkeyPatch, device: Any, kernels: Any, third: Any, version: int, line: str
 ) -> None:
     real, said = gpu.compare, list[str]()
-    monkeypatch.setattr(gpu, "compare", lambda dtype, size: real("float32", size))  # a CPU multiplies no 16 bits
+    monkeypatch.setattr(gpu, "compare", lambda dtype, *kind: real("float32", *kind))  # a CPU multiplies no 16 bits
     device(90)
     kernels["third"] = third
     backend = backend_of(said, "bfloat16")
     assert [attend(backend) for _ in range(3)] == [version] * 3
-    assert said == [f"attention: bfloat16 heads of 16 are computed {line}"]
-    assert kernels["flags"] == {gpu.FLAG: 2}
+    assert said == [f"attention: bfloat16 heads of 16 without a mask are computed {line}"]
+    assert kernels["flags"][gpu.FLAG] == 2
+    assert attend(backend, masked=True) == version
+    assert said[1:] == [f"attention: bfloat16 heads of 16 with a mask are computed {line}"]
     assert attend(backend, size=32) == version
-    assert len(said) == 2
+    assert len(said) == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "masked", "version"), [(16, True, 3), (16, False, 2), (136, True, 2)], ids=["rows", "one", "wide"]
+)
+def test_version_3_is_not_said_to_compute_what_paddle_gives_to_version_2(
+    monkeypatch: pytest.MonkeyPatch, device: Any, kernels: Any, size: int, masked: bool, version: int
+) -> None:
+    """Where ``deterministic`` asks for sums in one order; compared, version 2 would be equal to itself."""
+    real, said = gpu.compare, list[str]()
+    monkeypatch.setattr(gpu, "compare", lambda dtype, *kind: real("float32", *kind))
+    device(90)
+    kernels["flags"][gpu.ONE_ORDER] = True
+    assert attend(backend_of(said, "bfloat16"), size=size, masked=masked) == version
+    (line,) = said
+    assert ("by version 3" in line) == (version == 3)
+    assert line.endswith("deterministic asks for one") == (version == 2)
 
 
 def test_other_gpus_and_the_users_choice_keep_the_version_that_is_set(

@@ -44,53 +44,114 @@ static void tile(int64_t depth, const float *a, int64_t ar, int64_t ak, const fl
         for (int v = 0; v < V; v++) store(c + r * cr + v * LANES, total[r][v]);
 }
 
-template <int V>
-static void tiles(int64_t rows, int64_t depth, const float *a, int64_t ar, int64_t ak, const float *b, int64_t bk,
+// From where to where a tile of rows needs the sum of a product: all of it.
+struct All {
+    int64_t depth;
+    int64_t from(int64_t) const { return 0; }
+    int64_t to(int64_t, int64_t) const { return depth; }
+};
+
+template <int V, class Along>
+static void tiles(int64_t rows, Along along, const float *a, int64_t ar, int64_t ak, const float *b, int64_t bk,
                   float *c, int64_t cr, bool add) {
-    for (; rows >= TILE_ROWS; rows -= TILE_ROWS, a += TILE_ROWS * ar, c += TILE_ROWS * cr)
-        tile<TILE_ROWS, V>(depth, a, ar, ak, b, bk, c, cr, add);
-    switch (rows) {
-    case 7: return tile<7, V>(depth, a, ar, ak, b, bk, c, cr, add);
-    case 6: return tile<6, V>(depth, a, ar, ak, b, bk, c, cr, add);
-    case 5: return tile<5, V>(depth, a, ar, ak, b, bk, c, cr, add);
-    case 4: return tile<4, V>(depth, a, ar, ak, b, bk, c, cr, add);
-    case 3: return tile<3, V>(depth, a, ar, ak, b, bk, c, cr, add);
-    case 2: return tile<2, V>(depth, a, ar, ak, b, bk, c, cr, add);
-    case 1: return tile<1, V>(depth, a, ar, ak, b, bk, c, cr, add);
+    for (int64_t row = 0, many; row < rows; row += many) {
+        many = rows - row < TILE_ROWS ? rows - row : TILE_ROWS;
+        const int64_t from = along.from(row), depth = along.to(row, many) - from;
+        const float *left = a + row * ar + from * ak, *right = b + from * bk;
+        float *to = c + row * cr;
+        switch (many) {
+        case 8: tile<8, V>(depth, left, ar, ak, right, bk, to, cr, add); break;
+        case 7: tile<7, V>(depth, left, ar, ak, right, bk, to, cr, add); break;
+        case 6: tile<6, V>(depth, left, ar, ak, right, bk, to, cr, add); break;
+        case 5: tile<5, V>(depth, left, ar, ak, right, bk, to, cr, add); break;
+        case 4: tile<4, V>(depth, left, ar, ak, right, bk, to, cr, add); break;
+        case 3: tile<3, V>(depth, left, ar, ak, right, bk, to, cr, add); break;
+        case 2: tile<2, V>(depth, left, ar, ak, right, bk, to, cr, add); break;
+        case 1: tile<1, V>(depth, left, ar, ak, right, bk, to, cr, add); break;
+        }
     }
 }
 
-// c [rows, columns] (+)= a [rows, depth] · b [depth, columns]; columns are whole vectors.
-static void product(int64_t rows, int64_t columns, int64_t depth, const float *a, int64_t ar, int64_t ak,
-                    const float *b, int64_t bk, float *c, int64_t cr, bool add) {
+// c [rows, columns] (+)= a [rows, depth] · b [depth, columns], of the depth what `along` says of each tile of rows;
+// columns are whole vectors.
+template <class Along>
+static void product(int64_t rows, int64_t columns, Along along, const float *a, int64_t ar, int64_t ak, const float *b,
+                    int64_t bk, float *c, int64_t cr, bool add) {
     int64_t column = 0;
     for (; column + 2 * LANES <= columns; column += 2 * LANES)
-        tiles<2>(rows, depth, a, ar, ak, b + column, bk, c + column, cr, add);
-    if (column < columns) tiles<1>(rows, depth, a, ar, ak, b + column, bk, c + column, cr, add);
+        tiles<2>(rows, along, a, ar, ak, b + column, bk, c + column, cr, add);
+    if (column < columns) tiles<1>(rows, along, a, ar, ak, b + column, bk, c + column, cr, add);
+}
+
+// Keys of which a block computes scores at a time: `count` from `start` on. The block's first query is key `ahead`.
+struct Chunk {
+    int64_t start, count, ahead;
+    // How many of these keys the block's queries before `query` can see.
+    int64_t seen(int64_t query) const {
+        const int64_t keys = ahead + query;
+        return keys < 0 ? 0 : keys < count ? keys : count;
+    }
+    // The first query that can see `key`, and the vector in which it is: vectors before that are not computed.
+    int64_t since(int64_t key) const { return key < ahead ? 0 : key - ahead; }
+    int64_t vector(int64_t key) const { return since(key) / LANES * LANES; }
+};
+
+static Chunk chunk_of(const Block &block, int64_t start) {
+    return {start, block.stop - start < KEYS ? block.stop - start : KEYS, block.start - start};
+}
+
+// Of sums along keys, what a tile of queries needs; of sums along queries, what a tile of keys needs.
+struct Seen {
+    const Chunk &chunk;
+    int64_t from(int64_t) const { return 0; }
+    int64_t to(int64_t row, int64_t many) const { return chunk.seen(row + many); }
+};
+struct Seeing {
+    const Chunk &chunk;
+    int64_t queries;
+    int64_t from(int64_t row) const { return chunk.since(row); }
+    int64_t to(int64_t, int64_t) const { return queries; }
+};
+
+// c [keys, QUERIES] = a [keys, depth] · b [depth, QUERIES], where a vector of queries can see the key.
+static void products(const Chunk &chunk, int64_t whole, int64_t depth, const float *a, int64_t ar, const float *b,
+                     float *c) {
+    for (int64_t column = 0; column < whole; column += 2 * LANES) {
+        const int64_t width = whole - column < 2 * LANES ? LANES : 2 * LANES;
+        product(chunk.seen(column + width), width, All{depth}, a, ar, 1, b + column, QUERIES, c + column, QUERIES,
+                false);
+    }
 }
 
 // x [count, D], `stride` apart, times scale → [D, QUERIES]; whole vectors of queries, the missing ones 0.
 static void transposed(const float *x, int64_t stride, int64_t count, int64_t size, float scale, float *to) {
-    const int64_t whole = (count + LANES - 1) / LANES * LANES;
-    for (int64_t d = 0; d < size; d++) {
-        for (int64_t i = 0; i < count; i++) to[d * QUERIES + i] = x[i * stride + d] * scale;
-        for (int64_t i = count; i < whole; i++) to[d * QUERIES + i] = 0;
-    }
+    for (int64_t i = 0; i < count; i += LANES)
+        for (int64_t d = 0; d < size; d += LANES) {
+            vec rows[LANES];
+#pragma GCC unroll 16
+            for (int64_t row = 0; row < LANES; row++)
+                rows[row] = i + row < count ? load(x + (i + row) * stride + d) * scale : all(0);
+            transpose(rows);
+#pragma GCC unroll 16
+            for (int64_t row = 0; row < LANES; row++) store(to + (d + row) * QUERIES + i, rows[row]);
+        }
 }
 
-// Scores [keys, QUERIES] of `count` keys from `start` on; -∞ where a query does not see the key.
-static void scores_of(const Shape &shape, const Block &block, const int32_t *ends, const float *key,
-                      const float *turned, int64_t start, int64_t count, float *scores) {
+// Scores [keys, QUERIES] of a chunk; -∞ where a query does not see the key.
+static void scores_of(const Shape &shape, const Block &block, const Chunk &chunk, const int32_t *ends,
+                      const float *key, const float *turned, float *scores) {
     const int64_t stride = shape.kv_heads * shape.size, queries = block.stop - block.start;
     const int64_t whole = (queries + LANES - 1) / LANES * LANES;
-    product(count, whole, shape.size, key + start * stride, stride, 1, turned, QUERIES, scores, QUERIES, false);
-    for (int64_t k = 0; k < count; k++) {
+    products(chunk, whole, shape.size, key + chunk.start * stride, stride, turned, scores);
+    for (int64_t k = 0; k < chunk.count; k++) {
         float *row = scores + k * QUERIES;
+        const int64_t begin = chunk.vector(k), from = chunk.since(k);
         if (shape.cap)
-            for (int64_t i = 0; i < whole; i += LANES) store(row + i, tangent(load(row + i) / shape.cap) * shape.cap);
-        const int64_t from = start + k - block.start, to = (int64_t)ends[start + k] - block.start;
-        for (int64_t i = 0; i < from && i < whole; i++) row[i] = -INFINITY;
-        for (int64_t i = to < 0 ? 0 : to; i < whole; i++) row[i] = -INFINITY;
+            for (int64_t i = begin; i < whole; i += LANES)
+                store(row + i, tangent(load(row + i) / shape.cap) * shape.cap);
+        const int64_t to = (int64_t)ends[chunk.start + k] - block.start;
+        for (int64_t i = begin; i < from; i++) row[i] = -INFINITY;
+        for (int64_t i = to < begin ? begin : to; i < whole; i++) row[i] = -INFINITY;
     }
 }
 
@@ -105,18 +166,20 @@ static void attend_block(const Shape &shape, const Block &block, const int32_t *
     transposed(query + block.start * across, across, queries, size, shape.scale, turned);
     for (int64_t i = 0; i < QUERIES; i++) top[i] = -INFINITY;
     for (int64_t start = block.first_key; start < block.stop; start += KEYS) {
-        const int64_t count = block.stop - start < KEYS ? block.stop - start : KEYS;
-        scores_of(shape, block, ends, key, turned, start, count, scores);
+        const Chunk chunk = chunk_of(block, start);
+        scores_of(shape, block, chunk, ends, key, turned, scores);
         for (int64_t i = 0; i < whole; i += LANES) {
+            const int64_t seen = chunk.seen(i + LANES);
             vec above = load(top + i), part = {};
-            for (int64_t k = 0; k < count; k++) above = greater(load(scores + k * QUERIES + i), above);
+            for (int64_t k = 0; k < seen; k++) above = greater(load(scores + k * QUERIES + i), above);
             const vec base = above == -INFINITY ? all(0) : above;  // a query that has seen no key yet
             const vec less = exponential(load(top + i) - base);
-            for (int64_t k = 0; k < count; k++) {
+            for (int64_t k = 0; k < seen; k++) {
                 const vec power = exponential(load(scores + k * QUERIES + i) - base);
                 store(scores + k * QUERIES + i, power);
                 part += power;
             }
+            for (int64_t k = seen; k < chunk.count; k++) store(scores + k * QUERIES + i, all(0));
             store(top + i, above);
             store(shrink + i, less);
             for (int64_t lane = 0; lane < LANES; lane++) total[i + lane] = total[i + lane] * less[lane] + part[lane];
@@ -126,7 +189,7 @@ static void attend_block(const Shape &shape, const Block &block, const int32_t *
             for (int64_t i = 0; i < queries; i++)
                 for (int64_t d = 0; d < size; d += LANES)
                     store(sums + i * size + d, load(sums + i * size + d) * shrink[i]);
-        product(queries, size, count, scores, 1, QUERIES, value + start * stride, stride, sums, size, !first);
+        product(queries, size, Seen{chunk}, scores, 1, QUERIES, value + start * stride, stride, sums, size, !first);
     }
     for (int64_t i = 0; i < queries; i++) {
         const float share = total[i] == 0 ? 0 : (float)(1.0 / total[i]);
@@ -188,11 +251,13 @@ static void attend_block_back(const Shape &shape, const Block &block, const int3
         share[i] = sizes[shape.length + block.start + i];
     }
     for (int64_t start = block.first_key; start < block.stop; start += KEYS) {
-        const int64_t count = block.stop - start < KEYS ? block.stop - start : KEYS;
-        scores_of(shape, block, ends, key, turned, start, count, weights);
-        product(count, whole, size, value + start * stride, stride, 1, above_turned, QUERIES, slopes, QUERIES, false);
-        for (int64_t k = 0; k < count; k++)
-            for (int64_t i = 0; i < whole; i += LANES) {
+        const Chunk chunk = chunk_of(block, start);
+        scores_of(shape, block, chunk, ends, key, turned, weights);
+        products(chunk, whole, size, value + start * stride, stride, above_turned, slopes);
+        for (int64_t k = 0; k < chunk.count; k++) {
+            memset(slopes + k * QUERIES, 0, chunk.vector(k) * sizeof(float));
+            memset(weights + k * QUERIES, 0, chunk.vector(k) * sizeof(float));
+            for (int64_t i = chunk.vector(k); i < whole; i += LANES) {
                 float *weight = weights + k * QUERIES + i, *slope = slopes + k * QUERIES + i;
                 const vec score = load(weight), power = exponential(score - load(top + i)) * load(share + i);
                 vec down = power * (load(slope) - load(along + i)) * shape.scale;
@@ -203,10 +268,12 @@ static void attend_block_back(const Shape &shape, const Block &block, const int3
                 store(weight, power);
                 store(slope, down);
             }
-        product(count, size, queries, weights, QUERIES, 1, above, across, dvalue + start * across, across, true);
-        product(count, size, queries, slopes, QUERIES, 1, query, across, dkey + start * across, across, true);
+        }
+        const Seeing seeing = {chunk, queries};
+        product(chunk.count, size, seeing, weights, QUERIES, 1, above, across, dvalue + start * across, across, true);
+        product(chunk.count, size, seeing, slopes, QUERIES, 1, query, across, dkey + start * across, across, true);
         const bool first = start == block.first_key;
-        product(queries, size, count, slopes, 1, QUERIES, key + start * stride, stride, sums, size, !first);
+        product(queries, size, Seen{chunk}, slopes, 1, QUERIES, key + start * stride, stride, sums, size, !first);
     }
     for (int64_t i = 0; i < queries; i++)
         memcpy(dquery + (block.start + i) * across, sums + i * size, size * sizeof(float));

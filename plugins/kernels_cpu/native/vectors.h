@@ -47,6 +47,25 @@ INLINE vec chosen(vec a, vec b, ivec at) {
 #endif
 }
 
+// LANES vectors, as a matrix of LANES × LANES, become its transpose: blocks of STEP values change places across the
+// diagonal, the largest first.
+template <int STEP = LANES / 2>
+INLINE void transpose(vec *rows) {
+    ivec upper, lower;
+    for (int lane = 0; lane < LANES; lane++) {
+        upper[lane] = lane & STEP ? LANES + lane - STEP : lane;
+        lower[lane] = lane & STEP ? LANES + lane : lane + STEP;
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < LANES; row++)
+        if (!(row & STEP)) {
+            const vec above = rows[row], below = rows[row + STEP];
+            rows[row] = chosen(above, below, upper);
+            rows[row + STEP] = chosen(above, below, lower);
+        }
+    if constexpr (STEP > 1) transpose<STEP / 2>(rows);
+}
+
 // The greater one; `b` where either is NaN.
 INLINE vec greater(vec a, vec b) { return a > b ? a : b; }
 

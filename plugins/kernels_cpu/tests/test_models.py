@@ -178,6 +178,23 @@ def test_without_native_code_a_run_says_so_and_goes_on(
     ]
 
 
+def test_without_native_code_answers_say_so_once(
+    base_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sft_kernels_cpu import library, plugin
+
+    monkeypatch.setattr(library, "native", lambda: "of a reason")
+    plugin._to_standard_error.cache_clear()
+    for _ in range(2):
+        assert type(load(base_model).kernels) is sft.Kernels
+    said = capsys.readouterr()
+    assert (
+        said.err.count("fast-cpu: paddle's own operations compute, as the native code is not usable: of a reason\n")
+        == 1
+    )
+    assert said.out == ""
+
+
 def test_its_threads_are_those_of_paddles_openmp(tmp_path: Path) -> None:
     """Two pools of threads would wait for each other. What the loader says it bound, function by function."""
     script = """

@@ -217,3 +217,38 @@ def test_blocks_that_are_no_whole_vectors_stay_where_they_are(library: Any, padd
     codes, values, scales = np.zeros(15, np.uint8), np.ones(16, np.float32), np.ones(5, np.float32)
     for size in (6, 3):
         assert NativeKernels(library).four_bits(*map(paddle.to_tensor, (codes, values, scales)), size) is None
+
+
+@pytest.mark.parametrize("shape", [[3, 40, 64], [7]])
+def test_what_is_soon_dropped_shares_memory_one_after_the_other(paddle: Any, shape: list[int]) -> None:
+    """Never with a tensor that is still there, be it in Python or in backward's hands."""
+    from sft_kernels_cpu.tensors import passing
+
+    first, second = passing(shape), passing(shape)
+    first.set_value(paddle.full(shape, 1.0))
+    second.set_value(paddle.full(shape, 2.0))
+    assert first.data_ptr() != second.data_ptr()
+    assert not first.data_ptr() % 64
+    factor = paddle.ones(shape)
+    factor.stop_gradient = False
+    product = (first * factor).sum()
+    pointers = {first.data_ptr(), second.data_ptr()}
+    del first, second
+    third, fourth = passing(shape), passing(shape)
+    assert {third.data_ptr(), fourth.data_ptr()} & pointers != pointers  # backward has the first one
+    for one in (third, fourth):
+        one.set_value(paddle.full(shape, 3.0))
+    product.backward()
+    assert (factor.grad == 1.0).all()
+    del product, factor
+    assert third.data_ptr() in pointers or fourth.data_ptr() in pointers
+
+
+def test_what_is_kept_until_backward_leaves_no_memory_behind(paddle: Any) -> None:
+    """As where all weights train: a Linear keeps what goes into it."""
+    from sft_kernels_cpu import tensors
+
+    many = [tensors.passing([40, 64]) for _ in range(9)]
+    assert len({one.data_ptr() for one in many}) == 9
+    del many
+    assert len(tensors._rooms) == 2

@@ -47,6 +47,8 @@ def test_shells_complete_settings_behind_sft_plan() -> None:
         "--devices-per-node",
         "--device_tflops",
         "--device-tflops",
+        "--device_latency",
+        "--device-latency",
         "--device",
     ]
     assert offered("--devices", "8", "--per_device_tr") == ["--per_device_train_batch_size"]

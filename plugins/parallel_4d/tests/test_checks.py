@@ -156,8 +156,16 @@ def test_where_parts_of_a_stage_leave_no_degrees_those_without_are_named(planned
         (3, MIXTURE, {EXPERTS: 3}, r"degree 3 does not divide the experts of a block \(4\); give another"),
         (4, MIXTURE, {EXPERTS: 3}, r"does not divide the ranks that hold the same pieces \(4\); give one of 1, 2, 4"),
         (4, MIXTURE, {"sharding": "stage1", "sharding_parallel_degree": 4}, "With sharding_parallel_degree 2 it would"),
-        (4, MIXTURE, {CONTEXT: 2}, "expert_parallel_degree does not go with context_parallel_degree; leave one of"),
-        (2, MIXTURE, {"eval_with_do_generation": True}, "eval_with_do_generation does not go with expert_parallel_deg"),
+        (4, MIXTURE, {CONTEXT: 2, EXPERTS: 3}, r"does not divide the ranks that hold the same pieces \(4\); give one"),
+        (2, MIXTURE, {CONTEXT: 2, "sharding": "stage1"}, r"hold the same pieces \(1\); give one of 1, or leave it out"),
+        (4, MIXTURE, {CONTEXT: 2, "sharding": "stage1", "sharding_parallel_degree": 2}, "which are 1 of the 2 data"),
+        (
+            2,
+            MIXTURE,
+            {"eval_with_do_generation": True},
+            "eval_with_do_generation does not go with expert_parallel_degree where .*: each token needs the experts of",
+        ),
+        (4, MIXTURE, {CONTEXT: 2, "eval_with_do_generation": True}, "does not go with expert_parallel_degree where"),
     ],
 )
 def test_impossible_numbers_of_ranks_for_experts_are_refused(
@@ -169,13 +177,20 @@ def test_impossible_numbers_of_ranks_for_experts_are_refused(
 
 @pytest.mark.parametrize(
     ("settings", "degrees"),
-    [({}, (8, 1, 4)), ({"sharding": "stage2"}, (4, 2, 4)), ({"sharding": "stage1", TENSOR: 2}, (4, 1, 4))],
+    [
+        ({}, (8, 1, 0, 4)),
+        ({"sharding": "stage2"}, (4, 2, 2, 4)),
+        ({"sharding": "stage1", TENSOR: 2}, (4, 1, 0, 4)),
+        ({CONTEXT: 8}, (1, 1, 0, 4)),  # where there are no pieces, those that share rows may
+        ({CONTEXT: 2, "sharding": "stage3"}, (4, 1, 3, 4)),
+        ({CONTEXT: 2, "sharding": "stage1", EXPERTS: 2}, (2, 2, 1, 2)),
+    ],
 )
 def test_ranks_that_share_out_experts_share_no_pieces(
     planned: Planned, settings: dict[str, Any], degrees: tuple[int, ...]
 ) -> None:
     plan = planned(8, MIXTURE, **{EXPERTS: 4, **settings})
-    assert (plan.data, plan.sharding, plan.experts) == degrees
+    assert (plan.data, plan.sharding, plan.stage, plan.experts) == degrees
 
 
 @pytest.mark.parametrize(
@@ -190,7 +205,11 @@ def test_ranks_that_share_out_experts_share_no_pieces(
         (4, {"sharding": "stage1 overlap"}, "sharding: expected stage1, stage2 or stage3, and offload beside it"),
         (2, {"sequence_parallel": True}, "sequence_parallel needs tensor parallelism"),
         (2, {VIRTUAL: 2}, "virtual_pp_degree needs pipeline parallelism; set pipeline_parallel_degree"),
-        (2, {"sharding": "stage3", "eval_with_do_generation": True}, "does not go with sharding stage3"),
+        (
+            2,
+            {"sharding": "stage3", "eval_with_do_generation": True},
+            "does not go with sharding stage3 where several data ranks .*: each token needs the pieces of weights of",
+        ),
         (1, {CONTEXT: 4, TENSOR: 2}, "degree 1 x context parallel degree 4 needs 8 processes or a multiple of it"),
         (
             4,
@@ -212,6 +231,23 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(sft.UsageError, match=reason):
         planned(processes, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "has"),
+    [
+        ({CONTEXT: 2, EXPERTS: 2}, {"context": 2, "experts": 2}),
+        ({CONTEXT: 2, "sharding": "stage3"}, {"context": 2, "stage": 3}),
+        ({TENSOR: 2, "sharding": "stage3 offload"}, {"tensor": 2, "stage": 3}),
+    ],
+)
+def test_one_data_rank_may_write_answers_whatever_is_divided(
+    planned: Planned, settings: dict[str, Any], has: dict[str, int]
+) -> None:
+    """All its processes write the same ones, token by token."""
+    plan = planned(2, MIXTURE, eval_with_do_generation=True, **settings)
+    assert {name: getattr(plan, name) for name in has} == has
+    assert plan.data_world == 1
 
 
 @pytest.mark.parametrize("name", [VIRTUAL, "virtual_pipeline_degree"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import SUPPORT
+from processes import SUPPORT, run_ranks
 from trainings import PLANS, Plan, Trainings, assert_equal
 
 import sft
@@ -144,8 +144,9 @@ def test_three_go_on_where_their_number_divides_the_rows(trainings: Trainings, t
     (event,) = events_of(output)
     new = plans.Plan(**event["new_plan"])
     assert (new.devices, new.data_world, new.accumulation, event["rows_per_step"]) == (3, 3, 4, 12)
-    alone = trainings.many(PLANS["one"], **SAVES, per_device_train_batch_size=1)[0]
-    assert alone.exists()
+    alone = trainings.settings(PLANS["one"], **SAVES, per_device_train_batch_size=1)
+    run_ranks(1, "jobs:train", {**alone, "gradient_accumulation_steps": 12}, timeout=60)
+    assert_equal(Path(alone["output_dir"]), output)
 
 
 @pytest.mark.slow

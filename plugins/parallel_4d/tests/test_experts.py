@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from families import FOLDER, SETTINGS, WITH_EXPERTS, case, folders
 from resuming import checked
 from trainings import ALL, OF_MIXTURES, Plan, Trainings, assert_equal, joined
 
-from sft.testing import needs
+from sft.testing import needs, read_metrics
 
 pytestmark = pytest.mark.sweep  # as far as its tests are slow
 
@@ -57,6 +58,11 @@ def slow(*case: Any) -> Any:
         slow("ep4", {"plugin": ["lora", "pissa"]}),
         slow("ep2", {"plugin": ["lora", "int8"]}),
         slow("ep2-stage1", {"plugin": ["vera"]}),
+        slow("cp2-ep2", joined(LORA, PACKED)),
+        slow("cp2-ep2-dp2", PACKED),
+        slow("cp2-ep2-stage3", joined(LORA, PACKED, {"recompute": True})),
+        slow("cp2-ep2-tp2-sequence", {"recompute": True}),
+        slow("cp2-ep4", {"plugin": ["lora", "pissa"]}),
         slow("ep4", {**LORA, "lora_target_modules": ["q_proj", "up_proj"], "modules_to_save": ["gate", "down_proj"]}),
     ],
 )
@@ -68,7 +74,7 @@ def test_whole_runs(trainings: Trainings, tokenizer: Path, plan: str, settings: 
 
 @pytest.mark.slow
 @needs("lora")
-@pytest.mark.parametrize("plan", ["ep2", "ep2-pp2", "ep2-stage3"])
+@pytest.mark.parametrize("plan", ["ep2", "ep2-pp2", "ep2-stage3", "cp2-ep2-dp2"])
 def test_experts_of_an_idle_rank_train(trainings: Trainings, tokenizer: Path, plan: str) -> None:
     """Dropout is that of the tokens of others, once more where blocks are computed again; nothing else trains there."""
     values = {**of(tokenizer), **LORA, "lora_dropout": 0.2, "do_eval": False, "evaluation_strategy": "no"}
@@ -90,6 +96,9 @@ def test_experts_of_an_idle_rank_train(trainings: Trainings, tokenizer: Path, pl
         slow("ep2-dp2", "tp2-stage1", {}),
         slow("ep2-stage1", "ep4", LORA),
         slow("ep2-tp2", "pp2", LORA),
+        slow("cp2-ep2", "one", LORA),
+        slow("cp2-ep4", "cp2-ep2-stage1", {}),
+        slow("ep2-dp2", "cp4-ep2", {}),
     ],
 )
 def test_a_killed_run_goes_on_under_another_plan(
@@ -100,7 +109,7 @@ def test_a_killed_run_goes_on_under_another_plan(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gradient", "weight"])
-@pytest.mark.parametrize("plan", ["ep2", "ep2-dp2"])
+@pytest.mark.parametrize("plan", ["ep2", "ep2-dp2", "cp4-ep2"])
 def test_damage_to_an_expert_on_one_rank_is_noticed(
     trainings: Trainings, tokenizer: Path, plan: str, kind: str
 ) -> None:  # fmt: skip
@@ -124,6 +133,23 @@ def test_each_process_has_its_experts(trainings: Trainings, tokenizer: Path) -> 
 @pytest.mark.slow
 def test_answers_are_those_of_one_process(trainings: Trainings, tokenizer: Path) -> None:
     values = {**of(tokenizer), "num_samples": 2, "max_new_tokens": 8, "max_steps": 1}
-    found = [trainings.many(ALL[plan], **values)[1][0].value["samples"] for plan in ("one", "ep2")]
+    found = [trainings.many(ALL[plan], **values)[1][0].value["samples"] for plan in ("one", "ep2", "cp2-ep2")]
     assert found[0]
-    assert found[0] == found[1]
+    assert found[1:] == found[:1] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["cp2-ep2", "cp4-ep2"])
+def test_answers_at_evaluation_are_those_of_one_process(trainings: Trainings, tokenizer: Path, plan: str) -> None:
+    """Where there is one data rank: all processes write the same ones, and the first of them keeps them."""
+    asked = {"eval_with_do_generation": True, "max_new_tokens": 8, "max_steps": 1, "evaluation_strategy": "no"}
+    values = {**of(tokenizer), **asked}
+    one, many = trainings.one(**values), trainings.many(ALL[plan], **values)[0]
+    assert_equal(one, many)
+    answers, theirs = ((folder / "generations-1.jsonl").read_text(encoding="utf-8") for folder in (one, many))
+    assert any(json.loads(line)["answer"] for line in answers.splitlines())
+    assert theirs == answers
+    last, theirs_last = (read_metrics(folder)[-1] for folder in (one, many))
+    scores = [key for key in last if "bleu" in key or "rouge" in key]
+    assert scores
+    assert [theirs_last[key] for key in scores] == [last[key] for key in scores]

@@ -257,6 +257,27 @@ def test_a_cpu_has_a_number(paddle: Any, fleet: Any) -> None:
             "sizes would be sent, and each transfer would wait for the device twice",
         ),
         (P2P + "P2pHelper._recv_meta", "reverse", "sizes would be asked for that nobody sends: a run would hang"),
+        (
+            SCHEDULES + "PipelineParallel.is_pipeline_first_stage",
+            "ignore_virtual",
+            "sizes would be expected of what the first stage never receives",
+        ),
+        (
+            SCHEDULES + "PipelineParallel.is_pipeline_last_stage",
+            "ignore_virtual",
+            "sizes would be expected of gradients that the last stage never receives",
+        ),
+        (
+            SCHEDULES + "PipelineLayer.__init__",
+            "layers num_stages topology loss_fn seg_method "
+            "recompute_interval recompute_ctx num_virtual_pipeline_stages",
+            "stages would have other parts of the model, or none would be made",
+        ),
+        (
+            "paddle.distributed.fleet.utils.tensor_fusion_helper:logger.setLevel",
+            "",
+            "how parameters are grouped would be said to users",
+        ),
         (GROUPS + "create_fuse_group", "fused_strategy_list", "pieces could not lie on the ranks that share rows, too"),
         (GROUPS + "get_dp_sep_parallel_group", "", "gradients of ranks that share rows would not be summed"),
     ],
@@ -266,6 +287,35 @@ def test_what_is_overridden_or_called_is_there(name: str, parameters: str, why: 
     assert callable(found), changed(name, f"is gone, and {why}")
     has = list(inspect.signature(found).parameters)[1:]
     assert has[: len(parameters.split())] == parameters.split(), changed(name, f"takes {has}, and {why}")
+
+
+@pytest.mark.parametrize("schedule", ["PipelineParallel", "PipelineParallelWithInterleave"])
+def test_p2p_helper(paddle: Any, schedule: str) -> None:
+    """Whom a schedule lets send and receive: ours is put there once it is made."""
+    name = f"{SCHEDULES}{schedule}.forward_backward_pipeline"
+    why = "does not send by _p2p_helper: stages would send sizes, and wait for the device at each transfer"
+    assert "_p2p_helper" in find(name).__code__.co_names, changed(name, why)
+
+
+def test_backward_hooks(fleet: Any) -> None:
+    """There are as many as micro-batches; fleet counts how often they were run, and refuses to end a step before."""
+    engine = object.__new__(fleet.OneForwardOneBackward)
+    engine.__dict__.update(_virtual_pp_world_size=None, accumulate_steps=3)
+    engine._init_user_hooks()
+    hooks = getattr(engine, "backward_hooks", None)
+    assert callable(getattr(hooks, "run_hook", None)), changed("PipelineParallel.backward_hooks", "are not made there")
+    for _ in range(3):
+        hooks.run_hook()
+    assert hooks.current_id == 3, changed("PipelineParallel.backward_hooks", "are not counted: no step would end")
+
+
+def test_pp_configs(paddle: Any) -> None:
+    """The loss is not divided by the number of micro-batches, and each transfer goes by itself."""
+    settings = paddle.distributed.fleet.DistributedStrategy()
+    asked = {"delay_scale_loss": True, "use_batch_p2p_comm": False, "overlap_p2p_comm": True}
+    settings.hybrid_configs = {"pp_configs": dict(asked)}
+    has = settings.hybrid_configs["pp_configs"]
+    assert {name: getattr(has, name, None) for name in asked} == asked, changed("pp_configs", f"holds {has}")
 
 
 def test_sizes_are_those_that_are_expected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,12 +25,14 @@ LARGER = {"hidden_size": 256, "intermediate_size": 1024, "tie_word_embeddings": 
 """One with several buckets a block."""
 SMALL_BUCKETS = {"sharding_comm_buffer_size_MB": 1}
 TENSOR, PIPELINE, SEQUENCE = {"tensor_parallel_degree": 2}, {"pipeline_parallel_degree": 2}, {"sequence_parallel": True}
-CONTEXT = {"context_parallel_degree": 2}
+CONTEXT, EXPERTS = {"context_parallel_degree": 2}, {"expert_parallel_degree": 2}
 LORA = {"plugin": ["lora"]}
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], Plan]] = [
     ("llama", {}, {}, Plan(data=2, accumulation=2)),
     ("llama", {}, {"sharding": "stage1"}, Plan(sharding=2, stage=1)),
     ("llama", LARGE, {"sharding": "stage2"}, Plan(sharding=2, stage=2, accumulation=3)),
+    ("mixtral", LARGER, SMALL_BUCKETS, Plan(data=2, accumulation=2)),
+    ("llama", LARGER, {"sharding": "stage1"} | SMALL_BUCKETS, Plan(sharding=2, stage=1, accumulation=2)),
     ("llama", LARGER, {"sharding": "stage2"} | SMALL_BUCKETS, Plan(sharding=2, stage=2, accumulation=3)),
     ("mixtral", LARGER, {"sharding": "stage2"} | SMALL_BUCKETS, Plan(sharding=2, stage=2, accumulation=2)),
     ("mixtral", LARGER, {"sharding": "stage3"}, Plan(sharding=2, stage=3, accumulation=2)),
@@ -57,6 +59,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], Plan]] = [
     ("qwen2", {}, CONTEXT | TENSOR | SEQUENCE, Plan(context=2, tensor=2, sequence=True, accumulation=2)),
     ("llama", {}, CONTEXT | PIPELINE, Plan(context=2, pipeline=2, accumulation=2)),
     ("llama", {}, LORA | CONTEXT, Plan(context=2, accumulation=2)),
+    ("mixtral", {}, CONTEXT | EXPERTS, Plan(context=2, experts=2, accumulation=2)),
     ("olmo2", {}, TENSOR, Plan(tensor=2, accumulation=2)),
     ("phi3", {}, TENSOR | SEQUENCE | {"recompute": True}, Plan(tensor=2, sequence=True, recompute=True)),
     ("gemma3_text", {}, TENSOR | PIPELINE, Plan(tensor=2, pipeline=2, accumulation=2)),
@@ -168,6 +171,11 @@ def test_ranks_hold_need_and_send_what_is_planned(
             assert rank["optimizer"] == pytest.approx(held.optimizer, rel=1e-2)
         else:
             assert rank["optimizer"] == held.optimizer
+        if plan.stage < 3 and plan.copies * plan.pieces > 1:
+            buckets = calculator.leaving(plan, stage)
+            if not plan.stage and plan.copies == plan.experts:  # nobody has the same experts
+                buckets = [bucket for bucket in buckets if not bucket.of_experts]
+            assert rank["buckets"] == [bucket.size for bucket in buckets]
         # Nothing else outlives a step, but scalars.
         fixed_bytes = held.parameters + held.pieces + rank["optimizer"]
         assert 0 <= rank["rests"] - fixed_bytes < 256

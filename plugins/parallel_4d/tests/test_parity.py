@@ -237,6 +237,17 @@ def test_damage_on_one_rank_is_noticed(trainings: Trainings, plan: str, kind: st
         assert_equal(one, damaged)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["gradient", "shard embed_tokens.weight"])
+@pytest.mark.parametrize("plan", ["stage3", "stage2-offload", "dp2-stage3"])
+def test_damage_to_a_shard_is_noticed(trainings: Trainings, plan: str, damage: str) -> None:
+    """Of what a rank keeps in pieces alone, or steps on the host: of the embedding every rank has some."""
+    one = trainings.one(plugin=[])
+    damaged, _ = trainings.many(PLANS[plan], damage=damage, plugin=[])
+    with pytest.raises(AssertionError, match="is apart from"):
+        assert_equal(one, damaged)
+
+
 @pytest.mark.parametrize("plan", ["tp2", slow("pp2"), slow("stage3")])
 def test_an_adapter_that_does_not_say_how_it_is_divided_is_refused(trainings: Trainings, plan: str) -> None:
     with pytest.raises(RankError, match="Scaled does not say how it is divided among processes"):

@@ -161,7 +161,7 @@ def test_speeds_are_finite_numbers_above_zero(config_of: Callable[..., Path], op
         pytest.param(
             "llama", {"plugin": "lora", "trainable_token_indices": "3"}, (True, False, False), marks=needs("lora")
         ),
-        ("mixtral", {"eval_with_do_generation": "true"}, (True, True, False)),
+        ("mixtral", {"eval_with_do_generation": "true"}, (True, True, True)),  # where there is one data rank
         ("mixtral", {}, (True, True, True)),
     ],
 )
@@ -178,7 +178,10 @@ def test_what_a_run_refuses_is_not_offered(
         any(plan[name] >= least for plan in plans) for name, least in (("context", 2), ("pipeline", 2), ("stage", 3))
     ]
     assert tuple(found) == left
-    assert any(plan["experts"] > 1 for plan in plans) == (family == "mixtral" and not settings)
+    assert any(plan["experts"] > 1 for plan in plans) == (family == "mixtral")
+    if "eval_with_do_generation" in settings:
+        needing_all = [plan for plan in plans if plan["experts"] > 1 or plan["stage"] == 3]
+        assert {plan["data"] * plan["sharding"] for plan in needing_all} == {1}
 
 
 def test_an_adapter_that_does_not_say_what_it_adds_is_refused(config_of: Callable[..., Path]) -> None:

@@ -67,7 +67,8 @@ def test_plans_are_all_that_keep_the_rules(outline_of: Outlines) -> None:
         ("llama", {}, {"context": 1, "sharding": 1, "stage": 1}, "stage1 has no ranks that could share pieces"),
         ("mistral", {}, {"tensor": 1, "sequence": True}, "sequence_parallel needs tensor parallelism"),
         ("llama", {}, {"experts": 2}, r"degree 2 has nothing to share out.*; give another degree, or leave it out"),
-        ("mixtral", MIXTURE, {"experts": 2, "context": 2}, "does not go with context_parallel_degree"),
+        ("mixtral", MIXTURE, {"experts": 4, "context": 4, "tensor": 2, "stage": 1}, r"hold the same pieces \(1\)"),
+        ("mixtral", MIXTURE, {"experts": 4, "context": 2, "tensor": 4}, r"hold the same pieces \(2\)"),
         ("mixtral", MIXTURE, {"experts": 4, "tensor": 4}, r"does not divide the ranks that hold the same pieces \(2\)"),
     ],
 )
@@ -144,6 +145,12 @@ def test_data_ranks_share_out_experts(outline_of: Outlines) -> None:
     assert found == {(data, shards, n) for data, shards in pairs for n in (1, 2, 4) if data % n == 0}
     only = legal_plans(outline, 8, 16, 2, Wanted(experts=4))
     assert {plan.experts for plan in only} == {4}
+    # Those that share rows share out experts where they share no pieces.
+    shared = legal_plans(outline, 8, 16, 2, Wanted(1, 1, sharding=1, context=4, sequence=False, recompute=False))
+    assert {(plan.stage, plan.experts) for plan in shared} == {
+        *((0, n) for n in (1, 2, 4)),
+        *((stage, n) for stage in (1, 2, 3) for n in (1, 2)),
+    }
     assert {plan.experts for plan in legal_plans(outline_of(), 8, 16, 2)} == {1}
 
 
@@ -166,3 +173,6 @@ def test_what_ranks_with_experts_hold_and_send(outline_of: Outlines) -> None:
     # Half of the two choices of each token leave the rank: there, back, and the gradients of both.
     assert sent.experts == 3 * 4 * 4 * (2 * 128 * 64 * 4) // 2
     assert busiest(calculator, Plan(data=4, experts=2, recompute=True)).experts == 6 * 4 * (2 * 128 * 64 * 4) // 2
+    # Two that share rows have half of the tokens, and the same gradients.
+    shared = busiest(calculator, Plan(data=2, context=2, experts=2, accumulation=3))
+    assert (shared.data, shared.experts) == (sent.data, sent.experts // 2)

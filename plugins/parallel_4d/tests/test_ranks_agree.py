@@ -130,7 +130,7 @@ def test_answers(trainings: Trainings, plan: str, draw: dict[str, Any]) -> None:
         ("dp2", 2),
         *(
             pytest.param(p, s, marks=pytest.mark.slow)
-            for p, s in [("tp2", 1), ("tp2-dp2", 2), ("pp2-dp2", 2), ("cp2-dp2", 2)]
+            for p, s in [("tp2", 1), ("tp2-dp2", 2), ("pp2-dp2", 2), ("cp2-dp2", 2), ("cp2-tp2-stage3", 1)]
         ),
     ],
 )

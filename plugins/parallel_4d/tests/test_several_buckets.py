@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from families import FOLDER
 from processes import run_ranks
-from trainings import ALL, TOLERANCE, Plan, Trainings, assert_equal, experts, pipeline, tensor
+from trainings import ALL, TOLERANCE, Plan, Trainings, assert_equal, context, experts, pipeline, tensor
 
 import sft
 from sft.distributed.pieces import SavedState
@@ -26,6 +26,10 @@ PLANNED = {
     "tp2-sequence-stage2": Plan(4, 2, tensor(sharding="stage2", sequence_parallel=True)),
     "ep2-dp2-pp2": Plan(8, 4, experts() | pipeline()),
     "ep2-tp2-sequence-stage1": Plan(8, 4, experts() | tensor(sharding="stage1", sequence_parallel=True)),
+    "cp2-ep2-tp2-sequence-pp2": Plan(8, 1, context() | experts() | tensor(sequence_parallel=True) | pipeline()),
+    "cp2-ep2-tp2-sequence-stage1": Plan(
+        8, 2, context() | experts() | tensor(sharding="stage1", sequence_parallel=True)
+    ),
 }
 
 
@@ -95,9 +99,11 @@ def mixture(tokenizer: Path) -> dict[str, Any]:
     [
         *((plan, "dense") for plan in ("ep2", "ep2-offload", "ep2-pp2")),  # nobody else has the same experts
         *((plan, "dense experts") for plan in ("ep2-dp2", "ep2-stage1", "ep2-stage2", "ep2-stage3", "ep2-dp2-pp2")),
+        *((plan, "dense experts") for plan in ("cp2-ep2-dp2", "cp4-ep2", "cp2-ep2-stage2", "cp2-ep2-stage3")),
         *((plan, "dense experts") for plan in ("stage1", "stage2", "stage3", "pp2-dp2")),  # each has all experts
-        ("ep2-tp2-sequence", "dense partial"),
+        *((plan, "dense partial") for plan in ("ep2-tp2-sequence", "cp2-ep2-tp2-sequence-pp2")),
         *((plan, "dense partial experts") for plan in ("tp2-sequence-stage2", "ep2-tp2-sequence-stage1")),
+        ("cp2-ep2-tp2-sequence-stage1", "dense partial experts"),
     ],
 )
 def test_a_mixture(trainings: Trainings, tokenizer: Path, plan: str, kinds: str, recompute: bool) -> None:

@@ -77,6 +77,11 @@ def test_a_rank_that_vanishes(how: str, message: str, tmp_path: Path) -> None:
     assert gone(tmp_path, 1)
 
 
+def test_what_follows_from_a_death_is_not_taken_for_its_cause(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="Rank 1 was ended by SIGKILL"):
+        run_ranks(2, "group_jobs:fail", "die", str(tmp_path), timeout=60)
+
+
 def test_a_timeout_shows_every_rank_and_where_it_stood(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError, match="took longer than 2 s") as caught:
         run_ranks(2, "group_jobs:fail", "hang", str(tmp_path), timeout=2)

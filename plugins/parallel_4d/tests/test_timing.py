@@ -28,8 +28,8 @@ from sft_parallel_4d.timeline import schedule
 from sft_parallel_4d.timing import Load, loads, seconds, time_of, way_of
 
 PLAIN = Load(
-    forward=1.0, backward=2.0, inline_forward={}, inline_backward={}, blocks=4, gather=0.0, scatter=0.0, buckets=0,
-    bucket=0.0, each=False, gradients="data", sums=0.0, host=0.0, step=0.0, spread=0.0, hop=0.0,
+    forward=1.0, backward=2.0, inline_forward={}, inline_backward={}, blocks=4, gather=0.0, scatter=0.0, leaving=(),
+    each=False, gradients="data", sums=0.0, host=0.0, step=0.0, spread=0.0, hop=0.0,
 )  # fmt: skip
 
 
@@ -89,14 +89,19 @@ def test_stages_of_several_parts(stages: int, parts: int, micro: int) -> None:
         assert drawn == pytest.approx(happens)
 
 
+def equal(count: int, sent: float) -> tuple[tuple[float, float], ...]:
+    """So many buckets, full one after the other, which travel ``sent`` seconds each."""
+    return tuple(((number + 1) / count, sent) for number in range(count))
+
+
 def backward_with_buckets(load: Load, stage: int, name: Hashable) -> list[Operation]:
     """The last backward in as many parts as there are buckets, each of which leaves when its part is through."""
-    parts, found = load.buckets, list[Operation]()
-    for number in range(parts):
-        found.append(Operation(("part", stage, number), ("stage", stage), np.float64(load.backward / parts)))
-        found.append(
-            Operation(("bucket", stage, number), ("wire", stage), np.float64(load.bucket), [("part", stage, number)])
-        )
+    found, over = list[Operation](), 0.0
+    for number, (share, sent) in enumerate(load.leaving):
+        own = np.float64((share - over) * load.backward)
+        found.append(Operation(("part", stage, number), ("stage", stage), own))
+        found.append(Operation(("bucket", stage, number), ("wire", stage), np.float64(sent), [("part", stage, number)]))
+        over = share
     found[0].needs.append(name) if name is not None else None
     return found
 
@@ -104,9 +109,32 @@ def backward_with_buckets(load: Load, stage: int, name: Hashable) -> list[Operat
 @pytest.mark.parametrize("buckets", [1, 2, 7])
 @pytest.mark.parametrize("bucket", [0.01, 0.2, 1.0, 5.0])
 def test_buckets_travel_behind_backward(buckets: int, bucket: float) -> None:
-    load = replace(PLAIN, buckets=buckets, bucket=bucket)
+    load = replace(PLAIN, leaving=equal(buckets, bucket))
     found = end_of(backward_with_buckets(load, 0, None))
     assert load.goes_backward + load.tail == pytest.approx(found, rel=1e-12)
+
+
+@pytest.mark.parametrize("last", [0.1, 1.0, 8.0])
+def test_buckets_are_unequal(last: float) -> None:
+    """The first ones are full soon, and the last one, which has the embedding's gradient, when all is over."""
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        shares = [*sorted(rng.uniform(0, 1, 6).tolist()), 1.0]
+        sent = [*rng.uniform(0, 1, 6).tolist(), last]
+        load = replace(PLAIN, leaving=tuple(zip(shares, sent, strict=True)))
+        assert load.goes_backward + load.tail == pytest.approx(end_of(backward_with_buckets(load, 0, None)), rel=1e-12)
+
+
+def test_an_embedding_travels_when_backward_is_through(outline_of: Callable[..., Outline]) -> None:
+    """On 2 data ranks with 16-bit weights: of Llama-3-70B's two matrices of the vocabulary in float32, lm_head's
+    gradient is sent first, behind all blocks, and the embedding's last, behind nothing; queries', keys' and values'
+    of the first block are full just before it."""
+    outline, machine = outline_of(**LLAMA_70B), replace(MACHINES["8xA100-80G"], latency=0.0)
+    (load,) = loads(Calculator(outline, BF16, 1, 4096), Plan(data=2), machine)
+    vocabulary, attention = (4 * values / (0.8 * 300e9) for values in (128256 * 8192, 8192 * 8192 + 2 * 1024 * 8192))
+    assert load.tail == pytest.approx(vocabulary + attention, rel=0.01)
+    assert load.leaving[0][0] < 0.02
+    assert load.leaving[0][1] == pytest.approx(vocabulary, rel=0.01)
 
 
 @pytest.mark.parametrize("gather", [0.05, 0.25, 0.4])
@@ -137,7 +165,7 @@ def test_a_whole_step(stages: int, micro: int) -> None:
     rng = np.random.default_rng(stages)
     of = [
         replace(
-            PLAIN, forward=f, backward=2 * f, hop=0.02, buckets=3, bucket=0.9, sums=0.2, host=0.1, step=0.2, spread=0.4
+            PLAIN, forward=f, backward=2 * f, hop=0.02, leaving=equal(3, 0.9), sums=0.2, host=0.1, step=0.2, spread=0.4
         )
         for f in rng.uniform(0.9, 1.1, stages)
     ]
@@ -159,7 +187,7 @@ def test_a_whole_step(stages: int, micro: int) -> None:
 def test_what_is_drawn_is_what_happens() -> None:
     """Each pass of each stage, in a schedule of stages that differ; no rank computes two things at a time."""
     rng = np.random.default_rng(3)
-    of = [replace(PLAIN, forward=f, backward=2 * f, hop=0.1, buckets=2, bucket=0.8) for f in rng.uniform(0.5, 1.5, 4)]
+    of = [replace(PLAIN, forward=f, backward=2 * f, hop=0.1, leaving=equal(2, 0.8)) for f in rng.uniform(0.5, 1.5, 4)]
     drawn, events = schedule(plan_of(of, 9), of, 9), simulate(pipeline(of, 9))
     for stage, spans in enumerate(drawn):
         computed = sorted((span.begin, span.end) for span in spans if span.kind in ("forward", "backward", "step"))
@@ -231,6 +259,28 @@ def test_all_that_is_sent_is_waited_for_or_hidden(outline_of: Outlines) -> None:
     assert tried == {(axis, is_sent) for axis in ("tensor", "data", "sharding") for is_sent in (False, True)}
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(context=2, pipeline=8, experts=2),
+        Plan(context=4, tensor=4, experts=2),
+        Plan(data=2, context=2, pipeline=4, experts=4),
+        Plan(data=4, context=2, sharding=2, stage=1, experts=2),
+        Plan(data=4, tensor=4, experts=4),
+    ],
+    ids=str,
+)
+def test_ranks_that_share_out_experts_are_neighbours(plan: Plan) -> None:
+    """Those of rank 0, as fleet numbers ranks: how many of them stand in a node of 8 decides how fast they are."""
+    ranks = np.arange(plan.devices).reshape(plan.data, plan.pipeline, plan.sharding, plan.context, plan.tensor)
+    copies = ranks[:, 0, 0, : 1 if plan.stage else None, 0].reshape(-1)
+    machine = MACHINES["8xA100-80G"]
+    for axis, group in (("experts", copies[: plan.experts]), ("data", copies)):
+        near = int((group < 8).sum())
+        speed = machine.within if near == len(group) else min(machine.within, machine.between * near)
+        assert way_of(plan, machine, axis).speed == (0.8 * speed if len(group) > 1 else np.inf), axis
+
+
 def test_copies_to_the_host_are_no_sums_over_data_ranks(outline_of: Outlines) -> None:
     """There is one data rank; the host's link has its own speed, of which 80 % are had."""
     outline, plan = outline_of(), Plan(sharding=2, stage=1, offload=True, accumulation=2)
@@ -284,6 +334,9 @@ def test_the_users_own_numbers(config_of: Callable[..., Path]) -> None:
     assert first("--bandwidth", "1GB")[1] > 10 * plain[1]
     assert first("--node_bandwidth", "1MB")[1] > 10 * plain[1]
     assert first("--devices_per_node", "2", "--latency", "1000")[1] > 10 * plain[1]
+    assert first("--device_latency", "1000")[1] > 10 * plain[1]
+    assert first("--memory_bandwidth", "1GB")[3] > 10 * plain[3]
+    assert first("--sharding", "stage1 offload", "--host_bandwidth", "1MB")[1] > 10 * plain[1]
 
 
 def test_the_machines_own_numbers(

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import FOLDER
 from processes import run_ranks
-from trainings import PLANS, Trainings
+from trainings import ALL, PLANS, ROWS, Trainings
 
 BUCKET = 60_000
 """Bytes of float32 gradients; the model has about six times as many."""
@@ -27,8 +28,8 @@ def recorded(trainings: Trainings, plan: str, **settings: Any) -> list[list[dict
     key = f"{plan} {settings}"
     if key in _KNOWN:
         return _KNOWN[key]
-    values = trainings.settings(PLANS[plan], **QUIET, **settings)
-    ranks = run_ranks(PLANS[plan].processes, "recording:record", values, BUCKET, timeout=100)
+    values = trainings.settings(ALL[plan], **QUIET, **settings)
+    ranks = run_ranks(ALL[plan].processes, "recording:record", values, BUCKET, timeout=100)
     events = ([event for event in rank.value["events"] if event["step"] == 2] for rank in ranks)
     _WAITS[key] = [[wait[2:] for wait in rank.value["waits"] if wait.startswith("2 ")] for rank in ranks]
     _KNOWN[key] = [sorted(own, key=lambda event: event["began"]) for own in events]
@@ -36,12 +37,21 @@ def recorded(trainings: Trainings, plan: str, **settings: Any) -> list[list[dict
 
 
 def sent(events: list[dict[str, Any]]) -> dict[tuple[int, ...], list[tuple[str, int]]]:
-    """What, and how many bytes, in each group."""
+    """What, and how many bytes, in each group. (Of an exchange none: to experts each rank sends other tokens.)"""
     found: dict[tuple[int, ...], list[tuple[str, int]]] = defaultdict(list)
     for event in events:
         if "bytes" in event and event["what"] not in ("send", "recv"):
-            found[tuple(event["group"])].append((event["what"], event["bytes"]))
+            size = 0 if event["what"] == "all_to_all" else event["bytes"]
+            found[tuple(event["group"])].append((event["what"], size))
     return found
+
+
+def assert_one_order(ranks: list[list[dict[str, Any]]]) -> None:
+    """All members of each group have begun the same collectives, of the same bytes, in the same order."""
+    for group in {group for events in ranks for group in sent(events)}:
+        first, *others = (sent(ranks[member])[group] for member in group)
+        assert first
+        assert others == [first] * len(others)
 
 
 @pytest.mark.parametrize(
@@ -50,21 +60,28 @@ def sent(events: list[dict[str, Any]]) -> dict[tuple[int, ...], list[tuple[str, 
         "stage1",
         *(pytest.param(p, marks=pytest.mark.slow) for p in ("dp2", "stage2", "stage3")),
         *(pytest.param(p, marks=pytest.mark.slow) for p in ("dp2-stage1", "tp2-dp2", "tp2-stage2")),
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("cp2-dp2", "cp2-stage3")),
     ],
 )
 def test_collectives_have_one_order_and_reductions_begin_before_backward_ends(trainings: Trainings, plan: str) -> None:
     ranks = recorded(trainings, plan)
-    for group in {group for events in ranks for group in sent(events)}:
-        first, *others = (sent(ranks[member])[group] for member in group)
-        assert first
-        assert others == [first] * len(others)
+    assert_one_order(ranks)
     for events in ranks:
-        ends = max(event["ended"] for event in events if event["what"] == "backward")
         kind = "reduce_scatter" if "stage" in plan else "all_reduce"
-        gradients = [event for event in events if event["what"] == kind and event["overlaps"]]
-        assert len(gradients) > 1
-        assert gradients[0]["began"] < ends
-        assert all(event["waited"] > event["began"] for event in gradients)
+        gradients = [event["began"] for event in events if event["what"] == kind and event["overlaps"]]
+        backward = [(event["began"], event["ended"]) for event in events if event["what"] == "backward"]
+        # Stages 2 and 3 send those of each micro-batch, the others the sums of all.
+        sending = backward if "stage2" in plan or "stage3" in plan else backward[-1:]
+        assert len(backward) == ROWS // (2 * PLANS[plan].data)
+        assert all(any(began < one < ended for one in gradients) for began, ended in sending)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["pp2-dp2", "cp2-pp2", "tp2-pp2", "ep2-dp2", "cp2-ep2-stage2"])
+def test_collectives_have_one_order_in_pipelines_and_mixtures(trainings: Trainings, tokenizer: Path, plan: str) -> None:
+    mixture = {"model_name_or_path": str(FOLDER / "mixtral"), "tokenizer_name_or_path": str(tokenizer)}
+    ranks = recorded(trainings, plan, **(mixture if "ep" in plan else {}))
+    assert_one_order(ranks)
 
 
 @pytest.mark.parametrize("plan", ["stage1", *(pytest.param(p, marks=pytest.mark.slow) for p in ("dp2", "stage2"))])

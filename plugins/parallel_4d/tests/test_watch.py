@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import free_ports
 
 from sft_parallel_4d import door
 from sft_parallel_4d.board import LONGEST, STRANGERS, Board
@@ -51,6 +52,14 @@ try:
         watch.enter("step 3")
         time.sleep(float(os.environ["BEGAN"]) + 2.5 - time.time())
         os.kill(os.getpid(), signal.SIGKILL)
+    elif deed in ("meets", "late"):
+        time.sleep(0.8 if deed == "late" else 0)
+        watch.enter("step 3")
+        entered = time.time()
+        watch.meet()
+        print(entered, time.time())
+        watch.leave()
+        watch.stop()
     elif deed == "wait":
         watch.enter("step 3")
         time.sleep(100)
@@ -61,16 +70,6 @@ except Exception as error:
 """
 
 Ranks = Callable[..., tuple[list[int], list[str]]]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @pytest.fixture
@@ -110,6 +109,21 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
 
 def test_ranks_that_end_well_end_together(ranks: Ranks) -> None:
     assert ranks("done", "done", "done") == ([0, 0, 0], ["done\n"] * 3)
+
+
+def test_ranks_meet_where_a_phase_begins(ranks: Ranks) -> None:
+    """None goes on before the last one has entered it."""
+    codes, outputs = ranks("meets", "late", "meets", timeout=60)
+    assert codes == [0, 0, 0]
+    entered, met = zip(*(map(float, output.split()) for output in outputs), strict=True)
+    assert max(entered) - min(entered) > 0.3
+    assert min(met) >= max(entered)
+
+
+def test_ranks_that_meet_hear_of_one_that_does_not_come(ranks: Ranks) -> None:
+    codes, outputs = ranks("meets", "meets", "raise", timeout=60)
+    assert codes == [1, 1, 3]
+    assert outputs == ["sft: rank 2: ValueError: boom\n"] * 2 + ["own: boom\n"]
 
 
 def test_an_error_ends_the_others_with_it(ranks: Ranks) -> None:
@@ -295,7 +309,7 @@ def test_a_rank_is_connected_once_and_speaks_for_itself(board: Board) -> None:
         door.enter(stream, stream, "the token", 0)
         stream.write(json.dumps(HELLO).encode() + b"\n")
         stream.flush()
-        assert json.loads(stream.readline()) == {"first": None, "absent": [1]}
+        assert json.loads(stream.readline()) == {"first": None, "absent": [1], "together": False}
         for rank in (0, 2, -1, "1", None, 10**30):
             other, beside = connected(board)
             with other:
@@ -311,7 +325,7 @@ def test_strangers_keep_no_rank_out(board: Board, monkeypatch: pytest.MonkeyPatc
     idle = [connected(board) for _ in range(STRANGERS + 40)]
     watch = Watch(0, 2, 20, print, (0, *board.server_address[:2]))
     with watch._connect():
-        assert watch._ask() == {"first": None, "absent": [1]}
+        assert watch._ask() == {"first": None, "absent": [1], "together": False}
     for line, _ in idle:
         line.close()
 

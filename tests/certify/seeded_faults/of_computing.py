@@ -114,7 +114,7 @@ KERNELS = (
         "fast-cpu",
         "sft_kernels_cpu/low_rank.py",
         "the gradient of an adapter's A lacks the scaling",
-        ("paddle.empty_like(low), ctx.scaling, turn_y=True)", "paddle.empty_like(low), 1.0, turn_y=True)"),
+        ("empty(low.shape), ctx.scaling, turn_y=True)", "empty(low.shape), 1.0, turn_y=True)"),
     ),
     fault(
         "kernels-cap-ignored",

@@ -88,6 +88,8 @@ def command(
 
     if prompts and file:
         raise UsageError("--prompt and --prompts_file are both given; leave one of them out.")
+    if not all(map(str.strip, prompts)):
+        raise UsageError("A --prompt is blank; write something.")
     if stream and (as_json or (batch_size or 1) > 1):
         raise UsageError("--stream prints one answer at a time, as text; leave --json and --batch_size out.")
     folder = Path(adapter) if adapter else None

@@ -35,8 +35,8 @@ class PaddedCollator:
 
 
 class Rows(Sequence[list[Example]]):
-    """The examples of rows, laid end to end in arrays. Item by item it is the lists of examples that it stands for, and
-    nothing that makes a batch has to go through them one by one.
+    """The examples of rows, laid end to end in arrays. Item by item it is the lists of examples that it stands for;
+    what makes a batch calls nothing of Python for each of them.
 
     Attributes:
         ids: int64 [T], the tokens of all examples.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ class RowReading:
         self, architecture: ModelShape, batch: Batch, backend: AttentionBackend, kernels: Kernels = PLAIN
     ) -> None:
         self._architecture, self._backend, self._kernels = architecture, backend, kernels
-        self.positions = paddle.to_tensor(batch.position_ids)
+        self._batch = batch
         lengths = lengths_of(batch)
         self._tables = [tables(rotary, batch.position_ids, lengths) for rotary in architecture.rotaries]
         described = batch.packed or getattr(backend, "describes_padding", False)
@@ -60,6 +61,12 @@ class RowReading:
                 self._masks[window] = backend.mask(np.minimum(ends, places + np.int32(window)))
             else:  # causal attention says it all where a row is one document
                 self._masks[window] = backend.mask(ends if described else None)
+
+    @cached_property
+    def positions(self) -> Any:
+        """See :class:`Reading`. Made when it is asked for: the decoder's own blocks have tables instead, and a GPU may
+        be waited for when an array is copied there."""
+        return paddle.to_tensor(self._batch.position_ids)
 
     def turn(self, x: Any, rotary: int) -> Any:
         return self._kernels.rotate(x, self._architecture.rotaries[rotary], *self._tables[rotary])

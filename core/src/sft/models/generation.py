@@ -175,7 +175,7 @@ def _evaluating(model: Any) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with paddle.no_grad():
+        with paddle.no_grad(), model.kernels.answering():
             yield
     finally:
         if was_training:

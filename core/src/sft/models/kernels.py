@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -106,6 +107,10 @@ class Kernels:
     def low_rank_linear(self, x: Any, weight: Any, bias: Any | None, a: Any, b: Any, scaling: float) -> Any:
         """x · W + bias + ``scaling`` · (x · A) · B: W [in, out] frozen, A [in, r], B [r, out] (arXiv 2106.09685)."""
         return self.linear(x, weight, bias) + paddle.matmul(paddle.matmul(x, a) * scaling, b)
+
+    def answering(self) -> AbstractContextManager[None]:
+        """What answers are computed in: the same matrices meet a few rows again and again, and no gradients flow."""
+        return nullcontext()
 
     def product(self, x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
         """x · y of two matrices, for steps that write their gradients themselves: none flow through it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from contextlib import closing
 from ctypes import c_char, c_float, c_int64, c_void_p
 from functools import cache
 from typing import Any
@@ -20,6 +21,7 @@ import paddle
 
 from sft import dnnl, runtime
 from sft.dnnl import OneDNNError, check
+from sft.models.packed import Packs
 
 FEATURES = ("avx512_bf16", "amx_bf16")
 """Instructions that multiply bfloat16; one of them is enough."""
@@ -87,6 +89,10 @@ class OneDNN:
         factors = (1.0, x.data_ptr(), shape[-1], y.data_ptr(), other[-1])
         check(multiply(*transposes, rows, columns, inner, *factors, total, out.data_ptr(), columns))
         return out
+
+    def packs(self) -> Packs:
+        """For products of few rows with the same matrices again and again."""
+        return Packs(self._engine if self.multiplies_bfloat16 else None)
 
     def rounded(self, x: Any) -> Any:
         """``x`` of any shape, float32, rounded to the nearest bfloat16."""
@@ -170,7 +176,16 @@ def _wrong(found: OneDNN) -> str | None:
             product = found.product(x, y, transpose_x, not transpose_x, out).numpy()
             if not np.abs(product - expected).max() < 1e-5 * math.sqrt(80):
                 return f"{dtype} products"
-    return None
+    few, matrix = (found.rounded(paddle.to_tensor(one)) for one in (values[0, :9], values[1:].reshape([70, 160])))
+    matrix.persistable = True
+    with closing(found.packs()) as packs:
+        packed = packs.product(few.unsqueeze(1), matrix, transposed=False)
+    if packed is None:
+        return None
+    expected = nearest[0, :9].astype(np.float64) @ nearest[1:].reshape([70, 160])
+    return (
+        None if np.abs(packed.numpy()[:, 0] - expected).max() < 1e-5 * math.sqrt(70) else "products of packed matrices"
+    )
 
 
 def why_not() -> str | None:

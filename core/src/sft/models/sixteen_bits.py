@@ -9,6 +9,8 @@ kept anyway makes it again.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import paddle
@@ -16,6 +18,7 @@ from paddle.nn import functional as F
 
 from sft.models.kernels import Kernels
 from sft.models.onednn import OneDNN
+from sft.models.packed import Packs
 from sft.models.sums import column_sums
 
 _BFLOAT16 = paddle.bfloat16  # paddle looks for its types anew each time
@@ -33,6 +36,18 @@ class SixteenBits(Kernels):
         self._onednn = onednn
         # Weak, as a tensor would keep its whole graph.
         self._last: tuple[weakref.ref[Any], int, Any] | None = None
+        self._packs: Packs | None = None
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """As :meth:`sft.Kernels.answering`: frozen matrices are held in oneDNN's own layout, too."""
+        packs = self._packs = self._onednn.packs()
+        try:
+            yield
+        finally:
+            if self._packs is packs:  # answers may be computed side by side
+                self._packs = None
+            packs.close()
 
     def linear(self, x: Any, weight: Any, bias: Any | None = None, transposed: bool = False) -> Any:
         """As :meth:`sft.Kernels.linear`: x float32, W and b of either type → float32."""
@@ -66,7 +81,11 @@ class SixteenBits(Kernels):
 
     def _linear(self, rounded: Any, weight: Any, bias: Any | None, transposed: bool = False) -> Any:
         """The rounded x [..., in] → x · W + b, float32 [..., out]."""
-        y = self._onednn.product(rounded, self._narrow(weight), transpose_y=transposed)
+        y = None
+        if self._packs is not None and weight.dtype == _BFLOAT16:
+            y = self._packs.product(rounded, weight, transposed)
+        if y is None:
+            y = self._onednn.product(rounded, self._narrow(weight), transpose_y=transposed)
         return y if bias is None else y.add_(bias.astype("float32"))
 
     def _narrow(self, matrix: Any) -> Any:

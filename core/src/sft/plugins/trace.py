@@ -95,9 +95,8 @@ class Trace:
     def _told(self) -> None:
         """What has not been said of the last hook: that it was called again and again."""
         if self._more:
-            self._write(
-                f"{self._last:<24} {_calls_of(self._more).replace(' ', ' more ')} ({_milliseconds(self._more_seconds)})"
-            )
+            calls = _counted(self._more, "more call")
+            self._write(f"{self._last:<24} {calls} ({_milliseconds(self._more_seconds)})")
         self._last, self._more, self._more_seconds = "", 0, 0.0
 
     def end(self) -> None:
@@ -108,14 +107,14 @@ class Trace:
             for plugin in sorted(totals, key=lambda name: -totals[name]):
                 hooks = sorted(self._sums[plugin].items(), key=lambda row: -row[1][1])
                 each = "; ".join(
-                    f"{hook} {_calls_of(count)}, {_milliseconds(seconds)}" for hook, (count, seconds) in hooks
+                    f"{hook} {_counted(count, 'call')}, {_milliseconds(seconds)}" for hook, (count, seconds) in hooks
                 )
                 self._write(f"in all: {plugin} {_milliseconds(totals[plugin])} ({each})")
             self._sums.clear()
 
 
-def _calls_of(count: int) -> str:
-    return "1 call" if count == 1 else f"{count:,} calls"
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _short(value: Any) -> str:

@@ -233,7 +233,7 @@ def train(
         run.stop.waits_for(_before_stopping(step + 1, settings.save_strategy, until))
     if was_saved:
         checkpoint.drop_old(run, was_saved, is_end=not journal.skipped_in_a_row)
-    if journal.skipped_in_a_row:
+    if journal.skipped_in_a_row and until is None:
         display.say(untried(run, journal), "warning")
     run.model.eval()
     return step, epoch

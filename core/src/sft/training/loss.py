@@ -112,6 +112,14 @@ class _Shape:
         return gradient if self.scale == 1.0 else gradient * self.scale
 
 
+def _read(weight: Any, hidden: Any, kernels: Kernels) -> Any:
+    """The matrix as products with ``hidden`` read it: rounded once for all chunks, where they round it."""
+    if kernels.narrow:
+        return kernels.kept(weight)
+    dtype = product_dtype(hidden)
+    return weight.astype(dtype) if weight.dtype == paddle.float32 != dtype else weight
+
+
 def _losses(logits: Any, label: Any, shape: _Shape, vocabulary: Vocabulary) -> tuple[Any, Any]:
     """Of logits float32 [n, columns that are here] the losses, float64 [n, 1], and the probabilities, float32
     [n, columns], which may take the logits' place."""
@@ -140,12 +148,21 @@ def _other_losses(
 
 def _difference(probabilities: Any, label: Any, vocabulary: Vocabulary, slopes: Slopes | None) -> Any:
     """The gradient of losses in the logits that are here, float32 [n, columns]; it takes the probabilities' place."""
-    column, one = _place(label, probabilities.shape[-1], vocabulary)
+    one: Any = 1.0
+    if vocabulary.start is not None:
+        label, one = (column.squeeze(-1) for column in _place(label, probabilities.shape[-1], vocabulary))
     if slopes is None:
-        return probabilities.put_along_axis_(column, -one, axis=-1, reduce="add")
+        return _added(probabilities, label, -one)
     with no_casts():
         scaled = probabilities.multiply_(slopes.probabilities).add_(slopes.every)
-        return scaled.put_along_axis_(column, slopes.label * one, axis=-1, reduce="add")
+        return _added(scaled, label, slopes.label.squeeze(-1) * one)
+
+
+def _added(x: Any, label: Any, value: Any) -> Any:
+    """x [n, columns] with ``value``, [n] or a number, more at the ``label`` [n] of each row; it changes. (Paddle's
+    ``put_along_axis_`` that adds, and ``take_along_axis``, go through all of x.)"""
+    places = paddle.arange(x.shape[0]), label
+    return x.index_put_(places, paddle.gather_nd(x, paddle.stack(places, axis=-1)) + value)
 
 
 def _columns(weight: Any, transpose_y: bool, vocabulary: Vocabulary) -> int:
@@ -199,10 +216,11 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
         total = paddle.zeros([], "float64")
         hidden_grads, weight_grad = [], None
         columns = 0 if other is None else _columns(weight, transpose_y, vocabulary)
+        read = _read(weight, hidden, shape.kernels)
         for start in range(0, hidden.shape[0], rows):
             here = slice(start, start + rows)
             part, label = hidden[here], labels[here]
-            logits = shape.logits(part, weight, update, here)
+            logits = shape.logits(part, read, update, here)
             capped = None if shape.cap is None else logits.clone()
             slopes = None
             if other is None:
@@ -218,7 +236,7 @@ class _ChunkedCrossEntropy(paddle.autograd.PyLayer):
             if update is not None and update.learns:
                 difference = update.take(difference, here)
             if gradients[0]:
-                product = shape.kernels.product(difference, weight, transpose_y=not transpose_y)
+                product = shape.kernels.product(difference, read, transpose_y=not transpose_y)
                 hidden_grads.append(vocabulary.total(product))
             if gradients[1]:
                 left, right = (difference, part) if transpose_y else (part, difference)
@@ -302,9 +320,10 @@ def target_losses(hidden: Any, labels: np.ndarray, lm_head: Any) -> np.ndarray:
 def _logits(hidden: Any, label: Any, lm_head: Any, shape: _Shape, update: Update | None) -> Iterator[tuple[Any, Any]]:
     """Logits float32 [n, columns that are here] and labels [n] of one chunk after the other."""
     rows = _rows(lm_head.weight, shape.transpose_y, _vocabulary(lm_head))
+    read = _read(lm_head.weight, hidden, shape.kernels)
     for start in range(0, hidden.shape[0], rows):
         here = slice(start, start + rows)
-        yield shape.logits(hidden[here], lm_head.weight, update, here), label[here]
+        yield shape.logits(hidden[here], read, update, here), label[here]
 
 
 def _likeliest(logits: Any, vocabulary: Vocabulary) -> Any:

@@ -70,8 +70,9 @@ class _Backend:
             from sft_attn_flashmask.blockwise import attention
 
             return attention(query, key, value, mask.columns, cap=cap)
-        with self._version.chosen(query):
-            return gpu.compute(query, key, value, mask.indices)
+        indices = mask.indices
+        with self._version.chosen(query, indices is not None):
+            return gpu.compute(query, key, value, indices)
 
 
 def _backend(plugin: sft.Plugin, run: Run, config: Any, describes_padding: bool) -> AttentionBackend | None:

@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 
 import sft
-from sft_kernels_cpu.tensors import dense, learning
+from sft_kernels_cpu.tensors import dense, empty, learning
 
 QUERIES = 64
 """In a block, at most; the native code's number."""
@@ -83,8 +83,8 @@ class _Attention(paddle.autograd.PyLayer):
         upstream = dense(upstream)
         rows, length, heads, size = query.shape
         ends, blocks = ctx.mask.of(rows, length)
-        grads = [paddle.empty_like(one) for one in (query, key, value)]
-        parts = paddle.empty([2, *query.shape], "float32")
+        grads = [empty(one.shape) for one in (query, key, value)]
+        parts = empty([2, *query.shape])
         done = ctx.library.attention_slope(
             *(one.data_ptr() for one in (query, key, value, out, upstream, sizes)),
             *(ends.ctypes.data, blocks.ctypes.data, len(blocks)),
@@ -100,7 +100,7 @@ def _attended(query: Any, key: Any, value: Any, mask: Mask, cap: float, library:
     """The output, and what makes weights of scores, float32 [B, H, 2, S]: the greatest score, and the share of each."""
     rows, length, heads, size = query.shape
     ends, blocks = mask.of(rows, length)
-    out, sizes = paddle.empty_like(query), paddle.empty([rows, heads, 2, length], "float32")
+    out, sizes = empty(query.shape), empty([rows, heads, 2, length])
     done = library.attention(
         *(one.data_ptr() for one in (query, key, value)),
         *(ends.ctypes.data, blocks.ctypes.data, len(blocks)),

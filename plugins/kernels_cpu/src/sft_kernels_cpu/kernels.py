@@ -4,6 +4,7 @@ CPU, and whatever has no native code, is left to the kernels that the core would
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from sft_kernels_cpu.answers import RoomyKeys, few_rows
 from sft_kernels_cpu.attention import Mask, attention
 from sft_kernels_cpu.library import blas, for_width
 from sft_kernels_cpu.low_rank import LowRankLinear, computed
-from sft_kernels_cpu.tensors import dense, empty, fits, learning
+from sft_kernels_cpu.tensors import dense, empty, fits, learning, passing
 
 
 class NativeKernels(sft.Kernels):
@@ -88,6 +89,9 @@ class NativeKernels(sft.Kernels):
             y = computed(rows, *parts, self._library)[0]
         return y.reshape([*x.shape[:-1], weight.shape[1]])
 
+    def answering(self) -> AbstractContextManager[None]:
+        return self._rest.answering()
+
     def product(self, x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
         return self._rest.product(x, y, transpose_x, transpose_y)
 
@@ -122,7 +126,7 @@ class NativeKernels(sft.Kernels):
             return _gated(gate, up, silu, library)
         kept = rest.kept(gate), rest.kept(up)
         y = _Gated.apply(gate, up, silu, library, rest, lambda: kept)
-        self.remember(y, lambda gate, up: _gated(rest.restored(gate), rest.restored(up), silu, library), *kept)
+        self.remember(y, lambda gate, up: _gated(rest.restored(gate), rest.restored(up), silu, library, passing), *kept)
         return y
 
 
@@ -153,12 +157,12 @@ class _RMSNorm(paddle.autograd.PyLayer):
         x_grad = weight_grad = None
         kept = x.data_ptr(), inverse.data_ptr(), upstream.data_ptr()
         if ctx.wants[0]:
-            x_grad = paddle.empty_like(x)
+            x_grad = empty(x.shape)
             ctx.library.rms_norm_slope(
                 *(kept[0], weight.data_ptr(), *kept[1:], x_grad.data_ptr()), inverse.shape[0], size, ctx.offset
             )
         if ctx.wants[1]:
-            weight_grad = paddle.empty_like(weight)
+            weight_grad = empty(weight.shape)
             ctx.library.rms_norm_weight_slope(*kept, weight_grad.data_ptr(), inverse.shape[0], size)
         return x_grad, weight_grad
 
@@ -206,18 +210,18 @@ class _Gated(paddle.autograd.PyLayer):
         ctx.save_for_backward(*kept())
         ctx.rest = rest
         ctx.wants, ctx.silu, ctx.library = [not one.stop_gradient for one in (gate, up)], silu, library
-        return _gated(gate, up, silu, library)
+        return _gated(gate, up, silu, library, passing)
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
         gate, up = (ctx.rest.restored(kept) for kept in ctx.saved_tensor())
-        grads = paddle.empty_like(gate), paddle.empty_like(up)
+        grads = empty(gate.shape), empty(up.shape)
         pointers = (one.data_ptr() for one in (gate, up, dense(upstream), *grads))
         ctx.library.gated_slope(*pointers, gate.size, ctx.silu)
         return tuple(grad if wanted else None for grad, wanted in zip(grads, ctx.wants, strict=True))
 
 
-def _gated(gate: Any, up: Any, silu: bool, library: Any) -> Any:
-    y = empty(gate.shape)
+def _gated(gate: Any, up: Any, silu: bool, library: Any, made: Any = empty) -> Any:
+    y = made(gate.shape)
     library.gated(gate.data_ptr(), up.data_ptr(), y.data_ptr(), math.prod(gate.shape), silu)
     return y

@@ -7,7 +7,7 @@ from typing import Any
 import paddle
 
 from sft_kernels_cpu.library import blas
-from sft_kernels_cpu.tensors import dense
+from sft_kernels_cpu.tensors import dense, empty
 
 _ROWS, _AS_IT_IS, _TRANSPOSED = 101, 111, 112  # of CBLAS
 
@@ -47,26 +47,26 @@ class LowRankLinear(paddle.autograd.PyLayer):
     def backward(ctx: Any, upstream: Any) -> Any:
         weight, a, b, low, *kept = ctx.saved_tensor()
         upstream = dense(upstream)
-        narrow = product(upstream, b, paddle.empty_like(low), ctx.scaling, turn_y=True)
+        narrow = product(upstream, b, empty(low.shape), ctx.scaling, turn_y=True)
         x_grad = a_grad = b_grad = None
         if ctx.wants[0]:
-            x_grad = paddle.empty([upstream.shape[0], weight.shape[0]], "float32")
+            x_grad = empty([upstream.shape[0], weight.shape[0]])
             product(upstream, weight, x_grad, turn_y=True)
             product(narrow, a, x_grad, onto=True, turn_y=True)
         if ctx.wants[3]:
             x = kept[0] if ctx.again is None else ctx.again(*kept).reshape([-1, a.shape[0]])
-            a_grad = product(x, narrow, paddle.empty_like(a), turn_x=True)
+            a_grad = product(x, narrow, empty(a.shape), turn_x=True)
         if ctx.wants[4]:
-            b_grad = product(low, upstream, paddle.empty_like(b), turn_x=True)
+            b_grad = product(low, upstream, empty(b.shape), turn_x=True)
         grads = zip((x_grad, None, None, a_grad, b_grad), ctx.wants, strict=True)
         return tuple(grad for grad, wanted in grads if wanted is not None)
 
 
 def computed(x: Any, weight: Any, bias: Any | None, a: Any, b: Any, scaling: float, library: Any) -> tuple[Any, Any]:
     """The output, and s · x · A."""
-    y = paddle.empty([x.shape[0], weight.shape[1]], "float32")
+    y = empty([x.shape[0], weight.shape[1]])
     if bias is not None:
         library.repeated(bias.data_ptr(), y.data_ptr(), *y.shape)
     product(x, weight, y, onto=bias is not None)
-    low = product(x, a, paddle.empty([x.shape[0], a.shape[1]], "float32"), scaling)
+    low = product(x, a, empty([x.shape[0], a.shape[1]]), scaling)
     return product(low, b, y, onto=True), low

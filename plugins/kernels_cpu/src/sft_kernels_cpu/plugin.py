@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import cache
 from typing import TYPE_CHECKING
 
 import sft
@@ -29,8 +31,8 @@ class FastCpu(sft.Plugin):
             return None
         library = native()
         if isinstance(library, str):
-            if run is not None:
-                run.say(f"fast-cpu: paddle's own operations compute, as the native code is not usable: {library}")
+            say = _to_standard_error if run is None else run.say
+            say(f"fast-cpu: paddle's own operations compute, as the native code is not usable: {library}")
             return None
         from sft_kernels_cpu.kernels import NativeKernels
 
@@ -39,3 +41,9 @@ class FastCpu(sft.Plugin):
     @sft.hookimpl(optionalhook=True)
     def parallel_outline(self, outline: object) -> None:
         """Changes nothing: it computes the same pieces and keeps no more of them for backward."""
+
+
+@cache
+def _to_standard_error(text: str) -> None:
+    """Once in a process: outside a run nobody hands on what a plugin says."""
+    print(text, file=sys.stderr)

@@ -227,6 +227,9 @@ def logits(outline: Outline, shape: Shape, precision: Precision, most: int = CHU
     rows = max(1, min(shape.targets, most // (4 * width)))
     chunk, narrow = 4 * rows * width, precision.products // 8
     states = (shape.tokens + shape.targets) * outline.hidden * narrow
+    weight = outline.embedding if outline.head is None else outline.head
+    if precision.casts(weight):  # as products read it, once for all chunks
+        states += outline.hidden * width * narrow
     if outline.architecture.logit_cap is not None:
         states += chunk  # capped logits, which the loss's slope needs
     if rows == shape.targets:

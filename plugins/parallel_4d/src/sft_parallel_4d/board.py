@@ -89,7 +89,9 @@ class Board(socketserver.ThreadingTCPServer):
                 self.first = self.first or self.missing()
         if error is not None:  # the launcher may end this machine's ranks as soon as one of them has ended
             self.wait_for(lambda board: board.all_told(but=rank), 3 * self._beat)
-        return {"first": self.first, "absent": self._absent()}
+        absent, phases = self._absent(), said["count"][0]
+        together = not absent and all(seen.count[0] >= phases for seen in self._seen.copy().values())
+        return {"first": self.first, "absent": absent, "together": together}
 
     def lost(self, rank: int) -> None:
         """The connection of a rank has ended; it should have said before that it is done, or why it fails."""

@@ -25,11 +25,6 @@ def check_settings(run: Run | DryRun, options: ParallelOptions, world: int) -> N
             f"expert parallel degree {experts} needs {experts} processes or a multiple of it, and there is 1: add "
             f"--nproc {experts}, or start sft with python -m paddle.distributed.launch."
         )
-    if experts > 1 and context > 1:
-        raise UsageError(
-            "expert_parallel_degree does not go with context_parallel_degree; leave one of them out (tensor "
-            "parallelism with sequence_parallel goes with experts)."
-        )
     if world == 1 and needed > 1:
         raise UsageError(
             f"{_given(options)} needs {needed} processes or a multiple of it, and there is 1: add --nproc {needed}, or "
@@ -45,12 +40,15 @@ def check_settings(run: Run | DryRun, options: ParallelOptions, world: int) -> N
             f"give one of {possible_degrees}, or leave it out: all of them."
         )
     if world % needed == 0:
-        _check_experts(options, left, left // _sharding(options, stage, left))
+        copies = left // _sharding(options, stage, left) * (1 if stage else context)
+        _check_experts(options, left, copies)
     if options.sequence_parallel and tensor == 1:
         raise UsageError("sequence_parallel needs tensor parallelism; set tensor_parallel_degree, or leave it out.")
     if options.virtual_pp_degree > 1 and pipeline == 1:
         raise UsageError("virtual_pp_degree needs pipeline parallelism; set pipeline_parallel_degree, or leave it out.")
-    _check_run(run, stage, pipeline, context, world, experts)
+    _check_run(run, pipeline, context, world)
+    if run.settings.data.eval_with_do_generation and left > 1:
+        _check_answers(stage, experts)
 
 
 def check_numbers(options: ParallelOptions) -> None:
@@ -110,12 +108,13 @@ def plan_of(settings: Settings, options: ParallelOptions, world: int) -> Plan:
     )
 
 
-def _check_experts(options: ParallelOptions, left: int, data: int) -> None:
-    """Refuse a number of ranks that share out experts that does not divide the ``data`` ranks beside sharding."""
+def _check_experts(options: ParallelOptions, left: int, copies: int) -> None:
+    """Refuse a number of ranks that share out experts that does not divide the ``copies``: the data ranks beside
+    sharding, and without it those that share their rows."""
     experts = experts_of(options)
-    if data % experts:
-        beside = f", which are {data} of the {left} data ranks" if data < left else f" ({data})"
-        possible_degrees = ", ".join(str(degree) for degree in range(1, data + 1) if data % degree == 0)
+    if copies % experts:
+        beside = f", which are {copies} of the {left} data ranks" if copies < left else f" ({copies})"
+        possible_degrees = ", ".join(str(degree) for degree in range(1, copies + 1) if copies % degree == 0)
         less = f" With sharding_parallel_degree {left // experts} it would." if left % experts == 0 else ""
         raise UsageError(
             f"expert_parallel_degree {experts} does not divide the ranks that hold the same pieces{beside}; give one "
@@ -151,7 +150,7 @@ def _given(options: ParallelOptions) -> str:
 
 
 def experts_of(options: ParallelOptions) -> int:
-    """Data ranks that share out experts."""
+    """Ranks that share out experts."""
     return max(1, options.expert_parallel_degree)
 
 
@@ -172,8 +171,8 @@ def why_no_pieces(plan: Plan, options: ParallelOptions) -> str:
     return "all data ranks share out experts"
 
 
-def _check_run(run: Run | DryRun, stage: int, pipeline: int, context: int, world: int, experts: int) -> None:
-    """What a run may ask for that needs whole rows in one process, or the same number of answers in each."""
+def _check_run(run: Run | DryRun, pipeline: int, context: int, world: int) -> None:
+    """What a run may ask for that needs whole rows, or all layers, in one process; and its device."""
     objective = run.plugins.provider("sft_objective")
     if context > 1 and objective is not None:
         raise UsageError(
@@ -186,17 +185,25 @@ def _check_run(run: Run | DryRun, stage: int, pipeline: int, context: int, world
             f"Plugin {objective} minimises something for which each process needs all layers, and a pipeline's stages "
             "have some each; leave pipeline parallelism out."
         )
-    answers = run.settings.data.eval_with_do_generation
-    if stage == 3 and answers:
-        raise UsageError("eval_with_do_generation does not go with sharding stage3; leave it out, or use stage2.")
-    if experts > 1 and answers:
-        raise UsageError(
-            "eval_with_do_generation does not go with expert_parallel_degree, as ranks write answers of different "
-            "lengths; leave it out, and use sft generate or sft evaluate after training."
-        )
     device = run.settings.training.device
     if world > 1 and device is not None and ":" in device:
         raise UsageError(f"device {device} is one device, and {world} processes have one each; give gpu or cpu.")
+
+
+def _check_answers(stage: int, experts: int) -> None:
+    """Refuse answers at evaluation, of which each of several data ranks writes its own, where ranks need each other for
+    every token."""
+    if experts > 1:
+        which, needed = "expert_parallel_degree", "the experts"
+    elif stage == 3:
+        which, needed = "sharding stage3", "the pieces of weights"
+    else:
+        return
+    raise UsageError(
+        f"eval_with_do_generation does not go with {which} where several data ranks write answers: each token needs "
+        f"{needed} of all ranks, and answers of different lengths would leave some of these waiting; leave it out, and "
+        "use sft generate or sft evaluate after training."
+    )
 
 
 def stage_and_offload(text: str | None) -> tuple[int, bool]:

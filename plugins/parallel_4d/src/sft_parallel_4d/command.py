@@ -57,17 +57,22 @@ def _names(name: str, parameter: str | None = None) -> tuple[str, ...]:
               "[default: the machine's]")  # fmt: skip
 @click.option(*_names("node_bandwidth"), help="Bytes a second that a device sends to other nodes.  [default: the "
               "machine's]")  # fmt: skip
+@click.option(*_names("memory_bandwidth"), help="Bytes a second that a device has from its own memory, such as 2TB.  "
+              "[default: the machine's]")  # fmt: skip
+@click.option(*_names("host_bandwidth"), help="Bytes a second that a device sends to the host's memory, and has from "
+              "it.  [default: the machine's]")  # fmt: skip
 @click.option("--latency", type=POSITIVE, help="Microseconds of a message between nodes.  [default: the "
               "machine's]")  # fmt: skip
+@click.option(*_names("device_latency"), type=POSITIVE, help="Microseconds of a message within a node.  [default: the "
+              "machine's]")  # fmt: skip
 @click.option("--top", type=DEGREE, default=20, show_default=True, help="How many plans to show.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page with the time of the first plans, rank by "
-              "rank, that needs nothing else.")  # fmt: skip
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page with the time of the first plans, a rank "
+              "of each stage, that needs nothing else.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a plan, in bytes, all of them.")
 @click.argument("settings", nargs=-1, type=click.UNPROCESSED)
 def command(
-    devices: int, machine: str, device_memory: str | None, rows_per_step: int | None, devices_per_node: int | None,
-    tflops: float | None, efficiency: float | None, bandwidth: str | None, node_bandwidth: str | None,
-    latency: float | None, top: int, as_json: bool, html: Path | None, settings: tuple[str, ...],
+    devices: int, machine: str, rows_per_step: int | None, top: int, as_json: bool, html: Path | None,
+    settings: tuple[str, ...], **figures: Any,
 ) -> None:  # fmt: skip
     """Say how a run fits on devices, before there are any.
 
@@ -91,9 +96,7 @@ def command(
     batch = training.per_device_train_batch_size
     rows = rows_per_step or batch * training.gradient_accumulation_steps * devices
     plans = accepted_plans(paper, devices, rows, batch, wanted(paper.run.settings))
-    here = _machine(
-        MACHINES[machine], devices_per_node, device_memory, tflops, efficiency, bandwidth, node_bandwidth, latency
-    )
+    here = _machine(MACHINES[machine], **figures)
     of_gpu = None if training.device == "cpu" else here.memory  # a CPU has smaller chunks of logits
     calculator = calculator_of(paper, batch, length, of_gpu)
     answers = ranked(calculator, plans, here)
@@ -123,20 +126,22 @@ def command(
 
 
 def _machine(
-    machine: Machine, devices: int | None, memory: str | None, tflops: float | None, efficiency: float | None,
-    bandwidth: str | None, node_bandwidth: str | None, latency: float | None,
+    machine: Machine, *, devices_per_node: int | None, device_memory: str | None, tflops: float | None,
+    efficiency: float | None, bandwidth: str | None, node_bandwidth: str | None, memory_bandwidth: str | None,
+    host_bandwidth: str | None, latency: float | None, device_latency: float | None,
 ) -> Machine:  # fmt: skip
     """``machine`` with the user's own figures."""
-    if memory and sft.parse_size(memory) < 1 << 20:
-        raise UsageError(f"A device of {sft.parse_size(memory):,} bytes holds no model; give a unit, such as 24GiB.")
-    given: dict[str, Any] = {
-        "devices": devices,
-        "memory": memory and sft.parse_size(memory),
-        "flops": tflops and tflops * 1e12,
-        "flops32": tflops and tflops * 1e12,
-        "efficiency": efficiency,
-        "within": bandwidth and sft.parse_size(bandwidth),
-        "between": node_bandwidth and sft.parse_size(node_bandwidth),
+    sizes = {
+        **{"memory": device_memory, "within": bandwidth, "between": node_bandwidth},
+        **{"stream": memory_bandwidth, "host": host_bandwidth},
+    }
+    given: dict[str, Any] = {name: size and sft.parse_size(size) for name, size in sizes.items()}
+    if given["memory"] and given["memory"] < 1 << 20:
+        raise UsageError(f"A device of {given['memory']:,} bytes holds no model; give a unit, such as 24GiB.")
+    given |= {
+        **{"devices": devices_per_node, "efficiency": efficiency},
+        **dict.fromkeys(("flops", "flops32"), tflops and tflops * 1e12),
+        "latency": device_latency and device_latency * 1e-6,
         "far_latency": latency and latency * 1e-6,
     }
     return replace(machine, **{name: value for name, value in given.items() if value is not None})

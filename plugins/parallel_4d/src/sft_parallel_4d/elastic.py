@@ -89,7 +89,8 @@ def rows_of(run: Run, plan: Plan) -> int:
 def _chosen(run: Run, old: Plan, left: int, lost: LostError) -> Plan:
     """What ``sft plan`` would choose for up to ``left`` devices and the same rows a step: of the plans that fit, those
     that divide in ways that the run already has, whose model and settings have been seen to go with them; of these
-    those with most processes; of these the quickest."""
+    those with most processes; of these the quickest. The memory is that of the GPUs here; what is quick is reckoned
+    with the speeds of the default machine, for nothing here tells those of these GPUs."""
     paper = outline(run.given)
     settings = paper.run.settings
     batch, rows = settings.training.per_device_train_batch_size, rows_of(run, old)

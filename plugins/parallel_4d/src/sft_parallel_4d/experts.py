@@ -1,5 +1,6 @@
 """Expert parallelism (GShard, arXiv 2006.16668; DeepSpeed-MoE, arXiv 2201.05596): data ranks share out the experts of
-each mixture, and send each other the tokens that these are chosen for.
+each mixture, and send each other the tokens that these are chosen for. Without sharding, ranks that share rows are data
+ranks in this: an expert does not ask of which rows its tokens are.
 
 The ranks of a group have as many experts each, in order. What else there is, each has as without: its gradients add up
 over all data ranks. Those of an expert are whole within its group, as tokens of all its ranks have gone through it, and

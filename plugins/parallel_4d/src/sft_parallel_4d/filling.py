@@ -1,4 +1,5 @@
-"""How much of the gradients' buffers is whole at a time in sharding's stages 2 and 3: what ``Buckets`` does, on paper.
+"""Which gradients share a buffer, when it leaves, and how much of all buffers is whole at a time in sharding's stages 2
+and 3: what ``Buckets`` does, on paper.
 
 A buffer is whole from the first gradient that comes into it until the one behind it has been sent. Buffers leave in one
 order, each when it is full; those of experts when backward is through with the last block of theirs.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 Place = tuple[int, bool, int]
 """A layer, counted from the last one; whether it is an expert's; and a number there, from the last one, too."""
@@ -68,6 +69,34 @@ def whole(layers: Sequence[Layer], bucket: int, shards: int, in_units: bool) -> 
                 backward.is_through(place)
     backward.cut_last()
     return Whole(backward.most, backward.growing, begun, backward.left)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A buffer of gradients: full when backward is through with so many ``layers``, of the last one in part, and its
+    bytes. (Backward is taken to go through a layer as evenly as through its gradients' bytes.)"""
+
+    layers: float
+    size: int
+    of_experts: bool
+
+
+def leaving(layers: Sequence[Layer], bucket: int) -> list[Bucket]:
+    """Stages 0 to 2: all buffers of ``layers``, in the order in which they leave; ``bucket`` as for :func:`whole`."""
+    gradients, through = dict(_places(layers)), dict[Place, float]()
+    for _, some in groupby(gradients, key=lambda place: place[:2]):
+        here = list(some)
+        sums = list(accumulate(gradients[place].own for place in here))
+        through |= {
+            place: place[0] + (1.0 if place[1] else part / sums[-1]) for place, part in zip(here, sums, strict=True)
+        }
+    order = {place: number for number, place in enumerate(gradients)}
+    buckets = sorted(_together(gradients, bucket, in_units=False), key=lambda places: order[places[-1]])
+    latest = accumulate((through[places[-1]] for places in buckets), max)  # they leave one after the other
+    return [
+        Bucket(layers, sum(gradients[place].size for place in places), places[0][1])
+        for layers, places in zip(latest, buckets, strict=True)
+    ]
 
 
 def _places(layers: Sequence[Layer]) -> Iterator[tuple[Place, Gradient]]:

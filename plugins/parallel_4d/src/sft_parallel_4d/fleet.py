@@ -48,6 +48,16 @@ ALONE = SimpleNamespace(nranks=1, rank=0)
 """Stands for the group of a process that has no others."""
 
 
+# --- groups ---
+
+
+def with_those_that_share_rows(axis: str) -> Any:
+    """The group of the processes along the ``axis`` "data" or "sharding" together with those along the one of rows,
+    once fleet is initialised. All processes ask at once."""
+    hcg = fleet.get_hybrid_communicate_group()
+    return hcg.get_dp_sep_parallel_group() if axis == "data" else hcg.create_fuse_group([axis, "sep"])[1]
+
+
 # --- draws ---
 
 

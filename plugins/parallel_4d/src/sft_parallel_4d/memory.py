@@ -9,8 +9,8 @@ from functools import cache
 
 from sft_parallel_4d import activations
 from sft_parallel_4d.activations import Shape
-from sft_parallel_4d.filling import Whole, whole
-from sft_parallel_4d.model_size import Division, Precision, Stage, key_copies, layers, stages, summed
+from sft_parallel_4d.filling import Bucket, Whole, leaving, whole
+from sft_parallel_4d.model_size import Division, Precision, Stage, blocks_of, key_copies, layers, stages, summed
 from sft_parallel_4d.options import BUCKET
 from sft_parallel_4d.outline import Outline, operations
 from sft_parallel_4d.plans import Plan
@@ -74,14 +74,14 @@ class Calculator:
         self._is_cpu = device_memory is None
         self._chunk = activations.chunk_bytes(device_memory)
         self._batch = (rows, length, rows * length if targets is None else targets)
-        self._stages = cache(
-            lambda division, pipeline, virtual: stages(outline, division, pipeline, precision, virtual)
-        )
+        self._blocks = cache(lambda division: blocks_of(outline, division, precision))
+        self._stages = cache(self._stages_of)
         self.operations = cache(lambda number: operations(outline, number))
         self.summed = cache(lambda number: summed(outline, number))
         self._alike = cache(self._alike_of_stages)
         self._kept = cache(self._kept_of_blocks)
         self._whole = cache(self._whole_of)
+        self._leaving = cache(self._leaving_of)
         # Thousands of plans have a few shapes.
         self._extra = cache(lambda shape: activations.backward_extra(outline, shape, precision))
         self._block = cache(lambda number, shape: activations.block_kept(outline, number, shape, precision))
@@ -90,6 +90,9 @@ class Calculator:
         """The pipeline stages of ``plan``."""
         found: list[Stage] = self._stages(*self._division(plan))
         return found
+
+    def _stages_of(self, division: Division, pipeline: int, virtual: int) -> list[Stage]:
+        return stages(self.outline, division, pipeline, self.precision, virtual, self._blocks(division))
 
     def alike(self, plan: Plan) -> list[list[int]]:
         """The numbers of the pipeline stages of ``plan``, those together that hold and compute the same."""
@@ -155,6 +158,15 @@ class Calculator:
         if plan.copies > 1:
             return Held(size.weights, 0, size.optimizer, size.piece_gradients, size.passing, bucket)
         return Held(size.weights, 0, size.optimizer, size.gradients, size.widening)
+
+    def leaving(self, plan: Plan, stage: Stage) -> list[Bucket]:
+        """The buckets of gradients of a rank of ``stage``, in the order in which they leave (not of sharding's third
+        stage, whose layers leave by themselves)."""
+        found: list[Bucket] = self._leaving(stage, self._division(plan)[0], plan.sequence)
+        return found
+
+    def _leaving_of(self, stage: Stage, division: Division, sequence: bool) -> list[Bucket]:
+        return leaving(layers(self.outline, stage, division, self.precision, sequence), self.bucket)
 
     def _whole_of(self, stage: Stage, division: Division, sequence: bool, in_units: bool) -> Whole:
         of_stage = layers(self.outline, stage, division, self.precision, sequence)

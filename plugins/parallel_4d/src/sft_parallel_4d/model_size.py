@@ -104,7 +104,6 @@ Weights = tuple[tuple[Weight, str], ...]
 """Each with the divided side of its Linear, as :func:`divided` has it: "" of a norm of the residual stream, "out" of
 what lies within attention and MLP beside Linears."""
 _LARGEST = ("passing", "widening", "stepped")
-_EXPERTS = ".experts."
 FEW = 1 << 14
 """Values of a gradient that is put together with others for the norm, as the core has it."""
 ALIGNED = 256
@@ -195,16 +194,23 @@ def total(weights: Weights, division: Division, precision: Precision) -> Size:
     return sum((size_of(weight, side, division, precision) for weight, side in weights), Size())
 
 
-def of_block(outline: Outline, number: int, experts: int = 1) -> Weights:
-    """The weights of a transformer block of which ``experts`` ranks share out the experts."""
-    return beside_experts(outline, number) + of_experts(outline, number, experts)
+def of_block(outline: Outline, number: int) -> Weights:
+    """The weights of a transformer block."""
+    return beside_experts(outline, number) + of_experts(outline, number)
 
 
 def beside_experts(outline: Outline, number: int) -> Weights:
-    """Of a block's weights, all but :func:`of_experts`."""
-    inside = ((weight, "out") for weight in outline.inside[number])
-    rest = _sided(linear for linear in outline.blocks[number] if _EXPERTS not in linear.name)
-    return (*((outline.norm, ""),) * outline.norms, *inside, *rest)
+    """Of a block's weights, all but :func:`of_experts`, as forward meets them."""
+    norms, norm = outline.architecture.norms, (outline.norm, "")
+    inside = [(weight, "out") for weight in outline.inside[number]]
+    of_heads = [pair for pair in inside if pair[0].name.endswith("_norm")]
+    routing = [pair for pair in inside if not pair[0].name.endswith("_norm")]
+    linears = [linear for linear in outline.blocks[number] if _expert(linear.name) is None]
+    attention = (linear for linear in linears if ".self_attn." in linear.name)
+    first, last = norms.before_attention is not None, norms.after_mlp is not None
+    between = (norm,) * (outline.norms - first - last)
+    mlp = (*routing, *_sided(linear for linear in linears if ".self_attn." not in linear.name))
+    return (*(norm,) * first, *of_heads, *_sided(attention), *between, *mlp, *(norm,) * last)
 
 
 def of_experts(outline: Outline, number: int, experts: int = 1) -> Weights:
@@ -213,18 +219,25 @@ def of_experts(outline: Outline, number: int, experts: int = 1) -> Weights:
     mixture = outline.architecture.blocks[number].experts
     if mixture is None:
         return ()
-    own = mixture.count // experts
+    own = range(mixture.count // experts)
+    return tuple(_sided(linear for linear in outline.blocks[number] if _expert(linear.name) in own))
 
-    def is_here(name: str) -> bool:
-        _, marked, rest = name.partition(_EXPERTS)
-        return bool(marked) and int(rest.partition(".")[0]) < own
 
-    return tuple(_sided(linear for linear in outline.blocks[number] if is_here(linear.name)))
+@cache
+def _expert(linear: str) -> int | None:
+    """Which of its block's experts a Linear belongs to; None: to none that tokens are led to."""
+    _, _, number = linear.partition(".experts.")
+    return int(number.partition(".")[0]) if number else None
+
+
+@cache
+def _side(linear: str) -> str:
+    return "keys" if linear.endswith(KEYS) else divided_side(linear)
 
 
 def _sided(linears: Iterable[LinearOutline]) -> Iterator[tuple[Weight, str]]:
     for linear in linears:
-        side = "keys" if linear.name.endswith(KEYS) else divided_side(linear.name)
+        side = _side(linear.name)
         yield from ((weight, side) for weight in linear.weights)
 
 
@@ -251,14 +264,34 @@ class Stage:
     last: bool
 
 
-def stages(outline: Outline, division: Division, pipeline: int, precision: Precision, virtual: int = 1) -> list[Stage]:
-    """The stages of ``pipeline``, in order, each of whole blocks; ``virtual`` parts of the model are on each."""
+Blocks = list[tuple[Size, Size]]
+"""What each block takes on a rank, and of that what experts take that tokens are led to."""
+
+
+def blocks_of(outline: Outline, division: Division, precision: Precision) -> Blocks:
+    """As :func:`stages` takes them."""
+    found = []
+    for number in range(len(outline.blocks)):
+        experts = total(of_experts(outline, number, division.experts), division, precision)
+        found.append((total(beside_experts(outline, number), division, precision) + experts, experts))
+    return found
+
+
+def stages(
+    outline: Outline,
+    division: Division,
+    pipeline: int,
+    precision: Precision,
+    virtual: int = 1,
+    blocks: Blocks | None = None,
+) -> list[Stage]:
+    """The stages of ``pipeline``, in order, each of whole blocks; ``virtual`` parts of the model are on each. Whoever
+    knows what :func:`blocks_of` says of ``division`` gives it as ``blocks``."""
+    blocks = blocks or blocks_of(outline, division, precision)
 
     def one(weight: Weight) -> Size:
         return size_of(weight, "", division, precision)
 
-    of = division.experts
-    blocks = [total(of_block(outline, number, of), division, precision) for number in range(len(outline.blocks))]
     embedding, norm = one(outline.embedding), one(outline.norm)
     head = embedding if outline.head is None else one(outline.head)
     shared = sum(map(one, outline.shared), Size())
@@ -267,12 +300,11 @@ def stages(outline: Outline, division: Division, pipeline: int, precision: Preci
     for stage in range(pipeline):
         here = tuple(number for start, stop in parts[stage::pipeline] for number in range(start, stop))
         first, last = stage == 0, stage == pipeline - 1
-        mine = [*([embedding] if first else []), *(blocks[number] for number in here), *([norm] if last else [])]
+        mine = [*([embedding] if first else []), *(blocks[number][0] for number in here), *([norm] if last else [])]
         if last and not (first and outline.head is None):  # a tied matrix is on the first stage, and on the last
             mine.append(head)
-        largest = max((blocks[number] for number in here), key=lambda size: size.matrices)
-        those = (of_experts(outline, number, of) for number in here)
-        experts = sum((total(weights, division, precision) for weights in those), Size())
+        largest = max((blocks[number][0] for number in here), key=lambda size: size.matrices)
+        experts = sum((blocks[number][1] for number in here), Size())
         ends = (embedding if first else Size()), (head if last else Size())
         found.append(Stage(here, sum(mine, shared), largest, experts, *ends, first, last))
     return found

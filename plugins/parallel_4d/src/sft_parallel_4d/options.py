@@ -29,12 +29,13 @@ class ParallelOptions:
         -1, "data ranks that share pieces; -1: all of them", minimum=-1, aliases=("sharding_degree",)
     )
     expert_parallel_degree: int = sft.option(
-        1, "data ranks that share out the experts of a mixture model; -1: one", minimum=-1
+        1, "ranks with the same pieces that share out the experts of a mixture model; -1: one", minimum=-1
     )
     sequence_parallel: bool = sft.option(False, "divide the residual stream along the tensor parallel processes too")
     sharding_comm_buffer_size_MB: int = sft.option(  # noqa: N815  (the name that PaddleNLP has)
-        -1, "MiB of float32 gradients that travel together while backward goes on; -1: 128", minimum=-1
-    )
+        -1, "MiB of float32 gradients that travel together while backward goes on, but for matrices in stage3; -1: 128",
+        minimum=-1,
+    )  # fmt: skip
     nproc: int | str = sft.option(
         1, "start this many processes on this machine; auto: one on each GPU that it has", choices=("auto",), minimum=1,
         maximum=1024,

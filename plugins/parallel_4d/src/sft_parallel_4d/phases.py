@@ -14,10 +14,11 @@ Result = TypeVar("Result")
 
 
 class Phases:
-    """All processes go through the same ones, in the same order."""
+    """All processes go through the same ones, in the same order. ``meets``: each begins when all processes have come
+    to it, as Paddle's gloo waits for a process 30 seconds and no longer."""
 
-    def __init__(self, watch: Watch | None) -> None:
-        self._watch, self._waits = watch, False
+    def __init__(self, watch: Watch | None, meets: bool = False) -> None:
+        self._watch, self._meets, self._waits = watch, meets, False
 
     @contextlib.contextmanager
     def within(self, name: str) -> Iterator[None]:
@@ -26,6 +27,8 @@ class Phases:
             yield
             return
         self._watch.enter(name)
+        if self._meets:
+            self._watch.meet()
         self._waits = True
         yield
         self._waits = False

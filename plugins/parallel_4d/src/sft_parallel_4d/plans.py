@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from sft import UsageError
@@ -15,7 +16,7 @@ _NAMED = ("data", "context", "tensor", "pipeline")
 @dataclass(frozen=True)
 class Plan:
     """``data`` × ``sharding`` × ``context`` × ``tensor`` × ``pipeline`` devices; ``stage`` is sharding's, 0 without; of
-    ``data``, ``experts`` ranks share out those of a mixture."""
+    :attr:`copies`, ``experts`` ranks share out those of a mixture."""
 
     data: int = 1
     sharding: int = 1
@@ -116,9 +117,9 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
         raise UsageError("The optimizer steps whole parameters, which sharding would divide; leave one of them out.")
     if no_stage3 is not None and wanted.stage == 3:
         raise UsageError(f"{no_stage3}; leave its plugin out, or sharding stage3.")
-    no_experts = None if wanted.experts is None else expert_refusal(outline, wanted.experts)
-    if no_experts is not None:
-        raise UsageError(f"{no_experts}; give another degree, or leave it out.")
+    no_experts = cache(lambda degree: expert_refusal(outline, degree))  # thousands of plans have a few degrees
+    if wanted.experts is not None and no_experts(wanted.experts) is not None:
+        raise UsageError(f"{no_experts(wanted.experts)}; give another degree, or leave it out.")
     found, refused = list[Plan](), dict.fromkeys(_divisions(devices, wanted))
     in_rows, excluded = dict[str, None](), dict[str, None]()
     if not refused:
@@ -148,8 +149,8 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
                 for sequence in _either(wanted.sequence)
                 if tensor > 1 or not sequence
                 for recompute in (_either(wanted.recompute))
-                for experts in (_divisors(data) if context == 1 else [1])
-                if wanted.experts in (None, experts) and expert_refusal(outline, experts) is None
+                for experts in _divisors(data if stage else data * context)
+                if wanted.experts in (None, experts) and no_experts(experts) is None
             ]
             if len(found) == before:
                 excluded[_exclusion(tensor, pipeline, sharding, context, data, wanted)] = None
@@ -168,10 +169,9 @@ def _exclusion(tensor: int, pipeline: int, sharding: int, context: int, data: in
         return "sequence_parallel needs tensor parallelism"
     if wanted.stage and wanted.stage not in stages_beside(pipeline):
         return stage_refusal(wanted.stage)
-    if wanted.experts and context > 1 and wanted.experts > 1:
-        return "expert_parallel_degree does not go with context_parallel_degree"
-    if wanted.experts and data % wanted.experts:
-        return f"expert_parallel_degree {wanted.experts} does not divide the ranks that hold the same pieces ({data})"
+    copies = data if sharding > 1 or wanted.stage else data * context
+    if wanted.experts and copies % wanted.experts:
+        return f"expert_parallel_degree {wanted.experts} does not divide the ranks that hold the same pieces ({copies})"
     if wanted.stage and sharding * context == 1:
         return f"sharding stage{wanted.stage} has no ranks that could share pieces"
     return "the settings that are fixed exclude each other"

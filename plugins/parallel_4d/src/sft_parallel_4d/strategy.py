@@ -48,7 +48,7 @@ class Parallel:
     def __init__(self, run: Run, topology: Topology, watch: Watch | None = None, bucket: int = BUCKET) -> None:
         """``bucket``: bytes of gradients that travel together."""
         plan = topology.plan
-        self.phases = Phases(watch)
+        self.phases = Phases(watch, meets=paddle.device.get_device() == "cpu")
         self._run, self._at = run, topology
         self.data_rank, self.data_world = topology.data_rank, plan.data_world
         self.draw_rank = topology.replica + plan.data_world * plan.context * topology.pipe.rank
@@ -273,8 +273,8 @@ class Parallel:
 
     @phase("the loss and the gradient norm")
     def outcome(self, loss: Any, values: Sequence[float], stepped: Mapping[str, Any]) -> list[float]:
-        """In one sum over all processes, which is the only thing of a step that is read: each number comes from those
-        that have something of their own to it."""
+        """In one sum over all processes, which is all that is read of what a step has computed: each number comes from
+        those that have something of their own to it."""
         pieces = self.pieces(stepped)
         squares = sum_of_squares(tensor for name, tensor in stepped.items() if pieces[name].written)
         speaks = self._at.tensor.rank == 0 and (self._pipe is None or self._pipe.last)

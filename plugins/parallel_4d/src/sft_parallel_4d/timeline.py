@@ -129,9 +129,9 @@ def _of_buckets(load: Load, begin: float, end: float) -> Iterator[Span]:
     """Buckets leave one after the other, each when backward has filled it; what travels when it is through is waited
     for, or goes on behind the next micro-batch."""
     own, free = load.goes_backward, 0.0
-    for number in range(load.buckets):
-        start = max(free, begin + own * (number + 1) / load.buckets)
-        free = start + load.bucket
+    for share, seconds in load.leaving:
+        start = max(free, begin + own * share)
+        free = start + seconds
         if start < end:
             yield Span("hidden", start, min(free, end), axis=load.gradients)
         if free > end:

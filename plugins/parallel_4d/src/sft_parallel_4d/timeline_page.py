@@ -1,4 +1,4 @@
-"""``sft plan … --html FILE``: the time of a step, rank by rank, as a page that needs nothing else."""
+"""``sft plan … --html FILE``: the time of a step, a rank of each stage, as a page that needs nothing else."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _stages(plan: Plan, of: list[Load]) -> str:
     for stage, load in enumerate(of):
         micro = plan.accumulation
         inline = [micro * (load.inline_forward.get(axis, 0) + load.inline_backward.get(axis, 0)) for axis in axes]
-        sent = load.buckets * load.bucket * (micro if load.each else 1) + micro * load.blocks * load.scatter
+        sent = load.bucket_seconds * (micro if load.each else 1) + micro * load.blocks * load.scatter
         cells = [
             micro * load.forward,
             micro * load.backward,

@@ -7,10 +7,12 @@ what they and the operations take at stated speeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 
 from sft_parallel_4d import activations, communication
+from sft_parallel_4d.filling import Bucket
 from sft_parallel_4d.machines import Machine, Way
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Stage
@@ -27,14 +29,12 @@ class Inline:
 
     axis: str
     calls: Callable[[Plan], int]
-    beside: str = ""
-    """The axis whose place among the ranks it has, if not its own."""
 
 
 INLINE = (
     Inline("tensor", lambda plan: 4 if plan.sequence else 2),
     Inline("context", lambda plan: 2),
-    Inline("experts", lambda plan: 2, "data"),
+    Inline("experts", lambda plan: 2),
 )
 """A dimension that exchanges data within blocks is one line here."""
 
@@ -58,9 +58,9 @@ class Load:
     """Of stage 3: the collective that brings the weights of one block."""
     scatter: float
     """Of stage 3: the collective that takes a block's gradients."""
-    buckets: int
-    bucket: float
-    """The collective of one bucket of gradients."""
+    leaving: tuple[tuple[float, float], ...]
+    """Buckets of gradients, as they leave: the share of backward behind which they are full, and the seconds of their
+    collectives."""
     each: bool
     """Whether buckets leave after each micro-batch, or after all."""
     gradients: str
@@ -101,17 +101,24 @@ class Load:
         return self.gather + (self.blocks - 1) * max(0.0, self.gather + self.scatter - own) + self.scatter
 
     @property
+    def bucket_seconds(self) -> float:
+        """Of all that are :attr:`leaving`."""
+        return sum(seconds for _, seconds in self.leaving)
+
+    @property
     def tail(self) -> float:
-        """How long buckets travel on when the last backward is through: the last one, or those that have queued."""
-        if not self.buckets:
-            return 0.0
-        behind = self.goes_backward * (self.buckets - 1) / self.buckets
-        return max(self.bucket, self.buckets * self.bucket - behind)
+        """How long buckets travel on when the last backward is through: they queue, from some bucket on without a gap,
+        and the last ones (the embedding's) may be full only then."""
+        found, left, backward = 0.0, 0.0, self.goes_backward
+        for share, seconds in reversed(self.leaving):
+            left += seconds
+            found = max(found, left - (1 - share) * backward)
+        return found
 
     @property
     def queue(self) -> float:
         """By how much a micro-batch's buckets take longer than the micro-batch, where they leave with each."""
-        return max(0.0, self.buckets * self.bucket - self.goes_forward - self.goes_backward) if self.each else 0.0
+        return max(0.0, self.bucket_seconds - self.goes_forward - self.goes_backward) if self.each else 0.0
 
     @property
     def end(self) -> float:
@@ -156,9 +163,9 @@ def time_of(plan: Plan, of: list[Load]) -> Time:
     if busiest.gather:
         blocks = micro * busiest.blocks * (2 * busiest.gather + busiest.scatter)
         sent("sharding", blocks, micro * (busiest.waits_forward + busiest.waits_backward))
-    if busiest.buckets:
+    if busiest.bucket_seconds:
         times = micro if busiest.each else 1
-        sent(busiest.gradients, times * busiest.buckets * busiest.bucket, busiest.tail + (times - 1) * busiest.queue)
+        sent(busiest.gradients, times * busiest.bucket_seconds, busiest.tail + (times - 1) * busiest.queue)
     if busiest.sums:
         sent("data", busiest.sums, busiest.sums)
     if busiest.host:
@@ -219,44 +226,43 @@ def _load(calculator: Calculator, plan: Plan, machine: Machine, number: int, sta
     outline, shape, size = calculator.outline, calculator.shape(plan), stage.size
     volume, micro, blocks = communication.rank(calculator, plan, number, stage), plan.accumulation, len(stage.blocks)
     forward, backward = _computing(calculator, plan, machine, stage)
+    goes_back = sum(backward)
     inline_forward, inline_backward = dict[str, float](), dict[str, float]()
     for one in INLINE:
-        way = way_of(plan, machine, one.axis, one.beside)
+        way = way_of(plan, machine, one.axis)
         calls, again = one.calls(plan) * blocks, 2 if plan.recompute else 1
         if math.isfinite(way.speed):
             sent = getattr(volume, one.axis) / micro / way.speed
             inline_forward[one.axis] = sent / (1 + again) + calls * way.latency
             inline_backward[one.axis] = sent * again / (1 + again) + again * calls * way.latency
     sharding, data = way_of(plan, machine, "sharding"), way_of(plan, machine, "data")
-    ring, together = plan.pieces - 1, math.ceil(size.gradients / calculator.bucket)
-    spread = sharding.seconds(ring * size.pieces, together) if ring and plan.stage < 3 else 0.0
-    gather = scatter = sums = bucket = 0.0
-    buckets, gradients = 0, "sharding" if plan.stage else "data"
-    if plan.stage == 3 and ring:
+    ring, gather, scatter, sums, spread = plan.pieces - 1, 0.0, 0.0, 0.0, 0.0
+    leaving, together = tuple[tuple[float, float], ...](), blocks + 2  # in stage 3 each layer's
+    if plan.stage < 3 and plan.copies * plan.pieces > 1:
+        buckets = calculator.leaving(plan, stage)
+        together = len(buckets)
+        through = [0.0, *(after / goes_back for after in accumulate(backward))]
+        leaving = tuple(_leaving(plan, buckets, through, sharding if plan.stage else data))
+    if plan.stage and plan.stage < 3 and ring:
+        spread = sharding.seconds(ring * size.pieces, together)
+    elif ring:
         spread = sharding.seconds(ring * size.vector_pieces)
         gather = sharding.seconds(ring * size.matrix_pieces / blocks)
         scatter = sharding.seconds(ring * size.piece_gradients / blocks)
-    elif plan.stage and ring:
-        buckets = together
-        bucket = sharding.seconds(ring * size.piece_gradients / max(1, buckets))
-    elif not plan.stage and plan.copies > 1:
-        buckets = together
-        bucket = data.seconds(volume.data / max(1, buckets))
     if plan.stage and plan.copies > 1:
         sums = data.seconds(volume.data, together)
     stepped = 2 * size.optimizer + size.piece_gradients + size.pieces
     return Load(
-        forward=forward,
-        backward=backward,
+        forward=sum(forward),
+        backward=goes_back,
         inline_forward=inline_forward,
         inline_backward=inline_backward,
         blocks=blocks,
         gather=gather,
         scatter=scatter,
-        buckets=buckets,
-        bucket=bucket,
+        leaving=leaving,
         each=plan.stage == 2,
-        gradients=gradients,
+        gradients="sharding" if plan.stage else "data",
         sums=sums,
         host=volume.host / (machine.links * machine.host),
         step=stepped / (machine.links * (machine.host if plan.offload else machine.stream)),
@@ -265,13 +271,35 @@ def _load(calculator: Calculator, plan: Plan, machine: Machine, number: int, sta
     )
 
 
-def way_of(plan: Plan, machine: Machine, axis: str, beside: str = "") -> Way:
-    """How the ranks along an axis exchange data. Those that share rows share pieces, too, or have copies of all."""
+def _leaving(plan: Plan, buckets: list[Bucket], through: list[float], way: Way) -> Iterator[tuple[float, float]]:
+    """What a :class:`Load` has of them; ``through``: the share of backward that is over behind so many layers. Slices
+    come together, or of ranks with the same parameters the sums of all. Of a layer's buckets all but the last one leave
+    as one, when the first is full: thousands of plans have hundreds of buckets."""
+
+    def seconds(bucket: Bucket) -> float:
+        ranks = plan.pieces if plan.stage else plan.copies // (plan.experts if bucket.of_experts else 1)
+        return way.seconds((1 if plan.stage else 2) * (ranks - 1) / ranks * bucket.size, 1) if ranks > 1 else 0.0
+
+    def share(bucket: Bucket) -> float:
+        whole = math.ceil(bucket.layers)
+        return through[whole] - (through[whole] - through[whole - 1]) * (whole - bucket.layers)
+
+    for _, some in groupby(buckets, key=lambda bucket: math.ceil(bucket.layers)):
+        *others, last = some
+        if others:
+            yield share(others[0]), sum(map(seconds, others))
+        yield share(last), seconds(last)
+
+
+def way_of(plan: Plan, machine: Machine, axis: str) -> Way:
+    """How the ranks along an axis exchange data. Those that share rows share pieces, too, or have copies of all, and
+    are the first among these."""
     if axis == "sharding":
         return machine.way(plan.pieces, _stride(plan, "context"))
-    if axis == "data":
-        return machine.way(plan.copies, _stride(plan, "data") // (1 if plan.stage else plan.context))
-    return machine.way(getattr(plan, axis), _stride(plan, beside or axis))
+    if axis in ("data", "experts"):
+        ranks, near = plan.copies if axis == "data" else plan.experts, 1 if plan.stage else plan.context
+        return machine.way(ranks, _stride(plan, "context") if ranks <= near else _stride(plan, "data") // near)
+    return machine.way(getattr(plan, axis), _stride(plan, axis))
 
 
 def _stride(plan: Plan, axis: str) -> int:
@@ -292,20 +320,19 @@ def _busiest(of: list[Load]) -> Load:
     return max(of, key=lambda load: load.goes_forward + load.goes_backward)
 
 
-def _computing(calculator: Calculator, plan: Plan, machine: Machine, stage: Stage) -> tuple[float, float]:
-    """Seconds of a micro-batch forward and backward on a rank: two operations a weight of a matrix and token, causal
-    attention's two products over half a row; backward again for gradients of inputs, and of weights that train."""
+def _computing(calculator: Calculator, plan: Plan, machine: Machine, stage: Stage) -> tuple[list[float], list[float]]:
+    """Seconds of a micro-batch forward and backward on a rank, of each layer from the last one (what comes after the
+    blocks, these, the embedding): two operations a weight of a matrix and token, causal attention's two products over
+    half a row; backward again for gradients of inputs, and of weights that train."""
     outline, shape = calculator.outline, calculator.shape(plan)
-    trained = frozen = 0.0
-    for number in stage.blocks:
-        of_block = calculator.operations(number)
-        trained, frozen = trained + of_block[0], frozen + of_block[1]
-    attention = 2 * outline.heads * outline.head_size * shape.length * len(stage.blocks)
-    if stage.last:
-        matrix, head = 2 * outline.vocabulary * outline.hidden, outline.head or outline.embedding
-        trained, frozen = (trained + matrix, frozen) if head.trains else (trained, frozen + matrix)
-    forward = trained + frozen + attention
-    backward = 2 * trained + frozen + 2 * attention + (forward if plan.recompute else 0)
-    speed = machine.efficiency * machine.peak(calculator.precision.products)
-    each = shape.tokens / plan.tensor / speed
-    return forward * each, backward * each
+    matrix, head = 2 * outline.vocabulary * outline.hidden if stage.last else 0, outline.head or outline.embedding
+    own = 2 * outline.heads * outline.head_size * shape.length
+    layers: list[tuple[float, float, float]] = [(matrix, 0, 0) if head.trains else (0, matrix, 0)]
+    layers += [(*calculator.operations(number), own) for number in reversed(stage.blocks)]
+    each = shape.tokens / plan.tensor / (machine.efficiency * machine.peak(calculator.precision.products))
+    forward, backward = [], []
+    for trained, frozen, attention in layers:
+        once = trained + frozen + attention
+        forward.append(once * each)
+        backward.append((2 * trained + frozen + 2 * attention + (once if plan.recompute else 0)) * each)
+    return [*forward, 0.0], [*backward, 0.0]

@@ -16,6 +16,7 @@ from paddle import distributed
 from paddle.distributed import fleet
 
 from sft.parallel import Part
+from sft_parallel_4d.fleet import with_those_that_share_rows
 from sft_parallel_4d.plans import Plan
 
 
@@ -230,9 +231,9 @@ def connect(plan: Plan) -> Topology:
     if plan.context > 1:
         context = _along(hcg.get_sep_parallel_group())
         if plan.stage:
-            _, sharding = hcg.create_fuse_group(["sharding", "sep"])
+            sharding = with_those_that_share_rows("sharding")
         else:
-            data = hcg.get_dp_sep_parallel_group()
+            data = with_those_that_share_rows("data")
     return Topology(
         plan,
         _along(data),

@@ -60,7 +60,7 @@ class Watch:
         self._board: Board | None = None
         self._failing = False
         self._stopped = threading.Event()
-        self._line = threading.Lock()
+        self._line, self._ending = threading.Lock(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="sft-watch", daemon=True)
 
     def start(self) -> None:
@@ -91,6 +91,21 @@ class Watch:
     def enter(self, phase: str) -> None:
         """From now on this rank waits for others in ``phase``."""
         self._now = ((self._now[0][0] + 1, 0), phase, time.monotonic())
+
+    def meet(self) -> None:
+        """Wait until all ranks have entered this phase. Where something goes wrong in one, this process ends."""
+        pause = 0.0005
+        while True:
+            try:
+                answer = self._ask()
+            except OtherRankError as error:
+                self._end(str(error))
+            if answer["first"]:
+                self._end(answer["first"][1])
+            if answer["together"]:
+                return
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
 
     def go_on(self) -> None:
         """This rank gets on within its phase; how often, differs from rank to rank."""
@@ -203,7 +218,8 @@ class Watch:
                 self._end(first[1])
 
     def _ask(self, **more: Any) -> dict[str, Any]:
-        """Tell the server where this rank is; its answer: ``first``, [rank, text] or None, and the ``absent`` ranks."""
+        """Tell the server where this rank is; its answer: ``first``, [rank, text] or None, the ``absent`` ranks, and
+        whether all have entered as many phases (``together``)."""
         with self._line:
             count, phase, since = self._now
             waited = None if since is None else time.monotonic() - since
@@ -224,6 +240,7 @@ class Watch:
             self._board.wait_for(lambda board: board.all_told(), 5 * self._beat)
 
     def _end(self, text: str) -> NoReturn:
+        self._ending.acquire()  # of two threads that hear it one speaks
         try:
             self._spread()
             self._report(text)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 
 
 def numbers(rank: int, size: int = 12) -> np.ndarray:
@@ -212,7 +213,8 @@ def train_alone() -> str:
 
 
 def fail(how: str, folder: str) -> None:
-    """Each rank writes down its process and that of a child; then rank 1 fails in a manner, and the others hang."""
+    """Each rank writes down its process and that of a child; then rank 1 fails in a manner, and the others hang, or
+    fail as soon as it ``die``s."""
     rank = int(os.environ["PADDLE_TRAINER_ID"])
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     written = Path(folder) / f"{rank}.part"
@@ -227,6 +229,12 @@ def fail(how: str, folder: str) -> None:
         os.kill(os.getpid(), 9)
     if rank == 1 and how == "leave":
         os._exit(0)
+    if rank == 1 and how == "die":
+        processes.die()
+    if how == "die":
+        while not Path(os.environ[processes.RESULT]).with_name("result-1.json").exists():
+            pass
+        raise ConnectionError("rank 1 is gone")
     time.sleep(1000)
 
 

@@ -110,8 +110,8 @@ class Count(sft.Plugin):
 
 class Damage(sft.Plugin):
     """Harm that rank 1 does to what it has of one matrix: ``gradient`` leaves its gradient out in step 4, ``weight``
-    moves the matrix a little after it. ``keys``: in step 4 it has other keys of the tokens of rank 0, with which it
-    shares rows."""
+    moves the matrix a little after it, and ``shard`` what the rank keeps of it in pieces. ``keys``: in step 4 it has
+    other keys of the tokens of rank 0, with which it shares rows."""
 
     name = "damage"
     api_version = 1
@@ -137,6 +137,16 @@ class Damage(sft.Plugin):
         self._done = record["step"]
         if self.kind == "weight" and self._done == self.step and hasattr(self, "_parameter"):
             self._parameter.set_value(self._parameter + 1e-2)
+        if self.kind == "shard" and self._done == self.step and hasattr(self, "_parameter"):
+            self._move_piece(run.strategy)
+
+    def _move_piece(self, strategy: Any) -> None:
+        import paddle
+
+        piece = strategy._buckets.piece(self._parameter)
+        assert piece is not self._parameter, "This rank keeps no piece of it."
+        with paddle.no_grad():
+            paddle.assign(piece + 1e-2, piece)
 
     def _harm(self, attention: Any) -> None:
         import paddle

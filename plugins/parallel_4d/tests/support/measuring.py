@@ -160,12 +160,13 @@ def train(settings: dict[str, Any], rows: int, length: int) -> dict[str, Any]:
     return found
 
 
-def held(run: sft.Run, optimizer: Any) -> dict[str, int]:
-    """Bytes of parameters that are allocated, or of the buffers that they are views of, of slices beside them, and of
-    optimizer state, on this rank."""
-    buckets, units = [], []
+def held(run: sft.Run, optimizer: Any) -> dict[str, Any]:
+    """Bytes of parameters that are allocated, or of the buffers that they are views of, of slices beside them, of
+    optimizer state, and of each bucket of gradients, on this rank."""
+    ways, units = [], []
     if hasattr(run.strategy, "_buckets"):
-        buckets = [way.bucket for way in run.strategy._buckets._ways if way.bucket.cut]
+        ways = [way.bucket for way in run.strategy._buckets._ways]
+    buckets = [bucket for bucket in ways if bucket.cut]
     if getattr(run.strategy, "_shards", None) is not None:
         units = list(dict.fromkeys(run.strategy._shards._of.values()))
     plain = [bucket for bucket in buckets if bucket not in units]
@@ -174,6 +175,7 @@ def held(run: sft.Run, optimizer: Any) -> dict[str, int]:
     return {
         "parameters": sum(_bytes(one) for one in [*apart, *(b.param_storage for b in plain)] if one._is_initialized()),
         "pieces": sum(_bytes(one.kept) for one in [*units, *(b for b in plain if b.host is not None)]),
+        "buckets": [4 * int(bucket.buffer_size) for bucket in ways],
         "stage": run.strategy._at.pipe.rank if hasattr(run.strategy, "_at") else 0,
         "optimizer": sum(array.nbytes for array in optimizer.state().values()),
         "tensors_elsewhere": sum(not p.stop_gradient for p in run.model.parameters()) - len(optimizer.parameters),

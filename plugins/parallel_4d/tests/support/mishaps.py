@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from typing import Any
 
 import numpy as np
+from processes import die
 
 import sft
 
@@ -29,7 +28,7 @@ class Kill(sft.Plugin):
         from paddle import distributed
 
         if record["step"] == self.step and distributed.get_rank() == self.rank:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
 
 
 def train_and_ruin(settings: dict[str, Any], rank: int, name: str) -> None:

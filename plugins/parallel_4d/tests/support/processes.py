@@ -25,7 +25,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import rank_main
 
 SUPPORT = Path(__file__).parent
 MAIN = SUPPORT / "rank_main.py"
@@ -38,6 +40,7 @@ IMPORTS = [  # what the server imports
 ]
 HOST = "127.0.0.1"
 SHOWN = 6000  # characters of each rank's output in an error
+RESULT = "RANK_RESULT"  # names a rank's own file of its outcome
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,20 @@ def _results(ranks: list[Rank], target: str, timeout: float) -> list[Result]:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{target} took longer than {timeout:g} s.{''.join(map(last_words, ranks))}")
         time.sleep(0.005)
-    if failed := [rank for rank in ranks if rank.failed()]:
+    # A rank writes its moment down before its end can reach the others, whoever is seen to end first.
+    if failed := [rank for rank in ranks if "at" in rank.outcome() or rank.failed()]:
         first = min(failed, key=lambda rank: rank.outcome().get("at", time.monotonic()))
+        while not first.ended():
+            time.sleep(0.005)
         raise RankError(first.number, first.how_it_ended(), first.output())
     return [Result(rank.number, rank.outcome()["value"], rank.output()) for rank in ranks]
+
+
+def die() -> NoReturn:
+    """Kill this rank, which is then known as the one that failed first: the others fail since it is gone."""
+    rank_main.write(os.environ[RESULT], json.dumps({"at": time.monotonic()}))
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("a killed process went on")
 
 
 def last_words(rank: Rank) -> str:
@@ -182,6 +195,7 @@ class Rank:
         """Fork it from ``server``, or from that of all tests, to run in the folder ``place``."""
         self._server = server or _running_server()
         files = {name: str(getattr(self, name)) for name in ("arguments", "result", "log", "exit")}
+        env = {**env, RESULT: files["result"]}
         job = {"target": target, "env": env, "fresh": fresh, "imports": [] if fresh else list(imports)}
         self.process = self._server.fork({**job, **files, "path": module_path(), "folder": str(place or os.getcwd())})
 
@@ -280,3 +294,14 @@ def _running_server() -> Server:
         _server = Server()
         atexit.register(_server.stop)
     return _server
+
+
+def free_ports(count: int) -> list[int]:
+    """Of this machine, a moment ago."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports

@@ -5,7 +5,8 @@ a file when it has ended. It makes the imports that take seconds once, before th
 "fresh" rank is a new interpreter instead. When its input ends, because the caller stopped or died, it kills all ranks.
 
 A rank calls its target, "module:function", with the arguments in one JSON file, and writes another: {"value": what the
-target returned} or {"error": the traceback, "at": when, by the machine's monotonic clock}.
+target returned} or {"error": the traceback, "at": when, by the machine's monotonic clock}. A rank that kills itself
+(``processes.die``) has "at" alone.
 """
 
 from __future__ import annotations

@@ -121,6 +121,15 @@ OF_MIXTURES = {
     "ep2-stage2": Plan(4, 4, experts(sharding="stage2")),
     "ep2-stage3": Plan(4, 4, experts(sharding="stage3")),
     "ep2-offload": Plan(2, 2, experts(sharding="stage2 offload")),
+    "cp2-ep2": Plan(2, 1, context() | experts()),
+    "cp2-ep2-dp2": Plan(4, 2, context() | experts()),
+    "cp2-ep4": Plan(4, 2, context() | experts(4)),
+    "cp4-ep2": Plan(4, 1, context(4) | experts()),
+    "cp2-ep2-tp2-sequence": Plan(4, 1, context() | experts() | tensor(sequence_parallel=True)),
+    "cp2-ep2-pp2": Plan(4, 1, context() | experts() | pipeline()),
+    "cp2-ep2-stage1": Plan(4, 2, context() | experts(sharding="stage1")),
+    "cp2-ep2-stage2": Plan(8, 4, context() | experts(sharding="stage2")),
+    "cp2-ep2-stage3": Plan(4, 2, context() | experts(sharding="stage3")),
 }
 ALL = {**PLANS, **OF_MIXTURES}
 

@@ -6,6 +6,7 @@ import atexit
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -24,6 +25,8 @@ MEMORY = "memory"
 """The file with the memory of a GPU, in bytes, where the ranks compute on GPUs."""
 HIDDEN = "SFT_LAUNCH_HIDES_GPUS"
 """The environment variable that tells a rank to hide all GPUs from itself."""
+_writing = threading.Lock()
+"""A rank's own error and news of another rank's may come at once, each in a thread of its own."""
 
 
 def failed(error: BaseException, rank: int, watch: Watch | None = None) -> None:
@@ -38,7 +41,8 @@ def failed(error: BaseException, rank: int, watch: Watch | None = None) -> None:
 def report(text: str) -> None:
     """Tell the user what has gone wrong in some rank; this one ends because of it. For :class:`Watch`."""
     if FOLDER in os.environ:
-        _write_record(text, 1, relayed=True)
+        with _writing:
+            _write_record(text, 1, relayed=True)
     else:
         print(f"sft: {sft.safe(text)}", file=sys.stderr, flush=True)
 
@@ -74,7 +78,7 @@ def record(error: BaseException, sure: bool = True) -> None:
 
     Not ``sure``: it may be the consequence of what happened to another rank. What is sure stays.
     """
-    if FOLDER not in os.environ or (_record_path().exists() and read_record(_record_path())["sure"]):
+    if FOLDER not in os.environ:
         return
     rank = os.environ["PADDLE_TRAINER_ID"]
     text = str(error) if isinstance(error, OtherRankError) else f"rank {rank}: {_sentence(error)}"
@@ -83,7 +87,9 @@ def record(error: BaseException, sure: bool = True) -> None:
     details = "" if expected else "".join(traceback.format_exception(error))
     if isinstance(error, sft.PluginError):
         details = error.details()
-    _write_record(text, code, details, sure, relayed=isinstance(error, OtherRankError))
+    with _writing:
+        if not (_record_path().exists() and read_record(_record_path())["sure"]):
+            _write_record(text, code, details, sure, relayed=isinstance(error, OtherRankError))
 
 
 def _write_record(text: str, code: int, details: str = "", sure: bool = True, relayed: bool = False) -> None:

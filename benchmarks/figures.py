@@ -15,6 +15,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 WRITTEN = ("benchmarks/results", "docs/performance.md", "docs/zh/performance.md")
 """What benchmarks change while they measure."""
+DATE = "%Y-%m-%d %H:%M UTC"
+"""How a result says when its measurement began."""
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -80,7 +82,7 @@ def machine() -> dict[str, Any]:
 def moment() -> dict[str, Any]:
     """When, of which commit, and how busy the machine was (the processes that wanted to run in the last minute)."""
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(timezone.utc).strftime(DATE),
         "commit": commit(ROOT),
         "load_before": round(os.getloadavg()[0], 1),
     }

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any
+
+from benchmarks.figures import DATE
 
 Case = Mapping[str, Any]
 DIRTY = "-dirty"
+BREAK = timedelta(hours=6)
+"""After so long another run begins, even of the same code."""
 
 
 @dataclass
 class Run:
-    """Cases that one machine has measured on one day, by one commit's code and with one version of each package."""
+    """Cases that one machine has measured in one sitting, by one commit's code and with one version of each package."""
 
     machine: str
     commit: str
-    day: str
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
     """By side and package; a case may have sides and packages that others have not."""
     cases: list[Case] = field(default_factory=list)
 
     def takes(self, case: Case) -> bool:
         """Whether ``case`` is of this run; if so it is added."""
-        if (self.machine, self.commit, self.day) != (hardware(case), commit(case), case["date"][:10]):
+        if (self.machine, self.commit) != (hardware(case), commit(case)):
+            return False
+        if self.cases and all(abs(began(case) - began(other)) > BREAK for other in self.cases):
             return False
         of_sides = versions(case)
         for side, packages in of_sides.items():
@@ -43,12 +49,14 @@ class Run:
             for side, found in self.versions.items()
         ]
         changed = DIRTY if any(case["commit"].endswith(DIRTY) for case in self.cases) else ""
-        times = sorted({case["date"].split()[1] for case in self.cases})
+        times = sorted(map(began, self.cases))
+        first, last = times[0], times[-1]
+        ended = "" if first == last else f" to {last:{'%H:%M' if first.date() == last.date() else '%Y-%m-%d %H:%M'}}"
         loads = sorted({case["load_before"] for case in self.cases})
         facts = [
             self.machine,
             *packages,
-            f"commit {self.commit}{changed}, {self.day} {span(times)} UTC, load {span(loads)} before it began",
+            f"commit {self.commit}{changed}, {first:%Y-%m-%d %H:%M}{ended} UTC, load {span(loads)} before it began",
         ]
         return f"**{rows}**: {'; '.join(facts)}"
 
@@ -58,7 +66,7 @@ def runs(cases: Mapping[str, Case]) -> list[Run]:
     found: list[Run] = []
     for case in cases.values():
         if not any(run.takes(case) for run in found):
-            found.append(Run(hardware(case), commit(case), case["date"][:10]))
+            found.append(Run(hardware(case), commit(case)))
             found[-1].takes(case)
     return found
 
@@ -69,6 +77,10 @@ def hardware(case: Case) -> str:
         f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['instructions'])}), "
         f"{machine['memory_gib']} GiB, {machine['system']}; {case['model']}"
     )
+
+
+def began(case: Case) -> datetime:
+    return datetime.strptime(case["date"], DATE)
 
 
 def commit(case: Case) -> str:

@@ -204,6 +204,7 @@ def test_rows_stand_with_the_run_that_they_came_from() -> None:
     first = case("a", "26 06:27", "c1", torch="2")
     same = [case("b", "26 06:40", "c1-dirty", 1.5, torch="2", peft="0.21"), case("c", "26 06:31", "c1-dirty")]
     others = [case("newer torch", "26 07:00", "c1", torch="3"), case("a day later", "27 07:00", "c1")]
+    past_midnight = {"1": case("late", "27 23:50", "c2"), "2": case("early", "28 00:10", "c2")}
     others += [{**first, "what": "another machine", "machine": {**machine, "cores": 4}}]
     found = page.provenance(dict(enumerate([first, *others[:1], *same, *others[1:]])))
     assert found[0] == (
@@ -211,6 +212,8 @@ def test_rows_stand_with_the_run_that_they_came_from() -> None:
         "0.21; commit c1-dirty, 2026-11-26 06:27 to 06:40 UTC, load 0.5 to 1.5 before it began"
     )
     assert [line.partition("**:")[0] for line in found[1:]] == [f"- **{one['what']}" for one in others]
+    (night,) = page.provenance(past_midnight)
+    assert "; commit c2, 2026-11-27 23:50 to 2026-11-28 00:10 UTC, load 0.5 before" in night
     (alone,) = page.provenance({"a": first})
     assert alone.startswith("- **All rows**: P, 2 cores")
     assert alone.endswith("commit c1, 2026-11-26 06:27 UTC, load 0.5 before it began")

@@ -39,6 +39,13 @@ def toy(request: pytest.FixtureRequest, distribute: Callable[..., None]) -> str:
     return "toys"
 
 
+@pytest.mark.parametrize("toy", ["OwnClass"], indirect=True)
+def test_linears_of_a_class_of_its_own_become_the_decoders(toy: str, base: Path, paddle: Any) -> None:
+    linears = [layer for layer in load(base, plugins=[toy]).sublayers() if isinstance(layer, paddle.nn.Linear)]
+    assert len(linears) > 7
+    assert {type(layer) for layer in linears} == {sft.Linear}
+
+
 def test_a_run_and_every_command_read_it(
     toy: str, train: Train, base: Path, llama: Path, dataset: Path, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -126,6 +126,59 @@ def test_an_answer_brings_no_warnings_of_paddlenlps(checkpoints: Callable[[str],
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
+
+
+@needs("lora")
+@pytest.mark.parametrize("case", ["qwen", "chatglm", "deepseek-v2"])
+def test_16_bits_are_those_of_its_matrices(
+    train: Callable[..., sft.Summary], checkpoints: Callable[[str], Path], case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sft import dnnl
+    from sft.models import onednn
+
+    if dnnl.library() is None:
+        pytest.skip("this build of paddle has no oneDNN")
+    monkeypatch.setattr(onednn, "why_not", lambda: None)  # whether or not this processor does it fast
+    settings = {"model_name_or_path": str(checkpoints(case)), "plugin": [PLUGIN, "lora"], "max_steps": 1}
+    exact = train("exact", **settings).train_loss_last
+    summary = train("short", plugins=(Look,), bf16=True, **settings)
+    matrices = {name for name, dtype in Look.dtypes.items() if dtype == "bfloat16"}
+    others = {name for name in Look.dtypes if name not in matrices and "lora_" not in name}
+    assert all("norm" in name or "ln_" in name or name.endswith(("bias", "gate.weight")) for name in others), others
+    assert {name for name in Look.dtypes if "lora_" in name}.isdisjoint(matrices)
+    assert exact != summary.train_loss_last == pytest.approx(exact, rel=1e-2)
+
+
+class Look(sft.Plugin):
+    """Sees in what the tensors of a run's model are held."""
+
+    name, api_version = "look", 1
+    dtypes: ClassVar[dict[str, str]] = {}
+
+    @sft.hookimpl
+    def sft_run_started(self, run: Any) -> None:
+        Look.dtypes = {name: str(one.dtype).rpartition(".")[2] for name, one in run.model.named_parameters()}
+
+
+@pytest.mark.parametrize("case", ["qwen", "chatglm"])
+def test_a_pass_reads_nothing_from_the_device(
+    paddle: Any, checkpoints: Callable[[str], Path], case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU would wait for it. (Experts, which DeepSeek-V2 has, are asked for once a layer.)"""
+    from sft.models.forward import hidden_states
+
+    model = load(checkpoints(case), plugins=[PLUGIN])
+    ids = np.arange(3, 20)
+    batch = sft.assemble([[sft.Example(ids, ids)]], 0)
+
+    def read(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a tensor's value was read")
+
+    for name in ("numpy", "item", "tolist", "__array__", "__int__", "__float__", "__bool__", "__index__"):
+        monkeypatch.setattr(paddle.Tensor, name, read)
+    hidden = hidden_states(model, batch)
+    monkeypatch.undo()
+    assert np.isfinite(hidden.numpy()).all()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -21,6 +21,7 @@ class CachedReading:
     """
 
     positions: Any
+    longest: int
 
     def __init__(self, architecture: ModelShape, padding: np.ndarray, kernels: Kernels = PLAIN) -> None:
         self._architecture, self._padding, self._kernels = architecture, padding, kernels
@@ -35,7 +36,7 @@ class CachedReading:
         first, self._seen = self._seen, self._seen + count
         places = np.arange(first, self._seen)
         positions = np.maximum(places[None] - self._padding[:, None], 0)
-        self.positions = paddle.to_tensor(positions)
+        self.positions, self.longest = paddle.to_tensor(positions), int(positions.max()) + 1
         lengths = np.broadcast_to((self._seen - self._padding)[:, None], positions.shape)
         self._tables = [tables(rotary, positions, lengths) for rotary in self._architecture.rotaries]
         windows = {block.window for block in self._architecture.blocks}

@@ -44,7 +44,7 @@ class RowReading:
         self, architecture: ModelShape, batch: Batch, backend: AttentionBackend, kernels: Kernels = PLAIN
     ) -> None:
         self._architecture, self._backend, self._kernels = architecture, backend, kernels
-        self._batch = batch
+        self._batch, self.longest = batch, int(batch.position_ids.max()) + 1
         lengths = lengths_of(batch)
         self._tables = [tables(rotary, batch.position_ids, lengths) for rotary in architecture.rotaries]
         described = batch.packed or getattr(backend, "describes_padding", False)

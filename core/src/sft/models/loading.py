@@ -246,6 +246,7 @@ def build_model(source: ModelSource, precision: Precision = FLOAT32) -> Any:
     import paddle
 
     from sft.models.decoder import CausalLM
+    from sft.models.kernels import Linear
 
     before = paddle.get_default_dtype()
     paddle.set_default_dtype(precision.weights)
@@ -253,6 +254,9 @@ def build_model(source: ModelSource, precision: Precision = FLOAT32) -> Any:
         with paddle.LazyGuard():
             build: Callable[[Any], Any] = source.family.build or CausalLM
             model = build(source.architecture)
+            for layer in model.sublayers():
+                if type(layer) is paddle.nn.Linear:  # of a plugin's class: computed and held as the decoder's are
+                    layer.__class__ = Linear
             if precision.frozen != precision.weights:
                 _narrow(model, precision.frozen)
             return model

@@ -37,10 +37,15 @@ class _Model(nn.Layer, ABC):
         self.recompute = False
         self._reading: Any = None
         self.longest = 0
-        """How long tables must be for the positions of this pass; asked of the device once, not in each block."""
+        """How long tables must be for the positions of this pass."""
         self.tables: _Tables | None = None
         with _quietly():
             setattr(self, self.backbone, self.make(dict(shape.settings)))
+        for layer in self.sublayers():  # by the run's kernels, held in its precision, as those of the decoder
+            if isinstance(layer, nn.Linear):  # DeepSeek-V2's are of a subclass, which tells fp8 apart when it is made
+                layer.__class__ = sft.Linear
+            elif isinstance(layer, nn.Embedding):
+                layer.__class__, layer.stream = _Embedding, paddle.get_default_dtype()
         for number, block in enumerate(self.blocks):
             self.open(block, number)
 
@@ -79,16 +84,16 @@ class _Model(nn.Layer, ABC):
 
     def hidden_states(self, embedded: Any, reading: Any) -> Any:
         """[B, S, hidden] → [B, S, hidden], through all blocks and the last norm."""
-        hidden, longest = self.enter(embedded), int(reading.positions.max()) + 1
+        hidden = self.enter(embedded)
         for block in self.blocks:
             if self.recompute and self.training:
-                hidden = sft.recomputed(self._read, hidden, block, reading, longest)
+                hidden = sft.recomputed(self._read, hidden, block, reading)
             else:
-                hidden = self._read(hidden, block, reading, longest)
+                hidden = self._read(hidden, block, reading)
         return self.leave(hidden)
 
-    def _read(self, hidden: Any, block: Any, reading: Any, longest: int) -> Any:
-        self._reading, self.longest = reading, longest
+    def _read(self, hidden: Any, block: Any, reading: Any) -> Any:
+        self._reading, self.longest = reading, reading.longest
         try:
             return self.through(block, hidden)
         finally:
@@ -194,7 +199,8 @@ class ChatGLM(_Model):
         return embedded.transpose([1, 0, 2])
 
     def through(self, block: Any, hidden: Any) -> Any:
-        tables = self.transformer.rotary_pos_emb(self.longest)  # [positions, dimensions / 2, 2]
+        with paddle.amp.auto_cast(enable=False):
+            tables = self.transformer.rotary_pos_emb(self.longest)  # [positions, dimensions / 2, 2]
         return block(hidden, None, tables[self.positions.transpose([1, 0])], use_cache=False)[0]
 
     def leave(self, hidden: Any) -> Any:
@@ -295,15 +301,28 @@ def _share_tables(model: _Model, attention: Any) -> None:
     attention.rotary_emb = model.tables
 
 
+class _Embedding(nn.Embedding):
+    """Its rows in the type ``stream`` of what goes through the blocks, which the matrix may be narrower than."""
+
+    narrows = True
+    stream: Any
+
+    def forward(self, tokens: Any) -> Any:
+        return super().forward(tokens).astype(self.stream)
+
+
 class _Head(nn.Layer):
     """Hidden states → logits: a matrix [hidden, V]."""
+
+    kernels: Any = sft.PLAIN
+    narrows = True
 
     def __init__(self, shape: PaddleNLPShape) -> None:
         super().__init__()
         self.weight = self.create_parameter([shape.hidden, shape.vocabulary])
 
     def forward(self, hidden: Any) -> Any:
-        return paddle.matmul(hidden, self.weight)
+        return self.kernels.linear(hidden, self.weight)
 
 
 @contextlib.contextmanager

@@ -20,9 +20,12 @@ class Reading(Protocol):
 
     Attributes:
         positions: int64 [B, S], from 0 in each document.
+        longest: How many positions a table must have: one more than the highest of these. Asking ``positions`` for it
+            would make a GPU wait.
     """
 
     positions: Any
+    longest: int
 
     def turn(self, x: Any, rotary: int) -> Any:
         """``x`` [B, S, heads, D] turned by its positions, by ``rotaries[rotary]`` of the model's shape."""
@@ -39,7 +42,9 @@ class LanguageModel(Protocol):
 
     - ``named_parameters()`` have the names of Hugging Face's files (or what :attr:`Family.renamed` makes of them) and
       Paddle's layout: weights of Linears are [in, out]. Those of blocks begin with ``architecture.block_names``.
-    - What adapters and quantizers may replace in a block is a ``paddle.nn.Linear`` and is called as a layer.
+    - What adapters and quantizers may replace in a block is a ``paddle.nn.Linear`` and is called as a layer. When the
+      model has been built, those of exactly this class become :class:`sft.Linear`, so the run's kernels compute them
+      and a CPU run's bfloat16 is theirs; a subclass stays what it is.
     - It can be built with unallocated parameters (``paddle.LazyGuard``): it computes nothing from them when it is made.
     - The result of a token depends on what ``reading`` lets it see, and on nothing else in its batch.
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from benchmarks import page
-from benchmarks.bench import RESULTS, Bench, describe, keep, parted, told
+from benchmarks.bench import RESULTS, Bench, LeftOutError, describe, keep, parted, told
 
 NAMES = ("steps", "end_to_end", "packing", "quantizing", "attention", "generation", "loading", "startup", "precision")
 
@@ -64,6 +64,9 @@ def main() -> int:
                 bench = Bench(Path(scratch), given.turns, given.model, given.data, tuple(given.peer), settings)
                 try:
                     result = module.measure(bench, case)
+                except LeftOutError as reason:
+                    print(f"  left out: {reason}", flush=True)
+                    continue
                 except RuntimeError as error:
                     print(f"  FAILED: {error}", flush=True)
                     bad += 1

@@ -20,6 +20,10 @@ Value = Callable[[dict[str, Any]], float]
 """From what a side measured in a turn to the figure that counts."""
 
 
+class LeftOutError(Exception):
+    """Not measured, for the reason that it says: what was kept of the case stays."""
+
+
 @dataclass
 class Bench:
     """One call of the benchmarks."""

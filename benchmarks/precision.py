@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import steps
+from benchmarks.bench import LeftOutError
 from benchmarks.turns import Restarted, Turns
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def cases() -> dict[str, str]:
 
 
 def measure(bench: Bench, case: str) -> dict[str, Any]:
+    if bench.given_model is None or bench.given_data is None:
+        raise LeftOutError("random weights learn nothing that counts: give --model and --data")
     data = split(bench.records(TRAINED + HELD_OUT), bench.new_folder("split"))
 
     def start(name: str, dtype: str) -> Side:

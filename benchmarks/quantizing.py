@@ -64,7 +64,8 @@ def sft_side(_: dict[str, Any]) -> None:
     values = weight()
     blocks = quantize_blocks(values, "nf4", 64, True)
     layer = BlockLinear(blocks, None)
-    layer.kernels = NativeKernels(native())
+    if not isinstance(library := native(), str):  # as in a run: without native code the layer's own way
+        layer.kernels = NativeKernels(library)
 
     def repeat(order: str) -> dict[str, Any]:
         began = time.perf_counter()

@@ -99,6 +99,20 @@ def test_a_ratio_is_that_of_turns_and_lies_between_its_quartiles() -> None:
     assert found == {"ratio": 1.0, "low": 0.9444, "high": 2.0}
 
 
+def test_learning_is_not_measured_on_random_weights(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A call without a model leaves what was kept of a real one alone."""
+    from benchmarks import __main__, precision
+
+    before = (page.RESULTS / "precision.json").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "precision"])
+    assert __main__.main() == 0
+    said = capsys.readouterr().out
+    assert said.count("left out: random weights learn nothing that counts: give --model and --data") == len(
+        precision.cases()
+    )
+    assert (page.RESULTS / "precision.json").read_bytes() == before
+
+
 def test_results_have_the_ratios_of_their_turns() -> None:
     """As far as the four digits say that are kept of a value."""
     for path in page.RESULTS.glob("*.json"):

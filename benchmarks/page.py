@@ -94,10 +94,15 @@ and ends with a table. With `bf16` frozen weights are held in 16 bits. A quantiz
 rotary embedding, SwiGLU and softmax cross-entropy are paddle's fused operations; chunks of logits follow the GPU's
 memory; packed 16-bit rows have FlashMask where the GPU has kernels for it, and version 3 where that agrees with version
 2; with `deterministic` paddle keeps version 2 for rows without a mask and for wide heads. A line says which computes.
-AdamW steps all tensors of a group in one call, small gradients are copied together for the norm, and between processes
-tensors travel in buckets. On one device there is no flat buffer for optimizer, norm and collectives, by decision:
-AdamW's one call needs none, one that stays would be cut loose by whatever replaces a tensor, and copying a large matrix
-into one of the moment takes longer than the call that it saves ([decision 35](decisions/0035-gpu.md)).
+Where tensor parallelism shares the vocabulary out, cross-entropy is several operations. AdamW steps all tensors of a
+group in one call, small gradients are copied together for the norm, and between processes tensors travel in buckets. On
+one device there is no flat buffer for optimizer, norm and collectives, by decision: AdamW's one call needs none, one that
+stays would be cut loose by whatever replaces a tensor, and copying a large matrix into one of the moment takes longer than
+the call that it saves ([decision 35](decisions/0035-gpu.md)).
+
+Python waits for the GPU once a step, for the loss and the norm, and in mixtures of experts once a layer besides. Not
+among these are the five arrays of a micro-batch that are copied to the device (six with FlashMask): each copy blocks, and
+comes behind the kernels that are queued. `tests/test_device_calls.py` counts both.
 """
 PARTS = {"float32": (522, 9, 19, 1027, 100, 1642), "bfloat16": (266, 9, 19, 590, 98, 958)}
 """MiB by ``sft plan``: weights, gradients, AdamW, activations, logits, together."""

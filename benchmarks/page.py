@@ -82,10 +82,10 @@ longest, have 1,500 to 2,000 positions there, and activations grow with position
 
 ## On another machine
 
-Factors depend on the processor. On two cores of an Intel Xeon with AMX, by the code of 301ae56, whose page has the whole
-tables, LoRA in packed rows was 1.97 times as fast as TRL both in float32 (quartiles 1.66 to 2.26) and in bfloat16 (1.87
-to 2.36), and full fine-tuning 1.23 to 1.54 times. Answers in float32 were level with transformers, with one prompt and
-with 16. Attention over one document of 32,768 tokens took 35 s, beside 26 s of torch's.
+Factors depend on the processor. On two cores of an Intel Xeon with AMX, by the code of 301ae56, whose page has the
+whole tables, LoRA in packed rows was 1.97 times as fast as TRL both in float32 (quartiles 1.66 to 2.26) and in
+bfloat16 (1.87 to 2.36), and full fine-tuning 1.23 to 1.54 times. Answers in float32 were level with transformers,
+with one prompt and with 16. Attention over one document of 32,768 tokens took 35 s, beside 26 s of torch's.
 
 ## On a GPU
 
@@ -95,14 +95,14 @@ rotary embedding, SwiGLU and softmax cross-entropy are paddle's fused operations
 memory; packed 16-bit rows have FlashMask where the GPU has kernels for it, and version 3 where that agrees with version
 2; with `deterministic` paddle keeps version 2 for rows without a mask and for wide heads. A line says which computes.
 Where tensor parallelism shares the vocabulary out, cross-entropy is several operations. AdamW steps all tensors of a
-group in one call, small gradients are copied together for the norm, and between processes tensors travel in buckets. On
-one device there is no flat buffer for optimizer, norm and collectives, by decision: AdamW's one call needs none, one that
-stays would be cut loose by whatever replaces a tensor, and copying a large matrix into one of the moment takes longer than
-the call that it saves ([decision 35](decisions/0035-gpu.md)).
+group in one call, small gradients are copied together for the norm, and between processes tensors travel in buckets.
+On one device there is no flat buffer for optimizer, norm and collectives, by decision: AdamW's one call needs none,
+one that stays would be cut loose by whatever replaces a tensor, and copying a large matrix into one of the moment
+takes longer than the call that it saves ([decision 35](decisions/0035-gpu.md)).
 
 Python waits for the GPU once a step, for the loss and the norm, and in mixtures of experts once a layer besides. Not
-among these are the five arrays of a micro-batch that are copied to the device (six with FlashMask): each copy blocks, and
-comes behind the kernels that are queued. `tests/test_device_calls.py` counts both.
+among these are the five arrays of a micro-batch that are copied to the device (six with FlashMask): each copy blocks,
+and comes behind the kernels that are queued. `tests/test_device_calls.py` counts both.
 """
 PARTS = {"float32": (522, 9, 19, 1027, 100, 1642), "bfloat16": (266, 9, 19, 590, 98, 958)}
 """MiB by ``sft plan``: weights, gradients, AdamW, activations, logits, together."""

@@ -116,20 +116,46 @@ def test_a_mixture_of_experts_waits_once_a_layer(paddle: Any) -> None:
 
 LAYER = {"full": 190, "lora": 228}
 """Kernels of a layer of Llama on a CPU, forward, backward and optimizer's step, without recompute."""
+ON_A_GPU = {"full": 127, "lora": 189}
+"""Likewise with the kernels of a GPU, but attention."""
+TECHNIQUES = [pytest.param("full", marks=pytest.mark.slow), pytest.param("lora", marks=needs("lora"))]
 
 
-@pytest.mark.parametrize(
-    "technique", [pytest.param("full", marks=pytest.mark.slow), pytest.param("lora", marks=needs("lora"))]
-)
-def test_the_kernels_of_a_layer(of_a_step: Callable[..., Calls], tmp_path: Path, technique: str) -> None:
-    """Of two models the one has two layers more."""
-    plugins = ["lora"] if technique == "lora" else []
-    each: list[Counter[str]] = []
-    for layers in (2, 4):
-        model = make_model(tmp_path / f"model-{layers}", num_hidden_layers=layers)
-        each.append(of_a_step(f"out-{layers}", model_name_or_path=str(model), plugin=plugins).kernels)
-    more = each[1].total() - each[0].total()
-    assert more <= 2 * LAYER[technique], (each[1] - each[0]).most_common()
+@pytest.fixture
+def of_a_layer(of_a_step: Callable[..., Calls], tmp_path: Path) -> Callable[[str], Counter[str]]:
+    """The kernels of a layer, twice: of two models the one has two layers more."""
+
+    def measure(technique: str) -> Counter[str]:
+        plugins = ["lora"] if technique == "lora" else []
+        each: list[Counter[str]] = []
+        for layers in (2, 4):
+            model = make_model(tmp_path / f"model-{layers}", num_hidden_layers=layers)
+            each.append(of_a_step(f"out-{layers}", model_name_or_path=str(model), plugin=plugins).kernels)
+        return each[1] - each[0]
+
+    return measure
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_the_kernels_of_a_layer(of_a_layer: Callable[[str], Counter[str]], technique: str) -> None:
+    kernels = of_a_layer(technique)
+    assert kernels.total() <= 2 * LAYER[technique], kernels.most_common()
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_the_kernels_of_a_layer_on_a_gpu(
+    of_a_layer: Callable[[str], Counter[str]], paddle: Any, monkeypatch: pytest.MonkeyPatch, technique: str
+) -> None:
+    """Fused operations have none on a CPU. A product of two tensors stands for each, one kernel forward and one
+    backward as they are: what is counted is what stands around them, casts and shapes."""
+    from sft.models.gpu_kernels import GpuKernels
+
+    functional, fused = paddle.nn.functional, paddle.incubate.nn.functional
+    monkeypatch.setattr(functional, "rms_norm", lambda x, shape, weight, epsilon: (x * weight, None))
+    monkeypatch.setattr(fused, "fused_rotary_position_embedding", lambda q, sin, cos, **_: (q * cos, None, None))
+    monkeypatch.setattr("sft.models.setup.own_kernels", lambda precision: GpuKernels())
+    kernels = of_a_layer(technique)
+    assert kernels.total() <= 2 * ON_A_GPU[technique], kernels.most_common()
 
 
 IN_16_BITS = {"plain": 1160, "native": 700}

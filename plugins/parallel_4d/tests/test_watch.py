@@ -169,7 +169,9 @@ def test_a_rank_that_stands_still_is_named(ranks: Ranks) -> None:
     codes, outputs = ranks("wait", "wait", "stopped")
     assert codes == [1, 1]
     assert outputs[0] == outputs[1]
-    named = r"sft: rank 2 is missing: the others have waited 1.2 s in 'step 3'; rank 2 has been silent for \d+ s, last .*"
+    named = (
+        r"sft: rank 2 is missing: the others have waited 1.2 s in 'step 3'; rank 2 has been silent for \d+ s, last .*"
+    )
     assert re.match(named, outputs[0]), outputs[0]
 
 

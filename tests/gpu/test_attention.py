@@ -134,7 +134,9 @@ LONG = {(64, 8): (True,), (128, 4): (True, False), (256, 1): (True,)}
 """Sizes of heads and queries a key for which a GPU tries 4,096 tokens, too: with a mask, and without one."""
 
 
-@pytest.mark.parametrize("name", ["default", pytest.param("flashmask", marks=needs("flashmask"))])
+@pytest.mark.parametrize(
+    "name", ["default", *(pytest.param(name, marks=needs(name)) for name in ("flash-attention", "flashmask"))]
+)
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("groups", [1, 4, 8])
 def test_attention(paddle: Any, on_gpu: bool, row: Row, name: str, size: int, groups: int) -> None:
@@ -195,8 +197,9 @@ def attention(paddle: Any, name: str, dtype: str, size: int) -> Any:
         from sft.models.attention import DefaultAttention
 
         return DefaultAttention()
-    from sft_attn_flashmask.backends import FlashMask
+    from sft_attn_flashmask.backends import FlashAttention, FlashMask
 
+    plugin: Any = {"flash-attention": FlashAttention, "flashmask": FlashMask}[name]()
     said: list[str] = []
     run: Any = SimpleNamespace(say=said.append, precision=SimpleNamespace(dtype=dtype))
-    return FlashMask().sft_attention_backend(run=run, config=SimpleNamespace(attention_cap=None, head_size=size))  # type: ignore[arg-type]
+    return plugin.sft_attention_backend(run=run, config=SimpleNamespace(attention_cap=None, head_size=size))

@@ -76,7 +76,7 @@ format: .venv/installed-dev ## Put the code into the house format
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-bench: .venv/installed-$(DEVICE) ## Run the benchmarks beside other programs: two to three hours; ARGS="steps" runs one
+bench: .venv/installed-$(DEVICE) ## Run the benchmarks beside other programs: two to four hours; ARGS="steps" runs one
 	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: .venv/installed-test ## Generate the pages in docs/ that are made, and the picture of the floors; then the site

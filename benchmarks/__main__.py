@@ -1,6 +1,6 @@
 """``python -m benchmarks [NAME ...]``: run benchmarks (all, if none is named) and keep what they measure.
 
-    python -m benchmarks                            all of them: two to three hours
+    python -m benchmarks                            all of them: two to four hours
     python -m benchmarks steps --case 'lora-*'      some cases of one
     python -m benchmarks steps -- --bf16            with more settings of sft run; nothing is kept
 

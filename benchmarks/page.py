@@ -36,11 +36,11 @@ quartiles lie on both sides of 1, the two are level. It may differ from the rati
 different turns. Memory is the largest resident memory of the process, its start included.
 
 Below each table stands what was measured together. `-dirty` behind a commit says that files were changed and not
-committed; until November 2026 the results of the row before were enough for it.
+committed.
 
 To reproduce it:
 
-    make bench                                      # everything: two to three hours on two idle cores
+    make bench                                      # everything: two to four hours on two idle cores
     make bench ARGS="steps --case 'lora-*'"         # one benchmark, some of its cases
     make bench ARGS="steps --model DIR --data DIR"  # with a model and records of yours
     make bench ARGS="steps --peer trl"              # beside one other program alone; prints and keeps nothing

@@ -15,6 +15,7 @@ from sft_parallel_4d import communication
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Precision
 from sft_parallel_4d.paper import outline as on_paper
+from sft_parallel_4d.passes import filled
 from sft_parallel_4d.plans import Plan
 
 pytestmark = pytest.mark.sweep  # as far as its tests are slow
@@ -43,6 +44,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], Plan]] = [
     ("qwen2", {}, TENSOR | SEQUENCE, Plan(tensor=2, sequence=True, accumulation=2)),
     ("gemma", {}, PIPELINE, Plan(pipeline=2, accumulation=3)),
     ("gemma", {}, PIPELINE | {"virtual_pp_degree": 2}, Plan(pipeline=2, accumulation=4, virtual=2)),
+    ("gemma", {}, PIPELINE | {"virtual_pp_degree": 2}, Plan(pipeline=2, accumulation=1, virtual=2)),
+    (
+        *("mistral", {}, TENSOR | SEQUENCE | PIPELINE | {"virtual_pp_degree": 2}),
+        Plan(tensor=2, sequence=True, pipeline=2, accumulation=3, virtual=2),
+    ),
     ("llama", {}, PIPELINE | {"recompute": True}, Plan(pipeline=2, accumulation=3, recompute=True)),
     ("mistral", {}, TENSOR | PIPELINE, Plan(tensor=2, pipeline=2, accumulation=2)),
     ("llama", LARGE, TENSOR | {"sharding": "stage1"}, Plan(sharding=2, stage=1, tensor=2, accumulation=2)),
@@ -180,7 +186,9 @@ def test_ranks_hold_need_and_send_what_is_planned(
         fixed_bytes = held.parameters + held.pieces + rank["optimizer"]
         assert 0 <= rank["rests"] - fixed_bytes < 256
         if not plan.offload:  # what a CPU offloads stays where it was
-            assert memory.peak == pytest.approx(rank["peak"], rel=0.05)
+            # Of several parts a stage with few micro-batches, the last parts have come back before all are under way.
+            is_filled = filled(plan.accumulation, plan.pipeline, plan.virtual) > plan.accumulation
+            assert memory.peak == pytest.approx(rank["peak"], rel=0.07 if is_filled else 0.05)
             assert memory.peak - fixed_bytes == pytest.approx(rank["peak"] - fixed_bytes, rel=0.1)
         sent = communication.rank(calculator, plan, rank["stage"], stage)
         planned = {"data": sent.data, "sharding": sent.sharding, "tensor": sent.tensor, "pipe": sent.pipeline}

@@ -67,26 +67,38 @@ def test_pipelines_of_unequal_stages(stages: int, micro: int) -> None:
         assert seconds(plan_of(of, micro), of) == pytest.approx(end_of(pipeline(of, micro)), rel=0.03)
 
 
-@pytest.mark.parametrize(("stages", "parts", "micro"), [(2, 2, 4), (4, 2, 8), (4, 4, 16), (8, 2, 32)])
+@pytest.mark.parametrize(
+    ("stages", "parts", "micro"),
+    [(2, 2, 1), (2, 2, 3), (2, 2, 4), (2, 2, 7), (4, 2, 3), (4, 2, 6), (4, 2, 8), (4, 3, 11), (4, 4, 5), (4, 4, 16),
+     (8, 2, 8), (8, 2, 32)],
+)  # fmt: skip
 def test_stages_of_several_parts(stages: int, parts: int, micro: int) -> None:
-    """Equal ones to the last digits, with hops too; the share of time that is idle is that of one part a stage, divided
-    by the parts. Unequal ones within 10 %."""
+    """Equal ones to the last digits, with hops too (within 2 % where micro-batches make no whole turns); the share of
+    time that is idle is that of one part a stage, divided by the parts. Unequal ones within 10 %. Idle micro-batches
+    cost nothing and are not drawn."""
     plan = Plan(pipeline=stages, accumulation=micro, virtual=parts)
     for hop in (0.0, 0.05):
         of = [replace(PLAIN, hop=hop)] * stages
         expected = end_of(interleaved([1.0] * stages, [2.0] * stages, hop, micro, parts))
-        assert seconds(plan, of) == pytest.approx(expected, rel=1e-12)
-    assert seconds(plan, [PLAIN] * stages) == pytest.approx(3.0 * (micro + (stages - 1) / parts))
+        is_exact = not hop or micro < 2 * stages or micro % stages == 0
+        assert seconds(plan, of) == pytest.approx(expected, rel=1e-12 if is_exact else 0.02)
+    if not stages < micro < 2 * stages:
+        through = micro + (stages - 1) / parts if micro >= stages else stages + (micro - 1) / parts
+        assert seconds(plan, [PLAIN] * stages) == pytest.approx(3.0 * through)
     rng = np.random.default_rng(stages)
     forward = rng.uniform(0.9, 1.1, stages).tolist()
     of = [replace(PLAIN, forward=f, backward=2 * f) for f in forward]
-    expected = end_of(interleaved(forward, [2 * f for f in forward], 0.0, micro, parts))
-    assert seconds(plan, of) == pytest.approx(expected, rel=0.1)
     events = simulate(interleaved(forward, [2 * f for f in forward], 0.0, micro, parts))
+    assert seconds(plan, of) == pytest.approx(max(end for _, end in events.values()), rel=0.1)
     for stage, spans in enumerate(schedule(plan, of, micro)):
-        drawn = sorted(span.begin for span in spans if span.kind in ("forward", "backward"))
-        happens = sorted(begin for (_, place, _), (begin, _) in events.items() if place % stages == stage)  # type: ignore[misc]
-        assert drawn == pytest.approx(happens)
+        of_a_pass = [span for span in spans if span.kind in ("forward", "backward")]
+        happens = [
+            (begin, number)
+            for (_, place, number), (begin, _) in events.items()  # type: ignore[misc]
+            if place % stages == stage and number < micro
+        ]
+        assert [span.micro for span in of_a_pass] == [number for _, number in sorted(happens)]
+        assert [span.begin for span in of_a_pass] == pytest.approx([begin for begin, _ in sorted(happens)])
 
 
 def equal(count: int, sent: float) -> tuple[tuple[float, float], ...]:

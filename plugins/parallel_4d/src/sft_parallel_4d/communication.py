@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sft_parallel_4d import activations
+from sft_parallel_4d.activations import Shape
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Stage, key_copies
+from sft_parallel_4d.passes import filled
 from sft_parallel_4d.plans import Plan
 
 
@@ -39,34 +41,46 @@ def busiest(calculator: Calculator, plan: Plan) -> Volume:
 
 def rank(calculator: Calculator, plan: Plan, number: int, stage: Stage) -> Volume:
     """A rank of pipeline stage ``number``; the few bytes of a step's loss and gradient norm are left out."""
-    outline, precision, shape = calculator.outline, calculator.precision, calculator.shape(plan)
-    size, micro = stage.size, plan.accumulation
+    outline, size = calculator.outline, stage.size
     own = size.piece_gradients - stage.experts.piece_gradients
     data = 2 * _part(plan.copies) * own + 2 * _part(plan.copies // plan.experts) * stage.experts.piece_gradients
-    neighbours = 2 * plan.virtual - (number == 0) - (number == plan.pipeline - 1)  # each part there and back
-    pipeline = micro * neighbours * activations.boundary(outline, shape, precision)
+    idle = filled(plan.accumulation, plan.pipeline, plan.virtual) - plan.accumulation
+    pipeline = context = tensor = experts = 0.0
+    for shape, times in ((calculator.shape(plan), plan.accumulation), (calculator.idle_shape(plan), idle)):
+        if times:
+            neighbours = 2 * plan.virtual - (number == 0) - (number == plan.pipeline - 1)  # each part there and back
+            pipeline += times * neighbours * activations.boundary(outline, shape, calculator.precision)
+            context += times * _context(calculator, plan, stage, shape)
+            tensor += times * _tensor(calculator, plan, stage, shape)
+            experts += times * _experts(calculator, plan, stage, shape)
     if plan.pipeline > 1 and outline.tied and (stage.first or stage.last) and outline.embedding.trains:
         # The two copies' gradient, or slices of it.
         pipeline += (stage.head.gradients + stage.embedding.gradients) // plan.pieces
+    summed = _part(plan.tensor) * (size.partial + (size.norms if plan.sequence else 0))
+    summed += _part(key_copies(outline, plan.tensor)) * size.copied
     values, gradients = _values(plan, stage, outline.tied), _gradients(plan, stage)
     sharding = plan.pieces * _part(plan.pieces) * (values + gradients)
     host = values + size.piece_gradients if plan.offload else 0
-    # In each block queries, keys and values go there and results come back, and the gradients of all of them.
-    swapped = activations.swapped(outline.architecture, shape) * shape.tokens * precision.products / 8
-    context = micro * len(stage.blocks) * (3 if plan.recompute else 2) * _part(plan.context) * swapped
-    tensor, experts = _tensor(calculator, plan, stage), _experts(calculator, plan, stage)
-    return Volume(round(data), round(sharding), round(tensor), pipeline, round(context), round(experts), host)
+    return Volume(*map(round, (data, sharding, tensor + 2 * summed, pipeline, context, experts, host)))
 
 
-def _experts(calculator: Calculator, plan: Plan, stage: Stage) -> float:
-    """Of a step: each chosen expert's input there and its output back, and their gradients; where tokens go to all
-    experts alike."""
-    outline, shape = calculator.outline, calculator.shape(plan)
+def _context(calculator: Calculator, plan: Plan, stage: Stage, shape: Shape) -> float:
+    """Of a micro-batch: in each block queries, keys and values go there and results come back, and the gradients of all
+    of them."""
+    swapped = activations.swapped(calculator.outline.architecture, shape) * shape.tokens
+    ways = 3 if plan.recompute else 2
+    return len(stage.blocks) * ways * _part(plan.context) * swapped * calculator.precision.products / 8
+
+
+def _experts(calculator: Calculator, plan: Plan, stage: Stage, shape: Shape) -> float:
+    """Of a micro-batch: each chosen expert's input there and its output back, and their gradients; where tokens go to
+    all experts alike."""
+    outline = calculator.outline
     mixtures = [outline.architecture.blocks[number].experts for number in stage.blocks]
     chosen = sum(mixture.chosen for mixture in mixtures if mixture is not None)
     ways = 6 if plan.recompute else 4
     width = calculator.precision.products // 8
-    return plan.accumulation * ways * _part(plan.experts) * shape.tokens * chosen * outline.hidden * width
+    return ways * _part(plan.experts) * shape.tokens * chosen * outline.hidden * width
 
 
 def _gradients(plan: Plan, stage: Stage) -> int:
@@ -85,9 +99,9 @@ def _values(plan: Plan, stage: Stage, tied: bool) -> int:
     return plan.accumulation * (2 * blocks + embedding + head) + size.vector_pieces
 
 
-def _tensor(calculator: Calculator, plan: Plan, stage: Stage) -> float:
-    """Of a step: what enters and leaves attention and MLP, embedding and loss, and gradients of what is not divided."""
-    outline, precision, shape = calculator.outline, calculator.precision, calculator.shape(plan)
+def _tensor(calculator: Calculator, plan: Plan, stage: Stage, shape: Shape) -> float:
+    """Of a micro-batch: what enters and leaves attention and MLP, embedding and loss."""
+    outline, precision = calculator.outline, calculator.precision
     part, width, trains = _part(plan.tensor), precision.products // 8, outline.embedding.trains
     # Of an all-reduce, half is a reduce-scatter and half an all-gather; sequence parallelism has one here, one there.
     half = part * shape.tokens * outline.hidden * width
@@ -108,9 +122,7 @@ def _tensor(calculator: Calculator, plan: Plan, stage: Stage) -> float:
         micro += half if plan.sequence else 0
         # Of each target what the loss needs of all logits, and the gradient of its hidden state.
         micro += 2 * part * shape.targets * (outline.target_sums * 4 + outline.hidden * width)
-    summed = part * (stage.size.partial + (stage.size.norms if plan.sequence else 0))
-    summed += _part(key_copies(outline, plan.tensor)) * stage.size.copied
-    return plan.accumulation * micro + 2 * summed
+    return micro
 
 
 def _part(ranks: int) -> float:

@@ -20,7 +20,7 @@ from sft_parallel_4d.options import ParallelOptions
 from sft_parallel_4d.paper import outline, with_this_plugin
 from sft_parallel_4d.plans import Plan, Wanted, settings_of
 from sft_parallel_4d.ranking import ranked
-from sft_parallel_4d.reckoning import accepted_plans, calculator_of
+from sft_parallel_4d.reckoning import SHARE, accepted_plans, calculator_of
 
 if TYPE_CHECKING:
     from sft import Run
@@ -96,7 +96,8 @@ def _chosen(run: Run, old: Plan, left: int, lost: LostError) -> Plan:
     batch, rows = settings.training.per_device_train_batch_size, rows_of(run, old)
     length = min(settings.data.max_length, paper.outline.positions)
     calculator = calculator_of(paper, batch, length, lost.memory)
-    wanted = Wanted(recompute=settings.training.recompute or None, offload=old.offload)
+    most = max(old.context, settings.data.max_length // SHARE)  # as sft plan offers, or as the run already has
+    wanted = Wanted(recompute=settings.training.recompute or None, offload=old.offload, most_context=most)
     found = []
     for devices in range(left, 0, -1):
         try:

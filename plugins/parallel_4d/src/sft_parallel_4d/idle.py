@@ -10,13 +10,15 @@ import numpy as np
 
 from sft import Batch
 from sft_parallel_4d.experts import mixtures
+from sft_parallel_4d.passes import IDLE
 
 
 def nothing() -> Batch:
     """A batch whose loss counts for nothing, but which reaches every parameter."""
-    ids = np.zeros((1, 2), np.int64)
-    ends = np.full((1, 1, 2, 1), 2, np.int32)
-    return Batch(ids, ids.copy(), np.arange(2)[None], ends, ((2,),))
+    rows, tokens = IDLE
+    ids = np.zeros(IDLE, np.int64)
+    ends = np.full((rows, 1, tokens, 1), tokens, np.int32)
+    return Batch(ids, ids.copy(), np.arange(tokens)[None], ends, ((tokens,),) * rows)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from sft_parallel_4d.filling import Bucket, Whole, leaving, whole
 from sft_parallel_4d.model_size import Division, Precision, Stage, blocks_of, key_copies, layers, stages, summed
 from sft_parallel_4d.options import BUCKET
 from sft_parallel_4d.outline import Outline, operations
+from sft_parallel_4d.passes import IDLE
 from sft_parallel_4d.plans import Plan
 
 LOT = 1 << 20
@@ -113,7 +114,14 @@ class Calculator:
 
     def shape(self, plan: Plan) -> Shape:
         """A micro-batch on a rank of ``plan``."""
-        rows, length, targets = self._batch
+        return self._shape(plan, *self._batch)
+
+    def idle_shape(self, plan: Plan) -> Shape:
+        """One with which the schedule is filled up."""
+        rows, length = IDLE
+        return self._shape(plan, rows, length, rows * length)
+
+    def _shape(self, plan: Plan, rows: int, length: int, targets: int) -> Shape:
         parts = plan.context * plan.stream_parts  # rows get padding until they can be divided
         length = -(-length // parts) * parts
         return Shape(rows, length, -(-targets // plan.context), plan.tensor, plan.sequence, plan.context)
@@ -183,7 +191,8 @@ class Calculator:
         passes, flying = self._under_way(plan, number)
         kept, block = self._kept(stage.blocks, shape, plan.recompute)
         reading = activations.reading_kept(outline, shape)
-        kept += activations.at_border(outline, shape, precision, plan.recompute, stage.first)
+        borders = (stage.first, *[False] * (plan.virtual - 1))  # of each of its parts
+        kept += sum(activations.at_border(outline, shape, precision, plan.recompute, is_first) for is_first in borders)
         flown = kept * passes // plan.virtual
         extra = self._extra(shape)
         attending = activations.attending(outline, shape, precision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from sft_parallel_4d.passes import Pass, passes
 from sft_parallel_4d.plans import Plan
 from sft_parallel_4d.timing import Load
 
@@ -26,55 +27,9 @@ class Span:
 
 def schedule(plan: Plan, of: list[Load], micro: int) -> list[list[Span]]:
     """What one rank of each stage does in a step of ``micro`` micro-batches (1F1B), in the order of its beginnings."""
-    times = _passes(of, micro, plan.virtual)
+    forward, backward = [load.goes_forward for load in of], [load.goes_backward + load.queue for load in of]
+    times = passes(forward, backward, [load.hop for load in of], micro, plan.virtual)
     return [list(_spans(load, times, stage, micro, plan.virtual)) for stage, load in enumerate(of)]
-
-
-Pass = tuple[str, int, int]
-"""Of a micro-batch through a part of the model: "forward" or "backward", part, number."""
-
-
-def _passes(of: list[Load], micro: int, virtual: int) -> dict[Pass, tuple[float, float]]:
-    """When each pass begins and ends; a stage takes them in its order, as soon as the part before has its result."""
-    stages, parts = len(of), len(of) * virtual
-    due = [list(_order(stage, stages, micro, virtual)) for stage in range(stages)]
-    free, found = [0.0] * stages, dict[Pass, tuple[float, float]]()
-    while any(due):
-        for stage, left in enumerate(due):
-            while left:
-                kind, part, number = left[0]
-                other = (kind, part + (-1 if kind == "forward" else 1), number)
-                is_end = not 0 <= other[1] < parts
-                if not is_end and other not in found:
-                    break
-                hop = 0.0 if is_end else of[min(stage, other[1] % stages)].hop
-                begin = max(free[stage], 0.0 if is_end else found[other][1] + hop)
-                load = of[stage]
-                takes = load.goes_forward if kind == "forward" else load.goes_backward + load.queue
-                free[stage] = begin + takes / virtual
-                found[kind, part, number] = begin, free[stage]
-                left.pop(0)
-    return found
-
-
-def _order(stage: int, stages: int, micro: int, virtual: int) -> Iterator[Pass]:
-    """Forward as often as there are stages behind, then one forward and one backward in turns; of several parts a stage
-    has, as many micro-batches as there are stages go through one before they go through the next."""
-    count, turn = micro * virtual, stages * virtual
-    ahead = min(stages - 1 - stage, micro)
-    if virtual > 1:
-        ahead = min(2 * (stages - 1 - stage) + (virtual - 1) * stages, count)
-
-    def one(kind: str, step: int) -> Pass:
-        own, number = step % turn // stages, step // turn * stages + step % stages
-        if virtual == 1:
-            own, number = 0, step
-        return kind, stage + stages * (own if kind == "forward" else virtual - 1 - own), number
-
-    yield from (one("forward", step) for step in range(ahead))
-    for step in range(ahead, count):
-        yield from (one("forward", step), one("backward", step - ahead))
-    yield from (one("backward", step) for step in range(count - ahead, count))
 
 
 def _spans(load: Load, times: dict[Pass, tuple[float, float]], stage: int, micro: int, virtual: int) -> Iterator[Span]:

@@ -16,6 +16,7 @@ from sft_parallel_4d.filling import Bucket
 from sft_parallel_4d.machines import Machine, Way
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Stage
+from sft_parallel_4d.passes import passes
 from sft_parallel_4d.plans import Plan
 
 PLACES = ("tensor", "context", "sharding", "pipeline", "data")
@@ -189,7 +190,7 @@ def seconds(plan: Plan, of: list[Load]) -> float:
     forward = [load.goes_forward for load in of]
     backward = [load.goes_backward + load.queue for load in of]
     if plan.virtual > 1:
-        through = _interleaved(plan, forward, backward, of[0].hop)
+        through = _interleaved(plan, forward, backward, [load.hop for load in of])
         return _ended(plan, of, through)
     there = hops = 0.0
     cycles = list[float]()
@@ -205,12 +206,21 @@ def seconds(plan: Plan, of: list[Load]) -> float:
     return _ended(plan, of, through)
 
 
-def _interleaved(plan: Plan, forward: list[float], backward: list[float], hop: float) -> float:
+def _interleaved(plan: Plan, forward: list[float], backward: list[float], hops: list[float]) -> float:
     """Of stages that have several parts of the model each: the slowest one works all the time, but for what the others'
-    parts take once before and after it; hops are in the way of the first and last micro-batches alone."""
-    both = [sum(pair) for pair in zip(forward, backward, strict=True)]
-    micro, slowest = max(plan.accumulation, 2 * plan.pipeline), max(both)  # fleet's schedule takes no fewer
-    return micro * slowest + (sum(both) - slowest) / plan.virtual + 2 * (plan.pipeline * plan.virtual - 1) * hop
+    parts take once before and after it. Fewer micro-batches than stages follow each other through all parts. Between
+    once and twice as many the order has holes of many sizes, and is gone through.
+
+    Hops are in the way of the first and last micro-batches alone."""
+    both, micro, stages = [sum(pair) for pair in zip(forward, backward, strict=True)], plan.accumulation, len(forward)
+    if stages < micro < 2 * stages:
+        return max(end for _, end in passes(forward, backward, hops, micro, plan.virtual).values())
+    slowest = max(both)
+    if micro < stages:
+        through = sum(both) + (micro - 1) * slowest / plan.virtual
+    else:
+        through = micro * slowest + (sum(both) - slowest) / plan.virtual
+    return through + 2 * (stages * plan.virtual - 1) * hops[0]
 
 
 def _ended(plan: Plan, of: list[Load], through: float) -> float:

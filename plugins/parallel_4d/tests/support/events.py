@@ -88,19 +88,26 @@ def one_forward_one_backward(
 def interleaved(
     forward: Sequence[float], backward: Sequence[float], hop: float, micro: int, parts: int
 ) -> list[Operation]:
-    """1F1B of stages that have ``parts`` of the model each (arXiv 2104.04473, section 2.2; the order is that of
-    Megatron-LM's forward_backward_pipelining_with_interleaving): p micro-batches go through one part of a stage before
-    they go through its next one. ``forward`` and ``backward`` are of all parts of a stage together."""
-    stages, found, total = len(forward), list[Operation](), micro * parts
+    """1F1B of stages that have ``parts`` of the model each (arXiv 2104.04473, section 2.2), in the order of Paddle's
+    PipelineParallelWithInterleave: p micro-batches go through one part of a stage before they go through its next one,
+    in the first turn those besides that fill no turn of their own. Up to 2p, idle ones follow, which take no time.
+    ``forward`` and ``backward`` are of all parts of a stage together."""
+    stages, found = len(forward), list[Operation]()
+    whole = max(micro, 2 * stages)
+    turn, total = whole % stages + stages, whole * parts
     for stage in range(stages):
-        ahead = min((stages - stage - 1) * 2 + (parts - 1) * stages, total)
+        ahead = min((stages - stage - 1) * 2 + (parts - 1) * turn, total)
         order = [("F", step) for step in range(ahead)]
         for step in range(ahead, total):
             order += [("F", step), ("B", step - ahead)]
         order += [("B", step) for step in range(total - ahead, total)]
         for kind, step in order:
-            chunk = step % (stages * parts) // stages
-            number = step // (stages * parts) * stages + step % stages
+            if step < turn * parts:
+                chunk, number = step // turn, step % turn
+            else:
+                step -= turn * parts
+                chunk = step % (stages * parts) // stages
+                number = turn + step // (stages * parts) * stages + step % stages
             if kind == "B":
                 chunk = parts - 1 - chunk
             place, way = chunk * stages + stage, 1 if kind == "F" else -1
@@ -108,7 +115,8 @@ def interleaved(
             needs: list[Hashable] = [(kind, before, number)] if 0 <= before < stages * parts else []
             if kind == "B" and not needs:
                 needs = [("F", place, number)]
-            lags: dict[Hashable, float] = {need: hop for need in needs if need != ("F", place, number)}
-            time = (forward if kind == "F" else backward)[stage] / parts
+            idle = number >= micro
+            lags: dict[Hashable, float] = {} if idle else {n: hop for n in needs if n != ("F", place, number)}
+            time = 0.0 if idle else (forward if kind == "F" else backward)[stage] / parts
             found.append(Operation((kind, place, number), ("stage", stage), np.float64(time), needs, lags))
     return found

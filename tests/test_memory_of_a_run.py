@@ -14,6 +14,8 @@ from benchmarks.bench import Bench
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 GIB = 2**30
+STEPS = 24
+"""Rows are not equally long, and what the allocator keeps between them grows over the first twenty."""
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model of SmolLM2-135M's shape, and records."""
     folder = tmp_path_factory.mktemp("model")
     model = materials.write_model(folder / "model")
-    return model, Bench(folder, given_model=model).records(60)
+    return model, Bench(folder, given_model=model).records(240)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 2.0), ("bfloat16", 1.5)])
@@ -31,7 +33,7 @@ def test_lora_on_rows_of_1024_tokens_stays_below(
     if dtype == "bfloat16" and not {"avx512_bf16", "amx_bf16"} & flags():
         pytest.skip("this processor computes in float32 alone, and holds weights so")
     model, data = given
-    work = {"kind": "lora", "packed": True, "dtype": dtype, "settings": {"max_steps": 3}}
+    work = {"kind": "lora", "packed": True, "dtype": dtype, "settings": {"max_steps": STEPS}}
     settings = steps.sft_settings({**work, "model": str(model), "data": str(data), "out": str(tmp_path / "out")})
     # The process says itself what it took: what its parent is told is at least what the parent had when it started it.
     code = f"import pathlib, sft; sft.run({settings!r}); print(pathlib.Path('/proc/self/status').read_text())"

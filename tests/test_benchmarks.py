@@ -358,7 +358,8 @@ def test_learning_is_measured_in_both_types(tmp_path: Path, monkeypatch: pytest.
     for name, value in {"STEPS": 4, "TRAINED": 60, "HELD_OUT": 4}.items():
         monkeypatch.setattr(precision, name, value)
     model = materials.write_model(tmp_path / "model", layers=1)
-    sides = measured(Bench(tmp_path, turns=1, given_model=model), "precision", "lora")["sides"]
+    data = materials.write_records(tmp_path / "data", 64, model)
+    sides = measured(Bench(tmp_path, turns=1, given_model=model, given_data=data), "precision", "lora")["sides"]
     one, other = sides["sft"], sides["sft bfloat16"]
     assert one["also"]["after 2"] > one["median"] > 0
     assert other["median"] == pytest.approx(one["median"], rel=0.01)

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import sft
-from sft_parallel_4d.launch import LostError, _held, _own_folder, launch, start
+from sft_parallel_4d.deaths import Deaths
+from sft_parallel_4d.launch import LostError, _held, _lost, _own_folder, launch, start
 
 PROGRAM = """
 import os, signal, subprocess, sys, time
@@ -163,6 +164,19 @@ def test_a_rank_is_killed(program: Program) -> None:
     with pytest.raises(LostError, match=killed) as caught:
         program("killed")
     assert caught.value.ranks == (1,)
+
+
+@pytest.mark.parametrize(("own_error", "lost"), [(False, (3,)), (True, ())])
+def test_who_was_killed_is_known_from_the_others_where_nobody_looked_in_time(
+    tmp_path: Path, own_error: bool, lost: tuple[int, ...]
+) -> None:
+    """The launcher has seen rank 0 end first, which heard of it. An error of a rank's own comes first."""
+    (tmp_path / "launcher.log").write_text("Container rank 0 status failed cmd x code 1 log y")
+    # As test_watch.py has it.
+    news = "rank 3 ended without a word, last seen in 'step 3'; was it killed, or out of memory?"
+    record = {"text": news, "sure": True, "relayed": True}
+    own = {"text": "rank 1: LookupError: no", "sure": True, "relayed": False}
+    assert _lost(tmp_path, [record, own] if own_error else [record], Deaths(tmp_path)) == lost
 
 
 def test_a_rank_stands_still(program: Program) -> None:

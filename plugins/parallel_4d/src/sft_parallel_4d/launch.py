@@ -114,17 +114,22 @@ def start(
         if passed and all(record["relayed"] or record["code"] == 128 + passed[0] for record in records):
             raise SignalError(passed[0], read(folder / STOPPED))
         error = _first_error(folder, records, process.returncode, _ended_for_memory() - ended_before)
-        # Before anybody ends the ranks nobody but the system kills one, whatever the others then say. Of another death
-        # that may be a consequence: who says first what is wrong has not died.
-        is_said = any(record["sure"] and not record["relayed"] for record in records)
-        lost, seen = deaths.killed or (() if is_said else deaths.lost), _failed_container(folder)
-        if not lost and seen is not None and (seen[1] == -signal.SIGKILL or (seen[1] < 0 and not is_said)):
-            lost = (seen[0],)  # paddle's launcher was there before the next look
-        if not lost and not is_said:  # a busy machine looks too late: who serves the ranks has seen it all the same
-            lost = tuple({int(found[1]) for record in records if (found := _GONE.match(record["text"]))})
+        lost = _lost(folder, records, deaths)
         if lost and not passed:
             raise LostError(str(error), lost, int(read(folder / MEMORY) or 0) or None)
         raise error
+
+
+def _lost(folder: Path, records: Sequence[dict[str, Any]], deaths: Deaths) -> tuple[int, ...]:
+    """The ranks that the system has ended. Before anybody ends the ranks nobody but the system kills one, whatever the
+    others then say. Of another death that may be a consequence: who says first what is wrong has not died."""
+    is_said = any(record["sure"] and not record["relayed"] for record in records)
+    lost, seen = deaths.killed or (() if is_said else deaths.lost), _failed_container(folder)
+    if not lost and seen is not None and (seen[1] == -signal.SIGKILL or (seen[1] < 0 and not is_said)):
+        return (seen[0],)  # paddle's launcher was there before the next look
+    if not lost and not is_said:  # a busy machine looks too late: who serves the ranks has seen it all the same
+        return tuple(sorted({int(found[1]) for record in records if (found := _GONE.match(record["text"]))}))
+    return lost
 
 
 _GONE = re.compile(r"rank (\d+) ended without a word, last seen ")

@@ -5,6 +5,8 @@ A group that stands for two processes, of which the other has the same gradients
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -413,3 +415,25 @@ def test_copies_of_all_buckets_to_and_from_the_host_are_begun_before_any_is_wait
     assert calls == ["give"] * 3 + ["wait"] * 3
     assert [operation for operation, _ in twins.sent] == ["reduce_scatter"] * 3 + ["all_gather"] * 3
     assert all((one.numpy() == 7.0).all() for one in some)
+
+
+def test_what_is_copied_to_the_host_lives_until_the_copy_is_there(paddle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where another stream copies: paddle's two calls are played here, the copy is made at the end."""
+    from sft_parallel_4d import offload
+
+    sources: list[Any] = []
+
+    def begin(tensor: Any, copies: Any) -> Any:
+        sources.append(weakref.ref(tensor))
+        there = paddle.zeros_like(tensor)
+        return there, SimpleNamespace(cpu_wait=lambda: paddle.assign(sources[0](), there))
+
+    monkeypatch.setattr(offload, "async_offload", begin)
+    host = offload.Host()
+    host._copies = object()
+    resting = host.take(paddle.full([5], 3.0))
+    gc.collect()
+    assert sources[0]() is not None
+    resting.wait()
+    np.testing.assert_array_equal(resting.tensor.numpy(), [3.0] * 5)
+    assert sources[0]() is None

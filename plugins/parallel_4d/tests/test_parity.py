@@ -52,6 +52,7 @@ def check(trainings: Trainings, plan: str, **settings: Any) -> None:
                 "stage1",
                 "tp2",
                 "tp2-pp2",
+                "stage1-offload",
                 "stage2-offload",
                 "tp2-dp2",
                 "tp2-stage1",

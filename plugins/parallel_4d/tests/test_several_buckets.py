@@ -22,7 +22,7 @@ SIZES = {"dense": 12_000, "experts": 6_000, "partial": 300}
 
 PLANNED = {
     **ALL,
-    "tp2-sequence-stage1": Plan(4, 2, tensor(sharding="stage1", sequence_parallel=True)),
+    "dp2-stage1-offload": Plan(4, 4, {"sharding": "stage1 offload", "sharding_parallel_degree": 2}),
     "tp2-sequence-stage2": Plan(4, 2, tensor(sharding="stage2", sequence_parallel=True)),
     "ep2-dp2-pp2": Plan(8, 4, experts() | pipeline()),
     "ep2-tp2-sequence-stage1": Plan(8, 4, experts() | tensor(sharding="stage1", sequence_parallel=True)),
@@ -38,10 +38,12 @@ def size_for(kinds: str) -> int:
     return min(SIZES[kind] for kind in kinds.split())
 
 
-def run(trainings: Trainings, plan: str, kinds: str, spoiled: str | None = None, **settings: Any) -> Path:
+def run(
+    trainings: Trainings, plan: str, kinds: str, spoiled: str | None = None, late: bool = False, **settings: Any
+) -> Path:
     """The output folder of a run under ``plan``, in which some rank has several buckets of each of ``kinds``."""
-    values = trainings.settings(PLANNED[plan], **settings)
-    results = run_ranks(PLANNED[plan].processes, "bucketed:train", values, size_for(kinds), spoiled, timeout=100)
+    values, size = trainings.settings(PLANNED[plan], **settings), size_for(kinds)
+    results = run_ranks(PLANNED[plan].processes, "bucketed:train", values, size, spoiled, late, timeout=100)
     for kind in kinds.split():
         counts = [result.value["buckets"].get(kind, 0) for result in results]
         assert min(counts) > 1, f"{kind}: {counts} buckets"
@@ -73,7 +75,7 @@ def test_losses_norms_and_weights(trainings: Trainings) -> None:
 @pytest.mark.parametrize(
     ("plan", "kinds"),
     [
-        *((plan, "dense") for plan in ("dp2", "stage1", "stage2", "stage3", "stage2-offload")),
+        *((plan, "dense") for plan in ("dp2", "stage1", "stage2", "stage3", "stage1-offload", "stage2-offload")),
         *((plan, "dense") for plan in ("dp2-stage1", "dp2-stage2", "dp2-stage3")),
         *((plan, "dense") for plan in ("pp2-dp2", "pp2-stage1", "pp2-virtual-dp2", "cp2-dp2", "cp2-stage3")),
         *((plan, "partial") for plan in ("tp2-sequence", "tp2-sequence-pp2")),
@@ -83,6 +85,16 @@ def test_losses_norms_and_weights(trainings: Trainings) -> None:
 def test_a_dense_model(trainings: Trainings, plan: str, kinds: str, recompute: bool) -> None:
     settings = {**SAVED, "recompute": recompute}
     one, many = trainings.one(**settings), run(trainings, plan, kinds, **settings)
+    assert_equal(one, many)
+    assert_same_gradients(one, many)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["stage1-offload", "stage2-offload", "cp2-stage2-offload", "dp2-stage1-offload"])
+def test_copies_to_the_host_that_end_when_they_must(trainings: Trainings, plan: str) -> None:
+    """As late as a GPU's may: what is copied has neither changed nor gone by then."""
+    settings = {**SAVED, "max_grad_norm": 0.0}
+    one, many = trainings.one(**settings), run(trainings, plan, "dense", late=True, **settings)
     assert_equal(one, many)
     assert_same_gradients(one, many)
 

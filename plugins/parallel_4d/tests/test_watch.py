@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -24,7 +25,7 @@ from sft_parallel_4d.board import LONGEST, STRANGERS, Board
 from sft_parallel_4d.watch import OtherRankError, Watch, meeting_place
 
 RANK = """
-import os, signal, sys, time
+import math, os, signal, sys, time
 from pathlib import Path
 from sft_parallel_4d import last_words
 from sft_parallel_4d.watch import Watch, OtherRankError
@@ -65,6 +66,13 @@ try:
         entered = time.time()
         watch.meet()
         print(entered, time.time())
+        watch.leave()
+        watch.stop()
+    elif deed.startswith("brings"):
+        watch.enter("step 3")
+        print(watch.meet([0.1 + rank, 1e16 if rank else 1.0, -1e300], deed.partition(" ")[2] or "sum"))
+        watch.enter("step 4")
+        print(watch.meet([rank - 7, math.inf, 0.1 * rank], "largest"))
         watch.leave()
         watch.stop()
     elif deed == "wait":
@@ -125,6 +133,22 @@ def test_ranks_meet_where_a_phase_begins(ranks: Ranks) -> None:
     entered, met = zip(*(map(float, output.split()) for output in outputs), strict=True)
     assert max(entered) - min(entered) > 0.3
     assert min(met) >= max(entered)
+
+
+def test_hosts_tell_each_other_numbers(ranks: Ranks) -> None:
+    """Summed as float64 in the order of ranks, whoever comes first: the same in all, to the last digit."""
+    codes, outputs = ranks("brings", "brings", "brings", timeout=60)
+    assert codes == [0, 0, 0]
+    total = [
+        sum(column) for column in zip(*([0.1 + rank, 1e16 if rank else 1.0, -1e300] for rank in range(3)), strict=True)
+    ]
+    assert outputs == [f"{total}\n{[-5.0, math.inf, 0.2]}\n"] * 3
+
+
+def test_ranks_that_bring_other_things_end(ranks: Ranks) -> None:
+    codes, outputs = ranks("brings", "brings largest", timeout=60)
+    assert codes == [1, 1]
+    assert outputs == ["sft: The ranks bring different numbers to 'step 3'; run one sft in all.\n"] * 2
 
 
 def test_ranks_that_meet_hear_of_one_that_does_not_come(ranks: Ranks) -> None:
@@ -292,6 +316,12 @@ def test_one_who_has_taken_the_port_is_no_board(guesses: bool, monkeypatch: pyte
                 {"waited": float("nan")},
                 {"waited": -1},
                 {"waited": True},
+                {"brings": [1.0]},
+                {"brings": {}},
+                {"brings": {"mean": [1.0]}},
+                {"brings": {"sum": [1.0], "largest": [1.0]}},
+                {"brings": {"sum": 1.0}},
+                {"brings": {"sum": ["1"]}},
                 {"error": 1},
                 {"error": "x" * LONGEST},
             )
@@ -315,7 +345,7 @@ def test_a_rank_is_connected_once_and_speaks_for_itself(board: Board) -> None:
         door.enter(stream, stream, "the token", 0)
         stream.write(json.dumps(HELLO).encode() + b"\n")
         stream.flush()
-        assert json.loads(stream.readline()) == {"first": None, "absent": [1], "together": False}
+        assert json.loads(stream.readline()) == {"first": None, "absent": [1], "together": None}
         for rank in (0, 2, -1, "1", None, 10**30):
             other, beside = connected(board)
             with other:
@@ -331,7 +361,7 @@ def test_strangers_keep_no_rank_out(board: Board, monkeypatch: pytest.MonkeyPatc
     idle = [connected(board) for _ in range(STRANGERS + 40)]
     watch = Watch(0, 2, 20, print, (0, *board.server_address[:2]))
     with watch._connect():
-        assert watch._ask() == {"first": None, "absent": [1], "together": False}
+        assert watch._ask() == {"first": None, "absent": [1], "together": None}
     for line, _ in idle:
         line.close()
 

@@ -8,8 +8,8 @@ import socket
 import socketserver
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sft_parallel_4d.door import SECONDS, StrangerError, let_in
@@ -39,6 +39,24 @@ class _Seen:
         return f"{'after' if self.waited is None else 'in'} {self.phase!r}"
 
 
+WAYS: dict[str, Callable[[Sequence[float]], float]] = {"sum": sum, "largest": max}
+"""What numbers that ranks bring can come to. A sum is in the order of ranks, so that it repeats."""
+
+
+@dataclass
+class Meeting:
+    """A phase to which ranks bring as many numbers each."""
+
+    brought: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    result: list[float] | None = None
+
+    def close(self) -> None:
+        """All have come. Raises ValueError where they bring something else."""
+        (way,) = {way for brings in self.brought.values() for way in brings}
+        columns = zip(*(self.brought[rank][way] for rank in sorted(self.brought)), strict=True)
+        self.result = [float(WAYS[way](column)) for column in columns]
+
+
 class Board(socketserver.ThreadingTCPServer):
     """Serves ``world`` ranks, which call every ``beat`` seconds, and wait for each other at most ``timeout``.
 
@@ -60,7 +78,9 @@ class Board(socketserver.ThreadingTCPServer):
         self._connected: set[int] = set()
         self._told: set[int] = set()
         self._answered: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._meetings: dict[int, Meeting] = {}
+        """By phases entered: those that not all ranks have left yet."""
+        self._lock = threading.Condition()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="sft-board", daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -85,13 +105,30 @@ class Board(socketserver.ThreadingTCPServer):
             self._seen[rank] = seen
             if error is not None:
                 self.first = self.first or (rank, f"rank {rank}: {error}")
+                self._lock.notify_all()
             elif not seen.done and seen.waited is not None and seen.waited > self._timeout:
                 self.first = self.first or self.missing()
+            together = self._met(rank, said["count"][0], said["brings"]) if "brings" in said else None
         if error is not None:  # the launcher may end this machine's ranks as soon as one of them has ended
             self.wait_for(lambda board: board.all_told(but=rank), 3 * self._beat)
-        absent, phases = self._absent(), said["count"][0]
-        together = not absent and all(seen.count[0] >= phases for seen in self._seen.copy().values())
-        return {"first": self.first, "absent": absent, "together": together}
+        return {"first": self.first, "absent": self._absent(), "together": together}
+
+    def _met(self, rank: int, phases: int, brings: dict[str, list[float]]) -> list[float] | None:
+        """What all ranks have brought to a phase comes to. None: not all have come yet; whoever has asks again, and
+        is answered at once when the last one comes."""
+        meeting = self._meetings.setdefault(phases, Meeting())
+        meeting.brought[rank] = brings
+        if meeting.result is None and len(meeting.brought) == self._world:
+            try:
+                meeting.close()
+            except ValueError:
+                what = self._seen[rank].phase
+                self.first = self.first or (-1, f"The ranks bring different numbers to {what!r}; run one sft in all.")
+            for earlier in [number for number in self._meetings if number < phases]:
+                del self._meetings[earlier]  # who is here has left them
+            self._lock.notify_all()
+        self._lock.wait_for(lambda: meeting.result is not None or self.first, self._beat / 2)
+        return meeting.result
 
     def lost(self, rank: int) -> None:
         """The connection of a rank has ended; it should have said before that it is done, or why it fails."""
@@ -101,6 +138,7 @@ class Board(socketserver.ThreadingTCPServer):
                 self._connected.discard(rank)
                 return
             seen.lost = True
+            self._lock.notify_all()
             if not seen.done:
                 self.first = self.first or (
                     rank,
@@ -151,6 +189,8 @@ class Board(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def _absent(self) -> list[int]:
+        if len(self._seen) == self._world:
+            return []  # asked at each line of each rank
         return [rank for rank in range(self._world) if rank not in self._seen]
 
 
@@ -171,7 +211,16 @@ def understood(line: bytes) -> dict[str, Any]:
         raise ValueError("no seconds")
     if not isinstance(phase, str) or not phase.isprintable() or not isinstance(error, (str, type(None))):
         raise ValueError("no text")
+    if "brings" in said and not _are_numbers(said["brings"]):
+        raise ValueError("no numbers")
     return said
+
+
+def _are_numbers(brings: Any) -> bool:
+    if not (isinstance(brings, dict) and len(brings) == 1 and brings.keys() <= WAYS.keys()):
+        return False
+    (numbers,) = brings.values()
+    return isinstance(numbers, list) and all(type(number) is float for number in numbers)
 
 
 class _Line(socketserver.StreamRequestHandler):

@@ -70,9 +70,10 @@ class Buckets:
         self._ways: list[_Way] = []
         self._of: dict[int, Bucket] = {}
         self._pieces: dict[int, Any] = {}
-        self._next = self._count = 0
-        self._leaving: Bucket | None = None
-        """From stage 2 on what was sent last: it is whole until another one leaves."""
+        self._next = self._count = self._micro = 0
+        self._leaving: tuple[_Way, bool] | None = None
+        """From stage 2 on what was sent last, as it is whole until another one leaves, and with a host; whether these
+        are the last gradients of the step."""
         self._open = False
         """Whether a step is under way: other gradients are none of ours."""
         self._wrong = ""
@@ -160,7 +161,7 @@ class Buckets:
 
     def begin(self, count: int) -> None:
         """A step begins in which backward will be gone through ``count`` times."""
-        self._open, self._count = True, count if self._stage < 2 else 1
+        self._open, self._count, self._micro = True, count if self._stage < 2 else 1, count
         self._wrong, self._leaving = "", None  # an error may have ended the last one halfway
         for way in self._ways:
             way.bucket.forget()
@@ -199,17 +200,19 @@ class Buckets:
             self._send()
 
     def _send(self) -> None:
-        bucket = self._ways[self._next].bucket
-        bucket.send()
-        if self._stage >= 2:  # of all sums but this one's there is no more than the slice
-            self._settle()
-            self._leaving = bucket
+        way = self._ways[self._next]
+        way.bucket.send()
+        if self._stage >= 2 or self._host is not None:
+            self._settle()  # from stage 2 on, of all sums but this one's there is no more than the slice
+            self._leaving = way, self._stage < 2 or self._micro == 1
         self._next += 1
 
     def _settle(self) -> None:
         if self._leaving is not None:
-            self._leaving.settle()
-            self._leaving = None
+            (way, is_whole), self._leaving = self._leaving, None
+            way.bucket.settle()
+            if is_whole and not way.further:
+                way.bucket.rest_gradients()
 
     def _check(self) -> None:
         if self._wrong:
@@ -225,6 +228,7 @@ class Buckets:
         self._check()
         if self._stage >= 2:
             self._send_all()
+            self._micro -= 1
             self._arm()
 
     def _send_all(self) -> None:

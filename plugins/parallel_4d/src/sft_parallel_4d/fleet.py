@@ -203,8 +203,8 @@ class Bucket(fusion.FusedCommBuffer):
         return self.grad_storage._slice(*self.own) if self._adds else self._sums
 
     def rest_gradients(self) -> None:
-        """Begin to take :attr:`sums` to where values rest."""
-        if self.host is not None:
+        """Begin to take :attr:`sums`, which change no more, to where values rest."""
+        if self.host is not None and self._resting is None:
             self._resting = self.host.take(self.sums)
             self._clear()
 
@@ -218,7 +218,9 @@ class Bucket(fusion.FusedCommBuffer):
         """Let go of all gradients."""
         self.settle()
         self._clear()
-        self._resting = None
+        if self._resting is not None:
+            self._resting.wait()
+            self._resting = None
 
     def _clear(self) -> None:
         if self.grad_storage is not None:

@@ -14,15 +14,18 @@ from paddle.incubate.tensor.manipulation import async_offload, async_reload, cre
 
 
 class Resting:
-    """A flat tensor in the host's memory: ``tensor`` is it, once :meth:`wait` has come back."""
+    """A flat tensor in the host's memory: ``tensor`` is it, once :meth:`wait` has come back. Until then its ``source``
+    must not change, and is held: paddle would give its memory to others while the copy goes on in another stream."""
 
-    def __init__(self, tensor: Any, pinned: Any = None, wait: Callable[[], None] | None = None) -> None:
-        self.tensor, self.pinned, self._wait = tensor, pinned, wait
+    def __init__(
+        self, tensor: Any, source: Any = None, pinned: Any = None, wait: Callable[[], None] | None = None
+    ) -> None:
+        self.tensor, self.pinned, self._source, self._wait = tensor, pinned, source, wait
 
     def wait(self) -> None:
         if self._wait is not None:
             self._wait()
-            self._wait = None
+            self._wait = self._source = None
 
 
 class Host:
@@ -36,7 +39,7 @@ class Host:
         if self._copies is None:
             return Resting(tensor.clone())
         pinned, task = async_offload(tensor, self._copies)
-        return Resting(_plain(pinned), pinned, task.cpu_wait)
+        return Resting(_plain(pinned), tensor, pinned, task.cpu_wait)
 
     def give(self, resting: Resting) -> tuple[Any, Callable[[], None]]:
         """Begin to copy to the device; the tensor there, and what the device waits with before it reads it."""

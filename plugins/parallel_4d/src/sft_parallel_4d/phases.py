@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -18,21 +18,36 @@ class Phases:
     to it, as Paddle's gloo waits for a process 30 seconds and no longer."""
 
     def __init__(self, watch: Watch | None, meets: bool = False) -> None:
-        self._watch, self._meets, self._waits = watch, meets, False
+        self._watch, self._meets = watch, meets
+        self._outer: str | None = None
+        """The phase that is under way."""
 
     @contextlib.contextmanager
     def within(self, name: str) -> Iterator[None]:
         """A phase, unless it is part of another one."""
-        if self._watch is None or self._waits:
+        if self._watch is None or self._outer is not None:
             yield
             return
         self._watch.enter(name)
         if self._meets:
             self._watch.meet()
-        self._waits = True
+        self._outer = name
         yield
-        self._waits = False
+        self._outer = None
         self._watch.leave()
+
+    def exchange(self, name: str, numbers: Sequence[float], way: str) -> list[float]:
+        """What the ``numbers`` of all processes come to, by ``way`` ("sum" or "largest"): their hosts tell each other,
+        and no device is asked. It is a phase of its own, within another one too."""
+        if self._watch is None:
+            return [float(number) for number in numbers]
+        self._watch.enter(name)
+        found = self._watch.meet(numbers, way)
+        if self._outer is None:
+            self._watch.leave()
+        else:
+            self._watch.enter(self._outer)
+        return found
 
     def go_on(self) -> None:
         """This process gets on within its phase."""

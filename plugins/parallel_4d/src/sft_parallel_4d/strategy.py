@@ -323,16 +323,13 @@ class Parallel:
         with self.phases.within("answers"), together:
             yield self.phases.go_on
 
-    @phase("sums over data ranks")
     def sum(self, values: Sequence[float]) -> list[float]:
-        # Those that share rows all have the sums of these: one of them counts.
-        own = list(values) if self._at.context.rank == 0 else [0.0] * len(values)
-        tensor = paddle.to_tensor(own, dtype="float64")
-        return list(self._at.data.sum(self._at.sharding.sum(tensor)).tolist())
+        # Those that read the same rows all know these: one of them counts.
+        own = values if self.is_first else [0.0] * len(values)
+        return self.phases.exchange("sums over data ranks", own, "sum")
 
-    @phase("comparing")
     def largest(self, value: float) -> float:
-        return float(self._at.world.maximum(paddle.to_tensor([value], dtype="float64")))
+        return self.phases.exchange("comparing", [value], "largest")[0]
 
     # --- what is written ------------------------------------------------------------------------------------
 
@@ -368,9 +365,8 @@ class Parallel:
     def own_file(self, stem: str) -> str:
         return f"{stem}-{self._at.world.rank:05d}" if self._at.plan.devices > 1 else stem
 
-    @phase("waiting for all")
     def wait(self) -> None:
-        self._at.world.sum(paddle.zeros([1]))
+        self.phases.exchange("waiting for all", [], "sum")
 
 
 @contextlib.contextmanager

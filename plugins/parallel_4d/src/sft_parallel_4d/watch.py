@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from sft import SftError
@@ -92,20 +92,19 @@ class Watch:
         """From now on this rank waits for others in ``phase``."""
         self._now = ((self._now[0][0] + 1, 0), phase, time.monotonic())
 
-    def meet(self) -> None:
-        """Wait until all ranks have entered this phase. Where something goes wrong in one, this process ends."""
-        pause = 0.0005
+    def meet(self, numbers: Iterable[float] = (), way: str = "sum") -> list[float]:
+        """Wait until all ranks have entered this phase; what the ``numbers`` that each brings come to, one by one
+        (:data:`~sft_parallel_4d.board.WAYS`). Where something goes wrong in one, this process ends."""
+        brings = {way: [float(number) for number in numbers]}
         while True:
             try:
-                answer = self._ask()
+                answer = self._ask(brings=brings)
             except OtherRankError as error:
                 self._end(str(error))
             if answer["first"]:
                 self._end(answer["first"][1])
-            if answer["together"]:
-                return
-            time.sleep(pause)
-            pause = min(2 * pause, 0.05)
+            if answer["together"] is not None:
+                return list(answer["together"])
 
     def go_on(self) -> None:
         """This rank gets on within its phase; how often, differs from rank to rank."""
@@ -219,7 +218,7 @@ class Watch:
 
     def _ask(self, **more: Any) -> dict[str, Any]:
         """Tell the server where this rank is; its answer: ``first``, [rank, text] or None, the ``absent`` ranks, and
-        whether all have entered as many phases (``together``)."""
+        what all have brought to the phase, once they have (``together``)."""
         with self._line:
             count, phase, since = self._now
             waited = None if since is None else time.monotonic() - since

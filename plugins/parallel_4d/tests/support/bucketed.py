@@ -9,12 +9,14 @@ from typing import Any
 import sft
 
 
-def train(settings: dict[str, Any], size: int, spoiled: str | None = None) -> dict[str, Any]:
+def train(settings: dict[str, Any], size: int, spoiled: str | None = None, late: bool = False) -> dict[str, Any]:
     """One rank of a run with buckets of ``size`` bytes: how many buckets it has of each kind. Of kind ``spoiled``, the
-    second one takes each gradient twice."""
+    second one takes each gradient twice. With ``late`` copies to the host are made when they are waited for."""
     from sft_parallel_4d import options
 
     options.BUCKET = size
+    if late:
+        copy_late()
     found: Counter[str] = Counter()
 
     class Look(sft.Plugin):
@@ -42,6 +44,18 @@ def kinds_of(strategy: Any) -> list[tuple[Any, str]]:
             (way.bucket, "experts" if id(one) in buckets._kinds.with_block else "partial" if is_partial else "dense")
         )
     return found
+
+
+def copy_late() -> None:
+    import paddle
+
+    from sft_parallel_4d.offload import Host, Resting
+
+    def take(self: Host, tensor: Any) -> Resting:
+        there = paddle.empty_like(tensor)
+        return Resting(there, tensor, wait=lambda: paddle.assign(tensor, there))
+
+    Host.take = take  # type: ignore[method-assign]
 
 
 def twice(bucket: Any) -> None:

@@ -101,6 +101,13 @@ class Recorder:
 
         return read
 
+    # --- what goes to the host ---
+
+    def watch_host(self) -> None:
+        from sft_parallel_4d.offload import Host
+
+        Host.take = self._timed("take", Host.take)  # type: ignore[method-assign]
+
     # --- what the run does ---
 
     def watch_micro_batches(self) -> None:
@@ -143,6 +150,7 @@ def record(settings: dict[str, Any], bucket: int | None = None) -> dict[str, Any
     recorder.watch_collectives()
     recorder.watch_micro_batches()
     recorder.watch_waits(paddle)
+    recorder.watch_host()
 
     class Steps(sft.Plugin):
         name = "steps"

@@ -7,11 +7,11 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import paddle
-from paddle.base.framework import EagerParamBase
 
 from sft import UsageError
 from sft.parallel import Part, copy_place, is_elsewhere, mark_part, owner_of, stage_of
 from sft_parallel_4d import trial
+from sft_parallel_4d.internals import empty, is_parameter, parameter_of
 from sft_parallel_4d.tensor import adapters, part_beneath
 from sft_parallel_4d.topology import Axis
 
@@ -59,7 +59,7 @@ class Adapters:
         for layer, side in self._layers:
             for name, whole in _tensors(layer):
                 part = self._parts[id(layer), name] = self._part(layer, name, side, tuple(whole.shape))
-                if isinstance(whole, EagerParamBase):
+                if is_parameter(whole):
                     layer._parameters[name] = self._local(layer, whole, part)
                     continue
                 setattr(layer, name, self._frozen(whole, part, seen))
@@ -100,12 +100,12 @@ class Adapters:
     def _local(self, layer: Any, whole: Any, part: Part | None) -> Any:
         local = whole
         if part is not None:
-            local = EagerParamBase.from_tensor(self._tensor.part(whole, part))
+            local = parameter_of(self._tensor.part(whole, part))
             local.stop_gradient = whole.stop_gradient
             mark_part(local, part)
         copy_place(layer, local)
         if is_elsewhere(local):
-            local._clear_data()
+            empty(local)
         return local
 
     def _frozen(self, whole: Any, part: Part | None, seen: dict[Hashable, Any]) -> Any:
@@ -116,7 +116,7 @@ class Adapters:
         return seen[key][1]
 
     def _undivided(self, local: Any, part: Part | None) -> Any:
-        if isinstance(local, EagerParamBase):
+        if is_parameter(local):
             return self._whole(local)
         # Frozen tensors are kept by all stages, and by all that share out experts.
         return local.clone() if part is None else self._tensor.whole(local, part)
@@ -126,7 +126,7 @@ class Adapters:
         seen: dict[Hashable, Any] = {}
         for layer, name, side, local in held:
             whole = getattr(layer, name)
-            if isinstance(local, EagerParamBase):
+            if is_parameter(local):
                 layer._parameters[name] = local
                 if not is_elsewhere(local):
                     self._store(local, whole.astype("float32").numpy().__getitem__)
@@ -150,8 +150,8 @@ def _tensors(layer: Any) -> list[tuple[str, Any]]:
 
 
 def _put(layer: Any, name: str, whole: Any, local: Any) -> None:
-    if isinstance(local, EagerParamBase):
-        parameter = EagerParamBase.from_tensor(whole)
+    if is_parameter(local):
+        parameter = parameter_of(whole)
         parameter.stop_gradient = local.stop_gradient
         layer._parameters[name] = parameter
     else:

@@ -13,15 +13,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
 
 import paddle
-from paddle.base.framework import EagerParamBase
 
 from sft import Norms, SftError
 from sft_parallel_4d.fleet import Bucket, together
+from sft_parallel_4d.internals import give, piece_over, put_back, taken, when_reached
 from sft_parallel_4d.offload import Host
 from sft_parallel_4d.topology import Axis, Topology
 
@@ -127,9 +127,9 @@ class Buckets:
         self._ways.append(way)
         for parameter in way.bucket.params:
             self._of[id(parameter)] = way.bucket
-            parameter._register_backward_hook(lambda *_, way=way, parameter=parameter: self._arrived(way, parameter))
+            when_reached(parameter, partial(self._arrived, way, parameter))
             if way.bucket.cut and self.holds(parameter):
-                self._pieces[id(parameter)] = _over(way.bucket.within(way.bucket.kept, parameter))
+                self._pieces[id(parameter)] = piece_over(way.bucket.within(way.bucket.kept, parameter))
 
     # --- what is stepped here ---
 
@@ -255,11 +255,10 @@ class Buckets:
                 self._give(way.bucket, parameter)
 
     def _give(self, bucket: Bucket, parameter: Any) -> None:
-        """As ``grad_``: to ``grad`` paddle copies, and waits for the device."""
         if not bucket.cut:
-            parameter.grad_ = bucket.gradient(parameter).reshape(parameter.shape)
+            give(parameter, bucket.gradient(parameter).reshape(parameter.shape))
         elif self.holds(parameter):
-            self._pieces[id(parameter)].grad_ = bucket.gradient(parameter)
+            give(self._pieces[id(parameter)], bucket.gradient(parameter))
 
     @paddle.no_grad()
     def spread(self) -> None:
@@ -269,7 +268,7 @@ class Buckets:
             way.bucket.forget()
         for bucket in cut:
             for parameter in filter(self.holds, bucket.params):
-                _put_back(self._pieces[id(parameter)], bucket.within(bucket.kept, parameter))
+                put_back(self._pieces[id(parameter)], bucket.within(bucket.kept, parameter))
             bucket.renew()
         for task in [bucket.spread() for bucket in cut]:
             if task is not None:
@@ -310,35 +309,3 @@ def of_experts(blocks: Iterable[Any]) -> list[tuple[Any, list[Any]]]:
 
 def _words(parameter: Any) -> str:
     return f"{parameter.name} {list(parameter.shape)}"
-
-
-def taken(parameter: Any) -> Any:
-    """The parameter's gradient, flat and in float32, since 16 bits would lose summands beside their sum; the parameter
-    has none then. None if it had none."""
-    gradient = parameter.grad
-    if gradient is None:
-        return None
-    # Another tensor over the same memory, whatever the shape: the gradient itself is empty after the next line.
-    flat = paddle._C_ops.reshape(gradient, [-1]).astype("float32")
-    parameter.clear_gradient(False)  # set_to_zero, which paddle ignores by name: it would keep zeros
-    return flat
-
-
-def _over(values: Any) -> Any:
-    """A parameter over the memory of ``values``."""
-    piece = EagerParamBase(shape=[1], dtype=values.dtype)
-    piece.stop_gradient = False
-    _share(values, piece)
-    return piece
-
-
-def _put_back(piece: Any, values: Any) -> None:
-    """An optimizer may have given the ``piece`` another memory than that of the buffer."""
-    if piece.data_ptr() != values.data_ptr():
-        paddle.assign(piece, values)
-        _share(values, piece)
-
-
-def _share(values: Any, piece: Any) -> None:
-    values._share_buffer_to(piece)
-    piece.get_tensor()._set_dims(values.shape)

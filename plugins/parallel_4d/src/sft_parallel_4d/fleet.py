@@ -146,8 +146,21 @@ class Bucket(fusion.FusedCommBuffer):
         (first, last), start = self.bounds(parameter), self.start(parameter) - self.own[0]
         return slice_._slice(start + first, start + last)
 
+    def of(self, whole: Any, parameter: Any) -> Any:
+        """Of a tensor like the buffer what is the parameter's, a view."""
+        start = self.start(parameter)
+        return whole._slice(start, start + math.prod(parameter.shape))
+
+    def own_values(self) -> Any:
+        """Of all parameters' values, flat, this process's part, a view."""
+        return self.param_storage._slice(*self.own)
+
+    def let_go_of_values(self) -> None:
+        """Parameters have no values, until they are given others."""
+        self.param_storage._clear_dataptr()
+
     def _keep(self) -> Any:
-        own = self.param_storage._slice(*self.own)
+        own = self.own_values()
         return own if self.host is None else self._rests(own)
 
     def _rests(self, own: Any) -> Any:
@@ -160,8 +173,7 @@ class Bucket(fusion.FusedCommBuffer):
 
     def add(self, parameter: Any, gradient: Any) -> None:
         """Add a float32 ``gradient``, flat, to what is in the buffer for ``parameter``."""
-        start = self.start(parameter)
-        self._filled()._slice(start, start + math.prod(parameter.shape)).add_(gradient)
+        self.of(self._filled(), parameter).add_(gradient)
 
     def _filled(self) -> Any:
         if self.grad_storage is None or self._task is not None:
@@ -242,7 +254,7 @@ class Bucket(fusion.FusedCommBuffer):
 
     def spread(self) -> Any:
         """Begin to give all processes the slices of all; what to wait for, or None."""
-        own = self.param_storage._slice(*self.own)
+        own = self.own_values()
         if self._brought is not None:
             values, wait = self._brought
             wait()

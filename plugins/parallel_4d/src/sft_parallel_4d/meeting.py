@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import paddle
 from paddle.autograd import PyLayer
 
 from sft.parallel import Meeting, Part, Vocabulary
+from sft_parallel_4d.internals import alias
 from sft_parallel_4d.topology import Axis
 
 SEQUENCE = 1
@@ -40,7 +40,7 @@ def _same(x: Any) -> Any:
 def _alias(x: Any) -> Any:
     """Another tensor over the same memory. Were it ``x`` itself, all else that reads ``x`` would go back through the
     crossing too: the residual stream, where no norm lies between (OLMo 2)."""
-    return paddle._C_ops.reshape(x, x.shape)
+    return alias(x)
 
 
 class BlockMeeting(Meeting):

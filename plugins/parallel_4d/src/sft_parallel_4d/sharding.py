@@ -16,6 +16,7 @@ import paddle
 from paddle import distributed
 
 from sft_parallel_4d.fleet import Bucket
+from sft_parallel_4d.internals import empty, has_memory, share
 from sft_parallel_4d.offload import Host
 from sft_parallel_4d.topology import Axis
 
@@ -30,7 +31,7 @@ class Unit(Bucket):
         super().__init__(parameters, group, cut=True, adds=False, host=host)
         for parameter in frozen:
             parameter.stop_gradient = True
-        self.param_storage._clear_dataptr()
+        self.let_go_of_values()
         self.held = 0
         """How many want it not to go yet."""
         self._whole: Any = None
@@ -38,7 +39,7 @@ class Unit(Bucket):
         self._drop()
 
     def _keep(self) -> Any:
-        own = self.param_storage._slice(*self.own)
+        own = self.own_values()
         return own.clone() if self.host is None else self._rests(own)
 
     def bring(self) -> None:
@@ -70,12 +71,11 @@ class Unit(Bucket):
         if task is not None:
             task.wait()
         for parameter in self.params:
-            self.value(parameter)._share_buffer_to(parameter)
+            share(self.value(parameter), parameter)
 
     def value(self, parameter: Any) -> Any:
         """A tensor over the memory of the parameter while that is whole."""
-        start = self.start(parameter)
-        return self._whole._slice(start, start + math.prod(parameter.shape)).reshape(parameter.shape)
+        return self.of(self._whole, parameter).reshape(parameter.shape)
 
     def release(self) -> None:
         """They have none, unless they are held."""
@@ -85,7 +85,7 @@ class Unit(Bucket):
 
     def _drop(self) -> None:
         for parameter in self.params:
-            parameter._clear_data()
+            empty(parameter)
 
     def renew(self) -> None:
         """What was asked for is old."""
@@ -169,10 +169,10 @@ class Shards:
 
     def _make(self, parameters: list[Any]) -> None:
         for parameter in parameters:
-            if not parameter._is_initialized():
+            if not has_memory(parameter):
                 whole = self._whole_of_loose(parameter)
                 del self._loose[id(parameter)]
-                whole._share_buffer_to(parameter)
+                share(whole, parameter)
         unit = Unit(parameters, self._axis.group, self._host)
         self._of.update((id(parameter), unit) for parameter in parameters)
 
@@ -234,7 +234,7 @@ class Shards:
         if units and units == self._turns[-1] and paddle.is_grad_enabled():
             self._ask(len(self._turns) - 1, back=True)
         for parameter in loose:
-            self._whole_of_loose(parameter)._share_buffer_to(parameter)
+            share(self._whole_of_loose(parameter), parameter)
         for unit in units:
             unit.held += 1
         try:
@@ -244,7 +244,7 @@ class Shards:
                 unit.held -= 1
             _release(units)
             for parameter in loose:
-                parameter._clear_data()
+                empty(parameter)
 
     def release(self) -> None:
         """Keep slices alone, of all."""

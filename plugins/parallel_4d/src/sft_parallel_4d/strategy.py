@@ -29,6 +29,7 @@ from sft_parallel_4d.buckets import Buckets, Kinds, as_met, of_experts, shared_b
 from sft_parallel_4d.context import ContextParallel
 from sft_parallel_4d.experts import ExpertParallel
 from sft_parallel_4d.idle import evaluating, nothing
+from sft_parallel_4d.internals import give
 from sft_parallel_4d.offload import Host
 from sft_parallel_4d.options import BUCKET
 from sft_parallel_4d.phases import Phases, phase
@@ -256,7 +257,7 @@ class Parallel:
         buckets.finish()
         for parameter in self._trained.values():
             if parameter.grad is None and self._at.plan.devices > 1 and not buckets.has(parameter):
-                parameter.grad_ = paddle.zeros(parameter.shape, dtype="float32")  # to ``grad`` paddle copies, and waits
+                give(parameter, paddle.zeros(parameter.shape, dtype="float32"))
             if self._pipe is not None and self._pipe.is_tied(parameter) and buckets.holds(parameter):
                 self._add_other_end(buckets.piece(parameter))
 

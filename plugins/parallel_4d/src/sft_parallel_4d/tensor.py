@@ -19,6 +19,7 @@ import sft
 from sft import Batch
 from sft.parallel import Part, mark_part, mark_sums, part_of
 from sft_parallel_4d.fleet import drawing_apart, seed_apart
+from sft_parallel_4d.internals import seed_now
 from sft_parallel_4d.meeting import BlockMeeting, Columns
 from sft_parallel_4d.model_size import KEYS, divided_side
 from sft_parallel_4d.topology import Axis, among
@@ -123,10 +124,9 @@ class TensorParallel:
                     self._draws = True
 
     def seed_dropout(self) -> None:
-        """A step begins: what is drawn apart depends on its seed and on the process."""
+        """A step begins: what is drawn apart depends on its seed, which all of the axis have, and on the process."""
         if self._draws:
-            common = paddle.base.core.default_cpu_generator().initial_seed()  # of the step: all of the axis have it
-            seed = int(np.random.SeedSequence([common, self._axis.rank]).generate_state(1)[0])
+            seed = int(np.random.SeedSequence([seed_now(), self._axis.rank]).generate_state(1)[0])
             seed_apart(APART, seed)
 
     def summed_over(self, parameter: Any) -> Axis:

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import paddle
-from paddle.base.framework import EagerParamBase
 
 from sft import UsageError
 from sft.parallel import Part, mark_part, mark_sums, part_of
+from sft_parallel_4d.internals import is_parameter, parameter_of
 from sft_parallel_4d.topology import Axis
 
 TOLERANCE = 1e-3
@@ -226,7 +226,7 @@ def _like(linear: Part, shape: Iterable[int], axis: int) -> Part:
 
 def _put(layer: Any, held: dict[str, Any], values: dict[str, Any]) -> None:
     for key, value in values.items():
-        if isinstance(held[key], EagerParamBase):
-            layer._parameters[key] = value if value is held[key] else EagerParamBase.from_tensor(value.clone())
+        if is_parameter(held[key]):
+            layer._parameters[key] = value if value is held[key] else parameter_of(value.clone())
         else:
             setattr(layer, key, value)

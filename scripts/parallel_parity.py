@@ -10,6 +10,7 @@ they mean says docs/parallel.md. A plan that a tree's tests do not know has no f
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -28,8 +29,14 @@ PACKED_LORA = {"plugin": ["lora", "greedy-zero-padding", "flashmask"], "lora_ran
 WHATS: dict[str, dict[str, Any]] = {"full": {}, "LoRA, packed": PACKED_LORA, "VeRA": {"plugin": ["vera"]}}
 ROWS = {
     **{"data 2": "dp2", "stage 1, of 2": "stage1", "stage 1, of 2, wide": "stage1 wide", "stage 2, of 2": "stage2"},
-    **{"stage 3, of 2": "stage3", "stage 3, of 2, wide": "stage3 wide", "tensor 2": "tp2"},
-    **{"tensor 2, sequence": "tp2-sequence", "pipeline 2": "pp2", "data 2 × stage 1 of 2": "dp2-stage1"},
+    **{"stage 3, of 2": "stage3", "stage 3, of 2, wide": "stage3 wide"},
+    **{"stage 1, offload": "stage1-offload", "stage 2, offload": "stage2-offload", "tensor 2": "tp2"},
+    **{
+        "tensor 2, offload": "tp2-offload",
+        "tensor 2, sequence": "tp2-sequence",
+        "pipeline 2": "pp2",
+        "data 2 × stage 1 of 2": "dp2-stage1",
+    },
     **{"tensor 2 × data 2": "tp2-dp2", "tensor 2 × pipeline 2": "tp2-pp2", "pipeline 2 × data 2": "pp2-dp2"},
     **{"pipeline 2, interleaved": "pp2-virtual", "context 2": "cp2", "experts 2": "ep2 mixture"},
     "tensor 2 × stage 3 of 2": "tp2-stage3",
@@ -54,6 +61,8 @@ def rank(settings: dict[str, Any], tree: str) -> Figures:
 
     # A tree without experts has no all-to-all.
     recording.COLLECTIVES = tuple(name for name in recording.COLLECTIVES if hasattr(groups.ProcessGroup, name))
+    if importlib.util.find_spec("sft_parallel_4d.offload") is None:
+        recording.Recorder.watch_host = lambda self: None  # type: ignore[method-assign]
     found = recording.record(settings)
     files = [str(getattr(sys.modules[n], "__file__", None) or tree) for n in sys.modules if n.startswith("sft")]
     assert all(Path(file).is_relative_to(tree) for file in files), f"{files} are not all of {tree}"

@@ -147,6 +147,27 @@ def test_a_step_reads_what_the_device_computed_once(trainings: Trainings, plan: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plan", "group"),
+    [("dp2-stage1", [0, 2]), ("dp2-stage2", [0, 2]), ("dp2-stage3", [0, 2]), ("cp2-dp2-stage1", [0, 4])],
+)
+def test_sums_over_a_second_axis_begin_while_backward_goes_on(
+    trainings: Trainings, plan: str, group: list[int]
+) -> None:
+    """Of slices over the data ranks beside sharding: each bucket's once a step, when all micro-batches are in it, and
+    all but the last two before backward ends."""
+    ranks = recorded(trainings, plan)
+    assert_one_order(ranks)
+    events = ranks[0]
+    sums = [event["began"] for event in events if event["what"] == "all_reduce" and event["group"] == group]
+    slices = [event for event in events if event["what"] == "reduce_scatter"]
+    backward = [(event["began"], event["ended"]) for event in events if event["what"] == "backward"]
+    assert len(sums) == len(slices) / (1 if "stage1" in plan else len(backward)) > 2
+    began, ended = backward[-1]
+    assert all(began < one < ended for one in sums[:-2])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["stage1-offload", "stage2-offload", "cp2-stage2-offload"])
 def test_gradients_go_to_the_host_while_backward_goes_on(trainings: Trainings, plan: str) -> None:
     """Each bucket once a step, when all micro-batches are in its sum: all but the last one before backward ends."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby
@@ -71,9 +71,8 @@ class Buckets:
         self._of: dict[int, Bucket] = {}
         self._pieces: dict[int, Any] = {}
         self._next = self._count = self._micro = 0
-        self._leaving: tuple[_Way, bool] | None = None
-        """From stage 2 on what was sent last, as it is whole until another one leaves, and with a host; whether these
-        are the last gradients of the step."""
+        self._under_way: list[Iterator[None]] = []
+        """What was sent, by :meth:`_legs`, each of which begins when the one before must have come."""
         self._open = False
         """Whether a step is under way: other gradients are none of ours."""
         self._wrong = ""
@@ -162,7 +161,7 @@ class Buckets:
     def begin(self, count: int) -> None:
         """A step begins in which backward will be gone through ``count`` times."""
         self._open, self._count, self._micro = True, count if self._stage < 2 else 1, count
-        self._wrong, self._leaving = "", None  # an error may have ended the last one halfway
+        self._wrong, self._under_way = "", []  # an error may have ended the last one halfway
         for way in self._ways:
             way.bucket.forget()
         self._arm()
@@ -177,8 +176,8 @@ class Buckets:
         gradient = taken(parameter) if self._open else None
         if gradient is None:
             return
-        if self._leaving is not None and not self._next:  # the previous micro-batch's
-            self._settle()
+        if self._stage >= 2 and not self._next:  # the previous micro-batch's
+            self._go_on()
         way.bucket.add(parameter, gradient)
         del gradient  # before buckets are sent, and others settled
         if id(parameter) not in self._kinds.with_block:
@@ -200,19 +199,32 @@ class Buckets:
             self._send()
 
     def _send(self) -> None:
+        """Of all that is under way the next leg begins: what was sent last time is taken to have come."""
         way = self._ways[self._next]
-        way.bucket.send()
-        if self._stage >= 2 or self._host is not None:
-            self._settle()  # from stage 2 on, of all sums but this one's there is no more than the slice
-            self._leaving = way, self._stage < 2 or self._micro == 1
+        own = self._legs(way, is_whole=self._stage < 2 or self._micro == 1)
+        next(own)
+        # From stage 2 on there is, of all sums but this one's, no more than the slice. What goes no further may come
+        # when it comes.
+        if self._stage >= 2 or self._host is not None or way.further:
+            self._go_on()
+        self._under_way.append(own)
         self._next += 1
 
-    def _settle(self) -> None:
-        if self._leaving is not None:
-            (way, is_whole), self._leaving = self._leaving, None
-            way.bucket.settle()
-            if is_whole and not way.further:
-                way.bucket.rest_gradients()
+    def _legs(self, way: _Way, is_whole: bool) -> Iterator[None]:
+        """A bucket's way: over the first axis, and if the sum of the step ``is_whole`` then, over the others, and to
+        where it rests."""
+        way.bucket.send()
+        yield
+        way.bucket.settle()
+        for axis in way.further if is_whole else ():
+            task = axis.begin_sum(way.bucket.sums)
+            yield
+            task.wait()
+        if is_whole:
+            way.bucket.rest_gradients()
+
+    def _go_on(self) -> None:
+        self._under_way = [legs for legs in self._under_way if next(legs, "come") != "come"]
 
     def _check(self) -> None:
         if self._wrong:
@@ -241,15 +253,9 @@ class Buckets:
         self._check()
         if self._stage < 2:
             self._send_all()
-        self._open, self._leaving = False, None
-        for way in self._ways:
-            way.bucket.settle()
-        for level in range(2):
-            tasks = [way.further[level].begin_sum(way.bucket.sums) for way in self._ways if level < len(way.further)]
-            for task in tasks:
-                task.wait()
-        for way in self._ways:
-            way.bucket.rest_gradients()
+        self._open = False
+        while self._under_way:
+            self._go_on()
         for way in self._ways:
             for parameter in way.bucket.params:
                 self._give(way.bucket, parameter)

@@ -42,9 +42,9 @@ def _spans(load: Load, times: dict[Pass, tuple[float, float]], stage: int, micro
     if virtual > 1:  # buckets are filled in several passes: drawn as if nothing came between these
         filling = [(through - load.goes_backward, through)]
     for begin, end in filling:
-        yield from _of_buckets(load, begin, end)
-    at = through + load.tail
-    for axis, seconds in (("data", load.sums), ("host", load.host), ("", load.step), ("sharding", load.spread)):
+        yield from _of_buckets(load, begin, end, is_last=end == filling[-1][1])
+    at = through + (load.tails or [0.0])[-1]
+    for axis, seconds in (("", load.step), ("host", load.host), ("sharding", load.spread)):
         if seconds:
             yield Span("waited" if axis else "step", at, at + seconds, axis=axis)
             at += seconds
@@ -73,21 +73,20 @@ def _of_pass(load: Load, kind: str, number: int, begin: float, end: float) -> It
     for axis, seconds in (
         *inline.items(),
         ("sharding", waits),
-        (load.gradients, end - at - sum(inline.values()) - waits),
+        (load.by_axis, end - at - sum(inline.values()) - waits),
     ):
         if seconds > 1e-12:
             yield Span("waited", at, at + seconds, number, axis)
             at += seconds
 
 
-def _of_buckets(load: Load, begin: float, end: float) -> Iterator[Span]:
+def _of_buckets(load: Load, begin: float, end: float, is_last: bool) -> Iterator[Span]:
     """Buckets leave one after the other, each when backward has filled it; what travels when it is through is waited
-    for, or goes on behind the next micro-batch."""
-    own, free = load.goes_backward, 0.0
-    for share, seconds in load.leaving:
-        start = max(free, begin + own * share)
-        free = start + seconds
-        if start < end:
-            yield Span("hidden", start, min(free, end), axis=load.gradients)
-        if free > end:
-            yield Span("waited", max(start, end), free, axis=load.gradients)
+    for, or goes on behind the next micro-batch. The last ones of a step go further."""
+    spans = load.buckets.spans(load.goes_backward)
+    for lane, own in zip(load.buckets.lanes, spans if is_last else spans[:1], strict=False):
+        for start, free in own:
+            if free > start and begin + start < end:
+                yield Span("hidden", begin + start, min(begin + free, end), axis=lane.axis)
+            if free > start and begin + free > end:
+                yield Span("waited", max(begin + start, end), begin + free, axis=lane.axis)

@@ -128,11 +128,11 @@ def _stages(plan: Plan, of: list[Load]) -> str:
             *inline,
             micro * (load.waits_forward + load.waits_backward),
         ]
-        host = [load.host] if plan.offload else []
-        cells += [sent, load.tail, load.sums, *host, load.step, load.spread]
+        on = [sum(lane.total for lane in load.buckets.lanes[1:]), (load.tails or [0.0])[-1]]
+        cells += [sent, *on, load.step, *([load.host] if plan.offload else []), load.spread]
         rows.append([_ranks(plan, stage), *map(_seconds, cells)])
-    head += ["of these not hidden", "further sums", *(["to and from the host"] if plan.offload else [])]
-    return _html_table([*head, "optimizer", "new values"], rows)
+    head += ["… and on", "of these not hidden", "optimizer", *(["from the host"] if plan.offload else [])]
+    return _html_table([*head, "new values"], rows)
 
 
 def _table(answers: Sequence[Answer]) -> str:

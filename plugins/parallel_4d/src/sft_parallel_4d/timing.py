@@ -7,17 +7,18 @@ what they and the operations take at stated speeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from functools import cached_property
+from itertools import accumulate
 
 from sft_parallel_4d import activations, communication
-from sft_parallel_4d.filling import Bucket
 from sft_parallel_4d.machines import Machine, Way
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Stage
 from sft_parallel_4d.passes import passes
 from sft_parallel_4d.plans import Plan
+from sft_parallel_4d.travel import Travel, travel
 
 PLACES = ("tensor", "context", "sharding", "pipeline", "data")
 """The axes of a plan, as ranks are numbered: those of the first one stand side by side. Fleet's order."""
@@ -40,7 +41,7 @@ INLINE = (
 """A dimension that exchanges data within blocks is one line here."""
 
 
-BEHIND = {"data": "backward", "sharding": "backward (stage 3: and forward)"}
+BEHIND = {"data": "backward", "host": "backward", "sharding": "backward (stage 3: and forward)"}
 """Behind what an axis's data travel where they need not be waited for."""
 
 
@@ -59,19 +60,14 @@ class Load:
     """Of stage 3: the collective that brings the weights of one block."""
     scatter: float
     """Of stage 3: the collective that takes a block's gradients."""
-    leaving: tuple[tuple[float, float], ...]
-    """Buckets of gradients, as they leave: the share of backward behind which they are full, and the seconds of their
-    collectives."""
+    buckets: Travel
+    """Of gradients, behind the last backward of a step."""
     each: bool
-    """Whether buckets leave after each micro-batch, or after all."""
-    gradients: str
-    """The axis over which buckets are summed."""
-    sums: float
-    """Of a step: sums over further axes, when backward is through."""
-    host: float
-    """Of a step: copies to the host and from it, of what rests there."""
+    """Whether buckets leave after each micro-batch, by their first lane, or after all."""
     step: float
     """Of a step: the optimizer."""
+    host: float
+    """Of a step: copies from the host, of what rests there."""
     spread: float
     """Of a step: new values for all."""
     hop: float
@@ -102,19 +98,20 @@ class Load:
         return self.gather + (self.blocks - 1) * max(0.0, self.gather + self.scatter - own) + self.scatter
 
     @property
-    def bucket_seconds(self) -> float:
-        """Of all that are :attr:`leaving`."""
-        return sum(seconds for _, seconds in self.leaving)
+    def by_axis(self) -> str:
+        """Of the first lane."""
+        return self.buckets.lanes[0].axis if self.buckets.lanes else ""
 
     @property
-    def tail(self) -> float:
-        """How long buckets travel on when the last backward is through: they queue, from some bucket on without a gap,
-        and the last ones (the embedding's) may be full only then."""
-        found, left, backward = 0.0, 0.0, self.goes_backward
-        for share, seconds in reversed(self.leaving):
-            left += seconds
-            found = max(found, left - (1 - share) * backward)
-        return found
+    def bucket_seconds(self) -> float:
+        """Of all buckets, by the first lane."""
+        return self.buckets.lanes[0].total if self.buckets.lanes else 0.0
+
+    @cached_property
+    def tails(self) -> list[float]:
+        """How much longer each lane is busy than the last backward, and those before it: buckets queue, and the last
+        ones (the embedding's) may be full only then."""
+        return self.buckets.tails(self.goes_backward)
 
     @property
     def queue(self) -> float:
@@ -124,7 +121,7 @@ class Load:
     @property
     def end(self) -> float:
         """What follows the last backward of the rank."""
-        return self.tail + self.sums + self.host + self.step + self.spread
+        return (self.tails or [0.0])[-1] + self.step + self.host + self.spread
 
 
 @dataclass(frozen=True)
@@ -164,11 +161,12 @@ def time_of(plan: Plan, of: list[Load]) -> Time:
     if busiest.gather:
         blocks = micro * busiest.blocks * (2 * busiest.gather + busiest.scatter)
         sent("sharding", blocks, micro * (busiest.waits_forward + busiest.waits_backward))
-    if busiest.bucket_seconds:
-        times = micro if busiest.each else 1
-        sent(busiest.gradients, times * busiest.bucket_seconds, busiest.tail + (times - 1) * busiest.queue)
-    if busiest.sums:
-        sent("data", busiest.sums, busiest.sums)
+    before = 0.0
+    for number, (lane, tail) in enumerate(zip(busiest.buckets.lanes, busiest.tails, strict=True)):
+        again = micro - 1 if busiest.each and not number else 0
+        if lane.total:
+            sent(lane.axis, (1 + again) * lane.total, tail - before + again * busiest.queue)
+        before = tail
     if busiest.host:
         sent("host", busiest.host, busiest.host)
     if busiest.spread:
@@ -246,21 +244,17 @@ def _load(calculator: Calculator, plan: Plan, machine: Machine, number: int, sta
             inline_forward[one.axis] = sent / (1 + again) + calls * way.latency
             inline_backward[one.axis] = sent * again / (1 + again) + again * calls * way.latency
     sharding, data = way_of(plan, machine, "sharding"), way_of(plan, machine, "data")
-    ring, gather, scatter, sums, spread = plan.pieces - 1, 0.0, 0.0, 0.0, 0.0
-    leaving, together = tuple[tuple[float, float], ...](), blocks + 2  # in stage 3 each layer's
-    if plan.stage < 3 and plan.copies * plan.pieces > 1:
-        buckets = calculator.leaving(plan, stage)
-        together = len(buckets)
+    ring, gather, scatter, spread = plan.pieces - 1, 0.0, 0.0, 0.0
+    buckets, leave = Travel(), calculator.leaving(plan, stage) if plan.copies * plan.pieces > 1 or plan.offload else []
+    if leave:
         through = [0.0, *(after / goes_back for after in accumulate(backward))]
-        leaving = tuple(_leaving(plan, buckets, through, sharding if plan.stage else data))
+        buckets = travel(plan, machine, stage, leave, through, {"sharding": sharding, "data": data})
     if plan.stage and plan.stage < 3 and ring:
-        spread = sharding.seconds(ring * size.pieces, together)
+        spread = sharding.seconds(ring * size.pieces, len(leave))
     elif ring:
         spread = sharding.seconds(ring * size.vector_pieces)
         gather = sharding.seconds(ring * size.matrix_pieces / blocks)
         scatter = sharding.seconds(ring * size.piece_gradients / blocks)
-    if plan.stage and plan.copies > 1:
-        sums = data.seconds(volume.data, together)
     stepped = 2 * size.optimizer + size.piece_gradients + size.pieces
     return Load(
         forward=sum(forward),
@@ -270,35 +264,13 @@ def _load(calculator: Calculator, plan: Plan, machine: Machine, number: int, sta
         blocks=blocks,
         gather=gather,
         scatter=scatter,
-        leaving=leaving,
+        buckets=buckets,
         each=plan.stage == 2,
-        gradients="sharding" if plan.stage else "data",
-        sums=sums,
-        host=volume.host / (machine.links * machine.host),
+        host=(volume.host - plan.offload * size.piece_gradients) / (machine.links * machine.host),
         step=stepped / (machine.links * (machine.host if plan.offload else machine.stream)),
         spread=spread,
         hop=_hop(plan, machine).seconds(activations.boundary(outline, shape, calculator.precision)),
     )
-
-
-def _leaving(plan: Plan, buckets: list[Bucket], through: list[float], way: Way) -> Iterator[tuple[float, float]]:
-    """What a :class:`Load` has of them; ``through``: the share of backward that is over behind so many layers. Slices
-    come together, or of ranks with the same parameters the sums of all. Of a layer's buckets all but the last one leave
-    as one, when the first is full: thousands of plans have hundreds of buckets."""
-
-    def seconds(bucket: Bucket) -> float:
-        ranks = plan.pieces if plan.stage else plan.copies // (plan.experts if bucket.of_experts else 1)
-        return way.seconds((1 if plan.stage else 2) * (ranks - 1) / ranks * bucket.size, 1) if ranks > 1 else 0.0
-
-    def share(bucket: Bucket) -> float:
-        whole = math.ceil(bucket.layers)
-        return through[whole] - (through[whole] - through[whole - 1]) * (whole - bucket.layers)
-
-    for _, some in groupby(buckets, key=lambda bucket: math.ceil(bucket.layers)):
-        *others, last = some
-        if others:
-            yield share(others[0]), sum(map(seconds, others))
-        yield share(last), seconds(last)
 
 
 def way_of(plan: Plan, machine: Machine, axis: str) -> Way:

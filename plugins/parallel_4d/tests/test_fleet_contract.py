@@ -289,6 +289,29 @@ def test_what_is_overridden_or_called_is_there(name: str, parameters: str, why: 
     assert has[: len(parameters.split())] == parameters.split(), changed(name, f"takes {has}, and {why}")
 
 
+def test_groups_of_those_that_share_rows(fleet: Any) -> None:
+    """Of 2 x 2 x 2 ranks: pieces, tokens of a row, tensors, of which the last are side by side."""
+    ranks = [result.value for result in run_ranks(8, "group_jobs:sharing_rows", timeout=60)]
+    pieces = {tuple(own) for own, _ in ranks}
+    why = changed("create_fuse_group", "fuses other ranks: pieces would be summed over ranks of other tensors")
+    assert pieces == {(0, 2, 4, 6), (1, 3, 5, 7)}, why
+    rows = {tuple(own) for _, own in ranks}
+    why = changed("get_dp_sep_parallel_group", "has other ranks: gradients would be those of a part of a row")
+    assert len(rows) == 4, why
+    assert all(own[1] - own[0] in (2, 4) for own in rows), why
+
+
+def test_segments(paddle: Any) -> None:
+    """A pipeline's layer is a function named ``part``, and each is one part of a stage."""
+    from paddle.distributed.fleet.meta_parallel.parallel_layers.pp_layers import SegmentLayers
+
+    from sft_parallel_4d.fleet import _part
+
+    layers = [_part(lambda chunk, received: received, number // 2) for number in range(6)]
+    found = SegmentLayers(layers, num_parts=2, method="layer:part", num_virtual_pipeline_stage=3).do_segment()
+    assert found == list(range(7)), changed("PipelineLayer(seg_method='layer:part')", f"cuts parts at {found}")
+
+
 @pytest.mark.parametrize("schedule", ["PipelineParallel", "PipelineParallelWithInterleave"])
 def test_p2p_helper(paddle: Any, schedule: str) -> None:
     """Whom a schedule lets send and receive: ours is put there once it is made."""

@@ -91,6 +91,16 @@ def _collectives(paddle: Any, dist: Any, group: Any) -> dict[str, Any]:
     return found
 
 
+def sharing_rows() -> list[list[int]]:
+    """Who differs from a rank by what it reads of the same rows, or by its pieces; and, by what it reads at all."""
+    from sft_parallel_4d.fleet import with_those_that_share_rows
+
+    dist, _ = start(sharding_degree=2, sep_degree=2, mp_degree=2)
+    found = [with_those_that_share_rows(axis).ranks for axis in ("sharding", "data")]
+    dist.barrier()  # paddle's store is in the first rank
+    return found
+
+
 def sums(dtype: str, values: list[list[float]]) -> list[float]:
     """The sum over the ranks of rank i's ``values[i]`` in ``dtype``."""
     import paddle

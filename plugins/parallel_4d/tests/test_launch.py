@@ -172,10 +172,8 @@ def test_who_was_killed_is_known_from_the_others_where_nobody_looked_in_time(
 ) -> None:
     """The launcher has seen rank 0 end first, which heard of it. An error of a rank's own comes first."""
     (tmp_path / "launcher.log").write_text("Container rank 0 status failed cmd x code 1 log y")
-    # As test_watch.py has it.
-    news = "rank 3 ended without a word, last seen in 'step 3'; was it killed, or out of memory?"
-    record = {"text": news, "sure": True, "relayed": True}
-    own = {"text": "rank 1: LookupError: no", "sure": True, "relayed": False}
+    record = {"text": "whatever people are told", "sure": True, "relayed": True, "gone": [3]}
+    own = {"text": "rank 1: LookupError: no", "sure": True, "relayed": False, "gone": []}
     assert _lost(tmp_path, [record, own] if own_error else [record], Deaths(tmp_path)) == lost
 
 

@@ -22,10 +22,12 @@ from processes import free_ports
 
 from sft_parallel_4d import door
 from sft_parallel_4d.board import LONGEST, STRANGERS, Board
+from sft_parallel_4d.environment import FOLDER
+from sft_parallel_4d.last_words import read_record
 from sft_parallel_4d.watch import OtherRankError, Watch, meeting_place
 
 RANK = """
-import math, os, signal, sys, time
+import math, os, signal, sys, threading, time
 from pathlib import Path
 from sft_parallel_4d import last_words
 from sft_parallel_4d.watch import Watch, OtherRankError
@@ -37,6 +39,8 @@ while len(started := list(folder.glob("started.*"))) < int(os.environ["COMING"])
     time.sleep(0.01)
 began = max(path.stat().st_mtime for path in started)
 watch = Watch(rank, world, timeout, last_words.report)
+if deed == "killed early":
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGKILL)).start()
 try:
     watch.start()
     for step in (1, 2):
@@ -105,6 +109,7 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
         }
         for rank, deed in enumerate(deeds):
             if deed is not None:
+                environ["PADDLE_TRAINER_ID"] = str(rank)
                 command = [sys.executable, str(script), str(rank), str(world), str(timeout), deed]
                 processes.append(
                     subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -175,6 +180,18 @@ def test_a_rank_that_was_killed_comes_before_what_followed_from_it(ranks: Ranks)
     assert codes == [1, 1, -signal.SIGKILL]
     words = "sft: rank 2 ended without a word, last seen in 'step 3'; was it killed, or out of memory?\n"
     assert outputs == [words, words, ""]
+
+
+@pytest.mark.parametrize("deeds", [("done", "sleep", "meets", "consequence", "killed"), ("wait", "killed early", None)])
+def test_who_was_killed_is_written_down_whatever_the_others_do(
+    ranks: Ranks, deeds: tuple[str | None, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a number, for the process that started them; it does not read the sentence."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    codes, _ = ranks(*deeds, timeout=60)
+    killed = codes.index(-signal.SIGKILL)
+    records = [read_record(tmp_path / f"rank{rank}.error") for rank in range(len(codes)) if rank != killed]
+    assert [record["gone"] for record in records] == [[killed]] * (len(codes) - 1)
 
 
 def test_the_serving_rank_is_killed(ranks: Ranks) -> None:

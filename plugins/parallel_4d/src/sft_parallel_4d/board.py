@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from sft_parallel_4d.door import SECONDS, StrangerError, let_in
 
@@ -20,6 +20,14 @@ LONGEST = 1 << 17
 """Bytes of a line; more is not from a rank."""
 STRANGERS = 64
 """Connections at a time that have not shown the token."""
+
+
+class News(NamedTuple):
+    """What went wrong in ``rank``, in a sentence for people; ``gone``: the ranks that ended without a word, as data."""
+
+    rank: int
+    text: str
+    gone: tuple[int, ...] = ()
 
 
 @dataclass
@@ -71,8 +79,8 @@ class Board(socketserver.ThreadingTCPServer):
         super().__init__((host, port), _Line)
         self.key = key
         self.strangers = threading.BoundedSemaphore(STRANGERS + world)
-        self.first: tuple[int, str] | None = None
-        """The rank in which something went wrong first, and what, in a sentence."""
+        self.first: News | None = None
+        """What went wrong first."""
         self._world, self._timeout, self._beat = world, timeout, beat
         self._seen: dict[int, _Seen] = {}
         self._connected: set[int] = set()
@@ -104,7 +112,7 @@ class Board(socketserver.ThreadingTCPServer):
             seen = _Seen(said["count"], said["phase"], said["waited"], time.monotonic(), bool(said.get("done")))
             self._seen[rank] = seen
             if error is not None:
-                self.first = self.first or (rank, f"rank {rank}: {error}")
+                self.first = self.first or News(rank, f"rank {rank}: {error}")
                 self._lock.notify_all()
             elif not seen.done and seen.waited is not None and seen.waited > self._timeout:
                 self.first = self.first or self.missing()
@@ -123,7 +131,9 @@ class Board(socketserver.ThreadingTCPServer):
                 meeting.close()
             except ValueError:
                 what = self._seen[rank].phase
-                self.first = self.first or (-1, f"The ranks bring different numbers to {what!r}; run one sft in all.")
+                self.first = self.first or News(
+                    -1, f"The ranks bring different numbers to {what!r}; run one sft in all."
+                )
             for earlier in [number for number in self._meetings if number < phases]:
                 del self._meetings[earlier]  # who is here has left them
             self._lock.notify_all()
@@ -140,12 +150,13 @@ class Board(socketserver.ThreadingTCPServer):
             seen.lost = True
             self._lock.notify_all()
             if not seen.done:
-                self.first = self.first or (
+                self.first = self.first or News(
                     rank,
                     f"rank {rank} ended without a word, last seen {seen.where}; was it killed, or out of memory?",
+                    gone=(rank,),
                 )
 
-    def missing(self, at_end: bool = False) -> tuple[int, str]:
+    def missing(self, at_end: bool = False) -> News:
         """Who keeps the others waiting, which are done ``at_end``: ranks that never came, are silent, or elsewhere."""
         now, furthest = time.monotonic(), max(self._seen.values(), key=lambda seen: (seen.done == at_end, seen.count))
         absent = self._absent()
@@ -157,9 +168,10 @@ class Board(socketserver.ThreadingTCPServer):
                 texts[rank] = f"rank {rank} is {seen.where}" + (" and has ended" if seen.done else "")
         waited = f"have waited {self._timeout:g} s in {furthest.phase!r}"
         if not texts:
-            return -1, f"All ranks {waited} for each other; look at the network between them."
+            return News(-1, f"All ranks {waited} for each other; look at the network between them.")
         named = sorted(texts)
-        return named[0], f"{_are_missing(named)}: the others {waited}; {', '.join(texts[rank] for rank in named[:8])}."
+        details = ", ".join(texts[rank] for rank in named[:8])
+        return News(named[0], f"{_are_missing(named)}: the others {waited}; {details}.")
 
     def told(self, rank: int) -> None:
         """A rank has been answered with what went wrong."""

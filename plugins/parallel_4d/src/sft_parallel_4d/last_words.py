@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ def failed(error: BaseException, rank: int, watch: Watch | None = None) -> None:
         record(error)
 
 
-def report(text: str) -> None:
-    """Tell the user what has gone wrong in some rank; this one ends because of it. For :class:`Watch`."""
+def report(text: str, gone: Sequence[int]) -> None:
+    """Tell the user what has gone wrong in some rank; this one ends because of it. For :class:`Watch`: ``gone`` are the
+    ranks that ended without a word."""
     if FOLDER in os.environ:
         with _writing:
-            _write_record(text, 1, relayed=True)
+            _write_record(text, 1, relayed=True, gone=gone)
     else:
         print(f"sft: {sft.safe(text)}", file=sys.stderr, flush=True)
 
@@ -87,13 +89,17 @@ def record(error: BaseException, sure: bool = True) -> None:
     details = "" if expected else "".join(traceback.format_exception(error))
     if isinstance(error, sft.PluginError):
         details = error.details()
+    gone = error.gone if isinstance(error, OtherRankError) else ()
     with _writing:
         if not (_record_path().exists() and read_record(_record_path())["sure"]):
-            _write_record(text, code, details, sure, relayed=isinstance(error, OtherRankError))
+            _write_record(text, code, details, sure, isinstance(error, OtherRankError), gone)
 
 
-def _write_record(text: str, code: int, details: str = "", sure: bool = True, relayed: bool = False) -> None:
-    values = {"text": text, "code": code, "details": details, "sure": sure, "relayed": relayed, "at": time.monotonic()}
+def _write_record(
+    text: str, code: int, details: str = "", sure: bool = True, relayed: bool = False, gone: Sequence[int] = ()
+) -> None:
+    values = {"text": text, "code": code, "details": details, "sure": sure, "relayed": relayed, "gone": list(gone)}
+    values["at"] = time.monotonic()
     path = _record_path()
     draft = path.with_suffix(".draft")
     draft.write_text(json.dumps(values), encoding="utf-8")

@@ -128,12 +128,8 @@ def _lost(folder: Path, records: Sequence[dict[str, Any]], deaths: Deaths) -> tu
     if not lost and seen is not None and (seen[1] == -signal.SIGKILL or (seen[1] < 0 and not is_said)):
         return (seen[0],)  # paddle's launcher was there before the next look
     if not lost and not is_said:  # a busy machine looks too late: who serves the ranks has seen it all the same
-        return tuple(sorted({int(found[1]) for record in records if (found := _GONE.match(record["text"]))}))
+        return tuple(sorted({rank for record in records for rank in record["gone"]}))
     return lost
-
-
-_GONE = re.compile(r"rank (\d+) ended without a word, last seen ")
-"""What other ranks hear of one that is gone."""
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -119,9 +120,9 @@ class Parallel4d(sft.Plugin):
         if self.plan.devices > 1:
             from sft_parallel_4d.watch import Watch
 
-            def ends(text: str) -> None:
+            def ends(text: str, gone: Sequence[int]) -> None:
                 close_report(run, KeyboardInterrupt() if text.endswith(f": {INTERRUPTED}") else sft.SftError(text))
-                report(text)
+                report(text, gone)
 
             if rank() == 0 and not token():
                 run.say(

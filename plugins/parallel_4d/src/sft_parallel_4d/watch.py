@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from sft import SftError
@@ -24,10 +24,16 @@ from sft_parallel_4d.board import LONGEST, Board
 
 Place = tuple[int, str, int]
 """Rank of the server, host, port."""
+Report = Callable[[str, Sequence[int]], None]
+"""It gets a sentence, and the ranks that are gone (:class:`News`)."""
 
 
 class OtherRankError(SftError):
-    """What went wrong in another rank, which the message names."""
+    """What went wrong in another rank, which the message names; ``gone``: see :class:`News`."""
+
+    def __init__(self, text: str, gone: Sequence[int] = ()) -> None:
+        super().__init__(text)
+        self.gone = tuple(gone)
 
 
 def meeting_place(environ: Mapping[str, str]) -> Place:
@@ -50,9 +56,7 @@ class Watch:
     told. ``place``: see :func:`meeting_place`, which reads it from the environment by default.
     """
 
-    def __init__(
-        self, rank: int, world: int, timeout: float, report: Callable[[str], None], place: Place | None = None
-    ) -> None:
+    def __init__(self, rank: int, world: int, timeout: float, report: Report, place: Place | None = None) -> None:
         self.rank, self.world, self.timeout, self._report = rank, world, timeout, report
         self._server, self._host, self._port = place or meeting_place(os.environ)
         self._beat = min(timeout / 10, max(0.5, world / 200))  # many ranks ask less often
@@ -76,7 +80,7 @@ class Watch:
             answer = self._ask()
             if answer["first"]:
                 self._spread()
-                raise OtherRankError(answer["first"][1])
+                raise OtherRankError(*answer["first"][1:])
             if not answer["absent"]:
                 break
             time.sleep(self._beat / 2)
@@ -102,7 +106,7 @@ class Watch:
             except OtherRankError as error:
                 self._end(str(error))
             if answer["first"]:
-                self._end(answer["first"][1])
+                self._end(*answer["first"][1:])
             if answer["together"] is not None:
                 return list(answer["together"])
 
@@ -125,11 +129,11 @@ class Watch:
             return
         self._failing = True
         try:
-            rank, text = self._ask(error=message[:10_000])["first"]
+            rank, *news = self._ask(error=message[:10_000])["first"]
         except OtherRankError as error:
             self._end(str(error))
         if rank != self.rank:
-            self._end(text)
+            self._end(*news)
         signal.alarm(30)  # what paddle tears down at exit may wait for ranks that are no more
 
     def stop(self) -> None:
@@ -151,7 +155,7 @@ class Watch:
         self._file.close()
         self._socket.close()
         if first:
-            raise OtherRankError(first[1])
+            raise OtherRankError(*first[1:])
 
     def _serve(self) -> Board:
         deadline = time.monotonic() + min(10.0, self.timeout)
@@ -214,10 +218,10 @@ class Watch:
             if self._failing:
                 return
             if first:
-                self._end(first[1])
+                self._end(*first[1:])
 
     def _ask(self, **more: Any) -> dict[str, Any]:
-        """Tell the server where this rank is; its answer: ``first``, [rank, text] or None, the ``absent`` ranks, and
+        """Tell the server where this rank is; its answer: ``first``, a :class:`News` or None, the ``absent`` ranks, and
         what all have brought to the phase, once they have (``together``)."""
         with self._line:
             count, phase, since = self._now
@@ -238,11 +242,11 @@ class Watch:
         if self._board is not None:
             self._board.wait_for(lambda board: board.all_told(), 5 * self._beat)
 
-    def _end(self, text: str) -> NoReturn:
+    def _end(self, text: str, gone: Sequence[int] = ()) -> NoReturn:
         self._ending.acquire()  # of two threads that hear it one speaks
         try:
             self._spread()
-            self._report(text)
+            self._report(text, gone)
             sys.stdout.flush()
             sys.stderr.flush()
         finally:

@@ -93,7 +93,10 @@ SHOWN: dict[str, str | Blocks] = {
             "plugins/parallel_4d/tests/test_launch.py::test_a_refusal_in_one_rank_ends_all_and_is_told_once",
         ),
         ("python -m paddle.distributed.launch --nproc", "not run: tried by hand, as the page says"),
-        ("python -m paddle.distributed.launch --master", "not run: several machines"),
+        (
+            "python -m paddle.distributed.launch --master",
+            "not run: two machines; test_two_launchers.py of parallel-4d runs it twice on one",
+        ),
         ("sft: rank 2 is missing", "plugins/parallel_4d/tests/test_watch.py::test_a_rank_that_never_comes_is_named"),
         (
             "sft run settings.json --nproc auto",

@@ -27,7 +27,7 @@ LARGER = {"hidden_size": 256, "intermediate_size": 1024, "tie_word_embeddings": 
 SMALL_BUCKETS = {"sharding_comm_buffer_size_MB": 1}
 TENSOR, PIPELINE, SEQUENCE = {"tensor_parallel_degree": 2}, {"pipeline_parallel_degree": 2}, {"sequence_parallel": True}
 CONTEXT, EXPERTS = {"context_parallel_degree": 2}, {"expert_parallel_degree": 2}
-LORA = {"plugin": ["lora"]}
+LORA, DORA = {"plugin": ["lora"]}, {"plugin": ["lora", "dora"]}
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], Plan]] = [
     ("llama", {}, {}, Plan(data=2, accumulation=2)),
     ("llama", {}, {"sharding": "stage1"}, Plan(sharding=2, stage=1)),
@@ -75,6 +75,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], Plan]] = [
     ("mixtral", {}, TENSOR | PIPELINE, Plan(tensor=2, pipeline=2, accumulation=2)),
     ("llama", {}, LORA | {"sharding": "stage3"}, Plan(sharding=2, stage=3, accumulation=2)),
     ("llama", {}, LORA | TENSOR | SEQUENCE | {"recompute": True}, Plan(tensor=2, sequence=True, recompute=True)),
+    ("llama", {}, DORA | TENSOR, Plan(tensor=2, accumulation=2)),
+    ("llama", {}, DORA | TENSOR | SEQUENCE | {"recompute": True}, Plan(tensor=2, sequence=True, recompute=True)),
     ("llama", {}, LORA | PIPELINE | {"recompute": True}, Plan(pipeline=2, recompute=True, accumulation=2)),
     ("llama", {}, {"plugin": ["label-smoothing"]} | TENSOR, Plan(tensor=2, accumulation=2)),
     ("llama", {}, LORA | TENSOR | PIPELINE, Plan(tensor=2, pipeline=2, accumulation=2)),

@@ -6,6 +6,7 @@ docs/plan.md has the formulas. h hidden, i inner, q = query heads x head size, k
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sft import Architecture, Block
@@ -66,7 +67,7 @@ def block_kept(outline: Outline, number: int, shape: Shape, precision: Precision
     narrow += _mlp_kept(model, model.blocks[number], tensor)
     wide += _routing_kept(model.blocks[number])
     linears = outline.blocks[number]
-    narrow += sum(linear.kept + linear.kept_outputs / _ways(linear, model, tensor) for linear in linears)
+    narrow += _beside_linears(linears, model, tensor)
     once = sum(linear.kept_once / (1 if linear.name.endswith(ROW) else tensor) for linear in linears)
     kept = shape.tokens * (4 * wide + precision.products / 8 * narrow) + 4 * once
     cast = tuple(pair for pair in of_block(outline, number) if precision.casts(pair[0]))
@@ -87,11 +88,20 @@ def _attention_norms_kept(outline: Outline, shape: Shape) -> float:
     return kept
 
 
+def _beside_linears(linears: Iterable[LinearOutline], model: Architecture, tensor: int) -> float:
+    """Of a token, what techniques keep."""
+    return sum(linear.kept + linear.kept_outputs / _ways(linear, model, tensor) for linear in linears)
+
+
 def _ways(linear: LinearOutline, model: Architecture, tensor: int) -> float:
     """By how many ranks its outputs are divided."""
     if linear.name.endswith(ROW):
         return 1
     return min(tensor, model.kv_heads) if linear.name.endswith(KEYS) else tensor
+
+
+def _is_behind_attention(linear: LinearOutline) -> bool:
+    return ".self_attn." not in linear.name or linear.name.endswith(ROW)
 
 
 def _keys(model: Architecture, tensor: int) -> float:
@@ -181,13 +191,15 @@ def backward_extra(outline: Outline, shape: Shape, precision: Precision) -> int:
     model, tensor = outline.architecture, shape.tensor
     query, in_mlp = model.heads * model.head_size, {_mlp_kept(model, block, tensor) for block in model.blocks}
     mlp = 3 * model.hidden + max(in_mlp)
-    # When attention goes back, the MLP has freed what it kept, and so have the norms behind attention; the gradients of
-    # its output and of the residual stream are there. It makes scaled queries, the output's gradient once more, and its
-    # three gradients; of a bucket it holds keys and values, of a block those that it sees, their gradients, queries and
-    # output, and the gradients of these; scores in two stages, or three where they are capped.
+    # When attention goes back, the MLP has freed what it kept, and so have the norms behind attention and techniques on
+    # all Linears behind it; the gradients of its output and of the residual stream are there. It makes scaled queries,
+    # the output's gradient once more, and its three gradients; of a bucket it holds keys and values, of a block those
+    # that it sees, their gradients, queries and output, and the gradients of these; scores in two stages, or three
+    # where they are capped.
     key = _keys(model, tensor) * model.head_size * copies(model, shape)
     behind = outline.norms - (model.norms.before_attention is not None)
     freed = min(in_mlp) + model.hidden + behind * (model.hidden + 1) / shape.spread
+    freed += min(_beside_linears(filter(_is_behind_attention, block), model, tensor) for block in outline.blocks)
     documents, rows, scores = _bucket(model, shape)
     attention = shape.tokens * precision.products / 8 * (query / tensor + model.hidden - freed)
     attention += 4 * shape.tokens * (3 * query / tensor + 2 * key)

@@ -161,8 +161,10 @@ def train(settings: dict[str, Any], rows: int, length: int) -> dict[str, Any]:
 
 
 def held(run: sft.Run, optimizer: Any) -> dict[str, Any]:
-    """Bytes of parameters that are allocated, or of the buffers that they are views of, of slices beside them, of
-    optimizer state, and of each bucket of gradients, on this rank."""
+    """Bytes of parameters that are allocated, or of the buffers that they are views of, with tensors that layers hold
+    beside them; of slices, of optimizer state, and of each bucket of gradients, on this rank."""
+    import paddle
+
     ways, units = [], []
     if hasattr(run.strategy, "_buckets"):
         ways = [way.bucket for way in run.strategy._buckets._ways]
@@ -172,8 +174,12 @@ def held(run: sft.Run, optimizer: Any) -> dict[str, Any]:
     plain = [bucket for bucket in buckets if bucket not in units]
     views = {id(parameter) for bucket in plain for parameter in bucket.params}
     apart = [parameter for parameter in run.model.parameters() if id(parameter) not in views]
+    own = [vars(layer).values() for layer in run.model.sublayers(include_self=True)]
+    flat = [one for values in own for value in values for one in (value if isinstance(value, tuple) else (value,))]
+    beside = {one.data_ptr(): _bytes(one) for one in flat if isinstance(one, paddle.Tensor)}
     return {
-        "parameters": sum(_bytes(one) for one in [*apart, *(b.param_storage for b in plain)] if one._is_initialized()),
+        "parameters": sum(beside.values())
+        + sum(_bytes(one) for one in [*apart, *(b.param_storage for b in plain)] if one._is_initialized()),
         "pieces": sum(_bytes(one.kept) for one in [*units, *(b for b in plain if b.host is not None)]),
         "buckets": [4 * int(bucket.buffer_size) for bucket in ways],
         "stage": run.strategy._at.pipe.rank if hasattr(run.strategy, "_at") else 0,

@@ -50,6 +50,7 @@ class Dora(sft.Plugin):
         for linear in outline.targets():
             if any(weight.name == "lora_A" for weight in linear.weights):
                 # lora has added the magnitude, as it adds what a form declares. For its gradient x·V is kept.
-                # Squares of V's rows are added up over the ranks that divide these.
+                # Squares of V's rows are added up over the ranks that divide these; those of W's stay.
+                linear.add("squares", (linear.out_features,), ("out",), trains=False)
                 linear.kept_outputs += linear.out_features
                 linear.summed += linear.out_features

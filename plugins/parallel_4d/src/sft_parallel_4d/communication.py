@@ -54,8 +54,9 @@ def rank(calculator: Calculator, plan: Plan, number: int, stage: Stage) -> Volum
             tensor += times * _tensor(calculator, plan, stage, shape)
             experts += times * _experts(calculator, plan, stage, shape)
     if plan.pipeline > 1 and outline.tied and (stage.first or stage.last) and outline.embedding.trains:
-        # The two copies' gradient, or slices of it.
-        pipeline += (stage.head.gradients + stage.embedding.gradients) // plan.pieces
+        # The two copies' gradient, or slices of it, without what fills their buffer up.
+        tied = stage.embedding if stage.first else stage.head
+        pipeline += min(tied.gradients, tied.piece_gradients)
     summed = _part(plan.tensor) * (size.partial + (size.norms if plan.sequence else 0))
     summed += _part(key_copies(outline, plan.tensor)) * size.copied
     values, gradients = _values(plan, stage, outline.tied), _gradients(plan, stage)

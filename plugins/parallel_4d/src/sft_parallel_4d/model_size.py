@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
@@ -338,8 +338,11 @@ def layers(outline: Outline, stage: Stage, division: Division, precision: Precis
     def block(number: int) -> Layer:
         return Layer(of(*beside_experts(outline, number)), of(*of_experts(outline, number, division.experts)))
 
-    embedding = (outline.embedding, "")
-    head = [(outline.head, "")] if outline.head is not None else [] if stage.first else [embedding]
-    first = Layer(of(embedding) if stage.first else ())
+    embedding = of((outline.embedding, ""))
+    if outline.head is None and not (stage.first and stage.last):  # what another stage adds to has a buffer of its own
+        embedding = tuple(replace(gradient, kind="tied") for gradient in embedding)
+    head = [] if outline.head is None else [(outline.head, "")]
+    # A tied matrix has the embedding's place in the last stage, too: there its buffer leaves when backward is over.
+    first = Layer(embedding if stage.first or (stage.last and not head) else ())
     last = Layer(of((outline.norm, ""), *head) if stage.last else ())
     return [first, *map(block, stage.blocks), last]

@@ -27,6 +27,8 @@ LARGER = {"hidden_size": 256, "intermediate_size": 1024, "tie_word_embeddings": 
 SMALL_BUCKETS = {"sharding_comm_buffer_size_MB": 1}
 TENSOR, PIPELINE, SEQUENCE = {"tensor_parallel_degree": 2}, {"pipeline_parallel_degree": 2}, {"sequence_parallel": True}
 CONTEXT, EXPERTS = {"context_parallel_degree": 2}, {"expert_parallel_degree": 2}
+STAGE1, STAGE2, INTERLEAVED = {"sharding": "stage1"}, {"sharding": "stage2"}, {"virtual_pp_degree": 2}
+PAIRS = {"sharding_parallel_degree": 2}
 LORA, DORA = {"plugin": ["lora"]}, {"plugin": ["lora", "dora"]}
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], Plan]] = [
     ("llama", {}, {}, Plan(data=2, accumulation=2)),
@@ -80,6 +82,24 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], Plan]] = [
     ("llama", {}, LORA | PIPELINE | {"recompute": True}, Plan(pipeline=2, recompute=True, accumulation=2)),
     ("llama", {}, {"plugin": ["label-smoothing"]} | TENSOR, Plan(tensor=2, accumulation=2)),
     ("llama", {}, LORA | TENSOR | PIPELINE, Plan(tensor=2, pipeline=2, accumulation=2)),
+    ("gemma", {}, PIPELINE, Plan(data=2, pipeline=2, accumulation=2)),
+    (
+        *("gemma", LARGER | {"tie_word_embeddings": True}, PIPELINE | STAGE1 | SMALL_BUCKETS),
+        Plan(sharding=2, stage=1, pipeline=2, accumulation=2),
+    ),
+    ("gemma", {}, PIPELINE | INTERLEAVED, Plan(data=2, pipeline=2, accumulation=4, virtual=2)),
+    (
+        *("gemma", {"vocab_size": 501}, PIPELINE | INTERLEAVED | STAGE1),
+        Plan(sharding=2, stage=1, pipeline=2, accumulation=4, virtual=2),
+    ),
+    ("llama", {}, STAGE1 | PAIRS, Plan(data=2, sharding=2, stage=1, accumulation=2)),
+    ("llama", LARGER, STAGE2 | PAIRS | SMALL_BUCKETS, Plan(data=2, sharding=2, stage=2)),
+    (
+        *("mixtral", LARGER, EXPERTS | STAGE1 | PAIRS | SMALL_BUCKETS),
+        Plan(data=2, sharding=2, stage=1, experts=2, accumulation=2),
+    ),
+    ("mixtral", LARGER, EXPERTS | TENSOR, Plan(data=2, tensor=2, experts=2, accumulation=2)),
+    ("mixtral", {}, LORA, Plan(data=2, accumulation=2)),
 ]
 
 
@@ -188,11 +208,18 @@ def test_ranks_hold_need_and_send_what_is_planned(
         fixed_bytes = held.parameters + held.pieces + rank["optimizer"]
         assert 0 <= rank["rests"] - fixed_bytes < 256
         if not plan.offload:  # what a CPU offloads stays where it was
+            peak, beside = 0.04, 0.08
             # Of several parts a stage with few micro-batches, the last parts have come back before all are under way.
-            is_filled = filled(plan.accumulation, plan.pipeline, plan.virtual) > plan.accumulation
-            assert memory.peak == pytest.approx(rank["peak"], rel=0.07 if is_filled else 0.05)
-            assert memory.peak - fixed_bytes == pytest.approx(rank["peak"] - fixed_bytes, rel=0.1)
+            if filled(plan.accumulation, plan.pipeline, plan.virtual) > plan.accumulation:
+                peak, beside = 0.07, 0.1
+            elif plan.experts > 1:  # a plan takes tokens to go to all alike
+                peak, beside = 0.05, 0.1
+            assert memory.peak == pytest.approx(rank["peak"], rel=peak)
+            assert memory.peak - fixed_bytes == pytest.approx(rank["peak"] - fixed_bytes, rel=beside)
         sent = communication.rank(calculator, plan, rank["stage"], stage)
         planned = {"data": sent.data, "sharding": sent.sharding, "tensor": sent.tensor, "pipe": sent.pipeline}
         planned["context"] = sent.context
-        assert {axis: rank["sent"].get(axis, 0) for axis in planned} == planned
+        found = {axis: rank["sent"].get(axis, 0) for axis in planned}
+        if plan.stage:  # slices of a tied matrix's gradient, of which the last may be shorter
+            found["pipe"] = max(one["sent"].get("pipe", 0) for one in ranks if one["stage"] == rank["stage"])
+        assert found == planned

@@ -6,7 +6,6 @@ docs/plan.md has the formulas. h hidden, i inner, q = query heads x head size, k
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sft import Architecture, Block
@@ -67,7 +66,7 @@ def block_kept(outline: Outline, number: int, shape: Shape, precision: Precision
     narrow += _mlp_kept(model, model.blocks[number], tensor)
     wide += _routing_kept(model.blocks[number])
     linears = outline.blocks[number]
-    narrow += _beside_linears(linears, model, tensor)
+    narrow += sum(_beside(linear, model, model.blocks[number], tensor) for linear in linears)
     once = sum(linear.kept_once / (1 if linear.name.endswith(ROW) else tensor) for linear in linears)
     kept = shape.tokens * (4 * wide + precision.products / 8 * narrow) + 4 * once
     cast = tuple(pair for pair in of_block(outline, number) if precision.casts(pair[0]))
@@ -88,9 +87,12 @@ def _attention_norms_kept(outline: Outline, shape: Shape) -> float:
     return kept
 
 
-def _beside_linears(linears: Iterable[LinearOutline], model: Architecture, tensor: int) -> float:
-    """Of a token, what techniques keep."""
-    return sum(linear.kept + linear.kept_outputs / _ways(linear, model, tensor) for linear in linears)
+def _beside(linear: LinearOutline, model: Architecture, block: Block, tensor: int) -> float:
+    """Of a token, what techniques keep beside a Linear of the ``block``; experts get all tokens alike."""
+    kept = linear.kept + linear.kept_outputs / _ways(linear, model, tensor)
+    if block.experts is None or ".experts." not in linear.name:
+        return kept
+    return kept * block.experts.chosen / block.experts.count
 
 
 def _ways(linear: LinearOutline, model: Architecture, tensor: int) -> float:
@@ -168,14 +170,14 @@ def boundary(outline: Outline, shape: Shape, precision: Precision) -> int:
 def attending(outline: Outline, shape: Shape, precision: Precision) -> int:
     """What a block holds while its attention goes forward, which may be more than what is left of it when it is done:
     its input, queries, keys and values, the scaled queries; and results, three times when they are put into order, or
-    once beside a bucket's keys and values and its scores, which are there twice while their mask is added."""
+    once beside a bucket's keys and values, its scores, which are there twice while their mask is added, and that."""
     model, tensor = outline.architecture, shape.tensor
     query, key = model.heads * model.head_size / tensor, _keys(model, tensor) * model.head_size
     documents, rows, scores = _bucket(model, shape)
     width = 4 * _attention_norms_kept(outline, shape) + precision.products / 8 * (model.hidden + query + 2 * key)
     ordered = 4 * shape.tokens * 3 * query
     gathered = documents * (shape.length * 2 * key * copies(model, shape) + rows * query) / shape.context
-    blocks = 4 * (shape.tokens * 2 * query + gathered + 2 * scores)
+    blocks = 4 * (shape.tokens * 2 * query + gathered + 2 * scores + rows * shape.length)
     return round(shape.tokens * width + max(ordered, blocks))
 
 
@@ -186,33 +188,62 @@ def _bucket(model: Architecture, shape: Shape) -> tuple[int, int, float]:
     return documents, rows, documents * model.heads / shape.sharing_heads * rows * shape.length
 
 
-def backward_extra(outline: Outline, shape: Shape, precision: Precision) -> int:
-    """What a block's backward holds beyond what forward kept: gradients of the widest intermediate results."""
+def backward_extra(outline: Outline, shape: Shape, precision: Precision) -> tuple[int, int, int]:
+    """What a block's backward holds beyond what forward kept, with the gradient of the residual stream: in its MLP, the
+    most, and beside the gradient of a weight; and in attention."""
+    model = outline.architecture
+    narrow = shape.tokens * precision.products / 8
+    mlp, beside = zip(*(_mlp_extra(model, block, shape.tensor) for block in set(model.blocks)), strict=True)
+    return round(narrow * max(mlp)), round(narrow * max(beside)), round(_attention_extra(outline, shape, precision))
+
+
+def _mlp_extra(model: Architecture, block: Block, tensor: int) -> tuple[float, float]:
+    """Of a token: gradients of gate and up, and while down_proj goes back those of its input and output. Of chosen
+    experts gradients of all outputs are there, once more while they are put into order; experts come one by one."""
+    hidden, experts = model.hidden, block.experts
+    if experts is None:
+        return hidden + 2 * model.inner / tensor, 2 * hidden + model.inner / tensor
+    shared, own = (experts.shared_inner or 0) / tensor, experts.inner / tensor * experts.chosen / experts.count
+    ordered = (2 + experts.chosen) * hidden
+    most = max(ordered, (1 + experts.chosen) * hidden + 2 * own, 2 * hidden + 2 * shared)
+    return most, max((1 + experts.chosen) * hidden + own, 2 * hidden + shared)
+
+
+def _attention_extra(outline: Outline, shape: Shape, precision: Precision) -> float:
+    """When attention goes back, the MLP has freed what it kept, and so have the norms behind attention and techniques
+    on all Linears behind it; the gradients of its output and of the residual stream are there."""
     model, tensor = outline.architecture, shape.tensor
-    query, in_mlp = model.heads * model.head_size, {_mlp_kept(model, block, tensor) for block in model.blocks}
-    mlp = 3 * model.hidden + max(in_mlp)
-    # When attention goes back, the MLP has freed what it kept, and so have the norms behind attention and techniques on
-    # all Linears behind it; the gradients of its output and of the residual stream are there. It makes scaled queries,
-    # the output's gradient once more, and its three gradients; of a bucket it holds keys and values, of a block those
-    # that it sees, their gradients, queries and output, and the gradients of these; scores in two stages, or three
-    # where they are capped.
+    query = model.heads * model.head_size / tensor
     key = _keys(model, tensor) * model.head_size * copies(model, shape)
     behind = outline.norms - (model.norms.before_attention is not None)
-    freed = min(in_mlp) + model.hidden + behind * (model.hidden + 1) / shape.spread
-    freed += min(_beside_linears(filter(_is_behind_attention, block), model, tensor) for block in outline.blocks)
+    freed = min(_mlp_kept(model, block, tensor) for block in set(model.blocks))
+    freed += model.hidden + behind * (model.hidden + 1) / shape.spread
+    freed += min(
+        sum(_beside(linear, model, block, tensor) for linear in linears if _is_behind_attention(linear))
+        for block, linears in zip(model.blocks, outline.blocks, strict=True)
+    )
+    narrow = shape.tokens * precision.products / 8 * (query + model.hidden - freed)
+    wide = 2 * query + model.heads / tensor  # scaled queries, the output's gradient once more, and sums of rows
+    if precision.products == 16:  # float32 copies of keys, values and the output
+        wide += query + 2 * key
     documents, rows, scores = _bucket(model, shape)
-    attention = shape.tokens * precision.products / 8 * (query / tensor + model.hidden - freed)
-    attention += 4 * shape.tokens * (3 * query / tensor + 2 * key)
+    length, blocks = shape.length, math.ceil(shape.length / rows)
+    # Of the last bucket keys and values, and the gradients of these that its last block gives; queries' gradients of
+    # the blocks before, and of the last one queries, output, its gradient twice, and what that gives.
+    there = length * (4 * key + query) + 4 * rows * query
+    if blocks > 1:  # what blocks have added up, what the one before the last has given, and as it was added
+        there += 2 * key * (length * min(2, blocks - 1) + length - rows)
+    before = (shape.rows - documents) * length * (query + 2 * key)  # results of other buckets
     stages = 2 if model.attention_cap is None else 3
-    gathered = documents * (6 * shape.length * key + 5 * rows * query / tensor) / shape.context
-    attention += 4 * (gathered + stages * scores)
-    return round(max(shape.tokens * precision.products / 8 * mlp, attention))
+    wide = shape.tokens * wide + (documents * there + before) / shape.context + stages * scores + rows * length
+    return narrow + 4 * wide
 
 
-def at_border(outline: Outline, shape: Shape, precision: Precision, recompute: bool, first: bool) -> int:
-    """What a pipeline stage keeps of a micro-batch beside its blocks: what it has received, until its gradient is sent
-    back (recomputation keeps that anyway). What it has sent is gone."""
-    return 0 if first or recompute else boundary(outline, shape, precision)
+def embedding_kept(outline: Outline, shape: Shape, precision: Precision) -> int:
+    """Of the embedding, where tensor ranks have some of its rows each: those of others' tokens are zeros."""
+    if shape.tensor == 1 or not outline.embedding.trains:
+        return 0
+    return shape.tokens * (outline.hidden + 1) * precision.weights // 8
 
 
 def norm_kept(outline: Outline, shape: Shape) -> int:

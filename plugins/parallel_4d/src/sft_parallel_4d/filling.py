@@ -46,6 +46,8 @@ class Whole:
     """The same in a first micro-batch, with those slices that are there by then."""
     begun: int
     """Beside slices, when the first gradient of the last block is there."""
+    inside: int
+    """The most beside slices while backward is in the last block, but for what is on its way."""
     left: int
     """Beside slices, until the next micro-batch goes back."""
 
@@ -55,20 +57,20 @@ def whole(layers: Sequence[Layer], bucket: int, shards: int, in_units: bool) -> 
     have ``bucket`` bytes or just more; ``in_units``: those of a layer's matrices are one. Each of ``shards`` processes
     keeps a slice of each."""
     gradients = dict(_places(layers))
-    backward, begun = _Backward(gradients, bucket, shards, in_units), 0
+    backward, begun, inside = _Backward(gradients, bucket, shards, in_units), 0, 0
     for turn, some in groupby(gradients, key=lambda place: place[0]):
         here = list(some)
         for place in sorted(here, key=lambda place: not place[1]):
             backward.come(place)
-            if turn == 1 and not begun:
-                begun = backward.now + gradients[place].passing
+            if turn == 1:
+                begun, inside = begun or backward.now + gradients[place].passing, max(inside, backward.now)
             if not place[1]:
                 backward.is_through(place)
         for place in here:
             if place[1]:
                 backward.is_through(place)
     backward.cut_last()
-    return Whole(backward.most, backward.growing, begun, backward.left)
+    return Whole(backward.most, backward.growing, begun, inside, backward.left)
 
 
 @dataclass(frozen=True)

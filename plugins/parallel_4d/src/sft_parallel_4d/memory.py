@@ -54,6 +54,8 @@ class Held:
     """Of ``passing``, what is there until the next micro-batch goes back: the last bucket."""
     growing: int | None = None
     """Of gradients and what is beside them, the most in a first micro-batch, if not all of both."""
+    coming: int = 0
+    """What is there more than ``filled`` when backward is in the last block's attention."""
 
 
 class Calculator:
@@ -153,7 +155,7 @@ class Calculator:
         size, gradients = stage.size, tuple[int, ...]()
         if plan.stage >= 2:
             now = self._whole(stage, self._division(plan)[0], plan.sequence, plan.stage == 3)
-            gradients = (size.piece_gradients, now.most, now.begun, now.left, now.growing)
+            gradients = (size.piece_gradients, now.most, now.begun, now.left, now.growing, now.inside - now.begun)
         if plan.stage == 3:
             parameters = size.weights - size.matrices + size.vector_pieces * plan.pieces - size.vectors
             return Held(parameters, size.matrix_pieces, size.optimizer, *gradients)
@@ -191,17 +193,15 @@ class Calculator:
         passes, flying = self._under_way(plan, number)
         kept, block = self._kept(stage.blocks, shape, plan.recompute)
         reading = activations.reading_kept(outline, shape)
-        borders = (stage.first, *[False] * (plan.virtual - 1))  # of each of its parts
-        kept += sum(activations.at_border(outline, shape, precision, plan.recompute, is_first) for is_first in borders)
-        flown = kept * passes // plan.virtual
-        extra = self._extra(shape)
-        attending = activations.attending(outline, shape, precision)
+        if stage.first:
+            kept += activations.embedding_kept(outline, shape, precision)
         upstream = activations.boundary(outline, shape, precision)
-        beyond = extra
-        if plan.recompute:  # a block goes forward when the gradient of its output is there
-            beyond = max(block + extra, attending + upstream)
-        if not stage.last:  # that gradient has been received, and paddle's backward begins with a copy
-            beyond += upstream
+        # What a part has received, until its gradient is sent back (recomputation keeps that anyway). What it has sent
+        # is gone, but in the order of several parts.
+        received = 0 if plan.recompute else plan.virtual - stage.first
+        sent = plan.virtual - stage.last if plan.virtual > 1 else 0
+        kept += (received + sent) * upstream
+        flown = kept * passes // plan.virtual
         last = activations.last_kept(outline, shape, precision) if stage.last else 0
         loss = activations.logits(outline, shape, precision, self._chunk) if stage.last else 0
         norm = activations.norm_kept(outline, shape) if stage.last else 0
@@ -210,18 +210,31 @@ class Calculator:
         before = held.gradients if plan.accumulation > flying else 0
         after = held.gradients + held.passing if before or held.growing is None else held.growing
         waiting = before + held.left if before else 0
-        # lm_head's gradient has then been added to that of earlier micro-batches.
-        added = activations.head_gradient(outline, shape, precision.weights) if stage.last and before else 0
-        behind = last - added
+        # What the loss leaves for the blocks' backward: lm_head's gradient, unless it is in a bucket, or in the sum.
+        waits = outline.tied and stage.first and stage.last  # for the embedding's
+        is_added = before or (held.filled and not outline.tied)
+        behind = 0
+        if stage.last and (waits or not is_added):
+            behind = activations.head_gradient(outline, shape, precision.weights)
         begun = before + held.filled if plan.stage >= 2 else max(before, held.filled)
-        one_block = (kept // len(stage.blocks) if not plan.recompute else 0) + beyond + whole_first
+        coming, passing, sums = held.coming, 0, after
+        if plan.stage < 2:  # in the others what is on its way is counted with buckets
+            coming, passing, sums = 0, stage.largest_block.passing, held.gradients + (behind if waits else 0)
+            if not before and not held.filled:  # each gradient is there from its own moment on
+                coming = stage.largest_block.gradients
+                sums -= coming + stage.embedding.gradients
+        last_block = self._beyond(plan, stage, shape, block, passing, coming)
+        first_block = self._beyond(plan, stage, shape, block, passing, coming if plan.stage < 2 else 0)
+        one_block = (upstream if plan.recompute else kept // len(stage.blocks)) + first_block + whole_first
         moments = {
-            "loss": waiting + flown + reading * flying + norm + loss + whole_head,
-            "last block backward": begun + flown + reading * flying + behind + beyond + whole_block,
-            "first block backward": after + flown - kept // plan.virtual + reading * flying + one_block,
+            "loss": waiting + flown + reading * passes + norm + loss + whole_head,
+            "last block backward": begun + flown + reading * passes + behind + last_block + whole_block,
+            "first block backward": sums + flown - kept // plan.virtual + reading * passes + one_block,
+            "end of backward": after + flown - kept // plan.virtual + reading * passes + upstream,
         }
         if not plan.recompute:
-            moments["last block forward"] = waiting + flown + reading * flying - block + attending + whole_block
+            attending = activations.attending(outline, shape, precision)
+            moments["last block forward"] = waiting + flown + reading * passes - block + attending + whole_block
         # The largest is squared for the norm, or given to the master; small ones are squared together.
         stepping = max(4 * size.stepped, 12 * min(size.few, LOT) if self._is_cpu else 0)
         if on_device:
@@ -231,11 +244,23 @@ class Calculator:
             held.parameters + (held.pieces if on_device else 0) + max(whole_block, whole_head),
             after,
             held.optimizer if on_device else 0,
-            flown + reading * flying + last + beyond,
+            flown + reading * passes + last + last_block,
             loss,
             held.parameters + (aside if on_device else 0) + max(moments.values()),
             0 if on_device else aside + size.piece_gradients + stepping,
         )
+
+    def _beyond(self, plan: Plan, stage: Stage, shape: Shape, block: int, passing: int, coming: int) -> int:
+        """What backward of a block, the largest, that keeps ``block`` needs beyond what is kept: beside a gradient that
+        is ``passing`` in its MLP, and beside those that are ``coming`` until it is in attention."""
+        mlp, beside, attention = self._extra(shape)
+        found = max(mlp, beside + passing, attention + coming)
+        upstream = activations.boundary(self.outline, shape, self.precision)
+        if plan.recompute:  # it goes forward when the gradient of its output is there; backward has both, and a copy
+            attending = activations.attending(self.outline, shape, self.precision)
+            found = max(block + found + 2 * upstream, attending + upstream)
+        # That of a stage's output has been received, and paddle's backward begins with a copy.
+        return found if stage.last else found + upstream
 
     def _kept_of_blocks(self, blocks: tuple[int, ...], shape: Shape, recompute: bool) -> tuple[int, int]:
         """What ``blocks`` keep of a micro-batch, and what the largest of them keeps without recomputation."""

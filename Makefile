@@ -17,10 +17,10 @@ PYTHON ?=
 PYTHONS := $(or $(PYTHON),python3 python3.12 python3.11 python3.10)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-sweep test-browser test-gpu test-reliability test-plugin certify certify-faults lint format bench docs site clean
+.PHONY: help demo test test-slow test-sweep test-browser test-gpu test-gpu-parallel test-reliability test-plugin certify certify-faults lint format bench docs site clean
 
 help: ## Say what each target does
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/installed-$(DEVICE) ## Install, then run the demo
 	$(BIN)/sft demo $(ARGS)
@@ -45,6 +45,10 @@ test-browser: .venv/installed-test ## Look at the pages that sft makes, in a hea
 # sentence, and pytest exits with 5.
 test-gpu: .venv/installed-test ## Check a GPU, within ten minutes: make DEVICE=gpu test-gpu
 	$(BIN)/pytest -m gpu -rs $(ARGS) || [ $$? -eq 5 ]
+
+# Some 50 short runs on two GPUs, 80 on four. Without DEVICE=gpu two processes on CPUs: nine minutes on two cores.
+test-gpu-parallel: .venv/installed-test ## Check 2, 4 or 8 GPUs together: make DEVICE=gpu test-gpu-parallel
+	$(BIN)/python -m benchmarks.parallel_checks --device $(DEVICE) $(ARGS)
 
 # Hours. Each test carries its own limit of time. The figures are kept even if some test fails.
 test-reliability: .venv/installed-test ## Try everything that a run must survive, for hours, and write docs/reliability.md

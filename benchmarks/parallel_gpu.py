@@ -91,18 +91,24 @@ def plans(gpus: int, has_experts: bool = False) -> dict[str, tuple[int, dict[str
     return found
 
 
-def train(folder: Path, processes: int, data_ranks: int, settings: dict[str, Any]) -> Path:
-    """A run in a folder of its own; raises :func:`failure` if it fails."""
+def written(folder: Path, data_ranks: int, settings: dict[str, Any]) -> Path:
+    """The settings of a run that writes into ``folder``, in a file."""
     rows = settings["rows"]
     values = {key: value for key, value in settings.items() if key != "rows"}
     values.update(output_dir=str(folder), gradient_accumulation_steps=rows // data_ranks, per_device_train_batch_size=1)
-    if processes > 1:
-        values["nproc"] = processes
     path = folder.with_suffix(".json")
     path.write_text(json.dumps(values))
-    environment = {**os.environ, "NVIDIA_TF32_OVERRIDE": "0"}
-    command = [sys.executable, "-m", "sft", "run", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return path
+
+
+def train(folder: Path, processes: int, data_ranks: int, settings: dict[str, Any], limit: float | None = None) -> Path:
+    """A run in a folder of its own; raises :func:`failure` if it fails, or after ``limit`` seconds."""
+    path = written(folder, data_ranks, {**settings, **({"nproc": processes} if processes > 1 else {})})
+    command, environment = [sys.executable, "-m", "sft", "run", str(path)], {**os.environ, "NVIDIA_TF32_OVERRIDE": "0"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit)
+    except subprocess.TimeoutExpired as late:
+        raise RuntimeError(f"not done after {limit:.0f} s") from late
     if done.returncode:
         raise failure(done.returncode, done.stderr or done.stdout)
     return folder
@@ -133,19 +139,26 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 def compare(one: Path, other: Path) -> tuple[float, float, float]:
     """The greatest relative difference of losses, of gradient norms, and of weights (of the largest of each tensor)."""
     lines, theirs = ([line for line in read_metrics(f) if "loss" in line] for f in (one, other))
+    if [line["step"] for line in lines] != [line["step"] for line in theirs]:
+        raise RuntimeError(f"{other} has other steps than {one}.")
     loss, norm = (
         float(np.max([abs(a[key] - b[key]) / abs(a[key]) for a, b in zip(lines, theirs, strict=True)]))
         for key in ("loss", "grad_norm")
     )
+    return loss, norm, float(np.max(apart(one, other)))  # which a value that is not finite is not lost in
+
+
+def apart(one: Path, other: Path) -> list[float]:
+    """The greatest difference of each saved tensor, relative to the largest value of ``one``'s."""
     tensors, others = weights(one), weights(other)
     if set(tensors) != set(others):
         raise RuntimeError(f"{other} saved other tensors than {one}.")
-    apart = []
+    found = []
     for name, values in tensors.items():
         wide = values.astype(np.float32)
         largest = float(np.abs(wide).max()) or 1.0
-        apart.append(float(np.abs(wide - others[name].astype(np.float32)).max()) / largest)
-    return loss, norm, float(np.max(apart))  # which a value that is not finite is not lost in
+        found.append(float(np.abs(wide - others[name].astype(np.float32)).max()) / largest)
+    return found
 
 
 def speed(folder: Path) -> tuple[float, int]:
@@ -198,15 +211,15 @@ def main() -> int:
             data_ranks, changes = chosen[plan]
             try:
                 other = train(scratch / str(number), given.gpus, data_ranks, {**settings, **changes})
-                apart = compare(one, other)
+                distances = compare(one, other)
             except RuntimeError as error:
                 refused = isinstance(error, RefusedError)
                 good = good and refused
                 print(f"{plan:28}{'refused' if refused else 'FAILED'}: {error}", flush=True)
                 continue
-            bad = not all(value <= tolerance for value in apart)
+            bad = not all(value <= tolerance for value in distances)
             good = good and not bad
-            figures = "".join(f"{value:>10.1e}" for value in apart)
+            figures = "".join(f"{value:>10.1e}" for value in distances)
             rate, peak = speed(other)
             print(f"{plan:28}{figures}{rate:>12,.0f}{peak:>9,}{'  APART' if bad else ''}", flush=True)
     return 0 if good else 1

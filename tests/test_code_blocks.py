@@ -102,7 +102,11 @@ SHOWN: dict[str, str | Blocks] = {
             "sft run settings.json --nproc auto",
             "not run: it needs GPUs; test_elastic.py of parallel-4d kills ranks of 2 and 4",
         ),
-        ("python benchmarks/parallel_gpu.py", "not run: it needs several GPUs"),
+        (
+            "make DEVICE=gpu test-gpu-parallel",
+            "tests/test_parallel_checks.py::test_two_processes_on_cpus",
+        ),
+        ("sft run settings.json --output_dir one", "not run: several machines"),
         (
             "git worktree add --detach ../before",
             "not run: minutes; test_trace.py of parallel-4d makes a row of it",

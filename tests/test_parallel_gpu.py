@@ -82,7 +82,8 @@ def test_a_plan_that_is_apart_makes_the_exit_code_1(
     def trained(folder: Path, processes: int, data_ranks: int, settings: dict[str, Any]) -> Path:
         factors = {one: 1 + change if processes > 1 and one == what else 1.0 for one in ("loss", "weight")}
         folder.mkdir()
-        line = {"loss": factors["loss"], "grad_norm": 1.0, "tokens": 1, "seconds": 1.0, "peak_memory_mib": 1}
+        line = {"step": 1, "loss": factors["loss"], "grad_norm": 1.0}
+        line |= {"tokens": 1, "seconds": 1.0, "peak_memory_mib": 1}
         (folder / "metrics.jsonl").write_text(json.dumps(line))
         save_file({"w": np.full(4, factors["weight"], np.float32)}, folder / "model.safetensors")
         return folder

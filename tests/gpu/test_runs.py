@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
@@ -312,20 +309,6 @@ class Watch(sft.Plugin):
         self.steps.append(self._batches)
         self.speeds.append(record["tokens"] / (now - self._began))
         self._batches, self._began = [], now
-
-
-@needs("parallel-4d")
-@pytest.mark.timeout(600)
-def test_several_gpus_learn_what_one_does(gpu: Any, base_model: Path, dataset: Path, row: Row) -> None:
-    count = gpu.device.cuda.device_count()
-    if count < 2:
-        pytest.skip("there is one GPU")
-    script = Path(__file__).parents[2] / "benchmarks" / "parallel_gpu.py"
-    command = [sys.executable, str(script), str(base_model), str(dataset), "--gpus", str(min(count, 4))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=540, env={**os.environ})
-    for line in done.stdout.splitlines():
-        row("benchmarks/parallel_gpu.py", line)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_a_run_writes_down_its_device(losses: Any, tmp_path: Path, on_gpu: bool, row: Row) -> None:

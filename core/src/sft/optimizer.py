@@ -58,8 +58,9 @@ class Optimizer(ABC):
         """Step ``values`` and ``kept`` in place, for the names in ``gradients``, which are of one group.
 
         ``gradients`` are float32, of the values' shapes, summed, scaled and clipped, and may be changed. ``rate`` is
-        the learning rate of this step and group, ``decay`` the group's weight decay. What has no gradient in this step
-        is not among them. Gradients are not recorded here.
+        the learning rate of this step and group, ``decay`` the group's weight decay. What backward has not
+        reached, as an expert that no token has chosen, has a gradient of zeros: so it has where other processes' tokens
+        may choose it, too. Gradients are not recorded here.
         """
 
     # --- what all have ---
@@ -81,14 +82,13 @@ class Optimizer(ABC):
 
     def __step(self, rate: float, factor: float) -> None:
         self.__make_state()
-        gradients = {n: _aligned(p.grad.astype("float32")) for n, p in self.parameters.items() if p.grad is not None}
+        gradients = {name: _gradient(parameter) for name, parameter in self.parameters.items()}
         if factor != 1.0:
             scaled, inverse = list(gradients.values()), paddle.full([1], 1.0 / factor)
             for start in range(0, len(scaled), TENSORS):  # paddle's loss scaling, many in a call: it divides
                 paddle._C_ops.check_finite_and_unscale_(scaled[start : start + TENSORS], inverse)
         for group in self.groups:
-            own = {name: gradients[name] for name in group.parameters if name in gradients}
-            if own:
+            if own := {name: gradients[name] for name in group.parameters}:
                 self.update(own, rate * group.learning_rate, group.weight_decay)
         for name in gradients:
             if self.values[name] is not self.parameters[name]:
@@ -147,6 +147,11 @@ MASTER = "master"
 """The kind of state that a master copy is."""
 TENSORS = 4096
 """Tensors that are scaled in a call. A GPU's kernel has a number for each in its shared memory, which holds 6,143."""
+
+
+def _gradient(parameter: Any) -> Any:
+    """The parameter's, float32."""
+    return paddle.zeros(parameter.shape) if parameter.grad is None else _aligned(parameter.grad.astype("float32"))
 
 
 def _aligned(gradient: Any) -> Any:

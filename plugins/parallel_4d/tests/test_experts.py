@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from families import FOLDER, SETTINGS, WITH_EXPERTS, case, folders
 from resuming import checked
+from safetensors.numpy import load_file, save_file
 from trainings import ALL, OF_MIXTURES, Plan, Trainings, assert_equal, joined
 
 from sft.testing import needs, read_metrics
@@ -70,6 +73,37 @@ def test_whole_runs(trainings: Trainings, tokenizer: Path, plan: str, settings: 
     """Of five steps, with evaluations; of the last step, one data rank has all rows."""
     values = {**of(tokenizer), **settings}
     assert_equal(trainings.one(**values), trainings.many(ALL[plan], **values)[0])
+
+
+def rarely_chosen(folder: Path) -> Path:
+    """A mixture of which each token chooses one expert, of the first two: the others' scores lie between theirs."""
+    shutil.copytree(FOLDER / "mixtral", folder)
+    config = json.loads((folder / "config.json").read_text()) | {"num_experts_per_tok": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for name, rows in tensors.items():
+        if name.endswith(".gate.weight"):
+            tensors[name] = np.outer([1.0, -1.0, 0.1, 0.0], 100 * rows[0]).astype(rows.dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "plan", ["dp2", *(pytest.param(p, marks=pytest.mark.slow) for p in ("ep2", "stage2", "tp2", "pp2", "ep2-dp2"))]
+)
+def test_an_expert_that_nobody_chooses_has_a_gradient_of_zeros(
+    trainings: Trainings, tokenizer: Path, tmp_path: Path, plan: str
+) -> None:
+    """Under each plan, and so AdamW does no more than to let it decay (arXiv 1711.05101, algorithm 2)."""
+    values = {**of(tokenizer), "model_name_or_path": str(rarely_chosen(tmp_path / "model"))}
+    one, many = trainings.one(**values), trainings.many(ALL[plan], **values)[0]
+    assert_equal(one, many)
+    left = np.prod([1.0 - line["learning_rate"] * 0.1 for line in read_metrics(one) if "loss" in line])
+    begun, ended = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", one))
+    own = [name for name in begun if ".experts.3." in name]
+    assert own
+    for name in own:
+        np.testing.assert_allclose(ended[name], begun[name] * left, rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.slow

@@ -72,6 +72,18 @@ try:
         print(watch.meet([rank - 7, math.inf, 0.1 * rank], "largest"))
         watch.leave()
         watch.stop()
+    elif deed == "stopped at once":  # by a signal whose handler raises, while it waits for the others
+        def stop(*_):
+            raise KeyboardInterrupt("stopped")
+        signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, 0.6)
+        watch.enter("step 3")
+        try:
+            watch.meet([1.0])
+        except KeyboardInterrupt as error:
+            last_words.failed(error, rank, watch)
+            print("has told the others", file=sys.stderr)
+            os._exit(3)
     elif deed == "wait":
         watch.enter("step 3")
         time.sleep(100)
@@ -147,6 +159,15 @@ def test_ranks_that_bring_other_things_end(ranks: Ranks) -> None:
     codes, outputs = ranks("brings", "brings largest", timeout=60)
     assert codes == [1, 1]
     assert outputs == ["sft: The ranks bring different numbers to 'step 3'; run one sft in all.\n"] * 2
+
+
+def test_a_rank_that_a_signal_ends_while_it_waits_tells_the_others(ranks: Ranks) -> None:
+    """It has not read the answer to its last question, and does not take it for that to its next one."""
+    codes, outputs = ranks("wait", "stopped at once", timeout=60)
+    assert codes == [1, 3]
+    assert outputs[0].startswith("sft: rank 1: ")
+    assert outputs[1].endswith("has told the others\n")
+    assert "Traceback" not in outputs[1]
 
 
 def test_ranks_that_meet_hear_of_one_that_does_not_come(ranks: Ranks) -> None:

@@ -30,7 +30,7 @@ def connected(board: Board) -> tuple[socket.socket, Any]:
     return line, line.makefile("rwb")
 
 
-HELLO = {"rank": 0, "count": [1, 0], "phase": "x", "waited": None}
+HELLO = {"rank": 0, "count": [1, 0], "phase": "x", "waited": None, "asked": 7}
 NEWS = {**HELLO, "error": "\x1b[2J"}
 
 
@@ -104,6 +104,7 @@ def test_one_who_has_taken_the_port_is_no_board(guesses: bool, monkeypatch: pyte
             for change in (
                 {"rank": 1},
                 {"rank": "0"},
+                {"asked": None},
                 {"count": 1},
                 {"count": [1]},
                 {"count": [1.5, 0]},
@@ -143,7 +144,7 @@ def test_a_rank_is_connected_once_and_speaks_for_itself(board: Board) -> None:
         door.enter(stream, stream, "the token", 0)
         stream.write(json.dumps(HELLO).encode() + b"\n")
         stream.flush()
-        assert json.loads(stream.readline()) == {"first": None, "absent": [1], "together": None}
+        assert json.loads(stream.readline()) == {"first": None, "absent": [1], "together": None, "asked": 7}
         for rank in (0, 2, -1, "1", None, 10**30):
             other, beside = connected(board)
             with other:
@@ -159,7 +160,7 @@ def test_strangers_keep_no_rank_out(board: Board, monkeypatch: pytest.MonkeyPatc
     idle = [connected(board) for _ in range(STRANGERS + 40)]
     watch = Watch(0, 2, 20, print, (0, *board.server_address[:2]))
     with watch._connect():
-        assert watch._ask() == {"first": None, "absent": [1], "together": None}
+        assert watch._ask() == {"first": None, "absent": [1], "together": None, "asked": 1}
     for line, _ in idle:
         line.close()
 

@@ -57,6 +57,8 @@ class Meeting:
 
     brought: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     result: list[float] | None = None
+    left: set[int] = field(default_factory=set)
+    """Ranks that have been answered with it."""
 
     def close(self) -> None:
         """All have come. Raises ValueError where they bring something else."""
@@ -119,7 +121,7 @@ class Board(socketserver.ThreadingTCPServer):
             together = self._met(rank, said["count"][0], said["brings"]) if "brings" in said else None
         if error is not None:  # the launcher may end this machine's ranks as soon as one of them has ended
             self.wait_for(lambda board: board.all_told(but=rank), 3 * self._beat)
-        return {"first": self.first, "absent": self._absent(), "together": together}
+        return {"first": self.first, "absent": self._absent(), "together": together, "asked": said["asked"]}
 
     def _met(self, rank: int, phases: int, brings: dict[str, list[float]]) -> list[float] | None:
         """What all ranks have brought to a phase comes to. None: not all have come yet; whoever has asks again, and
@@ -181,9 +183,24 @@ class Board(socketserver.ThreadingTCPServer):
         listening = {rank for rank, seen in self._seen.copy().items() if not (seen.done or seen.lost)}
         return listening - {but} <= self._told
 
-    def answered(self, rank: int, phases: int) -> None:
-        """A rank has got the answer to what it said when it had entered so many phases."""
+    def answered(self, rank: int, phases: int, has_met: bool) -> None:
+        """A rank has got the answer to what it said when it had entered so many phases; whether with a result."""
         self._answered[rank] = phases
+        if has_met:
+            with self._lock:
+                if (meeting := self._meetings.get(phases)) is not None:
+                    meeting.left.add(rank)
+                    if len(meeting.left) == self._world:
+                        self._lock.notify_all()
+
+    def until_answered(self, phases: int) -> None:
+        """Wait until all ranks that live have the result of a meeting."""
+
+        def all_have() -> bool:
+            return phases not in self._meetings or len(self._meetings[phases].left) == self._world or bool(self.first)
+
+        with self._lock:
+            self._lock.wait_for(all_have, self._timeout)
 
     def all_answered(self, phases: int) -> bool:
         return len(self._answered) == self._world and all(count >= phases for count in self._answered.copy().values())
@@ -215,8 +232,8 @@ def understood(line: bytes) -> dict[str, Any]:
     if not isinstance(said, dict):
         raise ValueError("no object")
     count, waited, phase, error = said.get("count"), said.get("waited"), said.get("phase"), said.get("error")
-    if type(said.get("rank")) is not int or said["rank"] < 0:
-        raise ValueError("no rank")
+    if any(type(said.get(name)) is not int or said[name] < 0 for name in ("rank", "asked")):
+        raise ValueError("no rank, or no number of its question")
     if not (isinstance(count, list) and len(count) == 2 and all(type(n) is int and 0 <= n < 2**63 for n in count)):
         raise ValueError("no count")
     if waited is not None and not (type(waited) in (int, float) and 0 <= waited < 1e12):
@@ -249,7 +266,7 @@ class _Line(socketserver.StreamRequestHandler):
                     raise StrangerError("no message of this rank's")
                 answer = board.heard(rank, said)
                 self.wfile.write(json.dumps(answer).encode() + b"\n")
-                board.answered(rank, said["count"][0])
+                board.answered(rank, said["count"][0], answer["together"] is not None)
                 if answer["first"]:
                     board.told(rank)
         except (OSError, EOFError, ValueError, StrangerError):

@@ -32,8 +32,10 @@ class Phases:
         if self._meets:
             self._watch.meet()
         self._outer = name
-        yield
-        self._outer = None
+        try:
+            yield
+        finally:  # where it fails this rank is seen in the phase
+            self._outer = None
         self._watch.leave()
 
     def exchange(self, name: str, numbers: Sequence[float], way: str) -> list[float]:

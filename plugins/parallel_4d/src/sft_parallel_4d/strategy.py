@@ -256,10 +256,11 @@ class Parallel:
         buckets = self._buckets
         buckets.finish()
         for parameter in self._trained.values():
-            if parameter.grad is None and self._at.plan.devices > 1 and not buckets.has(parameter):
-                give(parameter, paddle.zeros(parameter.shape, dtype="float32"))
             if self._pipe is not None and self._pipe.is_tied(parameter) and buckets.holds(parameter):
-                self._add_other_end(buckets.piece(parameter))
+                piece = buckets.piece(parameter)
+                if piece.grad is None:
+                    give(piece, paddle.zeros(piece.shape, dtype="float32"))
+                self._add_other_end(piece)
 
     def _add_other_end(self, parameter: Any) -> None:
         """A tied matrix is in the first stage and in the last: each adds the other's gradient."""

@@ -61,6 +61,7 @@ class Watch:
         self._server, self._host, self._port = place or meeting_place(os.environ)
         self._beat = min(timeout / 10, max(0.5, world / 200))  # many ranks ask less often
         self._now: tuple[tuple[int, int], str, float | None] = ((0, 0), "", None)  # replaced whole: the thread reads it
+        self._asked = 0
         self._board: Board | None = None
         self._failing = False
         self._stopped = threading.Event()
@@ -108,6 +109,8 @@ class Watch:
             if answer["first"]:
                 self._end(*answer["first"][1:])
             if answer["together"] is not None:
+                if self._board is not None:  # this process may now keep all its threads waiting for what others compute
+                    self._board.until_answered(self._now[0][0])
                 return list(answer["together"])
 
     def go_on(self) -> None:
@@ -227,10 +230,21 @@ class Watch:
             count, phase, since = self._now
             waited = None if since is None else time.monotonic() - since
             try:
-                said = {"rank": self.rank, "count": count, "phase": phase, "waited": waited, **more}
+                self._asked += 1
+                said = {
+                    "rank": self.rank,
+                    "count": count,
+                    "phase": phase,
+                    "waited": waited,
+                    "asked": self._asked,
+                    **more,
+                }
                 self._file.write(json.dumps(said).encode() + b"\n")
                 self._file.flush()
-                return dict(json.loads(self._file.readline(LONGEST)))
+                answer = dict(json.loads(self._file.readline(LONGEST)))
+                while answer["asked"] != self._asked:  # a signal has raised while an earlier one was awaited
+                    answer = dict(json.loads(self._file.readline(LONGEST)))
+                return answer
             except (OSError, ValueError) as error:
                 raise OtherRankError(
                     f"rank {self._server} ended without a word, or cannot be reached any more at "

@@ -113,13 +113,18 @@ AXES = ("sharding", "host", "data")
 
 def backward_with_buckets(load: Load, stage: int, name: Hashable) -> list[Operation]:
     """The last backward in as many parts as there are buckets, each of which leaves when its part is through. By each
-    further lane it goes on when it has come, and another bucket has left, or backward is over."""
+    further lane it goes on when it has come, and another bucket has left, or backward is over. Where buckets hold
+    backward up, what was on its way between devices when a bucket left has come before the next part begins."""
     found, over, last = list[Operation](), 0.0, len(load.buckets.full) - 1
     for number, share in enumerate(load.buckets.full):
         own = np.float64((share - over) * load.backward)
         found.append(Operation(("part", stage, number), ("stage", stage), own))
         over = share
     found.append(Operation("backward", ("stage", stage), np.float64((1.0 - over) * load.backward)))
+    if load.buckets.holds:
+        for number, part in enumerate(found):
+            places = ((number - 2 - leg, leg) for leg, lane in enumerate(load.buckets.lanes) if lane.axis != "host")
+            part.needs += [("bucket", stage, before, leg) for before, leg in places if before >= 0]
     for leg, lane in enumerate(load.buckets.lanes):
         for number, sent in enumerate(lane.seconds):
             needs = [("part", stage, number + leg) if number + leg <= last else "backward"]
@@ -137,8 +142,9 @@ def test_buckets_travel_behind_backward(buckets: int, bucket: float) -> None:
     assert load.goes_backward + load.tails[-1] == pytest.approx(found, rel=1e-12)
 
 
+@pytest.mark.parametrize("holds", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_buckets_go_on_behind_backward(seed: int) -> None:
+def test_buckets_go_on_behind_backward(seed: int, holds: bool) -> None:
     """By three lanes, of which any may be the slow one: when each is through with what it has, exactly."""
     rng = np.random.default_rng(seed)
     shares = (*sorted(rng.uniform(0, 1, 6).tolist()), *rng.choice([[1.0], [0.9]]).tolist())
@@ -146,11 +152,27 @@ def test_buckets_go_on_behind_backward(seed: int) -> None:
     lanes = (
         Lane(axis, tuple((speed * rng.uniform(0, 1, 7)).tolist())) for axis, speed in zip(AXES, speeds, strict=True)
     )
-    load = replace(PLAIN, buckets=Travel(tuple(shares), tuple(lanes)))
+    load = replace(PLAIN, buckets=Travel(tuple(shares), tuple(lanes), holds))
     events = simulate(backward_with_buckets(load, 0, None))
     for leg, tail in enumerate(load.tails):
         last = max(end for name, (_, end) in events.items() if name == "backward" or name[-1] <= leg)  # type: ignore
         assert load.goes_backward + tail == pytest.approx(last, rel=1e-12)
+
+
+@pytest.mark.parametrize("sent", [0.1, 0.7, 2.0])
+def test_buckets_that_leave_with_each_micro_batch(sent: float) -> None:
+    """Of five micro-batches: the last bucket of each has come when the next one's backward begins."""
+    load, found = replace(PLAIN, each=True, buckets=replace(equal(3, sent), holds=True)), list[Operation]()
+    for micro in range(5):
+        found.append(Operation(("forward", micro), "computes", np.float64(load.forward)))
+        for one in backward_with_buckets(load, micro, ("forward", micro)):
+            assert isinstance(one.lane, tuple)
+            one.lane = "computes" if one.lane[0] == "stage" else "wire"
+            one.name = ("backward", micro) if one.name == "backward" else one.name
+            found.append(one)
+            if one.name == ("part", micro, 0) and micro:
+                one.needs.append(("bucket", micro - 1, 2, 0))
+    assert seconds(plan_of([load], 5), [load]) == pytest.approx(end_of(found), rel=1e-12)
 
 
 @pytest.mark.parametrize("last", [0.1, 1.0, 8.0])

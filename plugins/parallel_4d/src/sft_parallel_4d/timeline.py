@@ -43,7 +43,7 @@ def _spans(load: Load, times: dict[Pass, tuple[float, float]], stage: int, micro
         filling = [(through - load.goes_backward, through)]
     for begin, end in filling:
         yield from _of_buckets(load, begin, end, is_last=end == filling[-1][1])
-    at = through + (load.tails or [0.0])[-1]
+    at = through + max(0.0, (load.tails or [0.0])[-1] - load.queue)
     for axis, seconds in (("", load.step), ("host", load.host), ("sharding", load.spread)):
         if seconds:
             yield Span("waited" if axis else "step", at, at + seconds, axis=axis)
@@ -83,7 +83,7 @@ def _of_pass(load: Load, kind: str, number: int, begin: float, end: float) -> It
 def _of_buckets(load: Load, begin: float, end: float, is_last: bool) -> Iterator[Span]:
     """Buckets leave one after the other, each when backward has filled it; what travels when it is through is waited
     for, or goes on behind the next micro-batch. The last ones of a step go further."""
-    spans = load.buckets.spans(load.goes_backward)
+    spans, _ = load.buckets.spans(load.goes_backward)
     for lane, own in zip(load.buckets.lanes, spans if is_last else spans[:1], strict=False):
         for start, free in own:
             if free > start and begin + start < end:

@@ -113,15 +113,24 @@ class Load:
         ones (the embedding's) may be full only then."""
         return self.buckets.tails(self.goes_backward)
 
+    @cached_property
+    def _alone(self) -> tuple[float, float]:
+        """Of a micro-batch whose buckets leave with it: by how much it holds backward up, and how much longer the last
+        one travels than the next forward takes."""
+        if not (self.each and self.buckets.lanes):
+            return 0.0, 0.0
+        (own,), through = self.buckets.spans(self.goes_backward, 1)
+        return through - self.goes_backward, max(0.0, own[-1][1] - through - self.goes_forward)
+
     @property
     def queue(self) -> float:
-        """By how much a micro-batch's buckets take longer than the micro-batch, where they leave with each."""
-        return max(0.0, self.bucket_seconds - self.goes_forward - self.goes_backward) if self.each else 0.0
+        """By how much a micro-batch's buckets make it take longer, where they leave with each."""
+        return sum(self._alone)
 
     @property
     def end(self) -> float:
-        """What follows the last backward of the rank."""
-        return (self.tails or [0.0])[-1] + self.step + self.host + self.spread
+        """What follows the last backward of the rank, without what :attr:`queue` has of it."""
+        return max(0.0, (self.tails or [0.0])[-1] - self.queue) + self.step + self.host + self.spread
 
 
 @dataclass(frozen=True)

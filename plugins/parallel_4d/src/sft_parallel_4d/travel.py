@@ -34,25 +34,36 @@ class Travel:
     """The share of backward behind which each is full."""
     lanes: tuple[Lane, ...] = ()
     """By which each goes, one after the other. On a lane they queue."""
+    holds: bool = False
+    """Whether backward goes on, when a bucket leaves, only once those before it have come from the device's lane that
+    they were on: where slices are all that stays of sums, or sums go on."""
 
-    def spans(self, backward: float) -> list[list[tuple[float, float]]]:
-        """Of each lane when each bucket begins and ends there, in seconds from where the last backward begins, which
-        takes ``backward``. A rank looks after what it has sent whenever another bucket leaves, and at the end."""
-        leaves = [share * backward for share in self.full] + [backward] * len(self.lanes)
-        came, found = list(leaves), list[list[tuple[float, float]]]()
-        for leg, lane in enumerate(self.lanes):
-            free, own = 0.0, list[tuple[float, float]]()
-            for number, seconds in enumerate(lane.seconds):
-                begin = max(free, came[number], leaves[number + leg])
-                free = came[number] = begin + seconds
-                own.append((begin, free))
-            found.append(own)
-        return found
+    def spans(self, backward: float, lanes: int | None = None) -> tuple[list[list[tuple[float, float]]], float]:
+        """Of each of the first ``lanes`` (all) when each bucket begins and ends there, in seconds from where the last
+        backward begins, which takes ``backward`` by itself; and when it is over. A rank looks after what it has sent
+        whenever another bucket leaves, and at the end."""
+        own, count = self.lanes[:lanes], len(self.full)
+        of_device = [leg for leg, lane in enumerate(own) if lane.axis != "host"] if self.holds else []
+        spans: list[list[tuple[float, float]]] = [[] for _ in own]
+        now, over, through = 0.0, 0.0, backward
+        for turn, share in enumerate([*self.full, *[1.0] * len(own)]):
+            now, over = now + (share - over) * backward, share
+            if turn == count:
+                through = now
+            for leg, lane in enumerate(own):
+                bucket = turn - leg
+                if 0 <= bucket < count:
+                    free, came = spans[leg][-1:], spans[leg - 1][bucket : bucket + 1] if leg else []
+                    begin = max(now, *(end for _, end in (*free, *came)), 0.0)
+                    spans[leg].append((begin, begin + lane.seconds[bucket]))
+            if turn < count:
+                now = max(now, *(spans[leg][turn - 1 - leg][1] for leg in of_device if leg < turn), 0.0)
+        return spans, through
 
     def tails(self, backward: float) -> list[float]:
-        """Of each lane how much longer than ``backward`` it and those before it are busy."""
-        ends = (own[-1][1] for own in self.spans(backward))
-        return list(accumulate((max(0.0, end - backward) for end in ends), max))
+        """Of each lane how much longer than ``backward`` it and those before it are busy, or backward is held up."""
+        spans, through = self.spans(backward)
+        return list(accumulate((max(through, own[-1][1]) - backward for own in spans), max))
 
 
 def travel(
@@ -69,27 +80,32 @@ def travel(
         runs += [(_share(run[0], through), run) for run in (others, [last]) if run]
     lanes = [Lane("sharding" if plan.stage else "data", tuple(_first(plan, run, ways) for _, run in runs))]
     if plan.stage and plan.copies > 1:
-        lanes.append(Lane("data", tuple(sum(_sum(plan, bucket, ways["data"]) for bucket in run) for _, run in runs)))
+        lanes.append(Lane("data", tuple(_sums(plan, run, ways["data"]) for _, run in runs)))
     if plan.offload:
         speed = machine.links * machine.host
         lanes.append(Lane("host", tuple(sum(bucket.size for bucket in run) / plan.pieces / speed for _, run in runs)))
     if plan.stage == 3:
         lanes[0] = Lane("sharding", (0.0,) * len(runs))
-    return Travel(tuple(share for share, _ in runs), tuple(lanes))
+    holds = plan.stage >= 2 or plan.offload or len(lanes) > 1
+    return Travel(tuple(share for share, _ in runs), tuple(lanes), holds)
 
 
 def _first(plan: Plan, run: Sequence[Bucket], ways: dict[str, Way]) -> float:
     """Slices come together, or of ranks with the same parameters the sums of all."""
-    if plan.stage:
-        ranks, way = plan.pieces, ways["sharding"]
-        return sum(way.seconds((ranks - 1) / ranks * bucket.size) for bucket in run) if ranks > 1 else 0.0
-    return sum(_sum(plan, bucket, ways["data"]) for bucket in run)
+    if not plan.stage:
+        return _sums(plan, run, ways["data"])
+    size = sum(bucket.size for bucket in run)
+    return ways["sharding"].seconds((plan.pieces - 1) / plan.pieces * size, len(run)) if plan.pieces > 1 else 0.0
 
 
-def _sum(plan: Plan, bucket: Bucket, way: Way) -> float:
-    """Over ranks that have the same of it."""
-    ranks = plan.copies // (plan.experts if bucket.of_experts else 1)
-    return way.seconds(2 * (ranks - 1) / ranks * bucket.size / plan.pieces) if ranks > 1 else 0.0
+def _sums(plan: Plan, run: Sequence[Bucket], way: Way) -> float:
+    """Over ranks that have the same."""
+    found = 0.0
+    for of_experts, ranks in ((False, plan.copies), (True, plan.copies // plan.experts)):
+        sizes = [bucket.size for bucket in run if bucket.of_experts == of_experts]
+        if sizes and ranks > 1:
+            found += way.seconds(2 * (ranks - 1) / ranks * sum(sizes) / plan.pieces, len(sizes))
+    return found
 
 
 def _share(bucket: Bucket, through: list[float]) -> float:

@@ -36,6 +36,18 @@ def test_parameters(paddle: Any, internals: Any) -> None:
     assert parameter.data_ptr() == value.data_ptr(), changed("EagerParamBase.from_tensor", "copies")
 
 
+def test_layers_keep_what_they_have_by_name(paddle: Any) -> None:
+    """Adapters, experts and stages put there, and take out, what a process has."""
+    layer = paddle.nn.Linear(2, 2)
+    layer.inner = paddle.nn.Linear(2, 2)
+    layer.register_buffer("kept", paddle.ones([1]))
+    for name, held in (("_parameters", ["weight", "bias"]), ("_sub_layers", ["inner"]), ("_buffers", ["kept"])):
+        why = changed(f"Layer.{name}", "is no dict by name: what a process does not have would stay in its model")
+        assert list(getattr(layer, name, {})) == held, why
+    del layer._sub_layers["inner"]
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
+
+
 def test_an_alias_outlives_the_tensor(paddle: Any, internals: Any) -> None:
     why = changed("_C_ops.reshape", "copies, or goes with its input: gradients would be lost before they are summed")
     one = paddle.arange(6, dtype="float32")

@@ -65,7 +65,7 @@ MEMORY = """\
 
 The largest share of a LoRA step is what backward needs again. In MiB, by the formulas of `sft plan`
 ([plan.md](plan.md)), for rows of 1,024 tokens on a model of 135 million parameters; with `--recompute`
-activations are 131 and 105, for a second forward pass. `together` is the most at one time; `measured` is the largest
+activations are 125 and 115, for a second forward pass. `together` is the most at one time; `measured` is the largest
 resident memory of the whole process in the training steps above, and `not counted` what is left of it: the interpreter,
 paddle and its libraries, the tokenizer, the records, and memory that the allocator keeps. A run that is ready for its
 first step holds about 930 MiB in float32 and 675 in bfloat16, of which 522 and 266 are weights; so 410 are not counted
@@ -104,7 +104,7 @@ Python waits for the GPU once a step, for the loss and the norm, and in mixtures
 among these are the five arrays of a micro-batch that are copied to the device (six with FlashMask): each copy blocks,
 and comes behind the kernels that are queued. `tests/test_device_calls.py` counts both.
 """
-PARTS = {"float32": (522, 9, 19, 1027, 100, 1642), "bfloat16": (266, 9, 19, 590, 98, 958)}
+PARTS = {"float32": (522, 9, 19, 1017, 100, 1642), "bfloat16": (266, 9, 19, 596, 98, 958)}
 """MiB by ``sft plan``: weights, gradients, AdamW, activations, logits, together."""
 
 

@@ -46,6 +46,8 @@ SAID = st.fixed_dictionaries(
         "count": st.lists(st.integers(-1, 3) | numbers, max_size=3) | values,
         "phase": words,
         "waited": st.none() | numbers | values,
+        "asked": st.integers(-1, 3) | values,
+        "brings": st.dictionaries(st.sampled_from(["sum", "largest", "mean"]), st.lists(numbers) | values) | values,
         "done": values,
         "error": st.none() | values,
     },
@@ -76,13 +78,13 @@ def board_hears(lines: list[bytes]) -> None:
                     known.sendall(line + b"\n")
                     known.shutdown(socket.SHUT_WR)
                     known.recv(1 << 16)
-        good = {"rank": 1, "count": [1, 0], "phase": "reading", "waited": None}
+        good = {"rank": 1, "asked": 1, "count": [1, 0], "phase": "reading", "waited": None}
         with socket.create_connection(("127.0.0.1", board.server_address[1]), timeout=10) as rank:
             stream = rank.makefile("rwb")
             door.enter(stream, stream, "token", 1)
             rank.sendall(as_json(good) + b"\n")
             answer = json.loads(stream.readline())
-            assert set(answer) == {"first", "absent", "together"}
+            assert set(answer) == {"first", "absent", "together", "asked"}
             text = board.missing()[1]
             assert text.isprintable()
     finally:

@@ -316,7 +316,7 @@ def test_what_is_whole_at_a_time_is_what_a_plan_says(
 ) -> None:
     """Stage 2, of three micro-batches, where there is no reduce-scatter: a buffer is whole until it is settled."""
     from sft_parallel_4d.buckets import Kinds, of_experts
-    from sft_parallel_4d.filling import Gradient, Layer, whole
+    from sft_parallel_4d.filling import Gradient, Layer, course, whole
     from sft_parallel_4d.fleet import Bucket
 
     def lacking(*_: Any, **__: Any) -> Any:
@@ -353,17 +353,14 @@ def test_what_is_whole_at_a_time_is_what_a_plan_says(
         left.append(live())
 
     def gradient(one: Any) -> Any:
-        step = 2 * 64  # values to which a buffer of two processes is filled up
-        return Gradient(
-            4 * one.size, 4 * -(-one.size // step) * step, 4 * one.size, one.ndim > 1, summed and one.ndim == 1
-        )
+        return Gradient(4 * one.size, 256, 4 * one.size, one.ndim > 1, summed and one.ndim == 1)
 
     def layer(block: Any) -> Any:
         dense = tuple(map(gradient, (block.norm, block.before, block.behind)))
         return Layer(dense, tuple(map(gradient, block.mlp.experts.parameters())))
 
     first = Layer(() if model.embedding.stop_gradient else (gradient(model.embedding),))
-    said = whole([first, *map(layer, model.blocks), Layer()], size, 2, False)
+    said = whole(course([first, *map(layer, model.blocks), Layer()], size, False), 2)
     assert (max(found), left) == (said.most, [said.left] * 3)
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import sft
+from sft_parallel_4d import communication, memory
 from sft_parallel_4d.communication import busiest, rank
+from sft_parallel_4d.machines import MACHINES
 from sft_parallel_4d.memory import Calculator
 from sft_parallel_4d.model_size import Precision
 from sft_parallel_4d.outline import Outline
 from sft_parallel_4d.plans import Plan, Wanted, legal_plans
+from sft_parallel_4d.ranking import ranked
 
 Outlines = Callable[..., Outline]
 MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -176,3 +180,66 @@ def test_what_ranks_with_experts_hold_and_send(outline_of: Outlines) -> None:
     # Two that share rows have half of the tokens, and the same gradients.
     shared = busiest(calculator, Plan(data=2, context=2, experts=2, accumulation=3))
     assert (shared.data, shared.experts) == (sent.data, sent.experts // 2)
+
+
+# --- work ---
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often what takes time is called while plans are ranked; and how many gradients are followed."""
+    found = Counter[str]()
+
+    def count(module: Any, name: str) -> None:
+        own = getattr(module, name)
+
+        def counted(*arguments: Any) -> Any:
+            found[name] += 1
+            if name == "course":
+                found["gradients"] += sum(len(one.gradients) + len(one.experts) for one in arguments[0])
+            return own(*arguments)
+
+        monkeypatch.setattr(module, name, counted)
+
+    for name in ("course", "whole", "departures", "blocks_of", "stages"):
+        count(memory, name)
+    for name in ("block_kept", "backward_extra", "logits"):
+        count(memory.activations, name)
+    count(communication, "rank")
+    return found
+
+
+def ranked_on_16384(outline: Outline, wanted: Wanted) -> int:
+    """How many plans there are."""
+    plans = legal_plans(outline, 16_384, 16_384, 1, wanted)
+    calculator = Calculator(outline, Precision(16, 16), 1, 4096, device_memory=80 << 30)
+    assert len(ranked(calculator, plans, MACHINES["8xA100-80G"])) == len(plans)
+    return len(plans)
+
+
+def test_thousands_of_plans_share_what_is_worked_out(outline_of: Outlines, work: Counter[str]) -> None:
+    """Of Llama-3-70B on 16,384 devices; work, as a clock would also count what else a machine does."""
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    outline = outline_of(**sizes, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=4096)
+    plans = ranked_on_16384(outline, Wanted(most_context=4))
+    assert 5000 < plans < 6000
+    # A stage of each kind: the first one, one or two lengths between, the last one. Sends are asked for twice.
+    assert work["rank"] <= 2 * 4 * plans
+    # A block with each tensor and context degree, with sequence parallelism and without; all blocks are alike.
+    degrees = 7 * 3 * 2
+    assert max(work["block_kept"], work["backward_extra"]) <= degrees
+    # Backward of each kind of stage with each tensor and pipeline degree; where there are pieces, for their numbers.
+    kinds = 7 * 7 * 4 * 2
+    assert work["course"] <= kinds
+    assert work["gradients"] <= 50_000  # 9 a block
+    assert max(work["departures"], work["whole"]) <= 15 * kinds
+    assert max(work["blocks_of"], work["stages"]) <= 7 * 15 * 7
+
+
+def test_experts_are_followed_once_for_all_numbers_of_pieces(outline_of: Outlines, work: Counter[str]) -> None:
+    mixture = {"num_local_experts": 32, "num_experts_per_tok": 2, "num_hidden_layers": 16}
+    plans = ranked_on_16384(outline_of("mixtral", **mixture), Wanted(tensor=1, pipeline=1, context=1))
+    assert plans > 400
+    # For each degree by which 32 experts are shared out, with buckets and with units of a layer.
+    assert work["course"] <= 6 * 2
+    assert work["gradients"] <= 2 * 16 * (6 * 10 + 2 * 3 * 32)

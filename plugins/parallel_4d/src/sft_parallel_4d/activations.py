@@ -6,6 +6,7 @@ docs/plan.md has the formulas. h hidden, i inner, q = query heads x head size, k
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sft import Architecture, Block
@@ -102,7 +103,8 @@ def _ways(linear: LinearOutline, model: Architecture, tensor: int) -> float:
     return min(tensor, model.kv_heads) if linear.name.endswith(KEYS) else tensor
 
 
-def _is_behind_attention(linear: LinearOutline) -> bool:
+def _is_behind(linear: LinearOutline) -> bool:
+    """Whether forward comes to it after attention."""
     return ".self_attn." not in linear.name or linear.name.endswith(ROW)
 
 
@@ -188,13 +190,16 @@ def _bucket(model: Architecture, shape: Shape) -> tuple[int, int, float]:
     return documents, rows, documents * model.heads / shape.sharing_heads * rows * shape.length
 
 
-def backward_extra(outline: Outline, shape: Shape, precision: Precision) -> tuple[int, int, int]:
+def backward_extra(
+    outline: Outline, shape: Shape, precision: Precision, numbers: Collection[int]
+) -> tuple[int, int, int]:
     """What a block's backward holds beyond what forward kept, with the gradient of the residual stream: in its MLP, the
-    most, and beside the gradient of a weight; and in attention."""
+    most, and beside the gradient of a weight; and in attention. Of blocks of such ``numbers``."""
     model = outline.architecture
     narrow = shape.tokens * precision.products / 8
-    mlp, beside = zip(*(_mlp_extra(model, block, shape.tensor) for block in set(model.blocks)), strict=True)
-    return round(narrow * max(mlp)), round(narrow * max(beside)), round(_attention_extra(outline, shape, precision))
+    extra = [_mlp_extra(model, model.blocks[number], shape.tensor) for number in numbers]
+    attention = _attention_extra(outline, shape, precision, numbers)
+    return round(narrow * max(extra)[0]), round(narrow * max(beside for _, beside in extra)), round(attention)
 
 
 def _mlp_extra(model: Architecture, block: Block, tensor: int) -> tuple[float, float]:
@@ -209,18 +214,18 @@ def _mlp_extra(model: Architecture, block: Block, tensor: int) -> tuple[float, f
     return most, max((1 + experts.chosen) * hidden + own, 2 * hidden + shared)
 
 
-def _attention_extra(outline: Outline, shape: Shape, precision: Precision) -> float:
+def _attention_extra(outline: Outline, shape: Shape, precision: Precision, numbers: Collection[int]) -> float:
     """When attention goes back, the MLP has freed what it kept, and so have the norms behind attention and techniques
     on all Linears behind it; the gradients of its output and of the residual stream are there."""
     model, tensor = outline.architecture, shape.tensor
     query = model.heads * model.head_size / tensor
     key = _keys(model, tensor) * model.head_size * copies(model, shape)
     behind = outline.norms - (model.norms.before_attention is not None)
-    freed = min(_mlp_kept(model, block, tensor) for block in set(model.blocks))
+    freed = min(_mlp_kept(model, model.blocks[number], tensor) for number in numbers)
     freed += model.hidden + behind * (model.hidden + 1) / shape.spread
     freed += min(
-        sum(_beside(linear, model, block, tensor) for linear in linears if _is_behind_attention(linear))
-        for block, linears in zip(model.blocks, outline.blocks, strict=True)
+        sum(_beside(one, model, model.blocks[number], tensor) for one in outline.blocks[number] if _is_behind(one))
+        for number in numbers
     )
     narrow = shape.tokens * precision.products / 8 * (query + model.hidden - freed)
     wide = 2 * query + model.heads / tensor  # scaled queries, the output's gradient once more, and sums of rows

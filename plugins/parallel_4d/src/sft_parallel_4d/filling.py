@@ -2,12 +2,15 @@
 and 3: what ``Buckets`` does, on paper.
 
 A buffer is whole from the first gradient that comes into it until the one behind it has been sent. Buffers leave in one
-order, each when it is full; those of experts when backward is through with the last block of theirs.
+order, each when it is full; those of experts when backward is through with the last block of theirs. How many processes
+share slices decides about none of that, so a :class:`Course` is followed once for all of their numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
@@ -17,15 +20,20 @@ Place = tuple[int, bool, int]
 
 @dataclass(frozen=True)
 class Gradient:
-    """What a parameter that trains has: bytes by themselves in float32; in its buffer, with what fills that up; and of
-    the gradient on its way there."""
+    """What a parameter that trains has: bytes by themselves in float32; those to a multiple of which it is filled up in
+    its buffer, for each process that has a slice; and those of the gradient on its way there."""
 
     own: int
-    size: int
+    step: int
     passing: int
     is_matrix: bool
     kind: Hashable = None
     """Those of one kind alone share buffers."""
+
+    def size(self, shards: int) -> int:
+        """In its buffer, of which each of ``shards`` processes has a slice."""
+        step = self.step * shards
+        return -(-self.own // step) * step
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,46 @@ class Layer:
 
     gradients: tuple[Gradient, ...] = ()
     experts: tuple[Gradient, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A buffer of gradients: full when backward is through with so many ``layers``, of the last one in part.
+    (Backward is taken to go through a layer as evenly as through its gradients' bytes.)"""
+
+    layers: float
+    of_experts: bool
+    contents: tuple[tuple[Gradient, int], ...]
+    """Gradients that are not alike, with how many there are of each."""
+
+    def size(self, shards: int) -> int:
+        """Bytes, of which each of ``shards`` processes has a slice."""
+        return sum(gradient.size(shards) * count for gradient, count in self.contents)
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """A micro-batch's backward through layers. Attributes:
+
+    buckets: All buffers, in the order in which they leave.
+    steps: What happens, by the number of a buffer: a gradient comes, which is so large on its way; or the buffer is
+        full (None). With the layer, counted from the last one.
+    """
+
+    buckets: tuple[Bucket, ...]
+    steps: tuple[tuple[int, int | None, int], ...]
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Buckets of one layer that leave when backward is through with so many ``layers``: their bytes, and how many they
+    are; of experts, and of the rest."""
+
+    layers: float
+    size: int
+    count: int
+    expert_size: int
+    expert_count: int
 
 
 @dataclass(frozen=True)
@@ -52,53 +100,111 @@ class Whole:
     """Beside slices, until the next micro-batch goes back."""
 
 
-def whole(layers: Sequence[Layer], bucket: int, shards: int, in_units: bool) -> Whole:
-    """What is whole while backward goes through ``layers``: the embedding, blocks, and what comes after them. Buffers
-    have ``bucket`` bytes or just more; ``in_units``: those of a layer's matrices are one. Each of ``shards`` processes
-    keeps a slice of each."""
-    gradients = dict(_places(layers))
-    backward, begun, inside = _Backward(gradients, bucket, shards, in_units), 0, 0
+def course(layers: Sequence[Layer], bucket: int, in_units: bool) -> Course:
+    """Backward through ``layers``: the embedding, blocks, and what comes after them. Buffers have ``bucket`` bytes or
+    just more; ``in_units``: those of a layer's matrices are one."""
+    gradients, through = dict(_places(layers)), dict[Place, float]()
+    together = sorted(_together(gradients, bucket, in_units), key=lambda places: places[-1])
+    of = {place: number for number, places in enumerate(together) for place in places}
+    for turn, layer in enumerate(reversed(layers)):
+        sums = list(accumulate(gradient.own for gradient in reversed(layer.gradients)))
+        through |= {(turn, False, number): turn + part / sums[-1] for number, part in enumerate(sums)}
+    ends = (through.get(places[-1], places[-1][0] + 1.0) for places in together)  # of experts with their layer
+    latest = accumulate(ends, max)  # they leave one after the other
+    buckets = tuple(
+        Bucket(layers, places[0][1], _counted([gradients[place] for place in places]))
+        for layers, places in zip(latest, together, strict=True)
+    )
+    return Course(buckets, tuple(_steps(gradients, of)))
+
+
+def _counted(gradients: Sequence[Gradient]) -> tuple[tuple[Gradient, int], ...]:
+    """By identity: of thousands of them, values would take seconds to compare."""
+    counts, objects = Counter(map(id, gradients)), {id(gradient): gradient for gradient in gradients}
+    return tuple((objects[one], count) for one, count in counts.items())
+
+
+def _steps(gradients: dict[Place, Gradient], of: dict[Place, int]) -> Iterator[tuple[int, int | None, int]]:
+    """Without those that change nothing: of what comes in a layer into buffers that are there, what is smaller."""
+    due, there = Counter(of.values()), set[int]()
     for turn, some in groupby(gradients, key=lambda place: place[0]):
-        here = list(some)
-        for place in sorted(here, key=lambda place: not place[1]):
-            backward.come(place)
-            if turn == 1:
-                begun, inside = begun or backward.now + gradients[place].passing, max(inside, backward.now)
-            if not place[1]:
-                backward.is_through(place)
-        for place in here:
+        ends, most = list[int](), -1
+        for place in sorted(some, key=lambda place: not place[1]):
+            number, passing = of[place], gradients[place].passing
+            if number not in there or passing > most:
+                most = passing
+                there.add(number)
+                yield number, passing, turn
             if place[1]:
-                backward.is_through(place)
+                ends.append(number)
+                continue
+            due[number] -= 1
+            if not due[number]:
+                yield number, None, turn
+                most = -1
+        for number in ends:
+            due[number] -= 1
+            if not due[number]:
+                yield number, None, turn
+
+
+def departures(course: Course, shards: int) -> Iterator[Departure]:
+    """The buckets of a ``course``, of which each of ``shards`` processes has slices. Of a layer's all but the last one
+    are taken to leave as one, when the first is full: thousands of plans have hundreds of buckets."""
+    for _, some in groupby(course.buckets, key=lambda bucket: math.ceil(bucket.layers)):
+        *others, last = some
+        for together in ([others] if others else []) + [[last]]:
+            sizes = [[one.size(shards) for one in together if one.of_experts is experts] for experts in (False, True)]
+            rest, of_experts = sizes
+            yield Departure(together[0].layers, sum(rest), len(rest), sum(of_experts), len(of_experts))
+
+
+def whole(course: Course, shards: int) -> Whole:
+    """What is whole in the ``course`` of backward, where each of ``shards`` processes keeps a slice of each buffer."""
+    backward, begun, inside = _Backward([bucket.size(shards) for bucket in course.buckets], shards), 0, 0
+    for number, passing, turn in course.steps:
+        if passing is None:
+            backward.is_full(number)
+            continue
+        backward.come(number, passing)
+        if turn == 1:
+            begun, inside = begun or backward.now + passing, max(inside, backward.now)
     backward.cut_last()
     return Whole(backward.most, backward.growing, begun, inside, backward.left)
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """A buffer of gradients: full when backward is through with so many ``layers``, of the last one in part, and its
-    bytes. (Backward is taken to go through a layer as evenly as through its gradients' bytes.)"""
+class _Backward:
+    def __init__(self, sizes: Sequence[int], shards: int) -> None:
+        self._sizes, self._shards = sizes, shards
+        self._is_begun, self._is_full = ([False] * len(sizes) for _ in range(2))
+        self._next = self.left = self.now = self._sums = self.most = self.growing = 0
+        """``left``: what was sent last."""
 
-    layers: float
-    size: int
-    of_experts: bool
+    def come(self, number: int, passing: int) -> None:
+        """A gradient is there."""
+        if not self._is_begun[number]:
+            self._is_begun[number] = True
+            self.now += self._sizes[number]
+        self._note(passing)
 
+    def _note(self, beside: int) -> None:
+        self.most, self.growing = max(self.most, self.now + beside), max(self.growing, self.now + self._sums + beside)
 
-def leaving(layers: Sequence[Layer], bucket: int) -> list[Bucket]:
-    """Stages 0 to 2: all buffers of ``layers``, in the order in which they leave; ``bucket`` as for :func:`whole`."""
-    gradients, through = dict(_places(layers)), dict[Place, float]()
-    for _, some in groupby(gradients, key=lambda place: place[:2]):
-        here = list(some)
-        sums = list(accumulate(gradients[place].own for place in here))
-        through |= {
-            place: place[0] + (1.0 if place[1] else part / sums[-1]) for place, part in zip(here, sums, strict=True)
-        }
-    order = {place: number for number, place in enumerate(gradients)}
-    buckets = sorted(_together(gradients, bucket, in_units=False), key=lambda places: order[places[-1]])
-    latest = accumulate((through[places[-1]] for places in buckets), max)  # they leave one after the other
-    return [
-        Bucket(layers, sum(gradients[place].size for place in places), places[0][1])
-        for layers, places in zip(latest, buckets, strict=True)
-    ]
+    def is_full(self, number: int) -> None:
+        """No more comes into the buffer: what is full leaves."""
+        self._is_full[number] = True
+        while self._next < len(self._sizes) and self._is_full[self._next]:
+            if self._next:
+                slice_ = self.cut_last()
+                self.now, self._sums = self.now - self.left, self._sums + slice_
+            self.left = self._sizes[self._next]
+            self._next += 1
+
+    def cut_last(self) -> int:
+        """The slice of what was sent last, beside the whole."""
+        slice_ = self.left // self._shards
+        self._note(slice_)
+        return slice_
 
 
 def _places(layers: Sequence[Layer]) -> Iterator[tuple[Place, Gradient]]:
@@ -108,54 +214,7 @@ def _places(layers: Sequence[Layer]) -> Iterator[tuple[Place, Gradient]]:
             yield from (((turn, bool(is_expert), n), gradient) for n, gradient in enumerate(reversed(some)))
 
 
-class _Buffer:
-    def __init__(self, gradients: Sequence[Gradient]) -> None:
-        self.size, self.due, self.is_begun = sum(one.size for one in gradients), len(gradients), False
-
-
-class _Backward:
-    def __init__(self, gradients: Mapping[Place, Gradient], bucket: int, shards: int, in_units: bool) -> None:
-        self._gradients, self._shards = gradients, shards
-        self._of: dict[Place, _Buffer] = {}
-        for places in _together(gradients, bucket, in_units):
-            self._of.update(dict.fromkeys(places, _Buffer([gradients[place] for place in places])))
-        last = {buffer: number for number, buffer in enumerate(self._of[place] for place in gradients)}
-        self._waiting = sorted(last, key=lambda buffer: -last[buffer])
-        self._leaving: _Buffer | None = None
-        self.now = self._sums = self.most = self.growing = 0
-
-    @property
-    def left(self) -> int:
-        """What was sent last."""
-        return 0 if self._leaving is None else self._leaving.size
-
-    def come(self, place: Place) -> None:
-        """A gradient is there."""
-        buffer = self._of[place]
-        self.now += 0 if buffer.is_begun else buffer.size
-        buffer.is_begun = True
-        self._note(self._gradients[place].passing)
-
-    def _note(self, beside: int) -> None:
-        self.most, self.growing = max(self.most, self.now + beside), max(self.growing, self.now + self._sums + beside)
-
-    def is_through(self, place: Place) -> None:
-        """No more comes to its parameter: what is full leaves."""
-        self._of[place].due -= 1
-        while self._waiting and not self._waiting[-1].due:
-            if self._leaving is not None:
-                slice_ = self.cut_last()
-                self.now, self._sums = self.now - self._leaving.size, self._sums + slice_
-            self._leaving = self._waiting.pop()
-
-    def cut_last(self) -> int:
-        """The slice of what was sent last, beside the whole."""
-        slice_ = self.left // self._shards
-        self._note(slice_)
-        return slice_
-
-
-def _together(gradients: Mapping[Place, Gradient], bucket: int, in_units: bool) -> Iterator[list[Place]]:
+def _together(gradients: dict[Place, Gradient], bucket: int, in_units: bool) -> Iterator[list[Place]]:
     """Which gradients are in one buffer."""
     kinds: dict[tuple[int | None, bool, Hashable], list[Place]] = {}
     for place, gradient in gradients.items():

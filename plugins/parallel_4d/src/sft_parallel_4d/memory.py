@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from sft_parallel_4d import activations
 from sft_parallel_4d.activations import Shape
-from sft_parallel_4d.filling import Bucket, Whole, leaving, whole
-from sft_parallel_4d.model_size import Division, Precision, Stage, blocks_of, key_copies, layers, stages, summed
+from sft_parallel_4d.filling import Bucket, Course, Departure, course, departures, whole
+from sft_parallel_4d.model_size import (
+    Division,
+    Precision,
+    Stage,
+    blocks_of,
+    first_alike,
+    key_copies,
+    layers,
+    stages,
+    summed,
+)
 from sft_parallel_4d.options import BUCKET
 from sft_parallel_4d.outline import Outline, operations
 from sft_parallel_4d.passes import IDLE
@@ -77,16 +87,18 @@ class Calculator:
         self._is_cpu = device_memory is None
         self._chunk = activations.chunk_bytes(device_memory)
         self._batch = (rows, length, rows * length if targets is None else targets)
-        self._blocks = cache(lambda division: blocks_of(outline, division, precision))
+        self._like = first_alike(outline)
+        self._blocks = cache(lambda division: blocks_of(outline, division, precision, self._like))
         self._stages = cache(self._stages_of)
         self.operations = cache(lambda number: operations(outline, number))
         self.summed = cache(lambda number: summed(outline, number))
         self._alike = cache(self._alike_of_stages)
         self._kept = cache(self._kept_of_blocks)
-        self._whole = cache(self._whole_of)
-        self._leaving = cache(self._leaving_of)
+        self._course = cache(self._course_of)
+        self._whole = cache(whole)
+        self._departures = cache(lambda course, shards: tuple(departures(course, shards)))
         # Thousands of plans have a few shapes.
-        self._extra = cache(lambda shape: activations.backward_extra(outline, shape, precision))
+        self._extra = cache(lambda shape: activations.backward_extra(outline, shape, precision, set(self._like)))
         self._block = cache(lambda number, shape: activations.block_kept(outline, number, shape, precision))
 
     def stages(self, plan: Plan) -> list[Stage]:
@@ -154,7 +166,7 @@ class Calculator:
         """What a rank of ``stage`` holds whatever it computes."""
         size, gradients = stage.size, tuple[int, ...]()
         if plan.stage >= 2:
-            now = self._whole(stage, self._division(plan)[0], plan.sequence, plan.stage == 3)
+            now = self._whole(self._course(*self._structure(plan, stage), plan.stage == 3), plan.pieces)
             gradients = (size.piece_gradients, now.most, now.begun, now.left, now.growing, now.inside - now.begun)
         if plan.stage == 3:
             parameters = size.weights - size.matrices + size.vector_pieces * plan.pieces - size.vectors
@@ -169,18 +181,26 @@ class Calculator:
             return Held(size.weights, 0, size.optimizer, size.piece_gradients, size.passing, bucket)
         return Held(size.weights, 0, size.optimizer, size.gradients, size.widening)
 
-    def leaving(self, plan: Plan, stage: Stage) -> list[Bucket]:
-        """The buckets of gradients of a rank of ``stage``, in the order in which they leave (not of sharding's third
-        stage, whose layers leave by themselves)."""
-        found: list[Bucket] = self._leaving(stage, self._division(plan)[0], plan.sequence)
+    def buckets(self, plan: Plan, stage: Stage) -> tuple[Bucket, ...]:
+        """Of sharding's stages 0 to 2: the buckets of gradients of ``stage``, in the order in which they leave."""
+        found: Course = self._course(*self._structure(plan, stage), False)
+        return found.buckets
+
+    def leaving(self, plan: Plan, stage: Stage) -> tuple[Departure, ...]:
+        """The same, as far as they leave together."""
+        found: tuple[Departure, ...] = self._departures(self._course(*self._structure(plan, stage), False), plan.pieces)
         return found
 
-    def _leaving_of(self, stage: Stage, division: Division, sequence: bool) -> list[Bucket]:
-        return leaving(layers(self.outline, stage, division, self.precision, sequence), self.bucket)
+    def _structure(self, plan: Plan, stage: Stage) -> tuple[tuple[int, ...], tuple[bool, bool], Division, bool]:
+        """What decides about the course of backward: thousands of stages have a few."""
+        division = replace(self._division(plan)[0], shards=1)
+        return tuple(self._like[number] for number in stage.blocks), (stage.first, stage.last), division, plan.sequence
 
-    def _whole_of(self, stage: Stage, division: Division, sequence: bool, in_units: bool) -> Whole:
-        of_stage = layers(self.outline, stage, division, self.precision, sequence)
-        return whole(of_stage, self.bucket, division.shards, in_units)
+    def _course_of(
+        self, blocks: tuple[int, ...], ends: tuple[bool, bool], division: Division, sequence: bool, in_units: bool
+    ) -> Course:
+        of_stage = layers(self.outline, blocks, ends, division, self.precision, sequence)
+        return course(of_stage, self.bucket, in_units)
 
     def rank(self, plan: Plan, number: int, stage: Stage) -> Memory:
         """A rank of pipeline stage ``number``."""
@@ -264,7 +284,7 @@ class Calculator:
 
     def _kept_of_blocks(self, blocks: tuple[int, ...], shape: Shape, recompute: bool) -> tuple[int, int]:
         """What ``blocks`` keep of a micro-batch, and what the largest of them keeps without recomputation."""
-        full = [self._block(number, shape) for number in blocks]
+        full = [self._block(self._like[number], shape) for number in blocks]
         if not recompute:
             return sum(full), max(full)
         return activations.boundary(self.outline, shape, self.precision) * len(full), max(full)

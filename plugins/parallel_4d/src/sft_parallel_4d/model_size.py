@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -223,6 +223,19 @@ def of_experts(outline: Outline, number: int, experts: int = 1) -> Weights:
     return tuple(_sided(linear for linear in outline.blocks[number] if _expert(linear.name) in own))
 
 
+def first_alike(outline: Outline) -> list[int]:
+    """Of each block the first one that has the same in it, and keeps and computes the same."""
+    seen, found = list[tuple[int, object]](), list[int]()
+    for number, (block, linears) in enumerate(zip(outline.architecture.blocks, outline.blocks, strict=True)):
+        named = [vars(linear) | {"name": linear.name.removeprefix(f"model.layers.{number}.")} for linear in linears]
+        kind = block, outline.inside[number], named
+        first = next((other for other, known in seen if known == kind), number)
+        if first == number:
+            seen.append((number, kind))
+        found.append(first)
+    return found
+
+
 @cache
 def _expert(linear: str) -> int | None:
     """Which of its block's experts a Linear belongs to; None: to none that tokens are led to."""
@@ -268,13 +281,14 @@ Blocks = list[tuple[Size, Size]]
 """What each block takes on a rank, and of that what experts take that tokens are led to."""
 
 
-def blocks_of(outline: Outline, division: Division, precision: Precision) -> Blocks:
-    """As :func:`stages` takes them."""
-    found = []
-    for number in range(len(outline.blocks)):
+def blocks_of(outline: Outline, division: Division, precision: Precision, alike: Sequence[int] | None = None) -> Blocks:
+    """As :func:`stages` takes them; ``alike`` is what :func:`first_alike` says."""
+    found: dict[int, tuple[Size, Size]] = {}
+    alike = range(len(outline.blocks)) if alike is None else alike
+    for number in set(alike):
         experts = total(of_experts(outline, number, division.experts), division, precision)
-        found.append((total(beside_experts(outline, number), division, precision) + experts, experts))
-    return found
+        found[number] = total(beside_experts(outline, number), division, precision) + experts, experts
+    return [found[number] for number in alike]
 
 
 def stages(
@@ -316,33 +330,33 @@ def cut(blocks: int, pipeline: int) -> list[int]:
 
 
 @cache
-def gradients(weights: Weights, division: Division, precision: Precision, sequence: bool) -> tuple[Gradient, ...]:
-    """Of those ``weights`` that train, on one rank, with ``sequence`` parallelism or without."""
-    found = []
-    for weight, side in weights:
-        if weight.trains:
-            size = size_of(weight, side, division, precision)
-            is_summed = bool(size.partial or (sequence and size.norms))
-            kind = is_summed, bool(size.copied), precision.bits(weight)
-            whole = size.piece_gradients * division.shards
-            found.append(Gradient(size.gradients, whole, size.passing, len(weight.shape) > 1, kind))
-    return tuple(found)
+def _gradient(weight: Weight, side: str, division: Division, precision: Precision, sequence: bool) -> Gradient:
+    """Of a ``weight`` that trains, on one rank, with ``sequence`` parallelism or without; of like ones one object."""
+    size, bits = size_of(weight, side, division, precision), precision.bits(weight)
+    kind = bool(size.partial or (sequence and size.norms)), bool(size.copied), bits
+    return Gradient(size.gradients, 4 * ALIGNED * 8 // bits, size.passing, len(weight.shape) > 1, kind)
 
 
-def layers(outline: Outline, stage: Stage, division: Division, precision: Precision, sequence: bool) -> list[Layer]:
-    """The gradients of a stage of :func:`stages`: of the embedding, of each block, and of what comes after these."""
+def layers(
+    outline: Outline, blocks: Sequence[int], ends: tuple[bool, bool], division: Division, precision: Precision,
+    sequence: bool,
+) -> list[Layer]:  # fmt: skip
+    """The gradients of a stage that has ``blocks``: of the embedding, of each block, and of what comes after these;
+    ``ends``: whether it is the first stage, and the last."""
+    is_first, is_last = ends
 
-    def of(*weights: tuple[Weight, str]) -> tuple[Gradient, ...]:
-        return gradients(weights, division, precision, sequence)
+    def of(weights: Weights) -> tuple[Gradient, ...]:
+        return tuple(_gradient(*pair, division, precision, sequence) for pair in weights if pair[0].trains)
 
-    def block(number: int) -> Layer:
-        return Layer(of(*beside_experts(outline, number)), of(*of_experts(outline, number, division.experts)))
-
-    embedding = of((outline.embedding, ""))
-    if outline.head is None and not (stage.first and stage.last):  # what another stage adds to has a buffer of its own
+    found = {
+        number: Layer(of(beside_experts(outline, number)), of(of_experts(outline, number, division.experts)))
+        for number in set(blocks)
+    }
+    embedding = of(((outline.embedding, ""),))
+    if outline.head is None and not (is_first and is_last):  # what another stage adds to has a buffer of its own
         embedding = tuple(replace(gradient, kind="tied") for gradient in embedding)
-    head = [] if outline.head is None else [(outline.head, "")]
+    head = () if outline.head is None else ((outline.head, ""),)
     # A tied matrix has the embedding's place in the last stage, too: there its buffer leaves when backward is over.
-    first = Layer(embedding if stage.first or (stage.last and not head) else ())
-    last = Layer(of((outline.norm, ""), *head) if stage.last else ())
-    return [first, *map(block, stage.blocks), last]
+    first = Layer(embedding if is_first or (is_last and not head) else ())
+    last = Layer(of(((outline.norm, ""), *head)) if is_last else ())
+    return [first, *(found[number] for number in blocks), last]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from sft import UsageError
@@ -121,13 +121,14 @@ def legal_plans(outline: Outline, devices: int, rows: int, batch: int, wanted: W
     if wanted.experts is not None and no_experts(wanted.experts) is not None:
         raise UsageError(f"{no_experts(wanted.experts)}; give another degree, or leave it out.")
     found, refused = list[Plan](), dict.fromkeys(_divisions(devices, wanted))
+    why_not = refusals(outline, wanted.virtual)
     in_rows, excluded = dict[str, None](), dict[str, None]()
     if not refused:
         raise UsageError(
             f"The degrees that are fixed do not divide {devices} devices; give degrees whose product divides them."
         )
     for tensor, pipeline, sharding, context in refused:
-        reason = refusal(outline, tensor, pipeline, wanted.virtual, context)
+        reason = why_not(tensor, pipeline, context)
         data = devices // (tensor * pipeline * sharding * context)
         if reason is None and rows % (batch * data * sharding):
             reason = f"{rows} rows a step are not whole micro-batches of {batch} rows on {data * sharding} data ranks"
@@ -184,14 +185,30 @@ def stage_refusal(stage: int) -> str:
 
 def refusal(outline: Outline, tensor: int, pipeline: int, virtual: int = 1, context: int = 1) -> str | None:
     """Why the model cannot be divided so, with ``virtual`` parts a pipeline stage; None if it can."""
+    return refusals(outline, virtual)(tensor, pipeline, context)
+
+
+def refusals(outline: Outline, virtual: int = 1) -> Callable[[int, int, int], str | None]:
+    """:func:`refusal` of many tensor, pipeline and context degrees; what all have in common is looked at once."""
     parts = {"attention heads": outline.heads, "the intermediate size": outline.inner}
     for experts in {block.experts for block in outline.architecture.blocks if block.experts is not None}:
         parts["the intermediate size of experts"] = experts.inner
         if experts.shared_inner is not None:
             parts["the intermediate size of shared experts"] = experts.shared_inner
+    return partial(_refusal, outline, virtual, outline.undivided(), parts)
+
+
+def _refusal(
+    outline: Outline,
+    virtual: int,
+    unsaid: str | None,
+    parts: Mapping[str, int],
+    tensor: int,
+    pipeline: int,
+    context: int,
+) -> str | None:
     if outline.steps_wholes and tensor > 1:
         return "the optimizer steps whole parameters, which tensor parallelism would divide"
-    unsaid = outline.undivided()
     if unsaid is not None and tensor * pipeline > 1:
         return _unsaid(unsaid)
     if pipeline > 1 and "pipeline" in outline.excluded:
@@ -254,10 +271,11 @@ def possible(outline: Outline, devices: int, virtual: int = 1) -> list[tuple[int
         for pipeline in _divisors(devices // tensor)
         for context in _divisors(devices // tensor // pipeline)
     )
+    why_not = refusals(outline, virtual)
     return [
         (tensor, pipeline, context)
         for tensor, pipeline, context in degrees
-        if refusal(outline, tensor, pipeline, virtual, context) is None
+        if why_not(tensor, pipeline, context) is None
     ]
 
 

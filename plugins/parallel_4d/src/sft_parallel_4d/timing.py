@@ -254,12 +254,12 @@ def _load(calculator: Calculator, plan: Plan, machine: Machine, number: int, sta
             inline_backward[one.axis] = sent * again / (1 + again) + again * calls * way.latency
     sharding, data = way_of(plan, machine, "sharding"), way_of(plan, machine, "data")
     ring, gather, scatter, spread = plan.pieces - 1, 0.0, 0.0, 0.0
-    buckets, leave = Travel(), calculator.leaving(plan, stage) if plan.copies * plan.pieces > 1 or plan.offload else []
+    buckets, leave = Travel(), calculator.leaving(plan, stage) if plan.copies * plan.pieces > 1 or plan.offload else ()
     if leave:
         through = [0.0, *(after / goes_back for after in accumulate(backward))]
-        buckets = travel(plan, machine, stage, leave, through, {"sharding": sharding, "data": data})
+        buckets = travel(plan, machine, leave, through, {"sharding": sharding, "data": data})
     if plan.stage and plan.stage < 3 and ring:
-        spread = sharding.seconds(ring * size.pieces, len(leave))
+        spread = sharding.seconds(ring * size.pieces, sum(one.count + one.expert_count for one in leave))
     elif ring:
         spread = sharding.seconds(ring * size.vector_pieces)
         gather = sharding.seconds(ring * size.matrix_pieces / blocks)

@@ -6,11 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate
 
-from sft_parallel_4d.filling import Bucket
+from sft_parallel_4d.filling import Departure
 from sft_parallel_4d.machines import Machine, Way
-from sft_parallel_4d.model_size import Stage
 from sft_parallel_4d.plans import Plan
 
 
@@ -67,47 +66,43 @@ class Travel:
 
 
 def travel(
-    plan: Plan, machine: Machine, stage: Stage, buckets: Sequence[Bucket], through: list[float], ways: dict[str, Way]
+    plan: Plan, machine: Machine, leaving: Sequence[Departure], through: list[float], ways: dict[str, Way]
 ) -> Travel:
-    """Of a rank's ``buckets``; ``through``: the share of backward that is over behind so many layers; ``ways`` of the
-    axes "sharding" and "data". In stage 3 the first lane is empty: slices come by what brings weights (``timing.py``).
-
-    Of a layer's buckets all but the last one leave as one, when the first is full: thousands of plans have hundreds of
-    buckets."""
-    runs = list[tuple[float, list[Bucket]]]()
-    for _, some in groupby(buckets, key=lambda bucket: math.ceil(bucket.layers)):
-        *others, last = some
-        runs += [(_share(run[0], through), run) for run in (others, [last]) if run]
-    lanes = [Lane("sharding" if plan.stage else "data", tuple(_first(plan, run, ways) for _, run in runs))]
+    """Of a rank whose buckets are ``leaving``; ``through``: the share of backward that is over behind so many layers;
+    ``ways`` of the axes "sharding" and "data". In stage 3 the first lane is empty: slices come by what brings weights
+    (``timing.py``)."""
+    lanes = [Lane("sharding" if plan.stage else "data", tuple(_first(plan, one, ways) for one in leaving))]
     if plan.stage and plan.copies > 1:
-        lanes.append(Lane("data", tuple(_sums(plan, run, ways["data"]) for _, run in runs)))
+        lanes.append(Lane("data", tuple(_sums(plan, one, ways["data"]) for one in leaving)))
     if plan.offload:
         speed = machine.links * machine.host
-        lanes.append(Lane("host", tuple(sum(bucket.size for bucket in run) / plan.pieces / speed for _, run in runs)))
+        host = ((one.size + one.expert_size) / plan.pieces / speed for one in leaving)
+        lanes.append(Lane("host", tuple(host)))
     if plan.stage == 3:
-        lanes[0] = Lane("sharding", (0.0,) * len(runs))
+        lanes[0] = Lane("sharding", (0.0,) * len(leaving))
     holds = plan.stage >= 2 or plan.offload or len(lanes) > 1
-    return Travel(tuple(share for share, _ in runs), tuple(lanes), holds)
+    return Travel(tuple(_share(one, through) for one in leaving), tuple(lanes), holds)
 
 
-def _first(plan: Plan, run: Sequence[Bucket], ways: dict[str, Way]) -> float:
+def _first(plan: Plan, one: Departure, ways: dict[str, Way]) -> float:
     """Slices come together, or of ranks with the same parameters the sums of all."""
     if not plan.stage:
-        return _sums(plan, run, ways["data"])
-    size = sum(bucket.size for bucket in run)
-    return ways["sharding"].seconds((plan.pieces - 1) / plan.pieces * size, len(run)) if plan.pieces > 1 else 0.0
+        return _sums(plan, one, ways["data"])
+    sent = (plan.pieces - 1) / plan.pieces * (one.size + one.expert_size)
+    return ways["sharding"].seconds(sent, one.count + one.expert_count) if plan.pieces > 1 else 0.0
 
 
-def _sums(plan: Plan, run: Sequence[Bucket], way: Way) -> float:
+def _sums(plan: Plan, one: Departure, way: Way) -> float:
     """Over ranks that have the same."""
     found = 0.0
-    for of_experts, ranks in ((False, plan.copies), (True, plan.copies // plan.experts)):
-        sizes = [bucket.size for bucket in run if bucket.of_experts == of_experts]
-        if sizes and ranks > 1:
-            found += way.seconds(2 * (ranks - 1) / ranks * sum(sizes) / plan.pieces, len(sizes))
+    of_all = (one.size, one.count, plan.copies)
+    of_experts = (one.expert_size, one.expert_count, plan.copies // plan.experts)
+    for size, count, ranks in (of_all, of_experts):
+        if count and ranks > 1:
+            found += way.seconds(2 * (ranks - 1) / ranks * size / plan.pieces, count)
     return found
 
 
-def _share(bucket: Bucket, through: list[float]) -> float:
-    whole = math.ceil(bucket.layers)
-    return through[whole] - (through[whole] - through[whole - 1]) * (whole - bucket.layers)
+def _share(one: Departure, through: list[float]) -> float:
+    whole = math.ceil(one.layers)
+    return through[whole] - (through[whole] - through[whole - 1]) * (whole - one.layers)
